@@ -1,0 +1,1 @@
+"""The rules behind check-config: pure functions over config and a probed environment."""

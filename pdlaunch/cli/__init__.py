@@ -1,0 +1,1 @@
+"""Typer and rich; the only room that renders."""

@@ -1,0 +1,139 @@
+"""The only knobs of pdlaunch: frozen pydantic models, unknown fields refused.
+
+``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into (``config.sources``). Its top level
+holds what every engine shares; ``prefill`` and ``decode`` say how many engines of a role there are and may override any engine
+setting for that role.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+
+from pdlaunch.config.sizes import parse_size
+
+Role = Literal["prefill", "decode"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "dummy"]
+ConnectorName = Literal["nixl"]
+
+ByteSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+"""A number of bytes; ``4GiB``, ``512 MiB``, ``2G`` and plain integers are read."""
+
+DEFAULT_MODEL = "smollm2"
+
+
+class FrozenModel(BaseModel):
+    """Base of every config model: frozen, unknown fields refused, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class EngineSettings(FrozenModel):
+    """What an engine is; top level of the file, and overridable for a role."""
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="Alias, directory in Hugging Face layout, or .gguf file.")
+    served_model_name: str | None = Field(None, description="Name in the API; the model's own name when unset.")
+    load_format: LoadFormat = Field("auto", description="`dummy` gives random weights (benchmarks).")
+    dtype: DType = Field("auto", description="`auto` is the checkpoint's dtype, float32 on a CPU without native bf16.")
+    max_model_len: int | None = Field(None, gt=0, description="Longest prompt plus output in tokens; the model's when unset.")
+    block_size: int = Field(16, gt=0, description="Tokens in a KV block.")
+    kv_cache_memory: ByteSize | None = Field(
+        None, description="KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the device memory an engine may use.")
+    enable_prefix_caching: bool = True
+    enable_cumem_allocator: bool | None = Field(None, description="Allocate weights and KV cache from CuMem pools.")
+    enable_sleep_mode: bool = Field(False, description="Sleep and wake engines; turns the CuMem allocator on.")
+    max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
+    max_num_batched_tokens: int | None = Field(None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU.")
+    device: Device = "auto"
+    num_threads: int | None = Field(None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset.")
+    env: dict[str, str] = Field(default_factory=dict, description="Extra environment of the engine's ranks.")
+
+
+class RoleSettings(FrozenModel):
+    """How many engines of one role, and what differs for them."""
+
+    replicas: int = Field(1, ge=0, description="Number of engines.")
+    tensor_parallel_size: int = Field(1, gt=0, description="Ranks of one engine.")
+
+    model: str | None = Field(None, min_length=1)
+    load_format: LoadFormat | None = None
+    dtype: DType | None = None
+    max_model_len: int | None = Field(None, gt=0)
+    block_size: int | None = Field(None, gt=0)
+    kv_cache_memory: ByteSize | None = None
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    enable_prefix_caching: bool | None = None
+    enable_cumem_allocator: bool | None = None
+    enable_sleep_mode: bool | None = None
+    max_num_seqs: int | None = Field(None, gt=0)
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    device: Device | None = None
+    num_threads: int | None = Field(None, gt=0)
+    env: dict[str, str] | None = None
+
+    def over(self, settings: EngineSettings) -> EngineSettings:
+        """The engine settings of this role: ``settings`` with what this section sets."""
+        own = self.model_dump(exclude={"replicas", "tensor_parallel_size"}, exclude_none=True)
+        if "env" in own:
+            own["env"] = settings.env | own["env"]
+        base = {name: getattr(settings, name) for name in EngineSettings.model_fields}
+        return EngineSettings.model_validate(base | own)
+
+
+def _read_switch(value: object) -> object:
+    """YAML reads ``on`` and ``off`` as booleans already; flags and environment bring them as words."""
+    if isinstance(value, str) and value.lower() in ("on", "off"):
+        return value.lower() == "on"
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_read_switch)]
+
+
+class KVTransferSettings(FrozenModel):
+    """How KV blocks get from prefill to decode."""
+
+    connector: ConnectorName = "nixl"
+    verify: Switch = Field(True, description="Compare checksums of pulled blocks; `off` only for measuring.")
+    on_failure: Literal["recompute", "fail"] = Field("recompute", description="What decode does when a pull fails for good.")
+    lease_s: float = Field(30.0, gt=0, description="Seconds prefill keeps blocks for a decode engine that says nothing.")
+    pull_timeout_s: float = Field(20.0, gt=0, description="Seconds a decode engine waits for one pull.")
+    pull_attempts: int = Field(2, ge=1, description="Pulls tried before recomputing.")
+    handshake_timeout_s: float = Field(20.0, gt=0, description="Seconds for the handshake of one pair.")
+
+
+class LimitSettings(FrozenModel):
+    """Where the API says no."""
+
+    max_body_bytes: ByteSize = parse_size("16MiB")
+    max_queued_requests: int = Field(256, gt=0, description="Requests in flight at the router or an engine; then 429.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
+
+
+class LaunchConfig(EngineSettings):
+    """One deployment of prefill and decode engines behind one router."""
+
+    prefill: RoleSettings = RoleSettings()
+    decode: RoleSettings = RoleSettings()
+    kv_transfer: KVTransferSettings = KVTransferSettings()
+    limits: LimitSettings = LimitSettings()
+    host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
+    api_key: SecretStr | None = Field(None, description="Clients must send it as a bearer token.")
+    log_dir: str | None = Field(None, description="Folder of the log files; a new one a launch when unset.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
+    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C.")
+
+    def role(self, role: Role) -> RoleSettings:
+        """The section of ``role``."""
+        return self.prefill if role == "prefill" else self.decode
+
+    def engine_settings(self, role: Role) -> EngineSettings:
+        """The engine settings of ``role``, overrides applied."""
+        return self.role(role).over(self)

@@ -1,0 +1,1 @@
+"""Scheduler, model runner, step loop, rank process."""

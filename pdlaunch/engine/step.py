@@ -1,0 +1,91 @@
+"""One step of the engine: what the scheduler asks of every rank, and what comes back.
+
+The runner keeps a row for each request (its tokens, block tables and sampling state), so that a step carries only what is new.
+Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
+"""
+
+from __future__ import annotations
+
+from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
+from pdlaunch.protocol.wire import Codec, Message
+
+
+class NewRow(Message, tag=False):
+    """A request enters the batch (also again after preemption); block tables of the row start empty."""
+
+    row: int
+    """0 <= row < max_num_seqs; free until now."""
+    request_id: str
+    token_ids: list[int]
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class NewBlocks(Message, tag=False):
+    """Entries of a row's block table in one KV cache group."""
+
+    row: int
+    group: int
+    first_block_index: int
+    """Logical index within the request of the first id."""
+    block_ids: list[int]
+
+
+class RowTokens(Message, tag=False):
+    """Tokens appended to a row that the runner has not sampled itself in its last step (other TP ranks, first tokens)."""
+
+    row: int
+    position: int
+    """Index of the first of them in the request."""
+    token_ids: list[int]
+
+
+class ScheduledRow(Message, tag=False):
+    """What one row computes in this step: tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+
+    row: int
+    num_computed_tokens: int
+    num_tokens: int
+    sample: bool
+    """The last of these tokens is the last known one: draw the next."""
+
+
+class StepPlan(Message):
+    """Everything a rank has to do for one step; rows are applied in the order of the fields."""
+
+    step_id: int
+    freed_rows: list[int] = []
+    new_rows: list[NewRow] = []
+    new_tokens: list[RowTokens] = []
+    new_blocks: list[NewBlocks] = []
+    scheduled: list[ScheduledRow] = []
+    """Empty: nothing to compute, only commands."""
+    commands: list[TransferCommand] = []
+
+
+class StepOutput(Message):
+    """Of rank 0: one entry for each scheduled row with ``sample``, in their order."""
+
+    step_id: int
+    tokens: list[TokenOutput] = []
+
+
+class Shutdown(Message):
+    """Rank 0 to the other ranks: leave."""
+
+
+class StepDone(Message):
+    """A rank other than 0 has finished a step, or has transfer events to report (step_id -1)."""
+
+    tp_rank: int
+    step_id: int
+    events: list[TransferEvent] = []
+    error: str | None = None
+
+
+FromRankZero = StepPlan | Shutdown
+
+from_rank_zero: Codec[FromRankZero] = Codec(FromRankZero)
+step_done: Codec[StepDone] = Codec(StepDone)

@@ -1,0 +1,1 @@
+"""Block pool, KV cache groups, block tables, prefix cache; no torch."""

@@ -1,0 +1,70 @@
+"""KV cache groups and the shape of a KV block.
+
+A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut into groups of equal size, so
+that one pool of equal-sized blocks serves all groups. Each group has its own block table for every request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheGroup:
+    """Layers that share block tables."""
+
+    layers: tuple[int, ...]
+    """Model layers in the order of their slot in the block; at most ``KVCacheLayout.num_layers_per_block``."""
+    sliding_window: int | None
+    """Tokens that attention sees, the current one included; None sees all."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheLayout:
+    """The KV cache of one rank: ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``.
+
+    Block-major, then heads: a block is one contiguous region, and so is one head's share of it.
+    """
+
+    groups: tuple[KVCacheGroup, ...]
+    num_kv_heads: int
+    """KV heads of this rank."""
+    head_dim: int
+    block_size: int
+    dtype_bytes: int
+
+    @property
+    def num_layers_per_block(self) -> int:
+        return max(len(group.layers) for group in self.groups)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head in one block: all layers of a group, K and V."""
+        return self.num_layers_per_block * 2 * self.block_size * self.head_dim * self.dtype_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_kv_heads * self.head_bytes
+
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_kv_heads, self.num_layers_per_block, 2, self.block_size, self.head_dim)
+
+
+def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]:
+    """Cut layers into groups of one kind each and of equal size.
+
+    ``layer_windows``: for each layer its sliding window in tokens, or None for full attention. The size of a group is that of the
+    rarest kind (Gemma 3: 4 full and 22 sliding layers give one full group and six sliding ones, the last with two layers).
+    Full groups come first.
+    """
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(layer_windows):
+        kinds.setdefault(window, []).append(layer)
+    size = min(len(layers) for layers in kinds.values())
+    ordered = sorted(kinds.items(), key=lambda kind: (kind[0] is not None, kind[0] or 0))
+    return tuple(
+        KVCacheGroup(tuple(layers[start : start + size]), window)
+        for window, layers in ordered
+        for start in range(0, len(layers), size)
+    )

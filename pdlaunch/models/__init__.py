@@ -1,0 +1,1 @@
+"""Loading a transformers model, paged attention, tensor parallelism."""

@@ -1,0 +1,1 @@
+"""What every child process of the supervisor shares: bootstrap, parent guard, control channel."""

@@ -1,0 +1,86 @@
+"""What a child process is given, and how: one line of JSON on its standard input.
+
+Secrets so never stand in argv or environment. Standard input stays open: its end means that the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LimitSettings
+from pdlaunch.protocol.sockets import LaunchKeys
+
+_PR_SET_PDEATHSIG = 1
+
+
+class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the router process needs."""
+
+    host: str
+    port: int
+    served_model_name: str
+    api_key: str | None
+    max_body_bytes: int
+    max_queued_requests: int
+    request_timeout_s: float
+    drain_timeout_s: float
+
+    def limits(self) -> LimitSettings:
+        return LimitSettings(
+            max_body_bytes=self.max_body_bytes,
+            max_queued_requests=self.max_queued_requests,
+            request_timeout_s=self.request_timeout_s,
+        )
+
+
+class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity, settings and keys of one child process."""
+
+    name: str
+    """``router``, ``prefill-0``, ``prefill-0/rank-0``."""
+    incarnation: int
+    control: str
+    """ZMQ endpoint of the supervisor."""
+    keys: LaunchKeys
+    run_dir: str
+    """Folder of this launch for sockets and rendezvous files; mode 0700."""
+    log_level: str
+    engine_json: str | None = None
+    """``EngineSpec`` of servers and ranks."""
+    router: RouterSpec | None = None
+    tp_rank: int = 0
+    rendezvous: str = ""
+    """``file://`` URL of this incarnation's TP group."""
+    launch_id: str = ""
+
+    def engine(self) -> EngineSpec:
+        assert self.engine_json is not None
+        return EngineSpec.model_validate_json(self.engine_json)
+
+
+def read_bootstrap() -> Bootstrap:
+    """Read the first line of standard input, then make sure that this process does not outlive the supervisor."""
+    line = sys.stdin.buffer.readline()
+    bootstrap = msgspec.json.decode(line, type=Bootstrap)
+    _die_with_parent()
+    return bootstrap
+
+
+def _die_with_parent() -> None:
+    """Two ropes: the kernel's parent-death signal, and the end of standard input (covers the time before the first)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-guard", daemon=True).start()

@@ -1,0 +1,1 @@
+"""Typed messages between processes, and the wire forms of the public API."""

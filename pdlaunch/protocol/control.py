@@ -1,0 +1,136 @@
+"""The control channel: every process (ZMQ DEALER) to the supervisor (ROUTER), and the registry back.
+
+A process registers its addresses, reports its state and receives the whole registry, with a growing version, on every change.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pdlaunch.protocol.wire import Codec, Message
+
+Role = Literal["prefill", "decode"]
+ProcessKind = Literal["router", "server", "rank"]
+
+
+class Address(Message, tag=False):
+    """Where a process listens; empty strings where it has no such socket."""
+
+    http: str = ""
+    """``http://127.0.0.1:8101``"""
+    requests: str = ""
+    """ZMQ endpoint of rank 0 for its engine's server."""
+    steps: str = ""
+    """ZMQ endpoint of rank 0 for the other ranks of the TP group."""
+    side_channel: str = ""
+    """``tcp://127.0.0.1:43210``; of a rank."""
+
+
+class Capabilities(Message, tag=False):
+    """What an engine can do; the router reads it instead of assuming it."""
+
+    verifies: bool = False
+    """Pulled KV blocks are proven before use."""
+    resumes: bool = False
+    """Accepts output tokens so far with a prompt."""
+    gives_first_token: bool = False
+    """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
+
+
+class Entry(Message, tag=False):
+    """One living process in the registry."""
+
+    name: str
+    """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
+    kind: ProcessKind
+    incarnation: int
+    engine: str = ""
+    role: Role | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+    engine_id: str = ""
+    """Of a rank: the TP group's id of this incarnation."""
+    address: Address = Address()
+    capabilities: Capabilities = Capabilities()
+    state: Literal["starting", "ready", "draining"] = "starting"
+
+
+class Register(Message):
+    """First message of a process; sent again when its addresses change."""
+
+    name: str
+    incarnation: int
+    pid: int
+    engine_id: str = ""
+    address: Address = Address()
+    capabilities: Capabilities = Capabilities()
+
+
+class Progress(Message):
+    """What a starting process is doing; shown live."""
+
+    text: str
+    fraction: float | None = None
+
+
+class Ready(Message):
+    """The process does its job. ``info`` is shown in the ready panel."""
+
+    info: dict[str, str] = {}
+
+
+class PairReady(Message):
+    """A decode rank has proven the path to a prefill rank: handshake done and a small READ verified."""
+
+    local: str
+    peer: str
+    peer_incarnation: int
+    seconds: float
+    path: str
+    """``nixl/UCX`` and such."""
+    gigabytes_per_s: float | None = None
+
+
+class PairFailed(Message):
+    """The handshake of a pair failed; ``fatal`` when no retry can help (incompatible engines)."""
+
+    local: str
+    peer: str
+    error: str
+    fatal: bool
+
+
+class Failed(Message):
+    """The process is about to exit because of this; ``error`` is for the user."""
+
+    error: str
+
+
+class Drained(Message):
+    """Answer to Drain: nothing is running any more."""
+
+
+ToSupervisor = Register | Progress | Ready | PairReady | PairFailed | Failed | Drained
+
+
+class Registry(Message):
+    """All living processes; replaces the one before."""
+
+    version: int
+    entries: list[Entry]
+
+
+class Drain(Message):
+    """Take no new work; say Drained when the running work is done, at the latest after ``timeout_s``."""
+
+    timeout_s: float
+
+
+class Stop(Message):
+    """Exit now and cleanly."""
+
+
+FromSupervisor = Registry | Drain | Stop
+
+to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
+from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

@@ -1,0 +1,148 @@
+"""Messages between an engine's server and its rank 0 (ZMQ DEALER in the server, ROUTER in the rank).
+
+A request is one prompt and one choice; the server splits ``n`` choices and lists of prompts. Each request ends in exactly one
+``RequestFinished``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.wire import Codec, Message
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(Message, tag=False):
+    """How output tokens are drawn. Output token ``i`` is a pure function of the logits and (seed, choice, i)."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    """End the request; the model's own end tokens are among them unless ignore_eos."""
+    eos_token_ids: tuple[int, ...] = ()
+    """The model's end tokens; masked out while fewer than min_tokens are there, as are stop_token_ids."""
+    seed: int = 0
+    """64 bits; the server or router draws one when the client gave none."""
+    choice: int = 0
+    num_top_logprobs: int | None = None
+    """None: no logprobs; 0: only of the token itself."""
+
+
+class TokenOutput(Message, tag=False):
+    """One output token."""
+
+    token_id: int
+    logprob: float | None = None
+    """Natural log of the probability before temperature and truncation (vLLM's `raw_logprobs`)."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), best first."""
+
+
+class AddRequest(Message):
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output: list[TokenOutput] = []
+    """Tokens that this choice has already (from prefill, or before a migration); they count as output and are not sent again."""
+    do_remote_decode: bool = False
+    """Keep the KV blocks under a lease after the last token and answer with kv_transfer_params."""
+    num_readers: int = 1
+    """Choices that will pull the leased blocks."""
+    remote_kv: RemoteKV | None = None
+    """Pull the prompt's KV blocks from there."""
+    cache_salt: str = ""
+    traceparent: str | None = None
+
+
+class AbortRequest(Message):
+    """Drop the request; it ends with reason ``abort``. Unknown ids are ignored. Also ends the lease of a finished request."""
+
+    request_id: str
+
+
+class Hello(Message):
+    """First message of a server; requests of an earlier server incarnation are aborted."""
+
+    server_incarnation: int
+
+
+ToRank = AddRequest | AbortRequest | Hello
+
+
+class Tokens(Message):
+    """New output of a request that goes on."""
+
+    request_id: str
+    tokens: list[TokenOutput]
+
+
+class RequestFinished(Message):
+    """The one terminal message of a request, with the tokens not sent before."""
+
+    request_id: str
+    reason: FinishReason
+    tokens: list[TokenOutput] = []
+    stop_token_id: int | None = None
+    """The token that ended it (it is the last of the tokens)."""
+    error: str | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
+    remote_kv: RemoteKV | None = None
+    """With do_remote_decode: where the leased blocks can be pulled from; None when nothing is left to decode."""
+
+
+class Welcome(Message):
+    """Answer to Hello: what the server must know of the engine."""
+
+    engine_id: str
+    rank_incarnation: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+
+
+class Outputs(Message):
+    """All messages of one step in one frame."""
+
+    items: list[Tokens | RequestFinished]
+
+
+class EngineStats(Message):
+    """Sent about once a second and when idle begins; values are totals since the rank started unless named ``num_``."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_for_kv: int = 0
+    num_leased_requests: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_leased_blocks: int = 0
+    num_quarantined_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    transfer_bytes: int = 0
+    transfer_seconds: float = 0.0
+    transfers: int = 0
+    transfer_failures: int = 0
+    recomputed_requests: int = 0
+    leases_expired: int = 0
+    verification_failures: int = 0
+
+
+FromRank = Outputs | Welcome | EngineStats
+
+to_rank: Codec[ToRank] = Codec(ToRank)
+from_rank: Codec[FromRank] = Codec(FromRank)

@@ -1,0 +1,142 @@
+"""``kv_transfer_params``: vLLM's wire form for the KV hand-over, plus one key of ours.
+
+What a prefill engine answers and a decode engine is given. The routers of vLLM pass it on unread; ours reads and completes the
+``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from pdlaunch.errors import RequestError
+
+MAX_LISTED_BLOCKS = 1_000_000
+
+T = TypeVar("T")
+
+_Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks under lease at a prefill engine."""
+
+    engine_id: _Id
+    request_id: _Id
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    block_ids: list[list[Annotated[int, msgspec.Meta(ge=0)]]]
+    """By KV cache group; informative, decode uses what ``pull_begin`` says."""
+    num_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
+    lease_s: float = 0.0
+
+
+class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
+    """The first output token of one choice, sampled by the prefill engine."""
+
+    token_id: Annotated[int, msgspec.Meta(ge=0)]
+    finish_reason: str | None = None
+    """``stop`` when the choice ended with this token; then it needs no decode."""
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = []
+
+
+class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Our key ``pdlaunch`` inside kv_transfer_params."""
+
+    first_tokens: list[FirstToken] = []
+    """By choice; filled by prefill."""
+    first_token_sent: bool = False
+    """Set by a router that has streamed to the client what the prefill engine's answer holds."""
+
+
+def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
+    """The ``kv_transfer_params`` of a prefill engine's answer."""
+    params: dict[str, Any] = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": remote.engine_id,
+        "remote_request_id": remote.request_id,
+        "remote_host": remote.host,
+        "remote_port": remote.port,
+        "remote_block_ids": remote.block_ids,
+        "remote_num_tokens": remote.num_tokens,
+        "tp_size": remote.tp_size,
+        "dcp_size": 1,
+        "pp_size": 1,
+        "transfer_mode": "pull",
+        "remote_blocks_expiry_time": None,
+        "remote_lease_s": remote.lease_s,
+    }
+    if pdlaunch is not None:
+        params["pdlaunch"] = msgspec.to_builtins(pdlaunch)
+    return params
+
+
+class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine was asked to do with KV blocks."""
+
+    do_remote_decode: bool = False
+    remote_kv: RemoteKV | None = None
+    pdlaunch: PdlaunchParams | None = None
+
+
+def from_wire(params: object) -> KVTransferParams:
+    """Read the ``kv_transfer_params`` of a request to an engine.
+
+    Keys that other versions of vLLM add are ignored; those used here are checked. Raises RequestError naming the key.
+    """
+    if not isinstance(params, dict):
+        raise RequestError("kv_transfer_params must be an object", param="kv_transfer_params")
+    pdlaunch = params.get("pdlaunch")
+    flags: dict[str, bool] = {}
+    for key in ("do_remote_decode", "do_remote_prefill"):
+        value = params.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise RequestError(f"{key} must be true, false or null", param=f"kv_transfer_params.{key}")
+        flags[key] = bool(value)
+    if flags["do_remote_decode"] and flags["do_remote_prefill"]:
+        raise RequestError(
+            "do_remote_decode and do_remote_prefill exclude each other", param="kv_transfer_params.do_remote_decode"
+        )
+    remote = _read_remote(params) if flags["do_remote_prefill"] else None
+    return KVTransferParams(
+        do_remote_decode=flags["do_remote_decode"],
+        remote_kv=remote,
+        pdlaunch=None if pdlaunch is None else _convert(pdlaunch, PdlaunchParams, "kv_transfer_params.pdlaunch"),
+    )
+
+
+_REMOTE_KEYS = {
+    "remote_engine_id": "engine_id",
+    "remote_request_id": "request_id",
+    "remote_host": "host",
+    "remote_port": "port",
+    "remote_block_ids": "block_ids",
+    "remote_num_tokens": "num_tokens",
+    "tp_size": "tp_size",
+    "remote_lease_s": "lease_s",
+}
+_OPTIONAL_KEYS = {"tp_size", "remote_lease_s"}
+
+
+def _read_remote(params: dict[str, Any]) -> RemoteKV:
+    found: dict[str, Any] = {}
+    for key, name in _REMOTE_KEYS.items():
+        if params.get(key) is not None:
+            found[name] = params[key]
+        elif key not in _OPTIONAL_KEYS:
+            raise RequestError(f"{key} is missing", param=f"kv_transfer_params.{key}")
+    remote = _convert(found, RemoteKV, "kv_transfer_params")
+    if sum(map(len, remote.block_ids)) > MAX_LISTED_BLOCKS:
+        raise RequestError(f"more than {MAX_LISTED_BLOCKS} block ids", param="kv_transfer_params.remote_block_ids")
+    return remote
+
+
+def _convert(value: object, kind: type[T], param: str) -> T:
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise RequestError(f"{param}: {error}", param=param) from None

@@ -1,0 +1,166 @@
+"""The side channel between ranks of different engines (ZMQ DEALER of the puller, ROUTER of the rank that holds the blocks).
+
+``handshake`` once a pair and incarnation, then for each pull ``pull_begin -> heartbeat* -> pull_end``. Seconds are remaining
+seconds: clocks differ between hosts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pdlaunch.protocol.kv_params import FirstToken
+from pdlaunch.protocol.wire import Codec, Message
+
+PROTOCOL_VERSION = 1
+
+Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+
+
+class Compatibility(Message, tag=False):
+    """What must be equal on both sides, field by field; a mismatch is named with both values."""
+
+    protocol_version: int
+    pdlaunch_version: str
+    model_digest: str
+    """SHA-256 over the model's content (config, tensor names and shapes, samples of the weights)."""
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    groups: str
+    """Layers and window of each KV cache group, in one line."""
+    num_kv_heads: int
+    """Of the whole model."""
+    head_dim: int
+    layout: str
+    connector: str
+    checksum: str
+    """Algorithm name, or ``off``."""
+
+
+class Geometry(Message, tag=False):
+    """Where this rank's KV blocks lie."""
+
+    base_address: int
+    num_blocks: int
+    block_bytes: int
+    head_bytes: int
+    num_kv_heads: int
+    """KV heads of this rank."""
+    first_kv_head: int
+    """Global index of its first one."""
+    device_index: int
+    """0 on a CPU."""
+
+
+class Handshake(Message):
+    """Ask a rank for what is needed to read its blocks."""
+
+    call_id: int
+    engine_id: Id
+    """Of the puller; tells apart peers and incarnations."""
+    rank_name: Id
+    incarnation: int
+    expected_engine_id: Id
+    """From the registry; the answer must carry the same."""
+    compatibility: Compatibility
+    agent_metadata: bytes
+
+
+class HandshakeReply(Message):
+    call_id: int
+    engine_id: str
+    rank_name: str
+    incarnation: int
+    tp_rank: int
+    tp_size: int
+    compatibility: Compatibility
+    geometry: Geometry
+    agent_name: str
+    agent_metadata: bytes
+
+
+class PullBegin(Message):
+    """Ask for a leased request's blocks; extends the lease."""
+
+    call_id: int
+    engine_id: Id
+    """Of the rank asked; another id is answered with Refused."""
+    request_id: Id
+    reader: Id
+    """Names this pull: unique over engines, ranks, choices and attempts."""
+    num_pullers: int
+    """Ranks of the puller's TP group that pull from this rank."""
+
+
+class GroupBlocks(Message, tag=False):
+    """One KV cache group of a leased request."""
+
+    first_block_index: int
+    """Logical index within the request of the first block below; earlier ones have left the window."""
+    block_ids: list[int]
+    checksums: list[list[int]] | None
+    """By block and KV head of this rank, 64 bits each; None when verify is off."""
+
+
+class PullReply(Message):
+    call_id: int
+    num_tokens: int
+    block_hashes: list[bytes]
+    """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
+    groups: list[GroupBlocks]
+    lease_s: float
+    first_tokens: list[FirstToken] = []
+
+
+class Heartbeat(Message):
+    """A pull is still pending: extend the lease."""
+
+    call_id: int
+    engine_id: Id
+    request_id: Id
+    reader: Id
+
+
+class HeartbeatReply(Message):
+    call_id: int
+    lease_s: float
+
+
+class PullEnd(Message):
+    """The READ is over. ``again``: the same puller will begin once more, keep the lease for it."""
+
+    call_id: int
+    engine_id: Id
+    request_id: Id
+    reader: Id
+    again: bool = False
+
+
+class PullEndReply(Message):
+    call_id: int
+    held: bool
+    """The lease held from pull_begin until now: what was read is what was leased."""
+
+
+class Release(Message):
+    """The request was cancelled before its pull began: the lease may end at once. Needs no answer."""
+
+    engine_id: Id
+    request_id: Id
+
+
+class Refused(Message):
+    """The question cannot be answered; the asker treats it as a failed pull or handshake."""
+
+    call_id: int
+    reason: str
+    fatal: bool = False
+
+
+ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | Release
+ToPuller = HandshakeReply | PullReply | HeartbeatReply | PullEndReply | Refused
+
+to_holder: Codec[ToHolder] = Codec(ToHolder)
+to_puller: Codec[ToPuller] = Codec(ToPuller)

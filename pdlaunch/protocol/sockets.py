@@ -1,0 +1,107 @@
+"""ZMQ sockets that only processes of the same launch can use.
+
+Every socket speaks CURVE with the launch's key pair, and an authenticator admits that key alone: CURVE without an allow-list lets
+any fresh key in.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import Any, ClassVar
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from pdlaunch.protocol.wire import MAX_FRAME_BYTES
+
+
+class LaunchKeys(msgspec.Struct, frozen=True):
+    """The CURVE key pair (Z85) that all processes of one launch share, and the token of their HTTP ports."""
+
+    public: str
+    secret: str
+    http_token: str
+
+    def __repr__(self) -> str:
+        return "LaunchKeys(...)"
+
+
+def new_launch_keys() -> LaunchKeys:
+    """Fresh keys for one launch."""
+    public, secret = zmq.curve_keypair()
+    return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32))
+
+
+class _OneKey:
+    """Credentials provider of the authenticator: the launch's own key."""
+
+    def __init__(self, public: str) -> None:
+        self._public = public.encode()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return secrets.compare_digest(key, self._public)
+
+
+class SecureContext:
+    """A ZMQ context whose TCP and IPC sockets are closed to strangers. One a process; ``close`` ends its threads.
+
+    Sockets belong to the thread that made them. ``socket_class`` as in ``zmq.Context.socket``: pass ``zmq.asyncio.Socket`` for an
+    event loop.
+    """
+
+    LINGER_MS: ClassVar[int] = 500
+
+    def __init__(self, keys: LaunchKeys) -> None:
+        self._keys = keys
+        self._lock = threading.Lock()
+        self.zmq: zmq.Context[Any] = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self.zmq)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OneKey(keys.public))
+
+    def listen(self, kind: int, endpoint: str, *, socket_class: type | None = None) -> tuple[Any, str]:
+        """Bind a socket; returns it and where it can be reached.
+
+        ``endpoint``: ``tcp://127.0.0.1:0`` picks a free port, ``ipc:///path`` a file.
+        """
+        socket = self._socket(kind, socket_class)
+        socket.curve_server = True
+        socket.curve_secretkey = self._keys.secret.encode()
+        socket.curve_publickey = self._keys.public.encode()
+        if kind == zmq.ROUTER:
+            socket.router_handover = True
+        socket.bind(endpoint)
+        return socket, socket.last_endpoint.decode()
+
+    def connect(self, kind: int, endpoint: str, *, identity: bytes | None = None, socket_class: type | None = None) -> Any:
+        """Connect a socket; ZMQ connects again by itself when the peer comes back at the same endpoint."""
+        socket = self._socket(kind, socket_class)
+        socket.curve_serverkey = self._keys.public.encode()
+        socket.curve_secretkey = self._keys.secret.encode()
+        socket.curve_publickey = self._keys.public.encode()
+        if identity is not None:
+            socket.identity = identity
+        socket.connect(endpoint)
+        return socket
+
+    def pair(self, name: str) -> tuple[Any, Any]:
+        """Two connected in-process sockets, to wake a polling thread from another one."""
+        sockets = self._socket(zmq.PAIR, None), self._socket(zmq.PAIR, None)
+        sockets[0].bind(f"inproc://{name}")
+        sockets[1].connect(f"inproc://{name}")
+        return sockets
+
+    def close(self) -> None:
+        """Close what the context still holds. Safe to call twice."""
+        with self._lock:
+            if not self.zmq.closed:
+                self._authenticator.stop()
+                self.zmq.destroy(linger=self.LINGER_MS)
+
+    def _socket(self, kind: int, socket_class: type | None) -> Any:
+        socket = self.zmq.socket(kind, socket_class=socket_class)
+        socket.linger = self.LINGER_MS
+        socket.maxmsgsize = MAX_FRAME_BYTES
+        return socket

@@ -1,0 +1,88 @@
+"""What the scheduler asks of the connector on every rank, and what the connector reports back.
+
+Block ids are the engine's own. Ownership: blocks named in ``GrantLease`` belong to the lease until ``LeaseEnded``; blocks named
+in ``StartPull`` belong to the transfer until ``PullFinished``, or ``PullDrained`` where that said ``in_flight``.
+"""
+
+from __future__ import annotations
+
+from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.wire import Message
+
+
+class GrantLease(Message):
+    """Prefill: the blocks of a finished request may be pulled."""
+
+    request_id: str
+    block_ids: list[list[int]]
+    """By group, from first_block_index on."""
+    first_block_index: list[int]
+    block_hashes: list[bytes]
+    num_tokens: int
+    num_readers: int
+    first_tokens: list[FirstToken]
+    lease_s: float
+
+
+class EndLease(Message):
+    """Prefill: the request was cancelled; the lease ends at once unless a pull has begun."""
+
+    request_id: str
+
+
+class StartPull(Message):
+    """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
+
+    pull_id: str
+    """Unique over attempts."""
+    request_id: str
+    remote: RemoteKV
+    block_ids: list[list[int]]
+    """By group: destination of the blocks from first_block_index on."""
+    first_block_index: list[int]
+    """Logical index of the first block to pull; earlier ones are in the prefix cache or out of the window."""
+    block_hashes: list[bytes]
+    """What this engine computed for its own prompt, all blocks; compared with the holder's."""
+    num_tokens: int
+    timeout_s: float
+
+
+class CancelPull(Message):
+    """Decode: nobody wants the blocks any more; ends in PullFinished like any other pull."""
+
+    pull_id: str
+
+
+TransferCommand = GrantLease | EndLease | StartPull | CancelPull
+
+
+class LeaseEnded(Message):
+    """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have said so."""
+
+    request_id: str
+    reason: str
+    """``pulled``, ``released`` or ``expired``."""
+
+
+class PullFinished(Message):
+    """Decode: this rank's pull has ended."""
+
+    pull_id: str
+    ok: bool
+    """The blocks are proven: READ done, lease held throughout, hashes and checksums equal."""
+    error: str = ""
+    retryable: bool = True
+    in_flight: bool = False
+    """A READ may still write to the blocks: quarantine them until PullDrained."""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    verification_failed: bool = False
+
+
+class PullDrained(Message):
+    """Decode: no READ of this pull can write any more (its handle ended, or the peer is dead)."""
+
+    pull_id: str
+
+
+TransferEvent = LeaseEnded | PullFinished | PullDrained

@@ -1,0 +1,36 @@
+"""Typed messages as msgpack frames: encode, decode, refuse what does not fit."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from pdlaunch.errors import ProtocolError
+
+MAX_FRAME_BYTES = 64 * 1024**2
+"""Longest frame a socket accepts; ZMQ closes the connection of a peer that sends more."""
+
+M = TypeVar("M")
+
+
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every message between processes; the class name is its tag in the union of its channel."""
+
+
+class Codec(Generic[M]):
+    """Encoder and decoder of one channel's union of messages."""
+
+    def __init__(self, union: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def encode(self, message: M) -> bytes:
+        return self._encoder.encode(message)
+
+    def decode(self, frame: bytes | memoryview) -> M:
+        """Raises ProtocolError when the frame is no message of this channel."""
+        try:
+            return self._decoder.decode(frame)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"malformed message of {len(frame)} bytes: {error}") from None

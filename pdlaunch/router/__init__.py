@@ -1,0 +1,1 @@
+"""P/D routing; no torch."""

@@ -1,0 +1,1 @@
+"""Plan, spawn, watch, stop; the registry."""

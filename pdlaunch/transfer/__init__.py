@@ -1,0 +1,1 @@
+"""KV transfer between engines: connectors, side channel, handshake, lease, checksums."""
