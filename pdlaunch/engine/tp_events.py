@@ -1,0 +1,69 @@
+"""Transfer events of all ranks of a TP group become one event each: a block is moved only when every rank has moved its heads."""
+
+from __future__ import annotations
+
+from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
+
+
+class EventAggregator:
+    """Counts what each rank has reported; ``add`` returns the events that are now true of the whole engine."""
+
+    def __init__(self, tp_size: int) -> None:
+        self._tp_size = tp_size
+        self._leases: dict[str, list[LeaseEnded]] = {}
+        self._finished: dict[str, list[PullFinished]] = {}
+        self._num_drained: dict[str, int] = {}
+
+    def add(self, event: TransferEvent) -> list[TransferEvent]:
+        match event:
+            case LeaseEnded():
+                return self._add_lease(event)
+            case PullFinished():
+                self._finished.setdefault(event.pull_id, []).append(event)
+            case PullDrained():
+                self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
+        return self._pull_events(event.pull_id, newly_finished=isinstance(event, PullFinished))
+
+    def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
+        reports = self._leases.setdefault(event.request_id, [])
+        reports.append(event)
+        if len(reports) < self._tp_size:
+            return []
+        del self._leases[event.request_id]
+        # One rank whose lease expired makes the whole lease an expired one.
+        reasons = {report.reason for report in reports}
+        reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
+        return [LeaseEnded(request_id=event.request_id, reason=reason)]
+
+    def _pull_events(self, pull_id: str, *, newly_finished: bool) -> list[TransferEvent]:
+        reports = self._finished.get(pull_id, [])
+        if len(reports) < self._tp_size:
+            return []
+        num_in_flight = sum(report.in_flight for report in reports)
+        num_drained = self._num_drained.get(pull_id, 0)
+        all_drained = num_drained >= num_in_flight
+        events: list[TransferEvent] = []
+        if newly_finished:
+            # The last rank reports after others have drained: then nothing is in flight any more.
+            events.append(_merge(reports, in_flight=not all_drained))
+        elif all_drained:
+            events.append(PullDrained(pull_id=pull_id))
+        if all_drained:
+            del self._finished[pull_id]
+            self._num_drained.pop(pull_id, None)
+        return events
+
+
+def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
+    """All ranks' reports as one: right only if all are, retryable only if every failure is."""
+    failed = [report for report in reports if not report.ok]
+    return PullFinished(
+        pull_id=reports[0].pull_id,
+        ok=not failed,
+        error="; ".join(sorted({report.error for report in failed})),
+        retryable=all(report.retryable for report in failed),
+        in_flight=in_flight,
+        num_bytes=sum(report.num_bytes for report in reports),
+        seconds=max(report.seconds for report in reports),
+        verification_failed=any(report.verification_failed for report in reports),
+    )
