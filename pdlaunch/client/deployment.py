@@ -1,0 +1,104 @@
+"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pdlaunch.errors import StartupError
+
+_POLL_S = 0.1
+_STOP_TIMEOUT_S = 60.0
+
+
+class Deployment:
+    """A running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has yielded it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log_dir: Path, output: Path, start_s: float) -> None:
+        self.process = process
+        self.url = url
+        self.log_dir = log_dir
+        self.start_s = start_s
+        """Seconds from command to ``/health`` 200."""
+        self._output = output
+
+    def output(self) -> str:
+        """What ``pdlaunch serve`` has printed."""
+        return self._output.read_text(errors="replace")
+
+    def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
+        """Ctrl-C, then wait; returns the exit code. Raises TimeoutExpired after killing it."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+@contextlib.contextmanager
+def running_deployment(
+    arguments: Sequence[str] = (), *, environ: Mapping[str, str] | None = None, timeout_s: float = 300.0
+) -> Iterator[Deployment]:
+    """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is healthy, stop it at the end.
+
+    Raises StartupError with what it printed when it ends or does not get healthy in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
+        output, log_dir = Path(folder) / "output", Path(folder) / "logs"
+        port = free_port()
+        command = [sys.executable, "-m", "pdlaunch", "serve", *arguments, "--port", str(port), "--log-dir", str(log_dir)]
+        started_s = time.monotonic()
+        with output.open("wb") as sink:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ if environ is None else environ),
+                start_new_session=True,
+            )
+        deployment = Deployment(process, f"http://127.0.0.1:{port}", log_dir, output, 0.0)
+        try:
+            _await_health(deployment, started_s + timeout_s)
+            deployment.start_s = time.monotonic() - started_s
+            yield deployment
+        finally:
+            deployment.stop()
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await_health(deployment: Deployment, deadline_s: float) -> None:
+    while time.monotonic() < deadline_s:
+        if deployment.process.poll() is not None:
+            raise StartupError(f"pdlaunch serve ended with code {deployment.process.returncode}:\n{deployment.output()}")
+        if _healthy(deployment.url):
+            return
+        time.sleep(_POLL_S)
+    raise StartupError(f"pdlaunch serve was not healthy in time:\n{deployment.output()}")
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False

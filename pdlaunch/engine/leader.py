@@ -1,0 +1,121 @@
+"""Rank 0 of an engine: schedule, run with all ranks, postprocess, answer the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.server_link import ServerLink
+from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.tp_channel import LeaderChannel
+from pdlaunch.engine.tp_events import EventAggregator
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, EngineStats, Hello, Outputs, SetReaders, ToRank, Welcome
+from pdlaunch.transfer.worker import TransferWorker
+
+STATS_INTERVAL_S = 1.0
+
+
+class Leader:
+    """The step loop of an engine; ``turn`` is one round of it."""
+
+    def __init__(
+        self,
+        *,
+        spec: EngineSpec,
+        engine_id: str,
+        incarnation: int,
+        runner: ModelRunner,
+        transfer: TransferWorker,
+        scheduler: Scheduler,
+        server: ServerLink,
+        followers: LeaderChannel | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._welcome = Welcome(
+            engine_id=engine_id,
+            rank_incarnation=incarnation,
+            max_model_len=spec.max_model_len,
+            num_blocks=runner.num_blocks,
+            block_size=spec.block_size,
+        )
+        self._runner = runner
+        self._transfer = transfer
+        self._scheduler = scheduler
+        self._server = server
+        self._followers = followers
+        self._events = EventAggregator(spec.tensor_parallel_size)
+        self._clock = clock
+        self._stats_due_s = 0.0
+        self._last_stats: EngineStats | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Every rank of the TP group is in the loop."""
+        return self._followers is None or self._followers.complete
+
+    def wait_s(self) -> float:
+        """How long the loop may sleep when no socket wakes it."""
+        if self._scheduler.has_work():
+            return 0.0
+        return STATS_INTERVAL_S
+
+    def turn(self) -> None:
+        """Receive, schedule, run, postprocess, send."""
+        for message in self._server.receive():
+            self._on_request(message)
+        self._receive_events()
+        plan = self._scheduler.schedule()
+        if not _is_empty(plan):
+            self._scheduler.postprocess(plan, self._run(plan))
+        if outputs := self._scheduler.take_outputs():
+            self._server.send(Outputs(items=outputs))
+        self._send_stats()
+
+    def _on_request(self, message: ToRank) -> None:
+        match message:
+            case Hello():
+                self._scheduler.abort_all()
+                self._scheduler.take_outputs()
+                self._server.send(self._welcome)
+            case AddRequest():
+                self._scheduler.add(message)
+            case AbortRequest():
+                self._scheduler.abort(message.request_id)
+            case SetReaders():
+                self._scheduler.set_readers(message.request_id, message.num_readers)
+
+    def _receive_events(self) -> None:
+        events = self._transfer.take_events()
+        if self._followers is not None:
+            for report in self._followers.receive():
+                events.extend(report.events)
+        for event in events:
+            for merged in self._events.add(event):
+                self._scheduler.on_transfer_event(merged)
+
+    def _run(self, plan: StepPlan) -> StepOutput:
+        if self._followers is not None:
+            self._followers.send(plan)
+        self._transfer.submit(plan.commands)
+        return self._runner.execute(plan)
+
+    def _send_stats(self) -> None:
+        now_s = self._clock()
+        if now_s < self._stats_due_s:
+            return
+        self._stats_due_s = now_s + STATS_INTERVAL_S
+        stats = self._scheduler.stats()
+        transfer = self._transfer.stats()
+        stats = msgspec.structs.replace(stats, **transfer)
+        if stats != self._last_stats:
+            self._last_stats = stats
+            self._server.send(stats)
+
+
+def _is_empty(plan: StepPlan) -> bool:
+    return not (plan.scheduled or plan.commands or plan.freed_rows or plan.new_rows)

@@ -1,0 +1,229 @@
+"""A rank process: one device's share of an engine. Rank 0 (``leader.py``) also schedules and talks to the engine's server.
+
+``start`` brings things up in the order that the handshake needs: TP group, engine_id (drawn by rank 0, broadcast over the group),
+model and KV cache, connector, addresses. Then the loop turns until the supervisor says Stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import time
+
+import zmq
+
+from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.server_link import ServerLink
+from pdlaunch.engine.step import Shutdown, StepDone
+from pdlaunch.engine.tp_channel import FollowerChannel, LeaderChannel
+from pdlaunch.engine.wakeup import Wakeup
+from pdlaunch.errors import StartupError
+from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.control_client import ControlClient
+from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
+from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.transfer.engine_id import draw_engine_id
+from pdlaunch.transfer.nixl_connector import NixlConnector
+from pdlaunch.transfer.worker import TransferWorker
+
+logger = logging.getLogger(__name__)
+
+GROUP_TIMEOUT_S = 300.0
+"""Longest difference between the ranks of a TP group at start."""
+
+
+class RankProcess:
+    """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        self._bootstrap = bootstrap
+        self._spec = bootstrap.engine()
+        self._wakeup = Wakeup()
+        self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
+        self._context = SecureContext(bootstrap.keys)
+        self._control = ControlClient(self._context, bootstrap.control, bootstrap.name, self._on_control)
+        self._registry = Registry(version=0, entries=[])
+        self._stopped = False
+        self._transfer: TransferWorker | None = None
+
+    @property
+    def control(self) -> ControlClient:
+        return self._control
+
+    def run(self) -> None:
+        """Start, then loop until Stop. Errors of the start and of a step are raised."""
+        self._register(engine_id="", address=Address())
+        tp = self._join_group()
+        engine_id = self._agree_on_engine_id(tp)
+        runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
+        self._progress("warming up", None)
+        runner.warm_up()
+        transfer = self._transfer = self._new_transfer(runner, engine_id)
+        if self._bootstrap.tp_rank == 0:
+            self._lead(runner, transfer, engine_id)
+        else:
+            self._follow(runner, transfer, engine_id)
+        transfer.close(timeout_s=2.0)
+
+    def close(self) -> None:
+        """Send what is queued to the supervisor."""
+        self._control.close()
+
+    def _lead(self, runner: ModelRunner, transfer: TransferWorker, engine_id: str) -> None:
+        spec = self._spec
+        followers = LeaderChannel(self._context, spec.tensor_parallel_size) if spec.tensor_parallel_size > 1 else None
+        server = ServerLink(self._context)
+        address = Address(
+            requests=server.endpoint,
+            steps="" if followers is None else followers.endpoint,
+            side_channel=transfer.endpoint,
+        )
+        host, _, port = transfer.endpoint.removeprefix("tcp://").rpartition(":")
+        scheduler = Scheduler(
+            groups=runner.layout.groups,
+            num_blocks=runner.num_blocks,
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            max_model_len=spec.max_model_len,
+            enable_prefix_caching=spec.enable_prefix_caching,
+            model_digest=runner.model_digest,
+            kv_transfer=spec.kv_transfer,
+            local=(engine_id, host, int(port), spec.tensor_parallel_size),
+        )
+        leader = Leader(
+            spec=spec,
+            engine_id=engine_id,
+            incarnation=self._bootstrap.incarnation,
+            runner=runner,
+            transfer=transfer,
+            scheduler=scheduler,
+            server=server,
+            followers=followers,
+        )
+        poller = self._poller(server.socket)
+        if followers is not None:
+            poller.register(followers.socket, zmq.POLLIN)
+        self._register(engine_id, address)
+        said_ready = False
+        while not self._stopped:
+            self._wait(poller, leader.wait_s())
+            leader.turn()
+            if leader.ready and not said_ready:
+                said_ready = True
+                self._control.send(Ready(info={"num_blocks": str(runner.num_blocks), "dtype": spec.dtype}))
+        if followers is not None:
+            followers.send(Shutdown())
+
+    def _follow(self, runner: ModelRunner, transfer: TransferWorker, engine_id: str) -> None:
+        self._register(engine_id, Address(side_channel=transfer.endpoint))
+        tp_rank = self._bootstrap.tp_rank
+        leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
+        self._control.send(Ready())
+        poller = self._poller(leader.socket)
+        while not self._stopped:
+            self._wait(poller, 1.0)
+            for message in leader.receive():
+                if isinstance(message, Shutdown):
+                    return
+                transfer.submit(message.commands)
+                runner.execute(message)
+            if events := transfer.take_events():
+                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
+
+    def _join_group(self) -> TPGroup | None:
+        if self._spec.tensor_parallel_size == 1:
+            return None
+        self._progress("joining the TP group", None)
+        return init_tp_group(
+            self._bootstrap.rendezvous,
+            self._bootstrap.tp_rank,
+            self._spec.tensor_parallel_size,
+            self._spec.device,
+        )
+
+    def _agree_on_engine_id(self, tp: TPGroup | None) -> str:
+        """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""
+        drawn = draw_engine_id()
+        if tp is None:
+            return drawn
+        return tp.broadcast_bytes(bytes.fromhex(drawn)).hex()
+
+    def _new_transfer(self, runner: ModelRunner, engine_id: str) -> TransferWorker:
+        return TransferWorker(
+            context=self._context,
+            spec=self._spec,
+            name=self._bootstrap.name,
+            tp_rank=self._bootstrap.tp_rank,
+            engine_id=engine_id,
+            incarnation=self._bootstrap.incarnation,
+            layout=runner.layout,
+            kv_cache=runner.kv_cache,
+            model_digest=runner.model_digest,
+            total_kv_heads=runner.shape.num_kv_heads,
+            first_kv_head=runner.first_kv_head,
+            connector=NixlConnector(self._bootstrap.name, self._bootstrap.incarnation),
+            wake=self._wakeup.set,
+            report=self._control.send,
+        )
+
+    def _await_leader(self) -> str:
+        """Endpoint of rank 0's step channel in this incarnation."""
+        name = f"{self._spec.name}/rank-0"
+        deadline_s = time.monotonic() + GROUP_TIMEOUT_S
+        poller = self._poller()
+        while time.monotonic() < deadline_s and not self._stopped:
+            for entry in self._registry.entries:
+                if entry.name == name and entry.incarnation == self._bootstrap.incarnation and entry.address.steps:
+                    return entry.address.steps
+            self._wait(poller, 1.0)
+        raise StartupError(f"{name} did not register its step channel within {GROUP_TIMEOUT_S:.0f} s")
+
+    def _poller(self, *sockets: zmq.Socket[bytes]) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self._wakeup.fd, zmq.POLLIN)
+        for socket in sockets:
+            poller.register(socket, zmq.POLLIN)
+        return poller
+
+    def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
+        """Sleep until a socket or another thread has something; handle the supervisor's messages."""
+        poller.poll(timeout_s * 1000)
+        self._wakeup.clear()
+        while not self._inbox.empty():
+            self._handle_control(self._inbox.get())
+
+    def _handle_control(self, message: FromSupervisor) -> None:
+        match message:
+            case Registry():
+                self._registry = message
+                if self._transfer is not None:
+                    self._transfer.update_registry(message.entries)
+            case Drain():
+                # The router and the server hold back new requests; a rank has nothing to refuse.
+                self._control.send(Drained())
+            case Stop():
+                self._stopped = True
+
+    def _on_control(self, message: FromSupervisor) -> None:
+        """Called in the control thread."""
+        self._inbox.put(message)
+        self._wakeup.set()
+
+    def _progress(self, text: str, fraction: float | None) -> None:
+        self._control.send(Progress(text=text, fraction=fraction))
+
+    def _register(self, engine_id: str, address: Address) -> None:
+        self._control.send(
+            Register(
+                name=self._bootstrap.name,
+                incarnation=self._bootstrap.incarnation,
+                pid=os.getpid(),
+                engine_id=engine_id,
+                address=address,
+            )
+        )
