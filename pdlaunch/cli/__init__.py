@@ -1,1 +1,5 @@
-"""Typer and rich; the only room that renders."""
+"""The command line; the only room that renders."""
+
+from pdlaunch.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,79 @@
+"""The command line: one file a command, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command and where it lives: ``module:attribute``, a function or (``is_group``) a ``typer.Typer``."""
+
+    name: str
+    target: str
+    summary: str
+    is_group: bool = False
+
+    def load(self) -> Any:
+        module, attribute = self.target.split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+COMMANDS = (
+    Command("serve", "pdlaunch.cli.serve:serve", "Start prefill and decode engines behind one router."),
+    Command("check-config", "pdlaunch.cli.check_config:check_config", "Find what is wrong with a set-up before it runs."),
+    Command("explain", "pdlaunch.cli.explain:explain", "Show why a rule of check-config exists and how to fix its findings."),
+    Command("config", "pdlaunch.cli.config_cmd:app", "Show the resolved configuration or its JSON schema.", is_group=True),
+)
+
+_COMPLETION_VARIABLE = "_PDLAUNCH_COMPLETE"
+
+
+def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
+    """The typer app for these arguments: the command they name is imported, the others are only listed."""
+    app = typer.Typer(
+        name="pdlaunch", help=_summary(), no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    app.callback()(_root)
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for command in commands:
+        loaded = command.load() if command.name == called or _COMPLETION_VARIABLE in os.environ else None
+        if command.is_group:
+            app.add_typer(loaded or typer.Typer(callback=_placeholder), name=command.name, help=command.summary)
+        else:
+            app.command(command.name, help=command.summary)(loaded or _placeholder)
+    return app
+
+
+def main() -> None:
+    """Entry point of the ``pdlaunch`` script."""
+    build_app(sys.argv[1:])()
+
+
+def _summary() -> str:
+    return "Launch disaggregated prefill/decode LLM serving with one command."
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pdlaunch import __version__
+
+        typer.echo(f"pdlaunch {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def _placeholder() -> None:
+    """Stands for a command that was not called; only its name and summary are shown."""
