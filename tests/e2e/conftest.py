@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pdlaunch.client.deployment import Deployment, running_deployment
+
+DEMO_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "256MiB")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/e2e/" in str(item.path):
+            item.add_marker(pytest.mark.e2e)
+
+
+def clean_environ() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"}
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Deployment]:
+    """One prefill and one decode engine with the demo model, float32."""
+    with running_deployment(DEMO_ARGUMENTS, environ=clean_environ()) as deployment:
+        yield deployment

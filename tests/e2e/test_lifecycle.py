@@ -1,0 +1,149 @@
+"""Starting, stopping and dying: with real processes and a tiny model."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.e2e.api import complete, get, post
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import greedy, make_tiny_model
+
+PROMPT = list(range(40, 100))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> list[int]:
+    return greedy(tiny_model, [PROMPT], 16)[0]
+
+
+@pytest.fixture
+def deployment(tiny_model: Path) -> Iterator[Deployment]:
+    arguments = ("--model", str(tiny_model), "--kv-cache-memory", "16MiB")
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
+        yield deployment
+
+
+def processes_of(deployment: Deployment) -> dict[str, psutil.Process]:
+    """By the name after ``--name``."""
+    found = {}
+    for process in psutil.Process(deployment.process.pid).children(recursive=True):
+        command = process.cmdline()
+        if "--name" in command:
+            found[command[command.index("--name") + 1]] = process
+    return found
+
+
+def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.05)
+
+
+def test_interrupt_ends_every_process_with_code_0(deployment: Deployment) -> None:
+    children = list(processes_of(deployment).values())
+    assert len(children) == 5
+    assert deployment.stop() == 0
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None:
+    children = list(processes_of(deployment).values())
+    deployment.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"])
+def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deployment, expected: list[int], name: str) -> None:
+    assert complete(deployment.url, PROMPT, 16) == expected
+    before = processes_of(deployment)
+    before[name].kill()
+    await_true(lambda: processes_of(deployment).get(name, before[name]).pid != before[name].pid, f"restart of {name}")
+
+    def works() -> bool:
+        try:
+            return post(deployment.url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+        except OSError:
+            return False
+
+    await_true(works, "an answer after the restart")
+    assert complete(deployment.url, PROMPT, 16) == expected
+    others = [other for other in before if other != name]
+    assert {other: processes_of(deployment)[other].pid for other in others} == {other: before[other].pid for other in others}
+
+
+def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Deployment, expected: list[int]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(complete, deployment.url, PROMPT, 400)
+        await_true(lambda: "1" in str(in_flight(deployment)), "the request is running")
+        deployment.process.send_signal(signal.SIGTERM)
+
+        def refused() -> bool:
+            try:
+                return post(deployment.url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 503
+            except OSError:
+                return running.done()
+
+        await_true(refused, "refusal of new requests")
+        assert running.result()[:16] == expected
+    assert deployment.process.wait(60) == 0
+
+
+def in_flight(deployment: Deployment) -> float:
+    samples = [
+        line for line in get(deployment.url, "/metrics").splitlines() if line.startswith("pdlaunch_router_requests_in_flight")
+    ]
+    return sum(float(line.rpartition(" ")[2]) for line in samples)
+
+
+def serve(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pdlaunch", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False)
+
+
+def test_a_busy_port_is_named_before_anything_starts(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        result = serve("--model", str(tiny_model), "--port", str(port))
+    assert result.returncode == 1
+    assert str(port) in result.stdout + result.stderr
+
+
+def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        if file.suffix == ".json":
+            (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"not a safetensors file")
+    result = serve("--model", str(broken), "--log-dir", str(tmp_path / "logs"), "--port", "0")
+    assert result.returncode == 1
+    report = result.stderr.strip().splitlines()
+    assert len(report) <= 20
+    assert "rank-0" in result.stderr
+    assert str(tmp_path / "logs") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_launches_at_once(tiny_model: Path, expected: list[int], deployment: Deployment) -> None:
+    with running_deployment(("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()) as other:
+        assert complete(other.url, PROMPT, 16) == expected
+        assert complete(deployment.url, PROMPT, 16) == expected

@@ -1,0 +1,68 @@
+"""The disaggregated answer equals transformers' own generate, token for token."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.config.aliases import resolve_model
+from tests.e2e.api import complete, complete_all
+from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
+from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model
+
+# Around block (16) and chunk (512) boundaries, and ordinary lengths.
+DEMO_LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 80, 96, 127, 128, 129, 511, 512, 513)
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def demo_prompts() -> list[list[int]]:
+    rng = random.Random(7)
+    return [[rng.randrange(100, 40_000) for _ in range(length)] for length in DEMO_LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def demo_answers(demo_prompts: list[list[int]]) -> list[list[int]]:
+    return greedy(Path(resolve_model("smollm2").cache_dir), demo_prompts, NUM_TOKENS)
+
+
+def test_demo_model_cold_then_from_prefix_cache_then_in_a_batch(
+    demo: Deployment, demo_prompts: list[list[int]], demo_answers: list[list[int]]
+) -> None:
+    for kind in ("cold", "prefix hit"):
+        answers = [complete(demo.url, prompt, NUM_TOKENS) for prompt in demo_prompts]
+        assert answers == demo_answers, kind
+    assert complete_all(demo.url, demo_prompts, NUM_TOKENS, concurrency=8) == demo_answers
+
+
+def test_demo_model_cold_in_a_batch(demo: Deployment, demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
+    """A salt keeps the prefix cache out."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: complete(demo.url, prompt, NUM_TOKENS, cache_salt="cold"), demo_prompts))
+    assert answers == demo_answers
+
+
+def test_demo_model_with_tensor_parallel_ranks(demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
+    arguments = (*DEMO_ARGUMENTS, "--prefill-tp", "3", "--decode-tp", "3")
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
+        assert complete_all(deployment.url, demo_prompts, NUM_TOKENS, concurrency=4) == demo_answers
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
+    """Blocks of 16, chunks of 32, windows of 24: lengths at each boundary and one off it."""
+    directory = make_tiny_model(family, tmp_path)
+    rng = random.Random(11)
+    lengths = (1, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 130, 200, 257)
+    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+    expected = greedy(directory, prompts, 24)
+    config = tmp_path / "pdlaunch.yaml"
+    config.write_text(f"model: {directory}\nmax_num_batched_tokens: 32\nkv_cache_memory: 64MiB\ndtype: float32\n")
+    with running_deployment([str(config)], environ=clean_environ()) as deployment:
+        assert [complete(deployment.url, prompt, 24) for prompt in prompts] == expected
+        assert complete_all(deployment.url, prompts, 24, concurrency=8) == expected

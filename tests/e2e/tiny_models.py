@@ -1,0 +1,74 @@
+"""Tiny random models of every supported family, as directories in Hugging Face layout with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+VOCAB_SIZE = 256
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 48, "intermediate_size": 96}
+COMMON = HEADS | {
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"num_hidden_layers": 3},
+    "qwen2": {"num_hidden_layers": 3},
+    "qwen3": {"num_hidden_layers": 3},
+    "mistral": {"num_hidden_layers": 3, "sliding_window": 24},
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    },
+}
+
+
+def make_tiny_model(family: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write config, weights and tokenizer of a tiny random model; returns its directory."""
+    directory = folder / family
+    torch.manual_seed(seed)
+    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Larger weights than the default: greedy answers then vary instead of repeating one token.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(directory)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}')
+    return directory
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """What transformers' own generate answers, one prompt at a time, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
