@@ -13,7 +13,7 @@ Role = Literal["prefill", "decode"]
 ProcessKind = Literal["router", "server", "rank"]
 
 
-class Address(Message, tag=False):
+class Address(Message, tag=False, frozen=True):
     """Where a process listens; empty strings where it has no such socket."""
 
     http: str = ""
@@ -26,7 +26,7 @@ class Address(Message, tag=False):
     """``tcp://127.0.0.1:43210``; of a rank."""
 
 
-class Capabilities(Message, tag=False):
+class Capabilities(Message, tag=False, frozen=True):
     """What an engine can do; the router reads it instead of assuming it."""
 
     verifies: bool = False
