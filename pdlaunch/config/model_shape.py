@@ -1,0 +1,266 @@
+"""What a model is, read from its config.json without torch or transformers.
+
+Whatever pdlaunch cannot serve is refused here by name, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.config.model_families import Family, supported_families
+from pdlaunch.errors import ConfigError, UnsupportedModelError
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_CONFIG_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder-only language model with paged attention."""
+
+    architecture: str
+    """First of ``architectures``; empty when the file has none."""
+    model_type: str
+    """Of the language model: ``gemma3_text`` also where the file describes a multimodal ``gemma3``."""
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layer_windows: tuple[int | None, ...]
+    """By layer: tokens that attention sees, the current one included; None sees all."""
+    dtype: str | None
+    """Of the checkpoint as the file says, ``bfloat16`` and such; None: not said."""
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    """Of generation_config.json and config.json together, the former first."""
+    num_parameters: int
+    """Of the language model, exactly as transformers counts."""
+
+    def parameter_bytes(self, dtype: str) -> int:
+        """Bytes of all weights in ``dtype``."""
+        return self.num_parameters * DTYPE_BYTES[dtype]
+
+
+def read_model_shape(model_dir: str | Path) -> ModelShape:
+    """Read ``config.json`` (and ``generation_config.json``) of a directory in Hugging Face layout.
+
+    Raises ConfigError when the file is missing or broken, UnsupportedModelError when the model cannot be served.
+    """
+    directory = Path(model_dir)
+    outer = _read_json(directory / "config.json")
+    _refuse_unsupported(outer)
+    config = _language_model(outer)
+    _refuse_unsupported(config)
+    model_type = str(config.get("model_type"))
+    families = supported_families()
+    if model_type not in families:
+        raise _unsupported(
+            f"model_type {config.get('model_type')!r} is not supported",
+            fix=f"Supported are {', '.join(sorted([*families, 'gemma3']))}.",
+            value=config.get("model_type"),
+        )
+    generation = directory / "generation_config.json"
+    return _shape(outer, config, families[model_type], _read_json(generation) if generation.is_file() else {})
+
+
+def _shape(outer: dict[str, Any], config: dict[str, Any], family: Family, generation: dict[str, Any]) -> ModelShape:
+    config = dict(family.defaults) | config
+    hidden_size, num_heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    num_kv_heads = num_heads if config.get("num_key_value_heads") is None else _positive(config, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}",
+            field="model",
+            fix="Correct config.json of the model.",
+        )
+    architectures = outer.get("architectures") or config.get("architectures") or [""]
+    sizes = {
+        "num_layers": _positive(config, "num_hidden_layers"),
+        "num_attention_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": hidden_size // num_heads if config.get("head_dim") is None else _positive(config, "head_dim"),
+        "hidden_size": hidden_size,
+        "intermediate_size": _positive(config, "intermediate_size"),
+        "vocab_size": _positive(config, "vocab_size"),
+    }
+    return ModelShape(
+        **sizes,
+        architecture=str(architectures[0]),
+        model_type=str(config["model_type"]),
+        max_position_embeddings=_positive(config, "max_position_embeddings"),
+        layer_windows=_windows(config, family),
+        dtype=_dtype(outer) or _dtype(config),
+        tie_word_embeddings=bool(config["tie_word_embeddings"]),
+        bos_token_id=_first_id(generation, outer, config, key="bos_token_id"),
+        eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
+        num_parameters=_count_parameters(config, family, **sizes),
+    )
+
+
+def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, ...]:
+    try:
+        windows = family.layer_windows(config)
+    except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"config.json: layer_types or sliding_window cannot be read ({error})",
+            field="model",
+            fix="Correct config.json of the model.",
+        ) from None
+    for window in windows:
+        if window is not None:
+            _positive({"sliding_window": window}, "sliding_window")
+    return windows
+
+
+def _count_parameters(
+    config: dict[str, Any],
+    family: Family,
+    *,
+    num_layers: int,
+    num_attention_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
+) -> int:
+    query_size, kv_size = num_attention_heads * head_dim, num_kv_heads * head_dim
+    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + 3 * hidden_size * intermediate_size
+    layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
+    if family.qkv_bias or _reads(config, family, "attention_bias"):
+        layer += query_size + 2 * kv_size
+    if _reads(config, family, "attention_bias"):
+        layer += hidden_size
+    if _reads(config, family, "mlp_bias"):
+        layer += 2 * intermediate_size + hidden_size
+    embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
+    return num_layers * layer + embeddings + hidden_size
+
+
+def _reads(config: dict[str, Any], family: Family, key: str) -> bool:
+    return key in family.defaults and bool(config[key])
+
+
+def _language_model(outer: dict[str, Any]) -> dict[str, Any]:
+    """The part of the file that describes the language model."""
+    if outer.get("model_type") == "gemma3" and isinstance(outer.get("text_config"), dict):
+        text_config: dict[str, Any] = outer["text_config"]
+        return {"model_type": "gemma3_text"} | text_config
+    return outer
+
+
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    for reason in _reasons_against(config):
+        raise _unsupported(f"model_type {config.get('model_type')!r} cannot be served: {reason}", value=config.get("model_type"))
+
+
+def _reasons_against(config: dict[str, Any]) -> list[str]:
+    reasons = {
+        "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
+        "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get("kv_lora_rank"),
+        "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": _has_recurrent_layers(config),
+        "mixture of experts (MoE) is not supported": _has_experts(config),
+        "quantized checkpoints (quantization_config) are not supported; a .gguf file is dequantized": config.get(
+            "quantization_config"
+        ),
+        "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get("attn_logit_softcapping"),
+        "attention sinks are not supported": config.get("model_type") == "gpt_oss",
+        "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get("use_bidirectional_attention"),
+        "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, longrope)": _has_moving_rope(
+            config
+        ),
+    }
+    return [reason for reason, found in reasons.items() if found]
+
+
+def _has_recurrent_layers(config: dict[str, Any]) -> bool:
+    keys = (
+        "ssm_cfg",
+        "ssm_state_size",
+        "state_size",
+        "mamba_d_state",
+        "mamba_d_conv",
+        "linear_num_key_heads",
+        "attn_layer_period",
+    )
+    kinds = {"linear_attention", "mamba", "recurrent", "conv"}
+    layer_types = config.get("layer_types")
+    types = {str(kind) for kind in layer_types} if isinstance(layer_types, list) else set()
+    return "mamba" in str(config.get("model_type")) or any(config.get(key) for key in keys) or bool(kinds & types)
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"))
+
+
+def _has_moving_rope(config: dict[str, Any]) -> bool:
+    found = [config.get("rope_scaling"), config.get("rope_parameters")]
+    settings = [item for item in found if isinstance(item, dict)]
+    settings += [nested for item in settings for nested in item.values() if isinstance(nested, dict)]
+    return any(item.get("rope_type", item.get("type")) in ("dynamic", "longrope", "su") for item in settings)
+
+
+def _positive(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(
+            f"config.json: {key} must be a positive integer, found {value!r}",
+            field="model",
+            value=value,
+            fix="Correct config.json of the model.",
+        )
+    return value
+
+
+def _dtype(config: dict[str, Any]) -> str | None:
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value.removeprefix("torch.") if isinstance(value, str) else None
+
+
+def _first_id(*configs: dict[str, Any], key: str) -> int | None:
+    for config in configs:
+        value = config.get(key)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:
+    """Ids of all files, each once, in order."""
+    found: dict[int, None] = {}
+    for config in configs:
+        value = config.get("eos_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if isinstance(token_id, int):
+                found[token_id] = None
+    return tuple(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"larger than {MAX_CONFIG_BYTES} bytes")
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}",
+            field="model",
+            value=str(path.parent),
+            fix="Name a directory in Hugging Face layout: config.json, tokenizer.json, *.safetensors.",
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object", field="model", value=str(path.parent))
+    return content
+
+
+def _unsupported(message: str, *, fix: str | None = None, value: object = None) -> UnsupportedModelError:
+    return UnsupportedModelError(message, field="model", value=value, fix=fix)

@@ -1,0 +1,132 @@
+"""Convert a GGUF file into a directory in Hugging Face layout, once, into the cache.
+
+``python -m pdlaunch.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading weights``. Launches that need the same model
+at once are safe: one converts under a file lock, and the result appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pdlaunch.config.aliases import ResolvedModel, resolve_model
+from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.errors import ConfigError
+
+Progress = Callable[[str, float | None], None]
+
+LARGE_FILE_BYTES = 1024**3
+"""GGUF files from this size on are written as bfloat16, smaller ones as float32."""
+
+
+def ensure_converted(model: str, progress: Progress) -> Path:
+    """The directory to serve ``model`` from, converted now if it is not in the cache.
+
+    Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot be served.
+    """
+    resolved = resolve_model(model)
+    if resolved.ready:
+        return resolved.cache_dir
+    with _locked(resolved.cache_dir.with_suffix(".lock")):
+        if not resolve_model(model).ready:
+            _convert_into_place(resolved, progress)
+    return resolved.cache_dir
+
+
+def _convert_into_place(resolved: ResolvedModel, progress: Progress) -> None:
+    folder = resolved.cache_dir.parent
+    for left_behind in folder.glob(f".{resolved.cache_dir.name}-*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{resolved.cache_dir.name}-", dir=folder))
+    try:
+        convert_gguf(resolved.source, temporary, progress)
+        temporary.chmod(0o755)
+        temporary.rename(resolved.cache_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of ``source`` into ``target``."""
+    progress("loading libraries", 0.0)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        progress("reading the configuration", 0.1)
+        config = AutoConfig.from_pretrained(**where)
+        config.save_pretrained(target)
+        read_model_shape(target)
+        progress("reading weights", 0.3)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where,
+            config=config,
+            dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        progress("reading the tokenizer", 0.7)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{source} cannot be converted: {error}",
+            field="model",
+            value=str(source),
+            fix="pip install 'pdlaunch[gguf]', or name another model.",
+        ) from error
+    progress("writing", 0.85)
+    tokenizer.save_pretrained(target)
+    model.save_pretrained(target)
+    progress("converted", 1.0)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel drops it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exit code 0 when the directory is there, 1 with the reason on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m pdlaunch.models.convert", description=__doc__)
+    parser.add_argument("model", help="alias or .gguf file")
+    parser.add_argument("--if-needed", action="store_true", help="say nothing when the model is in the cache already")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+
+    def show(text: str, fraction: float | None) -> None:
+        sys.stdout.write(f"[{round((fraction or 0) * 100):3d}%] {text}\n")
+        sys.stdout.flush()
+
+    try:
+        was_ready = resolve_model(options.model).ready
+        directory = ensure_converted(options.model, show)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n" + (f"fix: {error.fix}\n" if error.fix else ""))
+        return 1
+    if not (was_ready and options.if_needed):
+        sys.stdout.write(f"{directory}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
