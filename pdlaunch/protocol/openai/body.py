@@ -1,0 +1,90 @@
+"""From the bytes of an HTTP body to a checked request model; every refusal is a RequestError that names the field."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from pdlaunch.errors import RequestError
+
+INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
+"""Accepted by engines; refused by the public router."""
+
+R = TypeVar("R", bound="RequestBody")
+
+
+class RequestBody(BaseModel):
+    """Base of every request model: strict types, unknown fields refused, ``null`` means the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
+    """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, under which they change nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: object) -> object:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+def read_json_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in ``raw``; raises RequestError for anything else."""
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
+    """Check ``body`` against ``kind``.
+
+    ``public``: the body comes from a client of the deployment, who may not set ``INTERNAL_FIELDS``.
+    Raises RequestError with ``param`` set to the field.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        _refuse_unserved(kind, name, value, public)
+    try:
+        return kind.model_validate({name: value for name, value in given.items() if name not in kind.NEUTRAL})
+    except ValidationError as error:
+        raise _request_error(error) from None
+
+
+def _refuse_unserved(kind: type[RequestBody], name: str, value: object, public: bool) -> None:
+    if name in kind.NEUTRAL:
+        if not any(_same(value, neutral) for neutral in kind.NEUTRAL[name]):
+            raise RequestError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
+    elif public and name in INTERNAL_FIELDS:
+        raise RequestError(f"{name} is set by pdlaunch itself; leave it out", param=name, code="unsupported_parameter")
+    elif name not in kind.model_fields:
+        raise RequestError(_unknown_field(kind, name, public), param=name[:100], code="unknown_parameter")
+
+
+def _unknown_field(kind: type[RequestBody], name: str, public: bool) -> str:
+    known = set(kind.model_fields) - (INTERNAL_FIELDS if public else set())
+    nearest = difflib.get_close_matches(name[:100], known, n=1)
+    return f"unknown field {name[:100]!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equal and of one type, as ``True == 1`` in Python."""
+    return type(value) is type(neutral) and value == neutral
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    """The first finding of pydantic, with the path to the field as OpenAI writes it: ``messages[0].role``."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return cause
+    path = ""
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    message = first["msg"].removeprefix("Value error, ")
+    return RequestError(f"{path}: {message}" if path else message, param=path or None, code="invalid_value")

@@ -1,0 +1,148 @@
+"""The fields that completions and chat completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.kv_params import KVTransferParams, from_wire
+from pdlaunch.protocol.openai.body import RequestBody
+from pdlaunch.protocol.openai.resume import Resume, read_resume
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 32
+MAX_STOP_LENGTH = 1000
+
+_INT63 = 2**63 - 1
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _int_keys(value: object) -> object:
+    """JSON has no integer keys: ``{"15043": -100}``."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError):
+        raise ValueError("keys must be token ids") from None
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    BeforeValidator(_as_list),
+    Field(max_length=MAX_STOP_STRINGS),
+]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)]
+
+
+class StreamOptions(RequestBody):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(RequestBody):
+    """Sampling and streaming of both completion APIs.
+
+    Neutral defaults: a model's generation_config.json changes nothing but the end tokens. ``user``, ``safety_identifier`` and
+    ``prompt_cache_key`` are accepted as labels.
+    """
+
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "early_stopping": (False,),
+        "echo": (False,),
+        "length_penalty": (1, 1.0),
+        "logits_processors": ([],),
+        "metadata": ({},),
+        "priority": (0,),
+        "prompt_logprobs": (),
+        "response_format": ({"type": "text"},),
+        "return_tokens_as_token_ids": (False,),
+        "service_tier": ("auto", "default"),
+        "spaces_between_special_tokens": (True,),
+        "store": (False,),
+        "structured_outputs": (),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 and -1: off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-_INT63, le=_INT63)
+    stop: StopStrings = []
+    stop_token_ids: list[TokenId] = Field([], max_length=MAX_CHOICES)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0)
+    logit_bias: LogitBias = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: str = Field("", max_length=1024)
+    return_token_ids: bool = False
+    user: str = ""
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
+    kv_transfer_params: dict[str, Any] | None = None
+    resume: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GenerationRequest:
+        if self.is_remote_prefill:
+            return self
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        limit = self.token_limit
+        if limit is not None and self.min_tokens > limit:
+            raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {limit}", param="min_tokens")
+        return self
+
+    @property
+    def is_remote_prefill(self) -> bool:
+        """A router asks for the first token only; other fields are those of the whole request."""
+        return self.kv_transfer_params is not None and self.kv_transfer_params.get("do_remote_decode") is True
+
+    @property
+    def token_limit(self) -> int | None:
+        """max_completion_tokens, else max_tokens."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """None: no logprobs; 0: only of the token itself."""
+        raise NotImplementedError
+
+    def kv_transfer(self) -> KVTransferParams:
+        """``kv_transfer_params``, checked; raises RequestError naming the key."""
+        return KVTransferParams() if self.kv_transfer_params is None else from_wire(self.kv_transfer_params)
+
+    def resumed(self) -> Resume | None:
+        """``resume``, checked; raises RequestError."""
+        return None if self.resume is None else read_resume(self.resume, self.n)

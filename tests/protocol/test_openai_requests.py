@@ -1,0 +1,213 @@
+"""What the request models accept and how they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.openai.body import parse_request, read_json_object
+from pdlaunch.protocol.openai.chat import ChatCompletionRequest
+from pdlaunch.protocol.openai.completions import CompletionRequest
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def completion(public: bool = False, **fields) -> CompletionRequest:
+    return parse_request(CompletionRequest, {"prompt": "x"} | fields, public=public)
+
+
+def chat(**fields) -> ChatCompletionRequest:
+    return parse_request(ChatCompletionRequest, {"messages": USER} | fields, public=False)
+
+
+def refusal(make, **fields) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        make(**fields)
+    return caught.value
+
+
+def test_null_means_the_default():
+    request = completion(temperature=None, stop=None, max_tokens=None, stream_options=None, logit_bias=None, suffix=None)
+    assert (request.temperature, request.stop, request.token_limit) == (1.0, [], None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), (["a", [1]], ["a", [1]])],
+)
+def test_every_form_of_prompt(prompt, prompts):
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [-1], [True], 5, {}, [[1], [[2]]], [2**31]])
+def test_other_forms_of_prompt_are_refused(prompt):
+    assert refusal(completion, prompt=prompt).param == "prompt"
+
+
+def test_a_missing_prompt_is_named():
+    with pytest.raises(RequestError, match="prompt") as caught:
+        parse_request(CompletionRequest, {}, public=True)
+    assert caught.value.param == "prompt"
+
+
+def test_an_unknown_field_gets_the_nearest_name():
+    error = refusal(completion, temprature=0.5)
+    assert error.param == "temprature"
+    assert "did you mean 'temperature'?" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"),
+    [
+        ("echo", False, True),
+        ("best_of", 1, 2),
+        ("suffix", "", "end"),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("use_beam_search", False, True),
+        ("bad_words", [], ["x"]),
+        ("length_penalty", 1.0, 0.5),
+    ],
+)
+def test_fields_that_are_not_served_answer_400_unless_neutral(field, neutral, other):
+    completion(**{field: neutral})
+    error = refusal(completion, **{field: other})
+    assert (error.param, error.status) == (field, 400)
+
+
+@pytest.mark.parametrize(("field", "neutral", "other"), [("tools", [], [{}]), ("tool_choice", "auto", "required")])
+def test_chat_fields_that_are_not_served(field, neutral, other):
+    chat(**{field: neutral})
+    assert refusal(chat, **{field: other}).param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", "0.5"),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("n", 0),
+        ("n", 1000),
+        ("max_tokens", 0),
+        ("max_tokens", True),
+        ("max_tokens", 1.5),
+        ("logprobs", 21),
+        ("presence_penalty", 3),
+        ("repetition_penalty", 0),
+        ("seed", 2**63),
+        ("stream", 1),
+        ("cache_salt", 5),
+        ("stop_token_ids", [-1]),
+    ],
+)
+def test_values_out_of_range_are_refused(field, value):
+    error = refusal(completion, **{field: value})
+    assert (error.status, error.param.split("[")[0]) == (400, field)
+
+
+def test_stop_is_a_string_or_a_list_without_empty_strings():
+    assert completion(stop="a").stop == ["a"]
+    assert completion(stop=["a", "b"]).stop == ["a", "b"]
+    assert refusal(completion, stop="").param == "stop[0]"
+
+
+def test_logit_bias_has_token_ids_for_keys():
+    assert completion(logit_bias={"5": -100}).logit_bias == {5: -100.0}
+    assert refusal(completion, logit_bias={"x": 1}).param == "logit_bias"
+    assert "logit_bias" in str(refusal(completion, logit_bias={"5": 101}))
+
+
+def test_min_tokens_over_max_tokens_is_refused_but_for_a_remote_prefill():
+    assert refusal(completion, min_tokens=5, max_tokens=4).param == "min_tokens"
+    request = completion(
+        min_tokens=5, max_tokens=1, stream_options={"include_usage": True}, kv_transfer_params={"do_remote_decode": True}
+    )
+    assert request.is_remote_prefill
+    assert request.kv_transfer().do_remote_decode
+
+
+def test_stream_options_need_a_stream():
+    assert refusal(completion, stream_options={"include_usage": True}).param == "stream_options"
+    assert completion(stream=True, stream_options={"include_usage": True}).include_usage
+
+
+def test_max_completion_tokens_wins():
+    assert chat(max_tokens=3, max_completion_tokens=4).token_limit == 4
+
+
+def test_top_logprobs_need_logprobs():
+    assert refusal(chat, top_logprobs=2).param == "top_logprobs"
+    assert chat(logprobs=True, top_logprobs=2).num_top_logprobs == 2
+    assert chat(logprobs=True).num_top_logprobs == 0
+    assert chat(top_logprobs=0).num_top_logprobs is None
+
+
+@pytest.mark.parametrize("field", ["kv_transfer_params", "resume"])
+def test_internal_fields_are_refused_in_public(field):
+    assert refusal(completion, public=True, **{field: {"do_remote_decode": True}}).param == field
+    assert completion(public=True, **{field: None}).model_dump()[field] is None
+
+
+def test_content_parts_are_joined():
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert chat(messages=messages).messages[0].for_template() == {"role": "user", "content": "a\nb"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": 5}], "messages[0].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ],
+)
+def test_what_a_message_may_not_be(messages, param):
+    assert refusal(chat, messages=messages).param == param
+
+
+def test_an_answer_sent_back_with_its_nulls_is_accepted():
+    message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "function_call": None, "audio": None}
+    assert chat(messages=[*USER, message]).messages[1].text() == "x"
+
+
+def test_resume_has_the_tokens_of_every_choice():
+    resume = completion(n=2, resume={"choices": [[{"token_id": 1}], []]}).resumed()
+    assert resume is not None
+    assert resume.sent
+    assert [len(choice) for choice in resume.choices] == [1, 0]
+    assert refusal(lambda: completion(resume={"choices": []}).resumed()).param == "resume.choices"
+    assert refusal(lambda: completion(resume={"choices": [[{}]]}).resumed()).param == "resume"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"5", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":"\\ud800"}'])
+def test_bodies_that_are_no_json_object(raw):
+    with pytest.raises(RequestError) as caught:
+        read_json_object(raw)
+    assert caught.value.status == 400
+
+
+json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest])
+@given(data=st.data())
+def test_any_body_is_a_request_or_a_request_error(kind, data):
+    names = st.sampled_from([*kind.model_fields, *kind.NEUTRAL]) | st.text(max_size=5)
+    required = st.fixed_dictionaries({}, optional={"prompt": st.just("x"), "messages": st.just(USER)})
+    body = data.draw(required) | data.draw(st.dictionaries(names, json, max_size=5))
+    with contextlib.suppress(RequestError):
+        assert parse_request(kind, body, public=False).n >= 1
