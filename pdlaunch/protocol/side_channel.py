@@ -52,6 +52,9 @@ class Geometry(Message, tag=False):
     """Global index of its first one."""
     device_index: int
     """0 on a CPU."""
+    scratch_address: int = 0
+    scratch_bytes: int = 0
+    """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
 
 
 class Handshake(Message):

@@ -45,6 +45,8 @@ class StartPull(Message):
     """What this engine computed for its own prompt, all blocks; compared with the holder's."""
     num_tokens: int
     timeout_s: float
+    last_attempt: bool = False
+    """When this pull fails no other follows: the holder need not keep its lease for one."""
 
 
 class CancelPull(Message):
