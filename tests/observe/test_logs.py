@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import re
+
+import pytest
+
+from pdlaunch.observe.logs import request_logging, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    root, own = logging.getLogger(), logging.getLogger("pdlaunch")
+    handlers, levels = root.handlers[:], (root.level, own.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
+    logging.captureWarnings(False)
+
+
+def test_a_line_has_time_level_process_and_request():
+    stream = io.StringIO()
+    setup_logging("prefill-0", "info", stream=stream)
+    with request_logging("r1"):
+        logging.getLogger("pdlaunch.server").info("hello %d", 5)
+    logging.getLogger("pdlaunch.server").debug("not shown")
+    logging.getLogger("library").info("not shown")
+    line = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.server \[r1\] hello 5\n"
+    assert re.fullmatch(line, stream.getvalue())
+
+
+def test_exceptions_come_with_their_traceback():
+    stream = io.StringIO()
+    setup_logging("router", "info", stream=stream)
+    try:
+        raise KeyError("x")
+    except KeyError:
+        logging.getLogger("pdlaunch").exception("failed")
+    assert "KeyError: 'x'" in stream.getvalue()
+
+
+def test_a_log_file_replaces_the_stream(tmp_path):
+    stream = io.StringIO()
+    setup_logging("a", "info", stream=stream)
+    handler = setup_logging("a", "debug", file=tmp_path / "a.log")
+    logging.getLogger("pdlaunch").debug("x")
+    handler.close()
+    assert stream.getvalue() == ""
+    assert (tmp_path / "a.log").read_text().endswith(" x\n")
+
+
+async def test_concurrent_requests_keep_their_ids_apart():
+    stream = io.StringIO()
+    setup_logging("a", "info", stream=stream)
+    met = asyncio.Barrier(2)
+
+    async def serve(request_id: str) -> None:
+        with request_logging(request_id):
+            await met.wait()
+            logging.getLogger("pdlaunch").info("from %s", request_id)
+
+    await asyncio.gather(serve("r1"), serve("r2"))
+    assert "[r1] from r1" in stream.getvalue()
+    assert "[r2] from r2" in stream.getvalue()

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    text = render_metrics(registry).decode()
+    return {
+        f"{sample.name}/{sample.labels.get('finished_reason') or sample.labels.get('status') or ''}": sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+
+
+def test_requests_are_counted_by_reason_and_status():
+    registry = CollectorRegistry()
+    metrics = RequestMetrics(registry, {"engine": "prefill-0", "role": "prefill", "model_name": "m"})
+    metrics.finished("stop")
+    metrics.finished("stop")
+    metrics.failed(429)
+    metrics.time_to_first_token.observe(0.3)
+    found = samples(registry)
+    assert found["pdlaunch_requests_total/stop"] == 2
+    assert found["pdlaunch_request_errors_total/429"] == 1
+    assert found["pdlaunch_time_to_first_token_seconds_count/"] == 1
+
+
+def test_two_processes_of_a_test_do_not_share_a_registry():
+    for _ in range(2):
+        RequestMetrics(CollectorRegistry(), {"model_name": "m"})
