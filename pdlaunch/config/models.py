@@ -28,7 +28,7 @@ DEFAULT_MODEL = "smollm2"
 class FrozenModel(BaseModel):
     """Base of every config model: frozen, unknown fields refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class EngineSettings(FrozenModel):
@@ -57,8 +57,8 @@ class EngineSettings(FrozenModel):
 class RoleSettings(FrozenModel):
     """How many engines of one role, and what differs for them."""
 
-    replicas: int = Field(1, ge=0, description="Number of engines.")
-    tensor_parallel_size: int = Field(1, gt=0, description="Ranks of one engine.")
+    replicas: int = Field(1, ge=0, le=1024, description="Number of engines.")
+    tensor_parallel_size: int = Field(1, gt=0, le=1024, description="Ranks of one engine.")
 
     model: str | None = Field(None, min_length=1)
     load_format: LoadFormat | None = None
@@ -124,7 +124,7 @@ class LaunchConfig(EngineSettings):
     limits: LimitSettings = LimitSettings()
     host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
-    api_key: SecretStr | None = Field(None, description="Clients must send it as a bearer token.")
+    api_key: SecretStr | None = Field(None, min_length=1, description="Clients must send it as a bearer token.")
     log_dir: str | None = Field(None, description="Folder of the log files; a new one a launch when unset.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")

@@ -7,7 +7,7 @@ import re
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: 1024**power for power, prefix in enumerate("kmgt", start=1) for suffix in ("", "ib", "b")
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:

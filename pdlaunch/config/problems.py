@@ -1,0 +1,64 @@
+"""What is wrong with a configuration, collected: a user sees all problems of a file at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from pdlaunch.errors import ConfigError
+
+MAX_SHOWN_CHARACTERS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, where it stands, and what to do."""
+
+    message: str
+    field: str | None = None
+    """Dotted path in the config file."""
+    value: str | None = None
+    """As shown to people; never a secret."""
+    fix: str | None = None
+    where: str | None = None
+    """``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``."""
+    line: int | None = None
+    """From 1; of the file."""
+    column: int | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        field = f"{self.field}: " if self.field and self.field != self.where else ""
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{place}{field}{self.message}{fix}"
+
+
+class InvalidConfigError(ConfigError):
+    """A configuration that cannot be used; ``problems`` holds every one that was found, in the order of the sources."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems
+        first = problems[0]
+        super().__init__("\n".join(map(str, problems)), field=first.field, value=first.value, fix=first.fix)
+        self.problems = tuple(problems)
+
+
+def shown(value: object) -> str:
+    """A value in a message: quoted, escaped and short, whatever bytes it holds."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**MAX_SHOWN_CHARACTERS:
+        return "a very large number"
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
+
+
+def shown_name(name: str) -> str:
+    """A field's or variable's name in a message: without quotes, but escaped and short."""
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` is most likely a slip of."""
+    matches = get_close_matches(name[:MAX_SHOWN_CHARACTERS], list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

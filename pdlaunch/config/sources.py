@@ -1,0 +1,206 @@
+"""Where settings come from: flags beat ``PDLAUNCH_*`` variables, which beat the file, which beats the defaults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from pdlaunch.config.fields import all_fields, is_secret
+from pdlaunch.config.memory_options import contradicts, memory_options
+from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.names import VARIABLE_PREFIX, flag_name, variable_paths
+from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
+from pdlaunch.config.yaml_file import read_yaml
+
+_log = logging.getLogger(__name__)
+
+OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
+"""Variables of other parts of pdlaunch that are no settings."""
+
+_ALLOCATOR = "enable_cumem_allocator"
+
+OriginKind = Literal["flag", "environment", "file", "default", "derived"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the value of a setting comes from; ``detail`` names the flag, variable, place in the file or the reason."""
+
+    kind: OriginKind
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A configuration and, by dotted path, where each of its values comes from."""
+
+    config: LaunchConfig
+    origins: Mapping[str, Origin]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value that some source gives to a setting."""
+
+    value: object
+    origin: Origin
+    line: int | None = None
+    column: int | None = None
+
+
+def load_config(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> LoadedConfig:
+    """Merge all sources into one validated configuration.
+
+    ``flags``: values by dotted path (``prefill.replicas``), only those that were given. Raises InvalidConfigError, a
+    ConfigError with every problem of every source.
+    """
+    given, problems = _from_file(path)
+    for source, found in (_from_environment(environ), _from_flags(flags)):
+        given |= source
+        problems += found
+    config = _validate(given, problems)
+    if config is None or problems:
+        raise InvalidConfigError(problems)
+    derived = _derived_origins(config)
+    if derived:
+        _log.info("%s", next(iter(derived.values())).detail)
+    origins = {path: Origin("default") for path in all_fields()} | {path: item.origin for path, item in given.items()}
+    return LoadedConfig(config, MappingProxyType(origins | derived))
+
+
+def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
+    if path is None:
+        return {}, []
+    values, problems = read_yaml(path)
+    given = {
+        name: _Given(
+            found.value, Origin("file", f"{shown_name(str(path))}:{found.line}:{found.column}"), found.line, found.column
+        )
+        for name, found in values.items()
+    }
+    return given, problems
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], list[Problem]]:
+    known = variable_paths()
+    given: dict[str, _Given] = {}
+    problems = []
+    for name in sorted(environ):
+        if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
+            continue
+        path = known.get(name) or _mapping_entry(name, known)
+        if path is None or (path in all_fields() and all_fields()[path].is_mapping):
+            problems.append(_unknown_variable(name, known))
+        elif path in given:
+            message = f"gives {path}, and so does {given[path].origin.detail}"
+            problems.append(Problem(message, path, fix="unset one of them", where=name))
+        elif not environ[name]:
+            problems.append(Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name))
+        else:
+            given[path] = _Given(environ[name], Origin("environment", shown_name(name)))
+    return given, problems
+
+
+def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
+    """``PDLAUNCH_PREFILL__ENV__UCX_TLS`` is the entry ``UCX_TLS`` of ``prefill.env``."""
+    for variable, path in known.items():
+        entry = name.removeprefix(f"{variable}__")
+        if all_fields()[path].is_mapping and entry not in (name, ""):
+            return f"{path}.{entry}"
+    return None
+
+
+def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
+    match = nearest(name, [*known, *OTHER_VARIABLES])
+    fix = f"did you mean {match}?" if match else "`pdlaunch config show` lists the settings"
+    return Problem("unknown variable", fix=fix, where=shown_name(name))
+
+
+def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Problem]]:
+    given: dict[str, _Given] = {}
+    problems = []
+    for path, value in flags.items():
+        if path in all_fields() or path.rpartition(".")[0] in all_fields():
+            given[path] = _Given(value, Origin("flag", flag_name(path)))
+        else:
+            match = nearest(path, all_fields())
+            problems.append(Problem("unknown field", shown_name(path), fix=f"did you mean {match}?" if match else None))
+    return given, problems
+
+
+def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchConfig | None:
+    """The models' word on the merged values; what they refuse is added to ``problems``."""
+    tree: dict[str, Any] = {}
+    for path, item in given.items():
+        *parents, name = _split(path)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if isinstance(item.value, bool) and not _takes_bool(path):
+            problems.append(_refused(path, item, "is a switch here, but needs a value", "write it in quotes if it is a text"))
+        else:
+            node[name] = item.value
+    try:
+        return LaunchConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += [_from_pydantic(detail, given) for detail in error.errors(include_url=False)]
+        return None
+
+
+def _split(path: str) -> list[str]:
+    """Parts of a dotted path; the entry of a mapping may hold dots itself."""
+    for field in all_fields().values():
+        if field.is_mapping and path.startswith(f"{field.path}."):
+            return [*field.path.split("."), path.removeprefix(f"{field.path}.")]
+    return path.split(".")
+
+
+def _takes_bool(path: str) -> bool:
+    field = all_fields().get(path)
+    return field is None or "bool" in str(field.info.annotation)
+
+
+def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
+    path = ".".join(map(str, detail["loc"]))
+    while path and path not in given:
+        path = path.rpartition(".")[0]
+    path = path or ".".join(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    fix = None
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        match = nearest(detail["input"], [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()])
+        fix = f"did you mean {match}?" if match else None
+    return _refused(path, given.get(path), message, fix)
+
+
+def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> Problem:
+    if item is None:
+        return Problem(message, path, fix=fix)
+    value = None if is_secret(path) else shown(item.value)
+    text = (
+        f"{value} is wrong: {message}"
+        if value is not None and (not isinstance(item.value, str) or value not in message)
+        else message
+    )
+    return Problem(text, shown_name(path), value, fix, item.origin.detail, item.line, item.column)
+
+
+def _derived_origins(config: LaunchConfig) -> dict[str, Origin]:
+    """Settings that another setting decides: the CuMem allocator where sleep mode needs it and nobody set it."""
+    top = _allocator_reason(config)
+    if top:
+        return {_ALLOCATOR: Origin("derived", top)}
+    roles = {f"{role}.{_ALLOCATOR}": _allocator_reason(config.engine_settings(role)) for role in get_args(Role)}
+    return {path: Origin("derived", reason) for path, reason in roles.items() if reason}
+
+
+def _allocator_reason(settings: EngineSettings) -> str | None:
+    return None if contradicts(settings) else memory_options(settings).reason

@@ -1,0 +1,216 @@
+"""Read a YAML file into settings by dotted path, each with its line and column.
+
+Whatever bytes the file holds, the result is settings or problems. No message repeats text of the file beyond names of
+fields, so that a misplaced secret does not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pdlaunch.config.fields import all_fields, known_names, sections
+from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name
+
+MAX_FILE_BYTES = 256 * 1024
+MAX_VALUES = 10_000
+
+_DECIMAL = re.compile(r"[-+]?\d{1,400}")
+_LEADING_ZERO = re.compile(r"[-+]?0\d")
+_QUOTED = re.compile(r"'[^'<>]{2,}'")
+
+
+@dataclass(frozen=True, slots=True)
+class FileValue:
+    """A setting as it stands in the file."""
+
+    value: object
+    line: int
+    column: int
+
+
+def read_yaml(path: Path) -> tuple[dict[str, FileValue], list[Problem]]:
+    """The settings of a file by dotted path, and what is wrong with single fields of it.
+
+    Raises InvalidConfigError when the file as a whole cannot be read.
+    """
+    reader = _Reader(str(path))
+    root = _compose(_read_text(path), path)
+    if root is not None:
+        reader.read_section(root, "")
+    return reader.values, reader.problems
+
+
+class _Reader:
+    """Walks the nodes of one document."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._num_seen = 0
+        self.values: dict[str, FileValue] = {}
+        self.problems: list[Problem] = []
+
+    def read_section(self, node: yaml.Node, section: str) -> None:
+        """Fields of the top level (``section`` is empty) or of a section."""
+        names = known_names(section)
+        for name, path, key, value in self._entries(node, section):
+            if name not in names:
+                match = nearest(name, names)
+                fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
+                self._problem(key, "unknown field", path, fix)
+            elif path in sections():
+                self.read_section(value, path)
+            elif all_fields()[path].is_mapping:
+                self._read_mapping(value, path)
+            else:
+                self._keep(path, value, self._scalar(value, path))
+
+    def _read_mapping(self, node: yaml.Node, parent: str) -> None:
+        """A mapping of free names to texts, such as ``env``; numbers and switches count as the text that was written."""
+        for name, path, key, value in self._entries(node, parent):
+            if not name or "=" in name or "\0" in name:
+                self._problem(key, "not the name of an environment variable", path, None)
+            elif isinstance(value, yaml.ScalarNode) and not value.tag.endswith(":null"):
+                self._keep(path, value, value.value)
+            else:
+                self._problem(value, "must be a text", path, "write a value, or remove the line")
+
+    def _entries(self, node: yaml.Node, parent: str) -> Iterator[tuple[str, str, yaml.Node, yaml.Node]]:
+        """Name, dotted path, key node and value node of a mapping's entries; each name once."""
+        if not isinstance(node, yaml.MappingNode):
+            self._problem(node, f"must be a mapping of fields, not {_kind(node)}", parent or None, "write `field: value` lines")
+            return
+        first_lines: dict[str, int] = {}
+        for key, value in node.value:
+            self._num_seen += 1
+            if self._num_seen > MAX_VALUES:
+                raise InvalidConfigError([self._make(key, f"more than {MAX_VALUES} fields", None, "remove repeated aliases")])
+            if not isinstance(key, yaml.ScalarNode):
+                self._problem(key, f"the name of a field must be a text, not {_kind(key)}", parent or None, None)
+                continue
+            name = key.value
+            path = f"{parent}.{name}" if parent else name
+            if key.tag.endswith(":merge"):
+                self._problem(key, "merge keys are not supported", parent or None, "settings of both roles go to the top level")
+            elif name in first_lines:
+                message = f"given twice, first on line {first_lines[name]}"
+                self._problem(key, message, path, "remove one of them")
+            else:
+                first_lines[name] = key.start_mark.line + 1
+                yield name, path, key, value
+
+    def _scalar(self, node: yaml.Node, path: str) -> object:
+        """The value of a scalar node, or the node itself where that is a problem (which is noted)."""
+        if not isinstance(node, yaml.ScalarNode):
+            self._problem(node, f"must be a single value, not {_kind(node)}", path, None)
+            return node
+        text = node.value
+        match node.tag.rpartition(":")[2]:
+            case "null":
+                return None
+            case "bool":
+                return text.lower() in ("yes", "true", "on")
+            # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or refuse.
+            case "int" if _DECIMAL.fullmatch(text) and not _LEADING_ZERO.match(text):
+                return int(text)
+            case "int" | "float" | "str" | "timestamp":
+                return text
+            case _:
+                self._problem(node, "YAML tags are not supported", path, "write the value alone")
+                return node
+
+    def _keep(self, path: str, node: yaml.Node, value: object) -> None:
+        if not isinstance(value, yaml.Node):
+            self.values[path] = FileValue(value, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def _problem(self, node: yaml.Node, message: str, path: str | None, fix: str | None) -> None:
+        self.problems.append(self._make(node, message, path, fix))
+
+    def _make(self, node: yaml.Node, message: str, path: str | None, fix: str | None) -> Problem:
+        field = None if path is None else shown_name(path)
+        return _problem_at(self._file, node.start_mark.line, node.start_mark.column, message, field, fix)
+
+
+def _kind(node: yaml.Node) -> str:
+    match node:
+        case yaml.MappingNode():
+            return "a mapping"
+        case yaml.SequenceNode():
+            return "a list"
+        case _:
+            return "nothing" if node.tag.endswith(":null") else "a single value"
+
+
+def _problem_at(file: str, line: int, column: int, message: str, field: str | None = None, fix: str | None = None) -> Problem:
+    """``line`` and ``column`` count from 0, as YAML's marks do."""
+    where = f"{shown_name(file)}:{line + 1}:{column + 1}"
+    return Problem(message, field, fix=fix, where=where, line=line + 1, column=column + 1)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, _reason(error), "check the path") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise _unreadable(path, f"larger than {MAX_FILE_BYTES // 1024} KiB", "this is no configuration of pdlaunch")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _unreadable(path, "encoded as UTF-16 or UTF-32", "save the file as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8", "replace")
+        raise _at_offset(path, before, "not UTF-8", "save the file as UTF-8") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case OSError(strerror=str(reason)):
+            return f"cannot be read: {reason}"
+        case _:
+            return "not a usable path"
+
+
+def _compose(text: str, path: Path) -> yaml.Node | None:
+    """The node tree of a document; composing (not constructing) builds no objects and keeps the positions."""
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.reader.ReaderError as error:
+        raise _at_offset(path, text[: error.position], "a character that YAML does not allow", "remove it") from None
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(path, error) from None
+    except RecursionError:
+        raise _unreadable(path, "nested too deeply", "a configuration has two levels") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise _unreadable(path, f"bad YAML ({type(error).__name__})", "check the file with a YAML linter") from None
+    return root
+
+
+def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> InvalidConfigError:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    fix = None
+    parts = [part for part in (error.context, error.problem) if part]
+    if any("'\\t'" in part for part in parts):
+        fix = "indent with spaces, not with tabs"
+    elif "single document" in (error.context or ""):
+        fix = "keep one document, without further `---` lines"
+    message = _QUOTED.sub("'...'", f"bad YAML: {' '.join(parts)}")
+    return InvalidConfigError([_problem_at(str(path), line, column, message, fix=fix)])
+
+
+def _at_offset(path: Path, before: str, message: str, fix: str) -> InvalidConfigError:
+    line = before.count("\n")
+    column = len(before) - (before.rfind("\n") + 1)
+    return InvalidConfigError([_problem_at(str(path), line, column, message, fix=fix)])
+
+
+def _unreadable(path: Path, message: str, fix: str) -> InvalidConfigError:
+    return InvalidConfigError([Problem(message, fix=fix, where=shown_name(str(path)))])

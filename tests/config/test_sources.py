@@ -1,0 +1,324 @@
+import logging
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from pdlaunch.cli import flags as cli_flags
+from pdlaunch.config.fields import all_fields
+from pdlaunch.config.memory_options import memory_options
+from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.names import FLAG_PATHS, variable_paths
+from pdlaunch.config.problems import InvalidConfigError, Problem
+from pdlaunch.config.sources import LoadedConfig, Origin, load_config
+from pdlaunch.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "deploy.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def load(path: Path | None = None, environ: dict | None = None, **flags) -> LoadedConfig:
+    return load_config(path, environ or {}, {name.replace("__", "."): value for name, value in flags.items()})
+
+
+def problems(path: Path | None = None, environ: dict | None = None, **flags) -> tuple[Problem, ...]:
+    with pytest.raises(InvalidConfigError) as caught:
+        load(path, environ, **flags)
+    return caught.value.problems
+
+
+def only(found: tuple[Problem, ...]) -> Problem:
+    (problem,) = found
+    return problem
+
+
+class TestPrecedence:
+    def test_nothing_given_is_the_defaults(self):
+        loaded = load()
+        assert loaded.config == LaunchConfig()
+        assert set(loaded.origins.values()) == {Origin("default")}
+        assert set(loaded.origins) == set(all_fields())
+
+    def test_flag_beats_environment_beats_file_beats_default(self, file):
+        path = file("block_size: 32\nport: 1111\nhost: filehost\n")
+        environ = {"PDLAUNCH_BLOCK_SIZE": "64", "PDLAUNCH_PORT": "2222"}
+        loaded = load(path, environ, block_size=128)
+        assert (loaded.config.block_size, loaded.config.port, loaded.config.host) == (128, 2222, "filehost")
+        assert loaded.origins["block_size"] == Origin("flag", "--block-size")
+        assert loaded.origins["port"] == Origin("environment", "PDLAUNCH_PORT")
+        assert loaded.origins["host"] == Origin("file", f"{path}:3:7")
+        assert loaded.origins["dtype"] == Origin("default")
+
+    def test_sections_merge_field_by_field(self, file):
+        path = file("prefill: {replicas: 2, dtype: float32}\n")
+        loaded = load(path, {"PDLAUNCH_PREFILL_TP": "4"}, prefill__replicas=3)
+        assert loaded.config.prefill.replicas == 3
+        assert loaded.config.prefill.tensor_parallel_size == 4
+        assert loaded.config.prefill.dtype == "float32"
+
+    def test_environment_of_ranks_merges_name_by_name(self, file):
+        path = file("env: {A: file, B: file}\n")
+        loaded = load(path, {"PDLAUNCH_ENV__B": "variable", "PDLAUNCH_DECODE__ENV__C.d": "x"})
+        assert loaded.config.env == {"A": "file", "B": "variable"}
+        assert loaded.config.decode.env == {"C.d": "x"}
+        assert loaded.origins["env.B"] == Origin("environment", "PDLAUNCH_ENV__B")
+
+    def test_a_null_in_the_file_is_the_default_of_optional_fields(self, file):
+        assert load(file("max_model_len: null\n")).config.max_model_len is None
+        assert only(problems(file("block_size: null\n"))).field == "block_size"
+
+
+class TestEnvironment:
+    @pytest.mark.parametrize(
+        ("name", "value", "path"),
+        [
+            ("PDLAUNCH_MODEL", "m", "model"),
+            ("PDLAUNCH_PREFILL", "2", "prefill.replicas"),
+            ("PDLAUNCH_PREFILL__REPLICAS", "2", "prefill.replicas"),
+            ("PDLAUNCH_DECODE_TP", "2", "decode.tensor_parallel_size"),
+            ("PDLAUNCH_KV_CONNECTOR", "nixl", "kv_transfer.connector"),
+            ("PDLAUNCH_KV_TRANSFER__VERIFY", "off", "kv_transfer.verify"),
+            ("PDLAUNCH_STARTUP_TIMEOUT", "5", "startup_timeout_s"),
+            ("PDLAUNCH_API_KEY", "k", "api_key"),
+        ],
+    )
+    def test_reaches_its_field(self, name, value, path):
+        assert load(environ={name: value}).origins[path] == Origin("environment", name)
+
+    def test_values_are_read_as_in_the_file(self):
+        config = load(environ={"PDLAUNCH_KV_TRANSFER__VERIFY": "off", "PDLAUNCH_KV_CACHE_MEMORY": "2GiB"}).config
+        assert config.kv_transfer.verify is False
+        assert config.kv_cache_memory == 2 * 1024**3
+
+    def test_every_field_has_a_variable(self):
+        mapping_fields = {path for path, field in all_fields().items() if field.is_mapping}
+        assert set(variable_paths().values()) == set(all_fields()) >= mapping_fields
+
+    def test_unknown_variables_are_refused_with_the_nearest_name(self):
+        problem = only(problems(environ={"PDLAUNCH_KV_CONECTOR": "nixl"}))
+        assert problem.where == "PDLAUNCH_KV_CONECTOR"
+        assert problem.fix == "did you mean PDLAUNCH_KV_CONNECTOR?"
+
+    def test_other_variables_are_left_alone(self):
+        assert load(environ={"PDLAUNCH_CACHE": "/x", "HOME": "/y", "pdlaunch_model": "z"}).config == LaunchConfig()
+
+    def test_empty_variables_are_refused(self):
+        problem = only(problems(environ={"PDLAUNCH_API_KEY": ""}))
+        assert "empty" in problem.message
+
+    def test_two_variables_for_one_field_are_refused(self):
+        problem = only(problems(environ={"PDLAUNCH_PREFILL": "1", "PDLAUNCH_PREFILL__REPLICAS": "1"}))
+        assert "PDLAUNCH_PREFILL" in problem.message
+
+
+class TestFlags:
+    def test_the_table_is_that_of_the_command_line(self):
+        declared = {flag.option.removeprefix("--"): flag.path for flag in cli_flags._FLAGS}
+        assert declared == dict(FLAG_PATHS)
+
+    def test_unknown_path_is_refused(self):
+        with pytest.raises(InvalidConfigError, match="did you mean block_size"):
+            load_config(None, {}, {"block_sise": 1})
+
+    def test_wrong_value_names_the_flag(self):
+        problem = only(problems(block_size=0))
+        assert (problem.where, problem.field, problem.value) == ("--block-size", "block_size", "0")
+
+
+class TestFileProblems:
+    @pytest.mark.parametrize(
+        ("text", "place", "message", "fix"),
+        [
+            ("modl: x\n", (1, 1), "unknown field", "did you mean model?"),
+            ("prefill:\n  replicass: 1\n", (2, 3), "unknown field", "did you mean replicas?"),
+            ("zzzzzz: 1\n", (1, 1), "unknown field", "known here: model"),
+            ("port: 1\nport: 2\n", (2, 1), "given twice, first on line 1", "remove"),
+            ("prefill: {replicas: 1, replicas: 2}\n", (1, 24), "given twice", "remove"),
+            ("prefill: 3\n", (1, 10), "must be a mapping", "field: value"),
+            ("prefill:\n", (1, 9), "must be a mapping of fields, not nothing", None),
+            ("- a\n- b\n", (1, 1), "must be a mapping of fields, not a list", None),
+            ("just words\n", (1, 1), "must be a mapping", None),
+            ("port: [1]\n", (1, 7), "must be a single value, not a list", None),
+            ("? [a]\n: 1\n", (1, 3), "the name of a field", None),
+            ("port: !!python/object:os.system 1\n", (1, 7), "tags are not supported", None),
+            ("a: &x {}\nprefill:\n  <<: *x\n", (3, 3), "merge keys", "top level"),
+            ("prefill:\n\treplicas: 1\n", (2, 1), "bad YAML", "spaces, not with tabs"),
+            ("port: 1\n---\nport: 2\n", (2, 1), "bad YAML", "one document"),
+            ("model: 'x\n", (2, 1), "bad YAML", None),
+            ("port: {\n", (2, 1), "bad YAML", None),
+            ("model: *nowhere\n", (1, 8), "bad YAML", None),
+            ("model: a\0b\n", (1, 9), "does not allow", "remove it"),
+            ("env: {A: [1]}\n", (1, 10), "must be a text", None),
+            ("env: {A=B: 1}\n", (1, 7), "not the name of an environment variable", None),
+            ("port: true\n", (1, 7), "switch", None),
+            ("port: 99999\n", (1, 7), "less than or equal to 65535", None),
+            ("dtype: float33\n", (1, 8), "'float33' is wrong", "did you mean float32?"),
+            ("kv_cache_memory: 3XB\n", (1, 18), "not a size", None),
+            ("kv_transfer: {lease_s: .inf}\n", (1, 24), "valid number", None),
+            ("kv_transfer: {lease_s: inf}\n", (1, 24), "finite", None),
+            ("prefill: {replicas: 1000000000}\n", (1, 21), "1024", None),
+            ("api_key: ''\n", (1, 10), "at least 1", None),
+        ],
+    )
+    def test_names_place_and_fix(self, file, text, place, message, fix):
+        found = problems(file(text))
+        matching = [p for p in found if message in p.message]
+        assert matching, found
+        assert (matching[0].line, matching[0].column) == place
+        assert fix is None or fix in (matching[0].fix or "")
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"model: \xff\xfe\xfa\n", "not UTF-8"),
+            ("model: x\n".encode("utf-16"), "UTF-16"),
+            (b"# " + b"x" * 300_000, "larger than"),
+            (b"[" * 5000, "nested too deeply"),
+            (b"model: \x07\n", "does not allow"),
+        ],
+    )
+    def test_odd_bytes(self, tmp_path, data, message):
+        path = tmp_path / "odd.yaml"
+        path.write_bytes(data)
+        assert message in only(problems(path)).message
+
+    def test_missing_file_and_folder(self, tmp_path):
+        assert only(problems(tmp_path / "none.yaml")).message == "no such file"
+        assert "cannot be read" in only(problems(tmp_path)).message
+        assert "not a usable path" in only(problems(Path("a\0b"))).message
+
+    def test_alias_bombs_are_bounded(self, file):
+        lines = ["a0: &a0 {x: 1}"]
+        entries = ", ".join(f"k{i}: *last" for i in range(9))
+        lines += [f"a{n}: &a{n} {{{entries.replace('*last', f'*a{n - 1}')}}}" for n in range(1, 30)]
+        assert len(problems(file("\n".join(lines)))) == 30
+
+    def test_recursive_alias_ends(self, file):
+        assert problems(file("prefill: &p {env: *p}\n"))
+
+    def test_all_problems_of_all_sources_are_told_at_once(self, file):
+        found = problems(file("modl: x\nport: 99999\n"), {"PDLAUNCH_X": "1"}, block_size=0)
+        assert {p.where.rpartition("/")[2] for p in found} == {"deploy.yaml:1:1", "deploy.yaml:2:7", "PDLAUNCH_X", "--block-size"}
+
+    def test_the_error_names_field_value_and_fix(self, file):
+        with pytest.raises(ConfigError, match=r"deploy.yaml:1:8: dtype: 'float33'") as caught:
+            load(file("dtype: float33\n"))
+        assert (caught.value.field, caught.value.value, caught.value.fix) == ("dtype", "'float33'", "did you mean float32?")
+
+
+class TestScalars:
+    @pytest.mark.parametrize(("text", "value"), [("8_000", 8000), ("0", 0), ("010", 10), ("'9000'", 9000), ("+7", 7)])
+    def test_ports(self, file, text, value):
+        assert load(file(f"port: {text}\n")).config.port == value
+
+    @pytest.mark.parametrize("text", ["1:30", "0x10", "0b1", "8000.5", "9" * 5000])
+    def test_not_ports(self, file, text):
+        assert problems(file(f"port: {text}\n"))[0].field == "port"
+
+    @pytest.mark.parametrize(("text", "value"), [("1e2", 100.0), ("7", 7.0), ("2.5", 2.5)])
+    def test_seconds(self, file, text, value):
+        assert load(file(f"startup_timeout_s: {text}\n")).config.startup_timeout_s == value
+
+    @pytest.mark.parametrize(("text", "value"), [("on", True), ("off", False), ("yes", True), ("false", False), ("'off'", False)])
+    def test_switches(self, file, text, value):
+        assert load(file(f"kv_transfer: {{verify: {text}}}\n")).config.kv_transfer.verify is value
+
+    def test_environment_of_ranks_takes_what_is_written(self, file):
+        config = load(file("env: {A: 1, B: on, C: 010, D: '', E: 2026-01-01}\n")).config
+        assert config.env == {"A": "1", "B": "on", "C": "010", "D": "", "E": "2026-01-01"}
+
+    def test_an_empty_file_is_the_defaults(self, file):
+        assert load(file("# nothing\n")).config == LaunchConfig()
+
+    def test_a_byte_order_mark_is_no_matter(self, tmp_path):
+        path = tmp_path / "bom.yaml"
+        path.write_bytes(b"\xef\xbb\xbfport: 1\n")
+        assert load(path).config.port == 1
+
+
+class TestSecrets:
+    SECRET = "hunter2-very-secret"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "api_key: [{s}]\n",
+            "api_key: {{a: {s}}}\n",
+            "apikey: {s}\n",
+            "api_key: *{s}\n",
+            "api_key: !{s} x\n",
+            "api_key: '{s}\n",
+            'api_key: "\\x{s}"\n',
+            "api_key: {s}: x\n",
+            "{s}\n",
+            "api_key: {s}\nport: 0x\n",
+            "api_key: {s}\n  {s}: {s}\n",
+        ],
+    )
+    def test_never_in_messages(self, file, text):
+        with pytest.raises(InvalidConfigError) as caught:
+            load(file(text.format(s=self.SECRET)))
+        error = caught.value
+        assert self.SECRET not in f"{error} {error.problems!r} {error.value!r} {error.__context__ if error.__cause__ else ''}"
+
+    def test_never_in_origins_or_shown_config(self):
+        loaded = load(environ={"PDLAUNCH_API_KEY": self.SECRET})
+        assert self.SECRET not in repr(loaded)
+        assert loaded.config.api_key.get_secret_value() == self.SECRET
+
+
+class TestMemoryOptions:
+    def test_off_by_default(self):
+        options = memory_options(EngineSettings())
+        assert (options.cumem_allocator, options.sleep_mode, options.reason) == (False, False, None)
+
+    def test_sleep_mode_turns_the_allocator_on_and_says_so_once(self, caplog):
+        with caplog.at_level(logging.INFO, "pdlaunch.config.sources"):
+            loaded = load(enable_sleep_mode=True)
+        assert memory_options(loaded.config).cumem_allocator
+        (record,) = caplog.records
+        assert "enable_sleep_mode" in record.message
+        assert loaded.origins["enable_cumem_allocator"].kind == "derived"
+
+    def test_of_one_role(self):
+        loaded = load(decode__enable_sleep_mode=True)
+        assert memory_options(loaded.config.engine_settings("decode")).cumem_allocator
+        assert not memory_options(loaded.config.engine_settings("prefill")).cumem_allocator
+        assert loaded.origins["decode.enable_cumem_allocator"].kind == "derived"
+        assert "prefill" not in {path.partition(".")[0] for path, o in loaded.origins.items() if o.kind == "derived"}
+
+    def test_allocator_alone_needs_no_reason(self):
+        options = memory_options(EngineSettings(enable_cumem_allocator=True))
+        assert (options.cumem_allocator, options.sleep_mode, options.reason) == (True, False, None)
+
+    def test_explicitly_off_with_sleep_mode_is_an_error(self):
+        loaded = load(enable_sleep_mode=True, enable_cumem_allocator=False)
+        with pytest.raises(ConfigError, match="enable_sleep_mode needs") as caught:
+            memory_options(loaded.config)
+        assert caught.value.field == "enable_cumem_allocator"
+        assert caught.value.fix
+
+    @pytest.mark.parametrize("source", ["flag", "environment", "file"])
+    @pytest.mark.parametrize("name", ["enable_cumem_allocator", "enable_sleep_mode"])
+    def test_every_source_reaches_the_field(self, source, name, file):
+        match source:
+            case "flag":
+                loaded = load(**{name: True})
+            case "environment":
+                loaded = load(environ={f"PDLAUNCH_{name.upper()}": "1"})
+            case _:
+                loaded = load(file(f"{name}: true\n"))
+        assert getattr(loaded.config, name) is True
+        assert loaded.origins[name].kind == source
+
+
+def test_every_field_of_the_models_is_a_setting():
+    assert {path.partition(".")[0] for path in all_fields()} == set(LaunchConfig.model_fields)
+    assert get_args(LaunchConfig.model_fields["dtype"].annotation)
