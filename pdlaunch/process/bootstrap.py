@@ -69,11 +69,11 @@ def read_bootstrap() -> Bootstrap:
     """Read the first line of standard input, then make sure that this process does not outlive the supervisor."""
     line = sys.stdin.buffer.readline()
     bootstrap = msgspec.json.decode(line, type=Bootstrap)
-    _die_with_parent()
+    die_with_parent()
     return bootstrap
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Two ropes: the kernel's parent-death signal, and the end of standard input (covers the time before the first)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

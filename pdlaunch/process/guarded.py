@@ -1,0 +1,19 @@
+"""``python -m pdlaunch.process.guarded MODULE ...`` runs a module that knows nothing of the supervisor, and dies with it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from pdlaunch.process.bootstrap import die_with_parent
+
+
+def main() -> None:
+    """Standard input must be a pipe that the supervisor holds open."""
+    die_with_parent()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

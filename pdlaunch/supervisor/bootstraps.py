@@ -1,0 +1,75 @@
+"""What each child of a launch is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pdlaunch.config.aliases import ResolvedModel
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.supervisor.machine import Machine
+from pdlaunch.supervisor.plan import ProcessSpec
+from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
+
+
+class LaunchBootstraps:
+    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first ``make``."""
+
+    def __init__(
+        self,
+        config: LaunchConfig,
+        machine: Machine,
+        models: Mapping[Role, ResolvedModel],
+        *,
+        keys: LaunchKeys,
+        control: str,
+        run_dir: Path,
+        launch_id: str,
+    ) -> None:
+        self._config = config
+        self._machine = machine
+        self._models = models
+        self._keys = keys
+        self._control = control
+        self._run_dir = run_dir
+        self._launch_id = launch_id
+        self._engines: dict[str, EngineSpec] = {}
+
+    def prepare(self) -> None:
+        """Read the models' files. Raises ConfigError."""
+        self._engines = resolve_engines(self._config, self._machine, self._models)
+
+    def make(self, spec: ProcessSpec, incarnation: int, last_http: str) -> Bootstrap:
+        """For one incarnation. ``last_http``: where an earlier one answered; a router comes back at the same port."""
+        engine = self._engines.get(spec.engine)
+        rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control=self._control,
+            keys=self._keys,
+            run_dir=str(self._run_dir),
+            log_level=self._config.log_level,
+            engine_json=None if engine is None else engine.model_dump_json(),
+            router=self._router(last_http) if spec.kind == "router" else None,
+            tp_rank=spec.tp_rank,
+            rendezvous=f"file://{rendezvous}" if spec.kind == "rank" else "",
+            launch_id=self._launch_id,
+        )
+
+    def _router(self, last_http: str) -> RouterSpec:
+        config = self._config
+        return RouterSpec(
+            host=config.host,
+            port=config.port or urlsplit(last_http).port or 0,
+            served_model_name=served_model_name(config),
+            api_key=None if config.api_key is None else config.api_key.get_secret_value(),
+            max_body_bytes=config.limits.max_body_bytes,
+            max_queued_requests=config.limits.max_queued_requests,
+            request_timeout_s=config.limits.request_timeout_s,
+            drain_timeout_s=config.drain_timeout_s,
+        )

@@ -1,0 +1,105 @@
+"""Child processes of the supervisor: spawn, notice the end, signal. Nothing here waits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.supervisor.host import ProcessExited
+from pdlaunch.supervisor.plan import ProcessSpec
+
+_CANNOT_EXECUTE = 127
+_HIDDEN_VARIABLES = frozenset({"PDLAUNCH_API_KEY"})
+"""Children get keys on standard input; their environment can be read by others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    incarnation: int
+    pidfd: int
+
+
+class Children:
+    """The processes that live. Each leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
+
+    Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by thread.
+    """
+
+    CLOSE_TIMEOUT_S = 5.0
+
+    def __init__(self, log_dir: Path) -> None:
+        self._log_dir = log_dir
+        self._children: dict[str, _Child] = {}
+
+    def log_path(self, name: str) -> Path:
+        """Standard output and error of all incarnations of a process."""
+        return self._log_dir / f"{name.replace('/', '.')}.log"
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, first_line: bytes) -> ProcessExited | None:
+        """Start a process and give it ``first_line``; returns its end when it cannot even be started.
+
+        Standard input stays open: its end tells the child that the supervisor is gone.
+        """
+        environment = {k: v for k, v in os.environ.items() if k not in _HIDDEN_VARIABLES} | spec.environment
+        with self.log_path(spec.name).open("ab") as log:
+            if incarnation > 1:
+                log.write(f"--- incarnation {incarnation}\n".encode())
+                log.flush()
+            try:
+                process = subprocess.Popen(
+                    spec.command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                    bufsize=0,
+                )
+            except OSError as error:
+                log.write(f"cannot be started: {error}\n".encode())
+                return ProcessExited(spec.name, incarnation, _CANNOT_EXECUTE)
+        self._children[spec.name] = _Child(process, incarnation, os.pidfd_open(process.pid))
+        assert process.stdin is not None
+        assert len(first_line) < 32 * 1024, "fits the pipe's buffer: the write cannot block"
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(first_line)
+        return None
+
+    def pidfds(self) -> dict[int, str]:
+        """File descriptors that become readable when their process has ended."""
+        return {child.pidfd: name for name, child in self._children.items()}
+
+    def reap(self, name: str) -> ProcessExited:
+        """Bury a process that has ended, and kill what it has left behind in its group.
+
+        The group is killed first: until the process is waited for, nobody else can be given its number.
+        """
+        child = self._children.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+        returncode = child.process.wait()
+        os.close(child.pidfd)
+        if child.process.stdin is not None:
+            child.process.stdin.close()
+        return ProcessExited(name, child.incarnation, returncode)
+
+    def signal(self, name: str, signal_number: int) -> None:
+        """Signal the process and its group; ignored when it is gone."""
+        child = self._children.get(name)
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.process.pid, signal_number)
+
+    def close(self) -> None:
+        """Kill and bury whatever is left; for the way out after an error. At most ``CLOSE_TIMEOUT_S`` a process."""
+        for name in list(self._children):
+            self.signal(name, signal.SIGKILL)
+        for name, child in list(self._children.items()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(self.CLOSE_TIMEOUT_S)
+                self.reap(name)

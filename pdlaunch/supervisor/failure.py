@@ -1,0 +1,57 @@
+"""The root cause of a failed launch, in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.errors import PdlaunchError
+
+MAX_LINES = 20
+MAX_WIDTH = 300
+_TAIL_BYTES = 32 * 1024
+
+
+@dataclass(slots=True)
+class Failure:
+    """The earliest failure of a launch; later ones are taken for its consequences."""
+
+    summary: str
+    process: str | None = None
+    said: str = ""
+    """The process's own words (``Failed``), which may arrive after its end."""
+    details: Sequence[str] = ()
+    cause: PdlaunchError | None = None
+
+    def report(self, log: Path | None) -> list[str]:
+        """At most ``MAX_LINES`` lines: what failed, why, and where to read on. ``log``: of the process."""
+        lines = [self.summary, *self.details]
+        if log is not None:
+            reason = self.said.strip().splitlines() or _relevant(_tail(log))
+            lines = [*lines, *(f"  {line}" for line in _cut(reason, MAX_LINES - len(lines) - 1)), f"log: {log}"]
+        return [line[:MAX_WIDTH] for line in _cut(lines, MAX_LINES)]
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(-min(_TAIL_BYTES, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _relevant(lines: Sequence[str]) -> list[str]:
+    """The last traceback, shortened to where it was raised, or the last lines."""
+    starts = [index for index, line in enumerate(lines) if line.startswith("Traceback")]
+    relevant = list(lines[starts[-1] :] if starts else lines[-10:])
+    return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
+
+
+def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
+    if len(lines) <= num_lines:
+        return list(lines)
+    return [*lines[: num_lines - 1], f"… and {len(lines) - num_lines + 1} more lines"]

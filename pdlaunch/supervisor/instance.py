@@ -1,0 +1,106 @@
+"""What runs of a plan: instances of process specs, and the units in which they live and die together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pdlaunch.protocol.control import Entry, Progress, Register
+from pdlaunch.supervisor.plan import ProcessSpec
+from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
+
+
+@dataclass(slots=True)
+class Instance:
+    """One process of the plan, now. ``state`` changes by ``move`` alone."""
+
+    spec: ProcessSpec
+    incarnation: int = 0
+    """0: never started."""
+    state: ProcessState = ProcessState.PLANNED
+    registration: Register | None = None
+    progress: Progress | None = None
+    info: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    """What it said before it died, else how it died."""
+    last_http: str = ""
+    """Where an earlier incarnation answered; the router comes back there."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ALIVE
+
+    def move(self, state: ProcessState) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.name}: {self.state} -> {state}"
+        self.state = state
+
+    def begin(self, incarnation: int) -> None:
+        """Enter the first state of a new incarnation; nothing of the one before is kept but where it answered."""
+        self.move(ProcessState.CONVERTING if self.spec.kind == "convert" else ProcessState.STARTING)
+        self.incarnation = incarnation
+        self.registration = self.progress = self.error = None
+        self.info = {}
+
+    def entry(self) -> Entry | None:
+        """Its line of the registry; None while it is not reachable."""
+        said = self.registration
+        if said is None or self.spec.kind == "convert" or self.state not in _LISTED:
+            return None
+        return Entry(
+            name=self.name,
+            kind=self.spec.kind,
+            incarnation=self.incarnation,
+            engine=self.spec.engine,
+            role=self.spec.role,
+            tp_rank=self.spec.tp_rank,
+            tp_size=self.spec.tp_size,
+            engine_id=said.engine_id,
+            address=said.address,
+            capabilities=said.capabilities,
+            state=_LISTED[self.state],
+        )
+
+
+_LISTED: Mapping[ProcessState, Literal["starting", "ready", "draining"]] = {
+    ProcessState.STARTING: "starting",
+    ProcessState.READY: "ready",
+    ProcessState.DRAINING: "draining",
+}
+
+
+@dataclass(slots=True)
+class Unit:
+    """Processes that start, die and are restarted together: the router, a server, or the ranks of one engine."""
+
+    name: str
+    members: list[Instance]
+    incarnation: int = 0
+    num_quick_deaths: int = 0
+    """In a row, each soon after it was ready or before."""
+    cause: Instance | None = None
+    """The first member to die in this incarnation; the others are killed for it."""
+    ready_since_s: float | None = None
+    deadline_s: float | None = None
+    """When the members that live are killed: they should have been ready, or gone, by then."""
+    respawn_at_s: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        return any(member.alive for member in self.members)
+
+    @property
+    def ready(self) -> bool:
+        return all(member.state is ProcessState.READY for member in self.members)
+
+
+def make_units(specs: Sequence[ProcessSpec]) -> list[Unit]:
+    """Units in the order of their first process."""
+    members: dict[str, list[Instance]] = {}
+    for spec in specs:
+        members.setdefault(spec.unit, []).append(Instance(spec))
+    return [Unit(name, instances) for name, instances in members.items()]

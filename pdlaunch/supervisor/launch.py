@@ -1,0 +1,145 @@
+"""One launch from configuration to exit: the plan, the folders, the control channel, the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import zmq
+
+from pdlaunch.config.aliases import ResolvedModel, cache_root
+from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.errors import ConfigError
+from pdlaunch.observe.logs import setup_logging
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from pdlaunch.supervisor.bootstraps import LaunchBootstraps
+from pdlaunch.supervisor.children import Children
+from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.host import Observer
+from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
+from pdlaunch.supervisor.machine import Machine
+from pdlaunch.supervisor.plan import Plan, plan
+from pdlaunch.supervisor.ports import check_port
+from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
+from pdlaunch.supervisor.run_dir import new_run_dir
+from pdlaunch.supervisor.shutdown import Grace
+from pdlaunch.supervisor.signals import SignalInbox
+from pdlaunch.supervisor.supervisor import Supervisor, Timing, run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLaunch:
+    """What ``launch`` starts, and ``--dry-run`` prints."""
+
+    config: LaunchConfig
+    machine: Machine
+    models: Mapping[Role, ResolvedModel]
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a launch ended."""
+
+    failure: Failure | None
+    report: tuple[str, ...]
+    """The root cause in at most 20 lines; empty without a failure."""
+    was_ready: bool
+    stop_signal: int | None
+
+    @property
+    def exit_code(self) -> int:
+        """0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 + signal: stopped before it was ready."""
+        if self.failure is not None:
+            return 2 if isinstance(self.failure.cause, ConfigError) else 1
+        return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
+
+
+def plan_launch(config: LaunchConfig, machine: Machine) -> PlannedLaunch:
+    """Find the models and plan the processes; starts nothing. Raises ConfigError."""
+    models = resolve_models(config)
+    planned = plan(config, machine, tuple({m.model: None for m in models.values() if not m.ready}))
+    if not planned.conversions:
+        resolve_engines(config, machine, models)
+    return PlannedLaunch(config, machine, models, planned)
+
+
+def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
+    """The folder of the log files, made now: as configured, else a new one in the cache. Raises ConfigError."""
+    log_dir = Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
+    try:
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (log_dir / "supervisor.log").touch()
+    except OSError as error:
+        raise ConfigError(
+            f"log files cannot be written to {log_dir}: {error.strerror}",
+            field="log_dir",
+            value=str(log_dir),
+            fix="name a folder that you may write to with --log-dir",
+        ) from None
+    return log_dir.resolve()
+
+
+def new_launch_id() -> str:
+    """Sortable by time, unique on this machine."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path) -> Outcome:
+    """Start everything, serve until told to stop, stop everything.
+
+    Raises StartupError when the public port is not free and ConfigError on a system other than Linux, before anything is started.
+    """
+    check_platform()
+    config = planned.config
+    if config.port:
+        check_port(config.host, config.port)
+    timing = Timing(startup_timeout_s=config.startup_timeout_s, grace=Grace(drain_s=config.drain_timeout_s))
+    setup_logging("supervisor", config.log_level, file=log_dir / "supervisor.log")
+    keys = new_launch_keys()
+    with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
+        control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
+        bootstraps = LaunchBootstraps(
+            config,
+            planned.machine,
+            planned.models,
+            keys=keys,
+            control=endpoint,
+            run_dir=run_dir,
+            launch_id=launch_id,
+        )
+        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir)
+
+
+def supervise(
+    plan: Plan, control: zmq.Socket[bytes], bootstraps: Bootstraps, observer: Observer, timing: Timing, log_dir: Path
+) -> Outcome:
+    """Run a plan to its end; no process of it is left when this returns."""
+    with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
+        host = LocalHost(control, bootstraps, children, signals)
+        supervisor = Supervisor(plan, host, observer, timing, time.monotonic)
+        run(supervisor, host, time.monotonic)
+        failure = supervisor.failure
+        log = children.log_path(failure.process) if failure is not None and failure.process is not None else None
+        report = () if failure is None else tuple(failure.report(log))
+        for line in report:
+            logger.error("%s", line)
+        return Outcome(failure, report, supervisor.was_ready, supervisor.stop_signal)
+
+
+def check_platform(platform: str = sys.platform) -> None:
+    """Raises ConfigError where pdlaunch cannot serve."""
+    if platform != "linux":
+        raise ConfigError(
+            f"serve needs Linux; this is {platform}",
+            fix="run it on Linux, in a container or a virtual machine; check-config works here",
+        )

@@ -1,0 +1,132 @@
+"""This machine as the supervisor's host: child processes, the control channel and signals in one poll."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.protocol.control import FromSupervisor, Progress, from_supervisor, to_supervisor
+from pdlaunch.supervisor.children import Children
+from pdlaunch.supervisor.host import Event, MessageReceived, ProcessExited, StopRequested
+from pdlaunch.supervisor.plan import ProcessSpec
+from pdlaunch.supervisor.signals import SignalInbox
+
+logger = logging.getLogger(__name__)
+
+
+class Bootstraps(Protocol):
+    """Who knows what a child is given."""
+
+    def prepare(self) -> None: ...
+
+    def make(self, spec: ProcessSpec, incarnation: int, last_http: str) -> Bootstrap: ...
+
+
+class LocalHost:
+    """``Host`` and ``EventSource`` of a launch whose processes all run here. ``control``: bound ROUTER socket."""
+
+    CONVERSION_POLL_S = 0.25
+    """How often the progress of a conversion is read from its log."""
+
+    def __init__(self, control: zmq.Socket[bytes], bootstraps: Bootstraps, children: Children, signals: SignalInbox) -> None:
+        self._control = control
+        self._bootstraps = bootstraps
+        self._children = children
+        self._signals = signals
+        self._poller = zmq.Poller()
+        self._poller.register(control, zmq.POLLIN)
+        self._poller.register(signals.fileno(), zmq.POLLIN)
+        self._stillborn: list[ProcessExited] = []
+        self._conversions: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        self._bootstraps.prepare()
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, last_http: str) -> None:
+        if spec.kind == "convert":
+            self._conversions[spec.name] = ""
+            line = b""
+        else:
+            line = msgspec.json.encode(self._bootstraps.make(spec, incarnation, last_http)) + b"\n"
+        stillborn = self._children.spawn(spec, incarnation, line)
+        if stillborn is not None:
+            self._stillborn.append(stillborn)
+            return
+        pidfd = next(fd for fd, name in self._children.pidfds().items() if name == spec.name)
+        self._poller.register(pidfd, zmq.POLLIN)
+
+    def signal(self, name: str, signal_number: int) -> None:
+        self._children.signal(name, signal_number)
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
+
+    def wait(self, timeout_s: float | None) -> Sequence[Event]:
+        """What has happened, causes first: signals, violent deaths, messages, orderly exits."""
+        if self._stillborn:
+            timeout_s = 0.0
+        if self._conversions:
+            timeout_s = min(self.CONVERSION_POLL_S, math.inf if timeout_s is None else timeout_s)
+        ready: dict[Any, int] = dict(self._poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)))
+        exits = [*self._take_stillborn(), *self._reap(ready)]
+        return [
+            *(StopRequested(number) for number in self._signals.take()),
+            *(gone for gone in exits if gone.returncode < 0),
+            *self._receive(),
+            *self._conversion_progress(),
+            *(gone for gone in exits if gone.returncode >= 0),
+        ]
+
+    def _reap(self, ready: dict[Any, int]) -> list[ProcessExited]:
+        gone = {fd: name for fd, name in self._children.pidfds().items() if fd in ready}
+        for fd in gone:
+            self._poller.unregister(fd)
+        for name in gone.values():
+            self._conversions.pop(name, None)
+        return [self._children.reap(name) for name in gone.values()]
+
+    def _take_stillborn(self) -> list[ProcessExited]:
+        stillborn, self._stillborn = self._stillborn, []
+        return stillborn
+
+    def _receive(self) -> list[MessageReceived]:
+        messages: list[MessageReceived] = []
+        while True:
+            try:
+                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            try:
+                messages.append(MessageReceived(identity.decode(), to_supervisor.decode(frames[0])))
+            except (ProtocolError, UnicodeDecodeError, IndexError):
+                logger.warning("malformed message from %r", identity[:80])
+
+    def _conversion_progress(self) -> list[MessageReceived]:
+        """A conversion prints lines such as ``[ 40%] reading weights``; the last one is its progress."""
+        events = []
+        for name, before in self._conversions.items():
+            line = _last_line(self._children.log_path(name))
+            if line != before:
+                self._conversions[name] = line
+                events.append(MessageReceived(name, _read_progress(line)))
+        return events
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _read_progress(line: str) -> Progress:
+    percent, bracket, text = line.removeprefix("[").partition("%]")
+    if bracket and percent.strip().isdigit():
+        return Progress(text=text.strip(), fraction=int(percent) / 100)
+    return Progress(text=line[:80])

@@ -1,0 +1,48 @@
+"""Which decode ranks have proven their path to which prefill ranks."""
+
+from __future__ import annotations
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.plan import Plan
+
+
+class PairBook:
+    """The pairs of a launch.
+
+    With different TP sizes only some ranks of two engines talk to each other, and the decode side knows which: a decode rank
+    counts as connected to a prefill engine with its first pair there. No pairs are due while a role has no engine.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._engine_of = {rank.name: rank.engine for rank in plan.ranks("prefill")}
+        self._due = [(rank.name, engine) for rank in plan.ranks("decode") for engine in plan.engines("prefill")]
+        self._proven: dict[tuple[str, str], PairReady] = {}
+        self._errors: dict[tuple[str, str], str] = {}
+
+    def add(self, pair: PairReady) -> None:
+        self._proven[pair.local, pair.peer] = pair
+        self._errors.pop((pair.local, pair.peer), None)
+
+    def fail(self, local: str, peer: str, error: str) -> None:
+        self._errors[local, peer] = error
+
+    def forget(self, name: str) -> None:
+        """A process has died: what it proved, or what was proven about it, holds no more."""
+        for pair in [pair for pair in self._proven if name in pair]:
+            del self._proven[pair]
+
+    def proven(self) -> list[PairReady]:
+        return list(self._proven.values())
+
+    def missing(self) -> list[str]:
+        """The pairs that are due, each in words with the last error."""
+        return [self._describe(local, engine) for local, engine in self._due if not self._is_connected(local, engine)]
+
+    def _is_connected(self, local: str, engine: str) -> bool:
+        return any(local == pair.local and self._engine_of.get(pair.peer) == engine for pair in self._proven.values())
+
+    def _describe(self, local: str, engine: str) -> str:
+        errors = [
+            error for (l_name, peer), error in self._errors.items() if l_name == local and self._engine_of.get(peer) == engine
+        ]
+        return f"{local} has no path to {engine}" + (f": {errors[-1]}" if errors else "")

@@ -1,0 +1,118 @@
+"""The end of a launch: drain the router, drain the engines, stop, terminate, kill. Every step has a deadline."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pdlaunch.protocol.control import Drain, Stop
+from pdlaunch.supervisor.host import Host
+from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.states import Phase, ProcessState
+
+_ORDER = tuple(Phase)
+_DRAINED_KIND = {Phase.DRAINING_ROUTER: "router", Phase.DRAINING_ENGINES: "server"}
+
+_WORKING = (ProcessState.READY, ProcessState.DRAINING)
+
+
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """Seconds that each step of the end may take."""
+
+    drain_s: float = 30.0
+    """Router and engines together."""
+    stop_s: float = 5.0
+    terminate_s: float = 3.0
+    kill_s: float = 5.0
+    """A process that the kernel has not removed by then is left to it."""
+
+
+class Shutdown:
+    """Walks the phases from draining to ``STOPPED``; ``advance`` after every event."""
+
+    def __init__(self, host: Host, instances: Sequence[Instance], grace: Grace, clock: Callable[[], float]) -> None:
+        self._host = host
+        self._instances = instances
+        self._grace = grace
+        self._clock = clock
+        self._drained: set[str] = set()
+        self._drain_deadline_s = clock() + grace.drain_s
+        self.phase = Phase.READY
+        self.deadline_s = clock()
+
+    def begin(self, *, drain: bool) -> None:
+        """Enter the first phase; what waits for a restart is not started again."""
+        for instance in self._instances:
+            if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
+                instance.move(ProcessState.EXITED)
+        self._enter(Phase.DRAINING_ROUTER if drain else Phase.STOPPING)
+        self.advance()
+
+    def hurry(self) -> None:
+        """The user asks again: skip the drain, or kill what does not stop."""
+        draining = self.phase in _DRAINED_KIND
+        self._enter(Phase.STOPPING if draining else Phase.KILLING)
+        self.advance()
+
+    def drained(self, name: str) -> None:
+        self._drained.add(name)
+
+    def advance(self) -> None:
+        """Leave every phase that is over."""
+        while self.phase is not Phase.STOPPED and self._over():
+            following = _ORDER[_ORDER.index(self.phase) + 1]
+            stopped = self.phase not in _DRAINED_KIND and not self._alive()
+            self._enter(Phase.STOPPED if stopped else following)
+
+    def _over(self) -> bool:
+        if self._clock() >= self.deadline_s or not self._alive():
+            return True
+        kind = _DRAINED_KIND.get(self.phase)
+        return kind is not None and not self._undrained(kind)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        now_s = self._clock()
+        match phase:
+            case Phase.DRAINING_ROUTER | Phase.DRAINING_ENGINES:
+                self.deadline_s = self._drain_deadline_s
+                self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_deadline_s - now_s))
+            case Phase.STOPPING:
+                self.deadline_s = now_s + self._grace.stop_s
+                self._stop()
+            case Phase.TERMINATING:
+                self.deadline_s = now_s + self._grace.terminate_s
+                self._signal(signal.SIGTERM)
+            case Phase.KILLING:
+                self.deadline_s = now_s + self._grace.kill_s
+                self._signal(signal.SIGKILL)
+            case _:
+                self.deadline_s = now_s
+
+    def _drain(self, kind: str, timeout_s: float) -> None:
+        """A drained server has no request at its ranks: they are not asked."""
+        for instance in self._undrained(kind):
+            if instance.state is ProcessState.READY:
+                instance.move(ProcessState.DRAINING)
+            self._host.send(instance.name, Drain(timeout_s=timeout_s))
+
+    def _stop(self) -> None:
+        """What is ready listens to Stop; what still starts may be busy loading, and leaves by SIGTERM."""
+        for instance in self._alive():
+            if instance.state in _WORKING:
+                self._host.send(instance.name, Stop())
+            else:
+                self._host.signal(instance.name, signal.SIGTERM)
+
+    def _signal(self, signal_number: int) -> None:
+        for instance in self._alive():
+            self._host.signal(instance.name, signal_number)
+
+    def _undrained(self, kind: str) -> list[Instance]:
+        """What still starts has no work to finish."""
+        return [i for i in self._instances if i.spec.kind == kind and i.state in _WORKING and i.name not in self._drained]
+
+    def _alive(self) -> list[Instance]:
+        return [instance for instance in self._instances if instance.alive]

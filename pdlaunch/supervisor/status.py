@@ -1,0 +1,52 @@
+"""What the supervisor shows of itself: immutable snapshots for views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.states import Phase, ProcessState
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """One process, now."""
+
+    name: str
+    kind: str
+    state: ProcessState
+    incarnation: int
+    doing: str = ""
+    """What it last said that it is doing."""
+    fraction: float | None = None
+    """Of what it is doing, done so far."""
+    info: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, instance: Instance) -> ProcessStatus:
+        progress = instance.progress if instance.state in _WORKING else None
+        return cls(
+            name=instance.name,
+            kind=instance.spec.kind,
+            state=instance.state,
+            incarnation=instance.incarnation,
+            doing=progress.text if progress is not None else (instance.error or ""),
+            fraction=None if progress is None else progress.fraction,
+            info=dict(instance.info),
+        )
+
+
+_WORKING = (ProcessState.STARTING, ProcessState.CONVERTING)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchStatus:
+    """The launch, now."""
+
+    phase: Phase
+    processes: tuple[ProcessStatus, ...]
+    pairs: tuple[PairReady, ...] = ()
+    num_missing_pairs: int = 0
+    url: str = ""
+    """Of the router; empty until it has registered."""

@@ -1,0 +1,350 @@
+"""The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events and never waits.
+
+``run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due. All state changes happen here or in ``Shutdown``.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.control import Drained, Failed, PairFailed, PairReady, Progress, Ready, Register, ToSupervisor
+from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.host import Event, Host, MessageReceived, Observer, ProcessExited, StopRequested
+from pdlaunch.supervisor.instance import Instance, Unit, make_units
+from pdlaunch.supervisor.pairs import PairBook
+from pdlaunch.supervisor.plan import Plan
+from pdlaunch.supervisor.registry import RegistryBook
+from pdlaunch.supervisor.restarts import RestartPolicy
+from pdlaunch.supervisor.shutdown import Grace, Shutdown
+from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
+
+logger = logging.getLogger(__name__)
+
+FAILED_GRACE_S = 5.0
+"""What a process that has said Failed gets to leave by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every time that the supervisor keeps."""
+
+    startup_timeout_s: float = 600.0
+    grace: Grace = field(default_factory=Grace)
+    restarts: RestartPolicy = field(default_factory=RestartPolicy)
+
+
+class EventSource(Protocol):
+    """Where events come from."""
+
+    def wait(self, timeout_s: float | None) -> Sequence[Event]:
+        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
+
+
+def run(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
+    """Drive a launch to its end."""
+    supervisor.start()
+    while not supervisor.done:
+        timeout_s = max(0.0, supervisor.next_deadline_s() - clock())
+        for event in events.wait(timeout_s):
+            supervisor.handle(event)
+        supervisor.tick()
+
+
+class Supervisor:
+    """The state of one launch. ``failure`` and ``was_ready`` say how it went."""
+
+    def __init__(self, plan: Plan, host: Host, observer: Observer, timing: Timing, clock: Callable[[], float]) -> None:
+        self._host = host
+        self._observer = observer
+        self._timing = timing
+        self._clock = clock
+        self._conversions = make_units(plan.conversions)
+        self._units = make_units(plan.processes)
+        self._unit_of = {m.name: unit for unit in (*self._conversions, *self._units) for m in unit.members}
+        self._instances = {m.name: m for unit in (*self._conversions, *self._units) for m in unit.members}
+        self._registry = RegistryBook()
+        self._pairs = PairBook(plan)
+        self._phase = Phase.PREPARING
+        self._start_deadline_s = 0.0
+        self._shutdown: Shutdown | None = None
+        self.failure: Failure | None = None
+        self.was_ready = False
+        self.stop_signal: int | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase if self._shutdown is None else self._shutdown.phase
+
+    @property
+    def done(self) -> bool:
+        return self.phase is Phase.STOPPED
+
+    def survivors(self) -> list[str]:
+        """Processes that outlived SIGKILL; empty unless the kernel is stuck."""
+        return [instance.name for instance in self._instances.values() if instance.alive]
+
+    def start(self) -> None:
+        """Start the conversions, or everything when there are none."""
+        self._start_deadline_s = self._clock() + self._timing.startup_timeout_s
+        for unit in self._conversions:
+            self._spawn(unit)
+        if not self._conversions:
+            self._start_processes()
+        self._settle()
+
+    def handle(self, event: Event) -> None:
+        """Act on one event."""
+        match event:
+            case ProcessExited():
+                self._on_exit(event)
+            case MessageReceived():
+                self._on_message(event.name, event.message)
+            case StopRequested():
+                self._on_stop(event.signal_number)
+        self._settle()
+
+    def tick(self) -> None:
+        """Do what is due by the clock."""
+        if self._shutdown is not None:
+            self._shutdown.advance()
+        elif self._phase is Phase.READY:
+            for unit in self._units:
+                self._tick_unit(unit)
+        elif self._clock() >= self._start_deadline_s:
+            self._fail(self._timeout_failure())
+        self._settle()
+
+    def next_deadline_s(self) -> float:
+        """When ``tick`` is due, on the injected clock; a minute from now when nothing is."""
+        if self._shutdown is not None:
+            return self._shutdown.deadline_s
+        if self._phase is not Phase.READY:
+            return self._start_deadline_s
+        due = [time_s for unit in self._units for time_s in (unit.deadline_s, unit.respawn_at_s) if time_s is not None]
+        return min(due, default=self._clock() + 60.0)
+
+    def status(self) -> LaunchStatus:
+        router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
+        return LaunchStatus(
+            phase=self.phase,
+            processes=tuple(ProcessStatus.of(instance) for instance in self._instances.values()),
+            pairs=tuple(self._pairs.proven()),
+            num_missing_pairs=len(self._pairs.missing()),
+            url="" if router is None or router.registration is None else router.registration.address.http,
+        )
+
+    # Starting
+
+    def _start_processes(self) -> None:
+        self._phase = Phase.STARTING
+        try:
+            self._host.prepare()
+        except PdlaunchError as error:
+            self._fail(Failure(str(error), cause=error))
+            return
+        for unit in self._units:
+            self._spawn(unit)
+
+    def _spawn(self, unit: Unit) -> None:
+        unit.incarnation += 1
+        unit.respawn_at_s = unit.ready_since_s = unit.cause = None
+        unit.deadline_s = self._clock() + self._timing.startup_timeout_s
+        for instance in unit.members:
+            instance.begin(unit.incarnation)
+            self._host.spawn(instance.spec, unit.incarnation, instance.last_http)
+
+    def _timeout_failure(self) -> Failure:
+        waiting = [
+            f"  {i.name} is {i.state}" + (f": {i.progress.text}" if i.progress is not None else "")
+            for i in self._instances.values()
+            if i.state not in (ProcessState.READY, ProcessState.EXITED)
+        ]
+        waiting += [f"  {missing}" for missing in self._pairs.missing()] if not waiting else []
+        summary = f"not ready after {self._timing.startup_timeout_s:g} s (startup_timeout_s):"
+        slowest = next((i.name for i in self._instances.values() if i.alive and i.state is not ProcessState.READY), None)
+        return Failure(summary, process=slowest, details=waiting)
+
+    # Messages
+
+    def _on_message(self, name: str, message: ToSupervisor) -> None:
+        instance = self._instances.get(name)
+        if instance is None:
+            logger.warning("message from unknown process %s", name)
+            return
+        match message:
+            case Register():
+                self._on_register(instance, message)
+            case Failed():
+                self._on_failed(instance, message.error)
+            case Progress():
+                instance.progress = message
+            case _ if instance.registration is None or not instance.alive:
+                logger.warning("%s from %s before it registered", type(message).__name__, name)
+            case Ready():
+                self._on_ready(instance, message)
+            case PairReady():
+                self._on_pair_ready(instance, message)
+            case PairFailed():
+                self._on_pair_failed(instance, message)
+            case Drained():
+                if self._shutdown is not None:
+                    self._shutdown.drained(name)
+
+    def _on_register(self, instance: Instance, message: Register) -> None:
+        if message.name != instance.name or message.incarnation != instance.incarnation or not instance.alive:
+            logger.warning("%s registered as %s, incarnation %d", instance.name, message.name, message.incarnation)
+            return
+        instance.registration = message
+        instance.last_http = message.address.http or instance.last_http
+        self._host.send(instance.name, self._registry.current)
+
+    def _on_ready(self, instance: Instance, message: Ready) -> None:
+        instance.info = message.info
+        if instance.state is not ProcessState.STARTING:
+            return
+        instance.move(ProcessState.READY)
+        unit = self._unit_of[instance.name]
+        if unit.ready:
+            unit.ready_since_s = self._clock()
+            unit.deadline_s = None
+            if unit.incarnation > 1:
+                self._note(f"{unit.name} is ready again (incarnation {unit.incarnation})")
+
+    def _on_failed(self, instance: Instance, error: str) -> None:
+        instance.error = error
+        if self.failure is not None and self.failure.process == instance.name:
+            self.failure.said = error
+        if self._shutdown is not None or not instance.alive:
+            return
+        if self._phase is Phase.READY:
+            self._unit_of[instance.name].deadline_s = self._clock() + FAILED_GRACE_S
+        else:
+            self._fail(Failure(f"{instance.name} failed to start", process=instance.name, said=error))
+
+    def _on_pair_ready(self, instance: Instance, pair: PairReady) -> None:
+        peer = self._instances.get(pair.peer)
+        if peer is not None and peer.incarnation == pair.peer_incarnation and pair.local == instance.name:
+            self._pairs.add(pair)
+
+    def _on_pair_failed(self, instance: Instance, pair: PairFailed) -> None:
+        self._pairs.fail(instance.name, pair.peer, pair.error)
+        if pair.fatal and self._shutdown is None and self._phase is not Phase.READY:
+            self._fail(Failure(f"{instance.name} cannot use {pair.peer}", process=instance.name, said=pair.error))
+        else:
+            self._note(f"{instance.name} cannot reach {pair.peer}: {pair.error}")
+
+    # Deaths
+
+    def _on_exit(self, event: ProcessExited) -> None:
+        instance = self._instances[event.name]
+        if event.incarnation != instance.incarnation or not instance.alive:
+            return
+        if self._shutdown is not None:
+            instance.move(ProcessState.EXITED)
+        elif instance.spec.kind == "convert" and event.returncode == 0:
+            self._on_converted(instance)
+        else:
+            self._on_death(instance, event.how())
+
+    def _on_converted(self, instance: Instance) -> None:
+        instance.move(ProcessState.EXITED)
+        if all(m.state is ProcessState.EXITED for unit in self._conversions for m in unit.members):
+            self._start_processes()
+
+    def _on_death(self, instance: Instance, how: str) -> None:
+        """A process ended that should live: fail a launch that is not ready yet, else restart the unit."""
+        said = instance.error or ""
+        instance.error = said or how
+        instance.move(ProcessState.FAILED)
+        self._pairs.forget(instance.name)
+        if self._phase is not Phase.READY:
+            self._fail(Failure(f"{instance.name} {how} before it was ready", process=instance.name, said=said))
+            return
+        unit = self._unit_of[instance.name]
+        if unit.cause is None:
+            unit.cause = instance
+            self._note(f"{instance.name} {how}" + (f": {said}" if said else ""))
+            self._kill(unit)
+        if not unit.alive:
+            self._back_off(unit, unit.cause)
+
+    def _kill(self, unit: Unit) -> None:
+        """The rest of a unit goes with its first death, and leaves the registry at once."""
+        for member in unit.members:
+            if member.alive:
+                member.registration = None
+                self._host.signal(member.name, signal.SIGKILL)
+
+    def _back_off(self, unit: Unit, cause: Instance) -> None:
+        policy = self._timing.restarts
+        now_s = self._clock()
+        ready_for_s = None if unit.ready_since_s is None else now_s - unit.ready_since_s
+        unit.num_quick_deaths = unit.num_quick_deaths + 1 if policy.is_quick(ready_for_s) else 1
+        unit.deadline_s = None
+        delay_s = policy.delay_s(unit.num_quick_deaths)
+        if delay_s is None:
+            summary = f"{unit.name} died {unit.num_quick_deaths} times in a row, each within {policy.quick_s:g} s of its start"
+            self._fail(Failure(summary, process=cause.name, said=cause.error or ""))
+            return
+        for member in unit.members:
+            member.move(ProcessState.BACKING_OFF)
+        unit.respawn_at_s = now_s + delay_s
+        self._note(f"{unit.name} starts again in {delay_s:g} s")
+
+    def _tick_unit(self, unit: Unit) -> None:
+        now_s = self._clock()
+        if unit.respawn_at_s is not None and now_s >= unit.respawn_at_s:
+            self._spawn(unit)
+        elif unit.deadline_s is not None and now_s >= unit.deadline_s:
+            unit.deadline_s = None
+            self._note(f"{unit.name} neither became ready nor left in time: killed")
+            self._kill(unit)
+
+    # Ending
+
+    def _fail(self, failure: Failure) -> None:
+        """Keep the earliest failure and stop everything."""
+        if self._shutdown is None:
+            self.failure = failure
+            self._begin_shutdown(drain=False)
+
+    def _on_stop(self, signal_number: int) -> None:
+        name = signal.Signals(signal_number).name
+        if self._shutdown is not None:
+            self._note(f"{name} again: not waiting any longer")
+            self._shutdown.hurry()
+            return
+        self.stop_signal = signal_number
+        drain = self._phase is Phase.READY and self._timing.grace.drain_s > 0
+        wait = f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips that" if drain else "stopping"
+        self._note(f"{name}: {wait}")
+        self._begin_shutdown(drain=drain)
+
+    def _begin_shutdown(self, *, drain: bool) -> None:
+        self._shutdown = Shutdown(self._host, list(self._instances.values()), self._timing.grace, self._clock)
+        self._shutdown.begin(drain=drain)
+
+    # After every event
+
+    def _settle(self) -> None:
+        """Tell children and views what has changed, and notice that the launch is ready or over."""
+        if self._shutdown is not None:
+            self._shutdown.advance()
+        if self._registry.update(self._instances.values()):
+            for entry in self._registry.current.entries:
+                self._host.send(entry.name, self._registry.current)
+        self._observer.changed(self.status())
+        if self.phase is Phase.STARTING and all(unit.ready for unit in self._units) and not self._pairs.missing():
+            self._phase = Phase.READY
+            self.was_ready = True
+            self._observer.ready(self.status())
+
+    def _note(self, text: str) -> None:
+        logger.info("%s", text)
+        self._observer.note(text)
