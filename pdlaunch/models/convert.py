@@ -1,7 +1,7 @@
 """Convert a GGUF file into a directory in Hugging Face layout, once, into the cache.
 
-``python -m pdlaunch.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading weights``. Launches that need the same model
-at once are safe: one converts under a file lock, and the result appears under its name only when it is complete.
+``python -m pdlaunch.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading weights``. Launches that need the same
+model at once are safe: one converts under a file lock, and the result appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def ensure_converted(model: str, progress: Progress) -> Path:
     resolved = resolve_model(model)
     if resolved.ready:
         return resolved.cache_dir
-    with _locked(resolved.cache_dir.with_suffix(".lock")):
+    with _locked(resolved.cache_dir.with_name(resolved.cache_dir.name + ".lock")):
         if not resolve_model(model).ready:
             _convert_into_place(resolved, progress)
     return resolved.cache_dir
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--if-needed", action="store_true", help="say nothing when the model is in the cache already")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
     def show(text: str, fraction: float | None) -> None:
         sys.stdout.write(f"[{round((fraction or 0) * 100):3d}%] {text}\n")

@@ -1,0 +1,116 @@
+"""The runner's memory of requests: a row each, with its tokens, block tables and sampling parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.models.packed import IntArray, PackedBatch
+from pdlaunch.protocol.engine import SamplingParams
+
+
+@dataclass(slots=True)
+class Row:
+    """One request."""
+
+    token_ids: IntArray
+    """[max_model_len + 1]; the first ``num_tokens`` are known"""
+    num_tokens: int
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    clean_block: int = -1
+    """Logical index of the block whose slots past the row's last token are known to be zero."""
+
+    @property
+    def known(self) -> IntArray:
+        return self.token_ids[: self.num_tokens]
+
+    @property
+    def output(self) -> IntArray:
+        return self.token_ids[self.num_prompt_tokens : self.num_tokens]
+
+    def append(self, position: int, token_ids: list[int]) -> None:
+        """Write tokens from ``position`` on; what was known there is the same."""
+        assert position <= self.num_tokens
+        stop = position + len(token_ids)
+        self.token_ids[position:stop] = token_ids
+        self.num_tokens = max(self.num_tokens, stop)
+
+
+class RowTable:
+    """All rows of a rank. Block tables: one [max_num_seqs, max_blocks] array a KV cache group."""
+
+    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int) -> None:
+        self._max_model_len = max_model_len
+        self._block_size = block_size
+        self._rows: dict[int, Row] = {}
+        max_blocks = -(-max_model_len // block_size)
+        self._block_tables = [np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Row:
+        return self._rows[row]
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take over what the scheduler says is new."""
+        for row in plan.freed_rows:
+            del self._rows[row]
+        for new in plan.new_rows:
+            self._add(new)
+        for tokens in plan.new_tokens:
+            self._append(tokens)
+        for blocks in plan.new_blocks:
+            self._set_blocks(blocks)
+
+    def pack(self, scheduled: list[ScheduledRow]) -> PackedBatch:
+        """The batch of one step; rows in the order given, which has rows of one token first."""
+        counts = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
+        computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
+        row_starts = np.concatenate([[0], np.cumsum(counts)])
+        row_of_token = np.repeat(np.arange(len(scheduled)), counts)
+        pieces = [self._rows[item.row].token_ids[item.num_computed_tokens :][: item.num_tokens] for item in scheduled]
+        context_lengths = computed + counts
+        max_blocks = -(-int(context_lengths.max()) // self._block_size)
+        ids = [item.row for item in scheduled]
+        return PackedBatch(
+            token_ids=np.concatenate(pieces),
+            positions=np.arange(len(row_of_token)) - row_starts[row_of_token] + computed[row_of_token],
+            row_of_token=row_of_token,
+            row_starts=row_starts,
+            context_lengths=context_lengths,
+            block_tables=tuple(table[ids, :max_blocks] for table in self._block_tables),
+            num_decode_rows=int((counts == 1).sum()),
+        )
+
+    def unclean_blocks(self, scheduled: list[ScheduledRow]) -> list[tuple[int, list[int]]]:
+        """Blocks that rows begin to end in with this step: (first slot past the row's end, block id in every group).
+
+        A block may hold anything past the row's end, another request's values or what a broken transfer left. Attention
+        masks these slots, but a NaN would show through; so they have to be made zero once.
+        """
+        found = []
+        for item in scheduled:
+            row, last = self._rows[item.row], item.num_computed_tokens + item.num_tokens - 1
+            block, offset = divmod(last, self._block_size)
+            if row.clean_block != block:
+                row.clean_block = block
+                found.append((offset + 1, [int(table[item.row, block]) for table in self._block_tables]))
+        return found
+
+    def _add(self, new: NewRow) -> None:
+        assert new.row not in self._rows, f"row {new.row} is taken"
+        token_ids = np.zeros(self._max_model_len + 1, dtype=np.int64)
+        row = Row(token_ids, 0, new.num_prompt_tokens, new.sampling)
+        row.append(0, new.token_ids)
+        self._rows[new.row] = row
+
+    def _append(self, tokens: RowTokens) -> None:
+        self._rows[tokens.row].append(tokens.position, tokens.token_ids)
+
+    def _set_blocks(self, blocks: NewBlocks) -> None:
+        stop = blocks.first_block_index + len(blocks.block_ids)
+        self._block_tables[blocks.group][blocks.row, blocks.first_block_index : stop] = blocks.block_ids

@@ -1,0 +1,174 @@
+"""The model runner of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
+
+``apply -> pack -> attend -> sample``. It obeys: which rows, blocks and tokens is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_shape import DTYPE_BYTES, read_model_shape
+from pdlaunch.engine.rows import RowTable
+from pdlaunch.engine.sampler import SampleRow, draw_tokens
+from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
+from pdlaunch.errors import ConfigError
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.models.loader import load_model
+from pdlaunch.models.packed import PackedBatch
+from pdlaunch.models.tensor_parallel import Shard, TPGroup
+from pdlaunch.models.torch_attention import TorchAttention
+from pdlaunch.models.weights import digest_model
+from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+
+Progress = Callable[[str, float | None], None]
+
+DEFAULT_CPU_CACHE_BYTES = 1024**3
+CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
+"""Times hidden and inner size: room for one step's temporaries beside weights and KV cache."""
+
+
+class ModelRunner:
+    """Owns the model and the KV cache of one rank. Not safe for more than one thread.
+
+    ``kv_cache: [num_blocks, *layout.block_shape()]``; every block may be used, none is reserved. ``tp``: None for one rank.
+    Raises ConfigError or UnsupportedModelError when the model, its heads or the KV cache do not fit ``spec``.
+    """
+
+    def __init__(self, spec: EngineSpec, *, tp: TPGroup | None, progress: Progress) -> None:
+        self._spec = spec
+        self._tp_rank = 0 if tp is None else tp.tp_rank
+        model_dir = Path(spec.model_dir)
+        self.shape = read_model_shape(model_dir)
+        self._device = self._open_device()
+        shard = Shard(self._tp_rank, 1 if tp is None else tp.tp_size, self.shape)
+        self.first_kv_head = shard.first_kv_head
+        self.layout = KVCacheLayout(
+            groups=make_groups(self.shape.layer_windows),
+            num_kv_heads=shard.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            block_size=spec.block_size,
+            dtype_bytes=DTYPE_BYTES[spec.dtype],
+        )
+        is_dummy = spec.load_format == "dummy"
+        self.model_digest = digest_model(model_dir, dummy=is_dummy)
+        dtype = getattr(torch, spec.dtype)
+        self._model = load_model(
+            model_dir, self.shape, dtype=dtype, device=self._device, dummy=is_dummy, tp=tp, progress=progress
+        )
+        progress("allocating the KV cache", None)
+        self.num_blocks = self._count_blocks()
+        self.kv_cache = torch.zeros((self.num_blocks, *self.layout.block_shape()), dtype=dtype, device=self._device)
+        self._attention = TorchAttention(self.layout, self.kv_cache)
+        self._rows = self._new_rows()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Compute one step. Tokens only come from tp rank 0, which also appends them to its rows. ``commands`` are not for us."""
+        self._rows.apply(plan)
+        if not plan.scheduled:
+            return StepOutput(step_id=plan.step_id)
+        self._clean(plan.scheduled)
+        packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
+        batch = self._rows.pack(packed)
+        place = {item.row: index for index, item in enumerate(packed)}
+        sampled = [item for item in plan.scheduled if item.sample]
+        logits = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
+        if self._tp_rank != 0 or not sampled:
+            return StepOutput(step_id=plan.step_id)
+        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, sampled))
+
+    def warm_up(self) -> None:
+        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation.
+
+        Uses row 0 and the first blocks, and leaves both as they were at the start: only to be called before the first step.
+        """
+        assert len(self._rows) == 0
+        num_tokens = min(2 * self._spec.block_size, self._spec.max_model_len - 1, self._spec.max_num_batched_tokens)
+        blocks_per_group = -(-(num_tokens + 1) // self._spec.block_size)
+        num_blocks = blocks_per_group * len(self.layout.groups)
+        if num_tokens < 1 or num_blocks > self.num_blocks:
+            return
+        blocks = [
+            NewBlocks(row=0, group=group, first_block_index=0, block_ids=[*range(group, num_blocks, len(self.layout.groups))])
+            for group in range(len(self.layout.groups))
+        ]
+        new_row = NewRow(
+            row=0,
+            request_id="warm-up",
+            token_ids=[0] * (num_tokens + 1),
+            num_prompt_tokens=num_tokens + 1,
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+        )
+        prompt = ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=False)
+        decode = ScheduledRow(row=0, num_computed_tokens=num_tokens, num_tokens=1, sample=True)
+        self.execute(StepPlan(step_id=-1, new_rows=[new_row], new_blocks=blocks, scheduled=[prompt]))
+        self.execute(StepPlan(step_id=-1, scheduled=[decode]))
+        self._rows = self._new_rows()
+        self.kv_cache[:num_blocks].zero_()
+
+    def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> torch.Tensor:
+        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch."""
+        output = self._model(
+            input_ids=torch.from_numpy(batch.token_ids)[None].to(self._device),
+            position_ids=torch.from_numpy(batch.positions)[None].to(self._device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(sampled_tokens, dtype=torch.int64, device=self._device),
+            attention_step=self._attention.prepare(batch),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _sample(self, logits: torch.Tensor, sampled: list[ScheduledRow]) -> list[TokenOutput]:
+        rows = [self._rows[item.row] for item in sampled]
+        tokens = draw_tokens(logits, [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows])
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(row.num_tokens, [token.token_id])
+        return tokens
+
+    def _clean(self, scheduled: list[ScheduledRow]) -> None:
+        for first_slot, block_ids in self._rows.unclean_blocks(scheduled):
+            if first_slot < self.layout.block_size:
+                self.kv_cache[block_ids, ..., first_slot:, :] = 0
+
+    def _new_rows(self) -> RowTable:
+        return RowTable(
+            max_num_seqs=self._spec.max_num_seqs,
+            max_model_len=self._spec.max_model_len,
+            block_size=self._spec.block_size,
+            num_groups=len(self.layout.groups),
+        )
+
+    def _open_device(self) -> torch.device:
+        if self._spec.device == "cpu":
+            torch.set_num_threads(self._spec.num_threads)
+            return torch.device("cpu")
+        device = torch.device("cuda", self._spec.device_indices[self._tp_rank])
+        torch.cuda.set_device(device)
+        return device
+
+    def _count_blocks(self) -> int:
+        cache_bytes = self._cache_bytes()
+        num_blocks = cache_bytes // self.layout.block_bytes
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_memory {cache_bytes} bytes holds no block of {self.layout.block_bytes} bytes",
+                field="kv_cache_memory",
+                value=cache_bytes,
+                fix=f"Give it at least {self.layout.block_bytes} bytes, or choose a smaller block_size.",
+            )
+        return num_blocks
+
+    def _cache_bytes(self) -> int:
+        if self._spec.kv_cache_memory_bytes is not None:
+            return self._spec.kv_cache_memory_bytes
+        if self._device.type == "cpu":
+            return DEFAULT_CPU_CACHE_BYTES
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        inner = self.shape.hidden_size + self.shape.intermediate_size
+        activations = self._spec.max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
+        unusable = total_bytes * (1 - self._spec.gpu_memory_utilization)
+        return max(0, int(free_bytes - unusable - activations))

@@ -1,0 +1,180 @@
+"""Draw output tokens from logits.
+
+Output token i of a choice is a pure function of its logits and (seed, choice, i): one uniform number comes from a hash of these
+three, and picks the token by the inverse of the cumulative distribution in the order of the vocabulary. No generator keeps a
+state, so that any engine, after any preemption or migration, draws the same.
+
+Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then logit_bias, min_tokens, penalties, and for
+sampled rows temperature, min_p, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pdlaunch.models.packed import IntArray
+from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are taken as 0. Source: vLLM."""
+NUCLEUS_GUESS_TOKENS = 1024
+"""Tokens that are looked at first for top_p: a partial sort of so many is far cheaper than one of the vocabulary."""
+
+_SEED_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What the next token of one row depends on, beside its logits."""
+
+    sampling: SamplingParams
+    token_ids: IntArray
+    """Prompt and output so far."""
+    num_prompt_tokens: int
+
+    @property
+    def output(self) -> IntArray:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+    @property
+    def changes_logits(self) -> bool:
+        sampling = self.sampling
+        return (
+            bool(sampling.logit_bias)
+            or len(self.output) < sampling.min_tokens
+            or sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """The number in [0, 1) that decides output token ``index``: the upper 53 bits of BLAKE2b-64 of three little-endian u64."""
+    message = struct.pack("<QQQ", seed & _SEED_MASK, choice, index)
+    return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def draw_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> list[TokenOutput]:
+    """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order."""
+    raw = logits.float()
+    changed = _change_logits(raw, rows)
+    token_ids = changed.argmax(dim=-1)
+    sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
+    if sampled:
+        token_ids[sampled] = _sample(changed[sampled], [rows[index] for index in sampled])
+    outputs = [TokenOutput(token_id=token_id) for token_id in token_ids.tolist()]
+    for index, row in enumerate(rows):
+        if row.sampling.num_top_logprobs is not None:
+            outputs[index] = _with_logprobs(raw[index], outputs[index].token_id, row.sampling.num_top_logprobs)
+    return outputs
+
+
+def _with_logprobs(raw: torch.Tensor, token_id: int, num_top: int) -> TokenOutput:
+    logprobs = raw.log_softmax(dim=-1)
+    top = logprobs.topk(min(num_top, len(logprobs)))
+    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return TokenOutput(token_id=token_id, logprob=float(logprobs[token_id]), top_logprobs=pairs)
+
+
+def _change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Biases, forbidden end tokens and penalties; the result shares memory with ``raw`` when no row has any."""
+    if not any(row.changes_logits for row in rows):
+        return raw
+    changed = raw.clone()
+    for logits, row in zip(changed, rows, strict=True):
+        if row.changes_logits:
+            _change_row(logits, row)
+    return changed
+
+
+def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
+    """In place, ``logits``: [vocab_size]."""
+    sampling = row.sampling
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id < len(logits):
+            logits[token_id] += bias
+    if len(row.output) < sampling.min_tokens:
+        forbidden = {*sampling.eos_token_ids, *sampling.stop_token_ids}
+        logits[[token_id for token_id in forbidden if token_id < len(logits)]] = float("-inf")
+    if sampling.repetition_penalty != 1.0:
+        seen = _to_index(np.unique(row.token_ids), logits)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+    if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
+        token_ids, counts = np.unique(row.output, return_counts=True)
+        penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
+        logits[_to_index(token_ids, logits)] -= torch.from_numpy(penalty).to(logits)
+
+
+def _to_index(token_ids: IntArray, logits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(token_ids).to(logits.device)
+
+
+def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """``logits``: [num_rows, vocab_size]; returns token ids [num_rows]."""
+    scaled = logits / _column([row.sampling.temperature for row in rows], logits)
+    scaled = _keep_min_p(scaled, rows)
+    scaled = _keep_top_k(scaled, rows)
+    scaled = _keep_top_p(scaled, rows)
+    cumulated = scaled.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    draws = [uniform(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
+    total = cumulated[:, -1:]
+    # The product may round up to the total, which no token's interval holds.
+    target = (_column(draws, cumulated) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+
+
+def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Drop tokens less likely than min_p times the likeliest."""
+    if not any(row.sampling.min_p > 0 for row in rows):
+        return logits
+    least = logits.amax(dim=-1, keepdim=True) + _column([row.sampling.min_p for row in rows], logits).log()
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Drop tokens less likely than the k-th; all that tie with it stay, so that no sort decides."""
+    vocab_size = logits.shape[-1]
+    kept = [min(row.sampling.top_k, vocab_size) if row.sampling.top_k > 0 else vocab_size for row in rows]
+    limited = [index for index, k in enumerate(kept) if k < vocab_size]
+    if not limited:
+        return logits
+    best = logits[limited].topk(max(kept[index] for index in limited)).values
+    least = torch.full_like(logits[:, :1], float("-inf"))
+    least[limited] = best.gather(1, torch.tensor([[kept[index] - 1] for index in limited], device=logits.device))
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """Keep the likeliest tokens that together have probability top_p; all that tie with the last of them stay."""
+    limited = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
+    if not limited:
+        return logits
+    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
+    wanted = _column([rows[index].sampling.top_p for index in limited], probabilities)
+    least = torch.zeros_like(probabilities[:, :1])
+    least[limited] = _nucleus_edge(probabilities[limited], wanted, min(NUCLEUS_GUESS_TOKENS, logits.shape[-1]))
+    return logits.masked_fill(probabilities < least, float("-inf"))
+
+
+def _nucleus_edge(probabilities: torch.Tensor, wanted: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[num_rows, 1]: the smallest probability in the nucleus of each row."""
+    best = probabilities.topk(num_tokens).values
+    cumulated = best.cumsum(dim=-1)
+    if num_tokens < probabilities.shape[-1] and bool((cumulated[:, -1:] < wanted).any()):
+        return _nucleus_edge(probabilities, wanted, probabilities.shape[-1])
+    last = torch.searchsorted(cumulated, wanted).clamp(max=num_tokens - 1)
+    return best.gather(1, last)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

@@ -1,0 +1,64 @@
+"""Attention over the paged KV cache: the seam between a transformers model and an attention backend.
+
+The function registered with transformers hands each layer's queries, keys and values to the step that the runner passed to the
+model as ``attention_step``. Backends write keys and values into the KV cache and attend over it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from pdlaunch.errors import UnsupportedModelError
+from pdlaunch.models.packed import PackedBatch
+
+ATTENTION_NAME = "pdlaunch_paged"
+"""Name under which transformers finds the function. No mask function has that name: transformers then builds no masks."""
+
+
+class AttentionStep(ABC):
+    """One step's attention; made by a backend, used by every layer once."""
+
+    @abstractmethod
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Write keys and values of the step's tokens into the KV cache, attend, return [num_tokens, num_heads, head_dim].
+
+        ``query``: [num_heads, num_tokens, head_dim]; ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this
+        rank, rotary embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
+        """
+
+
+class AttentionBackend(ABC):
+    """Owns nothing but its view of the KV cache and work space."""
+
+    @abstractmethod
+    def prepare(self, batch: PackedBatch) -> AttentionStep:
+        """Compute once what all layers of the step share. A step is used before the next one is prepared."""
+
+
+def register_attention() -> None:
+    """Tell transformers about our attention function. Safe to call again."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attend)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: None,
+    *,
+    scaling: float,
+    attention_step: AttentionStep,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it: query [1, num_heads, num_tokens, head_dim], result [1, num_tokens, num_heads, head_dim]."""
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedModelError("attention logit soft-capping and attention sinks are not supported", field="model")
+    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling)[None], None

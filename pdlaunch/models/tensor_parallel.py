@@ -1,0 +1,190 @@
+"""Tensor parallelism: the group of ranks, and how a model's linear layers are cut by transformers' own plan.
+
+``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs and add up over the group.
+Embedding and output layers are whole on every rank. A KV head is on several ranks when there are more ranks than KV heads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import linear
+
+from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
+
+RENDEZVOUS_TIMEOUT_S = 300.0
+LOOPBACK_INTERFACE = "lo"
+
+
+class TPGroup:
+    """The ranks of one engine; collective calls must be made by all of them in the same order."""
+
+    def __init__(self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None) -> None:
+        self.tp_rank = tp_rank
+        self.tp_size = tp_size
+        self._device = torch.device(device)
+        self._group = group
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up ``tensor`` over the ranks, in place."""
+        if self._group is not None:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's ``data`` on every rank; what the others pass is not looked at. Raw bytes, nothing is unpickled."""
+        if self._group is None:
+            assert data is not None
+            return data
+        own = data or b""
+        length = torch.tensor([len(own)], dtype=torch.int64, device=self._device)
+        dist.broadcast(length, src=0, group=self._group)
+        payload = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        if self.tp_rank == 0 and own:
+            payload.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        dist.broadcast(payload, src=0, group=self._group)
+        return bytes(payload.cpu().numpy())
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            dist.destroy_process_group()
+            self._group = None
+
+
+def init_tp_group(
+    rendezvous: str, tp_rank: int, tp_size: int, device: str, *, timeout_s: float = RENDEZVOUS_TIMEOUT_S
+) -> TPGroup:
+    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that no earlier group has used.
+
+    A file store listens nowhere, and the group's own sockets are bound to loopback (unless GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's ``cuda:N``. ``timeout_s`` also bounds every collective.
+    Raises StartupError when the others do not come, ConfigError for another kind of rendezvous.
+    """
+    if tp_size == 1:
+        return TPGroup(tp_rank, tp_size, device, None)
+    if not rendezvous.startswith("file:///"):
+        raise ConfigError(f"rendezvous must be a file:///path URL, found {rendezvous!r}", field="rendezvous", value=rendezvous)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, LOOPBACK_INTERFACE)
+    try:
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            init_method=rendezvous,
+            rank=tp_rank,
+            world_size=tp_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch.device(device) if device.startswith("cuda:") else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise StartupError(f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}") from error
+    return TPGroup(tp_rank, tp_size, device, dist.group.WORLD)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of the model one rank holds. ``group`` None: all of it."""
+
+    tp_rank: int
+    tp_size: int
+    shape: ModelShape
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError when the heads or the inner size cannot be cut into ``tp_size`` parts."""
+        shape, size = self.shape, self.tp_size
+        if shape.num_attention_heads % size:
+            raise _indivisible("num_attention_heads", shape.num_attention_heads, size)
+        if shape.num_kv_heads % size and size % shape.num_kv_heads:
+            raise _indivisible("num_key_value_heads", shape.num_kv_heads, size)
+        if shape.intermediate_size % size:
+            raise _indivisible("intermediate_size", shape.intermediate_size, size)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.shape.num_attention_heads // self.tp_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        return max(1, self.shape.num_kv_heads // self.tp_size)
+
+    @property
+    def first_kv_head(self) -> int:
+        return self.tp_rank * self.shape.num_kv_heads // self.tp_size
+
+    def share(self, module_name: str, size: int) -> slice:
+        """Of a cut dimension of ``size``: what this rank holds. Ranks that share a KV head hold the same keys and values."""
+        if module_name.endswith((".k_proj", ".v_proj")):
+            head_dim = size // self.shape.num_kv_heads
+            return slice(self.first_kv_head * head_dim, (self.first_kv_head + self.num_kv_heads) * head_dim)
+        part = size // self.tp_size
+        return slice(self.tp_rank * part, (self.tp_rank + 1) * part)
+
+
+class RowwiseLinear(nn.Module):
+    """A linear layer whose inputs are spread over the ranks. The bias is added once, after the sum."""
+
+    def __init__(self, layer: nn.Linear, tp: TPGroup) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self._tp = tp
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``inputs``: [..., in_features / tp_size]; returns [..., out_features], the same on every rank."""
+        result = self._tp.all_reduce(linear(inputs, self.weight))
+        return result if self.bias is None else result + self.bias
+
+
+def plan_cuts(model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard) -> dict[str, tuple[int, slice]]:
+    """Which parameters of ``model`` are cut: name -> (dimension, what this rank holds of it).
+
+    ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``. Raises UnsupportedModelError
+    when there is none or it asks for something other than cut linear layers.
+    """
+    if not plan:
+        raise UnsupportedModelError(f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model")
+    cuts: dict[str, tuple[int, slice]] = {}
+    for name, module in model.named_modules():
+        style = _style(name.removeprefix(f"{base_prefix}."), plan)
+        if style is None or style.startswith("replicated"):
+            continue
+        if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
+            raise UnsupportedModelError(f"tensor parallelism cannot cut {name} ({style})", field="model")
+        size = module.out_features if style == "colwise" else module.in_features
+        cut = (0 if style == "colwise" else 1, shard.share(name, size))
+        cuts[f"{name}.weight"] = cut
+        if style == "colwise" and module.bias is not None:
+            cuts[f"{name}.bias"] = cut
+    return cuts
+
+
+def add_up_rowwise(model: nn.Module, cuts: Mapping[str, tuple[int, slice]], tp: TPGroup) -> None:
+    """Replace the layers whose inputs are cut by ones that add up over the group."""
+    for name, (dimension, _) in cuts.items():
+        if dimension == 1:
+            module_name = name.removesuffix(".weight")
+            layer = model.get_submodule(module_name)
+            assert isinstance(layer, nn.Linear)
+            model.set_submodule(module_name, RowwiseLinear(layer, tp))
+
+
+def _style(name: str, plan: Mapping[str, str]) -> str | None:
+    pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return plan.get(pattern)
+
+
+def _indivisible(field: str, value: int, tp_size: int) -> ConfigError:
+    return ConfigError(
+        f"tensor_parallel_size {tp_size} does not divide the model's {field} {value}",
+        field="tensor_parallel_size",
+        value=tp_size,
+        fix=f"Choose a tensor_parallel_size that divides {value}.",
+    )
