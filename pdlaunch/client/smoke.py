@@ -1,0 +1,155 @@
+"""``pdlaunch smoke``: does a deployment do what it promises? Every check has a name and, when it fails, a reason.
+
+The same prompts go through prefill and decode (the public router) and through one engine alone. In float32 the tokens must be
+equal; in other dtypes the log-probabilities of the common prefix, and of the first token that differs, must lie within
+``LOGPROB_TOLERANCE``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from pdlaunch.client.api import Api
+from pdlaunch.errors import PdlaunchError
+
+LOGPROB_TOLERANCE = 0.25
+"""Nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few hundredths, rarely by a tenth."""
+
+NUM_TOKENS = 12
+_IDLE_TIMEOUT_S = 20.0
+_PROMPTS = (
+    "Hello",
+    "The capital of France is",
+    "Water boils at one hundred degrees, and freezes at",
+    "In the beginning there was a small machine that wanted to learn how to count. It began with one, then two, then",
+    "List of prime numbers: 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89,",
+)
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One check of a smoke run; ``failure`` is None when it held."""
+
+    name: str
+    seconds: float
+    failure: str | None = None
+
+
+class _Failure(Exception):
+    """A check did not hold."""
+
+
+def smoke(url: str, *, api_key: str | None = None, dtype: str) -> list[Check]:
+    """Run all checks against a running deployment."""
+    router = Api(url, api_key)
+    engines = _engines(router)
+    decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
+    prefill = [engine for engine in engines if engine["role"] == "prefill"]
+    pulled_before = _pulled_bytes(decode)
+    checks = [
+        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, decode, prompt, dtype))
+        for index, prompt in enumerate(_PROMPTS)
+    ]
+    checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
+    if prefill and decode:
+        checks.append(_check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before)))
+    checks.append(
+        _check("nothing is left running, leased or quarantined", partial(_idle, [Api(engine["url"]) for engine in engines]))
+    )
+    return checks
+
+
+def _check(name: str, run: Callable[[], None]) -> Check:
+    start_s = time.monotonic()
+    failure = None
+    try:
+        run()
+    except (_Failure, PdlaunchError, KeyError, ValueError) as error:
+        failure = str(error) or repr(error)
+    return Check(name, round(time.monotonic() - start_s, 3), failure)
+
+
+def _engines(router: Api) -> list[dict[str, Any]]:
+    status, text = router.get("/pdlaunch/status")
+    if status != 200:
+        raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {text[:200]}")
+    engines: list[dict[str, Any]] = json.loads(text)["engines"]
+    return engines
+
+
+def _compare(router: Api, engines: list[Api], prompt: str, dtype: str) -> None:
+    """``prompt`` twice through the pair (the second time from prefix caches) and once through an engine alone."""
+    alone = _complete(engines[0], prompt, cache_salt="alone") if engines else None
+    for _ in range(2):
+        pair = _complete(router, prompt)
+        if alone is not None:
+            _equal(pair, alone, exact=dtype == "float32")
+
+
+def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
+    """(token id, logprob) of a greedy completion."""
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+    status, answer = api.post("/v1/completions", body | fields)
+    if status != 200:
+        raise _Failure(f"HTTP {status}: {answer}")
+    choice = answer["choices"][0]
+    return list(zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True))
+
+
+def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exact: bool) -> None:
+    pair_ids, alone_ids = [token for token, _ in pair], [token for token, _ in alone]
+    if exact:
+        if pair_ids != alone_ids:
+            raise _Failure(f"tokens differ: {pair_ids} through prefill and decode, {alone_ids} through one engine")
+        return
+    for (token, logprob), (other, other_logprob) in zip(pair, alone, strict=False):
+        if abs(logprob - other_logprob) > LOGPROB_TOLERANCE:
+            raise _Failure(f"logprobs differ by more than {LOGPROB_TOLERANCE}: {pair} and {alone}")
+        if token != other:
+            return
+
+
+def _compare_stream(router: Api) -> None:
+    body = {"prompt": _PROMPTS[1], "max_tokens": NUM_TOKENS, "temperature": 0}
+    _, whole = router.post("/v1/completions", body)
+    streamed = "".join(_stream_text(router, body | {"stream": True}))
+    if streamed != whole["choices"][0]["text"]:
+        raise _Failure(f"streamed {streamed!r}, whole {whole['choices'][0]['text']!r}")
+
+
+def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:
+    texts = []
+    for line in router.post_text("/v1/completions", body).splitlines():
+        if line.startswith("data:") and line != "data: [DONE]":
+            texts += [choice["text"] for choice in json.loads(line[5:]).get("choices", [])]
+    return texts
+
+
+def _pulled_bytes(engines: list[Api]) -> float:
+    return sum(engine.metrics().get("pdlaunch_kv_transfer_bytes_total", 0.0) for engine in engines)
+
+
+def _moved(engines: list[Api], before: float) -> None:
+    deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
+    while _pulled_bytes(engines) <= before:
+        if time.monotonic() > deadline_s:
+            raise _Failure("no KV byte was pulled: every prompt was recomputed by the decode engines")
+        time.sleep(0.2)
+
+
+def _idle(engines: list[Api]) -> None:
+    names = ("pdlaunch_num_requests_running", "pdlaunch_num_requests_waiting", "pdlaunch_num_leased_blocks")
+    deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
+    while True:
+        left = {f"{engine.url} {name}": engine.metrics().get(name, 0.0) for engine in engines for name in names}
+        busy = {name: value for name, value in left.items() if value}
+        if not busy:
+            return
+        if time.monotonic() > deadline_s:
+            raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {busy}")
+        time.sleep(0.2)
