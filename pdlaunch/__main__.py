@@ -1,4 +1,4 @@
-"""``python -m pdlaunch`` is ``pdlaunch``."""
+"""``python -m pdlaunch`` is the ``pdlaunch`` command."""
 
 from pdlaunch.cli import main
 

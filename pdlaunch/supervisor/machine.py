@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,3 +18,8 @@ class Machine:
     has_native_bf16: bool = False
     """The CPU multiplies bfloat16 by itself (avx512_bf16 or amx_bf16); emulated it is six times slower in prefill."""
     environ: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_machine(environ: Mapping[str, str]) -> Machine:
+    """This machine."""
+    return Machine(cpus=tuple(sorted(os.sched_getaffinity(0))), environ=environ)

@@ -17,6 +17,8 @@ class ProcessStatus:
     kind: str
     state: ProcessState
     incarnation: int
+    pid: int | None = None
+    """None until it has registered."""
     doing: str = ""
     """What it last said that it is doing."""
     fraction: float | None = None
@@ -31,6 +33,7 @@ class ProcessStatus:
             kind=instance.spec.kind,
             state=instance.state,
             incarnation=instance.incarnation,
+            pid=None if instance.registration is None else instance.registration.pid,
             doing=progress.text if progress is not None else (instance.error or ""),
             fraction=None if progress is None else progress.fraction,
             info=dict(instance.info),

@@ -1,0 +1,206 @@
+"""What ``serve`` shows: a live table while it starts, one panel when it is ready, plain lines for the rest."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
+
+Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
+"""The lines of the ready panel: label and text, which may have several lines."""
+
+_STYLES = {
+    ProcessState.PLANNED: "dim",
+    ProcessState.CONVERTING: "cyan",
+    ProcessState.STARTING: "cyan",
+    ProcessState.READY: "green",
+    ProcessState.DRAINING: "yellow",
+    ProcessState.EXITED: "dim",
+    ProcessState.FAILED: "bold red",
+    ProcessState.BACKING_OFF: "yellow",
+}
+CONTINUATION = " \\\n  "
+"""Of a shell command over several lines."""
+_BAR_FROM_COLUMNS = 70
+"""Narrower terminals get the percentage without a bar."""
+
+
+class PlainView:
+    """One line for each change; for logs, pipes and dumb terminals."""
+
+    def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._summary = summary
+        self._clock = clock
+        self._start_s = clock()
+        self._shown: dict[str, str] = {}
+
+    def changed(self, status: LaunchStatus) -> None:
+        if status.phase not in (Phase.PREPARING, Phase.STARTING):
+            return
+        for process in status.processes:
+            line = f"{process.name}: {_doing(process)}"
+            if self._shown.get(process.name) != line and process.state is not ProcessState.PLANNED:
+                self._shown[process.name] = line
+                self._print(line)
+
+    def ready(self, status: LaunchStatus) -> None:
+        self._print("ready")
+        for label, text in self._summary(status):
+            self._console.print(Text(f"  {label:<10} {text.replace(CONTINUATION, ' ')}"), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+    def _print(self, line: str) -> None:
+        elapsed = f"[{self._clock() - self._start_s:6.1f} s]"
+        self._console.print(Text(f"{elapsed} {line}"), soft_wrap=True)
+
+
+class LiveView:
+    """A table that follows every process until the deployment is ready or has failed; then lines, as ``PlainView``."""
+
+    def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._plain = PlainView(console, summary, clock)
+        self._summary = summary
+        self._clock = clock
+        self._start_s = clock()
+        self._status: LaunchStatus | None = None
+        self._live: Live | None = Live(
+            get_renderable=self._render, console=console, refresh_per_second=8, transient=True, vertical_overflow="crop"
+        )
+        self._live.start()
+
+    def changed(self, status: LaunchStatus) -> None:
+        self._status = status
+        if status.phase not in (Phase.PREPARING, Phase.STARTING):
+            self.close()
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.close()
+        self._console.print(render_ready(self._summary(status)))
+
+    def note(self, text: str) -> None:
+        self._plain.note(text)
+
+    def close(self) -> None:
+        """Take the table off the screen and give the cursor back. Safe to call twice."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _render(self) -> RenderableType:
+        if self._status is None:
+            return Text("")
+        return render_status(self._status, self._clock() - self._start_s, *self._console.size)
+
+
+def make_view(console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic) -> PlainView | LiveView:
+    """The live table where the terminal can show one, else lines."""
+    fits = console.is_terminal and not console.is_dumb_terminal and console.height >= 4 and console.width >= 20
+    return LiveView(console, summary, clock) if fits else PlainView(console, summary, clock)
+
+
+def render_status(status: LaunchStatus, elapsed_s: float, columns: int, rows: int) -> RenderableType:
+    """The table, cut to ``rows``: what is not ready comes first when there is no room for all."""
+    counts = Counter(process.state for process in status.processes)
+    head = Text(f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of {len(status.processes)} ready")
+    if status.num_missing_pairs and not counts.keys() - {ProcessState.READY, ProcessState.EXITED}:
+        head.append(f" · {status.num_missing_pairs} pairs to connect")
+    head.truncate(columns, overflow="ellipsis")
+    room = max(1, rows - 2)
+    processes = list(status.processes)
+    if len(processes) > room:
+        processes = sorted(processes, key=lambda process: process.state is ProcessState.READY)[: room - 1]
+    table = Table.grid(padding=(0, 2, 0, 0), expand=False)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for process in processes:
+        table.add_row(process.name, Text(process.state, style=_STYLES[process.state]), _progress(process, columns))
+    hidden = len(status.processes) - len(processes)
+    return Group(head, table, *([Text(f"… and {hidden} more", style="dim")] if hidden else []))
+
+
+def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
+    """The one panel of a deployment that serves. No borders at the sides: lines can be copied."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in rows:
+        grid.add_row(label, Text(text))
+    return Panel(grid, title="pdlaunch is ready", border_style="green", box=box.HORIZONTALS, padding=0)
+
+
+def ready_rows(status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool) -> list[tuple[str, str]]:
+    """Where, how to try it, what runs, how fast its pairs are, where to read more."""
+    key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    body = f'{{"model": "{model}", "prompt": "The capital of France is"}}'
+    curl = f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: application/json'{CONTINUATION}-d '{body}'"
+    return [
+        ("URL", status.url),
+        ("try", curl),
+        ("topology", _topology(status.processes)),
+        ("connector", connector),
+        *(("pair", line) for line in _pairs(status)),
+        ("logs", log_dir),
+        ("stop", "Ctrl-C waits for running requests; a second one does not"),
+    ]
+
+
+def _doing(process: ProcessStatus) -> str:
+    percent = "" if process.fraction is None else f" {process.fraction:.0%}"
+    return f"{process.state}, {process.doing}{percent}" if process.doing else str(process.state)
+
+
+def _progress(process: ProcessStatus, columns: int) -> RenderableType:
+    if process.fraction is None:
+        return Text(process.doing)
+    text = Text(f"{process.doing} {process.fraction:.0%}")
+    if columns < _BAR_FROM_COLUMNS:
+        return text
+    row = Table.grid(padding=(0, 1, 0, 0))
+    row.add_row(ProgressBar(total=1.0, completed=process.fraction, width=16), text)
+    return row
+
+
+def _topology(processes: Sequence[ProcessStatus]) -> str:
+    ranks: Counter[str] = Counter()
+    engines: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+    for process in processes:
+        if process.kind == "rank":
+            engine = process.name.partition("/")[0]
+            role = engine.rpartition("-")[0]
+            engines[role].add(engine)
+            ranks[role] += 1
+    return " + ".join(
+        f"{len(names)} {role}" + (f" (tp {ranks[role] // len(names)})" if ranks[role] > len(names) else "")
+        for role, names in engines.items()
+        if names
+    )
+
+
+def _pairs(status: LaunchStatus) -> list[str]:
+    """Up to four pairs, the slowest first: those are the ones to look at."""
+    pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
+    lines = [
+        f"{pair.peer} → {pair.local}: {pair.path}"
+        + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
+        for pair in pairs[:4]
+    ]
+    return lines + ([f"… and {len(pairs) - 4} more pairs"] if len(pairs) > 4 else [])

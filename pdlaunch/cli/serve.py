@@ -1,0 +1,119 @@
+"""``pdlaunch serve``: check, plan, start, serve until told to stop."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.live import make_view, ready_rows
+from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, launch, new_launch_id, new_log_dir, plan_launch
+from pdlaunch.supervisor.machine import read_machine
+from pdlaunch.supervisor.plan import Plan
+from pdlaunch.supervisor.resolve import served_model_name
+from pdlaunch.supervisor.status import LaunchStatus
+
+EXIT_FAILED = 1
+EXIT_UNUSABLE = 2
+
+
+class Format(StrEnum):
+    """How the plan is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+@with_serve_flags
+def serve(
+    config: ConfigArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every process that would start, and start none.")] = False,
+    output: Annotated[Format, typer.Option("--format", help="Of --dry-run.")] = Format.TABLE,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Start prefill and decode engines behind one router and serve the OpenAI API."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        loaded = load_config(config, os.environ, flags)
+        planned = plan_launch(loaded.config, read_machine(os.environ))
+        if dry_run:
+            print_plan(planned.plan, output)
+            return
+        outcome = _serve(planned)
+    except ConfigError as error:
+        _refuse(errors, error)
+    except StartupError as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        raise typer.Exit(EXIT_FAILED) from None
+    for line in outcome.report:
+        errors.print(Text(line, style="red"))
+    raise typer.Exit(outcome.exit_code)
+
+
+def _serve(planned: PlannedLaunch) -> Outcome:
+    config = planned.config
+    launch_id = new_launch_id()
+    log_dir = new_log_dir(config, launch_id)
+
+    def summary(status: LaunchStatus) -> list[tuple[str, str]]:
+        return ready_rows(
+            status,
+            model=served_model_name(config),
+            connector=config.kv_transfer.connector,
+            log_dir=str(log_dir),
+            needs_key=config.api_key is not None,
+        )
+
+    view = make_view(Console(), summary)
+    try:
+        return launch(planned, view, launch_id=launch_id, log_dir=log_dir)
+    finally:
+        view.close()
+
+
+def _refuse(errors: Console, error: ConfigError) -> NoReturn:
+    """Field, value and fix of a setting that cannot be used; exit code 2."""
+    errors.print(Text(f"error: {error}", style="red"))
+    problems = getattr(error, "problems", ())
+    if not problems:
+        if error.field is not None:
+            errors.print(Text(f"  field: {error.field}"))
+        if error.value is not None:
+            errors.print(Text(f"  value: {error.value}"))
+        if error.fix is not None:
+            errors.print(Text(f"  fix: {error.fix}"))
+    raise typer.Exit(EXIT_UNUSABLE) from None
+
+
+def print_plan(plan: Plan, output: Format) -> None:
+    """Every process, host, command, environment, ports and devices; secrets masked."""
+    shown = plan.shown()
+    if output is Format.JSON:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(shown)) + b"\n")
+        sys.stdout.flush()
+        return
+    console = Console()
+    processes = (*shown.conversions, *shown.processes)
+    table = Table()
+    for heading in ("process", "host", "device", "threads", "ports"):
+        table.add_column(heading, overflow="fold")
+    for process in processes:
+        ports = ", ".join(f"{name} {port or 'free'}" for name, port in process.ports.items())
+        table.add_row(process.name, process.host, " ".join(process.devices), str(process.num_threads), ports)
+    console.print(table)
+    for process in processes:
+        environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in process.environment.items())
+        console.print(Text(process.name, style="bold"))
+        console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"), soft_wrap=True)
