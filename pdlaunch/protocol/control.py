@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from pdlaunch.protocol.wire import Codec, Message
 
 Role = Literal["prefill", "decode"]
 ProcessKind = Literal["router", "server", "rank"]
 
 
-class Address(Message, tag=False, frozen=True):
+class Address(Message, tag=False):
     """Where a process listens; empty strings where it has no such socket."""
 
     http: str = ""
@@ -26,7 +28,7 @@ class Address(Message, tag=False, frozen=True):
     """``tcp://127.0.0.1:43210``; of a rank."""
 
 
-class Capabilities(Message, tag=False, frozen=True):
+class Capabilities(Message, tag=False):
     """What an engine can do; the router reads it instead of assuming it."""
 
     verifies: bool = False
@@ -50,8 +52,8 @@ class Entry(Message, tag=False):
     tp_size: int = 1
     engine_id: str = ""
     """Of a rank: the TP group's id of this incarnation."""
-    address: Address = Address()
-    capabilities: Capabilities = Capabilities()
+    address: Address = msgspec.field(default_factory=Address)
+    capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: Literal["starting", "ready", "draining"] = "starting"
 
 
@@ -62,8 +64,8 @@ class Register(Message):
     incarnation: int
     pid: int
     engine_id: str = ""
-    address: Address = Address()
-    capabilities: Capabilities = Capabilities()
+    address: Address = msgspec.field(default_factory=Address)
+    capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
 
 
 class Progress(Message):

@@ -1,0 +1,223 @@
+"""From the chunks of all prompts to what the client is sent: a stream of events, or one answer.
+
+Ids, model and creation time are the router's own, so that they do not change with the engine. The choices of prompt ``p`` are
+numbered ``p * n`` to ``p * n + n - 1``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from aiohttp import web
+
+from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
+from pdlaunch.protocol.openai.sse import CONTENT_TYPE, DONE, encode_event
+from pdlaunch.router.client_request import ClientRequest, PromptRequest
+from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.transcript import Transcript
+
+_HEAD = ("id", "object", "created", "model", "choices")
+
+
+class Answer:
+    """What both forms share; a ``Sink`` for the generations of one request."""
+
+    def __init__(self, request: ClientRequest, *, model: str, metrics: RequestMetrics, clock: Callable[[], float]) -> None:
+        self._request = request
+        self._metrics = metrics
+        self._clock = clock
+        self._start_s = clock()
+        self._last_s: dict[int, float] = {}
+        self._id = request.endpoint.id_prefix + request.request_id
+        self._model = model
+        self._created = int(time.time())
+
+    async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
+        """Take one chunk that is new to the client."""
+        self._number_choices(prompt, chunk)
+        self._observe_times(chunk)
+        await self._take(transcript, chunk)
+
+    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
+        raise NotImplementedError
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _number_choices(self, prompt: PromptRequest, chunk: Chunk) -> None:
+        if prompt.index:
+            for choice in chunk["choices"]:
+                choice["index"] += prompt.index * prompt.num_choices
+
+    def _observe_times(self, chunk: Chunk) -> None:
+        """Time to the first token of any choice, then between the chunks of each."""
+        now_s = self._clock()
+        for choice in chunk["choices"]:
+            num_tokens = len(choice.get("token_ids") or ())
+            if num_tokens:
+                self._metrics.generation_tokens.inc(num_tokens)
+                last_s = self._last_s.get(choice["index"])
+                if last_s is not None:
+                    self._metrics.inter_token.observe((now_s - last_s) / num_tokens)
+                elif not self._last_s:
+                    self._metrics.time_to_first_token.observe(now_s - self._start_s)
+                self._last_s[choice["index"]] = now_s
+            if choice.get("finish_reason") is not None:
+                self._metrics.finished(choice["finish_reason"])
+
+    def _observe_end(self, usage: Usage) -> None:
+        self._metrics.request_time.observe(self._clock() - self._start_s)
+        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self._metrics.prompt_length.observe(usage.prompt_tokens)
+        self._metrics.output_length.observe(usage.completion_tokens)
+
+
+class StreamedAnswer(Answer):
+    """Events, as they come. Its headers are sent with the first of them: until then an error has its own status."""
+
+    def __init__(
+        self,
+        request: ClientRequest,
+        http_request: web.BaseRequest,
+        *,
+        model: str,
+        metrics: RequestMetrics,
+        clock: Callable[[], float],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(request, model=model, metrics=metrics, clock=clock)
+        self._http_request = http_request
+        self._preparing = asyncio.Lock()
+        self.response = web.StreamResponse(
+            headers={"Content-Type": f"{CONTENT_TYPE}; charset=utf-8", "Cache-Control": "no-cache"} | headers
+        )
+
+    @property
+    def has_begun(self) -> bool:
+        return self.response.prepared
+
+    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
+        chunk |= self._head(self._request.endpoint.chunk_object)
+        if not self._request.return_token_ids:
+            _drop_token_ids(chunk)
+        if self._request.include_usage:
+            chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
+        if chunk["choices"]:
+            await self._write(encode_event(chunk))
+
+    async def finish(self, transcripts: Iterable[Transcript]) -> web.StreamResponse:
+        """The usage, if it was asked for, and the end."""
+        usage = total_usage(transcripts)
+        if self._request.include_usage:
+            await self._write(encode_event(self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}))
+        await self._write(DONE)
+        await self.response.write_eof()
+        self._observe_end(usage)
+        return self.response
+
+    async def fail(self, event: bytes) -> web.StreamResponse:
+        """End a stream that has begun with an error event."""
+        await self._write(event)
+        await self.response.write_eof()
+        return self.response
+
+    async def _write(self, event: bytes) -> None:
+        if not self.response.prepared:
+            async with self._preparing:
+                if not self.response.prepared:
+                    await self.response.prepare(self._http_request)
+        await self.response.write(event)
+
+
+class WholeAnswer(Answer):
+    """One JSON object, put together from the chunks."""
+
+    def __init__(self, request: ClientRequest, *, model: str, metrics: RequestMetrics, clock: Callable[[], float]) -> None:
+        super().__init__(request, model=model, metrics=metrics, clock=clock)
+        self._choices: dict[int, dict[str, Any]] = {}
+        self._extra: dict[str, Any] = {}
+
+    async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
+        if not self._request.return_token_ids:
+            _drop_token_ids(chunk, keep_empty=True)
+        self._extra |= {name: value for name, value in chunk.items() if name not in _HEAD}
+        for choice in chunk["choices"]:
+            merge(self._choices.setdefault(choice["index"], {}), choice)
+
+    def finish(self, transcripts: Iterable[Transcript]) -> dict[str, Any]:
+        """The body of the answer."""
+        usage = total_usage(transcripts)
+        self._observe_end(usage)
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        if self._request.endpoint.is_chat:
+            choices = [_as_message(choice) for choice in choices]
+        return self._extra | self._head(self._request.endpoint.answer_object) | {"choices": choices, "usage": usage}
+
+
+def total_usage(transcripts: Iterable[Transcript]) -> Usage:
+    """The sum over all prompts of a request."""
+    usages = [transcript.usage() for transcript in transcripts]
+    cached = [usage.prompt_tokens_details.cached_tokens or 0 for usage in usages if usage.prompt_tokens_details is not None]
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        total_tokens=sum(usage.total_tokens for usage in usages),
+        prompt_tokens_details=PromptTokensDetails(sum(cached)) if cached else None,
+    )
+
+
+def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
+    """Add a chunk's choice, or a part of it, to what is there: texts and lists grow, objects merge, the rest is replaced.
+
+    List members that carry an ``index`` (tool calls) merge with the one of the same index.
+    """
+    for name, value in news.items():
+        there = target.get(name)
+        if there is None or value is None:
+            target[name] = there if value is None else value
+        elif isinstance(value, str) and isinstance(there, str) and name not in ("role", "finish_reason", "type", "id"):
+            target[name] = there + value
+        elif isinstance(value, dict) and isinstance(there, dict):
+            merge(there, value)
+        elif isinstance(value, list) and isinstance(there, list):
+            _merge_lists(there, value)
+        else:
+            target[name] = value
+
+
+def _merge_lists(target: list[Any], news: list[Any]) -> None:
+    for item in news:
+        index = item.get("index") if isinstance(item, dict) else None
+        twin = next((old for old in target if index is not None and old.get("index") == index), None)
+        if twin is None:
+            target.append(item)
+        else:
+            merge(twin, item)
+
+
+def _as_message(choice: dict[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": None} | choice.pop("delta", {})
+    for call in message.get("tool_calls") or ():
+        call.pop("index", None)
+    return {"index": choice.pop("index"), "message": message} | choice
+
+
+def _drop_token_ids(chunk: Chunk, *, keep_empty: bool = False) -> None:
+    """Take out what the client did not ask for, and the choices that then say nothing."""
+    chunk.pop("prompt_token_ids", None)
+    for choice in chunk["choices"]:
+        choice.pop("prompt_token_ids", None)
+        choice.pop("token_ids", None)
+    if not keep_empty:
+        chunk["choices"] = [choice for choice in chunk["choices"] if _says_something(choice)]
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    if choice.get("text") or choice.get("finish_reason") is not None or choice.get("logprobs"):
+        return True
+    delta = choice.get("delta") or {}
+    return "role" in delta or any(delta.values())

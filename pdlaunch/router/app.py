@@ -1,0 +1,226 @@
+"""The public HTTP API of a deployment (aiohttp)."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.observe.logs import request_logging
+from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
+from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
+from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.router.admission import Admission
+from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
+from pdlaunch.router.client_request import CHAT, COMPLETIONS, ClientRequest, Endpoint, read_client_request
+from pdlaunch.router.engine_client import EngineFailure
+from pdlaunch.router.failures import error_event, error_response
+from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
+from pdlaunch.router.hops import Hops
+from pdlaunch.router.transcript import Transcript
+
+BODY_TIMEOUT_S = 60.0
+"""For a client to send its body."""
+CLIENT_CLOSED_REQUEST = 499
+MAX_ENGINE_ID_LENGTH = 160
+"""Of a client's request id on its way to the engines, where it gets suffixes."""
+_OPEN_PATHS = frozenset({"/health", "/metrics"})
+_TRACESTATE_HEADER = "tracestate"
+_REQUEST_ID = "request_id"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class RouterApp:
+    """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
+
+    def __init__(self, spec: RouterSpec, hops: Hops) -> None:
+        self._spec = spec
+        self._hops = hops
+        self._started = int(time.time())
+        self.admission = Admission(spec.max_queued_requests)
+        self.app = web.Application(client_max_size=spec.max_body_bytes, middlewares=[web.middleware(self._at_the_door)])
+        self.app.add_routes(
+            [
+                web.post(COMPLETIONS.path, self._completions),
+                web.post(CHAT.path, self._chat_completions),
+                web.get("/v1/models", self._models),
+                web.post("/tokenize", self._proxied),
+                web.post("/detokenize", self._proxied),
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+            ]
+        )
+
+    async def _at_the_door(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Give every request its id, ask for the key, and turn every error into one of the OpenAI form."""
+        request[_REQUEST_ID] = request_id = _request_id(request)
+        with request_logging(request_id):
+            try:
+                # The id of a refused request is a new one, as the client's cannot be sent back.
+                read_request_id(request.headers.get(REQUEST_ID_HEADER))
+                self._check_key(request)
+                response = await handler(request)
+            except (asyncio.CancelledError, ConnectionError):
+                self._hops.metrics.requests.failed(CLIENT_CLOSED_REQUEST)
+                raise
+            except Exception as error:
+                response = error_response(error)
+                self._hops.metrics.requests.failed(response.status)
+        if not response.prepared:
+            response.headers[REQUEST_ID_HEADER] = request_id
+        return response
+
+    def _check_key(self, request: web.Request) -> None:
+        key = self._spec.api_key
+        if key is None or request.path in _OPEN_PATHS:
+            return
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not secrets.compare_digest(given, f"Bearer {key}".encode()):
+            raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(COMPLETIONS, request)
+
+    async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(CHAT, request)
+
+    async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        request_id: str = request[_REQUEST_ID]
+        client_request = read_client_request(
+            endpoint,
+            await _read_body(request),
+            served_model_name=self._spec.served_model_name,
+            request_id=request_id,
+            engine_request_id=_engine_request_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
+            headers=_headers_to_pass(request),
+        )
+        with self.admission.admit(len(client_request.prompts)), self._hops.metrics.requests.in_flight.track_inprogress():
+            if client_request.stream:
+                return await self._stream(client_request, request)
+            return await self._whole(client_request)
+
+    async def _stream(self, client_request: ClientRequest, request: web.Request) -> web.StreamResponse:
+        answer = StreamedAnswer(
+            client_request,
+            request,
+            model=self._spec.served_model_name,
+            metrics=self._hops.metrics.requests,
+            clock=time.perf_counter,
+            headers={REQUEST_ID_HEADER: client_request.request_id},
+        )
+        try:
+            return await answer.finish(await self._run(client_request, answer))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not answer.has_begun:
+                raise
+            response = error_response(error)
+            self._hops.metrics.requests.failed(response.status)
+            return await answer.fail(error_event(error))
+
+    async def _whole(self, client_request: ClientRequest) -> web.Response:
+        answer = WholeAnswer(
+            client_request,
+            model=self._spec.served_model_name,
+            metrics=self._hops.metrics.requests,
+            clock=time.perf_counter,
+        )
+        transcripts = await self._run(client_request, answer)
+        return _json(answer.finish(transcripts))
+
+    async def _run(self, client_request: ClientRequest, sink: Sink) -> list[Transcript]:
+        """All prompts at once; the first error ends the others. Raises what a Generation raises."""
+        generations = [Generation(prompt, self._hops, sink) for prompt in client_request.prompts]
+        limit_s = self._spec.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+                for generation in generations:
+                    group.create_task(generation.run())
+        except TimeoutError:
+            message = f"the request was not answered within {limit_s:g} s"
+            raise OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout") from None
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [generation.transcript for generation in generations]
+
+    async def _proxied(self, request: web.Request) -> web.Response:
+        """Any engine can answer; the first that does."""
+        body, pool = await _read_body(request), self._hops.pool
+        tried: set[tuple[str, tuple[int, ...]]] = set()
+        while (engine := pool.pick("decode", exclude=tried)) is not None:
+            try:
+                headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request[_REQUEST_ID], is_own=False)}
+                answer = await self._hops.client.ask(engine, request.path, body, headers)
+                return web.Response(body=answer, content_type="application/json")
+            except EngineFailure:
+                pool.failed(engine)
+                tried.add(engine.key)
+        raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
+
+    async def _models(self, request: web.Request) -> web.Response:
+        pool = self._hops.pool
+        card = ModelCard(
+            id=self._spec.served_model_name,
+            created=self._started,
+            root=self._spec.served_model_name,
+            max_model_len=pool.max_model_len("decode") or pool.max_model_len("prefill"),
+        )
+        return _json(ModelList(data=[card]))
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """200 while some engine can serve and the door is open."""
+        engines = self._hops.pool.engines
+        can_serve = any(engine.ready for engine in engines)
+        status = "draining" if self.admission.is_draining else "ok" if can_serve else "unavailable"
+        body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
+        return _json(body, status=200 if status == "ok" else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        self._hops.metrics.engines_ready.set(sum(engine.ready for engine in self._hops.pool.engines))
+        return web.Response(body=self._hops.metrics.text(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+
+async def _read_body(request: web.Request) -> bytes:
+    """The body within the application's limit of size; refused at once where its length is announced."""
+    limit = request.app._client_max_size
+    if request.content_length is not None and request.content_length > limit:
+        raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=request.content_length)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError:
+        raise RequestError(f"the body was not sent within {BODY_TIMEOUT_S:g} s", status=408) from None
+    except web.RequestPayloadError as error:
+        raise RequestError(f"the body cannot be read: {error}") from None
+
+
+def _request_id(request: web.Request) -> str:
+    try:
+        return read_request_id(request.headers.get(REQUEST_ID_HEADER))
+    except RequestError:
+        return read_request_id(None)
+
+
+def _engine_request_id(request_id: str, *, is_own: bool) -> str:
+    """Unique at the engines, which the ids of clients need not be."""
+    return request_id if is_own else f"{request_id[:MAX_ENGINE_ID_LENGTH]}-{secrets.token_hex(4)}"
+
+
+def _headers_to_pass(request: web.Request) -> dict[str, str]:
+    traceparent = read_traceparent(request.headers.get(TRACEPARENT_HEADER))
+    if traceparent is None:
+        return {}
+    tracestate = request.headers.get(_TRACESTATE_HEADER)
+    return {TRACEPARENT_HEADER: traceparent} | ({} if tracestate is None else {_TRACESTATE_HEADER: tracestate})
+
+
+def _json(payload: object, *, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(payload), content_type="application/json")

@@ -1,0 +1,227 @@
+"""What the router reads of a client's request, and the bodies it sends to engines.
+
+The engines check the fields; the router checks those alone that it replaces on one of the hops.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, read_json_object
+from pdlaunch.protocol.openai.completions import MAX_PROMPTS
+from pdlaunch.protocol.openai.errors import model_not_found
+from pdlaunch.protocol.openai.generation import MAX_CHOICES
+
+CHARACTERS_PER_TOKEN = 4
+"""Rough; only compares the work of engines."""
+
+REMOTE_DECODE: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+"""What vLLM's routers send to a prefill engine."""
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the two completion APIs."""
+
+    path: str
+    id_prefix: str
+    chunk_object: str
+    answer_object: str
+    is_chat: bool
+
+
+COMPLETIONS = Endpoint(
+    path="/v1/completions",
+    id_prefix="cmpl-",
+    chunk_object="text_completion",
+    answer_object="text_completion",
+    is_chat=False,
+)
+CHAT = Endpoint(
+    path="/v1/chat/completions",
+    id_prefix="chatcmpl-",
+    chunk_object="chat.completion.chunk",
+    answer_object="chat.completion",
+    is_chat=True,
+)
+
+
+class StreamFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``stream_options``; the engines see the router's own."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The members of a body that the router acts on."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamFields | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    seed: int | None = None
+    return_token_ids: bool | None = None
+
+
+class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt of a client's request: what one engine request is made of."""
+
+    endpoint: Endpoint
+    body: dict[str, Any]
+    """The client's, with one prompt and a seed."""
+    index: int
+    num_choices: int
+    max_tokens: int | None
+    prompt_tokens: int
+    """Estimate of the prompt's length."""
+    request_id: str
+    headers: dict[str, str]
+
+    def prefill_body(self, *, knows_whole_request: bool) -> bytes:
+        """Ask for the first token of each choice and a lease on the blocks.
+
+        ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those of the whole request, and
+        needs them to tell where the first token's text may end; others refuse them.
+        """
+        body = self.body | {
+            "stream": False,
+            "max_tokens": 1,
+            "return_token_ids": True,
+            "kv_transfer_params": REMOTE_DECODE,
+        }
+        body.pop("stream_options", None)
+        if body.get("max_completion_tokens") is not None:
+            body["max_completion_tokens"] = 1
+        if body.get("min_tokens") is not None and not knows_whole_request:
+            body["min_tokens"] = min(1, body["min_tokens"])
+        return msgspec.json.encode(body)
+
+    def decode_body(self, extra: dict[str, Any]) -> bytes:
+        """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""
+        stream = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        return msgspec.json.encode(self.body | stream | extra)
+
+
+class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A client's request to one of the completion APIs."""
+
+    endpoint: Endpoint
+    request_id: str
+    fields: ClientFields
+    prompts: list[PromptRequest]
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.fields.stream)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.fields.stream_options is not None and bool(self.fields.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        options = self.fields.stream_options
+        return self.include_usage and options is not None and bool(options.continuous_usage_stats)
+
+    @property
+    def return_token_ids(self) -> bool:
+        return bool(self.fields.return_token_ids)
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt."""
+        return self.fields.n or 1
+
+
+def read_client_request(
+    endpoint: Endpoint,
+    raw: bytes,
+    *,
+    served_model_name: str,
+    request_id: str,
+    engine_request_id: str,
+    headers: dict[str, str],
+    draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+) -> ClientRequest:
+    """Check and split a client's body. ``headers`` go to the engines with it. Raises RequestError."""
+    body = read_json_object(raw)
+    for name in sorted(INTERNAL_FIELDS & body.keys()):
+        raise RequestError(f"{name} is set by pdlaunch itself; leave it out", param=name, code="unsupported_parameter")
+    fields = _read_fields(body)
+    if fields.model is not None and fields.model != served_model_name:
+        raise model_not_found(fields.model, served_model_name)
+    max_tokens = _check_limits(fields)
+    bodies = [body] if endpoint.is_chat else [body | {"prompt": prompt} for prompt in _split_prompts(body.get("prompt"))]
+    return ClientRequest(
+        endpoint=endpoint,
+        request_id=request_id,
+        fields=fields,
+        prompts=[
+            PromptRequest(
+                endpoint=endpoint,
+                body=one if fields.seed is not None else one | {"seed": draw_seed()},
+                index=index,
+                num_choices=fields.n or 1,
+                max_tokens=max_tokens,
+                prompt_tokens=_estimate_tokens(one.get("messages") if endpoint.is_chat else one.get("prompt")),
+                request_id=engine_request_id if len(bodies) == 1 else f"{engine_request_id}-{index}",
+                headers=headers,
+            )
+            for index, one in enumerate(bodies)
+        ],
+    )
+
+
+def _read_fields(body: dict[str, Any]) -> ClientFields:
+    try:
+        return msgspec.convert(body, ClientFields)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`") or None
+        raise RequestError(f"{field}: {text}" if field else text, param=field, code="invalid_value") from None
+
+
+def _check_limits(fields: ClientFields) -> int | None:
+    """The client's limit of output tokens, which prefill does not get to see."""
+    if fields.stream_options is not None and not fields.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+    limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    if limit is not None and (fields.min_tokens or 0) > limit:
+        message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
+        raise RequestError(message, param="min_tokens", code="invalid_value")
+    return limit
+
+
+def _split_prompts(prompt: object) -> list[object]:
+    """One entry a prompt; what is in them is checked by the engine."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError(f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt", code="invalid_value")
+        return prompt
+    return [prompt]
+
+
+def _estimate_tokens(prompt: object) -> int:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    if isinstance(prompt, str):
+        return 1 + len(prompt) // CHARACTERS_PER_TOKEN
+    messages = prompt if isinstance(prompt, list) else []
+    return 1 + sum(len(str(message)) for message in messages) // CHARACTERS_PER_TOKEN

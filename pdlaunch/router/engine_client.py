@@ -1,0 +1,242 @@
+"""HTTP from the router to engines: ask for an answer, open a stream, end a lease.
+
+Whatever goes wrong becomes one of two errors: an EngineFailure, after which another engine may be asked, or an EngineRefusal,
+which is the engine's answer to the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.protocol.openai.sse import DONE_DATA, EventDecoder
+from pdlaunch.router.pool import Engine
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Chunk = dict[str, Any]
+"""A chunk of an engine's stream; members that the router does not know are passed on."""
+
+KEEPALIVE_S = 2.0
+"""Shorter than any engine's own, so that no request is sent into a connection that is being closed."""
+_CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
+
+
+class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds until the router looks closer or gives up."""
+
+    connect_s: float = 5.0
+    stall_s: float = 15.0
+    """Silence after which a working engine is asked whether it lives."""
+    probe_s: float = 5.0
+    """For the answer to that, and for the release of a lease."""
+
+
+class EngineFailure(PdlaunchError):
+    """An engine did not do its work; another one may. ``may_return``: it, or its successor, may be there again soon."""
+
+    def __init__(self, engine: Engine, reason: str, *, may_return: bool = True) -> None:
+        super().__init__(f"engine {engine.name}: {reason}")
+        self.may_return = may_return
+
+
+class EngineRefusal(PdlaunchError):
+    """An engine's answer that is no 200, for the client as it is."""
+
+    def __init__(self, engine: Engine, *, status: int, body: bytes, content_type: str, retry_after: str | None) -> None:
+        super().__init__(f"engine {engine.name} answered {status}")
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.retry_after = retry_after
+
+    @property
+    def is_busy(self) -> bool:
+        """The engine has no room now; another one may, or this one later."""
+        return self.status == 429
+
+
+class EngineClient:
+    """The router's client side; one a process. ``http_token``: the launch's own, which engines ask for."""
+
+    def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
+        self._timeouts = timeouts
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
+            headers={"Authorization": f"Bearer {http_token}", "Content-Type": "application/json"},
+            auto_decompress=True,
+            read_bufsize=2**18,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+        """The whole answer to a POST. Raises EngineFailure, EngineRefusal."""
+        return await self._while_alive(engine, self._ask(engine, path, body, headers))
+
+    @contextlib.asynccontextmanager
+    async def stream(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> AsyncIterator[EngineStream]:
+        """A stream that the engine has begun (status 200); leaving the block early aborts it at the engine.
+
+        Raises EngineFailure, EngineRefusal, from the block too.
+        """
+        response = await self._while_alive(engine, self._open(engine, path, body, headers))
+        try:
+            yield EngineStream(engine, response, self)
+        finally:
+            # Closing, not releasing: an unfinished answer must not go back into the pool of connections.
+            response.close()
+
+    async def release(self, engine: Engine, request_id: str) -> None:
+        """End the lease of a request that nobody will pull; errors are logged, the lease ends by itself."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
+            body = msgspec.json.encode({"request_id": request_id})
+            async with self._session.post(engine.url + "/pdlaunch/release", data=body, timeout=timeout) as response:
+                await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.warning("%s: lease of %s not released: %r", engine.name, request_id, error)
+
+    async def is_alive(self, engine: Engine) -> bool:
+        """The engine's server answers."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
+            async with self._session.get(engine.url + "/health", timeout=timeout) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def read_max_model_len(self, engine: Engine) -> int | None:
+        """What the engine's /v1/models says; None when it says nothing."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
+            async with self._session.get(engine.url + "/v1/models", timeout=timeout) as response:
+                length = msgspec.json.decode(await response.read())["data"][0]["max_model_len"]
+                return int(length)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+            logger.info("%s does not tell its max_model_len: %r", engine.name, error)
+            return None
+
+    async def read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
+        """The next bytes of a stream, empty at its end; raises EngineFailure when the engine has died or hangs."""
+        while True:
+            try:
+                async with asyncio.timeout(self._timeouts.stall_s):
+                    return await response.content.readany()
+            except TimeoutError:
+                await self._probe(engine)
+            except aiohttp.ClientError as error:
+                raise EngineFailure(engine, f"stream broke: {error!r}") from error
+
+    async def _ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+        try:
+            async with self._session.post(engine.url + path, data=body, headers=headers) as response:
+                await _refuse_errors(engine, response)
+                return await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineFailure(engine, repr(error)) from error
+
+    async def _open(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        try:
+            response = await self._session.post(engine.url + path, data=body, headers=headers)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineFailure(engine, repr(error)) from error
+        try:
+            await _refuse_errors(engine, response)
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    async def _while_alive(self, engine: Engine, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work``; after each silence of ``stall_s`` make sure that the engine lives."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=self._timeouts.stall_s))[0]:
+                await self._probe(engine)
+        except BaseException:
+            task.add_done_callback(_discard_result)
+            task.cancel()
+            raise
+        return task.result()
+
+    async def _probe(self, engine: Engine) -> None:
+        if not await self.is_alive(engine):
+            raise EngineFailure(engine, f"silent for {self._timeouts.stall_s:g} s and not healthy")
+
+
+class EngineStream:
+    """The chunks of one answer, in order; ends after ``[DONE]`` or at the end of the connection."""
+
+    def __init__(self, engine: Engine, response: aiohttp.ClientResponse, client: EngineClient) -> None:
+        self._engine = engine
+        self._response = response
+        self._client = client
+        self._events = EventDecoder()
+        self._pending: deque[bytes] = deque()
+
+    async def next_chunk(self) -> Chunk | None:
+        """The next chunk, None at the end. Raises EngineFailure, EngineRefusal (an error event about the request)."""
+        while not self._pending:
+            received = await self._client.read_some(self._engine, self._response)
+            if not received:
+                return None
+            try:
+                self._pending.extend(self._events.feed(received))
+            except ProtocolError as error:
+                raise EngineFailure(self._engine, str(error), may_return=False) from error
+        data = self._pending.popleft()
+        return None if data == DONE_DATA else self._decode(data)
+
+    def _decode(self, data: bytes) -> Chunk:
+        try:
+            chunk = msgspec.json.decode(data)
+        except msgspec.DecodeError as error:
+            raise EngineFailure(self._engine, f"malformed event: {error}", may_return=False) from error
+        if not isinstance(chunk, dict):
+            raise EngineFailure(self._engine, "an event that is no object", may_return=False)
+        if "error" in chunk:
+            self._raise_error(data, chunk["error"])
+        return chunk
+
+    def _raise_error(self, data: bytes, error: object) -> None:
+        fields = error if isinstance(error, dict) else {}
+        if fields.get("type") in _CLIENT_ERROR_TYPES:
+            raise EngineRefusal(self._engine, status=400, body=data, content_type="application/json", retry_after=None)
+        raise EngineFailure(self._engine, f"error in its stream: {fields.get('message', error)}")
+
+
+def _discard_result(task: asyncio.Task[Any]) -> None:
+    """Work that nobody waits for any more may have ended all the same: close what it opened."""
+    if not task.cancelled() and task.exception() is None and isinstance(task.result(), aiohttp.ClientResponse):
+        task.result().close()
+
+
+async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> None:
+    if response.status == 200:
+        return
+    try:
+        body = await response.read()
+    except aiohttp.ClientError as error:
+        raise EngineFailure(engine, f"answered {response.status} and broke off") from error
+    if response.status >= 500:
+        text = body[:200].decode(errors="replace")
+        raise EngineFailure(engine, f"answered {response.status}: {text}", may_return=response.status in (502, 503, 504))
+    raise EngineRefusal(
+        engine,
+        status=response.status,
+        body=body,
+        content_type=response.content_type,
+        retry_after=response.headers.get("Retry-After"),
+    )

@@ -1,0 +1,249 @@
+"""One prompt through the engines: prefill, hand over, decode; another engine where one fails.
+
+::
+
+    prefill(max_tokens=1) ── first tokens ──> client
+         └ kv_transfer_params ──> decode ── chunks ──> client
+                                     └ died: another engine with `resume` = the tokens so far ──> client
+
+A request that only one engine can or need serve goes there at once. Everything that is sent to the client went through the
+transcript, so that nothing is told twice whichever engine says it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import msgspec
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.router.client_request import PromptRequest
+from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal
+from pdlaunch.router.handover import Handover, read_handover
+from pdlaunch.router.hops import Hops
+from pdlaunch.router.metrics import Hop
+from pdlaunch.router.pool import Engine, EngineKey
+from pdlaunch.router.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2
+_MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
+_BROKEN = frozenset({"error", "abort"})
+"""Reasons with which an engine gives a request up that nobody has cancelled."""
+
+
+class Sink(Protocol):
+    """Where the chunks of all prompts of a request go."""
+
+    async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
+        """One chunk that is new to the client."""
+
+
+class Generation:
+    """The life of one prompt; ``run`` once."""
+
+    def __init__(self, prompt: PromptRequest, hops: Hops, sink: Sink) -> None:
+        self.transcript = Transcript(prompt.num_choices)
+        self._prompt = prompt
+        self._hops = hops
+        self._sink = sink
+        self._handover: Handover | None = None
+        self._first_token_sent = False
+        self._decode_has_answered = False
+        self._tried: set[EngineKey] = set()
+        self._failure: EngineFailure | EngineRefusal | None = None
+        self._num_decode_failures = 0
+
+    async def run(self) -> None:
+        """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends both hops."""
+        try:
+            await self._prefill()
+            while not self.transcript.is_done:
+                await self._decode()
+        finally:
+            self._release_untaken_lease()
+
+    async def _prefill(self) -> None:
+        """Hand the prompt to a prefill engine; where none can do it, the decode engine will do all."""
+        pool = self._hops.pool
+        if self._prompt.max_tokens == 1:
+            return
+        while pool.has_ready("decode") and len(self._tried) < self._hops.recovery.max_attempts:
+            engine = pool.pick("prefill", strict=True, exclude=self._tried)
+            if engine is None:
+                break
+            if self._failure is not None:
+                self._hops.metrics.retried("prefill")
+            try:
+                handover = await self._ask_prefill(engine)
+            except (EngineFailure, EngineRefusal) as failure:
+                self._note(engine, "prefill", failure)
+            else:
+                await self._begin_answer(handover)
+                return
+        self._hops.metrics.fell_back()
+
+    async def _ask_prefill(self, engine: Engine) -> Handover:
+        prompt = self._prompt
+        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        with engine.working(prompt_tokens=prompt.prompt_tokens):
+            raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
+        try:
+            handover = read_handover(engine, raw, is_chat=prompt.endpoint.is_chat)
+        except _MALFORMED as error:
+            raise EngineFailure(engine, f"malformed answer: {error!r}", may_return=False) from error
+        for chunk in handover.chunks:
+            _refuse_broken(engine, chunk)
+        self._hops.pool.succeeded(engine)
+        return handover
+
+    async def _begin_answer(self, handover: Handover) -> None:
+        """Tell the client what prefill knows, if the decode engines need not tell it again."""
+        self._handover = handover
+        self._tried.clear()
+        self._failure = None
+        self._refuse_too_long(handover)
+        self._first_token_sent = handover.is_final or (
+            handover.has_first_tokens and self._hops.pool.has_ready("decode", needs=_takes_first_token)
+        )
+        if self._first_token_sent:
+            for chunk in handover.chunks:
+                await self._tell(handover.engine, chunk)
+
+    async def _decode(self) -> None:
+        """Stream from one engine, for as long as it lives; what failed is noted for the next."""
+        engine = await self._next_engine()
+        attempt = self._num_decode_failures
+        if attempt:
+            self._hops.metrics.retried("decode")
+        try:
+            await self._stream_from(engine, attempt)
+        except (EngineFailure, EngineRefusal) as failure:
+            if self.transcript.is_done:
+                return
+            self._note(engine, "decode", failure)
+            self._num_decode_failures += isinstance(failure, EngineFailure)
+            if self._num_decode_failures == self._hops.recovery.max_attempts or not self._can_go_on():
+                raise
+
+    async def _stream_from(self, engine: Engine, attempt: int) -> None:
+        prompt, extra = self._prompt, self._decode_extra()
+        if "resume" in extra:
+            self._hops.metrics.migrated()
+            logger.info("%s goes on at %s after %d tokens", prompt.request_id, engine.name, self.transcript.num_tokens)
+        body = prompt.decode_body(extra)
+        with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
+            async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
+                while (chunk := await stream.next_chunk()) is not None:
+                    await self._tell(engine, chunk)
+                    self._decode_has_answered = True
+        if not self.transcript.is_done:
+            raise EngineFailure(engine, "its stream ended too early")
+        self._hops.pool.succeeded(engine)
+
+    async def _tell(self, engine: Engine, chunk: Chunk) -> None:
+        try:
+            _refuse_broken(engine, chunk)
+            has_news = self.transcript.admit(chunk)
+        except _MALFORMED as error:
+            raise EngineFailure(engine, f"malformed chunk: {error!r}", may_return=False) from error
+        if has_news:
+            await self._sink.chunk(self._prompt, self.transcript, chunk)
+
+    def _decode_extra(self) -> dict[str, Any]:
+        """What the next decode engine is given besides the client's body."""
+        if self._must_resume():
+            return {"resume": self.transcript.resume_field()}
+        return {} if self._handover is None else self._handover.decode_params(first_token_sent=self._first_token_sent)
+
+    def _must_resume(self) -> bool:
+        return self._decode_has_answered and self.transcript.has_tokens
+
+    def _can_go_on(self) -> bool:
+        return self.transcript.can_resume or not self._must_resume()
+
+    def _fits(self, engine: Engine) -> bool:
+        """The engine can take the request where it stands."""
+        if self._must_resume():
+            return engine.capabilities.resumes
+        return _takes_first_token(engine) or not self._first_token_sent
+
+    async def _next_engine(self) -> Engine:
+        """The engine for the next attempt; after a failure one is waited for. Raises what failed last, or OverloadedError."""
+        hops = self._hops
+        role: Hop = "prefill" if self._prompt.max_tokens == 1 else "decode"
+        deadline_s = hops.now_s() + hops.recovery.wait_s
+        while True:
+            engine = hops.pool.pick(role, exclude=self._tried, needs=self._fits)
+            if engine is not None:
+                return engine
+            left_s = deadline_s - hops.now_s()
+            if self._failure is None and self._handover is None:
+                raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
+            if isinstance(self._failure, EngineRefusal):
+                await self._wait_for_room(self._failure, left_s)
+            elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
+                raise self._failure or _nobody_left()
+            else:
+                await hops.registry_change(left_s)
+
+    async def _wait_for_room(self, busy: EngineRefusal, left_s: float) -> None:
+        """All engines are busy: what a client without an answer is told; one whose answer has begun waits."""
+        if left_s <= 0 or not self.transcript.has_tokens:
+            raise busy
+        await self._hops.registry_change(min(left_s, self._hops.recovery.busy_wait_s))
+        self._tried.clear()
+
+    def _note(self, engine: Engine, hop: Hop, failure: EngineFailure | EngineRefusal) -> None:
+        """Remember what went wrong; raises a refusal that no other engine would take back."""
+        if isinstance(failure, EngineRefusal) and not failure.is_busy:
+            raise failure
+        if isinstance(failure, EngineFailure):
+            logger.warning("%s: %s hop failed: %s", self._prompt.request_id, hop, failure)
+            self._hops.pool.failed(engine)
+            self._hops.metrics.engine_failed(engine.name, hop)
+        self._tried.add(engine.key)
+        self._failure = failure
+
+    def _refuse_too_long(self, handover: Handover) -> None:
+        """Prefill saw ``max_tokens=1``; decode would refuse the client's own when its answer has begun."""
+        limit, max_tokens = self._hops.pool.max_model_len("decode"), self._prompt.max_tokens
+        if limit is None or max_tokens is None or handover.is_final or handover.num_prompt_tokens + max_tokens <= limit:
+            return
+        raise RequestError(
+            f"the prompt has {handover.num_prompt_tokens} tokens and max_tokens is {max_tokens}; "
+            f"together they may be at most {limit} (max_model_len)",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+
+    def _release_untaken_lease(self) -> None:
+        handover = self._handover
+        if handover is None or handover.lease_id is None or self._decode_has_answered:
+            return
+        if handover.engine.capabilities.gives_first_token:
+            self._hops.metrics.released()
+            self._hops.spawn(self._hops.client.release(handover.engine, handover.lease_id))
+
+    def _headers(self, attempt: int) -> dict[str, str]:
+        """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
+        request_id = self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
+        return self._prompt.headers | {REQUEST_ID_HEADER: request_id}
+
+
+def _takes_first_token(engine: Engine) -> bool:
+    return engine.capabilities.gives_first_token
+
+
+def _refuse_broken(engine: Engine, chunk: Chunk) -> None:
+    if any(choice.get("finish_reason") in _BROKEN for choice in chunk["choices"]):
+        raise EngineFailure(engine, "gave the request up")
+
+
+def _nobody_left() -> OverloadedError:
+    return OverloadedError(
+        "no engine can go on with this request", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready"
+    )

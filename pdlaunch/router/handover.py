@@ -1,0 +1,74 @@
+"""A prefill engine's answer, and what it means for the second hop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pdlaunch.router.engine_client import Chunk
+from pdlaunch.router.pool import Engine
+from pdlaunch.router.transcript import chunks_of_answer
+
+
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """What prefill has done for one prompt."""
+
+    engine: Engine
+    params: dict[str, Any] | None
+    """``kv_transfer_params`` for the decode engine; None: there are no blocks to pull."""
+    has_first_tokens: bool
+    """The params hold the first tokens, so that they need not come from decode."""
+    open_choices: frozenset[int]
+    """Choices that go on after their first token."""
+    num_prompt_tokens: int
+    chunks: list[Chunk]
+    """The answer as the chunks of a stream."""
+
+    @property
+    def is_final(self) -> bool:
+        """Every choice ended with its first token: the answer is whole."""
+        return not self.open_choices
+
+    @property
+    def lease_id(self) -> str | None:
+        """The request that the prefill engine holds blocks for."""
+        request_id = None if self.params is None else self.params.get("remote_request_id")
+        return request_id if isinstance(request_id, str) else None
+
+    def decode_params(self, *, first_token_sent: bool) -> dict[str, Any]:
+        """What the decode engine is given; empty when there is nothing to pull."""
+        if self.params is None:
+            return {}
+        if not first_token_sent:
+            return {"kv_transfer_params": self.params}
+        ours = self.params["pdlaunch"] | {"first_token_sent": True}
+        return {"kv_transfer_params": self.params | {"pdlaunch": ours}}
+
+
+def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
+    """Read a prefill engine's answer.
+
+    Raises msgspec.DecodeError, LookupError, TypeError or AttributeError when it is not of the OpenAI form.
+    """
+    answer: dict[str, Any] = msgspec.json.decode(raw)
+    params = answer.get("kv_transfer_params") or None
+    ours = None if params is None else params.get("pdlaunch")
+    first_tokens = (ours or {}).get("first_tokens") or []
+    open_choices = frozenset(
+        choice["index"]
+        for choice in answer["choices"]
+        if choice["finish_reason"] in (None, "length") and not _ends(first_tokens, choice["index"])
+    )
+    return Handover(
+        engine=engine,
+        params=params,
+        has_first_tokens=bool(first_tokens),
+        open_choices=open_choices,
+        num_prompt_tokens=answer["usage"]["prompt_tokens"],
+        chunks=chunks_of_answer(answer, is_chat=is_chat, open_choices=open_choices),
+    )
+
+
+def _ends(first_tokens: list[dict[str, Any]], choice: int) -> bool:
+    return choice < len(first_tokens) and first_tokens[choice].get("finish_reason") is not None

@@ -1,0 +1,76 @@
+"""What every request of the router shares: the pool, the client side, the counters, and news of the registry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+
+from pdlaunch.protocol.control import Registry
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import Engine, EnginePool
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How hard the router tries to save a request that an engine has dropped."""
+
+    max_attempts: int = 4
+    """Engines asked for one hop: a request that kills engines must not kill them all."""
+    wait_s: float = 60.0
+    """For an engine to come, or to come back, after a failure."""
+    busy_wait_s: float = 1.0
+    """Before a busy engine is asked again."""
+
+
+class Hops:
+    """Shared by all requests of the process; lives in its event loop."""
+
+    def __init__(self, pool: EnginePool, client: EngineClient, metrics: RouterMetrics, recovery: RecoverySettings) -> None:
+        self.pool = pool
+        self.client = client
+        self.metrics = metrics
+        self.recovery = recovery
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def update(self, registry: Registry) -> None:
+        """Take over a registry and wake those who wait for an engine."""
+        self.pool.update(registry)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for engine in self.pool.engines:
+            if engine.ready and engine.max_model_len is None:
+                self.spawn(self._learn_max_model_len(engine))
+
+    async def registry_change(self, timeout_s: float) -> None:
+        """Return at the next change of the registry, at the latest after ``timeout_s``."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    def now_s(self) -> float:
+        """The event loop's clock."""
+        return asyncio.get_running_loop().time()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` beyond the life of the request that wants it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Finish what was spawned, within ``CLOSE_TIMEOUT_S``."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        await self.client.close()
+
+    async def _learn_max_model_len(self, engine: Engine) -> None:
+        engine.max_model_len = await self.client.read_max_model_len(engine)

@@ -1,0 +1,50 @@
+"""The router's Prometheus metrics, in a registry of their own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+
+Hop = Literal["prefill", "decode"]
+
+
+class RouterMetrics:
+    """What clients see (``requests``) and what the router did with the engines."""
+
+    def __init__(self, served_model_name: str) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = RequestMetrics(registry, {"model_name": served_model_name})
+        self.engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
+        self._engine_failures = Counter(
+            "pdlaunch_router_engine_failures", "Hops that an engine failed.", ("engine", "hop"), registry=registry
+        )
+        self._retries = Counter("pdlaunch_router_retries", "Hops asked of another engine.", ("hop",), registry=registry)
+        self._fallbacks = Counter(
+            "pdlaunch_router_fallbacks", "Requests that one engine did alone, though two were wanted.", registry=registry
+        )
+        self._migrations = Counter(
+            "pdlaunch_router_migrations", "Answers continued by another engine from the tokens so far.", registry=registry
+        )
+        self._releases = Counter("pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry)
+
+    def engine_failed(self, engine: str, hop: Hop) -> None:
+        self._engine_failures.labels(engine, hop).inc()
+
+    def retried(self, hop: Hop) -> None:
+        self._retries.labels(hop).inc()
+
+    def fell_back(self) -> None:
+        self._fallbacks.inc()
+
+    def migrated(self) -> None:
+        self._migrations.inc()
+
+    def released(self) -> None:
+        self._releases.inc()
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return render_metrics(self._registry)

@@ -1,0 +1,159 @@
+"""Which engine gets the next piece of work. Pure: told of the registry and of outcomes, asks nobody.
+
+The least outstanding work wins among the ready engines of the wanted role: prompt tokens for prefill, active streams for decode.
+A role is a preference; an engine that failed a moment ago is the last choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+
+import msgspec
+
+from pdlaunch.protocol.control import Capabilities, Entry, Registry, Role
+
+BACKOFF_S = 1.0
+MAX_BACKOFF_S = 30.0
+
+EngineKey = tuple[str, tuple[int, ...]]
+"""Name and the incarnations of server and ranks: a restart of any of them makes it another engine."""
+
+
+class Engine(msgspec.Struct, kw_only=True, eq=False):
+    """One engine as the router sees it; lives as long as its processes do."""
+
+    key: EngineKey
+    url: str
+    role: Role | None
+    capabilities: Capabilities
+    ready: bool
+    state: str
+    """For people: ``starting``, ``ready``, ``draining``."""
+    max_model_len: int | None = None
+    """Prompt plus output in tokens; None until the engine has been asked."""
+    prompt_tokens: int = 0
+    """Estimated tokens of the prompts it is working on."""
+    num_streams: int = 0
+    num_picks: int = 0
+    num_failures: int = 0
+    """In a row."""
+    avoid_until_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.key[0]
+
+    @contextlib.contextmanager
+    def working(self, *, prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:
+        """Count a piece of work as outstanding for as long as the block runs."""
+        self.prompt_tokens += prompt_tokens
+        self.num_streams += num_streams
+        try:
+            yield
+        finally:
+            self.prompt_tokens -= prompt_tokens
+            self.num_streams -= num_streams
+
+
+class EnginePool:
+    """All engines of the launch. ``clock`` counts seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._engines: dict[str, Engine] = {}
+        self._with_ranks: set[str] = set()
+
+    @property
+    def engines(self) -> list[Engine]:
+        """By name."""
+        return [self._engines[name] for name in sorted(self._engines)]
+
+    def update(self, registry: Registry) -> None:
+        """Take over a registry; an engine whose processes are the same keeps its counts."""
+        found: dict[str, Engine] = {}
+        for server in registry.entries:
+            if server.kind == "server":
+                ranks = [entry for entry in registry.entries if entry.kind == "rank" and entry.engine == server.name]
+                found[server.name] = self._renew(server, ranks)
+        self._engines = found
+
+    def has_ready(self, role: Role, *, needs: Callable[[Engine], bool] | None = None) -> bool:
+        """Some engine of this role can be given work."""
+        return any(engine.ready and engine.role == role and (needs is None or needs(engine)) for engine in self._engines.values())
+
+    def max_model_len(self, role: Role) -> int | None:
+        """The shortest of the role's engines, as far as they have told it."""
+        return min(
+            (engine.max_model_len for engine in self._engines.values() if engine.role == role and engine.max_model_len),
+            default=None,
+        )
+
+    def pick(
+        self,
+        role: Role,
+        *,
+        strict: bool = False,
+        exclude: Collection[EngineKey] = (),
+        needs: Callable[[Engine], bool] | None = None,
+    ) -> Engine | None:
+        """The engine for the next piece of work of ``role``; None when there is none.
+
+        ``strict``: only of this role, and none that failed a moment ago.
+        """
+        now_s = self._clock()
+        candidates = [
+            engine
+            for engine in self._engines.values()
+            if engine.ready
+            and engine.key not in exclude
+            and (needs is None or needs(engine))
+            and not (strict and (engine.role != role or engine.avoid_until_s > now_s))
+        ]
+        if not candidates:
+            return None
+        best = min(candidates, key=lambda engine: _rank(engine, role, now_s))
+        best.num_picks += 1
+        return best
+
+    def failed(self, engine: Engine) -> None:
+        """Avoid the engine for a while, twice as long after each failure in a row."""
+        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2**engine.num_failures)
+        engine.num_failures += 1
+        engine.avoid_until_s = self._clock() + backoff_s
+
+    def succeeded(self, engine: Engine) -> None:
+        """The engine has answered."""
+        engine.num_failures = 0
+        engine.avoid_until_s = 0.0
+
+    def _renew(self, server: Entry, ranks: list[Entry]) -> Engine:
+        ready = self._is_ready(server, ranks)
+        by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
+        key = (server.name, (server.incarnation, *(entry.incarnation for entry in by_rank)))
+        engine = self._engines.get(server.name)
+        if engine is None or engine.key != key or engine.url != server.address.http:
+            engine = Engine(
+                key=key, url=server.address.http, role=server.role, capabilities=server.capabilities, ready=ready, state=""
+            )
+        engine.ready = ready
+        engine.role = server.role
+        engine.capabilities = server.capabilities
+        engine.state = "ready" if ready else "draining" if server.state == "draining" else "starting"
+        return engine
+
+    def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
+        """An engine kind without ranks of ours is as ready as its server; one that has shown ranks needs all of them."""
+        if ranks:
+            self._with_ranks.add(server.name)
+        if server.state != "ready" or not server.address.http:
+            return False
+        if server.name not in self._with_ranks:
+            return True
+        return bool(ranks) and len(ranks) == ranks[0].tp_size and all(entry.state == "ready" for entry in ranks)
+
+
+def _rank(engine: Engine, role: Role, now_s: float) -> tuple[bool, bool, int, int, int]:
+    """Smallest is best; engines of equal work take turns."""
+    work = (engine.prompt_tokens, engine.num_streams) if role == "prefill" else (engine.num_streams, engine.prompt_tokens)
+    return (engine.avoid_until_s > now_s, engine.role != role, *work, engine.num_picks)

@@ -1,0 +1,133 @@
+"""The router as a child of the supervisor: listens, registers, follows the registry, drains and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+
+from aiohttp import web
+
+from pdlaunch.errors import PdlaunchError, StartupError
+from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.process.control_client import ControlClient
+from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Stop
+from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.router.app import RouterApp
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.hops import Hops, RecoverySettings
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import EnginePool
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024
+SHUTDOWN_TIMEOUT_S = 1.0
+"""For handlers to end when the router stops; draining comes before."""
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class RouterProcess:
+    """Owns everything of the process; made outside the event loop, ``run`` once inside."""
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        assert bootstrap.router is not None
+        self._bootstrap = bootstrap
+        self._spec: RouterSpec = bootstrap.router
+        self._inbox: asyncio.Queue[FromSupervisor] = asyncio.Queue()
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Serve until Stop or SIGTERM; the exit code."""
+        loop = asyncio.get_running_loop()
+        context = SecureContext(self._bootstrap.keys)
+        control = ControlClient(
+            context,
+            self._bootstrap.control,
+            self._bootstrap.name,
+            lambda message: _deliver(loop, self._inbox, message),
+        )
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._inbox.put_nowait, Stop())
+        try:
+            await self._serve(control)
+        except Exception as error:
+            logger.exception("router failed")
+            control.send(Failed(error=str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"))
+            return 1
+        finally:
+            control.close()
+            context.close()
+        return 0
+
+    async def _serve(self, control: ControlClient) -> None:
+        spec = self._spec
+        client = EngineClient(self._bootstrap.keys.http_token, EngineTimeouts())
+        metrics = RouterMetrics(spec.served_model_name)
+        hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
+        router = RouterApp(spec, hops)
+        runner = web.AppRunner(
+            router.app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handle_signals=False
+        )
+        await runner.setup()
+        try:
+            port = await listen(runner, spec.host, spec.port)
+            url = _url(spec.host, port)
+            control.send(
+                Register(
+                    name=self._bootstrap.name,
+                    incarnation=self._bootstrap.incarnation,
+                    pid=os.getpid(),
+                    address=Address(http=url),
+                )
+            )
+            control.send(Ready(info={"url": url}))
+            await self._follow(control, hops, router)
+        finally:
+            await runner.cleanup()
+            await hops.close()
+
+    async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp) -> None:
+        """Do what the supervisor says until it says Stop; draining does not hold up the registry."""
+        while True:
+            match await self._inbox.get():
+                case Registry() as registry:
+                    hops.update(registry)
+                case Drain(timeout_s=timeout_s):
+                    self._draining = asyncio.ensure_future(_drain(router, control, timeout_s))
+                case Stop():
+                    if self._draining is not None:
+                        self._draining.cancel()
+                    return
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> int:
+    """Listen at the address; returns the port, which the system picks for 0. Raises StartupError naming the address."""
+    try:
+        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(
+            f"the router cannot listen on {host}:{port}: {reason}; free the port or choose another with --host and --port"
+        ) from error
+    return int(runner.addresses[0][1])
+
+
+async def _drain(router: RouterApp, control: ControlClient, timeout_s: float) -> None:
+    if not await router.admission.drain(timeout_s):
+        logger.warning("%d requests still run after %g s of draining", router.admission.in_flight, timeout_s)
+    control.send(Drained())
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[FromSupervisor], message: FromSupervisor) -> None:
+    """From the control thread into the loop; what comes after the loop's end is of no use."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(inbox.put_nowait, message)
+
+
+def _url(host: str, port: int) -> str:
+    """How processes on this host reach the router."""
+    name = _WILDCARDS.get(host, host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

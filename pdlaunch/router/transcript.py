@@ -1,0 +1,157 @@
+"""What the client has been told of one prompt's answer, and what of an engine's chunk is new to it.
+
+Engines change in the middle of an answer (prefill to decode, decode to its successor): roles that were sent, choices that are
+over and the prompt's tokens are not told twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
+from pdlaunch.router.engine_client import Chunk
+
+
+class ChoiceTranscript(msgspec.Struct):
+    """One choice so far."""
+
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    has_role: bool = False
+    has_prompt_token_ids: bool = False
+
+
+class Transcript:
+    """One prompt's answer so far; every chunk passes through ``admit``."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._choices = [ChoiceTranscript() for _ in range(num_choices)]
+        self._usage = Usage()
+        self._has_usage = False
+        self._has_untold_tokens = False
+        self._has_prompt_token_ids = False
+
+    @property
+    def is_done(self) -> bool:
+        """Every choice has its finish_reason."""
+        return all(choice.finish_reason is not None for choice in self._choices)
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of all choices whose ids are known."""
+        return sum(len(choice.token_ids) for choice in self._choices)
+
+    @property
+    def has_tokens(self) -> bool:
+        """The client may have been sent output."""
+        return self._has_untold_tokens or self.num_tokens > 0
+
+    @property
+    def can_resume(self) -> bool:
+        """The ids of all tokens sent are known."""
+        return not self._has_untold_tokens
+
+    def admit(self, chunk: Chunk) -> bool:
+        """Note what ``chunk`` says and take out of it what is not new; False when nothing is left for the client.
+
+        Raises IndexError, TypeError, KeyError or AttributeError when the chunk is not of the OpenAI form.
+        """
+        self._note_usage(chunk.pop("usage", None))
+        if "prompt_token_ids" in chunk and self._has_prompt_token_ids:
+            del chunk["prompt_token_ids"]
+        elif chunk.get("prompt_token_ids") is not None:
+            self._has_prompt_token_ids = True
+        chunk["choices"] = [choice for choice in chunk["choices"] if self._admit_choice(choice)]
+        return bool(chunk["choices"])
+
+    def resume_field(self) -> dict[str, Any]:
+        """The field ``resume`` with which another engine goes on."""
+        return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
+
+    def usage(self) -> Usage:
+        """Tokens of the prompt as the first engine counted them, and of the output as they went by."""
+        completion_tokens = self._usage.completion_tokens if self._has_untold_tokens else self.num_tokens
+        return Usage(
+            prompt_tokens=self._usage.prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._usage.prompt_tokens + completion_tokens,
+            prompt_tokens_details=self._usage.prompt_tokens_details,
+        )
+
+    def _note_usage(self, usage: dict[str, Any] | None) -> None:
+        """The first engine knows what its prefix cache held; the second one found all of the prompt computed."""
+        if usage is None:
+            return
+        if not self._has_usage:
+            self._has_usage = True
+            self._usage.prompt_tokens = usage["prompt_tokens"]
+            details = usage.get("prompt_tokens_details")
+            if details is not None:
+                self._usage.prompt_tokens_details = PromptTokensDetails(details.get("cached_tokens"))
+        self._usage.completion_tokens = usage.get("completion_tokens") or 0
+
+    def _admit_choice(self, choice: dict[str, Any]) -> bool:
+        told = self._choices[choice["index"]]
+        if told.finish_reason is not None:
+            return False
+        token_ids = choice.get("token_ids") or []
+        told.token_ids.extend(token_ids)
+        told.finish_reason = choice.get("finish_reason")
+        delta = choice.get("delta")
+        has_news = _admit_prompt_token_ids(choice, told) if delta is None else _admit_role(delta, told)
+        has_text = bool(choice["text"]) if delta is None else any(value for name, value in delta.items() if name != "role")
+        # Text that was held back comes without tokens of its own; text of which no token was ever told cannot be resumed.
+        self._has_untold_tokens |= has_text and not told.token_ids
+        return has_news or has_text or bool(token_ids) or bool(choice.get("logprobs")) or told.finish_reason is not None
+
+
+def _admit_role(delta: dict[str, Any], told: ChoiceTranscript) -> bool:
+    if "role" not in delta:
+        return False
+    is_new = not told.has_role
+    if not is_new:
+        del delta["role"]
+    told.has_role = True
+    return is_new
+
+
+def _admit_prompt_token_ids(choice: dict[str, Any], told: ChoiceTranscript) -> bool:
+    if choice.get("prompt_token_ids") is None:
+        return False
+    is_new = not told.has_prompt_token_ids
+    if not is_new:
+        del choice["prompt_token_ids"]
+    told.has_prompt_token_ids = True
+    return is_new
+
+
+def _resumed(choice: ChoiceTranscript) -> list[dict[str, Any]]:
+    tokens: list[dict[str, Any]] = [{"token_id": token_id} for token_id in choice.token_ids]
+    if tokens and choice.finish_reason is not None:
+        tokens[-1]["finish_reason"] = choice.finish_reason
+    return tokens
+
+
+def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]) -> list[Chunk]:
+    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their finish_reason is left out."""
+    head = {name: value for name, value in answer.items() if name not in ("choices", "kv_transfer_params", "object")}
+    usage = head.pop("usage", None)
+    chunks: list[Chunk] = []
+    for choice in answer["choices"]:
+        if is_chat:
+            message = choice.pop("message")
+            chunks.append(head | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]})
+            choice["delta"] = {name: value for name, value in message.items() if name != "role" and value}
+        if choice["index"] in open_choices:
+            choice["finish_reason"] = None
+        chunks.append(head | {"choices": [choice]})
+    if usage is not None:
+        chunks.append(head | {"choices": [], "usage": usage})
+    return chunks
+
+
+def _role_choice(index: int, role: str) -> dict[str, Any]:
+    return {"index": index, "delta": {"role": role, "content": ""}, "logprobs": None, "finish_reason": None}
