@@ -1,0 +1,106 @@
+"""The CUDA driver through ctypes: devices and what they can do, without torch. Creates no context.
+
+Source: cuda.h of CUDA 12 and 13 (numbers of the attributes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.platform.facts import Gpu
+
+LIBRARY = "libcuda.so.1"
+IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
+
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+_VIRTUAL_MEMORY_MANAGEMENT = 102
+_HANDLE_TYPE_FABRIC = 128
+
+
+class DriverError(Exception):
+    """The driver is not there or refuses; the text says which call said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What the driver says about this machine."""
+
+    cuda_version: tuple[int, int]
+    gpus: tuple[Gpu, ...]
+
+
+def load_library(name: str = LIBRARY) -> ctypes.CDLL:
+    """Raises DriverError where there is no driver."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise DriverError(f"no CUDA driver: {error}") from None
+
+
+def read_driver(load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS) -> Driver:
+    """Version and devices. Raises DriverError naming the call that failed."""
+    calls = _Calls(load())
+    calls("cuInit", 0)
+    version = calls.read_int("cuDriverGetVersion")
+    num_gpus = calls.read_int("cuDeviceGetCount")
+    has_channel = imex_channels.is_dir() and any(imex_channels.iterdir())
+    gpus = tuple(_read_gpu(calls, index, has_channel) for index in range(num_gpus))
+    return Driver((version // 1000, version % 1000 // 10), gpus)
+
+
+class _Calls:
+    """Calls of the driver; an error code becomes a DriverError."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        try:
+            code = int(getattr(self._library, name)(*arguments))
+        except AttributeError:
+            raise DriverError(f"the CUDA driver has no {name}: it is too old") from None
+        if code:
+            raise DriverError(f"{name} failed: {self._error_name(code)}")
+
+    def read_int(self, name: str, *arguments: object) -> int:
+        """A call whose first parameter is where the driver writes an int."""
+        value = ctypes.c_int()
+        self(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    def attribute(self, attribute: int, device: int) -> int | None:
+        """None: this driver does not know the attribute."""
+        try:
+            return self.read_int("cuDeviceGetAttribute", attribute, device)
+        except DriverError:
+            return None
+
+    def _error_name(self, code: int) -> str:
+        name = ctypes.c_char_p()
+        with contextlib.suppress(AttributeError):
+            self._library.cuGetErrorName(code, ctypes.byref(name))
+        return f"{name.value.decode()} ({code})" if name.value else f"error {code}"
+
+
+def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
+    device = calls.read_int("cuDeviceGet", index)
+    name = ctypes.create_string_buffer(256)
+    calls("cuDeviceGetName", name, len(name), device)
+    memory = ctypes.c_size_t()
+    calls("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+    major = calls.attribute(_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = calls.attribute(_COMPUTE_CAPABILITY_MINOR, device)
+    virtual_memory = calls.attribute(_VIRTUAL_MEMORY_MANAGEMENT, device)
+    return Gpu(
+        index=index,
+        name=name.value.decode(errors="replace"),
+        memory_bytes=memory.value,
+        compute_capability=None if major is None or minor is None else (major, minor),
+        has_virtual_memory=None if virtual_memory is None else bool(virtual_memory),
+        has_fabric_handles=has_imex_channel and bool(calls.attribute(_HANDLE_TYPE_FABRIC, device)),
+    )

@@ -1,0 +1,115 @@
+"""What a machine is, as plain values; rules and planning are pure functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+UNLIMITED = -1
+"""Value of a limit that is not set."""
+
+Fact = Literal["gpus", "gpu_memory", "cumem", "memory", "limits", "shm", "libraries", "rdma"]
+"""Groups of facts that can be unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether something can be used here, and which probe said so."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device, in the order of CUDA_VISIBLE_DEVICES. None: not known."""
+
+    index: int
+    name: str = "GPU"
+    memory_bytes: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    has_virtual_memory: bool | None = None
+    """The driver can reserve, create and map memory (``cuMem*``) on it."""
+    has_fabric_handles: bool | None = None
+    """Allocations can be exported as fabric handles: the device says so and an IMEX channel is there."""
+
+    @property
+    def is_grace(self) -> bool:
+        """A GB-series (or GH-series) device, which may sit in a multi-node NVLink domain."""
+        return any(word.upper().startswith(("GB2", "GB3", "GH2")) for word in self.name.split())
+
+
+@dataclass(frozen=True, slots=True)
+class NixlInstall:
+    """The NIXL packages of this Python. ``version`` None: the ``nixl`` package is not installed."""
+
+    version: str | None = None
+    backends: Mapping[str, str] = field(default_factory=dict)
+    """Installed builds and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
+    backends_with_ucx: frozenset[str] = frozenset()
+    """Builds whose UCX plugin file is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Libraries:
+    """Packages of this Python, found on disk without importing them."""
+
+    torch: str | None = None
+    """Version with its build (``2.13.0+cpu``); None: not installed."""
+    torch_cuda: str | None = None
+    """CUDA version that torch was built for; None: built without CUDA."""
+    transformers: str | None = None
+    nixl: NixlInstall = field(default_factory=NixlInstall)
+    mooncake: bool = False
+    missing_for_mooncake: tuple[str, ...] = ()
+    """Shared libraries that Mooncake needs and the loader does not find."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Resource limits of this process; UNLIMITED where there is none."""
+
+    memlock_bytes: int
+    num_open_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """``/dev/shm``."""
+
+    total_bytes: int
+    free_bytes: int
+    stale_files: tuple[str, ...] = ()
+    """Files of communication libraries whose processes are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortState:
+    """Whether an address can be listened on."""
+
+    problem: Literal["busy", "privileged", "not here", "unknown host", "other"] | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """This machine, or one that is assumed. ``unknown``: facts that could not be probed, and why."""
+
+    system: str = "Linux"
+    architecture: str = "x86_64"
+    cpus: tuple[int, ...] = (0,)
+    """Cores that this process may use."""
+    has_native_bf16: bool = False
+    """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
+    memory_bytes: int = 0
+    """Of the machine or its control group, whichever is less."""
+    gpus: tuple[Gpu, ...] = ()
+    driver_cuda: tuple[int, int] | None = None
+    """Newest CUDA version that the driver runs; None: no driver."""
+    cumem: Availability = Availability(False, "not probed")
+    libraries: Libraries = field(default_factory=Libraries)
+    limits: Limits = Limits(UNLIMITED, UNLIMITED)
+    shm: SharedMemory = SharedMemory(0, 0)
+    rdma_devices: tuple[str, ...] = ()
+    unknown: Mapping[Fact, str] = field(default_factory=dict)

@@ -1,0 +1,88 @@
+"""Which packages and plugins are installed: looked up on disk, nothing is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pdlaunch.platform.facts import Libraries, NixlInstall
+
+_NIXL_BACKENDS = ("cu12", "cu13", "rocm")
+_UCX_PLUGIN = "libplugin_UCX.so"
+_MOONCAKE_LIBRARIES = ("libibverbs.so.1",)
+_ASSIGNMENT = r"^{name}\s*(?::[^=\n]*)?=\s*['\"]([^'\"\n]*)['\"]"
+
+
+def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
+    """What this Python has."""
+    torch = _folder("torch")
+    version_file = _read(torch / "version.py") if torch else ""
+    mooncake = _folder("mooncake") is not None
+    return Libraries(
+        torch=_assigned(version_file, "__version__") or ("unknown" if torch else None),
+        torch_cuda=_assigned(version_file, "cuda"),
+        transformers=_version("transformers"),
+        nixl=_find_nixl(environ),
+        mooncake=mooncake,
+        missing_for_mooncake=tuple(name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)),
+    )
+
+
+def _find_nixl(environ: Mapping[str, str]) -> NixlInstall:
+    backends = {name: version for name in _NIXL_BACKENDS if (version := _version(f"nixl_{name}")) is not None}
+    with_ucx = frozenset(name for name in backends if _has_ucx(f"nixl_{name}", environ))
+    return NixlInstall(_version("nixl"), backends, with_ucx)
+
+
+def _has_ucx(module: str, environ: Mapping[str, str]) -> bool:
+    """The plugin lies beside the package: editable builds and wheels use different folders."""
+    package = _folder(module)
+    if package is None:
+        return False
+    folders = [package.parent / f".{module}.mesonpy.libs" / "plugins", package.parent / f"{module}.libs" / "nixl"]
+    if own := environ.get("NIXL_PLUGIN_DIR"):
+        folders = [Path(own)]
+    return any((folder / _UCX_PLUGIN).is_file() for folder in folders)
+
+
+def _version(module: str) -> str | None:
+    """From the folder of its metadata; ``unknown`` when it is installed without."""
+    folder = _folder(module)
+    if folder is None:
+        return None
+    found = sorted(folder.parent.glob(f"{module}-*.dist-info"))
+    return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else "unknown"
+
+
+def _folder(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _assigned(source: str, name: str) -> str | None:
+    match = re.search(_ASSIGNMENT.format(name=re.escape(name)), source, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

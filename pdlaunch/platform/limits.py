@@ -1,0 +1,93 @@
+"""Cores, memory, resource limits and shared memory of this process."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdlaunch.platform.facts import UNLIMITED, Limits, SharedMemory
+
+SHM_FOLDER = Path("/dev/shm")
+
+_STALE_NAMES = re.compile(r"(ucx_shm_posix_|ucx|nccl-|psm_|torch_|sem\.mp-|pdlaunch)")
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """The CPU has instructions that multiply bfloat16 (x86: AVX-512 BF16 or AMX; ARM: BF16)."""
+    try:
+        with cpuinfo.open(encoding="utf-8", errors="replace") as file:
+            flags = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+    except OSError:
+        return False
+    return not _BF16_FLAGS.isdisjoint(flags.split())
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the control group where that is less. Raises OSError, ValueError where it is not known."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([total, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    for path in _CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            yield int(text)
+
+
+def read_limits() -> Limits:
+    """Raises ImportError on systems without resource limits."""
+    import resource
+
+    def soft(kind: int) -> int:
+        limit = resource.getrlimit(kind)[0]
+        return UNLIMITED if limit == resource.RLIM_INFINITY else limit
+
+    return Limits(memlock_bytes=soft(resource.RLIMIT_MEMLOCK), num_open_files=soft(resource.RLIMIT_NOFILE))
+
+
+def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:
+    """Size of /dev/shm and what dead processes left there. Raises OSError where there is none."""
+    stats = os.statvfs(folder)
+    candidates = [path for path in folder.iterdir() if _STALE_NAMES.match(path.name)]
+    used = _mapped_files(folder) if candidates else frozenset[str]()
+    stale = tuple(sorted(path.name for path in candidates if str(path) not in used and _is_ours(path)))
+    return SharedMemory(stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail, stale)
+
+
+def _is_ours(path: Path) -> bool:
+    """Only then can its use be seen, and only then may this user remove it."""
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _mapped_files(folder: Path) -> frozenset[str]:
+    """Files of the folder that some visible process has mapped or open."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            maps = (process / "maps").read_text(errors="replace")
+            targets = [os.readlink(entry) for entry in (process / "fd").iterdir()]  # noqa: PTH115 - the text, not a Path
+        except OSError:
+            continue
+        found |= {target for target in targets if target.startswith(str(folder))}
+        found |= {
+            word for line in maps.splitlines() if str(folder) in line for word in line.split() if word.startswith(str(folder))
+        }
+    return frozenset(found)
