@@ -1,0 +1,225 @@
+"""Leases and pulls of an engine: which blocks they own, and the commands that start and end them.
+
+    lease   finished request ── grant ──▶ leased ── LeaseEnded ──▶ free
+    pull    start ──▶ in flight ─┬─ ok ──────────────────────────▶ the request's
+                                 ├─ failed ──────────────────────▶ free
+                                 └─ failed, READ may still write ▶ quarantined ── PullDrained ──▶ free
+
+The ranks' workers own every deadline; each lease and each pull ends in exactly one event here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.request import Request
+from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
+from pdlaunch.protocol.engine import TokenOutput
+from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+
+Source = tuple[str, str]
+"""Engine id and request id of a lease at another engine."""
+
+
+class LeaseBook:
+    """Blocks of finished requests that decode engines may pull. ``local``: engine_id, host, port and tp_size of this engine."""
+
+    def __init__(self, kv: KVCacheManager, settings: KVTransferSettings, local: tuple[str, str, int, int]) -> None:
+        self._kv = kv
+        self._lease_s = settings.lease_s
+        self._local = local
+        self._block_ids: dict[str, list[list[int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_ids)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._block_ids
+
+    def grant(self, request: Request, first_token: TokenOutput, finish_reason: str) -> tuple[GrantLease, RemoteKV]:
+        """Keep the prompt's blocks of a request that ends now; its other blocks are freed."""
+        hashes = request.prompt_hashes()
+        leased = self._kv.lease(request.tables, request.num_prompt_tokens)
+        self._block_ids[request.request_id] = leased.block_ids
+        engine_id, host, port, tp_size = self._local
+        grant = GrantLease(
+            request_id=request.request_id,
+            block_ids=leased.block_ids,
+            first_block_index=leased.first,
+            block_hashes=hashes,
+            num_tokens=request.num_prompt_tokens,
+            num_readers=request.message.num_readers,
+            first_tokens=[_first_token(first_token, finish_reason)],
+            lease_s=self._lease_s,
+        )
+        remote = RemoteKV(
+            engine_id=engine_id,
+            request_id=request.request_id,
+            host=host,
+            port=port,
+            block_ids=leased.block_ids,
+            num_tokens=request.num_prompt_tokens,
+            tp_size=tp_size,
+            lease_s=self._lease_s,
+        )
+        return grant, remote
+
+    def end(self, request_id: str) -> EndLease:
+        """Nobody wants the blocks any more; they stay leased until the ranks say LeaseEnded."""
+        return EndLease(request_id=request_id)
+
+    def ended(self, request_id: str) -> None:
+        """Free the blocks. Unknown ids are ignored."""
+        for block_ids in self._block_ids.pop(request_id, []):
+            self._kv.pool.end_lease(reversed(block_ids))
+
+    def all_ids(self) -> Iterator[int]:
+        for groups in self._block_ids.values():
+            for block_ids in groups:
+                yield from block_ids
+
+
+def _first_token(token: TokenOutput, finish_reason: str) -> FirstToken:
+    return FirstToken(
+        token_id=token.token_id,
+        finish_reason="stop" if finish_reason == "stop" else None,
+        logprob=token.logprob,
+        top_logprobs=list(token.top_logprobs),
+    )
+
+
+@dataclass(slots=True)
+class Pull:
+    """One attempt."""
+
+    request: Request | None
+    """Who waits for it; None: cancelled, or it only tells the holder that this reader is done."""
+    source: Source
+    hit: PrefixHit
+    """Cached blocks that ``request`` shares meanwhile."""
+    block_ids: list[list[int]]
+    """By group: the destination, from the end of the hit on."""
+
+
+class PullBook:
+    """Pulls in flight and what they own."""
+
+    def __init__(self, kv: KVCacheManager, settings: KVTransferSettings) -> None:
+        self._kv = kv
+        self._settings = settings
+        self._in_flight: dict[str, Pull] = {}
+        self._quarantined: dict[str, list[list[int]]] = {}
+        self._num_started = 0
+
+    def is_waited_for(self, request: Request) -> bool:
+        """Another choice of the same prompt waits for a pull from the same lease."""
+        source = source_of(request)
+        return any(pull.source == source and pull.request is not None for pull in self._in_flight.values())
+
+    def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
+        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when no block is lacking."""
+        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        counts = [num_logical - hit.end(group) for group in range(len(hit.first))]
+        if not any(counts):
+            return None
+        for cached in hit.block_ids:
+            self._kv.pool.share(cached)
+        block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
+        pull_id = self._add(Pull(request, source_of(request), hit, block_ids))
+        request.pull_id = pull_id
+        is_last = request.num_pull_attempts + 1 >= self._settings.pull_attempts
+        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))], is_last)
+
+    def tell_holder(self, request: Request) -> StartPull:
+        """A pull of nothing: the holder learns that this reader needs the lease no more."""
+        num_groups = len(request.tables.first)
+        pull_id = self._add(Pull(None, source_of(request), PrefixHit([0] * num_groups, []), []))
+        end = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups, is_last=True)
+
+    def cancel(self, request: Request) -> CancelPull:
+        """The waiting request has ended: its shared blocks are free, those of the pull stay with it until it ends."""
+        assert request.pull_id is not None
+        pull = self._in_flight[request.pull_id]
+        pull.request = None
+        self._release_hit(pull)
+        return CancelPull(pull_id=request.pull_id)
+
+    def finish(self, event: PullFinished) -> Pull | None:
+        """Move the pull's blocks to where they belong now. None when the id is unknown."""
+        pull = self._in_flight.pop(event.pull_id, None)
+        if pull is None:
+            return None
+        if event.ok and pull.request is not None:
+            self._kv.adopt_pulled(pull.request.tables, pull.hit, pull.block_ids)
+        elif event.in_flight:
+            for block_ids in pull.block_ids:
+                self._kv.pool.quarantine(block_ids)
+            self._quarantined[event.pull_id] = pull.block_ids
+        else:
+            for block_ids in pull.block_ids:
+                self._kv.pool.drop_pull(block_ids)
+        if pull.request is not None:
+            pull.request.pull_id = None
+            if not event.ok:
+                self._release_hit(pull)
+        return pull
+
+    def drained(self, pull_id: str) -> None:
+        """Nothing can write to the blocks of a failed pull any more. Unknown ids are ignored."""
+        for block_ids in self._quarantined.pop(pull_id, []):
+            self._kv.pool.drain(block_ids)
+
+    def shared_ids(self) -> Iterator[int]:
+        """What waiting requests own."""
+        for pull in self._in_flight.values():
+            if pull.request is not None:
+                for block_ids in pull.hit.block_ids:
+                    yield from block_ids
+
+    def pulling_ids(self) -> Iterator[int]:
+        for pull in self._in_flight.values():
+            for block_ids in pull.block_ids:
+                yield from block_ids
+
+    def quarantined_ids(self) -> Iterator[int]:
+        for groups in self._quarantined.values():
+            for block_ids in groups:
+                yield from block_ids
+
+    def _add(self, pull: Pull) -> str:
+        pull_id = f"pull-{self._num_started}"
+        self._num_started += 1
+        self._in_flight[pull_id] = pull
+        return pull_id
+
+    def _release_hit(self, pull: Pull) -> None:
+        for block_ids in pull.hit.block_ids:
+            self._kv.pool.release(reversed(block_ids))
+
+    def _command(
+        self, pull_id: str, request: Request, block_ids: list[list[int]], first_block_index: list[int], is_last: bool
+    ) -> StartPull:
+        remote = request.message.remote_kv
+        assert remote is not None
+        return StartPull(
+            pull_id=pull_id,
+            request_id=request.request_id,
+            remote=remote,
+            block_ids=block_ids,
+            first_block_index=first_block_index,
+            block_hashes=request.prompt_hashes(),
+            num_tokens=request.num_prompt_tokens,
+            timeout_s=self._settings.pull_timeout_s,
+            last_attempt=is_last,
+        )
+
+
+def source_of(request: Request) -> Source:
+    """The lease that the request pulls from; choices of one prompt have the same."""
+    remote = request.message.remote_kv
+    assert remote is not None
+    return remote.engine_id, remote.request_id

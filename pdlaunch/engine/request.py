@@ -1,0 +1,111 @@
+"""One request inside the scheduler."""
+
+from __future__ import annotations
+
+import enum
+
+from pdlaunch.kvcache.block_table import BlockTables
+from pdlaunch.kvcache.hashing import BlockHasher
+from pdlaunch.protocol.engine import AddRequest, FinishReason
+
+
+class Phase(enum.Enum):
+    """Where a request stands, and what it owns.
+
+    WAITING ──▶ RUNNING ──▶ FINISHED        every phase may end in FINISHED (abort, error)
+     │ ▲  ▲      │  ▲
+     │ │  └──────┘  │     preempted: computes all its tokens again
+     │ └───────┐    │
+     ▼         │    │
+    PULLING ─▶ READY┘     a failed pull leads back to WAITING, a preempted READY too
+    """
+
+    WAITING = "waiting"
+    """In the queue; owns no block."""
+    PULLING = "pulling"
+    """Waits for KV; owns the cached blocks it shares, the others belong to the pull."""
+    READY = "ready"
+    """In the queue; owns the blocks of its computed tokens."""
+    RUNNING = "running"
+    """Owns a row and blocks."""
+    FINISHED = "finished"
+
+
+class Request:
+    """State of one request. ``token_ids`` is prompt and output; its first ``num_computed`` tokens are in the KV cache."""
+
+    __slots__ = (
+        "arrival",
+        "block_hasher",
+        "message",
+        "num_cached_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "num_pull_attempts",
+        "num_registered_blocks",
+        "num_sent_blocks",
+        "output_limit",
+        "phase",
+        "pull_id",
+        "row",
+        "tables",
+        "token_ids",
+        "wants_pull",
+    )
+
+    def __init__(self, message: AddRequest, arrival: int, output_limit: int, tables: BlockTables, hasher: BlockHasher) -> None:
+        self.message = message
+        self.arrival = arrival
+        """Position in the order of arrival; the queue keeps it through preemption."""
+        self.output_limit = output_limit
+        """Output tokens after which it ends: max_tokens, or what max_model_len leaves."""
+        self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
+        self.num_prompt_tokens = len(message.prompt_token_ids)
+        self.num_computed = 0
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens not computed here, when it first had its start; None before."""
+        self.phase = Phase.WAITING
+        self.tables = tables
+        self.block_hasher = hasher
+        self.num_registered_blocks = 0
+        """Logical blocks that the prefix cache has been told of."""
+        self.row: int | None = None
+        self.num_sent_blocks: int | None = None
+        """Logical blocks that the ranks know of; None while they do not know the row."""
+        self.wants_pull = message.remote_kv is not None
+        """The holder of the remote blocks has not heard of this request for the last time."""
+        self.num_pull_attempts = 0
+        self.pull_id: str | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.message.request_id
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed yet; 1 while it decodes."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_pulled_tokens(self) -> int:
+        """Tokens that count as computed after a pull: the prompt; without an output token its last one is computed here."""
+        return self.num_prompt_tokens - (self.num_output_tokens == 0)
+
+    def max_shared_blocks(self, block_size: int) -> int:
+        """Logical blocks that may come from the prefix cache: the last known token is always computed."""
+        return (len(self.token_ids) - 1) // block_size
+
+    def prompt_hashes(self) -> list[bytes]:
+        """What proves a hand-over of the prompt; 32 bytes a block."""
+        return self.block_hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
+
+    def end_of(self, token_id: int) -> FinishReason | None:
+        """Why the request ends now that ``token_id`` is its last token: ``stop``, ``length``, or None when it goes on."""
+        sampling = self.message.sampling
+        if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
+            return "stop"
+        return "length" if self.num_output_tokens >= self.output_limit else None

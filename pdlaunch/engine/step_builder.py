@@ -1,0 +1,104 @@
+"""Rows of the batch, and the plan of a step: ranks are told only what they do not know yet."""
+
+from __future__ import annotations
+
+from pdlaunch.engine.request import Request
+from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.protocol.transfer import TransferCommand
+
+
+class StepBuilder:
+    """Seats requests on the rows 0 <= row < ``max_num_seqs`` and remembers what the ranks have been told of each.
+
+    Sampled tokens are sent only when there are ranks (``tp_size`` > 1) that did not sample them.
+    """
+
+    def __init__(self, max_num_seqs: int, tp_size: int) -> None:
+        self._seated: list[Request | None] = [None] * max_num_seqs
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._freed_rows: list[int] = []
+        self._shares_tokens = tp_size > 1
+        self._sampled: list[Request] = []
+        self._step_id = 0
+
+    @property
+    def has_free_row(self) -> bool:
+        return bool(self._free_rows)
+
+    @property
+    def has_freed_rows(self) -> bool:
+        """The ranks have yet to be told of rows that ended."""
+        return bool(self._freed_rows)
+
+    def seat(self, request: Request) -> None:
+        """Give the request a row."""
+        request.row = self._free_rows.pop()
+        self._seated[request.row] = request
+
+    def unseat(self, request: Request) -> None:
+        """Take the request's row back; the ranks hear of it in the next plan, before they hear of the row's next request."""
+        assert request.row is not None
+        self._seated[request.row] = None
+        self._free_rows.append(request.row)
+        if request.num_sent_blocks is not None:
+            self._freed_rows.append(request.row)
+        request.row = request.num_sent_blocks = None
+
+    def request_at(self, row: int) -> Request | None:
+        return self._seated[row]
+
+    def add_sampled(self, request: Request) -> None:
+        """The last token of the request was sampled by rank 0 in the step just run."""
+        if self._shares_tokens:
+            self._sampled.append(request)
+
+    def build(self, scheduled: dict[Request, int], commands: list[TransferCommand]) -> StepPlan:
+        """The plan in which each request computes its number of tokens."""
+        plan = StepPlan(step_id=self._step_id, freed_rows=self._freed_rows, new_tokens=self._new_tokens(), commands=commands)
+        self._step_id += 1
+        self._freed_rows = []
+        for request, num_tokens in scheduled.items():
+            row, num_computed = request.row, request.num_computed
+            assert row is not None
+            if request.num_sent_blocks is None:
+                plan.new_rows.append(_new_row(request, row))
+                request.num_sent_blocks = 0
+            if request.num_sent_blocks < request.tables.end:
+                _add_blocks(plan, request, row, request.num_sent_blocks)
+                request.num_sent_blocks = request.tables.end
+            plan.scheduled.append(
+                ScheduledRow(
+                    row=row,
+                    num_computed_tokens=num_computed,
+                    num_tokens=num_tokens,
+                    sample=num_computed + num_tokens == len(request.token_ids),
+                )
+            )
+        return plan
+
+    def _new_tokens(self) -> list[RowTokens]:
+        """The tokens of the last step; rows that the ranks no longer have, or will hear of anew, need none."""
+        sampled, self._sampled = self._sampled, []
+        return [
+            RowTokens(row=request.row, position=len(request.token_ids) - 1, token_ids=request.token_ids[-1:])
+            for request in sampled
+            if request.row is not None and request.num_sent_blocks is not None
+        ]
+
+
+def _new_row(request: Request, row: int) -> NewRow:
+    return NewRow(
+        row=row,
+        request_id=request.request_id,
+        token_ids=request.token_ids.copy(),
+        num_prompt_tokens=request.num_prompt_tokens,
+        sampling=request.message.sampling,
+    )
+
+
+def _add_blocks(plan: StepPlan, request: Request, row: int, start: int) -> None:
+    tables = request.tables
+    for group, first in enumerate(tables.first):
+        begin = max(start, first)
+        if block_ids := tables.between(group, begin, tables.end):
+            plan.new_blocks.append(NewBlocks(row=row, group=group, first_block_index=begin, block_ids=block_ids))

@@ -1,0 +1,77 @@
+"""Chained hashes of the token blocks of a request: key of the prefix cache, and proof of a KV hand-over.
+
+    h[-1] = H(model content, adapter, cache_salt)
+    h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)
+
+Equal hashes so mean equal model, adapter, salt and tokens from the first one on. H is SHA-256.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+
+_FORMAT = b"pdlaunch kv block hash 1"
+
+
+def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> bytes:
+    """h[-1]; each part carries its length, so that no two triples share a hash."""
+    digest = sha256(_FORMAT)
+    for part in (model_digest, adapter, cache_salt):
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()
+
+
+class BlockHasher:
+    """The hashes of one request's full blocks; grows with the request, each block is hashed once."""
+
+    __slots__ = ("_block_size", "_root", "block_hashes")
+
+    def __init__(self, root: bytes, block_size: int) -> None:
+        self._root = root
+        self._block_size = block_size
+        self.block_hashes: list[bytes] = []
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are not hashed yet."""
+        start = len(self.block_hashes) * self._block_size
+        num_blocks = (len(token_ids) - start) // self._block_size
+        if num_blocks > 0:
+            end = start + num_blocks * self._block_size
+            self.block_hashes.extend(_chain(self._last(), token_ids[start:end], self._block_size))
+
+    def prompt_hashes(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
+        """The hashes of all blocks of the prompt, the last one possibly partial; what both ends of a hand-over compare."""
+        self.extend(token_ids)
+        num_full_blocks = num_prompt_tokens // self._block_size
+        hashes = self.block_hashes[:num_full_blocks]
+        tail = token_ids[num_full_blocks * self._block_size : num_prompt_tokens]
+        if tail:
+            hashes += _chain(hashes[-1] if hashes else self._root, tail, len(tail))
+        return hashes
+
+    def _last(self) -> bytes:
+        return self.block_hashes[-1] if self.block_hashes else self._root
+
+
+def _chain(parent: bytes, token_ids: Sequence[int], num_tokens: int) -> list[bytes]:
+    """Hash ``token_ids`` in pieces of ``num_tokens``, which divides their number."""
+    data = _int32(token_ids)
+    length = num_tokens.to_bytes(4, "little")
+    hashes = []
+    for start in range(0, len(data), num_tokens * 4):
+        parent = sha256(parent + data[start : start + num_tokens * 4] + length).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def _int32(token_ids: Sequence[int]) -> bytes:
+    words = array("i", token_ids)
+    assert words.itemsize == 4
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
