@@ -43,8 +43,13 @@ class _Flag:
         option = typer.Option(
             f"--{name}", help=self.help, metavar=self.metavar, show_default=False, rich_help_panel=self.panel, hidden=hidden
         )
-        annotation = Annotated[self.kind | None, option]
-        return inspect.Parameter(name.replace("-", "_"), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        annotated: Any = Annotated  # typed by value, which a type checker takes for a type
+        return inspect.Parameter(
+            name.replace("-", "_"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=annotated[self.kind | None, option],
+        )
 
 
 _FLAGS = (

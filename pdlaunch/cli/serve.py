@@ -18,8 +18,8 @@ from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import make_view, ready_rows
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, StartupError
+from pdlaunch.platform.probe import probe_machine
 from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, launch, new_launch_id, new_log_dir, plan_launch
-from pdlaunch.supervisor.machine import read_machine
 from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
@@ -47,7 +47,7 @@ def serve(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         loaded = load_config(config, os.environ, flags)
-        planned = plan_launch(loaded.config, read_machine(os.environ))
+        planned = plan_launch(loaded.config, probe_machine(), os.environ)
         if dry_run:
             print_plan(planned.plan, output)
             return

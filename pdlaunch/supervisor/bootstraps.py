@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
-from pdlaunch.supervisor.machine import Machine
 from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
 

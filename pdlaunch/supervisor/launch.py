@@ -18,13 +18,13 @@ from pdlaunch.config.aliases import ResolvedModel, cache_root
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.observe.logs import setup_logging
+from pdlaunch.platform.facts import Machine
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
-from pdlaunch.supervisor.machine import Machine
 from pdlaunch.supervisor.plan import Plan, plan
 from pdlaunch.supervisor.ports import check_port
 from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
@@ -64,10 +64,10 @@ class Outcome:
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
 
-def plan_launch(config: LaunchConfig, machine: Machine) -> PlannedLaunch:
+def plan_launch(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> PlannedLaunch:
     """Find the models and plan the processes; starts nothing. Raises ConfigError."""
     models = resolve_models(config)
-    planned = plan(config, machine, tuple({m.model: None for m in models.values() if not m.ready}))
+    planned = plan(config, machine, environ, tuple({m.model: None for m in models.values() if not m.ready}))
     if not planned.conversions:
         resolve_engines(config, machine, models)
     return PlannedLaunch(config, machine, models, planned)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.errors import ConfigError
-from pdlaunch.supervisor.machine import Machine
+from pdlaunch.platform.facts import Machine
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 _RANK_DEFAULTS = {
@@ -67,13 +67,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return [p for p in self.processes if p.kind == "rank" and p.role == role]
 
 
-def plan(config: LaunchConfig, machine: Machine, conversions: Sequence[str] = ()) -> Plan:
-    """Every process of ``config`` on ``machine``; ``conversions`` are the model sources that must be converted first.
+def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], conversions: Sequence[str] = ()) -> Plan:
+    """Every process of ``config`` on ``machine``; ranks come first, because they take longest to start.
 
-    Ranks come first: they take longest to start. Raises ConfigError when there is no engine, or not the device for one.
+    ``environ``: the supervisor's own; ``conversions``: the models that must be converted first. Raises ConfigError when there is
+    no engine, or not the device for one.
     """
     placement = Placement(config, machine)
-    ranks = [_rank(placement, role, index, tp_rank) for role, index, tp_rank in _each_rank(config)]
+    ranks = [_rank(placement, environ, role, index, tp_rank) for role, index, tp_rank in _each_rank(config)]
     servers = [_server(config, machine, role, index) for role in ROLES for index in range(config.role(role).replicas)]
     if not ranks:
         raise ConfigError(
@@ -100,19 +101,19 @@ class Placement:
         """Raises ConfigError when the machine has too few GPUs for one engine."""
         settings = self.config.engine_settings(role)
         wanted = settings.device
-        if wanted == "cpu" or (wanted == "auto" and not self.machine.num_gpus):
+        if wanted == "cpu" or (wanted == "auto" and not len(self.machine.gpus)):
             return "cpu"
-        if not self.machine.num_gpus:
+        if not len(self.machine.gpus):
             raise ConfigError(
                 "no CUDA device was found", field="device", value=wanted, fix="set device: cpu, or check nvidia-smi"
             )
         tp_size = self.config.role(role).tensor_parallel_size
-        if tp_size > self.machine.num_gpus:
+        if tp_size > len(self.machine.gpus):
             raise ConfigError(
-                f"an engine of {tp_size} ranks needs {tp_size} GPUs, this machine has {self.machine.num_gpus}",
+                f"an engine of {tp_size} ranks needs {tp_size} GPUs, this machine has {len(self.machine.gpus)}",
                 field=f"{role}.tensor_parallel_size",
                 value=tp_size,
-                fix=f"set it to {self.machine.num_gpus} or less",
+                fix=f"set it to {len(self.machine.gpus)} or less",
             )
         return "cuda"
 
@@ -123,7 +124,7 @@ class Placement:
         on_gpus = [rank for rank in self._ranks if self.device(rank[0]) == "cuda"]
         first = on_gpus.index((role, index, 0))
         tp_size = self.config.role(role).tensor_parallel_size
-        return tuple((first + tp_rank) % self.machine.num_gpus for tp_rank in range(tp_size))
+        return tuple((first + tp_rank) % len(self.machine.gpus) for tp_rank in range(tp_size))
 
     def num_threads(self, role: Role) -> int:
         wanted = self.config.engine_settings(role).num_threads
@@ -138,7 +139,7 @@ def _each_rank(config: LaunchConfig) -> Iterator[tuple[Role, int, int]]:
                 yield role, index, tp_rank
 
 
-def _rank(placement: Placement, role: Role, index: int, tp_rank: int) -> ProcessSpec:
+def _rank(placement: Placement, environ: Mapping[str, str], role: Role, index: int, tp_rank: int) -> ProcessSpec:
     engine = f"{role}-{index}"
     name = f"{engine}/rank-{tp_rank}"
     settings = placement.config.engine_settings(role)
@@ -153,7 +154,7 @@ def _rank(placement: Placement, role: Role, index: int, tp_rank: int) -> Process
         tp_rank=tp_rank,
         tp_size=placement.config.role(role).tensor_parallel_size,
         command=_python("pdlaunch.engine", "--name", name),
-        environment=_rank_environment(settings, placement.machine, num_threads),
+        environment=_rank_environment(settings, environ, num_threads),
         ports={"side_channel": 0},
         devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
         num_threads=num_threads,
@@ -210,14 +211,14 @@ def _light_environment() -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _rank_environment(settings: EngineSettings, machine: Machine, num_threads: int) -> dict[str, str]:
+def _rank_environment(settings: EngineSettings, environ: Mapping[str, str], num_threads: int) -> dict[str, str]:
     """Threads as planned; the rest unless the user's environment says otherwise; the engine's ``env`` over all."""
     return {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
-        **{name: machine.environ.get(name, value) for name, value in _RANK_DEFAULTS.items()},
+        **{name: environ.get(name, value) for name, value in _RANK_DEFAULTS.items()},
         **settings.env,
     }
 

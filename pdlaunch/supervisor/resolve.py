@@ -13,7 +13,7 @@ from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shap
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.errors import ConfigError
-from pdlaunch.supervisor.machine import Machine
+from pdlaunch.platform.facts import Machine
 from pdlaunch.supervisor.plan import ROLES, Placement
 
 DTypeName = Literal["float32", "bfloat16", "float16"]

@@ -1,0 +1,177 @@
+"""A world without processes: the supervisor's host, observer and clock, all in the test's hand."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.protocol.control import (
+    Address,
+    Drain,
+    Drained,
+    Failed,
+    FromSupervisor,
+    PairReady,
+    Ready,
+    Register,
+    Registry,
+    Stop,
+    ToSupervisor,
+)
+from pdlaunch.supervisor.host import MessageReceived, ProcessExited, StopRequested
+from pdlaunch.supervisor.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.status import LaunchStatus
+from pdlaunch.supervisor.supervisor import Supervisor, Timing
+
+
+def make_plan(*, num_prefill: int = 1, num_decode: int = 1, tp_size: int = 1, conversions: int = 0) -> Plan:
+    processes = []
+    for role, num_engines in (("prefill", num_prefill), ("decode", num_decode)):
+        for index in range(num_engines):
+            engine = f"{role}-{index}"
+            where = {"engine": engine, "role": role, "tp_size": tp_size}
+            processes += [
+                ProcessSpec(name=f"{engine}/rank-{n}", kind="rank", unit=f"{engine}/ranks", tp_rank=n, **where)
+                for n in range(tp_size)
+            ]
+            processes.append(ProcessSpec(name=engine, kind="server", unit=engine, **where))
+    processes.append(ProcessSpec(name="router", kind="router", unit="router"))
+    converting = [ProcessSpec(name=f"convert-{n}", kind="convert", unit=f"convert-{n}") for n in range(conversions)]
+    return Plan(conversions=tuple(converting), processes=tuple(processes))
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class FakeHost:
+    """Remembers what was asked of it; ``running`` maps names to incarnations."""
+
+    running: dict[str, int] = field(default_factory=dict)
+    spawned: list[tuple[str, int]] = field(default_factory=list)
+    signals: list[tuple[str, int]] = field(default_factory=list)
+    sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
+    prepare_error: PdlaunchError | None = None
+    last_http: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        if self.prepare_error is not None:
+            raise self.prepare_error
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, last_http: str) -> None:
+        assert spec.name not in self.running
+        self.running[spec.name] = incarnation
+        self.spawned.append((spec.name, incarnation))
+        self.last_http[spec.name] = last_http
+
+    def signal(self, name: str, signal_number: int) -> None:
+        self.signals.append((name, signal_number))
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        self.sent.append((name, message))
+
+    def sent_to(self, name: str, kind: type) -> list[FromSupervisor]:
+        return [message for receiver, message in self.sent if receiver == name and isinstance(message, kind)]
+
+    def registry(self, name: str) -> Registry:
+        """The newest registry that a process was sent."""
+        newest = self.sent_to(name, Registry)[-1]
+        assert isinstance(newest, Registry)
+        return newest
+
+
+@dataclass
+class FakeObserver:
+    statuses: list[LaunchStatus] = field(default_factory=list)
+    ready_count: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def changed(self, status: LaunchStatus) -> None:
+        self.statuses.append(status)
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.ready_count += 1
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class World:
+    """A supervisor and all that it sees; methods are what children and users do."""
+
+    def __init__(self, plan: Plan, timing: Timing | None = None) -> None:
+        self.plan = plan
+        self.clock = FakeClock()
+        self.host = FakeHost()
+        self.observer = FakeObserver()
+        self.supervisor = Supervisor(plan, self.host, self.observer, timing or Timing(), self.clock)
+
+    def start(self) -> World:
+        self.supervisor.start()
+        return self
+
+    def say(self, name: str, message: ToSupervisor) -> None:
+        self.supervisor.handle(MessageReceived(name, message))
+
+    def register(self, name: str, address: Address | None = None) -> None:
+        incarnation = self.host.running[name]
+        http = address or Address(http="http://127.0.0.1:4321")
+        self.say(name, Register(name=name, incarnation=incarnation, pid=1, address=http))
+
+    def become_ready(self, name: str) -> None:
+        self.register(name)
+        self.say(name, Ready())
+
+    def connect(self, local: str, peer: str) -> None:
+        self.say(local, pair_ready(local, peer, self.host.running[peer]))
+
+    def all_ready(self) -> World:
+        for name in list(self.host.running):
+            self.become_ready(name)
+        for decode in self.plan.ranks("decode"):
+            for prefill in self.plan.ranks("prefill"):
+                self.connect(decode.name, prefill.name)
+        return self
+
+    def exit(self, name: str, returncode: int = 0) -> None:
+        incarnation = self.host.running.pop(name)
+        self.supervisor.handle(ProcessExited(name, incarnation, returncode))
+
+    def exit_all(self) -> None:
+        for name in list(self.host.running):
+            self.exit(name)
+
+    def drained(self, name: str) -> None:
+        self.say(name, Drained())
+
+    def fail(self, name: str, error: str) -> None:
+        self.say(name, Failed(error=error))
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        self.supervisor.handle(StopRequested(number))
+
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+        self.supervisor.tick()
+
+    def signalled(self, number: int) -> set[str]:
+        return {name for name, sent in self.host.signals if sent == number}
+
+    def stopped(self) -> set[str]:
+        return {name for name, message in self.host.sent if isinstance(message, Stop)}
+
+    def draining(self) -> set[str]:
+        return {name for name, message in self.host.sent if isinstance(message, Drain)}
+
+    def state(self, name: str) -> str:
+        return next(p.state for p in self.supervisor.status().processes if p.name == name)
+
+
+def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:
+    return PairReady(local=local, peer=peer, peer_incarnation=peer_incarnation, seconds=0.1, path="fake", gigabytes_per_s=3.0)
