@@ -1,0 +1,213 @@
+"""config.json as pdlaunch reads it, beside transformers' own reading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pdlaunch.config.model_families import supported_families
+from pdlaunch.config.model_shape import ModelShape, read_model_shape
+from pdlaunch.errors import ConfigError, UnsupportedModelError
+
+SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 90, "num_hidden_layers": 7} | {
+    "pad_token_id": 0
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama 3": {"model_type": "llama", "num_key_value_heads": 2, "rope_theta": 5e5}
+    | {"eos_token_id": [3, 4], "torch_dtype": "bfloat16"},
+    "llama biased": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen2 window off": {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 64, "max_window_layers": 3},
+    "qwen2 window": {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 3},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+    "qwen3 biased": {"model_type": "qwen3", "num_key_value_heads": 4, "attention_bias": True},
+    "qwen3 layer_types": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"],
+    },
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
+    "mistral window": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 33, "dtype": "float16"},
+    "mistral full": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None, "head_dim": 10},
+    "gemma3_text": {"model_type": "gemma3_text"},
+    "gemma3_text pattern": {"model_type": "gemma3_text", "sliding_window_pattern": 3, "sliding_window": 20, "head_dim": 8},
+    "gemma3_text layer_types": {
+        "model_type": "gemma3_text",
+        "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 4,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "gemma3 multimodal": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL},
+    "smollm3": {"model_type": "smollm3"},
+    "smollm3 window": {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2},
+}
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def as_transformers_reads(directory: Path) -> dict[str, Any]:
+    outer = AutoConfig.from_pretrained(directory)
+    config = outer.get_text_config()
+    model = AutoModelForCausalLM.from_config(config)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    windows = [getattr(attention, "sliding_window", None) for attention in attentions]
+    if config.model_type == "mistral":
+        windows = [config.sliding_window] * config.num_hidden_layers
+    dtype = outer.dtype or config.dtype
+    return {
+        "num_layers": len(attentions),
+        "num_attention_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": attentions[0].head_dim,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layer_windows": tuple(windows),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "num_parameters": model.num_parameters(),
+    }
+
+
+def as_we_read(shape: ModelShape, names: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(shape, name) for name in names}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_equals_transformers(case: str, tmp_path: Path) -> None:
+    settings = CASES[case] if "text_config" in CASES[case] else SMALL | CASES[case]
+    directory = write(tmp_path, **settings)
+    expected = as_transformers_reads(directory)
+    assert as_we_read(read_model_shape(directory), expected) == expected
+
+
+@pytest.mark.parametrize("family", sorted(supported_families()))
+def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> None:
+    shape = read_model_shape(write(tmp_path, model_type=family))
+    config = AutoConfig.from_pretrained(tmp_path)
+    names = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "bos_token_id")
+    assert [getattr(shape, name) for name in names] == [getattr(config, name) for name in names]
+    assert (shape.num_layers, shape.num_attention_heads) == (config.num_hidden_layers, config.num_attention_heads)
+    assert shape.num_kv_heads == config.num_key_value_heads
+    assert shape.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert shape.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
+
+
+def test_end_tokens_of_both_files(tmp_path: Path) -> None:
+    write(tmp_path, model_type="llama", eos_token_id=[7, 8])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7], "bos_token_id": 5}')
+    shape = read_model_shape(tmp_path)
+    assert shape.eos_token_ids == (9, 7, 8)
+    assert shape.bos_token_id == 5
+
+
+def test_parameter_bytes() -> None:
+    sizes = dict.fromkeys(
+        ("num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"), 1
+    )
+    shape = ModelShape(
+        **sizes,
+        architecture="",
+        model_type="llama",
+        max_position_embeddings=1,
+        layer_windows=(None,),
+        dtype=None,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_ids=(),
+        num_parameters=1000,
+    )
+    assert (shape.parameter_bytes("float32"), shape.parameter_bytes("bfloat16")) == (4000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "MLA"),
+        ({"model_type": "mamba2", "state_size": 128}, "Mamba"),
+        ({"model_type": "falcon_mamba"}, "Mamba"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear-attention"),
+        ({"model_type": "jamba", "mamba_d_state": 16, "num_experts": 16}, "Mamba"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "MoE"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "MoE"),
+        ({"model_type": "gpt_oss"}, "sinks"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "soft-capping"),
+        ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "soft-capping"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type"),
+        ({"model_type": "llama4_text_like"}, "gemma3_text, llama"),
+        ({}, "model_type None"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "switches the sliding window off"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "names 1 layers"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
+        ({"model_type": "mistral", "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "one window"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        read_model_shape(write(tmp_path, **settings))
+    assert reason in f"{caught.value} {caught.value.fix}"
+    assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": "12"}, "num_hidden_layers"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads"),
+    ],
+)
+def test_impossible_sizes_are_named(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        read_model_shape(write(tmp_path, model_type="llama", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"model_type": "mistral", "sliding_window": -3}, "sliding_window"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window"),
+        ({"model_type": "qwen3", "layer_types": [["full"]]}, "layer_types"),
+        ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1]}, "layer_types"),
+    ],
+)
+def test_impossible_windows_are_named(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        read_model_shape(write(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_shape(tmp_path)
+
+
+def test_missing_file_says_what_a_model_directory_holds(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model_shape(tmp_path)
+    assert "config.json" in str(caught.value.fix)
