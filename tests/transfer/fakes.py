@@ -1,0 +1,202 @@
+"""Stand-ins for what the transfer thread talks to: a clock, memory of several ranks in one process, side channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import KVTransferSettings, LimitSettings
+from pdlaunch.errors import TransferError
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
+from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
+
+
+@dataclass
+class FakeClock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spec_of(
+    role: str = "prefill",
+    *,
+    name: str = "prefill-0",
+    tp_size: int = 1,
+    block_size: int = 16,
+    dtype: str = "float32",
+    **kv_transfer: Any,
+) -> EngineSpec:
+    return EngineSpec.model_validate(
+        {
+            "name": name,
+            "role": role,
+            "model_dir": "/nowhere",
+            "served_model_name": "m",
+            "load_format": "dummy",
+            "dtype": dtype,
+            "max_model_len": 1024,
+            "block_size": block_size,
+            "kv_cache_memory_bytes": None,
+            "gpu_memory_utilization": 0.9,
+            "enable_prefix_caching": True,
+            "enable_cumem_allocator": False,
+            "enable_sleep_mode": False,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 512,
+            "device": "cpu",
+            "device_indices": (),
+            "tensor_parallel_size": tp_size,
+            "num_threads": 1,
+            "kv_transfer": KVTransferSettings(**kv_transfer),
+            "limits": LimitSettings(),
+        }
+    )
+
+
+def layout_of(num_kv_heads: int = 3, *, block_size: int = 16, num_layers: int = 2, head_dim: int = 4) -> KVCacheLayout:
+    return KVCacheLayout(
+        groups=make_groups([None] * num_layers),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype_bytes=4,
+    )
+
+
+def random_cache(layout: KVCacheLayout, num_blocks: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((num_blocks, *layout.block_shape()), generator=generator)
+
+
+@dataclass
+class Fabric:
+    """Memory that connectors of several ranks in this process share, and what is wrong with it today."""
+
+    agents: dict[str, LocalMemory] = field(default_factory=dict)
+    stalled: bool = False
+    """READs stay pending until ``land``."""
+    failing: bool = False
+    """READs end as failed."""
+    reads: list[FakeRead] = field(default_factory=list)
+
+    def land(self) -> None:
+        """Let the stalled READs write: they cannot be taken back."""
+        for read in self.reads:
+            if read.state == "pending":
+                read.copy()
+                read.state = "done"
+
+    def kill(self) -> None:
+        """The peer dies: stalled READs end without writing more."""
+        for read in self.reads:
+            if read.state == "pending":
+                read.state = "failed"
+
+
+@dataclass(eq=False)
+class FakeRead:
+    copy: Callable[[], None]
+    state: ReadState = "pending"
+    released: bool = False
+
+
+class FakeConnector(Connector):
+    """Copies within this process."""
+
+    name = "fake"
+    path = "fake/memory"
+
+    def __init__(self, agent_name: str, fabric: Fabric) -> None:
+        self.agent_name = agent_name
+        self.fabric = fabric
+        self.peers: list[str] = []
+        self.added: list[str] = []
+
+    def open(self, memory: LocalMemory) -> None:
+        self.memory = memory
+        self.fabric.agents[self.agent_name] = memory
+
+    def agent_metadata(self) -> bytes:
+        return self.agent_name.encode()
+
+    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        assert metadata.decode() == agent_name
+        if agent_name in self.peers:
+            raise TransferError(f"{agent_name} is there already")
+        self.peers.append(agent_name)
+        self.added.append(agent_name)
+        return agent_name  # type: ignore[return-value]
+
+    def remove_peer(self, peer: PeerHandle) -> None:
+        self.peers.remove(peer)  # type: ignore[arg-type]
+
+    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]
+        local = self.memory.kv_cache
+
+        def copy() -> None:
+            for here, there in zip(read.local_blocks, read.remote_blocks, strict=True):
+                for local_head, remote_head in zip(read.local_heads, read.remote_heads, strict=True):
+                    local[here, local_head] = remote[there, remote_head]
+
+        return self._start(copy)
+
+    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+        remote = self.fabric.agents[peer].scratch  # type: ignore[index]
+        landing = torch.zeros_like(remote)
+        return self._start(lambda: landing.copy_(remote)), landing  # type: ignore[arg-type, return-value]
+
+    def poll(self, handle: ReadHandle) -> ReadState:
+        assert not handle.released  # type: ignore[attr-defined]
+        return handle.state  # type: ignore[attr-defined]
+
+    def release(self, handle: ReadHandle) -> None:
+        assert handle.state != "pending"  # type: ignore[attr-defined]
+        assert not handle.released  # type: ignore[attr-defined]
+        handle.released = True  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        assert not self.peers
+
+    def _start(self, copy: Callable[[], None]) -> ReadHandle:
+        read = FakeRead(copy)
+        self.fabric.reads.append(read)
+        if self.fabric.failing:
+            read.state = "failed"
+        elif not self.fabric.stalled:
+            copy()
+            read.state = "done"
+        return read  # type: ignore[return-value]
+
+
+@dataclass
+class FakeChannel:
+    """The puller's end of a side channel whose holder lives in the same process."""
+
+    answer: Callable[[ToHolder], ToPuller | None]
+    socket: Any = None
+    mute: bool = False
+    """Messages arrive, answers do not."""
+    sent: list[ToHolder] = field(default_factory=list)
+    inbox: list[ToPuller] = field(default_factory=list)
+    closed: bool = False
+
+    def send(self, message: ToHolder) -> None:
+        self.sent.append(message)
+        reply = self.answer(message)
+        if reply is not None and not self.mute:
+            self.inbox.append(reply)
+
+    def receive(self) -> list[ToPuller]:
+        received, self.inbox = self.inbox, []
+        return received
+
+    def close(self) -> None:
+        self.closed = True

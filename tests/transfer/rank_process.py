@@ -1,0 +1,269 @@
+"""A real rank in a process of its own: TransferWorker, NIXL over CPU memory, side channel. Driven through a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.protocol.control import Address, Entry
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
+from tests.transfer.fakes import layout_of, random_cache
+
+TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    spec: EngineSpec
+    keys: LaunchKeys
+    engine_id: str
+    incarnation: int = 1
+    tp_rank: int = 0
+    num_heads: int = 3
+    total_heads: int = 3
+    num_layers: int = 2
+    head_dim: int = 4
+    num_blocks: int = 32
+    model_digest: str = "digest"
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name}/rank-{self.tp_rank}"
+
+    @property
+    def seed(self) -> int:
+        return hash_of(self.engine_id) + self.tp_rank
+
+
+def hash_of(text: str) -> int:
+    return sum(text.encode())
+
+
+def run_rank(pipe: Connection, options: RankOptions) -> None:
+    """Main function of the process."""
+    import torch
+
+    from pdlaunch.protocol.sockets import SecureContext
+    from pdlaunch.transfer.environment import connector_environment
+    from pdlaunch.transfer.nixl_connector import NixlConnector
+    from pdlaunch.transfer.worker import TransferWorker
+
+    os.environ.update(connector_environment(options.spec) | dict(options.environment))
+    torch.set_num_threads(1)
+    layout = layout_of(
+        options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim
+    )
+    kv_cache = random_cache(layout, options.num_blocks, options.seed)
+    lock, happened = threading.Lock(), threading.Event()
+
+    def send(kind: str, value: Any) -> None:
+        with lock:
+            pipe.send((kind, value))
+
+    class StoppingConnector(NixlConnector):
+        """Stops the holder's process just before a READ is posted."""
+
+        victim = 0
+
+        def start_read(self, peer: Any, read: Any) -> Any:
+            victim, self.victim = self.victim, 0
+            if not victim:
+                return super().start_read(peer, read)
+            os.kill(victim, signal.SIGSTOP)
+            handle = super().start_read(peer, read)
+            send("posted", None)
+            return handle
+
+    connector = StoppingConnector(options.name, options.incarnation)
+    worker = TransferWorker(
+        context=SecureContext(options.keys),
+        spec=options.spec,
+        name=options.name,
+        tp_rank=options.tp_rank,
+        engine_id=options.engine_id,
+        incarnation=options.incarnation,
+        layout=layout,
+        kv_cache=kv_cache,
+        model_digest=options.model_digest,
+        total_kv_heads=options.total_heads,
+        first_kv_head=options.tp_rank * options.num_heads,
+        connector=connector,
+        wake=happened.set,
+        report=lambda message: send("report", message),
+    )
+
+    def forward() -> None:
+        while True:
+            happened.wait()
+            happened.clear()
+            for event in worker.take_events():
+                send("event", event)
+
+    threading.Thread(target=forward, daemon=True).start()
+    worker.wait_started(TIMEOUT_S)
+    actions: dict[str, Callable[..., Any]] = {
+        "submit": worker.submit,
+        "registry": worker.update_registry,
+        "stats": worker.stats,
+        "blocks": lambda block_ids: kv_cache[block_ids].numpy(),
+        "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
+        "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
+        "stop_before_read": lambda pid: setattr(connector, "victim", pid),
+        "listeners": listening_addresses,
+        "cpu_seconds": lambda: os.times().user + os.times().system,
+        "close": lambda: worker.close(timeout_s=5),
+    }
+    send("started", worker.endpoint)
+    while True:
+        action, arguments = pipe.recv()
+        if action == "exit":
+            os._exit(0)
+        send("result", actions[action](*arguments))
+
+
+def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:
+    import torch
+
+    share = kv_cache[block_id, head].view(torch.uint8).view(-1)
+    share[len(share) // 2] ^= 1
+
+
+def listening_addresses() -> list[str]:
+    import psutil
+
+    return [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+class RankHandle:
+    """The test's end of the pipe."""
+
+    def __init__(self, options: RankOptions) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.options = options
+        self._pipe, child_end = context.Pipe()
+        self.process = context.Process(target=run_rank, args=(child_end, options), daemon=True)
+        self.process.start()
+        child_end.close()
+        self._seen: list[tuple[str, Any]] = []
+        self._endpoint = ""
+
+    @property
+    def endpoint(self) -> str:
+        self._endpoint = self._endpoint or self.wait("started")
+        return self._endpoint
+
+    def entry(self) -> Entry:
+        options = self.options
+        return Entry(
+            name=options.name,
+            kind="rank",
+            incarnation=options.incarnation,
+            engine=options.spec.name,
+            role=options.spec.role,
+            tp_rank=options.tp_rank,
+            tp_size=options.spec.tensor_parallel_size,
+            engine_id=options.engine_id,
+            address=Address(side_channel=self.endpoint),
+        )
+
+    def remote(self, request_id: str) -> RemoteKV:
+        """As in the kv_transfer_params; host and port are not what the puller may use."""
+        return RemoteKV(
+            engine_id=self.options.engine_id,
+            request_id=request_id,
+            host="192.0.2.1",
+            port=1,
+            block_ids=[],
+            num_tokens=1,
+            tp_size=self.options.spec.tensor_parallel_size,
+        )
+
+    def tell(self, action: str, *arguments: Any) -> None:
+        self._pipe.send((action, arguments))
+
+    def call(self, action: str, *arguments: Any) -> Any:
+        self.tell(action, *arguments)
+        return self.wait("result")
+
+    def submit(self, *commands: TransferCommand) -> None:
+        self.call("submit", list(commands))
+
+    def blocks(self, block_ids: list[int]) -> np.ndarray:
+        return self.call("blocks", block_ids)
+
+    def event(self, kind: type) -> Any:
+        return self.wait("event", kind)
+
+    def report(self, kind: type) -> Any:
+        return self.wait("report", kind)
+
+    def wait(self, channel: str, kind: type = object, timeout_s: float = TIMEOUT_S) -> Any:
+        """The next message of this kind; others are kept for later."""
+        for index, (found, value) in enumerate(self._seen):
+            if found == channel and isinstance(value, kind):
+                return self._seen.pop(index)[1]
+        while self._pipe.poll(timeout_s):
+            found, value = self._pipe.recv()
+            if found == channel and isinstance(value, kind):
+                return value
+            self._seen.append((found, value))
+        raise TimeoutError(f"{self.options.name}: no {channel} {kind.__name__} within {timeout_s} s; seen: {self._seen}")
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self._pipe.close()
+
+
+def hashes(num_blocks: int, salt: str = "") -> list[bytes]:
+    return [f"{salt}{index}".encode().ljust(32, b".") for index in range(num_blocks)]
+
+
+def grant(request_id: str, block_ids: list[int], *, lease_s: float = 10.0, num_readers: int = 1, salt: str = "") -> GrantLease:
+    return GrantLease(
+        request_id=request_id,
+        block_ids=[block_ids],
+        first_block_index=[0],
+        block_hashes=hashes(len(block_ids), salt),
+        num_tokens=16 * len(block_ids),
+        num_readers=num_readers,
+        first_tokens=[],
+        lease_s=lease_s,
+    )
+
+
+def pull(
+    pull_id: str, remote: RemoteKV, block_ids: list[int], *, skip: int = 0, timeout_s: float = 10.0, salt: str = ""
+) -> StartPull:
+    """Pull blocks ``skip`` and on of a prompt of ``skip + len(block_ids)`` blocks."""
+    return StartPull(
+        pull_id=pull_id,
+        request_id=pull_id,
+        remote=remote,
+        block_ids=[block_ids],
+        first_block_index=[skip],
+        block_hashes=hashes(skip + len(block_ids), salt),
+        num_tokens=16 * (skip + len(block_ids)),
+        timeout_s=timeout_s,
+    )
+
+
+def cancel(pull_id: str) -> CancelPull:
+    return CancelPull(pull_id=pull_id)

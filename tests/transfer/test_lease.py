@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pdlaunch.errors import LeaseError
+from pdlaunch.protocol.side_channel import GroupBlocks
+from pdlaunch.protocol.transfer import GrantLease
+from pdlaunch.transfer.lease import MAX_EXTENSIONS, LeaseTable
+from tests.transfer.fakes import FakeClock
+
+
+def grant_of(request_id: str, *, num_readers: int = 1, lease_s: float = 10.0) -> GrantLease:
+    return GrantLease(
+        request_id=request_id,
+        block_ids=[[1, 2]],
+        first_block_index=[0],
+        block_hashes=[b"a" * 32, b"b" * 32],
+        num_tokens=32,
+        num_readers=num_readers,
+        first_tokens=[],
+        lease_s=lease_s,
+    )
+
+
+GROUPS = [GroupBlocks(first_block_index=0, block_ids=[1, 2], checksums=None)]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def leases(clock: FakeClock) -> LeaseTable:
+    return LeaseTable(clock)
+
+
+def test_pulled_by_one_reader(leases):
+    leases.grant(grant_of("a"), GROUPS)
+    assert leases.begin("a", "r", 1).groups == GROUPS
+    assert leases.end("a", "r", again=False)
+    assert leases.take_ended() == [("a", "pulled")]
+    assert leases.take_ended() == []
+
+
+def test_lives_until_every_puller_of_every_reader_has_ended(leases):
+    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    for reader in ("r0/0", "r0/1", "r0/2", "r1"):
+        assert leases.take_ended() == []
+        leases.begin("a", reader, 3 if reader.startswith("r0") else 1)
+        assert leases.end("a", reader, again=False)
+    assert leases.take_ended() == [("a", "pulled")]
+
+
+def test_again_keeps_the_share(leases):
+    leases.grant(grant_of("a"), GROUPS)
+    leases.begin("a", "first", 1)
+    assert leases.end("a", "first", again=True)
+    assert leases.take_ended() == []
+    leases.begin("a", "second", 1)
+    assert leases.end("a", "second", again=False)
+    assert leases.take_ended() == [("a", "pulled")]
+
+
+def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
+    leases.grant(grant_of("a"), GROUPS)
+    clock.now += 9
+    leases.begin("a", "r", 1)
+    clock.now += 9
+    assert leases.heartbeat("a", "r") == 10
+    clock.now += 10
+    assert not leases.end("a", "r", again=False)
+    assert leases.take_ended() == [("a", "expired")]
+    with pytest.raises(LeaseError, match="request a has no lease here"):
+        leases.begin("a", "r2", 1)
+    with pytest.raises(LeaseError):
+        leases.heartbeat("a", "r")
+
+
+def test_a_new_lease_under_the_same_id_proves_nothing_for_an_old_reader(leases, clock):
+    leases.grant(grant_of("a"), GROUPS)
+    leases.begin("a", "old", 1)
+    clock.now += 11
+    leases.expire()
+    leases.grant(grant_of("a"), GROUPS)
+    assert not leases.end("a", "old", again=False)
+
+
+def test_cancel_ends_at_once_when_nothing_has_begun(leases):
+    leases.grant(grant_of("a"), GROUPS)
+    leases.cancel("a")
+    leases.cancel("never was")
+    assert leases.take_ended() == [("a", "released")]
+
+
+def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
+    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    leases.begin("a", "r", 1)
+    leases.cancel("a")
+    assert leases.take_ended() == []
+    with pytest.raises(LeaseError, match="cancelled"):
+        leases.begin("a", "other", 1)
+    assert leases.end("a", "r", again=True)
+    assert leases.take_ended() == [("a", "released")]
+
+
+def test_release_by_one_of_two_readers_leaves_the_lease_to_the_other(leases):
+    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    leases.release("a")
+    assert leases.take_ended() == []
+    leases.grant(grant_of("b"), GROUPS)
+    leases.release("b")
+    assert leases.take_ended() == [("b", "released")]
+
+
+def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
+    leases.grant(grant_of("a"), GROUPS)
+    leases.begin("a", "r", 1)
+    for _ in range(4 * MAX_EXTENSIONS):
+        clock.now += 5
+        try:
+            leases.heartbeat("a", "r")
+        except LeaseError:
+            break
+    assert leases.take_ended() == [("a", "expired")]
+    assert clock.now <= 1000 + 10 * MAX_EXTENSIONS
+
+
+def test_bad_numbers_are_refused(leases):
+    leases.grant(grant_of("a"), GROUPS)
+    with pytest.raises(LeaseError, match="num_pullers is 0"):
+        leases.begin("a", "r", 0)
+    with pytest.raises(LeaseError, match="already"):
+        leases.grant(grant_of("a"), GROUPS)
+
+
+IDS = st.sampled_from(["a", "b", "c"])
+READERS = st.sampled_from(["r", "s", "t"])
+
+
+class LeaseLife(RuleBasedStateMachine):
+    """Every grant ends exactly once, and a proof is given only for a reader that began under this very grant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.table = LeaseTable(self.clock)
+        self.alive: set[str] = set()
+        self.begun: set[tuple[str, str]] = set()
+
+    @rule(request_id=IDS, num_readers=st.integers(1, 2))
+    def grant(self, request_id, num_readers):
+        if request_id in self.alive:
+            with pytest.raises(LeaseError):
+                self.table.grant(grant_of(request_id), GROUPS)
+            return
+        self.table.grant(grant_of(request_id, num_readers=num_readers), GROUPS)
+        self.alive.add(request_id)
+
+    @rule(request_id=IDS, reader=READERS, num_pullers=st.integers(1, 2))
+    def begin(self, request_id, reader, num_pullers):
+        try:
+            self.table.begin(request_id, reader, num_pullers)
+        except LeaseError:
+            return
+        assert request_id in self.alive
+        self.begun.add((request_id, reader))
+
+    @rule(request_id=IDS, reader=READERS, again=st.booleans())
+    def end(self, request_id, reader, again):
+        held = self.table.end(request_id, reader, again=again)
+        assert held == ((request_id, reader) in self.begun and request_id in self.alive)
+        self.begun.discard((request_id, reader))
+
+    @rule(request_id=IDS)
+    def cancel(self, request_id):
+        self.table.cancel(request_id)
+
+    @precondition(lambda self: self.alive)
+    @rule(seconds=st.floats(0, 12))
+    def wait(self, seconds):
+        self.clock.now += seconds
+        self.table.expire()
+
+    @invariant()
+    def each_lease_ends_once(self):
+        for request_id, _reason in self.table.take_ended():
+            self.alive.remove(request_id)
+            self.begun = {(other, reader) for other, reader in self.begun if other != request_id}
+        assert len(self.table) == len(self.alive)
+
+
+LeaseLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLeaseLife = LeaseLife.TestCase

@@ -1,0 +1,270 @@
+"""Real processes, real NIXL over CPU memory, real sockets."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pdlaunch.protocol.control import PairFailed, PairReady
+from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
+from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
+from tests.transfer.fakes import spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
+
+
+@pytest.fixture(scope="module")
+def keys() -> LaunchKeys:
+    return new_launch_keys()
+
+
+def holder_options(keys: LaunchKeys) -> RankOptions:
+    return RankOptions(spec=spec_of("prefill", name="prefill-0"), keys=keys, engine_id="a" * 32)
+
+
+def puller_options(keys: LaunchKeys) -> RankOptions:
+    return RankOptions(spec=spec_of("decode", name="decode-0"), keys=keys, engine_id="b" * 32)
+
+
+@pytest.fixture(scope="module")
+def pair(keys: LaunchKeys) -> Iterator[tuple[RankHandle, RankHandle]]:
+    """A holder and a puller that have shaken hands."""
+    holder, puller = RankHandle(holder_options(keys)), RankHandle(puller_options(keys))
+    try:
+        puller.call("registry", [holder.entry(), puller.entry()])
+        ready = puller.report(PairReady)
+        assert (ready.local, ready.peer, ready.peer_incarnation, ready.path) == (
+            "decode-0/rank-0",
+            "prefill-0/rank-0",
+            1,
+            "nixl/UCX",
+        )
+        assert ready.gigabytes_per_s > 0
+        yield holder, puller
+    finally:
+        holder.stop()
+        puller.stop()
+
+
+def test_bytes_are_equal_and_the_lease_ends(pair):
+    holder, puller = pair
+    holder.submit(grant("r", [3, 1, 4, 15]))
+    puller.submit(pull("p", holder.remote("r"), [9, 2, 6, 5]))
+    finished = puller.event(PullFinished)
+    assert finished.ok, finished.error
+    assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
+    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
+    assert holder.event(LeaseEnded) == LeaseEnded(request_id="r", reason="pulled")
+
+
+def test_skipped_blocks_are_not_touched(pair):
+    holder, puller = pair
+    before = puller.blocks([20, 21])
+    holder.submit(grant("skip", [7, 8, 9]))
+    puller.submit(pull("skip", holder.remote("skip"), [22, 23], skip=1))
+    assert puller.event(PullFinished).ok
+    np.testing.assert_array_equal(puller.blocks([22, 23]), holder.blocks([8, 9]))
+    np.testing.assert_array_equal(puller.blocks([20, 21]), before)
+    assert holder.event(LeaseEnded).reason == "pulled"
+
+
+def test_nothing_to_pull_still_ends_the_lease(pair):
+    holder, puller = pair
+    holder.submit(grant("cached", [7, 8]))
+    puller.submit(pull("cached", holder.remote("cached"), [], skip=2))
+    finished = puller.event(PullFinished)
+    assert finished.ok
+    assert finished.num_bytes == 0
+    assert holder.event(LeaseEnded).reason == "pulled"
+
+
+def test_a_byte_that_changed_after_the_grant_is_found(pair):
+    holder, puller = pair
+    holder.submit(grant("bad", [10, 11, 12]))
+    holder.call("flip", 11, 2)
+    puller.submit(pull("bad-1", holder.remote("bad"), [24, 25, 26]))
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert finished.verification_failed
+    assert finished.retryable
+    assert not finished.in_flight
+    assert "KV head 2 differs: block 11 there, block 25 here" in finished.error
+    holder.call("flip", 11, 2)
+    puller.submit(pull("bad-2", holder.remote("bad"), [24, 25, 26]))
+    assert puller.event(PullFinished).ok
+    assert puller.call("stats")["verification_failures"] == 1
+
+
+def test_blocks_of_another_prompt_are_refused(pair):
+    holder, puller = pair
+    holder.submit(grant("other", [10, 11], salt="x"))
+    puller.submit(pull("other", holder.remote("other"), [24, 25], salt="y"))
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert finished.verification_failed
+    assert not finished.retryable
+    assert "token hashes of request other differ from block 0 on" in finished.error
+
+
+def test_an_expired_lease_cannot_be_pulled(pair):
+    holder, puller = pair
+    holder.submit(grant("late", [10], lease_s=0.05))
+    ended = next(iter(lambda: holder.event(LeaseEnded), None))
+    while ended.request_id != "late":
+        ended = holder.event(LeaseEnded)
+    assert ended.reason == "expired"
+    puller.submit(pull("late", holder.remote("late"), [24]))
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert "request late has no lease here" in finished.error
+    assert holder.call("stats")["leases_expired"] >= 1
+
+
+def test_an_engine_that_is_not_in_the_registry_is_refused(pair):
+    holder, puller = pair
+    stranger = holder.remote("r")
+    stranger = type(stranger)(**{name: getattr(stranger, name) for name in stranger.__struct_fields__} | {"engine_id": "c" * 32})
+    puller.submit(pull("stranger", stranger, [24]))
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert not finished.retryable
+    assert "no engine with engine_id cccc" in finished.error
+
+
+def test_only_loopback_listens(pair):
+    for rank in pair:
+        assert set(rank.call("listeners")) == {"127.0.0.1"}
+
+
+def test_incompatible_engines_are_named_at_start(pair, keys):
+    holder, _ = pair
+    spec = spec_of("decode", name="decode-1", block_size=32, verify=False)
+    other = RankHandle(RankOptions(spec=spec, keys=keys, engine_id="d" * 32))
+    try:
+        other.call("registry", [holder.entry()])
+        failed = other.report(PairFailed)
+        assert failed.fatal
+        assert "block_size: decode-1/rank-0 has 32, prefill-0/rank-0 has 16" in failed.error
+        assert "checksum: decode-1/rank-0 has 'off', prefill-0/rank-0 has 'xxh3_64'" in failed.error
+        other.submit(pull("p", holder.remote("r"), [1]))
+        assert "block_size" in other.event(PullFinished).error
+    finally:
+        other.stop()
+
+
+def test_a_restarted_holder_is_found_again(keys):
+    puller, first = RankHandle(puller_options(keys)), RankHandle(holder_options(keys))
+    second = RankHandle(replace(holder_options(keys), engine_id="e" * 32, incarnation=2))
+    try:
+        puller.call("registry", [first.entry()])
+        assert puller.report(PairReady).peer_incarnation == 1
+        first.submit(grant("r", [1]))
+        first.stop()
+        puller.submit(pull("dead", first.remote("r"), [1], timeout_s=1.0))
+        assert not puller.event(PullFinished).ok
+        puller.call("registry", [second.entry()])
+        ready = puller.report(PairReady)
+        assert ready.peer_incarnation == 2
+        second.submit(grant("r", [5, 6]))
+        puller.submit(pull("again", second.remote("r"), [7, 8]))
+        assert puller.event(PullFinished).ok
+        np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))
+        puller.submit(pull("old", first.remote("r"), [1]))
+        assert not puller.event(PullFinished).retryable
+    finally:
+        for rank in (puller, first, second):
+            rank.stop()
+
+
+@pytest.mark.parametrize(("holder_tp", "puller_tp"), [(1, 3), (3, 1)])
+def test_different_tp_sizes(keys, holder_tp, puller_tp):
+    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every lease ends."""
+
+    def ranks(role: str, name: str, tp_size: int, engine_id: str) -> list[RankHandle]:
+        spec = spec_of(role, name=name, tp_size=tp_size)
+        return [
+            RankHandle(RankOptions(spec=spec, keys=keys, engine_id=engine_id, tp_rank=tp_rank, num_heads=3 // tp_size))
+            for tp_rank in range(tp_size)
+        ]
+
+    holders = ranks("prefill", "prefill-0", holder_tp, "a" * 32)
+    pullers = ranks("decode", "decode-0", puller_tp, "b" * 32)
+    try:
+        registry = [rank.entry() for rank in (*holders, *pullers)]
+        for puller in pullers:
+            puller.call("registry", registry)
+        for holder in holders:
+            holder.submit(grant("r", [3, 8, 5]))
+        for puller in pullers:
+            puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
+        for puller in pullers:
+            assert puller.event(PullFinished).ok
+        there = np.concatenate([holder.blocks([3, 8, 5]) for holder in holders], axis=1)
+        here = np.concatenate([puller.blocks([30, 2, 17]) for puller in pullers], axis=1)
+        np.testing.assert_array_equal(here, there)
+        for holder in holders:
+            assert holder.event(LeaseEnded).reason == "pulled"
+    finally:
+        for rank in (*holders, *pullers):
+            rank.stop()
+
+
+@pytest.fixture
+def stoppable(keys: LaunchKeys) -> Iterator[tuple[RankHandle, RankHandle]]:
+    """A pair over TCP, whose READs need the holder to run; and blocks that are large enough to be in the middle of."""
+    options = {"environment": (("UCX_TLS", "tcp"),), "head_dim": 64, "num_layers": 8, "num_blocks": 64}
+    holder = RankHandle(replace(holder_options(keys), **options))
+    puller = RankHandle(replace(puller_options(keys), **options))
+    try:
+        puller.call("registry", [holder.entry()])
+        puller.report(PairReady)
+        yield holder, puller
+    finally:
+        holder.stop()
+        puller.stop()
+
+
+def test_a_pull_from_a_stopped_holder_is_quarantined_until_its_bytes_have_landed(stoppable):
+    """No READ can be taken back: after SIGCONT its bytes still arrive, and only then the blocks are free."""
+    holder, puller = stoppable
+    blocks = list(range(60))
+    holder.submit(grant("r", blocks, lease_s=60))
+    before = puller.blocks(blocks)
+    stop_during_read(holder, puller, "p", blocks)
+    puller.submit(cancel("p"))
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert finished.error == "cancelled"
+    os.kill(holder.process.pid, signal.SIGCONT)
+    assert finished.in_flight
+    assert puller.event(PullDrained) == PullDrained(pull_id="p")
+    landed = puller.blocks(blocks)
+    assert not np.array_equal(landed, before)
+    puller.submit(pull("next", holder.remote("r"), blocks[:2]))
+    assert not puller.event(PullFinished).ok, "the cancelled pull gave its share of the lease back"
+
+
+def test_a_holder_killed_in_the_middle_drains_the_pull(stoppable):
+    holder, puller = stoppable
+    blocks = list(range(60))
+    holder.submit(grant("r", blocks, lease_s=60))
+    stop_during_read(holder, puller, "p", blocks)
+    puller.call("registry", [])
+    finished = puller.event(PullFinished)
+    assert not finished.ok
+    assert not finished.retryable
+    assert finished.in_flight
+    assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
+    holder.stop()
+    assert puller.event(PullDrained).pull_id == "p"
+
+
+def stop_during_read(holder: RankHandle, puller: RankHandle, pull_id: str, blocks: list[int]) -> None:
+    """Returns when the puller has posted its READ to a holder that is stopped."""
+    puller.call("stop_before_read", holder.process.pid)
+    puller.submit(pull(pull_id, holder.remote("r"), blocks))
+    puller.wait("posted")
