@@ -78,8 +78,11 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
+    descriptor = sys.stdin.fileno()
+
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        # Past the buffer of sys.stdin, whose lock, held by a thread that waits, would abort the interpreter's exit.
+        while os.read(descriptor, 4096):
             pass
         os.killpg(os.getpgid(0), signal.SIGKILL)
 

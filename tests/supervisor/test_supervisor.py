@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.protocol.control import Address, Drain, PairFailed, Progress, Ready, Register
+from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register
 from pdlaunch.supervisor.host import ProcessExited
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace

@@ -1,0 +1,22 @@
+"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pdlaunch.supervisor.status import LaunchStatus
+from pdlaunch.supervisor.supervisor import Timing
+from tests.supervisor.fakes import FakeObserver
+from tests.supervisor.real import real_plan, run_plan
+
+
+class PrintingObserver(FakeObserver):
+    def ready(self, status: LaunchStatus) -> None:
+        sys.stdout.write(json.dumps([process.pid for process in status.processes]) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(run_plan(real_plan(), PrintingObserver(), Path(sys.argv[1]), Timing()).exit_code)

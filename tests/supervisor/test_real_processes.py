@@ -1,0 +1,158 @@
+"""What only real processes show: spawning, signals, deaths, nothing left behind. One core, so few and small launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdlaunch.supervisor.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.shutdown import Grace
+from pdlaunch.supervisor.states import ProcessState
+from pdlaunch.supervisor.status import LaunchStatus
+from pdlaunch.supervisor.supervisor import Timing
+from tests.supervisor.fakes import FakeObserver
+from tests.supervisor.real import real_plan, run_plan
+
+ROOT = Path(__file__).parents[2]
+IMPATIENT = Timing(startup_timeout_s=60, grace=Grace(drain_s=0.2, stop_s=0.2, terminate_s=0.2))
+
+
+class InterruptWhenReady(FakeObserver):
+    """Presses Ctrl-C as soon as the launch serves."""
+
+    def ready(self, status: LaunchStatus) -> None:
+        super().ready(status)
+        self.pids = {process.name: process.pid for process in status.processes}
+        self.info = {process.name: process.info for process in status.processes}
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+class KillOnce(FakeObserver):
+    """Kills one process when the launch serves, and presses Ctrl-C when all is well again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.before: dict[str, int | None] = {}
+        self.after: dict[str, int | None] = {}
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.before = {process.name: process.pid for process in status.processes}
+        pid = self.before[self.name]
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    def changed(self, status: LaunchStatus) -> None:
+        if not self.before or self.after:
+            return
+        restarted = any(process.name == self.name and process.incarnation == 2 for process in status.processes)
+        well = all(process.state is ProcessState.READY for process in status.processes) and not status.num_missing_pairs
+        if restarted and well:
+            self.after = {process.name: process.pid for process in status.processes}
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_gone(*pids: int | None) -> None:
+    processes = [psutil.Process(pid) for pid in pids if pid is not None and psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs([p for p in processes if p.status() != psutil.STATUS_ZOMBIE], timeout=10)
+    assert not alive
+
+
+def test_start_serve_drain_stop(tmp_path: Path) -> None:
+    observer = InterruptWhenReady()
+    outcome = run_plan(real_plan({"router": "grandchild"}), observer, tmp_path, Timing())
+    assert outcome.exit_code == 0
+    assert outcome.was_ready
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "decode-0.log",
+        "decode-0.rank-0.log",
+        "prefill-0.log",
+        "prefill-0.rank-0.log",
+        "router.log",
+    ]
+    assert (tmp_path / "router.log").read_text() == "drained\nstopped\n"
+    assert (tmp_path / "decode-0.log").read_text() == "drained\nstopped\n"
+    assert (tmp_path / "decode-0.rank-0.log").read_text() == "stopped\n"
+    assert_gone(*observer.pids.values(), int(observer.info["router"]["grandchild"]))
+
+
+def test_a_crash_at_start_is_reported_with_its_log_and_all_are_stopped(tmp_path: Path) -> None:
+    outcome = run_plan(real_plan({"prefill-0/rank-0": "crash"}), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert len(outcome.report) <= 20
+    assert outcome.report[0] == "prefill-0/rank-0 ended with exit code 1 before it was ready"
+    assert outcome.report[-2:] == ("  RuntimeError: the weights are not there", f"log: {tmp_path}/prefill-0.rank-0.log")
+
+
+def test_what_a_process_says_before_it_fails_is_the_report(tmp_path: Path) -> None:
+    outcome = run_plan(real_plan({"decode-0": "fail"}), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert outcome.report == (
+        "decode-0 failed to start",
+        "  cannot open model.safetensors",
+        f"log: {tmp_path}/decode-0.log",
+    )
+
+
+def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
+    observer = InterruptWhenReady()
+    outcome = run_plan(real_plan({"decode-0": "ignore-term deaf"}, num_prefill=0), observer, tmp_path, IMPATIENT)
+    assert outcome.exit_code == 0
+    assert_gone(*observer.pids.values())
+
+
+def test_a_killed_prefill_rank_returns_and_decode_finds_it(tmp_path: Path) -> None:
+    observer = KillOnce("prefill-0/rank-0")
+    outcome = run_plan(real_plan(), observer, tmp_path, Timing())
+    assert outcome.exit_code == 0
+    changed = [name for name in observer.before if observer.before[name] != observer.after[name]]
+    assert changed == ["prefill-0/rank-0"]
+    assert observer.notes[0].startswith("prefill-0/rank-0 was killed by SIGKILL")
+    assert "--- incarnation 2" in (tmp_path / "prefill-0.rank-0.log").read_text()
+
+
+def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    router = ProcessSpec(name="router", kind="router", unit="router", command=("/no/such",))
+    outcome = run_plan(Plan(processes=(router,)), FakeObserver(), tmp_path, Timing())
+    assert outcome.exit_code == 1
+    assert "No such file" in outcome.report[1]
+
+
+@pytest.fixture
+def launches(tmp_path: Path):
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> tuple[subprocess.Popen[str], list[int]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [sys.executable, "-m", "tests.supervisor.fake_launch", str(folder)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        return process, json.loads(process.stdout.readline())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches) -> None:
+    first, first_pids = launches("first")
+    second, second_pids = launches("second")
+    first.kill()
+    first.wait()
+    assert_gone(*first_pids)
+    assert all(psutil.pid_exists(pid) for pid in second_pids)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=30) == 0
+    assert_gone(*second_pids)
