@@ -22,12 +22,14 @@ from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.errors import ConfigError
 
 Progress = Callable[[str, float | None], None]
+Converter = Callable[[Path, Path, Progress], None]
+"""(source file, target directory, progress)"""
 
 LARGE_FILE_BYTES = 1024**3
 """GGUF files from this size on are written as bfloat16, smaller ones as float32."""
 
 
-def ensure_converted(model: str, progress: Progress) -> Path:
+def ensure_converted(model: str, progress: Progress, *, convert: Converter | None = None) -> Path:
     """The directory to serve ``model`` from, converted now if it is not in the cache.
 
     Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot be served.
@@ -37,17 +39,17 @@ def ensure_converted(model: str, progress: Progress) -> Path:
         return resolved.cache_dir
     with _locked(resolved.cache_dir.with_name(resolved.cache_dir.name + ".lock")):
         if not resolve_model(model).ready:
-            _convert_into_place(resolved, progress)
+            _convert_into_place(resolved, progress, convert or convert_gguf)
     return resolved.cache_dir
 
 
-def _convert_into_place(resolved: ResolvedModel, progress: Progress) -> None:
+def _convert_into_place(resolved: ResolvedModel, progress: Progress, convert: Converter) -> None:
     folder = resolved.cache_dir.parent
     for left_behind in folder.glob(f".{resolved.cache_dir.name}-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{resolved.cache_dir.name}-", dir=folder))
     try:
-        convert_gguf(resolved.source, temporary, progress)
+        convert(resolved.source, temporary, progress)
         temporary.chmod(0o755)
         temporary.rename(resolved.cache_dir)
     finally:

@@ -1,0 +1,148 @@
+"""Ranks in processes of their own answer as one rank does."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdlaunch.config.model_shape import ModelShape, read_model_shape
+from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
+from pdlaunch.models.tensor_parallel import Shard, TPGroup, init_tp_group, plan_cuts
+from tests.models.tiny import greedy, save_tiny_model
+
+NUM_TOKENS = 8
+ROOT = Path(__file__).parents[2]
+
+
+def run_group(folder: Path, tp_size: int, directories: list[Path], prompts: list[list[int]]) -> list[dict[str, Any]]:
+    arguments = {
+        "rendezvous": f"file://{folder}/rendezvous-{tp_size}",
+        "tp_size": tp_size,
+        "directories": [str(directory) for directory in directories],
+        "prompts": prompts,
+        "num_tokens": NUM_TOKENS,
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.models.tp_worker", json.dumps(arguments | {"tp_rank": tp_rank})],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for tp_rank in range(tp_size)
+    ]
+    try:
+        ended = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * tp_size, ended
+    return [json.loads(out) for out, _ in ended]
+
+
+def test_two_ranks_answer_as_generate_does(tmp_path: Path) -> None:
+    """Biases, a KV head on both ranks (llama-bias has one), query norms, hybrid windows."""
+    draw = random.Random(3)
+    prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (1, 4, 9, 15, 26)]
+    directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen2", "gemma3")]
+    results = run_group(tmp_path, 2, directories, prompts)
+    for directory in directories:
+        answers = [result["answers"][str(directory)] for result in results]
+        expected = greedy(directory, prompts, NUM_TOKENS)
+        assert [answer["tokens"] for answer in answers] == [expected, expected]
+        shape = read_model_shape(directory)
+        assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
+        assert [answer["heads"] for answer in answers] == ([[0, 1], [1, 1]] if shape.num_kv_heads == 2 else [[0, 1], [0, 1]])
+        assert answers[0]["digest"] == answers[1]["digest"]
+    assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
+    assert [result["nothing"] for result in results] == ["", ""]
+    assert [result["listening"] for result in results] == [["127.0.0.1"], ["127.0.0.1"]]
+
+
+def make_shape(**changes: int) -> ModelShape:
+    sizes = {
+        "num_layers": 1,
+        "num_attention_heads": 12,
+        "num_kv_heads": 4,
+        "head_dim": 2,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "vocab_size": 9,
+        "max_position_embeddings": 9,
+        "num_parameters": 1,
+    }
+    return ModelShape(
+        **(sizes | changes),
+        architecture="",
+        model_type="llama",
+        layer_windows=(None,),
+        dtype=None,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "expected"),
+    [
+        (1, [(0, 4)]),
+        (2, [(0, 2), (2, 2)]),
+        (4, [(0, 1), (1, 1), (2, 1), (3, 1)]),
+        (12, [(rank // 3, 1) for rank in range(12)]),
+    ],
+)
+def test_kv_heads_of_each_rank(tp_size: int, expected: list[tuple[int, int]]) -> None:
+    shards = [Shard(tp_rank, tp_size, make_shape()) for tp_rank in range(tp_size)]
+    assert [(shard.first_kv_head, shard.num_kv_heads) for shard in shards] == expected
+    # Each rank's query heads belong to its KV heads.
+    for shard in shards:
+        first_query_head = shard.tp_rank * shard.num_attention_heads
+        owners = {head // 3 for head in range(first_query_head, first_query_head + shard.num_attention_heads)}
+        assert owners == set(range(shard.first_kv_head, shard.first_kv_head + shard.num_kv_heads))
+        assert shard.share("model.layers.0.self_attn.k_proj", 8) == slice(2 * shard.first_kv_head, 2 * max(owners) + 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp_size", "name"),
+    [
+        ({}, 5, "num_attention_heads"),
+        ({"num_kv_heads": 6}, 4, "num_key_value_heads"),
+        ({"intermediate_size": 49}, 2, "intermediate"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(changes: dict[str, int], tp_size: int, name: str) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        Shard(0, tp_size, make_shape(**changes))
+    assert caught.value.field == "tensor_parallel_size"
+
+
+def test_model_without_a_plan_is_refused() -> None:
+    import torch
+
+    with pytest.raises(UnsupportedModelError, match="no tensor-parallel plan"):
+        plan_cuts(torch.nn.Linear(2, 2), "model", None, Shard(0, 2, make_shape()))
+
+
+def test_one_rank_needs_no_group() -> None:
+    tp = init_tp_group("", 0, 1, "cpu")
+    assert isinstance(tp, TPGroup)
+    assert tp.broadcast_bytes(b"abc") == b"abc"
+    tp.close()
+
+
+def test_other_kinds_of_rendezvous_are_refused() -> None:
+    with pytest.raises(ConfigError, match="file://"):
+        init_tp_group("tcp://127.0.0.1:29500", 0, 2, "cpu")
+
+
+def test_missing_rank_ends_in_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="tp_rank 0 of 2"):
+        init_tp_group(f"file://{tmp_path}/rendezvous", 0, 2, "cpu", timeout_s=0.5)
