@@ -77,7 +77,17 @@ class Hello(Message):
     server_incarnation: int
 
 
-ToRank = AddRequest | AbortRequest | Hello
+class SetReaders(Message):
+    """Fewer choices than ``num_readers`` go on after their first token: the lease ends when this many have pulled.
+
+    Sent before the prefill engine's answer. Unknown ids are ignored.
+    """
+
+    request_id: str
+    num_readers: int
+
+
+ToRank = AddRequest | AbortRequest | Hello | SetReaders
 
 
 class Tokens(Message):

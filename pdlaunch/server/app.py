@@ -1,0 +1,207 @@
+"""The HTTP application of one engine: routes, errors, authentication."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.errors import OverloadedError, PdlaunchError, RequestError
+from pdlaunch.observe.logs import request_logging
+from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
+from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
+from pdlaunch.protocol.openai.body import parse_request
+from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status, model_not_found
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.protocol.openai.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeResponse,
+)
+from pdlaunch.server.engine_service import EngineService
+from pdlaunch.server.generate import GenerateHandler, read_body
+from pdlaunch.server.prepare import Call
+from pdlaunch.server.prompts import chat_prompt
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CallHandler = Callable[[web.Request, Call], Awaitable[web.StreamResponse]]
+
+CLIENT_CLOSED_REQUEST = 499
+_OPEN_PATHS = frozenset({"/health"})
+
+
+def make_app(service: EngineService, *, token: str | None) -> web.Application:
+    """All routes. ``token``: what clients must send as bearer, except to /health; None asks for nothing."""
+    endpoints = _Endpoints(service)
+    generate = GenerateHandler(service)
+    app = web.Application(
+        client_max_size=service.spec.limits.max_body_bytes, middlewares=[_answer_errors(service), _authenticate(token)]
+    )
+    app.add_routes(
+        [
+            web.post("/v1/completions", _with_call(generate.completions)),
+            web.post("/v1/chat/completions", _with_call(generate.chat)),
+            web.get("/v1/models", endpoints.models),
+            web.get("/v1/models/{name:.+}", endpoints.model),
+            web.post("/tokenize", endpoints.tokenize),
+            web.post("/detokenize", endpoints.detokenize),
+            web.get("/health", endpoints.health),
+            web.get("/metrics", endpoints.metrics),
+            web.post("/pdlaunch/release", endpoints.release),
+        ]
+    )
+    return app
+
+
+class _Endpoints:
+    """Everything that does not generate."""
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+
+    async def models(self, http: web.Request) -> web.Response:
+        return _json(ModelList(data=[self._card()]))
+
+    async def model(self, http: web.Request) -> web.Response:
+        name = http.match_info["name"]
+        if name != self._service.spec.served_model_name:
+            raise model_not_found(name, self._service.spec.served_model_name)
+        return _json(self._card())
+
+    async def tokenize(self, http: web.Request) -> web.Response:
+        model = self._service.model
+        body = await read_body(http)
+        request: TokenizeCompletionRequest | TokenizeChatRequest
+        if "messages" in body:
+            request = parse_request(TokenizeChatRequest, body, public=True)
+            tokens = await chat_prompt(request, model)
+        else:
+            request = parse_request(TokenizeCompletionRequest, body, public=True)
+            tokens = await model.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens)
+        model.check_name(request.model)
+        pieces = [model.tokenizer.token_piece(token) for token in tokens] if request.return_token_strs else None
+        return _json(TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=tokens, token_strs=pieces))
+
+    async def detokenize(self, http: web.Request) -> web.Response:
+        model = self._service.model
+        request = parse_request(DetokenizeRequest, await read_body(http), public=True)
+        model.check_name(request.model)
+        model.check_token_ids(request.tokens, "tokens")
+        return _json(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False)))
+
+    async def health(self, http: web.Request) -> web.Response:
+        if not self._service.is_healthy():
+            raise OverloadedError("the engine is not ready", status=503, code="engine_not_ready")
+        return _json({"status": "ok"})
+
+    async def metrics(self, http: web.Request) -> web.Response:
+        return web.Response(body=render_metrics(self._service.metrics.registry), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    async def release(self, http: web.Request) -> web.Response:
+        """End the lease of a remote prefill, by the request's id or by its remote_request_id."""
+        request_id = (await read_body(http)).get("request_id")
+        if not isinstance(request_id, str):
+            raise RequestError("request_id must be a string", param="request_id")
+        rank_id = self._service.leases.take(request_id)
+        if rank_id is not None:
+            self._service.link.abort(rank_id)
+        return _json({"released": rank_id is not None})
+
+    def _card(self) -> ModelCard:
+        spec = self._service.spec
+        return ModelCard(id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len)
+
+
+def _with_call(handler: CallHandler) -> Handler:
+    """Reads who calls: request id and trace context; the id is echoed whatever happens."""
+
+    async def handle(http: web.Request) -> web.StreamResponse:
+        request_id = read_request_id(http.headers.get(REQUEST_ID_HEADER))
+        call = Call(
+            request_id=request_id,
+            rank_id=f"{request_id}-{secrets.token_hex(4)}",
+            traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
+        )
+        with request_logging(request_id):
+            try:
+                return await handler(http, call)
+            except Exception as error:
+                response = _failure(error)
+                response.headers[REQUEST_ID_HEADER] = request_id
+                return response
+
+    return handle
+
+
+def _answer_errors(service: EngineService) -> Any:
+    """Every error in OpenAI's form, and counted."""
+    metrics = service.metrics.requests
+
+    @web.middleware
+    async def answer_errors(http: web.Request, handler: Handler) -> web.StreamResponse:
+        with metrics.in_flight.track_inprogress():
+            try:
+                response = await handler(http)
+            except asyncio.CancelledError:
+                metrics.failed(CLIENT_CLOSED_REQUEST)
+                raise
+            except Exception as error:
+                response = _failure(error)
+            if response.status >= 400:
+                metrics.failed(response.status)
+            return response
+
+    return answer_errors
+
+
+def _failure(error: Exception) -> web.Response:
+    match error:
+        case PdlaunchError():
+            return _error_response(error)
+        case web.HTTPRequestEntityTooLarge():
+            return _error_response(RequestError("the body is too large", status=413, code="body_too_large"))
+        case web.HTTPException():
+            refusal = _error_response(RequestError(error.reason, status=error.status))
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                refusal.headers["Allow"] = error.headers["Allow"]
+            return refusal
+        case ConnectionError():
+            # The client has gone: nobody reads this.
+            return web.Response(status=CLIENT_CLOSED_REQUEST)
+        case _:
+            _log.exception("unexpected error", exc_info=error)
+            return _error_response(error)
+
+
+def _authenticate(token: str | None) -> Any:
+    @web.middleware
+    async def authenticate(http: web.Request, handler: Handler) -> web.StreamResponse:
+        if token is not None and http.path not in _OPEN_PATHS:
+            scheme, _, given = http.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), token.encode()):
+                raise RequestError("the launch's token is needed as bearer", status=401, code="invalid_api_key")
+        return await handler(http)
+
+    return authenticate
+
+
+def _error_response(error: BaseException) -> web.Response:
+    return web.Response(
+        status=error_status(error),
+        body=msgspec.json.encode(error_body(error)),
+        content_type="application/json",
+        headers=error_headers(error),
+    )
+
+
+def _json(payload: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(payload), content_type="application/json")

@@ -1,0 +1,137 @@
+"""Chat templates: Jinja from the model's folder, rendered in a sandbox with the names that transformers offers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pdlaunch.errors import ConfigError, RequestError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+
+
+class ChatTemplate:
+    """Messages to the text of a prompt."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises ConfigError when ``source`` is no valid template."""
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise ConfigError(f"the model's chat template is broken: {error}", field="model") from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text. ``variables``: chat_template_kwargs of the request. Raises RequestError."""
+        for name in variables or {}:
+            if name in _OWN_NAMES:
+                raise RequestError(f"{name} has a field of its own", param=f"chat_template_kwargs.{name}")
+        try:
+            text = self._template.render(
+                **self._special_tokens | dict(variables or {}),
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template may raise anything: the messages do not fit it
+            raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from None
+        return _cut_after(text, messages[-1]["content"]) if continue_final_message else text
+
+
+def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
+    """The template of a model: chat_template.jinja, else tokenizer_config.json; None when it has none. Raises ConfigError."""
+    directory = Path(model_dir)
+    settings = _read_settings(directory / "tokenizer_config.json")
+    file = directory / "chat_template.jinja"
+    source = file.read_text("utf-8") if file.is_file() else _named_template(settings.get("chat_template"))
+    return None if source is None else ChatTemplate(source, _special_tokens(settings))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag], autoescape=False
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    return environment
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it is only its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _cut_after(text: str, content: str) -> str:
+    """The text up to the end of the last message's content, so that the model goes on with it."""
+    start = text.rfind(content.strip())
+    if start < 0:
+        raise RequestError("the chat template changes the last message", param="continue_final_message")
+    end = start + len(content.strip())
+    return text[:end] + (content[len(content.rstrip()) :] if text[start:].startswith(content.lstrip()) else "")
+
+
+def _named_template(templates: object) -> str | None:
+    """Of a list of ``{"name", "template"}`` the one named default."""
+    if isinstance(templates, list):
+        named = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
+        templates = named.get("default")
+    return templates if isinstance(templates, str) else None
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name to text; a token is written as a string or as ``{"content": ...}``."""
+    found: dict[str, str] = {}
+    for name in _SPECIAL_TOKENS:
+        token = settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            found[name] = content
+    return found
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", field="model") from None
+    return settings if isinstance(settings, dict) else {}

@@ -1,0 +1,85 @@
+"""What the HTTP handlers of one engine share: the model, the link to rank 0, limits, leases, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.errors import OverloadedError
+from pdlaunch.protocol.engine import EngineStats, Welcome
+from pdlaunch.server.admission import Admission
+from pdlaunch.server.metrics import ServerMetrics
+from pdlaunch.server.rank_link import RankLink
+from pdlaunch.server.served_model import ServedModel
+
+MAX_REMEMBERED_LEASES = 4096
+
+
+class EngineService:
+    """One engine as its HTTP handlers see it; belongs to the event loop."""
+
+    def __init__(self, spec: EngineSpec, registry: CollectorRegistry) -> None:
+        self.spec = spec
+        self.admission = Admission(spec.limits.max_queued_requests)
+        self.metrics = ServerMetrics(registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name)
+        self.leases = LeaseBook()
+        self.loaded: ServedModel | None = None
+        self.welcomed = asyncio.Event()
+        self._link: RankLink | None = None
+
+    @property
+    def model(self) -> ServedModel:
+        """Raises OverloadedError (503) while the server loads."""
+        if self.loaded is None:
+            raise _starting()
+        return self.loaded
+
+    @property
+    def link(self) -> RankLink:
+        """The link to a rank that has said Welcome. Raises OverloadedError (503) while there is none."""
+        if self._link is None or not self.welcomed.is_set():
+            raise _starting()
+        return self._link
+
+    def is_healthy(self) -> bool:
+        return self.loaded is not None and self.welcomed.is_set() and not self.admission.draining
+
+    async def use_link(self, link: RankLink | None) -> None:
+        """Replace the link; requests of the old one get RankLost. Ready again with the new rank's Welcome."""
+        old, self._link = self._link, link
+        self.welcomed.clear()
+        if old is not None:
+            await old.close()
+
+    def on_welcome(self, welcome: Welcome) -> None:
+        self.metrics.engine.stats = EngineStats(num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks)
+        self.welcomed.set()
+
+    def on_stats(self, stats: EngineStats) -> None:
+        self.metrics.engine.stats = stats
+
+
+class LeaseBook:
+    """Which leases were handed out, by the client's request id and by the id in ``kv_transfer_params``."""
+
+    def __init__(self) -> None:
+        self._rank_ids: OrderedDict[str, str] = OrderedDict()
+
+    def add(self, request_id: str, rank_id: str) -> None:
+        """Remember a lease; the oldest are forgotten, they have ended by themselves."""
+        for key in (request_id, rank_id):
+            self._rank_ids[key] = rank_id
+            self._rank_ids.move_to_end(key)
+        while len(self._rank_ids) > MAX_REMEMBERED_LEASES:
+            self._rank_ids.popitem(last=False)
+
+    def take(self, request_id: str) -> str | None:
+        """The rank's id of the lease, which is forgotten; None when there is none of this name."""
+        return self._rank_ids.pop(request_id, None)
+
+
+def _starting() -> OverloadedError:
+    return OverloadedError("the engine is starting", status=503, code="engine_starting")

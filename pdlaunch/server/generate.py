@@ -1,0 +1,104 @@
+"""POST /v1/completions and /v1/chat/completions: read, prepare, generate, answer or stream.
+
+::
+
+    body -> request model -> prompts -> choices -> rank 0 -> deltas -> chunks, or one answer
+
+A client that goes away cancels the handler, and leaving the handler aborts whatever runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from aiohttp import web
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.openai.body import parse_request, read_json_object
+from pdlaunch.protocol.openai.chat import ChatCompletionRequest
+from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.server.deadline import Deadline
+from pdlaunch.server.engine_service import EngineService
+from pdlaunch.server.generation import Generation
+from pdlaunch.server.metrics import RequestClock
+from pdlaunch.server.prepare import Call, Prepared, prepare
+from pdlaunch.server.prompts import chat_prompt, completion_prompts
+from pdlaunch.server.render import ChatRenderer, CompletionRenderer, Renderer
+from pdlaunch.server.respond import Answerer
+
+_log = logging.getLogger(__name__)
+
+
+async def read_body(http: web.Request) -> dict[str, Any]:
+    """The JSON object that was sent. Raises RequestError; web.HTTPRequestEntityTooLarge beyond the application's limit."""
+    if http.content_type != "application/json":
+        # Also keeps web pages from posting here: a browser asks first before it sends this type elsewhere.
+        raise RequestError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+    return read_json_object(await http.read())
+
+
+class GenerateHandler:
+    """Both completion endpoints of one engine."""
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+
+    async def completions(self, http: web.Request, call: Call) -> web.StreamResponse:
+        with self._service.admission.admit() as ticket:
+            deadline = Deadline(self._service.spec.limits.request_timeout_s)
+            async with deadline.guard():
+                request = parse_request(CompletionRequest, await read_body(http), public=False)
+                model = self._service.model
+                model.check_name(request.model)
+                prompts = await completion_prompts(request, model)
+            prepared = prepare(call, request, prompts, model, prompt_param="prompt")
+            ticket.grow(len(prepared.choices), "n" if len(prompts) == 1 else "prompt")
+            renderer = CompletionRenderer(request, call.request_id, model.name, model.tokenizer, prompts)
+            return await self._run(http, call, prepared, renderer, deadline)
+
+    async def chat(self, http: web.Request, call: Call) -> web.StreamResponse:
+        with self._service.admission.admit() as ticket:
+            deadline = Deadline(self._service.spec.limits.request_timeout_s)
+            async with deadline.guard():
+                request = parse_request(ChatCompletionRequest, await read_body(http), public=False)
+                model = self._service.model
+                model.check_name(request.model)
+                prompt = await chat_prompt(request, model)
+            prepared = prepare(call, request, [prompt], model, prompt_param="messages")
+            ticket.grow(len(prepared.choices), "n")
+            renderer = ChatRenderer(request, call.request_id, model.name, model.tokenizer, [prompt])
+            return await self._run(http, call, prepared, renderer, deadline)
+
+    async def _run(
+        self, http: web.Request, call: Call, prepared: Prepared, renderer: Renderer, deadline: Deadline
+    ) -> web.StreamResponse:
+        """Whatever is not finished on the way out is aborted; so is a lease whose answer could not be written."""
+        metrics = self._service.metrics.requests
+        clock = RequestClock(metrics)
+        if call.traceparent is not None:
+            _log.info("traceparent %s", call.traceparent)
+        metrics.prompt_tokens.inc(prepared.num_prompt_tokens)
+        metrics.prompt_length.observe(prepared.num_prompt_tokens)
+        generation = Generation(self._service.link, prepared.choices, num_prompt_tokens=prepared.num_prompt_tokens)
+        answerer = Answerer(http, call, prepared, renderer, generation, clock, deadline)
+        answered = False
+        try:
+            generation.start()
+            response = await (answerer.stream() if renderer.request.stream else answerer.answer())
+            answered = True
+        finally:
+            generation.abort()
+            if prepared.is_remote_prefill and not answered:
+                generation.release()
+        if prepared.is_remote_prefill:
+            self._service.leases.add(call.request_id, prepared.choices[0].request.request_id)
+        clock.finished(prepared.choices)
+        _log.info("%s", _summary(prepared))
+        return response
+
+
+def _summary(prepared: Prepared) -> str:
+    num_output = sum(choice.num_tokens for choice in prepared.choices)
+    reasons = ",".join(str(choice.finish_reason) for choice in prepared.choices)
+    return f"prompt_tokens={prepared.num_prompt_tokens} completion_tokens={num_output} finish_reason={reasons}"

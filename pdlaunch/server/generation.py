@@ -1,0 +1,99 @@
+"""One HTTP request at rank 0: all its choices, from submission to the last token or the abort."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.protocol.engine import RequestFinished, Tokens
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
+from pdlaunch.server.choice import Choice, Delta
+from pdlaunch.server.handover import hand_over
+from pdlaunch.server.rank_link import RankEvent, RankLink, RankLost
+
+
+class Generation:
+    """Runs the choices of one HTTP request.
+
+    Choices that already have a ``finish_reason`` are not submitted. ``num_prompt_tokens``: of all prompts together.
+    """
+
+    def __init__(self, link: RankLink, choices: Sequence[Choice], *, num_prompt_tokens: int) -> None:
+        self._link = link
+        self.choices = list(choices)
+        self._running = {choice.request.request_id: choice for choice in choices if choice.finish_reason is None}
+        self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
+        self._num_prompt_tokens = num_prompt_tokens
+        self._remote_kv: RemoteKV | None = None
+
+    def start(self) -> None:
+        for choice in self._running.values():
+            self._link.submit(choice.request, self._events.put_nowait)
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What is new, until every choice has ended; all that has arrived comes at once.
+
+        Raises OverloadedError (503) when the rank is lost, RequestError (500) when it failed; then abort is up to the caller.
+        """
+        while self._running:
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            deltas = [delta for event in events if (delta := self._take(event)) is not None]
+            if deltas:
+                yield deltas
+
+    def abort(self) -> None:
+        """Drop what still runs. Safe to call at any time."""
+        for request_id in self._running:
+            self._link.abort(request_id)
+        self._running = {}
+
+    def release(self) -> None:
+        """End the lease of a remote prefill that nobody will pull, also when it has not been granted yet."""
+        self._link.abort(self.choices[0].request.request_id)
+
+    def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+        """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each choice."""
+        return hand_over(self._link, self.choices, deltas, self._remote_kv)
+
+    def usage(self) -> Usage:
+        """Tokens so far; cached tokens are those of each prompt's first choice that reported any."""
+        completion = sum(choice.num_tokens for choice in self.choices)
+        cached = sum(choice.num_cached_tokens for choice in self.choices if choice.request.sampling.choice == 0)
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._num_prompt_tokens + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
+
+    def _take(self, event: RankEvent) -> Delta | None:
+        choice = self._running.get(event.request_id)
+        if choice is None:
+            return None
+        match event:
+            case RankLost():
+                raise OverloadedError("the engine is restarting", status=503, code="engine_restarting")
+            case Tokens(tokens=tokens):
+                delta = choice.take(tokens)
+            case RequestFinished():
+                delta = self._take_end(choice, event)
+        if choice.finish_reason is not None:
+            self._end(choice, event)
+        return delta
+
+    def _take_end(self, choice: Choice, event: RequestFinished) -> Delta:
+        if event.reason in ("error", "abort"):
+            raise RequestError(event.error or "the engine aborted the request", status=500, code="engine_error")
+        choice.num_cached_tokens = event.num_cached_tokens
+        self._remote_kv = event.remote_kv or self._remote_kv
+        return choice.take(event.tokens, event)
+
+    def _end(self, choice: Choice, event: RankEvent) -> None:
+        del self._running[choice.request.request_id]
+        if not isinstance(event, RequestFinished):
+            self._link.abort(choice.request.request_id)

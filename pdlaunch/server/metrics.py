@@ -1,0 +1,101 @@
+"""Metrics of one engine: what its server measures, and the totals that its rank 0 reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.protocol.engine import EngineStats
+from pdlaunch.server.choice import Choice, Delta
+
+_GAUGES: Mapping[str, tuple[str, str]] = {
+    "num_running": ("num_requests_running", "Requests in the batch."),
+    "num_waiting": ("num_requests_waiting", "Requests waiting for a place in the batch."),
+    "num_waiting_for_kv": ("num_requests_waiting_for_kv", "Requests waiting for pulled KV blocks."),
+    "num_leased_requests": ("num_requests_leased", "Finished prefills whose blocks wait for a decode engine."),
+    "num_blocks": ("kv_blocks", "KV blocks of a rank."),
+    "num_free_blocks": ("kv_blocks_free", "KV blocks that can be allocated."),
+    "num_leased_blocks": ("kv_blocks_leased", "KV blocks under lease."),
+    "num_quarantined_blocks": ("kv_blocks_quarantined", "KV blocks that a READ may still write to."),
+}
+_COUNTERS: Mapping[str, tuple[str, str]] = {
+    "prompt_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "cached_prompt_tokens": ("prefix_cache_hits", "Prompt tokens that were not computed here."),
+    "generation_tokens": ("sampled_tokens", "Output tokens drawn by the rank."),
+    "preemptions": ("num_preemptions", "Requests that lost their blocks and were computed again."),
+    "transfers": ("kv_transfers", "Pulls that ended well."),
+    "transfer_bytes": ("kv_transfer_bytes", "Bytes of KV blocks pulled."),
+    "transfer_seconds": ("kv_transfer_seconds", "Seconds spent in pulls."),
+    "transfer_failures": ("kv_transfer_failures", "Pulls that failed."),
+    "recomputed_requests": ("kv_recomputed_requests", "Requests whose prompt was recomputed after failed pulls."),
+    "leases_expired": ("kv_leases_expired", "Leases that nobody pulled in time."),
+    "verification_failures": ("kv_verification_failures", "Pulls whose hashes or checksums differed."),
+}
+
+
+class EngineStatsCollector(Collector):
+    """The last ``EngineStats`` as metrics; totals begin again with each rank incarnation, which Prometheus expects."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._names, self._values = list(labels), list(labels.values())
+        self.stats = EngineStats()
+
+    def collect(self) -> Iterator[Metric]:
+        for field, (name, text) in _GAUGES.items():
+            yield self._sample(GaugeMetricFamily(f"pdlaunch_{name}", text, labels=self._names), getattr(self.stats, field))
+        for field, (name, text) in _COUNTERS.items():
+            yield self._sample(CounterMetricFamily(f"pdlaunch_{name}", text, labels=self._names), getattr(self.stats, field))
+        usage = GaugeMetricFamily("pdlaunch_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", labels=self._names)
+        yield self._sample(usage, 1 - self.stats.num_free_blocks / max(self.stats.num_blocks, 1) if self.stats.num_blocks else 0)
+
+    def _sample(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
+        family.add_metric(self._values, value)
+        return family
+
+
+class ServerMetrics:
+    """All metrics of an engine's server, in ``registry``."""
+
+    def __init__(self, registry: CollectorRegistry, *, engine: str, role: str, model_name: str) -> None:
+        labels = {"engine": engine, "role": role, "model_name": model_name}
+        self.registry = registry
+        self.requests = RequestMetrics(registry, labels)
+        self.engine = EngineStatsCollector(labels)
+        registry.register(self.engine)
+
+
+class RequestClock:
+    """Times of one HTTP request; reports to the metrics as tokens come."""
+
+    def __init__(self, metrics: RequestMetrics) -> None:
+        self._metrics = metrics
+        self._start = time.monotonic()
+        self._last: dict[int, float] = {}
+
+    def tokens(self, deltas: Sequence[Delta]) -> None:
+        """New tokens go to the client."""
+        now = time.monotonic()
+        for delta in deltas:
+            if not delta.tokens:
+                continue
+            last = self._last.get(delta.index)
+            if last is not None:
+                self._metrics.inter_token.observe((now - last) / len(delta.tokens))
+            elif not self._last:
+                self._metrics.time_to_first_token.observe(now - self._start)
+            self._last[delta.index] = now
+            self._metrics.generation_tokens.inc(len(delta.tokens))
+
+    def finished(self, choices: Sequence[Choice]) -> None:
+        """The answer is out."""
+        num_tokens = sum(choice.num_tokens for choice in choices)
+        self._metrics.request_time.observe(time.monotonic() - self._start)
+        self._metrics.output_length.observe(num_tokens)
+        for choice in choices:
+            self._metrics.finished(choice.finish_reason or "abort")

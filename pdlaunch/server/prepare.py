@@ -1,0 +1,206 @@
+"""From a checked request to the choices that rank 0 works on, and what is already known of them.
+
+Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``.
+
+- Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a lease for all.
+- Decode side: every choice starts with the token that prefill has drawn (``pdlaunch.first_tokens``), or without one when the
+  router does not pass them on.
+- ``resume``: every choice starts with the tokens that it has.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
+from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
+from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
+from pdlaunch.protocol.openai.generation import GenerationRequest
+from pdlaunch.server.choice import Choice, Delta
+from pdlaunch.server.served_model import ServedModel
+from pdlaunch.server.text_stream import IncrementalDetokenizer, TextStream
+
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What identifies one HTTP request on its way."""
+
+    request_id: str
+    """Of the client or router; forms the answer's id."""
+    rank_id: str
+    """The same with a random end: a client may use its id twice at once."""
+    traceparent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What one choice has before the engine has done anything."""
+
+    tokens: list[TokenOutput]
+    finish_reason: str | None = None
+    sent: bool = False
+    """The client has it already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The choices of a request, and what there is to say before rank 0 says anything."""
+
+    choices: list[Choice]
+    deltas: list[Delta]
+    prompts: list[list[int]]
+    continues: bool
+    """Something was sent by another engine before: no role, no prompt ids again."""
+    is_remote_prefill: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+def prepare(
+    call: Call, request: GenerationRequest, prompts: Sequence[list[int]], model: ServedModel, *, prompt_param: str
+) -> Prepared:
+    """Split a request into choices. Raises RequestError."""
+    transfer = request.kv_transfer()
+    known = _known(request, transfer)
+    if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(prompts) > 1:
+        raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
+    if transfer.do_remote_decode:
+        _check_remote_prefill(request)
+    _check_ids(request, model)
+    seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
+    choices: list[Choice] = []
+    deltas: list[Delta] = []
+    for prompt in prompts:
+        model.check_token_ids(prompt, prompt_param)
+        limit = _limit(request, model, len(prompt), prompt_param)
+        for number in range(request.n):
+            choice = _choice(call, request, transfer, model, prompt, _sampling(request, model, limit, seed, number), len(choices))
+            choices.append(choice)
+            if known is not None:
+                deltas += _replay(choice, known[number])
+    return Prepared(choices, deltas, list(prompts), bool(known and known[0].sent), transfer.do_remote_decode)
+
+
+def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known] | None:
+    """By choice, the tokens that exist; ``resume`` beats first tokens, as it has them too."""
+    resume = request.resumed()
+    if resume is not None:
+        return [_known_tokens(tokens, resume.sent) for tokens in resume.choices]
+    pdlaunch = transfer.pdlaunch
+    if pdlaunch is None or not pdlaunch.first_tokens:
+        return None
+    if len(pdlaunch.first_tokens) != request.n:
+        raise RequestError(
+            f"{len(pdlaunch.first_tokens)} first tokens for n={request.n}", param="kv_transfer_params.pdlaunch.first_tokens"
+        )
+    return [_known_tokens([token], pdlaunch.first_token_sent) for token in pdlaunch.first_tokens]
+
+
+def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
+    outputs = [
+        TokenOutput(token_id=token.token_id, logprob=token.logprob, top_logprobs=tuple(token.top_logprobs)) for token in tokens
+    ]
+    return Known(outputs, tokens[-1].finish_reason if tokens else None, sent)
+
+
+def _check_remote_prefill(request: GenerationRequest) -> None:
+    if request.token_limit != 1:
+        raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
+    if request.stream:
+        raise RequestError("do_remote_decode needs stream: false", param="stream")
+    if request.resume is not None:
+        raise RequestError("do_remote_decode and resume exclude each other", param="resume")
+
+
+def _check_ids(request: GenerationRequest, model: ServedModel) -> None:
+    model.check_token_ids(request.stop_token_ids, "stop_token_ids")
+    model.check_token_ids(list(request.logit_bias), "logit_bias")
+    resume = request.resumed()
+    if resume is not None:
+        model.check_token_ids([token.token_id for choice in resume.choices for token in choice], "resume")
+
+
+def _limit(request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str) -> int:
+    """Output tokens of a choice: as asked; else what remains, for completions at most 16 as OpenAI has it."""
+    remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
+    if request.token_limit is not None:
+        return request.token_limit
+    return min(remaining, DEFAULT_MAX_TOKENS) if isinstance(request, CompletionRequest) else remaining
+
+
+def _sampling(request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int) -> SamplingParams:
+    end_tokens = () if request.ignore_eos else model.eos_token_ids
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=request.min_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+        stop_token_ids=tuple(dict.fromkeys((*request.stop_token_ids, *end_tokens))),
+        eos_token_ids=model.eos_token_ids,
+        seed=seed,
+        choice=number,
+        num_top_logprobs=request.num_top_logprobs,
+    )
+
+
+def _choice(
+    call: Call,
+    request: GenerationRequest,
+    transfer: KVTransferParams,
+    model: ServedModel,
+    prompt: list[int],
+    sampling: SamplingParams,
+    index: int,
+) -> Choice:
+    leases = transfer.do_remote_decode and index == 0
+    add = AddRequest(
+        request_id=f"{call.rank_id}/{index}",
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        do_remote_decode=leases,
+        num_readers=request.n if leases else 1,
+        remote_kv=transfer.remote_kv,
+        cache_salt=request.cache_salt,
+        traceparent=call.traceparent,
+    )
+    text = TextStream(
+        IncrementalDetokenizer(model.tokenizer, prompt, skip_special_tokens=request.skip_special_tokens),
+        stop=request.stop,
+        min_tokens=request.min_tokens,
+        include_stop=request.include_stop_str_in_output,
+    )
+    return Choice(
+        index,
+        add,
+        text,
+        include_stop=request.include_stop_str_in_output,
+        goes_on_elsewhere=transfer.do_remote_decode,
+    )
+
+
+def _replay(choice: Choice, known: Known) -> list[Delta]:
+    """Bring the choice to where it was; returns what its client has not seen of it."""
+    if not known.tokens:
+        return []
+    seen, end = choice.replay(known.tokens, known.finish_reason)
+    choice.request.output = known.tokens
+    if not known.sent:
+        seen.add(end)
+        return [seen]
+    # Whoever said that the choice is over has told the client so.
+    if known.finish_reason is not None or not choice.is_over():
+        return []
+    return [Delta(choice.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason)]

@@ -1,0 +1,126 @@
+"""The server's connection to one incarnation of its rank 0."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    EngineStats,
+    FromRank,
+    Hello,
+    Outputs,
+    RequestFinished,
+    Tokens,
+    ToRank,
+    Welcome,
+    from_rank,
+    to_rank,
+)
+from pdlaunch.protocol.sockets import SecureContext
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """The rank died or was replaced while it worked on the request."""
+
+    request_id: str
+
+
+RankEvent = Tokens | RequestFinished | RankLost
+Sink = Callable[[RankEvent], None]
+
+
+class RankLink:
+    """Requests out, events back; every submitted request ends with one RequestFinished or RankLost unless it is aborted.
+
+    Belongs to the event loop that made it. Another incarnation of the rank gets another link.
+    """
+
+    def __init__(
+        self,
+        context: SecureContext,
+        endpoint: str,
+        *,
+        identity: str,
+        server_incarnation: int,
+        on_welcome: Callable[[Welcome], None],
+        on_stats: Callable[[EngineStats], None],
+    ) -> None:
+        self._socket: Any = context.connect(zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket)
+        self._on_welcome = on_welcome
+        self._on_stats = on_stats
+        self._sinks: dict[str, Sink] = {}
+        self._outbox: asyncio.Queue[ToRank] = asyncio.Queue()
+        self._outbox.put_nowait(Hello(server_incarnation=server_incarnation))
+        self._tasks = (asyncio.create_task(self._write()), asyncio.create_task(self._read()))
+
+    def submit(self, request: AddRequest, sink: Sink) -> None:
+        """Start a request; ``sink`` is called from the event loop with whatever comes back."""
+        assert request.request_id not in self._sinks
+        self._sinks[request.request_id] = sink
+        self._outbox.put_nowait(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
+        self._sinks.pop(request_id, None)
+        self._outbox.put_nowait(AbortRequest(request_id=request_id))
+
+    def send(self, message: ToRank) -> None:
+        """Queue any other message."""
+        self._outbox.put_nowait(message)
+
+    async def close(self) -> None:
+        """End the connection; requests under way get RankLost."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._socket.close()
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            sink(RankLost(request_id))
+
+    async def _write(self) -> None:
+        while True:
+            await self._socket.send(to_rank.encode(await self._outbox.get()))
+
+    async def _read(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            try:
+                message = from_rank.decode(frame)
+            except ProtocolError as error:
+                _log.error("dropped from rank 0: %s", error)
+                continue
+            self._handle(message)
+
+    def _handle(self, message: FromRank) -> None:
+        match message:
+            case Outputs(items=items):
+                for item in items:
+                    self._deliver(item)
+            case Welcome():
+                self._on_welcome(message)
+            case EngineStats():
+                self._on_stats(message)
+
+    def _deliver(self, item: Tokens | RequestFinished) -> None:
+        """Items of requests that were aborted meanwhile are dropped."""
+        finished = isinstance(item, RequestFinished)
+        sink = self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)
+        if sink is not None:
+            sink(item)

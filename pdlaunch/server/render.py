@@ -1,0 +1,170 @@
+"""Deltas to the answers and stream chunks of the two completion APIs."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+from pdlaunch.protocol.openai.generation import GenerationRequest
+from pdlaunch.protocol.openai.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+)
+from pdlaunch.server.choice import Delta
+from pdlaunch.server.logprobs import chat_logprobs, completion_logprobs
+from pdlaunch.server.tokenizer import TextTokenizer
+
+KVParams = dict[str, Any]
+
+
+class Renderer(ABC):
+    """Writes one request's answer, or its stream."""
+
+    PREFIX: str
+    """Of the answer's id."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        request_id: str,
+        model: str,
+        tokenizer: TextTokenizer,
+        prompts: Sequence[list[int]],
+    ) -> None:
+        self.request = request
+        self.id = f"{self.PREFIX}{request_id}"
+        self.created = int(time.time())
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+
+    @abstractmethod
+    def opening(self) -> list[object]:
+        """Chunks before any text."""
+
+    @abstractmethod
+    def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
+        """A chunk of the stream."""
+
+    @abstractmethod
+    def usage_chunk(self, usage: Usage) -> object:
+        """The last chunk of a stream with include_usage; it has no choices."""
+
+    @abstractmethod
+    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+        """The whole answer; ``deltas``: everything of each choice."""
+
+    def token_ids(self, delta: Delta) -> list[int] | UnsetType:
+        """With return_token_ids those that belong to the delta's text."""
+        return [token.token_id for token in delta.tokens] if self.request.return_token_ids else UNSET
+
+
+class CompletionRenderer(Renderer):
+    """/v1/completions."""
+
+    PREFIX = "cmpl-"
+
+    def opening(self) -> list[object]:
+        if not self.request.return_token_ids:
+            return []
+        choices = [self._choice(Delta(index * self.request.n)) for index in range(len(self.prompts))]
+        for choice, prompt in zip(choices, self.prompts, strict=True):
+            choice.prompt_token_ids = prompt
+        return [self._completion(choices)]
+
+    def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
+        return self._completion([self._choice(delta)], usage)
+
+    def usage_chunk(self, usage: Usage) -> object:
+        return self._completion([], usage)
+
+    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+        choices = [self._choice(delta) for delta in deltas]
+        if self.request.return_token_ids:
+            for choice in choices:
+                choice.prompt_token_ids = self.prompts[choice.index // self.request.n]
+        completion = self._completion(choices, usage)
+        completion.kv_transfer_params = kv_transfer_params
+        return completion
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType = UNSET) -> Completion:
+        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    def _choice(self, delta: Delta) -> CompletionChoice:
+        return CompletionChoice(
+            index=delta.index,
+            text=delta.text,
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=self.token_ids(delta),
+        )
+
+    def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
+        num_top = self.request.num_top_logprobs
+        return completion_logprobs(delta, self.tokenizer, num_top) if num_top is not None and delta.tokens else None
+
+
+class ChatRenderer(Renderer):
+    """/v1/chat/completions."""
+
+    PREFIX = "chatcmpl-"
+
+    def opening(self) -> list[object]:
+        choices = [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")) for index in range(self.request.n)]
+        chunk = self._chunk(choices)
+        if self.request.return_token_ids:
+            (chunk.prompt_token_ids,) = self.prompts
+        return [chunk]
+
+    def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta(),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=self.token_ids(delta),
+        )
+        return self._chunk([choice], usage)
+
+    def usage_chunk(self, usage: Usage) -> object:
+        return self._chunk([], usage)
+
+    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+        completion = ChatCompletion(id=self.id, created=self.created, model=self.model, usage=usage)
+        completion.choices = [self._choice(delta) for delta in deltas]
+        completion.kv_transfer_params = kv_transfer_params
+        if self.request.return_token_ids:
+            (completion.prompt_token_ids,) = self.prompts
+        return completion
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType = UNSET) -> ChatChunk:
+        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    def _choice(self, delta: Delta) -> ChatChoice:
+        return ChatChoice(
+            index=delta.index,
+            message=AssistantMessage(content=delta.text),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=self.token_ids(delta),
+        )
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        num_top = self.request.num_top_logprobs
+        return chat_logprobs(delta, self.tokenizer, num_top) if num_top is not None and delta.tokens else None

@@ -1,0 +1,135 @@
+"""Writes one request's answer or stream to its client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, UnsetType
+
+from pdlaunch.errors import RequestError
+from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.openai.sse import CONTENT_TYPE, DONE, encode_error, encode_event
+from pdlaunch.server.choice import Delta
+from pdlaunch.server.deadline import Deadline
+from pdlaunch.server.generation import Generation
+from pdlaunch.server.metrics import RequestClock
+from pdlaunch.server.prepare import Call, Prepared
+from pdlaunch.server.render import Renderer
+
+_log = logging.getLogger(__name__)
+
+LAST_WORD_S = 1.0
+"""How long a client that does not read may hold up the event that tells it of an error."""
+
+
+class Answerer:
+    """One request on its way out; ``generation`` has been started."""
+
+    def __init__(
+        self,
+        http: web.Request,
+        call: Call,
+        prepared: Prepared,
+        renderer: Renderer,
+        generation: Generation,
+        clock: RequestClock,
+        deadline: Deadline,
+    ) -> None:
+        self._http = http
+        self._headers = {REQUEST_ID_HEADER: call.request_id}
+        self._prepared = prepared
+        self._renderer = renderer
+        self._generation = generation
+        self._clock = clock
+        self._deadline = deadline
+
+    async def answer(self) -> web.StreamResponse:
+        """One JSON body. Raises RequestError, or ConnectionError when the client did not take it."""
+        async with self._deadline.guard():
+            deltas = await self._collect()
+            params: dict[str, Any] | UnsetType | None = UNSET
+            if self._prepared.is_remote_prefill:
+                params = self._generation.hand_over(deltas)
+            body = msgspec.json.encode(self._renderer.answer(deltas, self._generation.usage(), params))
+            response = web.Response(body=body, content_type="application/json", headers=self._headers)
+            # Written here and not after the handler's return, so that its caller knows when nobody took the answer.
+            await response.prepare(self._http)
+            await response.write_eof()
+        return response
+
+    async def stream(self) -> web.StreamResponse:
+        """Server-sent events. Raises RequestError before the first one; later errors are events."""
+        response = web.StreamResponse(
+            headers=self._headers | {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        try:
+            async with self._deadline.guard():
+                async for events in self._events():
+                    if not response.prepared:
+                        await response.prepare(self._http)
+                    await response.write(events)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not response.prepared:
+                raise
+            _log.log(logging.WARNING if isinstance(error, RequestError) else logging.ERROR, "stream failed", exc_info=error)
+            await self._say_last(response, error)
+        await response.write_eof()
+        return response
+
+    async def _collect(self) -> list[Delta]:
+        """Everything of each choice."""
+        whole = [Delta(choice.index) for choice in self._generation.choices]
+        async for deltas in self._deltas():
+            for delta in deltas:
+                whole[delta.index].add(delta)
+        for choice, delta in zip(self._generation.choices, whole, strict=True):
+            delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
+        return whole
+
+    async def _deltas(self) -> AsyncIterator[Sequence[Delta]]:
+        """First what was known before the engine began."""
+        if self._prepared.deltas:
+            yield self._prepared.deltas
+        async for deltas in self._generation.deltas():
+            self._clock.tokens(deltas)
+            yield deltas
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """The stream in pieces; each piece is what has come at once."""
+        opening = [] if self._prepared.continues else self._renderer.opening()
+        async for deltas in self._deltas():
+            chunks = opening + [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
+            opening = []
+            if chunks:
+                yield b"".join(map(encode_event, chunks))
+        end = DONE
+        if self._renderer.request.include_usage:
+            end = encode_event(self._renderer.usage_chunk(self._generation.usage())) + end
+        yield end
+
+    def _chunk(self, delta: Delta) -> object:
+        usage = self._generation.usage() if self._renderer.request.continuous_usage else UNSET
+        return self._renderer.chunk(delta, usage)
+
+    def _is_shown(self, delta: Delta) -> bool:
+        """Tokens whose text is held back make a chunk only where the client asked for more than text."""
+        request = self._renderer.request
+        if delta.text or delta.finish_reason is not None:
+            return True
+        return bool(delta.tokens) and (request.return_token_ids or request.num_top_logprobs is not None)
+
+    async def _say_last(self, response: web.StreamResponse, error: Exception) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await response.write(encode_error(error))
+                return
+        if self._http.transport is not None:
+            self._http.transport.close()

@@ -1,0 +1,74 @@
+"""What the server knows of the model: tokenizer, chat template and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.errors import RequestError
+from pdlaunch.protocol.openai.errors import model_not_found
+from pdlaunch.server.chat_template import ChatTemplate, load_chat_template
+from pdlaunch.server.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model under one name."""
+
+    name: str
+    model_dir: str
+    max_model_len: int
+    vocab_size: int
+    """Token ids are below it; the tokenizer may know fewer."""
+    eos_token_ids: tuple[int, ...]
+    tokenizer: TextTokenizer
+    chat_template: ChatTemplate | None
+
+    def check_name(self, given: str | None) -> None:
+        """No name means this model. Raises RequestError (404)."""
+        if given is not None and given != self.name:
+            raise model_not_found(given, self.name)
+
+    def check_token_ids(self, token_ids: list[int], param: str) -> None:
+        """Raises RequestError for ids that the model does not have."""
+        highest = max(token_ids, default=0)
+        if highest >= self.vocab_size:
+            raise RequestError(f"token id {highest} is not below the vocabulary's {self.vocab_size}", param=param)
+
+    def remaining_tokens(self, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
+        """How many tokens may follow a prompt; raises RequestError when the prompt, or it and ``wanted``, are too long."""
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt has no tokens", param=param)
+        if num_prompt_tokens >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {self.max_model_len} tokens, "
+                "one of which is for the answer",
+                param=param,
+                code="context_length_exceeded",
+            )
+        remaining = self.max_model_len - num_prompt_tokens
+        if wanted is not None and wanted > remaining:
+            raise RequestError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this model's maximum context length of "
+                f"{self.max_model_len} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return remaining
+
+
+def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> ServedModel:
+    """Read what the server needs from the model's folder; takes up to seconds. Raises ConfigError."""
+    progress("reading the tokenizer")
+    shape = read_model_shape(spec.model_dir)
+    return ServedModel(
+        name=spec.served_model_name,
+        model_dir=spec.model_dir,
+        max_model_len=spec.max_model_len,
+        vocab_size=shape.vocab_size,
+        eos_token_ids=shape.eos_token_ids,
+        tokenizer=TextTokenizer.load(spec.model_dir),
+        chat_template=load_chat_template(spec.model_dir),
+    )
