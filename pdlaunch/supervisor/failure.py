@@ -11,6 +11,8 @@ from pdlaunch.errors import PdlaunchError
 
 MAX_LINES = 20
 MAX_WIDTH = 300
+_MAX_OWN_LINES = 12
+"""Of the supervisor's; the rest is left to the process's own words."""
 _TAIL_BYTES = 32 * 1024
 
 
@@ -27,11 +29,11 @@ class Failure:
 
     def report(self, log: Path | None) -> list[str]:
         """At most ``MAX_LINES`` lines: what failed, why, and where to read on. ``log``: of the process."""
-        lines = [self.summary, *self.details]
+        lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
         if log is not None:
             reason = self.said.strip().splitlines() or _relevant(_tail(log))
-            lines = [*lines, *(f"  {line}" for line in _cut(reason, MAX_LINES - len(lines) - 1)), f"log: {log}"]
-        return [line[:MAX_WIDTH] for line in _cut(lines, MAX_LINES)]
+            lines += [*(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))), f"log: {log}"]
+        return [line[:MAX_WIDTH] for line in lines]
 
 
 def _tail(log: Path) -> list[str]:

@@ -146,7 +146,8 @@ class Supervisor:
         try:
             self._host.prepare()
         except PdlaunchError as error:
-            self._fail(Failure(str(error), cause=error))
+            fix = getattr(error, "fix", None)
+            self._fail(Failure(str(error), details=[f"fix: {fix}"] if fix else [], cause=error))
             return
         for unit in self._units:
             self._spawn(unit)
