@@ -1,0 +1,489 @@
+"""Handshake, pull and recovery in one process: real Holder, Peer and Pull over a fake connector and fake channels."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullReply, Refused
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    EndLease,
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    TransferEvent,
+)
+from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.connector import LocalMemory
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
+from pdlaunch.transfer.holder import Holder, HolderCard
+from pdlaunch.transfer.peer import PeerSetup
+from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
+from pdlaunch.transfer.pull import Puller
+from pdlaunch.transfer.pull_table import PullTable
+from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
+from tests.transfer.rank_process import grant, pull
+
+
+class HolderRank:
+    """A prefill rank without thread and sockets."""
+
+    def __init__(self, clock: FakeClock, fabric: Fabric, *, incarnation: int = 1, **spec: Any) -> None:
+        self.layout = layout_of(block_size=spec.get("block_size", 16))
+        self.kv_cache = random_cache(self.layout, 16, seed=incarnation)
+        self.identity = RankIdentity("prefill-0/rank-0", "prefill-0", f"{incarnation}" * 32, incarnation, 0, 1)
+        connector = FakeConnector(f"prefill-0/rank-0#{incarnation}", fabric)
+        memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
+        connector.open(memory)
+        compatibility = compatibility_of(
+            spec_of(**spec), self.layout, torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+        )
+        card = HolderCard(self.identity, compatibility, geometry_of(memory, 0), connector.agent_name, connector.agent_metadata())
+        self.holder = Holder(card, BlockHasher(self.kv_cache, self.layout), clock)
+        self.channels: list[FakeChannel] = []
+
+    @property
+    def channel(self) -> FakeChannel:
+        """The newest connection to this rank."""
+        return self.channels[-1]
+
+    def entry(self) -> Entry:
+        return Entry(
+            name=self.identity.name,
+            kind="rank",
+            incarnation=self.identity.incarnation,
+            engine=self.identity.engine,
+            role="prefill",
+            engine_id=self.identity.engine_id,
+            address=Address(side_channel=f"fake://{self.identity.incarnation}"),
+        )
+
+    def remote(self, request_id: str) -> RemoteKV:
+        return RemoteKV(engine_id=self.identity.engine_id, request_id=request_id, host="h", port=1, block_ids=[], num_tokens=1)
+
+    def ended(self) -> list[LeaseEnded]:
+        return self.holder.take_ended()
+
+    def sent(self, kind: type) -> list[Any]:
+        return [message for channel in self.channels for message in channel.sent if isinstance(message, kind)]
+
+
+def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
+    scratch = torch.frombuffer(bytearray(scratch_pattern(agent_name)), dtype=torch.uint8)
+    return LocalMemory(kv_cache, scratch, layout)
+
+
+@dataclass
+class World:
+    """One puller rank and the holders that it can reach."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    fabric: Fabric = field(default_factory=Fabric)
+    holders: dict[str, HolderRank] = field(default_factory=dict)
+    events: list[TransferEvent] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+    eager: bool = True
+
+    def __post_init__(self) -> None:
+        layout = layout_of()
+        self.kv_cache = random_cache(layout, 16, seed=99)
+        self.connector = FakeConnector("decode-0/rank-0#1", self.fabric)
+        self.connector.open(local_memory(self.connector.agent_name, self.kv_cache, layout))
+        setup = PeerSetup(
+            identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
+            compatibility=compatibility_of(
+                spec_of("decode"), layout, torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+            ),
+            head_bytes=layout.head_bytes,
+            connector=self.connector,
+            open_channel=self.open_channel,
+            handshake_timeout_s=5.0,
+            clock=self.clock,
+            report=self.reports.append,
+        )
+        self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
+        puller = Puller("d" * 32, 0, 0, layout.head_bytes, BlockHasher(self.kv_cache, layout), self.clock, self.events.append)
+        self.pulls = PullTable(puller, self.peers)
+
+    def open_channel(self, endpoint: str) -> FakeChannel:
+        holder = self.holders.get(endpoint)
+        if holder is None:
+            return FakeChannel(lambda message: None)
+        holder.channels.append(FakeChannel(holder.holder.answer))
+        return holder.channel
+
+    def add(self, **options: Any) -> HolderRank:
+        holder = HolderRank(self.clock, self.fabric, **options)
+        self.holders[holder.entry().address.side_channel] = holder
+        return holder
+
+    def turn(self, times: int = 4) -> None:
+        for _ in range(times):
+            self.peers.advance()
+            self.pulls.advance()
+
+    def connect(self, **options: Any) -> HolderRank:
+        holder = self.add(**options)
+        self.peers.update([holder.entry()])
+        self.turn()
+        assert isinstance(self.reports[-1], PairReady)
+        return holder
+
+    def finished(self) -> PullFinished:
+        event = self.events.pop(0)
+        assert isinstance(event, PullFinished)
+        return event
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def holder(world: World) -> HolderRank:
+    return world.connect()
+
+
+def test_pull_begins_verifies_and_ends(world, holder):
+    holder.holder.grant(grant("r", [4, 5]))
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    world.turn()
+    finished = world.finished()
+    assert finished.ok
+    assert finished.num_bytes == 2 * holder.layout.block_bytes
+    assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert len(world.pulls) == 0
+    assert all(read.released for read in world.fabric.reads)
+
+
+def test_handshake_happens_at_the_first_pull_when_it_is_not_asked_for_before():
+    world = World(eager=False)
+    holder = world.add()
+    world.peers.update([holder.entry()])
+    world.turn()
+    assert holder.channels == []
+    holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn()
+    assert world.finished().ok
+
+
+def test_heartbeats_keep_the_lease_of_a_slow_read(world, holder):
+    holder.holder.grant(grant("r", [4], lease_s=2.0))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    for _ in range(20):
+        world.clock.now += 0.6
+        world.turn()
+        assert holder.ended() == []
+    assert len(holder.sent(Heartbeat)) >= 18
+    world.fabric.land()
+    world.turn()
+    assert world.finished().ok
+
+
+def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, holder):
+    holder.holder.grant(grant("r", [4], lease_s=100))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=3.0))
+    world.turn()
+    world.clock.now += 3.0
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.in_flight, finished.retryable) == (False, True, True)
+    assert "no end within 3 s; prefill-0/rank-0 is reading" in finished.error
+    world.clock.now += 1000
+    world.turn()
+    assert world.events == []
+    world.fabric.land()
+    world.turn()
+    assert world.events == [PullDrained(pull_id="p")]
+    assert len(world.pulls) == 0
+
+
+def test_cancel_before_the_answer_frees_the_share(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    holder.channel.mute = True
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    finished = world.finished()
+    assert (finished.ok, finished.retryable, finished.in_flight, finished.error) == (False, False, False, "cancelled")
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    world.turn()
+    assert world.events == []
+
+
+def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    right = holder.kv_cache[4].clone()
+    holder.kv_cache[4, 1, 0, 0, 0, 0] += 1
+    world.pulls.start(pull("p1", holder.remote("r"), [1]))
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.verification_failed, finished.retryable) == (False, True, True)
+    assert "KV head 1 differs: block 4 there, block 1 here" in finished.error
+    assert holder.ended() == []
+    holder.kv_cache[4] = right
+    world.pulls.start(pull("p2", holder.remote("r"), [1]))
+    world.turn()
+    assert world.finished().ok
+
+
+def test_the_last_attempt_leaves_no_lease_behind(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    holder.kv_cache[4] += 1
+    command = pull("p", holder.remote("r"), [1])
+    command.last_attempt = True
+    world.pulls.start(command)
+    world.turn()
+    assert world.finished().verification_failed
+    assert [message.again for message in holder.sent(PullEnd)] == [False]
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+
+
+def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
+    holder.holder.grant(grant("r", [4], lease_s=2.0))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn()
+    world.clock.now += 5.0
+    assert [event.reason for event in holder.ended()] == ["expired"]
+    world.fabric.land()
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert not finished.retryable
+
+
+def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
+    holder.holder.grant(grant("r", [4], lease_s=2.0))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn()
+    holder.channel.mute = True
+    world.clock.now += 1.0
+    world.turn()
+    world.clock.now += 5.0
+    holder.channel.mute = False
+    world.fabric.land()
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert "the lease did not hold throughout the pull" in finished.error
+
+
+def test_a_failed_read_reconnects(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    world.fabric.failing = True
+    world.pulls.start(pull("p1", holder.remote("r"), [1]))
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.in_flight, finished.retryable) == (False, False, True)
+    assert world.connector.peers == []
+    world.fabric.failing = False
+    world.pulls.start(pull("p2", holder.remote("r"), [1]))
+    world.clock.now += 1.0
+    world.turn()
+    assert world.finished().ok
+    assert world.connector.added == ["prefill-0/rank-0#1"] * 2
+
+
+def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_stalled_read(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn()
+    new = world.add(incarnation=2)
+    world.peers.update([new.entry()])
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.in_flight, finished.retryable) == (False, True, False)
+    assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
+    assert holder.channel.closed
+    assert "prefill-0/rank-0#1" in world.connector.peers
+    world.fabric.kill()
+    world.fabric.stalled = False
+    world.turn()
+    assert world.events == [PullDrained(pull_id="p")]
+    assert "prefill-0/rank-0#1" not in world.connector.peers
+    world.clock.now += 1.0
+    world.turn()
+    new.holder.grant(grant("r", [4]))
+    world.events.clear()
+    world.pulls.start(pull("p2", new.remote("r"), [1]))
+    world.turn()
+    assert world.finished().ok
+    world.pulls.start(pull("p3", holder.remote("r"), [1]))
+    assert "no engine with engine_id 1111" in world.finished().error
+
+
+def test_an_unreachable_holder_is_tried_again_with_growing_pauses(world):
+    absent = HolderRank(world.clock, world.fabric)
+    world.peers.update([absent.entry()])
+    pauses = []
+    for failures in range(1, 6):
+        while len(world.reports) < failures:
+            world.clock.now += 0.125
+            world.turn(1)
+        pauses.append(world.clock.now)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(pauses)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > gaps[0]
+    assert not any(report.fatal for report in world.reports)
+    assert "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s" in world.reports[0].error
+    world.holders["fake://1"] = absent
+    world.clock.now += 20
+    world.turn()
+    world.clock.now += 20
+    world.turn()
+    assert isinstance(world.reports[-1], PairReady)
+
+
+def test_incompatible_engines_are_final_until_a_restart(world):
+    holder = world.add(block_size=32, dtype="bfloat16")
+    world.peers.update([holder.entry()])
+    world.turn()
+    (failed,) = world.reports
+    assert isinstance(failed, PairFailed)
+    assert failed.fatal
+    assert "dtype: decode-0/rank-0 has 'float32', prefill-0/rank-0 has 'bfloat16'" in failed.error
+    assert "block_size: decode-0/rank-0 has 16, prefill-0/rank-0 has 32" in failed.error
+    world.clock.now += 100
+    world.turn()
+    assert len(world.reports) == 1
+    new = world.add(incarnation=2)
+    world.peers.update([new.entry()])
+    world.turn()
+    assert isinstance(world.reports[-1], PairReady)
+
+
+def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
+    holder = world.add()
+    world.fabric.agents["prefill-0/rank-0#1"].scratch[7] ^= 1
+    world.peers.update([holder.entry()])
+    world.turn()
+    assert "the first READ from prefill-0/rank-0 brought wrong bytes" in world.reports[-1].error
+    assert not world.reports[-1].fatal
+    assert world.connector.peers == []
+
+
+def test_a_holder_with_another_engine_id_than_the_registry_is_not_used(world):
+    holder = world.add()
+    entry = holder.entry()
+    world.peers.update([Entry(**{name: getattr(entry, name) for name in entry.__struct_fields__} | {"engine_id": "f" * 32})])
+    world.turn()
+    assert "belongs to engine_id 1111" in world.reports[-1].error
+    assert f"not to {'f' * 32}" in world.reports[-1].error
+
+
+def test_ranks_of_one_engine_must_share_an_engine_id(world):
+    entries = [
+        Entry(
+            name=f"prefill-0/rank-{tp_rank}",
+            kind="rank",
+            incarnation=1,
+            engine="prefill-0",
+            role="prefill",
+            tp_rank=tp_rank,
+            tp_size=2,
+            engine_id=f"{tp_rank}" * 32,
+            address=Address(side_channel=f"tcp://h{tp_rank}:1"),
+        )
+        for tp_rank in range(2)
+    ]
+    world.peers.update(entries)
+    (failed,) = world.reports
+    assert failed.fatal
+    for part in ("prefill-0/rank-0 at tcp://h0:1", "0" * 32, "prefill-0/rank-1 at tcp://h1:1", "1" * 32):
+        assert part in failed.error
+
+
+def test_end_of_a_lease_without_a_pull(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    holder.holder.end(EndLease(request_id="r"))
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="released")]
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert not finished.retryable
+    assert "refused" in finished.error
+
+
+def lying(holder: HolderRank, **changes: Any) -> None:
+    """From now on the holder's PullReply has other contents."""
+    answer = holder.channel.answer
+
+    def changed(message: Any) -> Any:
+        reply = answer(message)
+        if isinstance(reply, PullReply):
+            for name, value in changes.items():
+                setattr(reply, name, value)
+        return reply
+
+    holder.channel.answer = changed
+
+
+def group(block_ids: list[int], first: int = 0, checksums: Any = None) -> Any:
+    from pdlaunch.protocol.side_channel import GroupBlocks
+
+    return GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=checksums)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"groups": []}, "0 KV cache groups, 1 here"),
+        ({"groups": [group([4])]}, "does not hold all blocks of group 0 from 0 on"),
+        ({"groups": [group([4, 5], first=1)]}, "does not hold all blocks of group 0 from 0 on"),
+        ({"groups": [group([4, 99])]}, "named a block outside of its 16"),
+        ({"groups": [group([4, 5])]}, "the holder stated no checksums"),
+        ({"groups": [group([4, 5], checksums=[[1]])]}, "the holder stated no checksums"),
+        ({"groups": [group([4, 5], checksums=[[1], []])]}, "checksum of KV head 0 differs"),
+        ({"num_tokens": 31}, "token hashes of request r differ"),
+        ({"block_hashes": []}, "token hashes of request r differ from block 0 on"),
+    ],
+)
+def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, changes, error):
+    holder.holder.grant(grant("r", [4, 5]))
+    lying(holder, **changes)
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert error in finished.error
+    assert len(world.pulls) == 0
+
+
+def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
+    holder.holder.grant(grant("r", [4]))
+    engine_id = holder.identity.engine_id
+    asked = {"call_id": 7, "request_id": "r", "reader": "x"}
+    questions = [
+        PullBegin(**asked, engine_id="wrong", num_pullers=1),
+        PullBegin(**asked | {"request_id": "unknown"}, engine_id=engine_id, num_pullers=1),
+        PullBegin(**asked, engine_id=engine_id, num_pullers=-1),
+        Heartbeat(**asked, engine_id=engine_id),
+        PullEnd(**asked, engine_id="wrong"),
+    ]
+    for question in questions:
+        answer = holder.holder.answer(question)
+        assert isinstance(answer, Refused)
+        assert answer.call_id == 7
+        assert not answer.fatal
+    held = holder.holder.answer(PullEnd(**asked, engine_id=engine_id))
+    assert held.held is False
+    assert holder.holder.num_leases == 1
+    assert holder.ended() == []

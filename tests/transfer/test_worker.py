@@ -1,0 +1,208 @@
+"""The worker's thread and its real sockets, over a fake connector."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import ProtocolError, TransferError
+from pdlaunch.protocol.control import Address, Entry, PairReady
+from pdlaunch.protocol.engine import EngineStats
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.side_channel import Handshake, PullBegin, Refused, to_holder, to_puller
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
+from pdlaunch.transfer.connector import Connector, LocalMemory
+from pdlaunch.transfer.worker import TransferWorker
+from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
+from tests.transfer.rank_process import grant, pull
+
+ENGINE_IDS = {"prefill": "a" * 32, "decode": "b" * 32}
+
+
+class Rank:
+    """A worker and the engine's side of it."""
+
+    def __init__(self, context: SecureContext, role: str, connector: Connector) -> None:
+        layout = layout_of()
+        self.kv_cache = random_cache(layout, 16, seed=len(role))
+        self.role = role
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.worker = TransferWorker(
+            context=context,
+            spec=spec_of(role, name=f"{role}-0"),
+            name=f"{role}-0/rank-0",
+            tp_rank=0,
+            engine_id=ENGINE_IDS[role],
+            incarnation=1,
+            layout=layout,
+            kv_cache=self.kv_cache,
+            model_digest="m",
+            total_kv_heads=3,
+            first_kv_head=0,
+            connector=connector,
+            wake=lambda: self._wakes.put(None),
+            report=self.reports.put,
+        )
+
+    def entry(self) -> Entry:
+        return Entry(
+            name=f"{self.role}-0/rank-0",
+            kind="rank",
+            incarnation=1,
+            engine=f"{self.role}-0",
+            role=self.role,
+            engine_id=ENGINE_IDS[self.role],
+            address=Address(side_channel=self.worker.endpoint),
+        )
+
+    def events(self) -> list[Any]:
+        """What a wake brings."""
+        while True:
+            self._wakes.get(timeout=10)
+            if events := self.worker.take_events():
+                return events
+
+
+@pytest.fixture
+def context() -> Iterator[SecureContext]:
+    context = SecureContext(new_launch_keys())
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
+    fabric = Fabric()
+    started: list[Rank] = []
+
+    def start(role: str) -> Rank:
+        started.append(Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric)))
+        return started[-1]
+
+    yield start
+    for rank in started:
+        rank.worker.close(timeout_s=10)
+
+
+def remote(request_id: str) -> RemoteKV:
+    return RemoteKV(engine_id=ENGINE_IDS["prefill"], request_id=request_id, host="192.0.2.1", port=1, block_ids=[], num_tokens=1)
+
+
+def test_two_workers_shake_hands_and_pull(start):
+    holder, puller = start("prefill"), start("decode")
+    puller.worker.update_registry([holder.entry(), puller.entry()])
+    assert isinstance(puller.reports.get(timeout=10), PairReady)
+    holder.worker.submit([grant("r", [4, 5])])
+    puller.worker.submit([pull("p", remote("r"), [1, 2])])
+    (finished,) = puller.events()
+    assert finished.ok
+    assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
+    assert holder.events() == [LeaseEnded(request_id="r", reason="pulled")]
+    stats = EngineStats(**puller.worker.stats())
+    assert (stats.transfers, stats.transfer_failures) == (1, 0)
+    assert stats.transfer_bytes == finished.num_bytes
+    assert stats.transfer_seconds == finished.seconds
+
+
+def test_a_lease_expires_without_anybody_asking(start):
+    holder = start("prefill")
+    holder.worker.submit([grant("r", [4], lease_s=0.01)])
+    assert holder.events() == [LeaseEnded(request_id="r", reason="expired")]
+    assert holder.worker.stats()["leases_expired"] == 1
+
+
+def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
+    holder = start("prefill")
+    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket.rcvtimeo = 10_000
+    question = PullBegin(call_id=1, engine_id=ENGINE_IDS["prefill"], request_id="r", reader="x", num_pullers=1)
+    good = to_holder.encode(question)
+    for frames in ([b""], [b"\xc1"], [os.urandom(500)], [good[:-3]], [good, good], [b"", good], [b"\x91" * 100_000]):
+        socket.send_multipart(frames)
+    socket.send(good)
+    answer = to_puller.decode(socket.recv())
+    assert isinstance(answer, Refused)
+    assert "request r has no lease here" in answer.reason
+    socket.close()
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_can_break_the_codec(frame):
+    with contextlib.suppress(ProtocolError):
+        to_holder.decode(frame)
+
+
+def test_a_stranger_gets_no_answer(start):
+    holder = start("prefill")
+    stranger = SecureContext(new_launch_keys())
+    socket = stranger.connect(zmq.DEALER, holder.worker.endpoint)
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED)
+    socket.send(b"x")
+    assert monitor.poll(10_000)
+    assert not socket.poll(0)
+    socket.disable_monitor()
+    socket.close()
+    stranger.close()
+
+
+class BrokenConnector(FakeConnector):
+    def open(self, memory: LocalMemory) -> None:
+        raise TransferError("no such backend")
+
+
+def test_a_connector_that_cannot_start_is_told(context):
+    rank = Rank(context, "prefill", BrokenConnector("x", Fabric()))
+    with pytest.raises(TransferError, match="the connector cannot start: no such backend"):
+        rank.worker.wait_started(10)
+    with pytest.raises(TransferError, match="the transfer thread has died: no such backend"):
+        rank.events()
+    rank.worker.close(timeout_s=10)
+    rank.worker.submit([grant("r", [1])])
+
+
+def test_handshake_for_another_engine_is_refused(start, context):
+    holder = start("prefill")
+    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket.rcvtimeo = 10_000
+    from pdlaunch.transfer.handshake import compatibility_of
+
+    compatibility = compatibility_of(
+        spec_of("decode"), layout_of(), torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+    )
+    socket.send(
+        to_holder.encode(
+            Handshake(
+                call_id=5,
+                engine_id="b" * 32,
+                rank_name="decode-0/rank-0",
+                incarnation=1,
+                expected_engine_id="c" * 32,
+                compatibility=compatibility,
+                agent_metadata=b"",
+            )
+        )
+    )
+    answer = to_puller.decode(socket.recv())
+    assert isinstance(answer, Refused)
+    assert "prefill-0/rank-0 belongs to engine_id aaaa" in answer.reason
+    socket.close()
+
+
+def test_finished_of_an_unknown_engine(start):
+    puller = start("decode")
+    puller.worker.submit([pull("p", remote("r"), [1])])
+    (finished,) = puller.events()
+    assert isinstance(finished, PullFinished)
+    assert not finished.ok
+    assert puller.worker.stats()["transfer_failures"] == 1
