@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -32,41 +33,47 @@ MAX_ENGINE_ID_LENGTH = 160
 """Of a client's request id on its way to the engines, where it gets suffixes."""
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
 _TRACESTATE_HEADER = "tracestate"
-_REQUEST_ID = "request_id"
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
+"""Of a request and its id."""
 
 
 class RouterApp:
     """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
 
-    def __init__(self, spec: RouterSpec, hops: Hops) -> None:
+    def __init__(self, spec: RouterSpec, hops: Hops, *, awaits_all_engines: bool = False) -> None:
+        """``awaits_all_engines``: a starting deployment is not healthy before every registered engine is ready."""
         self._spec = spec
         self._hops = hops
         self._started = int(time.time())
+        self._awaits_all_engines = awaits_all_engines
         self.admission = Admission(spec.max_queued_requests)
-        self.app = web.Application(client_max_size=spec.max_body_bytes, middlewares=[web.middleware(self._at_the_door)])
-        self.app.add_routes(
-            [
-                web.post(COMPLETIONS.path, self._completions),
-                web.post(CHAT.path, self._chat_completions),
-                web.get("/v1/models", self._models),
-                web.post("/tokenize", self._proxied),
-                web.post("/detokenize", self._proxied),
-                web.get("/health", self._health),
-                web.get("/metrics", self._metrics),
-            ]
+        self.app = web.Application(
+            client_max_size=spec.max_body_bytes,
         )
+        self._methods: dict[str, str] = {}
+        self._route("POST", COMPLETIONS.path, self._completions)
+        self._route("POST", CHAT.path, self._chat_completions)
+        self._route("GET", "/v1/models", self._models)
+        self._route("POST", "/tokenize", self._proxied)
+        self._route("POST", "/detokenize", self._proxied)
+        self._route("GET", "/health", self._health)
+        self._route("GET", "/metrics", self._metrics)
+        self.app.router.add_route("*", "/{path:.*}", partial(self._at_the_door, self._unknown))
 
-    async def _at_the_door(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _route(self, method: str, path: str, handler: Handler) -> None:
+        self._methods[path] = method
+        self.app.router.add_route(method, path, partial(self._at_the_door, handler))
+
+    async def _at_the_door(self, handler: Handler, request: web.Request) -> web.StreamResponse:
         """Give every request its id, ask for the key, and turn every error into one of the OpenAI form."""
-        request[_REQUEST_ID] = request_id = _request_id(request)
+        request_id = _request_id(request)
         with request_logging(request_id):
             try:
                 # The id of a refused request is a new one, as the client's cannot be sent back.
                 read_request_id(request.headers.get(REQUEST_ID_HEADER))
                 self._check_key(request)
-                response = await handler(request)
+                response = await handler(request, request_id)
             except (asyncio.CancelledError, ConnectionError):
                 self._hops.metrics.requests.failed(CLIENT_CLOSED_REQUEST)
                 raise
@@ -85,14 +92,19 @@ class RouterApp:
         if not secrets.compare_digest(given, f"Bearer {key}".encode()):
             raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(COMPLETIONS, request)
+    async def _unknown(self, request: web.Request, request_id: str) -> web.StreamResponse:
+        method = self._methods.get(request.path)
+        if method is None:
+            raise RequestError(f"there is no {request.path[:200]}", status=404, code="not_found")
+        raise RequestError(f"{request.path} takes {method}, not {request.method}", status=405, code="method_not_allowed")
 
-    async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(CHAT, request)
+    async def _completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
+        return await self._generate(COMPLETIONS, request, request_id)
 
-    async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        request_id: str = request[_REQUEST_ID]
+    async def _chat_completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
+        return await self._generate(CHAT, request, request_id)
+
+    async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
         client_request = read_client_request(
             endpoint,
             await _read_body(request),
@@ -151,13 +163,13 @@ class RouterApp:
             raise errors.exceptions[0] from None
         return [generation.transcript for generation in generations]
 
-    async def _proxied(self, request: web.Request) -> web.Response:
+    async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
         """Any engine can answer; the first that does."""
         body, pool = await _read_body(request), self._hops.pool
         tried: set[tuple[str, tuple[int, ...]]] = set()
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
-                headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request[_REQUEST_ID], is_own=False)}
+                headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)}
                 answer = await self._hops.client.ask(engine, request.path, body, headers)
                 return web.Response(body=answer, content_type="application/json")
             except EngineFailure:
@@ -165,7 +177,7 @@ class RouterApp:
                 tried.add(engine.key)
         raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.Request, request_id: str) -> web.Response:
         pool = self._hops.pool
         card = ModelCard(
             id=self._spec.served_model_name,
@@ -175,15 +187,19 @@ class RouterApp:
         )
         return _json(ModelList(data=[card]))
 
-    async def _health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: web.Request, request_id: str) -> web.Response:
         """200 while some engine can serve and the door is open."""
         engines = self._hops.pool.engines
-        can_serve = any(engine.ready for engine in engines)
-        status = "draining" if self.admission.is_draining else "ok" if can_serve else "unavailable"
+        if engines and all(engine.ready for engine in engines):
+            self._awaits_all_engines = False
+        status = "starting" if self._awaits_all_engines else "ok" if any(engine.ready for engine in engines) else "unavailable"
+        if self.admission.is_draining:
+            status = "draining"
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
         return _json(body, status=200 if status == "ok" else 503)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request, request_id: str) -> web.Response:
+        self._hops.metrics.in_flight.set(self.admission.in_flight)
         self._hops.metrics.engines_ready.set(sum(engine.ready for engine in self._hops.pool.engines))
         return web.Response(body=self._hops.metrics.text(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 

@@ -214,7 +214,8 @@ class EngineStream:
         fields = error if isinstance(error, dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
             raise EngineRefusal(self._engine, status=400, body=data, content_type="application/json", retry_after=None)
-        raise EngineFailure(self._engine, f"error in its stream: {fields.get('message', error)}")
+        message = f"error in its stream: {fields.get('message', error)}"
+        raise EngineFailure(self._engine, message, may_return=fields.get("type") != "server_error")
 
 
 def _discard_result(task: asyncio.Task[Any]) -> None:

@@ -21,11 +21,13 @@ def error_response(error: BaseException) -> web.Response:
     if isinstance(error, EngineRefusal):
         headers = {} if error.retry_after is None else {"Retry-After": error.retry_after}
         return web.Response(status=error.status, body=error.body, content_type=error.content_type, headers=headers)
-    if isinstance(error, web.HTTPException):
-        # Its headers are part of the answer where they say what would be right (Allow of a 405).
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return _response(_of_http_exception(error), allow)
-    return _response(_explained(error), {})
+    error = _explained(error)
+    return web.Response(
+        status=error_status(error),
+        body=msgspec.json.encode(error_body(error)),
+        content_type="application/json",
+        headers=error_headers(error),
+    )
 
 
 def error_event(error: BaseException) -> bytes:
@@ -38,27 +40,14 @@ def error_event(error: BaseException) -> bytes:
     return encode_error(_explained(error))
 
 
-def _response(error: BaseException, headers: dict[str, str]) -> web.Response:
-    return web.Response(
-        status=error_status(error),
-        body=msgspec.json.encode(error_body(error)),
-        content_type="application/json",
-        headers=headers | error_headers(error),
-    )
-
-
 def _explained(error: BaseException) -> BaseException:
     """An error of the API where the failure has a name that a client can act on."""
     if isinstance(error, EngineFailure):
         if error.may_return:
             return OverloadedError(str(error), status=503, retry_after_s=RETRY_AFTER_S, code="engine_failed")
         return RequestError(str(error), status=502, code="engine_failed")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return RequestError(f"the body is too large: {error.text}", status=413, code="body_too_large")
     if not isinstance(error, RequestError):
         logger.error("request failed", exc_info=error)
     return error
-
-
-def _of_http_exception(error: web.HTTPException) -> RequestError:
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return RequestError(f"the body is too large: {error.text}", status=413, code="body_too_large")
-    return RequestError(error.text or error.reason, status=error.status)

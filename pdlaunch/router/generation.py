@@ -214,8 +214,8 @@ class Generation:
         if limit is None or max_tokens is None or handover.is_final or handover.num_prompt_tokens + max_tokens <= limit:
             return
         raise RequestError(
-            f"the prompt has {handover.num_prompt_tokens} tokens and max_tokens is {max_tokens}; "
-            f"together they may be at most {limit} (max_model_len)",
+            f"the prompt's {handover.num_prompt_tokens} tokens and max_tokens={max_tokens} exceed this model's maximum context "
+            f"length of {limit} tokens",
             param="max_tokens",
             code="context_length_exceeded",
         )

@@ -66,10 +66,14 @@ class Hops:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def close(self) -> None:
-        """Finish what was spawned, within ``CLOSE_TIMEOUT_S``."""
+    async def settled(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until what was spawned is done."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    async def close(self) -> None:
+        """Finish what was spawned, then close the client side."""
+        await self.settled()
         await self.client.close()
 
     async def _learn_max_model_len(self, engine: Engine) -> None:

@@ -18,6 +18,7 @@ class RouterMetrics:
         self._registry = registry = CollectorRegistry()
         self.requests = RequestMetrics(registry, {"model_name": served_model_name})
         self.engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
+        self.in_flight = Gauge("pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry)
         self._engine_failures = Counter(
             "pdlaunch_router_engine_failures", "Hops that an engine failed.", ("engine", "hop"), registry=registry
         )

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+
+from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.control import Registry
+from pdlaunch.router.app import RouterApp
+from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
+from pdlaunch.router.hops import Hops, RecoverySettings
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.process import listen
+from tests.router.fake_engine import FakeEngine
+
+SPEC = RouterSpec(
+    host="127.0.0.1",
+    port=0,
+    served_model_name="tiny",
+    api_key=None,
+    max_body_bytes=100_000,
+    max_queued_requests=16,
+    request_timeout_s=20.0,
+    drain_timeout_s=5.0,
+)
+
+
+class Stand:
+    """A router in front of fake engines, all in one event loop."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, FakeEngine] = {}
+        self.version = 0
+
+    async def start(
+        self, engines: Sequence[FakeEngine], *, spec: RouterSpec = SPEC, stall_s: float = 15.0, recovery_wait_s: float = 10.0
+    ) -> None:
+        for engine in engines:
+            await engine.start()
+            self.engines[engine.name] = engine
+        self.metrics = RouterMetrics("tiny")
+        self.pool = EnginePool(time.monotonic)
+        client = EngineClient("launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0))
+        self.hops = Hops(self.pool, client, self.metrics, RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01))
+        self.router = RouterApp(spec, self.hops)
+        self.runner = web.AppRunner(self.router.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await self.runner.setup()
+        port = await listen(self.runner, spec.host, spec.port)
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.session = aiohttp.ClientSession(self.url)
+        self.publish()
+        await self.hops.settled()
+
+    def publish(self, *, without: Sequence[str] = (), starting: Sequence[str] = ()) -> None:
+        self.version += 1
+        entries = [
+            entry
+            for engine in self.engines.values()
+            if engine.name not in without
+            for entry in engine.entries(ready=engine.name not in starting)
+        ]
+        self.hops.update(Registry(version=self.version, entries=entries))
+
+    async def close(self) -> None:
+        await self.session.close()
+        await self.runner.cleanup()
+        await self.hops.close()
+        for engine in self.engines.values():
+            engine.go.set()
+            await engine.stop()
+
+    async def post(self, body: dict[str, Any], *, path: str = "/v1/completions", headers: dict[str, str] | None = None) -> Answer:
+        async with self.session.post(path, json=body, headers=headers) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+class Answer:
+    def __init__(self, status: int, headers: Mapping[str, str], raw: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.raw = raw
+
+    def json(self) -> dict[str, Any]:
+        body: dict[str, Any] = msgspec.json.decode(self.raw)
+        return body
+
+    def events(self) -> list[dict[str, Any]]:
+        """Events of a stream without the final [DONE], which must be there unless an error ends it."""
+        data = [line[6:] for line in self.raw.decode().split("\n\n") if line]
+        events = [msgspec.json.decode(item) for item in data if item != "[DONE]"]
+        assert data[-1] == "[DONE]" or "error" in events[-1]
+        assert data.count("[DONE]") == (data[-1] == "[DONE]")
+        return events
+
+    def texts(self) -> dict[int, str]:
+        """By choice; of an answer or a stream."""
+        texts: dict[int, str] = {}
+        events = self.events() if "event-stream" in self.headers["Content-Type"] else [self.json()]
+        for event in events:
+            for choice in event.get("choices", []):
+                part = choice.get("text")
+                if part is None:
+                    part = (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+                texts[choice["index"]] = texts.get(choice["index"], "") + part
+        return texts
+
+    def finish_reasons(self) -> dict[int, list[str]]:
+        reasons: dict[int, list[str]] = {}
+        for event in self.events():
+            for choice in event.get("choices", []):
+                if choice.get("finish_reason"):
+                    reasons.setdefault(choice["index"], []).append(choice["finish_reason"])
+        return reasons
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    stand = Stand()
+    yield stand
+    await stand.close()
+
+
+def pair(*, ours: bool = True) -> list[FakeEngine]:
+    return [FakeEngine("prefill-0", "prefill", ours=ours), FakeEngine("decode-0", "decode", ours=ours)]
+
+
+def pairs(number: int, *, ours: bool = True) -> list[FakeEngine]:
+    return [FakeEngine(f"{role}-{index}", role, ours=ours) for role in ("prefill", "decode") for index in range(number)]

@@ -1,0 +1,335 @@
+"""An engine that follows the protocol and whose tokens are a pure function of (prompt, seed, choice, position)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.protocol.control import Address, Capabilities, Entry, Role
+
+EOS = 0
+
+
+def token_at(prompt: object, seed: int, choice: int, position: int) -> int:
+    digest = hashlib.sha256(repr((prompt, seed, choice, position)).encode()).digest()
+    return 1 + int.from_bytes(digest[:4], "big") % 9000
+
+
+def expected_tokens(prompt: object, seed: int, choice: int, num_tokens: int) -> list[int]:
+    return [token_at(prompt, seed, choice, position) for position in range(num_tokens)]
+
+
+def text_of(token_ids: list[int]) -> str:
+    return "".join("" if token_id == EOS else f" {token_id}" for token_id in token_ids)
+
+
+class Seen:
+    """One request as the engine saw it."""
+
+    def __init__(self, path: str, headers: Any, body: dict[str, Any]) -> None:
+        self.path = path
+        self.headers = headers
+        self.body = body
+
+    @property
+    def is_prefill(self) -> bool:
+        return bool((self.body.get("kv_transfer_params") or {}).get("do_remote_decode"))
+
+
+class FakeEngine:
+    """``ours=False``: like vLLM, which knows neither the ``pdlaunch`` key nor ``resume``.
+
+    Knobs: ``status`` answers every generation with that status; ``die_after`` breaks the connection after so many chunks of a
+    stream (0: before the headers); ``hold_after`` waits there for ``go``; ``error_after`` sends an error event; ``ends`` maps a
+    choice to its number of tokens, the last of which is EOS.
+    """
+
+    def __init__(self, name: str, role: Role, *, ours: bool = True, max_model_len: int = 4096) -> None:
+        self.name = name
+        self.role: Role = role
+        self.ours = ours
+        self.max_model_len = max_model_len
+        self.incarnation = 1
+        self.rank_incarnation = 1
+        self.seen: list[Seen] = []
+        self.leases: dict[str, Any] = {}
+        self.released: list[str] = []
+        self.release_event = asyncio.Event()
+        self.num_aborted = 0
+        self.aborted = asyncio.Event()
+        self.status: int | None = None
+        self.error_body = b'{"error": {"message": "made up", "type": "server_error", "param": null, "code": null}}'
+        self.die_after: int | None = None
+        self.error_after: int | None = None
+        self.hold_after: int | None = None
+        self.hold_prefill = False
+        self.holding = asyncio.Event()
+        self.go = asyncio.Event()
+        self.ends: dict[int, int] = {}
+        self.healthy = True
+        self.hands_over = True
+        self.url = ""
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=2**26)
+        app.add_routes(
+            [
+                web.post("/v1/completions", self._generate),
+                web.post("/v1/chat/completions", self._generate),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+                web.post("/pdlaunch/release", self._release),
+                web.post("/tokenize", self._tokenize),
+            ]
+        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def entries(self, *, ready: bool = True) -> list[Entry]:
+        state = "ready" if ready else "starting"
+        server = Entry(
+            name=self.name,
+            kind="server",
+            incarnation=self.incarnation,
+            engine=self.name,
+            role=self.role,
+            address=Address(http=self.url),
+            capabilities=Capabilities(verifies=self.ours, resumes=self.ours, gives_first_token=self.ours),
+            state=state,
+        )
+        if not self.ours:
+            return [server]
+        rank = Entry(name=f"{self.name}/rank-0", kind="rank", incarnation=self.rank_incarnation, engine=self.name, state=state)
+        return [server, rank]
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        seen = Seen(request.path, request.headers.copy(), body)
+        self.seen.append(seen)
+        try:
+            return await self._answer(request, seen)
+        except asyncio.CancelledError:
+            self.num_aborted += 1
+            self.aborted.set()
+            raise
+
+    async def _answer(self, request: web.Request, seen: Seen) -> web.StreamResponse:
+        if self.status is not None:
+            return web.Response(status=self.status, body=self.error_body, content_type="application/json")
+        refusal = self._refusal(seen.body)
+        if refusal is not None:
+            error = {"message": refusal, "type": "invalid_request_error", "param": refusal.split()[0], "code": None}
+            return web.json_response({"error": error}, status=400)
+        job = Job(self, seen)
+        if seen.body.get("stream"):
+            return await self._stream(request, job)
+        if self.hold_prefill:
+            self.holding.set()
+            await self.go.wait()
+        if self.die_after == 0:
+            assert request.transport is not None
+            request.transport.abort()
+            raise ConnectionResetError
+        return web.json_response(job.whole())
+
+    def _refusal(self, body: dict[str, Any]) -> str | None:
+        if body.get("temperature", 0) < 0:
+            return "temperature must not be negative"
+        prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
+        if prefill and (body.get("max_tokens") != 1 or body.get("stream")):
+            return "max_tokens must be 1 and stream false"
+        if self.ours and prefill:
+            return None
+        if not self.ours and "resume" in body:
+            return "resume is unknown"
+        if body.get("stream_options") and not body.get("stream"):
+            return "stream_options needs stream"
+        if (body.get("min_tokens") or 0) > (body.get("max_tokens") or 16):
+            return "min_tokens is more than max_tokens"
+        return None
+
+    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+        assert request.transport is not None
+        if self.die_after == 0:
+            request.transport.abort()
+            raise ConnectionResetError
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(payload: object) -> None:
+            await response.write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
+
+        for chunk in job.opening():
+            await send(chunk)
+        for num_sent, chunk in enumerate(job.chunks()):
+            if num_sent == self.hold_after:
+                self.holding.set()
+                await self.go.wait()
+            if num_sent == self.die_after:
+                request.transport.abort()
+                raise ConnectionResetError
+            if num_sent == self.error_after:
+                await response.write(b"data: " + self.error_body + b"\n\n")
+                await response.write_eof()
+                return response
+            await send(chunk)
+        if (job.body.get("stream_options") or {}).get("include_usage"):
+            await send(job.head() | {"choices": [], "usage": job.usage()})
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _release(self, request: web.Request) -> web.Response:
+        request_id = (await request.json())["request_id"]
+        self.released.append(request_id)
+        self.leases.pop(request_id, None)
+        self.release_event.set()
+        return web.Response()
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"count": 2, "tokens": [1, 2], "max_model_len": self.max_model_len})
+
+
+class Job:
+    """One generation: what each choice has, and what is still to come."""
+
+    def __init__(self, engine: FakeEngine, seen: Seen) -> None:
+        self.engine = engine
+        self.body = body = seen.body
+        self.chat = seen.path.endswith("chat/completions")
+        self.prompt = body["messages"] if self.chat else body["prompt"]
+        self.n = body.get("n") or 1
+        self.max_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        self.seed = body["seed"]
+        self.is_prefill = seen.is_prefill
+        self.request_id = seen.headers["X-Request-Id"]
+        self.told, self.over = self._known()
+        self.is_continued = any(self.told)
+
+    def _known(self) -> tuple[list[list[int]], set[int]]:
+        """What the client has of each choice already; choices that are over."""
+        if "resume" in self.body:
+            assert self.body["resume"]["sent"] is True
+            choices = self.body["resume"]["choices"]
+            assert len(choices) == self.n
+        else:
+            ours = (self.body.get("kv_transfer_params") or {}).get("pdlaunch") or {}
+            choices = [[token] for token in ours.get("first_tokens", [])] if ours.get("first_token_sent") else []
+            if not self.engine.ours or not choices:
+                choices = [[] for _ in range(self.n)]
+        over = {index for index, tokens in enumerate(choices) if tokens and tokens[-1].get("finish_reason")}
+        return [[token["token_id"] for token in tokens] for tokens in choices], over
+
+    def token(self, choice: int, position: int) -> int:
+        if position + 1 == self.engine.ends.get(choice):
+            return EOS
+        return token_at(self.prompt, self.seed, choice, position)
+
+    def head(self) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        if self.chat and self.body.get("stream"):
+            kind += ".chunk"
+        return {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
+
+    def opening(self) -> list[dict[str, Any]]:
+        if not self.chat or (self.is_continued and self.engine.ours):
+            return []
+        return [self.head() | {"choices": [self._choice(index, [], role=True) for index in range(self.n)]}]
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """One token a chunk, choices in turn."""
+        chunks = []
+        for position in range(self.max_tokens):
+            for index in range(self.n):
+                tokens = self.told[index]
+                if index not in self.over and len(tokens) == position:
+                    token_id = self.token(index, position)
+                    tokens.append(token_id)
+                    reason = "stop" if token_id == EOS else "length" if position + 1 == self.max_tokens else None
+                    if reason:
+                        self.over.add(index)
+                    chunks.append(self.head() | {"choices": [self._choice(index, [token_id], reason=reason)]})
+        return chunks
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        tokens = [[self.token(index, position) for position in range(self.max_tokens)] for index in range(self.n)]
+        for index, token_ids in enumerate(tokens):
+            reason = "stop" if token_ids[-1] == EOS else "length"
+            self.told[index] = token_ids
+            choice = self._choice(index, token_ids, reason=reason)
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": choice.pop("delta")["content"]}
+            choices.append(choice)
+        answer = self.head() | {"choices": choices, "usage": self.usage(), "kv_transfer_params": None}
+        if self.is_prefill and self.engine.hands_over and not all(token_ids[-1] == EOS for token_ids in tokens):
+            answer["kv_transfer_params"] = self._lease([token_ids[0] for token_ids in tokens])
+        return answer
+
+    def _lease(self, first_tokens: list[int]) -> dict[str, Any]:
+        lease = f"{self.request_id}/0"
+        self.engine.leases[lease] = self.prompt
+        params: dict[str, Any] = {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self.engine.name,
+            "remote_request_id": lease,
+            "remote_host": "127.0.0.1",
+            "remote_port": 1,
+            "remote_block_ids": [[1]],
+        }
+        if self.engine.ours:
+            tokens = [{"token_id": token, "finish_reason": "stop" if token == EOS else None} for token in first_tokens]
+            params["pdlaunch"] = {"first_tokens": tokens, "first_token_sent": False}
+        return params
+
+    def usage(self) -> dict[str, Any]:
+        completion = sum(map(len, self.told))
+        prompt = len(self.prompt)
+        cached = {"cached_tokens": 0 if self.is_prefill else prompt}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": cached,
+        }
+
+    def _choice(self, index: int, token_ids: list[int], *, reason: str | None = None, role: bool = False) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": self._logprobs(token_ids)}
+        if self.chat:
+            choice["delta"] = {"content": text_of(token_ids)} | ({"role": "assistant"} if role else {})
+        else:
+            choice["text"] = text_of(token_ids)
+        if self.body.get("return_token_ids"):
+            choice["token_ids"] = token_ids
+        return choice
+
+    def _logprobs(self, token_ids: list[int]) -> dict[str, Any] | None:
+        if not self.body.get("logprobs") or not token_ids:
+            return None
+        if self.chat:
+            return {"content": [{"token": str(t), "logprob": -t / 100, "bytes": None, "top_logprobs": []} for t in token_ids]}
+        return {
+            "tokens": [str(t) for t in token_ids],
+            "token_logprobs": [-t / 100 for t in token_ids],
+            "top_logprobs": [None for _ in token_ids],
+            "text_offset": [0 for _ in token_ids],
+        }

@@ -1,0 +1,317 @@
+"""Two hops, one answer: what clients see and what engines are asked, with engines that follow the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pdlaunch.router.client_request import REMOTE_DECODE
+from tests.router.conftest import Answer, Stand, pair, pairs
+from tests.router.fake_engine import EOS, expected_tokens, text_of
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hello there"}]
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "prompt": "hello", "max_tokens": 6, "seed": 7} | fields
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": MESSAGES, "max_tokens": 6, "seed": 7} | fields
+
+
+def expected_text(prompt: object, num_tokens: int, *, seed: int = 7, choice: int = 0) -> str:
+    return text_of(expected_tokens(prompt, seed, choice, num_tokens))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_answers_hold_every_token_once(stand: Stand, ours: bool, stream: bool, path: str, n: int) -> None:
+    await stand.start(pair(ours=ours))
+    body = chat(n=n, stream=stream) if path == CHAT else completion(n=n, stream=stream)
+    answer = await stand.post(body, path=path)
+    assert answer.status == 200
+    prompt: object = MESSAGES if path == CHAT else "hello"
+    assert answer.texts() == {choice: expected_text(prompt, 6, choice=choice) for choice in range(n)}
+    if stream:
+        assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_what_prefill_is_asked(stand: Stand, ours: bool) -> None:
+    await stand.start(pair(ours=ours))
+    options = {"include_usage": True}
+    answer = await stand.post(completion(stream=True, stream_options=options, min_tokens=3, temperature=0.5))
+    assert answer.status == 200
+    (seen,) = stand.engines["prefill-0"].seen
+    assert seen.body == {
+        "model": "tiny",
+        "prompt": "hello",
+        "max_tokens": 1,
+        "seed": 7,
+        "stream": False,
+        "min_tokens": 3 if ours else 1,
+        "temperature": 0.5,
+        "return_token_ids": True,
+        "kv_transfer_params": REMOTE_DECODE,
+    }
+    assert seen.headers["Authorization"] == "Bearer launch-token"
+
+
+async def test_max_completion_tokens_is_one_for_prefill(stand: Stand) -> None:
+    await stand.start(pair())
+    await stand.post({"messages": MESSAGES, "max_completion_tokens": 4}, path=CHAT)
+    assert stand.engines["prefill-0"].seen[0].body["max_completion_tokens"] == 1
+    assert stand.engines["decode-0"].seen[0].body["max_completion_tokens"] == 4
+
+
+async def test_what_decode_is_asked(stand: Stand) -> None:
+    await stand.start(pair())
+    await stand.post(completion(temperature=0.5))
+    (seen,) = stand.engines["decode-0"].seen
+    params = seen.body.pop("kv_transfer_params")
+    assert seen.body == completion(temperature=0.5) | {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    assert params["remote_engine_id"] == "prefill-0"
+    assert params["pdlaunch"]["first_token_sent"] is True
+    assert params["pdlaunch"]["first_tokens"] == [{"token_id": expected_tokens("hello", 7, 0, 1)[0], "finish_reason": None}]
+
+
+async def test_a_decode_engine_that_does_not_know_first_tokens_gives_them_itself(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.ours = False
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert decode.seen[0].body["kv_transfer_params"]["pdlaunch"]["first_token_sent"] is False
+
+
+async def test_the_first_token_comes_before_decode_has_begun(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 0
+    await stand.start([prefill, decode])
+    async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
+        line = await response.content.readuntil(b"\n\n")
+        assert expected_text("hello", 1).encode() in line
+        decode.go.set()
+        rest = await response.read()
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_missing_seed_is_drawn_once_for_both_hops(stand: Stand) -> None:
+    await stand.start(pair())
+    for _ in range(2):
+        await stand.post(completion(seed=None))
+    seeds = [[seen.body["seed"] for seen in engine.seen] for engine in stand.engines.values()]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 2
+    assert all(0 <= seed < 2**63 for seed in seeds[0])
+
+
+async def test_ids_are_the_routers_own_and_do_not_change(stand: Stand) -> None:
+    await stand.start(pair())
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    headers = {"X-Request-Id": "my-id", "traceparent": trace, "tracestate": "a=b"}
+    answer = await stand.post(completion(stream=True), headers=headers)
+    assert answer.headers["X-Request-Id"] == "my-id"
+    assert {(event["id"], event["model"], event["object"]) for event in answer.events()} == {
+        ("cmpl-my-id", "tiny", "text_completion")
+    }
+    assert len({event["created"] for event in answer.events()}) == 1
+    ids = set()
+    for engine in stand.engines.values():
+        (seen,) = engine.seen
+        assert (seen.headers["traceparent"], seen.headers["tracestate"]) == (trace, "a=b")
+        ids.add(seen.headers["X-Request-Id"])
+    (engine_id,) = ids
+    assert engine_id.startswith("my-id-")
+
+
+async def test_an_id_that_cannot_be_sent_back_is_refused(stand: Stand) -> None:
+    await stand.start(pair())
+    answer = await stand.post(completion(), headers={"X-Request-Id": "with space"})
+    assert answer.status == 400
+    assert answer.json()["error"]["param"] == "X-Request-Id"
+
+
+async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) -> None:
+    await stand.start(pair())
+    expected = {
+        "prompt_tokens": 5,
+        "completion_tokens": 12,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    whole = await stand.post(completion(n=2))
+    assert whole.json()["usage"] == expected
+    streamed = await stand.post(completion(n=2, stream=True, stream_options={"include_usage": True}))
+    events = streamed.events()
+    assert events[-1]["usage"] == expected
+    assert events[-1]["choices"] == []
+    assert all(event["usage"] is None for event in events[:-1])
+    without = await stand.post(completion(stream=True))
+    assert all("usage" not in event for event in without.events())
+
+
+async def test_continuous_usage_grows_by_the_chunk(stand: Stand) -> None:
+    await stand.start(pair())
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = (await stand.post(completion(stream=True, stream_options=options))).events()
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+async def test_token_ids_reach_those_who_ask(stand: Stand, path: str) -> None:
+    await stand.start(pair())
+    body = chat() if path == CHAT else completion()
+    prompt: object = MESSAGES if path == CHAT else "hello"
+    plain = await stand.post(body | {"stream": True}, path=path)
+    assert b"token_ids" not in plain.raw
+    asked = await stand.post(body | {"return_token_ids": True}, path=path)
+    assert asked.json()["choices"][0]["token_ids"] == expected_tokens(prompt, 7, 0, 6)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_logprobs_of_both_hops_are_there(stand: Stand, path: str, stream: bool) -> None:
+    await stand.start(pair())
+    body = chat(logprobs=True) if path == CHAT else completion(logprobs=1)
+    answer = await stand.post(body | {"stream": stream}, path=path)
+    prompt: object = MESSAGES if path == CHAT else "hello"
+    assert logprob_tokens(answer) == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
+
+
+def logprob_tokens(answer: Answer) -> list[str]:
+    events = answer.events() if "event-stream" in answer.headers["Content-Type"] else [answer.json()]
+    tokens: list[str] = []
+    for event in events:
+        for choice in event["choices"]:
+            logprobs = choice.get("logprobs") or {}
+            tokens += [entry["token"] for entry in logprobs.get("content") or []] + (logprobs.get("tokens") or [])
+    return tokens
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_the_role_is_told_once(stand: Stand, ours: bool) -> None:
+    await stand.start(pair(ours=ours))
+    events = (await stand.post(chat(stream=True, n=2), path=CHAT)).events()
+    roles = [choice["index"] for event in events for choice in event["choices"] if "role" in choice["delta"]]
+    assert sorted(roles) == [0, 1]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_first_token_that_ends_everything_needs_no_decode(stand: Stand, stream: bool) -> None:
+    prefill, decode = pair()
+    prefill.ends = {0: 1, 1: 1}
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(n=2, stream=stream))
+    assert answer.texts() in ({0: "", 1: ""}, {})
+    if stream:
+        assert answer.finish_reasons() == {0: ["stop"], 1: ["stop"]}
+    else:
+        assert [choice["finish_reason"] for choice in answer.json()["choices"]] == ["stop", "stop"]
+        assert answer.json()["usage"]["completion_tokens"] == 2
+    assert not decode.seen
+    assert not prefill.released
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choices_may_end_at_different_hops(stand: Stand, stream: bool) -> None:
+    engines = pair()
+    for engine in engines:
+        engine.ends = {1: 1, 2: 3}
+    await stand.start(engines)
+    answer = await stand.post(completion(n=3, stream=stream, return_token_ids=True, max_tokens=4))
+    whole = await stand.post(completion(n=3, return_token_ids=True, max_tokens=4))
+    tokens = [choice["token_ids"] for choice in whole.json()["choices"]]
+    assert tokens == [
+        expected_tokens("hello", 7, 0, 4),
+        [EOS],
+        [*expected_tokens("hello", 7, 2, 2), EOS],
+    ]
+    assert answer.texts() == {index: text_of(token_ids) for index, token_ids in enumerate(tokens)}
+
+
+async def test_one_token_needs_one_engine(stand: Stand) -> None:
+    await stand.start(pair())
+    answer = await stand.post(completion(max_tokens=1))
+    assert answer.texts() == {0: expected_text("hello", 1)}
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+    (seen,) = stand.engines["prefill-0"].seen
+    assert "kv_transfer_params" not in seen.body
+    assert not stand.engines["decode-0"].seen
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompts", [["a", "b", "c"], [[1, 2], [3, 4, 5]], ["same", "same"]])
+async def test_lists_of_prompts_are_one_answer(stand: Stand, prompts: list[Any], stream: bool) -> None:
+    await stand.start(pairs(2))
+    answer = await stand.post(completion(prompt=prompts, n=2, stream=stream))
+    assert answer.texts() == {
+        number * 2 + choice: expected_text(prompt, 6, choice=choice) for number, prompt in enumerate(prompts) for choice in (0, 1)
+    }
+    if not stream:
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(2 * len(prompts)))
+        assert answer.json()["usage"]["completion_tokens"] == 12 * len(prompts)
+        assert answer.json()["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    ids = {seen.headers["X-Request-Id"] for engine in stand.engines.values() for seen in engine.seen}
+    assert len(ids) == len(prompts)
+
+
+async def test_prompts_of_a_list_get_seeds_of_their_own(stand: Stand) -> None:
+    await stand.start(pair())
+    await stand.post(completion(prompt=["same", "same"], seed=None))
+    assert len({seen.body["seed"] for seen in stand.engines["prefill-0"].seen}) == 2
+
+
+async def test_token_ids_are_one_prompt(stand: Stand) -> None:
+    await stand.start(pair())
+    answer = await stand.post(completion(prompt=[5, 6, 7]))
+    assert answer.texts() == {0: expected_text([5, 6, 7], 6)}
+
+
+async def test_an_engine_that_prefills_without_handing_over_is_no_dead_end(stand: Stand) -> None:
+    """Plain vLLM without a connector answers ``length`` and no params: decode computes all."""
+    prefill, decode = pair(ours=False)
+    prefill.hands_over = False
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion())
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert "kv_transfer_params" not in decode.seen[0].body
+
+
+async def test_work_goes_to_the_engine_that_has_least(stand: Stand) -> None:
+    engines = pairs(2)
+    for engine in engines:
+        engine.hold_after = 0
+    await stand.start(engines)
+    requests = [asyncio.ensure_future(stand.post(completion())) for _ in range(4)]
+    for name in ("decode-0", "decode-1"):
+        await stand.engines[name].holding.wait()
+    for engine in engines:
+        engine.go.set()
+    assert {(await request).status for request in requests} == {200}
+    assert [len(stand.engines[f"decode-{index}"].seen) for index in (0, 1)] == [2, 2]
+    assert [len(stand.engines[f"prefill-{index}"].seen) for index in (0, 1)] == [2, 2]
+
+
+async def test_too_long_requests_are_refused_before_anything_is_streamed(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.max_model_len = 20
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=True, max_tokens=16))
+    assert answer.status == 400
+    error = answer.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "5 tokens" in error["message"]
+    assert "20 tokens" in error["message"]
+    await prefill.release_event.wait()
+    assert not prefill.leases
