@@ -19,7 +19,7 @@ from pdlaunch.cli.live import make_view, ready_rows
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, launch, new_launch_id, new_log_dir, plan_launch
+from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, check_startable, launch, new_launch_id, new_log_dir, plan_launch
 from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
@@ -64,6 +64,7 @@ def serve(
 
 def _serve(planned: PlannedLaunch) -> Outcome:
     config = planned.config
+    check_startable(config)
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
 

@@ -73,6 +73,17 @@ def plan_launch(config: LaunchConfig, machine: Machine, environ: Mapping[str, st
     return PlannedLaunch(config, machine, models, planned)
 
 
+def check_startable(config: LaunchConfig, platform: str = sys.platform) -> None:
+    """Raises StartupError when the public port is not free, and ConfigError on a system other than Linux."""
+    if platform != "linux":
+        raise ConfigError(
+            f"serve needs Linux; this is {platform}",
+            fix="run it on Linux, in a container or a virtual machine; check-config works here",
+        )
+    if config.port:
+        check_port(config.host, config.port)
+
+
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
     """The folder of the log files, made now: as configured, else a new one in the cache. Raises ConfigError."""
     log_dir = Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
@@ -95,14 +106,8 @@ def new_launch_id() -> str:
 
 
 def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path) -> Outcome:
-    """Start everything, serve until told to stop, stop everything.
-
-    Raises StartupError when the public port is not free and ConfigError on a system other than Linux, before anything is started.
-    """
-    check_platform()
+    """Start everything, serve until told to stop, stop everything; ``check_startable`` comes before."""
     config = planned.config
-    if config.port:
-        check_port(config.host, config.port)
     timing = Timing(startup_timeout_s=config.startup_timeout_s, grace=Grace(drain_s=config.drain_timeout_s))
     setup_logging("supervisor", config.log_level, file=log_dir / "supervisor.log")
     keys = new_launch_keys()
@@ -134,12 +139,3 @@ def supervise(
         for line in report:
             logger.error("%s", line)
         return Outcome(failure, report, supervisor.was_ready, supervisor.stop_signal)
-
-
-def check_platform(platform: str = sys.platform) -> None:
-    """Raises ConfigError where pdlaunch cannot serve."""
-    if platform != "linux":
-        raise ConfigError(
-            f"serve needs Linux; this is {platform}",
-            fix="run it on Linux, in a container or a virtual machine; check-config works here",
-        )

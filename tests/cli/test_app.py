@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch import __version__
+from pdlaunch.cli.app import COMMANDS, Command, build_app
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    ghosts = (
+        Command("ghost", "no.such.module:ghost", "Is not there."),
+        Command("group", "no.such:app", "A group.", is_group=True),
+    )
+    result = CliRunner().invoke(build_app(["--help"], ghosts), ["--help"])
+    assert result.exit_code == 0
+    assert "Is not there." in result.stdout
+    assert "A group." in result.stdout
+
+
+def test_only_the_called_command_is_imported() -> None:
+    ghosts = (Command("ghost", "no.such.module:ghost", "Is not there."), *COMMANDS)
+    result = CliRunner().invoke(build_app(["serve", "--help"], ghosts), ["serve", "--help"])
+    assert result.exit_code == 0
+    assert "--kv-cache-memory" in result.stdout
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(build_app(["--version"]), ["--version"])
+    assert result.stdout == f"pdlaunch {__version__}\n"
+
+
+def test_an_unknown_command_is_refused_with_code_2() -> None:
+    result = CliRunner().invoke(build_app(["sevre"]), ["sevre"])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_is_where_the_table_says(command: Command) -> None:
+    assert command.load() is not None
+    assert command.target.split(":")[0] in sys.modules

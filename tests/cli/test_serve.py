@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import ConfigError
+from pdlaunch.supervisor.launch import check_startable
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("PDLAUNCH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PDLAUNCH_CACHE", str(tmp_path / "cache"))
+
+
+def serve(*arguments: str, columns: int = 80) -> Result:
+    command = ["serve", *arguments]
+    return CliRunner().invoke(build_app(command), command, env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+
+
+def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
+    result = serve("--model", model, "--dry-run", "--format", "json", "--prefill", "2", "--decode-tp", "2")
+    assert result.exit_code == 0
+    plan = json.loads(result.stdout)
+    assert [process["name"] for process in plan["processes"]] == [
+        "prefill-0/rank-0",
+        "prefill-1/rank-0",
+        "decode-0/rank-0",
+        "decode-0/rank-1",
+        "prefill-0",
+        "prefill-1",
+        "decode-0",
+        "router",
+    ]
+    assert {"host", "command", "environment", "ports", "devices", "cpus"} <= set(plan["processes"][0])
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_dry_run_prints_a_table_at_any_width(model: str, columns: int) -> None:
+    result = serve("--model", model, "--dry-run", columns=columns)
+    assert result.exit_code == 0
+    assert "python" in result.stdout
+    assert "-m pdlaunch.engine --name decode-0/rank-0" in result.stdout
+
+
+def test_dry_run_starts_and_writes_nothing(model: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert serve("--model", model, "--dry-run").exit_code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_flags_beat_environment_beats_file(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "deploy.yaml"
+    file.write_text(f"model: {model}\nport: 1001\nprefill:\n  replicas: 2\ndecode:\n  replicas: 2\n")
+    monkeypatch.setenv("PDLAUNCH_PORT", "1002")
+    monkeypatch.setenv("PDLAUNCH_PREFILL", "3")
+    result = serve(str(file), "--port", "1003", "--dry-run", "--format", "json")
+    processes = json.loads(result.stdout)["processes"]
+    assert processes[-1]["ports"] == {"http": 1003}
+    assert [p["name"] for p in processes if p["kind"] == "server"] == [
+        *(f"prefill-{n}" for n in range(3)),
+        *(f"decode-{n}" for n in range(2)),
+    ]
+
+
+def test_secrets_are_never_printed(model: str) -> None:
+    for output in ("json", "table"):
+        result = serve("--model", model, "--api-key", "very-secret", "--dry-run", "--format", output)
+        assert result.exit_code == 0
+        assert "very-secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--device", "tpu"), "did you mean"),
+        (("--model", "/no/such/model"), "fix:"),
+        (("/no/such/file.yaml",), "no such file"),
+        (("--prefill", "0", "--decode", "0"), "no engine"),
+        (("--port", "many"), "--port"),
+        (("--frobnicate",), "--frobnicate"),
+        (("--enable-sleep-mode", "--no-enable-cumem-allocator"), "fix:"),
+    ],
+)
+def test_unusable_input_is_explained_with_code_2(model: str, arguments: tuple[str, ...], expected: str) -> None:
+    result = serve(*(() if "--model" in arguments else ("--model", model)), *arguments, "--dry-run")
+    assert result.exit_code == 2
+    assert expected in result.output
+    assert "Traceback" not in result.output
+    assert not result.exception or isinstance(result.exception, SystemExit)
+
+
+def test_a_busy_port_ends_with_code_1_before_anything_starts(model: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        result = serve("--model", model, "--port", str(port))
+    assert result.exit_code == 1
+    assert f"port {port}" in result.output
+
+
+def test_other_systems_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_startable(LaunchConfig(), platform="darwin")
+    assert raised.value.fix is not None
+    assert "container" in raised.value.fix
+
+
+def test_a_log_folder_that_cannot_be_made_is_named(model: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = serve("--model", model, "--port", "0", "--log-dir", str(tmp_path / "file" / "logs"))
+    assert result.exit_code == 2
+    assert "log_dir" in result.output

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pdlaunch.cli.live import LiveView, PlainView, make_view, ready_rows, render_ready, render_status
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
+
+ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
+
+
+def process(
+    name: str, state: ProcessState = ProcessState.STARTING, doing: str = "", fraction: float | None = None
+) -> ProcessStatus:
+    return ProcessStatus(name, "rank" if "/" in name else "server", state, 1, doing=doing, fraction=fraction)
+
+
+def starting(num_engines: int = 1) -> LaunchStatus:
+    processes = [
+        p
+        for n in range(num_engines)
+        for p in (
+            process(f"prefill-{n}/rank-0", doing="loading weights", fraction=0.4),
+            process(f"prefill-{n}", ProcessState.READY),
+        )
+    ]
+    return LaunchStatus(Phase.STARTING, tuple(processes), num_missing_pairs=1)
+
+
+def serving() -> LaunchStatus:
+    processes = tuple(
+        process(name, ProcessState.READY)
+        for name in ("prefill-0/rank-0", "decode-0/rank-0", "decode-0/rank-1", "prefill-0", "decode-0", "router")
+    )
+    pair = PairReady(
+        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, seconds=0.1, path="nixl/UCX", gigabytes_per_s=3.4
+    )
+    return LaunchStatus(Phase.READY, processes, pairs=(pair,), url="http://127.0.0.1:8000")
+
+
+def console(columns: int = 80, rows: int = 24, *, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=columns, height=rows, force_terminal=terminal, color_system=None)
+
+
+def printed(target: Console) -> str:
+    assert isinstance(target.file, io.StringIO)
+    return target.file.getvalue()
+
+
+@pytest.mark.parametrize("columns", [20, 40, 69, 70, 200])
+@pytest.mark.parametrize("rows", [4, 10, 50])
+@pytest.mark.parametrize("num_engines", [1, 40])
+def test_the_table_fits_any_terminal(columns: int, rows: int, num_engines: int) -> None:
+    target = console(columns, rows)
+    target.print(render_status(starting(num_engines), 12.0, columns, rows))
+    lines = printed(target).splitlines()
+    assert len(lines) <= rows - 1
+    assert all(len(line) <= columns for line in lines)
+
+
+def test_what_is_not_ready_is_shown_when_there_is_no_room_for_all() -> None:
+    target = console(80, 10)
+    target.print(render_status(starting(5), 1.0, 80, 10))
+    text = printed(target)
+    assert all(f"prefill-{n}/rank-0" in text for n in range(5))
+    assert "… and 3 more" in text
+
+
+def test_progress_is_shown_with_state_and_percentage() -> None:
+    target = console()
+    target.print(render_status(starting(), 3.0, 80, 24))
+    assert "loading weights 40%" in printed(target)
+    assert "starting · 3 s · 1 of 2 ready" in printed(target)
+
+
+def test_plain_lines_tell_each_change_once() -> None:
+    target = console()
+    view = PlainView(target, lambda status: list(ROWS), lambda: 0.0)
+    view.changed(starting())
+    view.changed(starting())
+    view.note("a very long note " * 20)
+    view.ready(serving())
+    lines = printed(target).splitlines()
+    assert lines[:2] == ["[   0.0 s] prefill-0/rank-0: starting, loading weights 40%", "[   0.0 s] prefill-0: ready"]
+    assert len(lines) == 6
+    assert lines[-1] == "  try        curl x -d y"
+    assert "\x1b" not in printed(target)
+
+
+def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
+    target = console(terminal=True)
+    view = LiveView(target, lambda status: list(ROWS), lambda: 0.0)
+    view.changed(starting())
+    view.ready(serving())
+    view.close()
+    last_screen = printed(target).rpartition("\x1b[2K")[2]
+    assert "pdlaunch is ready" in last_screen
+    assert "loading weights" not in last_screen
+
+
+def test_a_terminal_gets_the_table_and_everything_else_lines() -> None:
+    live = make_view(console(terminal=True), lambda status: [], lambda: 0.0)
+    live.close()
+    assert isinstance(live, LiveView)
+    assert isinstance(make_view(console(), lambda status: []), PlainView)
+    assert isinstance(make_view(console(rows=3, terminal=True), lambda status: []), PlainView)
+
+
+def test_the_panel_says_where_and_what_and_how_fast() -> None:
+    rows = dict(ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=True))
+    assert rows["URL"] == "http://127.0.0.1:8000"
+    assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
+    assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s"
+    assert "Authorization: Bearer YOUR_KEY" in rows["try"]
+
+
+def test_the_curl_line_of_the_panel_can_be_copied() -> None:
+    target = console(80)
+    target.print(render_ready(ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=False)))
+    text = printed(target)
+    assert "│" not in text
+    assert '-d \'{"model": "smollm2", "prompt": "The capital of France is"}\'\n' in "\n".join(
+        line.rstrip() for line in text.splitlines()
+    )
