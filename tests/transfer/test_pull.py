@@ -379,6 +379,40 @@ def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
     assert world.connector.peers == []
 
 
+def test_a_handshake_is_not_repeated_while_its_read_may_still_write(world):
+    holder = world.add()
+    world.fabric.stalled = True
+    world.peers.update([holder.entry()])
+    for _ in range(10):
+        world.turn()
+        world.clock.now += 5.0
+    assert "no answer to the first READ" in world.reports[0].error
+    assert world.connector.added == ["prefill-0/rank-0#1"]
+    world.fabric.stalled = False
+    world.fabric.land()
+    for _ in range(2):
+        world.turn()
+        world.clock.now += 5.0
+    world.turn()
+    assert isinstance(world.reports[-1], PairReady)
+    assert world.connector.added == ["prefill-0/rank-0#1"] * 2
+    assert world.connector.peers == ["prefill-0/rank-0#1"]
+
+
+def test_groups_without_blocks_to_pull_are_skipped(world, holder):
+    """A sliding window may have left every block that the holder still has, or all may be cached."""
+    granted = grant("r", [4, 5])
+    granted.block_ids.append([6])
+    granted.first_block_index.append(1)
+    holder.holder.grant(granted)
+    command = pull("p", holder.remote("r"), [1, 2])
+    command.block_ids.append([])
+    command.first_block_index.append(0)
+    world.pulls.start(command)
+    world.turn()
+    assert world.finished().ok
+
+
 def test_a_holder_with_another_engine_id_than_the_registry_is_not_used(world):
     holder = world.add()
     entry = holder.entry()

@@ -1,0 +1,103 @@
+"""The interface of a connector: what moves the bytes of KV blocks between ranks.
+
+A connector is used by one thread only, that of the ``TransferWorker``. It reads whole blocks, or heads of blocks, of a peer into
+local blocks, and it knows nothing of requests, leases or proofs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NewType
+
+import torch
+
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.side_channel import Geometry
+
+PeerHandle = NewType("PeerHandle", object)
+"""A peer's agent, its memory and connections, as the connector knows them."""
+ReadHandle = NewType("ReadHandle", object)
+"""A READ that was started and not yet released."""
+
+ReadState = Literal["pending", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMemory:
+    """What a rank lets others read."""
+
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the connector."""
+    scratch: torch.Tensor
+    """[num_bytes] uint8; a known pattern that peers read to prove the path."""
+    layout: KVCacheLayout
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """Which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads ``local_heads`` of ``local_blocks[i]``."""
+
+    local_blocks: Sequence[int]
+    remote_blocks: Sequence[int]
+    """As many as local blocks."""
+    local_heads: range
+    """Index within the rank."""
+    remote_heads: range
+    """Index within the peer's rank; as many as local heads."""
+
+
+class Connector(ABC):
+    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``."""
+
+    name: str
+    """As in the config."""
+    path: str
+    """What carries the bytes, for people: ``nixl/UCX``."""
+    agent_name: str
+    """Unique over ranks and incarnations."""
+
+    @abstractmethod
+    def open(self, memory: LocalMemory) -> None:
+        """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""
+
+    @abstractmethod
+    def agent_metadata(self) -> bytes:
+        """What a peer needs for ``add_peer``; the same until ``close``."""
+
+    @abstractmethod
+    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        """Get ready to read from a peer. Raises TransferError."""
+
+    @abstractmethod
+    def remove_peer(self, peer: PeerHandle) -> None:
+        """Forget a peer and its connections; its READs have ended and are released. Never raises."""
+
+    @abstractmethod
+    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        """Start to read at least one block and head; may block while the bytes are copied. Raises TransferError.
+
+        From here until ``poll`` says done or failed the READ may write to the local blocks, whatever else happens.
+        """
+
+    @abstractmethod
+    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+        """Start to read the peer's scratch into fresh memory, which lives as long as the READ. Raises TransferError."""
+
+    @abstractmethod
+    def poll(self, handle: ReadHandle) -> ReadState:
+        """Where a READ stands. After done or failed it writes no more."""
+
+    @abstractmethod
+    def release(self, handle: ReadHandle) -> None:
+        """Free a READ that is done or failed. Never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Deregister and let go of everything. READs that are pending are abandoned: the process is about to exit."""
+
+
+def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
+    """Kind of a tensor's memory and index of its device, 0 on a CPU."""
+    return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())

@@ -1,0 +1,139 @@
+"""The holder's side of the side channel: answers what pullers ask about this rank's leased blocks.
+
+Whatever is asked, the answer is a message; a question that makes no sense is refused and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdlaunch.errors import LeaseError
+from pdlaunch.protocol.side_channel import (
+    Compatibility,
+    Geometry,
+    GroupBlocks,
+    Handshake,
+    HandshakeReply,
+    Heartbeat,
+    HeartbeatReply,
+    PullBegin,
+    PullEnd,
+    PullEndReply,
+    PullReply,
+    Refused,
+    Release,
+    ToHolder,
+    ToPuller,
+)
+from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded
+from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.lease import LeaseTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HolderCard:
+    """What a handshake tells a puller about this rank."""
+
+    identity: RankIdentity
+    compatibility: Compatibility
+    geometry: Geometry
+    agent_name: str
+    agent_metadata: bytes
+
+
+class Holder:
+    """Leases of one rank and the answers about them. The transfer thread owns it."""
+
+    def __init__(self, card: HolderCard, hasher: BlockHasher | None, clock: Callable[[], float]) -> None:
+        """``hasher``: None when ``kv_transfer.verify`` is off."""
+        self._card = card
+        self._hasher = hasher
+        self._leases = LeaseTable(clock)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    def grant(self, command: GrantLease) -> None:
+        """Keep the blocks of a finished request for its readers, and state their checksums as of now."""
+        groups = [
+            GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=self._checksums(block_ids))
+            for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
+        ]
+        self._leases.grant(command, groups)
+
+    def end(self, command: EndLease) -> None:
+        """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
+        self._leases.cancel(command.request_id)
+
+    def take_ended(self) -> list[LeaseEnded]:
+        """Expire what is due; leases that have ended since the last call."""
+        self._leases.expire()
+        return [LeaseEnded(request_id=request_id, reason=reason) for request_id, reason in self._leases.take_ended()]
+
+    def next_deadline_s(self) -> float | None:
+        return self._leases.next_deadline_s()
+
+    def answer(self, message: ToHolder) -> ToPuller | None:
+        """The answer to a puller's message; None where it needs none."""
+        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
+        identity = self._card.identity
+        if asked != identity.engine_id:
+            reason = f"{identity.name} belongs to engine_id {identity.engine_id}, not to {asked}"
+            return None if isinstance(message, Release) else Refused(call_id=message.call_id, reason=reason)
+        try:
+            return self._answer(message)
+        except LeaseError as error:
+            assert not isinstance(message, Release)
+            return Refused(call_id=message.call_id, reason=f"{identity.name}: {error}")
+
+    def _answer(self, message: ToHolder) -> ToPuller | None:
+        match message:
+            case Handshake():
+                return self._introduce(message)
+            case PullBegin():
+                return self._begin(message)
+            case Heartbeat():
+                lease_s = self._leases.heartbeat(message.request_id, message.reader)
+                return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
+            case PullEnd():
+                held = self._leases.end(message.request_id, message.reader, again=message.again)
+                return PullEndReply(call_id=message.call_id, held=held)
+            case Release():
+                self._leases.release(message.request_id)
+                return None
+
+    def _introduce(self, message: Handshake) -> HandshakeReply:
+        logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)
+        card = self._card
+        return HandshakeReply(
+            call_id=message.call_id,
+            engine_id=card.identity.engine_id,
+            rank_name=card.identity.name,
+            incarnation=card.identity.incarnation,
+            tp_rank=card.identity.tp_rank,
+            tp_size=card.identity.tp_size,
+            compatibility=card.compatibility,
+            geometry=card.geometry,
+            agent_name=card.agent_name,
+            agent_metadata=card.agent_metadata,
+        )
+
+    def _begin(self, message: PullBegin) -> PullReply:
+        lease = self._leases.begin(message.request_id, message.reader, message.num_pullers)
+        return PullReply(
+            call_id=message.call_id,
+            num_tokens=lease.grant.num_tokens,
+            block_hashes=lease.grant.block_hashes,
+            groups=lease.groups,
+            lease_s=self._leases.remaining_s(lease),
+            first_tokens=lease.grant.first_tokens,
+        )
+
+    def _checksums(self, block_ids: list[int]) -> list[list[int]] | None:
+        return None if self._hasher is None else self._hasher.checksums(block_ids, slice(None))

@@ -1,0 +1,148 @@
+"""Leases: how long a prefill rank keeps the blocks of a finished request for its readers.
+
+::
+
+    grant ──> waiting ── begin(reader) ──> pulling ── end(reader) ──> ended: pulled      (every reader has had its share)
+                 │                            │
+                 ├── cancel: ended: released  ├── cancel, then end: ended: released
+                 └── deadline: ended: expired └── deadline: ended: expired
+
+A lease knows nothing of sockets or tensors, and asks the injected clock alone. Deadlines never leave this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+from pdlaunch.errors import LeaseError
+from pdlaunch.protocol.side_channel import GroupBlocks
+from pdlaunch.protocol.transfer import GrantLease
+
+EndReason = Literal["pulled", "released", "expired"]
+
+MAX_EXTENSIONS = 20
+"""A lease lives at most this many times ``lease_s``, however often it is extended."""
+MAX_OPEN_READERS = 4096
+"""Pulls of one lease that may be open at once."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """One finished request's blocks on this rank."""
+
+    grant: GrantLease
+    groups: list[GroupBlocks]
+    deadline_s: float
+    last_deadline_s: float
+    """No extension goes beyond this."""
+    open_readers: dict[str, int] = field(default_factory=dict)
+    """Pulls that have begun and not ended, with their number of pullers."""
+    served: Fraction = Fraction(0)
+    """Readers that have ended; one of k pullers of a reader counts 1/k."""
+    cancelled: bool = False
+
+
+class LeaseTable:
+    """All living leases of one rank. Not thread-safe: the transfer thread owns it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._leases: dict[str, Lease] = {}
+        self._ended: list[tuple[str, EndReason]] = []
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, grant: GrantLease, groups: list[GroupBlocks]) -> None:
+        """Take over the blocks of a finished request. Raises LeaseError when its id has a living lease."""
+        if grant.request_id in self._leases:
+            raise LeaseError(f"request {grant.request_id} has a lease already")
+        now = self._clock()
+        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, now + MAX_EXTENSIONS * grant.lease_s)
+
+    def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
+        """A pull begins; extends the lease. Beginning twice is the same as once. Raises LeaseError."""
+        lease = self._living(request_id)
+        if num_pullers < 1:
+            raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
+        if lease.cancelled:
+            raise LeaseError(f"request {request_id} was cancelled")
+        if len(lease.open_readers) >= MAX_OPEN_READERS:
+            raise LeaseError(f"request {request_id} has {MAX_OPEN_READERS} open pulls")
+        lease.open_readers[reader] = num_pullers
+        self._extend(lease)
+        return lease
+
+    def heartbeat(self, request_id: str, reader: str) -> float:
+        """A pull is still pending; returns the remaining seconds. Raises LeaseError."""
+        lease = self._living(request_id)
+        if reader not in lease.open_readers:
+            raise LeaseError(f"reader {reader} has no open pull of request {request_id}")
+        self._extend(lease)
+        return self.remaining_s(lease)
+
+    def end(self, request_id: str, reader: str, *, again: bool) -> bool:
+        """A pull has ended; returns whether the lease held since its begin. ``again``: the share waits for a later pull."""
+        self.expire()
+        lease = self._leases.get(request_id)
+        num_pullers = lease.open_readers.pop(reader, None) if lease is not None else None
+        if lease is None or num_pullers is None:
+            return False
+        if not again:
+            lease.served += Fraction(1, num_pullers)
+        if lease.served >= lease.grant.num_readers:
+            self._end(lease, "pulled")
+        elif lease.cancelled and not lease.open_readers:
+            self._end(lease, "released")
+        return True
+
+    def cancel(self, request_id: str) -> None:
+        """The request is not wanted any more: its lease ends now, or with the last open pull. Unknown ids are ignored."""
+        lease = self._leases.get(request_id)
+        if lease is None:
+            return
+        lease.cancelled = True
+        if not lease.open_readers:
+            self._end(lease, "released")
+
+    def release(self, request_id: str) -> None:
+        """A reader says that it will not come. With several readers the others may: then only the deadline ends the lease."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.grant.num_readers == 1 and not lease.open_readers:
+            self._end(lease, "released")
+
+    def expire(self) -> None:
+        """End the leases whose deadline has passed."""
+        now = self._clock()
+        for lease in [lease for lease in self._leases.values() if lease.deadline_s <= now]:
+            self._end(lease, "expired")
+
+    def take_ended(self) -> list[tuple[str, EndReason]]:
+        """Leases that have ended since the last call: their blocks belong to the engine again."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def remaining_s(self, lease: Lease) -> float:
+        return max(0.0, lease.deadline_s - self._clock())
+
+    def next_deadline_s(self) -> float | None:
+        """Clock time at which ``expire`` has something to do."""
+        return min((lease.deadline_s for lease in self._leases.values()), default=None)
+
+    def _living(self, request_id: str) -> Lease:
+        self.expire()
+        lease = self._leases.get(request_id)
+        if lease is None:
+            raise LeaseError(f"request {request_id} has no lease here: it has expired, ended or never was")
+        return lease
+
+    def _extend(self, lease: Lease) -> None:
+        extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_s)
+        lease.deadline_s = max(lease.deadline_s, extended)
+
+    def _end(self, lease: Lease, reason: EndReason) -> None:
+        del self._leases[lease.grant.request_id]
+        self._ended.append((lease.grant.request_id, reason))

@@ -1,0 +1,168 @@
+"""What the transfer thread does: ``receive -> advance -> publish``, once a turn. Single-threaded, with an injected clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.errors import LeaseError
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.control import Entry, ToSupervisor
+from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull, TransferCommand, TransferEvent
+from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.connector import Connector, LocalMemory
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
+from pdlaunch.transfer.holder import Holder, HolderCard
+from pdlaunch.transfer.peer import PeerSetup
+from pdlaunch.transfer.peer_table import new_peer_table
+from pdlaunch.transfer.pull import Puller
+from pdlaunch.transfer.pull_table import PullTable
+from pdlaunch.transfer.side_channel import HolderSocket, PullerSocket
+
+LONGEST_SLEEP_S = 60.0
+
+_READ_SLEEPS_S = ((0.002, 0.0), (0.1, 0.001), (2.0, 0.005))
+"""While a READ is younger than the first, sleep the second between two looks at it: short READs end without delay, a stalled one
+costs next to nothing."""
+_STALLED_READ_SLEEP_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """The KV cache of this rank and its place in the model."""
+
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous."""
+    layout: KVCacheLayout
+    model_digest: str
+    total_kv_heads: int
+    first_kv_head: int
+
+
+class TransferLoop:
+    """Leases, peers and pulls of one rank. Made by the transfer thread, used by it alone."""
+
+    def __init__(
+        self,
+        *,
+        context: SecureContext,
+        holder_socket: HolderSocket,
+        spec: EngineSpec,
+        identity: RankIdentity,
+        memory: RankMemory,
+        connector: Connector,
+        report: Callable[[ToSupervisor], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """Opens the connector. Raises TransferError."""
+        self._clock = clock
+        self._socket = holder_socket
+        self._connector = connector
+        self._events: list[TransferEvent] = []
+        local = LocalMemory(memory.kv_cache, _new_scratch(connector.agent_name, memory.kv_cache.device), memory.layout)
+        connector.open(local)
+        compatibility = compatibility_of(
+            spec,
+            memory.layout,
+            memory.kv_cache.dtype,
+            model_digest=memory.model_digest,
+            total_kv_heads=memory.total_kv_heads,
+            connector=connector.name,
+        )
+        hasher = BlockHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
+        geometry = geometry_of(local, memory.first_kv_head)
+        card = HolderCard(identity, compatibility, geometry, connector.agent_name, connector.agent_metadata())
+        self._holder = Holder(card, hasher, clock)
+        setup = PeerSetup(
+            identity=identity,
+            compatibility=compatibility,
+            head_bytes=memory.layout.head_bytes,
+            connector=connector,
+            open_channel=lambda endpoint: PullerSocket(context, endpoint),
+            handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
+            clock=clock,
+            report=report,
+        )
+        self._peers = new_peer_table(setup, eager=spec.role == "decode")
+        puller = Puller(
+            engine_id=identity.engine_id,
+            tp_rank=identity.tp_rank,
+            first_kv_head=memory.first_kv_head,
+            head_bytes=memory.layout.head_bytes,
+            hasher=hasher,
+            clock=clock,
+            emit=self._events.append,
+        )
+        self._pulls = PullTable(puller, self._peers)
+
+    def execute(self, command: TransferCommand) -> None:
+        """Take a command of the scheduler; what comes of it shows as events."""
+        match command:
+            case GrantLease():
+                self._grant(command)
+            case EndLease():
+                self._holder.end(command)
+            case StartPull():
+                self._pulls.start(command)
+            case CancelPull():
+                self._pulls.cancel(command)
+
+    def update_registry(self, entries: Sequence[Entry]) -> None:
+        self._peers.update(entries)
+
+    def turn(self) -> list[TransferEvent]:
+        """Receive what has arrived and do what is due; returns what has happened."""
+        for identity, message in self._socket.receive():
+            answer = self._holder.answer(message)
+            if answer is not None:
+                self._socket.send(identity, answer)
+        self._peers.advance()
+        self._pulls.advance()
+        self._events += self._holder.take_ended()
+        events = self._events[:]
+        self._events.clear()
+        return events
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Add every socket that may have something to receive."""
+        poller.register(self._socket.socket, zmq.POLLIN)
+        for peer in self._peers.all():
+            if peer.channel is not None:
+                poller.register(peer.channel.socket, zmq.POLLIN)
+
+    def sleep_s(self) -> float:
+        """How long nothing is due, messages aside."""
+        now_s = self._clock()
+        deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s()]
+        deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
+        if (lease_s := self._holder.next_deadline_s()) is not None:
+            deadlines_s.append(lease_s)
+        reads_s = [started_s for peer in self._peers.all() if (started_s := peer.youngest_read_s) is not None]
+        if reads_s:
+            deadlines_s.append(now_s + _read_sleep_s(now_s - max(reads_s)))
+        return max(0.0, min(deadlines_s) - now_s)
+
+    def close(self) -> None:
+        """Let go of peers and memory; READs that are pending are abandoned, the process is about to exit."""
+        for peer in self._peers.all():
+            peer.lose("this rank is closing")
+        self._connector.close()
+
+    def _grant(self, command: GrantLease) -> None:
+        try:
+            self._holder.grant(command)
+        except LeaseError as error:
+            raise AssertionError(str(error)) from error
+
+
+def _new_scratch(agent_name: str, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(scratch_pattern(agent_name)), dtype=torch.uint8).to(device)
+
+
+def _read_sleep_s(age_s: float) -> float:
+    return next((sleep_s for limit_s, sleep_s in _READ_SLEEPS_S if age_s < limit_s), _STALLED_READ_SLEEP_S)

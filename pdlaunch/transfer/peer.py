@@ -1,0 +1,365 @@
+"""A peer: one incarnation of one holder rank, as seen by this rank.
+
+::
+
+    idle ── want ──> asking ── compatible ──> probing ── pattern equal ──> ready
+      any of them ── time-out, refusal, failed READ ──> waiting ── back-off over ──> asking
+      any of them ── the engines do not fit ──> incompatible        (final)
+      any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+
+from pdlaunch.errors import HandshakeError, TransferError
+from pdlaunch.protocol.control import PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.side_channel import (
+    Compatibility,
+    Geometry,
+    Handshake,
+    HandshakeReply,
+    Refused,
+    ToHolder,
+    ToPuller,
+)
+from pdlaunch.transfer.connector import BlockRead, Connector, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.handshake import RankIdentity, check_geometry, compare, scratch_pattern
+from pdlaunch.transfer.pull import LinkStatus
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.25
+LONGEST_BACKOFF_S = 5.0
+
+
+class Channel(Protocol):
+    """The puller's end of a side channel."""
+
+    socket: Any
+    """For the poller."""
+
+    def send(self, message: ToHolder) -> None: ...
+
+    def receive(self) -> list[ToPuller]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """A holder rank as the registry shows it."""
+
+    identity: RankIdentity
+    endpoint: str
+    """Of its side channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSetup:
+    """What all peers of this rank share."""
+
+    identity: RankIdentity
+    """Of this rank."""
+    compatibility: Compatibility
+    head_bytes: int
+    connector: Connector
+    open_channel: Callable[[str], Channel]
+    """From an endpoint."""
+    handshake_timeout_s: float
+    clock: Callable[[], float]
+    report: Callable[[ToSupervisor], None]
+
+
+class _State(Enum):
+    IDLE = auto()
+    ASKING = auto()
+    PROBING = auto()
+    READY = auto()
+    WAITING = auto()
+    INCOMPATIBLE = auto()
+    LOST = auto()
+
+
+_STATUS: dict[_State, LinkStatus] = {
+    _State.READY: "ready",
+    _State.INCOMPATIBLE: "incompatible",
+    _State.LOST: "lost",
+}
+
+
+@dataclass(slots=True)
+class _Probe:
+    """A READ of the peer's scratch: the first proves the path, the second is timed."""
+
+    handle: ReadHandle
+    landing: torch.Tensor
+    started_s: float
+    warm: bool
+
+
+class Peer:
+    """Handshake, connection and READs of one peer; a ``HolderLink`` for its pulls."""
+
+    def __init__(self, address: PeerAddress, setup: PeerSetup) -> None:
+        self.address = address
+        self.name = address.identity.name
+        self.error = "no handshake yet"
+        self.channel: Channel | None = None
+        self._setup = setup
+        self._state = _State.IDLE
+        self._call_ids = itertools.count(1)
+        self._calls: dict[int, Callable[[ToPuller], None]] = {}
+        self._agent: PeerHandle | None = None
+        self._old_agents: list[PeerHandle] = []
+        self._geometry: Geometry | None = None
+        self._reads: dict[int, float] = {}
+        """Start of every READ that is not released, by id of its handle."""
+        self._probe: _Probe | None = None
+        self._old_probes: list[_Probe] = []
+        self._agent_name = ""
+        self._asked_s = 0.0
+        self._deadline_s = float("inf")
+        self._num_failures = 0
+
+    @property
+    def status(self) -> LinkStatus:
+        return _STATUS.get(self._state, "connecting")
+
+    @property
+    def geometry(self) -> Geometry:
+        assert self._geometry is not None
+        return self._geometry
+
+    @property
+    def closed(self) -> bool:
+        """Lost, and no READ can write any more."""
+        return self._state is _State.LOST and not self._reads
+
+    @property
+    def youngest_read_s(self) -> float | None:
+        """Clock time at which the last of the unfinished READs began."""
+        return max(self._reads.values(), default=None)
+
+    def next_deadline_s(self) -> float:
+        """Clock time at which ``advance`` has something to do, READs and messages aside."""
+        return self._deadline_s
+
+    def want(self) -> None:
+        """Somebody needs this peer: shake hands, unless that is done or under way."""
+        if self._state is _State.IDLE:
+            self._start_handshake()
+
+    def lose(self, reason: str) -> None:
+        """The registry no longer shows this incarnation: its process is gone."""
+        self.error = reason
+        self._disconnect()
+        self._state = _State.LOST
+        self._deadline_s = float("inf")
+
+    def reconnect(self) -> None:
+        """A READ has failed: the connection is not to be trusted, make a new one."""
+        if self._state is _State.READY:
+            self._retry_later("a READ has failed")
+
+    def advance(self) -> None:
+        """Receive and do what is due; never waits."""
+        if self.channel is not None:
+            for message in self.channel.receive():
+                self._on_message(message)
+        self._release_old()
+        if self._state is _State.PROBING:
+            self._guard(self._poll_probe)
+        if self._setup.clock() >= self._deadline_s:
+            self._on_deadline()
+
+    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> None:
+        call_id = next(self._call_ids)
+        if on_reply is not None:
+            self._calls[call_id] = on_reply
+        if self.channel is not None:
+            self.channel.send(build(call_id))
+
+    def start_read(self, read: BlockRead) -> ReadHandle:
+        """Raises TransferError."""
+        assert self._agent is not None
+        handle = self._setup.connector.start_read(self._agent, read)
+        self._reads[id(handle)] = self._setup.clock()
+        return handle
+
+    def poll(self, handle: ReadHandle) -> ReadState:
+        return self._setup.connector.poll(handle)
+
+    def release(self, handle: ReadHandle) -> None:
+        self._setup.connector.release(handle)
+        del self._reads[id(handle)]
+        self._remove_old_agents()
+
+    def _start_handshake(self) -> None:
+        setup, peer = self._setup, self.address.identity
+        self._state = _State.ASKING
+        self._asked_s = setup.clock()
+        self._deadline_s = self._asked_s + setup.handshake_timeout_s
+        self.channel = setup.open_channel(self.address.endpoint)
+        self.ask(
+            lambda call_id: Handshake(
+                call_id=call_id,
+                engine_id=setup.identity.engine_id,
+                rank_name=setup.identity.name,
+                incarnation=setup.identity.incarnation,
+                expected_engine_id=peer.engine_id,
+                compatibility=setup.compatibility,
+                agent_metadata=setup.connector.agent_metadata(),
+            ),
+            lambda reply: self._guard(lambda: self._on_handshake_reply(reply)),
+        )
+
+    def _on_message(self, message: ToPuller) -> None:
+        """Answers to calls that nobody waits for any more are dropped."""
+        on_reply = self._calls.pop(message.call_id, None)
+        if on_reply is not None:
+            on_reply(message)
+
+    def _on_handshake_reply(self, reply: ToPuller) -> None:
+        if self._state is not _State.ASKING:
+            return
+        if isinstance(reply, Refused):
+            raise TransferError(f"{self.name} at {self.address.endpoint} refused: {reply.reason}")
+        if not isinstance(reply, HandshakeReply):
+            raise TransferError(f"{self.name} answered the handshake with {type(reply).__name__}")
+        self._check_identity(reply)
+        local = self._setup.identity.name
+        compare(self._setup.compatibility, reply.compatibility, local=local, peer=self.name)
+        check_geometry(reply, head_bytes=self._setup.head_bytes, total_kv_heads=self._setup.compatibility.num_kv_heads)
+        self._geometry = reply.geometry
+        self._agent_name = reply.agent_name
+        self._agent = self._setup.connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
+        self._state = _State.PROBING
+        self._start_probe(warm=False)
+
+    def _check_identity(self, reply: HandshakeReply) -> None:
+        """Who answers is who the registry named. A mere restart in between is settled by the next registry."""
+        expected = self.address.identity
+        for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
+            wanted, found = getattr(expected, field), getattr(reply, field)
+            if wanted != found:
+                raise TransferError(
+                    f"{field}: the registry shows {wanted!r} for {self.name} at {self.address.endpoint}, "
+                    f"{reply.rank_name} answers with {found!r}"
+                )
+
+    def _start_probe(self, *, warm: bool) -> None:
+        assert self._agent is not None
+        started_s = self._setup.clock()
+        handle, landing = self._setup.connector.start_scratch_read(self._agent)
+        self._reads[id(handle)] = started_s
+        self._probe = _Probe(handle, landing, started_s, warm)
+        self._poll_probe()
+
+    def _poll_probe(self) -> None:
+        probe = self._probe
+        assert probe is not None
+        state = self.poll(probe.handle)
+        if state == "pending":
+            return
+        elapsed_s = self._setup.clock() - probe.started_s
+        self._probe = None
+        self.release(probe.handle)
+        if state == "failed":
+            raise TransferError(f"the first READ from {self.name} failed")
+        if probe.landing.cpu().numpy().tobytes() != scratch_pattern(self._agent_name):
+            raise TransferError(f"the first READ from {self.name} brought wrong bytes")
+        if probe.warm:
+            self._be_ready(probe.landing.numel() / 1e9 / elapsed_s if elapsed_s > 0 else None)
+        else:
+            self._start_probe(warm=True)
+
+    def _be_ready(self, gigabytes_per_s: float | None) -> None:
+        setup = self._setup
+        self._state = _State.READY
+        self._deadline_s = float("inf")
+        self._num_failures = 0
+        self.error = ""
+        seconds = setup.clock() - self._asked_s
+        logger.info("%s is ready to be read over %s after %.3f s", self.name, setup.connector.path, seconds)
+        setup.report(
+            PairReady(
+                local=setup.identity.name,
+                peer=self.name,
+                peer_incarnation=self.address.identity.incarnation,
+                seconds=seconds,
+                path=setup.connector.path,
+                gigabytes_per_s=gigabytes_per_s,
+            )
+        )
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run a step of the handshake; what it raises decides how the handshake goes on."""
+        try:
+            step()
+        except HandshakeError as error:
+            self._give_up(error)
+        except TransferError as error:
+            self._retry_later(str(error))
+
+    def _give_up(self, error: HandshakeError) -> None:
+        self.error = str(error)
+        logger.error("handshake with %s: %s", self.name, error)
+        self._disconnect()
+        self._state = _State.INCOMPATIBLE
+        self._deadline_s = float("inf")
+        self._setup.report(PairFailed(local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True))
+
+    def _retry_later(self, reason: str) -> None:
+        self.error = reason
+        backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0**self._num_failures)
+        self._num_failures += 1
+        logger.warning("%s; next handshake in %.2f s", reason, backoff_s)
+        self._disconnect()
+        self._state = _State.WAITING
+        self._deadline_s = self._setup.clock() + backoff_s
+        self._setup.report(PairFailed(local=self._setup.identity.name, peer=self.name, error=reason, fatal=False))
+
+    def _on_deadline(self) -> None:
+        if self._state is _State.WAITING and self._old_agents:
+            # The peer's agent cannot be added twice, and cannot be removed while a READ may still write.
+            self._deadline_s = self._setup.clock() + LONGEST_BACKOFF_S
+        elif self._state is _State.WAITING:
+            self._start_handshake()
+        else:
+            doing = "to the handshake" if self._state is _State.ASKING else "to the first READ"
+            timeout_s = self._setup.handshake_timeout_s
+            self._retry_later(f"no answer {doing} from {self.name} at {self.address.endpoint} within {timeout_s:g} s")
+
+    def _disconnect(self) -> None:
+        """No new use of this connection. Its agent stays only as long as a READ may still write."""
+        self._calls.clear()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self._probe is not None:
+            self._old_probes.append(self._probe)
+            self._probe = None
+        if self._agent is not None:
+            self._old_agents.append(self._agent)
+            self._agent = None
+        self._release_old()
+
+    def _release_old(self) -> None:
+        for probe in [probe for probe in self._old_probes if self.poll(probe.handle) != "pending"]:
+            self._old_probes.remove(probe)
+            self.release(probe.handle)
+        self._remove_old_agents()
+
+    def _remove_old_agents(self) -> None:
+        if self._reads:
+            return
+        while self._old_agents:
+            self._setup.connector.remove_peer(self._old_agents.pop())

@@ -1,0 +1,118 @@
+"""All peers of this rank, kept equal to the registry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pdlaunch.errors import HandshakeError, TransferError
+from pdlaunch.protocol.control import Entry, PairFailed
+from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.mapping import Source, map_sources
+from pdlaunch.transfer.peer import Peer, PeerAddress, PeerSetup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTable:
+    """Peers by name. A new incarnation is a new peer; the old one is lost at once and kept while a READ may still write."""
+
+    setup: PeerSetup
+    eager: bool
+    """Shake hands with every prefill rank as soon as the registry shows it, not at the first pull."""
+    peers: dict[str, Peer]
+    lost: list[Peer]
+
+    def update(self, entries: Iterable[Entry]) -> None:
+        """The registry has changed."""
+        ranks = [entry for entry in entries if entry.kind == "rank" and entry.engine != self.setup.identity.engine]
+        leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
+        addresses: dict[str, PeerAddress] = {}
+        wanted: set[str] = set()
+        for entry in ranks:
+            leader = leaders.get(entry.engine)
+            if leader is None or not entry.engine_id or not entry.address.side_channel:
+                continue
+            if entry.engine_id != leader.engine_id:
+                self._report_disagreement(entry, leader)
+                continue
+            addresses[entry.name] = _address_of(entry)
+            if self.eager and entry.role == "prefill":
+                wanted.add(entry.name)
+        self._replace(addresses)
+        for name in wanted:
+            self.peers[name].want()
+
+    def all(self) -> list[Peer]:
+        """Those in the registry, and those that a READ still keeps."""
+        return [*self.peers.values(), *self.lost]
+
+    def advance(self) -> None:
+        """Let every peer do what is due."""
+        for peer in self.all():
+            peer.advance()
+        self.lost[:] = [peer for peer in self.lost if not peer.closed]
+
+    def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
+        """The ranks of an engine that this rank pulls from, wanted from now on.
+
+        Raises TransferError when the engine or one of these ranks is not in the registry, or does not fit.
+        """
+        ranks = {
+            peer.address.identity.tp_rank: peer for peer in self.peers.values() if peer.address.identity.engine_id == engine_id
+        }
+        if not ranks:
+            raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
+        own = self.setup.identity
+        sources = map_sources(
+            num_kv_heads=self.setup.compatibility.num_kv_heads,
+            holder_tp_size=next(iter(ranks.values())).address.identity.tp_size,
+            puller_tp_size=own.tp_size,
+            puller_tp_rank=own.tp_rank,
+        )
+        missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
+        if missing:
+            raise TransferError(f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry")
+        for source in sources:
+            ranks[source.tp_rank].want()
+        return [(source, ranks[source.tp_rank]) for source in sources]
+
+    def _replace(self, addresses: dict[str, PeerAddress]) -> None:
+        for name, peer in list(self.peers.items()):
+            if addresses.get(name) != peer.address:
+                logger.info("%s, incarnation %d, is gone", name, peer.address.identity.incarnation)
+                peer.lose(f"incarnation {peer.address.identity.incarnation} of {name} is gone")
+                self.lost.append(self.peers.pop(name))
+        for name, address in addresses.items():
+            if name not in self.peers:
+                self.peers[name] = Peer(address, self.setup)
+
+    def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
+        """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ for a moment."""
+        error = HandshakeError(
+            f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
+            f"{entry.name} at {entry.address.side_channel} has {entry.engine_id}"
+        )
+        logger.error("%s", error)
+        fatal = entry.incarnation == leader.incarnation
+        local = self.setup.identity.name
+        self.setup.report(PairFailed(local=local, peer=entry.name, error=str(error), fatal=fatal))
+
+
+def new_peer_table(setup: PeerSetup, *, eager: bool) -> PeerTable:
+    """A table without peers."""
+    return PeerTable(setup, eager, {}, [])
+
+
+def _address_of(entry: Entry) -> PeerAddress:
+    identity = RankIdentity(
+        name=entry.name,
+        engine=entry.engine,
+        engine_id=entry.engine_id,
+        incarnation=entry.incarnation,
+        tp_rank=entry.tp_rank,
+        tp_size=entry.tp_size,
+    )
+    return PeerAddress(identity, entry.address.side_channel)

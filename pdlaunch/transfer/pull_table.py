@@ -1,0 +1,46 @@
+"""All pulls of this rank that have not closed."""
+
+from __future__ import annotations
+
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.transfer import CancelPull, PullFinished, StartPull
+from pdlaunch.transfer.peer_table import PeerTable
+from pdlaunch.transfer.pull import Pull, Puller
+
+
+class PullTable:
+    """Starts, drives and cancels pulls."""
+
+    def __init__(self, puller: Puller, peers: PeerTable) -> None:
+        self._puller = puller
+        self._peers = peers
+        self._pulls: dict[str, Pull] = {}
+
+    def __len__(self) -> int:
+        return len(self._pulls)
+
+    def start(self, command: StartPull) -> None:
+        """Begin a pull. The holder is found in the registry by its engine_id: the request's host and port are not trusted."""
+        assert command.pull_id not in self._pulls
+        try:
+            links = self._peers.sources_of(command.remote.engine_id)
+        except TransferError as error:
+            self._puller.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error), retryable=False))
+            return
+        self._pulls[command.pull_id] = Pull(command, list(links), self._puller)
+
+    def cancel(self, command: CancelPull) -> None:
+        """Unknown pulls have ended already."""
+        if (pull := self._pulls.get(command.pull_id)) is not None:
+            pull.cancel()
+
+    def advance(self) -> None:
+        """Let every pull do what can be done now."""
+        for pull in list(self._pulls.values()):
+            pull.advance()
+            if pull.closed:
+                del self._pulls[pull.command.pull_id]
+
+    def next_deadline_s(self) -> float:
+        """Clock time at which ``advance`` has something to do, READs and messages aside."""
+        return min((pull.next_deadline_s() for pull in self._pulls.values()), default=float("inf"))

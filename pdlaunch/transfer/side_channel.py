@@ -1,0 +1,89 @@
+"""The two ends of the side channel as typed sockets. Each belongs to the transfer thread.
+
+Frames are schema-checked by the codec; what is malformed is dropped, counted and logged, and hurts nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import zmq
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.protocol.side_channel import ToHolder, ToPuller, to_holder, to_puller
+from pdlaunch.protocol.sockets import SecureContext
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGES_A_TURN = 256
+"""So that one talkative peer cannot keep the thread from its other work."""
+
+
+class HolderSocket:
+    """ROUTER of the rank that holds blocks."""
+
+    def __init__(self, context: SecureContext, endpoint: str) -> None:
+        """Binds at once; ``endpoint`` is then where peers reach it."""
+        self.socket: Any
+        self.socket, self.endpoint = context.listen(zmq.ROUTER, endpoint)
+
+    def receive(self) -> list[tuple[bytes, ToHolder]]:
+        """What has arrived, with the identity to answer to; never blocks."""
+        received = []
+        for frames in _receive_ready(self.socket):
+            try:
+                if len(frames) != 2:
+                    raise ProtocolError(f"{len(frames)} frames instead of 2")
+                received.append((frames[0], to_holder.decode(frames[1])))
+            except ProtocolError as error:
+                logger.warning("dropped a message on the side channel: %s", error)
+        return received
+
+    def send(self, identity: bytes, message: ToPuller) -> None:
+        """Answer a peer; lost when it is gone."""
+        try:
+            self.socket.send_multipart([identity, to_puller.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.warning("an answer on the side channel was lost: %s", error)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class PullerSocket:
+    """DEALER to one rank that holds blocks."""
+
+    def __init__(self, context: SecureContext, endpoint: str) -> None:
+        self.socket: Any = context.connect(zmq.DEALER, endpoint)
+
+    def receive(self) -> list[ToPuller]:
+        """What has arrived; never blocks."""
+        received = []
+        for frames in _receive_ready(self.socket):
+            try:
+                received.append(to_puller.decode(frames[-1]))
+            except ProtocolError as error:
+                logger.warning("dropped an answer on the side channel: %s", error)
+        return received
+
+    def send(self, message: ToHolder) -> None:
+        """Queue a message; lost when the peer has stopped reading for long."""
+        try:
+            self.socket.send(to_holder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("a message on the side channel was lost: the peer does not read")
+
+    def close(self) -> None:
+        """What is still queued gets half a second to leave."""
+        self.socket.close()
+
+
+def _receive_ready(socket: Any) -> list[list[bytes]]:
+    found: list[list[bytes]] = []
+    try:
+        while len(found) < MAX_MESSAGES_A_TURN:
+            found.append(socket.recv_multipart(zmq.NOBLOCK))
+    except zmq.Again:
+        return found
+    return found
