@@ -32,6 +32,7 @@ _STYLES = {
 }
 CONTINUATION = " \\\n  "
 """Of a shell command over several lines."""
+_PERCENT_EVERY_S = 5.0
 _BAR_FROM_COLUMNS = 70
 """Narrower terminals get the percentage without a bar."""
 
@@ -44,16 +45,15 @@ class PlainView:
         self._summary = summary
         self._clock = clock
         self._start_s = clock()
-        self._shown: dict[str, str] = {}
+        self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
+        """By process: what was last printed, and when."""
 
     def changed(self, status: LaunchStatus) -> None:
         if status.phase not in (Phase.PREPARING, Phase.STARTING):
             return
         for process in status.processes:
-            line = f"{process.name}: {_doing(process)}"
-            if self._shown.get(process.name) != line and process.state is not ProcessState.PLANNED:
-                self._shown[process.name] = line
-                self._print(line)
+            if process.state is not ProcessState.PLANNED and self._is_news(process):
+                self._print(f"{process.name}: {_doing(process)}")
 
     def ready(self, status: LaunchStatus) -> None:
         self._print("ready")
@@ -65,6 +65,16 @@ class PlainView:
 
     def close(self) -> None:
         """Nothing to restore."""
+
+    def _is_news(self, process: ProcessStatus) -> bool:
+        """A new state or activity, or a percentage after a while."""
+        said = (process.state, process.doing)
+        before, at_s = self._said.get(process.name, (None, 0.0))
+        now_s = self._clock()
+        if said == before and (process.fraction is None or now_s - at_s < _PERCENT_EVERY_S):
+            return False
+        self._said[process.name] = (said, now_s)
+        return True
 
     def _print(self, line: str) -> None:
         elapsed = f"[{self._clock() - self._start_s:6.1f} s]"

@@ -91,6 +91,16 @@ def test_plain_lines_tell_each_change_once() -> None:
     assert "\x1b" not in printed(target)
 
 
+def test_plain_percentages_come_every_few_seconds() -> None:
+    target = console()
+    now_s = 0.0
+    view = PlainView(target, lambda status: [], lambda: now_s)
+    for percent in range(0, 100, 10):
+        view.changed(LaunchStatus(Phase.STARTING, (process("router", doing="loading", fraction=percent / 100),)))
+        now_s += 1.0
+    assert [line.rpartition(" ")[2] for line in printed(target).splitlines()] == ["0%", "50%"]
+
+
 def test_the_live_table_leaves_no_trace_but_the_panel() -> None:
     target = console(terminal=True)
     view = LiveView(target, lambda status: list(ROWS), lambda: 0.0)
