@@ -53,6 +53,7 @@ class Generation:
         self._handover: Handover | None = None
         self._first_token_sent = False
         self._decode_has_answered = False
+        self._lease_taken = False
         self._tried: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
         self._num_decode_failures = 0
@@ -130,16 +131,18 @@ class Generation:
                 raise
 
     async def _stream_from(self, engine: Engine, attempt: int) -> None:
-        prompt, extra = self._prompt, self._decode_extra()
+        prompt, extra = self._prompt, self._decode_extra(engine)
         if "resume" in extra:
             self._hops.metrics.migrated()
             logger.info("%s goes on at %s after %d tokens", prompt.request_id, engine.name, self.transcript.num_tokens)
+        pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
         body = prompt.decode_body(extra)
         with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
             async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
                 while (chunk := await stream.next_chunk()) is not None:
                     await self._tell(engine, chunk)
                     self._decode_has_answered = True
+                    self._lease_taken |= pulls
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
         self._hops.pool.succeeded(engine)
@@ -153,11 +156,14 @@ class Generation:
         if has_news:
             await self._sink.chunk(self._prompt, self.transcript, chunk)
 
-    def _decode_extra(self) -> dict[str, Any]:
+    def _decode_extra(self, engine: Engine) -> dict[str, Any]:
         """What the next decode engine is given besides the client's body."""
         if self._must_resume():
             return {"resume": self.transcript.resume_field()}
-        return {} if self._handover is None else self._handover.decode_params(first_token_sent=self._first_token_sent)
+        if self._handover is None:
+            return {}
+        params = self._handover.decode_params(engine, first_token_sent=self._first_token_sent)
+        return {} if params is None else {"kv_transfer_params": params}
 
     def _must_resume(self) -> bool:
         return self._decode_has_answered and self.transcript.has_tokens
@@ -222,7 +228,7 @@ class Generation:
 
     def _release_untaken_lease(self) -> None:
         handover = self._handover
-        if handover is None or handover.lease_id is None or self._decode_has_answered:
+        if handover is None or handover.lease_id is None or self._lease_taken:
             return
         if handover.engine.capabilities.gives_first_token:
             self._hops.metrics.released()

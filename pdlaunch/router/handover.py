@@ -36,14 +36,19 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         request_id = None if self.params is None else self.params.get("remote_request_id")
         return request_id if isinstance(request_id, str) else None
 
-    def decode_params(self, *, first_token_sent: bool) -> dict[str, Any]:
-        """What the decode engine is given; empty when there is nothing to pull."""
-        if self.params is None:
-            return {}
+    def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
+        """The ``kv_transfer_params`` for ``engine``; None: it computes the prompt as if it were the first.
+
+        Blocks are handed to decode engines; others stand in for them (this one too) with the first tokens alone.
+        """
+        if self.params is None or (engine.role != "decode" and not first_token_sent):
+            return None
         if not first_token_sent:
-            return {"kv_transfer_params": self.params}
+            return self.params
         ours = self.params["pdlaunch"] | {"first_token_sent": True}
-        return {"kv_transfer_params": self.params | {"pdlaunch": ours}}
+        if engine.role != "decode":
+            return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": ours}
+        return self.params | {"pdlaunch": ours}
 
 
 def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:

@@ -84,6 +84,11 @@ class Stand:
         lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(name)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
+    def die_after(self, engine: FakeEngine, num_chunks: int, *, num_told: int) -> None:
+        """Break its stream once the router has passed on ``num_told`` tokens."""
+        engine.die_after = num_chunks
+        engine.may_die = lambda: self.metric("pdlaunch_generation_tokens_total") >= num_told
+
 
 class Answer:
     def __init__(self, status: int, headers: Mapping[str, str], raw: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -70,7 +71,9 @@ class FakeEngine:
         self.holding = asyncio.Event()
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
+        self.may_die: Callable[[], bool] = lambda: True
         self.healthy = True
+        self.probed = asyncio.Event()
         self.hands_over = True
         self.url = ""
         self._runner: web.AppRunner | None = None
@@ -178,6 +181,9 @@ class FakeEngine:
                 self.holding.set()
                 await self.go.wait()
             if num_sent == self.die_after:
+                # What a dead connection still held is lost: wait until the router has read what the test counts on.
+                while not self.may_die():
+                    await asyncio.sleep(0)
                 request.transport.abort()
                 raise ConnectionResetError
             if num_sent == self.error_after:
@@ -195,6 +201,7 @@ class FakeEngine:
         return web.json_response({"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.probed.set()
         return web.Response(status=200 if self.healthy else 503)
 
     async def _release(self, request: web.Request) -> web.Response:

@@ -1,0 +1,297 @@
+"""Engines that fail, hang, refuse or come back: the client gets one right answer or one clear error."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.router.conftest import SPEC, Stand, pair, pairs
+from tests.router.fake_engine import expected_tokens
+from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text, logprob_tokens
+
+
+def make_body(path: str, **fields: Any) -> tuple[dict[str, Any], object]:
+    """A body and its prompt."""
+    return (chat(**fields), MESSAGES) if path == CHAT else (completion(**fields), "hello")
+
+
+@pytest.mark.parametrize("how", ["gone", "status", "breaks"])
+async def test_another_prefill_engine_takes_over(stand: Stand, how: str) -> None:
+    engines = pairs(2)
+    await stand.start(engines)
+    first = stand.engines["prefill-0"]
+    if how == "gone":
+        await first.stop()
+    elif how == "status":
+        first.status = 500
+    else:
+        first.die_after = 0
+    answer = await stand.post(completion())
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert len(stand.engines["prefill-1"].seen) == 1
+    assert stand.metric("pdlaunch_router_retries_total") == 1
+    # Its back-off keeps the next request away.
+    num_seen = len(first.seen)
+    await stand.post(completion())
+    assert len(first.seen) == num_seen
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_without_prefill_engines_decode_does_all(stand: Stand, stream: bool) -> None:
+    prefill, decode = pair()
+    prefill.status = 500
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=stream))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert "kv_transfer_params" not in decode.seen[0].body
+    assert stand.metric("pdlaunch_router_fallbacks_total") == 1
+    stand.publish(without=["prefill-0"])
+    answer = await stand.post(completion(stream=stream))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+
+
+async def test_without_decode_engines_prefill_does_all(stand: Stand) -> None:
+    await stand.start(pair())
+    stand.publish(without=["decode-0"])
+    answer = await stand.post(completion())
+    assert answer.texts() == {0: expected_text("hello", 6)}
+
+
+@pytest.mark.parametrize("how", ["gone", "status", "breaks"])
+async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params(stand: Stand, how: str) -> None:
+    await stand.start(pairs(2))
+    first, second = stand.engines["decode-0"], stand.engines["decode-1"]
+    if how == "gone":
+        await first.stop()
+    elif how == "status":
+        first.status = 503
+    else:
+        first.die_after = 0
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert answer.finish_reasons() == {0: ["length"]}
+    assert second.seen[0].body["kv_transfer_params"]["pdlaunch"]["first_token_sent"] is True
+    assert stand.metric("pdlaunch_router_migrations_total") == 0
+
+
+@pytest.mark.parametrize("how", ["breaks", "error event"])
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_goes_on_at_another_engine(stand: Stand, how: str, path: str, stream: bool, n: int) -> None:
+    await stand.start(pairs(2))
+    first, second = stand.engines["decode-0"], stand.engines["decode-1"]
+    if how == "breaks":
+        stand.die_after(first, 3, num_told=3 + n)
+    else:
+        first.error_after = 3
+    body, prompt = make_body(path, stream=stream, n=n, logprobs=True if path == CHAT else 1)
+    answer = await stand.post(body, path=path)
+    assert answer.texts() == {choice: expected_text(prompt, 6, choice=choice) for choice in range(n)}
+    if n == 1:
+        assert logprob_tokens(answer) == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
+    resume = second.seen[0].body["resume"]
+    assert sum(map(len, resume["choices"])) == 3 + n
+    assert "kv_transfer_params" not in second.seen[0].body
+    assert stand.metric("pdlaunch_router_migrations_total") == 1
+    if stream:
+        assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
+
+
+async def test_choices_that_are_over_are_told_so_to_the_next_engine(stand: Stand) -> None:
+    engines = pairs(2)
+    for engine in engines:
+        engine.ends = {0: 1, 1: 2}
+    await stand.start(engines)
+    stand.die_after(stand.engines["decode-0"], 3, num_told=6)
+    answer = await stand.post(completion(stream=True, n=3))
+    first, second, third = stand.engines["decode-1"].seen[0].body["resume"]["choices"]
+    assert first[-1]["finish_reason"] == second[-1]["finish_reason"] == "stop"
+    assert len(third) > 1
+    assert "finish_reason" not in third[-1]
+    assert answer.texts()[2] == expected_text("hello", 6, choice=2)
+
+
+async def test_a_stream_waits_for_the_restarted_engine(stand: Stand) -> None:
+    prefill, decode = pair()
+    await stand.start([prefill, decode])
+    stand.die_after(decode, 2, num_told=3)
+    request = asyncio.ensure_future(stand.post(completion(stream=True)))
+    while not decode.seen:
+        await asyncio.sleep(0)
+    stand.publish(without=["prefill-0", "decode-0"])
+    while not stand.metric("pdlaunch_router_engine_failures_total"):
+        await asyncio.sleep(0)
+    decode.die_after = None
+    decode.rank_incarnation = 2
+    stand.publish(without=["prefill-0"])
+    answer = await request
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert "resume" in decode.seen[1].body
+    assert decode.seen[1].headers["X-Request-Id"] != decode.seen[0].headers["X-Request-Id"]
+
+
+async def test_the_prefill_engine_can_finish_what_decode_began(stand: Stand) -> None:
+    prefill, decode = pair()
+    await stand.start([prefill, decode])
+    stand.die_after(decode, 2, num_told=3)
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    assert "resume" in prefill.seen[1].body
+
+
+async def test_a_prefill_engine_that_stands_in_does_not_pull_from_itself(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.status = 503
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    params = prefill.seen[1].body["kv_transfer_params"]
+    assert params["do_remote_prefill"] is False
+    assert params["pdlaunch"]["first_token_sent"] is True
+    await prefill.release_event.wait()
+    assert not prefill.leases
+
+
+async def test_engines_that_cannot_resume_end_in_a_clear_error(stand: Stand) -> None:
+    engines = pair(ours=False)
+    await stand.start(engines, recovery_wait_s=0.05)
+    stand.die_after(engines[1], 2, num_told=2)
+    streamed = await stand.post(completion(stream=True))
+    assert streamed.status == 200
+    assert streamed.texts() == {0: expected_text("hello", 2)}
+    assert streamed.events()[-1]["error"]["code"] == "engine_failed"
+    engines[1].incarnation = 2
+    stand.publish()
+    stand.die_after(engines[1], 2, num_told=4)
+    whole = await stand.post(completion())
+    assert whole.status == 503
+    assert "Retry-After" in whole.headers
+
+
+async def test_an_engine_that_fails_every_time_is_not_asked_for_ever(stand: Stand) -> None:
+    engines = pairs(5)
+    for engine in engines:
+        engine.status = 500
+    await stand.start(engines)
+    answer = await stand.post(completion())
+    assert answer.status == 502
+    assert sum(len(engine.seen) for engine in engines) == 8
+
+
+async def test_an_engines_refusal_is_passed_on_unchanged(stand: Stand) -> None:
+    await stand.start(pair())
+    for stream in (True, False):
+        answer = await stand.post(completion(temperature=-1, stream=stream))
+        assert answer.status == 400
+        assert answer.json()["error"]["message"] == "temperature must not be negative"
+    assert not stand.engines["decode-0"].seen
+
+
+async def test_a_refusal_after_the_first_token_is_an_event(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.status = 400
+    decode.error_body = b'{"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": null}}'
+    await stand.start([prefill, decode])
+    answer = await stand.post(completion(stream=True))
+    assert answer.status == 200
+    assert answer.events()[-1] == msgspec.json.decode(decode.error_body)
+    whole = await stand.post(completion())
+    assert (whole.status, whole.raw) == (400, decode.error_body)
+    await stand.hops.settled()
+    assert not prefill.leases
+
+
+async def test_busy_engines_are_passed_over_and_in_the_end_said_so(stand: Stand) -> None:
+    engines = pairs(2)
+    await stand.start(engines)
+    for name in ("prefill-0", "decode-0"):
+        stand.engines[name].status = 429
+    assert (await stand.post(completion())).texts() == {0: expected_text("hello", 6)}
+    for engine in engines:
+        engine.status = 429
+    answer = await stand.post(completion())
+    assert answer.status == 429
+    assert stand.metric("pdlaunch_router_engine_failures_total") == 0
+
+
+async def test_an_answer_that_has_begun_waits_for_room(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.status = 429
+    await stand.start([prefill, decode])
+    prefill_only = stand.engines["prefill-0"]
+    async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
+        await response.content.readuntil(b"\n\n")
+        prefill_only.status = 429
+        while len(decode.seen) < 3:
+            await asyncio.sleep(0)
+        decode.status = None
+        rest = await response.read()
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
+async def test_no_ready_engine_is_503(stand: Stand) -> None:
+    await stand.start(pair())
+    stand.publish(starting=["prefill-0", "decode-0"])
+    answer = await stand.post(completion())
+    assert answer.status == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    assert answer.json()["error"]["code"] == "no_engine_ready"
+
+
+async def test_a_silent_engine_that_is_not_healthy_is_left(stand: Stand) -> None:
+    engines = pairs(2)
+    await stand.start(engines, stall_s=0.05)
+    stand.engines["prefill-0"].hold_prefill = True
+    stand.engines["prefill-0"].healthy = False
+    stand.engines["decode-0"].hold_after = 2
+    stand.engines["decode-0"].healthy = False
+    answer = await stand.post(completion(stream=True))
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    await stand.engines["decode-0"].aborted.wait()
+    await stand.engines["prefill-0"].aborted.wait()
+
+
+async def test_a_silent_engine_that_is_healthy_is_waited_for(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 2
+    await stand.start([prefill, decode], stall_s=0.02)
+    request = asyncio.ensure_future(stand.post(completion(stream=True)))
+    await decode.holding.wait()
+    await decode.probed.wait()
+    decode.go.set()
+    assert (await request).texts() == {0: expected_text("hello", 6)}
+    assert len(decode.seen) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 2
+    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=0.3))
+    answer = await stand.post(completion(stream=stream))
+    if stream:
+        assert answer.events()[-1]["error"]["code"] == "request_timeout"
+    else:
+        assert answer.status == 503
+        assert "Retry-After" in answer.headers
+    await decode.aborted.wait()
+
+
+async def test_one_failing_prompt_of_a_list_ends_the_others(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 0
+    await stand.start([prefill, decode])
+    request = asyncio.ensure_future(stand.post(completion(prompt=["a", "b"], stream=True)))
+    await decode.holding.wait()
+    while len(decode.seen) < 2:
+        await asyncio.sleep(0)
+    prefill.status = 500
+    await decode.stop()
+    stand.publish(without=["decode-0", "prefill-0"])
+    stand.hops.recovery = msgspec.structs.replace(stand.hops.recovery, wait_s=0.0)
+    answer = await request
+    assert "error" in answer.events()[-1]
