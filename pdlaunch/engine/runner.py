@@ -17,6 +17,7 @@ from pdlaunch.engine.sampler import SampleRow, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.models.kv_memory import allocate_kv_cache
 from pdlaunch.models.loader import load_model
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
@@ -61,7 +62,7 @@ class ModelRunner:
         )
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
-        self.kv_cache = torch.zeros((self.num_blocks, *self.layout.block_shape()), dtype=dtype, device=self._device)
+        self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self._device)
         self._attention = TorchAttention(self.layout, self.kv_cache)
         self._rows = self._new_rows()
 

@@ -22,8 +22,9 @@ from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are taken as 0. Source: vLLM."""
-NUCLEUS_GUESS_TOKENS = 1024
-"""Tokens that are looked at first for top_p: a partial sort of so many is far cheaper than one of the vocabulary."""
+NUCLEUS_GUESS_TOKENS = 256
+"""Tokens that are looked at first for top_p (then 16 times as many, and so on): sorting the vocabulary costs 25 times as much."""
+CPU_SLICE_LOGITS = 256 * 1024
 
 _SEED_MASK = 2**64 - 1
 
@@ -70,7 +71,7 @@ def draw_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> list[TokenOutput
     token_ids = changed.argmax(dim=-1)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
     if sampled:
-        token_ids[sampled] = _sample(changed[sampled], [rows[index] for index in sampled])
+        token_ids[sampled] = _sample_in_slices(changed, sampled, rows)
     outputs = [TokenOutput(token_id=token_id) for token_id in token_ids.tolist()]
     for index, row in enumerate(rows):
         if row.sampling.num_top_logprobs is not None:
@@ -119,13 +120,20 @@ def _to_index(token_ids: IntArray, logits: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(token_ids).to(logits.device)
 
 
+def _sample_in_slices(logits: torch.Tensor, sampled: list[int], rows: list[SampleRow]) -> torch.Tensor:
+    """Token ids of the rows ``sampled``. On a CPU a few rows at once: temporaries that fit the cache are four times as fast."""
+    at_once = max(1, CPU_SLICE_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(sampled)
+    slices = [sampled[start : start + at_once] for start in range(0, len(sampled), at_once)]
+    return torch.cat([_sample(logits[indices], [rows[index] for index in indices]) for indices in slices])
+
+
 def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     """``logits``: [num_rows, vocab_size]; returns token ids [num_rows]."""
     scaled = logits / _column([row.sampling.temperature for row in rows], logits)
     scaled = _keep_min_p(scaled, rows)
     scaled = _keep_top_k(scaled, rows)
     scaled = _keep_top_p(scaled, rows)
-    cumulated = scaled.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cumulated = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     draws = [uniform(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
     total = cumulated[:, -1:]
     # The product may round up to the total, which no token's interval holds.
@@ -159,21 +167,21 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     limited = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
     if not limited:
         return logits
-    probabilities = logits.softmax(dim=-1, dtype=torch.float64)
-    wanted = _column([rows[index].sampling.top_p for index in limited], probabilities)
+    probabilities = logits.softmax(dim=-1)
     least = torch.zeros_like(probabilities[:, :1])
-    least[limited] = _nucleus_edge(probabilities[limited], wanted, min(NUCLEUS_GUESS_TOKENS, logits.shape[-1]))
+    for index in limited:
+        least[index] = _nucleus_edge(probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS)
     return logits.masked_fill(probabilities < least, float("-inf"))
 
 
-def _nucleus_edge(probabilities: torch.Tensor, wanted: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """[num_rows, 1]: the smallest probability in the nucleus of each row."""
-    best = probabilities.topk(num_tokens).values
-    cumulated = best.cumsum(dim=-1)
-    if num_tokens < probabilities.shape[-1] and bool((cumulated[:, -1:] < wanted).any()):
-        return _nucleus_edge(probabilities, wanted, probabilities.shape[-1])
-    last = torch.searchsorted(cumulated, wanted).clamp(max=num_tokens - 1)
-    return best.gather(1, last)
+def _nucleus_edge(probabilities: torch.Tensor, wanted: float, num_tokens: int) -> torch.Tensor:
+    """``probabilities``: [vocab_size]; the smallest one in the nucleus."""
+    best = probabilities.topk(min(num_tokens, len(probabilities))).values
+    cumulated = best.cumsum(dim=-1, dtype=torch.float64)
+    if num_tokens < len(probabilities) and float(cumulated[-1]) < wanted:
+        return _nucleus_edge(probabilities, wanted, num_tokens * 16)
+    last = int((cumulated < wanted).sum())
+    return best[min(last, len(best) - 1)]
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
