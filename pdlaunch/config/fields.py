@@ -51,6 +51,14 @@ def is_secret(path: str) -> bool:
     return parent in all_fields() and _SECRET_NAME.search(name) is not None
 
 
+def split_path(path: str) -> list[str]:
+    """Parts of a dotted path; the entry of a mapping may hold dots itself."""
+    for field in all_fields().values():
+        if field.is_mapping and path.startswith(f"{field.path}."):
+            return [*field.path.split("."), path.removeprefix(f"{field.path}.")]
+    return path.split(".")
+
+
 def known_names(section: str) -> list[str]:
     """Names that may stand in a section of the file."""
     return list(sections()[section].model_fields)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pdlaunch.config.fields import all_fields, is_secret
+from pdlaunch.config.fields import all_fields, is_secret, split_path
 from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.names import VARIABLE_PREFIX, flag_name, variable_paths
@@ -139,7 +139,7 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
     """The models' word on the merged values; what they refuse is added to ``problems``."""
     tree: dict[str, Any] = {}
     for path, item in given.items():
-        *parents, name = _split(path)
+        *parents, name = split_path(path)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -152,14 +152,6 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
     except ValidationError as error:
         problems += [_from_pydantic(detail, given) for detail in error.errors(include_url=False)]
         return None
-
-
-def _split(path: str) -> list[str]:
-    """Parts of a dotted path; the entry of a mapping may hold dots itself."""
-    for field in all_fields().values():
-        if field.is_mapping and path.startswith(f"{field.path}."):
-            return [*field.path.split("."), path.removeprefix(f"{field.path}.")]
-    return path.split(".")
 
 
 def _takes_bool(path: str) -> bool:

@@ -1,0 +1,327 @@
+"""PD1xx: options that contradict each other or the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import ROLES, Context
+from pdlaunch.checks.rule import Found, rule
+
+CUDA_BLOCK_STEP_TOKENS = 16
+_LOOPBACK = ("127.", "localhost", "::1")
+
+
+@rule(
+    "PD101",
+    "error",
+    fix="Set prefill.replicas and decode.replicas to 1 or more.",
+    source="The plan of a launch.",
+)
+def no_engine(context: Context) -> Iterator[Found]:
+    """There is no engine at all.
+
+    With no prefill and no decode engine nothing can answer a request.
+    """
+    if not context.engines:
+        yield Found("prefill.replicas", "prefill.replicas and decode.replicas are both 0")
+
+
+@rule(
+    "PD102",
+    "error",
+    fix="Give both roles at least one engine.",
+    source="The plan of a launch.",
+)
+def role_without_peer(context: Context) -> Iterator[Found]:
+    """A role has engines, but the other role has none.
+
+    Prefill hands its KV blocks to decode: without a peer nothing is handed over, and one role does the work of both.
+    """
+    if len(context.engines) == 1:
+        (present,) = context.engines
+        absent = next(role for role in ROLES if role != present)
+        count = context.engines[present].replicas
+        yield Found(f"{absent}.replicas", f"there are {count} {present} engines, but no {absent} engine")
+
+
+@rule(
+    "PD103",
+    "error",
+    fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported family.",
+    source="The model's own config.json.",
+)
+def model_unusable(context: Context) -> Iterator[Found]:
+    """The model cannot be found or cannot be served.
+
+    Every engine would end while it loads the model.
+    """
+    for engine in context.engines.values():
+        if engine.model.error is not None:
+            yield Found(engine.where("model"), str(engine.model.error), engine.model.error.fix)
+
+
+@rule(
+    "PD104",
+    "error",
+    fix="Choose a tensor_parallel_size that divides both numbers.",
+    source="Megatron-style tensor parallelism.",
+    needs=("model",),
+)
+def tp_splits_heads(context: Context) -> Iterator[Found]:
+    """tensor_parallel_size does not divide the attention heads of the model.
+
+    Tensor parallelism gives every rank the same number of attention heads, and an equal part of the inner size.
+    """
+    for engine, shape in context.shapes():
+        numbers = {"attention heads": shape.num_attention_heads, "intermediate_size": shape.intermediate_size}
+        for name, number in numbers.items():
+            if number % engine.tp_size:
+                yield Found(
+                    f"{engine.role}.tensor_parallel_size",
+                    f"tensor_parallel_size {engine.tp_size} does not divide the model's {number} {name}",
+                )
+
+
+@rule(
+    "PD105",
+    "error",
+    fix="Choose a tensor_parallel_size that divides the number of KV heads, or a multiple of it.",
+    source="pdlaunch's KV layout: heads first, one region a head.",
+    needs=("model",),
+)
+def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
+    """tensor_parallel_size does not fit the KV heads of the model.
+
+    A rank holds whole KV heads. They are shared out evenly, or each is replicated on equally many ranks; nothing else
+    works.
+    """
+    for engine, shape in context.shapes():
+        heads, size = shape.num_kv_heads, engine.tp_size
+        if heads % size and size % heads:
+            sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0 and shape.num_attention_heads % n == 0]
+            yield Found(
+                f"{engine.role}.tensor_parallel_size",
+                f"tensor_parallel_size {size} does not fit the model's {heads} KV heads",
+                f"choose {', '.join(sizes)} or a multiple of {heads}",
+            )
+
+
+@rule(
+    "PD106",
+    "error",
+    fix="Lower max_model_len, or leave it out.",
+    source="max_position_embeddings of the model's config.json.",
+    needs=("model",),
+)
+def max_len_over_model(context: Context) -> Iterator[Found]:
+    """max_model_len is over what the model was made for.
+
+    Positions beyond max_position_embeddings have no meaning to the model: it answers with noise.
+    """
+    for engine, shape in context.shapes():
+        wanted, limit = engine.settings.max_model_len, shape.max_position_embeddings
+        if wanted is not None and wanted > limit:
+            message = f"max_model_len {wanted} is over the model's {limit} positions"
+            yield Found(engine.where("max_model_len"), message, f"set it to {limit} or less, or leave it out")
+
+
+@rule(
+    "PD107",
+    "error",
+    fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
+    source="vLLM: after its lease the late read succeeds, and decode answers wrong text with HTTP 200 (measured).",
+)
+def lease_too_short(context: Context) -> Iterator[Found]:
+    """The lease on prefill's blocks is shorter than the longest transfer.
+
+    When a lease ends, prefill gives the blocks to other requests. Heartbeats extend it while a pull runs; when they do
+    not get through, a pull that is still allowed to go on reads what belongs to somebody else, and the prompt is computed
+    again.
+    """
+    transfer = context.config.kv_transfer
+    if context.pair() and transfer.lease_s <= transfer.pull_timeout_s:
+        yield Found(
+            "kv_transfer.lease_s",
+            f"blocks are leased for {transfer.lease_s:g} s, but a pull may take {transfer.pull_timeout_s:g} s",
+            f"set lease_s above {transfer.pull_timeout_s:g}, or pull_timeout_s below {transfer.lease_s:g}",
+        )
+
+
+@rule(
+    "PD108",
+    "error",
+    fix="Use a multiple of 16; 64 or 128 move faster.",
+    source="The paged variants of FlashAttention.",
+    needs=("gpus",),
+)
+def block_size_not_allowed(context: Context) -> Iterator[Found]:
+    """block_size is not allowed by the attention backend of the device.
+
+    Paged attention kernels on CUDA read the KV cache in tiles of 16 tokens.
+    """
+    for engine in context.on("cuda"):
+        size = engine.settings.block_size
+        if size % CUDA_BLOCK_STEP_TOKENS:
+            message = f"block_size {size} is no multiple of {CUDA_BLOCK_STEP_TOKENS}, which CUDA needs"
+            rounded = max(1, round(size / CUDA_BLOCK_STEP_TOKENS)) * CUDA_BLOCK_STEP_TOKENS
+            yield Found(engine.where("block_size"), message, f"set it to {rounded}")
+
+
+@rule(
+    "PD109",
+    "warning",
+    fix="Lower block_size.",
+    source="pdlaunch's KV cache.",
+    needs=("model",),
+)
+def block_longer_than_request(context: Context) -> Iterator[Found]:
+    """A KV block is longer than the longest request.
+
+    Only whole blocks are cached, leased and handed over in full: with one block a request the prefix cache finds nothing.
+    """
+    for engine in context.engines.values():
+        longest = engine.max_model_len
+        if longest is not None and engine.settings.block_size > longest:
+            message = f"block_size {engine.settings.block_size} is over the longest request of {longest} tokens"
+            yield Found(engine.where("block_size"), message)
+
+
+@rule(
+    "PD110",
+    "warning",
+    fix="Raise max_num_batched_tokens, or lower max_num_seqs.",
+    source="Continuous batching.",
+)
+def budget_below_batch(context: Context) -> Iterator[Found]:
+    """The token budget of a step is smaller than the largest batch.
+
+    A decode step computes one token for every running request: requests beyond the budget wait, whatever max_num_seqs
+    says.
+    """
+    for engine in context.engines.values():
+        budget, batch = engine.max_num_batched_tokens, engine.settings.max_num_seqs
+        if budget < batch:
+            message = f"max_num_batched_tokens {budget} is less than max_num_seqs {batch}"
+            yield Found(engine.where("max_num_batched_tokens"), message)
+
+
+@rule(
+    "PD111",
+    "warning",
+    fix="Remove kv_transfer.verify: off; it is meant for measuring.",
+    source="NIXL 1.5.1: a READ of deregistered memory ends as DONE (measured).",
+)
+def not_verified(context: Context) -> Iterator[Found]:
+    """Pulled KV blocks are not verified.
+
+    Without checksums a block that was overwritten while it was read is used, and the answer is wrong with HTTP 200.
+    """
+    if context.pair() and not context.config.kv_transfer.verify:
+        yield Found("kv_transfer.verify", "kv_transfer.verify is off: wrong KV blocks would be used unnoticed")
+
+
+@rule(
+    "PD112",
+    "warning",
+    fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
+    source="Common sense.",
+)
+def open_without_key(context: Context) -> Iterator[Found]:
+    """The API listens beyond this machine without a key.
+
+    Whoever reaches the port can use the engines, and read what the prefix cache tells by its timing.
+    """
+    config = context.config
+    if config.api_key is None and not config.host.startswith(_LOOPBACK):
+        yield Found("host", f"the API listens on {config.host} and asks for no key")
+
+
+@rule(
+    "PD113",
+    "warning",
+    fix="Raise limits.request_timeout_s, or lower kv_transfer.pull_timeout_s or pull_attempts.",
+    source="The life of a request.",
+)
+def request_shorter_than_pulls(context: Context) -> Iterator[Found]:
+    """A request ends before a failed transfer can be made good.
+
+    Decode recomputes the prompt after its last pull has failed. A request that may live no longer than the pulls take
+    never gets there.
+    """
+    transfer, limit = context.config.kv_transfer, context.config.limits.request_timeout_s
+    longest = transfer.pull_timeout_s * transfer.pull_attempts
+    if context.pair() and limit <= longest:
+        message = f"a request lives {limit:g} s, its pulls may take {transfer.pull_attempts} x {transfer.pull_timeout_s:g} s"
+        yield Found("limits.request_timeout_s", message)
+
+
+@rule(
+    "PD114",
+    "warning",
+    fix="Remove it.",
+    source="How the KV cache is sized.",
+)
+def without_effect(context: Context) -> Iterator[Found]:
+    """A setting has no effect on this set-up.
+
+    What is set and then ignored gives a wrong idea of what runs.
+    """
+    for engine in context.engines.values():
+        where = engine.where("gpu_memory_utilization")
+        if not context.given(where):
+            continue
+        if engine.device == "cpu":
+            yield Found(where, "gpu_memory_utilization does nothing on a CPU; kv_cache_memory sizes the KV cache")
+        elif engine.settings.kv_cache_memory is not None:
+            yield Found(where, "gpu_memory_utilization does nothing beside kv_cache_memory, which sizes the KV cache")
+
+
+@rule(
+    "PD115",
+    "warning",
+    fix="Lower num_threads, or leave it out: the cores are then shared evenly.",
+    source="Measured on 2 cores.",
+)
+def too_many_threads(context: Context) -> Iterator[Found]:
+    """The ranks use more CPU threads than there are cores.
+
+    Threads that wait for a core spin: a step then takes many times as long.
+    """
+    engines = [engine for engine in context.on("cpu") if engine.settings.num_threads is not None]
+    threads = sum(engine.num_ranks * (engine.settings.num_threads or 0) for engine in engines)
+    cores = len(context.machine.cpus)
+    if engines and threads > cores and any((engine.settings.num_threads or 0) > 1 for engine in engines):
+        shares = " + ".join(f"{engine.num_ranks} {engine.role} ranks x {engine.settings.num_threads}" for engine in engines)
+        yield Found(engines[0].where("num_threads"), f"{shares} = {threads} threads on {cores} cores")
+
+
+@rule(
+    "PD116",
+    "warning",
+    fix="Make startup_timeout_s longer than kv_transfer.handshake_timeout_s.",
+    source="The start of a launch.",
+)
+def startup_shorter_than_handshake(context: Context) -> Iterator[Found]:
+    """The handshake may take longer than the whole start.
+
+    The start is given up before a slow handshake has had its time, and the reason is lost.
+    """
+    start, handshake = context.config.startup_timeout_s, context.config.kv_transfer.handshake_timeout_s
+    if context.pair() and start <= handshake:
+        yield Found("startup_timeout_s", f"startup_timeout_s {start:g} is not over handshake_timeout_s {handshake:g}")
+
+
+@rule(
+    "PD117",
+    "info",
+    fix="Remove load_format.",
+    source="load_format.",
+)
+def dummy_weights(context: Context) -> Iterator[Found]:
+    """The weights are random.
+
+    load_format: dummy is for benchmarks: the answers have no meaning.
+    """
+    for engine in context.engines.values():
+        if engine.settings.load_format == "dummy":
+            yield Found(engine.where("load_format"), "load_format is dummy: the answers have no meaning")

@@ -1,0 +1,308 @@
+"""PD2xx: the memory options, and whether everything fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context, Engine
+from pdlaunch.checks.footprint import footprint, longest_request_tokens, ranks_by_gpu
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.memory_options import contradicts, memory_options
+from pdlaunch.config.sizes import format_size
+from pdlaunch.platform.allocator_conf import read_expandable_segments
+
+_TORCH = "torch 2.13.0, libc10: compared with the installed library."
+
+
+@rule(
+    "PD201",
+    "error",
+    fix="Remove enable_cumem_allocator (sleep mode turns it on), or switch enable_sleep_mode off.",
+    source="The CUDA driver's virtual memory management.",
+)
+def sleep_without_allocator(context: Context) -> Iterator[Found]:
+    """Sleep mode is on, and the CuMem allocator that it needs is off.
+
+    Sleep frees the physical memory behind weights and KV cache and keeps the addresses; only CuMem pools can.
+    """
+    for engine in context.engines.values():
+        if contradicts(engine.settings):
+            message = "enable_sleep_mode is on, but enable_cumem_allocator is false"
+            yield Found(engine.where("enable_cumem_allocator"), message)
+
+
+@rule(
+    "PD202",
+    "error",
+    fix="Remove enable_cumem_allocator, or run on a CUDA device.",
+    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
+    needs=("gpus", "cumem"),
+)
+def allocator_unsupported(context: Context) -> Iterator[Found]:
+    """The CuMem allocator is not supported on the current platform.
+
+    It needs a CUDA driver with virtual memory management on every device. It is never silently left out: what relies on
+    it (sleep, sharing with peers) would fail later.
+    """
+    for engine in context.engines.values():
+        if engine.settings.enable_cumem_allocator and (reason := _no_cumem(context, engine)):
+            message = f"cumem allocator is not supported on the current platform: {reason}"
+            yield Found(engine.where("enable_cumem_allocator"), message)
+
+
+@rule(
+    "PD203",
+    "error",
+    fix="Switch enable_sleep_mode off, or run on a CUDA device.",
+    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
+    needs=("gpus", "cumem"),
+)
+def sleep_unsupported(context: Context) -> Iterator[Found]:
+    """Sleep mode is not supported on the current platform.
+
+    Sleep mode needs the CuMem allocator, and that a CUDA driver with virtual memory management on every device.
+    """
+    for engine in context.engines.values():
+        if engine.settings.enable_sleep_mode and (reason := _no_cumem(context, engine)):
+            message = f"sleep mode is not supported on the current platform: cumem allocator is not supported: {reason}"
+            yield Found(engine.where("enable_sleep_mode"), message)
+
+
+def _no_cumem(context: Context, engine: Engine) -> str | None:
+    if engine.device == "cpu":
+        detail = "" if context.machine.cumem.available else f" ({context.machine.cumem.reason})"
+        return f"the engines run on a CPU{detail}"
+    return None if context.machine.cumem.available else context.machine.cumem.reason
+
+
+@rule(
+    "PD204",
+    "error",
+    fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: --enable-cumem-allocator or "
+    "--enable-sleep-mode.",
+    source=f"Measured on two H200s with NIXL 1.5.1. {_TORCH}",
+)
+def expandable_segments(context: Context) -> Iterator[Found]:
+    """A KV connector is used together with torch's expandable_segments.
+
+    Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at 0.6 GB/s instead of 392 GB/s
+    between two NVLink GPUs, without an error. CuMem pools switch expandable segments off for their own allocations. The
+    setting is read as torch does: PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF, the first
+    that is set (even if empty) alone, contrary to a comment in torch's header; white space does not count, the last of
+    repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses them (PD205).
+    """
+    for engine in context.engines.values() if context.pair() else ():
+        setting = read_expandable_segments(engine.environ)
+        if setting.enabled and not contradicts(engine.settings) and not memory_options(engine.settings).cumem_allocator:
+            yield Found(
+                f"environment {setting.variable}",
+                f"{setting.variable} switches expandable_segments on, which connector "
+                f"{context.config.kv_transfer.connector} cannot move fast",
+                f"take expandable_segments out of {setting.variable}, or use --enable-cumem-allocator or --enable-sleep-mode",
+            )
+
+
+@rule(
+    "PD205",
+    "error",
+    fix="Write expandable_segments:True or expandable_segments:False.",
+    source=_TORCH,
+)
+def allocator_value_refused(context: Context) -> Iterator[Found]:
+    """torch refuses the value of expandable_segments.
+
+    torch reads `True` and `False` only. With `true` or `1` the process ends with a ValueError when it first allocates.
+    """
+    for engine in context.engines.values():
+        setting = read_expandable_segments(engine.environ)
+        if setting.refused is not None:
+            message = f"expandable_segments:{setting.refused[:40]!a} is neither True nor False"
+            yield Found(f"environment {setting.variable}", message)
+
+
+@rule(
+    "PD206",
+    "warning",
+    fix="Keep one of them.",
+    source=_TORCH,
+)
+def several_allocator_variables(context: Context) -> Iterator[Found]:
+    """Several variables configure torch's allocator, and torch reads one of them.
+
+    The order is PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF; the others are ignored as a
+    whole, not merged.
+    """
+    for engine in context.engines.values():
+        setting = read_expandable_segments(engine.environ)
+        values = {engine.environ[name] for name in (setting.variable, *setting.ignored) if name is not None}
+        if len(values) > 1:
+            ignored = " and ".join(setting.ignored)
+            yield Found(f"environment {setting.ignored[0]}", f"torch reads {setting.variable} and ignores {ignored}")
+
+
+@rule(
+    "PD207",
+    "error",
+    fix="Use more ranks, a smaller dtype, a smaller max_model_len or kv_cache_memory, or a larger gpu_memory_utilization.",
+    source="The model's config.json and the driver.",
+    needs=("model", "gpus", "gpu_memory"),
+)
+def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
+    """Weights, activations and KV cache do not fit into the memory of a GPU.
+
+    The engine would end with an out-of-memory error, at start or under load.
+    """
+    for index, ranks in ranks_by_gpu(context).items():
+        memory = context.machine.gpus[index].memory_bytes
+        for engine in ranks:
+            needed = footprint(engine)
+            if memory is None or needed is None:
+                continue
+            share = engine.settings.gpu_memory_utilization
+            budget = memory if engine.settings.kv_cache_memory else int(memory * share)
+            if needed.total_bytes(engine) > budget:
+                what = format_size(memory) if budget == memory else f"{share:g} x {format_size(memory)} = {format_size(budget)}"
+                message = f"a {engine.role} rank needs {needed.arithmetic(engine)}, GPU {index} gives {what}"
+                yield Found(f"{engine.role}.tensor_parallel_size", message)
+
+
+@rule(
+    "PD208",
+    "error",
+    fix="Raise kv_cache_memory, or lower max_model_len.",
+    source="Number of KV blocks against the longest request.",
+    needs=("model",),
+)
+def kv_cache_too_small(context: Context) -> Iterator[Found]:
+    """The KV cache cannot hold one request of max_model_len.
+
+    A request that needs more blocks than there are can never run: it is refused although it is within max_model_len.
+    """
+    for engine in context.engines.values():
+        if engine.settings.max_model_len is not None:
+            yield from _too_small(engine)
+
+
+@rule(
+    "PD209",
+    "warning",
+    fix="Set max_model_len to what fits, or raise kv_cache_memory.",
+    source="Number of KV blocks against the longest request.",
+    needs=("model",),
+)
+def kv_cache_below_model(context: Context) -> Iterator[Found]:
+    """The KV cache cannot hold a request as long as the model allows.
+
+    With max_model_len left to the model, longer requests than the KV cache holds are refused one by one.
+    """
+    for engine in context.engines.values():
+        if engine.settings.max_model_len is None:
+            yield from _too_small(engine)
+
+
+def _too_small(engine: Engine) -> Iterator[Found]:
+    needed, kv_bytes = footprint(engine), engine.kv_cache_bytes
+    if needed is None or kv_bytes is None or needed.min_kv_bytes <= kv_bytes:
+        return
+    fits = longest_request_tokens(engine, kv_bytes)
+    message = (
+        f"a request of {engine.max_model_len} tokens needs {needed.num_blocks_for_longest} blocks x "
+        f"{format_size(needed.block_bytes)} = {format_size(needed.min_kv_bytes)} on each {engine.role} rank, kv_cache_memory is "
+        f"{format_size(kv_bytes)} ({kv_bytes // needed.block_bytes} blocks)"
+    )
+    way_out = f"set max_model_len to {fits} or less, or " if fits else ""
+    least = -(-needed.min_kv_bytes // 1024**2)
+    yield Found(engine.where("kv_cache_memory"), message, f"{way_out}set kv_cache_memory to {least}MiB or more")
+
+
+@rule(
+    "PD210",
+    "error",
+    fix="Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, or use fewer engines.",
+    source="How ranks are placed: in turn over all GPUs.",
+    needs=("gpus", "model", "gpu_memory"),
+)
+def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
+    """Ranks on one GPU together want more memory than it has.
+
+    Each rank takes its share of the whole device, so that the last one to start finds too little.
+    """
+    for index, ranks in ranks_by_gpu(context).items():
+        memory = context.machine.gpus[index].memory_bytes
+        if memory is None or sum(ranks.values()) < 2:
+            continue
+        wants = {engine: _wanted_bytes(engine, memory) for engine in ranks}
+        total = sum(count * wants[engine] for engine, count in ranks.items())
+        if total > memory:
+            parts = " + ".join(f"{count} {engine.role} x {format_size(wants[engine])}" for engine, count in ranks.items())
+            message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
+            share = min(0.9, 0.95 / sum(ranks.values()))
+            yield Found("gpu_memory_utilization", message, f"set gpu_memory_utilization to {share:.2f} or less")
+
+
+def _wanted_bytes(engine: Engine, memory: int) -> int:
+    needed = footprint(engine)
+    if engine.settings.kv_cache_memory is None or needed is None:
+        return int(memory * engine.settings.gpu_memory_utilization)
+    return needed.total_bytes(engine)
+
+
+@rule(
+    "PD211",
+    "warning",
+    fix="Use as many GPUs as there are ranks, or fewer engines.",
+    source="How ranks are placed: in turn over all GPUs.",
+    needs=("gpus",),
+)
+def gpu_shared(context: Context) -> Iterator[Found]:
+    """Ranks of different engines share a GPU.
+
+    Prefill and decode then slow each other down, which is what disaggregation is meant to avoid.
+    """
+    shared = [index for index, ranks in ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
+    if shared:
+        num_ranks = sum(engine.num_ranks for engine in context.on("cuda"))
+        yield Found("device", f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs: {len(shared)} of them are shared")
+
+
+@rule(
+    "PD212",
+    "error",
+    fix="Lower kv_cache_memory or the number of engines, or use a smaller model.",
+    source="The model's config.json and the machine (its control group included).",
+    needs=("model", "memory"),
+)
+def host_memory_exceeded(context: Context) -> Iterator[Found]:
+    """The engines on the CPU need more memory than the machine has.
+
+    The kernel would end a process in the middle of loading, or under load.
+    """
+    needs = {engine: needed for engine in context.on("cpu") if (needed := footprint(engine)) is not None}
+    total = sum(engine.num_ranks * needed.total_bytes(engine) for engine, needed in needs.items())
+    if total > context.machine.memory_bytes:
+        parts = "; ".join(f"{e.num_ranks} {e.role} ranks: {needed.arithmetic(e)} each" for e, needed in needs.items())
+        message = f"{parts}; together {format_size(total)} of {format_size(context.machine.memory_bytes)}"
+        yield Found(next(iter(needs)).where("kv_cache_memory"), message)
+
+
+@rule(
+    "PD213",
+    "warning",
+    fix="Switch the CuMem allocator off, or give the host an IMEX channel.",
+    source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s, HTTP 200.",
+    needs=("gpus",),
+)
+def cumem_without_fabric(context: Context) -> Iterator[Found]:
+    """The KV cache lies in CuMem memory, and this host has no fabric handles.
+
+    Without an IMEX channel the driver does not export CuMem allocations as fabric handles, and NIXL/UCX falls back to
+    copying through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y.
+    """
+    if not context.pair() or all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus):
+        return
+    for engine in context.on("cuda"):
+        if not contradicts(engine.settings) and memory_options(engine.settings).cumem_allocator:
+            message = (
+                f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s on hosts without fabric handles"
+            )
+            yield Found(engine.where("enable_cumem_allocator"), message)

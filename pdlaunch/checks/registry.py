@@ -1,0 +1,46 @@
+"""All rules, by code."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from pdlaunch.checks import (
+    config_rules,
+    environment_rules,
+    memory_rules,
+    network_rules,
+    pair_rules,
+    transport_rules,
+    ucx_rules,
+)
+from pdlaunch.checks.rule import Rule
+
+FAMILIES = {
+    "PD1": "Configuration",
+    "PD2": "Memory",
+    "PD3": "Prefill and decode pairs",
+    "PD4": "Environment",
+    "PD5": "Transport",
+}
+
+
+def all_rules() -> dict[str, Rule]:
+    """Every rule, in the order of the codes."""
+    modules: tuple[ModuleType, ...] = (
+        config_rules,
+        memory_rules,
+        pair_rules,
+        environment_rules,
+        ucx_rules,
+        network_rules,
+        transport_rules,
+    )
+    rules = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
+    by_code = {rule.code: rule for rule in sorted(rules, key=lambda rule: rule.code)}
+    assert len(by_code) == len(rules), "two rules share a code"
+    return by_code
+
+
+def family(rule: Rule) -> str:
+    """Name of the rule's family."""
+    return FAMILIES[rule.code[:3]]

@@ -1,0 +1,80 @@
+"""A rule, and how one is written: a function over a ``Context`` that yields what it finds.
+
+::
+
+    @rule("PD109", "warning", fix="...", source="...")
+    def too_many_threads(context: Context) -> Iterator[Found]:
+        '''One sentence that states what is wrong.
+
+        Why it matters.
+        '''
+        if context...:
+            yield Found("num_threads", "...")
+
+The decorated name is the ``Rule``; ``registry.all_rules`` finds it in its family's file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from pdlaunch.checks.context import Context, Need
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One thing that a rule has found."""
+
+    where: str
+    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder, a package)."""
+    message: str
+    """What is wrong here, with the values."""
+    fix: str | None = None
+    """What to do here; the rule's own text when None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding of a check, ready to be shown."""
+
+    rule: str
+    severity: Severity
+    where: str
+    message: str
+    fix: str
+    origin: str = ""
+    """Where the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``; empty for defaults and machine facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A way in which a set-up is known to break."""
+
+    code: str
+    severity: Severity
+    title: str
+    """One sentence that states what is wrong."""
+    why: str
+    fix: str
+    source: str
+    """Where the knowledge comes from."""
+    needs: tuple[Need, ...]
+    """Facts without which the rule cannot say anything; it is then listed as not checked."""
+    check: Callable[[Context], Iterable[Found]]
+
+
+def rule(
+    code: str, severity: Severity, *, fix: str, source: str, needs: tuple[Need, ...] = ()
+) -> Callable[[Callable[[Context], Iterable[Found]]], Rule]:
+    """Make a rule of a function; its docstring says what is wrong, and why it matters."""
+
+    def make(check: Callable[[Context], Iterable[Found]]) -> Rule:
+        title, _, why = inspect.cleandoc(check.__doc__ or "").partition("\n\n")
+        return Rule(code, severity, title, " ".join(why.split()), fix, source, needs, check)
+
+    return make

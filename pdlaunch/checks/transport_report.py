@@ -1,0 +1,37 @@
+"""What was measured between the ranks of a launch; filled after the handshake, judged by the PD5xx rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairTransport:
+    """One decode rank reading from one prefill rank."""
+
+    puller: str
+    """``decode-0/rank-0``"""
+    holder: str
+    """``prefill-0/rank-0``"""
+    path: str
+    """``nixl/UCX``, ``p2p`` and such."""
+    allocator: Allocator
+    """What the KV cache of the holder is allocated with."""
+    gigabytes_per_s: float | None = None
+    """None: too few bytes moved to tell, or nothing could be moved."""
+    expected_gigabytes_per_s: float | None = None
+    """What the link between the two should give; None: not known."""
+    error: str | None = None
+    """Why nothing could be moved."""
+    bytes_equal: bool = True
+    """What arrived is what was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransportReport:
+    """Every pair of a launch that was measured."""
+
+    pairs: tuple[PairTransport, ...]

@@ -1,0 +1,100 @@
+"""PD5xx: what was measured between the ranks, with the allocator and connector of the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.checks.transport_report import PairTransport
+
+CLIFF_GIGABYTES_PER_S = 1.5
+"""Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
+SLOW_SHARE = 0.5
+"""Of what the link should give."""
+
+_UNMAPPABLE = ("cumem", "expandable_segments")
+
+
+@rule(
+    "PD501",
+    "error",
+    fix="Read the error and the logs of both ranks; `pdlaunch check-config` lists what commonly closes a path.",
+    source="The READ at the end of the handshake.",
+    needs=("transport",),
+)
+def pair_broken(context: Context) -> Iterator[Found]:
+    """Nothing can be moved between a pair of ranks.
+
+    Every hand-over of this pair would fail, and decode would compute each prompt again.
+    """
+    for pair in _pairs(context):
+        if pair.error is not None:
+            yield Found(_name(pair), f"{pair.path} moves nothing: {pair.error}")
+
+
+@rule(
+    "PD502",
+    "error",
+    fix="Do not use this path; set UCX_TLS to leave it out, and report it.",
+    source="The READ at the end of the handshake.",
+    needs=("transport",),
+)
+def bytes_differ(context: Context) -> Iterator[Found]:
+    """What arrives is not what was sent.
+
+    The path between the two ranks changes bytes, or one of them reads the wrong memory.
+    """
+    for pair in _pairs(context):
+        if pair.error is None and not pair.bytes_equal:
+            yield Found(_name(pair), f"{pair.path} delivers other bytes than were sent")
+
+
+@rule(
+    "PD503",
+    "warning",
+    fix="Switch off the CuMem allocator and expandable_segments, or give the host an IMEX channel (fabric handles).",
+    source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s.",
+    needs=("transport",),
+)
+def cliff(context: Context) -> Iterator[Found]:
+    """The 0.6 GB/s cliff: KV blocks in memory that a peer cannot map.
+
+    CuMem pools and expandable segments without fabric handles cannot be opened by a peer through CUDA IPC. NIXL/UCX then
+    copies through the host in small pieces, with no error: 0.6 GB/s instead of 392 GB/s.
+    """
+    for pair in _pairs(context):
+        if _is_cliff(pair):
+            message = f"{pair.path} moves {pair.gigabytes_per_s:.2f} GB/s out of {pair.allocator} memory: the 0.6 GB/s cliff"
+            yield Found(_name(pair), message)
+
+
+@rule(
+    "PD504",
+    "warning",
+    fix="Look at UCX_TLS, at the placement of the ranks (NUMA node, PCIe switch), and at what else uses the link.",
+    source="The READ at the end of the handshake against what the link should give.",
+    needs=("transport",),
+)
+def pair_slow(context: Context) -> Iterator[Found]:
+    """A pair of ranks is far slower than its link.
+
+    Time to first token on decode grows with every byte of the prompt's KV cache.
+    """
+    for pair in _pairs(context):
+        speed, expected = pair.gigabytes_per_s, pair.expected_gigabytes_per_s
+        if speed is not None and expected is not None and speed < SLOW_SHARE * expected and not _is_cliff(pair):
+            message = f"{pair.path} moves {speed:.3g} GB/s where {expected:.3g} GB/s are expected ({pair.allocator} memory)"
+            yield Found(_name(pair), message)
+
+
+def _pairs(context: Context) -> tuple[PairTransport, ...]:
+    return context.transport.pairs if context.transport is not None else ()
+
+
+def _name(pair: PairTransport) -> str:
+    return f"{pair.holder} -> {pair.puller}"
+
+
+def _is_cliff(pair: PairTransport) -> bool:
+    return pair.allocator in _UNMAPPABLE and pair.gigabytes_per_s is not None and pair.gigabytes_per_s < CLIFF_GIGABYTES_PER_S

@@ -1,0 +1,53 @@
+"""UCX_TLS as UCX reads it: names, groups of names, and lists of what to leave out.
+
+Source: the help text in libucp of UCX 1.19, as NIXL 1.5.1 ships it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SHARED_MEMORY = frozenset({"posix", "sysv", "xpmem", "cma", "knem"})
+CUDA = frozenset({"cuda_copy", "cuda_ipc", "gdr_copy"})
+RDMA = frozenset({"rc_verbs", "rc_mlx5", "ud_verbs", "ud_mlx5", "dc_mlx5", "srd"})
+TCP = frozenset({"tcp"})
+ALL = SHARED_MEMORY | CUDA | RDMA | TCP | {"self"}
+
+_GROUPS: Mapping[str, frozenset[str]] = {
+    "all": ALL,
+    "*": ALL,
+    "sm": SHARED_MEMORY,
+    "shm": SHARED_MEMORY,
+    "mm": frozenset({"posix", "sysv", "xpmem"}),
+    "ib": RDMA,
+    "rc": frozenset({"rc_verbs", "rc_mlx5"}),
+    "rc_v": frozenset({"rc_verbs"}),
+    "rc_x": frozenset({"rc_mlx5"}),
+    "ud": frozenset({"ud_verbs", "ud_mlx5"}),
+    "ud_v": frozenset({"ud_verbs"}),
+    "ud_x": frozenset({"ud_mlx5"}),
+    "dc": frozenset({"dc_mlx5"}),
+    "dc_x": frozenset({"dc_mlx5"}),
+    "cuda": CUDA,
+    "cuda_ipc": frozenset({"cuda_ipc"}),
+    "cuda_copy": frozenset({"cuda_copy"}),
+}
+
+
+def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
+    """Transports that UCX may use; all when UCX_TLS is not set. Names it does not know are kept as they are."""
+    value = environ.get("UCX_TLS", "all").strip() or "all"
+    excluded = value.startswith("^")
+    names = {name.strip().lstrip("\\") for name in value.removeprefix("^").split(",") if name.strip()}
+    listed = frozenset[str]().union(*(_GROUPS.get(name, frozenset({name})) for name in names))
+    return ALL - listed if excluded else listed
+
+
+def common_transports(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
+    """What can carry bytes between two processes: ``self`` and the copies inside a process cannot."""
+    return (left & right) - {"self", "cuda_copy", "gdr_copy"}
+
+
+def setting(environ: Mapping[str, str]) -> str:
+    """UCX_TLS in a message."""
+    return ascii(environ.get("UCX_TLS", "all"))[:80]

@@ -1,0 +1,154 @@
+"""PD43x: settings of UCX, which NIXL moves KV blocks with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.checks.ucx import CUDA, RDMA, SHARED_MEMORY, TCP, setting, ucx_transports
+
+_WHERE = "environment UCX_TLS"
+_MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
+_UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
+
+
+@rule(
+    "PD430",
+    "error",
+    fix="Add cuda to UCX_TLS, or unset it.",
+    source=_UCX,
+    needs=("gpus",),
+)
+def ucx_without_cuda(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves out the CUDA transports.
+
+    UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
+    """
+    for engine in context.on("cuda"):
+        if _uses_ucx(context) and not ucx_transports(engine.environ) & CUDA:
+            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} runs on GPUs")
+
+
+@rule(
+    "PD431",
+    "warning",
+    fix="Add cuda to UCX_TLS, or unset it.",
+    source=_UCX,
+    needs=("gpus",),
+)
+def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves out cuda_ipc.
+
+    GPUs of one host then exchange blocks through host memory or the network instead of NVLink.
+    """
+    for engine in context.on("cuda"):
+        transports = ucx_transports(engine.environ)
+        if _uses_ucx(context) and transports & CUDA and "cuda_ipc" not in transports:
+            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no cuda_ipc")
+
+
+@rule(
+    "PD432",
+    "warning",
+    fix="Add sm to UCX_TLS, or unset it.",
+    source=_UCX,
+)
+def ucx_without_shared_memory(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves out shared memory between processes of one host.
+
+    Blocks in host memory then go through TCP, several times slower, or there is no path at all.
+    """
+    for engine in context.engines.values():
+        transports = ucx_transports(engine.environ)
+        if _uses_ucx(context) and not transports & (SHARED_MEMORY | CUDA) and transports & (TCP | RDMA):
+            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no shared-memory transport")
+
+
+@rule(
+    "PD433",
+    "error",
+    fix="Unset UCX_TLS.",
+    source=_UCX,
+)
+def ucx_without_path(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves no transport between processes.
+
+    UCX then finds no path from prefill to decode: the handshake fails with `no usable transports`.
+    """
+    for engine in context.engines.values():
+        between = ucx_transports(engine.environ) & (SHARED_MEMORY | RDMA | TCP | {"cuda_ipc"})
+        if _uses_ucx(context) and not between:
+            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} names nothing that connects two processes")
+
+
+@rule(
+    "PD434",
+    "warning",
+    fix="Add rc (or ib) to UCX_TLS, or unset it.",
+    source=_UCX,
+    needs=("rdma",),
+)
+def ucx_without_rdma(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves out RDMA between hosts that have it.
+
+    Blocks between hosts then go through TCP.
+    """
+    if len(context.hosts) < 2 or not context.machine.rdma_devices or not _uses_ucx(context):
+        return
+    for engine in context.engines.values():
+        if not ucx_transports(engine.environ) & RDMA:
+            devices = ", ".join(context.machine.rdma_devices[:4])
+            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no RDMA transport; this host has {devices}")
+
+
+@rule(
+    "PD435",
+    "warning",
+    fix=f"Unset {_MNNVL} (UCX then tries), or set it to y.",
+    source="UCX 1.19: yes, no or try; try is the default.",
+    needs=("gpus",),
+)
+def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
+    """Multi-node NVLink is switched off on a machine that has it.
+
+    GB-series machines with an IMEX channel exchange memory over NVLink, also between hosts. With the switch off, UCX
+    takes the network, or copies fabric-handle memory through the host.
+    """
+    has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
+    for engine in context.on("cuda") if has_fabric else ():
+        if _uses_ucx(context) and _is_off(engine.environ.get(_MNNVL)):
+            yield Found(f"environment {_MNNVL}", f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles")
+
+
+@rule(
+    "PD436",
+    "warning",
+    fix=f"Unset {_MNNVL}, or start the IMEX service and give this container its channel.",
+    source="Measured on two H200s without an IMEX channel: no difference with UCX_CUDA_IPC_ENABLE_MNNVL=y.",
+    needs=("gpus",),
+)
+def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
+    """Multi-node NVLink is demanded on a machine without fabric handles.
+
+    Without an IMEX channel there are no fabric handles. With the switch on, UCX says nothing and moves CuMem memory at
+    0.6 GB/s.
+    """
+    gpus = context.machine.gpus
+    if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
+        return
+    for engine in context.on("cuda"):
+        if _uses_ucx(context) and _is_on(engine.environ.get(_MNNVL)):
+            yield Found(f"environment {_MNNVL}", f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here")
+
+
+def _uses_ucx(context: Context) -> bool:
+    return context.pair() is not None and context.config.kv_transfer.connector == "nixl"
+
+
+def _is_on(value: str | None) -> bool:
+    return value is not None and value.lower() in ("y", "yes", "1", "on", "true")
+
+
+def _is_off(value: str | None) -> bool:
+    return value is not None and value.lower() in ("n", "no", "0", "off", "false")

@@ -1,0 +1,55 @@
+"""A configuration as people may see it: plain values, secrets masked, and where each comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pdlaunch.config.fields import SECRET, all_fields, is_secret, split_path
+from pdlaunch.config.sources import LoadedConfig, Origin
+
+
+@dataclass(frozen=True, slots=True)
+class ShownValue:
+    """One setting."""
+
+    path: str
+    value: Any
+    """A plain JSON value."""
+    origin: Origin
+
+
+def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
+    """Every setting in the order of the models; a role's own settings only where something gives them."""
+    return [
+        ShownValue(path, value, origin)
+        for path, value, origin in _values(loaded)
+        if value is not None or origin.kind != "default" or not path.startswith(("prefill.", "decode."))
+    ]
+
+
+def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
+    """The whole configuration, nested as in a file."""
+    nested: dict[str, Any] = {}
+    for path, value, _ in _values(loaded):
+        *parents, name = split_path(path)
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return nested
+
+
+def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
+    for path, field in all_fields().items():
+        value: Any = loaded.config
+        for name in path.split("."):
+            value = getattr(value, name)
+        entries = {f"{path}.{name}": entry for name, entry in value.items()} if field.is_mapping and value else {path: value}
+        for entry_path, entry in entries.items():
+            origin = loaded.origins.get(entry_path, Origin("default"))
+            if is_secret(entry_path) and entry is not None:
+                entry = SECRET
+            # The one setting that is derived is the allocator, which sleep mode turns on.
+            yield entry_path, True if origin.kind == "derived" else entry, origin
