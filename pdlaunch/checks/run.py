@@ -60,7 +60,7 @@ def run_checks(
 ) -> Report:
     """Apply every rule whose code begins with ``family``.
 
-    ``models``: read from disk when None. ``ports``, ``import_errors``, ``transport``: what was probed; rules that need one that is
+    ``models``: read from disk when None. ``ports``, ``import_errors``, ``transport``: what was probed; rules that need what is
     None are listed as not checked. ``serve`` calls with ``family="PD5"`` and a ``transport`` after the handshake.
     """
     context = build_context(
@@ -113,7 +113,7 @@ def build_context(
     """Everything that the rules look at."""
     config = loaded.config
     engines = {role: _engine(config, role, machine, environ, models[role]) for role in ROLES if config.role(role).replicas}
-    missing: dict[Need, str] = {**machine.unknown}
+    missing: dict[Need, str] = {fact: reason for fact, reason in machine.unknown.items()}  # noqa: C416
     pending = [engine.model.pending for engine in engines.values() if engine.model.pending]
     if pending:
         missing["model"] = pending[0]

@@ -19,7 +19,7 @@ Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 ConnectorName = Literal["nixl"]
 
-ByteSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+ByteSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)]
 """A number of bytes; ``4GiB``, ``512 MiB``, ``2G`` and plain integers are read."""
 
 DEFAULT_MODEL = "smollm2"
@@ -92,7 +92,7 @@ def _read_switch(value: object) -> object:
     return value
 
 
-Switch = Annotated[bool, BeforeValidator(_read_switch)]
+Switch = Annotated[bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])]
 
 
 class KVTransferSettings(FrozenModel):

@@ -1,0 +1,141 @@
+"""``pdlaunch check-config``: find what is wrong with a set-up before it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch.checks.run import Report, listeners, run_checks
+from pdlaunch.cli.findings import github_line, github_problem, print_table, problems_json, report_json, safe
+from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.problems import InvalidConfigError, Problem
+from pdlaunch.config.sizes import parse_size
+from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.errors import ConfigError
+from pdlaunch.platform.facts import Machine, PortState
+from pdlaunch.platform.import_probe import probe_imports
+from pdlaunch.platform.ports import probe_port
+from pdlaunch.platform.probe import assume, probe_machine
+
+EXIT_FINDINGS = 1
+EXIT_UNUSABLE = 2
+MAX_ASSUMED_GPUS = 1024
+
+
+class Format(StrEnum):
+    """How the findings are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    GITHUB = "github"
+
+
+class Platform(StrEnum):
+    """What to check for instead of this machine."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+@with_serve_flags
+def check_config(
+    config: ConfigArgument = None,
+    output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = Format.TABLE,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Also import the transfer libraries (takes seconds).")] = False,
+    assume_platform: Annotated[
+        Platform | None, typer.Option("--assume-platform", help="Check for such a machine instead of this one.")
+    ] = None,
+    assume_gpus: Annotated[
+        int | None, typer.Option("--assume-gpus", metavar="N", min=1, max=MAX_ASSUMED_GPUS, help="Number of its GPUs.")
+    ] = None,
+    assume_gpu_memory: Annotated[
+        str | None, typer.Option("--assume-gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.")
+    ] = None,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Check a deployment without starting it. Exit code 0: clean, 1: findings, 2: unusable input."""
+    try:
+        loaded = load_config(config, os.environ, flags)
+        machine = assumed_machine(probe_machine(), loaded.config, assume_platform, assume_gpus, assume_gpu_memory)
+    except ConfigError as error:
+        _refuse(error, output, config)
+    is_this = assume_platform is None and assume_gpus is None and assume_gpu_memory is None
+    report = run_checks(
+        loaded,
+        machine,
+        os.environ,
+        ports=_probe_ports(loaded) if is_this else None,
+        import_errors=probe_imports(os.environ) if probe else None,
+    )
+    ok = report.is_ok(strict=strict)
+    _print(report, output, ok=ok)
+    raise typer.Exit(0 if ok else EXIT_FINDINGS)
+
+
+def assumed_machine(
+    machine: Machine, config: LaunchConfig, platform: Platform | None, num_gpus: int | None, gpu_memory: str | None
+) -> Machine:
+    """``machine``, or what is assumed instead. Raises ConfigError for assumptions that contradict each other."""
+    if platform is None and num_gpus is None and gpu_memory is None:
+        return machine
+    if platform is Platform.CPU:
+        if num_gpus is not None or gpu_memory is not None:
+            raise ConfigError("--assume-platform cpu has no GPUs", fix="leave out --assume-gpus and --assume-gpu-memory")
+        return assume(machine, num_gpus=0, gpu_memory_bytes=None)
+    num_ranks = sum(section.replicas * section.tensor_parallel_size for section in (config.prefill, config.decode))
+    gpus = num_gpus or len(machine.gpus) or min(max(num_ranks, 1), MAX_ASSUMED_GPUS)
+    return assume(machine, num_gpus=gpus, gpu_memory_bytes=_memory_bytes(gpu_memory))
+
+
+def _memory_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--assume-gpu-memory: {error}") from None
+    if size <= 0:
+        raise ConfigError("--assume-gpu-memory: must be more than 0")
+    return size
+
+
+def _probe_ports(loaded: LoadedConfig) -> dict[tuple[str, int], PortState] | None:
+    """None when a host's name could not be resolved in time."""
+    states = {(item.host, item.port): probe_port(item.host, item.port) for item in listeners(loaded.config)}
+    known = {address: state for address, state in states.items() if state is not None}
+    return known if len(known) == len(states) else None
+
+
+def _print(report: Report, output: Format, *, ok: bool) -> None:
+    match output:
+        case Format.JSON:
+            typer.echo(report_json(report, ok=ok))
+        case Format.GITHUB:
+            for finding in report.findings:
+                typer.echo(github_line(finding))
+        case Format.TABLE:
+            print_table(Console(), report, ok=ok)
+
+
+def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
+    """What makes the input unusable: on stderr, and on stdout in the form of ``output``."""
+    found = error.problems if isinstance(error, InvalidConfigError) else (Problem(str(error), error.field, fix=error.fix),)
+    if output is Format.JSON:
+        typer.echo(problems_json(found))
+    elif output is Format.GITHUB:
+        for problem in found:
+            typer.echo(github_problem(problem, None if path is None else str(path)))
+    errors = Console(file=sys.stderr, soft_wrap=True)
+    for problem in found:
+        errors.print(Text(f"error: {safe(str(problem))}", style="red"))
+    raise typer.Exit(EXIT_UNUSABLE)

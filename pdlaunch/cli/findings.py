@@ -1,0 +1,149 @@
+"""How a check's report is shown: a table for people, JSON for programs, annotations for GitHub."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.text import Text
+
+from pdlaunch.checks.rule import Finding
+from pdlaunch.checks.run import SEVERITIES, NotChecked, Report
+from pdlaunch.config.problems import Problem
+
+_STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
+_GITHUB_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
+_WIDE_COLUMNS = 100
+
+
+def safe(text: str) -> str:
+    """Text that every terminal and pipe can take: lone surrogates and control characters escaped."""
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return "".join(shown)
+
+
+def place(finding: Finding) -> str:
+    """``block_size (deploy.yaml:3:13)``"""
+    return f"{finding.where} ({finding.origin})" if finding.origin else finding.where
+
+
+def print_table(console: Console, report: Report, *, ok: bool) -> None:
+    """Findings by severity, what was not checked, and a verdict."""
+    for severity in SEVERITIES:
+        found = [finding for finding in report.findings if finding.severity == severity]
+        if found:
+            console.print(Text(f"{severity}s" if len(found) > 1 else severity, style=f"bold {_STYLES[severity]}"))
+            console.print(Group(*(_FindingView(finding) for finding in found)))
+    if report.not_checked:
+        console.print(Text("not checked", style="bold"))
+        console.print(Group(*_not_checked_lines(report.not_checked)))
+    counts = ", ".join(_count(report, severity) for severity in SEVERITIES)
+    verdict = "ok" if ok else "not ok"
+    console.print(Text(f"{verdict}: {counts}", style="bold green" if ok else "bold red"))
+    if report.findings:
+        console.print(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
+
+
+class _FindingView:
+    """One finding: side by side on a wide terminal, one below the other on a narrow one."""
+
+    def __init__(self, finding: Finding) -> None:
+        self._finding = finding
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        finding, style = self._finding, _STYLES[self._finding.severity]
+        code = Text(f"  {finding.rule} ", style=f"bold {style}")
+        where, message = safe(place(finding)), safe(finding.message)
+        rest: list[RenderableType] = []
+        if options.max_width >= _WIDE_COLUMNS:
+            yield code + Text(where, style="bold") + Text(f"  {message}", style="default")
+        else:
+            yield code + Text(where, style="bold")
+            rest.append(Text(message))
+        rest.append(Text(f"fix: {safe(finding.fix)}", style="dim"))
+        yield Padding(Group(*rest), (0, 0, 0, 8), expand=False)
+
+
+def _not_checked_lines(not_checked: Sequence[NotChecked]) -> Iterator[Text]:
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for item in not_checked:
+        by_reason[item.reason].append(item.rule)
+    for reason, codes in by_reason.items():
+        yield Text(f"  {', '.join(codes)}: {safe(reason)}", style="dim")
+
+
+def _count(report: Report, severity: str) -> str:
+    number = sum(finding.severity == severity for finding in report.findings)
+    return f"{number} {severity}{'' if number == 1 else 's'}"
+
+
+def report_json(report: Report, *, ok: bool) -> str:
+    """``{"ok", "findings", "resolved"}``; what was not checked stands in ``resolved``."""
+    not_checked = [{"rule": item.rule, "reason": item.reason} for item in report.not_checked]
+    findings = [
+        {
+            "rule": finding.rule,
+            "severity": finding.severity,
+            "where": place(finding),
+            "message": finding.message,
+            "fix": finding.fix,
+        }
+        for finding in report.findings
+    ]
+    return json.dumps({"ok": ok, "findings": findings, "resolved": {**report.resolved, "not_checked": not_checked}}, indent=2)
+
+
+def problems_json(problems: Iterable[Problem]) -> str:
+    """The same form for a configuration that cannot be used."""
+    findings = [
+        {
+            "rule": "input",
+            "severity": "error",
+            "where": problem.where or problem.field or "",
+            "message": f"{problem.field}: {problem.message}" if problem.field else problem.message,
+            "fix": problem.fix or "",
+        }
+        for problem in problems
+    ]
+    return json.dumps({"ok": False, "findings": findings, "resolved": {}}, indent=2)
+
+
+def github_line(finding: Finding) -> str:
+    """A workflow command; findings of settings that stand in a file are shown at their line."""
+    file, line, column = _split_origin(finding.origin)
+    properties = {"file": file, "line": line, "col": column, "title": finding.rule}
+    return _command(_GITHUB_LEVELS[finding.severity], properties, f"{finding.where}: {finding.message}. Fix: {finding.fix}")
+
+
+def github_problem(problem: Problem, file: str | None) -> str:
+    """The workflow command of a configuration that cannot be used."""
+    at_line = problem.line is not None
+    properties = {
+        "file": file if at_line else None,
+        "line": str(problem.line) if at_line else None,
+        "col": str(problem.column) if at_line else None,
+        "title": "configuration",
+    }
+    return _command("error", properties, str(problem))
+
+
+def _command(level: str, properties: dict[str, str | None], message: str) -> str:
+    given = ",".join(f"{name}={_escape(value, ':,')}" for name, value in properties.items() if value)
+    return f"::{level} {given}::{_escape(message)}"
+
+
+def _escape(text: str, more: str = "") -> str:
+    """As the runner decodes it."""
+    escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    for char in more:
+        escaped = escaped.replace(char, f"%{ord(char):02X}")
+    return safe(escaped)
+
+
+def _split_origin(origin: str) -> tuple[str | None, str | None, str | None]:
+    file, _, position = origin.rpartition(":")
+    file, _, line = file.rpartition(":")
+    return (file, line, position) if file and line.isdigit() and position.isdigit() else (None, None, None)
