@@ -74,9 +74,12 @@ class RouterApp:
                 read_request_id(request.headers.get(REQUEST_ID_HEADER))
                 self._check_key(request)
                 response = await handler(request, request_id)
-            except (asyncio.CancelledError, ConnectionError):
+            except asyncio.CancelledError:
                 self._hops.metrics.requests.failed(CLIENT_CLOSED_REQUEST)
                 raise
+            except ConnectionError:
+                self._hops.metrics.requests.failed(CLIENT_CLOSED_REQUEST)
+                return web.Response(status=CLIENT_CLOSED_REQUEST)
             except Exception as error:
                 response = error_response(error)
                 self._hops.metrics.requests.failed(response.status)

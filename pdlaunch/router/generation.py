@@ -140,9 +140,9 @@ class Generation:
         with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
             async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
                 while (chunk := await stream.next_chunk()) is not None:
-                    await self._tell(engine, chunk)
                     self._decode_has_answered = True
                     self._lease_taken |= pulls
+                    await self._tell(engine, chunk)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
         self._hops.pool.succeeded(engine)

@@ -15,6 +15,12 @@ from pdlaunch.protocol.control import Address, Capabilities, Entry, Role
 EOS = 0
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Let the others run until the condition holds; the test's timeout bounds it."""
+    while not condition():  # noqa: ASYNC110 - what is waited for is plain state
+        await asyncio.sleep(0)
+
+
 def token_at(prompt: object, seed: int, choice: int, position: int) -> int:
     digest = hashlib.sha256(repr((prompt, seed, choice, position)).encode()).digest()
     return 1 + int.from_bytes(digest[:4], "big") % 9000
@@ -182,8 +188,7 @@ class FakeEngine:
                 await self.go.wait()
             if num_sent == self.die_after:
                 # What a dead connection still held is lost: wait until the router has read what the test counts on.
-                while not self.may_die():
-                    await asyncio.sleep(0)
+                await until(self.may_die)
                 request.transport.abort()
                 raise ConnectionResetError
             if num_sent == self.error_after:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.router.conftest import SPEC, Stand, pair, pairs
-from tests.router.fake_engine import expected_tokens
+from tests.router.fake_engine import expected_tokens, until
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text, logprob_tokens
 
 
@@ -120,11 +120,9 @@ async def test_a_stream_waits_for_the_restarted_engine(stand: Stand) -> None:
     await stand.start([prefill, decode])
     stand.die_after(decode, 2, num_told=3)
     request = asyncio.ensure_future(stand.post(completion(stream=True)))
-    while not decode.seen:
-        await asyncio.sleep(0)
+    await until(lambda: decode.seen)
     stand.publish(without=["prefill-0", "decode-0"])
-    while not stand.metric("pdlaunch_router_engine_failures_total"):
-        await asyncio.sleep(0)
+    await until(lambda: stand.metric("pdlaunch_router_engine_failures_total"))
     decode.die_after = None
     decode.rank_incarnation = 2
     stand.publish(without=["prefill-0"])
@@ -226,8 +224,7 @@ async def test_an_answer_that_has_begun_waits_for_room(stand: Stand) -> None:
     async with stand.session.post("/v1/completions", json=completion(stream=True)) as response:
         await response.content.readuntil(b"\n\n")
         prefill_only.status = 429
-        while len(decode.seen) < 3:
-            await asyncio.sleep(0)
+        await until(lambda: len(decode.seen) >= 3)
         decode.status = None
         rest = await response.read()
     assert rest.endswith(b"data: [DONE]\n\n")
@@ -287,8 +284,7 @@ async def test_one_failing_prompt_of_a_list_ends_the_others(stand: Stand) -> Non
     await stand.start([prefill, decode])
     request = asyncio.ensure_future(stand.post(completion(prompt=["a", "b"], stream=True)))
     await decode.holding.wait()
-    while len(decode.seen) < 2:
-        await asyncio.sleep(0)
+    await until(lambda: len(decode.seen) == 2)
     prefill.status = 500
     await decode.stop()
     stand.publish(without=["decode-0", "prefill-0"])

@@ -1,0 +1,111 @@
+"""Clients that go away, over raw sockets: nothing runs on, no lease is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.router.conftest import Stand, pair
+from tests.router.fake_engine import until
+from tests.router.test_life_of_a_request import completion
+
+
+async def send(stand: Stand, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    raw = json.dumps(body).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+    await writer.drain()
+    return reader, writer
+
+
+async def all_is_quiet(stand: Stand) -> None:
+    await until(lambda: not stand.router.admission.in_flight)
+    await stand.hops.settled()
+    assert all(engine.prompt_tokens == engine.num_streams == 0 for engine in stand.pool.engines)
+    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="499"}') == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_while_prefill_works(stand: Stand, stream: bool) -> None:
+    prefill, decode = pair()
+    prefill.hold_prefill = True
+    await stand.start([prefill, decode])
+    _, writer = await send(stand, completion(stream=stream))
+    await prefill.holding.wait()
+    writer.close()
+    await prefill.aborted.wait()
+    await all_is_quiet(stand)
+    assert not decode.seen
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_after_prefill_before_decode_has_said_anything(stand: Stand, stream: bool) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 0
+    await stand.start([prefill, decode])
+    _, writer = await send(stand, completion(stream=stream))
+    await decode.holding.wait()
+    assert prefill.leases
+    writer.close()
+    await decode.aborted.wait()
+    await all_is_quiet(stand)
+    assert not prefill.leases
+    assert stand.metric("pdlaunch_router_releases_total") == 1
+
+
+async def test_while_a_prefill_engine_stands_in_for_decode(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.status = 503
+    prefill.hold_after = 0
+    await stand.start([prefill, decode])
+    _, writer = await send(stand, completion(stream=True))
+    await prefill.holding.wait()
+    writer.close()
+    await prefill.aborted.wait()
+    await all_is_quiet(stand)
+    assert not prefill.leases
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half close"])
+async def test_while_decode_streams(stand: Stand, how: str) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 2
+    await stand.start([prefill, decode])
+    reader, writer = await send(stand, completion(stream=True))
+    await decode.holding.wait()
+    for _ in range(3):
+        await reader.readuntil(b"text_completion")
+    if how == "close":
+        writer.close()
+    elif how == "reset":
+        writer.transport.abort()
+    else:
+        writer.write_eof()
+    await decode.aborted.wait()
+    await all_is_quiet(stand)
+    assert not prefill.released
+    writer.close()
+
+
+async def test_with_half_a_body(stand: Stand) -> None:
+    await stand.start(pair())
+    _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    assert (await stand.post(completion())).status == 200
+    assert not stand.router.admission.in_flight
+
+
+async def test_of_a_list_of_prompts_all_end(stand: Stand) -> None:
+    prefill, decode = pair()
+    decode.hold_after = 1
+    await stand.start([prefill, decode])
+    _, writer = await send(stand, completion(prompt=["a", "b", "c"], stream=True))
+    await until(lambda: len(decode.seen) == 3)
+    writer.close()
+    await until(lambda: decode.num_aborted == 3)
+    await all_is_quiet(stand)

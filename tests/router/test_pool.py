@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry, Role
+from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, Engine, EnginePool
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def server(name: str, role: Role | None = None, **fields: object) -> Entry:
+    role = role or ("prefill" if name.startswith("prefill") else "decode")
+    entry = Entry(
+        name=name, kind="server", engine=name, incarnation=1, role=role, address=Address(http=f"http://{name}"), state="ready"
+    )
+    return msgspec.structs.replace(entry, **fields)
+
+
+def rank(engine: str, tp_rank: int = 0, tp_size: int = 1, **fields: object) -> Entry:
+    entry = Entry(
+        name=f"{engine}/rank-{tp_rank}",
+        kind="rank",
+        engine=engine,
+        incarnation=1,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        state="ready",
+    )
+    return msgspec.structs.replace(entry, **fields)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pool(clock: Clock) -> EnginePool:
+    return EnginePool(clock)
+
+
+def update(pool: EnginePool, *entries: Entry) -> None:
+    pool.update(Registry(version=1, entries=list(entries)))
+
+
+def named(engine: Engine | None) -> str:
+    assert engine is not None
+    return engine.name
+
+
+def test_an_empty_pool_has_nobody(pool: EnginePool) -> None:
+    assert pool.pick("prefill") is None
+    assert not pool.has_ready("decode")
+    assert pool.max_model_len("decode") is None
+
+
+def test_the_role_is_preferred_but_not_demanded(pool: EnginePool) -> None:
+    update(pool, server("prefill-0"), server("decode-0"))
+    assert named(pool.pick("prefill")) == "prefill-0"
+    update(pool, server("decode-0"))
+    assert named(pool.pick("prefill")) == "decode-0"
+    assert pool.pick("prefill", strict=True) is None
+
+
+def test_least_outstanding_work_wins(pool: EnginePool) -> None:
+    update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
+    engines = {engine.name: engine for engine in pool.engines}
+    with engines["prefill-0"].working(prompt_tokens=100), engines["prefill-1"].working(prompt_tokens=99, num_streams=5):
+        assert named(pool.pick("prefill")) == "prefill-1"
+    with engines["decode-0"].working(num_streams=2), engines["decode-1"].working(num_streams=1, prompt_tokens=1000):
+        assert named(pool.pick("decode")) == "decode-1"
+
+
+def test_equal_engines_take_turns(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), server("decode-1"), server("decode-2"))
+    assert sorted(named(pool.pick("decode")) for _ in range(6)) == [f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)]
+
+
+def test_an_engine_that_failed_is_the_last_choice_for_a_while(pool: EnginePool, clock: Clock) -> None:
+    update(pool, server("prefill-0"), server("prefill-1"), server("decode-0"))
+    failed, other, decode = (
+        next(engine for engine in pool.engines if engine.name == name) for name in ("prefill-0", "prefill-1", "decode-0")
+    )
+    pool.failed(failed)
+    assert named(pool.pick("prefill")) == "prefill-1"
+    assert named(pool.pick("prefill", exclude={other.key})) == "decode-0"
+    assert named(pool.pick("prefill", exclude={other.key, decode.key})) == "prefill-0"
+    assert pool.pick("prefill", strict=True, exclude={other.key}) is None
+    clock.now_s += BACKOFF_S
+    assert named(pool.pick("prefill", exclude={other.key})) == "prefill-0"
+
+
+def test_the_backoff_grows_to_a_limit_and_ends_with_success(pool: EnginePool, clock: Clock) -> None:
+    update(pool, server("decode-0"))
+    (engine,) = pool.engines
+    waits = []
+    for _ in range(8):
+        pool.failed(engine)
+        waits.append(engine.avoid_until_s - clock.now_s)
+    assert waits == sorted(waits)
+    assert waits[0] == BACKOFF_S
+    assert waits[-1] == MAX_BACKOFF_S
+    pool.succeeded(engine)
+    assert named(pool.pick("decode", strict=True)) == "decode-0"
+
+
+@pytest.mark.parametrize(
+    ("entries", "ready"),
+    [
+        ([server("decode-0")], True),
+        ([server("decode-0", state="starting")], False),
+        ([server("decode-0", state="draining")], False),
+        ([server("decode-0", address=Address())], False),
+        ([server("decode-0"), rank("decode-0")], True),
+        ([server("decode-0"), rank("decode-0", state="starting")], False),
+        ([server("decode-0"), rank("decode-0", 0, 3), rank("decode-0", 1, 3)], False),
+        ([server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2)], True),
+        ([server("decode-0"), rank("prefill-0", state="starting")], True),
+        ([rank("decode-0")], False),
+    ],
+)
+def test_readiness(pool: EnginePool, entries: list[Entry], ready: bool) -> None:
+    update(pool, *entries)
+    assert (pool.pick("decode") is not None) == ready
+
+
+def test_an_engine_that_has_shown_ranks_needs_them(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), rank("decode-0"))
+    update(pool, server("decode-0"))
+    assert pool.pick("decode") is None
+
+
+def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), rank("decode-0"))
+    (first,) = pool.engines
+    first.max_model_len = 10
+    with first.working(num_streams=1):
+        update(pool, server("decode-0"), rank("decode-0"), server("decode-1"))
+        assert named(pool.pick("decode")) == "decode-1"
+        update(pool, server("decode-0"), rank("decode-0", incarnation=2))
+        (second,) = pool.engines
+        assert second.key != first.key
+        assert (second.num_streams, second.max_model_len) == (0, None)
+    assert first.num_streams == 0
+
+
+def test_needs_filter(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
+    assert {named(pool.pick("decode", needs=lambda engine: engine.capabilities.resumes)) for _ in range(3)} == {"decode-1"}
+
+
+Action = tuple[Literal["start", "end", "fail", "tick"], int]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["start", "end", "fail", "tick"]), st.integers(0, 3))))
+def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
+    clock = Clock()
+    pool = EnginePool(clock)
+    update(pool, *(server(f"decode-{index}") for index in range(3)))
+    running: list[tuple[Engine, object]] = []
+    for action, number in actions:
+        if action == "start":
+            engine = pool.pick("decode")
+            assert engine is not None
+            fair = [other for other in pool.engines if other.avoid_until_s <= clock.now_s]
+            assert engine.num_streams == min(other.num_streams for other in fair or pool.engines)
+            assert engine in fair or not fair
+            work = engine.working(num_streams=1)
+            work.__enter__()
+            running.append((engine, work))
+        elif action == "end" and running:
+            _, work = running.pop(number % len(running))
+            work.__exit__(None, None, None)  # type: ignore[attr-defined]
+        elif action == "fail":
+            pool.failed(pool.engines[number % 3])
+        else:
+            clock.now_s += number
+        assert sum(engine.num_streams for engine in pool.engines) == len(running)

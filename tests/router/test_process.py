@@ -1,0 +1,185 @@
+"""The real process under a supervisor that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.control import (
+    Drain,
+    Drained,
+    Failed,
+    FromSupervisor,
+    Ready,
+    Register,
+    Registry,
+    Stop,
+    ToSupervisor,
+    from_supervisor,
+    to_supervisor,
+)
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from tests.router.conftest import SPEC
+from tests.router.fake_engine import FakeEngine
+from tests.router.test_life_of_a_request import completion, expected_text
+
+MAX_RESIDENT_BYTES = 90 * 1024**2
+"""The promise of the project for a router."""
+TIMEOUT_MS = 20_000
+
+
+class Supervisor:
+    """The other end of the control channel, and the children it started."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._keys = new_launch_keys()
+        self._context = SecureContext(self._keys)
+        self._socket, self._endpoint = self._context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, spec: RouterSpec = SPEC) -> subprocess.Popen[bytes]:
+        bootstrap = Bootstrap(
+            name="router",
+            incarnation=1,
+            control=self._endpoint,
+            keys=self._keys,
+            run_dir=str(self._run_dir),
+            log_level="info",
+            router=spec,
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pdlaunch.router", "--name", "router"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        self.children.append(child)
+        assert child.stdin is not None
+        child.stdin.write(msgspec.json.encode(bootstrap) + b"\n")
+        child.stdin.flush()
+        return child
+
+    def receive(self) -> ToSupervisor:
+        assert self._socket.poll(TIMEOUT_MS)
+        name, frame = self._socket.recv_multipart()
+        assert name == b"router"
+        return to_supervisor.decode(frame)
+
+    def send(self, message: FromSupervisor) -> None:
+        self._socket.send_multipart([b"router", from_supervisor.encode(message)])
+
+    def close(self) -> None:
+        for child in self.children:
+            child.kill()
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+        self._context.close()
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    supervisor = Supervisor(tmp_path)
+    yield supervisor
+    supervisor.close()
+
+
+def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=20) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
+    child = supervisor.start()
+    registered = await asyncio.to_thread(supervisor.receive)
+    assert isinstance(registered, Register)
+    assert (registered.name, registered.incarnation, registered.pid) == ("router", 1, child.pid)
+    url = registered.address.http
+    ready = await asyncio.to_thread(supervisor.receive)
+    assert ready == Ready(info={"url": url})
+    status, health = await asyncio.to_thread(fetch, f"{url}/health")
+    assert (status, health["status"]) == (503, "starting")
+
+    engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
+    for engine in engines:
+        await engine.start()
+    try:
+        partial = [entry for engine in engines for entry in engine.entries(ready=engine.role == "prefill")]
+        supervisor.send(Registry(version=1, entries=partial))
+        while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["engines"] == {}:
+            pass
+        assert (await asyncio.to_thread(fetch, f"{url}/health"))[0] == 503
+        supervisor.send(Registry(version=2, entries=[entry for engine in engines for entry in engine.entries()]))
+        while (await asyncio.to_thread(fetch, f"{url}/health"))[0] != 200:
+            pass
+        status, answer = await asyncio.to_thread(fetch, f"{url}/v1/completions", completion())
+        assert (status, answer["choices"][0]["text"]) == (200, expected_text("hello", 6))
+        assert psutil.Process(child.pid).memory_info().rss <= MAX_RESIDENT_BYTES
+
+        engines[1].hold_after = 1
+        running = asyncio.ensure_future(asyncio.to_thread(fetch, f"{url}/v1/completions", completion()))
+        await engines[1].holding.wait()
+        supervisor.send(Drain(timeout_s=30.0))
+        while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["status"] != "draining":
+            pass
+        assert (await asyncio.to_thread(fetch, f"{url}/v1/completions", completion()))[0] == 503
+        engines[1].go.set()
+        assert (await running)[0] == 200
+        assert await asyncio.to_thread(supervisor.receive) == Drained()
+    finally:
+        for engine in engines:
+            await engine.stop()
+    supervisor.send(Stop())
+    assert await asyncio.to_thread(child.wait, 20) == 0
+
+
+def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor) -> None:
+    child = supervisor.start()
+    for _ in range(2):
+        supervisor.receive()
+    supervisor.send(Drain(timeout_s=0.0))
+    assert supervisor.receive() == Drained()
+    child.terminate()
+    assert child.wait(20) == 0
+
+
+def test_a_busy_port_is_named(supervisor: Supervisor) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        child = supervisor.start(msgspec.structs.replace(SPEC, port=port))
+        failed = supervisor.receive()
+    assert isinstance(failed, Failed)
+    assert f"127.0.0.1:{port}" in failed.error
+    assert "--port" in failed.error
+    assert child.wait(20) == 1
+
+
+def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
+    child = supervisor.start()
+    supervisor.receive()
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(20) != 0
+
+
+def test_it_needs_no_torch() -> None:
+    heavy = ("torch", "transformers", "tokenizers")
+    code = f"import sys, pdlaunch.router.process; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

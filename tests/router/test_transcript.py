@@ -1,0 +1,127 @@
+"""What is new to the client, and answers put together from chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.router.answers import merge
+from pdlaunch.router.transcript import Transcript, chunks_of_answer
+
+
+def chat_chunk(index: int = 0, *, reason: str | None = None, token_ids: list[int] | None = None, **delta: Any) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
+    if token_ids is not None:
+        choice["token_ids"] = token_ids
+    return {"choices": [choice]}
+
+
+def test_a_second_role_is_not_news() -> None:
+    transcript = Transcript(1)
+    assert transcript.admit(chat_chunk(role="assistant", content=""))
+    assert not transcript.admit(chat_chunk(role="assistant", content=""))
+    chunk = chat_chunk(role="assistant", content="x", token_ids=[1])
+    assert transcript.admit(chunk)
+    assert chunk["choices"][0]["delta"] == {"content": "x"}
+
+
+def test_a_choice_that_is_over_says_no_more() -> None:
+    transcript = Transcript(2)
+    assert transcript.admit(chat_chunk(0, content="x", token_ids=[1], reason="stop"))
+    assert not transcript.is_done
+    assert not transcript.admit(chat_chunk(0, content="y", token_ids=[2]))
+    assert not transcript.admit(chat_chunk(0, reason="stop"))
+    assert transcript.admit(chat_chunk(1, reason="length"))
+    assert transcript.is_done
+    assert transcript.usage().completion_tokens == 1
+
+
+def test_held_back_text_may_come_without_tokens_but_unknown_tokens_end_resuming() -> None:
+    transcript = Transcript(1)
+    transcript.admit(chat_chunk(content="", token_ids=[1]))
+    transcript.admit(chat_chunk(content="late"))
+    assert transcript.can_resume
+    assert transcript.resume_field() == {"choices": [[{"token_id": 1}]], "sent": True}
+    unknown = Transcript(1)
+    unknown.admit(chat_chunk(content="x"))
+    assert not unknown.can_resume
+    assert unknown.has_tokens
+    unknown.admit({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 8}})
+    assert unknown.usage().total_tokens == 11
+
+
+def test_prompt_token_ids_are_told_once() -> None:
+    transcript = Transcript(1)
+    first = chat_chunk(role="assistant", content="") | {"prompt_token_ids": [1, 2]}
+    second = chat_chunk(content="x", token_ids=[1]) | {"prompt_token_ids": [1, 2]}
+    assert transcript.admit(first)
+    assert transcript.admit(second)
+    assert "prompt_token_ids" in first
+    assert "prompt_token_ids" not in second
+
+
+@pytest.mark.parametrize(
+    "chunk", [{}, {"choices": [{}]}, {"choices": [{"index": 5, "text": ""}]}, {"choices": None}, {"choices": [1]}]
+)
+def test_what_has_another_form_is_an_error(chunk: dict[str, Any]) -> None:
+    with pytest.raises((LookupError, TypeError, AttributeError)):
+        Transcript(1).admit(chunk)
+
+
+def test_a_whole_answer_as_chunks_leaves_open_choices_open() -> None:
+    answer = {
+        "id": "x",
+        "object": "text_completion",
+        "choices": [
+            {"index": 0, "text": "a", "finish_reason": "length", "token_ids": [1]},
+            {"index": 1, "text": "", "finish_reason": "stop", "token_ids": [0]},
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "kv_transfer_params": {"secret": 1},
+    }
+    chunks = chunks_of_answer(answer, is_chat=False, open_choices={0})
+    transcript = Transcript(2)
+    assert [transcript.admit(chunk) for chunk in chunks] == [True, True, False]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:2]] == [None, "stop"]
+    assert not any("kv_transfer_params" in chunk for chunk in chunks)
+    assert transcript.usage().prompt_tokens == 3
+
+
+def test_tool_calls_grow_by_their_index() -> None:
+    target: dict[str, Any] = {}
+    for news in (
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}],
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"x"'}}]},
+        {"tool_calls": [{"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+    ):
+        merge(target, news)
+    assert target == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x": 1}'}},
+            {"index": 1, "id": "b", "function": {"name": "g", "arguments": "{}"}},
+        ],
+    }
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.lists(st.integers(0, 9), max_size=3))))
+def test_texts_and_lists_of_chunks_add_up(parts: list[tuple[str, list[int]]]) -> None:
+    target: dict[str, Any] = {}
+    for text, token_ids in parts:
+        merge(target, {"index": 3, "text": text, "token_ids": list(token_ids), "logprobs": {"tokens": [text]}})
+    if parts:
+        assert target == {
+            "index": 3,
+            "text": "".join(text for text, _ in parts),
+            "token_ids": [token_id for _, token_ids in parts for token_id in token_ids],
+            "logprobs": {"tokens": [text for text, _ in parts]},
+        }
