@@ -16,7 +16,8 @@ from rich.text import Text
 
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import make_view, ready_rows
-from pdlaunch.config.sources import load_config
+from pdlaunch.cli.preflight import judge_pairs, refuse_errors
+from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, check_startable, launch, new_launch_id, new_log_dir, plan_launch
@@ -47,11 +48,14 @@ def serve(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         loaded = load_config(config, os.environ, flags)
-        planned = plan_launch(loaded.config, probe_machine(), os.environ)
+        machine = probe_machine()
+        if not dry_run:
+            refuse_errors(loaded, machine, os.environ, errors)
+        planned = plan_launch(loaded.config, machine, os.environ)
         if dry_run:
             print_plan(planned.plan, output)
             return
-        outcome = _serve(planned)
+        outcome = _serve(loaded, planned)
     except ConfigError as error:
         _refuse(errors, error)
     except StartupError as error:
@@ -62,20 +66,22 @@ def serve(
     raise typer.Exit(outcome.exit_code)
 
 
-def _serve(planned: PlannedLaunch) -> Outcome:
+def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
     config = planned.config
     check_startable(config)
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
 
     def summary(status: LaunchStatus) -> list[tuple[str, str]]:
-        return ready_rows(
+        rows = ready_rows(
             status,
             model=served_model_name(config),
             connector=config.kv_transfer.connector,
             log_dir=str(log_dir),
             needs_key=config.api_key is not None,
         )
+        findings = judge_pairs(loaded, planned.machine, os.environ, status)
+        return rows + [(finding.severity, f"{finding.rule} {finding.where}: {finding.message}") for finding in findings]
 
     view = make_view(Console(), summary)
     try:
