@@ -152,3 +152,16 @@ def test_bfloat16_stays_close(llama: Path) -> None:
         assert output.tokens[0].token_id == 17
         found.append(output.tokens[0].logprob)
     assert found[0] == pytest.approx(found[1], abs=0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_cuda_equals_generate(name: str, tmp_path: Path) -> None:
+    directory = save_tiny_model(name, tmp_path)
+    prompts = [[5 + length % 90] * length for length in LENGTHS]
+    expected = greedy(directory, prompts, NUM_TOKENS)
+    spec = make_spec(directory, device="cuda", device_indices=(0,))
+    runner = ModelRunner(spec, tp=None, progress=ignore_progress)
+    runner.warm_up()
+    assert HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
