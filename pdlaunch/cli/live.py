@@ -37,6 +37,13 @@ _BAR_FROM_COLUMNS = 70
 """Narrower terminals get the percentage without a bar."""
 
 
+class SteadyConsole(Console):
+    """A console whose reader may go away: a deployment serves on without one."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class PlainView:
     """One line for each change; for logs, pipes and dumb terminals."""
 

@@ -15,12 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
-from pdlaunch.cli.live import make_view, ready_rows
+from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.supervisor.launch import Outcome, PlannedLaunch, check_startable, launch, new_launch_id, new_log_dir, plan_launch
+from pdlaunch.supervisor.launch import (
+    Outcome,
+    PlannedLaunch,
+    check_address,
+    check_platform,
+    launch,
+    new_launch_id,
+    new_log_dir,
+    plan_launch,
+)
 from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
@@ -50,6 +59,7 @@ def serve(
         loaded = load_config(config, os.environ, flags)
         machine = probe_machine()
         if not dry_run:
+            check_platform()
             refuse_errors(loaded, machine, os.environ, errors)
         planned = plan_launch(loaded.config, machine, os.environ)
         if dry_run:
@@ -63,12 +73,14 @@ def serve(
         raise typer.Exit(EXIT_FAILED) from None
     for line in outcome.report:
         errors.print(Text(line, style="red"))
+    if outcome.survivors:
+        errors.print(Text(f"could not be killed: {', '.join(outcome.survivors)}", style="red"))
     raise typer.Exit(outcome.exit_code)
 
 
 def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
     config = planned.config
-    check_startable(config)
+    check_address(config)
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
 
@@ -83,11 +95,13 @@ def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
         findings = judge_pairs(loaded, planned.machine, os.environ, status)
         return rows + [(finding.severity, f"{finding.rule} {finding.where}: {finding.message}") for finding in findings]
 
-    view = make_view(Console(), summary)
+    view = make_view(SteadyConsole(), summary)
     try:
-        return launch(planned, view, launch_id=launch_id, log_dir=log_dir)
+        outcome = launch(planned, view, launch_id=launch_id, log_dir=log_dir)
+        view.note("stopped")
     finally:
         view.close()
+    return outcome
 
 
 def _refuse(errors: Console, error: ConfigError) -> NoReturn:

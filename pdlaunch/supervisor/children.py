@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pdlaunch.supervisor.host import ProcessExited
 from pdlaunch.supervisor.plan import ProcessSpec
+
+logger = logging.getLogger(__name__)
 
 _CANNOT_EXECUTE = 127
 _HIDDEN_VARIABLES = frozenset({"PDLAUNCH_API_KEY"})
@@ -45,23 +49,13 @@ class Children:
 
         Standard input stays open: its end tells the child that the supervisor is gone.
         """
-        environment = {k: v for k, v in os.environ.items() if k not in _HIDDEN_VARIABLES} | spec.environment
-        with self.log_path(spec.name).open("ab") as log:
-            if incarnation > 1:
-                log.write(f"--- incarnation {incarnation}\n".encode())
-                log.flush()
+        with self._open_log(spec.name) as log:
             try:
-                process = subprocess.Popen(
-                    spec.command,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                    bufsize=0,
-                )
+                process = self._popen(spec, incarnation, log)
             except OSError as error:
-                log.write(f"cannot be started: {error}\n".encode())
+                logger.error("%s cannot be started: %s", spec.name, error)
+                with contextlib.suppress(OSError):
+                    log.write(f"cannot be started: {error}\n".encode())
                 return ProcessExited(spec.name, incarnation, _CANNOT_EXECUTE)
         self._children[spec.name] = _Child(process, incarnation, os.pidfd_open(process.pid))
         assert process.stdin is not None
@@ -69,6 +63,30 @@ class Children:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(first_line)
         return None
+
+    def _open_log(self, name: str) -> IO[bytes]:
+        """Appends; a folder that somebody has removed is made again, and a launch whose disk is full goes on without logs."""
+        try:
+            self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return self.log_path(name).open("ab", buffering=0)
+        except OSError as error:
+            logger.error("no log for %s: %s", name, error)
+            return Path(os.devnull).open("ab", buffering=0)
+
+    @staticmethod
+    def _popen(spec: ProcessSpec, incarnation: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        if incarnation > 1:
+            with contextlib.suppress(OSError):
+                log.write(f"--- incarnation {incarnation}\n".encode())
+        return subprocess.Popen(
+            spec.command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name not in _HIDDEN_VARIABLES} | spec.environment,
+            start_new_session=True,
+            bufsize=0,
+        )
 
     def pidfds(self) -> dict[int, str]:
         """File descriptors that become readable when their process has ended."""

@@ -55,12 +55,16 @@ class Outcome:
     """The root cause in at most 20 lines; empty without a failure."""
     was_ready: bool
     stop_signal: int | None
+    survivors: tuple[str, ...] = ()
+    """Processes that even SIGKILL did not end in time."""
 
     @property
     def exit_code(self) -> int:
         """0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 + signal: stopped before it was ready."""
         if self.failure is not None:
             return 2 if isinstance(self.failure.cause, ConfigError) else 1
+        if self.survivors:
+            return 1
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
 
@@ -73,13 +77,17 @@ def plan_launch(config: LaunchConfig, machine: Machine, environ: Mapping[str, st
     return PlannedLaunch(config, machine, models, planned)
 
 
-def check_startable(config: LaunchConfig, platform: str = sys.platform) -> None:
-    """Raises StartupError when the public port is not free, and ConfigError on a system other than Linux."""
+def check_platform(platform: str = sys.platform) -> None:
+    """Raises ConfigError where pdlaunch cannot serve."""
     if platform != "linux":
         raise ConfigError(
             f"serve needs Linux; this is {platform}",
             fix="run it on Linux, in a container or a virtual machine; check-config works here",
         )
+
+
+def check_address(config: LaunchConfig) -> None:
+    """Raises StartupError when the public port is not free."""
     if config.port:
         check_port(config.host, config.port)
 
@@ -106,7 +114,7 @@ def new_launch_id() -> str:
 
 
 def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path) -> Outcome:
-    """Start everything, serve until told to stop, stop everything; ``check_startable`` comes before."""
+    """Start everything, serve until told to stop, stop everything; ``check_platform`` and ``check_address`` come before."""
     config = planned.config
     timing = Timing(startup_timeout_s=config.startup_timeout_s, grace=Grace(drain_s=config.drain_timeout_s))
     setup_logging("supervisor", config.log_level, file=log_dir / "supervisor.log")
@@ -138,4 +146,4 @@ def supervise(
         report = () if failure is None else tuple(failure.report(log))
         for line in report:
             logger.error("%s", line)
-        return Outcome(failure, report, supervisor.was_ready, supervisor.stop_signal)
+        return Outcome(failure, report, supervisor.was_ready, supervisor.stop_signal, tuple(supervisor.survivors()))

@@ -121,7 +121,10 @@ class LocalHost:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
     return lines[-1].strip() if lines else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     lock = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock)
         yield run_dir
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -68,10 +67,18 @@ def _is_stale(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(lock)
     except OSError:
         return False
     else:
         return os.fstat(lock).st_nlink > 0
     finally:
         os.close(lock)
+
+
+def _take(lock: int) -> None:
+    """Raises OSError when another process holds the lock."""
+    # Imported here: a plan can be made, and a clear error given, on systems that do not have it.
+    import fcntl
+
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class SignalInbox:
@@ -29,7 +29,7 @@ class SignalInbox:
     def __enter__(self) -> SignalInbox:
         if threading.current_thread() is threading.main_thread():
             self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            self._before = {number: signal.signal(number, self._on_signal) for number in _wanted()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -52,3 +52,9 @@ class SignalInbox:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
+
+
+def _wanted() -> list[int]:
+    """The stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
+    numbers = [int(getattr(signal, name)) for name in STOP_SIGNALS]
+    return [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]

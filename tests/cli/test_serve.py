@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.supervisor.launch import check_startable
+from pdlaunch.supervisor.launch import check_platform
 
 MODEL = {
     "model_type": "llama",
@@ -126,7 +125,7 @@ def test_a_busy_port_ends_with_code_1_before_anything_starts(model: str) -> None
 
 def test_other_systems_are_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as raised:
-        check_startable(LaunchConfig(), platform="darwin")
+        check_platform("darwin")
     assert raised.value.fix is not None
     assert "container" in raised.value.fix
 
