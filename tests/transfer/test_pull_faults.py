@@ -1,0 +1,192 @@
+"""Random histories of leases, pulls, faults and restarts: no wrong block is called right, no stranger writes to a block."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from pdlaunch.protocol.transfer import CancelPull, EndLease, PullDrained, PullFinished
+from tests.transfer.rank_process import grant, pull
+from tests.transfer.test_pull import HolderRank, World
+
+NUM_BLOCKS = 16
+PULL_BLOCKS = 2
+NUM_STEPS = 600
+
+
+class History:
+    """One prefill rank that may restart, one decode rank, and a model of who owns each block on either side."""
+
+    WEIGHTS = {
+        "turn": 30,
+        "grant": 10,
+        "start": 10,
+        "land": 4,
+        "stall": 2,
+        "calm": 3,
+        "fail": 0.5,
+        "cancel": 1,
+        "end_lease": 1,
+        "corrupt": 1.5,
+        "pause": 1.5,
+        "mute": 0.5,
+        "restart": 0.4,
+    }
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.world = World()
+        self.seen: Counter[str] = Counter()
+        self.incarnation = 0
+        self.num_named = 0
+        self.expected: dict[str, torch.Tensor] = {}
+        """What a request's blocks held when its lease was granted."""
+        self.leased: dict[str, list[int]] = {}
+        self.pulls: dict[str, tuple[str, list[int]]] = {}
+        self.quarantined: dict[str, list[int]] = {}
+        self.restart()
+
+    @property
+    def holder(self) -> HolderRank:
+        return self.world.holders[f"fake://{self.incarnation}"]
+
+    def run(self) -> None:
+        for action in self.random.choices(list(self.WEIGHTS), list(self.WEIGHTS.values()), k=NUM_STEPS):
+            getattr(self, action)()
+            self.keep_the_books()
+        self.end()
+
+    def free(self) -> list[int]:
+        """Blocks of the decode rank that the engine may use for anything."""
+        running = [block_ids for _, block_ids in self.pulls.values()]
+        owned = {block_id for block_ids in [*running, *self.quarantined.values()] for block_id in block_ids}
+        return sorted(set(range(NUM_BLOCKS)) - owned)
+
+    def name(self, kind: str) -> str:
+        self.num_named += 1
+        return f"{kind}{self.num_named}"
+
+    def restart(self) -> None:
+        self.world.fabric.kill()
+        self.incarnation += 1
+        self.leased.clear()
+        self.world.peers.update([self.world.add(incarnation=self.incarnation).entry()])
+
+    def grant(self) -> None:
+        leased = {block_id for block_ids in self.leased.values() for block_id in block_ids}
+        free = sorted(set(range(NUM_BLOCKS)) - leased)
+        if len(free) < PULL_BLOCKS:
+            return
+        request_id, block_ids = self.name("r"), self.random.sample(free, PULL_BLOCKS)
+        self.holder.kv_cache[block_ids] = torch.full_like(self.holder.kv_cache[block_ids], self.num_named)
+        self.leased[request_id] = block_ids
+        self.expected[request_id] = self.holder.kv_cache[block_ids].clone()
+        self.holder.holder.grant(grant(request_id, block_ids, lease_s=5.0))
+
+    def start(self) -> None:
+        free = self.free()
+        if len(free) < PULL_BLOCKS or not self.leased:
+            return
+        pull_id, block_ids = self.name("p"), self.random.sample(free, PULL_BLOCKS)
+        request_id = self.random.choice(list(self.leased))
+        self.pulls[pull_id] = request_id, block_ids
+        self.world.pulls.start(pull(pull_id, self.holder.remote(request_id), block_ids, timeout_s=8.0))
+
+    def cancel(self) -> None:
+        if self.pulls:
+            self.world.pulls.cancel(CancelPull(pull_id=self.random.choice(list(self.pulls))))
+
+    def end_lease(self) -> None:
+        if self.leased:
+            self.holder.holder.end(EndLease(request_id=self.random.choice(list(self.leased))))
+
+    def corrupt(self) -> None:
+        if self.leased:
+            block_id = self.random.choice(self.random.choice(list(self.leased.values())))
+            self.holder.kv_cache[block_id].view(-1)[self.random.randrange(384)] += 1
+
+    def stall(self) -> None:
+        self.world.fabric.stalled = True
+
+    def fail(self) -> None:
+        self.world.fabric.failing = True
+
+    def mute(self) -> None:
+        for channel in self.holder.channels:
+            channel.mute = True
+
+    def calm(self) -> None:
+        self.world.fabric.stalled = self.world.fabric.failing = False
+        for channel in self.holder.channels:
+            channel.mute = False
+
+    def land(self) -> None:
+        """Stalled READs write now: only to blocks that are still the transfer's."""
+        free = self.free()
+        before = self.world.kv_cache[free].clone()
+        self.world.fabric.land()
+        assert torch.equal(self.world.kv_cache[free], before)
+
+    def turn(self) -> None:
+        self.world.clock.now += self.random.random() / 4
+        self.world.turn(2)
+
+    def pause(self) -> None:
+        """Longer than a lease without a heartbeat."""
+        self.world.clock.now += 6.0
+
+    def keep_the_books(self) -> None:
+        for ended in self.holder.ended():
+            # The engine uses the blocks for something else at once.
+            self.holder.kv_cache[self.leased.pop(ended.request_id)] = -1.0
+            self.seen[ended.reason] += 1
+        events = self.world.events[:]
+        self.world.events.clear()
+        for event in events:
+            match event:
+                case PullFinished():
+                    self.finish(event)
+                case PullDrained():
+                    del self.quarantined[event.pull_id]
+                    self.seen["drained"] += 1
+
+    def finish(self, event: PullFinished) -> None:
+        request_id, block_ids = self.pulls.pop(event.pull_id)
+        if event.ok:
+            assert not event.in_flight
+            assert torch.equal(self.world.kv_cache[block_ids], self.expected[request_id])
+        elif event.in_flight:
+            self.quarantined[event.pull_id] = block_ids
+        self.seen["ok" if event.ok else "failed"] += 1
+        self.seen["unproven"] += event.verification_failed
+
+    def end(self) -> None:
+        """When the weather clears, everything ends and nothing is left."""
+        self.calm()
+        for _ in range(4):
+            self.land()
+            self.pause()
+            self.world.clock.now += 10
+            self.turn()
+            self.keep_the_books()
+        assert self.pulls == {}
+        assert self.quarantined == {}
+        assert len(self.world.pulls) == 0
+        assert self.holder.holder.num_leases == 0
+        assert all(read.released for read in self.world.fabric.reads)
+        assert len(self.world.connector.peers) <= 1
+
+
+@pytest.mark.parametrize("first_seed", range(0, 20, 5))
+def test_faults(first_seed):
+    seen: Counter[str] = Counter()
+    for seed in range(first_seed, first_seed + 5):
+        history = History(seed)
+        history.run()
+        seen += history.seen
+    # A history in which nothing happens proves nothing.
+    for outcome in ("ok", "failed", "unproven", "drained", "pulled", "expired", "released"):
+        assert seen[outcome] > 5, seen
