@@ -1,0 +1,288 @@
+"""Both sides of a hand-over, with routers that know pdlaunch and routers that do not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams, SetReaders, TokenOutput
+from pdlaunch.protocol.kv_params import to_wire
+from pdlaunch.server.text_stream import IncrementalDetokenizer, TextStream
+from tests.server.conftest import END_TOKEN, Engine
+from tests.server.fake_rank import FakeRank, remote_kv, silent
+
+TEXT = "né ☃ quick stops"
+REMOTE_DECODE = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+async def prefill(engine: Engine, **fields: object) -> dict:
+    return await engine.complete(**{"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE} | fields)
+
+
+async def test_prefill_answers_with_the_lease_and_the_first_token(engine: Engine, rank: FakeRank):
+    answer = await prefill(engine, logprobs=1, min_tokens=5)
+    (request,) = rank.added()
+    assert (request.do_remote_decode, request.num_readers) == (True, 1)
+    assert (request.sampling.max_tokens, request.sampling.min_tokens) == (1, 5)
+    params = answer["kv_transfer_params"]
+    assert params["do_remote_prefill"] is True
+    assert params["remote_request_id"] == request.request_id
+    (first,) = params["pdlaunch"]["first_tokens"]
+    assert first == {
+        "token_id": rank.ids("hello")[0],
+        "finish_reason": None,
+        "logprob": -0.5,
+        "top_logprobs": [[rank.ids("hello")[0], -0.5]],
+    }
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert rank.aborted() == []
+
+
+async def test_ordinary_answers_have_no_kv_transfer_params(engine: Engine):
+    assert "kv_transfer_params" not in await engine.complete()
+
+
+async def test_prefill_holds_back_half_characters_and_begun_stop_strings(engine: Engine, rank: FakeRank):
+    rank.script = rank.says("☃")
+    assert (await prefill(engine))["choices"][0]["text"] == ""
+    rank.script = rank.says("hello")
+    assert (await prefill(engine, stop=["hello world"]))["choices"][0]["text"] == ""
+    assert (await prefill(engine, stop=["hello!", "zz"]))["choices"][0]["text"] == ""
+    assert (await prefill(engine, stop=["zz"]))["choices"][0]["text"] == "hello"
+
+
+@pytest.mark.parametrize("fields", [{"stop": ["hel"]}, {}])
+async def test_a_first_token_that_ends_the_request_ends_the_lease(engine: Engine, rank: FakeRank, fields):
+    rank.script = rank.says("hello" if fields else rank.ids(END_TOKEN), ends=not fields)
+    answer = await prefill(engine, **fields)
+    assert answer["kv_transfer_params"] is None
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    (abort,) = await rank.wait_for(AbortRequest)
+    assert abort.request_id == rank.added()[0].request_id
+
+
+async def test_prefill_leases_once_for_all_choices_and_says_how_many_go_on(engine: Engine, rank: FakeRank):
+    def script(request: AddRequest):
+        text = "stops" if request.sampling.choice == 1 else "hello"
+        return rank.says(rank.ids(text)[:1])(request)
+
+    rank.script = script
+    answer = await prefill(engine, n=3, stop=["s"])
+    assert [(request.do_remote_decode, request.num_readers) for request in rank.added()] == [(True, 3), (False, 1), (False, 1)]
+    finish_reasons = [token["finish_reason"] for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]]
+    assert finish_reasons == [None, "stop", None]
+    (readers,) = await rank.wait_for(SetReaders)
+    assert (readers.request_id, readers.num_readers) == (rank.added()[0].request_id, 2)
+
+
+async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(engine: Engine, rank: FakeRank):
+    def script(request: AddRequest):
+        is_first = request.sampling.choice == 0
+        token_id = rank.ids(END_TOKEN if is_first else "hello")[0]
+        yield RequestFinished(
+            request_id=request.request_id,
+            reason="stop" if is_first else "length",
+            tokens=[TokenOutput(token_id=token_id)],
+            stop_token_id=token_id if is_first else None,
+        )
+
+    rank.script = script
+    params = (await prefill(engine, n=2))["kv_transfer_params"]
+    assert params["do_remote_prefill"] is False
+    rank.script = rank.says("hello world")
+    answer = await engine.complete(n=2, max_tokens=4, kv_transfer_params=params)
+    last = rank.added()[-1]
+    assert last.remote_kv is None
+    assert last.output == [TokenOutput(token_id=rank.ids("hello")[0])]
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 2}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"stream": True}, "stream"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"resume": {"choices": [[]]}}, "resume"),
+        ({"kv_transfer_params": {"do_remote_decode": "yes"}}, "kv_transfer_params.do_remote_decode"),
+        ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params.remote_engine_id"),
+    ],
+)
+async def test_hand_overs_that_are_refused(engine: Engine, fields, param):
+    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE} | fields
+    status, error = await engine.refusal(**body)
+    assert (status, error["param"]) == (400, param)
+
+
+async def test_a_router_that_leaves_ends_the_lease(engine: Engine, rank: FakeRank):
+    rank.script = silent
+    post = asyncio.create_task(prefill(engine))
+    (request,) = await rank.wait_for(AddRequest)
+    post.cancel()
+    await asyncio.gather(post, return_exceptions=True)
+    aborts = await rank.wait_for(AbortRequest)
+    assert aborts[0].request_id == request.request_id
+
+
+async def test_a_failed_choice_ends_the_lease_of_the_first(engine: Engine, rank: FakeRank):
+    def script(request: AddRequest):
+        if request.sampling.choice == 0:
+            return rank.says("hello")(request)
+        return [RequestFinished(request_id=request.request_id, reason="error", error="out of blocks")]
+
+    rank.script = script
+    status, _ = await engine.refusal(n=2, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
+    assert status == 500
+    aborted = {abort.request_id for abort in await rank.wait_for(AbortRequest, 2)}
+    assert rank.added()[0].request_id in aborted
+
+
+@pytest.mark.parametrize("by", ["request id", "remote id"])
+async def test_a_lease_can_be_released(engine: Engine, rank: FakeRank, by: str):
+    body = {"prompt": "x", "max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+    _, answer, _ = await engine.post("/v1/completions", body, **{"X-Request-Id": "abc"})
+    remote_id = answer["kv_transfer_params"]["remote_request_id"]
+    name = {"request_id": "abc" if by == "request id" else remote_id}
+    _, released, _ = await engine.post("/pdlaunch/release", name)
+    assert released == {"released": True}
+    assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [remote_id]
+    _, released, _ = await engine.post("/pdlaunch/release", {"request_id": "other"})
+    assert released == {"released": False}
+
+
+async def hand_over(engine: Engine, rank: FakeRank, sent: bool, **fields: object) -> tuple[dict, dict]:
+    """A prefill answer, and the body for decode."""
+    answer = await prefill(engine, **fields)
+    params = answer["kv_transfer_params"]
+    if sent:
+        params["pdlaunch"]["first_token_sent"] = True
+    return answer, fields | {"max_tokens": 12, "kv_transfer_params": params}
+
+
+@pytest.mark.parametrize("sent", [False, True])
+@pytest.mark.parametrize("stop", [[], ["quick"], ["né"], ["zzz"], ["n☃"]])
+@pytest.mark.parametrize("text", [TEXT, "☃☃ ☃", "quick né"])
+async def test_prefill_and_decode_together_say_what_one_engine_says(engine: Engine, rank: FakeRank, text, stop, sent):
+    rank.script = rank.says(text)
+    fields = {"n": 2, "stop": stop, "return_token_ids": True, "logprobs": 1}
+    alone = await engine.complete(max_tokens=12, **fields)
+    answer, body = await hand_over(engine, rank, sent, **fields)
+    chunks = await engine.stream(**body, stream_options={"include_usage": True})
+    assert chunks.pop() == {"done": True}
+    assert chunks.pop()["usage"]["completion_tokens"] == alone["usage"]["completion_tokens"]
+    for index, choice in enumerate(alone["choices"]):
+        said = answer["choices"][index : index + 1] if sent else []
+        said += [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in said) == choice["text"]
+        assert [token for part in said for token in part["token_ids"]] == choice["token_ids"]
+        offsets = [offset for part in said if part["logprobs"] for offset in part["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"]
+        assert said[-1]["finish_reason"] == choice["finish_reason"]
+        assert said[-1]["stop_reason"] == choice["stop_reason"]
+
+
+async def test_decode_starts_from_the_first_token_and_the_remote_blocks(engine: Engine, rank: FakeRank):
+    _, body = await hand_over(engine, rank, sent=True)
+    rank.received.clear()
+    await engine.complete(**body)
+    (request,) = rank.added()
+    assert request.remote_kv is not None
+    assert request.remote_kv.block_ids == [[1, 2]]
+    assert request.output == [TokenOutput(token_id=rank.ids("hello")[0])]
+    assert request.sampling.max_tokens == 12
+
+
+async def test_a_router_without_our_key_gets_every_token_from_decode(engine: Engine, rank: FakeRank):
+    answer, body = await hand_over(engine, rank, sent=False)
+    del body["kv_transfer_params"]["pdlaunch"]
+    decoded = await engine.complete(**body)
+    assert rank.added()[-1].output == []
+    assert rank.added()[-1].remote_kv is not None
+    assert decoded["choices"][0]["text"].startswith(answer["choices"][0]["text"])
+    assert decoded["usage"]["completion_tokens"] == 12
+
+
+async def test_a_router_of_vllm_sends_max_completion_tokens_and_the_clients_other_fields(engine: Engine, rank: FakeRank):
+    answer = await engine.chat(
+        max_tokens=1,
+        max_completion_tokens=1,
+        min_tokens=4,
+        stream=False,
+        stream_options={"include_usage": True},
+        kv_transfer_params=REMOTE_DECODE,
+    )
+    assert answer["kv_transfer_params"]["do_remote_prefill"] is True
+    assert answer["choices"][0]["message"]["content"] == "hello"
+
+
+async def test_decode_does_not_repeat_the_role_that_was_sent(engine: Engine, rank: FakeRank):
+    answer = await engine.chat(max_tokens=1, kv_transfer_params=REMOTE_DECODE)
+    params = answer["kv_transfer_params"]
+    params["pdlaunch"]["first_token_sent"] = True
+    chunks = await engine.stream(CHAT, messages=HELLO, max_tokens=3, kv_transfer_params=params)
+    assert all("role" not in choice["delta"] for chunk in chunks[:-1] for choice in chunk["choices"])
+
+
+async def test_choices_that_ended_on_prefill_need_no_rank(engine: Engine, rank: FakeRank):
+    tokens = [{"token_id": rank.ids(END_TOKEN)[0], "finish_reason": "stop"}, {"token_id": 70}]
+    request = AddRequest(request_id="x/0", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1))
+    params = to_wire(remote_kv(request), None) | {"pdlaunch": {"first_tokens": tokens}}
+    answer = await engine.complete(n=2, max_tokens=3, kv_transfer_params=params)
+    assert len(rank.added()) == 1
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
+    assert answer["usage"]["completion_tokens"] == 4
+    status, error = await engine.refusal(n=1, kv_transfer_params=params)
+    assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch.first_tokens")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 11, 12])
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+async def test_a_resumed_stream_says_the_rest(engine: Engine, rank: FakeRank, count: int, path: str):
+    rank.script = rank.says(TEXT)
+    fields = {"prompt": "hello"} if path == "/v1/completions" else {"messages": HELLO}
+    fields |= {"max_tokens": 12, "return_token_ids": True}
+    text, token_ids = text_and_tokens(await engine.stream(path, **fields))
+    prompt = rank.added()[-1].prompt_token_ids
+    given = [{"token_id": token_id} for token_id in token_ids[:count]]
+    rest = await engine.stream(path, **fields, resume={"choices": [given], "sent": True})
+    seen = TextStream(IncrementalDetokenizer(engine.service.model.tokenizer, prompt, skip_special_tokens=True))
+    sent = "".join(seen.push(token_id) for token_id in token_ids[:count])
+    more, more_ids = text_and_tokens(rest)
+    assert more_ids == token_ids[count:]
+    assert sent + more == text
+    assert rest[-2]["choices"][0]["finish_reason"] == "length"
+    if count < 12:
+        assert [token.token_id for token in rank.added()[-1].output] == token_ids[:count]
+
+
+def text_and_tokens(chunks: list[dict]) -> tuple[str, list[int]]:
+    choices = [choice for chunk in chunks[:-1] for choice in chunk["choices"]]
+    texts = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
+    return "".join(texts), [token_id for choice in choices for token_id in choice.get("token_ids") or []]
+
+
+async def test_a_resume_that_nobody_has_seen_is_said_in_full(engine: Engine, rank: FakeRank):
+    rank.script = rank.says(TEXT)
+    whole = await engine.complete(max_tokens=12)
+    given = [{"token_id": token_id} for token_id in rank.ids(TEXT)[:3]]
+    again = await engine.complete(max_tokens=12, resume={"choices": [given], "sent": False})
+    assert again["choices"] == whole["choices"]
+    assert again["usage"] == whole["usage"]
+
+
+async def test_a_resumed_choice_that_was_over_says_no_more(engine: Engine, rank: FakeRank):
+    over = [{"token_id": rank.ids(END_TOKEN)[0], "finish_reason": "stop"}]
+    chunks = await engine.stream(n=2, max_tokens=3, resume={"choices": [over, []], "sent": True})
+    assert {chunk["choices"][0]["index"] for chunk in chunks[:-1]} == {1}
+    assert len(rank.added()) == 1
