@@ -9,7 +9,8 @@ PdlaunchError
 ├── TransferError           nobody: a KV block could not be moved or proven; the engine pulls again or recomputes
 │   ├── HandshakeError      the user: two engines do not fit; names the field and both values
 │   ├── LeaseError          nobody: the lease on the blocks has ended
-│   └── VerificationError   nobody: token hash or checksum differ; the blocks are not used
+│   ├── VerificationError   nobody: token hash or checksum differ; the blocks are not used
+│   └── TransferSpecError   us: blocks to copy between device and host are not described consistently
 └── ProtocolError           us, or a stranger on the socket: a message does not have the agreed form
 """
 
@@ -73,6 +74,10 @@ class LeaseError(TransferError):
 
 class VerificationError(TransferError):
     """Token hash or checksum of a pulled block differ from what the prefill engine stated."""
+
+
+class TransferSpecError(TransferError, ValueError):
+    """A transfer between device and host names groups, blocks and chunks that do not fit each other; nothing is copied."""
 
 
 class ProtocolError(PdlaunchError):

@@ -1,0 +1,1 @@
+"""Host tier of the KV cache: multi-group block transfers between device and host, and what is kept there."""

@@ -1,0 +1,127 @@
+"""A lane carries the transfers of one direction, in their order, and says when each has ended.
+
+Between two CPU tensors the lane's thread copies. On CUDA the submitting thread enqueues on the lane's stream, behind what the
+current stream holds, and the thread only waits for the event after the copy. Either way nobody else ever waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.offload.copies import PageCopies
+from pdlaunch.offload.copy_methods import CopyMethod
+from pdlaunch.offload.spec import Direction
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """One transfer has ended: its memory is not touched any more."""
+
+    job_id: int
+    direction: Direction
+    ok: bool
+    num_bytes: int
+    seconds: float
+    """Of the copy alone, without waiting for others."""
+    error: str = ""
+
+
+ChooseMethod = Callable[[PageCopies, Direction], CopyMethod]
+Report = Callable[[TransferResult], None]
+
+
+class Lane(ABC):
+    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in their order."""
+
+    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report) -> None:
+        self._direction = direction
+        self._choose = choose
+        self._report = report
+        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
+        """Begin to copy; the result, called by the lane's thread, returns seconds when all is copied. May raise."""
+
+    def submit(self, job_id: int, copies: Sequence[PageCopies]) -> None:
+        """Queue one transfer. What goes wrong is reported."""
+        num_bytes = sum(pages.num_bytes for pages in copies)
+        try:
+            end = self.start(copies)
+        except (RuntimeError, TransferError) as error:
+            end = _failing(error)
+        self._ends.put((job_id, num_bytes, end))
+
+    def close(self, timeout_s: float) -> bool:
+        """End the thread after the transfers that are queued; False when that takes longer."""
+        self._ends.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (item := self._ends.get()) is not None:
+            job_id, num_bytes, end = item
+            try:
+                seconds = end()
+            except Exception as error:  # Whatever it is, the blocks must not be used and their owner must hear of it.
+                self._report(TransferResult(job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}"))
+            else:
+                self._report(TransferResult(job_id, self._direction, True, num_bytes, seconds))
+
+    def _copy_all(self, copies: Sequence[PageCopies]) -> None:
+        for pages in copies:
+            self._choose(pages, self._direction).copy(pages, self._direction)
+
+
+class HostLane(Lane):
+    """Between two CPU tensors."""
+
+    def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
+        def copy() -> float:
+            begin_s = time.perf_counter()
+            self._copy_all(copies)
+            return time.perf_counter() - begin_s
+
+        return copy
+
+
+class CudaLane(Lane):
+    """Between a CUDA device and pinned memory, on a stream of its own."""
+
+    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        super().__init__(direction, choose, report)
+
+    def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
+        # What the blocks were last used for may still be queued there.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            begin.record(self._stream)
+            self._copy_all(copies)
+            end.record(self._stream)
+
+        def wait() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000
+
+        return wait
+
+
+def _failing(error: Exception) -> Callable[[], float]:
+    def fail() -> float:
+        raise error
+
+    return fail

@@ -1,0 +1,172 @@
+"""What a transfer between device and host names, and where each of its blocks lies in host memory. No torch.
+
+A host chunk holds ``blocks_per_chunk`` device blocks of one group, consecutive in the request. A transfer may begin and end
+inside a chunk. Two groups, two blocks a chunk::
+
+    block_ids      [ 7  4  9 | 3  8 ]      group_sizes  [3, 2]
+    block_indices  [ 1       | 6    ]      logical index of each group's first block
+    chunk_ids      [ 5   2   | 0    ]      group 0: 1 % 2 = 1 slot is skipped, ceil((3 + 1) / 2) = 2 chunks
+
+    chunk 5  [ .  7 ]    chunk 2  [ 4  9 ]    chunk 0  [ 3  8 ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pdlaunch.errors import TransferSpecError
+
+Direction = Literal["store", "load"]
+"""``store``: device to host; ``load``: host to device."""
+
+DIRECTIONS: tuple[Direction, Direction] = ("store", "load")
+
+IntArray = npt.NDArray[np.int64]
+
+CHUNK_ALIGNMENT_BYTES = 4096
+"""Chunks begin on pages of the machine, so that memory can be pinned in pieces of whole chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSpec:
+    """Blocks to copy; the sequences are flat and ordered by group. A group may be empty."""
+
+    direction: Direction
+    block_ids: Sequence[int] | IntArray
+    """Device blocks."""
+    group_sizes: Sequence[int]
+    """By group: number of its blocks."""
+    block_indices: Sequence[int]
+    """By group: logical index within the request of its first block; of no meaning where the group is empty."""
+    chunk_ids: Sequence[int] | IntArray
+    """Host chunks, ceil((size + skip) / blocks_per_chunk) of each group."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupShape:
+    """One KV cache group on the device."""
+
+    num_blocks: int
+    page_bytes: tuple[int, ...]
+    """By tensor of the group: bytes of one block."""
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(self.page_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """The blocks of one group in a transfer, in logical order."""
+
+    group: int
+    skip: int
+    """Slots of the first chunk before the first block."""
+    block_ids: IntArray
+    chunk_ids: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLayout:
+    """How chunks lie in host memory: one pool of equal chunks for all groups, a chunk's blocks one after another.
+
+    A group with smaller blocks than others leaves the end of its chunks unused.
+    """
+
+    groups: tuple[GroupShape, ...]
+    blocks_per_chunk: int
+
+    @property
+    def chunk_bytes(self) -> int:
+        used_bytes = self.blocks_per_chunk * max(group.block_bytes for group in self.groups)
+        return -(-used_bytes // CHUNK_ALIGNMENT_BYTES) * CHUNK_ALIGNMENT_BYTES
+
+    def num_chunks_used(self, size: int, block_index: int) -> int:
+        """Chunks that ``size`` blocks from logical ``block_index`` on touch."""
+        return -(-(size + block_index % self.blocks_per_chunk) // self.blocks_per_chunk) if size else 0
+
+    def block_offsets(self, span: GroupSpan) -> IntArray:
+        """Offset in bytes of each block of the span in host memory."""
+        slots = span.skip + np.arange(len(span.block_ids), dtype=np.int64)
+        chunks = span.chunk_ids[slots // self.blocks_per_chunk]
+        return chunks * self.chunk_bytes + slots % self.blocks_per_chunk * self.groups[span.group].block_bytes
+
+    def split(self, spec: TransferSpec, num_chunks: int) -> list[GroupSpan]:
+        """The spans of the groups that are not empty. Raises TransferSpecError naming the group and both numbers."""
+        self._check_lengths(spec)
+        block_ids = _Ids("block_ids", spec.block_ids)
+        chunk_ids = _Ids("chunk_ids", spec.chunk_ids)
+        spans = []
+        for group, (size, block_index) in enumerate(zip(spec.group_sizes, spec.block_indices, strict=True)):
+            if size:
+                blocks = block_ids.take(group, size, self.groups[group].num_blocks)
+                chunks = chunk_ids.take(group, self.num_chunks_used(size, block_index), num_chunks)
+                spans.append(GroupSpan(group, block_index % self.blocks_per_chunk, blocks, chunks))
+        block_ids.check_end(len(self.groups))
+        chunk_ids.check_end(len(self.groups))
+        _check_chunks_differ(spans)
+        return spans
+
+    def _check_lengths(self, spec: TransferSpec) -> None:
+        if spec.direction not in DIRECTIONS:
+            raise TransferSpecError(f"direction is {spec.direction!r}; it must be 'store' or 'load'")
+        for name, values in (("group_sizes", spec.group_sizes), ("block_indices", spec.block_indices)):
+            if len(values) != len(self.groups):
+                group = min(len(values), len(self.groups))
+                raise TransferSpecError(
+                    f"{name} has {len(values)} entries, the KV cache has {len(self.groups)} groups: wrong from group {group} on"
+                )
+            for group, value in enumerate(values):
+                if value < 0:
+                    raise TransferSpecError(f"group {group}: {name} is {value}, the least is 0")
+
+
+class _Ids:
+    """A flat list of ids that the groups take their share of, one after another."""
+
+    def __init__(self, name: str, ids: Sequence[int] | IntArray) -> None:
+        self._name = name
+        self._ids = np.asarray(ids, dtype=np.int64)
+        self._taken = 0
+
+    def take(self, group: int, count: int, limit: int) -> IntArray:
+        """The group's ids; each must be in [0, limit) and none may stand twice."""
+        left = len(self._ids) - self._taken
+        if left < count:
+            raise TransferSpecError(f"group {group} needs {count} {self._name}, {left} are left for it")
+        ids = self._ids[self._taken : self._taken + count]
+        self._taken += count
+        wrong = ids[(ids < 0) | (ids >= limit)]
+        if wrong.size:
+            raise TransferSpecError(f"group {group}: {wrong[0]} in {self._name} is not an id, ids are below {limit}")
+        twice = _first_twice(ids)
+        if twice is not None:
+            raise TransferSpecError(f"group {group}: {twice} stands 2 times in {self._name}, once is allowed")
+        return ids
+
+    def check_end(self, num_groups: int) -> None:
+        if self._taken != len(self._ids):
+            raise TransferSpecError(
+                f"{self._name} has {len(self._ids)} entries, the groups up to group {num_groups - 1} need {self._taken}"
+            )
+
+
+def _check_chunks_differ(spans: Sequence[GroupSpan]) -> None:
+    """Groups share one pool of chunks: no two may use the same."""
+    if len(spans) < 2:
+        return
+    twice = _first_twice(np.concatenate([span.chunk_ids for span in spans]))
+    if twice is not None:
+        first, second, *_ = (span.group for span in spans if twice in span.chunk_ids)
+        raise TransferSpecError(f"group {first} and group {second} both use chunk {twice}")
+
+
+def _first_twice(ids: IntArray) -> int | None:
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return int(twice[0]) if twice.size else None
