@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -79,15 +80,23 @@ def _is_ours(path: Path) -> bool:
 
 def _mapped_files(folder: Path) -> frozenset[str]:
     """Files of the folder that some visible process has mapped or open."""
-    found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            maps = (process / "maps").read_text(errors="replace")
-            targets = [os.readlink(entry) for entry in (process / "fd").iterdir()]  # noqa: PTH115 - the text, not a Path
-        except OSError:
-            continue
-        found |= {target for target in targets if target.startswith(str(folder))}
-        found |= {
-            word for line in maps.splitlines() if str(folder) in line for word in line.split() if word.startswith(str(folder))
-        }
-    return frozenset(found)
+    used = (path for process in Path("/proc").glob("[0-9]*") for path in (*_mapped(process), *_open(process)))
+    return frozenset(path for path in used if path.startswith(str(folder)))
+
+
+def _mapped(process: Path) -> list[str]:
+    with contextlib.suppress(OSError):
+        lines = (process / "maps").read_text(errors="replace").splitlines()
+        # address, permissions, offset, device, inode, path
+        return [fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6]
+    return []
+
+
+def _open(process: Path) -> list[str]:
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in (process / "fd").iterdir():
+            # Descriptors come and go while they are listed.
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(entry))  # noqa: PTH115 - the text, not a Path
+    return found

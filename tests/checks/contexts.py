@@ -1,0 +1,113 @@
+"""Contexts for the rules: a healthy CPU machine, a healthy GPU machine, and what a test changes of them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pdlaunch.checks.context import Context, Model
+from pdlaunch.checks.run import build_context
+from pdlaunch.checks.transport_report import PairTransport, TransportReport
+from pdlaunch.config.fields import all_fields
+from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.platform.facts import Availability, Gpu, Libraries, Limits, Machine, NixlInstall, PortState, SharedMemory
+
+GIB = 1024**3
+
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    num_layers=32,
+    num_attention_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    hidden_size=4096,
+    intermediate_size=14336,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    layer_windows=(None,) * 32,
+    dtype="bfloat16",
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    num_parameters=8_030_261_248,
+)
+SMALL_SHAPE = replace(
+    SHAPE,
+    num_layers=30,
+    num_attention_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    intermediate_size=1536,
+    vocab_size=49152,
+    layer_windows=(None,) * 30,
+    num_parameters=134_515_008,
+)
+
+CPU = Machine(
+    cpus=tuple(range(16)),
+    has_native_bf16=True,
+    memory_bytes=64 * GIB,
+    cumem=Availability(False, "no CUDA driver"),
+    libraries=Libraries(
+        torch="2.13.0+cpu",
+        transformers="5.23.0",
+        nixl=NixlInstall("1.5.1", {"cu12": "1.5.1", "cu13": "1.5.1"}, frozenset({"cu12", "cu13"})),
+    ),
+    limits=Limits(memlock_bytes=-1, num_open_files=65536),
+    shm=SharedMemory(16 * GIB, 15 * GIB),
+)
+GPU = replace(
+    CPU,
+    gpus=tuple(
+        Gpu(index, "NVIDIA H200", 139 * GIB, (9, 0), has_virtual_memory=True, has_fabric_handles=False) for index in range(8)
+    ),
+    driver_cuda=(13, 0),
+    cumem=Availability(True, "virtual memory management on every device"),
+    libraries=replace(CPU.libraries, torch="2.13.0+cu130", torch_cuda="13.0"),
+)
+GB200 = replace(
+    GPU,
+    gpus=tuple(
+        Gpu(index, "NVIDIA GB200", 186 * GIB, (10, 0), has_virtual_memory=True, has_fabric_handles=True) for index in range(4)
+    ),
+)
+
+
+def on(
+    machine: Machine,
+    /,
+    environ: Mapping[str, str] | None = None,
+    shapes: tuple[ModelShape | None, ModelShape | None] | None = None,
+    model_error: Exception | None = None,
+    paths: tuple[str, str] = ("/models/a", "/models/a"),
+    ports: Mapping[tuple[str, int], PortState] | None = None,
+    import_errors: Mapping[str, str] | None = None,
+    pairs: tuple[PairTransport, ...] = (),
+    changes: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Context:
+    """A context in which every fact is known. ``config``: settings by path, ``__`` for dots."""
+    tree: dict[str, Any] = {}
+    for path, value in config.items():
+        section, _, name = path.rpartition("__")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
+    loaded = LoadedConfig(LaunchConfig.model_validate(tree), {path: Origin("default") for path in all_fields()} | given)
+    shape = SHAPE if machine.gpus else SMALL_SHAPE
+    prefill, decode = shapes or (shape, shape)
+    context = build_context(
+        loaded,
+        machine,
+        environ or {},
+        models={
+            "prefill": Model(paths[0], prefill, error=model_error),
+            "decode": Model(paths[1], decode, error=model_error),
+        },
+        ports=ports or {},
+        import_errors=import_errors or {},
+        transport=TransportReport(pairs),
+    )
+    return replace(context, **changes) if changes else context

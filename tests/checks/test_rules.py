@@ -1,0 +1,60 @@
+import re
+from dataclasses import replace
+
+import pytest
+
+from pdlaunch.checks.registry import FAMILIES, all_rules, family
+from pdlaunch.checks.run import apply_rule
+from pdlaunch.config.fields import all_fields
+from tests.checks.cases import CASES
+from tests.checks.contexts import CPU, GB200, GPU, on
+
+RULES = all_rules()
+
+
+@pytest.fixture(params=sorted(RULES))
+def rule(request):
+    return RULES[request.param]
+
+
+def test_there_are_many_rules_in_every_family():
+    assert len(RULES) >= 30
+    assert {family(rule) for rule in RULES.values()} == set(FAMILIES.values())
+
+
+def test_every_rule_fires_and_stays_quiet(rule):
+    case = CASES[rule.code]
+    assert case.fires
+    assert case.quiet
+    for context in case.fires:
+        assert [finding.rule for finding in apply_rule(rule, context)]
+    for context in case.quiet:
+        assert apply_rule(rule, context) == []
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU, GB200], ids=["cpu", "h200", "gb200"])
+def test_healthy_set_ups_have_no_findings(rule, machine):
+    assert apply_rule(rule, on(machine)) == []
+
+
+def test_every_rule_is_explained(rule):
+    assert re.fullmatch(r"PD[1-5]\d\d", rule.code)
+    for text in (rule.title, rule.why, rule.fix, rule.source):
+        assert text
+        assert text == text.strip()
+    assert rule.title.endswith(".")
+    assert "\n" not in rule.title
+
+
+def test_findings_say_what_and_how(rule):
+    for context in CASES[rule.code].fires:
+        for finding in apply_rule(rule, context):
+            assert finding.message
+            assert finding.fix
+            assert finding.where in all_fields() or " " in finding.where or finding.where in ("system", "/dev/shm")
+
+
+def test_rules_say_nothing_without_their_facts(rule):
+    for need in rule.needs:
+        for context in CASES[rule.code].fires:
+            assert apply_rule(rule, replace(context, missing={need: "not probed"})) == []

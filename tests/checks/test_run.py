@@ -1,0 +1,136 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.checks.context import Model
+from pdlaunch.checks.models import read_models
+from pdlaunch.checks.run import run_checks
+from pdlaunch.checks.transport_report import PairTransport, TransportReport
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.sources import load_config
+from pdlaunch.platform.probe import assume
+from tests.checks.contexts import CPU, GIB, GPU, SHAPE, SMALL_SHAPE
+
+MODELS = {"prefill": Model("/m", SMALL_SHAPE), "decode": Model("/m", SMALL_SHAPE)}
+BIG_MODELS = {"prefill": Model("/m", SHAPE), "decode": Model("/m", SHAPE)}
+
+
+def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, **given):
+    loaded = load_config(path, environ or {}, flags or {})
+    return run_checks(loaded, machine, environ or {}, models=models, **given)
+
+
+def test_a_clean_set_up():
+    report = check(ports={}, import_errors={}, transport=TransportReport(()))
+    assert report.findings == ()
+    assert report.not_checked == ()
+    assert report.is_ok(strict=True)
+
+
+def test_what_was_not_probed_is_listed():
+    reasons = {item.rule: item.reason for item in check().not_checked}
+    assert reasons["PD404"] == "libraries are imported only with --probe"
+    assert {"PD420", "PD501"} <= set(reasons)
+
+
+def test_errors_come_first():
+    report = check(flags={"kv_transfer.verify": False, "load_format": "dummy", "prefill.tensor_parallel_size": 2})
+    assert [finding.severity for finding in report.findings] == ["error", "error", "warning", "warning", "info"]
+    assert {finding.rule for finding in report.errors} == {"PD104", "PD105"}
+
+
+def test_warnings_count_only_when_strict():
+    report = check(flags={"kv_transfer.verify": False})
+    assert report.is_ok()
+    assert not report.is_ok(strict=True)
+
+
+def test_infos_never_count():
+    assert check(flags={"load_format": "dummy"}).is_ok(strict=True)
+
+
+def test_a_finding_of_both_roles_is_told_once():
+    report = check(flags={"max_model_len": 9000})
+    (finding,) = [finding for finding in report.findings if finding.rule == "PD106"]
+    assert (finding.where, finding.origin) == ("max_model_len", "--max-model-len")
+
+
+def test_findings_name_file_and_line(tmp_path):
+    path = tmp_path / "deploy.yaml"
+    path.write_text("decode:\n  max_model_len: 9000\n")
+    (finding,) = [finding for finding in check(path=path).findings if finding.rule == "PD106"]
+    assert (finding.where, finding.origin) == ("decode.max_model_len", f"{path}:2:18")
+
+
+def test_memory_arithmetic_is_shown():
+    small = replace(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))
+    report = check(machine=small, models=BIG_MODELS)
+    (prefill, *_) = [finding for finding in report.findings if finding.rule == "PD207"]
+    assert "weights 15 GiB + activations" in prefill.message
+    assert "0.9 x 16 GiB = 14.4 GiB" in prefill.message
+
+
+def test_one_family_alone():
+    slow = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cumem", 0.6, 392.0)
+    report = check(flags={"max_model_len": 9000}, transport=TransportReport((slow,)), family="PD5")
+    (finding,) = report.findings
+    assert finding.rule == "PD503"
+    assert "0.6 GB/s cliff" in finding.message
+
+
+def test_the_assumed_platform():
+    report = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=80 * GIB), models=BIG_MODELS)
+    assert report.findings == ()
+    assert {item.rule for item in report.not_checked if item.reason == "the platform is assumed"} >= {"PD202", "PD405", "PD417"}
+    unknown_memory = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=None), models=BIG_MODELS)
+    assert "PD207" in {item.rule for item in unknown_memory.not_checked}
+
+
+def test_an_assumed_cpu_has_no_cumem_allocator():
+    report = check(machine=assume(GPU, num_gpus=0, gpu_memory_bytes=None), flags={"enable_cumem_allocator": True})
+    (finding,) = report.errors
+    assert finding.rule == "PD202"
+    assert "cumem allocator is not supported on the current platform" in finding.message
+    assert "--assume-platform cpu" in finding.message
+
+
+def test_a_model_that_is_not_converted_yet_is_not_checked():
+    pending = Model("/cache", pending="smollm2 is converted at the first start")
+    report = check(models={"prefill": pending, "decode": pending})
+    assert ("PD104", pending.pending) in {(item.rule, item.reason) for item in report.not_checked}
+
+
+def test_resolved_is_plain_json_without_secrets():
+    environ = {"PDLAUNCH_API_KEY": "hunter2", "PDLAUNCH_ENV__HF_TOKEN": "hunter2", "PDLAUNCH_ENV__UCX_TLS": "sm"}
+    report = check(environ=environ, flags={"enable_sleep_mode": True})
+    text = json.dumps(report.resolved)
+    assert "hunter2" not in text + repr(report)
+    assert report.resolved["config"]["env"] == {"HF_TOKEN": "**********", "UCX_TLS": "sm"}
+    assert report.resolved["config"]["enable_cumem_allocator"] is True
+    assert report.resolved["engines"]["decode"]["memory_of_a_rank"]["blocks_for_longest_request"] == 512
+
+
+@pytest.mark.parametrize("model", ["/nonexistent", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "org/name"])
+def test_models_that_cannot_be_read_say_so(model):
+    (prefill, decode) = read_models(LaunchConfig(model=model)).values()
+    assert prefill is decode
+    assert prefill.error is not None
+    assert prefill.error.field == "model"
+
+
+def test_unsupported_models_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 8}')
+    report = check(models=None, flags={"model": str(tmp_path)})
+    (finding,) = report.errors
+    assert finding.rule == "PD103"
+    assert "mamba2" in finding.message
+
+
+def test_docs_are_current():
+    from pdlaunch.checks.registry import all_rules
+    from pdlaunch.cli.explain import rules_markdown
+
+    document = Path(__file__).parents[2] / "docs" / "rules.md"
+    assert document.read_text() == rules_markdown(all_rules()), "run `make rules`"

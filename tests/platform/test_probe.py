@@ -1,0 +1,158 @@
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.platform import probe
+from pdlaunch.platform.cuda_driver import Driver
+from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.platform.import_probe import probe_imports
+from pdlaunch.platform.libraries import find_libraries
+from pdlaunch.platform.limits import has_native_bf16, memory_bytes, read_shared_memory, usable_cpus
+from pdlaunch.platform.ports import probe_port
+from pdlaunch.platform.probe import assume, probe_machine
+
+
+def test_this_machine():
+    machine = probe_machine()
+    assert machine.system == "Linux"
+    assert len(machine.cpus) >= 1
+    assert machine.memory_bytes > 1 << 28
+    assert machine.libraries.torch
+    assert machine.libraries.nixl.backends_with_ucx
+    assert machine.limits.num_open_files != 0
+    assert machine.shm.total_bytes > 0
+    assert machine.unknown == {}
+
+
+def test_a_probe_that_fails_is_named_and_hurts_nothing_else(monkeypatch):
+    def fail():
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(probe, "read_limits", fail)
+    machine = probe_machine()
+    assert machine.unknown == {"limits": "PermissionError: not for you"}
+    assert machine.libraries.torch
+
+
+def test_nothing_heavy_is_imported():
+    import subprocess
+
+    program = "import sys; from pdlaunch.platform.probe import probe_machine; probe_machine(); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "nixl", "pydantic"} & set(result.stdout.split())
+
+
+def test_gpus_come_from_the_driver(monkeypatch):
+    monkeypatch.setattr(probe, "read_driver", lambda: Driver((13, 0), (Gpu(0, "H200", has_virtual_memory=True),)))
+    machine = probe_machine()
+    assert [gpu.name for gpu in machine.gpus] == ["H200"]
+    assert machine.cumem.available is (sys.platform == "linux")
+
+
+def test_assumed_machines():
+    cuda = assume(Machine(), num_gpus=2, gpu_memory_bytes=80)
+    assert [gpu.memory_bytes for gpu in cuda.gpus] == [80, 80]
+    assert cuda.cumem.available
+    assert {"cumem", "libraries", "memory"} <= set(cuda.unknown)
+    cpu = assume(cuda, num_gpus=0, gpu_memory_bytes=None)
+    assert cpu.gpus == ()
+    assert not cpu.cumem.available
+    assert "cumem" not in cpu.unknown
+
+
+@pytest.mark.parametrize(
+    ("text", "native"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx512_bf16 amx\n", True),
+        ("flags\t\t: fpu amx_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2\n", False),
+        ("", False),
+    ],
+)
+def test_native_bf16(tmp_path, text, native):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_native_bf16(tmp_path / "cpuinfo") is native
+
+
+def test_native_bf16_without_the_file(tmp_path):
+    assert has_native_bf16(tmp_path / "none") is False
+
+
+def test_cores_and_memory():
+    assert set(usable_cpus()) == os.sched_getaffinity(0)
+    assert memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class TestSharedMemory:
+    def test_files_without_a_process_are_stale(self, tmp_path):
+        (tmp_path / "ucx_shm_posix_1").write_bytes(b"x")
+        (tmp_path / "something_else").write_bytes(b"x")
+        with (tmp_path / "nccl-open").open("wb"):
+            assert read_shared_memory(tmp_path).stale_files == ("ucx_shm_posix_1",)
+
+    def test_a_mapped_file_is_in_use(self, tmp_path):
+        import mmap
+
+        path = tmp_path / "psm_mapped"
+        path.write_bytes(b"x" * mmap.PAGESIZE)
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            file.close()
+            assert read_shared_memory(tmp_path).stale_files == ()
+
+    def test_sizes(self, tmp_path):
+        shm = read_shared_memory(tmp_path)
+        assert 0 <= shm.free_bytes <= shm.total_bytes
+
+
+class TestPorts:
+    def test_a_free_port(self):
+        assert probe_port("127.0.0.1", 0).problem is None
+
+    def test_a_busy_port(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            assert probe_port("127.0.0.1", listener.getsockname()[1]).problem == "busy"
+
+    def test_an_address_of_another_machine(self):
+        assert probe_port("192.0.2.1", 0).problem == "not here"
+
+    @pytest.mark.parametrize("host", ["a\0b", "x" * 300, "..", "\udc80"])
+    def test_names_that_are_none(self, host):
+        state = probe_port(host, 0)
+        assert state is None or state.problem == "unknown host"
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may listen everywhere")
+    def test_a_privileged_port(self):
+        assert probe_port("127.0.0.1", 80).problem in ("privileged", None)
+
+
+class TestLibraries:
+    def test_what_is_installed_here(self):
+        import torch
+
+        found = find_libraries()
+        assert found.torch == torch.__version__
+        assert found.torch_cuda == torch.version.cuda
+        assert found.transformers
+        assert found.nixl.version
+
+    def test_another_plugin_folder(self, tmp_path):
+        assert find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx == frozenset()
+        (tmp_path / "libplugin_UCX.so").touch()
+        assert find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx
+
+
+def test_import_probe_tells_the_last_line(tmp_path: Path):
+    (tmp_path / "nixl").mkdir()
+    (tmp_path / "nixl" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open')")
+    errors = probe_imports({**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert errors == {"nixl": "ImportError: libcudart.so.12: cannot open"}
+
+
+def test_import_probe_has_a_deadline():
+    assert probe_imports(os.environ, timeout_s=0.01) == {"nixl": "not done after 0.01 s"}
