@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,3 +93,20 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     call.__name__ = command.__name__
     call.__doc__ = command.__doc__
     return call
+
+
+def to_command_line(flags: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of a ``serve`` with these flags (by dotted config path); the API key stays out of ``ps``."""
+    arguments: list[str] = []
+    environ: dict[str, str] = {}
+    for flag in _FLAGS:
+        value = flags.get(FLAG_PATHS[flag.name])
+        if value is None:
+            continue
+        if flag.name == "api-key":
+            environ["PDLAUNCH_API_KEY"] = str(value)
+        elif flag.kind is bool:
+            arguments.append(f"--{flag.name}" if value else f"--no-{flag.name}")
+        else:
+            arguments += [f"--{flag.name}", str(value)]
+    return arguments, environ

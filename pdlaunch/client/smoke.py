@@ -44,15 +44,15 @@ class _Failure(Exception):
     """A check did not hold."""
 
 
-def smoke(url: str, *, api_key: str | None = None, dtype: str) -> list[Check]:
-    """Run all checks against a running deployment."""
+def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
+    """Run all checks against a running deployment. ``exact``: it computes in float32, so tokens must be equal."""
     router = Api(url, api_key)
     engines = _engines(router)
     decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
     prefill = [engine for engine in engines if engine["role"] == "prefill"]
     pulled_before = _pulled_bytes(decode)
     checks = [
-        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, decode, prompt, dtype))
+        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, decode, prompt, exact=exact))
         for index, prompt in enumerate(_PROMPTS)
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
@@ -82,13 +82,13 @@ def _engines(router: Api) -> list[dict[str, Any]]:
     return engines
 
 
-def _compare(router: Api, engines: list[Api], prompt: str, dtype: str) -> None:
+def _compare(router: Api, engines: list[Api], prompt: str, *, exact: bool) -> None:
     """``prompt`` twice through the pair (the second time from prefix caches) and once through an engine alone."""
     alone = _complete(engines[0], prompt, cache_salt="alone") if engines else None
     for _ in range(2):
         pair = _complete(router, prompt)
         if alone is not None:
-            _equal(pair, alone, exact=dtype == "float32")
+            _equal(pair, alone, exact=exact)
 
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:

@@ -216,3 +216,27 @@ def _median_s(step: Callable[[], object], num_steps: int) -> float:
         step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def main() -> None:
+    """``python -m pdlaunch.engine.bench_step '{"model_dir": ...}'``: arguments of ``bench_step`` as JSON, rows as JSON on stdout."""
+    import json
+    import sys
+
+    arguments = json.loads(sys.argv[1])
+    rows = [
+        {
+            "kind": row.kind,
+            "batch_size": row.batch_size,
+            "num_tokens": row.num_tokens,
+            "bare_ms": round(row.bare_s * 1000, 2),
+            "engine_ms": round(row.engine_s * 1000, 2),
+            "ratio": round(row.ratio, 3),
+        }
+        for row in bench_step(**arguments)
+    ]
+    sys.stdout.write(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ from pdlaunch.process.control_client import ControlClient
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.engine_id import draw_engine_id
+from pdlaunch.transfer.environment import connector_environment
 from pdlaunch.transfer.nixl_connector import NixlConnector
 from pdlaunch.transfer.worker import TransferWorker
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT_S = 300.0
 """Longest difference between the ranks of a TP group at start."""
+CONNECTOR_TIMEOUT_S = 60.0
 
 
 class RankProcess:
@@ -57,12 +59,14 @@ class RankProcess:
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
         self._register(engine_id="", address=Address())
+        os.environ.update({**connector_environment(self._spec), **os.environ})
         tp = self._join_group()
         engine_id = self._agree_on_engine_id(tp)
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
         runner.warm_up()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
+        transfer.wait_started(CONNECTOR_TIMEOUT_S)
         if self._bootstrap.tp_rank == 0:
             self._lead(runner, transfer, engine_id)
         else:
@@ -192,7 +196,7 @@ class RankProcess:
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or another thread has something; handle the supervisor's messages."""
-        poller.poll(timeout_s * 1000)
+        poller.poll(int(timeout_s * 1000))
         self._wakeup.clear()
         while not self._inbox.empty():
             self._handle_control(self._inbox.get())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -16,6 +17,7 @@ from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
 from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.admission import Admission
 from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
@@ -55,10 +57,12 @@ class RouterApp:
         self._route("POST", COMPLETIONS.path, self._completions)
         self._route("POST", CHAT.path, self._chat_completions)
         self._route("GET", "/v1/models", self._models)
+        self._route("GET", "/v1/models/{name}", self._model)
         self._route("POST", "/tokenize", self._proxied)
         self._route("POST", "/detokenize", self._proxied)
         self._route("GET", "/health", self._health)
         self._route("GET", "/metrics", self._metrics)
+        self._route("GET", "/pdlaunch/status", self._status)
         self.app.router.add_route("*", "/{path:.*}", partial(self._at_the_door, self._unknown))
 
     def _route(self, method: str, path: str, handler: Handler) -> None:
@@ -131,7 +135,8 @@ class RouterApp:
             headers={REQUEST_ID_HEADER: client_request.request_id},
         )
         try:
-            return await answer.finish(await self._run(client_request, answer))
+            async with self._deadline():
+                return await answer.finish(await self._run(client_request, answer))
         except ConnectionError:
             raise
         except Exception as error:
@@ -148,23 +153,31 @@ class RouterApp:
             metrics=self._hops.metrics.requests,
             clock=time.perf_counter,
         )
-        transcripts = await self._run(client_request, answer)
+        async with self._deadline():
+            transcripts = await self._run(client_request, answer)
         return _json(answer.finish(transcripts))
 
     async def _run(self, client_request: ClientRequest, sink: Sink) -> list[Transcript]:
         """All prompts at once; the first error ends the others. Raises what a Generation raises."""
         generations = [Generation(prompt, self._hops, sink) for prompt in client_request.prompts]
-        limit_s = self._spec.request_timeout_s
         try:
-            async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+            async with asyncio.TaskGroup() as group:
                 for generation in generations:
                     group.create_task(generation.run())
-        except TimeoutError:
-            message = f"the request was not answered within {limit_s:g} s"
-            raise OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout") from None
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [generation.transcript for generation in generations]
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        """The longest life of a request. Raises OverloadedError at its end."""
+        limit_s = self._spec.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            message = f"the request was not answered within {limit_s:g} s"
+            raise OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout") from None
 
     async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
         """Any engine can answer; the first that does."""
@@ -173,7 +186,8 @@ class RouterApp:
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
                 headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)}
-                answer = await self._hops.client.ask(engine, request.path, body, headers)
+                async with self._deadline():
+                    answer = await self._hops.client.ask(engine, request.path, body, headers)
                 return web.Response(body=answer, content_type="application/json")
             except EngineFailure:
                 pool.failed(engine)
@@ -181,14 +195,22 @@ class RouterApp:
         raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
 
     async def _models(self, request: web.Request, request_id: str) -> web.Response:
+        return _json(ModelList(data=[self._model_card()]))
+
+    async def _model(self, request: web.Request, request_id: str) -> web.Response:
+        name = request.match_info["name"]
+        if name != self._spec.served_model_name:
+            raise model_not_found(name, self._spec.served_model_name)
+        return _json(self._model_card())
+
+    def _model_card(self) -> ModelCard:
         pool = self._hops.pool
-        card = ModelCard(
+        return ModelCard(
             id=self._spec.served_model_name,
             created=self._started,
             root=self._spec.served_model_name,
             max_model_len=pool.max_model_len("decode") or pool.max_model_len("prefill"),
         )
-        return _json(ModelList(data=[card]))
 
     async def _health(self, request: web.Request, request_id: str) -> web.Response:
         """200 while some engine can serve and the door is open."""
@@ -200,6 +222,14 @@ class RouterApp:
             status = "draining"
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
         return _json(body, status=200 if status == "ok" else 503)
+
+    async def _status(self, request: web.Request, request_id: str) -> web.Response:
+        """The engines and where they answer, for `pdlaunch smoke` and people."""
+        engines = [
+            {"name": engine.name, "role": engine.role, "url": engine.url, "state": engine.state, "streams": engine.num_streams}
+            for engine in self._hops.pool.engines
+        ]
+        return _json({"engines": engines})
 
     async def _metrics(self, request: web.Request, request_id: str) -> web.Response:
         self._hops.metrics.in_flight.set(self.admission.in_flight)

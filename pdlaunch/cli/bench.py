@@ -1,0 +1,136 @@
+"""``pdlaunch bench``: measure a deployment, or an engine's step beside the bare model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
+from pdlaunch.client.bench_serve import BenchOptions, bench_serve
+from pdlaunch.client.deployment import running_deployment
+from pdlaunch.config.aliases import resolve_model
+from pdlaunch.errors import PdlaunchError
+
+app = typer.Typer(no_args_is_help=True)
+
+
+class Format(StrEnum):
+    """How the figures are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
+
+
+@app.command("serve")
+@with_serve_flags
+def serve(
+    config: ConfigArgument = None,
+    url: Annotated[str | None, typer.Option(help="A running deployment; without it one is started.")] = None,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Output length.")] = 32,
+    concurrency: Annotated[str, typer.Option(help="Requests at a time, one or several: 1,4,16.")] = "1,4,16",
+    num_requests: Annotated[int | None, typer.Option(min=1, help="For each concurrency [four rounds, at least 8].")] = None,
+    max_token_id: Annotated[int, typer.Option(min=101, help="Prompts are random token ids from 100 up to this.")] = 30_000,
+    seed: Annotated[int | None, typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches.")] = None,
+    output: FormatOption = Format.TABLE,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Time to first token, inter-token latency and throughput of a deployment, as its clients see them."""
+    console = Console(stderr=True)
+    try:
+        with _target(url, [str(config)] if config else [], flags) as (target, start_s):
+            options = BenchOptions(
+                url=target,
+                api_key=str(flags["api_key"]) if "api_key" in flags else os.environ.get("PDLAUNCH_API_KEY"),
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                num_requests=num_requests,
+                max_token_id=max_token_id,
+                seed=seed,
+            )
+            rows = asyncio.run(bench_serve(options, _numbers(concurrency)))
+    except PdlaunchError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    if output is Format.TABLE and start_s is not None:
+        Console().print(f"command to healthy: {start_s:.1f} s")
+    _print([msgspec.to_builtins(row) for row in rows], output)
+    if any(row.num_errors for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command("step")
+def step(
+    model: Annotated[str, typer.Option(help="Alias or directory in Hugging Face layout.")] = "smollm2",
+    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, one or several.")] = "1,16",
+    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens each row has before the step.")] = 144,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt of the prefill rows.")] = 128,
+    num_steps: Annotated[int, typer.Option(min=1, help="Steps measured; the median is shown.")] = 20,
+    dtype: Annotated[str, typer.Option(help="Precision.")] = "float32",
+    num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """The engine's step beside the same model run by transformers alone."""
+    arguments = {
+        "model_dir": str(resolve_model(model).cache_dir),
+        "batch_sizes": _numbers(batch_sizes),
+        "context_tokens": context_tokens,
+        "num_steps": num_steps,
+        "prefill_tokens": prefill_tokens,
+        "dtype": dtype,
+        "num_threads": num_threads,
+    }
+    # torch stays out of this process, and its thread pools start with the wanted size.
+    command = [sys.executable, "-m", "pdlaunch.engine.bench_step", json.dumps(arguments)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(num_threads)}, check=False)
+    if result.returncode != 0:
+        raise typer.Exit(1)
+    _print(json.loads(result.stdout), output)
+
+
+@contextlib.contextmanager
+def _target(url: str | None, config: list[str], flags: dict[str, object]) -> Iterator[tuple[str, float | None]]:
+    """The deployment to measure, and how long it took to start when it is ours."""
+    if url is not None:
+        yield url, None
+        return
+    arguments, environ = to_command_line(flags)
+    with running_deployment([*config, *arguments], environ=os.environ | environ) as deployment:
+        yield deployment.url, deployment.start_s
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
+    return numbers
+
+
+def _print(rows: Sequence[dict[str, Any]], output: Format) -> None:
+    if output is Format.JSON:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
+        return
+    shown = [name for name in rows[0] if any(row[name] not in ([], None) for row in rows)]
+    table = Table(*(name.replace("_", " ") for name in shown))
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in shown))
+    Console().print(table)

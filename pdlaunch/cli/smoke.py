@@ -1,0 +1,73 @@
+"""``pdlaunch smoke``: start a deployment, check what it promises, stop it, print a verdict."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.junit import write_junit
+from pdlaunch.client.smoke import Check, smoke
+from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.platform.probe import probe_machine
+from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
+
+
+@with_serve_flags
+def smoke_command(
+    config: ConfigArgument = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", metavar="FILE")] = None,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it; exit 0 or 1."""
+    console = Console()
+    try:
+        launch_config = load_config(config, os.environ, flags).config
+    except ConfigError as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        raise typer.Exit(2) from None
+    key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
+    checks: list[Check] = []
+    try:
+        arguments, environ = to_command_line(flags)
+        with running_deployment([*([str(config)] if config else []), *arguments], environ=os.environ | environ) as deployment:
+            checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
+            children = psutil.Process(deployment.process.pid).children(recursive=True)
+            # Only now: a model that had to be converted can be read.
+            engines = resolve_engines(launch_config, probe_machine(), resolve_models(launch_config))
+            dtypes = {engine.dtype for engine in engines.values()}
+            checks += smoke(deployment.url, api_key=key, exact=dtypes == {"float32"})
+            checks.append(_stop(deployment, children))
+    except PdlaunchError as error:
+        checks.append(Check("the deployment gets ready", 0.0, str(error)))
+    for check in checks:
+        mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
+        console.print(Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"), soft_wrap=True)
+        if check.failure is not None:
+            console.print(Text(f"        {check.failure}"), soft_wrap=True)
+    if junit is not None:
+        write_junit(checks, junit)
+    num_failed = sum(check.failure is not None for check in checks)
+    console.print(
+        Text(f"smoke: {num_failed} of {len(checks)} checks failed" if num_failed else f"smoke: {len(checks)} checks passed")
+    )
+    raise typer.Exit(1 if num_failed else 0)
+
+
+def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
+    """Ctrl-C ends the deployment with code 0 and leaves no process."""
+    start_s = time.monotonic()
+    code = deployment.stop()
+    left = [str(child) for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    failure = f"exit code {code}" if code else f"still running: {left}" if left else None
+    return Check("the deployment stops and leaves no process", round(time.monotonic() - start_s, 3), failure)
