@@ -314,9 +314,8 @@ class Scheduler:
         return self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks) - request.num_computed
 
     def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:
-        """Blocks for all known tokens are free, and one more for each running request, lest it be preempted at once."""
-        num_needed = self._kv.min_blocks(len(request.token_ids)) - sum(map(len, hit.block_ids))
-        return num_needed + len(self._running) <= self._kv.num_takeable_blocks(hit)
+        """All known tokens fit, and one more block for each running request, lest the newcomer be preempted at once."""
+        return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=len(self._running))
 
     def _max_shared_blocks(self, request: Request, num_tokens: int) -> int:
         if not self._caches:

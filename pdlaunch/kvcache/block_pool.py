@@ -46,10 +46,6 @@ class BlockPool:
         return self._num_leased_blocks
 
     @property
-    def num_pulling_blocks(self) -> int:
-        return len(self._pulling)
-
-    @property
     def num_quarantined_blocks(self) -> int:
         return len(self._quarantined)
 
@@ -136,10 +132,6 @@ class BlockPool:
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks ``share`` would take out of the free ones."""
         return sum(block_id in self._cached for block_id in block_ids)
-
-    def is_writable(self, block_id: int) -> bool:
-        """One request owns the block, no lease does, and its content cannot be found: the request may write to it."""
-        return self._num_requests[block_id] == 1 and not self._num_leases[block_id] and self._keys[block_id] is None
 
     def check_integrity(
         self,

@@ -88,9 +88,18 @@ class KVCacheManager:
             block_ids.append(self._find_all(group, block_hashes[start:end]))
         return PrefixHit(first, block_ids)
 
-    def num_takeable_blocks(self, hit: PrefixHit) -> int:
-        """Blocks that can be allocated once ``hit`` is shared."""
-        return self.pool.num_free_blocks - sum(map(self.pool.num_cached_among, hit.block_ids))
+    def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
+        """Whether a request that begins with ``hit`` can compute ``num_tokens`` tokens without touching ``num_reserved`` blocks.
+
+        Sharing takes cached blocks from the free ones. Those of a sliding group come back when they leave the window, but blocks
+        shared with other owners do not: only what is taken from the free ones counts.
+        """
+        num_logical = self.num_logical_blocks(num_tokens)
+        num_needed = 0
+        for group, window in enumerate(self._windows):
+            num_taken = self.pool.num_cached_among(hit.block_ids[group]) + num_logical - hit.end(group)
+            num_needed += num_taken if window is None else min(num_taken, self._span(window))
+        return num_needed + num_reserved <= self.pool.num_free_blocks
 
     def share(self, tables: BlockTables, hit: PrefixHit) -> None:
         """Begin empty ``tables`` with a hit of equal ends."""

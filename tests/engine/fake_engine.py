@@ -1,0 +1,213 @@
+"""A scheduler with fake ranks and a fake connector, and the checks that hold after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import StepPlan
+from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, TokenOutput, Tokens
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    EndLease,
+    GrantLease,
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    StartPull,
+    TransferCommand,
+)
+from tests.engine.fake_runner import KV, FakeRunner, extend_chain
+
+FULL = KVCacheGroup((0,), None)
+GARBAGE: KV = (-1, -1)
+
+
+def sliding(window: int) -> KVCacheGroup:
+    return KVCacheGroup((0,), window)
+
+
+def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteKV:
+    return RemoteKV(engine_id=engine_id, request_id=request_id, host="127.0.0.1", port=1, block_ids=[], num_tokens=num_tokens)
+
+
+class FakeEngine:
+    """``step`` is the step loop; pulls and leases end when the test says so."""
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[KVCacheGroup] = (FULL,),
+        num_blocks: int = 32,
+        block_size: int = 4,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_model_len: int = 64,
+        caching: bool = True,
+        tp_size: int = 1,
+        kv_transfer: KVTransferSettings | None = None,
+    ) -> None:
+        self.groups = groups
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.scheduler = Scheduler(
+            groups=groups,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=caching,
+            model_digest="model",
+            kv_transfer=kv_transfer or KVTransferSettings(),
+            local=("local-engine", "127.0.0.1", 5, tp_size),
+        )
+        self.runners = [FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0) for tp_rank in range(tp_size)]
+        self.added: dict[str, AddRequest] = {}
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.finished: dict[str, RequestFinished] = {}
+        self.pulls: dict[str, StartPull] = {}
+        self.cancelled: set[str] = set()
+        self.num_pulls = 0
+        self.quarantined: dict[str, StartPull] = {}
+        self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
+        self.end_asked: set[str] = set()
+
+    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object) -> None:
+        sampling = fields.pop("sampling", None) or SamplingParams(max_tokens=max_tokens)
+        output = [TokenOutput(token_id=token_id) for token_id in fields.pop("output", ())]  # type: ignore[attr-defined]
+        message = AddRequest(request_id=request_id, prompt_token_ids=list(prompt), sampling=sampling, output=output, **fields)  # type: ignore[arg-type]
+        assert request_id not in self.added
+        self.added[request_id] = message
+        self.outputs[request_id] = []
+        self.scheduler.add(message)
+        self.take_outputs()
+
+    def step(self) -> StepPlan:
+        """One turn of the step loop. Transfers that may still write do so at the worst moments."""
+        plan = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        for command in plan.commands:
+            self._on_command(command)
+        self._scribble()
+        outputs = [runner.execute(plan) for runner in self.runners]
+        self._scribble()
+        self.scheduler.postprocess(plan, outputs[0])
+        self.scheduler.check_integrity()
+        self._check_leases()
+        self.take_outputs()
+        return plan
+
+    def run(self, max_steps: int = 20_000) -> list[StepPlan]:
+        """Step until the scheduler has nothing to do."""
+        plans = []
+        while self.scheduler.has_work():
+            plans.append(self.step())
+            assert len(plans) < max_steps, "no end in sight"
+        return plans
+
+    def take_outputs(self) -> None:
+        for item in self.scheduler.take_outputs():
+            assert item.request_id not in self.finished, "a request that has ended says more"
+            self.outputs[item.request_id].extend(item.tokens)
+            if isinstance(item, RequestFinished):
+                self.finished[item.request_id] = item
+            else:
+                assert isinstance(item, Tokens)
+
+    def token_ids(self, request_id: str) -> list[int]:
+        return [token.token_id for token in self.outputs[request_id]]
+
+    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False, retryable: bool = True) -> None:
+        pull = self.pulls.pop(pull_id)
+        if ok:
+            self._write_pulled(pull)
+        if in_flight:
+            self.quarantined[pull_id] = pull
+        event = PullFinished(pull_id=pull_id, ok=ok, in_flight=in_flight, retryable=retryable, error="" if ok else "broken")
+        self.scheduler.on_transfer_event(event)
+        self.scheduler.check_integrity()
+        self.take_outputs()
+
+    def drain(self, pull_id: str) -> None:
+        del self.quarantined[pull_id]
+        self.scheduler.on_transfer_event(PullDrained(pull_id=pull_id))
+        self.scheduler.check_integrity()
+
+    def end_lease(self, request_id: str, reason: str = "pulled") -> None:
+        del self.leases[request_id]
+        self.scheduler.on_transfer_event(LeaseEnded(request_id=request_id, reason=reason))
+        self.scheduler.check_integrity()
+
+    def _on_command(self, command: TransferCommand) -> None:
+        match command:
+            case GrantLease():
+                assert command.request_id not in self.leases
+                self._check_granted(command)
+                self.leases[command.request_id] = (command, self._snapshot(command))
+            case EndLease():
+                self.end_asked.add(command.request_id)
+            case StartPull():
+                assert command.pull_id not in self.pulls.keys() | self.quarantined.keys()
+                self._check_pull(command)
+                self.pulls[command.pull_id] = command
+                self.num_pulls += 1
+            case CancelPull():
+                # The pull may have ended while the command was on its way.
+                self.cancelled.add(command.pull_id)
+
+    def _check_granted(self, grant: GrantLease) -> None:
+        """The leased blocks hold what the last prompt token sees."""
+        request = self.added[grant.request_id]
+        assert grant.block_hashes == self._hashes(request)
+        chain = extend_chain([], request.prompt_token_ids)
+        for group, kind in enumerate(self.groups):
+            start = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window)
+            assert grant.first_block_index[group] == start // self.block_size
+            for position in range(start, len(chain)):
+                index = position // self.block_size - grant.first_block_index[group]
+                for runner in self.runners:
+                    found = runner.memory[grant.block_ids[group][index]][position % self.block_size]
+                    assert found == (group, chain[position])
+
+    def _check_pull(self, pull: StartPull) -> None:
+        request = self.added[pull.request_id]
+        assert pull.block_hashes == self._hashes(request)
+        assert pull.num_tokens == len(request.prompt_token_ids)
+        num_blocks = -(-pull.num_tokens // self.block_size)
+        for group, kind in enumerate(self.groups):
+            assert pull.first_block_index[group] + len(pull.block_ids[group]) == num_blocks
+            seen = 0 if kind.sliding_window is None else max(0, pull.num_tokens - kind.sliding_window) // self.block_size
+            assert pull.first_block_index[group] >= seen, "the holder does not lease these blocks"
+
+    def _hashes(self, request: AddRequest) -> list[bytes]:
+        hasher = BlockHasher(root_hash("model", cache_salt=request.cache_salt), self.block_size)
+        return hasher.prompt_hashes(request.prompt_token_ids, len(request.prompt_token_ids))
+
+    def _write_pulled(self, pull: StartPull) -> None:
+        chain = extend_chain([], self.added[pull.request_id].prompt_token_ids)
+        for group, block_ids in enumerate(pull.block_ids):
+            for index, block_id in enumerate(block_ids, pull.first_block_index[group]):
+                for slot, link in enumerate(chain[index * self.block_size : (index + 1) * self.block_size]):
+                    for runner in self.runners:
+                        runner.memory[block_id][slot] = (group, link)
+
+    def _scribble(self) -> None:
+        """A READ in flight may write anything to its destination at any time."""
+        for pull in [*self.pulls.values(), *self.quarantined.values()]:
+            for block_ids in pull.block_ids:
+                for block_id in block_ids:
+                    for runner in self.runners:
+                        runner.memory[block_id] = [GARBAGE] * self.block_size
+
+    def _snapshot(self, grant: GrantLease) -> list[list[list[KV | None]]]:
+        memory = self.runners[0].memory
+        return [[list(memory[block_id]) for block_id in block_ids] for block_ids in grant.block_ids]
+
+    def _check_leases(self) -> None:
+        for grant, snapshot in self.leases.values():
+            assert self._snapshot(grant) == snapshot, "leased blocks were overwritten"
