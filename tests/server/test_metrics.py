@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.conftest import END_TOKEN, Engine
+from tests.server.fake_rank import FakeRank
+
+LABELS = {"engine": "prefill-0", "role": "prefill", "model_name": "tiny"}
+
+
+async def scrape(engine: Engine) -> dict[str, float]:
+    """Samples by name, and by name and the one label beside the common ones."""
+    async with engine.session.get(engine.url + "/metrics") as response:
+        text = await response.text()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert sample.labels.items() >= LABELS.items()
+            (extra,) = set(sample.labels) - set(LABELS) or {""}
+            found[f"{sample.name}/{sample.labels[extra]}" if extra else sample.name] = sample.value
+    return found
+
+
+async def test_requests_tokens_and_times_are_counted(engine: Engine, rank: FakeRank):
+    rank.script = rank.says(rank.ids("hello world") + rank.ids(END_TOKEN), ends=True)
+    await engine.complete(prompt=[5, 6, 7])
+    await engine.stream(prompt=[5, 6, 7], max_tokens=2)
+    await engine.refusal(nonsense=1)
+    found = await scrape(engine)
+    num_tokens = len(rank.ids("hello world")) + 1
+    assert found["pdlaunch_requests_total/stop"] == 1
+    assert found["pdlaunch_requests_total/length"] == 1
+    assert found["pdlaunch_request_errors_total/400"] == 1
+    assert found["pdlaunch_prompt_tokens_total"] == 6
+    assert found["pdlaunch_generation_tokens_total"] == num_tokens + 2
+    assert found["pdlaunch_time_to_first_token_seconds_count"] == 2
+    assert found["pdlaunch_e2e_request_latency_seconds_count"] == 2
+    assert found["pdlaunch_http_requests_in_flight"] == 1, "the scrape itself"
+
+
+async def test_the_rank_s_totals_are_shown(engine: Engine, rank: FakeRank):
+    assert (await scrape(engine))["pdlaunch_kv_cache_usage_perc"] == 0
+    await rank.stats(num_running=2, num_blocks=64, num_free_blocks=16, transfer_bytes=1000, transfers=3, preemptions=1)
+    await engine.complete(max_tokens=1)
+    found = await scrape(engine)
+    assert found["pdlaunch_num_requests_running"] == 2
+    assert found["pdlaunch_kv_cache_usage_perc"] == 0.75
+    assert found["pdlaunch_kv_transfer_bytes_total"] == 1000
+    assert found["pdlaunch_kv_transfers_total"] == 3
+    assert found["pdlaunch_num_preemptions_total"] == 1
