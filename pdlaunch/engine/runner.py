@@ -76,11 +76,9 @@ class ModelRunner:
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
         place = {item.row: index for index, item in enumerate(packed)}
-        sampled = [item for item in plan.scheduled if item.sample]
+        sampled = [item for item in plan.scheduled if item.sample and self._tp_rank == 0]
         logits = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
-        if self._tp_rank != 0 or not sampled:
-            return StepOutput(step_id=plan.step_id)
-        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, sampled))
+        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, sampled) if sampled else [])
 
     def warm_up(self) -> None:
         """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation.
