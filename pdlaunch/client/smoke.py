@@ -23,6 +23,14 @@ LOGPROB_TOLERANCE = 0.25
 
 NUM_TOKENS = 12
 _IDLE_TIMEOUT_S = 20.0
+_IDLE_GAUGES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_for_kv",
+    "num_requests_leased",
+    "kv_blocks_leased",
+    "kv_blocks_quarantined",
+)
 _PROMPTS = (
     "Hello",
     "The capital of France is",
@@ -47,7 +55,7 @@ class _Failure(Exception):
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     """Run all checks against a running deployment. ``exact``: it computes in float32, so tokens must be equal."""
     router = Api(url, api_key)
-    engines = _engines(router)
+    engines = engines_of(router)
     decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
     prefill = [engine for engine in engines if engine["role"] == "prefill"]
     pulled_before = _pulled_bytes(decode)
@@ -74,7 +82,8 @@ def _check(name: str, run: Callable[[], None]) -> Check:
     return Check(name, round(time.monotonic() - start_s, 3), failure)
 
 
-def _engines(router: Api) -> list[dict[str, Any]]:
+def engines_of(router: Api) -> list[dict[str, Any]]:
+    """Name, role, url and state of each engine behind a router."""
     status, text = router.get("/pdlaunch/status")
     if status != 200:
         raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {text[:200]}")
@@ -131,7 +140,7 @@ def _stream_text(router: Api, body: dict[str, Any]) -> list[str]:
 
 
 def _pulled_bytes(engines: list[Api]) -> float:
-    return sum(engine.metrics().get("pdlaunch_kv_transfer_bytes_total", 0.0) for engine in engines)
+    return sum(engine.metrics()["pdlaunch_kv_transfer_bytes_total"] for engine in engines)
 
 
 def _moved(engines: list[Api], before: float) -> None:
@@ -142,11 +151,16 @@ def _moved(engines: list[Api], before: float) -> None:
         time.sleep(0.2)
 
 
+def leftovers(engine: Api) -> dict[str, float]:
+    """Gauges of an engine that are zero when it has nothing to do and everything was given back."""
+    metrics = engine.metrics()
+    return {name: metrics[f"pdlaunch_{name}"] for name in _IDLE_GAUGES}
+
+
 def _idle(engines: list[Api]) -> None:
-    names = ("pdlaunch_num_requests_running", "pdlaunch_num_requests_waiting", "pdlaunch_num_leased_blocks")
     deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
     while True:
-        left = {f"{engine.url} {name}": engine.metrics().get(name, 0.0) for engine in engines for name in names}
+        left = {f"{engine.url} {name}": value for engine in engines for name, value in leftovers(engine).items()}
         busy = {name: value for name, value in left.items() if value}
         if not busy:
             return

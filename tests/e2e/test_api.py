@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
-from tests.e2e.api import complete, get, metrics, post, total
+from tests.e2e.api import complete, engine_total, idle
+from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
 
@@ -38,14 +39,11 @@ def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason == "length"
 
 
-def test_first_token_comes_from_prefill_and_blocks_over_nixl(demo: Deployment) -> None:
-    before = total(metrics_of_engines(demo), "pdlaunch_kv_transfer_bytes_total")
+def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) -> None:
+    before = engine_total(demo.url, "kv_transfer_bytes_total")
     complete(demo.url, list(range(300, 400)), 4)
-    assert total(metrics_of_engines(demo), "pdlaunch_kv_transfer_bytes_total") > before
-
-
-def metrics_of_engines(demo: Deployment) -> dict[str, float]:
-    return metrics(demo.url)
+    # 7 blocks of 16 tokens: 30 layers, K and V, 3 heads of 64 float32.
+    await_true(lambda: engine_total(demo.url, "kv_transfer_bytes_total") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4, "pulled bytes")
 
 
 def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
@@ -119,31 +117,31 @@ def test_characters_of_several_tokens_stream_whole(client: openai.OpenAI) -> Non
     ],
 )
 def test_what_does_not_work_is_named(demo: Deployment, fields: dict[str, Any], param: str) -> None:
-    status, body = post(demo.url, "/v1/completions", {"prompt": "x", "max_tokens": 2} | fields)
+    status, body = Api(demo.url).post("/v1/completions", {"prompt": "x", "max_tokens": 2} | fields)
     assert status == 400
     assert param in body["error"]["param"]
     assert body["error"]["message"]
 
 
 def test_too_long_prompt_names_both_numbers(demo: Deployment) -> None:
-    status, body = post(demo.url, "/v1/completions", {"prompt": [5] * 9000, "max_tokens": 2})
+    status, body = Api(demo.url).post("/v1/completions", {"prompt": [5] * 9000, "max_tokens": 2})
     assert status == 400
     assert "9000" in body["error"]["message"]
     assert "8192" in body["error"]["message"]
 
 
 def test_tokenize_and_back(demo: Deployment) -> None:
-    _, tokens = post(demo.url, "/tokenize", {"prompt": "Hello, wörld"})
-    _, text = post(demo.url, "/detokenize", {"tokens": tokens["tokens"]})
+    _, tokens = Api(demo.url).post("/tokenize", {"prompt": "Hello, wörld"})
+    _, text = Api(demo.url).post("/detokenize", {"tokens": tokens["tokens"]})
     assert text["prompt"] == "Hello, wörld"
     assert tokens["count"] == len(tokens["tokens"])
 
 
 def test_models_health_and_request_id(demo: Deployment) -> None:
-    assert json.loads(get(demo.url, "/v1/models"))["data"][0]["id"] == "smollm2"
+    assert json.loads(Api(demo.url).get("/v1/models")[1])["data"][0]["id"] == "smollm2"
+    command = ["curl", "-sS", "-D", "-", "-o", "/dev/null", "-H", "X-Request-Id: my-id", "-H", "Content-Type: application/json"]
     headers = subprocess.run(
-        ["curl", "-sS", "-D", "-", "-o", "/dev/null", "-H", "X-Request-Id: my-id", "-H", "Content-Type: application/json"]
-        + ["-d", '{"prompt": "x", "max_tokens": 1}', f"{demo.url}/v1/completions"],
+        [*command, "-d", '{"prompt": "x", "max_tokens": 1}', f"{demo.url}/v1/completions"],
         capture_output=True,
         text=True,
         check=True,
@@ -159,18 +157,14 @@ def test_a_client_that_goes_away_frees_every_block(demo: Deployment) -> None:
     for num_events in (0, 5):
         body = json.dumps({"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}).encode()
         with socket.create_connection((host, int(port)), timeout=60) as connection:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+            head = [
+                "POST /v1/completions HTTP/1.1",
+                f"Host: {host}",
+                "Content-Type: application/json",
+                f"Content-Length: {len(body)}",
+            ]
+            connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
             received = b""
             while received.count(b"data:") < num_events:
                 received += connection.recv(65536)
-        deadline_s = time.monotonic() + 30
-        while not idle(demo) and time.monotonic() < deadline_s:
-            time.sleep(0.2)
-        assert idle(demo)
-
-
-def idle(demo: Deployment) -> bool:
-    samples = metrics(demo.url)
-    names = ("pdlaunch_num_requests_running", "pdlaunch_num_requests_waiting", "pdlaunch_num_blocks_leased")
-    return all(total(samples, name) == 0 for name in names)
+        await_true(lambda: idle(demo.url), "every block is free")

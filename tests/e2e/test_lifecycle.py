@@ -6,17 +6,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
-from tests.e2e.api import complete, get, post
+from pdlaunch.errors import PdlaunchError
+from tests.e2e.api import complete
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import greedy, make_tiny_model
+from tests.e2e.waiting import await_true
 
 PROMPT = list(range(40, 100))
 
@@ -48,13 +51,6 @@ def processes_of(deployment: Deployment) -> dict[str, psutil.Process]:
     return found
 
 
-def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen in {timeout_s} s"
-        time.sleep(0.05)
-
-
 def test_interrupt_ends_every_process_with_code_0(deployment: Deployment) -> None:
     children = list(processes_of(deployment).values())
     assert len(children) == 5
@@ -78,8 +74,8 @@ def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deploymen
 
     def works() -> bool:
         try:
-            return post(deployment.url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
-        except OSError:
+            return Api(deployment.url).post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+        except PdlaunchError:
             return False
 
     await_true(works, "an answer after the restart")
@@ -89,17 +85,15 @@ def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deploymen
 
 
 def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Deployment, expected: list[int]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(complete, deployment.url, PROMPT, 400)
-        await_true(lambda: "1" in str(in_flight(deployment)), "the request is running")
+        await_true(lambda: in_flight(deployment) == 1, "the request is running")
         deployment.process.send_signal(signal.SIGTERM)
 
         def refused() -> bool:
             try:
-                return post(deployment.url, "/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 503
-            except OSError:
+                return Api(deployment.url).post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 503
+            except PdlaunchError:
                 return running.done()
 
         await_true(refused, "refusal of new requests")
@@ -108,10 +102,7 @@ def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Dep
 
 
 def in_flight(deployment: Deployment) -> float:
-    samples = [
-        line for line in get(deployment.url, "/metrics").splitlines() if line.startswith("pdlaunch_router_requests_in_flight")
-    ]
-    return sum(float(line.rpartition(" ")[2]) for line in samples)
+    return Api(deployment.url).metrics()["pdlaunch_http_requests_in_flight"]
 
 
 def serve(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -40,11 +40,7 @@ def test_demo_model_cold_then_from_prefix_cache_then_in_a_batch(
 
 def test_demo_model_cold_in_a_batch(demo: Deployment, demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
     """A salt keeps the prefix cache out."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: complete(demo.url, prompt, NUM_TOKENS, cache_salt="cold"), demo_prompts))
-    assert answers == demo_answers
+    assert complete_all(demo.url, demo_prompts, NUM_TOKENS, concurrency=8, cache_salt="cold") == demo_answers
 
 
 def test_demo_model_with_tensor_parallel_ranks(demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:

@@ -1,0 +1,13 @@
+"""Wait for something to become true, with a limit that only a fault reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what}"
+        time.sleep(0.05)
