@@ -316,7 +316,7 @@ def shm_small(context: Context) -> Iterator[Found]:
 @rule(
     "PD417",
     "warning",
-    fix="Remove them.",
+    fix="Remove them, if no process in another container uses this folder too.",
     source="/dev/shm and /proc/*/maps.",
     needs=("shm",),
 )
@@ -327,9 +327,8 @@ def shm_stale(context: Context) -> Iterator[Found]:
     """
     stale = context.machine.shm.stale_files
     if stale:
-        names = ", ".join(name if name.isprintable() else ascii(name) for name in stale[:3])
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
-        yield Found("/dev/shm", f"no process uses {names}{more}", f"rm {' '.join(f'/dev/shm/{name!r}' for name in stale[:3])}")
+        yield Found("/dev/shm", f"no visible process uses {', '.join(map(ascii, stale[:3]))}{more}")
 
 
 def _uses(context: Context, connector: str) -> bool:

@@ -54,7 +54,7 @@ def shown(value: object) -> str:
 
 def shown_name(name: str) -> str:
     """A field's or variable's name in a message: without quotes, but escaped and short."""
-    text = name if name.isprintable() else ascii(name)[1:-1]
+    text = name if name and name.isprintable() else ascii(name)[1:-1] or "''"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
 
 

@@ -1,0 +1,269 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.cli import check_config as module
+from pdlaunch.cli.app import build_app
+from pdlaunch.platform.facts import PortState
+from tests.checks.contexts import CPU, GIB, GPU
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return folder
+
+
+@pytest.fixture
+def check(model, monkeypatch):
+    """Run check-config on a healthy machine with a free port."""
+    for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
+    monkeypatch.setattr(module, "probe_machine", lambda: CPU)
+    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState())
+
+    def run(*arguments, columns="80", **environ):
+        arguments = ["check-config", *map(str, arguments)]
+        result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "deploy.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+class TestExitCodes:
+    def test_clean(self, check):
+        assert check().exit_code == 0
+
+    def test_errors(self, check):
+        assert check("--max-model-len", 1000).exit_code == 1
+
+    def test_warnings_only_when_strict(self, check, file):
+        path = file("kv_transfer: {verify: off}\n")
+        assert check(path).exit_code == 0
+        assert check(path, "--strict").exit_code == 1
+
+    @pytest.mark.parametrize("text", ["a: [", "\tx: 1", "prefil: {}", "port: x", "- 1"])
+    def test_unusable_input(self, check, file, text):
+        result = check(file(text))
+        assert result.exit_code == 2
+        assert "deploy.yaml:1:" in result.stderr or "deploy.yaml:2:" in result.stderr
+        assert result.stdout == ""
+
+    def test_a_missing_file(self, check, tmp_path):
+        result = check(tmp_path / "none.yaml")
+        assert result.exit_code == 2
+        assert "no such file" in result.stderr
+
+    def test_an_unknown_variable(self, check):
+        result = check(PDLAUNCH_PREFIL="2")
+        assert result.exit_code == 2
+        assert "did you mean PDLAUNCH_PREFILL?" in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--assume-platform", "cpu", "--assume-gpus", "2"),
+            ("--assume-gpu-memory", "lots"),
+            ("--assume-gpu-memory", "0"),
+            ("--assume-gpus", "0"),
+            ("--port", "x"),
+            ("--no-such-flag",),
+            ("--format", "xml"),
+        ],
+    )
+    def test_unusable_flags(self, check, arguments):
+        result = check(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr
+
+
+class TestJson:
+    def test_the_form(self, check, file):
+        result = check(file("decode:\n  max_model_len: 1000\n"), "--format", "json")
+        report = json.loads(result.stdout)
+        assert list(report) == ["ok", "findings", "resolved"]
+        assert report["ok"] is False
+        assert report["findings"], "max_model_len is over the model's"
+        finding = next(finding for finding in report["findings"] if finding["rule"] == "PD106")
+        assert list(finding) == ["rule", "severity", "where", "message", "fix"]
+        assert finding["severity"] == "error"
+        assert finding["where"].startswith("decode.max_model_len (")
+        assert finding["where"].endswith("deploy.yaml:2:18)")
+        assert report["resolved"]["engines"]["prefill"]["max_model_len"] == 512
+
+    def test_ok_follows_strict(self, check, file):
+        path = file("kv_transfer: {verify: off}\n")
+        assert json.loads(check(path, "--format", "json").stdout)["ok"] is True
+        assert json.loads(check(path, "--format", "json", "--strict").stdout)["ok"] is False
+
+    def test_unusable_input_too(self, check, file):
+        result = check(file("prefil: {}\n"), "--format", "json")
+        report = json.loads(result.stdout)
+        assert (result.exit_code, report["ok"], report["resolved"]) == (2, False, {})
+        assert report["findings"][0]["message"] == "prefil: unknown field"
+        assert report["findings"][0]["fix"] == "did you mean prefill?"
+
+    def test_what_was_not_checked_is_there(self, check):
+        report = json.loads(check("--format", "json").stdout)
+        assert {"PD404", "PD501"} <= {item["rule"] for item in report["resolved"]["not_checked"]}
+
+
+class TestGithub:
+    def test_annotations_point_at_the_line(self, check, file):
+        path = file("decode:\n  max_model_len: 1000\n")
+        (line, *_) = check(path, "--format", "github").stdout.splitlines()
+        assert line.startswith(f"::error file={path},line=2,col=18,title=PD106::decode.max_model_len: ")
+
+    def test_findings_without_a_file(self, check):
+        (line, *_) = check("--max-model-len", 1000, "--format", "github").stdout.splitlines()
+        assert line.startswith("::error title=PD106::")
+
+    def test_unusable_input(self, check, file):
+        path = file("port: [\n")
+        (line,) = check(path, "--format", "github").stdout.splitlines()
+        assert line.startswith(f"::error file={path},line=2,col=1,title=configuration::")
+
+    def test_warnings_and_infos(self, check, file):
+        lines = check(file("kv_transfer: {verify: off}\nload_format: dummy\n"), "--format", "github").stdout.splitlines()
+        assert [line.partition(" ")[0] for line in lines] == ["::warning", "::notice"]
+
+
+class TestTable:
+    @pytest.mark.parametrize("columns", ["40", "80", "200"])
+    def test_grouped_by_severity_at_any_width(self, check, file, columns):
+        path = file("kv_transfer: {verify: off}\nmax_model_len: 1000\nload_format: dummy\n")
+        output = check(path, columns=columns).stdout
+        headings = [line for line in output.splitlines() if line in ("error", "errors", "warning", "info", "not checked")]
+        assert headings == ["error", "warning", "info", "not checked"]
+        assert "not ok: 1 error, 1 warning, 1 info" in output
+        assert max(len(line) for line in output.splitlines()) <= int(columns)
+
+    def test_the_fix_and_the_way_to_more(self, check):
+        output = check("--max-model-len", 1000, columns="200").stdout
+        assert "fix: set it to 512 or less, or leave it out" in output
+        assert "pdlaunch explain PD106" in output
+
+
+class TestMemoryOptions:
+    EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+    def test_the_connector_and_expandable_segments(self, check):
+        result = check("--assume-platform", "cuda", columns="300", **self.EXPANDABLE)
+        assert result.exit_code == 1
+        assert "--enable-cumem-allocator" in result.stdout
+        assert "--enable-sleep-mode" in result.stdout
+
+    @pytest.mark.parametrize("flag", ["--enable-cumem-allocator", "--enable-sleep-mode"])
+    def test_both_ways_out(self, check, flag):
+        assert check("--assume-platform", "cuda", flag, **self.EXPANDABLE).exit_code == 0
+
+    @pytest.mark.parametrize("name", ["ENABLE_CUMEM_ALLOCATOR", "ENABLE_SLEEP_MODE"])
+    def test_flag_variable_and_file_reach_the_same_field(self, check, file, name):
+        flag = f"--{name.lower().replace('_', '-')}"
+        results = [check(flag), check(**{f"PDLAUNCH_{name}": "1"}), check(file(f"{name.lower()}: true\n"))]
+        assert [result.exit_code for result in results] == [1, 1, 1]
+        for result in results:
+            assert "cumem allocator is not supported" in " ".join(result.stdout.split())
+            assert "no CUDA driver" in " ".join(result.stdout.split())
+
+    def test_sleep_mode_without_its_allocator(self, check, file):
+        result = check(file("enable_sleep_mode: true\nenable_cumem_allocator: false\n"), "--assume-platform", "cuda")
+        assert result.exit_code == 1
+        assert "PD201" in result.stdout
+
+
+class TestAssumptions:
+    def test_memory_of_assumed_gpus(self, check):
+        given = ("--assume-platform", "cuda", "--assume-gpus", "2", "--assume-gpu-memory")
+        assert check(*given, "80GiB", "--kv-cache-memory", "70GiB").exit_code == 0
+        result = check(*given, "40GiB", "--kv-cache-memory", "70GiB")
+        assert result.exit_code == 1
+        assert "PD207" in result.stdout
+
+    def test_fewer_gpus_than_ranks(self, check):
+        assert "PD411" in check("--assume-gpus", "1", "--prefill-tp", "2", "--decode-tp", "2").stdout
+
+    def test_a_cpu_in_place_of_gpus(self, check, monkeypatch):
+        monkeypatch.setattr(module, "probe_machine", lambda: GPU)
+        report = json.loads(check("--assume-platform", "cpu", "--format", "json").stdout)
+        assert report["resolved"]["engines"]["prefill"]["device"] == "cpu"
+
+    def test_real_gpus_are_kept_in_number(self, check, monkeypatch):
+        monkeypatch.setattr(module, "probe_machine", lambda: replace(GPU, gpus=GPU.gpus[:3]))
+        report = json.loads(check("--assume-gpu-memory", "10GiB", "--format", "json").stdout)
+        assert [gpu["memory_bytes"] for gpu in report["resolved"]["machine"]["gpus"]] == [10 * GIB] * 3
+
+
+def test_a_busy_port_is_named(check, monkeypatch):
+    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState("busy"))
+    result = check("--port", 9000)
+    assert result.exit_code == 1
+    assert "port 9000" in result.stdout
+
+
+def test_a_host_that_is_not_resolved_in_time_is_not_checked(check, monkeypatch):
+    monkeypatch.setattr(module, "probe_port", lambda host, port: None)
+    result = check()
+    assert result.exit_code == 0
+    assert "PD420" in result.stdout
+
+
+def test_probe_imports_the_libraries(check, monkeypatch):
+    monkeypatch.setattr(module, "probe_imports", lambda environ: {"nixl": "undefined symbol: ucp_init"})
+    result = check("--probe")
+    assert result.exit_code == 1
+    assert "undefined symbol: ucp_init" in result.stdout
+
+
+@pytest.mark.parametrize("output", ["table", "json", "github"])
+def test_secrets_never_show(check, file, output):
+    path = file("api_key: hunter2-key\nenv: {HF_TOKEN: hunter2-token}\nmax_model_len: 1000\n")
+    result = check(path, "--format", output, "--strict")
+    assert result.exit_code == 1
+    assert "hunter2" not in result.output
+    result = check(file("api_key: {a: hunter2}\napi_kee: hunter2\n"), "--format", output)
+    assert result.exit_code == 2
+    assert "hunter2" not in result.output
+
+
+def test_neither_torch_nor_transformers_is_imported(model):
+    program = (
+        "import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
+        f"sys.argv = ['pdlaunch', 'check-config', '--model', {str(model)!r}, '--port', '0'];"
+        "from pdlaunch.cli import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not {"torch", "transformers", "nixl"} & set(result.stderr.split())

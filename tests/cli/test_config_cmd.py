@@ -1,0 +1,65 @@
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.cli.app import build_app
+from pdlaunch.config.fields import all_fields
+
+
+@pytest.fixture
+def run(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PDLAUNCH_")]:
+        monkeypatch.delenv(name)
+
+    def invoke(*arguments, **environ):
+        arguments = ["config", *map(str, arguments)]
+        result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return invoke
+
+
+def test_schema_is_json_schema_of_the_file(run):
+    schema = json.loads(run("schema").stdout)
+    assert schema["additionalProperties"] is False
+    assert {path.partition(".")[0] for path in all_fields()} == set(schema["properties"])
+    size = json.dumps(schema["properties"]["kv_cache_memory"])
+    assert all(f'"type": "{kind}"' in size for kind in ("string", "integer", "null"))
+
+
+def test_show_names_every_origin(run, tmp_path):
+    path = tmp_path / "deploy.yaml"
+    path.write_text("block_size: 32\nenable_sleep_mode: true\n")
+    values = json.loads(run("show", path, "--port", "9000", "--format", "json", PDLAUNCH_PREFILL_TP="2").stdout)
+    assert values["port"] == {"value": 9000, "origin": "flag", "detail": "--port"}
+    assert values["prefill.tensor_parallel_size"] == {"value": 2, "origin": "environment", "detail": "PDLAUNCH_PREFILL_TP"}
+    assert values["block_size"] == {"value": 32, "origin": "file", "detail": f"{path}:1:13"}
+    assert values["enable_cumem_allocator"]["value"] is True
+    assert values["enable_cumem_allocator"]["origin"] == "derived"
+    assert values["model"] == {"value": "smollm2", "origin": "default", "detail": ""}
+    assert "prefill.model" not in values
+
+
+def test_show_as_a_table(run):
+    result = run("show", "--block-size", "32")
+    line = next(line for line in result.stdout.splitlines() if line.startswith("block_size"))
+    assert line.split() == ["block_size", "32", "flag", "(--block-size)"]
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_show_hides_secrets(run, output):
+    result = run("show", "--format", output, PDLAUNCH_API_KEY="hunter2", PDLAUNCH_ENV__AWS_SECRET="hunter2")
+    assert result.exit_code == 0
+    assert "hunter2" not in result.output
+    assert "PDLAUNCH_API_KEY" in result.stdout
+
+
+def test_show_of_unusable_input(run, tmp_path):
+    path = tmp_path / "deploy.yaml"
+    path.write_text("block_sise: 1\n")
+    result = run("show", path)
+    assert result.exit_code == 2
+    assert "did you mean block_size?" in result.stderr

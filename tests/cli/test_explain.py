@@ -1,0 +1,38 @@
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.cli.app import build_app
+
+
+def explain(*arguments):
+    arguments = ["explain", *arguments]
+    return CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "80", "NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize("code", ["PD204", "pd204"])
+def test_one_rule(code):
+    result = explain(code)
+    text = " ".join(result.stdout.split())
+    rule = all_rules()["PD204"]
+    assert result.exit_code == 0
+    for part in (rule.title, rule.why, rule.fix, rule.source):
+        assert part in text
+
+
+def test_all_rules():
+    result = explain()
+    assert result.exit_code == 0
+    assert all(code in result.stdout for code in all_rules())
+
+
+def test_an_unknown_rule():
+    result = explain("PD2O4")
+    assert result.exit_code == 2
+    assert "did you mean PD204?" in result.stderr
+    assert result.stdout == ""
+
+
+def test_markdown_names_every_rule():
+    result = explain("--markdown")
+    assert all(f"### {code} (" in result.stdout for code in all_rules())
