@@ -6,7 +6,9 @@ does not depend on them.
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -219,10 +221,7 @@ def _median_s(step: Callable[[], object], num_steps: int) -> float:
 
 
 def main() -> None:
-    """``python -m pdlaunch.engine.bench_step '{"model_dir": ...}'``: arguments of ``bench_step`` as JSON, rows as JSON on stdout."""
-    import json
-    import sys
-
+    """``python -m pdlaunch.engine.bench_step JSON``: the arguments of ``bench_step`` as an object; prints its rows as JSON."""
     arguments = json.loads(sys.argv[1])
     rows = [
         {

@@ -143,12 +143,9 @@ class RankProcess:
         if self._spec.tensor_parallel_size == 1:
             return None
         self._progress("joining the TP group", None)
-        return init_tp_group(
-            self._bootstrap.rendezvous,
-            self._bootstrap.tp_rank,
-            self._spec.tensor_parallel_size,
-            self._spec.device,
-        )
+        tp_rank, indices = self._bootstrap.tp_rank, self._spec.device_indices
+        device = f"cuda:{indices[tp_rank]}" if indices else self._spec.device
+        return init_tp_group(self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device)
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> str:
         """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""

@@ -14,6 +14,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+            # Real models on a machine that others may use as well.
+            item.add_marker(pytest.mark.timeout(900))
 
 
 def clean_environ() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -45,9 +46,10 @@ def processes_of(deployment: Deployment) -> dict[str, psutil.Process]:
     """By the name after ``--name``."""
     found = {}
     for process in psutil.Process(deployment.process.pid).children(recursive=True):
-        command = process.cmdline()
-        if "--name" in command:
-            found[command[command.index("--name") + 1]] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
+            command = process.cmdline()
+            if "--name" in command:
+                found[command[command.index("--name") + 1]] = process
     return found
 
 
