@@ -11,7 +11,7 @@ from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.sizes import format_size
 from pdlaunch.platform.allocator_conf import read_expandable_segments
 
-_TORCH = "torch 2.13.0, libc10: compared with the installed library."
+_TORCH = "Compared with the installed torch 2.13.0 (libc10), and with torch 2.11.0 on an H200."
 
 
 @rule(

@@ -1,6 +1,6 @@
 """What torch's allocator will do with `expandable_segments`, read from the environment as torch reads it.
 
-Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``): the first of PYTORCH_CUDA_ALLOC_CONF,
+Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``) and 2.11.0 on an H200: the first of PYTORCH_CUDA_ALLOC_CONF,
 PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, be it empty, is read alone. A comment in its header states the
 opposite order. White space does not count, the last of repeated keys wins, and only ``True`` and ``False`` are values.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""By precedence in torch 2.13."""
+"""By precedence in torch 2.11 to 2.13."""
 
 _TOKEN = re.compile(r"[,:\[\]]|[^,:\[\]]+")
 _SPACE = re.compile(r"\s+", re.ASCII)
