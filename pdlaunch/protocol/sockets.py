@@ -104,4 +104,6 @@ class SecureContext:
         socket = self.zmq.socket(kind, socket_class=socket_class)
         socket.linger = self.LINGER_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
+        # At a high-water mark (1000 messages) a ROUTER drops messages without a word: tokens would be missing.
+        socket.sndhwm = socket.rcvhwm = 0
         return socket
