@@ -344,6 +344,7 @@ class Supervisor:
         if self.phase is Phase.STARTING and all(unit.ready for unit in self._units) and not self._pairs.missing():
             self._phase = Phase.READY
             self.was_ready = True
+            logger.info("serving at %s", self.status().url)
             self._observer.ready(self.status())
 
     def _note(self, text: str) -> None:

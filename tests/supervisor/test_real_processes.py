@@ -156,3 +156,16 @@ def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=30) == 0
     assert_gone(*second_pids)
+
+
+def test_a_guarded_module_ends_with_the_pipe_that_the_supervisor_holds() -> None:
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "pdlaunch.process.guarded", "http.server", "0", "--bind", "127.0.0.1"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=unbuffered, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert b"Serving HTTP" in process.stdout.readline()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=20) == -signal.SIGKILL
