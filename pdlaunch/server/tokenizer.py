@@ -66,11 +66,6 @@ class TextTokenizer:
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece or ""
 
-    @property
-    def vocab_size(self) -> int:
-        size: int = self._tokenizer.get_vocab_size()
-        return size
-
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)

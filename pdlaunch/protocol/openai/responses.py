@@ -11,8 +11,6 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-FinishReason = Literal["stop", "length", "abort", "error"]
-
 
 class PromptTokensDetails(msgspec.Struct):
     """What of the prompt was not computed for this request."""
