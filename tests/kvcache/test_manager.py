@@ -65,7 +65,7 @@ def test_a_pull_brings_what_is_visible_and_not_cached(
     kv = KVCacheManager(make_groups(windows), 200, block_size)
     num_blocks = kv.num_logical_blocks(num_computed)
     block_hashes = hashes(num_blocks, block_size)
-    max_blocks = data.draw(st.integers(0, num_blocks))
+    max_blocks = data.draw(st.integers(0, num_computed // block_size))
     cached = [data.draw(st.sets(st.integers(0, max(0, num_blocks - 1)))) if num_blocks else set() for _ in windows]
     fill(kv, cached, block_hashes)
     hit = kv.find_for_pull(block_hashes, max_blocks, num_computed)
