@@ -84,6 +84,9 @@ def die_with_parent() -> None:
         # Past the buffer of sys.stdin, whose lock, held by a thread that waits, would abort the interpreter's exit.
         while os.read(descriptor, 4096):
             pass
-        os.killpg(os.getpgid(0), signal.SIGKILL)
+        # The children of this process go too, where it leads a group of its own.
+        if os.getpgid(0) == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-guard", daemon=True).start()
