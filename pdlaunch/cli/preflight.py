@@ -11,6 +11,7 @@ from rich.text import Text
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.checks.transport_report import Allocator, PairTransport, TransportReport
+from pdlaunch.cli.findings import place, safe
 from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
@@ -35,11 +36,9 @@ def refuse_errors(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, 
 
 def print_finding(console: Console, finding: Finding) -> None:
     """Two lines: what and where, and what to do."""
-    origin = f" ({finding.origin})" if finding.origin else ""
-    console.print(
-        Text(f"{finding.severity} {finding.rule} {finding.where}{origin}: {finding.message}", style=_STYLES[finding.severity])
-    )
-    console.print(Text(f"  fix: {finding.fix}"))
+    text = f"{finding.severity} {finding.rule} {place(finding)}: {finding.message}"
+    console.print(Text(safe(text), style=_STYLES[finding.severity]))
+    console.print(Text(f"  fix: {safe(finding.fix)}"))
 
 
 def judge_pairs(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> tuple[Finding, ...]:
