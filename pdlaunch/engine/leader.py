@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-
-import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
@@ -14,8 +13,21 @@ from pdlaunch.engine.server_link import ServerLink
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.tp_channel import LeaderChannel
 from pdlaunch.engine.tp_events import EventAggregator
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, EngineStats, Hello, Outputs, SetReaders, ToRank, Welcome
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    CheckIntegrity,
+    EngineStats,
+    Hello,
+    IntegrityReport,
+    Outputs,
+    SetReaders,
+    ToRank,
+    Welcome,
+)
 from pdlaunch.transfer.worker import TransferWorker
+
+logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
 
@@ -88,6 +100,16 @@ class Leader:
                 self._scheduler.abort(message.request_id)
             case SetReaders():
                 self._scheduler.set_readers(message.request_id, message.num_readers)
+            case CheckIntegrity():
+                self._server.send(self._integrity(message.call_id))
+
+    def _integrity(self, call_id: int) -> IntegrityReport:
+        try:
+            self._scheduler.check_integrity()
+        except AssertionError as error:
+            logger.exception("the books of the KV blocks are wrong")
+            return IntegrityReport(call_id=call_id, error=str(error) or repr(error), stats=self._scheduler.stats())
+        return IntegrityReport(call_id=call_id, error=None, stats=self._scheduler.stats())
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
@@ -110,8 +132,6 @@ class Leader:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
         stats = self._scheduler.stats()
-        transfer = self._transfer.stats()
-        stats = msgspec.structs.replace(stats, **transfer)
         if stats != self._last_stats:
             self._last_stats = stats
             self._server.send(stats)

@@ -416,6 +416,7 @@ class Scheduler:
         logger.warning("pull of request %s failed: %s", request.request_id, event.error)
         request.num_pull_attempts += 1
         if event.retryable and request.num_pull_attempts < self._settings.pull_attempts:
+            self._totals.pull_retries += 1
             return
         request.wants_pull = False
         if self._settings.on_failure == "fail":
@@ -425,11 +426,14 @@ class Scheduler:
 
     def _count_transfer(self, event: PullFinished) -> None:
         totals = self._totals
-        totals.transfers += 1
-        totals.transfer_failures += not event.ok
-        totals.transfer_bytes += event.num_bytes
-        totals.transfer_seconds += event.seconds
-        totals.verification_failures += event.verification_failed
+        if event.ok:
+            totals.transfers += 1
+            totals.transfer_bytes += event.num_bytes
+            totals.transfer_seconds += event.seconds
+        else:
+            totals.transfer_failures += 1
+            totals.verification_failures += event.verification_failed
+            totals.late_reads += event.late
 
     def _take_token(self, request: Request, token: TokenOutput) -> None:
         request.token_ids.append(token.token_id)

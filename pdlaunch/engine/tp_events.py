@@ -66,4 +66,5 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         num_bytes=sum(report.num_bytes for report in reports),
         seconds=max(report.seconds for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
+        late=any(report.late for report in reports),
     )

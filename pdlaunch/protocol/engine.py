@@ -87,7 +87,13 @@ class SetReaders(Message):
     num_readers: int
 
 
-ToRank = AddRequest | AbortRequest | Hello | SetReaders
+class CheckIntegrity(Message):
+    """Prove that every KV block has the owner that the engine's books say; answered with one IntegrityReport."""
+
+    call_id: int
+
+
+ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity
 
 
 class Tokens(Message):
@@ -147,12 +153,24 @@ class EngineStats(Message):
     transfer_seconds: float = 0.0
     transfers: int = 0
     transfer_failures: int = 0
+    pull_retries: int = 0
     recomputed_requests: int = 0
     leases_expired: int = 0
+    late_reads: int = 0
     verification_failures: int = 0
 
 
-FromRank = Outputs | Welcome | EngineStats
+class IntegrityReport(Message):
+    """Answer to CheckIntegrity."""
+
+    call_id: int
+    error: str | None
+    """What does not hold; None: everything does."""
+    stats: EngineStats
+    """As of the check."""
+
+
+FromRank = Outputs | Welcome | EngineStats | IntegrityReport
 
 to_rank: Codec[ToRank] = Codec(ToRank)
 from_rank: Codec[FromRank] = Codec(FromRank)

@@ -79,6 +79,8 @@ class PullFinished(Message):
     num_bytes: int = 0
     seconds: float = 0.0
     verification_failed: bool = False
+    late: bool = False
+    """The bytes came, but the lease had ended before: they may be another request's."""
 
 
 class PullDrained(Message):

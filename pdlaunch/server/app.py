@@ -36,6 +36,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CallHandler = Callable[[web.Request, Call], Awaitable[web.StreamResponse]]
 
 CLIENT_CLOSED_REQUEST = 499
+INTEGRITY_TIMEOUT_S = 30.0
 _OPEN_PATHS = frozenset({"/health"})
 
 
@@ -57,6 +58,7 @@ def make_app(service: EngineService, *, token: str | None) -> web.Application:
             web.get("/health", endpoints.health),
             web.get("/metrics", endpoints.metrics),
             web.post("/pdlaunch/release", endpoints.release),
+            web.get("/pdlaunch/integrity", endpoints.integrity),
         ]
     )
     return app
@@ -115,6 +117,16 @@ class _Endpoints:
         if rank_id is not None:
             self._service.link.abort(rank_id)
         return _json({"released": rank_id is not None})
+
+    async def integrity(self, http: web.Request) -> web.Response:
+        """Who owns each KV block, proven by rank 0: 200 with ``ok``, what is wrong in ``error``, and the counts of the moment."""
+        try:
+            async with asyncio.timeout(INTEGRITY_TIMEOUT_S):
+                report = await self._service.link.check_integrity()
+        except TimeoutError:
+            raise OverloadedError("rank 0 did not answer in time", status=503, code="engine_stalled") from None
+        stats = msgspec.structs.asdict(report.stats)
+        return _json({"ok": report.error is None, "error": report.error, "stats": stats})
 
     def _card(self) -> ModelCard:
         spec = self._service.spec

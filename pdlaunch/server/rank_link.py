@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from pdlaunch.errors import ProtocolError
+from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
+    CheckIntegrity,
     EngineStats,
     FromRank,
     Hello,
+    IntegrityReport,
     Outputs,
     RequestFinished,
     Tokens,
@@ -63,6 +66,8 @@ class RankLink:
         self._on_welcome = on_welcome
         self._on_stats = on_stats
         self._sinks: dict[str, Sink] = {}
+        self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
+        self._call_ids = itertools.count(1)
         self._outbox: asyncio.Queue[ToRank] = asyncio.Queue()
         self._outbox.put_nowait(Hello(server_incarnation=server_incarnation))
         self._tasks = (asyncio.create_task(self._write()), asyncio.create_task(self._read()))
@@ -82,6 +87,17 @@ class RankLink:
         """Queue any other message."""
         self._outbox.put_nowait(message)
 
+    async def check_integrity(self) -> IntegrityReport:
+        """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone meanwhile."""
+        call_id = next(self._call_ids)
+        answer: asyncio.Future[IntegrityReport] = asyncio.get_running_loop().create_future()
+        self._checks[call_id] = answer
+        self.send(CheckIntegrity(call_id=call_id))
+        try:
+            return await answer
+        finally:
+            del self._checks[call_id]
+
     async def close(self) -> None:
         """End the connection; requests under way get RankLost."""
         for task in self._tasks:
@@ -90,6 +106,9 @@ class RankLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._socket.close()
+        for check in self._checks.values():
+            if not check.done():
+                check.set_exception(_lost())
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(RankLost(request_id))
@@ -117,6 +136,9 @@ class RankLink:
                 self._on_welcome(message)
             case EngineStats():
                 self._on_stats(message)
+            case IntegrityReport():
+                if (check := self._checks.get(message.call_id)) is not None and not check.done():
+                    check.set_result(message)
 
     def _deliver(self, item: Tokens | RequestFinished) -> None:
         """Items of requests that were aborted meanwhile are dropped."""
@@ -124,3 +146,7 @@ class RankLink:
         sink = self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)
         if sink is not None:
             sink(item)
+
+
+def _lost() -> OverloadedError:
+    return OverloadedError("the rank has gone", status=503, code="engine_starting")

@@ -74,10 +74,11 @@ class HolderLink(Protocol):
 class PullFailed(TransferError):
     """Why a pull cannot go on."""
 
-    def __init__(self, message: str, *, retryable: bool, verification: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool, verification: bool = False, late: bool = False) -> None:
         super().__init__(message)
         self.retryable = retryable
         self.verification = verification
+        self.late = late
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,9 @@ class Pull:
                     branch.next_heartbeat_s = self._puller.clock() + branch.heartbeat_s
             case PullEndReply() if branch.stage is _Stage.ENDING:
                 if not reply.held:
-                    raise PullFailed(f"{branch.link.name}: the lease did not hold throughout the pull", retryable=False)
+                    raise PullFailed(
+                        f"{branch.link.name}: the lease did not hold throughout the pull", retryable=False, late=True
+                    )
                 branch.stage = _Stage.ENDED
             case Refused():
                 raise PullFailed(f"{branch.link.name} refused: {reply.reason}", retryable=False)
@@ -352,6 +355,7 @@ class Pull:
                 in_flight=bool(self._draining),
                 seconds=self._elapsed_s(),
                 verification_failed=failure.verification,
+                late=failure.late,
             )
         )
 
