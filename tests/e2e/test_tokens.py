@@ -15,7 +15,7 @@ from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model
 
 # Around block (16) and chunk (512) boundaries, and ordinary lengths.
 DEMO_LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 80, 96, 127, 128, 129, 511, 512, 513)
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")

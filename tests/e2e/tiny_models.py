@@ -59,6 +59,7 @@ def make_tokenizer() -> Tokenizer:
 
 def greedy(directory: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """What transformers' own generate answers, one prompt at a time, in float32."""
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     answers = []
     for prompt in prompts:
