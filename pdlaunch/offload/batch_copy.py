@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pdlaunch.errors import TransferError
@@ -20,6 +22,9 @@ from pdlaunch.platform.cuda_driver import DriverError, load_library
 
 _SRC_ACCESS_ORDER_STREAM = 1
 """The source is read in the order of the stream, as any copy reads it."""
+
+
+Addresses = npt.NDArray[np.uint64]
 
 
 class _Location(ctypes.Structure):
@@ -35,12 +40,15 @@ class _Attributes(ctypes.Structure):
     ]
 
 
+BATCH_STREAMS = (1, 3)
+"""Streams that may share a batch: a copy engine works through its entries one by one, several engines side by side."""
+
+
 class BatchCopy(CopyMethod):
     """Needs a driver of CUDA 12.8 or newer; ``load`` raises DriverError where there is none. Not for the default stream."""
 
-    name = "batch"
-
-    def __init__(self, load: Callable[[], ctypes.CDLL] = load_library) -> None:
+    def __init__(self, num_streams: int = 1, load: Callable[[], ctypes.CDLL] = load_library) -> None:
+        self.name = "batch" if num_streams == 1 else f"batch/{num_streams}"
         library = load()
         self._with_fail_index = not hasattr(library, "cuMemcpyBatchAsync_v2")
         try:
@@ -49,6 +57,8 @@ class BatchCopy(CopyMethod):
             raise DriverError("the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8") from None
         self._attributes = _Attributes(src_access_order=_SRC_ACCESS_ORDER_STREAM)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
+        self._num_streams = num_streams
+        self._helpers: dict[torch.cuda.Stream, list[torch.cuda.Stream]] = {}
 
     def supports(self, copies: PageCopies) -> bool:
         return True
@@ -56,9 +66,27 @@ class BatchCopy(CopyMethod):
     def copy(self, copies: PageCopies, direction: Direction) -> None:
         runs = merge_runs(copies)
         device = (runs.device_offsets + copies.device.data_ptr()).astype(np.uint64)
-        host = (runs.host_offsets + copies.host.data_ptr()).astype(np.uint64)
-        sizes = runs.sizes.astype(np.uint64)
+        host = (runs.host_offsets + copies.host.piece_addresses[runs.host_pieces]).astype(np.uint64)
         destinations, sources = (host, device) if direction == "store" else (device, host)
+        sizes = runs.sizes.astype(np.uint64)
+        main = torch.cuda.current_stream(copies.device.device)
+        helpers = self._helpers_of(main)
+        for helper in helpers:
+            helper.wait_stream(main)
+        bounds = np.linspace(0, len(sizes), len(helpers) + 2).astype(int).tolist()
+        for stream, (start, end) in zip((main, *helpers), pairwise(bounds), strict=True):
+            if start < end:
+                self._enqueue(destinations[start:end], sources[start:end], sizes[start:end], stream)
+        for helper in helpers:
+            main.wait_stream(helper)
+
+    def _helpers_of(self, main: torch.cuda.Stream) -> list[torch.cuda.Stream]:
+        if main not in self._helpers:
+            new = [torch.cuda.Stream(main.device) for _ in range(self._num_streams - 1)]  # type: ignore[no-untyped-call]
+            self._helpers[main] = new
+        return self._helpers[main]
+
+    def _enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, stream: torch.cuda.Stream) -> None:
         # The driver has read the three arrays when the call returns.
         code = self._call(
             ctypes.c_void_p(destinations.ctypes.data),
@@ -69,7 +97,7 @@ class BatchCopy(CopyMethod):
             self._attribute_starts,
             ctypes.c_size_t(1),
             *self._fail_index(),
-            ctypes.c_void_p(torch.cuda.current_stream(copies.device.device).cuda_stream),
+            ctypes.c_void_p(stream.cuda_stream),
         )
         if code:
             raise TransferError(f"cuMemcpyBatchAsync of {len(sizes)} copies failed with CUDA error {code}")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.offload.copies import PageCopies
-from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
+from pdlaunch.offload.copies import Pages
+from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler
 from pdlaunch.offload.host_memory import HostMemory, Progress
-from pdlaunch.offload.measure import cuda_seconds, host_seconds, scattered_copies
-from pdlaunch.offload.method_choice import MethodTable, cuda_candidates, measure_methods
+from pdlaunch.offload.measure import CudaTrial, HostTrial, Trial
+from pdlaunch.offload.method_choice import Candidates, MethodTable, PairRates, cuda_candidates, measure_pairs, pick_pair
 from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction, IntArray, TransferSpec
 
 KIB = 1024
@@ -24,8 +26,8 @@ BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
 DEFAULT_BYTES = 1024**3
 
 _JOBS_PER_DIRECTION = 4
-TRAFFIC_ROUNDS = 6
-"""Enough transfers to last longer than the steps beside which they run."""
+_ROUNDS_BESIDE_DECODE = 8
+"""Enough to last longer than the steps beside which they run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +41,28 @@ class ContiguousLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class PairRow:
+    """One pair of methods at one block size; GB/s."""
+
+    load: str
+    store: str
+    h2d: float
+    d2h: float
+    both: float
+
+
+@dataclass(frozen=True, slots=True)
 class OffloadRow:
-    """Scattered blocks of one size; rates in GB/s, by name of the method."""
+    """Scattered blocks of one size."""
 
     block_bytes: int
-    h2d: dict[str, float]
-    d2h: dict[str, float]
-    chosen_h2d: str
-    chosen_d2h: str
-    both: float
-    """Sum of both directions at once, through the handler with the chosen methods."""
+    pairs: tuple[PairRow, ...]
+    """Every pair of methods that was measured."""
+    chosen: PairRow
+    handler_both: float
+    """GB/s of both directions at once, through the handler with the chosen methods."""
     decode_slowdown: float | None
-    """Share by which a decode-like step takes longer while both directions run; None without a GPU."""
+    """Share by which a decode-like step takes longer while both directions run; None where it could not be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class OffloadReport:
 
     device: str
     num_bytes: int
-    pin_seconds: float
+    """Of each copy, in each direction."""
     limit: ContiguousLimit
     rows: tuple[OffloadRow, ...]
 
@@ -73,98 +85,110 @@ def bench_offload(
 ) -> OffloadReport:
     """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is one, unless given.
 
-    Block sizes are multiples of 4 KiB. Takes about a second for each size on a GPU.
+    Block sizes are multiples of 4 KiB. Takes host memory of twice ``num_bytes``, and two to three seconds a block size on a GPU.
     """
     assert all(size % CHUNK_ALIGNMENT_BYTES == 0 for size in block_sizes)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    begin_s = time.perf_counter()
-    host = HostMemory(2 * num_bytes // CHUNK_ALIGNMENT_BYTES, CHUNK_ALIGNMENT_BYTES, pin=target.type == "cuda", progress=progress)
-    pin_seconds = time.perf_counter() - begin_s
-    try:
-        bench = _Bench(target, host, num_bytes)
-        limit = bench.contiguous()
-        rows = []
-        for index, block_bytes in enumerate(block_sizes):
-            progress(f"blocks of {block_bytes} bytes", index / len(block_sizes))
-            rows.append(bench.row(block_bytes))
-    finally:
-        host.close()
-    name = torch.cuda.get_device_name(target) if target.type == "cuda" else "cpu"
-    return OffloadReport(name, num_bytes, pin_seconds, limit, tuple(rows))
+    bench = _CudaBench(target, num_bytes) if target.type == "cuda" else _HostBench(target, num_bytes)
+    limit = bench.contiguous()
+    rows = []
+    for index, block_bytes in enumerate(block_sizes):
+        progress(f"blocks of {block_bytes} bytes", index / len(block_sizes))
+        rows.append(bench.row(block_bytes))
+    return OffloadReport(bench.device_name, num_bytes, limit, tuple(rows))
 
 
-class _Bench:
-    """Device and host memory of twice ``num_bytes``: one half is stored, the other loaded."""
+class _Bench(ABC):
+    """Host memory is allocated anew for each block size, as chunks of one block."""
 
-    def __init__(self, device: torch.device, host: HostMemory, num_bytes: int) -> None:
+    device_name: str
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
         self._device = device
-        self._host = host
         self._num_bytes = num_bytes
-        self._memory = torch.randint(0, 256, (2 * num_bytes,), dtype=torch.uint8, device=device)
-        self._is_cuda = device.type == "cuda"
-        self._candidates: list[CopyMethod] = cuda_candidates() if self._is_cuda else [HostCopy()]
+
+    @abstractmethod
+    def trial(self, host: HostMemory) -> Trial:
+        """Scattered blocks of one size."""
+
+    @abstractmethod
+    def candidates(self) -> Candidates:
+        """Methods to compare."""
+
+    @abstractmethod
+    def decode_slowdown(self, traffic: _Traffic) -> float | None:
+        """What a step loses while both directions run."""
 
     def contiguous(self) -> ContiguousLimit:
-        half, host = self._memory[: self._num_bytes], self._host.tensor[: self._num_bytes]
-        h2d = self._seconds(lambda: half.copy_(host, non_blocking=True))
-        d2h = self._seconds(lambda: host.copy_(half, non_blocking=True))
-        pages = self._memory.view(2, self._num_bytes)
-        both = self._both_directions(pages, self._num_bytes, jobs=1, table=MethodTable(TorchCopy()))
-        return ContiguousLimit(self._rate(h2d), self._rate(d2h), both)
+        """One block of everything."""
+        host = self._host_memory(self._num_bytes)
+        trial = self.trial(host)
+        copy = TorchCopy()
+        h2d, d2h, both = trial.alone(copy, "load"), trial.alone(copy, "store"), trial.both(copy, copy)
+        host.close()
+        return ContiguousLimit(h2d / 1e9, d2h / 1e9, both / 1e9)
 
     def row(self, block_bytes: int) -> OffloadRow:
-        rates: dict[Direction, dict[str, float]] = {direction: {} for direction in DIRECTIONS}
-
-        def measure(method: CopyMethod, copies: PageCopies, direction: Direction) -> float:
-            rate = copies.num_bytes / self._seconds(lambda: method.copy(copies, direction))
-            rates[direction][method.name] = rate / 1e9
-            return rate
-
-        table = measure_methods(
-            [block_bytes],
-            self._candidates,
-            lambda page_bytes: scattered_copies(page_bytes, self._host.tensor, self._device, self._num_bytes),
-            measure,
-        )
-        names = table.names()
-        pages = self._memory[: 2 * self._num_bytes // block_bytes * block_bytes].view(-1, block_bytes)
-        return OffloadRow(
-            block_bytes=block_bytes,
-            h2d=rates["load"],
-            d2h=rates["store"],
-            chosen_h2d=names[block_bytes, "load"],
-            chosen_d2h=names[block_bytes, "store"],
-            both=self._both_directions(pages, block_bytes, jobs=_JOBS_PER_DIRECTION, table=table),
-            decode_slowdown=self._decode_slowdown(pages, table) if self._is_cuda else None,
-        )
-
-    def _both_directions(self, pages: torch.Tensor, block_bytes: int, *, jobs: int, table: MethodTable) -> float:
-        """Best of three; GB/s of both directions together."""
-        traffic = _Traffic(pages, self._host, table)
+        host = self._host_memory(block_bytes)
+        trial = self.trial(host)
+        pairs = measure_pairs(self.candidates(), trial.alone, trial.both)
+        chosen = pick_pair(pairs)
+        table = MethodTable(TorchCopy())
+        table.set(block_bytes, "load", chosen.load)
+        table.set(block_bytes, "store", chosen.store)
+        traffic = _Traffic(trial.pages, host, table)
         try:
-            best_s = min(traffic.run(jobs) for _ in range(3))
+            best_s = min(traffic.run(_JOBS_PER_DIRECTION) for _ in range(3))
+            slowdown = self.decode_slowdown(traffic)
         finally:
             traffic.close()
-        return 2 * self._num_bytes // block_bytes * block_bytes / best_s / 1e9
+            host.close()
+        handler_both = trial.pages.numel() / best_s / 1e9
+        return OffloadRow(block_bytes, tuple(map(_pair_row, pairs)), _pair_row(chosen), handler_both, slowdown)
 
-    def _decode_slowdown(self, pages: torch.Tensor, table: MethodTable) -> float | None:
-        step = DecodeLikeStep(self._device)
-        alone_s = step.seconds()
-        traffic = _Traffic(pages, self._host, table)
-        try:
-            for _ in range(TRAFFIC_ROUNDS):
-                traffic.submit(_JOBS_PER_DIRECTION)
-            beside_s = step.seconds()
-            still_running = traffic.is_busy()
-        finally:
-            traffic.close()
+    def _host_memory(self, block_bytes: int) -> HostMemory:
+        num_chunks = 2 * (self._num_bytes // block_bytes)
+        is_cuda = self._device.type == "cuda"
+        return HostMemory(num_chunks, block_bytes, pin=is_cuda, progress=lambda _text, _share: None)
+
+
+class _CudaBench(_Bench):
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        super().__init__(device, num_bytes)
+        self.device_name = torch.cuda.get_device_name(device)
+        self._step = DecodeLikeStep(device)
+
+    def trial(self, host: HostMemory) -> Trial:
+        return CudaTrial(host.chunk_bytes, host, self._device, self._num_bytes)
+
+    def candidates(self) -> Candidates:
+        return cuda_candidates()
+
+    def decode_slowdown(self, traffic: _Traffic) -> float | None:
+        alone_s = self._step.seconds()
+        for _ in range(_ROUNDS_BESIDE_DECODE):
+            traffic.submit(_JOBS_PER_DIRECTION)
+        beside_s = self._step.seconds()
+        still_running = traffic.is_busy()
+        traffic.wait()
         return beside_s / alone_s - 1 if still_running else None
 
-    def _seconds(self, copy: Callable[[], object]) -> float:
-        return cuda_seconds(copy) if self._is_cuda else host_seconds(copy)
 
-    def _rate(self, seconds: float) -> float:
-        return self._num_bytes / seconds / 1e9
+class _HostBench(_Bench):
+    device_name = "cpu"
+
+    def trial(self, host: HostMemory) -> Trial:
+        return HostTrial(host.chunk_bytes, host, self._device, self._num_bytes)
+
+    def candidates(self) -> Candidates:
+        return {"load": [HostCopy()], "store": [HostCopy()]}
+
+    def decode_slowdown(self, traffic: _Traffic) -> None:
+        return None
+
+
+def _pair_row(pair: PairRates) -> PairRow:
+    return PairRow(pair.load.name, pair.store.name, pair.load_alone / 1e9, pair.store_alone / 1e9, pair.both / 1e9)
 
 
 class DecodeLikeStep:
@@ -173,32 +197,35 @@ class DecodeLikeStep:
     def __init__(self, device: torch.device, *, num_layers: int = 24, num_tokens: int = 32) -> None:
         weights = [torch.randn(4096, 14336, dtype=torch.bfloat16, device=device) for _ in range(num_layers)]
         inputs = torch.randn(num_tokens, 4096, dtype=torch.bfloat16, device=device)
-        for weight in weights[:3]:
-            torch.mm(inputs, weight)
+        torch.mm(inputs, weights[0])
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._outputs = [torch.mm(inputs, weight) for weight in weights]
         self._weights = weights
+        self._graph.replay()
 
-    def seconds(self, num_steps: int = 60) -> float:
-        """Mean time of a step."""
-
-        def replay() -> None:
-            for _ in range(num_steps):
-                self._graph.replay()
-
-        return cuda_seconds(replay, repeats=1) / num_steps
+    def seconds(self, num_steps: int = 40) -> float:
+        """Median time of a step, one after another on the current stream."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            self._graph.replay()
+            event.record()
+        events[-1].synchronize()
+        times = sorted(float(begin.elapsed_time(end)) / 1000 for begin, end in pairwise(events))
+        return times[num_steps // 2]
 
 
 class _Traffic:
-    """Both directions through the handler: the first half of ``pages`` is stored, the second loaded, in random order."""
+    """Both directions through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
 
-    def __init__(self, pages: torch.Tensor, host: HostMemory, table: MethodTable) -> None:
+    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable) -> None:
         self._finished = threading.Semaphore(0)
         self._handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=self._finished.release)
         self._half = len(pages) // 2
         self._order = np.random.default_rng(0).permutation(self._half)
+        self._chunks = np.random.default_rng(1).permutation(self._half)
         self._num_submitted = 0
         self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 
@@ -206,15 +233,21 @@ class _Traffic:
         """Seconds for one round of both halves, cut into ``jobs`` transfers a direction."""
         begin_s = time.perf_counter()
         self.submit(jobs)
-        while any(self._num_pending.values()):
-            self._finished.acquire()
-            self._collect()
+        self.wait()
         return time.perf_counter() - begin_s
 
     def submit(self, jobs: int) -> None:
-        for part in np.array_split(self._order, jobs):
-            self._submit("store", part)
-            self._submit("load", part + self._half)
+        """Queue one round."""
+        parts = zip(np.array_split(self._order, jobs), np.array_split(self._chunks, jobs), strict=True)
+        for block_ids, chunk_ids in parts:
+            self._submit("load", block_ids, chunk_ids)
+            self._submit("store", block_ids + self._half, chunk_ids + self._half)
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        while any(self._num_pending.values()):
+            self._finished.acquire()
+            self._collect()
 
     def is_busy(self) -> bool:
         """Both directions are still under way."""
@@ -222,10 +255,11 @@ class _Traffic:
         return all(self._num_pending.values())
 
     def close(self) -> None:
+        """End the handler."""
         self._handler.close(60.0)
 
-    def _submit(self, direction: Direction, block_ids: IntArray) -> None:
-        spec = TransferSpec(direction, block_ids, [len(block_ids)], [0], block_ids[::-1])
+    def _submit(self, direction: Direction, block_ids: IntArray, chunk_ids: IntArray) -> None:
+        spec = TransferSpec(direction, block_ids, [len(block_ids)], [0], chunk_ids)
         self._handler.transfer_async(self._num_submitted, spec)
         self._num_submitted += 1
         self._num_pending[direction] += 1

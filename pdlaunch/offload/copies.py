@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import ChunkLayout, GroupShape, GroupSpan, IntArray
 
 Pages = torch.Tensor
@@ -21,10 +22,11 @@ class PageCopies:
     device: Pages
     block_ids: IntArray
     """[num_pages]; rows of ``device``, none twice."""
-    host: torch.Tensor
-    """[num_bytes] uint8; all of host memory."""
-    host_offsets: IntArray
-    """[num_pages]; first byte of each page in ``host``."""
+    host: HostMemory
+    chunk_ids: IntArray
+    """[num_pages]"""
+    chunk_offsets: IntArray
+    """[num_pages]; first byte of each page in its chunk."""
 
     @property
     def page_bytes(self) -> int:
@@ -34,17 +36,23 @@ class PageCopies:
     def num_bytes(self) -> int:
         return len(self.block_ids) * self.page_bytes
 
+    def host_addresses(self) -> IntArray:
+        """[num_pages]"""
+        return self.host.addresses(self.chunk_ids) + self.chunk_offsets
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of maximal length: pages that are neighbours on both sides are one run."""
+    """Copies of maximal length: pages that are neighbours on both sides are one run. All [num_runs]."""
 
     device_offsets: IntArray
-    """[num_runs]; from the start of the tensor, in bytes."""
+    """From the start of the tensor, in bytes."""
+    host_pieces: IntArray
+    """Index of the piece of host memory; no run crosses its border."""
     host_offsets: IntArray
-    """[num_runs]"""
+    """From the start of the piece, in bytes."""
     sizes: IntArray
-    """[num_runs]; bytes."""
+    """Bytes."""
 
 
 def as_pages(tensor: torch.Tensor) -> Pages:
@@ -60,14 +68,14 @@ def shape_of(group: Sequence[Pages]) -> GroupShape:
 
 
 def plan_copies(
-    spans: Sequence[GroupSpan], layout: ChunkLayout, groups: Sequence[Sequence[Pages]], host: torch.Tensor
+    spans: Sequence[GroupSpan], layout: ChunkLayout, groups: Sequence[Sequence[Pages]], host: HostMemory
 ) -> list[PageCopies]:
     """One entry a group and tensor. In a chunk's block the pages of the group's tensors follow each other."""
     copies = []
     for span in spans:
-        offsets = layout.block_offsets(span)
+        chunk_ids, offsets = layout.places(span)
         for pages in groups[span.group]:
-            copies.append(PageCopies(pages, span.block_ids, host, offsets))
+            copies.append(PageCopies(pages, span.block_ids, host, chunk_ids, offsets))
             offsets = offsets + pages.shape[1]
     return copies
 
@@ -75,8 +83,10 @@ def plan_copies(
 def merge_runs(copies: PageCopies) -> Runs:
     """The fewest copies that move the same bytes, in the given order of pages."""
     page_bytes = copies.page_bytes
-    device_offsets = copies.block_ids * page_bytes
-    breaks = (np.diff(device_offsets) != page_bytes) | (np.diff(copies.host_offsets) != page_bytes)
+    device = copies.block_ids * page_bytes
+    pieces = copies.host.piece_of(copies.chunk_ids)
+    host = copies.host.offsets(copies.chunk_ids) + copies.chunk_offsets
+    breaks = (np.diff(device) != page_bytes) | (np.diff(host) != page_bytes) | (np.diff(pieces) != 0)
     starts = np.flatnonzero(np.concatenate(([True], breaks)))
-    num_pages = np.diff(np.append(starts, len(device_offsets)))
-    return Runs(device_offsets[starts], copies.host_offsets[starts], num_pages * page_bytes)
+    num_pages = np.diff(np.append(starts, len(device)))
+    return Runs(device[starts], pieces[starts], host[starts], num_pages * page_bytes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from pdlaunch.offload.copies import PageCopies, merge_runs
 from pdlaunch.offload.spec import Direction
@@ -14,7 +16,7 @@ class CopyMethod(ABC):
     """Copies pages. On CUDA it only enqueues, on the current stream, and keeps alive what the copy still reads."""
 
     name: str
-    """For people: ``batch``, ``kernel/16``."""
+    """For people: ``batch``, ``kernel/4``."""
 
     @abstractmethod
     def supports(self, copies: PageCopies) -> bool:
@@ -34,16 +36,11 @@ class HostCopy(CopyMethod):
         return copies.device.device.type == "cpu"
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
-        device, host = copies.device.view(-1).numpy(), copies.host.numpy()
-        runs = merge_runs(copies)
-        for at_device, at_host, size in zip(
-            runs.device_offsets.tolist(), runs.host_offsets.tolist(), runs.sizes.tolist(), strict=True
-        ):
-            device_bytes, host_bytes = device[at_device : at_device + size], host[at_host : at_host + size]
+        for device, host in _pairs(copies):
             if direction == "store":
-                np.copyto(host_bytes, device_bytes)
+                np.copyto(host.numpy(), device.numpy())
             else:
-                np.copyto(device_bytes, host_bytes)
+                np.copyto(device.numpy(), host.numpy())
 
 
 class TorchCopy(CopyMethod):
@@ -55,13 +52,17 @@ class TorchCopy(CopyMethod):
         return True
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
-        device, host = copies.device.view(-1), copies.host
-        runs = merge_runs(copies)
-        for at_device, at_host, size in zip(
-            runs.device_offsets.tolist(), runs.host_offsets.tolist(), runs.sizes.tolist(), strict=True
-        ):
-            device_bytes, host_bytes = device[at_device : at_device + size], host[at_host : at_host + size]
+        for device, host in _pairs(copies):
             if direction == "store":
-                host_bytes.copy_(device_bytes, non_blocking=True)
+                host.copy_(device, non_blocking=True)
             else:
-                device_bytes.copy_(host_bytes, non_blocking=True)
+                device.copy_(host, non_blocking=True)
+
+
+def _pairs(copies: PageCopies) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Device and host bytes of each run."""
+    device = copies.device.view(-1)
+    runs = merge_runs(copies)
+    columns = (runs.device_offsets, runs.host_pieces, runs.host_offsets, runs.sizes)
+    for at_device, piece, at_host, size in zip(*(column.tolist() for column in columns), strict=True):
+        yield device[at_device : at_device + size], copies.host.pieces[piece][at_host : at_host + size]

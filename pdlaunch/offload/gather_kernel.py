@@ -6,8 +6,6 @@ rest computes. Import this module only where triton is there.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,21 +18,27 @@ UNIT_BYTES = 16
 """Pages and their places are multiples of the widest load of a thread."""
 WORDS_PER_UNIT = 4
 
-TILE_WORDS = 8192
-NUM_WARPS = 8
+
+KernelShape = tuple[int, int, int]
+"""Programs, words of a tile, warps of a program."""
+
+LOAD_KERNELS: tuple[KernelShape, ...] = ((2, 32768, 8), (4, 16384, 8))
+STORE_KERNELS: tuple[KernelShape, ...] = ((2, 8192, 8), (3, 4096, 4))
+"""By programs, fewest first. Stores that keep more in flight starve loads."""
 
 
+# Triton reads annotations: only its own may stand here.
 @triton.jit  # type: ignore[untyped-decorator]
-def copy_pages(
-    source: Any,
-    destination: Any,
-    source_units: Any,
-    destination_units: Any,
-    num_pages: Any,
+def copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN201
+    source,  # noqa: ANN001
+    destination,  # noqa: ANN001
+    source_units,  # noqa: ANN001
+    destination_units,  # noqa: ANN001
+    num_pages,  # noqa: ANN001
     PAGE_WORDS: tl.constexpr,  # noqa: N803 - Triton's constants are in capitals
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
-) -> None:
+):
     """Copy page i from ``source_units[i]`` to ``destination_units[i]``, counted in 16 bytes.
 
     Memory is [..] int32. A tile is ROWS pages by COLUMNS words; program p of n takes the tiles p, p + n, p + 2n ...
@@ -54,24 +58,27 @@ def copy_pages(
 
 
 class GatherKernel(CopyMethod):
-    """``num_programs`` programs copy; each occupies at most one multiprocessor."""
+    """``num_programs`` programs copy; each occupies at most one multiprocessor and has ``tile_words`` words in flight."""
 
-    def __init__(self, num_programs: int) -> None:
-        self.name = f"kernel/{num_programs}"
+    def __init__(self, num_programs: int, tile_words: int, num_warps: int) -> None:
+        self.name = f"kernel/{num_programs}x{tile_words // 256}KiB"
         self._num_programs = num_programs
+        self._tile_words = tile_words
+        self._num_warps = num_warps
 
     def supports(self, copies: PageCopies) -> bool:
-        offsets_fit = not (copies.host_offsets % UNIT_BYTES).any()
-        addresses_fit = (copies.device.data_ptr() | copies.host.data_ptr()) % UNIT_BYTES == 0
-        return copies.page_bytes % UNIT_BYTES == 0 and offsets_fit and addresses_fit
+        if copies.page_bytes % UNIT_BYTES or copies.device.data_ptr() % UNIT_BYTES:
+            return False
+        return not (copies.host_addresses() % UNIT_BYTES).any()
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
         target = copies.device.device
-        device, host = copies.device.view(-1).view(torch.int32), copies.host.view(torch.int32)
+        device, host = copies.device.view(-1).view(torch.int32), copies.host.pieces[0].view(torch.int32)
         device_units = _on_device(copies.block_ids * (copies.page_bytes // UNIT_BYTES), target)
-        host_units = _on_device(copies.host_offsets // UNIT_BYTES, target)
+        # Pieces of host memory are told apart by their distance from the first: it may be negative.
+        host_units = _on_device((copies.host_addresses() - host.data_ptr()) // UNIT_BYTES, target)
         page_words = copies.page_bytes // 4
-        columns = min(triton.next_power_of_2(page_words), TILE_WORDS)
+        columns = min(triton.next_power_of_2(page_words), self._tile_words)
         stores = direction == "store"
         copy_pages[(self._num_programs,)](
             device if stores else host,
@@ -80,9 +87,9 @@ class GatherKernel(CopyMethod):
             host_units if stores else device_units,
             len(copies.block_ids),
             PAGE_WORDS=page_words,
-            ROWS=TILE_WORDS // columns,
+            ROWS=self._tile_words // columns,
             COLUMNS=columns,
-            num_warps=NUM_WARPS,
+            num_warps=self._num_warps,
         )
 
 

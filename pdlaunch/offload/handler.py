@@ -43,8 +43,8 @@ class OffloadHandler:
     ) -> None:
         self._layout = chunk_layout(groups, blocks_per_chunk)
         self._groups: list[list[Pages]] = [[as_pages(tensor) for tensor in group] for group in groups]
-        self._host = host.tensor
-        self.num_chunks = self._host.numel() // self._layout.chunk_bytes
+        assert host.chunk_bytes == self._layout.chunk_bytes
+        self._host = host
         self._wake = wake
         self._results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self._lanes = {direction: self._make_lane(direction, choose, self._report) for direction in DIRECTIONS}
@@ -55,7 +55,7 @@ class OffloadHandler:
         Raises TransferSpecError, and nothing is copied, when the spec does not fit the KV cache. Whatever fails later is told by
         ``get_finished``. A transfer of no blocks finishes too.
         """
-        spans = self._layout.split(spec, self.num_chunks)
+        spans = self._layout.split(spec, self._host.num_chunks)
         self._lanes[spec.direction].submit(job_id, plan_copies(spans, self._layout, self._groups, self._host))
 
     def get_finished(self) -> list[TransferResult]:

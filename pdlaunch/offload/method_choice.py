@@ -1,7 +1,8 @@
-"""Which copy method to use for which page size and direction, decided by measuring all of them at start.
+"""Which copy methods to use for which page size, decided by measuring them at start.
 
-A multiprocessor that copies does not compute, and the copy engine costs none: of the methods that are nearly as fast as the
-fastest, the one that takes the fewest multiprocessors is chosen.
+Both directions share PCIe: a read asks upstream for what comes downstream, and stores fill the upstream way. So pairs of a load
+and a store method are compared, by what they move alone and what they move together. A multiprocessor that copies does not
+compute: of pairs that are nearly as good as the best one, that which takes the fewest is chosen.
 """
 
 from __future__ import annotations
@@ -9,23 +10,42 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pdlaunch.offload.copies import PageCopies
 from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
+from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import DIRECTIONS, Direction
 from pdlaunch.platform.cuda_driver import DriverError
 
 logger = logging.getLogger(__name__)
 
-KERNEL_PROGRAMS = (8, 16, 32)
-"""Multiprocessors that the kernel may take."""
 NEARLY = 0.97
-"""Share of the fastest rate that counts as equal: more than the spread of a measurement."""
+"""Share of the best score that counts as equal: more than the spread of a measurement."""
+HOPEFUL = 0.75
+"""Methods that are slower than this share of the fastest alone are not measured in pairs."""
+TRIAL_BYTES = 256 * 1024**2
 
-Rates = Mapping[CopyMethod, float]
-"""By method, bytes per second; methods in the order of preference."""
+Candidates = Mapping[Direction, Sequence[CopyMethod]]
+"""By direction, in the order of preference: what costs the fewest multiprocessors first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairRates:
+    """A load and a store method for one page size; rates in bytes per second."""
+
+    load: CopyMethod
+    store: CopyMethod
+    load_alone: float
+    store_alone: float
+    both: float
+    """Sum of both directions at once."""
+
+    @property
+    def score(self) -> float:
+        return self.load_alone + self.store_alone + self.both
 
 
 class MethodTable:
@@ -43,66 +63,84 @@ class MethodTable:
         method = self._chosen.get((copies.page_bytes, direction), self._fallback)
         return method if method.supports(copies) else self._fallback
 
-    def names(self) -> dict[tuple[int, Direction], str]:
-        """By page size and direction: what was chosen."""
-        return {key: method.name for key, method in self._chosen.items()}
-
 
 def host_methods() -> MethodTable:
     """For CPU tensors there is nothing to choose."""
     return MethodTable(HostCopy())
 
 
-def cuda_candidates() -> list[CopyMethod]:
-    """What this machine offers, in the order of preference: what costs the fewest multiprocessors first."""
-    candidates: list[CopyMethod] = []
+def cuda_candidates() -> Candidates:
+    """What this machine offers."""
+    loads: list[CopyMethod] = []
+    stores: list[CopyMethod] = []
     try:
-        from pdlaunch.offload.batch_copy import BatchCopy
+        from pdlaunch.offload.batch_copy import BATCH_STREAMS, BatchCopy
 
-        candidates.append(BatchCopy())
+        batches = [BatchCopy(num_streams) for num_streams in BATCH_STREAMS]
+        loads += batches
+        stores += batches
     except DriverError as error:
         logger.info("no batch copies: %s", error)
     if importlib.util.find_spec("triton") is not None:
-        from pdlaunch.offload.gather_kernel import GatherKernel
+        from pdlaunch.offload.gather_kernel import LOAD_KERNELS, STORE_KERNELS, GatherKernel
 
-        candidates += [GatherKernel(num_programs) for num_programs in KERNEL_PROGRAMS]
-    return candidates
-
-
-def pick(rates: Rates) -> CopyMethod:
-    """The first method that is nearly as fast as the fastest."""
-    fastest = max(rates.values())
-    return next(method for method, rate in rates.items() if rate >= NEARLY * fastest)
+        loads += [GatherKernel(*shape) for shape in LOAD_KERNELS]
+        stores += [GatherKernel(*shape) for shape in STORE_KERNELS]
+    return {"load": loads, "store": stores}
 
 
-def measure_methods(
-    page_sizes: Iterable[int],
-    candidates: Sequence[CopyMethod],
-    make_copies: Callable[[int], PageCopies],
-    measure: Callable[[CopyMethod, PageCopies, Direction], float],
+def pick_pair(pairs: Sequence[PairRates]) -> PairRates:
+    """The first pair that is nearly as good as the best."""
+    best = max(pair.score for pair in pairs)
+    return next(pair for pair in pairs if pair.score >= NEARLY * best)
+
+
+def measure_pairs(
+    candidates: Candidates,
+    alone: Callable[[CopyMethod, Direction], float],
+    both: Callable[[CopyMethod, CopyMethod], float],
+) -> list[PairRates]:
+    """Pairs of methods that are not far behind alone, in the order of preference.
+
+    ``alone`` and ``both`` (load, store) return bytes per second.
+    """
+    rates = {direction: {method: alone(method, direction) for method in candidates[direction]} for direction in DIRECTIONS}
+    return [
+        PairRates(load, store, load_alone, store_alone, both(load, store))
+        for load, load_alone in _hopeful(rates["load"])
+        for store, store_alone in _hopeful(rates["store"])
+    ]
+
+
+def _hopeful(rates: Mapping[CopyMethod, float]) -> list[tuple[CopyMethod, float]]:
+    fastest = max(rates.values(), default=0.0)
+    return [(method, rate) for method, rate in rates.items() if rate >= HOPEFUL * fastest]
+
+
+def choose_cuda_methods(
+    page_sizes: Iterable[int], host: HostMemory, device: torch.device, candidates: Candidates | None = None
 ) -> MethodTable:
-    """Measure all candidates for each page size. ``measure`` returns bytes per second."""
+    """Measure on this device with the (still empty) host memory, whose content is overwritten."""
+    from pdlaunch.offload.measure import CudaTrial
+
+    offered = candidates or cuda_candidates()
     table = MethodTable(TorchCopy())
     for page_bytes in sorted(set(page_sizes)):
-        copies = make_copies(page_bytes)
-        able = [method for method in candidates if method.supports(copies)]
-        for direction in DIRECTIONS:
-            rates = {method: measure(method, copies, direction) for method in able}
-            if rates:
-                method = pick(rates)
-                table.set(page_bytes, direction, method)
-                logger.info("%s of %d bytes by %s at %.1f GB/s", direction, page_bytes, method.name, rates[method] / 1e9)
+        if host.num_chunks < 2:
+            break
+        trial = CudaTrial(page_bytes, host, device, TRIAL_BYTES)
+        able = {direction: [method for method in offered[direction] if trial.supports(method)] for direction in DIRECTIONS}
+        if pairs := measure_pairs(able, trial.alone, trial.both):
+            pair = pick_pair(pairs)
+            table.set(page_bytes, "load", pair.load)
+            table.set(page_bytes, "store", pair.store)
+            logger.info(
+                "blocks of %d bytes: load by %s %.1f GB/s, store by %s %.1f GB/s, both at once %.1f GB/s",
+                page_bytes,
+                pair.load.name,
+                pair.load_alone / 1e9,
+                pair.store.name,
+                pair.store_alone / 1e9,
+                pair.both / 1e9,
+            )
     return table
-
-
-def choose_cuda_methods(page_sizes: Iterable[int], host: torch.Tensor, device: torch.device) -> MethodTable:
-    """Measure on this device with the (still empty) pinned host memory, whose content is overwritten."""
-    from pdlaunch.offload.measure import cuda_seconds, scattered_copies
-
-    def make_copies(page_bytes: int) -> PageCopies:
-        return scattered_copies(page_bytes, host, device)
-
-    def measure(method: CopyMethod, copies: PageCopies, direction: Direction) -> float:
-        return copies.num_bytes / cuda_seconds(lambda: method.copy(copies, direction))
-
-    return measure_methods(page_sizes, cuda_candidates(), make_copies, measure)

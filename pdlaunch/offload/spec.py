@@ -29,7 +29,7 @@ DIRECTIONS: tuple[Direction, Direction] = ("store", "load")
 IntArray = npt.NDArray[np.int64]
 
 CHUNK_ALIGNMENT_BYTES = 4096
-"""Chunks begin on pages of the machine, so that memory can be pinned in pieces of whole chunks."""
+"""Chunks begin on pages of the machine; pages in them keep the alignment they have in the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +90,11 @@ class ChunkLayout:
         """Chunks that ``size`` blocks from logical ``block_index`` on touch."""
         return -(-(size + block_index % self.blocks_per_chunk) // self.blocks_per_chunk) if size else 0
 
-    def block_offsets(self, span: GroupSpan) -> IntArray:
-        """Offset in bytes of each block of the span in host memory."""
+    def places(self, span: GroupSpan) -> tuple[IntArray, IntArray]:
+        """Of each block of the span: its chunk, and its first byte in the chunk."""
         slots = span.skip + np.arange(len(span.block_ids), dtype=np.int64)
-        chunks = span.chunk_ids[slots // self.blocks_per_chunk]
-        return chunks * self.chunk_bytes + slots % self.blocks_per_chunk * self.groups[span.group].block_bytes
+        chunk_ids = span.chunk_ids[slots // self.blocks_per_chunk]
+        return chunk_ids, slots % self.blocks_per_chunk * self.groups[span.group].block_bytes
 
     def split(self, spec: TransferSpec, num_chunks: int) -> list[GroupSpan]:
         """The spans of the groups that are not empty. Raises TransferSpecError naming the group and both numbers."""

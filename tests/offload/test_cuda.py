@@ -7,12 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pdlaunch.offload.batch_copy import BATCH_STREAMS
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.method_choice import choose_cuda_methods, cuda_candidates
 from pdlaunch.offload.spec import TransferSpec
-from tests.offload.transfer_model import block_choices, geometries, model_transfer, spans
+from tests.offload.transfer_model import block_choices, geometries, host_content, model_transfer, spans
 from tests.offload.waiting import Waiter
 
 pytestmark = [
@@ -22,7 +23,10 @@ pytestmark = [
 
 
 def methods() -> list[CopyMethod]:
-    return [*cuda_candidates(), TorchCopy()] if torch.cuda.is_available() else []
+    if not torch.cuda.is_available():
+        return []
+    offered = cuda_candidates()
+    return [*offered["load"], *offered["store"][len(BATCH_STREAMS) :], TorchCopy()]
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
@@ -35,19 +39,20 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
     host = HostMemory(
         geometry.num_chunks, layout.chunk_bytes, pin=True, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes
     )
-    host.tensor.random_(0, 256)
+    for piece in host.pieces:
+        piece.random_(0, 256)
     waiter = Waiter()
     handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda _copies, _way: method, wake=waiter.wake)
     expected_groups = [[tensor.cpu() for tensor in group] for group in groups]
-    expected_host = host.tensor.clone()
+    expected_host = host_content(host)
     sizes, indices, chunk_ids = data.draw(spans(geometry))
     for job_id, direction in enumerate(("store", "load")):
         spec = TransferSpec(direction, data.draw(block_choices(geometry, sizes)), sizes, indices, chunk_ids)
-        model_transfer(spec, geometry, expected_groups, expected_host, layout.chunk_bytes)
+        model_transfer(spec, geometry, expected_groups, expected_host)
         handler.transfer_async(job_id, spec)
         (result,) = waiter.results(handler, 1)
         assert result.ok, result.error
-    assert torch.equal(host.tensor, expected_host)
+    assert torch.equal(host_content(host), expected_host)
     for group, expected in zip(groups, expected_groups, strict=True):
         for tensor, wanted in zip(group, expected, strict=True):
             assert torch.equal(tensor.cpu(), wanted)
@@ -58,7 +63,7 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
 def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
     pages = torch.zeros(64, 65536, dtype=torch.uint8, device="cuda")
     host = HostMemory(64, 65536, pin=True, progress=lambda *_: None)
-    table = choose_cuda_methods([65536], host.tensor, pages.device)
+    table = choose_cuda_methods([65536], host, pages.device)
     waiter = Waiter()
     handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=waiter.wake)
     torch.cuda._sleep(200_000_000)
@@ -67,6 +72,6 @@ def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
     assert handler.get_finished() == []
     (result,) = waiter.results(handler, 1)
     assert result.ok
-    assert bool((host.tensor == 7).all())
+    assert bool((host_content(host) == 7).all())
     assert handler.close()
     host.close()

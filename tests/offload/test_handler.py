@@ -15,7 +15,7 @@ from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, Direction, TransferSpec
-from tests.offload.transfer_model import Geometry, block_choices, geometries, model_transfer, spans
+from tests.offload.transfer_model import Geometry, block_choices, geometries, host_content, model_transfer, spans
 from tests.offload.waiting import Waiter
 
 HYBRID = Geometry([[32], [16, 48]], [8, 6], blocks_per_chunk=2, num_chunks=8)
@@ -23,7 +23,12 @@ HYBRID = Geometry([[32], [16, 48]], [8, 6], blocks_per_chunk=2, num_chunks=8)
 
 def make_host(geometry: Geometry, groups: list[list[torch.Tensor]]) -> HostMemory:
     layout = chunk_layout(groups, geometry.blocks_per_chunk)
-    return HostMemory(geometry.num_chunks, layout.chunk_bytes, pin=False, progress=lambda _text, _share: None)
+    host = HostMemory(
+        geometry.num_chunks, layout.chunk_bytes, pin=False, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes
+    )
+    for piece in host.pieces:
+        piece.random_(0, 256)
+    return host
 
 
 def make_handler(
@@ -43,21 +48,19 @@ def make_handler(
 def test_stores_and_loads_equal_the_model(method: CopyMethod, data: st.DataObject) -> None:
     geometry = data.draw(geometries())
     handler, groups, host, waiter = make_handler(geometry, method)
-    chunk_bytes = host.tensor.numel() // geometry.num_chunks
     expected_groups = [[tensor.clone() for tensor in group] for group in groups]
-    host.tensor.random_(0, 256)
-    expected_host = host.tensor.clone()
+    expected_host = host_content(host)
     for job_id in range(data.draw(st.integers(1, 3))):
         sizes, indices, chunk_ids = data.draw(spans(geometry))
         for direction in ("store", "load"):
             block_ids = data.draw(block_choices(geometry, sizes))
             spec = TransferSpec(direction, block_ids, sizes, indices, chunk_ids)
-            model_transfer(spec, geometry, expected_groups, expected_host, chunk_bytes)
+            model_transfer(spec, geometry, expected_groups, expected_host)
             handler.transfer_async(job_id, spec)
             (result,) = waiter.results(handler, 1)
             assert (result.job_id, result.direction, result.ok) == (job_id, direction, True)
             assert result.num_bytes == sum(size * sum(pages) for size, pages in zip(sizes, geometry.page_bytes, strict=True))
-    assert torch.equal(host.tensor, expected_host)
+    assert torch.equal(host_content(host), expected_host)
     for group, expected in zip(groups, expected_groups, strict=True):
         for tensor, wanted in zip(group, expected, strict=True):
             assert torch.equal(tensor, wanted)
@@ -98,20 +101,22 @@ def spec_of(
 )
 def test_refuses_specs_that_do_not_fit(spec: TransferSpec, message: str) -> None:
     handler, _, host, _ = make_handler(HYBRID)
+    before = host_content(host)
     with pytest.raises(TransferSpecError) as error:
         handler.transfer_async(1, spec)
     assert message in str(error.value)
     assert handler.close()
     assert handler.get_finished() == []
-    assert not host.tensor.any()
+    assert torch.equal(host_content(host), before)
 
 
 def test_skips_slots_before_an_unaligned_start() -> None:
     handler, groups, host, waiter = make_handler(HYBRID)
+    before = host_content(host)
     handler.transfer_async(1, spec_of())
     waiter.results(handler, 1)
-    chunk = host.tensor.view(HYBRID.num_chunks, CHUNK_ALIGNMENT_BYTES)
-    assert not chunk[5, :32].any()
+    chunk = host_content(host)
+    assert torch.equal(chunk[5, :32], before[5, :32])
     assert torch.equal(chunk[5, 32:64], groups[0][0][7])
     assert torch.equal(chunk[2, :32], groups[0][0][4])
     assert torch.equal(chunk[0, :64], torch.cat([groups[1][0][5], groups[1][1][5]]))
@@ -167,7 +172,7 @@ def test_close_says_when_a_copy_still_runs() -> None:
 
 def test_groups_may_share_one_tensor() -> None:
     pages = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16)
-    host = HostMemory(4, CHUNK_ALIGNMENT_BYTES, pin=False, progress=lambda _text, _share: None)
+    host = HostMemory(4, CHUNK_ALIGNMENT_BYTES, pin=False, progress=lambda *_: None)
     waiter = Waiter()
     handler = OffloadHandler([[pages], [pages]], host, 1, choose=lambda _copies, _way: HostCopy(), wake=waiter.wake)
     original = pages.clone()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import TransferSpec
 
 
@@ -61,10 +62,11 @@ def block_choices(draw: st.DrawFn, geometry: Geometry, sizes: list[int]) -> list
     return ids
 
 
-def model_transfer(
-    spec: TransferSpec, geometry: Geometry, groups: list[list[torch.Tensor]], host: torch.Tensor, chunk_bytes: int
-) -> None:
-    """Copy byte by byte what ``spec`` says: logical block i lies in slot i % blocks_per_chunk of its chunk."""
+def model_transfer(spec: TransferSpec, geometry: Geometry, groups: list[list[torch.Tensor]], host: torch.Tensor) -> None:
+    """Copy page by page what ``spec`` says: logical block i lies in slot i % blocks_per_chunk of its chunk.
+
+    ``host``: [num_chunks, chunk_bytes]
+    """
     ids, chunk_ids = list(spec.block_ids), list(spec.chunk_ids)
     for group, size in enumerate(spec.group_sizes):
         first = spec.block_indices[group]
@@ -74,13 +76,18 @@ def model_transfer(
             if chunk not in chunks:
                 chunks[chunk] = chunk_ids.pop(0)
             slot = logical % geometry.blocks_per_chunk
-            place = chunks[chunk] * chunk_bytes + slot * sum(geometry.page_bytes[group])
+            place = slot * sum(geometry.page_bytes[group])
             block_id = ids.pop(0)
             for tensor, page_bytes in zip(groups[group], geometry.page_bytes[group], strict=True):
                 if spec.direction == "store":
-                    host[place : place + page_bytes] = tensor[block_id]
+                    host[chunks[chunk], place : place + page_bytes] = tensor[block_id]
                 else:
-                    tensor[block_id] = host[place : place + page_bytes]
+                    tensor[block_id] = host[chunks[chunk], place : place + page_bytes]
                 place += page_bytes
     assert not ids
     assert not chunk_ids
+
+
+def host_content(host: HostMemory) -> torch.Tensor:
+    """[num_chunks, chunk_bytes]: a copy of all chunks."""
+    return torch.stack([host.chunk(chunk_id) for chunk_id in range(host.num_chunks)])
