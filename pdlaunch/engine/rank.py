@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import time
+from functools import partial
 
 import zmq
 
@@ -28,6 +29,8 @@ from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, P
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.environment import connector_environment
+from pdlaunch.transfer.faults import read_fault_plan
+from pdlaunch.transfer.faulty_connector import FaultyTransferWorker
 from pdlaunch.transfer.nixl_connector import NixlConnector
 from pdlaunch.transfer.worker import TransferWorker
 
@@ -155,7 +158,9 @@ class RankProcess:
         return tp.broadcast_bytes(bytes.fromhex(drawn)).hex()
 
     def _new_transfer(self, runner: ModelRunner, engine_id: str) -> TransferWorker:
-        return TransferWorker(
+        faults = read_fault_plan(os.environ)
+        make_worker = TransferWorker if faults is None else partial(FaultyTransferWorker, faults=faults)
+        return make_worker(
             context=self._context,
             spec=self._spec,
             name=self._bootstrap.name,

@@ -1,0 +1,91 @@
+"""Which faults are injected into a rank's transfers, and when: for tests and ``pdlaunch smoke --chaos`` only.
+
+A plan comes in the environment of the ranks (the setting ``env``), so that no knob for it exists. Which fault the i-th READ of a
+rank meets is a pure function of (seed, agent, i), which lease is cut short one of (seed, agent, request).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+
+import msgspec
+
+from pdlaunch.errors import ConfigError
+from pdlaunch.protocol.transfer import GrantLease, TransferCommand
+
+FAULTS_VARIABLE = "PDLAUNCH_CHAOS"
+
+
+class Fault(Enum):
+    """What can happen to one READ."""
+
+    REFUSE = auto()
+    """It is refused at its start."""
+    FAIL = auto()
+    """It writes, and then says that it has failed."""
+    DELAY = auto()
+    """It starts late."""
+    TRUNCATE = auto()
+    """It says done, and half of its last block was not written."""
+    CORRUPT = auto()
+    """It says done, and one byte is wrong."""
+    DUPLICATE = auto()
+    """It writes twice before it says done."""
+    LOSE = auto()
+    """Its completion comes long after the pull's deadline."""
+
+
+_PROBE_FAULTS = (Fault.REFUSE, Fault.FAIL, Fault.CORRUPT)
+
+
+class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How often and how hard."""
+
+    seed: int
+    rate: float = 0.2
+    """Share of the READs that meet a fault."""
+    probe_rate: float = 0.05
+    """Share of the handshakes' READs that do."""
+    lease_rate: float = 0.05
+    """Share of the leases that end early."""
+    slow_s: float = 0.3
+    """Longest delay."""
+    lost_s: float = 4.0
+    """Until a lost completion is seen after all."""
+    short_lease_s: float = 0.1
+    """Longest life of a lease that ends early, each extension included."""
+
+    def of_read(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
+        """The fault of an agent's ``index``-th READ, and what its details are drawn from."""
+        return self._draw(f"read/{agent}/{index}", self.rate, tuple(Fault))
+
+    def of_probe(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
+        """The same for the READs of handshakes."""
+        return self._draw(f"probe/{agent}/{index}", self.probe_rate, _PROBE_FAULTS)
+
+    def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
+        """Cut some of the leases short."""
+        return [self._on_lease(agent, command) if isinstance(command, GrantLease) else command for command in commands]
+
+    def _on_lease(self, agent: str, command: GrantLease) -> GrantLease:
+        source = random.Random(f"{self.seed}/lease/{agent}/{command.request_id}")
+        if source.random() >= self.lease_rate:
+            return command
+        return msgspec.structs.replace(command, lease_s=source.uniform(0.001, self.short_lease_s))
+
+    def _draw(self, name: str, rate: float, faults: Sequence[Fault]) -> tuple[Fault | None, random.Random]:
+        source = random.Random(f"{self.seed}/{name}")
+        return (source.choice(faults) if source.random() < rate else None), source
+
+
+def read_fault_plan(environ: Mapping[str, str]) -> FaultPlan | None:
+    """The plan in a rank's environment, as JSON; None: no faults. Raises ConfigError."""
+    text = environ.get(FAULTS_VARIABLE)
+    if not text:
+        return None
+    try:
+        return msgspec.json.decode(text, type=FaultPlan)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{FAULTS_VARIABLE} is not a fault plan: {error}") from None
