@@ -18,7 +18,7 @@ from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
-from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+from pdlaunch.protocol.transfer import CancelPull, GrantLease, PullFinished, StartPull
 
 Source = tuple[str, str]
 """Engine id and request id of a lease at another engine."""
@@ -66,10 +66,6 @@ class LeaseBook:
             lease_s=self._lease_s,
         )
         return grant, remote
-
-    def end(self, request_id: str) -> EndLease:
-        """Nobody wants the blocks any more; they stay leased until the ranks say LeaseEnded."""
-        return EndLease(request_id=request_id)
 
     def ended(self, request_id: str) -> None:
         """Free the blocks. Unknown ids are ignored."""

@@ -95,10 +95,6 @@ class Request:
         """Tokens that count as computed after a pull: the prompt; without an output token its last one is computed here."""
         return self.num_prompt_tokens - (self.num_output_tokens == 0)
 
-    def max_shared_blocks(self, block_size: int) -> int:
-        """Logical blocks that may come from the prefix cache: the last known token is always computed."""
-        return (len(self.token_ids) - 1) // block_size
-
     def prompt_hashes(self) -> list[bytes]:
         """What proves a hand-over of the prompt; 32 bytes a block."""
         return self.block_hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)

@@ -15,16 +15,25 @@ from operator import attrgetter
 import msgspec
 
 from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.intake import Intake
 from pdlaunch.engine.kv_requests import LeaseBook, PullBook
 from pdlaunch.engine.request import Phase, Request
+from pdlaunch.engine.request_blocks import RequestBlocks
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepBuilder
 from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
-from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
+from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, TokenOutput, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferCommand, TransferEvent
+from pdlaunch.protocol.transfer import (
+    EndLease,
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    SetLeaseReaders,
+    TransferCommand,
+    TransferEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +81,10 @@ class Scheduler:
         local: tuple[str, str, int, int],
     ) -> None:
         self._kv = KVCacheManager(groups, num_blocks, block_size)
+        self._blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
+        self._intake = Intake(self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest)
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
-        self._caches = enable_prefix_caching
-        self._model_digest = model_digest
         self._settings = kv_transfer
         self._leases = LeaseBook(self._kv, kv_transfer, local)
         self._pulls = PullBook(self._kv, kv_transfer)
@@ -88,7 +96,6 @@ class Scheduler:
         self._commands: list[TransferCommand] = []
         self._outputs: list[Tokens | RequestFinished] = []
         self._totals = EngineStats(num_blocks=num_blocks)
-        self._num_arrived = 0
         self._may_progress = False
 
     # Requests come and go
@@ -98,11 +105,13 @@ class Scheduler:
         if message.request_id in self._requests:
             logger.error("request %s is here already; the second one is dropped", message.request_id)
             return
-        request = self._new_request(message)
+        request = self._intake.new_request(message)
         self._requests[message.request_id] = request
         self._enqueue(request)
-        if error := self._refusal(request):
+        if error := self._intake.refusal(request):
             self._finish(request, "error", error=error)
+        elif message.do_remote_decode and message.request_id in self._leases:
+            self._finish(request, "error", error=f"an earlier request {message.request_id} still has a lease; use another id")
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
 
@@ -111,7 +120,12 @@ class Scheduler:
         if request_id in self._requests:
             self._finish(self._requests[request_id], "abort")
         elif request_id in self._leases:
-            self._commands.append(self._leases.end(request_id))
+            self._commands.append(EndLease(request_id=request_id))
+
+    def set_readers(self, request_id: str, num_readers: int) -> None:
+        """Fewer choices than announced go on: the lease of a finished request ends sooner. Unknown ids are ignored."""
+        if request_id in self._leases:
+            self._commands.append(SetLeaseReaders(request_id=request_id, num_readers=num_readers))
 
     def abort_all(self) -> None:
         """The server has restarted: end every request. Leases stay: their readers know of them already."""
@@ -151,7 +165,7 @@ class Scheduler:
             if request is None:
                 continue
             request.num_computed += item.num_tokens
-            self._register_blocks(request)
+            self._blocks.register(request)
             if token is not None:
                 self._take_token(request, token)
 
@@ -223,7 +237,7 @@ class Scheduler:
         self._kv.release_left(request.tables, request.num_computed)
         num_tokens = min(request.num_remaining, step.budget)
         if request.num_computed + num_tokens > request.tables.end * self._block_size:
-            while not (room := self._room(request)):
+            while not (room := self._blocks.room(request)):
                 if self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
@@ -238,7 +252,7 @@ class Scheduler:
                 continue
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
-            elif step.budget and self._builder.has_free_row:
+            if not request.wants_pull and step.budget and self._builder.has_free_row:
                 lacks_blocks |= not self._admit(request, step)
         if lacks_blocks and not self._running:
             self._break_standstill(step)
@@ -246,14 +260,14 @@ class Scheduler:
     def _admit(self, request: Request, step: _Step) -> bool:
         """Seat a request and schedule its first chunk. False: it lacks blocks. True also when it had better wait a step."""
         if request.phase is Phase.WAITING:
-            hit = self._find_prefix(request)
-            if self._is_computed_elsewhere(request, hit):
+            hit = self._blocks.find_prefix(request)
+            if self._blocks.is_computed_elsewhere(request, hit, self._running):
                 return True
-            if not self._has_room_for(request, hit):
+            if not self._blocks.has_room_for(request, hit, len(self._running)):
                 return False
             self._kv.share(request.tables, hit)
             self._begin(request, request.tables.end * self._block_size)
-        room = self._room(request)
+        room = self._blocks.room(request)
         if not room:
             return False
         self._waiting.remove(request)
@@ -267,12 +281,11 @@ class Scheduler:
 
     def _start_pull(self, request: Request) -> bool:
         """Have the prompt's blocks brought here; those that are cached need not be. False: it lacks blocks."""
-        max_blocks = self._max_shared_blocks(request, request.num_prompt_tokens)
-        if max_blocks and self._pulls.is_waited_for(request):
+        if self._blocks.gains_from_sibling(request) and self._pulls.is_waited_for(request):
             # Another choice of the same prompt: its full blocks will be in the cache soon.
             return True
-        hit = self._kv.find_for_pull(request.prompt_hashes(), max_blocks, request.num_pulled_tokens)
-        if not self._has_room_for(request, hit):
+        hit = self._blocks.find_for_pull(request)
+        if not self._blocks.has_room_for(request, hit, len(self._running)):
             return False
         command = self._pulls.start(request, hit)
         if command is None:
@@ -307,82 +320,7 @@ class Scheduler:
         if sum(request.phase is Phase.READY for request in self._waiting) > 1:
             self._preempt_latest(step)
 
-    # Blocks and the prefix cache
-
-    def _room(self, request: Request) -> int:
-        """Tokens that fit into the request's blocks and all free ones."""
-        return self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks) - request.num_computed
-
-    def _has_room_for(self, request: Request, hit: PrefixHit) -> bool:
-        """All known tokens fit, and one more block for each running request, lest the newcomer be preempted at once."""
-        return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=len(self._running))
-
-    def _max_shared_blocks(self, request: Request, num_tokens: int) -> int:
-        if not self._caches:
-            return 0
-        return min(request.max_shared_blocks(self._block_size), num_tokens // self._block_size)
-
-    def _find_prefix(self, request: Request) -> PrefixHit:
-        if self._caches:
-            request.block_hasher.extend(request.token_ids)
-        max_blocks = self._max_shared_blocks(request, len(request.token_ids))
-        return self._kv.find_prefix(request.block_hasher.block_hashes, max_blocks)
-
-    def _is_computed_elsewhere(self, request: Request, hit: PrefixHit) -> bool:
-        """A running request is about to compute at least half of what this one could share and does not find."""
-        max_blocks = self._max_shared_blocks(request, len(request.token_ids))
-        middle = (hit.end(0) + max_blocks) // 2
-        if middle >= max_blocks:
-            return False
-        block_hash = request.block_hasher.block_hashes[middle]
-        return any(
-            other.num_remaining > 1
-            and other.num_registered_blocks <= middle < len(other.block_hasher.block_hashes)
-            and other.block_hasher.block_hashes[middle] == block_hash
-            for other in self._running
-        )
-
-    def _register_blocks(self, request: Request) -> None:
-        """Let others find the blocks that are full and computed since the last call."""
-        num_full_blocks = request.num_computed // self._block_size
-        if not self._caches or num_full_blocks == request.num_registered_blocks:
-            return
-        hasher = request.block_hasher
-        hasher.extend(request.token_ids)
-        self._kv.register(request.tables, hasher.block_hashes, request.num_registered_blocks, num_full_blocks)
-        request.num_registered_blocks = num_full_blocks
-
     # Life of a request
-
-    def _new_request(self, message: AddRequest) -> Request:
-        output_limit = min(message.sampling.max_tokens, self._max_model_len - len(message.prompt_token_ids))
-        if message.do_remote_decode:
-            # The lease is on the prompt: later tokens would push its blocks out of the windows.
-            output_limit = min(output_limit, 1)
-        hasher = BlockHasher(root_hash(self._model_digest, cache_salt=message.cache_salt), self._block_size)
-        self._num_arrived += 1
-        return Request(message, self._num_arrived, output_limit, self._kv.new_tables(), hasher)
-
-    def _refusal(self, request: Request) -> str | None:
-        """Why this engine can never serve the request."""
-        if request.num_prompt_tokens == 0:
-            return "the prompt has no tokens"
-        if request.num_prompt_tokens >= self._max_model_len:
-            return (
-                f"the prompt has {request.num_prompt_tokens} tokens, max_model_len is {self._max_model_len}: "
-                "no room for an output token; shorten the prompt or raise max_model_len"
-            )
-        # The last output token is never computed.
-        num_tokens = request.num_prompt_tokens + request.output_limit - 1
-        num_blocks = self._kv.min_blocks(num_tokens)
-        if num_blocks > self._kv.pool.num_blocks:
-            return (
-                f"the request's {num_tokens} tokens need {num_blocks} KV blocks, the engine has {self._kv.pool.num_blocks}; "
-                "lower max_tokens or raise kv_cache_memory"
-            )
-        if request.message.do_remote_decode and request.request_id in self._leases:
-            return f"an earlier request {request.request_id} still has a lease; use another request id"
-        return None
 
     def _enqueue(self, request: Request) -> None:
         request.phase = Phase.WAITING
@@ -396,7 +334,7 @@ class Scheduler:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._totals.prompt_tokens += request.num_prompt_tokens
             self._totals.cached_prompt_tokens += request.num_cached_tokens
-        self._register_blocks(request)
+        self._blocks.register(request)
 
     def _become_ready(self, request: Request) -> None:
         request.phase = Phase.READY
@@ -404,9 +342,12 @@ class Scheduler:
         self._begin(request, request.num_pulled_tokens)
 
     def _on_pull_finished(self, event: PullFinished) -> None:
-        self._count_transfer(event)
         pull = self._pulls.finish(event)
-        request = None if pull is None else pull.request
+        if pull is None:
+            return
+        if pull.block_ids:
+            self._count_transfer(event)
+        request = pull.request
         if request is None:
             return
         self._enqueue(request)

@@ -30,6 +30,13 @@ class EndLease(Message):
     request_id: str
 
 
+class SetLeaseReaders(Message):
+    """Prefill: fewer readers than ``num_readers`` of the grant will come; the lease ends when this many have pulled."""
+
+    request_id: str
+    num_readers: int
+
+
 class StartPull(Message):
     """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
 
@@ -55,7 +62,7 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = GrantLease | EndLease | StartPull | CancelPull
+TransferCommand = GrantLease | EndLease | SetLeaseReaders | StartPull | CancelPull
 
 
 class LeaseEnded(Message):

@@ -18,6 +18,7 @@ from pdlaunch.protocol.transfer import (
     LeaseEnded,
     PullDrained,
     PullFinished,
+    SetLeaseReaders,
     StartPull,
     TransferCommand,
 )
@@ -76,6 +77,7 @@ class FakeEngine:
         self.quarantined: dict[str, StartPull] = {}
         self.leases: dict[str, tuple[GrantLease, list[list[list[KV | None]]]]] = {}
         self.end_asked: set[str] = set()
+        self.readers: dict[str, int] = {}
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object) -> None:
         sampling = fields.pop("sampling", None) or SamplingParams(max_tokens=max_tokens)
@@ -108,6 +110,8 @@ class FakeEngine:
         while self.scheduler.has_work():
             plans.append(self.step())
             assert len(plans) < max_steps, "no end in sight"
+        idle = self.scheduler.schedule()
+        assert idle == StepPlan(step_id=idle.step_id), "has_work was silent about this"
         return plans
 
     def take_outputs(self) -> None:
@@ -149,6 +153,8 @@ class FakeEngine:
                 assert command.request_id not in self.leases
                 self._check_granted(command)
                 self.leases[command.request_id] = (command, self._snapshot(command))
+            case SetLeaseReaders():
+                self.readers[command.request_id] = command.num_readers
             case EndLease():
                 self.end_asked.add(command.request_id)
             case StartPull():

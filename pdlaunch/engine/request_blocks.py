@@ -1,0 +1,72 @@
+"""The KV blocks of requests: how many there is room for, which ones the prefix cache has, which ones it learns of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pdlaunch.engine.request import Request
+from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
+
+
+class RequestBlocks:
+    """What the scheduler asks of the KV cache on behalf of one request. ``caches``: prefix caching is on."""
+
+    def __init__(self, kv: KVCacheManager, block_size: int, *, caches: bool) -> None:
+        self._kv = kv
+        self._block_size = block_size
+        self._caches = caches
+
+    def room(self, request: Request) -> int:
+        """Tokens, after the computed ones, that fit into the request's blocks and all free ones."""
+        return self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks) - request.num_computed
+
+    def has_room_for(self, request: Request, hit: PrefixHit, num_running: int) -> bool:
+        """All known tokens fit, and one more block for each running request, lest the newcomer be preempted at once."""
+        return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
+
+    def find_prefix(self, request: Request) -> PrefixHit:
+        """The cached blocks from which the request can compute on."""
+        if self._caches:
+            request.block_hasher.extend(request.token_ids)
+        return self._kv.find_prefix(request.block_hasher.block_hashes, self._max_shared(request, len(request.token_ids)))
+
+    def find_for_pull(self, request: Request) -> PrefixHit:
+        """The cached blocks of the prompt that a pull need not bring."""
+        return self._kv.find_for_pull(request.prompt_hashes(), self._max_pull_hit(request), request.num_pulled_tokens)
+
+    def gains_from_sibling(self, request: Request) -> bool:
+        """Whether the request could share blocks that another pull of the same prompt brings."""
+        return self._max_pull_hit(request) > 0
+
+    def is_computed_elsewhere(self, request: Request, hit: PrefixHit, running: Iterable[Request]) -> bool:
+        """A running request is about to compute at least half of what this one could share and does not find."""
+        max_blocks = self._max_shared(request, len(request.token_ids))
+        middle = (hit.end(0) + max_blocks) // 2
+        if middle >= max_blocks:
+            return False
+        block_hash = request.block_hasher.block_hashes[middle]
+        return any(
+            other.num_remaining > 1
+            and other.num_registered_blocks <= middle < len(other.block_hasher.block_hashes)
+            and other.block_hasher.block_hashes[middle] == block_hash
+            for other in running
+        )
+
+    def register(self, request: Request) -> None:
+        """Let others find the blocks that are full and computed since the last call."""
+        num_full_blocks = request.num_computed // self._block_size
+        if not self._caches or num_full_blocks == request.num_registered_blocks:
+            return
+        hasher = request.block_hasher
+        hasher.extend(request.token_ids)
+        self._kv.register(request.tables, hasher.block_hashes, request.num_registered_blocks, num_full_blocks)
+        request.num_registered_blocks = num_full_blocks
+
+    def _max_pull_hit(self, request: Request) -> int:
+        return self._max_shared(request, request.num_prompt_tokens)
+
+    def _max_shared(self, request: Request, num_tokens: int) -> int:
+        """Full blocks of the first ``num_tokens`` tokens that may be shared: the last known token is always computed."""
+        if not self._caches:
+            return 0
+        return min(len(request.token_ids) - 1, num_tokens) // self._block_size

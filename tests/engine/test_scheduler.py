@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import pytest
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
+from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
+from tests.engine.fake_runner import expected_output
+
+PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
+"""Two full blocks of 4 and half a one."""
+
+
+def output(prompt: list[int], max_tokens: int, **fields: object) -> list[int]:
+    return expected_output(prompt, SamplingParams(max_tokens=max_tokens, **fields), max_tokens)  # type: ignore[arg-type]
+
+
+def stop_at_first(prompt: list[int], max_tokens: int = 4) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, stop_token_ids=(output(prompt, 1)[0],))
+
+
+# Batching
+
+
+def test_decodes_go_before_a_long_prompt_that_came_first() -> None:
+    engine = FakeEngine(max_num_batched_tokens=8)
+    engine.add("long", range(40))
+    engine.add("short", [1, 2])
+    engine.step()
+    plans = engine.run()
+    scheduled = [[item.num_tokens for item in plan.scheduled] for plan in plans]
+    assert [8] not in scheduled[-5:]
+    decoding = [counts for counts in scheduled if len(counts) == 2 and 1 in counts]
+    assert decoding
+    assert all(counts[0] == 1 for counts in decoding)
+    assert all(sum(counts) <= 8 for counts in scheduled)
+
+
+def test_decoding_requests_advance_in_every_step_of_a_long_prefill() -> None:
+    engine = FakeEngine(max_num_batched_tokens=4, max_model_len=100)
+    engine.add("chat", [1, 2], max_tokens=12)
+    engine.step()
+    engine.add("long", range(40))
+    for _ in range(10):
+        before = len(engine.outputs["chat"])
+        engine.step()
+        assert len(engine.outputs["chat"]) == before + 1
+
+
+def test_first_come_first_served_for_rows() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    for name in "abc":
+        engine.add(name, [1, 2, 3], max_tokens=2)
+    engine.run()
+    assert list(engine.finished) == ["a", "b", "c"]
+
+
+def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
+    engine = FakeEngine(num_blocks=7, caching=False)
+    engine.add("first", [1, 2, 3, 4], max_tokens=16)
+    engine.add("second", [4, 3, 2, 1], max_tokens=16)
+    engine.run()
+    assert engine.scheduler.stats().preemptions > 0
+    assert list(engine.finished) == ["first", "second"]
+    assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
+
+
+def test_a_row_is_freed_before_it_is_given_again() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    engine.add("a", [1, 2], max_tokens=1)
+    engine.add("b", [3, 4], max_tokens=1)
+    engine.step()
+    plan = engine.step()
+    assert plan.freed_rows == [0]
+    assert [new.row for new in plan.new_rows] == [0]
+
+
+def test_other_ranks_hear_of_sampled_tokens_in_the_next_plan() -> None:
+    engine = FakeEngine(tp_size=2)
+    engine.add("a", [1, 2], max_tokens=3)
+    plans = engine.run()
+    assert [[tokens.token_ids for tokens in plan.new_tokens] for plan in plans] == [
+        [],
+        [[output([1, 2], 3)[0]]],
+        [[output([1, 2], 3)[1]]],
+        [],
+    ]
+
+
+# How requests end
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "number"), [(64, 1, "max_model_len is 64"), (40, 20, "need 15 KV blocks, the engine has 14")]
+)
+def test_what_can_never_fit_ends_at_once_with_both_numbers(prompt_len: int, max_tokens: int, number: str) -> None:
+    engine = FakeEngine(num_blocks=14)
+    engine.add("a", range(prompt_len), max_tokens=max_tokens)
+    finished = engine.finished["a"]
+    assert finished.reason == "error"
+    assert number in (finished.error or "")
+    assert not engine.step().scheduled
+
+
+def test_max_model_len_caps_max_tokens() -> None:
+    engine = FakeEngine(max_model_len=12)
+    engine.add("a", PROMPT, max_tokens=100)
+    engine.run()
+    assert engine.finished["a"].reason == "length"
+    assert len(engine.outputs["a"]) == 2
+
+
+def test_stop_token_waits_for_min_tokens() -> None:
+    stop = tuple(range(7))
+    engine = FakeEngine()
+    engine.add("a", [1], sampling=SamplingParams(max_tokens=9, stop_token_ids=stop))
+    engine.run()
+    assert engine.finished["a"].stop_token_id == output([1], 1)[0]
+    engine.add("b", [1], sampling=SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=(output([1], 5)[0],)))
+    engine.run()
+    assert len(engine.outputs["b"]) >= 4
+
+
+def test_end_tokens_end_only_when_they_are_stop_tokens() -> None:
+    (first,) = output([1, 2], 1)
+    engine = FakeEngine()
+    engine.add("ignore_eos", [1, 2], sampling=SamplingParams(max_tokens=2, eos_token_ids=(first,)))
+    engine.run()
+    assert engine.finished["ignore_eos"].reason == "length"
+
+
+def test_abort_ends_a_request_once_wherever_it_is() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    engine.add("running", PROMPT, max_tokens=9)
+    engine.add("waiting", PROMPT)
+    engine.step()
+    for _ in range(2):
+        for name in ("running", "waiting", "unknown"):
+            engine.scheduler.abort(name)
+    engine.take_outputs()
+    assert {name: finished.reason for name, finished in engine.finished.items()} == {"running": "abort", "waiting": "abort"}
+    engine.run()
+    assert engine.scheduler.stats().num_free_blocks == 32
+
+
+def test_abort_all_ends_everything() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT)
+    engine.add("b", PROMPT, remote_kv=remote_kv("x", 10))
+    engine.step()
+    engine.scheduler.abort_all()
+    engine.take_outputs()
+    assert set(engine.finished) == {"a", "b"}
+
+
+def test_a_second_request_under_a_living_id_is_dropped() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=2)
+    engine.scheduler.add(engine.added["a"])
+    engine.run()
+    assert engine.token_ids("a") == output(PROMPT, 2)
+
+
+@pytest.mark.parametrize("num_known", [1, 3, 4])
+def test_resumed_tokens_count_but_are_not_sent_again(num_known: int) -> None:
+    known = output(PROMPT, 4)
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=4, output=known[:num_known])
+    engine.run()
+    assert engine.token_ids("a") == known[num_known:]
+    assert engine.finished["a"].reason == "length"
+
+
+# Prefix cache
+
+
+def test_a_second_prompt_computes_only_what_is_new() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=1)
+    engine.run()
+    engine.add("b", [*PROMPT, 6, 6], max_tokens=1)
+    (item,) = engine.step().scheduled
+    assert (item.num_computed_tokens, item.num_tokens) == (8, 4)
+    assert engine.finished["b"].num_cached_tokens == 8
+    stats = engine.scheduler.stats()
+    assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (22, 8)
+
+
+def test_a_prompt_is_never_entirely_cached() -> None:
+    engine = FakeEngine()
+    for name in "ab":
+        engine.add(name, PROMPT[:8], max_tokens=1)
+        engine.run()
+    assert engine.finished["b"].num_cached_tokens == 4
+
+
+def test_another_salt_shares_nothing() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=1)
+    engine.run()
+    engine.add("b", PROMPT, max_tokens=1, cache_salt="tenant")
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 0
+
+
+def test_choices_of_one_prompt_wait_for_the_first_to_compute_it() -> None:
+    engine = FakeEngine(max_num_batched_tokens=64)
+    for choice in range(3):
+        engine.add(f"a/{choice}", PROMPT, max_tokens=2)
+    engine.run()
+    assert engine.runners[0].num_computed_tokens == 10 + 2 + 2 + 3
+    assert [engine.finished[f"a/{choice}"].num_cached_tokens for choice in range(3)] == [0, 8, 8]
+
+
+def test_output_is_found_by_the_next_turn_of_a_chat() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=7)
+    engine.run()
+    engine.add("b", PROMPT + engine.token_ids("a") + [1], max_tokens=1)
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 16
+
+
+def test_hybrid_prefix_needs_only_the_window_of_sliding_groups() -> None:
+    engine = FakeEngine(groups=(FULL, sliding(4)), num_blocks=20, max_num_batched_tokens=4)
+    engine.add("a", [*range(16), 1], max_tokens=1)
+    engine.run()
+    # Take all blocks but those of the longest-lived chain: early blocks of the sliding group go first.
+    engine.add("b", [*range(16), 2], max_tokens=1)
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 16
+
+
+# Lease
+
+
+def lease_of(engine: FakeEngine, **fields: object) -> GrantLease | None:
+    engine.add("a", PROMPT, **{"max_tokens": 1, "do_remote_decode": True, **fields})  # type: ignore[arg-type]
+    return next((command for plan in engine.run() for command in plan.commands if isinstance(command, GrantLease)), None)
+
+
+def test_lease_and_answer_after_the_first_token() -> None:
+    engine = FakeEngine()
+    grant = lease_of(engine)
+    finished = engine.finished["a"]
+    assert grant is not None
+    assert finished.remote_kv is not None
+    assert (finished.reason, finished.remote_kv.engine_id, finished.remote_kv.num_tokens) == ("length", "local-engine", 10)
+    assert finished.remote_kv.block_ids == grant.block_ids
+    assert [token.token_id for token in grant.first_tokens] == output(PROMPT, 1)
+    stats = engine.scheduler.stats()
+    assert (stats.num_leased_requests, stats.num_leased_blocks, stats.num_free_blocks) == (1, 3, 29)
+    engine.end_lease("a", "expired")
+    stats = engine.scheduler.stats()
+    assert (stats.num_leased_requests, stats.num_free_blocks, stats.leases_expired) == (0, 32, 1)
+
+
+def test_no_lease_for_a_choice_that_is_complete() -> None:
+    engine = FakeEngine()
+    assert lease_of(engine, sampling=stop_at_first(PROMPT, 1)) is None
+    assert (engine.finished["a"].reason, engine.finished["a"].remote_kv) == ("stop", None)
+
+
+def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
+    engine = FakeEngine()
+    assert lease_of(engine, sampling=stop_at_first(PROMPT, 1), num_readers=3) is not None
+    assert engine.finished["a"].remote_kv is not None
+    engine.scheduler.set_readers("a", 2)
+    engine.scheduler.abort("a")
+    plan = engine.step()
+    assert engine.readers == {"a": 2}
+    assert EndLease(request_id="a") in plan.commands
+    assert engine.scheduler.stats().num_leased_requests == 1
+
+
+def test_min_tokens_beyond_the_first_token_do_not_matter_to_prefill() -> None:
+    engine = FakeEngine()
+    assert lease_of(engine, sampling=SamplingParams(max_tokens=1, min_tokens=5, stop_token_ids=tuple(range(3)))) is not None
+    assert engine.finished["a"].reason == "length"
+
+
+def test_a_lease_keeps_its_id_from_another_lease() -> None:
+    engine = FakeEngine()
+    lease_of(engine)
+    engine.added.clear()
+    engine.finished.clear()
+    engine.add("a", PROMPT, max_tokens=1, do_remote_decode=True)
+    assert "lease" in (engine.finished["a"].error or "")
+
+
+def test_requests_wait_for_leased_blocks_without_turning() -> None:
+    engine = FakeEngine(num_blocks=4)
+    lease_of(engine)
+    engine.add("b", [6, 6, 6, 6, 6], max_tokens=2)
+    engine.run()
+    assert "b" not in engine.finished
+    assert not engine.scheduler.has_work()
+    engine.end_lease("a")
+    engine.run()
+    assert engine.token_ids("b") == output([6, 6, 6, 6, 6], 2)
+
+
+# Pull
+
+
+def start_pull(engine: FakeEngine, **fields: object) -> StartPull:
+    engine.add("d", PROMPT, **{"remote_kv": remote_kv("x", 10), **fields})  # type: ignore[arg-type]
+    (command,) = engine.step().commands
+    assert isinstance(command, StartPull)
+    return command
+
+
+def test_pulled_with_first_token_computes_no_prompt_token() -> None:
+    engine = FakeEngine()
+    pull = start_pull(engine, output=output(PROMPT, 1))
+    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids], len(pull.block_hashes)) == ([0], [3], 3)
+    assert engine.scheduler.stats().num_waiting_for_kv == 1
+    assert not engine.scheduler.has_work()
+    engine.end_pull(pull.pull_id)
+    engine.run()
+    assert engine.token_ids("d") == output(PROMPT, 4)[1:]
+    assert engine.finished["d"].num_cached_tokens == 10
+    assert engine.runners[0].num_computed_tokens == 3
+
+
+def test_pulled_without_first_token_computes_the_last_prompt_token() -> None:
+    engine = FakeEngine()
+    engine.end_pull(start_pull(engine).pull_id)
+    engine.run()
+    assert engine.token_ids("d") == output(PROMPT, 4)
+    assert engine.finished["d"].num_cached_tokens == 9
+
+
+def test_pulled_blocks_are_found_by_the_next_request_which_pulls_the_rest() -> None:
+    engine = FakeEngine()
+    engine.end_pull(start_pull(engine).pull_id)
+    engine.run()
+    engine.add("e", [*PROMPT, 1, 1, 1], remote_kv=remote_kv("y", 13))
+    (pull,) = engine.step().commands
+    assert isinstance(pull, StartPull)
+    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids]) == ([2], [2])
+
+
+def test_sliding_groups_pull_only_what_is_visible() -> None:
+    engine = FakeEngine(groups=(FULL, sliding(3)))
+    pull = start_pull(engine, output=output(PROMPT, 1))
+    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids]) == ([0, 2], [3, 1])
+    engine.end_pull(pull.pull_id)
+    engine.run()
+    assert engine.token_ids("d") == output(PROMPT, 4)[1:]
+
+
+def test_a_request_with_everything_cached_still_tells_the_holder() -> None:
+    engine = FakeEngine()
+    prompt = PROMPT[:8]
+    engine.add("a", [*prompt, 1], max_tokens=1)
+    engine.run()
+    engine.add("d", prompt, output=output(prompt, 1), remote_kv=remote_kv("x", 8))
+    pull = engine.step().commands[0]
+    assert isinstance(pull, StartPull)
+    assert (pull.first_block_index, pull.block_ids) == ([2], [[]])
+    engine.run()
+    assert engine.finished["d"].reason == "length"
+    engine.end_pull(pull.pull_id)
+
+
+def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() -> None:
+    engine = FakeEngine()
+    for choice in range(3):
+        engine.add(f"d/{choice}", PROMPT, remote_kv=remote_kv("x", 10))
+    (first,) = engine.step().commands
+    assert isinstance(first, StartPull)
+    engine.end_pull(first.pull_id)
+    engine.run()
+    second = next(iter(engine.pulls.values()))
+    assert second.first_block_index == [2]
+    engine.end_pull(second.pull_id)
+    engine.run()
+    engine.end_pull(next(iter(engine.pulls)))
+    engine.run()
+    assert engine.num_pulls == 3
+    assert {tuple(engine.token_ids(f"d/{choice}")) for choice in range(3)} == {tuple(output(PROMPT, 4))}
+
+
+def test_choices_do_not_wait_for_a_pull_that_failed() -> None:
+    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=1))
+    for choice in range(2):
+        engine.add(f"d/{choice}", PROMPT, remote_kv=remote_kv("x", 10))
+    engine.run()
+    engine.end_pull(next(iter(engine.pulls)), ok=False)
+    engine.run()
+    assert engine.finished["d/0"].reason == "length"
+    engine.end_pull(next(iter(engine.pulls)))
+    engine.run()
+    assert set(engine.finished) == {"d/0", "d/1"}
+
+
+def test_failed_pulls_are_tried_again_and_then_recomputed() -> None:
+    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=2))
+    first = start_pull(engine)
+    engine.end_pull(first.pull_id, ok=False)
+    (second,) = engine.step().commands
+    assert isinstance(second, StartPull)
+    assert (first.last_attempt, second.last_attempt) == (False, True)
+    assert first.pull_id != second.pull_id
+    engine.end_pull(second.pull_id, ok=False)
+    engine.run()
+    assert engine.token_ids("d") == output(PROMPT, 4)
+    stats = engine.scheduler.stats()
+    assert (stats.recomputed_requests, stats.pull_retries, stats.transfer_failures, stats.transfers) == (1, 1, 2, 0)
+
+
+def test_a_pull_that_cannot_be_retried_is_recomputed_at_once() -> None:
+    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=5))
+    engine.end_pull(start_pull(engine).pull_id, ok=False, retryable=False)
+    engine.run()
+    assert (engine.num_pulls, engine.finished["d"].reason) == (1, "length")
+
+
+def test_on_failure_fail_answers_the_cause() -> None:
+    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=1, on_failure="fail"))
+    engine.end_pull(start_pull(engine).pull_id, ok=False)
+    assert engine.finished["d"].reason == "error"
+    assert "broken" in (engine.finished["d"].error or "")
+
+
+def test_blocks_of_a_stalled_read_are_quarantined_until_drained() -> None:
+    engine = FakeEngine(num_blocks=6)
+    pull = start_pull(engine)
+    engine.end_pull(pull.pull_id, ok=False, in_flight=True, retryable=False)
+    assert engine.scheduler.stats().num_quarantined_blocks == 3
+    engine.run()
+    assert "d" not in engine.finished
+    engine.drain(pull.pull_id)
+    engine.run()
+    assert engine.token_ids("d") == output(PROMPT, 4)
+    assert engine.scheduler.stats().num_free_blocks == 6
+
+
+def test_abort_while_pulling_answers_at_once_and_leaves_the_blocks_to_the_pull() -> None:
+    engine = FakeEngine()
+    pull = start_pull(engine)
+    engine.scheduler.abort("d")
+    engine.take_outputs()
+    assert engine.finished["d"].reason == "abort"
+    assert engine.step().commands == [CancelPull(pull_id=pull.pull_id)]
+    assert engine.scheduler.stats().num_free_blocks == 29
+    engine.end_pull(pull.pull_id)
+    assert engine.scheduler.stats().num_free_blocks == 32
+
+
+def test_abort_before_the_pull_tells_the_holder() -> None:
+    engine = FakeEngine()
+    engine.add("d", PROMPT, remote_kv=remote_kv("x", 10))
+    engine.scheduler.abort("d")
+    (command,) = engine.step().commands
+    assert isinstance(command, StartPull)
+    assert command.block_ids == [[]]
+
+
+def test_unknown_transfer_events_are_ignored() -> None:
+    engine = FakeEngine()
+    engine.scheduler.on_transfer_event(PullFinished(pull_id="never", ok=True))
+    engine.scheduler.check_integrity()
+
+
+def test_pulled_requests_that_hold_all_blocks_make_way_for_each_other() -> None:
+    engine = FakeEngine(num_blocks=6, caching=False)
+    prompts = {"a": [1] * 8, "b": [2] * 8, "c": [3] * 8}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, output=output(prompt, 1), remote_kv=remote_kv(name, 8))
+    engine.step()
+    assert len(engine.pulls) == 3 or engine.scheduler.stats().num_waiting == 3 - len(engine.pulls)
+    while engine.pulls:
+        engine.end_pull(next(iter(engine.pulls)))
+    while engine.scheduler.has_work() or engine.pulls:
+        engine.run()
+        while engine.pulls:
+            engine.end_pull(next(iter(engine.pulls)))
+    for name, prompt in prompts.items():
+        assert engine.token_ids(name) == output(prompt, 4)[1:]
