@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,25 @@ class Format(StrEnum):
     JSON = "json"
 
 
+_SERVE_HEADINGS = {
+    "concurrency": "at once",
+    "num_requests": "requests",
+    "num_errors": "errors",
+    "ttft_ms_median": "TTFT ms",
+    "ttft_ms_p99": "p99",
+    "itl_ms_median": "ITL ms",
+    "itl_ms_p99": "p99",
+    "tpot_ms_median": "TPOT ms",
+    "output_tokens_per_s": "tokens/s",
+}
+_STEP_HEADINGS = {
+    "kind": "step",
+    "batch_size": "batch",
+    "num_tokens": "tokens",
+    "bare_ms": "bare ms",
+    "engine_ms": "engine ms",
+    "ratio": "ratio",
+}
 FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
 
 
@@ -70,7 +90,7 @@ def serve(
         raise typer.Exit(1) from None
     if output is Format.TABLE and start_s is not None:
         Console().print(f"command to healthy: {start_s:.1f} s")
-    _print([msgspec.to_builtins(row) for row in rows], output)
+    _print([msgspec.to_builtins(row) for row in rows], output, _SERVE_HEADINGS)
     if any(row.num_errors for row in rows):
         raise typer.Exit(1)
 
@@ -101,7 +121,7 @@ def step(
     result = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(num_threads)}, check=False)
     if result.returncode != 0:
         raise typer.Exit(1)
-    _print(json.loads(result.stdout), output)
+    _print(json.loads(result.stdout), output, _STEP_HEADINGS)
 
 
 @contextlib.contextmanager
@@ -125,12 +145,17 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _print(rows: Sequence[dict[str, Any]], output: Format) -> None:
+def _print(rows: Sequence[dict[str, Any]], output: Format, headings: Mapping[str, str]) -> None:
+    """``headings``: the columns of the table by field; JSON has every field."""
     if output is Format.JSON:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
         return
-    shown = [name for name in rows[0] if any(row[name] not in ([], None) for row in rows)]
-    table = Table(*(name.replace("_", " ") for name in shown))
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings.values():
+        table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
+        table.add_row(*(str(row[field]) for field in headings))
     Console().print(table)
+    for row in rows:
+        for error in row.get("errors", []):
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False)
