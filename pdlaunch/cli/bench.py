@@ -36,8 +36,8 @@ class Format(StrEnum):
 
 _SERVE_HEADINGS = {
     "concurrency": "at once",
-    "num_requests": "requests",
-    "num_errors": "errors",
+    "num_requests": "reqs",
+    "num_errors": "errs",
     "ttft_ms_median": "TTFT ms",
     "ttft_ms_p99": "p99",
     "itl_ms_median": "ITL ms",
@@ -150,12 +150,19 @@ def _print(rows: Sequence[dict[str, Any]], output: Format, headings: Mapping[str
     if output is Format.JSON:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
         return
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in headings.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(row[field]) for field in headings))
+        table.add_row(*(_short(row[field]) for field in headings))
     Console().print(table)
     for row in rows:
         for error in row.get("errors", []):
             Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+
+
+def _short(value: object) -> str:
+    """Numbers to three digits or more: 0.95, 53.1, 4330."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
