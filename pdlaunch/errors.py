@@ -11,6 +11,7 @@ PdlaunchError
 │   ├── LeaseError          nobody: the lease on the blocks has ended
 │   ├── VerificationError   nobody: token hash or checksum differ; the blocks are not used
 │   └── TransferSpecError   us: blocks to copy between device and host are not described consistently
+├── MemoryPoolError         the user: a memory pool has no room, sleeps, or is owned already; names pool and bytes
 └── ProtocolError           us, or a stranger on the socket: a message does not have the agreed form
 """
 
@@ -78,6 +79,10 @@ class VerificationError(TransferError):
 
 class TransferSpecError(TransferError, ValueError):
     """A transfer between device and host names groups, blocks and chunks that do not fit each other; nothing is copied."""
+
+
+class MemoryPoolError(PdlaunchError):
+    """A pool of device memory cannot do what was asked of it now."""
 
 
 class ProtocolError(PdlaunchError):

@@ -1,0 +1,49 @@
+"""Switches expandable segments off for a while, whatever else the user has set.
+
+torch keeps one settings string a process; writing one replaces the other, and of repeated keys the last wins. So the user's own
+string is written with one more key, and then as it was. Checked against torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from pdlaunch.platform.allocator_conf import VARIABLES, read_expandable_segments
+
+
+class AllocatorSettings(Protocol):
+    """torch's allocator settings, as text in the form of PYTORCH_ALLOC_CONF."""
+
+    def read(self) -> str: ...
+
+    def write(self, text: str) -> None: ...
+
+
+class TorchAllocatorSettings:
+    """Those of this process."""
+
+    def read(self) -> str:
+        accelerator: Any = torch._C
+        return str(accelerator._accelerator_getAllocatorSettings())
+
+    def write(self, text: str) -> None:
+        accelerator: Any = torch._C
+        accelerator._accelerator_setAllocatorSettings(text)
+
+
+@contextlib.contextmanager
+def expandable_segments_off(settings: AllocatorSettings) -> Iterator[None]:
+    """Expandable segments reserve their addresses themselves, and so bypass a pool's allocator."""
+    before = settings.read()
+    if not read_expandable_segments({VARIABLES[0]: before}).enabled:
+        yield
+        return
+    settings.write(f"{before},expandable_segments:False")
+    try:
+        yield
+    finally:
+        settings.write(before)

@@ -1,0 +1,141 @@
+"""CuMem pools under torch's caching allocator: one MemPool a tag, whose segments come from an ``AllocationTable``.
+
+torch calls back through ctypes for every segment that a pool grows by or gives up. These calls may come late: when the last
+tensor of a pool goes, at interpreter exit. C++ must not find a finalized interpreter there. So the callbacks always, and pools that
+are not closed, are kept for the life of the process: a pool that lives does not give up its segments, and the driver takes back
+what a process held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from pdlaunch.errors import MemoryPoolError
+from pdlaunch.memory.allocations import AllocationTable, ExportedHandle
+from pdlaunch.memory.allocator_settings import AllocatorSettings, TorchAllocatorSettings, expandable_segments_off
+from pdlaunch.memory.cuda_memory_driver import CudaMemoryDriver
+from pdlaunch.memory.driver import DriverRefused
+from pdlaunch.memory.pools import MemoryPools, NoMemoryPools
+
+logger = logging.getLogger(__name__)
+
+_Malloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+_Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+
+
+def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
+    """The pools of a rank. ``enabled``: ``enable_cumem_allocator``. Raises ConfigError, MemoryPoolError."""
+    if not enabled or device.type != "cuda":
+        return NoMemoryPools()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # the primary context is there and current from now on
+        try:
+            driver = CudaMemoryDriver(torch.cuda.current_device())
+        except DriverRefused as error:
+            raise MemoryPoolError(f"{device} cannot map memory: {error}") from error
+    return CuMemPools(AllocationTable(driver), device)
+
+
+class CuMemPools(MemoryPools):
+    """Pools of one device; at most one object of this class lives in a process, until ``close``."""
+
+    _owner_lock: ClassVar = threading.Lock()
+    _owner: ClassVar[CuMemPools | None] = None
+    """Sleeping frees memory that others in this process may know: two owners would pull it away from under each other."""
+
+    def __init__(self, table: AllocationTable, device: torch.device, settings: AllocatorSettings | None = None) -> None:
+        """Raises MemoryPoolError when this process has pools already."""
+        self.table = table
+        self._device = device
+        self._settings = settings or TorchAllocatorSettings()
+        self._pools: dict[str, _TagPool] = {}
+        with CuMemPools._owner_lock:
+            owner = CuMemPools._owner
+            if owner is not None:
+                raise MemoryPoolError(
+                    f"process {os.getpid()} has CuMem pools already, on {owner._device}: close them first, "
+                    f"or give {device} a process of its own"
+                )
+            CuMemPools._owner = self
+
+    @contextlib.contextmanager
+    def memory_pool(self, tag: str) -> Iterator[None]:
+        pool = self._pools.get(tag)
+        if pool is None:
+            pool = self._pools[tag] = _TagPool(self.table, tag)
+        with expandable_segments_off(self._settings), torch.cuda.use_mem_pool(pool.mem_pool, self._device):
+            yield
+
+    def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
+        return self.table.sleep(tags, keep)
+
+    def wake_up(self, tags: Collection[str]) -> int:
+        return self.table.wake(tags)
+
+    @property
+    def sleeping_tags(self) -> frozenset[str]:
+        return self.table.sleeping_tags
+
+    def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
+        return self.table.exported_handles(tag)
+
+    def close(self) -> None:
+        """Give everything back, and let others own pools. Raises MemoryPoolError while a tensor lives in one of them."""
+        for pool in self._pools.values():
+            pool.give_up()
+        self._pools.clear()
+        torch.cuda.empty_cache()
+        if num_bytes := self.table.num_bytes():
+            raise MemoryPoolError(f"{num_bytes} bytes of the CuMem pools are still in use by tensors")
+        with CuMemPools._owner_lock:
+            CuMemPools._owner = None
+
+
+class _TagPool:
+    """A MemPool and the two callbacks behind it."""
+
+    def __init__(self, table: AllocationTable, tag: str) -> None:
+        self._table = table
+        self._tag = tag
+        callbacks = _Malloc(self._malloc), _Free(self._free)
+        _keep_forever(callbacks)
+        malloc, free = (ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks)
+        internals: Any = torch._C
+        self.mem_pool = torch.cuda.MemPool(internals._cuda_customAllocator(malloc, free))
+        _keep_forever(self.mem_pool)
+
+    def give_up(self) -> None:
+        """Let the MemPool go: its segments come back now, or with their last tensor."""
+        _keep_no_longer(self.mem_pool)
+        del self.mem_pool
+
+    def _malloc(self, num_bytes: int, device: int, stream: int) -> int | None:
+        """Returns NULL when there is no memory: torch then frees what it can, asks again, and raises OutOfMemoryError."""
+        try:
+            return self._table.allocate(num_bytes, self._tag)
+        except Exception as error:
+            logger.warning("%s", error)
+            return None
+
+    def _free(self, address: int, num_bytes: int, device: int, stream: int) -> None:
+        try:
+            self._table.free(address)
+        except Exception:
+            logger.exception("memory of %r at %#x was not given back", self._tag, address)
+
+
+def _keep_forever(thing: object) -> None:
+    """One reference that nobody drops, not even the interpreter's exit."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _keep_no_longer(thing: object) -> None:
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(thing))
