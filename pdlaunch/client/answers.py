@@ -1,0 +1,91 @@
+"""Answers of /v1/completions, whole or streamed, in one form that can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterable
+from typing import Any
+
+import msgspec
+
+from pdlaunch.errors import ProtocolError
+
+LOGPROB_TOLERANCE = 1e-3
+"""Nats, in float32: batches of other shapes add in another order."""
+
+
+class AnsweredChoice(msgspec.Struct):
+    """One choice."""
+
+    token_ids: list[int] = []
+    text: str = ""
+    logprobs: list[float] = []
+    """Of the tokens, where they were asked for."""
+    finish_reason: str | None = None
+
+
+class Answer(msgspec.Struct):
+    """All choices, by index."""
+
+    choices: dict[int, AnsweredChoice] = {}
+
+
+def read_answer(body: dict[str, Any]) -> Answer:
+    """A whole answer."""
+    answer = Answer()
+    for choice in body["choices"]:
+        _add(answer, choice)
+    return answer
+
+
+async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | None:
+    """Add the events of a stream; returns the message of an error event. Raises ProtocolError when it has no proper end."""
+    async for line in lines:
+        if not line.startswith(b"data:"):
+            continue
+        if line.strip() == b"data: [DONE]":
+            return None
+        event = json.loads(line[5:])
+        if "error" in event:
+            return f"in the stream: {event['error']['message']}"
+        for choice in event["choices"]:
+            _add(answer, choice)
+    raise ProtocolError("a stream that ended without [DONE]")
+
+
+def difference(found: Answer, expected: Answer, *, is_whole: bool) -> str:
+    """What is not as expected; empty: nothing. Of an answer that is not whole only what is there is compared."""
+    if is_whole and found.choices.keys() != expected.choices.keys():
+        return f"choices {sorted(found.choices)} instead of {sorted(expected.choices)}"
+    for index, choice in found.choices.items():
+        wanted = expected.choices[index]
+        if not is_whole:
+            wanted = _begin_of(wanted, choice)
+        if (choice.token_ids, choice.text, choice.finish_reason) != (wanted.token_ids, wanted.text, wanted.finish_reason):
+            return f"choice {index}: {choice} instead of {wanted}"
+        if len(choice.logprobs) != len(wanted.logprobs):
+            return f"choice {index}: {len(choice.logprobs)} logprobs instead of {len(wanted.logprobs)}"
+        if any(abs(ours - theirs) > LOGPROB_TOLERANCE for ours, theirs in zip(choice.logprobs, wanted.logprobs, strict=True)):
+            return f"choice {index}: logprobs {choice.logprobs} instead of {wanted.logprobs}"
+    return ""
+
+
+def _begin_of(whole: AnsweredChoice, begun: AnsweredChoice) -> AnsweredChoice:
+    """As much of ``whole`` as ``begun`` has."""
+    return AnsweredChoice(
+        token_ids=whole.token_ids[: len(begun.token_ids)],
+        text=whole.text[: len(begun.text)],
+        logprobs=whole.logprobs[: len(begun.logprobs)],
+        finish_reason=whole.finish_reason if begun.finish_reason else None,
+    )
+
+
+def _add(answer: Answer, piece: dict[str, Any]) -> None:
+    choice = answer.choices.setdefault(piece["index"], AnsweredChoice())
+    if choice.finish_reason is not None:
+        raise ProtocolError(f"choice {piece['index']} goes on after its end")
+    choice.token_ids = choice.token_ids + (piece.get("token_ids") or [])
+    choice.text += piece.get("text") or ""
+    if piece.get("logprobs"):
+        choice.logprobs = choice.logprobs + piece["logprobs"]["token_logprobs"]
+    choice.finish_reason = piece.get("finish_reason")

@@ -1,0 +1,207 @@
+"""Load with known answers: every answer of a deployment must be that of one engine alone, or a clear error.
+
+One engine alone moves no KV blocks, so it gives the reference, before the load begins. The load then mixes streams and whole
+answers, greedy and seeded ones, choices, log-probabilities, shared prefixes and clients that go away. ``pdlaunch smoke --chaos``
+and ``make soak`` run it against deployments whose transfers are faulty and whose processes die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from pdlaunch.client.answers import Answer, collect_stream, difference, read_answer
+from pdlaunch.client.books import await_idle, engine_totals, engine_urls
+from pdlaunch.errors import PdlaunchError
+
+_PATH = "/v1/completions"
+_REFERENCE_CONCURRENCY = 4
+
+
+class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """One soak of a running deployment."""
+
+    url: str
+    api_key: str | None = None
+    seed: int = 0
+    num_requests: int = 200
+    concurrency: int = 8
+    num_cases: int = 32
+    """Different requests, each sent many times."""
+    min_token_id: int = 3
+    max_token_id: int = 256
+    longest_prompt_tokens: int = 120
+    longest_output_tokens: int = 24
+    longest_patience_s: float = 0.2
+    cancel_share: float = 0.15
+    """Clients that go away in the middle."""
+    requests_a_salt: int = 16
+    """Requests in a row that can share prefixes; fewer mean more pulls."""
+    request_timeout_s: float = 120.0
+    """A request that takes longer is stuck."""
+    idle_timeout_s: float = 60.0
+
+    def headers(self) -> dict[str, str]:
+        """Of requests to the router."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One request and its right answer."""
+
+    body: dict[str, Any]
+    expected: Answer
+
+
+class SoakReport(msgspec.Struct, kw_only=True):
+    """What the clients saw, and what the engines' books say afterwards."""
+
+    num_requests: int = 0
+    outcomes: Counter[str] = msgspec.field(default_factory=Counter)
+    """``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end, or no reason), ``stuck``."""
+    details: list[str] = []
+    """The first few of whatever is not equal or cancelled."""
+    left: list[str] = []
+    """What the engines' books still hold, or what is wrong with them."""
+    totals: dict[str, float] = {}
+    """Counters of engines and router, of the processes that were alive at the end."""
+    seconds: float = 0.0
+    longest_s: float = 0.0
+    """Of a request that was answered."""
+
+    @property
+    def failures(self) -> list[str]:
+        """Why this soak has failed; errors that say why are none of it."""
+        found = [f"{self.outcomes[kind]} {kind}" for kind in ("wrong", "broken", "stuck") if self.outcomes[kind]]
+        return [*found, *(self.details if found else []), *self.left]
+
+
+async def soak(options: SoakOptions) -> SoakReport:
+    """Reference answers, load, books. Raises PdlaunchError when the deployment gives no reference."""
+    async with soak_session(options) as session:
+        return await run_load(session, options, await make_cases(session, options))
+
+
+def soak_session(options: SoakOptions) -> aiohttp.ClientSession:
+    """A client session for ``make_cases`` and ``run_load``; each request has a connection of its own, as of many clients."""
+    timeout = aiohttp.ClientTimeout(total=options.request_timeout_s)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
+async def make_cases(session: aiohttp.ClientSession, options: SoakOptions) -> list[Case]:
+    """Random requests with the answers of one engine that is alone with them. Raises PdlaunchError."""
+    engine_url = (await engine_urls(session, options.url, options.headers()))["decode"][0]
+    source = random.Random(options.seed)
+    prefixes = [_tokens(source, options, options.longest_prompt_tokens) for _ in range(3)]
+    bodies = [_random_body(source, options, prefixes) for _ in range(options.num_cases)]
+    gate = asyncio.Semaphore(_REFERENCE_CONCURRENCY)
+
+    async def ask(body: dict[str, Any]) -> Case:
+        async with gate, session.post(engine_url + _PATH, json=body | {"cache_salt": "reference", "stream": False}) as response:
+            if response.status != 200:
+                raise PdlaunchError(f"{engine_url} gives no reference: HTTP {response.status}: {await response.text()}")
+            return Case(body, read_answer(await response.json()))
+
+    return list(await asyncio.gather(*map(ask, bodies)))
+
+
+async def run_load(session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case]) -> SoakReport:
+    """Send every request, then read the engines' books."""
+    load, headers = _Load(session, options, cases), options.headers()
+    start_s = time.monotonic()
+    await asyncio.gather(*(load.work() for _ in range(options.concurrency)))
+    report = load.report
+    report.seconds = round(time.monotonic() - start_s, 2)
+    report.left = await await_idle(session, options.url, headers, timeout_s=options.idle_timeout_s)
+    report.totals = await engine_totals(session, options.url, headers)
+    return report
+
+
+class _Load:
+    """The requests of one soak, drawn one after the other by all workers."""
+
+    def __init__(self, session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case]) -> None:
+        self.report = SoakReport()
+        self._session = session
+        self._options = options
+        self._cases = cases
+        self._headers = options.headers()
+        self._source = random.Random(f"{options.seed}/load")
+
+    async def work(self) -> None:
+        while self.report.num_requests < self._options.num_requests:
+            number = self.report.num_requests
+            self.report.num_requests += 1
+            case = self._source.choice(self._cases)
+            salt = f"{self._options.seed}/{number // self._options.requests_a_salt}"
+            patience_s = (
+                self._source.uniform(0, self._options.longest_patience_s)
+                if self._source.random() < self._options.cancel_share
+                else None
+            )
+            start_s = time.monotonic()
+            outcome, detail = await self._send(case, salt, patience_s)
+            self.report.outcomes[outcome] += 1
+            if outcome not in ("equal", "cancelled") and len(self.report.details) < 20:
+                self.report.details.append(f"request {number}: {outcome}: {detail}")
+            if outcome in ("equal", "error"):
+                self.report.longest_s = round(max(self.report.longest_s, time.monotonic() - start_s), 2)
+
+    async def _send(self, case: Case, salt: str, patience_s: float | None) -> tuple[str, str]:
+        """How a request ended; ``patience_s``: its client goes away after so long."""
+        answer = Answer()
+        try:
+            async with asyncio.timeout(patience_s):
+                if error := await self._ask(case.body | {"cache_salt": salt}, answer):
+                    return "error", error
+        except TimeoutError:
+            if patience_s is None:
+                return "stuck", str(case.body)
+            wrong = difference(answer, case.expected, is_whole=False)
+            return ("wrong", wrong) if wrong else ("cancelled", "")
+        except (aiohttp.ClientError, PdlaunchError, ValueError, LookupError) as error:
+            return "broken", repr(error)
+        wrong = difference(answer, case.expected, is_whole=True)
+        return ("wrong", f"{wrong} {case.body}") if wrong else ("equal", "")
+
+    async def _ask(self, body: dict[str, Any], answer: Answer) -> str | None:
+        """Fill ``answer`` as it comes; returns the error that the deployment gave instead."""
+        async with self._session.post(self._options.url + _PATH, json=body, headers=self._headers) as response:
+            if response.status != 200:
+                error = (await response.json())["error"]
+                return f"HTTP {response.status}: {error['message']}"
+            if body["stream"]:
+                return await collect_stream(response.content, answer)
+            answer.choices = read_answer(await response.json()).choices
+            return None
+
+
+def _random_body(source: random.Random, options: SoakOptions, prefixes: Sequence[list[int]]) -> dict[str, Any]:
+    num_prompt_tokens = source.randint(1, options.longest_prompt_tokens)
+    num_shared = source.choice([0, num_prompt_tokens // 2, num_prompt_tokens - 1])
+    prompt = source.choice(prefixes)[:num_shared] + _tokens(source, options, num_prompt_tokens - num_shared)
+    body = {
+        "prompt": prompt,
+        "max_tokens": source.randint(1, options.longest_output_tokens),
+        "n": source.choice([1, 1, 1, 2, 3]),
+        "stream": source.random() < 0.6,
+        "ignore_eos": source.random() < 0.7,
+        "return_token_ids": True,
+        "temperature": 0,
+    }
+    if source.random() < 0.4:
+        body |= {"temperature": 1, "seed": source.randrange(2**31)}
+    if source.random() < 0.4:
+        body["logprobs"] = 2
+    return body
+
+
+def _tokens(source: random.Random, options: SoakOptions, num_tokens: int) -> list[int]:
+    return [source.randrange(options.min_token_id, options.max_token_id) for _ in range(num_tokens)]
