@@ -7,9 +7,9 @@ setting for that role.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from pdlaunch.config.sizes import parse_size
 
@@ -17,7 +17,8 @@ Role = Literal["prefill", "decode"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
-ConnectorName = Literal["nixl"]
+ConnectorName = Literal["nixl", "mooncake", "file"]
+MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 
 ByteSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)]
 """A number of bytes; ``4GiB``, ``512 MiB``, ``2G`` and plain integers are read."""
@@ -105,6 +106,19 @@ class KVTransferSettings(FrozenModel):
     pull_timeout_s: float = Field(20.0, gt=0, description="Seconds a decode engine waits for one pull.")
     pull_attempts: int = Field(2, ge=1, description="Pulls tried before recomputing.")
     handshake_timeout_s: float = Field(20.0, gt=0, description="Seconds for the handshake of one pair.")
+    num_sender_threads: int = Field(2, ge=1, le=64, description="Threads of a rank that write to its readers (mooncake, file).")
+    mooncake_protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
+    mooncake_devices: str = Field("", description="RDMA devices that Mooncake may use, with commas between them; all when empty.")
+    file_directory: str | None = Field(None, min_length=1, description="Shared folder of the file connector, which needs one.")
+    file_size_limit: ByteSize = Field(
+        parse_size("10GiB"), description="Size of that folder; what was written first is deleted first."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_directory(self) -> Self:
+        if self.connector == "file" and self.file_directory is None:
+            raise ValueError("connector file needs kv_transfer.file_directory: a folder that all engines can write to")
+        return self
 
 
 class LimitSettings(FrozenModel):

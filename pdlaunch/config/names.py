@@ -22,6 +22,7 @@ FLAG_PATHS: Mapping[str, str] = MappingProxyType(
         "block-size": "block_size",
         "kv-cache-memory": "kv_cache_memory",
         "kv-connector": "kv_transfer.connector",
+        "kv-file-directory": "kv_transfer.file_directory",
         "enable-cumem-allocator": "enable_cumem_allocator",
         "enable-sleep-mode": "enable_sleep_mode",
         "host": "host",

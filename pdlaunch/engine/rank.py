@@ -27,11 +27,11 @@ from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.environment import connector_environment
 from pdlaunch.transfer.faults import read_fault_plan
 from pdlaunch.transfer.faulty_connector import FaultyTransferWorker
-from pdlaunch.transfer.nixl_connector import NixlConnector
 from pdlaunch.transfer.worker import TransferWorker
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class RankProcess:
             model_digest=runner.model_digest,
             total_kv_heads=runner.shape.num_kv_heads,
             first_kv_head=runner.first_kv_head,
-            connector=NixlConnector(self._bootstrap.name, self._bootstrap.incarnation),
+            connector=new_connector(self._spec.kv_transfer, self._bootstrap.name, self._bootstrap.incarnation),
             wake=self._wakeup.set,
             report=self._control.send,
         )

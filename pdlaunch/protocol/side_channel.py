@@ -147,6 +147,31 @@ class PullEndReply(Message):
     """The lease held from pull_begin until now: what was read is what was leased."""
 
 
+class Push(Message):
+    """Ask a rank whose connector writes to its readers to write blocks of a lease; without block ids: its scratch."""
+
+    call_id: int
+    engine_id: Id
+    request_id: Annotated[str, msgspec.Meta(max_length=256)]
+    reader: Annotated[str, msgspec.Meta(max_length=256)]
+    """As in the PullBegin."""
+    block_ids: list[int]
+    """Of the rank asked."""
+    first_head: int
+    """Index within the rank asked."""
+    num_heads: int
+    target: bytes
+    """Where to, in the words of the connector."""
+
+
+class PushEnded(Message):
+    """The write is over. ``ok``: every byte is in the reader's memory."""
+
+    call_id: int
+    ok: bool
+    error: str = ""
+
+
 class Release(Message):
     """The request was cancelled before its pull began: the lease may end at once. Needs no answer."""
 
@@ -162,8 +187,8 @@ class Refused(Message):
     fatal: bool = False
 
 
-ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | Release
-ToPuller = HandshakeReply | PullReply | HeartbeatReply | PullEndReply | Refused
+ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | Push | Release
+ToPuller = HandshakeReply | PullReply | HeartbeatReply | PullEndReply | PushEnded | Refused
 
 to_holder: Codec[ToHolder] = Codec(ToHolder)
 to_puller: Codec[ToPuller] = Codec(ToPuller)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import ClassVar, Literal, NewType
 
 import torch
 
@@ -20,6 +20,8 @@ PeerHandle = NewType("PeerHandle", object)
 """A peer's agent, its memory and connections, as the connector knows them."""
 ReadHandle = NewType("ReadHandle", object)
 """A READ that was started and not yet released."""
+PushHandle = NewType("PushHandle", object)
+"""A write of the holder, for the READ of a peer."""
 
 ReadState = Literal["pending", "done", "failed"]
 
@@ -46,6 +48,22 @@ class BlockRead:
     """Index within the rank."""
     remote_heads: range
     """Index within the peer's rank; as many as local heads."""
+    request_id: str = ""
+    reader: str = ""
+    """Under whose lease, as in the PullBegin: a holder that writes checks it."""
+    digest: str = ""
+    """Hexadecimal; names the prompt by its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushJob:
+    """What a holder writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when there are no blocks."""
+
+    target: bytes
+    """What the peer's connector has stated."""
+    blocks: Sequence[int]
+    heads: range
+    """Index within this rank."""
 
 
 class Connector(ABC):
@@ -57,6 +75,8 @@ class Connector(ABC):
     """What carries the bytes, for people: ``nixl/UCX``."""
     agent_name: str
     """Unique over ranks and incarnations."""
+    pushes: ClassVar[bool] = False
+    """The holder writes: ``start_read`` only gets ready, and the holder is asked over the side channel, with ``push_target``."""
 
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
@@ -92,6 +112,25 @@ class Connector(ABC):
     @abstractmethod
     def release(self, handle: ReadHandle) -> None:
         """Free a READ that is done or failed. Never raises."""
+
+    def push_target(self, handle: ReadHandle) -> bytes:
+        """Where the holder shall write. Only of a connector that pushes, as all methods down to ``end_read``."""
+        raise NotImplementedError
+
+    def start_push(self, job: PushJob) -> PushHandle:
+        """At the holder: begin to write; never waits. A write that has begun cannot be taken back."""
+        raise NotImplementedError
+
+    def poll_push(self, handle: PushHandle) -> str | None:
+        """At the holder: None while the write is pending, then "" or why it failed. Done: all bytes have landed."""
+        raise NotImplementedError
+
+    def end_read(self, handle: ReadHandle, *, error: str) -> None:
+        """At the reader: the holder has ended its write, ``error`` is empty when all bytes have landed, or its process has died.
+
+        ``poll`` then says done or failed as soon as nothing can land any more.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

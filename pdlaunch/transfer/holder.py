@@ -22,6 +22,7 @@ from pdlaunch.protocol.side_channel import (
     PullEnd,
     PullEndReply,
     PullReply,
+    Push,
     Refused,
     Release,
     ToHolder,
@@ -29,6 +30,7 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded
 from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.connector import PushJob
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.lease import LeaseTable
 
@@ -79,6 +81,20 @@ class Holder:
     def next_deadline_s(self) -> float | None:
         return self._leases.next_deadline_s()
 
+    def job_of(self, message: Push) -> PushJob:
+        """The write that a reader asks for. Raises LeaseError when it may not have what it names."""
+        identity, num_heads = self._card.identity, self._card.geometry.num_kv_heads
+        if message.engine_id != identity.engine_id:
+            raise LeaseError(f"{identity.name} belongs to engine_id {identity.engine_id}, not to {message.engine_id}")
+        if message.block_ids:
+            lease = self._leases.opened(message.request_id, message.reader)
+            leased = {block_id for group in lease.groups for block_id in group.block_ids}
+            if not leased.issuperset(message.block_ids):
+                raise LeaseError(f"{identity.name}: request {message.request_id} has no lease for all of these blocks")
+            if not 0 <= message.first_head < message.first_head + message.num_heads <= num_heads:
+                raise LeaseError(f"{identity.name}: there are no {message.num_heads} heads from {message.first_head} on")
+        return PushJob(message.target, message.block_ids, range(message.first_head, message.first_head + message.num_heads))
+
     def answer(self, message: ToHolder) -> ToPuller | None:
         """The answer to a puller's message; None where it needs none."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
@@ -104,6 +120,8 @@ class Holder:
             case PullEnd():
                 held = self._leases.end(message.request_id, message.reader, again=message.again)
                 return PullEndReply(call_id=message.call_id, held=held)
+            case Push():
+                raise LeaseError("the connector here does not write to its readers")
             case Release():
                 self._leases.release(message.request_id)
                 return None

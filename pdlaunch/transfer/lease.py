@@ -76,11 +76,16 @@ class LeaseTable:
         self._extend(lease)
         return lease
 
-    def heartbeat(self, request_id: str, reader: str) -> float:
-        """A pull is still pending; returns the remaining seconds. Raises LeaseError."""
+    def opened(self, request_id: str, reader: str) -> Lease:
+        """The lease of a pull that has begun and not ended. Raises LeaseError."""
         lease = self._living(request_id)
         if reader not in lease.open_readers:
             raise LeaseError(f"reader {reader} has no open pull of request {request_id}")
+        return lease
+
+    def heartbeat(self, request_id: str, reader: str) -> float:
+        """A pull is still pending; returns the remaining seconds. Raises LeaseError."""
+        lease = self.opened(request_id, reader)
         self._extend(lease)
         return self.remaining_s(lease)
 

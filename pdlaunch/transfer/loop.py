@@ -12,6 +12,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import LeaseError
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Entry, ToSupervisor
+from pdlaunch.protocol.side_channel import Push
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull, TransferCommand, TransferEvent
 from pdlaunch.transfer.checksum import BlockHasher
@@ -22,6 +23,7 @@ from pdlaunch.transfer.peer import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable
+from pdlaunch.transfer.push import PushDesk
 from pdlaunch.transfer.side_channel import HolderSocket, PullerSocket
 
 LONGEST_SLEEP_S = 60.0
@@ -78,12 +80,13 @@ class TransferLoop:
         geometry = geometry_of(local, memory.first_kv_head)
         card = HolderCard(identity, compatibility, geometry, connector.agent_name, connector.agent_metadata())
         self._holder = Holder(card, hasher, clock)
+        self._pushes = PushDesk(self._holder, connector, clock)
         setup = PeerSetup(
             identity=identity,
             compatibility=compatibility,
             head_bytes=memory.layout.head_bytes,
             connector=connector,
-            open_channel=lambda endpoint: PullerSocket(context, endpoint),
+            open_channel=lambda endpoint: PullerSocket(context, endpoint, watched=connector.pushes),
             handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
             clock=clock,
             report=report,
@@ -118,9 +121,12 @@ class TransferLoop:
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""
         for identity, message in self._socket.receive():
-            answer = self._holder.answer(message)
-            if answer is not None:
+            if isinstance(message, Push) and self._connector.pushes:
+                self._pushes.start(identity, message)
+            elif (answer := self._holder.answer(message)) is not None:
                 self._socket.send(identity, answer)
+        for identity, ended in self._pushes.take_answers():
+            self._socket.send(identity, ended)
         self._peers.advance()
         self._pulls.advance()
         self._events += self._holder.take_ended()
@@ -142,7 +148,8 @@ class TransferLoop:
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)
-        reads_s = [started_s for peer in self._peers.all() if (started_s := peer.youngest_read_s) is not None]
+        started = [self._pushes.youngest_write_s, *(peer.youngest_read_s for peer in self._peers.all())]
+        reads_s = [started_s for started_s in started if started_s is not None]
         if reads_s:
             deadlines_s.append(now_s + _read_sleep_s(now_s - max(reads_s)))
         return max(0.0, min(deadlines_s) - now_s)

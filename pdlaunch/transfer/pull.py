@@ -303,7 +303,16 @@ class Pull:
             checksums += [row[remote_heads.start : remote_heads.stop] for row in (group.checksums or [])[wanted]]
         if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
             raise PullFailed(f"{link.name} named a block outside of its {geometry.num_blocks}", retryable=False)
-        return BlockRead(local, remote, local_heads, remote_heads), checksums
+        read = BlockRead(
+            local_blocks=local,
+            remote_blocks=remote,
+            local_heads=local_heads,
+            remote_heads=remote_heads,
+            request_id=command.remote.request_id,
+            reader=self._reader,
+            digest=command.block_hashes[-1].hex(),
+        )
+        return read, checksums
 
     def _poll_read(self, branch: _Branch) -> None:
         assert branch.handle is not None

@@ -54,8 +54,18 @@ class HolderSocket:
 class PullerSocket:
     """DEALER to one rank that holds blocks."""
 
-    def __init__(self, context: SecureContext, endpoint: str) -> None:
+    def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
+        """``watched``: notice when the connection breaks."""
         self.socket: Any = context.connect(zmq.DEALER, endpoint)
+        self._monitor: Any = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
+        self._broken = False
+
+    @property
+    def broken(self) -> bool:
+        """The connection was closed by its other end. On one host that is the end of the peer's process, and no mere pause."""
+        if self._monitor is not None and not self._broken:
+            self._broken = bool(self._monitor.poll(0))
+        return self._broken
 
     def receive(self) -> list[ToPuller]:
         """What has arrived; never blocks."""
@@ -76,6 +86,8 @@ class PullerSocket:
 
     def close(self) -> None:
         """What is still queued gets half a second to leave."""
+        if self._monitor is not None:
+            self.socket.disable_monitor()
         self.socket.close()
 
 

@@ -187,6 +187,7 @@ class FakeChannel:
     sent: list[ToHolder] = field(default_factory=list)
     inbox: list[ToPuller] = field(default_factory=list)
     closed: bool = False
+    broken: bool = False
 
     def send(self, message: ToHolder) -> None:
         self.sent.append(message)

@@ -1,0 +1,36 @@
+"""The connector that the configuration names. Libraries are imported when it is opened, not here."""
+
+from __future__ import annotations
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.transfer.connector import Connector
+from pdlaunch.transfer.device_binding import new_device_binding
+from pdlaunch.transfer.file_connector import FileConnector
+from pdlaunch.transfer.mooncake_connector import MooncakeConnector
+from pdlaunch.transfer.nixl_connector import NixlConnector
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
+    """``name``: of the rank, ``prefill-0/rank-0``."""
+    match settings.connector:
+        case "nixl":
+            return NixlConnector(name, incarnation)
+        case "mooncake":
+            return MooncakeConnector(
+                name,
+                incarnation,
+                protocol=settings.mooncake_protocol,
+                devices=settings.mooncake_devices,
+                num_sender_threads=settings.num_sender_threads,
+                binding=new_device_binding(),
+            )
+        case "file":
+            assert settings.file_directory is not None, "checked by KVTransferSettings"
+            return FileConnector(
+                name,
+                incarnation,
+                directory=settings.file_directory,
+                size_limit_bytes=settings.file_size_limit,
+                num_sender_threads=settings.num_sender_threads,
+                binding=new_device_binding(),
+            )

@@ -1,0 +1,31 @@
+"""The CUDA device of every thread that touches KV blocks: it is thread-local, and libraries change it under our feet."""
+
+from __future__ import annotations
+
+import torch
+
+from pdlaunch.platform.accelerator import DeviceSwitch, has_accelerator
+
+
+class DeviceBinding:
+    """Captures the device of the KV cache once; ``bind`` makes it that of the calling thread."""
+
+    def __init__(self, switch: DeviceSwitch | None) -> None:
+        """``switch``: None on a machine without an accelerator, where there is nothing to bind."""
+        self._switch = switch
+        self._device_index: int | None = None
+
+    def capture(self, kv_cache: torch.Tensor) -> None:
+        """Before any library is asked to do anything: the index that ``bind`` uses from now on."""
+        if kv_cache.device.type != "cpu":
+            self._device_index = kv_cache.get_device()
+
+    def bind(self) -> None:
+        """Make the captured device that of this thread."""
+        if self._switch is not None and self._device_index is not None:
+            self._switch.set_device(self._device_index)
+
+
+def new_device_binding() -> DeviceBinding:
+    """For this machine."""
+    return DeviceBinding(torch.cuda if has_accelerator() else None)
