@@ -20,6 +20,7 @@ from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.transcript import Transcript
 
+LAST_WORD_S = 1.0
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
@@ -93,7 +94,8 @@ class StreamedAnswer(Answer):
         self._http_request = http_request
         self._preparing = asyncio.Lock()
         self.response = web.StreamResponse(
-            headers={"Content-Type": f"{CONTENT_TYPE}; charset=utf-8", "Cache-Control": "no-cache"} | headers
+            headers={"Content-Type": f"{CONTENT_TYPE}; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            | headers
         )
 
     @property
@@ -120,9 +122,14 @@ class StreamedAnswer(Answer):
         return self.response
 
     async def fail(self, event: bytes) -> web.StreamResponse:
-        """End a stream that has begun with an error event."""
-        await self._write(event)
-        await self.response.write_eof()
+        """End a stream that has begun with an error event; a client that does not read is left after ``LAST_WORD_S``."""
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._write(event)
+                await self.response.write_eof()
+        except TimeoutError:
+            if self._http_request.transport is not None:
+                self._http_request.transport.abort()
         return self.response
 
     async def _write(self, event: bytes) -> None:

@@ -134,7 +134,7 @@ class Generation:
         prompt, extra = self._prompt, self._decode_extra(engine)
         if "resume" in extra:
             self._hops.metrics.migrated()
-            logger.info("%s goes on at %s after %d tokens", prompt.request_id, engine.name, self.transcript.num_tokens)
+            logger.info("goes on at %s after %d tokens", engine.name, self.transcript.num_tokens)
         pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
         body = prompt.decode_body(extra)
         with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
@@ -208,7 +208,7 @@ class Generation:
         if isinstance(failure, EngineRefusal) and not failure.is_busy:
             raise failure
         if isinstance(failure, EngineFailure):
-            logger.warning("%s: %s hop failed: %s", self._prompt.request_id, hop, failure)
+            logger.warning("%s hop failed: %s", hop, failure)
             self._hops.pool.failed(engine)
             self._hops.metrics.engine_failed(engine.name, hop)
         self._tried.add(engine.key)

@@ -24,6 +24,8 @@ from pdlaunch.router.pool import EnginePool
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+KEEPALIVE_S = 75.0
+"""For a client's idle connection."""
 SHUTDOWN_TIMEOUT_S = 1.0
 """For handlers to end when the router stops; draining comes before."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -69,7 +71,11 @@ class RouterProcess:
         hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
         router = RouterApp(spec, hops, awaits_all_engines=self._bootstrap.incarnation == 1)
         runner = web.AppRunner(
-            router.app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handle_signals=False
+            router.app,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
         await runner.setup()
         try:

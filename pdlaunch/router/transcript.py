@@ -144,7 +144,7 @@ def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Col
         if is_chat:
             message = choice.pop("message")
             chunks.append(head | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]})
-            choice["delta"] = {name: value for name, value in message.items() if name != "role" and value}
+            choice["delta"] = {name: value for name, value in message.items() if name != "role" and value not in (None, [])}
         if choice["index"] in open_choices:
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})

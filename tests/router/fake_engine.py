@@ -78,6 +78,7 @@ class FakeEngine:
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
         self.may_die: Callable[[], bool] = lambda: True
+        self.padding = ""
         self.healthy = True
         self.probed = asyncio.Event()
         self.hands_over = True
@@ -259,7 +260,8 @@ class Job:
         kind = "chat.completion" if self.chat else "text_completion"
         if self.chat and self.body.get("stream"):
             kind += ".chunk"
-        return {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
+        head = {"id": f"engine-{self.engine.name}", "object": kind, "created": 1, "model": "tiny"}
+        return head | {"padding": self.engine.padding} if self.engine.padding else head
 
     def opening(self) -> list[dict[str, Any]]:
         if not self.chat or (self.is_continued and self.engine.ours):

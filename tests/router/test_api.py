@@ -152,6 +152,10 @@ async def test_models_tell_the_length(stand: Stand) -> None:
     async with stand.session.get("/v1/models") as response:
         (card,) = (await response.json())["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 4096)
+    async with stand.session.get("/v1/models/tiny") as response:
+        assert await response.json() == card
+    async with stand.session.get("/v1/models/other") as response:
+        assert response.status == 404
 
 
 async def test_tokenize_is_answered_by_any_engine(stand: Stand) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.router.conftest import Stand, pair
+from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
 
 
 async def send(stand: Stand, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", stand.port, limit=2**10)
     raw = json.dumps(body).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
     await writer.drain()
@@ -88,6 +90,20 @@ async def test_while_decode_streams(stand: Stand, how: str) -> None:
     await all_is_quiet(stand)
     assert not prefill.released
     writer.close()
+
+
+async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> None:
+    prefill, decode = pair()
+    # More than the sockets between them hold.
+    decode.padding = "x" * 2**20
+    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=0.5))
+    _, writer = await send(stand, completion(max_tokens=50, stream=True))
+    await decode.aborted.wait()
+    await until(lambda: not stand.router.admission.in_flight)
+    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="503"}') == 1
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 async def test_with_half_a_body(stand: Stand) -> None:
