@@ -77,12 +77,12 @@ class StepBuilder:
         return plan
 
     def _new_tokens(self) -> list[RowTokens]:
-        """The tokens of the last step; rows that the ranks no longer have, or will hear of anew, need none."""
+        """The tokens of the last step, but for rows that have ended since."""
         sampled, self._sampled = self._sampled, []
         return [
             RowTokens(row=request.row, position=len(request.token_ids) - 1, token_ids=request.token_ids[-1:])
             for request in sampled
-            if request.row is not None and request.num_sent_blocks is not None
+            if request.row is not None
         ]
 
 

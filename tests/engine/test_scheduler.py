@@ -66,6 +66,18 @@ def test_preempted_is_the_latest_and_its_tokens_stay() -> None:
     assert engine.token_ids("second") == output([4, 3, 2, 1], 16)
 
 
+def test_a_long_prompt_takes_blocks_from_a_later_request_that_decodes() -> None:
+    engine = FakeEngine(num_blocks=13, max_num_batched_tokens=4, caching=False)
+    engine.add("long", range(40), max_tokens=2, remote_kv=remote_kv("x", 40))
+    engine.add("chat", [1, 2], max_tokens=30)
+    engine.step()
+    engine.end_pull(next(iter(engine.pulls)), ok=False, retryable=False)
+    engine.run()
+    assert list(engine.finished) == ["long", "chat"]
+    assert engine.scheduler.stats().preemptions > 0
+    assert engine.token_ids("chat") == output([1, 2], 30)
+
+
 def test_a_row_is_freed_before_it_is_given_again() -> None:
     engine = FakeEngine(max_num_seqs=1)
     engine.add("a", [1, 2], max_tokens=1)
@@ -465,18 +477,29 @@ def test_unknown_transfer_events_are_ignored() -> None:
     engine.scheduler.check_integrity()
 
 
-def test_pulled_requests_that_hold_all_blocks_make_way_for_each_other() -> None:
+def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
+    """A lease, or worse a quarantine, may last: one of two requests that lack a block each gives its own to the other."""
     engine = FakeEngine(num_blocks=6, caching=False)
-    prompts = {"a": [1] * 8, "b": [2] * 8, "c": [3] * 8}
+    prompts = {"a": [1] * 8, "b": [2] * 8}
     for name, prompt in prompts.items():
         engine.add(name, prompt, output=output(prompt, 1), remote_kv=remote_kv(name, 8))
-    engine.step()
-    assert len(engine.pulls) == 3 or engine.scheduler.stats().num_waiting == 3 - len(engine.pulls)
-    while engine.pulls:
-        engine.end_pull(next(iter(engine.pulls)))
-    while engine.scheduler.has_work() or engine.pulls:
-        engine.run()
-        while engine.pulls:
-            engine.end_pull(next(iter(engine.pulls)))
+    engine.add("leased", [3] * 8, max_tokens=1, do_remote_decode=True)
+    engine.run()
+    assert engine.scheduler.stats().num_free_blocks == 0
+    for pull_id in list(engine.pulls):
+        engine.end_pull(pull_id)
+    engine.run()
     for name, prompt in prompts.items():
         assert engine.token_ids(name) == output(prompt, 4)[1:]
+    assert engine.scheduler.stats().num_leased_requests == 1
+
+
+def test_abort_while_pulling_frees_the_blocks_it_shared() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPT, max_tokens=1)
+    engine.run()
+    pull = start_pull(engine)
+    assert pull.first_block_index == [2]
+    engine.scheduler.abort("d")
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.stats().num_free_blocks == 31

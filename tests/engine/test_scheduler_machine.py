@@ -104,14 +104,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(choice=st.randoms(use_true_random=False))
     def abort(self, choice):
-        if self.engine.added:
-            request_id = choice.choice(list(self.engine.added))
-            if request_id not in self.engine.finished:
-                self.aborted.add(request_id)
+        # Mostly one that lives, else the lease of one that has ended.
+        living = [request_id for request_id in self.engine.added if request_id not in self.engine.finished]
+        if candidates := living * 3 + list(self.engine.leases):
+            request_id = choice.choice(candidates)
+            self.aborted |= {request_id} & set(living)
             self.engine.scheduler.abort(request_id)
             self.engine.take_outputs()
 
-    @rule(count=st.integers(1, 6))
+    @rule()
+    def step_once(self):
+        self.engine.step()
+
+    @rule(count=st.integers(2, 6))
     def step(self, count):
         for _ in range(count):
             self.engine.step()
