@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from pdlaunch.engine.sampler import SampleRow, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.memory.cumem_pools import open_memory_pools
+from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
 from pdlaunch.models.kv_memory import allocate_kv_cache
-from pdlaunch.models.loader import load_model
+from pdlaunch.models.loader import load_model, reload_model
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
@@ -39,8 +41,11 @@ class ModelRunner:
     Raises ConfigError or UnsupportedModelError when the model, its heads or the KV cache do not fit ``spec``.
     """
 
-    def __init__(self, spec: EngineSpec, *, tp: TPGroup | None, progress: Progress) -> None:
+    def __init__(self, spec: EngineSpec, *, tp: TPGroup | None, progress: Progress, pools: MemoryPools | None = None) -> None:
+        """``pools``: where weights and KV cache are allocated; made from ``spec`` when not given."""
         self._spec = spec
+        self._tp = tp
+        self._progress = progress
         self._tp_rank = 0 if tp is None else tp.tp_rank
         model_dir = Path(spec.model_dir)
         self.shape = read_model_shape(model_dir)
@@ -57,12 +62,16 @@ class ModelRunner:
         is_dummy = spec.load_format == "dummy"
         self.model_digest = digest_model(model_dir, dummy=is_dummy)
         dtype = getattr(torch, spec.dtype)
-        self._model = load_model(
-            model_dir, self.shape, dtype=dtype, device=self._device, dummy=is_dummy, tp=tp, progress=progress
-        )
+        self._pools = pools or open_memory_pools(enabled=spec.enable_cumem_allocator, device=self._device)
+        with self._pools.memory_pool(WEIGHTS):
+            self._model = load_model(
+                model_dir, self.shape, dtype=dtype, device=self._device, dummy=is_dummy, tp=tp, progress=progress
+            )
+        self._weights_lost = False
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
-        self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self._device)
+        with self._pools.memory_pool(KV_CACHE):
+            self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self._device)
         self._attention = TorchAttention(self.layout, self.kv_cache)
         self._rows = self._new_rows()
 
@@ -108,6 +117,44 @@ class ModelRunner:
         self.execute(StepPlan(step_id=-1, scheduled=[decode]))
         self._rows = self._new_rows()
         self.kv_cache[:num_blocks].zero_()
+
+    @property
+    def sleeping_tags(self) -> frozenset[str]:
+        return self._pools.sleeping_tags
+
+    def sleep(self, level: int) -> int:
+        """Give the memory of weights and KV cache back; no row may be in use. Returns the bytes given back.
+
+        ``level`` 1 keeps the weights in host memory, 2 reads them again when they wake up. Raises MemoryPoolError; then the
+        runner is awake as before.
+        """
+        num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
+        self._weights_lost |= level == 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return num_bytes
+
+    def wake_up(self, tags: Collection[str]) -> int:
+        """Take the memory of ``tags`` again, weights as they were, the KV cache empty. Returns the bytes taken.
+
+        Raises MemoryPoolError when the device has too little memory; then they sleep on.
+        """
+        waking = self._pools.sleeping_tags & set(tags)
+        num_bytes = self._pools.wake_up(waking) if waking else 0
+        if KV_CACHE in waking:
+            self.kv_cache.zero_()
+        if self._weights_lost and WEIGHTS not in self._pools.sleeping_tags:
+            reload_model(
+                self._model,
+                Path(self._spec.model_dir),
+                self.shape,
+                dtype=getattr(torch, self._spec.dtype),
+                dummy=self._spec.load_format == "dummy",
+                tp=self._tp,
+                progress=self._progress,
+            )
+            self._weights_lost = False
+        return num_bytes
 
     def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> torch.Tensor:
         """Logits [num_sampled, vocab_size] of the tokens at these places in the batch."""

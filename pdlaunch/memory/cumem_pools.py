@@ -1,9 +1,9 @@
 """CuMem pools under torch's caching allocator: one MemPool a tag, whose segments come from an ``AllocationTable``.
 
 torch calls back through ctypes for every segment that a pool grows by or gives up. These calls may come late: when the last
-tensor of a pool goes, at interpreter exit. C++ must not find a finalized interpreter there. So the callbacks always, and pools that
-are not closed, are kept for the life of the process: a pool that lives does not give up its segments, and the driver takes back
-what a process held.
+tensor of a pool goes, at interpreter exit. C++ must not find a finalized interpreter there. So the callbacks always, and pools
+that are not closed, are kept for the life of the process: a pool that lives does not give up its segments, and the driver takes
+back what a process held.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,14 +38,42 @@ def load_model(
     """
     progress("loading libraries", 0.0)
     register_attention()
-    model = _build_empty(model_dir, dtype)
-    shard = Shard(tp.tp_rank, tp.tp_size, shape) if tp is not None and tp.tp_size > 1 else None
-    cuts = _cuts(model, shard)
+    model: Any = _build_empty(model_dir, dtype)
+    cuts = _cuts(model, shape, tp)
     weights = _dummy_weights(model, cuts, device) if dummy else read_tensors(weight_files(model_dir), cuts)
-    _fill(model, weights, cuts, dtype, device, progress)
-    if shard is not None and tp is not None:
+
+    def assign(name: str, tensor: torch.Tensor) -> None:
+        _assign(model, name, tensor.to(device=device, dtype=dtype))
+
+    _fill(model, weights, cuts, assign, progress)
+    model.tie_weights()
+    _compute_buffers(model, device)
+    if tp is not None and tp.tp_size > 1:
         add_up_rowwise(model, cuts, tp)
-    return model.eval().requires_grad_(requires_grad=False)
+    model.eval().requires_grad_(requires_grad=False)
+    return cast(nn.Module, model)
+
+
+def reload_model(
+    model: nn.Module,
+    model_dir: Path,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    dummy: bool,
+    tp: TPGroup | None,
+    progress: Progress,
+) -> None:
+    """Write what ``load_model`` has loaded into the same tensors again; their content is lost, their addresses stay.
+
+    Raises ConfigError when the checkpoint is not the same any more.
+    """
+    blank = _build_empty(model_dir, dtype)
+    cuts = _cuts(blank, shape, tp)
+    device = next(model.parameters()).device
+    weights = _dummy_weights(blank, cuts, device) if dummy else read_tensors(weight_files(model_dir), cuts)
+    _fill(blank, weights, cuts, lambda name, tensor: _overwrite(model, name, tensor), progress)
+    _initialize([module for module in model.modules() if any(True for _ in module.buffers(recurse=False))], model)
 
 
 def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
@@ -57,9 +85,10 @@ def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _cuts(model: Any, shard: Shard | None) -> dict[str, Cut]:
-    if shard is None:
+def _cuts(model: Any, shape: ModelShape, tp: TPGroup | None) -> dict[str, Cut]:
+    if tp is None or tp.tp_size == 1:
         return {}
+    shard = Shard(tp.tp_rank, tp.tp_size, shape)
     return plan_cuts(model, model.base_model_prefix, model.config.base_model_tp_plan, shard)
 
 
@@ -67,11 +96,10 @@ def _fill(
     model: Any,
     weights: Iterator[tuple[str, torch.Tensor]],
     cuts: dict[str, Cut],
-    dtype: torch.dtype,
-    device: torch.device,
+    put: Callable[[str, torch.Tensor], None],
     progress: Progress,
 ) -> None:
-    """Put each weight in its place, then everything that no checkpoint holds (tied weights, rotary frequencies)."""
+    """``put`` each weight in its place; tied ones once."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     tied = set(model.all_tied_weights_keys)
     seen: set[str] = set()
@@ -82,25 +110,31 @@ def _fill(
             raise _misfit(f"has a weight {name}, which {type(model).__name__} with this config.json does not know")
         if tensor.shape != _shape_of_part(expected[name], cuts.get(name)):
             raise _misfit(f"has {name} of shape {tuple(tensor.shape)}, config.json means {tuple(expected[name])}")
-        _assign(model, name, tensor.to(device=device, dtype=dtype))
+        put(name, tensor)
         seen.add(name)
         progress("loading weights", len(seen) / len(expected))
     if missing := set(expected) - seen - tied:
         raise _misfit(f"lacks {len(missing)} weights, {min(missing)} among them")
-    model.tie_weights()
-    _compute_buffers(model, device)
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Rotary frequencies and scales are computed from the configuration by the model's own initialisation."""
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give memory to what no checkpoint holds (rotary frequencies, scales), and its content."""
+    blank = []
     for module in model.modules():
         buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in buffers.items():
             setattr(module, name, torch.empty_like(buffer, device=device))
         if buffers:
-            model._init_weights(module)
+            blank.append(module)
+    _initialize(blank, model)
+
+
+def _initialize(modules: list[nn.Module], model: Any) -> None:
+    """Buffers are computed in place from the configuration by the model's own initialisation, which spares the parameters."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in modules:
+        model._init_weights(module)
 
 
 def _dummy_weights(model: Any, cuts: dict[str, Cut], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,6 +167,11 @@ def _shape_of_part(shape: torch.Size, cut: Cut | None) -> torch.Size:
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     module_name, _, parameter_name = name.rpartition(".")
     setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _overwrite(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        model.get_parameter(name).copy_(tensor)
 
 
 def _misfit(what: str) -> ConfigError:

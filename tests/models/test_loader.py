@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 
 from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.errors import ConfigError
-from pdlaunch.models.loader import load_model
+from pdlaunch.models.loader import load_model, reload_model
 from pdlaunch.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.models.weights import digest_model, read_tensors, weight_files
 from tests.models.tiny import COMMON, CONFIGS, save_tiny_model
@@ -52,6 +52,32 @@ def test_weights_and_buffers_equal_those_of_transformers(name: str, tiny: Callab
         assert torch.equal(found[key], tensor), key
     tied = read_model_shape(tiny(name)).tie_word_embeddings
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("dummy", [False, True])
+def test_reloading_restores_every_tensor_in_its_place(name: str, dummy: bool, tiny: Callable[[str], Path]) -> None:
+    model = load(tiny(name), dummy=dummy)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.data.fill_(float("nan")) if tensor.is_floating_point() else tensor.data.fill_(-1)
+    reports: list[float | None] = []
+    reload_model(
+        model,
+        tiny(name),
+        read_model_shape(tiny(name)),
+        dtype=torch.float32,
+        dummy=dummy,
+        tp=None,
+        progress=lambda text, fraction: reports.append(fraction),
+    )
+    assert reports[-1] == 1.0
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    for key, tensor in after.items():
+        assert tensor.data_ptr() == before[key][0], key
+        assert torch.equal(tensor, before[key][1]), key
 
 
 def test_dtype_is_converted_and_frequencies_stay_float32(tiny: Callable[[str], Path]) -> None:
