@@ -1,0 +1,74 @@
+"""What really lies in a rank's host chunks, and the proof of it: xxh3_64 of each (block, KV head), taken when it was stored.
+
+The scheduler's tier and this record agree unless something went wrong; a load that finds them different is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from pdlaunch.offload.host_memory import HostMemory
+from pdlaunch.offload.tier import ChunkKey
+
+ALGORITHM = "xxh3_64"
+"""The same as of blocks that are pulled: a checksum stays comparable wherever the block goes."""
+
+Digests = list[tuple[int, ...]]
+"""By block: one checksum for each KV head of the rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkContent:
+    """One chunk."""
+
+    key: ChunkKey
+    first_slot: int
+    """Slots before it hold nothing."""
+    digests: Digests | None
+    """By slot from ``first_slot`` on; None when nothing is verified."""
+
+    def digests_between(self, start: int, stop: int) -> Digests | None:
+        """Of the slots [start, stop)."""
+        return None if self.digests is None else self.digests[start - self.first_slot : stop - self.first_slot]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Blocks of one chunk that a transfer touches: slots [start, stop)."""
+
+    key: ChunkKey
+    chunk_id: int
+    start: int
+    stop: int
+
+
+class ChunkHasher:
+    """Computes checksums of host memory on other threads, which do not hold the GIL meanwhile."""
+
+    def __init__(self, host: HostMemory, block_bytes: int, head_bytes: int, executor: Executor, num_parts: int) -> None:
+        """A block's ``head_bytes`` of each head follow each other. One transfer is shared out to ``num_parts`` tasks."""
+        assert block_bytes % head_bytes == 0
+        self._host = host
+        self._block_bytes = block_bytes
+        self._head_bytes = head_bytes
+        self._executor = executor
+        self._num_parts = num_parts
+
+    def submit(self, slots: Sequence[Slots]) -> list[Future[list[Digests]]]:
+        """Digests by chunk, in order; those of all parts together."""
+        parts = np.array_split(np.arange(len(slots)), min(self._num_parts, len(slots)) or 1)
+        return [self._executor.submit(self._hash_all, [slots[index] for index in part]) for part in parts]
+
+    def _hash_all(self, slots: Sequence[Slots]) -> list[Digests]:
+        return [self._hash(item) for item in slots]
+
+    def _hash(self, slots: Slots) -> Digests:
+        memory = self._host.chunk(slots.chunk_id).numpy()
+        blocks = memory[slots.start * self._block_bytes : slots.stop * self._block_bytes]
+        heads = blocks.reshape(slots.stop - slots.start, -1, self._head_bytes)
+        return [tuple(xxhash.xxh3_64_intdigest(head) for head in block) for block in heads]

@@ -1,0 +1,67 @@
+"""What the scheduler asks of the offload worker of every rank, and what comes back. Plain values that a message can carry.
+
+Ownership: the blocks and chunks of a job belong to it from the moment it is made until all ranks have reported it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdlaunch.offload.spec import Direction, TransferSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadJob:
+    """One transfer, the same for all ranks: each moves its own heads of the blocks. Fields as in ``TransferSpec``."""
+
+    job_id: int
+    direction: Direction
+    block_ids: list[int]
+    group_sizes: list[int]
+    block_indices: list[int]
+    chunk_ids: list[int]
+    chunk_hashes: list[bytes]
+    """Of each chunk's last block: what a store writes there, what a load expects there."""
+
+    @property
+    def spec(self) -> TransferSpec:
+        return TransferSpec(self.direction, self.block_ids, self.group_sizes, self.block_indices, self.chunk_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished:
+    """A job has ended: nothing reads or writes its blocks and chunks any more."""
+
+    job_id: int
+    ok: bool
+    """All bytes are where they belong and, of a load, proven to be those that were stored."""
+    error: str = ""
+    failed_chunk_ids: list[int] = field(default_factory=list)
+    """Of a load: chunks that do not hold what they should."""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    """Of the copy alone."""
+
+
+class JobMerger:
+    """Reports of all ranks become one: a block is moved only when every rank has moved its heads."""
+
+    def __init__(self, tp_size: int) -> None:
+        self._tp_size = tp_size
+        self._reports: dict[int, list[JobFinished]] = {}
+
+    def add(self, report: JobFinished) -> JobFinished | None:
+        """The report of the whole engine, once the last rank has sent its own."""
+        reports = self._reports.setdefault(report.job_id, [])
+        reports.append(report)
+        if len(reports) < self._tp_size:
+            return None
+        del self._reports[report.job_id]
+        return JobFinished(
+            job_id=report.job_id,
+            ok=all(one.ok for one in reports),
+            error="; ".join(sorted({one.error for one in reports if one.error})),
+            failed_chunk_ids=sorted({chunk_id for one in reports for chunk_id in one.failed_chunk_ids}),
+            num_bytes=sum(one.num_bytes for one in reports),
+            seconds=max(one.seconds for one in reports),
+        )

@@ -1,0 +1,279 @@
+"""The scheduler's side of the host tier: finds prefixes on device and host together, and makes the jobs that move blocks.
+
+``find -> begin_load -> finish`` brings a prefix back, ``begin_stores -> finish`` copies computed blocks out. Of each group, a
+prefix is a run of blocks on the device and then a run of blocks on the host::
+
+    logical block      0   1   2   3   4   5   6
+    full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
+    sliding group            . [ d   h   h   h ]      only what the first token after the prefix sees
+
+A host chunk is found by the hash of its last block, so only chunks that a request fills are stored and found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pdlaunch.kvcache.block_table import BlockTables
+from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.kvcache.manager import PrefixHit
+from pdlaunch.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.offload.spec import Direction
+from pdlaunch.offload.stats import OffloadStats
+from pdlaunch.offload.tier import HostTier
+
+FindOnDevice = Callable[[int, bytes], int | None]
+"""(group, block hash) -> block id: ``BlockPool.find``."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostHit:
+    """A prefix that is partly on the host."""
+
+    device: PrefixHit
+    """By group: cached blocks to share; what follows them comes from the host."""
+    chunk_ids: list[list[int]]
+    """By group: the chunks with blocks [device.end(group), end)."""
+    end: int
+    """Logical index after the prefix's last block."""
+
+    def num_blocks_to_load(self, group: int) -> int:
+        """Device blocks that the group needs for the load."""
+        return self.end - self.device.end(group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring blocks of one group that are stored together."""
+
+    first: int
+    block_ids: list[int]
+    chunk_ids: list[int]
+    hashes: list[bytes]
+
+
+class OffloadPlanner:
+    """Owns the jobs in flight and the tier. Not safe for more than one thread."""
+
+    def __init__(self, groups: Sequence[KVCacheGroup], block_size: int, tier: HostTier, *, blocks_per_chunk: int = 1) -> None:
+        """``block_size`` in tokens; ``blocks_per_chunk`` as in every rank's worker."""
+        self._windows = [group.sliding_window for group in groups]
+        self._block_size = block_size
+        self._tier = tier
+        self._blocks_per_chunk = blocks_per_chunk
+        self._jobs: dict[int, OffloadJob] = {}
+        self._num_jobs = 0
+        self._totals = OffloadStats()
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs in flight."""
+        return len(self._jobs)
+
+    # Loads
+
+    def find(self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindOnDevice) -> HostHit | None:
+        """The longest prefix of at most ``max_blocks`` blocks on device and host; None when the host adds nothing to it.
+
+        Never shorter than what the device alone has. Nothing is pinned before ``begin_load``, which must follow at once or never.
+        """
+        length = min(max_blocks, len(block_hashes))
+        settled = False
+        while not settled:
+            fitting = length
+            for group in range(len(self._windows)):
+                fitting = self._fit(group, block_hashes, fitting, find_on_device)
+            settled, length = fitting == length, fitting
+        device = self._on_device(block_hashes, length, find_on_device)
+        if all(device.end(group) == length for group in range(len(self._windows))):
+            return None
+        chunk_ids = [self._chunks_between(group, block_hashes, device.end(group), length) for group in range(len(self._windows))]
+        return HostHit(device, chunk_ids, length)
+
+    def begin_load(self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]) -> OffloadJob:
+        """Load what ``find`` has found on the host. ``block_ids``: by group ``hit.num_blocks_to_load(group)`` device blocks.
+
+        The blocks belong to the job until ``finish``; the caller shares those of ``hit.device`` itself.
+        """
+        groups = range(len(self._windows))
+        assert all(len(block_ids[group]) == hit.num_blocks_to_load(group) for group in groups)
+        starts = [hit.device.end(group) for group in groups]
+        hashes = [self._chunk_hash(block_hashes, chunk) for start in starts for chunk in self._chunk_range(start, hit.end)]
+        job = self._add(
+            "load",
+            block_ids=[block_id for ids in block_ids for block_id in ids],
+            group_sizes=[len(ids) for ids in block_ids],
+            block_indices=starts,
+            chunk_ids=[chunk_id for ids in hit.chunk_ids for chunk_id in ids],
+            chunk_hashes=hashes,
+        )
+        for chunk_ids in hit.chunk_ids:
+            self._tier.begin_load(chunk_ids)
+        return job
+
+    # Stores
+
+    def begin_stores(self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int) -> list[OffloadJob]:
+        """Store the chunks that became full with the logical blocks [start, end), as far as the tier does not have them.
+
+        All tokens of these blocks are computed. The blocks of each job must keep content and owner until ``finish``: the caller
+        takes one more share of ``job.block_ids``.
+        """
+        runs = [list(self._new_runs(group, tables, block_hashes, start, end)) for group in range(len(self._windows))]
+        num_jobs = max(map(len, runs), default=0)
+        return [self._store_job([of_group[place : place + 1] for of_group in runs]) for place in range(num_jobs)]
+
+    # Both
+
+    def finish(self, report: JobFinished) -> OffloadJob | None:
+        """Account for a job that all ranks have ended; its blocks are the caller's again. None when the id is unknown."""
+        job = self._jobs.pop(report.job_id, None)
+        if job is None:
+            return None
+        if job.direction == "load":
+            self._tier.finish_load(job.chunk_ids, report.failed_chunk_ids)
+        else:
+            for chunk_id in job.chunk_ids:
+                self._tier.finish_store(chunk_id, ok=report.ok)
+        self._totals = self._totals.with_job(job.direction, report)
+        return job
+
+    def count_lookup(self, *, prefix_blocks: int, device_hit_blocks: int, host_hit_blocks: int) -> None:
+        """Count what one admitted request has found of ``prefix_blocks`` logical blocks of its first group."""
+        self._totals = self._totals.with_lookup(
+            prefix_blocks=prefix_blocks, device_hit_blocks=device_hit_blocks, host_hit_blocks=host_hit_blocks
+        )
+
+    def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
+        """Device blocks of all jobs of a direction; one that is stored twice stands twice."""
+        for job in self._jobs.values():
+            if job.direction == direction:
+                yield from job.block_ids
+
+    def stats(self) -> OffloadStats:
+        """Totals since the start, and what is there now."""
+        return replace(
+            self._totals,
+            num_chunks=self._tier.num_chunks,
+            num_used_chunks=self._tier.num_used_chunks,
+            evicted_chunks=self._tier.num_evicted_chunks,
+            refused_chunks=self._tier.num_refused_chunks,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that the tier's chunks in flight are those of the jobs. Raises AssertionError."""
+        jobs = list(self._jobs.values())
+        self._tier.check_integrity(
+            storing=[chunk_id for job in jobs if job.direction == "store" for chunk_id in job.chunk_ids],
+            loading=[chunk_id for job in jobs if job.direction == "load" for chunk_id in job.chunk_ids],
+        )
+
+    # Finding
+
+    def _fit(self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice) -> int:
+        """The longest prefix of at most ``length`` blocks whose visible blocks the group has; others are not looked at."""
+        while True:
+            index = self._first_visible(group, length)
+            index = self._end_on_device(group, block_hashes, index, length, find_on_device)
+            while index < length and self._find_chunk(group, block_hashes, index) is not None:
+                index += 1
+            # A block that lacks here is visible from every length between: the next one to try ends before it.
+            if index == length or self._windows[group] is None:
+                return index
+            length = index
+
+    def _on_device(self, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice) -> PrefixHit:
+        first, block_ids = [], []
+        for group in range(len(self._windows)):
+            start = self._first_visible(group, length)
+            end = self._end_on_device(group, block_hashes, start, length, find_on_device)
+            found = [find_on_device(group, block_hash) for block_hash in block_hashes[start:end]]
+            first.append(start)
+            block_ids.append([block_id for block_id in found if block_id is not None])
+        return PrefixHit(first, block_ids)
+
+    def _end_on_device(
+        self, group: int, block_hashes: Sequence[bytes], index: int, length: int, find_on_device: FindOnDevice
+    ) -> int:
+        while index < length and find_on_device(group, block_hashes[index]) is not None:
+            index += 1
+        return index
+
+    def _first_visible(self, group: int, num_blocks: int) -> int:
+        """The first block that the token after ``num_blocks`` blocks sees."""
+        window = self._windows[group]
+        return 0 if window is None else max(0, num_blocks * self._block_size - window + 1) // self._block_size
+
+    # Chunks
+
+    def _find_chunk(self, group: int, block_hashes: Sequence[bytes], index: int) -> int | None:
+        """The chunk that holds logical block ``index``."""
+        chunk, slot = divmod(index, self._blocks_per_chunk)
+        if (chunk + 1) * self._blocks_per_chunk > len(block_hashes):
+            return None
+        return self._tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
+
+    def _chunks_between(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
+        found = [
+            self._find_chunk(group, block_hashes, max(start, chunk * self._blocks_per_chunk))
+            for chunk in self._chunk_range(start, end)
+        ]
+        assert None not in found
+        return [chunk_id for chunk_id in found if chunk_id is not None]
+
+    def _chunk_range(self, start: int, end: int) -> range:
+        """Chunks with a block of [start, end)."""
+        if start >= end:
+            return range(0)
+        return range(start // self._blocks_per_chunk, (end - 1) // self._blocks_per_chunk + 1)
+
+    def _chunk_hash(self, block_hashes: Sequence[bytes], chunk: int) -> bytes:
+        return block_hashes[(chunk + 1) * self._blocks_per_chunk - 1]
+
+    def _new_runs(self, group: int, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int) -> Iterator[_Run]:
+        size = self._blocks_per_chunk
+        run: _Run | None = None
+        for chunk in range(start // size, end // size):
+            first, last = max(tables.first[group], chunk * size), (chunk + 1) * size
+            chunk_hash = self._chunk_hash(block_hashes, chunk)
+            chunk_id = self._tier.begin_store(group, chunk_hash, first % size) if first < last else None
+            if chunk_id is None:
+                if run is not None:
+                    yield run
+                run = None
+                continue
+            if run is None:
+                run = _Run(first, [], [], [])
+            run.block_ids.extend(tables.between(group, first, last))
+            run.chunk_ids.append(chunk_id)
+            run.hashes.append(chunk_hash)
+        if run is not None:
+            yield run
+
+    def _store_job(self, runs: Sequence[Sequence[_Run]]) -> OffloadJob:
+        """``runs``: by group one or none."""
+        flat = [run for of_group in runs for run in of_group]
+        return self._add(
+            "store",
+            block_ids=[block_id for run in flat for block_id in run.block_ids],
+            group_sizes=[sum(len(run.block_ids) for run in of_group) for of_group in runs],
+            block_indices=[of_group[0].first if of_group else 0 for of_group in runs],
+            chunk_ids=[chunk_id for run in flat for chunk_id in run.chunk_ids],
+            chunk_hashes=[chunk_hash for run in flat for chunk_hash in run.hashes],
+        )
+
+    def _add(
+        self,
+        direction: Direction,
+        *,
+        block_ids: list[int],
+        group_sizes: list[int],
+        block_indices: list[int],
+        chunk_ids: list[int],
+        chunk_hashes: list[bytes],
+    ) -> OffloadJob:
+        job = OffloadJob(self._num_jobs, direction, block_ids, group_sizes, block_indices, chunk_ids, chunk_hashes)
+        self._num_jobs += 1
+        self._jobs[job.job_id] = job
+        return job

@@ -1,0 +1,62 @@
+"""Totals of an engine's host tier since it started, for metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pdlaunch.offload.jobs import JobFinished
+from pdlaunch.offload.spec import Direction
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadStats:
+    """Immutable; what begins with ``num_`` is of now."""
+
+    num_chunks: int = 0
+    num_used_chunks: int = 0
+    stored_bytes: int = 0
+    stored_seconds: float = 0.0
+    loaded_bytes: int = 0
+    loaded_seconds: float = 0.0
+    stores: int = 0
+    loads: int = 0
+    failed_stores: int = 0
+    failed_loads: int = 0
+    """Loads after which the prompt was computed instead."""
+    bad_chunks: int = 0
+    """Chunks that did not hold what was stored there."""
+    evicted_chunks: int = 0
+    refused_chunks: int = 0
+    """Not stored: every chunk was in flight."""
+    prefix_blocks: int = 0
+    """Blocks that admitted requests could have found."""
+    device_hit_blocks: int = 0
+    host_hit_blocks: int = 0
+
+    def with_job(self, direction: Direction, report: JobFinished) -> OffloadStats:
+        """These totals with one more job."""
+        if direction == "store":
+            return replace(
+                self,
+                stored_bytes=self.stored_bytes + report.num_bytes,
+                stored_seconds=self.stored_seconds + report.seconds,
+                stores=self.stores + 1,
+                failed_stores=self.failed_stores + (not report.ok),
+            )
+        return replace(
+            self,
+            loaded_bytes=self.loaded_bytes + report.num_bytes,
+            loaded_seconds=self.loaded_seconds + report.seconds,
+            loads=self.loads + 1,
+            failed_loads=self.failed_loads + (not report.ok),
+            bad_chunks=self.bad_chunks + len(report.failed_chunk_ids),
+        )
+
+    def with_lookup(self, *, prefix_blocks: int, device_hit_blocks: int, host_hit_blocks: int) -> OffloadStats:
+        """These totals with the lookup of one request."""
+        return replace(
+            self,
+            prefix_blocks=self.prefix_blocks + prefix_blocks,
+            device_hit_blocks=self.device_hit_blocks + device_hit_blocks,
+            host_hit_blocks=self.host_hit_blocks + host_hit_blocks,
+        )
