@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterable
 from typing import Any
 
@@ -28,6 +29,8 @@ class Answer(msgspec.Struct):
     """All choices, by index."""
 
     choices: dict[int, AnsweredChoice] = {}
+    times_s: list[float] = []
+    """When the events of a stream came, by the monotonic clock."""
 
 
 def read_answer(body: dict[str, Any]) -> Answer:
@@ -48,6 +51,7 @@ async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | N
         event = json.loads(line[5:])
         if "error" in event:
             return f"in the stream: {event['error']['message']}"
+        answer.times_s.append(time.monotonic())
         for choice in event["choices"]:
             _add(answer, choice)
     raise ProtocolError("a stream that ended without [DONE]")

@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from pdlaunch.errors import StartupError
 
 _POLL_S = 0.1
@@ -35,6 +37,16 @@ class Deployment:
     def output(self) -> str:
         """What ``pdlaunch serve`` has printed."""
         return self._output.read_text(errors="replace")
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The children that live, by their name in the launch: ``decode-0/rank-0``."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
+                command = process.cmdline()
+                if "--name" in command:
+                    found[command[command.index("--name") + 1]] = process
+        return found
 
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         """Ctrl-C, then wait; returns the exit code. Raises TimeoutExpired after killing it."""

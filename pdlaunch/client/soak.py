@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -60,10 +61,21 @@ class Case(msgspec.Struct, frozen=True):
     expected: Answer
 
 
+class SentRequest(msgspec.Struct, frozen=True):
+    """Times of one request, in seconds of the monotonic clock."""
+
+    outcome: str
+    start_s: float
+    end_s: float
+    longest_gap_s: float
+    """Between two pieces of its answer, or before the first."""
+
+
 class SoakReport(msgspec.Struct, kw_only=True):
     """What the clients saw, and what the engines' books say afterwards."""
 
     num_requests: int = 0
+    sent: list[SentRequest] = []
     outcomes: Counter[str] = msgspec.field(default_factory=Counter)
     """``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end, or no reason), ``stuck``."""
     details: list[str] = []
@@ -112,9 +124,11 @@ async def make_cases(session: aiohttp.ClientSession, options: SoakOptions) -> li
     return list(await asyncio.gather(*map(ask, bodies)))
 
 
-async def run_load(session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case]) -> SoakReport:
-    """Send every request, then read the engines' books."""
-    load, headers = _Load(session, options, cases), options.headers()
+async def run_load(
+    session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case], *, stop: asyncio.Event | None = None
+) -> SoakReport:
+    """Send every request, or those until ``stop``, then read the engines' books."""
+    load, headers = _Load(session, options, cases, stop or asyncio.Event()), options.headers()
     start_s = time.monotonic()
     await asyncio.gather(*(load.work() for _ in range(options.concurrency)))
     report = load.report
@@ -127,7 +141,8 @@ async def run_load(session: aiohttp.ClientSession, options: SoakOptions, cases: 
 class _Load:
     """The requests of one soak, drawn one after the other by all workers."""
 
-    def __init__(self, session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case], stop: asyncio.Event) -> None:
+        self._stop = stop
         self.report = SoakReport()
         self._session = session
         self._options = options
@@ -136,7 +151,7 @@ class _Load:
         self._source = random.Random(f"{options.seed}/load")
 
     async def work(self) -> None:
-        while self.report.num_requests < self._options.num_requests:
+        while self.report.num_requests < self._options.num_requests and not self._stop.is_set():
             number = self.report.num_requests
             self.report.num_requests += 1
             case = self._source.choice(self._cases)
@@ -146,17 +161,23 @@ class _Load:
                 if self._source.random() < self._options.cancel_share
                 else None
             )
-            start_s = time.monotonic()
-            outcome, detail = await self._send(case, salt, patience_s)
-            self.report.outcomes[outcome] += 1
-            if outcome not in ("equal", "cancelled") and len(self.report.details) < 20:
-                self.report.details.append(f"request {number}: {outcome}: {detail}")
-            if outcome in ("equal", "error"):
-                self.report.longest_s = round(max(self.report.longest_s, time.monotonic() - start_s), 2)
+            await self._account(number, Answer(), case, salt, patience_s)
 
-    async def _send(self, case: Case, salt: str, patience_s: float | None) -> tuple[str, str]:
+    async def _account(self, number: int, answer: Answer, case: Case, salt: str, patience_s: float | None) -> None:
+        report, start_s = self.report, time.monotonic()
+        outcome, detail = await self._send(answer, case, salt, patience_s)
+        end_s = time.monotonic()
+        report.outcomes[outcome] += 1
+        times_s = [start_s, *answer.times_s, end_s]
+        gap_s = max(late - early for early, late in pairwise(times_s))
+        report.sent.append(SentRequest(outcome, start_s, end_s, gap_s))
+        if outcome in ("equal", "error"):
+            report.longest_s = round(max(report.longest_s, end_s - start_s), 2)
+        if outcome not in ("equal", "cancelled") and len(report.details) < 20:
+            report.details.append(f"request {number}: {outcome} after {end_s - start_s:.1f} s: {detail}")
+
+    async def _send(self, answer: Answer, case: Case, salt: str, patience_s: float | None) -> tuple[str, str]:
         """How a request ended; ``patience_s``: its client goes away after so long."""
-        answer = Answer()
         try:
             async with asyncio.timeout(patience_s):
                 if error := await self._ask(case.body | {"cache_salt": salt}, answer):

@@ -87,7 +87,7 @@ class PullFinished(Message):
     seconds: float = 0.0
     verification_failed: bool = False
     late: bool = False
-    """The bytes came, but the lease had ended before: they may be another request's."""
+    """The lease had ended before the READ was proven: the bytes may be another request's."""
 
 
 class PullDrained(Message):

@@ -34,7 +34,7 @@ class Fault(Enum):
     DUPLICATE = auto()
     """It writes twice before it says done."""
     LOSE = auto()
-    """Its completion comes long after the pull's deadline."""
+    """Its completion comes late, maybe after the end of its lease or the pull's deadline."""
 
 
 _PROBE_FAULTS = (Fault.REFUSE, Fault.FAIL, Fault.CORRUPT)
@@ -53,7 +53,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     slow_s: float = 0.3
     """Longest delay."""
     lost_s: float = 4.0
-    """Until a lost completion is seen after all."""
+    """Longest time until a lost completion is seen after all."""
     short_lease_s: float = 0.1
     """Longest life of a lease that ends early, each extension included."""
 

@@ -13,7 +13,7 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import TransferCommand
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, PushHandle, PushJob, ReadHandle, ReadState
 from pdlaunch.transfer.faults import Fault, FaultPlan
 from pdlaunch.transfer.worker import TransferWorker
 
@@ -41,6 +41,7 @@ class FaultyConnector(Connector):
         self.name = inner.name
         self.path = inner.path
         self.agent_name = inner.agent_name
+        self.pushes = inner.pushes  # type: ignore[misc]
         self._inner = inner
         self._faults = faults
         self._clock = clock
@@ -91,8 +92,26 @@ class FaultyConnector(Connector):
         if read.inner is not None:
             self._inner.release(read.inner)
 
+    def push_target(self, handle: ReadHandle) -> bytes:
+        return self._inner.push_target(self._true_read(handle))
+
+    def start_push(self, job: PushJob) -> PushHandle:
+        return self._inner.start_push(job)
+
+    def poll_push(self, handle: PushHandle) -> str | None:
+        return self._inner.poll_push(handle)
+
+    def end_read(self, handle: ReadHandle, *, error: str) -> None:
+        self._inner.end_read(self._true_read(handle), error=error)
+
     def close(self) -> None:
         self._inner.close()
+
+    @staticmethod
+    def _true_read(handle: ReadHandle) -> ReadHandle:
+        inner = cast(_Read, handle).inner
+        assert inner is not None  # where the holder writes, no READ is held back or repeated
+        return inner
 
     def _begin(self, read: _Read) -> None:
         match read.fault:
@@ -100,9 +119,10 @@ class FaultyConnector(Connector):
                 raise TransferError("injected: the READ was refused")
             case Fault.DELAY:
                 read.wait_until_s = self._clock() + read.source.uniform(0, self._faults.slow_s)
-                return
+                if not self.pushes:
+                    return
             case Fault.LOSE:
-                read.wait_until_s = self._clock() + self._faults.lost_s
+                read.wait_until_s = self._clock() + read.source.uniform(0, self._faults.lost_s)
             case Fault.TRUNCATE:
                 read.unwritten = _second_half(read.memory[-1]).clone()
             case _:
@@ -129,7 +149,7 @@ class FaultyConnector(Connector):
                 _corrupt(read.memory, read.source)
             case Fault.TRUNCATE if read.unwritten is not None:
                 _second_half(read.memory[-1]).copy_(read.unwritten)
-            case Fault.DUPLICATE:
+            case Fault.DUPLICATE if not self.pushes:
                 return self._repeat(read)
             case _:
                 pass

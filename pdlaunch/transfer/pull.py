@@ -245,7 +245,8 @@ class Pull:
                     )
                 branch.stage = _Stage.ENDED
             case Refused():
-                raise PullFailed(f"{branch.link.name} refused: {reply.reason}", retryable=False)
+                late = branch.stage is not _Stage.BEGINNING
+                raise PullFailed(f"{branch.link.name} refused: {reply.reason}", retryable=False, late=late)
             case _:
                 raise PullFailed(f"{branch.link.name}: unexpected {type(reply).__name__}", retryable=False)
 
