@@ -5,9 +5,9 @@ Nothing but the reader itself writes to its memory, so a READ whose holder has f
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +20,12 @@ from pdlaunch.transfer.file_store import FileStore, file_name
 from pdlaunch.transfer.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    agent_name: str
+    scratch_bytes: int
 
 
 class FileConnector(PushingConnector):
@@ -48,18 +54,18 @@ class FileConnector(PushingConnector):
 
     def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
         parse_agent_metadata(agent_name, metadata)
-        return cast(PeerHandle, geometry)
+        return cast(PeerHandle, _Peer(agent_name, geometry.scratch_bytes))
 
     def remove_peer(self, peer: PeerHandle) -> None:
         """Nothing is kept of a peer."""
 
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        name = file_name(read.digest, read.reader)
+        name = file_name(read.digest, f"{cast(_Peer, peer).agent_name} {read.reader}")
         return cast(ReadHandle, PendingRead(name.encode(), read))
 
     def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
-        landing = self._new_landing(cast(Geometry, peer).scratch_bytes)
-        name = file_name(hashlib.sha256(self.agent_name.encode()).hexdigest(), secrets.token_hex(16))
+        landing = self._new_landing(cast(_Peer, peer).scratch_bytes)
+        name = file_name(secrets.token_hex(16), self.agent_name)
         return cast(ReadHandle, PendingRead(name.encode(), None, landing)), landing
 
     def release(self, handle: ReadHandle) -> None:

@@ -24,9 +24,9 @@ _SUFFIX = ".safetensors"
 _TENSOR = "blocks"
 
 
-def file_name(digest: str, reader: str) -> str:
-    """``<digest>/<reader's digest>``; digest: 32 to 128 hexadecimal digits."""
-    return f"{digest}/{hashlib.sha256(reader.encode()).hexdigest()}"
+def file_name(digest: str, purpose: str) -> str:
+    """``<digest>/<digest of the purpose>``; digest: 32 to 128 hexadecimal digits. ``purpose``: one holder's share of one READ."""
+    return f"{digest}/{hashlib.sha256(purpose.encode()).hexdigest()}"
 
 
 class FileStore:

@@ -1,4 +1,4 @@
-"""A real rank in a process of its own: TransferWorker, NIXL over CPU memory, side channel. Driven through a pipe."""
+"""A real rank in a process of its own: TransferWorker, connector over CPU memory, side channel. Driven through a pipe."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.platform import tcp_sockets
 from pdlaunch.protocol.control import Address, Entry
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import LaunchKeys
@@ -56,8 +57,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.protocol.sockets import SecureContext
+    from pdlaunch.transfer.connectors import new_connector
     from pdlaunch.transfer.environment import connector_environment
-    from pdlaunch.transfer.nixl_connector import NixlConnector
     from pdlaunch.transfer.worker import TransferWorker
 
     os.environ.update(connector_environment(options.spec) | dict(options.environment))
@@ -72,21 +73,20 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         with lock:
             pipe.send((kind, value))
 
-    class StoppingConnector(NixlConnector):
+    connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
+    victims: list[int] = []
+    start_read = connector.start_read
+
+    def stop_and_start_read(peer: Any, read: Any) -> Any:
         """Stops the holder's process just before a READ is posted."""
+        if not victims:
+            return start_read(peer, read)
+        os.kill(victims.pop(), signal.SIGSTOP)
+        handle = start_read(peer, read)
+        send("posted", None)
+        return handle
 
-        victim = 0
-
-        def start_read(self, peer: Any, read: Any) -> Any:
-            victim, self.victim = self.victim, 0
-            if not victim:
-                return super().start_read(peer, read)
-            os.kill(victim, signal.SIGSTOP)
-            handle = super().start_read(peer, read)
-            send("posted", None)
-            return handle
-
-    connector = StoppingConnector(options.name, options.incarnation)
+    connector.start_read = stop_and_start_read  # type: ignore[method-assign]
     worker = TransferWorker(
         context=SecureContext(options.keys),
         spec=options.spec,
@@ -120,8 +120,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "blocks": lambda block_ids: kv_cache[block_ids].numpy(),
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
-        "stop_before_read": lambda pid: setattr(connector, "victim", pid),
-        "listeners": listening_addresses,
+        "stop_before_read": victims.append,
+        "open_listeners": open_listeners,
         "cpu_seconds": lambda: os.times().user + os.times().system,
         "close": lambda: worker.close(timeout_s=5),
     }
@@ -140,13 +140,12 @@ def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:
     share[len(share) // 2] ^= 1
 
 
-def listening_addresses() -> list[str]:
-    import psutil
-
+def open_listeners() -> list[str]:
+    """Addresses that other hosts could connect to."""
     return [
-        connection.laddr.ip
-        for connection in psutil.Process().net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
+        f"{listener.address}:{listener.port}"
+        for listener in tcp_sockets.listeners()
+        if listener.address != "127.0.0.1" and tcp_sockets.bound_device(listener) != "lo"
     ]
 
 
@@ -154,7 +153,10 @@ class RankHandle:
     """The test's end of the pipe."""
 
     def __init__(self, options: RankOptions) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["pdlaunch.transfer.worker", "pdlaunch.transfer.connectors", "tests.transfer.rank_process"]
+        )
         self.options = options
         self._pipe, child_end = context.Pipe()
         self.process = context.Process(target=run_rank, args=(child_end, options), daemon=True)
