@@ -12,6 +12,8 @@ import psutil
 
 LOOPBACK_DEVICE = "lo"
 _LISTENING = "0A"
+_CLOSED_BY_PEER = frozenset({"08", "09"})
+"""CLOSE_WAIT and LAST_ACK: the peer's end counts as one byte that is not read."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
@@ -77,7 +79,7 @@ def _connections(tables: tuple[Path, ...]) -> Iterator[tuple[int, int, str, int,
         for line in table.read_text().splitlines()[1:]:
             _, local, remote, state, queues, *_ = line.split()
             sending, receiving = queues.split(":")
-            yield _port(local), _port(remote), state, int(sending, 16), int(receiving, 16)
+            yield _port(local), _port(remote), state, int(sending, 16), int(receiving, 16) - (state in _CLOSED_BY_PEER)
 
 
 def _port(address: str) -> int:

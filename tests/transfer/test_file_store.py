@@ -1,0 +1,97 @@
+"""The folder of the file connector: whole files, no way out, a limit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import TransferError
+from pdlaunch.transfer.file_store import FileStore, file_name
+
+CPU = torch.device("cpu")
+BLOCKS = torch.arange(256, dtype=torch.float32)
+DIGESTS = [f"{index:064x}" for index in range(4)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(str(tmp_path / "kv"), 1_000_000)
+
+
+def test_what_is_written_is_read(store: FileStore, tmp_path: Path) -> None:
+    name = file_name(DIGESTS[0], "reader")
+    store.write(name, BLOCKS)
+    assert torch.equal(store.read(name, CPU), BLOCKS)
+    assert [path.name for path in (tmp_path / "kv").iterdir()] == [DIGESTS[0]]
+    assert len(list((tmp_path / "kv" / DIGESTS[0]).iterdir())) == 1, "no part of a file is left"
+
+
+@given(name=st.text() | st.sampled_from(["../x", "/etc/passwd", "a" * 64, f"{'a' * 64}/../../x", f"{'A' * 64}/{'b' * 64}", "."]))
+def test_no_other_name_is_taken(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.getbasetemp() / "names"
+    store = FileStore(str(folder), 1_000_000)
+    for use in (lambda: store.write(name, BLOCKS), lambda: store.read(name, CPU), lambda: store.remove(name)):
+        with pytest.raises(TransferError, match="is no name of a file of KV blocks"):
+            use()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_link_does_not_lead_out(store: FileStore, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "kv" / DIGESTS[0]).symlink_to(outside)
+    name = file_name(DIGESTS[0], "reader")
+    with pytest.raises(TransferError, match="leads out of"):
+        store.write(name, BLOCKS)
+    with pytest.raises(TransferError, match="leads out of"):
+        store.read(name, CPU)
+    assert list(outside.iterdir()) == []
+
+
+def test_the_oldest_prompts_are_deleted_when_the_limit_is_passed(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path), 3 * 1200)
+    for age_s, digest in zip((300, 100, 200), DIGESTS, strict=False):
+        store.write(file_name(digest, "reader"), BLOCKS)
+        os.utime(tmp_path / digest, (0, 10_000 - age_s))
+    store.write(file_name(DIGESTS[3], "reader"), BLOCKS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DIGESTS[1], DIGESTS[2], DIGESTS[3]]
+
+
+def test_what_exceeds_the_limit_alone_is_refused(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path), 1000)
+    with pytest.raises(TransferError, match=r"1024 bytes do not fit .* file_size_limit is 1000"):
+        store.write(file_name(DIGESTS[0], "reader"), BLOCKS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removed_file_takes_its_empty_folder_along(store: FileStore, tmp_path: Path) -> None:
+    names = [file_name(DIGESTS[0], reader) for reader in ("a", "b")]
+    for name in names:
+        store.write(name, BLOCKS)
+    store.remove(names[0])
+    assert torch.equal(store.read(names[1], CPU), BLOCKS)
+    store.remove(names[1])
+    assert list((tmp_path / "kv").iterdir()) == []
+    store.remove(names[1])
+
+
+def test_missing_and_broken_files_are_told(store: FileStore, tmp_path: Path) -> None:
+    name = file_name(DIGESTS[0], "reader")
+    with pytest.raises(TransferError, match="cannot be read"):
+        store.read(name, CPU)
+    store.write(name, BLOCKS)
+    path = next((tmp_path / "kv" / DIGESTS[0]).iterdir())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TransferError, match="cannot be read"):
+        store.read(name, CPU)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TransferError, match=r"kv_transfer.file_directory .* cannot be written to"):
+        FileStore(str(tmp_path / "file" / "kv"), 1)
