@@ -1,0 +1,108 @@
+"""Deployments of tiny models whose transfers are faulty and whose processes are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.smoke import engines_of
+from pdlaunch.client.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
+from pdlaunch.errors import PdlaunchError
+from tests.e2e.conftest import clean_environ
+
+TINY = ("--dtype", "float32", "--kv-cache-memory", "2MiB")
+SHORT_DEADLINES = {"PDLAUNCH_KV_TRANSFER__LEASE_S": "3", "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5"}
+
+
+@contextmanager
+def faulty_deployment(
+    model: Path, faults: Mapping[str, Any] | None, *arguments: str, environ: Mapping[str, str] = SHORT_DEADLINES
+) -> Iterator[Deployment]:
+    """One prefill and one decode engine; ``faults``: fields of ``FaultPlan``."""
+    plan = {} if faults is None else {"PDLAUNCH_ENV__PDLAUNCH_CHAOS": json.dumps(faults)}
+    command = ("--model", str(model), *TINY, *arguments)
+    # Prompts take several steps: faults meet chunked prefills too.
+    chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}
+    with running_deployment(command, environ=clean_environ() | chunks | dict(environ) | plan) as deployment:
+        yield deployment
+
+
+@dataclass
+class Kill:
+    """One ``kill -9`` and what clients saw of it; all seconds are counted from the kill."""
+
+    process: str
+    killed_s: float
+    """Monotonic clock."""
+    ready_s: float
+    """Until the router could use the engine again."""
+    num_in_flight: int = 0
+    num_lost: int = 0
+    """Of those in flight: errors, even those that say why."""
+    longest_gap_s: float = 0.0
+    """Between two tokens that a client of these saw."""
+
+
+async def load_with_kills(
+    deployment: Deployment, options: SoakOptions, processes: list[str], source: random.Random, *, pause_s: tuple[float, float]
+) -> tuple[SoakReport, list[Kill]]:
+    """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request."""
+    stop = asyncio.Event()
+    kills: list[Kill] = []
+
+    async def kill_all() -> None:
+        for name in processes:
+            await asyncio.sleep(source.uniform(*pause_s))
+            kills.append(await kill_and_wait(deployment, name))
+        await asyncio.sleep(pause_s[0])
+        stop.set()
+
+    async with soak_session(options) as session:
+        cases = await make_cases(session, options)
+        killer = asyncio.create_task(kill_all())
+        report = await run_load(session, options, cases, stop=stop)
+        await end(killer)
+    for kill in kills:
+        hit = [sent for sent in report.sent if sent.start_s <= kill.killed_s <= sent.end_s]
+        kill.num_in_flight = len(hit)
+        kill.num_lost = sum(sent.outcome not in ("equal", "cancelled") for sent in hit)
+        kill.longest_gap_s = max((sent.longest_gap_s for sent in hit), default=0.0)
+    return report, kills
+
+
+async def end(killer: asyncio.Task[None]) -> None:
+    """Raises what has gone wrong in it."""
+    killer.cancel()
+    with suppress(asyncio.CancelledError):
+        await killer
+
+
+async def kill_and_wait(deployment: Deployment, name: str, timeout_s: float = 90.0) -> Kill:
+    """Kill a process and wait until its successor is ready."""
+    old = deployment.processes()[name]
+    killed_s = time.monotonic()
+    old.kill()
+    while time.monotonic() < killed_s + timeout_s:
+        await asyncio.sleep(0.05)
+        if await asyncio.to_thread(_is_back, deployment, name, old.pid):
+            return Kill(name, killed_s, time.monotonic() - killed_s)
+    raise AssertionError(f"{name} did not come back within {timeout_s:g} s:\n{deployment.output()}")
+
+
+def _is_back(deployment: Deployment, name: str, old_pid: int) -> bool:
+    new = deployment.processes().get(name)
+    if new is None or new.pid == old_pid:
+        return False
+    try:
+        return all(engine["state"] == "ready" for engine in engines_of(Api(deployment.url, timeout_s=5)))
+    except PdlaunchError:
+        return False
