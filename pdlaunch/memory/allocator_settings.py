@@ -27,8 +27,13 @@ class TorchAllocatorSettings:
     """Those of this process."""
 
     def read(self) -> str:
-        accelerator: Any = torch._C
-        return str(accelerator._accelerator_getAllocatorSettings())
+        """Raises KeyError when this torch tells them in a way that is not known here."""
+        get = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+        if get is not None:
+            return str(get())
+        # torch 2.11 tells them in snapshots only.
+        found: dict[str, Any] = torch.cuda.memory._snapshot()["allocator_settings"]
+        return str(next(found[name] for name in VARIABLES if name in found))
 
     def write(self, text: str) -> None:
         accelerator: Any = torch._C

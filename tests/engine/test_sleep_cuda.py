@@ -1,0 +1,77 @@
+"""A runner that sleeps: memory by the driver's own count, and the same tokens after each level."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.memory.cumem_pools import CuMemPools, open_memory_pools
+from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS
+from pdlaunch.protocol.engine import SamplingParams
+from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
+from tests.models.tiny import COMMON, save_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KV_BYTES = 1024**3
+
+
+@pytest.fixture
+def pools() -> Iterator[CuMemPools]:
+    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
+    assert isinstance(pools, CuMemPools)
+    yield pools
+    pools.close()
+
+
+def answers(runner: ModelRunner) -> list[list[int]]:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(int(str(COMMON["vocab_size"]))) for _ in range(length)] for length in (5, 17, 40)]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    return HandScheduler(runner).run([Request(prompt, 12, sampling, start_step=0, chunk=16) for prompt in prompts])
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_tokens_are_the_same_after_each_of_ten_cycles(name: str, load_format: str, tmp_path: Path, pools: CuMemPools) -> None:
+    directory = save_tiny_model(name, tmp_path)
+    spec = make_spec(
+        directory,
+        device="cuda",
+        device_indices=(0,),
+        enable_cumem_allocator=True,
+        kv_cache_memory_bytes=KV_BYTES,
+        load_format=load_format,
+    )
+    runner = ModelRunner(spec, tp=None, progress=ignore_progress, pools=pools)
+    before, address = answers(runner), runner.kv_cache.data_ptr()
+    pool_bytes = pools.table.num_bytes()
+    free_asleep, free_awake = [], []
+    for level in (1, 2) * 5:
+        torch.cuda.synchronize()
+        free_bytes = torch.cuda.mem_get_info()[0]
+        assert runner.sleep(level) == pool_bytes
+        free_asleep.append(torch.cuda.mem_get_info()[0])
+        assert free_asleep[-1] - free_bytes >= 0.95 * pool_bytes
+        assert runner.sleeping_tags == {WEIGHTS, KV_CACHE}
+        runner.wake_up([WEIGHTS])
+        assert runner.sleeping_tags == {KV_CACHE}
+        runner.wake_up(TAGS)
+        assert int(runner.kv_cache.count_nonzero()) == 0
+        assert answers(runner) == before
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free_awake.append(torch.cuda.mem_get_info()[0])
+    assert runner.kv_cache.data_ptr() == address
+    # The first cycles bring kernels that are loaded when they are first used.
+    assert len(set(free_asleep[4:])) == 1
+    assert len(set(free_awake[4:])) == 1
+    del runner

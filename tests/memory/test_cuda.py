@@ -1,0 +1,124 @@
+"""Pools on a device, by the driver's own count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pdlaunch.errors import MemoryPoolError
+from pdlaunch.memory.cumem_pools import CuMemPools, open_memory_pools
+from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MIB = 1024**2
+
+
+@pytest.fixture
+def pools() -> Iterator[CuMemPools]:
+    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
+    assert isinstance(pools, CuMemPools)
+    yield pools
+    pools.close()
+
+
+def used_bytes() -> int:
+    torch.cuda.synchronize()
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return total_bytes - free_bytes
+
+
+def random_bytes(num_bytes: int) -> torch.Tensor:
+    return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda")
+
+
+def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(pools: CuMemPools) -> None:
+    with pools.memory_pool(WEIGHTS):
+        weights = [random_bytes(size) for size in (200 * MIB, 3 * MIB + 1, 1000)]
+    with pools.memory_pool(KV_CACHE):
+        cache = random_bytes(512 * MIB)
+    elsewhere = random_bytes(64 * MIB)
+    expected, addresses = [tensor.cpu() for tensor in weights], [tensor.data_ptr() for tensor in weights]
+    assert pools.table.num_bytes() >= 715 * MIB
+    awake_bytes, counts = used_bytes(), []
+    for _ in range(10):
+        given_back = pools.sleep(TAGS, keep=[WEIGHTS])
+        assert given_back == pools.table.num_bytes()
+        counts.append(used_bytes())
+        assert awake_bytes - counts[-1] >= 0.95 * given_back
+        assert pools.wake_up([WEIGHTS]) + pools.wake_up([KV_CACHE]) == given_back
+        assert used_bytes() <= awake_bytes
+        pools.table.check_integrity()
+    assert len(set(counts)) == 1
+    assert [tensor.data_ptr() for tensor in weights] == addresses
+    assert all(torch.equal(tensor.cpu(), was) for tensor, was in zip(weights, expected, strict=True))
+    cache.fill_(7)
+    assert int(cache.sum(dtype=torch.int64)) == 7 * cache.numel()
+    del elsewhere
+
+
+def test_freed_memory_comes_back_when_the_pools_close() -> None:
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+    torch.cuda.empty_cache()
+    before = used_bytes()
+    pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
+    assert isinstance(pools, CuMemPools)
+    with pools.memory_pool(KV_CACHE):
+        cache = random_bytes(256 * MIB)
+    pools.sleep([KV_CACHE])
+    with pytest.raises(MemoryPoolError, match="still in use by tensors"):
+        pools.close()
+    del cache
+    pools.close()
+    assert used_bytes() <= before + 32 * MIB
+    assert pools.table.num_bytes() == 0
+
+
+def test_handles_can_be_shared(pools: CuMemPools) -> None:
+    with pools.memory_pool(KV_CACHE):
+        cache = random_bytes(64 * MIB)
+    (found,) = pools.exported_handles(KV_CACHE)
+    assert found.address <= cache.data_ptr() < found.address + found.num_bytes
+    if found.kind == "posix_fd":
+        assert isinstance(found.handle, int)
+        os.close(found.handle)
+    else:
+        assert isinstance(found.handle, bytes)
+
+
+def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:
+    with pytest.raises(torch.OutOfMemoryError), pools.memory_pool(KV_CACHE):
+        torch.empty(2**42, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("conf", ["", "expandable_segments:True,max_split_size_mb:512"])
+def test_the_interpreter_exits_cleanly_with_pools_tensors_and_a_sleeping_tag(conf: str) -> None:
+    code = """
+import torch
+from pdlaunch.memory.allocator_settings import TorchAllocatorSettings
+from pdlaunch.memory.cumem_pools import open_memory_pools
+pools = open_memory_pools(enabled=True, device=torch.device("cuda", 0))
+with pools.memory_pool("weights"):
+    weights = torch.ones(2**26, device="cuda")
+    freed = torch.ones(2**24, device="cuda")
+with pools.memory_pool("kv_cache"):
+    cache = torch.ones(2**26, device="cuda")
+del freed
+pools.sleep(["kv_cache"])
+assert pools.table.num_bytes() >= 2**29
+elsewhere = torch.ones(2**26, device="cuda")
+print(TorchAllocatorSettings().read(), int(weights.sum()))
+"""
+    environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{conf} {2**26}\n"
