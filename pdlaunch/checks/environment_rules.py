@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from pdlaunch.config.sizes import format_size, parse_size
 from pdlaunch.platform.facts import UNLIMITED, Libraries
 
 MIN_SHM_BYTES = parse_size("256MiB")
+OLDEST_MOONCAKE = (0, 3, 13)
 _FILES_OF_A_PROCESS = 64
 _FILES_OF_A_PAIR = 4
 
@@ -181,8 +183,31 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
         return
     if not libraries.mooncake:
         yield Found("package mooncake", "mooncake is not installed for this Python", "pip install mooncake-transfer-engine")
+    elif libraries.mooncake_version is not None and _numbers(libraries.mooncake_version) < OLDEST_MOONCAKE:
+        oldest = ".".join(map(str, OLDEST_MOONCAKE))
+        yield Found(
+            "package mooncake",
+            f"mooncake is {libraries.mooncake_version}; {oldest} is the oldest whose writes over TCP are acknowledged",
+            f"pip install 'mooncake-transfer-engine>={oldest}'",
+        )
     for name in libraries.missing_for_mooncake:
         yield Found("package mooncake", f"the loader does not find {name}")
+
+
+@rule(
+    "PD409",
+    "warning",
+    fix="Use connector nixl on machines that others have accounts on, or give the deployment a network namespace of its own.",
+    source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
+)
+def mooncake_sockets(context: Context) -> Iterator[Found]:
+    """Mooncake's sockets admit every process of this machine.
+
+    Each rank listens on two ports without authentication. pdlaunch binds them to the loopback device, so that no other host
+    reaches them; a process of this machine could still read and write KV blocks.
+    """
+    if _uses(context, "mooncake"):
+        yield Found("kv_transfer.connector", "mooncake listens without authentication on this machine's loopback device")
 
 
 @rule(
@@ -329,6 +354,29 @@ def shm_stale(context: Context) -> Iterator[Found]:
     if stale:
         more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
         yield Found("/dev/shm", f"no visible process uses {', '.join(map(ascii, stale[:3]))}{more}")
+
+
+@rule(
+    "PD418",
+    "error",
+    fix="Use Linux 5.7 or later or give the ranks CAP_NET_RAW, or use connector nixl.",
+    source="SO_BINDTODEVICE in socket(7).",
+    needs=("limits",),
+)
+def mooncake_device_binding(context: Context) -> Iterator[Found]:
+    """Mooncake's sockets cannot be closed to other hosts.
+
+    It listens on all addresses, and the kernel does not let this user bind sockets to the loopback device: the ranks refuse to
+    start.
+    """
+    if _uses(context, "mooncake") and not context.machine.limits.can_bind_to_device:
+        yield Found("kv_transfer.connector", "the sockets of mooncake would be open to every host")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``0.3.13.post1`` as (0, 3, 13)."""
+    parts = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(map(int, parts))
 
 
 def _uses(context: Context, connector: str) -> bool:

@@ -62,6 +62,8 @@ class Libraries:
     transformers: str | None = None
     nixl: NixlInstall = field(default_factory=NixlInstall)
     mooncake: bool = False
+    mooncake_version: str | None = None
+    """None: not installed, or without metadata."""
     missing_for_mooncake: tuple[str, ...] = ()
     """Shared libraries that Mooncake needs and the loader does not find."""
 
@@ -72,6 +74,8 @@ class Limits:
 
     memlock_bytes: int
     num_open_files: int
+    can_bind_to_device: bool = True
+    """Sockets can be bound to a network device (SO_BINDTODEVICE)."""
 
 
 @dataclass(frozen=True, slots=True)

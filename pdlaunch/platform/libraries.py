@@ -21,13 +21,14 @@ def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
     """What this Python has."""
     torch = _folder("torch")
     version_file = _read(torch / "version.py") if torch else ""
-    mooncake = _folder("mooncake") is not None
+    mooncake = _folder("mooncake")
     return Libraries(
         torch=_assigned(version_file, "__version__") or ("unknown" if torch else None),
         torch_cuda=_assigned(version_file, "cuda"),
         transformers=_version("transformers"),
         nixl=_find_nixl(environ),
-        mooncake=mooncake,
+        mooncake=mooncake is not None,
+        mooncake_version=_mooncake_version(mooncake) if mooncake else None,
         missing_for_mooncake=tuple(name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)),
     )
 
@@ -56,6 +57,12 @@ def _version(module: str) -> str | None:
         return None
     found = sorted(folder.parent.glob(f"{module}-*.dist-info"))
     return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else "unknown"
+
+
+def _mooncake_version(package: Path) -> str | None:
+    """Of whichever build is installed: ``mooncake_transfer_engine``, with ``_non_cuda`` or a CUDA version behind it."""
+    found = sorted(package.parent.glob("mooncake_transfer_engine*-*.dist-info"))
+    return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else None
 
 
 def _folder(module: str) -> Path | None:

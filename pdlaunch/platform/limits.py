@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdlaunch.platform.facts import UNLIMITED, Limits, SharedMemory
+from pdlaunch.platform.tcp_sockets import can_bind_to_loopback
 
 SHM_FOLDER = Path("/dev/shm")
 
@@ -58,7 +59,11 @@ def read_limits() -> Limits:
         limit = resource.getrlimit(kind)[0]
         return UNLIMITED if limit == resource.RLIM_INFINITY else limit
 
-    return Limits(memlock_bytes=soft(resource.RLIMIT_MEMLOCK), num_open_files=soft(resource.RLIMIT_NOFILE))
+    return Limits(
+        memlock_bytes=soft(resource.RLIMIT_MEMLOCK),
+        num_open_files=soft(resource.RLIMIT_NOFILE),
+        can_bind_to_device=can_bind_to_loopback(),
+    )
 
 
 def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:

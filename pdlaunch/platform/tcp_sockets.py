@@ -12,8 +12,9 @@ import psutil
 
 LOOPBACK_DEVICE = "lo"
 _LISTENING = "0A"
-_CLOSED_BY_PEER = frozenset({"08", "09"})
-"""CLOSE_WAIT and LAST_ACK: the peer's end counts as one byte that is not read."""
+_END_UNREAD = frozenset({"08", "09"})
+_END_UNSENT = frozenset({"04", "09", "0B"})
+"""States in which the end of the stream counts as one byte. Source: net/tcp_states.h."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
@@ -67,7 +68,7 @@ def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
     processes that have ended stay there until the bytes have left.
     """
     for local_port, remote_port, state, sending, receiving in _connections(tables):
-        if state != _LISTENING and ((local_port == port and receiving) or (remote_port == port and sending)):
+        if state != _LISTENING and ((local_port == port and receiving > 0) or (remote_port == port and sending > 0)):
             return True
     return False
 
@@ -79,7 +80,9 @@ def _connections(tables: tuple[Path, ...]) -> Iterator[tuple[int, int, str, int,
         for line in table.read_text().splitlines()[1:]:
             _, local, remote, state, queues, *_ = line.split()
             sending, receiving = queues.split(":")
-            yield _port(local), _port(remote), state, int(sending, 16), int(receiving, 16) - (state in _CLOSED_BY_PEER)
+            unsent = int(sending, 16) - (state in _END_UNSENT)
+            unread = int(receiving, 16) - (state in _END_UNREAD)
+            yield _port(local), _port(remote), state, unsent, unread
 
 
 def _port(address: str) -> int:

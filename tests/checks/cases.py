@@ -203,9 +203,18 @@ CASES: dict[str, Case] = {
     "PD406": Case([on(libraries(GPU, torch="2.13.0+cpu", torch_cuda=None))], [on(CPU), on(GPU)]),
     "PD407": Case([on(machine(GPU, driver_cuda=(12, 8)))], [on(libraries(GPU, torch_cuda="12.8")), on(GPU)]),
     "PD408": Case(
-        [mooncake(CPU), mooncake(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",)))],
-        [mooncake(libraries(mooncake=True)), on(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",)))],
+        [
+            mooncake(CPU),
+            mooncake(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",))),
+            mooncake(libraries(mooncake=True, mooncake_version="0.3.12.post9")),
+        ],
+        [
+            mooncake(libraries(mooncake=True, mooncake_version="0.3.13.post1")),
+            mooncake(libraries(mooncake=True)),
+            on(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",))),
+        ],
     ),
+    "PD409": Case([mooncake(CPU)], [on(CPU)]),
     "PD410": Case([on(CPU, device="cuda")], [on(CPU), on(GPU, device="cuda")]),
     "PD411": Case([on(GPU, decode__tensor_parallel_size=16)], [on(GPU, decode__tensor_parallel_size=8)]),
     "PD412": Case([on(machine(cpus=(0,)))], [on(machine(cpus=(0, 1)))]),
@@ -220,6 +229,10 @@ CASES: dict[str, Case] = {
     "PD415": Case([on(machine(limits=Limits(-1, 256)))], [on(machine(limits=Limits(-1, 1024)))]),
     "PD416": Case([on(machine(shm=SharedMemory(64 << 20, 64 << 20)))], [on(machine(shm=SharedMemory(1 << 30, 1 << 30)))]),
     "PD417": Case([on(machine(shm=SharedMemory(GIB, GIB, ("ucx_shm_posix_1",))))], [on(CPU)]),
+    "PD418": Case(
+        [mooncake(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
+        [mooncake(CPU), on(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
+    ),
     "PD420": Case([on(CPU, ports={ROUTER: PortState("busy")})], [on(CPU, ports={ROUTER: PortState()})]),
     "PD421": Case(
         [on(CPU, port=80, ports={("127.0.0.1", 80): PortState("privileged")})], [on(CPU, ports={ROUTER: PortState("busy")})]

@@ -52,6 +52,7 @@ def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
     assert under_way(9, 7000, "04", 5, 0)
     assert under_way(7000, 9, "08", 0, 2)
     assert not under_way(7000, 9, "08", 0, 1), "only the end of the stream"
+    assert not under_way(9, 7000, "04", 1, 0), "only the end of the stream"
     assert not under_way(7000, 9, "0A", 0, 5)
     assert not under_way(7000, 9, "01", 5, 0)
     assert not under_way(9, 7000, "01", 0, 5)
