@@ -10,7 +10,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
-from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.engine.step import StepPlan
 from pdlaunch.engine.tp_channel import LeaderChannel
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.engine import (
@@ -21,7 +21,9 @@ from pdlaunch.protocol.engine import (
     Hello,
     IntegrityReport,
     Outputs,
+    RequestFinished,
     SetReaders,
+    Tokens,
     ToRank,
     Welcome,
 )
@@ -62,6 +64,7 @@ class Leader:
         self._followers = followers
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
+        self._outputs: list[Tokens | RequestFinished] = []
         self._stats_due_s = 0.0
         self._last_stats: EngineStats | None = None
 
@@ -72,20 +75,22 @@ class Leader:
 
     def wait_s(self) -> float:
         """How long the loop may sleep when no socket wakes it."""
-        if self._scheduler.has_work():
+        if self._scheduler.has_work() or self._outputs:
             return 0.0
         return STATS_INTERVAL_S
 
     def turn(self) -> None:
-        """Receive, schedule, run, postprocess, send."""
+        """Receive, schedule, send what the step before gave, run, postprocess."""
         for message in self._server.receive():
             self._on_request(message)
         self._receive_events()
         plan = self._scheduler.schedule()
+        self._submit(plan)
+        # Only now: an answer must not reach a decode engine before the lease that it speaks of is granted.
+        self._send_outputs()
         if not _is_empty(plan):
-            self._scheduler.postprocess(plan, self._run(plan))
-        if outputs := self._scheduler.take_outputs():
-            self._server.send(Outputs(items=outputs))
+            self._scheduler.postprocess(plan, self._runner.execute(plan))
+            self._outputs = self._scheduler.take_outputs()
         self._send_stats()
 
     def _on_request(self, message: ToRank) -> None:
@@ -93,6 +98,7 @@ class Leader:
             case Hello():
                 self._scheduler.abort_all()
                 self._scheduler.take_outputs()
+                self._outputs = []
                 self._server.send(self._welcome)
             case AddRequest():
                 self._scheduler.add(message)
@@ -120,11 +126,18 @@ class Leader:
             for merged in self._events.add(event):
                 self._scheduler.on_transfer_event(merged)
 
-    def _run(self, plan: StepPlan) -> StepOutput:
+    def _submit(self, plan: StepPlan) -> None:
+        if _is_empty(plan):
+            return
         if self._followers is not None:
             self._followers.send(plan)
         self._transfer.submit(plan.commands)
-        return self._runner.execute(plan)
+
+    def _send_outputs(self) -> None:
+        outputs = [*self._outputs, *self._scheduler.take_outputs()]
+        self._outputs = []
+        if outputs:
+            self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:
         now_s = self._clock()

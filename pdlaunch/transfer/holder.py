@@ -28,7 +28,7 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
-from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded
+from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded, SetLeaseReaders
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import PushJob
 from pdlaunch.transfer.handshake import RankIdentity
@@ -72,6 +72,10 @@ class Holder:
     def end(self, command: EndLease) -> None:
         """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
         self._leases.cancel(command.request_id)
+
+    def set_readers(self, command: SetLeaseReaders) -> None:
+        """Fewer readers will come than were announced."""
+        self._leases.set_readers(command.request_id, command.num_readers)
 
     def take_ended(self) -> list[LeaseEnded]:
         """Expire what is due; leases that have ended since the last call."""

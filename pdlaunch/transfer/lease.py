@@ -38,6 +38,8 @@ class Lease:
     deadline_s: float
     last_deadline_s: float
     """No extension goes beyond this."""
+    num_readers: int
+    """Choices that will pull; fewer than granted when some have ended with their first token."""
     open_readers: dict[str, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of pullers."""
     served: Fraction = Fraction(0)
@@ -61,7 +63,17 @@ class LeaseTable:
         if grant.request_id in self._leases:
             raise LeaseError(f"request {grant.request_id} has a lease already")
         now = self._clock()
-        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, now + MAX_EXTENSIONS * grant.lease_s)
+        last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
+        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers)
+
+    def set_readers(self, request_id: str, num_readers: int) -> None:
+        """That many readers come, and no more; the lease ends when all have been here. Unknown ids are ignored."""
+        lease = self._leases.get(request_id)
+        if lease is None:
+            return
+        lease.num_readers = num_readers
+        if lease.served >= num_readers:
+            self._end(lease, "pulled")
 
     def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
         """A pull begins; extends the lease. Beginning twice is the same as once. Raises LeaseError."""
@@ -98,7 +110,7 @@ class LeaseTable:
             return False
         if not again:
             lease.served += Fraction(1, num_pullers)
-        if lease.served >= lease.grant.num_readers:
+        if lease.served >= lease.num_readers:
             self._end(lease, "pulled")
         elif lease.cancelled and not lease.open_readers:
             self._end(lease, "released")
@@ -116,7 +128,7 @@ class LeaseTable:
     def release(self, request_id: str) -> None:
         """A reader says that it will not come. With several readers the others may: then only the deadline ends the lease."""
         lease = self._leases.get(request_id)
-        if lease is not None and lease.grant.num_readers == 1 and not lease.open_readers:
+        if lease is not None and lease.num_readers == 1 and not lease.open_readers:
             self._end(lease, "released")
 
     def expire(self) -> None:

@@ -14,7 +14,15 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.side_channel import Push
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, StartPull, TransferCommand, TransferEvent
+from pdlaunch.protocol.transfer import (
+    CancelPull,
+    EndLease,
+    GrantLease,
+    SetLeaseReaders,
+    StartPull,
+    TransferCommand,
+    TransferEvent,
+)
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
@@ -110,6 +118,8 @@ class TransferLoop:
                 self._grant(command)
             case EndLease():
                 self._holder.end(command)
+            case SetLeaseReaders():
+                self._holder.set_readers(command)
             case StartPull():
                 self._pulls.start(command)
             case CancelPull():

@@ -195,3 +195,19 @@ class LeaseLife(RuleBasedStateMachine):
 
 LeaseLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestLeaseLife = LeaseLife.TestCase
+
+
+@pytest.mark.parametrize("set_first", [True, False])
+def test_fewer_readers_than_granted(leases, set_first):
+    """A choice has ended with its first token: told before or after the others have pulled."""
+    leases.grant(grant_of("r", num_readers=2), GROUPS)
+    steps = [lambda: leases.set_readers("r", 1), lambda: (leases.begin("r", "a", 1), leases.end("r", "a", again=False))]
+    for step in steps if set_first else reversed(steps):
+        assert leases.take_ended() == []
+        step()
+    assert leases.take_ended() == [("r", "pulled")]
+
+
+def test_readers_of_an_unknown_lease_are_ignored(leases):
+    leases.set_readers("nobody", 1)
+    assert leases.take_ended() == []

@@ -1,0 +1,81 @@
+"""The order in which rank 0 tells others what a step gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.kvcache.groups import make_groups
+from pdlaunch.protocol.engine import AddRequest, FromRank, Outputs, SamplingParams, TokenOutput, ToRank
+from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
+from tests.engine.hand_scheduler import make_spec
+
+
+class Recorder:
+    """Server link, transfer worker and runner in one: writes down who was told what, in order."""
+
+    num_blocks = 16
+
+    def __init__(self, requests: list[ToRank]) -> None:
+        self.requests = requests
+        self.told: list[object] = []
+
+    def receive(self) -> list[ToRank]:
+        requests, self.requests = self.requests, []
+        return requests
+
+    def send(self, message: FromRank) -> None:
+        if isinstance(message, Outputs):
+            self.told += message.items
+
+    def submit(self, commands: list[TransferCommand]) -> None:
+        self.told += commands
+
+    def take_events(self) -> list[TransferEvent]:
+        return []
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
+
+
+def make_leader(recorder: Any) -> Leader:
+    scheduler = Scheduler(
+        groups=make_groups([None]),
+        num_blocks=16,
+        block_size=4,
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        enable_prefix_caching=True,
+        model_digest="m",
+        kv_transfer=KVTransferSettings(),
+        local=("engine", "127.0.0.1", 1, 1),
+    )
+    return Leader(
+        spec=make_spec("unused"),
+        engine_id="engine",
+        incarnation=1,
+        runner=recorder,
+        transfer=recorder,
+        scheduler=scheduler,
+        server=recorder,
+        followers=None,
+    )
+
+
+def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
+    request = AddRequest(
+        request_id="a/0", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=1), do_remote_decode=True
+    )
+    recorder = Recorder([request])
+    leader = make_leader(recorder)
+    while leader.wait_s() == 0 or recorder.requests:
+        leader.turn()
+    kinds = [type(message).__name__ for message in recorder.told]
+    assert kinds == ["GrantLease", "RequestFinished"]
+    grant, finished = recorder.told
+    assert isinstance(grant, GrantLease)
+    assert finished.remote_kv.request_id == grant.request_id  # type: ignore[attr-defined]
