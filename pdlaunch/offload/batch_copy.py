@@ -40,15 +40,19 @@ class _Attributes(ctypes.Structure):
     ]
 
 
-BATCH_STREAMS = (1, 3)
-"""Streams that may share a batch: a copy engine works through its entries one by one, several engines side by side."""
+NUM_STREAMS = 3
+"""Streams that share a batch: a copy engine works through its entries one by one, several engines side by side.
+
+Measured on an H200, one stream and three: blocks of 64 KiB 39 and 46 GB/s, 256 KiB 49 and 52 GB/s.
+"""
 
 
 class BatchCopy(CopyMethod):
     """Needs a driver of CUDA 12.8 or newer; ``load`` raises DriverError where there is none. Not for the default stream."""
 
-    def __init__(self, num_streams: int = 1, load: Callable[[], ctypes.CDLL] = load_library) -> None:
-        self.name = "batch" if num_streams == 1 else f"batch/{num_streams}"
+    name = "batch"
+
+    def __init__(self, load: Callable[[], ctypes.CDLL] = load_library) -> None:
         library = load()
         self._with_fail_index = not hasattr(library, "cuMemcpyBatchAsync_v2")
         try:
@@ -57,7 +61,6 @@ class BatchCopy(CopyMethod):
             raise DriverError("the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8") from None
         self._attributes = _Attributes(src_access_order=_SRC_ACCESS_ORDER_STREAM)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
-        self._num_streams = num_streams
         self._helpers: dict[torch.cuda.Stream, list[torch.cuda.Stream]] = {}
 
     def supports(self, copies: PageCopies) -> bool:
@@ -82,7 +85,7 @@ class BatchCopy(CopyMethod):
 
     def _helpers_of(self, main: torch.cuda.Stream) -> list[torch.cuda.Stream]:
         if main not in self._helpers:
-            new = [torch.cuda.Stream(main.device) for _ in range(self._num_streams - 1)]  # type: ignore[no-untyped-call]
+            new = [torch.cuda.Stream(main.device) for _ in range(NUM_STREAMS - 1)]  # type: ignore[no-untyped-call]
             self._helpers[main] = new
         return self._helpers[main]
 

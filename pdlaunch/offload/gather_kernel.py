@@ -6,13 +6,14 @@ rest computes. Import this module only where triton is there.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from pdlaunch.offload.copies import PageCopies
 from pdlaunch.offload.copy_methods import CopyMethod
-from pdlaunch.offload.spec import Direction, IntArray
+from pdlaunch.offload.spec import Direction
 
 UNIT_BYTES = 16
 """Pages and their places are multiples of the widest load of a thread."""
@@ -27,8 +28,8 @@ STORE_KERNELS: tuple[KernelShape, ...] = ((2, 8192, 8), (3, 4096, 4))
 """By programs, fewest first. Stores that keep more in flight starve loads."""
 
 
-# Triton reads annotations: only its own may stand here.
-@triton.jit  # type: ignore[untyped-decorator]
+# Triton reads annotations: only its own may stand here. It must not compile anew for another number of pages.
+@triton.jit(do_not_specialize=["num_pages"])  # type: ignore[untyped-decorator]
 def copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN201
     source,  # noqa: ANN001
     destination,  # noqa: ANN001
@@ -69,14 +70,22 @@ class GatherKernel(CopyMethod):
     def supports(self, copies: PageCopies) -> bool:
         if copies.page_bytes % UNIT_BYTES or copies.device.data_ptr() % UNIT_BYTES:
             return False
-        return not (copies.host_addresses() % UNIT_BYTES).any()
+        # Chunks begin on pages of the machine.
+        return not (copies.chunk_offsets % UNIT_BYTES).any()
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
         target = copies.device.device
         device, host = copies.device.view(-1).view(torch.int32), copies.host.pieces[0].view(torch.int32)
-        device_units = _on_device(copies.block_ids * (copies.page_bytes // UNIT_BYTES), target)
+        num_pages = len(copies.block_ids)
+        # Padded, so that both rows are aligned alike in every transfer: another alignment is another compilation.
+        num_columns = -(-num_pages // UNIT_BYTES) * UNIT_BYTES
+        units = torch.empty((2, num_columns), dtype=torch.int64, pin_memory=target.type == "cuda")
+        values = units.numpy()[:, :num_pages]
+        np.multiply(copies.block_ids, copies.page_bytes // UNIT_BYTES, out=values[0])
         # Pieces of host memory are told apart by their distance from the first: it may be negative.
-        host_units = _on_device((copies.host_addresses() - host.data_ptr()) // UNIT_BYTES, target)
+        np.floor_divide(copies.host_addresses() - host.data_ptr(), UNIT_BYTES, out=values[1])
+        # Torch keeps pinned memory until the copy on this stream has read it.
+        device_units, host_units = units.to(target, non_blocking=True)
         page_words = copies.page_bytes // 4
         columns = min(triton.next_power_of_2(page_words), self._tile_words)
         stores = direction == "store"
@@ -85,15 +94,9 @@ class GatherKernel(CopyMethod):
             host if stores else device,
             device_units if stores else host_units,
             host_units if stores else device_units,
-            len(copies.block_ids),
+            num_pages,
             PAGE_WORDS=page_words,
             ROWS=self._tile_words // columns,
             COLUMNS=columns,
             num_warps=self._num_warps,
         )
-
-
-def _on_device(values: IntArray, target: torch.device) -> torch.Tensor:
-    """Copied on the current stream, from pinned memory that torch keeps until then."""
-    tensor = torch.from_numpy(values)
-    return tensor if target.type == "cpu" else tensor.pin_memory().to(target, non_blocking=True)

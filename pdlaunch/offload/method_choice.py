@@ -74,11 +74,11 @@ def cuda_candidates() -> Candidates:
     loads: list[CopyMethod] = []
     stores: list[CopyMethod] = []
     try:
-        from pdlaunch.offload.batch_copy import BATCH_STREAMS, BatchCopy
+        from pdlaunch.offload.batch_copy import BatchCopy
 
-        batches = [BatchCopy(num_streams) for num_streams in BATCH_STREAMS]
-        loads += batches
-        stores += batches
+        batch = BatchCopy()
+        loads.append(batch)
+        stores.append(batch)
     except DriverError as error:
         logger.info("no batch copies: %s", error)
     if importlib.util.find_spec("triton") is not None:

@@ -22,8 +22,11 @@ from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.lanes import TransferResult
 from pdlaunch.offload.method_choice import MethodTable, choose_cuda_methods, host_methods
 from pdlaunch.offload.tier import ChunkKey, HeadSlice
+from pdlaunch.platform.limits import usable_cpus
 
 logger = logging.getLogger(__name__)
+
+MOST_HASH_THREADS = 8
 
 
 @dataclass(slots=True)
@@ -48,8 +51,9 @@ class OffloadWorker:
     """Host memory of one rank and the copies between it and the rank's KV cache. All methods are for one thread.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, shared by all groups; outlives the
-    worker. ``heads``: the model's KV heads that this rank holds. ``wake`` is called from other threads when ``take_finished``
-    may have something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
+    worker. ``heads``: the model's KV heads that this rank holds. ``num_hash_threads`` compute checksums; half of the cores, at most
+    8, unless given (measured: 512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``wake`` is called from other threads
+    when ``take_finished`` may have something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class OffloadWorker:
         host_memory_bytes: int,
         blocks_per_chunk: int = 1,
         verify: bool = True,
-        num_hash_threads: int = 2,
+        num_hash_threads: int | None = None,
         progress: Progress,
         wake: Callable[[], None],
     ) -> None:
@@ -75,9 +79,10 @@ class OffloadWorker:
         self._host = HostMemory(self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress)
         methods = _choose_methods(layout.block_bytes, self._host, kv_cache.device, progress)
         self._handler = OffloadHandler(groups, self._host, blocks_per_chunk, choose=methods.choose, wake=wake)
-        self._threads = ThreadPoolExecutor(num_hash_threads, thread_name_prefix="offload-hash")
+        num_threads = num_hash_threads or max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="offload-hash")
         self._hasher = (
-            ChunkHasher(self._host, layout.block_bytes, layout.head_bytes, self._threads, num_hash_threads) if verify else None
+            ChunkHasher(self._host, layout.block_bytes, layout.head_bytes, self._threads, num_threads) if verify else None
         )
         self._contents: dict[int, ChunkContent] = {}
         self._pending: dict[int, _Pending] = {}

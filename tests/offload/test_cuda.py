@@ -7,7 +7,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.offload.batch_copy import BATCH_STREAMS
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
@@ -26,7 +25,8 @@ def methods() -> list[CopyMethod]:
     if not torch.cuda.is_available():
         return []
     offered = cuda_candidates()
-    return [*offered["load"], *offered["store"][len(BATCH_STREAMS) :], TorchCopy()]
+    methods_by_name = {method.name: method for method in (*offered["load"], *offered["store"], TorchCopy())}
+    return list(methods_by_name.values())
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
