@@ -51,9 +51,10 @@ class OffloadWorker:
     """Host memory of one rank and the copies between it and the rank's KV cache. All methods are for one thread.
 
     ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, shared by all groups; outlives the
-    worker. ``heads``: the model's KV heads that this rank holds. ``num_hash_threads`` compute checksums; half of the cores, at most
-    8, unless given (measured: 512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``wake`` is called from other threads
-    when ``take_finished`` may have something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
+    worker. ``heads``: the model's KV heads that this rank holds. ``num_hash_threads`` compute checksums; half of the cores, at
+    most 8, unless given (measured: 512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``wake`` is called from other
+    threads when ``take_finished`` may have something. Raises ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be
+    had.
     """
 
     def __init__(
