@@ -23,7 +23,7 @@ QUIET_S = 65.0
 SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "prefill": ("prefill-0/rank-0", ()),
     "decode": ("decode-0/rank-0", ()),
-    "one of three decode ranks": ("decode-0/rank-1", ("--decode.tensor-parallel-size", "3")),
+    "one of three decode ranks": ("decode-0/rank-1", ("--decode-tp", "3")),
     "decode's server": ("decode-0", ()),
 }
 

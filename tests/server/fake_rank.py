@@ -14,9 +14,11 @@ import zmq.asyncio
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
+    CheckIntegrity,
     EngineStats,
     FromRank,
     Hello,
+    IntegrityReport,
     Outputs,
     RequestFinished,
     TokenOutput,
@@ -43,6 +45,8 @@ class FakeRank:
         self.received: list[ToRank] = []
         self._arrived = asyncio.Condition()
         self._server = b""
+        self.integrity_error: str | None = None
+        self.checks_integrity = True
         self.script: Script = self.says("hello world, the quick brown fox stops here")
         self._task = asyncio.create_task(self._run())
 
@@ -125,6 +129,9 @@ class FakeRank:
             if isinstance(message, Hello):
                 welcome = Welcome(engine_id="e1", rank_incarnation=1, max_model_len=100, num_blocks=64, block_size=16)
                 await self.send(welcome)
+            elif isinstance(message, CheckIntegrity) and self.checks_integrity:
+                stats = EngineStats(num_blocks=64, num_free_blocks=63)
+                await self.send(IntegrityReport(call_id=message.call_id, error=self.integrity_error, stats=stats))
             elif isinstance(message, AddRequest):
                 for item in self.script(message):
                     await self.say(item)

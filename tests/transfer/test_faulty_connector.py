@@ -1,0 +1,125 @@
+"""Injected faults: each does what its name says, and the same seed does the same again."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from pdlaunch.errors import ConfigError, TransferError
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.protocol.transfer import EndLease
+from pdlaunch.transfer.connector import BlockRead, LocalMemory, ReadState
+from pdlaunch.transfer.faults import Fault, FaultPlan, read_fault_plan
+from pdlaunch.transfer.faulty_connector import FaultyConnector
+from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache
+from tests.transfer.rank_process import grant
+
+LAYOUT = layout_of()
+READ = BlockRead([1, 2], [5, 6], range(3), range(3))
+
+
+class OneFault(FaultPlan, frozen=True, kw_only=True):
+    """Every READ meets the same fault."""
+
+    fault: str
+
+    def of_read(self, agent, index):
+        _, source = super().of_read(agent, index)
+        return Fault[self.fault], source
+
+
+class Pair:
+    def __init__(self, plan: FaultPlan) -> None:
+        self.clock, self.fabric = FakeClock(), Fabric()
+        holder = FakeConnector("holder", self.fabric)
+        self.there, self.here = random_cache(LAYOUT, 8, 1), random_cache(LAYOUT, 8, 2)
+        holder.open(LocalMemory(self.there, torch.zeros(8, dtype=torch.uint8), LAYOUT))
+        self.faulty = FaultyConnector(FakeConnector("puller", self.fabric), plan, self.clock)
+        self.faulty.open(LocalMemory(self.here, torch.zeros(8, dtype=torch.uint8), LAYOUT))
+        self.peer = self.faulty.add_peer("holder", b"holder", Geometry(0, 8, 1, 1, 3, 0, 0, 0, 8))
+
+    def pull(self) -> list[ReadState]:
+        """States of one READ, a second apart."""
+        handle = self.faulty.start_read(self.peer, READ)
+        states = []
+        while not states or states[-1] == "pending":
+            states.append(self.faulty.poll(handle))
+            self.clock.now += 1
+        self.faulty.release(handle)
+        return states
+
+    def num_wrong_bytes(self) -> int:
+        return int((self.here[[1, 2]].view(torch.uint8) != self.there[[5, 6]].view(torch.uint8)).sum())
+
+
+def pair_with(fault: str) -> Pair:
+    return Pair(OneFault(seed=1, fault=fault, slow_s=3, lost_s=30))
+
+
+def test_a_refused_read_writes_nothing():
+    pair = pair_with("REFUSE")
+    before = pair.here.clone()
+    with pytest.raises(TransferError, match="injected"):
+        pair.pull()
+    assert torch.equal(pair.here, before)
+
+
+def test_a_failed_read_says_so():
+    assert pair_with("FAIL").pull() == ["failed"]
+
+
+def test_delayed_and_lost_reads_end_late_with_the_right_bytes():
+    for fault in ("DELAY", "LOSE"):
+        pair = pair_with(fault)
+        assert pair.pull()[-1] == "done"
+        assert pair.clock.now > 1001
+        assert pair.num_wrong_bytes() == 0
+
+
+def test_a_corrupt_read_has_one_wrong_byte():
+    pair = pair_with("CORRUPT")
+    assert pair.pull() == ["done"]
+    assert pair.num_wrong_bytes() == 1
+
+
+def test_a_truncated_read_lacks_the_second_half_of_its_last_block():
+    pair = pair_with("TRUNCATE")
+    before = pair.here.clone()
+    assert pair.pull() == ["done"]
+    heads, half = (3, LAYOUT.head_bytes // 4), LAYOUT.head_bytes // 8
+    assert torch.equal(pair.here[2].view(heads)[:, half:], before[2].view(heads)[:, half:])
+    assert torch.equal(pair.here[2].view(heads)[:, :half], pair.there[6].view(heads)[:, :half])
+
+
+def test_a_duplicated_read_writes_twice():
+    pair = pair_with("DUPLICATE")
+    assert pair.pull() == ["done"]
+    assert len(pair.fabric.reads) == 2
+    assert all(read.released for read in pair.fabric.reads)
+    assert pair.num_wrong_bytes() == 0
+
+
+def test_the_same_seed_injects_the_same_faults():
+    def faults(seed: int) -> list[Fault | None]:
+        return [FaultPlan(seed=seed, rate=0.5).of_read("agent", index)[0] for index in range(200)]
+
+    assert faults(1) == faults(1) != faults(2)
+    assert set(faults(1)) == {None, *Fault}
+
+
+def test_some_leases_are_cut_short_and_nothing_else():
+    plan = FaultPlan(seed=1, lease_rate=0.5, short_lease_s=0.1)
+    commands = [grant(f"r{number}", [number]) for number in range(100)]
+    changed = plan.on_commands("agent", [*commands, EndLease(request_id="r1")])
+    short = [command for command in changed[:-1] if command.lease_s <= 0.1]
+    assert 20 < len(short) < 80
+    assert [msgspec.structs.replace(command, lease_s=commands[0].lease_s) for command in changed[:-1]] == commands
+    assert changed[-1] == EndLease(request_id="r1")
+
+
+def test_a_plan_comes_from_the_environment_or_is_refused():
+    assert read_fault_plan({}) is None
+    assert read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rate": 0.5}'}) == FaultPlan(seed=7, rate=0.5)
+    with pytest.raises(ConfigError, match="PDLAUNCH_CHAOS"):
+        read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rat": 0.5}'})
