@@ -6,13 +6,17 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
-from pdlaunch.engine.step import StepPlan
+from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
+from pdlaunch.engine.step import SleepRank, StepPlan, WakeRank
 from pdlaunch.engine.tp_channel import LeaderChannel
 from pdlaunch.engine.tp_events import EventAggregator
+from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -23,8 +27,10 @@ from pdlaunch.protocol.engine import (
     Outputs,
     RequestFinished,
     SetReaders,
+    Sleep,
     Tokens,
     ToRank,
+    WakeUp,
     Welcome,
 )
 from pdlaunch.transfer.worker import TransferWorker
@@ -48,8 +54,10 @@ class Leader:
         scheduler: Scheduler,
         server: ServerLink,
         followers: LeaderChannel | None,
+        announce: Callable[[SleepState], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``announce``: tells the supervisor whether peers may read this rank's memory."""
         self._welcome = Welcome(
             engine_id=engine_id,
             rank_incarnation=incarnation,
@@ -66,6 +74,15 @@ class Leader:
         self._clock = clock
         self._outputs: list[Tokens | RequestFinished] = []
         self._stats_due_s = 0.0
+        self._sleep = SleepCoordinator(
+            RankSleeper(runner, transfer, announce, peers_timeout_s=spec.kv_transfer.handshake_timeout_s, clock=clock),
+            enabled=spec.enable_sleep_mode,
+            num_ranks=spec.tensor_parallel_size,
+            tell_ranks=self._tell_followers,
+            scheduler=scheduler,
+            answer=server.send,
+            clock=clock,
+        )
         self._last_stats: EngineStats | None = None
 
     @property
@@ -77,7 +94,7 @@ class Leader:
         """How long the loop may sleep when no socket wakes it."""
         if self._scheduler.has_work() or self._outputs:
             return 0.0
-        return STATS_INTERVAL_S
+        return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
     def turn(self) -> None:
         """Receive, schedule, send what the step before gave, run, postprocess."""
@@ -91,6 +108,7 @@ class Leader:
         if not _is_empty(plan):
             self._scheduler.postprocess(plan, self._runner.execute(plan))
             self._outputs = self._scheduler.take_outputs()
+        self._sleep.advance()
         self._send_stats()
 
     def _on_request(self, message: ToRank) -> None:
@@ -99,9 +117,17 @@ class Leader:
                 self._scheduler.abort_all()
                 self._scheduler.take_outputs()
                 self._outputs = []
-                self._server.send(self._welcome)
+                self._sleep.forget_caller()
+                self._server.send(msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags))
+            case AddRequest() if not self._sleep.computes:
+                refusal = RequestFinished(request_id=message.request_id, reason="error", error="the engine sleeps")
+                self._server.send(Outputs(items=[refusal]))
             case AddRequest():
                 self._scheduler.add(message)
+            case Sleep():
+                self._sleep.sleep(message)
+            case WakeUp():
+                self._sleep.wake_up(message)
             case AbortRequest():
                 self._scheduler.abort(message.request_id)
             case SetReaders():
@@ -122,9 +148,15 @@ class Leader:
         if self._followers is not None:
             for report in self._followers.receive():
                 events.extend(report.events)
+                if report.sleep is not None:
+                    self._sleep.on_report(report.sleep)
         for event in events:
             for merged in self._events.add(event):
                 self._scheduler.on_transfer_event(merged)
+
+    def _tell_followers(self, message: SleepRank | WakeRank) -> None:
+        if self._followers is not None:
+            self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
         if _is_empty(plan):

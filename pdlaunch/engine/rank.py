@@ -18,7 +18,8 @@ from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
-from pdlaunch.engine.step import Shutdown, StepDone
+from pdlaunch.engine.sleep import POLL_S, RankSleeper
+from pdlaunch.engine.step import Shutdown, SleepRank, StepDone, StepPlan, WakeRank
 from pdlaunch.engine.tp_channel import FollowerChannel, LeaderChannel
 from pdlaunch.engine.wakeup import Wakeup
 from pdlaunch.errors import StartupError
@@ -111,6 +112,7 @@ class RankProcess:
             scheduler=scheduler,
             server=server,
             followers=followers,
+            announce=self._control.send,
         )
         poller = self._poller(server.socket)
         if followers is not None:
@@ -132,13 +134,29 @@ class RankProcess:
         leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
         self._control.send(Ready())
         poller = self._poller(leader.socket)
+        sleeper = RankSleeper(
+            runner,
+            transfer,
+            self._control.send,
+            peers_timeout_s=self._spec.kv_transfer.handshake_timeout_s,
+            clock=time.monotonic,
+        )
         while not self._stopped:
-            self._wait(poller, 1.0)
+            self._wait(poller, POLL_S if sleeper.waits_for_peers else 1.0)
+            report = sleeper.advance()
             for message in leader.receive():
-                if isinstance(message, Shutdown):
-                    return
-                transfer.submit(message.commands)
-                runner.execute(message)
+                match message:
+                    case Shutdown():
+                        return
+                    case SleepRank(level=level):
+                        report = sleeper.sleep(level)
+                    case WakeRank(tags=tags):
+                        report = sleeper.wake_up(tags)
+                    case StepPlan():
+                        transfer.submit(message.commands)
+                        runner.execute(message)
+            if report is not None:
+                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, sleep=report))
             if events := transfer.take_events():
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
 

@@ -174,6 +174,11 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def reset_prefix_cache(self) -> None:
+        """The KV cache has lost its content; no request, lease or transfer holds a block."""
+        assert not self._requests
+        self._kv.pool.forget_cached()
+
     def has_work(self) -> bool:
         """Whether ``schedule`` has something to do now; False while all wait for a lease or a pull to end."""
         return bool(self._running or self._commands or self._may_progress or self._builder.has_freed_rows)

@@ -72,6 +72,26 @@ class StepOutput(Message):
     tokens: list[TokenOutput] = []
 
 
+class SleepRank(Message):
+    """Rank 0 to the other ranks: nothing runs; let peers go and give the memory back. Answered with a SleepReport."""
+
+    level: int
+
+
+class WakeRank(Message):
+    """Rank 0 to the other ranks: take the memory of these tags back. Answered with a SleepReport."""
+
+    tags: list[str]
+
+
+class SleepReport(Message, tag=False):
+    """What became of a SleepRank or WakeRank on one rank."""
+
+    num_bytes: int = 0
+    sleeping_tags: list[str] = []
+    error: str | None = None
+
+
 class Shutdown(Message):
     """Rank 0 to the other ranks: leave."""
 
@@ -83,9 +103,10 @@ class StepDone(Message):
     step_id: int
     events: list[TransferEvent] = []
     error: str | None = None
+    sleep: SleepReport | None = None
 
 
-FromRankZero = StepPlan | Shutdown
+FromRankZero = StepPlan | Shutdown | SleepRank | WakeRank
 
 from_rank_zero: Codec[FromRankZero] = Codec(FromRankZero)
 step_done: Codec[StepDone] = Codec(StepDone)

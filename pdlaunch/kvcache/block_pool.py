@@ -129,6 +129,14 @@ class BlockPool:
         """The block that holds this content for ``group``; stays where it is until ``share``."""
         return self._by_hash[group].get(block_hash)
 
+    def forget_cached(self) -> None:
+        """The memory has lost its content; blocks whose content can be found are all free."""
+        while self._cached:
+            block_id, _ = self._cached.popitem(last=False)
+            self._forget(block_id)
+            self._free.append(block_id)
+        assert not any(self._by_hash)
+
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks ``share`` would take out of the free ones."""
         return sum(block_id in self._cached for block_id in block_ids)

@@ -54,7 +54,7 @@ class Entry(Message, tag=False):
     """Of a rank: the TP group's id of this incarnation."""
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
-    state: Literal["starting", "ready", "draining"] = "starting"
+    state: Literal["starting", "ready", "draining", "sleeping"] = "starting"
 
 
 class Register(Message):
@@ -112,7 +112,17 @@ class Drained(Message):
     """Answer to Drain: nothing is running any more."""
 
 
-ToSupervisor = Register | Progress | Ready | PairReady | PairFailed | Failed | Drained
+class SleepState(Message):
+    """A process that is ready cannot work for a while: the registry shows it, routers and peers keep away.
+
+    A server says ``draining`` when it takes no new work, ``sleeping`` when the engine sleeps; a rank says ``sleeping`` when its
+    memory cannot be read by peers any more. Both say ``awake`` when they are ready again.
+    """
+
+    state: Literal["awake", "draining", "sleeping"]
+
+
+ToSupervisor = Register | Progress | Ready | PairReady | PairFailed | Failed | Drained | SleepState
 
 
 class Registry(Message):

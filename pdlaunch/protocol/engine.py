@@ -93,7 +93,28 @@ class CheckIntegrity(Message):
     call_id: int
 
 
-ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity
+class Sleep(Message):
+    """Give the memory of weights and KV cache back; no new request comes after it. Answered with one SleepReply.
+
+    The engine falls asleep when no request, lease or transfer holds a block any more.
+    """
+
+    call_id: int
+    level: int
+    """1 keeps the weights in host memory, 2 reads them again on waking."""
+    timeout_s: float
+    """How long to wait for what still runs; 0: refuse at once."""
+
+
+class WakeUp(Message):
+    """Take the memory back; answered with one SleepReply when the engine can serve again, or still lacks other tags."""
+
+    call_id: int
+    tags: list[str] = []
+    """Pools to wake up; none: all."""
+
+
+ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | Sleep | WakeUp
 
 
 class Tokens(Message):
@@ -126,6 +147,8 @@ class Welcome(Message):
     max_model_len: int
     num_blocks: int
     block_size: int
+    sleeping_tags: list[str] = []
+    """Pools that sleep: the engine serves nothing before all are awake."""
 
 
 class Outputs(Message):
@@ -170,7 +193,18 @@ class IntegrityReport(Message):
     """As of the check."""
 
 
-FromRank = Outputs | Welcome | EngineStats | IntegrityReport
+class SleepReply(Message):
+    """Answer to Sleep and WakeUp."""
+
+    call_id: int
+    sleeping_tags: list[str]
+    """As of now; also after an error."""
+    num_bytes: int = 0
+    """Device memory given back or taken, over all ranks."""
+    error: str | None = None
+
+
+FromRank = Outputs | Welcome | EngineStats | IntegrityReport | SleepReply
 
 to_rank: Codec[ToRank] = Codec(ToRank)
 from_rank: Codec[FromRank] = Codec(FromRank)

@@ -29,7 +29,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     capabilities: Capabilities
     ready: bool
     state: str
-    """For people: ``starting``, ``ready``, ``draining``."""
+    """For people: ``starting``, ``ready``, ``draining``, ``sleeping``."""
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
     prompt_tokens: int = 0
@@ -139,7 +139,7 @@ class EnginePool:
         engine.ready = ready
         engine.role = server.role
         engine.capabilities = server.capabilities
-        engine.state = "ready" if ready else "draining" if server.state == "draining" else "starting"
+        engine.state = "ready" if ready else server.state if server.state in ("draining", "sleeping") else "starting"
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:

@@ -36,6 +36,8 @@ class Admission:
         self.limit = limit
         self.in_flight = 0
         self.draining = False
+        self.asleep = False
+        """The engine sleeps, or is about to."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -46,6 +48,8 @@ class Admission:
             raise OverloadedError(
                 "the engine is shutting down", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="shutting_down"
             )
+        if self.asleep:
+            raise OverloadedError("the engine sleeps", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="engine_sleeping")
         ticket = Ticket(self)
         ticket.grow(1, "n")
         self._idle.clear()
@@ -59,6 +63,11 @@ class Admission:
     async def drain(self, timeout_s: float) -> None:
         """Refuse what comes, wait for what runs, at most ``timeout_s``."""
         self.draining = True
+        await self.wait_idle(timeout_s)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait for what runs, at most ``timeout_s``; whether nothing runs any more."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
+        return self._idle.is_set()

@@ -29,6 +29,7 @@ from pdlaunch.server.engine_service import EngineService
 from pdlaunch.server.generate import GenerateHandler, read_body
 from pdlaunch.server.prepare import Call
 from pdlaunch.server.prompts import chat_prompt
+from pdlaunch.server.sleep import read_sleep_query, read_tags
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ def make_app(service: EngineService, *, token: str | None) -> web.Application:
             web.get("/metrics", endpoints.metrics),
             web.post("/pdlaunch/release", endpoints.release),
             web.get("/pdlaunch/integrity", endpoints.integrity),
+            web.post("/sleep", endpoints.sleep),
+            web.post("/wake_up", endpoints.wake_up),
+            web.get("/is_sleeping", endpoints.is_sleeping),
         ]
     )
     return app
@@ -127,6 +131,17 @@ class _Endpoints:
             raise OverloadedError("rank 0 did not answer in time", status=503, code="engine_stalled") from None
         stats = msgspec.structs.asdict(report.stats)
         return _json({"ok": report.error is None, "error": report.error, "stats": stats})
+
+    async def sleep(self, http: web.Request) -> web.Response:
+        """``level=1|2``, ``mode=wait|refuse``; answers when the engine sleeps."""
+        return _json(await self._service.sleep.fall_asleep(read_sleep_query(http.query)))
+
+    async def wake_up(self, http: web.Request) -> web.Response:
+        """``tags=weights&tags=kv_cache``, all without; answers when the engine serves again, or still lacks the other tags."""
+        return _json(await self._service.sleep.wake_up(read_tags(http.query)))
+
+    async def is_sleeping(self, http: web.Request) -> web.Response:
+        return _json(self._service.sleep.status())
 
     def _card(self) -> ModelCard:
         spec = self._service.spec

@@ -14,6 +14,7 @@ from pdlaunch.server.admission import Admission
 from pdlaunch.server.metrics import ServerMetrics
 from pdlaunch.server.rank_link import RankLink
 from pdlaunch.server.served_model import ServedModel
+from pdlaunch.server.sleep import SleepDesk
 
 MAX_REMEMBERED_LEASES = 4096
 
@@ -26,6 +27,7 @@ class EngineService:
         self.admission = Admission(spec.limits.max_queued_requests)
         self.metrics = ServerMetrics(registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name)
         self.leases = LeaseBook()
+        self.sleep = SleepDesk(spec, self.admission, lambda: self.link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
@@ -45,7 +47,7 @@ class EngineService:
         return self._link
 
     def is_healthy(self) -> bool:
-        return self.loaded is not None and self.welcomed.is_set() and not self.admission.draining
+        return self.loaded is not None and self.welcomed.is_set() and not self.admission.draining and not self.admission.asleep
 
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one get RankLost. Ready again with the new rank's Welcome."""
@@ -56,6 +58,7 @@ class EngineService:
 
     def on_welcome(self, welcome: Welcome) -> None:
         self.metrics.engine.stats = EngineStats(num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks)
+        self.sleep.on_welcome(welcome)
         self.welcomed.set()
 
     def on_stats(self, stats: EngineStats) -> None:

@@ -63,6 +63,7 @@ class ServerProcess:
         self._service = EngineService(self._spec, CollectorRegistry())
         self._inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
         self._control = ControlClient(context, bootstrap.control, bootstrap.name, on_message)
+        self._service.sleep.announce = self._control.send
         self._rank: tuple[int, str] | None = None
         """Incarnation and endpoint of the rank 0 that the link leads to."""
         self._tasks: set[asyncio.Task[None]] = set()

@@ -24,8 +24,11 @@ from pdlaunch.protocol.engine import (
     IntegrityReport,
     Outputs,
     RequestFinished,
+    Sleep,
+    SleepReply,
     Tokens,
     ToRank,
+    WakeUp,
     Welcome,
     from_rank,
     to_rank,
@@ -67,6 +70,7 @@ class RankLink:
         self._on_stats = on_stats
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
+        self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
         self._call_ids = itertools.count(1)
         self._outbox: asyncio.Queue[ToRank] = asyncio.Queue()
         self._outbox.put_nowait(Hello(server_incarnation=server_incarnation))
@@ -98,6 +102,24 @@ class RankLink:
         finally:
             del self._checks[call_id]
 
+    async def sleep(self, level: int, timeout_s: float) -> SleepReply:
+        """Have the engine fall asleep, at the latest ``timeout_s`` from now. Raises OverloadedError when the rank is lost."""
+        return await self._call_sleep(lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s))
+
+    async def wake_up(self, tags: list[str]) -> SleepReply:
+        """Have the engine wake these pools up, or all. Raises OverloadedError when the rank is lost."""
+        return await self._call_sleep(lambda call_id: WakeUp(call_id=call_id, tags=tags))
+
+    async def _call_sleep(self, build: Callable[[int], ToRank]) -> SleepReply:
+        call_id = next(self._call_ids)
+        answer: asyncio.Future[SleepReply] = asyncio.get_running_loop().create_future()
+        self._sleeps[call_id] = answer
+        self.send(build(call_id))
+        try:
+            return await answer
+        finally:
+            del self._sleeps[call_id]
+
     async def close(self) -> None:
         """End the connection; requests under way get RankLost."""
         for task in self._tasks:
@@ -106,9 +128,10 @@ class RankLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._socket.close()
-        for check in self._checks.values():
-            if not check.done():
-                check.set_exception(_lost())
+        calls: list[asyncio.Future[Any]] = [*self._checks.values(), *self._sleeps.values()]
+        for call in calls:
+            if not call.done():
+                call.set_exception(_lost())
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(RankLost(request_id))
@@ -136,6 +159,9 @@ class RankLink:
                 self._on_welcome(message)
             case EngineStats():
                 self._on_stats(message)
+            case SleepReply():
+                if (sleep := self._sleeps.get(message.call_id)) is not None and not sleep.done():
+                    sleep.set_result(message)
             case IntegrityReport():
                 if (check := self._checks.get(message.call_id)) is not None and not check.done():
                     check.set_result(message)

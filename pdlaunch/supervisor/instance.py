@@ -10,6 +10,8 @@ from pdlaunch.protocol.control import Entry, Progress, Register
 from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
 
+ListedState = Literal["starting", "ready", "draining", "sleeping"]
+
 
 @dataclass(slots=True)
 class Instance:
@@ -24,6 +26,8 @@ class Instance:
     info: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     """What it said before it died, else how it died."""
+    sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
+    """What it last said of itself; only of a process that is ready."""
     last_http: str = ""
     """Where an earlier incarnation answered; the router comes back there."""
 
@@ -44,6 +48,7 @@ class Instance:
         self.move(ProcessState.CONVERTING if self.spec.kind == "convert" else ProcessState.STARTING)
         self.incarnation = incarnation
         self.registration = self.progress = self.error = None
+        self.sleep_state = "awake"
         self.info = {}
 
     def entry(self) -> Entry | None:
@@ -62,11 +67,16 @@ class Instance:
             engine_id=said.engine_id,
             address=said.address,
             capabilities=said.capabilities,
-            state=_LISTED[self.state],
+            state=self._listed_state(),
         )
 
+    def _listed_state(self) -> ListedState:
+        if self.state is ProcessState.READY and self.sleep_state != "awake":
+            return self.sleep_state
+        return _LISTED[self.state]
 
-_LISTED: Mapping[ProcessState, Literal["starting", "ready", "draining"]] = {
+
+_LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
     ProcessState.DRAINING: "draining",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.protocol.control import Drained, Failed, PairFailed, PairReady, Progress, Ready, Register, ToSupervisor
+from pdlaunch.protocol.control import Drained, Failed, PairFailed, PairReady, Progress, Ready, Register, SleepState, ToSupervisor
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.host import Event, Host, MessageReceived, Observer, ProcessExited, StopRequested
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
@@ -193,6 +193,9 @@ class Supervisor:
                 self._on_pair_ready(instance, message)
             case PairFailed():
                 self._on_pair_failed(instance, message)
+            case SleepState():
+                instance.sleep_state = message.state
+                self._note(f"{name} is {message.state}")
             case Drained():
                 if self._shutdown is not None:
                     self._shutdown.drained(name)

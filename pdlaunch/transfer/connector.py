@@ -67,7 +67,7 @@ class PushJob:
 
 
 class Connector(ABC):
-    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``."""
+    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``; then perhaps ``open`` again."""
 
     name: str
     """As in the config."""

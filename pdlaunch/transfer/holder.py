@@ -55,7 +55,13 @@ class Holder:
         """``hasher``: None when ``kv_transfer.verify`` is off."""
         self._card = card
         self._hasher = hasher
+        self._pullers: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
+
+    @property
+    def pullers(self) -> frozenset[tuple[str, int]]:
+        """Name and incarnation of every rank that has shaken hands."""
+        return frozenset(self._pullers)
 
     @property
     def num_leases(self) -> int:
@@ -132,6 +138,7 @@ class Holder:
 
     def _introduce(self, message: Handshake) -> HandshakeReply:
         logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)
+        self._pullers.add((message.rank_name, message.incarnation))
         card = self._card
         return HandshakeReply(
             call_id=message.call_id,

@@ -71,6 +71,9 @@ class TransferLoop:
     ) -> None:
         """Opens the connector. Raises TransferError."""
         self._clock = clock
+        self._engine, self._role = spec.name, spec.role
+        self._entries: Sequence[Entry] = ()
+        self._without_peers = False
         self._socket = holder_socket
         self._connector = connector
         self._events: list[TransferEvent] = []
@@ -126,7 +129,48 @@ class TransferLoop:
                 self._pulls.cancel(command)
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
-        self._peers.update(entries)
+        self._entries = entries
+        if not self._without_peers:
+            self._peers.update(entries)
+
+    def let_peers_go(self) -> None:
+        """The memory is about to go: lose all peers, and take no new ones."""
+        self._without_peers = True
+        self._peers.lose_all("this engine falls asleep")
+
+    def stay(self) -> None:
+        """The memory stays after all."""
+        self._without_peers = False
+        self._peers.update(self._entries)
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The latest registry."""
+        return self._entries
+
+    @property
+    def idle(self) -> bool:
+        """No lease, no pull, nothing that is written to a peer."""
+        return not (self._holder.num_leases or len(self._pulls) or self._pushes.youngest_write_s is not None)
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing reads or writes the memory, and nothing can begin to: idle, and no peer is left, not even for a READ."""
+        return self.idle and not self._peers.all()
+
+    @property
+    def connected(self) -> bool:
+        """Every rank of the registry that shakes hands at once has done so, in either direction, or cannot."""
+        if any(peer.connecting for peer in self._peers.peers.values()):
+            return False
+        if self._role == "decode":
+            return True
+        pullers = {
+            (entry.name, entry.incarnation)
+            for entry in self._entries
+            if entry.kind == "rank" and entry.role == "decode" and entry.engine != self._engine and entry.state == "ready"
+        }
+        return pullers <= self._holder.pullers
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""

@@ -63,6 +63,8 @@ class NixlConnector(Connector):
         """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._backend_errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, ImportError)
+        self._agent: Any = None
+        """Made once: closing lets go of the memory only."""
 
     def open(self, memory: LocalMemory) -> None:
         self._kind, self._device_index = memory_kind(memory.kv_cache)
@@ -71,7 +73,7 @@ class NixlConnector(Connector):
         if self._kind == "VRAM":
             torch.cuda.set_device(self._device_index)  # of this thread: UCX takes the context that is current
         try:
-            self._agent = self._make_agent()
+            self._agent = self._agent or self._make_agent()
             self._registrations = [self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)]
             self._metadata: bytes = self._agent.get_agent_metadata()
             base, num_blocks = memory.kv_cache.data_ptr(), memory.kv_cache.shape[0]

@@ -144,6 +144,11 @@ class Peer:
         return _STATUS.get(self._state, "connecting")
 
     @property
+    def connecting(self) -> bool:
+        """Somebody needs this peer, and it may still become ready."""
+        return self._state in (_State.ASKING, _State.PROBING, _State.WAITING)
+
+    @property
     def geometry(self) -> Geometry:
         assert self._geometry is not None
         return self._geometry

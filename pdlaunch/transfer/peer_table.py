@@ -33,7 +33,7 @@ class PeerTable:
         wanted: set[str] = set()
         for entry in ranks:
             leader = leaders.get(entry.engine)
-            if leader is None or not entry.engine_id or not entry.address.side_channel:
+            if leader is None or not entry.engine_id or not entry.address.side_channel or entry.state == "sleeping":
                 continue
             if entry.engine_id != leader.engine_id:
                 self._report_disagreement(entry, leader)
@@ -44,6 +44,12 @@ class PeerTable:
         self._replace(addresses)
         for name in wanted:
             self.peers[name].want()
+
+    def lose_all(self, reason: str) -> None:
+        """Let every peer go, until the next update."""
+        for name, peer in list(self.peers.items()):
+            peer.lose(reason)
+            self.lost.append(self.peers.pop(name))
 
     def all(self) -> list[Peer]:
         """Those in the registry, and those that a READ still keeps."""

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,13 +26,19 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
+from pdlaunch.transfer.asleep import AsleepLoop
 from pdlaunch.transfer.connector import Connector
 from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.loop import RankMemory, TransferLoop
+from pdlaunch.transfer.loop import LONGEST_SLEEP_S, RankMemory, TransferLoop
 from pdlaunch.transfer.side_channel import HolderSocket
 from pdlaunch.transfer.stats import TransferStats
 
 logger = logging.getLogger(__name__)
+
+CONFIRMATION_S = 5.0
+"""For the transfer thread to answer once its deadline has passed."""
+SUSPENSION_SLEEP_S = 0.01
+"""Between two looks at whether READs that nobody waits for have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,23 @@ class _Stop:
     """Tells the thread to end."""
 
 
-_Item = Sequence[TransferCommand] | _NewRegistry | _Stop
+@dataclass(frozen=True, slots=True)
+class _Suspend:
+    """Let go of the memory; ``done`` when that is so, or given up at ``deadline_s``."""
+
+    deadline_s: float
+    done: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resume:
+    """Open the connector again."""
+
+    done: Future[None]
+
+
+_Item = Sequence[TransferCommand] | _NewRegistry | _Stop | _Suspend | _Resume
+_Loop = TransferLoop | AsleepLoop
 
 
 class TransferWorker:
@@ -85,6 +108,9 @@ class TransferWorker:
         self._stats = TransferStats()
         self._error: Exception | None = None
         self._started = threading.Event()
+        self._clock = clock
+        self._suspension: _Suspend | None = None
+        self._connected = True
         self._wake_lock = threading.Lock()
         self._wake, self._woken = context.pair(f"transfer-wake/{name}#{incarnation}")
         self._socket = HolderSocket(context, f"tcp://{host}:0")
@@ -140,12 +166,41 @@ class TransferWorker:
         if self._error is not None:
             raise TransferError(f"the connector cannot start: {self._error}") from self._error
 
+    def suspend(self, timeout_s: float) -> None:
+        """Let peers and registered memory go; peers are told that this rank is asleep. Waits until nothing can use the memory.
+
+        Raises TransferError when that does not come true within ``timeout_s``; then everything is as before.
+        """
+        done: Future[None] = Future()
+        self._put(_Suspend(self._clock() + timeout_s, done))
+        self._await(done, timeout_s + CONFIRMATION_S)
+
+    def resume(self, timeout_s: float) -> None:
+        """Register the memory anew, and shake hands with the peers of the registry again; see ``connected``.
+
+        Raises TransferError when the connector does not open.
+        """
+        done: Future[None] = Future()
+        self._put(_Resume(done))
+        self._await(done, timeout_s)
+
+    @property
+    def connected(self) -> bool:
+        """Since the last ``resume`` all peers of the registry have shaken hands again; ``wake`` tells when that comes true."""
+        return self._connected
+
     def close(self, timeout_s: float) -> None:
         """End the thread and let go of memory and sockets; gives up after ``timeout_s``. The process then leaves by os._exit."""
         self._put(_Stop())
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the transfer thread did not end within %g s", timeout_s)
+
+    def _await(self, done: Future[None], timeout_s: float) -> None:
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            raise TransferError(f"the transfer thread did not answer within {timeout_s:g} s") from None
 
     def _put(self, item: _Item) -> None:
         self._inbox.put(item)
@@ -155,12 +210,12 @@ class TransferWorker:
     def _run(self, **setup: Any) -> None:
         """The thread. Whatever kills it is shown by ``take_events``."""
         try:
-            loop = TransferLoop(**setup)
+            self._loop: _Loop = TransferLoop(**setup)
             self._started.set()
             try:
-                self._turn_until_stopped(loop)
+                self._turn_until_stopped(setup)
             finally:
-                loop.close()
+                self._loop.close()
         except zmq.ContextTerminated:
             return
         except Exception as error:
@@ -171,17 +226,20 @@ class TransferWorker:
             self._started.set()
             self._close_sockets()
 
-    def _turn_until_stopped(self, loop: TransferLoop) -> None:
-        while self._execute_inbox(loop):
-            self._publish(loop.turn())
+    def _turn_until_stopped(self, setup: dict[str, Any]) -> None:
+        while self._execute_inbox(setup):
+            self._publish(self._loop.turn())
+            self._advance_suspension(setup)
+            self._look_for_peers()
             poller = zmq.Poller()
             poller.register(self._woken, zmq.POLLIN)
-            loop.register(poller)
+            self._loop.register(poller)
             # Rounded up: waking before a deadline would only mean to look again.
-            if self._woken in dict(poller.poll(math.ceil(loop.sleep_s() * 1000))):
+            sleep_s = min(self._loop.sleep_s(), LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S)
+            if self._woken in dict(poller.poll(math.ceil(sleep_s * 1000))):
                 self._drain_wakes()
 
-    def _execute_inbox(self, loop: TransferLoop) -> bool:
+    def _execute_inbox(self, setup: dict[str, Any]) -> bool:
         """Returns False when told to stop."""
         with contextlib.suppress(queue.Empty):
             while True:
@@ -189,11 +247,49 @@ class TransferWorker:
                     case _Stop():
                         return False
                     case _NewRegistry(entries):
-                        loop.update_registry(entries)
+                        self._loop.update_registry(entries)
+                    case _Suspend() as suspension:
+                        self._suspension = suspension
+                    case _Resume(done):
+                        self._resume(done, setup)
                     case commands:
                         for command in commands:
-                            loop.execute(command)
+                            self._loop.execute(command)
         return True
+
+    def _advance_suspension(self, setup: dict[str, Any]) -> None:
+        """Let the memory go once nothing uses it; at the deadline stay as before."""
+        suspension, loop = self._suspension, self._loop
+        if suspension is None:
+            return
+        if loop.idle:
+            loop.let_peers_go()
+        if loop.quiet:
+            loop.close()
+            self._loop = AsleepLoop(setup["holder_socket"], setup["identity"], loop.entries)
+            self._suspension = None
+            suspension.done.set_result(None)
+        elif self._clock() >= suspension.deadline_s:
+            loop.stay()
+            self._suspension = None
+            suspension.done.set_exception(TransferError("a transfer of KV blocks of this rank has not ended"))
+
+    def _look_for_peers(self) -> None:
+        if not self._connected and self._loop.connected:
+            self._connected = True
+            self._wake_engine()
+
+    def _resume(self, done: Future[None], setup: dict[str, Any]) -> None:
+        entries = self._loop.entries
+        if isinstance(self._loop, AsleepLoop):
+            try:
+                self._loop = TransferLoop(**setup)
+            except TransferError as error:
+                done.set_exception(error)
+                return
+            self._loop.update_registry(entries)
+            self._connected = False
+        done.set_result(None)
 
     def _publish(self, events: list[TransferEvent]) -> None:
         if not events:

@@ -1,0 +1,290 @@
+"""Sleep mode of an engine: rank 0 decides when, every rank lets go of its peers and memory, and takes both back.
+
+::
+
+    AWAKE ── Sleep ──▶ DRAINING ── nothing holds a block ──▶ FALLING_ASLEEP ── all ranks ──▶ ASLEEP
+      ▲                   └── time is up: refused, AWAKE            └── a rank cannot ──▶ WAKING
+      └────────── all ranks, all tags, peers have shaken hands ── WAKING ◀── WakeUp ─────────┘
+                                                                     └── tags are missing ──▶ ASLEEP
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
+from pdlaunch.errors import ConfigError, MemoryPoolError, TransferError
+from pdlaunch.protocol.control import SleepState
+from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
+
+logger = logging.getLogger(__name__)
+
+TAGS = ("weights", "kv_cache")
+TRANSFER_TIMEOUT_S = 20.0
+"""For the transfer thread to let go of its memory, or to take it again."""
+POLL_S = 0.05
+"""Between two looks at whether what still runs has ended, or peers are back."""
+
+
+class SleepingMemory(Protocol):
+    """The memory of one rank; a ``ModelRunner``."""
+
+    @property
+    def sleeping_tags(self) -> frozenset[str]: ...
+
+    def sleep(self, level: int) -> int: ...
+
+    def wake_up(self, tags: Collection[str]) -> int: ...
+
+
+class SleepingTransfer(Protocol):
+    """What lets peers read that memory; a ``TransferWorker``."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def suspend(self, timeout_s: float) -> None: ...
+
+    def resume(self, timeout_s: float) -> None: ...
+
+
+class RankSleeper:
+    """One rank falls asleep and wakes up. Its methods may take seconds: the engine has nothing else to do."""
+
+    def __init__(
+        self,
+        memory: SleepingMemory,
+        transfer: SleepingTransfer,
+        announce: Callable[[SleepState], None],
+        *,
+        peers_timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """``announce``: to the supervisor, whose registry tells the peers. ``peers_timeout_s``: for their handshakes."""
+        self._memory = memory
+        self._transfer = transfer
+        self._announce = announce
+        self._peers_timeout_s = peers_timeout_s
+        self._clock = clock
+        self._woken: SleepReport | None = None
+        self._deadline_s = 0.0
+
+    @property
+    def sleeping_tags(self) -> list[str]:
+        return sorted(self._memory.sleeping_tags)
+
+    @property
+    def waits_for_peers(self) -> bool:
+        return self._woken is not None
+
+    def sleep(self, level: int) -> SleepReport:
+        """Let peers go, then the memory. An error leaves the rank awake; asleep already is no error."""
+        if self._memory.sleeping_tags:
+            return self._report()
+        try:
+            self._transfer.suspend(TRANSFER_TIMEOUT_S)
+        except TransferError as error:
+            return self._report(error=error)
+        self._announce(SleepState(state="sleeping"))
+        try:
+            return self._report(self._memory.sleep(level))
+        except MemoryPoolError as error:
+            self._reconnect()
+            return self._report(error=error)
+
+    def wake_up(self, tags: Collection[str]) -> SleepReport | None:
+        """Take memory, and when all is there, the peers. None: ``advance`` reports when they are back."""
+        was_asleep = bool(self._memory.sleeping_tags)
+        try:
+            num_bytes = self._memory.wake_up(tags)
+        except (MemoryPoolError, ConfigError) as error:
+            return self._report(error=error)
+        if self._memory.sleeping_tags or not was_asleep:
+            return self._report(num_bytes)
+        self._reconnect()
+        self._woken = self._report(num_bytes)
+        self._deadline_s = self._clock() + self._peers_timeout_s
+        return self.advance()
+
+    def advance(self) -> SleepReport | None:
+        """The report of a ``wake_up`` once all peers have shaken hands, or had their time to."""
+        if self._woken is None:
+            return None
+        if not self._transfer.connected:
+            if self._clock() < self._deadline_s:
+                return None
+            logger.warning("not every peer has shaken hands within %g s after waking up", self._peers_timeout_s)
+        report, self._woken = self._woken, None
+        return report
+
+    def _reconnect(self) -> None:
+        """Raises TransferError: without its transfers the rank is of no use, a new one takes its place."""
+        self._transfer.resume(TRANSFER_TIMEOUT_S)
+        self._announce(SleepState(state="awake"))
+
+    def _report(self, num_bytes: int = 0, error: Exception | None = None) -> SleepReport:
+        return SleepReport(num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=None if error is None else str(error))
+
+
+class SleepPhase(enum.Enum):
+    """Where the engine stands; see the module."""
+
+    AWAKE = enum.auto()
+    DRAINING = enum.auto()
+    FALLING_ASLEEP = enum.auto()
+    ASLEEP = enum.auto()
+    WAKING = enum.auto()
+
+
+class SleepCoordinator:
+    """Rank 0's part: one Sleep or WakeUp at a time, each answered with exactly one SleepReply."""
+
+    def __init__(
+        self,
+        sleeper: RankSleeper,
+        *,
+        enabled: bool,
+        num_ranks: int,
+        tell_ranks: Callable[[SleepRank | WakeRank], None],
+        scheduler: Scheduler,
+        answer: Callable[[SleepReply], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._sleeper = sleeper
+        self._enabled = enabled
+        self._num_ranks = num_ranks
+        self._tell_ranks = tell_ranks
+        self._scheduler = scheduler
+        self._answer = answer
+        self._clock = clock
+        self._call: Sleep | WakeUp | None = None
+        self._deadline_s = 0.0
+        self._reports: list[SleepReport] = []
+        self._failure: str | None = None
+        """Of a rank that could not fall asleep; told once all are awake again."""
+        self.phase = SleepPhase.AWAKE
+
+    @property
+    def computes(self) -> bool:
+        """Requests may be scheduled: all memory is there."""
+        return self.phase in (SleepPhase.AWAKE, SleepPhase.DRAINING)
+
+    @property
+    def sleeping_tags(self) -> list[str]:
+        """Not empty while the engine serves nothing."""
+        return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
+
+    def wait_s(self) -> float:
+        """How long nothing is due here."""
+        return POLL_S if self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers else float("inf")
+
+    def sleep(self, message: Sleep) -> None:
+        """Fall asleep as soon as nothing holds a block; ``advance`` decides, after the turn's step."""
+        if error := self._refusal(message):
+            self._reply(message, error=error)
+        elif self.phase is SleepPhase.ASLEEP:
+            self._reply(message)
+        else:
+            self._call, self.phase = message, SleepPhase.DRAINING
+            self._deadline_s = self._clock() + message.timeout_s
+
+    def wake_up(self, message: WakeUp) -> None:
+        """Wake the pools named, or all."""
+        unknown = set(message.tags) - set(TAGS)
+        error = f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}" if unknown else self._refusal(message)
+        if error:
+            self._reply(message, error=error)
+        elif self.phase is SleepPhase.AWAKE:
+            self._reply(message)
+        else:
+            self._call = message
+            self._wake(message.tags or list(TAGS))
+
+    def forget_caller(self) -> None:
+        """The server that asked has restarted. What it asked for goes on, unless it has not begun."""
+        if self.phase is SleepPhase.DRAINING:
+            self._call, self.phase = None, SleepPhase.AWAKE
+
+    def on_report(self, report: SleepReport) -> None:
+        """A rank has done what it was told, or could not."""
+        self._reports.append(report)
+        if len(self._reports) == self._num_ranks:
+            self._conclude()
+
+    def advance(self) -> None:
+        """Do what is due."""
+        if self.phase is SleepPhase.DRAINING:
+            self._advance_draining()
+        elif (report := self._sleeper.advance()) is not None:
+            self.on_report(report)
+
+    def _advance_draining(self) -> None:
+        assert isinstance(self._call, Sleep)
+        busy = "work is queued" if self._scheduler.has_work() else ""
+        busy = what_holds_blocks(self._scheduler.stats()) or busy
+        if not busy:
+            self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
+            self._tell_ranks(SleepRank(level=self._call.level))
+            self.on_report(self._sleeper.sleep(self._call.level))
+        elif self._clock() >= self._deadline_s:
+            self.phase = SleepPhase.AWAKE
+            self._finish(error=f"the engine cannot sleep now: {busy}")
+
+    def _wake(self, tags: list[str]) -> None:
+        self.phase, self._reports = SleepPhase.WAKING, []
+        self._tell_ranks(WakeRank(tags=tags))
+        report = self._sleeper.wake_up(tags)
+        if report is not None:
+            self.on_report(report)
+
+    def _conclude(self) -> None:
+        """All ranks have reported."""
+        errors = sorted({report.error for report in self._reports if report.error is not None})
+        num_bytes = sum(report.num_bytes for report in self._reports)
+        sleeping = any(report.sleeping_tags for report in self._reports)
+        if self.phase is SleepPhase.FALLING_ASLEEP:
+            self._scheduler.reset_prefix_cache()
+            if errors:
+                self._failure = "; ".join(errors)
+                self._wake(list(TAGS))
+                return
+        self.phase = SleepPhase.ASLEEP if sleeping else SleepPhase.AWAKE
+        failure, self._failure = self._failure, None
+        self._finish(num_bytes, failure or "; ".join(errors) or None)
+
+    def _refusal(self, message: Sleep | WakeUp) -> str | None:
+        if not self._enabled:
+            return "enable_sleep_mode is off"
+        if isinstance(message, Sleep) and message.level not in (1, 2):
+            return f"level is {message.level}; it is 1 or 2"
+        if self.phase not in (SleepPhase.AWAKE, SleepPhase.ASLEEP):
+            return f"the engine is busy with another call: {self.phase.name.lower().replace('_', ' ')}"
+        return None
+
+    def _finish(self, num_bytes: int = 0, error: str | None = None) -> None:
+        call, self._call = self._call, None
+        if error is not None:
+            logger.warning("%s: %s", type(call).__name__, error)
+        if call is not None:
+            self._reply(call, num_bytes, error)
+
+    def _reply(self, call: Sleep | WakeUp, num_bytes: int = 0, error: str | None = None) -> None:
+        self._answer(SleepReply(call_id=call.call_id, sleeping_tags=self.sleeping_tags, num_bytes=num_bytes, error=error))
+
+
+def what_holds_blocks(stats: EngineStats) -> str:
+    """Requests, leases and transfers that keep the KV cache in use; empty when there are none."""
+    counts = {
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "waiting for KV": stats.num_waiting_for_kv,
+        "leased": stats.num_leased_requests,
+    }
+    parts = [f"{count} requests {what}" for what, count in counts.items() if count]
+    if stats.num_quarantined_blocks:
+        parts.append(f"{stats.num_quarantined_blocks} KV blocks that an abandoned transfer may still write to")
+    return ", ".join(parts)
