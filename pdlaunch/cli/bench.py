@@ -45,6 +45,16 @@ _SERVE_HEADINGS = {
     "tpot_ms_median": "TPOT ms",
     "output_tokens_per_s": "tokens/s",
 }
+_TRANSFER_HEADINGS = {
+    "connector": "connector",
+    "tp_pair": "TP",
+    "num_blocks": "blocks",
+    "megabytes": "MB",
+    "bare_gb_per_s": "bare GB/s",
+    "unverified_gb_per_s": "unverified GB/s",
+    "pull_gb_per_s": "pull GB/s",
+    "ratio": "unverified/bare",
+}
 _STEP_HEADINGS = {
     "kind": "step",
     "batch_size": "batch",
@@ -124,6 +134,42 @@ def step(
     _print(json.loads(result.stdout), output, _STEP_HEADINGS)
 
 
+@app.command("transfer")
+def transfer(
+    connectors: Annotated[str, typer.Option(help="nixl, mooncake or file, one or several.")] = "nixl",
+    tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
+    num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
+    num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
+    num_layers: Annotated[int, typer.Option(min=1, help="Of the model [those of smollm2].")] = 30,
+    num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model [those of smollm2].")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of the model [that of smollm2].")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
+    dtype: Annotated[str, typer.Option(help="Precision.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    mooncake_protocol: Annotated[str, typer.Option(help="tcp, rdma or nvlink.")] = "tcp",
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
+    arguments = {
+        "connectors": connectors.split(","),
+        "tp_pairs": [_numbers(pair.replace("x", ",")) for pair in tp_pairs.split(",")],
+        "num_blocks": _numbers(num_blocks),
+        "num_repeats": num_repeats,
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "dtype": dtype,
+        "device": device,
+        "mooncake_protocol": mooncake_protocol,
+    }
+    command = [sys.executable, "-m", "pdlaunch.transfer.bench_transfer", json.dumps(arguments)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if result.returncode != 0:
+        raise typer.Exit(1)
+    _print(json.loads(result.stdout), output, _TRANSFER_HEADINGS)
+
+
 @contextlib.contextmanager
 def _target(url: str | None, config: list[str], flags: dict[str, object]) -> Iterator[tuple[str, float | None]]:
     """The deployment to measure, and how long it took to start when it is ours."""
@@ -164,5 +210,5 @@ def _print(rows: Sequence[dict[str, Any]], output: Format, headings: Mapping[str
 def _short(value: object) -> str:
     """Numbers to three digits or more: 0.95, 53.1, 4330."""
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import MooncakeProtocol
+from pdlaunch.config.models import KVTransferSettings, MooncakeProtocol
 
 _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
     "tcp": {"MC_FORCE_TCP": "1"},
@@ -15,7 +15,12 @@ _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
 
 def connector_environment(spec: EngineSpec) -> dict[str, str]:
     """What must stand in ``os.environ`` before the connector is opened; what the user has set already takes precedence."""
-    match spec.kv_transfer.connector:
+    return environment_of(spec.kv_transfer)
+
+
+def environment_of(settings: KVTransferSettings) -> dict[str, str]:
+    """The same, from the settings alone."""
+    match settings.connector:
         case "nixl":
             # A UCX worker listens on a TCP socket of every network device it may use. All engines of a launch are on one host, so
             # loopback is enough, and nothing listens elsewhere. Shared memory, CMA and CUDA IPC are no network devices.
@@ -26,7 +31,7 @@ def connector_environment(spec: EngineSpec) -> dict[str, str]:
                 "MC_TCP_BIND_ADDRESS": "127.0.0.1",
                 "MC_TRANSFER_TIMEOUT": "3600",
                 "MC_LOG_LEVEL": "WARNING",
-                **_MOONCAKE_TRANSPORT[spec.kv_transfer.mooncake_protocol],
+                **_MOONCAKE_TRANSPORT[settings.mooncake_protocol],
             }
         case "file":
             return {}

@@ -1,0 +1,256 @@
+"""A process of ``bench transfer``: a rank with a TransferWorker and a KV cache of random numbers, driven through a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
+from pdlaunch.errors import TransferError
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+from pdlaunch.protocol.transfer import GrantLease, PullFinished, StartPull, TransferEvent
+from pdlaunch.transfer.connectors import new_connector
+from pdlaunch.transfer.environment import connector_environment
+from pdlaunch.transfer.worker import TransferWorker
+
+DType = Literal["float32", "bfloat16", "float16"]
+START_TIMEOUT_S = 120.0
+PULL_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchShape:
+    """KV cache of one rank with all heads."""
+
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: DType
+
+    def layout(self, tp_size: int = 1) -> KVCacheLayout:
+        """Of one rank of ``tp_size``."""
+        return KVCacheLayout(
+            groups=make_groups([None] * self.num_layers),
+            num_kv_heads=max(1, self.num_kv_heads // tp_size),
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype_bytes=getattr(torch, self.dtype).itemsize,
+        )
+
+    def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of random numbers."""
+        size = self.num_blocks, *self.layout(tp_size).block_shape()
+        return torch.randn(size, dtype=getattr(torch, self.dtype), device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class RankOptions:
+    """One rank."""
+
+    role: Role
+    tp_rank: int
+    tp_size: int
+    device: str
+    """``cpu`` or ``cuda:1``."""
+    shape: BenchShape
+    kv_transfer: KVTransferSettings
+    engine_id: str
+    keys: LaunchKeys
+
+    @property
+    def engine(self) -> str:
+        return f"{self.role}-0"
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}/rank-{self.tp_rank}"
+
+
+class Process:
+    """A child process that answers calls one at a time."""
+
+    def __init__(self, run: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # torch is imported once, not by every process
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=run, args=(child_end, *arguments), daemon=True)
+        self._process.start()
+        child_end.close()
+
+    def send(self, *call: object) -> None:
+        """Begin a call."""
+        self._pipe.send(call)
+
+    def wait(self) -> Any:
+        """Its answer. Raises TransferError when the process has failed."""
+        try:
+            found = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise TransferError(f"a process of the benchmark ended with code {self._process.exitcode}") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def call(self, *call: object) -> Any:
+        """``send`` and ``wait``."""
+        self.send(*call)
+        return self.wait()
+
+    def pause(self) -> None:
+        """Let the process do nothing until ``resume``."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+
+class Rank:
+    """What runs in the process."""
+
+    def __init__(self, options: RankOptions) -> None:
+        self._reports: queue.SimpleQueue[ToSupervisor] = queue.SimpleQueue()
+        self._woken = threading.Event()
+        self._options = options
+        shape, layout = options.shape, options.shape.layout(options.tp_size)
+        torch.manual_seed(options.tp_rank)
+        self._worker = TransferWorker(
+            context=SecureContext(options.keys),
+            spec=(spec := _spec_of(options)),
+            name=options.name,
+            tp_rank=options.tp_rank,
+            engine_id=options.engine_id,
+            incarnation=1,
+            layout=layout,
+            kv_cache=shape.new_cache(options.device, options.tp_size),
+            model_digest="bench",
+            total_kv_heads=shape.num_kv_heads,
+            first_kv_head=options.tp_rank * layout.num_kv_heads,
+            connector=new_connector(spec.kv_transfer, options.name, 1),
+            wake=self._woken.set,
+            report=self._reports.put,
+        )
+        self._worker.wait_started(START_TIMEOUT_S)
+
+    def entry(self) -> Entry:
+        """As the registry would show this rank."""
+        options = self._options
+        return Entry(
+            name=options.name,
+            kind="rank",
+            incarnation=1,
+            engine=options.engine,
+            role=options.role,
+            tp_rank=options.tp_rank,
+            tp_size=options.tp_size,
+            engine_id=options.engine_id,
+            address=Address(side_channel=self._worker.endpoint),
+        )
+
+    def connect(self, entries: list[Entry], num_peers: int) -> None:
+        """Return when this many peers are ready to be read."""
+        self._worker.update_registry(entries)
+        while num_peers:
+            match self._reports.get(timeout=START_TIMEOUT_S):
+                case PairReady():
+                    num_peers -= 1
+                case PairFailed(fatal=True) as failed:
+                    raise TransferError(failed.error)
+                case _:
+                    continue
+
+    def grant(self, command: GrantLease) -> None:
+        """Returns when the lease's checksums have been made, or nearly so: commands are executed in order."""
+        self._worker.submit([command])
+
+    def pull(self, command: StartPull) -> float:
+        """Seconds from StartPull to PullFinished."""
+        self._worker.submit([command])
+        while True:
+            if not self._woken.wait(PULL_TIMEOUT_S):
+                raise TransferError(f"pull {command.pull_id} did not end within {PULL_TIMEOUT_S:g} s")
+            self._woken.clear()
+            for event in self._worker.take_events():
+                if isinstance(event, PullFinished):
+                    return _seconds(event)
+
+    def ended(self) -> None:
+        """Wait for the end of a lease."""
+        events: list[TransferEvent] = []
+        while not events:
+            self._woken.wait(PULL_TIMEOUT_S)
+            self._woken.clear()
+            events = self._worker.take_events()
+
+
+def run_rank(pipe: Connection, options: RankOptions) -> None:
+    """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
+    torch.set_num_threads(1)
+    os.environ.update({**connector_environment(_spec_of(options)), **os.environ})
+    try:
+        rank = Rank(options)
+        while True:
+            method, *arguments = pipe.recv()
+            pipe.send(getattr(rank, method)(*arguments))
+    except EOFError:
+        os._exit(0)
+    except Exception as error:  # Whatever it is, the parent raises it.
+        pipe.send(TransferError(f"{options.name}: {error}"))
+        os._exit(1)
+
+
+def _seconds(event: PullFinished) -> float:
+    if not event.ok:
+        raise TransferError(event.error)
+    return event.seconds
+
+
+def _spec_of(options: RankOptions) -> EngineSpec:
+    shape = options.shape
+    return EngineSpec(
+        name=options.engine,
+        role=options.role,
+        model_dir=".",
+        served_model_name="bench",
+        load_format="dummy",
+        dtype=shape.dtype,
+        max_model_len=shape.num_blocks * shape.block_size,
+        block_size=shape.block_size,
+        kv_cache_memory_bytes=None,
+        gpu_memory_utilization=0.9,
+        enable_prefix_caching=False,
+        enable_cumem_allocator=False,
+        enable_sleep_mode=False,
+        max_num_seqs=1,
+        max_num_batched_tokens=shape.block_size,
+        device="cpu" if options.device == "cpu" else "cuda",
+        device_indices=() if options.device == "cpu" else (torch.device(options.device).index or 0,),
+        tensor_parallel_size=options.tp_size,
+        num_threads=1,
+        kv_transfer=options.kv_transfer,
+        limits=LimitSettings(),
+    )

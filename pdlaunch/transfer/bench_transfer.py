@@ -1,0 +1,258 @@
+"""Time pulls of KV blocks by connector, TP pair and number of blocks (``pdlaunch bench transfer``).
+
+Every figure is moved bytes over the median time of one pull of scattered blocks: by a bare loop of the connector's library, by a
+whole pull (side channel, lease, READ) without checksums, and by a whole pull as it is by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from pdlaunch.config.models import ConnectorName, KVTransferSettings, MooncakeProtocol, Role
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.protocol.transfer import GrantLease, StartPull
+from pdlaunch.transfer.bench_bare import BARE, BareKind, run_bare
+from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, RankOptions, run_rank
+from pdlaunch.transfer.engine_id import draw_engine_id
+from pdlaunch.transfer.environment import environment_of
+from pdlaunch.transfer.mapping import map_sources
+
+NUM_WARM_UPS = 2
+LEASE_S = 600.0
+
+TPPair = tuple[int, int]
+"""TP sizes of the holder and of the puller."""
+Way = Callable[[list[int], list[int]], float]
+"""Seconds of one pull, from local and remote block ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTiming:
+    """Gigabytes a second of one kind of pull."""
+
+    connector: str
+    tp_pair: str
+    num_blocks: int
+    megabytes: float
+    bare_gb_per_s: float | None
+    """None: no bare loop for this connector or TP pair."""
+    unverified_gb_per_s: float
+    pull_gb_per_s: float
+    ratio: float | None
+    """Of the pull without checksums to the bare loop."""
+
+
+def bench_transfer(
+    *,
+    connectors: Sequence[ConnectorName] = ("nixl",),
+    tp_pairs: Sequence[TPPair] = ((1, 1),),
+    num_blocks: Sequence[int] = (16, 128),
+    num_repeats: int = 10,
+    num_layers: int = 30,
+    num_kv_heads: int = 3,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: DType = "float32",
+    device: Literal["cpu", "cuda"] = "cpu",
+    mooncake_protocol: MooncakeProtocol = "tcp",
+) -> list[TransferTiming]:
+    """The default shape is that of the demo model. Raises TransferError."""
+    shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
+    rows = []
+    for connector in connectors:
+        for pair in tp_pairs:
+            with _settings(connector, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
+                ways = _ways(stack, settings, pair, shape, device)
+                for count in num_blocks:
+                    seconds = _median_s(ways, *_blocks(shape, count), num_repeats)
+                    rows.append(_row(connector, pair, count, count * shape.layout().block_bytes, seconds))
+    return rows
+
+
+def _row(connector: str, pair: TPPair, num_blocks: int, num_bytes: int, seconds: Mapping[str, float]) -> TransferTiming:
+    bare_s, unverified_s, pull_s = seconds.get("bare"), seconds["unverified"], seconds["pull"]
+    return TransferTiming(
+        connector=connector,
+        tp_pair=f"{pair[0]}x{pair[1]}",
+        num_blocks=num_blocks,
+        megabytes=round(num_bytes / 1e6, 2),
+        bare_gb_per_s=None if bare_s is None else round(num_bytes / 1e9 / bare_s, 3),
+        unverified_gb_per_s=round(num_bytes / 1e9 / unverified_s, 3),
+        pull_gb_per_s=round(num_bytes / 1e9 / pull_s, 3),
+        ratio=None if bare_s is None else round(bare_s / unverified_s, 3),
+    )
+
+
+@contextlib.contextmanager
+def _settings(connector: ConnectorName, mooncake_protocol: MooncakeProtocol) -> Iterator[KVTransferSettings]:
+    with tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder:
+        yield KVTransferSettings(
+            connector=connector,
+            mooncake_protocol=mooncake_protocol,
+            file_directory=folder if connector == "file" else None,
+            lease_s=LEASE_S,
+        )
+
+
+def _ways(
+    stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str
+) -> dict[str, Way]:
+    """All of them at once, to be measured in turns: what else the machine does then hits all alike."""
+    ways: dict[str, Way] = {
+        "unverified": _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, device).pull,
+        "pull": _new_pair(stack, settings, pair, shape, device).pull,
+    }
+    bare = BARE.get(settings.connector)
+    if bare is not None and pair == (1, 1) and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
+        ways["bare"] = _new_bare(stack, bare, settings, shape, device)
+    return ways
+
+
+def _new_bare(stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, shape: BenchShape, device: str) -> Way:
+    """Its processes are stopped between two turns: NIXL's own settings let a thread of each spin."""
+    environment = environment_of(settings)
+    holder, reader = (Process(run_bare, kind, name, shape, _device(device, i), environment) for i, name in enumerate("ab"))
+    stack.callback(holder.stop)
+    stack.callback(reader.stop)
+    addresses = holder.call("address"), reader.call("address")
+    mover, address = (reader, addresses[0]) if kind.reader_moves else (holder, addresses[1])
+    mover.call("connect", address)
+    holder.pause()
+    reader.pause()
+
+    def move(local: list[int], remote: list[int]) -> float:
+        holder.resume()
+        reader.resume()
+        seconds: float = mover.call("move", local, remote)
+        holder.pause()
+        reader.pause()
+        return seconds
+
+    return move
+
+
+def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str) -> _Pair:
+    keys, engine_ids = new_launch_keys(), (draw_engine_id(), draw_engine_id())
+    sides: list[list[Process]] = []
+    roles: tuple[Role, Role] = ("prefill", "decode")
+    for role, tp_size, engine_id in zip(roles, pair, engine_ids, strict=True):
+        first = pair[0] if sides else 0
+        options = [
+            RankOptions(role, rank, tp_size, _device(device, first + rank), shape, settings, engine_id, keys)
+            for rank in range(tp_size)
+        ]
+        sides.append([Process(run_rank, rank) for rank in options])
+        for process in sides[-1]:
+            stack.callback(process.stop)
+    found = _Pair(sides[0], sides[1], engine_ids[0])
+    found.connect(shape.num_kv_heads)
+    return found
+
+
+class _Pair:
+    """Holder and puller ranks."""
+
+    def __init__(self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: str) -> None:
+        """``engine_id``: of the holder."""
+        self._holders, self._pullers = holders, pullers
+        self._engine_id, self._tp_size = engine_id, len(holders)
+        self._num_pulls = 0
+
+    def connect(self, num_kv_heads: int) -> None:
+        """Every puller shakes hands with every holder."""
+        map_sources(
+            num_kv_heads=num_kv_heads, holder_tp_size=self._tp_size, puller_tp_size=len(self._pullers), puller_tp_rank=0
+        )  # refuses what does not fit, before anybody waits for it
+        processes = (*self._holders, *self._pullers)
+        for process in processes:
+            process.send("entry")
+        entries = [process.wait() for process in processes]
+        for puller in self._pullers:
+            puller.send("connect", entries, len(self._holders))
+        for puller in self._pullers:
+            puller.wait()
+
+    def pull(self, local: list[int], remote: list[int]) -> float:
+        """Seconds of one lease's pull by all ranks."""
+        self._num_pulls += 1
+        name = f"pull-{self._num_pulls}"
+        hashes = [index.to_bytes(32) for index in range(len(local))]
+        grant = GrantLease(
+            request_id=name,
+            block_ids=[remote],
+            first_block_index=[0],
+            block_hashes=hashes,
+            num_tokens=len(local),
+            num_readers=1,
+            first_tokens=[],
+            lease_s=LEASE_S,
+        )
+        for holder in self._holders:
+            holder.call("grant", grant)
+        remote_kv = RemoteKV(
+            engine_id=self._engine_id,
+            request_id=name,
+            host="",
+            port=0,
+            block_ids=[],
+            num_tokens=len(local),
+            tp_size=self._tp_size,
+        )
+        command = StartPull(
+            pull_id=name,
+            request_id=name,
+            remote=remote_kv,
+            block_ids=[local],
+            first_block_index=[0],
+            block_hashes=hashes,
+            num_tokens=len(local),
+            timeout_s=LEASE_S,
+        )
+        for puller in self._pullers:
+            puller.send("pull", command)
+        seconds: list[float] = [puller.wait() for puller in self._pullers]
+        for holder in self._holders:
+            holder.call("ended")
+        return max(seconds)
+
+
+def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
+    """Scattered block ids, here and there; the same in every run."""
+    source = random.Random(count)
+    return source.sample(range(shape.num_blocks), count), source.sample(range(shape.num_blocks), count)
+
+
+def _device(device: str, index: int) -> str:
+    return device if device == "cpu" else f"cuda:{index % torch.cuda.device_count()}"
+
+
+def _median_s(ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(NUM_WARM_UPS + num_repeats):
+        for name, way in ways.items():
+            seconds[name].append(way(local, remote))
+    return {name: statistics.median(found[NUM_WARM_UPS:]) for name, found in seconds.items()}
+
+
+def main() -> None:
+    """``python -m pdlaunch.transfer.bench_transfer '{"num_blocks": [16]}'``: arguments as JSON, rows as JSON on stdout."""
+    import json
+    import sys
+
+    arguments = json.loads(sys.argv[1])
+    if "tp_pairs" in arguments:
+        arguments["tp_pairs"] = [tuple(pair) for pair in arguments["tp_pairs"]]
+    sys.stdout.write(json.dumps([asdict(row) for row in bench_transfer(**arguments)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
