@@ -16,6 +16,8 @@ MAX_LISTED_BLOCKS = 1_000_000
 
 T = TypeVar("T")
 
+# Bounded, as larger ones cannot be sent on.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
@@ -26,9 +28,9 @@ class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
     request_id: _Id
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    block_ids: list[list[Annotated[int, msgspec.Meta(ge=0)]]]
+    block_ids: list[list[_Count]]
     """By KV cache group; informative, decode uses what ``pull_begin`` says."""
-    num_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    num_tokens: _Count
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
     lease_s: float = 0.0
 
@@ -36,11 +38,11 @@ class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
 class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
     """The first output token of one choice, sampled by the prefill engine."""
 
-    token_id: Annotated[int, msgspec.Meta(ge=0)]
+    token_id: _Count
     finish_reason: str | None = None
     """``stop`` when the choice ended with this token; then it needs no decode."""
     logprob: float | None = None
-    top_logprobs: list[tuple[int, float]] = []
+    top_logprobs: list[tuple[_Count, float]] = []
 
 
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):

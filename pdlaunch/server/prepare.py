@@ -73,7 +73,7 @@ def prepare(
         raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
     if transfer.do_remote_decode:
         _check_remote_prefill(request)
-    _check_ids(request, model)
+    _check_ids(request, transfer, model)
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     choices: list[Choice] = []
     deltas: list[Delta] = []
@@ -119,12 +119,19 @@ def _check_remote_prefill(request: GenerationRequest) -> None:
         raise RequestError("do_remote_decode and resume exclude each other", param="resume")
 
 
-def _check_ids(request: GenerationRequest, model: ServedModel) -> None:
+def _check_ids(request: GenerationRequest, transfer: KVTransferParams, model: ServedModel) -> None:
     model.check_token_ids(request.stop_token_ids, "stop_token_ids")
     model.check_token_ids(list(request.logit_bias), "logit_bias")
     resume = request.resumed()
     if resume is not None:
-        model.check_token_ids([token.token_id for choice in resume.choices for token in choice], "resume")
+        tokens = [token for choice in resume.choices for token in choice]
+        model.check_token_ids(_ids_of(tokens), "resume")
+    if transfer.pdlaunch is not None:
+        model.check_token_ids(_ids_of(transfer.pdlaunch.first_tokens), "kv_transfer_params.pdlaunch.first_tokens")
+
+
+def _ids_of(tokens: Sequence[FirstToken]) -> list[int]:
+    return [token_id for token in tokens for token_id in (token.token_id, *dict(token.top_logprobs))]
 
 
 def _limit(request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str) -> int:

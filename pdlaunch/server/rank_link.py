@@ -72,24 +72,24 @@ class RankLink:
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
         self._call_ids = itertools.count(1)
-        self._outbox: asyncio.Queue[ToRank] = asyncio.Queue()
-        self._outbox.put_nowait(Hello(server_incarnation=server_incarnation))
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self.send(Hello(server_incarnation=server_incarnation))
         self._tasks = (asyncio.create_task(self._write()), asyncio.create_task(self._read()))
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
         """Start a request; ``sink`` is called from the event loop with whatever comes back."""
         assert request.request_id not in self._sinks
+        self.send(request)
         self._sinks[request.request_id] = sink
-        self._outbox.put_nowait(request)
 
     def abort(self, request_id: str) -> None:
         """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
         self._sinks.pop(request_id, None)
-        self._outbox.put_nowait(AbortRequest(request_id=request_id))
+        self.send(AbortRequest(request_id=request_id))
 
     def send(self, message: ToRank) -> None:
-        """Queue any other message."""
-        self._outbox.put_nowait(message)
+        """Queue any message. Encodes it here, so that one that cannot be encoded is its sender's error alone."""
+        self._outbox.put_nowait(to_rank.encode(message))
 
     async def check_integrity(self) -> IntegrityReport:
         """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone meanwhile."""
@@ -138,7 +138,7 @@ class RankLink:
 
     async def _write(self) -> None:
         while True:
-            await self._socket.send(to_rank.encode(await self._outbox.get()))
+            await self._socket.send(await self._outbox.get())
 
     async def _read(self) -> None:
         while True:

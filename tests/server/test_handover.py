@@ -107,6 +107,21 @@ async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(engi
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
 
 
+REMOTE_PREFILL = {
+    "do_remote_prefill": True,
+    "remote_engine_id": "e1",
+    "remote_request_id": "r",
+    "remote_host": "127.0.0.1",
+    "remote_port": 5555,
+    "remote_block_ids": [[1]],
+    "remote_num_tokens": 5,
+}
+
+
+def first_token(token_id: int, **fields: object) -> dict:
+    return {"pdlaunch": {"first_tokens": [{"token_id": token_id} | fields]}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -117,6 +132,11 @@ async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(engi
         ({"resume": {"choices": [[]]}}, "resume"),
         ({"kv_transfer_params": {"do_remote_decode": "yes"}}, "kv_transfer_params.do_remote_decode"),
         ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params.remote_engine_id"),
+        ({"kv_transfer_params": REMOTE_PREFILL | {"remote_num_tokens": 2**64}}, "kv_transfer_params"),
+        ({"kv_transfer_params": REMOTE_PREFILL | {"remote_block_ids": [[2**64]]}}, "kv_transfer_params"),
+        ({"kv_transfer_params": first_token(10**9)}, "kv_transfer_params.pdlaunch.first_tokens"),
+        ({"kv_transfer_params": first_token(5, top_logprobs=[[10**9, -1.0]])}, "kv_transfer_params.pdlaunch.first_tokens"),
+        ({"kv_transfer_params": first_token(2**64)}, "kv_transfer_params.pdlaunch"),
     ],
 )
 async def test_hand_overs_that_are_refused(engine: Engine, fields, param):

@@ -80,10 +80,10 @@ class GenerationRequest(RequestBody):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0, lt=2**31)
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 and -1: off.")
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-_INT63, le=_INT63)
     stop: StopStrings = []
