@@ -43,12 +43,10 @@ Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 class RouterApp:
     """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
 
-    def __init__(self, spec: RouterSpec, hops: Hops, *, awaits_all_engines: bool = False) -> None:
-        """``awaits_all_engines``: a starting deployment is not healthy before every registered engine is ready."""
+    def __init__(self, spec: RouterSpec, hops: Hops) -> None:
         self._spec = spec
         self._hops = hops
         self._started = int(time.time())
-        self._awaits_all_engines = awaits_all_engines
         self.admission = Admission(spec.max_queued_requests)
         self.app = web.Application(
             client_max_size=spec.max_body_bytes,
@@ -112,6 +110,8 @@ class RouterApp:
         return await self._generate(CHAT, request, request_id)
 
     async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
+        if not self._hops.pool.serving:
+            raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
         client_request = read_client_request(
             endpoint,
             await _read_body(request),
@@ -213,11 +213,10 @@ class RouterApp:
         )
 
     async def _health(self, request: web.Request, request_id: str) -> web.Response:
-        """200 while some engine can serve and the door is open."""
-        engines = self._hops.pool.engines
-        if engines and all(engine.ready for engine in engines):
-            self._awaits_all_engines = False
-        status = "starting" if self._awaits_all_engines else "ok" if any(engine.ready for engine in engines) else "unavailable"
+        """200 once the launch is ready, while some engine can serve and the door is open."""
+        pool = self._hops.pool
+        engines = pool.engines
+        status = "starting" if not pool.serving else "ok" if any(engine.ready for engine in engines) else "unavailable"
         if self.admission.is_draining:
             status = "draining"
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}

@@ -69,7 +69,7 @@ class RouterProcess:
         client = EngineClient(self._bootstrap.keys.http_token, EngineTimeouts())
         metrics = RouterMetrics(spec.served_model_name)
         hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
-        router = RouterApp(spec, hops, awaits_all_engines=self._bootstrap.incarnation == 1)
+        router = RouterApp(spec, hops)
         runner = web.AppRunner(
             router.app,
             handler_cancellation=True,

@@ -122,7 +122,7 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
         await engine.start()
     try:
         partial = [entry for engine in engines for entry in engine.entries(ready=engine.role == "prefill")]
-        supervisor.send(Registry(version=1, entries=partial))
+        supervisor.send(Registry(version=1, entries=partial, serving=False))
         while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["engines"] == {}:
             pass
         assert (await asyncio.to_thread(fetch, f"{url}/health"))[0] == 503
