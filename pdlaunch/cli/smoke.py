@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
+from pdlaunch.client.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.junit import write_junit
 from pdlaunch.client.smoke import Check, smoke
@@ -26,6 +27,10 @@ from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
 def smoke_command(
     config: ConfigArgument = None,
     junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", metavar="FILE")] = None,
+    chaos: Annotated[
+        int | None,
+        typer.Option(help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.", metavar="SEED"),
+    ] = None,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -40,13 +45,18 @@ def smoke_command(
     checks: list[Check] = []
     try:
         arguments, environ = to_command_line(flags)
+        if chaos is not None:
+            environ |= chaos_environment(chaos)
         with running_deployment([*([str(config)] if config else []), *arguments], environ=os.environ | environ) as deployment:
             checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
             children = psutil.Process(deployment.process.pid).children(recursive=True)
             # Only now: a model that had to be converted can be read.
             engines = resolve_engines(launch_config, probe_machine(), resolve_models(launch_config))
-            dtypes = {engine.dtype for engine in engines.values()}
-            checks += smoke(deployment.url, api_key=key, exact=dtypes == {"float32"})
+            exact = {engine.dtype for engine in engines.values()} == {"float32"}
+            if chaos is None:
+                checks += smoke(deployment.url, api_key=key, exact=exact)
+            else:
+                checks += smoke_under_chaos(deployment, chaos, api_key=key, exact=exact)
             checks.append(_stop(deployment, children))
     except PdlaunchError as error:
         checks.append(Check("the deployment gets ready", 0.0, str(error)))
