@@ -130,6 +130,8 @@ class Registry(Message):
 
     version: int
     entries: list[Entry]
+    serving: bool = True
+    """The launch has been ready: every process, and every pair of engines. Before that the router takes no request."""
 
 
 class Drain(Message):

@@ -62,6 +62,8 @@ class EnginePool:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._engines: dict[str, Engine] = {}
+        self.serving = False
+        """The supervisor has seen every process and every pair ready."""
         self._with_ranks: set[str] = set()
 
     @property
@@ -77,6 +79,7 @@ class EnginePool:
                 ranks = [entry for entry in registry.entries if entry.kind == "rank" and entry.engine == server.name]
                 found[server.name] = self._renew(server, ranks)
         self._engines = found
+        self.serving = registry.serving
 
     def has_ready(self, role: Role, *, needs: Callable[[Engine], bool] | None = None) -> bool:
         """Some engine of this role can be given work."""

@@ -340,14 +340,16 @@ class Supervisor:
         """Tell children and views what has changed, and notice that the launch is ready or over."""
         if self._shutdown is not None:
             self._shutdown.advance()
-        if self._registry.update(self._instances.values()):
-            for entry in self._registry.current.entries:
-                self._host.send(entry.name, self._registry.current)
-        self._observer.changed(self.status())
-        if self.phase is Phase.STARTING and all(unit.ready for unit in self._units) and not self._pairs.missing():
+        becomes_ready = self.phase is Phase.STARTING and all(unit.ready for unit in self._units) and not self._pairs.missing()
+        if becomes_ready:
             self._phase = Phase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
+        if self._registry.update(self._instances.values(), serving=self.was_ready):
+            for entry in self._registry.current.entries:
+                self._host.send(entry.name, self._registry.current)
+        self._observer.changed(self.status())
+        if becomes_ready:
             self._observer.ready(self.status())
 
     def _note(self, text: str) -> None:
