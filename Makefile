@@ -33,6 +33,15 @@ $(MOONCAKE): $(STAMP)
 test: install $(MOONCAKE)  ## Run all tests (ARGS="-k name" passes options to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
+soak: install  ## 5,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
+	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
+
+kills: install  ## kill -9 of every kind of process under load: what the clients see, seconds to recovery
+	$(BIN)/python -m tests.e2e.reliability kills $(ARGS)
+
+cancels: install  ## 1,000 clients that go away at random moments; every block must come back
+	$(BIN)/python -m tests.e2e.reliability cancels $(ARGS)
+
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +59,4 @@ rules: $(STAMP)  ## Write docs/rules.md from the registry of rules
 clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
-.PHONY: help install serve test lint types format rules clean
+.PHONY: help install serve test soak kills cancels lint types format rules clean
