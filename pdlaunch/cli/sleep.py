@@ -1,0 +1,76 @@
+"""``pdlaunch sleep`` and ``pdlaunch wake``: engines of a running deployment give their device memory back, and take it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pdlaunch.client.sleep import SleepOutcome, sleep_engines, wake_engines
+from pdlaunch.errors import PdlaunchError
+
+GIB = 1024**3
+
+
+class Mode(StrEnum):
+    """What an engine does while something runs."""
+
+    WAIT = "wait"
+    REFUSE = "refuse"
+
+
+class Tag(StrEnum):
+    """Pools that wake up by themselves."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+
+
+UrlOption = Annotated[str, typer.Option(help="The deployment's router.", envvar="PDLAUNCH_URL")]
+KeyOption = Annotated[str | None, typer.Option(help="The deployment's API key.", envvar="PDLAUNCH_API_KEY", metavar="KEY")]
+EngineOption = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; may be repeated.", metavar="NAME")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def sleep(
+    url: UrlOption = DEFAULT_URL,
+    level: Annotated[
+        int, typer.Option(min=1, max=2, help="1 keeps the weights in host memory; 2 drops them, they are loaded again.")
+    ] = 1,
+    mode: Annotated[Mode, typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse.")] = Mode.WAIT,
+    engine: EngineOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Engines give their device memory back and serve nothing until `pdlaunch wake`; needs enable_sleep_mode."""
+    _show("given back", lambda: sleep_engines(url, api_key, level=level, mode=mode.value, names=engine or ()))
+
+
+def wake(
+    url: UrlOption = DEFAULT_URL,
+    tag: Annotated[list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")] = None,
+    engine: EngineOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Engines that sleep take their device memory again and serve."""
+    _show("taken", lambda: wake_engines(url, api_key, tags=[str(name) for name in tag or ()], names=engine or ()))
+
+
+def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
+    """One row an engine; exit code 1 when one of them has refused."""
+    try:
+        outcomes = call()
+    except PdlaunchError as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        raise typer.Exit(1) from None
+    table = Table("engine", "state", what)
+    for outcome in outcomes:
+        state = Text(outcome.error, style="red") if outcome.error else Text("sleeping" if outcome.is_sleeping else "awake")
+        table.add_row(Text(outcome.engine), state, "" if outcome.error else f"{outcome.num_bytes / GIB:.2f} GiB")
+    Console().print(table)
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)

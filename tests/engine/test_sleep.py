@@ -1,0 +1,323 @@
+"""Falling asleep and waking up, rank by rank, with memory and transfers that do what the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator, SleepPhase, what_holds_blocks
+from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
+from pdlaunch.errors import MemoryPoolError, TransferError
+from pdlaunch.protocol.control import SleepState
+from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
+
+ALL = frozenset({"weights", "kv_cache"})
+
+
+@dataclass
+class FakeRank:
+    """Memory and transfers of one rank, and what they were told; checks that peers never see memory that sleeps."""
+
+    log: list[str] = field(default_factory=list)
+    sleeping_tags: frozenset[str] = frozenset()
+    registered: bool = True
+    connected: bool = True
+    memory_error: str = ""
+    transfer_error: str = ""
+
+    def sleep(self, level: int) -> int:
+        assert not self.registered, "the memory goes under the eyes of peers"
+        if self.memory_error:
+            raise MemoryPoolError(self.memory_error)
+        self.sleeping_tags = ALL
+        self.log.append(f"sleep {level}")
+        return 100
+
+    def wake_up(self, tags: Collection[str]) -> int:
+        if self.memory_error:
+            raise MemoryPoolError(self.memory_error)
+        woken = self.sleeping_tags & set(tags)
+        self.sleeping_tags -= woken
+        self.log.append(f"wake {','.join(sorted(woken))}")
+        return 50 * len(woken)
+
+    def suspend(self, timeout_s: float) -> None:
+        if self.transfer_error:
+            raise TransferError(self.transfer_error)
+        self.registered = False
+        self.log.append("suspend")
+
+    def resume(self, timeout_s: float) -> None:
+        assert not self.sleeping_tags, "registers memory that sleeps"
+        self.registered = True
+        self.log.append("resume")
+
+    def announce(self, state: SleepState) -> None:
+        self.log.append(state.state)
+
+
+@dataclass
+class FakeScheduler:
+    counts: EngineStats = field(default_factory=EngineStats)
+    queued: bool = False
+    num_resets: int = 0
+
+    def stats(self) -> EngineStats:
+        return self.counts
+
+    def has_work(self) -> bool:
+        return self.queued
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
+
+
+class Engine:
+    """A coordinator, its own rank and others whose reports come when the test delivers them."""
+
+    def __init__(self, num_ranks: int = 1, *, enabled: bool = True) -> None:
+        self.now = 0.0
+        self.ranks = [FakeRank() for _ in range(num_ranks)]
+        self.sleepers = [
+            RankSleeper(rank, rank, rank.announce, peers_timeout_s=5.0, clock=lambda: self.now) for rank in self.ranks
+        ]
+        self.scheduler = FakeScheduler()
+        self.replies: list[SleepReply] = []
+        self.mail: list[SleepRank | WakeRank] = []
+        scheduler: Any = self.scheduler
+        self.coordinator = SleepCoordinator(
+            self.sleepers[0],
+            enabled=enabled,
+            num_ranks=num_ranks,
+            tell_ranks=self.mail.append,
+            scheduler=scheduler,
+            answer=self.replies.append,
+            clock=lambda: self.now,
+        )
+
+    def sleep(self, level: int = 1, timeout_s: float = 10.0) -> None:
+        self.coordinator.sleep(Sleep(call_id=1, level=level, timeout_s=timeout_s))
+        self.turn()
+
+    def wake_up(self, *tags: str) -> None:
+        self.coordinator.wake_up(WakeUp(call_id=2, tags=list(tags)))
+        self.turn()
+
+    def turn(self) -> None:
+        """One turn of every rank's loop."""
+        self.coordinator.advance()
+        while self.mail:
+            for message in [self.mail.pop(0)]:
+                for sleeper in self.sleepers[1:]:
+                    match message:
+                        case SleepRank(level=level):
+                            self._report(sleeper.sleep(level))
+                        case WakeRank(tags=tags):
+                            self._report(sleeper.wake_up(tags))
+        for sleeper in self.sleepers[1:]:
+            self._report(sleeper.advance())
+
+    def reply(self) -> SleepReply:
+        (reply,) = self.replies
+        self.replies.clear()
+        return reply
+
+    def _report(self, report: SleepReport | None) -> None:
+        if report is not None:
+            self.coordinator.on_report(report)
+
+
+@pytest.fixture(params=[1, 3])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    return Engine(request.param)
+
+
+def test_peers_go_before_the_memory_and_come_back_after_it(engine: Engine) -> None:
+    engine.sleep(level=2)
+    reply = engine.reply()
+    assert (reply.error, reply.num_bytes) == (None, 100 * len(engine.ranks))
+    assert set(reply.sleeping_tags) == ALL
+    assert not engine.coordinator.computes
+    engine.wake_up()
+    reply = engine.reply()
+    assert (reply.error, reply.num_bytes, reply.sleeping_tags) == (None, 100 * len(engine.ranks), [])
+    assert engine.coordinator.phase is SleepPhase.AWAKE
+    for rank in engine.ranks:
+        assert rank.log == ["suspend", "sleeping", "sleep 2", "wake kv_cache,weights", "resume", "awake"]
+    assert engine.scheduler.num_resets == 1
+
+
+def test_tags_wake_one_by_one_and_peers_only_with_the_last(engine: Engine) -> None:
+    engine.sleep()
+    engine.replies.clear()
+    engine.wake_up("weights")
+    assert engine.reply().sleeping_tags == ["kv_cache"]
+    assert engine.coordinator.phase is SleepPhase.ASLEEP
+    assert not any(rank.registered for rank in engine.ranks)
+    engine.wake_up("kv_cache")
+    assert engine.reply().sleeping_tags == []
+    assert all(rank.registered for rank in engine.ranks)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"num_running": 1},
+        {"num_waiting": 1},
+        {"num_waiting_for_kv": 1},
+        {"num_leased_requests": 1},
+        {"num_quarantined_blocks": 1},
+    ],
+)
+def test_sleep_waits_for_everything_that_holds_blocks(counts: dict[str, int], engine: Engine) -> None:
+    engine.scheduler.counts = EngineStats(**counts)
+    engine.sleep(timeout_s=10.0)
+    assert not engine.replies
+    assert engine.coordinator.computes
+    assert engine.coordinator.wait_s() < 1
+    engine.scheduler.counts = EngineStats()
+    engine.turn()
+    assert engine.reply().error is None
+    assert engine.coordinator.phase is SleepPhase.ASLEEP
+
+
+def test_refused_when_time_is_up_and_nothing_has_changed(engine: Engine) -> None:
+    engine.scheduler.counts = EngineStats(num_running=2, num_leased_requests=1)
+    engine.sleep(timeout_s=0.0)
+    assert engine.reply().error == "the engine cannot sleep now: 2 requests running, 1 requests leased"
+    assert engine.coordinator.phase is SleepPhase.AWAKE
+    assert not any(rank.log for rank in engine.ranks)
+
+
+def test_queued_work_comes_first(engine: Engine) -> None:
+    engine.scheduler.queued = True
+    engine.sleep()
+    assert not engine.replies
+    engine.scheduler.queued = False
+    engine.turn()
+    assert engine.reply().error is None
+
+
+@pytest.mark.parametrize("field_name", ["memory_error", "transfer_error"])
+def test_a_rank_that_cannot_sleep_wakes_the_others(field_name: str, engine: Engine) -> None:
+    setattr(engine.ranks[-1], field_name, "no room in host memory")
+    engine.sleep()
+    if field_name == "memory_error":
+        # The rank says so again when it is to wake up: it never slept.
+        engine.ranks[-1].memory_error = ""
+    for _ in range(3):
+        engine.turn()
+    reply = engine.reply()
+    assert reply.error is not None
+    assert "no room in host memory" in reply.error
+    assert reply.sleeping_tags == []
+    assert engine.coordinator.phase is SleepPhase.AWAKE
+    assert all(rank.registered and not rank.sleeping_tags for rank in engine.ranks)
+
+
+def test_too_little_memory_leaves_the_engine_asleep_until_it_is_asked_again(engine: Engine) -> None:
+    engine.sleep()
+    engine.replies.clear()
+    engine.ranks[-1].memory_error = "100 bytes cannot wake up"
+    engine.wake_up()
+    reply = engine.reply()
+    assert reply.error == "100 bytes cannot wake up"
+    assert reply.sleeping_tags
+    assert engine.coordinator.phase is SleepPhase.ASLEEP
+    engine.ranks[-1].memory_error = ""
+    engine.wake_up()
+    assert engine.reply().sleeping_tags == []
+    assert all(rank.registered for rank in engine.ranks)
+
+
+def test_ready_only_when_peers_have_shaken_hands_or_had_their_time(engine: Engine) -> None:
+    engine.sleep()
+    engine.replies.clear()
+    engine.ranks[-1].connected = False
+    engine.wake_up()
+    assert not engine.replies
+    assert not engine.coordinator.computes
+    engine.ranks[-1].connected = True
+    engine.turn()
+    assert engine.reply().error is None
+    engine.sleep()
+    engine.replies.clear()
+    engine.ranks[-1].connected = False
+    engine.wake_up()
+    engine.now += 5.0
+    engine.turn()
+    assert engine.reply().error is None
+    assert engine.coordinator.computes
+
+
+def test_calls_that_make_no_sense_are_answered(engine: Engine) -> None:
+    engine.wake_up()
+    assert engine.reply().error is None
+    engine.sleep(level=3)
+    assert engine.reply().error == "level is 3; it is 1 or 2"
+    engine.sleep()
+    engine.replies.clear()
+    engine.sleep()
+    assert set(engine.reply().sleeping_tags) == ALL
+    engine.wake_up("activations")
+    assert engine.reply().error == "unknown tags activations; there are weights, kv_cache"
+    off = Engine(enabled=False)
+    off.sleep()
+    assert off.reply().error == "enable_sleep_mode is off"
+
+
+def test_a_second_call_while_one_is_under_way_is_refused(engine: Engine) -> None:
+    engine.scheduler.counts = EngineStats(num_running=1)
+    engine.sleep()
+    engine.sleep()
+    assert engine.reply().error == "the engine is busy with another call: draining"
+
+
+def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) -> None:
+    engine.scheduler.counts = EngineStats(num_running=1)
+    engine.sleep()
+    engine.coordinator.forget_caller()
+    engine.scheduler.counts = EngineStats()
+    engine.turn()
+    assert engine.coordinator.phase is SleepPhase.AWAKE
+    assert not engine.replies
+
+
+def test_what_holds_blocks_is_named() -> None:
+    assert what_holds_blocks(EngineStats(num_free_blocks=3)) == ""
+    assert what_holds_blocks(EngineStats(num_quarantined_blocks=2)).startswith("2 KV blocks that an abandoned transfer")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.sampled_from(["sleep", "wake", "wake weights", "wake kv_cache", "fail", "mend", "busy"]), max_size=14),
+)
+def test_each_call_gets_one_reply_and_no_rank_is_left_behind(num_ranks: int, actions: list[str]) -> None:
+    engine = Engine(num_ranks)
+    for action in actions:
+        before = len(engine.replies)
+        match action.split():
+            case ["sleep"]:
+                engine.sleep(timeout_s=0.0)
+            case ["wake", *tags]:
+                engine.wake_up(*tags)
+            case ["fail"]:
+                engine.ranks[-1].memory_error = "short"
+                continue
+            case ["mend"]:
+                engine.ranks[-1].memory_error = ""
+                continue
+            case _:
+                engine.scheduler.counts = EngineStats(num_running=1 - engine.scheduler.counts.num_running)
+                continue
+        assert len(engine.replies) == before + 1
+        awake = [not rank.sleeping_tags for rank in engine.ranks]
+        assert [rank.registered for rank in engine.ranks] == awake
+        assert engine.coordinator.computes == all(awake)
+        assert bool(engine.replies[-1].sleeping_tags) == (not all(awake))
