@@ -33,7 +33,7 @@ $(MOONCAKE): $(STAMP)
 test: install $(MOONCAKE)  ## Run all tests (ARGS="-k name" passes options to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: install  ## 5,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
+soak: install  ## 6,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
 
 kills: install  ## kill -9 of every kind of process under load: what the clients see, seconds to recovery

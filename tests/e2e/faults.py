@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -58,10 +59,12 @@ async def load_with_kills(
     """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request."""
     stop = asyncio.Event()
     kills: list[Kill] = []
+    buried: Counter[str] = Counter()
 
     async def kill_all() -> None:
         for name in processes:
             await asyncio.sleep(source.uniform(*pause_s))
+            buried.update(await asyncio.to_thread(counters_of, deployment, name.partition("/")[0]))
             kills.append(await kill_and_wait(deployment, name))
         await asyncio.sleep(pause_s[0])
         stop.set()
@@ -71,12 +74,20 @@ async def load_with_kills(
         killer = asyncio.create_task(kill_all())
         report = await run_load(session, options, cases, stop=stop)
         await end(killer)
+    report.totals = {name: round(value + buried[name], 3) for name, value in report.totals.items()}
     for kill in kills:
         hit = [sent for sent in report.sent if sent.start_s <= kill.killed_s <= sent.end_s]
         kill.num_in_flight = len(hit)
         kill.num_lost = sum(sent.outcome not in ("equal", "cancelled") for sent in hit)
         kill.longest_gap_s = max((sent.longest_gap_s for sent in hit), default=0.0)
     return report, kills
+
+
+def counters_of(deployment: Deployment, engine: str) -> dict[str, float]:
+    """What a rank has counted, which dies with it."""
+    (url,) = (known["url"] for known in engines_of(Api(deployment.url)) if known["name"] == engine)
+    stats = json.loads(Api(url).get("/pdlaunch/integrity")[1])["stats"]
+    return {name: value for name, value in stats.items() if not name.startswith("num_")}
 
 
 async def end(killer: asyncio.Task[None]) -> None:
