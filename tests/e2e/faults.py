@@ -64,7 +64,8 @@ async def load_with_kills(
     async def kill_all() -> None:
         for name in processes:
             await asyncio.sleep(source.uniform(*pause_s))
-            buried.update(await asyncio.to_thread(counters_of, deployment, name.partition("/")[0]))
+            if "/rank-" in name:
+                buried.update(await asyncio.to_thread(counters_of, deployment, name.partition("/")[0]))
             kills.append(await kill_and_wait(deployment, name))
         await asyncio.sleep(pause_s[0])
         stop.set()
