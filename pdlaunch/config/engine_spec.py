@@ -35,6 +35,7 @@ class EngineSpec(FrozenModel):
     num_threads: int
     kv_transfer: KVTransferSettings
     limits: LimitSettings
+    enforce_eager: bool = False
     http_host: str = "127.0.0.1"
     http_port: int = 0
     """0: a free port, registered with the supervisor."""

@@ -25,6 +25,7 @@ FLAG_PATHS: Mapping[str, str] = MappingProxyType(
         "kv-file-directory": "kv_transfer.file_directory",
         "enable-cumem-allocator": "enable_cumem_allocator",
         "enable-sleep-mode": "enable_sleep_mode",
+        "enforce-eager": "enforce_eager",
         "host": "host",
         "port": "port",
         "api-key": "api_key",

@@ -19,7 +19,7 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
-from pdlaunch.config.models import KVTransferSettings, LimitSettings
+from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
@@ -51,43 +51,60 @@ def bench_step(
     batch_sizes: Sequence[int] = (1, 16),
     context_tokens: int = 128,
     num_steps: int = 20,
-    prefill_tokens: int = 128,
+    prefill_tokens: int | Sequence[int] = 128,
     dtype: DType = "float32",
     num_threads: int = 1,
     block_size: int = 16,
     device: Literal["cpu", "cuda"] = "cpu",
+    load_format: LoadFormat = "auto",
+    enforce_eager: bool = False,
 ) -> list[StepTiming]:
-    """Prefill of one prompt, then decode steps at each batch size; greedy. Raises ConfigError as ``ModelRunner`` does."""
+    """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
+
+    ``load_format`` dummy needs only config.json. Raises ConfigError as ``ModelRunner`` does.
+    """
     shape = read_model_shape(model_dir)
     torch.set_num_threads(num_threads)
-    bare = _BareModel(Path(model_dir), shape, dtype, device)
-    bare_prefill_s = bare.time_prefill(prefill_tokens, num_steps)
+    lengths = [prefill_tokens] if isinstance(prefill_tokens, int) else prefill_tokens
+    bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
+    bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     bare_decode_s = [bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
     del bare
-    longest = max(context_tokens, prefill_tokens) + num_steps + NUM_WARM_UPS + 1
-    spec = _make_spec(Path(model_dir), shape, dtype, num_threads, block_size, device, max(batch_sizes), longest)
-    engine = _Engine(spec)
-    engine_prefill_s = engine.time_prefill(prefill_tokens, num_steps)
+    decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
+    longest = max(decode_reach, max(lengths) + 1)
+    num_row_blocks = max(max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size))
+    spec = _make_spec(Path(model_dir), shape, dtype, num_threads, block_size, device, max(batch_sizes), longest, num_row_blocks)
+    engine = _Engine(spec.model_copy(update={"load_format": load_format, "enforce_eager": enforce_eager}), decode_reach)
+    engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     engine_decode_s = [engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
     decode = [
         StepTiming("decode", batch_size, context_tokens, bare_s, engine_s)
         for batch_size, bare_s, engine_s in zip(batch_sizes, bare_decode_s, engine_decode_s, strict=True)
     ]
-    return [StepTiming("prefill", 1, prefill_tokens, bare_prefill_s, engine_prefill_s), *decode]
+    prefill = [
+        StepTiming("prefill", 1, num_tokens, bare_s, engine_s)
+        for num_tokens, bare_s, engine_s in zip(lengths, bare_prefill_s, engine_prefill_s, strict=True)
+    ]
+    return [*prefill, *decode]
 
 
 class _BareModel:
     """transformers' model with its own attention and cache."""
 
-    def __init__(self, model_dir: Path, shape: ModelShape, dtype: DType, device: str) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         self._shape = shape
         self._dtype = getattr(torch, dtype)
         self._device = torch.device(device)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self._dtype).to(self._device).eval()
+        if load_format == "dummy":
+            with self._device:
+                model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=self._dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self._dtype).to(self._device)
+        self._model = model.eval()
 
     @torch.inference_mode()
     def time_prefill(self, num_tokens: int, num_steps: int) -> float:
@@ -121,22 +138,24 @@ class _BareModel:
 class _Engine:
     """A ModelRunner with a scheduler's decisions made by hand."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, decode_reach: int) -> None:
+        """``decode_reach``: tokens of a decode row at the end."""
         self._spec = spec
+        self._decode_reach = decode_reach
         self._runner = ModelRunner(spec, tp=None, progress=_ignore_progress)
         self._runner.warm_up()
         self._runner.kv_cache.normal_()
 
     def time_prefill(self, num_tokens: int, num_steps: int) -> float:
-        self._runner.execute(self._admit(1, num_tokens))
+        self._runner.execute(self._admit(1, num_tokens, num_tokens))
         plan = StepPlan(step_id=0, scheduled=[ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=True)])
         seconds = _median_s(lambda: self._runner.execute(plan), num_steps)
         self._runner.execute(StepPlan(step_id=0, freed_rows=[0]))
         return seconds
 
     def time_decode(self, batch_size: int, context_tokens: int, num_steps: int) -> float:
-        self._runner.execute(self._admit(batch_size, context_tokens + 1))
-        computed = iter(range(context_tokens, self._spec.max_model_len))
+        self._runner.execute(self._admit(batch_size, context_tokens + 1, self._decode_reach))
+        computed = iter(range(context_tokens, self._decode_reach))
 
         def step() -> None:
             position = next(computed)
@@ -147,8 +166,8 @@ class _Engine:
         self._runner.execute(StepPlan(step_id=0, freed_rows=[*range(batch_size)]))
         return seconds
 
-    def _admit(self, batch_size: int, num_tokens: int) -> StepPlan:
-        num_groups, per_row = len(self._runner.layout.groups), -(-self._spec.max_model_len // self._spec.block_size)
+    def _admit(self, batch_size: int, num_tokens: int, reach: int) -> StepPlan:
+        num_groups, per_row = len(self._runner.layout.groups), -(-reach // self._spec.block_size)
         sampling = SamplingParams(max_tokens=self._spec.max_model_len, temperature=0.0)
         rows = [
             NewRow(row=row, request_id=str(row), token_ids=[0] * num_tokens, num_prompt_tokens=num_tokens, sampling=sampling)
@@ -176,6 +195,7 @@ def _make_spec(
     device: Literal["cpu", "cuda"],
     batch_size: int,
     max_model_len: int,
+    num_row_blocks: int,
 ) -> EngineSpec:
     groups = make_groups(shape.layer_windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, DTYPE_BYTES[dtype])
@@ -188,7 +208,7 @@ def _make_spec(
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
-        kv_cache_memory_bytes=batch_size * len(groups) * -(-max_model_len // block_size) * layout.block_bytes,
+        kv_cache_memory_bytes=num_row_blocks * len(groups) * layout.block_bytes,
         gpu_memory_utilization=0.9,
         enable_prefix_caching=False,
         enable_cumem_allocator=False,

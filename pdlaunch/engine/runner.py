@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -19,13 +21,18 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
+from pdlaunch.models.attention import AttentionBackend
+from pdlaunch.models.decoder import Decoder, TransformersDecoder
 from pdlaunch.models.kv_memory import allocate_kv_cache
 from pdlaunch.models.loader import load_model, reload_model
-from pdlaunch.models.packed import PackedBatch
+from pdlaunch.models.packed import IntArray, PackedBatch
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+
+if TYPE_CHECKING:
+    from pdlaunch.engine.decode_graphs import DecodeGraphs
 
 Progress = Callable[[str, float | None], None]
 
@@ -52,6 +59,7 @@ class ModelRunner:
         self._device = self._open_device()
         shard = Shard(self._tp_rank, 1 if tp is None else tp.tp_size, self.shape)
         self.first_kv_head = shard.first_kv_head
+        self.num_heads = shard.num_attention_heads
         self.layout = KVCacheLayout(
             groups=make_groups(self.shape.layer_windows),
             num_kv_heads=shard.num_kv_heads,
@@ -67,12 +75,14 @@ class ModelRunner:
             self._model = load_model(
                 model_dir, self.shape, dtype=dtype, device=self._device, dummy=is_dummy, tp=tp, progress=progress
             )
+            self._decoder = self._new_decoder()
         self._weights_lost = False
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
         with self._pools.memory_pool(KV_CACHE):
             self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self._device)
-        self._attention = TorchAttention(self.layout, self.kv_cache)
+        self._attention = self._new_attention()
+        self._graphs: DecodeGraphs | None = None
         self._rows = self._new_rows()
 
     @torch.inference_mode()
@@ -81,7 +91,8 @@ class ModelRunner:
         self._rows.apply(plan)
         if not plan.scheduled:
             return StepOutput(step_id=plan.step_id)
-        self._clean(plan.scheduled)
+        if not self._attention.reads_only_context:
+            self._clean(plan.scheduled)
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
         place = {item.row: index for index, item in enumerate(packed)}
@@ -90,11 +101,13 @@ class ModelRunner:
         return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, sampled) if sampled else [])
 
     def warm_up(self) -> None:
-        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation.
+        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation; capture graphs.
 
         Uses row 0 and the first blocks, and leaves both as they were at the start: only to be called before the first step.
         """
         assert len(self._rows) == 0
+        self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
+        self._graphs = self._capture_graphs()
         num_tokens = min(2 * self._spec.block_size, self._spec.max_model_len - 1, self._spec.max_num_batched_tokens)
         blocks_per_group = -(-(num_tokens + 1) // self._spec.block_size)
         num_blocks = blocks_per_group * len(self.layout.groups)
@@ -158,15 +171,17 @@ class ModelRunner:
 
     def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> torch.Tensor:
         """Logits [num_sampled, vocab_size] of the tokens at these places in the batch."""
-        output = self._model(
-            input_ids=torch.from_numpy(batch.token_ids)[None].to(self._device),
-            position_ids=torch.from_numpy(batch.positions)[None].to(self._device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(sampled_tokens, dtype=torch.int64, device=self._device),
-            attention_step=self._attention.prepare(batch),
+        replayed = None if self._graphs is None else self._graphs.logits(batch)
+        if replayed is not None:
+            return replayed if sampled_tokens == [*range(len(replayed))] else replayed[sampled_tokens]
+        token_ids, positions, kept = (
+            self._to_device(array) for array in (batch.token_ids, batch.positions, np.array(sampled_tokens, dtype=np.int64))
         )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return self._decoder.logits(token_ids, positions, kept, self._attention.prepare(batch))
+
+    def _to_device(self, array: IntArray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _sample(self, logits: torch.Tensor, sampled: list[ScheduledRow]) -> list[TokenOutput]:
         rows = [self._rows[item.row] for item in sampled]
@@ -186,6 +201,38 @@ class ModelRunner:
             max_model_len=self._spec.max_model_len,
             block_size=self._spec.block_size,
             num_groups=len(self.layout.groups),
+        )
+
+    def _new_decoder(self) -> Decoder:
+        if self._device.type == "cuda":
+            from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
+
+            if can_fuse(self._model):
+                return FusedDecoder(self._model)
+        return TransformersDecoder(self._model)
+
+    def _new_attention(self) -> AttentionBackend:
+        if self._device.type == "cpu":
+            return TorchAttention(self.layout, self.kv_cache)
+        from pdlaunch.models.triton_attention import TritonAttention
+
+        return TritonAttention(self.layout, self.kv_cache)
+
+    def _capture_graphs(self) -> DecodeGraphs | None:
+        """Not for several ranks: whether the group's collectives stand a capture has not been tried."""
+        is_eager = self._spec.enforce_eager or self._spec.tensor_parallel_size > 1
+        if self._device.type == "cpu" or is_eager or not self._decoder.can_be_captured:
+            return None
+        from pdlaunch.engine.decode_graphs import DecodeGraphs
+        from pdlaunch.models.triton_attention import TritonAttention
+
+        assert isinstance(self._attention, TritonAttention)
+        return DecodeGraphs(
+            self._decoder,
+            self._attention,
+            max_rows=self._spec.max_num_seqs,
+            max_blocks=-(-self._spec.max_model_len // self._spec.block_size),
+            progress=self._progress,
         )
 
     def _open_device(self) -> torch.device:

@@ -47,6 +47,11 @@ class SampleRow:
         return self.sampling.temperature < GREEDY_BELOW
 
     @property
+    def takes_the_likeliest(self) -> bool:
+        """Of the logits as they are, and tells no log-probabilities."""
+        return self.is_greedy and self.sampling.num_top_logprobs is None and not self.changes_logits
+
+    @property
     def changes_logits(self) -> bool:
         sampling = self.sampling
         return (
@@ -66,6 +71,8 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 def draw_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> list[TokenOutput]:
     """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order."""
+    if all(row.takes_the_likeliest for row in rows):
+        return [TokenOutput(token_id=token_id) for token_id in logits.argmax(dim=-1).tolist()]
     raw = logits.float()
     changed = _change_logits(raw, rows)
     token_ids = changed.argmax(dim=-1)

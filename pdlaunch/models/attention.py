@@ -7,12 +7,15 @@ model as ``attention_step``. Backends write keys and values into the KV cache an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pdlaunch.errors import UnsupportedModelError
 from pdlaunch.models.packed import PackedBatch
+
+Progress = Callable[[str, float | None], None]
 
 ATTENTION_NAME = "pdlaunch_paged"
 """Name under which transformers finds the function. No mask function has that name: transformers then builds no masks."""
@@ -32,6 +35,12 @@ class AttentionStep(ABC):
 
 class AttentionBackend(ABC):
     """Owns nothing but its view of the KV cache and work space."""
+
+    reads_only_context = False
+    """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
+
+    def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:  # noqa: B027 - most have nothing to do
+        """Do once what the first step of each size would have to. ``num_heads``: query heads of this rank."""
 
     @abstractmethod
     def prepare(self, batch: PackedBatch) -> AttentionStep:

@@ -75,6 +75,7 @@ def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, 
         num_threads=placement.num_threads(role),
         kv_transfer=config.kv_transfer,
         limits=config.limits,
+        enforce_eager=settings.enforce_eager,
     )
 
 

@@ -1,0 +1,84 @@
+"""Decode steps as CUDA graphs: one launch for a whole step, captured at start for some batch sizes.
+
+A batch takes the smallest graph that holds it; the rows that remain have no context and write nothing. Graphs share their memory:
+the result of a replay is good until the next.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pdlaunch.models.decoder import Decoder
+from pdlaunch.models.packed import PackedBatch
+from pdlaunch.models.step_inputs import DecodeInputs
+from pdlaunch.models.triton_attention import TritonAttention
+
+Progress = Callable[[str, float | None], None]
+
+SIZE_STEP = 8
+"""Distance of batch sizes from 8 on: padding costs little where weights are most of the traffic."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: DecodeInputs
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    """[num_rows, vocab_size]"""
+
+
+class DecodeGraphs:
+    """For batches of decode rows, one token each. Captures when it is made, the largest batch first."""
+
+    def __init__(
+        self, decoder: Decoder, attention: TritonAttention, *, max_rows: int, max_blocks: int, progress: Progress
+    ) -> None:
+        """``max_blocks``: of one row's block table."""
+        layout, device = attention.layout, attention.kv_cache.device
+        self._sizes = batch_sizes(max_rows)
+        num_integers = DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks)
+        buffer = torch.zeros(num_integers, dtype=torch.int32, device=device)
+        pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, _Graph] = {}
+        for index, size in enumerate(reversed(self._sizes)):
+            progress(f"capturing CUDA graphs, batch of {size}", index / len(self._sizes))
+            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, buffer), pool)
+
+    def logits(self, batch: PackedBatch) -> torch.Tensor | None:
+        """[num_rows, vocab_size], to be read before the next call. None: not a batch for a graph."""
+        if batch.num_decode_rows < batch.num_rows or batch.num_rows > self._sizes[-1]:
+            return None
+        captured = self._graphs[self._sizes[bisect_left(self._sizes, batch.num_rows)]]
+        captured.inputs.fill(batch)
+        captured.graph.replay()
+        return captured.logits[: batch.num_rows]
+
+
+def batch_sizes(max_rows: int) -> list[int]:
+    """1, 2, 4, 8, then steps of 8; the last one holds ``max_rows``."""
+    sizes = [size for size in (1, 2, 4) if size < max_rows]
+    return [*sizes, *range(SIZE_STEP, max_rows, SIZE_STEP), max_rows]
+
+
+@torch.inference_mode()
+def _capture(decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs, pool: Any) -> _Graph:
+    inputs.buffer.zero_()
+    for slots in inputs.slots:
+        slots.fill_(-1)
+
+    def step() -> torch.Tensor:
+        return decoder.logits(inputs.token_ids, inputs.positions, None, attention.decode_step(inputs))
+
+    # The first run compiles kernels and initialises libraries, which a capture cannot.
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of the process go on using the device meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits = step()
+    return _Graph(inputs, graph, logits)

@@ -1,0 +1,306 @@
+"""Triton kernels of paged attention: write keys and values, decode over splits of the context, chunks of prompts, gather.
+
+All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim) in place; ``layer_offset`` is
+the distance of a layer's keys from its block and head, in elements. Sizes of the batch come from the device where a CUDA graph
+may replay the launch: rows past the batch have length 0 and slot -1. Scores are kept times log2(e), for exp2. Import this module
+only where triton is there.
+
+Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
+"""
+
+from __future__ import annotations
+
+# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# ruff: noqa: ANN001, ANN201, ANN202, N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _row_offsets(table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Distance of each position's row of D from the first block's."""
+    blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_context, other=0)
+    return blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
+    """Tokens of one split: a multiple of the tile, so many that the context has at most NUM_SPLITS of them."""
+    share = (span + NUM_SPLITS - 1) // NUM_SPLITS
+    return (tl.maximum(share, MIN_SPLIT) + TILE - 1) // TILE * TILE
+
+
+@triton.jit
+def _first_tile(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Start of the tile that holds the first token in the window of the context's last."""
+    return 0 if WINDOW == 0 else tl.maximum(length - WINDOW, 0) // TILE * TILE
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def write_kv(
+    key,
+    value,
+    slots,
+    kv_cache,
+    num_tokens,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    layer_offset,
+    block_stride,
+    head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """``slots``: [num_tokens]; block * B + offset, or -1. Grid: tiles of TOKENS tokens, KV heads."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    dims = tl.arange(0, PADDED_DIM)
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
+    mask = (slot >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
+    rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
+    target = kv_cache + head * head_stride + layer_offset + rows[:, None] + dims[None, :]
+    places = tokens.to(tl.int64)[:, None]
+    keys = tl.load(key + places * key_token_stride + head * key_head_stride + dims[None, :], mask=mask)
+    values = tl.load(value + places * value_token_stride + head * value_head_stride + dims[None, :], mask=mask)
+    tl.store(target, keys, mask=mask)
+    tl.store(target + BLOCK_SIZE * HEAD_DIM, values, mask=mask)
+
+
+@triton.jit(do_not_specialize=["table_row"])
+def attend_decode(
+    query,
+    kv_cache,
+    tables,
+    table_stride_at,
+    lengths,
+    partial,
+    partial_max,
+    partial_sum,
+    table_row,
+    scaling_log2,
+    query_token_stride,
+    query_head_stride,
+    layer_offset,
+    block_stride,
+    head_stride,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One split of one row's context for the GROUP query heads of one KV head; the row's query is its last token.
+
+    ``tables``: [.., table_stride] int32, of which the batch's rows begin at ``table_row``. Grid: rows, KV heads, splits.
+    Splits that a row does not need write nothing.
+    """
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + row)
+    first = _first_tile(length, WINDOW, TILE)
+    size = _split_size(length - first, NUM_SPLITS, MIN_SPLIT, TILE)
+    start = first + split * size
+    stop = tl.minimum(start + size, length)
+    if start < stop:
+        dims, members = tl.arange(0, PADDED_DIM), tl.arange(0, PADDED_GROUP)
+        is_dim, is_member = dims < HEAD_DIM, members < GROUP
+        heads = head * GROUP + members
+        queries = tl.load(
+            query + row.to(tl.int64) * query_token_stride + heads[:, None] * query_head_stride + dims[None, :],
+            mask=is_member[:, None] & is_dim[None, :],
+            other=0.0,
+        )
+        table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
+        layer = kv_cache + head * head_stride + layer_offset
+        best = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([PADDED_GROUP], tl.float32)
+        attended = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+        for position in range(start, stop, TILE):
+            positions = position + tl.arange(0, TILE)
+            visible = positions < stop
+            if WINDOW > 0:
+                visible = visible & (positions >= length - WINDOW)
+            rows = _row_offsets(table, positions, positions < stop, block_stride, BLOCK_SIZE, HEAD_DIM)
+            keys = tl.load(layer + rows[None, :] + dims[:, None], mask=visible[None, :] & is_dim[:, None], other=0.0)
+            scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_best[:, None])
+            decay = tl.exp2(best - new_best)
+            values = tl.load(
+                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :], mask=visible[:, None] & is_dim[None, :], other=0.0
+            )
+            attended = tl.dot(weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee")
+            total = total * decay + tl.sum(weights, 1)
+            best = new_best
+        place = (row.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split
+        tl.store(partial_max + place, best, mask=is_member)
+        tl.store(partial_sum + place, total, mask=is_member)
+        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], attended, mask=is_member[:, None] & is_dim[None, :])
+
+
+@triton.jit
+def reduce_splits(
+    partial,
+    partial_max,
+    partial_sum,
+    lengths,
+    sinks,
+    result,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Add up what ``attend_decode`` left. ``result``: [rows, heads, D]. Grid: rows, heads. Rows of length 0 give zeros."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    length = tl.load(lengths + row)
+    span = length - _first_tile(length, WINDOW, TILE)
+    size = _split_size(span, NUM_SPLITS, MIN_SPLIT, TILE)
+    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, PADDED_DIM)
+    used = splits * size < span
+    line = row.to(tl.int64) * tl.num_programs(1) + head
+    place = line * NUM_SPLITS + splits
+    maxima = tl.load(partial_max + place, mask=used, other=float("-inf"))
+    sums = tl.load(partial_sum + place, mask=used, other=0.0)
+    best = tl.max(maxima, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        best = tl.maximum(best, sink)
+    shares = tl.where(used, tl.exp2(maxima - best), 0.0)
+    total = tl.sum(sums * shares, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - best)
+    attended = tl.load(
+        partial + place[:, None] * HEAD_DIM + dims[None, :], mask=used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+    )
+    summed = tl.sum(attended * shares[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(result + line * HEAD_DIM + dims, summed.to(result.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["table_row"])
+def attend_chunks(
+    query,
+    kv_cache,
+    tables,
+    table_stride_at,
+    lengths,
+    row_starts,
+    tile_rows,
+    tile_tokens,
+    sinks,
+    result,
+    table_row,
+    scaling_log2,
+    query_token_stride,
+    query_head_stride,
+    result_token_stride,
+    layer_offset,
+    block_stride,
+    head_stride,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """TOKENS tokens of a row's chunk for one query head, over everything before them that the KV cache holds.
+
+    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``. ``row_starts``: [rows + 1]
+    first token of each row in ``query`` and ``result``.
+    """
+    row, head = tl.load(tile_rows + tl.program_id(0)), tl.program_id(1)
+    token = tl.load(tile_tokens + tl.program_id(0))
+    row_start, length = tl.load(row_starts + row), tl.load(lengths + row)
+    num_tokens = tl.load(row_starts + row + 1) - row_start
+    before = length - num_tokens
+    dims, tokens = tl.arange(0, PADDED_DIM), token + tl.arange(0, TOKENS)
+    is_dim, is_token = dims < HEAD_DIM, tokens < num_tokens
+    seats = (row_start + tokens).to(tl.int64)
+    queries = tl.load(
+        query + seats[:, None] * query_token_stride + head * query_head_stride + dims[None, :],
+        mask=is_token[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
+    layer = kv_cache + (head // GROUP) * head_stride + layer_offset
+    if HAS_SINKS:
+        best = tl.zeros([TOKENS], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total = tl.full([TOKENS], 1.0, tl.float32)
+    else:
+        best = tl.full([TOKENS], float("-inf"), tl.float32)
+        total = tl.zeros([TOKENS], tl.float32)
+    attended = tl.zeros([TOKENS, PADDED_DIM], tl.float32)
+    first = _first_tile(before + token + 1, WINDOW, TILE)
+    stop = tl.minimum(before + token + TOKENS, length)
+    for position in range(first, stop, TILE):
+        positions = position + tl.arange(0, TILE)
+        held = positions < stop
+        rows = _row_offsets(table, positions, held, block_stride, BLOCK_SIZE, HEAD_DIM)
+        visible = held[None, :] & (positions[None, :] <= before + tokens[:, None])
+        if WINDOW > 0:
+            # Blocks before the window may belong to others by now: what lies there is not read.
+            held = held & (positions > before + token - WINDOW)
+            visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
+        keys = tl.load(layer + rows[None, :] + dims[:, None], mask=held[None, :] & is_dim[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
+        scores = tl.where(visible, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        # A token may see nothing of this tile: no score to subtract yet.
+        reference = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - reference[:, None])
+        decay = tl.exp2(best - reference)
+        values = tl.load(
+            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :], mask=held[:, None] & is_dim[None, :], other=0.0
+        )
+        attended = tl.dot(weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
+        best = new_best
+    attended = attended / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        result + seats[:, None] * result_token_stride + head * HEAD_DIM + dims[None, :],
+        attended.to(result.dtype.element_ty),
+        mask=is_token[:, None] & is_dim[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gather_kv(
+    kv_cache,
+    slots,
+    keys,
+    values,
+    num_tokens,
+    layer_offset,
+    block_stride,
+    head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Copy the tokens in ``slots`` to ``keys`` and ``values``: [num_tokens, H, D]. Grid: tiles of TOKENS tokens, KV heads."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    dims = tl.arange(0, PADDED_DIM)
+    mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
+    rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
+    source = kv_cache + head * head_stride + layer_offset + rows[:, None] + dims[None, :]
+    target = (tokens.to(tl.int64)[:, None] * tl.num_programs(1) + head) * HEAD_DIM + dims[None, :]
+    tl.store(keys + target, tl.load(source, mask=mask), mask=mask)
+    tl.store(values + target, tl.load(source + BLOCK_SIZE * HEAD_DIM, mask=mask), mask=mask)

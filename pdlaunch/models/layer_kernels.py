@@ -1,0 +1,105 @@
+"""Triton kernels of a decoder layer's small operations, each one pass over memory. Import only where triton is there.
+
+They compute in float32 and round once; transformers' own code rounds after every operation.
+"""
+
+from __future__ import annotations
+
+# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# ruff: noqa: ANN001, ANN201, N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def rotate_and_write(
+    projected,
+    cosines,
+    sines,
+    query_norm,
+    key_norm,
+    slots,
+    kv_cache,
+    num_tokens,
+    token_stride,
+    rotary_stride,
+    layer_offset,
+    block_stride,
+    head_stride,
+    epsilon,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """Rotate queries and keys in place, write keys and values into the KV cache.
+
+    ``projected``: [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * D]. Grid: tiles of TOKENS tokens, heads of all three kinds. The
+    two halves of a head are a pair of vectors that the angle of the token's position turns.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    half: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, PADDED_HALF)
+    mask = (tokens < num_tokens)[:, None] & (dims < half)[None, :]
+    place = projected + tokens.to(tl.int64)[:, None] * token_stride + head * HEAD_DIM + dims[None, :]
+    first = tl.load(place, mask=mask, other=0.0)
+    second = tl.load(place + half, mask=mask, other=0.0)
+    if head < NUM_HEADS + NUM_KV_HEADS:
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        if HAS_NORMS:
+            norm = query_norm if head < NUM_HEADS else key_norm
+            weights = tl.load(norm + dims, mask=dims < half, other=0.0).to(tl.float32)
+            more_weights = tl.load(norm + half + dims, mask=dims < half, other=0.0).to(tl.float32)
+            scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + epsilon)[:, None]
+            x, y = x * scale * weights[None, :], y * scale * more_weights[None, :]
+        angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
+        cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+        sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+        first = (x * cosine - y * sine).to(first.dtype)
+        second = (y * cosine + x * sine).to(second.dtype)
+        tl.store(place, first, mask=mask)
+        tl.store(place + half, second, mask=mask)
+    if head >= NUM_HEADS:
+        slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
+        is_value = (head - NUM_HEADS) // NUM_KV_HEADS
+        kv_head = (head - NUM_HEADS) % NUM_KV_HEADS
+        rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
+        target = kv_cache + kv_head * head_stride + layer_offset + is_value * BLOCK_SIZE * HEAD_DIM
+        target = target + rows[:, None] + dims[None, :]
+        written = mask & (slot >= 0)[:, None]
+        tl.store(target, first, mask=written)
+        tl.store(target + half, second, mask=written)
+
+
+@triton.jit
+def add_and_normalize(
+    hidden, residual, weights, result, epsilon, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, ADDS: tl.constexpr
+):
+    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE]. Grid: tokens."""
+    places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
+    mask = tl.arange(0, PADDED_SIZE) < SIZE
+    content = tl.load(residual + places, mask=mask, other=0.0)
+    if ADDS:
+        added = content.to(tl.float32) + tl.load(hidden + places, mask=mask, other=0.0).to(tl.float32)
+        content = added.to(content.dtype)
+        tl.store(residual + places, content, mask=mask)
+    values = content.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
+    factors = tl.load(weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + places, (values * scale * factors).to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gate_with_silu(gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of COLUMNS columns."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < SIZE
+    gate = tl.load(gate_and_up + token * 2 * SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_and_up + token * 2 * SIZE + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + token * SIZE + columns, (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty), mask=mask)

@@ -1,0 +1,100 @@
+"""Runs the attention and layer kernels in Triton's interpreter; started by ``test_triton_attention``.
+
+A process of its own: the interpreter is switched on by the environment before Triton is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.models.decoder import TransformersDecoder
+from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
+from pdlaunch.models.loader import load_model
+from pdlaunch.models.step_inputs import DecodeInputs
+from pdlaunch.models.torch_attention import TorchAttention
+from pdlaunch.models.triton_attention import TritonAttention
+from tests.models.attention_reference import Case, make_inputs, reference, relative_error
+from tests.models.tiny import save_tiny_model
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
+"""The interpreter multiplies bfloat16 as if it were integers: that is for the tests on a GPU."""
+CASES = (
+    Case(((0, 1), (9, 1), (150, 1))),
+    Case(((40, 1), (0, 5), (30, 70))),
+    Case(((33, 1), (2, 30)), block_size=32, head_dim=128, num_heads=8, num_kv_heads=2, has_sinks=True),
+    Case(((70, 1), (60, 20)), block_size=64, head_dim=256, num_heads=2, num_kv_heads=1, dtype=torch.float16),
+    Case(((50, 1), (0, 20)), block_size=128, head_dim=80, num_heads=3, num_kv_heads=3, dtype=torch.float16, has_sinks=True),
+    Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
+)
+
+
+def check_attention(case: Case) -> None:
+    inputs = make_inputs(case)
+    scaling = case.head_dim**-0.5
+    for layer in (0, 3):
+        kv_cache, expected = reference(inputs, layer, scaling)
+        step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
+        found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling, inputs.sinks)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
+        assert relative_error(found, expected) < TOLERANCES[case.dtype], (case, layer, relative_error(found, expected))
+
+
+def check_decode_inputs() -> None:
+    """Rows that pad the batch write nothing and change nothing; the same inputs are filled again."""
+    buffer = torch.full((DecodeInputs.buffer_size(Case(()).layout, 4, 16),), 77, dtype=torch.int32)
+    for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
+        case = Case(rows)
+        inputs = make_inputs(case)
+        filled = DecodeInputs(inputs.layout, 4, buffer)
+        filled.fill(inputs.batch)
+        assert filled.token_ids[: len(rows)].tolist() == inputs.batch.token_ids.tolist()
+        assert filled.positions[: len(rows)].tolist() == inputs.batch.positions.tolist()
+        kv_cache, expected = reference(inputs, 2, 0.1)
+        padded = [
+            torch.cat([states, states[:, :1].expand(-1, 4 - len(rows), -1)], 1)
+            for states in (inputs.query, inputs.key, inputs.value)
+        ]
+        found = TritonAttention(inputs.layout, inputs.kv_cache).decode_step(filled).attend(2, *padded, 0.1)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
+        assert relative_error(found[: len(rows)], expected) < 1e-5, rows
+        assert not found[len(rows) :].any()
+
+
+def check_fused_decoder(name: str) -> None:
+    """Logits and KV cache of the fused layers equal those of the model's own code over torch's operators."""
+    with TemporaryDirectory() as folder:
+        directory = save_tiny_model(name, Path(folder))
+        shape = read_model_shape(directory)
+        model = load_model(
+            directory, shape, dtype=torch.float32, device=torch.device("cpu"), dummy=False, tp=None, progress=lambda *_: None
+        )
+    assert can_fuse(model)
+    case = Case(((0, 1), (0, 5), (0, 12)))
+    layout = KVCacheLayout(make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, case.block_size, 4)
+    batch = make_inputs(replace(case, windows=tuple(group.sliding_window for group in layout.groups))).batch
+    token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
+    found = []
+    for decoder, backend in ((TransformersDecoder, TorchAttention), (FusedDecoder, TritonAttention)):
+        kv_cache = torch.zeros(16, *layout.block_shape())
+        with torch.inference_mode():
+            kept = torch.tensor([0, 5, 17])
+            logits = decoder(model).logits(token_ids, positions, kept, backend(layout, kv_cache).prepare(batch))
+        found.append((logits, kv_cache))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    torch.set_num_threads(1)
+    for case in CASES:
+        check_attention(case)
+    check_decode_inputs()
+    for name in ("llama-bias", "qwen3", "qwen2-window"):
+        check_fused_decoder(name)

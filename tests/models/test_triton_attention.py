@@ -1,0 +1,62 @@
+"""The attention kernels against float64: by Triton's interpreter on the CPU, and on a GPU as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.models.attention_reference import Case, make_inputs, reference, relative_error
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DECODE = ((0, 1), (16, 1), (1500, 1), (77, 1))
+FRESH = ((0, 130), (0, 17), (0, 64))
+MIXED = ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100))
+LONG = ((5, 1), (0, 600), (0, 512))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.interpreted_attention"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "num_kv_heads", "block_size"),
+    [(64, 6, 2, 16), (128, 32, 8, 64), (256, 4, 1, 32), (128, 8, 8, 128), (96, 8, 2, 16)],
+)
+@pytest.mark.parametrize("rows", [DECODE, FRESH, MIXED, LONG], ids=["decode", "fresh", "mixed", "long"])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
+def test_equals_float64_on_a_gpu(
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    rows: tuple[tuple[int, int], ...],
+    has_sinks: bool,
+) -> None:
+    from pdlaunch.models.triton_attention import TritonAttention
+
+    case = Case(rows, num_heads, num_kv_heads, head_dim, block_size, (None, 100), dtype, has_sinks)
+    inputs = make_inputs(case, "cuda")
+    for layer in (1, 2):
+        kv_cache, expected = reference(inputs, layer, head_dim**-0.5)
+        step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
+        found = step.attend(layer, inputs.query, inputs.key, inputs.value, head_dim**-0.5, inputs.sinks)
+        assert torch.equal(inputs.kv_cache.cpu().nan_to_num(9), kv_cache.nan_to_num(9))
+        assert relative_error(found, expected) < TOLERANCES[dtype], (layer, relative_error(found, expected))
