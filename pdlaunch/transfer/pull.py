@@ -351,6 +351,9 @@ class Pull:
         self._finished = True
         again = failure.retryable and not self.command.last_attempt
         for branch in self._branches:
+            if branch.stage is _Stage.CONNECTING and branch.link.status == "ready" and not again:
+                # Over before it began: the holder learns that this reader has had its share, and need not wait for the deadline.
+                self._begin_branch(branch)
             if branch.stage in _HELD_OPEN and branch.link.status == "ready":
                 self._send_end(branch, again=again, on_reply=None)
             if branch.handle is not None:

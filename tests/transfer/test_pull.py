@@ -225,6 +225,16 @@ def test_cancel_before_the_answer_frees_the_share(world, holder):
     assert world.events == []
 
 
+def test_cancel_before_the_begin_frees_the_share_too(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    assert world.finished().error == "cancelled"
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    world.turn()
+    assert not torch.equal(world.kv_cache[1], holder.kv_cache[4])
+
+
 def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
     holder.holder.grant(grant("r", [4]))
     right = holder.kv_cache[4].clone()
