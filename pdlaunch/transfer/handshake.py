@@ -19,7 +19,9 @@ from pdlaunch.transfer.connector import LocalMemory, memory_kind
 from pdlaunch.transfer.mapping import heads_of_rank
 
 LAYOUT = "block, head, layer, kv, token, dim"
-SCRATCH_BYTES = 1024**2
+PATTERN_BYTES = 1024**2
+SCRATCH_BYTES = 16 * PATTERN_BYTES
+"""Enough to time a path of several GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,4 +116,4 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
 
 def scratch_pattern(agent_name: str) -> bytes:
     """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping shows."""
-    return hashlib.shake_256(agent_name.encode()).digest(SCRATCH_BYTES)
+    return hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES) * (SCRATCH_BYTES // PATTERN_BYTES)
