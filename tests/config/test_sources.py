@@ -39,6 +39,13 @@ def only(found: tuple[Problem, ...]) -> Problem:
     return problem
 
 
+class TestConnectors:
+    def test_file_needs_a_directory(self):
+        assert "needs kv_transfer.file_directory" in only(problems(kv_transfer__connector="file")).message
+        loaded = load(kv_transfer__connector="file", kv_transfer__file_directory="/kv")
+        assert loaded.config.kv_transfer.file_directory == "/kv"
+
+
 class TestPrecedence:
     def test_nothing_given_is_the_defaults(self):
         loaded = load()

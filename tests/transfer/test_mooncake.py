@@ -1,0 +1,48 @@
+"""Mooncake's own sides: merged pieces, and transfers between GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import TransferError
+from pdlaunch.transfer.bench_transfer import bench_transfer
+from pdlaunch.transfer.mooncake_connector import _engine_protocol, _merge
+
+BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=12, unique=True)
+
+
+@given(sources=BLOCKS, targets=BLOCKS)
+def test_merged_pieces_move_the_same_bytes(sources: list[int], targets: list[int]) -> None:
+    count, size = min(len(sources), len(targets)), 3
+    ours, theirs = ([block * size for block in blocks[:count]] for blocks in (sources, targets))
+    wanted = [(source + i, target + i) for source, target in zip(ours, theirs, strict=True) for i in range(size)]
+    merged = list(_merge(ours, theirs, size))
+    assert [(source + i, target + i) for source, target, length in merged for i in range(length)] == wanted
+
+
+def test_neighbours_become_one_piece() -> None:
+    assert list(_merge([0, 8, 16, 40], [80, 88, 96, 104], 8)) == [(0, 80, 24), (40, 104, 8)]
+
+
+def test_a_build_without_nvlink_is_told() -> None:
+    assert _engine_protocol("tcp", {}) == "tcp"
+    assert _engine_protocol("nvlink", {"SUPPORT_MNNVL": True}) == "nvlink"
+    assert _engine_protocol("nvlink", {"SUPPORT_INTRA_NVLINK": True, "SUPPORT_MNNVL": True}) == "nvlink_intra"
+    with pytest.raises(TransferError, match="no NVLink transport"):
+        _engine_protocol("nvlink", {"SUPPORT_MNNVL": False})
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_beyond_the_first_transfer_between_gpus() -> None:
+    """Every pull is verified by its checksums, and one that fails raises."""
+    mooncake = pytest.importorskip("mooncake.engine")
+    if not mooncake.SUPPORT_CUDA:
+        pytest.skip("this build of Mooncake has no CUDA")
+    rows = bench_transfer(
+        connectors=["mooncake"], tp_pairs=[(2, 2)], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
+    )
+    assert rows[0].pull_gb_per_s > 0
