@@ -15,7 +15,7 @@ import torch
 
 from pdlaunch.models.decoder import Decoder
 from pdlaunch.models.packed import PackedBatch
-from pdlaunch.models.step_inputs import DecodeInputs
+from pdlaunch.models.step_inputs import DecodeInputs, Staging
 from pdlaunch.models.triton_attention import TritonAttention
 
 Progress = Callable[[str, float | None], None]
@@ -30,6 +30,8 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
     """[num_rows, vocab_size]"""
+    likeliest: torch.Tensor
+    """[num_rows]; token ids"""
 
 
 class DecodeGraphs:
@@ -41,22 +43,24 @@ class DecodeGraphs:
         """``max_blocks``: of one row's block table."""
         layout, device = attention.layout, attention.kv_cache.device
         self._sizes = batch_sizes(max_rows)
-        num_integers = DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks)
-        buffer = torch.zeros(num_integers, dtype=torch.int32, device=device)
+        staging = Staging(DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks), device)
         pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, _Graph] = {}
         for index, size in enumerate(reversed(self._sizes)):
             progress(f"capturing CUDA graphs, batch of {size}", index / len(self._sizes))
-            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, buffer), pool)
+            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, staging), pool)
 
-    def logits(self, batch: PackedBatch) -> torch.Tensor | None:
-        """[num_rows, vocab_size], to be read before the next call. None: not a batch for a graph."""
+    def run(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the next call.
+
+        None: not a batch for a graph.
+        """
         if batch.num_decode_rows < batch.num_rows or batch.num_rows > self._sizes[-1]:
             return None
         captured = self._graphs[self._sizes[bisect_left(self._sizes, batch.num_rows)]]
         captured.inputs.fill(batch)
         captured.graph.replay()
-        return captured.logits[: batch.num_rows]
+        return captured.logits[: batch.num_rows], captured.likeliest[: batch.num_rows]
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -71,8 +75,9 @@ def _capture(decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs,
     for slots in inputs.slots:
         slots.fill_(-1)
 
-    def step() -> torch.Tensor:
-        return decoder.logits(inputs.token_ids, inputs.positions, None, attention.decode_step(inputs))
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = decoder.logits(inputs.token_ids, inputs.positions, None, attention.decode_step(inputs))
+        return logits, likeliest_tokens(logits)
 
     # The first run compiles kernels and initialises libraries, which a capture cannot.
     step()
@@ -80,5 +85,14 @@ def _capture(decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs,
     graph = torch.cuda.CUDAGraph()
     # Other threads of the process go on using the device meanwhile.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        logits = step()
-    return _Graph(inputs, graph, logits)
+        logits, likeliest = step()
+    return _Graph(inputs, graph, logits, likeliest)
+
+
+def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """``argmax`` of [num_rows, vocab_size], in two stages: one would keep a multiprocessor a row busy for 37 us."""
+    num_rows, vocab_size = logits.shape
+    num_parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if vocab_size % parts == 0)
+    values, places = logits.view(num_rows, num_parts, -1).max(dim=-1)
+    part = values.argmax(dim=-1, keepdim=True)
+    return (places.gather(1, part) + part * (vocab_size // num_parts))[:, 0]

@@ -16,7 +16,7 @@ class Row:
     """One request."""
 
     token_ids: IntArray
-    """[max_model_len + 1]; the first ``num_tokens`` are known"""
+    """[max_model_len + 1], of the table; the first ``num_tokens`` are known"""
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
@@ -43,9 +43,9 @@ class RowTable:
     """All rows of a rank. Block tables: one [max_num_seqs, max_blocks] array a KV cache group."""
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int) -> None:
-        self._max_model_len = max_model_len
         self._block_size = block_size
         self._rows: dict[int, Row] = {}
+        self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         max_blocks = -(-max_model_len // block_size)
         self._block_tables = [np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)]
 
@@ -72,13 +72,13 @@ class RowTable:
         computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
         row_starts = np.concatenate([[0], np.cumsum(counts)])
         row_of_token = np.repeat(np.arange(len(scheduled)), counts)
-        pieces = [self._rows[item.row].token_ids[item.num_computed_tokens :][: item.num_tokens] for item in scheduled]
+        positions = np.arange(len(row_of_token)) - row_starts[row_of_token] + computed[row_of_token]
         context_lengths = computed + counts
         max_blocks = -(-int(context_lengths.max()) // self._block_size)
-        ids = [item.row for item in scheduled]
+        ids = np.array([item.row for item in scheduled])
         return PackedBatch(
-            token_ids=np.concatenate(pieces),
-            positions=np.arange(len(row_of_token)) - row_starts[row_of_token] + computed[row_of_token],
+            token_ids=self._token_ids[ids[row_of_token], positions],
+            positions=positions,
             row_of_token=row_of_token,
             row_starts=row_starts,
             context_lengths=context_lengths,
@@ -103,8 +103,7 @@ class RowTable:
 
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, f"row {new.row} is taken"
-        token_ids = np.zeros(self._max_model_len + 1, dtype=np.int64)
-        row = Row(token_ids, 0, new.num_prompt_tokens, new.sampling)
+        row = Row(self._token_ids[new.row], 0, new.num_prompt_tokens, new.sampling)
         row.append(0, new.token_ids)
         self._rows[new.row] = row
 

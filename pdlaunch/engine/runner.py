@@ -97,8 +97,8 @@ class ModelRunner:
         batch = self._rows.pack(packed)
         place = {item.row: index for index, item in enumerate(packed)}
         sampled = [item for item in plan.scheduled if item.sample and self._tp_rank == 0]
-        logits = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
-        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, sampled) if sampled else [])
+        logits, likeliest = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
+        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, likeliest, sampled) if sampled else [])
 
     def warm_up(self) -> None:
         """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation; capture graphs.
@@ -130,6 +130,11 @@ class ModelRunner:
         self.execute(StepPlan(step_id=-1, scheduled=[decode]))
         self._rows = self._new_rows()
         self.kv_cache[:num_blocks].zero_()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters, tied ones once."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
@@ -169,23 +174,27 @@ class ModelRunner:
             self._weights_lost = False
         return num_bytes
 
-    def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> torch.Tensor:
-        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch."""
-        replayed = None if self._graphs is None else self._graphs.logits(batch)
+    def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch, and their argmax if it is known."""
+        replayed = None if self._graphs is None else self._graphs.run(batch)
         if replayed is not None:
-            return replayed if sampled_tokens == [*range(len(replayed))] else replayed[sampled_tokens]
+            logits, likeliest = replayed
+            if sampled_tokens == [*range(batch.num_rows)]:
+                return logits, likeliest
+            return logits[sampled_tokens], likeliest[sampled_tokens]
         token_ids, positions, kept = (
             self._to_device(array) for array in (batch.token_ids, batch.positions, np.array(sampled_tokens, dtype=np.int64))
         )
-        return self._decoder.logits(token_ids, positions, kept, self._attention.prepare(batch))
+        return self._decoder.logits(token_ids, positions, kept, self._attention.prepare(batch)), None
 
     def _to_device(self, array: IntArray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _sample(self, logits: torch.Tensor, sampled: list[ScheduledRow]) -> list[TokenOutput]:
+    def _sample(self, logits: torch.Tensor, likeliest: torch.Tensor | None, sampled: list[ScheduledRow]) -> list[TokenOutput]:
         rows = [self._rows[item.row] for item in sampled]
-        tokens = draw_tokens(logits, [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows])
+        sample_rows = [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows]
+        tokens = draw_tokens(logits, sample_rows, likeliest)
         for row, token in zip(rows, tokens, strict=True):
             row.append(row.num_tokens, [token.token_id])
         return tokens

@@ -69,10 +69,14 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def draw_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> list[TokenOutput]:
-    """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order."""
+def draw_tokens(logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None) -> list[TokenOutput]:
+    """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order.
+
+    ``likeliest``: [num_rows], the logits' argmax, when it is known.
+    """
     if all(row.takes_the_likeliest for row in rows):
-        return [TokenOutput(token_id=token_id) for token_id in logits.argmax(dim=-1).tolist()]
+        likeliest = logits.argmax(dim=-1) if likeliest is None else likeliest
+        return [TokenOutput(token_id=token_id) for token_id in likeliest.tolist()]
     raw = logits.float()
     changed = _change_logits(raw, rows)
     token_ids = changed.argmax(dim=-1)

@@ -26,9 +26,10 @@ def _row_offsets(table, positions, is_context, block_stride, BLOCK_SIZE: tl.cons
 
 @triton.jit
 def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one split: a multiple of the tile, so many that the context has at most NUM_SPLITS of them."""
-    share = (span + NUM_SPLITS - 1) // NUM_SPLITS
-    return (tl.maximum(share, MIN_SPLIT) + TILE - 1) // TILE * TILE
+    """Tokens of one split: equal shares of the context, at most NUM_SPLITS, each of at least MIN_SPLIT tokens; whole tiles."""
+    num_splits = tl.minimum(tl.maximum(span // MIN_SPLIT, 1), NUM_SPLITS)
+    share = (span + num_splits - 1) // num_splits
+    return (share + TILE - 1) // TILE * TILE
 
 
 @triton.jit

@@ -35,6 +35,28 @@ def slots_of(tables: tuple[IntArray, ...], batch: PackedBatch, block_size: int) 
     return [table[batch.row_of_token, blocks] * block_size + offsets for table in tables]
 
 
+class Staging:
+    """Integers on the device at an address that stays, and the pinned host memory that they are copied from."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._host = _host_buffer(size, device)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def host(self) -> Int32Array:
+        """To be written to; waits until the last copy from here is done."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        content: Int32Array = self._host.numpy()
+        return content
+
+    def send(self, size: int) -> None:
+        """Copy the first ``size`` integers, behind the work that is queued on the device."""
+        self.device[:size].copy_(self._host[:size], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
     """Inputs of decode steps of up to ``num_rows`` rows, at addresses that stay: a CUDA graph reads them.
@@ -45,8 +67,12 @@ class DecodeInputs:
 
     layout: KVCacheLayout
     num_rows: int
-    buffer: torch.Tensor
-    """int32 on the device; shared by inputs of several sizes, of which one is in use at a time."""
+    staging: Staging
+    """Shared by inputs of several sizes, of which one is in use at a time."""
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        return self.staging.device
 
     @staticmethod
     def buffer_size(layout: KVCacheLayout, num_rows: int, max_blocks: int) -> int:
@@ -88,8 +114,7 @@ class DecodeInputs:
         """Copy a batch of decode rows, at most ``num_rows``, behind the work that is queued on the device."""
         stride = max(table.shape[1] for table in batch.block_tables)
         used = self._tables_start + len(batch.block_tables) * self.num_rows * stride
-        host = _host_buffer(used, self.buffer.device)
-        content = host.numpy()
+        content = self.staging.host()
         content[: self._tables_start] = 0
         content[0] = stride
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)
@@ -97,10 +122,10 @@ class DecodeInputs:
             start = ALIGNMENT + index * _aligned(self.num_rows)
             content[start : start + len(line)] = line
             content[start + len(line) : start + self.num_rows] = -1 if index >= 3 else 0
-        tables = content[self._tables_start :].reshape(len(batch.block_tables), self.num_rows, stride)
+        tables = content[self._tables_start : used].reshape(len(batch.block_tables), self.num_rows, stride)
         for target, table in zip(tables, batch.block_tables, strict=True):
             target[: batch.num_rows] = table
-        self.buffer[:used].copy_(host, non_blocking=True)
+        self.staging.send(used)
 
     @property
     def _tables_start(self) -> int:

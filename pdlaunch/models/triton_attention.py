@@ -58,7 +58,7 @@ class SplitPlan:
     def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
         """Many splits for few rows; rows that fill the device alone are cut only where they are long."""
         wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
-        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 64
+        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
         return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
 
 
@@ -77,10 +77,9 @@ class Prefix:
 class Chunks:
     """The rows after the decode rows."""
 
-    first_token: int
     longest: int
     starts: torch.Tensor
-    """[num_chunks + 1] int32; first token of each chunk, counted from ``first_token``"""
+    """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
     row_starts: torch.Tensor
     """[num_rows + 1] int32"""
     tile_rows: torch.Tensor
@@ -122,9 +121,8 @@ class TritonAttention(AttentionBackend):
         }
         self.padded_dim = max(MIN_DOT, triton.next_power_of_2(layout.head_dim))
         is_large = self.padded_dim * layout.dtype_bytes > 256
-        self.tile = 32 if is_large else 64
+        self.tile = 32
         self.chunk_tokens = 16 if is_large else 64
-        self.decode_stages = 3 if is_large else 2
         is_half = kv_cache.is_cuda and kv_cache.dtype in (torch.float16, torch.bfloat16) and layout.head_dim % 8 == 0
         self.flash = _flash() if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM else None
         self.has_cudnn = is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and _has_fast_cudnn(kv_cache.device)
@@ -212,7 +210,6 @@ class TritonAttention(AttentionBackend):
         lengths = np.diff(batch.row_starts)[batch.num_decode_rows :]
         fits_cudnn = self.has_cudnn and not prefixes and int(lengths.min()) >= CUDNN_STEP_TOKENS
         return Chunks(
-            first_token=int(batch.row_starts[batch.num_decode_rows]),
             longest=int(lengths.max()),
             starts=starts,
             row_starts=row_starts,
@@ -242,7 +239,7 @@ class TritonStep(AttentionStep):
     ) -> torch.Tensor:
         """``sinks``: [num_heads]; a logit of each head that takes its share of the softmax and gives nothing."""
         self._write(layer, key, value)
-        return self._attend(layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), scaling, sinks)
+        return self._attend(layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), scaling, sinks=sinks)
 
     def rotate_and_attend(
         self,
@@ -288,7 +285,7 @@ class TritonStep(AttentionStep):
         )
         heads = projected.view(num_tokens, -1, head_dim)
         query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-        return self._attend(layer, query, key, value, scaling, None)
+        return self._attend(layer, query, key, value, scaling, stacked=heads)
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         layout, num_tokens = self._backend.layout, key.shape[1]
@@ -319,20 +316,32 @@ class TritonStep(AttentionStep):
         key: torch.Tensor,
         value: torch.Tensor,
         scaling: float,
-        sinks: torch.Tensor | None,
+        *,
+        sinks: torch.Tensor | None = None,
+        stacked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All [num_tokens, heads, D]; keys and values are in the KV cache already."""
-        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        """All [num_tokens, heads, D]; keys and values are in the KV cache already. ``stacked``: all three along dimension 1."""
         num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
+        has_flash = self._backend.flash is not None and sinks is None
+        if chunks is not None and has_flash and not num_rows:
+            return self._flash_chunks(layer, chunks, query, key, value, scaling, stacked)
+        result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if num_rows:
             self._attend_decode(layer, query[:num_rows], result[:num_rows], scaling, sinks)
         if chunks is None:
             return result
-        if self._backend.flash is None or sinks is not None:
-            self._attend_chunks(layer, chunks, query, result, scaling, sinks)
+        if has_flash:
+            result[num_rows:] = self._flash_chunks(
+                layer,
+                chunks,
+                query[num_rows:],
+                key[num_rows:],
+                value[num_rows:],
+                scaling,
+                None if stacked is None else stacked[num_rows:],
+            )
         else:
-            part = slice(chunks.first_token, None)
-            result[part] = self._flash_chunks(layer, chunks, query[part], key[part], value[part], scaling)
+            self._attend_chunks(layer, chunks, query, result, scaling, sinks)
         return result
 
     def _attend_decode(
@@ -371,7 +380,7 @@ class TritonStep(AttentionStep):
             TILE=backend.tile,
             WINDOW=window,
             num_warps=4,
-            num_stages=backend.decode_stages,
+            num_stages=2,
         )
         reduce_splits[(num_rows, num_heads)](
             partials,
@@ -387,7 +396,7 @@ class TritonStep(AttentionStep):
             TILE=backend.tile,
             WINDOW=window,
             HAS_SINKS=sinks is not None,
-            num_warps=4,
+            num_warps=max(1, plan.num_splits // 8),
         )
 
     def _attend_chunks(
@@ -432,14 +441,22 @@ class TritonStep(AttentionStep):
         )
 
     def _flash_chunks(
-        self, layer: int, chunks: Chunks, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        chunks: Chunks,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        stacked: torch.Tensor | None,
     ) -> torch.Tensor:
         """Everything [num_tokens of chunks, heads, D]."""
         assert self._backend.flash is not None
         index, _ = self._backend.place[layer]
         window = self._backend.layout.groups[index].sliding_window
         if chunks.lengths and (window is None or window >= chunks.longest):
-            return self._cudnn_chunks(chunks.lengths, query, key, value, scaling)
+            stacked = torch.cat((query, key, value), dim=1) if stacked is None else stacked
+            return _attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)
         key_starts, longest_key = chunks.starts, chunks.longest
         if chunks.prefixes is not None:
             prefix = chunks.prefixes[index]
@@ -456,20 +473,6 @@ class TritonStep(AttentionStep):
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
         )
-
-    def _cudnn_chunks(
-        self, lengths: tuple[int, ...], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Each chunk sees itself only. Padding comes after all that a token sees."""
-        num_heads, num_kv_heads, results, start = query.shape[1], key.shape[1], [], 0
-        for length in lengths:
-            padding = -length % CUDNN_STEP_TOKENS
-            heads = query.new_empty((length + padding, num_heads + 2 * num_kv_heads, query.shape[2]))
-            torch.cat([states[start : start + length] for states in (query, key, value)], dim=1, out=heads[:length])
-            heads[length:].zero_()
-            results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
-            start += length
-        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _gather(self, layer: int, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
         backend, layout, num_tokens = self._backend, self._backend.layout, len(prefix.slots)
@@ -499,6 +502,20 @@ class TritonStep(AttentionStep):
 
     def _layer_offset(self, layer: int) -> int:
         return self._backend.place[layer][1] * self._layer_stride
+
+
+def _attend_whole_prompts(lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
+    """Prompts of these lengths, one after another in ``stacked``. Padding comes after all that a token sees."""
+    results, start = [], 0
+    for length in lengths:
+        heads = stacked[start : start + length]
+        if padding := -length % CUDNN_STEP_TOKENS:
+            heads = stacked.new_empty((length + padding, *stacked.shape[1:]))
+            heads[:length] = stacked[start : start + length]
+            heads[length:] = 0
+        results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
+        start += length
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:

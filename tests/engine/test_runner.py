@@ -156,12 +156,37 @@ def test_bfloat16_stays_close(llama: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_cuda_equals_generate(name: str, tmp_path: Path) -> None:
+def test_cuda_equals_generate(name: str, enforce_eager: bool, tmp_path: Path) -> None:
     directory = save_tiny_model(name, tmp_path)
     prompts = [[5 + length % 90] * length for length in LENGTHS]
     expected = greedy(directory, prompts, NUM_TOKENS)
-    spec = make_spec(directory, device="cuda", device_indices=(0,))
+    spec = make_spec(directory, device="cuda", device_indices=(0,), enforce_eager=enforce_eager)
     runner = ModelRunner(spec, tp=None, progress=ignore_progress)
     runner.warm_up()
     assert HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_cuda_bfloat16_stays_close(name: str, tmp_path: Path) -> None:
+    """Log-probability of a forced token after a prompt and again after a replayed decode step, against float32 on the CPU."""
+    directory = save_tiny_model(name, tmp_path)
+    found = []
+    for changes in ({}, {"dtype": "bfloat16", "device": "cuda", "device_indices": (0,)}):
+        runner = ModelRunner(make_spec(directory, **changes), tp=None, progress=ignore_progress)
+        runner.warm_up()
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, num_top_logprobs=0, logit_bias={17: 100.0})
+        new_row = NewRow(row=0, request_id="a", token_ids=[5, 6, 7, 8, 9], num_prompt_tokens=5, sampling=sampling)
+        groups = range(len(runner.layout.groups))
+        blocks = [NewBlocks(row=0, group=group, first_block_index=0, block_ids=[2 * group, 2 * group + 1]) for group in groups]
+        steps = [ScheduledRow(row=0, num_computed_tokens=0, num_tokens=5, sample=True)]
+        steps += [ScheduledRow(row=0, num_computed_tokens=5, num_tokens=1, sample=True)]
+        plans = [StepPlan(step_id=0, new_rows=[new_row], new_blocks=blocks, scheduled=steps[:1])]
+        plans += [StepPlan(step_id=1, scheduled=steps[1:])]
+        tokens = [runner.execute(plan).tokens[0] for plan in plans]
+        assert [token.token_id for token in tokens] == [17, 17]
+        found.append([token.logprob for token in tokens])
+    assert found[0] == pytest.approx(found[1], abs=0.15)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.engine.decode_graphs import batch_sizes, likeliest_tokens
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.fused_decoder import FusedDecoder, can_fuse
 from pdlaunch.models.loader import load_model
-from pdlaunch.models.step_inputs import DecodeInputs
+from pdlaunch.models.step_inputs import DecodeInputs, Staging
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.triton_attention import TritonAttention
 from tests.models.attention_reference import Case, make_inputs, reference, relative_error
@@ -48,11 +49,12 @@ def check_attention(case: Case) -> None:
 
 def check_decode_inputs() -> None:
     """Rows that pad the batch write nothing and change nothing; the same inputs are filled again."""
-    buffer = torch.full((DecodeInputs.buffer_size(Case(()).layout, 4, 16),), 77, dtype=torch.int32)
+    staging = Staging(DecodeInputs.buffer_size(Case(()).layout, 4, 16), torch.device("cpu"))
+    staging.device.fill_(77)
     for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
         case = Case(rows)
         inputs = make_inputs(case)
-        filled = DecodeInputs(inputs.layout, 4, buffer)
+        filled = DecodeInputs(inputs.layout, 4, staging)
         filled.fill(inputs.batch)
         assert filled.token_ids[: len(rows)].tolist() == inputs.batch.token_ids.tolist()
         assert filled.positions[: len(rows)].tolist() == inputs.batch.positions.tolist()
@@ -65,6 +67,15 @@ def check_decode_inputs() -> None:
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
         assert relative_error(found[: len(rows)], expected) < 1e-5, rows
         assert not found[len(rows) :].any()
+
+
+def check_likeliest_tokens() -> None:
+    """Of tokens that tie, the first: as argmax has it."""
+    for vocab_size in (199, 96, 6400):
+        logits = torch.randint(0, 9, (5, vocab_size)).to(torch.bfloat16)
+        assert torch.equal(likeliest_tokens(logits), logits.argmax(-1)), vocab_size
+        assert sorted({*batch_sizes(vocab_size)}) == batch_sizes(vocab_size)
+        assert batch_sizes(vocab_size)[-1] == vocab_size
 
 
 def check_fused_decoder(name: str) -> None:
@@ -96,5 +107,6 @@ if __name__ == "__main__":
     for case in CASES:
         check_attention(case)
     check_decode_inputs()
+    check_likeliest_tokens()
     for name in ("llama-bias", "qwen3", "qwen2-window"):
         check_fused_decoder(name)
