@@ -88,6 +88,23 @@ def pair_slow(context: Context) -> Iterator[Found]:
             yield Found(_name(pair), message)
 
 
+@rule(
+    "PD505",
+    "info",
+    fix="Nothing to fix; compare it with what the link should give.",
+    source="The READ at the end of the handshake: 16 MiB.",
+    needs=("transport",),
+)
+def pair_speed(context: Context) -> Iterator[Found]:
+    """How fast KV blocks move between a pair of ranks.
+
+    The time that a prompt's KV cache takes from prefill to decode is its size divided by this figure.
+    """
+    for pair in _pairs(context):
+        if pair.error is None and pair.gigabytes_per_s is not None:
+            yield Found(_name(pair), f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s ({pair.allocator} memory)")
+
+
 def _pairs(context: Context) -> tuple[PairTransport, ...]:
     return context.transport.pairs if context.transport is not None else ()
 

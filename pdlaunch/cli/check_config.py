@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -50,7 +50,12 @@ def check_config(
     config: ConfigArgument = None,
     output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = Format.TABLE,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="Also import the transfer libraries (takes seconds).")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe", help="Also start the planned processes and move bytes between them (with random weights; takes a launch)."
+        ),
+    ] = False,
     assume_platform: Annotated[
         Platform | None, typer.Option("--assume-platform", help="Check for such a machine instead of this one.")
     ] = None,
@@ -70,13 +75,17 @@ def check_config(
     except ConfigError as error:
         _refuse(error, output, config)
     is_this = assume_platform is None and assume_gpus is None and assume_gpu_memory is None
-    report = run_checks(
-        loaded,
-        machine,
-        os.environ,
-        ports=_probe_ports(loaded) if is_this else None,
-        import_errors=probe_imports(os.environ) if probe else None,
-    )
+    probes: dict[str, Any] = {
+        "ports": _probe_ports(loaded) if is_this else None,
+        "import_errors": probe_imports(os.environ) if probe else None,
+    }
+    report = run_checks(loaded, machine, os.environ, **probes)
+    if probe and is_this and report.is_ok():
+        # Only a set-up without errors can start. Imported here: it takes what starting processes takes.
+        from pdlaunch.cli.transport import probe_transport
+
+        transport = probe_transport(loaded.config, machine, os.environ)
+        report = run_checks(loaded, machine, os.environ, transport=transport, **probes)
     ok = report.is_ok(strict=strict)
     _print(report, output, ok=ok)
     raise typer.Exit(0 if ok else EXIT_FINDINGS)

@@ -10,12 +10,9 @@ from rich.text import Text
 
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
-from pdlaunch.checks.transport_report import Allocator, PairTransport, TransportReport
 from pdlaunch.cli.findings import place, safe
-from pdlaunch.config.memory_options import memory_options
-from pdlaunch.config.models import LaunchConfig
+from pdlaunch.cli.transport import transport_report
 from pdlaunch.config.sources import LoadedConfig
-from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
 from pdlaunch.supervisor.status import LaunchStatus
 
@@ -42,22 +39,8 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 
 def judge_pairs(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> tuple[Finding, ...]:
-    """What the transport rules say of the pairs that the handshakes have measured."""
-    allocator = _allocator(loaded.config, machine, environ)
-    measured = [
-        PairTransport(
-            puller=pair.local, holder=pair.peer, path=pair.path, allocator=allocator, gigabytes_per_s=pair.gigabytes_per_s
-        )
-        for pair in status.pairs
-    ]
-    return run_checks(loaded, machine, environ, transport=TransportReport(tuple(measured)), family="PD5").findings
-
-
-def _allocator(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> Allocator:
-    """Of the prefill engines' KV caches, which decode reads."""
-    settings = config.engine_settings("prefill")
-    if settings.device == "cpu" or not machine.gpus:
-        return "host"
-    if memory_options(settings).cumem_allocator:
-        return "cumem"
-    return "expandable_segments" if read_expandable_segments({**environ, **settings.env}).enabled else "cuda"
+    """What the transport rules say against the pairs that the handshakes have measured."""
+    report = transport_report(loaded.config, machine, environ, status.pairs)
+    findings = run_checks(loaded, machine, environ, transport=report, family="PD5").findings
+    # The speeds themselves (infos) stand in the panel already.
+    return tuple(finding for finding in findings if finding.severity != "info")

@@ -290,4 +290,5 @@ CASES: dict[str, Case] = {
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=None), replace(PAIR, expected_gigabytes_per_s=None))),
         ],
     ),
+    "PD505": Case([on(CPU, pairs=(PAIR,))], [on(CPU, pairs=(replace(PAIR, gigabytes_per_s=None), replace(PAIR, error="gone")))]),
 }

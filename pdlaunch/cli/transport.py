@@ -1,0 +1,90 @@
+"""The path of every pair of ranks: measured by the handshakes of a launch, judged by the PD5xx rules."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pdlaunch.checks.transport_report import Allocator, PairTransport, TransportReport
+from pdlaunch.config.memory_options import memory_options
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.platform.facts import Machine
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.launch import check_platform, launch, new_launch_id, plan_launch
+from pdlaunch.supervisor.status import LaunchStatus
+
+
+def transport_report(
+    config: LaunchConfig, machine: Machine, environ: Mapping[str, str], pairs: Iterable[PairReady]
+) -> TransportReport:
+    """What the handshakes have measured, with the allocator that the KV cache comes from."""
+    allocator = _allocator(config, machine, environ)
+    return TransportReport(
+        tuple(
+            PairTransport(
+                puller=pair.local, holder=pair.peer, path=pair.path, allocator=allocator, gigabytes_per_s=pair.gigabytes_per_s
+            )
+            for pair in sorted(pairs, key=lambda pair: (pair.peer, pair.local))
+        )
+    )
+
+
+def probe_transport(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> TransportReport:
+    """Start the planned processes with random weights, let every pair shake hands and move bytes, stop them.
+
+    What keeps them from getting ready is the error of a pair in the report. Raises ConfigError.
+    """
+    check_platform()
+    rehearsal = _rehearsal(config)
+    with tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir:
+        observer = _StopWhenReady()
+        outcome = launch(plan_launch(rehearsal, machine, environ), observer, launch_id=new_launch_id(), log_dir=Path(log_dir))
+    if observer.status is not None:
+        return transport_report(config, machine, environ, observer.status.pairs)
+    reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"
+    connector = config.kv_transfer.connector
+    broken = PairTransport("decode", "prefill", connector, _allocator(config, machine, environ), error=reason)
+    return TransportReport((broken,))
+
+
+class _StopWhenReady:
+    """Keeps the status of a launch that is ready, and ends it as Ctrl-C would."""
+
+    def __init__(self) -> None:
+        self.status: LaunchStatus | None = None
+
+    def changed(self, status: LaunchStatus) -> None:
+        """Nobody watches."""
+
+    def ready(self, status: LaunchStatus) -> None:
+        self.status = status
+        signal.raise_signal(signal.SIGINT)
+
+    def note(self, text: str) -> None:
+        """Nobody watches."""
+
+
+def _rehearsal(config: LaunchConfig) -> LaunchConfig:
+    """The same processes, memory and connector; no weights are read, and the public port stays free."""
+    role = {"load_format": "dummy"}
+    changes = {
+        "prefill": config.prefill.model_copy(update=role),
+        "decode": config.decode.model_copy(update=role),
+        "host": "127.0.0.1",
+        "port": 0,
+        "drain_timeout_s": 0.0,
+    }
+    return config.model_copy(update={"load_format": "dummy", **changes})
+
+
+def _allocator(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> Allocator:
+    """Of the prefill engines' KV caches, which decode reads."""
+    settings = config.engine_settings("prefill")
+    if settings.device == "cpu" or not machine.gpus:
+        return "host"
+    if memory_options(settings).cumem_allocator:
+        return "cumem"
+    return "expandable_segments" if read_expandable_segments({**environ, **settings.env}).enabled else "cuda"
