@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from pdlaunch.errors import PdlaunchError
 
 CALL_TIMEOUT_S = 900.0
 """Longer than an engine waits for what runs."""
+ROUTER_TIMEOUT_S = 10.0
+ROUTER_POLL_S = 0.02
 
 
 class SleepOutcome(msgspec.Struct, frozen=True):
@@ -34,7 +37,18 @@ def sleep_engines(url: str, api_key: str | None, *, level: int, mode: str, names
 def wake_engines(url: str, api_key: str | None, *, tags: Sequence[str] = (), names: Sequence[str] = ()) -> list[SleepOutcome]:
     """Decode engines first: they shake hands with prefill engines as these come back. ``tags``: none are all."""
     query = f"?tags={','.join(tags)}" if tags else ""
-    return [_call(engine, f"/wake_up{query}") for engine in _engines(url, api_key, names, first="decode")]
+    outcomes = [_call(engine, f"/wake_up{query}") for engine in _engines(url, api_key, names, first="decode")]
+    _await_router(Api(url, api_key), {outcome.engine for outcome in outcomes if not (outcome.is_sleeping or outcome.error)})
+    return outcomes
+
+
+def _await_router(router: Api, awake: set[str]) -> None:
+    """The router hears of it a moment later than we do: requests that follow shall find these engines."""
+    deadline_s = time.monotonic() + ROUTER_TIMEOUT_S
+    while any(engine["name"] in awake and engine["state"] == "sleeping" for engine in engines_of(router)):
+        if time.monotonic() > deadline_s:
+            raise PdlaunchError(f"{router.url} does not see within {ROUTER_TIMEOUT_S:g} s that its engines are awake")
+        time.sleep(ROUTER_POLL_S)
 
 
 def _engines(url: str, api_key: str | None, names: Sequence[str], first: Literal["prefill", "decode"]) -> list[dict[str, Any]]:

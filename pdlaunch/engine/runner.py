@@ -137,6 +137,11 @@ class ModelRunner:
         return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     @property
+    def weight_bytes(self) -> int:
+        """Of all parameters, tied ones once."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+
+    @property
     def sleeping_tags(self) -> frozenset[str]:
         return self._pools.sleeping_tags
 

@@ -41,7 +41,7 @@ class Recorder:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
-def make_leader(recorder: Any) -> Leader:
+def make_leader(recorder: Any, **changes: object) -> Leader:
     scheduler = Scheduler(
         groups=make_groups([None]),
         num_blocks=16,
@@ -55,7 +55,7 @@ def make_leader(recorder: Any) -> Leader:
         local=("engine", "127.0.0.1", 1, 1),
     )
     return Leader(
-        spec=make_spec("unused"),
+        spec=make_spec("unused", **changes),
         engine_id="engine",
         incarnation=1,
         runner=recorder,

@@ -9,12 +9,26 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator, SleepPhase, what_holds_blocks
 from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
 from pdlaunch.errors import MemoryPoolError, TransferError
 from pdlaunch.protocol.control import SleepState
-from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    EngineStats,
+    FromRank,
+    Hello,
+    RequestFinished,
+    SamplingParams,
+    Sleep,
+    SleepReply,
+    ToRank,
+    WakeUp,
+    Welcome,
+)
+from tests.engine.test_leader import Recorder, make_leader
 
 ALL = frozenset({"weights", "kv_cache"})
 
@@ -321,3 +335,52 @@ def test_each_call_gets_one_reply_and_no_rank_is_left_behind(num_ranks: int, act
         assert [rank.registered for rank in engine.ranks] == awake
         assert engine.coordinator.computes == all(awake)
         assert bool(engine.replies[-1].sleeping_tags) == (not all(awake))
+
+
+class SleepingRecorder(Recorder):
+    """Also memory and transfers of the one rank."""
+
+    def __init__(self, requests: list[ToRank]) -> None:
+        super().__init__(requests)
+        self.rank = FakeRank()
+
+    def send(self, message: FromRank) -> None:
+        super().send(message)
+        if isinstance(message, SleepReply | Welcome):
+            self.told.append(message)
+
+    @property
+    def sleeping_tags(self) -> frozenset[str]:
+        return self.rank.sleeping_tags
+
+    @property
+    def connected(self) -> bool:
+        return self.rank.connected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rank, name)
+
+
+def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
+    prompt = AddRequest(request_id="a", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=3))
+    recorder = SleepingRecorder([prompt, Sleep(call_id=7, level=1, timeout_s=100.0)])
+    leader = make_leader(recorder, enable_sleep_mode=True)
+    while not any(isinstance(message, SleepReply) for message in recorder.told):
+        leader.turn()
+    kinds = [type(message).__name__ for message in recorder.told]
+    assert kinds == ["Tokens", "Tokens", "RequestFinished", "SleepReply"]
+    recorder.told.clear()
+    again = structs.replace(prompt, request_id="b")
+    recorder.requests = [again, Hello(server_incarnation=2), WakeUp(call_id=8), structs.replace(prompt, request_id="c")]
+    while not any(isinstance(message, RequestFinished) and message.request_id == "c" for message in recorder.told):
+        leader.turn()
+    refused, welcome, woken, *_, finished = recorder.told
+    assert isinstance(refused, RequestFinished)
+    assert (refused.request_id, refused.reason, refused.error) == ("b", "error", "the engine sleeps")
+    assert isinstance(welcome, Welcome)
+    assert set(welcome.sleeping_tags) == ALL
+    assert isinstance(woken, SleepReply)
+    assert (woken.call_id, woken.error, woken.sleeping_tags) == (8, None, [])
+    assert isinstance(finished, RequestFinished)
+    assert finished.reason == "length"
+    assert finished.num_cached_tokens == 0

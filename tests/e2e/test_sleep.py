@@ -1,0 +1,58 @@
+"""A deployment on a GPU sleeps and wakes up: memory given back, the same tokens, blocks pulled and not recomputed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import running_deployment
+from pdlaunch.client.sleep import sleep_engines, wake_engines
+from pdlaunch.client.smoke import engines_of
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PROMPT = "the quick brown fox jumps over the lazy dog and runs away from it"
+
+
+def complete(router: Api, salt: str) -> tuple[int, dict[str, Any]]:
+    body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "cache_salt": salt, "return_token_ids": True}
+    return router.post("/v1/completions", body)
+
+
+def pulled_bytes(router: Api) -> float:
+    return sum(Api(engine["url"]).metrics()["pdlaunch_kv_transfer_bytes_total"] for engine in engines_of(router))
+
+
+def free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0]
+
+
+def test_engines_sleep_and_wake_up(tmp_path: Path) -> None:
+    model = make_tiny_model("llama", tmp_path)
+    arguments = ["--model", str(model), "--device", "cuda", "--dtype", "float32", "--kv-cache-memory", "4GiB"]
+    with running_deployment([*arguments, "--enable-sleep-mode"], environ=clean_environ()) as deployment:
+        router = Api(deployment.url)
+        status, expected = complete(router, "before")
+        assert status == 200, expected
+        for cycle, level in enumerate((1, 2, 1, 2)):
+            awake_bytes = free_bytes()
+            outcomes = sleep_engines(deployment.url, None, level=level, mode="wait")
+            assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [(True, None)] * 2
+            assert free_bytes() - awake_bytes >= 0.95 * sum(outcome.num_bytes for outcome in outcomes) > 2**32
+            assert complete(router, "asleep")[0] == 503
+            assert not any(outcome.error for outcome in wake_engines(deployment.url, None))
+            before = pulled_bytes(router)
+            status, answer = complete(router, f"cycle {cycle}")
+            assert status == 200, answer
+            assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
+            await_true(lambda before=before: pulled_bytes(router) > before, timeout_s=20)
