@@ -12,6 +12,7 @@ transcript, so that nothing is told twice whichever engine says it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Protocol
 
@@ -90,8 +91,13 @@ class Generation:
     async def _ask_prefill(self, engine: Engine) -> Handover:
         prompt = self._prompt
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
-        with engine.working(prompt_tokens=prompt.prompt_tokens):
-            raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
+        try:
+            with engine.working(prompt_tokens=prompt.prompt_tokens):
+                raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
+        except asyncio.CancelledError:
+            # The answer may be on its way, and the lease that it speaks of would wait for its deadline.
+            self._release(engine, prompt.request_id)
+            raise
         try:
             handover = read_handover(engine, raw, is_chat=prompt.endpoint.is_chat)
         except _MALFORMED as error:
@@ -230,9 +236,12 @@ class Generation:
         handover = self._handover
         if handover is None or handover.lease_id is None or self._lease_taken:
             return
-        if handover.engine.capabilities.gives_first_token:
+        self._release(handover.engine, handover.lease_id)
+
+    def _release(self, engine: Engine, request_id: str) -> None:
+        if engine.capabilities.gives_first_token:
             self._hops.metrics.released()
-            self._hops.spawn(self._hops.client.release(handover.engine, handover.lease_id))
+            self._hops.spawn(self._hops.client.release(engine, request_id))
 
     def _headers(self, attempt: int) -> dict[str, str]:
         """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
