@@ -1,5 +1,15 @@
 """The command line; the only room that renders."""
 
-from pdlaunch.cli.app import main
+import sys
 
-__all__ = ["main"]
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of the ``pdlaunch`` script; imports inside, so that Ctrl-C ends them as quietly as a command."""
+    try:
+        from pdlaunch.cli.app import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

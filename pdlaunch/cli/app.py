@@ -56,8 +56,8 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
     return app
 
 
-def main() -> None:
-    """Entry point of the ``pdlaunch`` script."""
+def run() -> None:
+    """Do what the arguments of this process say."""
     build_app(sys.argv[1:])()
 
 

@@ -40,7 +40,7 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 def judge_pairs(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> tuple[Finding, ...]:
     """What the transport rules say against the pairs that the handshakes have measured."""
-    report = transport_report(loaded.config, machine, environ, status.pairs)
+    report = transport_report(loaded.config, machine, environ, status)
     findings = run_checks(loaded, machine, environ, transport=report, family="PD5").findings
     # The speeds themselves (infos) stand in the panel already.
     return tuple(finding for finding in findings if finding.severity != "info")

@@ -56,6 +56,8 @@ def serve(
     """Start prefill and decode engines behind one router and serve the OpenAI API."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
+        if output is not Format.TABLE and not dry_run:
+            raise ConfigError(f"--format {output} is of the plan that --dry-run prints; add --dry-run or leave it out")
         loaded = load_config(config, os.environ, flags)
         machine = probe_machine()
         if not dry_run:
@@ -93,7 +95,7 @@ def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
             needs_key=config.api_key is not None,
         )
         findings = judge_pairs(loaded, planned.machine, os.environ, status)
-        return rows + [(finding.severity, f"{finding.rule} {finding.where}: {finding.message}") for finding in findings]
+        return rows + [(f.severity, f"{f.rule} {f.where}: {f.message}") for f in findings]
 
     view = make_view(SteadyConsole(), summary)
     try:

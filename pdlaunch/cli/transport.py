@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from pdlaunch.checks.transport_report import Allocator, PairTransport, TransportReport
@@ -12,14 +12,11 @@ from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
-from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.launch import check_platform, launch, new_launch_id, plan_launch
 from pdlaunch.supervisor.status import LaunchStatus
 
 
-def transport_report(
-    config: LaunchConfig, machine: Machine, environ: Mapping[str, str], pairs: Iterable[PairReady]
-) -> TransportReport:
+def transport_report(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> TransportReport:
     """What the handshakes have measured, with the allocator that the KV cache comes from."""
     allocator = _allocator(config, machine, environ)
     return TransportReport(
@@ -27,7 +24,7 @@ def transport_report(
             PairTransport(
                 puller=pair.local, holder=pair.peer, path=pair.path, allocator=allocator, gigabytes_per_s=pair.gigabytes_per_s
             )
-            for pair in sorted(pairs, key=lambda pair: (pair.peer, pair.local))
+            for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
         )
     )
 
@@ -43,7 +40,7 @@ def probe_transport(config: LaunchConfig, machine: Machine, environ: Mapping[str
         observer = _StopWhenReady()
         outcome = launch(plan_launch(rehearsal, machine, environ), observer, launch_id=new_launch_id(), log_dir=Path(log_dir))
     if observer.status is not None:
-        return transport_report(config, machine, environ, observer.status.pairs)
+        return transport_report(config, machine, environ, observer.status)
     reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"
     connector = config.kv_transfer.connector
     broken = PairTransport("decode", "prefill", connector, _allocator(config, machine, environ), error=reason)

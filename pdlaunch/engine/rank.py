@@ -30,7 +30,6 @@ from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, P
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.engine_id import draw_engine_id
-from pdlaunch.transfer.environment import connector_environment
 from pdlaunch.transfer.faults import read_fault_plan
 from pdlaunch.transfer.faulty_connector import FaultyTransferWorker
 from pdlaunch.transfer.worker import TransferWorker
@@ -63,7 +62,6 @@ class RankProcess:
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
         self._register(engine_id="", address=Address())
-        os.environ.update({**connector_environment(self._spec), **os.environ})
         tp = self._join_group()
         engine_id = self._agree_on_engine_id(tp)
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)

@@ -8,19 +8,12 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.connector_environment import connector_environment
+from pdlaunch.config.models import EngineSettings, KVTransferSettings, LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
-_RANK_DEFAULTS = {
-    # All ranks are on this host: nothing has to listen beyond loopback.
-    "UCX_NET_DEVICES": "lo",
-    # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
-    "UCX_MODULES": "^ib",
-    # Models are folders by now; a rank that asks a hub would only wait for a time-out.
-    "HF_HUB_OFFLINE": "1",
-}
 _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
 
 
@@ -154,7 +147,7 @@ def _rank(placement: Placement, environ: Mapping[str, str], role: Role, index: i
         tp_rank=tp_rank,
         tp_size=placement.config.role(role).tensor_parallel_size,
         command=_python("pdlaunch.engine", "--name", name),
-        environment=_rank_environment(settings, environ, num_threads),
+        environment=_rank_environment(settings, placement.config.kv_transfer, environ, num_threads),
         ports={"side_channel": 0},
         devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
         num_threads=num_threads,
@@ -211,14 +204,18 @@ def _light_environment() -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _rank_environment(settings: EngineSettings, environ: Mapping[str, str], num_threads: int) -> dict[str, str]:
+def _rank_environment(
+    settings: EngineSettings, kv_transfer: KVTransferSettings, environ: Mapping[str, str], num_threads: int
+) -> dict[str, str]:
     """Threads as planned; the rest unless the user's environment says otherwise; the engine's ``env`` over all."""
+    # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+    defaults = {"HF_HUB_OFFLINE": "1", **connector_environment(kv_transfer)}
     return {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
-        **{name: environ.get(name, value) for name, value in _RANK_DEFAULTS.items()},
+        **{name: environ.get(name, value) for name, value in defaults.items()},
         **settings.env,
     }
 

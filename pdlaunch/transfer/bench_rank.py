@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
 from pdlaunch.errors import TransferError
@@ -22,7 +23,6 @@ from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToS
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 from pdlaunch.protocol.transfer import GrantLease, PullFinished, StartPull, TransferEvent
 from pdlaunch.transfer.connectors import new_connector
-from pdlaunch.transfer.environment import connector_environment
 from pdlaunch.transfer.worker import TransferWorker
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -210,7 +210,7 @@ class Rank:
 def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
     torch.set_num_threads(1)
-    os.environ.update({**connector_environment(_spec_of(options)), **os.environ})
+    os.environ.update({**connector_environment(_spec_of(options).kv_transfer), **os.environ})
     try:
         rank = Rank(options)
         while True:

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.models import ConnectorName, KVTransferSettings, MooncakeProtocol, Role
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -23,7 +24,6 @@ from pdlaunch.protocol.transfer import GrantLease, StartPull
 from pdlaunch.transfer.bench_bare import BARE, BareKind, run_bare
 from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, RankOptions, run_rank
 from pdlaunch.transfer.engine_id import draw_engine_id
-from pdlaunch.transfer.environment import environment_of
 from pdlaunch.transfer.mapping import map_sources
 
 NUM_WARM_UPS = 2
@@ -119,7 +119,7 @@ def _ways(
 
 def _new_bare(stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, shape: BenchShape, device: str) -> Way:
     """Its processes are stopped between two turns: NIXL's own settings let a thread of each spin."""
-    environment = environment_of(settings)
+    environment = connector_environment(settings)
     holder, reader = (Process(run_bare, kind, name, shape, _device(device, i), environment) for i, name in enumerate("ab"))
     stack.callback(holder.stop)
     stack.callback(reader.stop)

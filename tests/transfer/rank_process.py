@@ -56,12 +56,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process."""
     import torch
 
+    from pdlaunch.config.connector_environment import connector_environment
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors import new_connector
-    from pdlaunch.transfer.environment import connector_environment
     from pdlaunch.transfer.worker import TransferWorker
 
-    os.environ.update(connector_environment(options.spec) | dict(options.environment))
+    os.environ.update(connector_environment(options.spec.kv_transfer) | dict(options.environment))
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim

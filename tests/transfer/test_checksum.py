@@ -6,9 +6,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.engine_id import draw_engine_id
-from pdlaunch.transfer.environment import connector_environment
 from pdlaunch.transfer.handshake import describe_groups
 from tests.transfer.fakes import layout_of, random_cache, spec_of
 
@@ -57,7 +57,7 @@ def test_engine_ids_are_32_hex_digits_and_differ():
 
 
 def test_ucx_stays_on_loopback():
-    assert connector_environment(spec_of())["UCX_NET_DEVICES"] == "lo"
+    assert connector_environment(spec_of().kv_transfer)["UCX_NET_DEVICES"] == "lo"
 
 
 def test_groups_are_described_in_one_line():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings, MooncakeProtocol
 
 _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
@@ -13,18 +12,19 @@ _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
 """Mooncake picks a transport by what it finds, whatever it was told."""
 
 
-def connector_environment(spec: EngineSpec) -> dict[str, str]:
-    """What must stand in ``os.environ`` before the connector is opened; what the user has set already takes precedence."""
-    return environment_of(spec.kv_transfer)
-
-
-def environment_of(settings: KVTransferSettings) -> dict[str, str]:
-    """The same, from the settings alone."""
+def connector_environment(settings: KVTransferSettings) -> dict[str, str]:
+    """What a rank's environment must hold before the connector is opened; what the user has set takes precedence."""
     match settings.connector:
         case "nixl":
             # A UCX worker listens on a TCP socket of every network device it may use. All engines of a launch are on one host, so
             # loopback is enough, and nothing listens elsewhere. Shared memory, CMA and CUDA IPC are no network devices.
-            return {"UCX_NET_DEVICES": "lo", "UCX_WARN_UNUSED_ENV_VARS": "n", "NIXL_LOG_LEVEL": "WARN"}
+            return {
+                "UCX_NET_DEVICES": "lo",
+                # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
+                "UCX_MODULES": "^ib",
+                "UCX_WARN_UNUSED_ENV_VARS": "n",
+                "NIXL_LOG_LEVEL": "WARN",
+            }
         case "mooncake":
             # A call that gives up by its own time-out leaves its write under way: only the transport's time-outs end one.
             return {
