@@ -1,9 +1,10 @@
-"""CuMem pools under torch's caching allocator: one MemPool a tag, whose segments come from an ``AllocationTable``.
+"""CuMem pools under torch's caching allocator: MemPools whose segments come from an ``AllocationTable``.
 
-torch calls back through ctypes for every segment that a pool grows by or gives up. These calls may come late: when the last
-tensor of a pool goes, at interpreter exit. C++ must not find a finalized interpreter there. So the callbacks always, and pools
-that are not closed, are kept for the life of the process: a pool that lives does not give up its segments, and the driver takes
-back what a process held.
+A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at once the segments that only
+temporaries have used, and the others when their last tensor is gone and its cache is emptied.
+
+torch calls back through ctypes for every segment that it takes or gives back, perhaps late in the interpreter's exit. C++ must
+not find a callback that is gone, so callbacks are kept for the life of the process.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class CuMemPools(MemoryPools):
         self.table = table
         self._device = device
         self._settings = settings or TorchAllocatorSettings()
-        self._pools: dict[str, _TagPool] = {}
+        self._allocators: dict[str, _TagAllocator] = {}
         with CuMemPools._owner_lock:
             owner = CuMemPools._owner
             if owner is not None:
@@ -68,11 +69,14 @@ class CuMemPools(MemoryPools):
 
     @contextlib.contextmanager
     def memory_pool(self, tag: str) -> Iterator[None]:
-        pool = self._pools.get(tag)
-        if pool is None:
-            pool = self._pools[tag] = _TagPool(self.table, tag)
-        with expandable_segments_off(self._settings), torch.cuda.use_mem_pool(pool.mem_pool, self._device):
+        allocator = self._allocators.get(tag)
+        if allocator is None:
+            allocator = self._allocators[tag] = _TagAllocator(self.table, tag)
+        mem_pool = torch.cuda.MemPool(allocator.allocator)
+        with expandable_segments_off(self._settings), torch.cuda.use_mem_pool(mem_pool, self._device):
             yield
+        del mem_pool
+        torch.cuda.empty_cache()
 
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
         return self.table.sleep(tags, keep)
@@ -89,9 +93,6 @@ class CuMemPools(MemoryPools):
 
     def close(self) -> None:
         """Give everything back, and let others own pools. Raises MemoryPoolError while a tensor lives in one of them."""
-        for pool in self._pools.values():
-            pool.give_up()
-        self._pools.clear()
         torch.cuda.empty_cache()
         if num_bytes := self.table.num_bytes():
             raise MemoryPoolError(f"{num_bytes} bytes of the CuMem pools are still in use by tensors")
@@ -99,23 +100,17 @@ class CuMemPools(MemoryPools):
             CuMemPools._owner = None
 
 
-class _TagPool:
-    """A MemPool and the two callbacks behind it."""
+class _TagAllocator:
+    """What torch calls for the segments of one tag."""
 
     def __init__(self, table: AllocationTable, tag: str) -> None:
         self._table = table
         self._tag = tag
         callbacks = _Malloc(self._malloc), _Free(self._free)
-        _keep_forever(callbacks)
         malloc, free = (ctypes.cast(callback, ctypes.c_void_p).value for callback in callbacks)
         internals: Any = torch._C
-        self.mem_pool = torch.cuda.MemPool(internals._cuda_customAllocator(malloc, free))
-        _keep_forever(self.mem_pool)
-
-    def give_up(self) -> None:
-        """Let the MemPool go: its segments come back now, or with their last tensor."""
-        _keep_no_longer(self.mem_pool)
-        del self.mem_pool
+        self.allocator = internals._cuda_customAllocator(malloc, free)
+        _keep_forever((callbacks, self.allocator))
 
     def _malloc(self, num_bytes: int, device: int, stream: int) -> int | None:
         """Returns NULL when there is no memory: torch then frees what it can, asks again, and raises OutOfMemoryError."""
@@ -135,7 +130,3 @@ class _TagPool:
 def _keep_forever(thing: object) -> None:
     """One reference that nobody drops, not even the interpreter's exit."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-def _keep_no_longer(thing: object) -> None:
-    ctypes.pythonapi.Py_DecRef(ctypes.py_object(thing))

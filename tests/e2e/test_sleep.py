@@ -55,4 +55,4 @@ def test_engines_sleep_and_wake_up(tmp_path: Path) -> None:
             status, answer = complete(router, f"cycle {cycle}")
             assert status == 200, answer
             assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
-            await_true(lambda before=before: pulled_bytes(router) > before, timeout_s=20)
+            await_true(lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled")

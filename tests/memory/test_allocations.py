@@ -25,7 +25,7 @@ class Table(RuleBasedStateMachine):
         self.tags: dict[int, str] = {}
         self.sizes: dict[int, int] = {}
         self.known: dict[int, bytes] = {}
-        """What must be in the memory of an allocation, asleep or awake; missing: undefined."""
+        """What must be in the memory of an allocation, asleep or awake; missing: dropped, and undefined until it wakes up."""
         self.sleeping: set[str] = set()
 
     @rule(num_bytes=st.integers(1, 80), tag=st.sampled_from(TAG_NAMES), byte=st.integers(0, 255))
@@ -77,6 +77,9 @@ class Table(RuleBasedStateMachine):
             return
         assert taken == self.driver.used_bytes - before
         self.sleeping -= tags
+        for address, tag in self.tags.items():
+            if tag not in self.sleeping:
+                self.known.setdefault(address, bytes(self.driver.memory(address)))
 
     @rule(method=st.sampled_from(FALLIBLE), at=st.integers(0, 3))
     def break_driver(self, method: str, at: int) -> None:
@@ -112,7 +115,7 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = Table.TestCase
-TestTable.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestTable.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 
 
 def test_addresses_stay_and_kept_bytes_come_back() -> None:

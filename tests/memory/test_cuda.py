@@ -83,6 +83,23 @@ def test_freed_memory_comes_back_when_the_pools_close() -> None:
     assert pools.table.num_bytes() == 0
 
 
+def test_what_temporaries_used_is_given_back_at_once(pools: CuMemPools) -> None:
+    with pools.memory_pool(WEIGHTS):
+        parts = [random_bytes(32 * MIB) for _ in range(8)]
+        whole = torch.cat(parts)
+        expected = whole.cpu()
+        del parts
+    assert pools.table.num_bytes(WEIGHTS) == 256 * MIB
+    with pools.memory_pool(WEIGHTS):
+        more = random_bytes(32 * MIB)
+    pools.sleep([WEIGHTS], keep=[WEIGHTS])
+    pools.wake_up([WEIGHTS])
+    assert torch.equal(whole.cpu(), expected)
+    del more
+    torch.cuda.empty_cache()
+    assert pools.table.num_bytes(WEIGHTS) == 256 * MIB
+
+
 def test_handles_can_be_shared(pools: CuMemPools) -> None:
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(64 * MIB)
