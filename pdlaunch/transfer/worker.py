@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ from pdlaunch.transfer.connector import Connector
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.loop import LONGEST_SLEEP_S, RankMemory, TransferLoop
 from pdlaunch.transfer.side_channel import HolderSocket
-from pdlaunch.transfer.stats import TransferStats
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,6 @@ class TransferWorker:
         self._wake_engine = wake
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
-        self._stats = TransferStats()
         self._error: Exception | None = None
         self._started = threading.Event()
         self._clock = clock
@@ -154,10 +152,6 @@ class TransferWorker:
             while True:
                 events.append(self._events.get_nowait())
         return events
-
-    def stats(self) -> dict[str, Any]:
-        """Totals since the start, by field of ``EngineStats``."""
-        return asdict(self._stats)
 
     def wait_started(self, timeout_s: float) -> None:
         """Wait until the connector is open; peers are answered from then on. Raises TransferError."""
@@ -294,7 +288,6 @@ class TransferWorker:
     def _publish(self, events: list[TransferEvent]) -> None:
         if not events:
             return
-        self._stats = self._stats.counting(events)
         for event in events:
             self._events.put(event)
         self._wake_engine()

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import ProtocolError, TransferError
 from pdlaunch.protocol.control import Address, Entry, PairReady
-from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import Handshake, PullBegin, Refused, to_holder, to_puller
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
@@ -109,17 +108,13 @@ def test_two_workers_shake_hands_and_pull(start):
     assert finished.ok
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
     assert holder.events() == [LeaseEnded(request_id="r", reason="pulled")]
-    stats = EngineStats(**puller.worker.stats())
-    assert (stats.transfers, stats.transfer_failures) == (1, 0)
-    assert stats.transfer_bytes == finished.num_bytes
-    assert stats.transfer_seconds == finished.seconds
+    assert finished.num_bytes == 2 * layout_of().block_bytes
 
 
 def test_a_lease_expires_without_anybody_asking(start):
     holder = start("prefill")
     holder.worker.submit([grant("r", [4], lease_s=0.01)])
     assert holder.events() == [LeaseEnded(request_id="r", reason="expired")]
-    assert holder.worker.stats()["leases_expired"] == 1
 
 
 def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
@@ -205,4 +200,3 @@ def test_finished_of_an_unknown_engine(start):
     (finished,) = puller.events()
     assert isinstance(finished, PullFinished)
     assert not finished.ok
-    assert puller.worker.stats()["transfer_failures"] == 1
