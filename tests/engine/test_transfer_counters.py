@@ -1,0 +1,38 @@
+"""What the scheduler counts of pulls: every attempt once, over all ranks."""
+
+from __future__ import annotations
+
+from pdlaunch.protocol.transfer import PullFinished
+from tests.engine.fake_engine import FakeEngine, remote_kv
+
+
+def pulling_engine() -> FakeEngine:
+    engine = FakeEngine()
+    engine.add("a", range(10), max_tokens=2, remote_kv=remote_kv("x", 10))
+    engine.step()
+    return engine
+
+
+def finish(engine: FakeEngine, **fields: object) -> None:
+    pull_id = next(iter(engine.pulls))
+    del engine.pulls[pull_id]
+    engine.scheduler.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
+
+
+def test_a_failed_pull_that_is_tried_again_and_then_recomputed() -> None:
+    engine = pulling_engine()
+    finish(engine, ok=False, retryable=True, verification_failed=True)
+    engine.step()
+    assert engine.scheduler.stats().pull_retries == 1
+    finish(engine, ok=False, retryable=False, late=True)
+    engine.run()
+    stats = engine.scheduler.stats()
+    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.recomputed_requests) == (0, 2, 1, 1)
+    assert (stats.verification_failures, stats.late_reads) == (1, 1)
+
+
+def test_a_pull_that_succeeds_counts_its_bytes() -> None:
+    engine = pulling_engine()
+    finish(engine, ok=True, num_bytes=5, seconds=0.5)
+    stats = engine.scheduler.stats()
+    assert (stats.transfers, stats.transfer_bytes, stats.transfer_seconds, stats.transfer_failures) == (1, 5, 0.5, 0)
