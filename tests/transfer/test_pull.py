@@ -291,6 +291,7 @@ def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
     world.turn()
     finished = world.finished()
     assert not finished.ok
+    assert finished.late
     assert "the lease did not hold throughout the pull" in finished.error
 
 
