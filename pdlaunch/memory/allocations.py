@@ -11,7 +11,7 @@ Address ranges live from ``allocate`` to ``free``; physical memory only while aw
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -19,8 +19,6 @@ from typing import Any
 
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.memory.driver import DriverRefused, Handle, HandleKind, MemoryDriver
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -114,6 +112,7 @@ class AllocationTable:
                 self._driver.synchronize()
                 self._back_up([found for found in falling_asleep if found.tag in keep])
             except DriverRefused as error:
+                self._let_copies_end()
                 for allocation in falling_asleep:
                     self._drop_backup(allocation)
                 raise MemoryPoolError(f"the pools cannot sleep: {error}") from error
@@ -139,6 +138,7 @@ class AllocationTable:
                         self._driver.copy_to_device(allocation.address, allocation.backup, allocation.num_bytes)
                 self._driver.synchronize()
             except DriverRefused as error:
+                self._let_copies_end()
                 for allocation in woken:
                     self._unback(allocation)
                 wanted = sum(found.num_bytes for found in waking)
@@ -207,6 +207,10 @@ class AllocationTable:
             allocation.backup = self._driver.allocate_host(allocation.num_bytes)
             self._driver.copy_to_host(allocation.backup, allocation.address, allocation.num_bytes)
         self._driver.synchronize()
+
+    def _let_copies_end(self) -> None:
+        with contextlib.suppress(DriverRefused):
+            self._driver.synchronize()
 
     def _drop_backup(self, allocation: Allocation) -> None:
         if allocation.backup is not None:

@@ -164,6 +164,7 @@ class ServerProcess:
             server_incarnation=self._bootstrap.incarnation,
             on_welcome=self._service.on_welcome,
             on_stats=self._service.on_stats,
+            on_sleep=self._service.sleep.on_reply,
         )
 
     async def _drain(self, timeout_s: float) -> None:

@@ -64,10 +64,12 @@ class RankLink:
         server_incarnation: int,
         on_welcome: Callable[[Welcome], None],
         on_stats: Callable[[EngineStats], None],
+        on_sleep: Callable[[SleepReply], None] = lambda _: None,
     ) -> None:
         self._socket: Any = context.connect(zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket)
         self._on_welcome = on_welcome
         self._on_stats = on_stats
+        self._on_sleep = on_sleep
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
@@ -162,6 +164,8 @@ class RankLink:
             case SleepReply():
                 if (sleep := self._sleeps.get(message.call_id)) is not None and not sleep.done():
                     sleep.set_result(message)
+                else:
+                    self._on_sleep(message)
             case IntegrityReport():
                 if (check := self._checks.get(message.call_id)) is not None and not check.done():
                     check.set_result(message)

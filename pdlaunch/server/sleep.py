@@ -91,6 +91,10 @@ class SleepDesk:
         """A rank 0 says how it is: it may have slept through a restart of this server, or have been restarted itself."""
         self._settle(welcome.sleeping_tags)
 
+    def on_reply(self, reply: SleepReply) -> None:
+        """What an earlier server has asked for is done."""
+        self._settle(reply.sleeping_tags)
+
     async def fall_asleep(self, query: SleepQuery) -> SleepStatus:
         """Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller does not wait."""
         self._check_enabled()

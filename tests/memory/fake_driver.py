@@ -100,8 +100,8 @@ class FakeDriver:
         return number if self.handle_kind == "posix_fd" else number.to_bytes(64, "little")
 
     def synchronize(self) -> None:
+        self.queued = 0  # also when it reports an error: the work has ended with it
         self._call("synchronize")
-        self.queued = 0
 
     def allocate_host(self, num_bytes: int) -> Host:
         self._call("allocate_host")
@@ -110,6 +110,7 @@ class FakeDriver:
         return host
 
     def free_host(self, buffer: Host) -> None:
+        assert not self.queued, "freed under a copy that is queued"
         self.hosts.remove(buffer)
 
     def copy_to_host(self, buffer: Host, address: int, num_bytes: int) -> None:

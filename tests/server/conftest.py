@@ -168,6 +168,7 @@ async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) ->
             server_incarnation=1,
             on_welcome=service.on_welcome,
             on_stats=service.on_stats,
+            on_sleep=service.sleep.on_reply,
         )
         await service.use_link(link)
         runner = web.AppRunner(make_app(service, token=token), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)

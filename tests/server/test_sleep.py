@@ -137,10 +137,15 @@ async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(sleeper: Engine,
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
 
-async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine) -> None:
+async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
     sleeper.service.on_welcome(
         Welcome(engine_id="e1", rank_incarnation=1, max_model_len=100, num_blocks=64, block_size=16, sleeping_tags=["kv_cache"])
     )
     assert sleeper.service.sleep.status().sleeping_tags == ["kv_cache"]
     assert sleeper.states == ["sleeping"]
     assert (await sleeper.refusal())[0] == 503
+    # What the earlier server has asked for comes true.
+    await rank.send(SleepReply(call_id=99, sleeping_tags=[]))
+    while await sleeper.announced.get() != "awake":
+        pass
+    await sleeper.complete()
