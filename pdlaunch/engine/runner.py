@@ -73,7 +73,14 @@ class ModelRunner:
         self._pools = pools or open_memory_pools(enabled=spec.enable_cumem_allocator, device=self._device)
         with self._pools.memory_pool(WEIGHTS):
             self._model = load_model(
-                model_dir, self.shape, dtype=dtype, device=self._device, dummy=is_dummy, tp=tp, progress=progress
+                model_dir,
+                self.shape,
+                dtype=dtype,
+                device=self._device,
+                dummy=is_dummy,
+                tp=tp,
+                progress=progress,
+                stacked=self._device.type == "cuda",
             )
             self._decoder = self._new_decoder()
         self._weights_lost = False
@@ -130,11 +137,6 @@ class ModelRunner:
         self.execute(StepPlan(step_id=-1, scheduled=[decode]))
         self._rows = self._new_rows()
         self.kv_cache[:num_blocks].zero_()
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all parameters, tied ones once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     @property
     def weight_bytes(self) -> int:

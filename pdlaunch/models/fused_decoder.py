@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from pdlaunch.models.attention import AttentionStep
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.layer_kernels import add_and_normalize, gate_with_silu
+from pdlaunch.models.stacked_weights import join
 from pdlaunch.models.triton_attention import TritonStep
 
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -48,20 +49,12 @@ class Stacked:
 
     @staticmethod
     def of(*layers: nn.Linear) -> Stacked:
-        """The layers' own parameters become views of the stack: weights are in memory once."""
-        weights: list[torch.Tensor] = [layer.weight for layer in layers]
-        weight = torch.cat(weights)
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        """The layers' parameters have to be loaded ``stacked``: no memory is taken."""
+        weight = join([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        assert weight is not None
         assert len(biases) in (0, len(layers))
-        bias = torch.cat(biases) if biases else None
-        start = 0
-        for layer in layers:
-            stop = start + len(layer.weight)
-            layer.weight = nn.Parameter(weight[start:stop], requires_grad=False)
-            if bias is not None:
-                layer.bias = nn.Parameter(bias[start:stop], requires_grad=False)
-            start = stop
-        return Stacked(weight, bias)
+        return Stacked(weight, join(biases) if biases else None)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         return linear(inputs, self.weight, self.bias)
@@ -96,7 +89,7 @@ class Layer:
 
 
 class FusedDecoder:
-    """A ``Decoder``; ``model`` is one that ``can_fuse`` accepts, on a CUDA device, with weights in place."""
+    """A ``Decoder``; ``model`` is one that ``can_fuse`` accepts, loaded ``stacked``."""
 
     def __init__(self, model: Any) -> None:
         self._plain = TransformersDecoder(model)

@@ -15,6 +15,7 @@ from torch import nn
 from pdlaunch.config.model_shape import ModelShape
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.attention import ATTENTION_NAME, register_attention
+from pdlaunch.models.stacked_weights import StackedPlaces
 from pdlaunch.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
 from pdlaunch.models.weights import Cut, dummy_tensor, read_tensors, weight_files
 
@@ -30,11 +31,14 @@ def load_model(
     dummy: bool,
     tp: TPGroup | None,
     progress: Progress,
+    stacked: bool = False,
 ) -> nn.Module:
     """A causal language model in evaluation mode, called with ``use_cache=False`` and ``attention_step``.
 
     ``shape``: of ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up weights, only config.json is
-    read. Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide by the ranks.
+    read. ``stacked``: weights lie in memory as ``StackedPlaces`` says.
+
+    Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide by the ranks.
     """
     progress("loading libraries", 0.0)
     register_attention()
@@ -42,8 +46,12 @@ def load_model(
     cuts = _cuts(model, shape, tp)
     weights = _dummy_weights(model, cuts, device) if dummy else read_tensors(weight_files(model_dir), cuts)
 
+    shapes = {name: _shape_of_part(parameter.shape, cuts.get(name)) for name, parameter in model.named_parameters()}
+    places = StackedPlaces(shapes if stacked else {}, dtype, device)
+
     def assign(name: str, tensor: torch.Tensor) -> None:
-        _assign(model, name, tensor.to(device=device, dtype=dtype))
+        place = places.place(name)
+        _assign(model, name, tensor.to(device=device, dtype=dtype) if place is None else place.copy_(tensor))
 
     _fill(model, weights, cuts, assign, progress)
     model.tie_weights()

@@ -8,104 +8,38 @@ is there.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.models.attention import AttentionBackend, AttentionStep
 from pdlaunch.models.attention_kernels import attend_chunks, attend_decode, gather_kv, reduce_splits, write_kv
 from pdlaunch.models.layer_kernels import rotate_and_write
 from pdlaunch.models.packed import IntArray, PackedBatch
+from pdlaunch.models.prompt_attention import (
+    CUDNN_MAX_HEAD_DIM,
+    CUDNN_PLANNED_TOKENS,
+    CUDNN_STEP_TOKENS,
+    FLASH_MAX_HEAD_DIM,
+    attend_whole_prompts,
+    attend_with_cudnn,
+    has_fast_cudnn,
+    varlen_flash,
+)
 from pdlaunch.models.step_inputs import DecodeInputs, slots_of, upload
+from pdlaunch.models.triton_step import Chunks, Prefix, SplitPlan, StepTensors
 
 Progress = Callable[[str, float | None], None]
 
 LOG2_E = 1.4426950408889634
 MIN_DOT = 16
 """Smallest side of a matrix product in Triton."""
-FLASH_MAX_HEAD_DIM = 256
-CUDNN_MAX_HEAD_DIM = 128
-CUDNN_CAPABILITY = 9
-"""cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)."""
-TARGET_PROGRAMS = 1024
-"""Programs that fill the device: eight for each of an H200's multiprocessors."""
-MAX_SPLITS = 32
-CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of it: cuDNN takes 45 ms to plan for a length that it has not met."""
 COPY_TOKENS = 16
-"""Tokens that one program writes or gathers."""
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPlan:
-    """How decode cuts contexts; fixed at launch, whatever the lengths are."""
-
-    num_splits: int
-    """Most splits of a row; a power of two."""
-    min_tokens: int
-
-    @staticmethod
-    def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
-        """Many splits for few rows; rows that fill the device alone are cut only where they are long."""
-        wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
-        min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
-        return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Keys and values of one group that flash attention has to see, as a gather makes them."""
-
-    slots: torch.Tensor
-    """[num_gathered_tokens] int32"""
-    starts: torch.Tensor
-    """[num_chunks + 1] int32"""
-    longest: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The rows after the decode rows."""
-
-    longest: int
-    starts: torch.Tensor
-    """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
-    row_starts: torch.Tensor
-    """[num_rows + 1] int32"""
-    tile_rows: torch.Tensor
-    """[num_tiles] int32"""
-    tile_tokens: torch.Tensor
-    """[num_tiles] int32"""
-    prefixes: tuple[Prefix, ...] | None
-    """By group; None: no chunk has anything before it."""
-    lengths: tuple[int, ...]
-    """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTensors:
-    """A step's integers on the device."""
-
-    slots: tuple[torch.Tensor, ...]
-    """By group: [num_tokens] int32; -1 writes nothing"""
-    lengths: torch.Tensor
-    """[num_rows] int32"""
-    tables: torch.Tensor
-    """[num_groups * num_rows * table_stride] int32"""
-    table_stride_at: torch.Tensor
-    """[1] int32"""
-    num_decode_rows: int
-    chunks: Chunks | None
+"""Tokens that one program writes or gathers, from more than ``FEW_TOKENS`` on."""
+FEW_TOKENS = 32
 
 
 class TritonAttention(AttentionBackend):
@@ -124,16 +58,17 @@ class TritonAttention(AttentionBackend):
         self.tile = 32
         self.chunk_tokens = 16 if is_large else 64
         is_half = kv_cache.is_cuda and kv_cache.dtype in (torch.float16, torch.bfloat16) and layout.head_dim % 8 == 0
-        self.flash = _flash() if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM else None
-        self.has_cudnn = is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and _has_fast_cudnn(kv_cache.device)
+        self.flash = varlen_flash() if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM else None
+        self.has_cudnn = is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:
-        """Let cuDNN plan for every length that prompts of up to ``max_tokens`` are padded to."""
+        """Let cuDNN plan for the lengths that prompts of up to ``max_tokens`` are padded to."""
         if not self.has_cudnn:
             return
         layout = self.layout
-        for num_tokens in range(CUDNN_STEP_TOKENS, max_tokens + CUDNN_STEP_TOKENS, CUDNN_STEP_TOKENS):
-            progress("preparing prefill attention", num_tokens / (max_tokens + CUDNN_STEP_TOKENS))
+        longest = min(max_tokens, CUDNN_PLANNED_TOKENS)
+        for num_tokens in range(CUDNN_STEP_TOKENS, longest + CUDNN_STEP_TOKENS, CUDNN_STEP_TOKENS):
+            progress("preparing prefill attention", num_tokens / (longest + CUDNN_STEP_TOKENS))
             heads = self.kv_cache.new_zeros((num_tokens, num_heads + 2 * layout.num_kv_heads, layout.head_dim))
             attend_with_cudnn(heads, num_heads, 1.0)
 
@@ -259,7 +194,7 @@ class TritonStep(AttentionStep):
         num_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
         cosines, sines = rotary
         query_norm, key_norm, epsilon = norms or (projected, projected, 0.0)
-        tokens = COPY_TOKENS if num_tokens > MAX_SPLITS else 1
+        tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
         rotate_and_write[(triton.cdiv(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
             projected,
             cosines,
@@ -289,7 +224,7 @@ class TritonStep(AttentionStep):
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         layout, num_tokens = self._backend.layout, key.shape[1]
-        tokens = COPY_TOKENS if num_tokens > MAX_SPLITS else 1
+        tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
         write_kv[(triton.cdiv(num_tokens, tokens), layout.num_kv_heads)](
             key,
             value,
@@ -456,7 +391,7 @@ class TritonStep(AttentionStep):
         window = self._backend.layout.groups[index].sliding_window
         if chunks.lengths and (window is None or window >= chunks.longest):
             stacked = torch.cat((query, key, value), dim=1) if stacked is None else stacked
-            return _attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)
+            return attend_whole_prompts(chunks.lengths, stacked, query.shape[1], scaling)
         key_starts, longest_key = chunks.starts, chunks.longest
         if chunks.prefixes is not None:
             prefix = chunks.prefixes[index]
@@ -502,41 +437,3 @@ class TritonStep(AttentionStep):
 
     def _layer_offset(self, layer: int) -> int:
         return self._backend.place[layer][1] * self._layer_stride
-
-
-def _attend_whole_prompts(lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Prompts of these lengths, one after another in ``stacked``. Padding comes after all that a token sees."""
-    results, start = [], 0
-    for length in lengths:
-        heads = stacked[start : start + length]
-        if padding := -length % CUDNN_STEP_TOKENS:
-            heads = stacked.new_empty((length + padding, *stacked.shape[1:]))
-            heads[:length] = stacked[start : start + length]
-            heads[length:] = 0
-        results.append(attend_with_cudnn(heads, num_heads, scaling)[:length])
-        start += length
-    return results[0] if len(results) == 1 else torch.cat(results)
-
-
-def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Causal attention of one prompt: [num_tokens, num_heads, D].
-
-    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. Always laid out like this: cuDNN plans by strides too.
-    """
-    num_kv_heads = (heads.shape[1] - num_heads) // 2
-    query, key, value = torch.split(heads.transpose(0, 1)[None], [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return attended[0].transpose(0, 1)
-
-
-def _has_fast_cudnn(device: torch.device) -> bool:
-    has_cudnn: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
-    return has_cudnn and torch.cuda.get_device_capability(device)[0] >= CUDNN_CAPABILITY
-
-
-def _flash() -> Callable[..., torch.Tensor]:
-    """torch's varlen attention; from 2.12 on it wants to be told that query heads share keys."""
-    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    attend: Any = varlen_attn  # returns a tuple only where more is asked for
-    return partial(attend, enable_gqa=True) if knows_groups else attend

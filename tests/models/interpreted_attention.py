@@ -84,7 +84,14 @@ def check_fused_decoder(name: str) -> None:
         directory = save_tiny_model(name, Path(folder))
         shape = read_model_shape(directory)
         model = load_model(
-            directory, shape, dtype=torch.float32, device=torch.device("cpu"), dummy=False, tp=None, progress=lambda *_: None
+            directory,
+            shape,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            dummy=False,
+            tp=None,
+            progress=lambda *_: None,
+            stacked=True,
         )
     assert can_fuse(model)
     case = Case(((0, 1), (0, 5), (0, 12)))

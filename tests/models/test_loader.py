@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.loader import load_model, reload_model
+from pdlaunch.models.stacked_weights import join
 from pdlaunch.models.tensor_parallel import Shard, plan_cuts
 from pdlaunch.models.weights import digest_model, read_tensors, weight_files
 from tests.models.tiny import COMMON, CONFIGS, save_tiny_model
 
 
-def load(directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load(directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.float32, stacked: bool = False) -> torch.nn.Module:
     reports: list[float | None] = []
     model = load_model(
         directory,
@@ -30,6 +31,7 @@ def load(directory: Path, *, dummy: bool = False, dtype: torch.dtype = torch.flo
         dummy=dummy,
         tp=None,
         progress=lambda text, fraction: reports.append(fraction),
+        stacked=stacked,
     )
     assert reports[-1] == 1.0
     return model
@@ -42,8 +44,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_weights_and_buffers_equal_those_of_transformers(name: str, tiny: Callable[[str], Path]) -> None:
-    ours, theirs = load(tiny(name)), AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_weights_and_buffers_equal_those_of_transformers(name: str, stacked: bool, tiny: Callable[[str], Path]) -> None:
+    ours, theirs = load(tiny(name), stacked=stacked), AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
     found = dict(ours.named_parameters()) | dict(ours.named_buffers())
@@ -57,7 +60,7 @@ def test_weights_and_buffers_equal_those_of_transformers(name: str, tiny: Callab
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 @pytest.mark.parametrize("dummy", [False, True])
 def test_reloading_restores_every_tensor_in_its_place(name: str, dummy: bool, tiny: Callable[[str], Path]) -> None:
-    model = load(tiny(name), dummy=dummy)
+    model = load(tiny(name), dummy=dummy, stacked=True)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tensors.items()}
     for tensor in tensors.values():
@@ -78,6 +81,19 @@ def test_reloading_restores_every_tensor_in_its_place(name: str, dummy: bool, ti
     for key, tensor in after.items():
         assert tensor.data_ptr() == before[key][0], key
         assert torch.equal(tensor, before[key][1]), key
+
+
+def test_stacked_weights_are_neighbours(tiny: Callable[[str], Path]) -> None:
+    attention = load(tiny("llama-bias"), stacked=True).model.layers[1].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    for parts in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+        joined = join(parts)
+        assert joined is not None
+        assert torch.equal(joined, torch.cat(parts))
+        assert joined.data_ptr() == parts[0].data_ptr()
+        assert join(parts[::-1]) is None
+    plain = load(tiny("llama-bias")).model.layers[1].self_attn
+    assert join([plain.q_proj.weight, plain.k_proj.weight]) is None
 
 
 def test_dtype_is_converted_and_frequencies_stay_float32(tiny: Callable[[str], Path]) -> None:
