@@ -163,7 +163,20 @@ def _idle(engines: list[Api]) -> None:
         left = {f"{engine.url} {name}": value for engine in engines for name, value in leftovers(engine).items()}
         busy = {name: value for name, value in left.items() if value}
         if not busy:
+            _prove_books(engines)
             return
         if time.monotonic() > deadline_s:
             raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {busy}")
         time.sleep(0.2)
+
+
+def _prove_books(engines: list[Api]) -> None:
+    """Every block of every engine has the owner that its books say, which now is nobody."""
+    for engine in engines:
+        status, text = engine.get("/pdlaunch/integrity")
+        report = json.loads(text)
+        if status != 200 or not report["ok"]:
+            raise _Failure(f"{engine.url}: {text}")
+        free, total = report["stats"]["num_free_blocks"], report["stats"]["num_blocks"]
+        if free != total:
+            raise _Failure(f"{engine.url}: {free} of {total} blocks are free")
