@@ -114,6 +114,9 @@ def step(
     num_steps: Annotated[int, typer.Option(min=1, help="Steps measured; the median is shown.")] = 20,
     dtype: Annotated[str, typer.Option(help="Precision.")] = "float32",
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    load_format: Annotated[str, typer.Option(help="`dummy` makes weights up; only config.json is needed.")] = "auto",
+    enforce_eager: Annotated[bool, typer.Option(help="On a GPU, decode without CUDA graphs.")] = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """The engine's step beside the same model run by transformers alone."""
@@ -125,6 +128,9 @@ def step(
         "prefill_tokens": prefill_tokens,
         "dtype": dtype,
         "num_threads": num_threads,
+        "device": device,
+        "load_format": load_format,
+        "enforce_eager": enforce_eager,
     }
     # torch stays out of this process, and its thread pools start with the wanted size.
     command = [sys.executable, "-m", "pdlaunch.engine.bench_step", json.dumps(arguments)]

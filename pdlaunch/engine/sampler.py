@@ -180,9 +180,20 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
         return logits
     probabilities = logits.softmax(dim=-1)
     least = torch.zeros_like(probabilities[:, :1])
-    for index in limited:
-        least[index] = _nucleus_edge(probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS)
+    if logits.device.type == "cpu":
+        for index in limited:
+            least[index] = _nucleus_edge(probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS)
+    else:
+        least[limited] = nucleus_edges(probabilities[limited], [rows[index].sampling.top_p for index in limited])
     return logits.masked_fill(probabilities < least, float("-inf"))
+
+
+def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Tensor:
+    """[num_rows, 1] of [num_rows, vocab_size]; sorts everything, but the host waits for nothing."""
+    best = probabilities.sort(dim=-1, descending=True).values
+    cumulated = best.cumsum(dim=-1, dtype=torch.float64)
+    last = (cumulated < _column(wanted, cumulated)).sum(dim=-1, keepdim=True)
+    return best.gather(1, last.clamp(max=best.shape[-1] - 1))
 
 
 def _nucleus_edge(probabilities: torch.Tensor, wanted: float, num_tokens: int) -> torch.Tensor:

@@ -20,3 +20,9 @@ def test_one_row_for_prefill_and_one_for_each_batch_size(name: str, tmp_path: Pa
         ("decode", 3, 20),
     ]
     assert all(row.bare_s > 0 and row.engine_s > 0 and row.ratio == row.engine_s / row.bare_s for row in rows)
+
+
+def test_made_up_weights_need_only_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((save_tiny_model("llama", tmp_path) / "config.json").read_bytes())
+    rows = bench_step(tmp_path, batch_sizes=(2,), context_tokens=9, num_steps=2, prefill_tokens=[20, 40], load_format="dummy")
+    assert [(row.kind, row.num_tokens) for row in rows] == [("prefill", 20), ("prefill", 40), ("decode", 9)]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.engine.sampler import SampleRow, draw_tokens, uniform
+from pdlaunch.engine.sampler import SampleRow, _nucleus_edge, draw_tokens, nucleus_edges, uniform
 from pdlaunch.protocol.engine import SamplingParams
 
 VOCAB_SIZE = 50
@@ -196,3 +196,10 @@ def test_bfloat16_logits_are_drawn_from_in_float32() -> None:
     logits = random_logits(6).bfloat16()
     one = row([1], [], seed=11, num_top_logprobs=1)
     assert draw_tokens(logits, [one]) == draw_tokens(logits.float(), [one])
+
+
+def test_edges_of_all_rows_at_once_equal_those_of_each() -> None:
+    probabilities = (torch.randn(5, 700, generator=torch.Generator().manual_seed(1)) * 3).softmax(-1)
+    wanted = [0.1, 0.5, 0.9, 0.999, 1.0]
+    each = [_nucleus_edge(row, share, 16) for row, share in zip(probabilities, wanted, strict=True)]
+    assert torch.equal(nucleus_edges(probabilities, wanted)[:, 0], torch.stack(each))
