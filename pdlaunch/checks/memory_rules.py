@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pdlaunch.checks.context import Context, Engine
 from pdlaunch.checks.footprint import footprint, longest_request_tokens, ranks_by_gpu
@@ -180,7 +181,7 @@ def kv_cache_too_small(context: Context) -> Iterator[Found]:
     """
     for engine in context.engines.values():
         if engine.settings.max_model_len is not None:
-            yield from _too_small(engine)
+            yield from _too_small(_within_model(engine))
 
 
 @rule(
@@ -198,6 +199,15 @@ def kv_cache_below_model(context: Context) -> Iterator[Found]:
     for engine in context.engines.values():
         if engine.settings.max_model_len is None:
             yield from _too_small(engine)
+
+
+def _within_model(engine: Engine) -> Engine:
+    """The engine once PD106 is heeded: no advice is about lengths that the model was not made for."""
+    longest = engine.settings.max_model_len
+    if engine.shape is None or longest is None or longest <= engine.shape.max_position_embeddings:
+        return engine
+    update = {"max_model_len": engine.shape.max_position_embeddings}
+    return replace(engine, settings=engine.settings.model_copy(update=update))
 
 
 def _too_small(engine: Engine) -> Iterator[Found]:

@@ -57,7 +57,7 @@ def serve(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         if output is not Format.TABLE and not dry_run:
-            raise ConfigError(f"--format {output} is of the plan that --dry-run prints; add --dry-run or leave it out")
+            raise ConfigError(f"--format {output} is how --dry-run prints the plan; add --dry-run or leave --format out")
         loaded = load_config(config, os.environ, flags)
         machine = probe_machine()
         if not dry_run:

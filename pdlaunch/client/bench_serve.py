@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import time
+import urllib.parse
 from collections.abc import Sequence
 
 import aiohttp
@@ -62,6 +64,7 @@ class _Request(msgspec.Struct):
 
 async def bench_serve(options: BenchOptions, concurrencies: Sequence[int]) -> list[BenchRow]:
     """Run every concurrency in turn, after one warm-up request. Raises PdlaunchError when the deployment cannot be used."""
+    _check_url(options.url)
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     timeout = aiohttp.ClientTimeout(total=options.request_timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
@@ -72,13 +75,41 @@ async def bench_serve(options: BenchOptions, concurrencies: Sequence[int]) -> li
         return [await _run(session, model, options, concurrency, rng) for concurrency in concurrencies]
 
 
+def _check_url(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
+
+
 async def _model_name(session: aiohttp.ClientSession) -> str:
     try:
         async with session.get("/v1/models") as response:
+            if response.status != 200:
+                raise PdlaunchError(f"{response.url} answers {await _refusal(response)}")
             body = await response.json()
             return str(body["data"][0]["id"])
-    except (aiohttp.ClientError, TimeoutError, KeyError, IndexError, ValueError) as error:
-        raise PdlaunchError(f"{session._base_url} does not answer /v1/models: {error!r}") from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise PdlaunchError(f"{session._base_url} does not answer /v1/models: {_reason(error)}") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise PdlaunchError(f"{session._base_url} answers /v1/models, but with no list of models") from error
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> str:
+    return f"HTTP {response.status}: {(await response.text())[:200]}"
+
+
+def _reason(error: aiohttp.ClientError | TimeoutError) -> str:
+    """For people: ``Connection refused`` and not what the client library keeps of the attempt."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.errno:
+        # Names that cannot be resolved have negative numbers, which the system has no words for.
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return str(error) or type(error).__name__
 
 
 async def _run(
@@ -111,12 +142,12 @@ async def _send(session: aiohttp.ClientSession, model: str, prompt: list[int], o
     try:
         async with session.post("/v1/completions", json=body) as response:
             if response.status != 200:
-                request.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                request.error = await _refusal(response)
                 return request
             async for line in response.content:
                 _read_event(line, request)
     except (aiohttp.ClientError, TimeoutError) as error:
-        request.error = repr(error)
+        request.error = _reason(error)
     if request.error is None and request.num_tokens != output_tokens:
         request.error = f"{request.num_tokens} tokens instead of {output_tokens}"
     return request

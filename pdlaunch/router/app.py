@@ -11,6 +11,7 @@ from functools import partial
 
 import msgspec
 from aiohttp import web
+from aiohttp.hdrs import METH_ANY
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.logs import request_logging
@@ -26,6 +27,7 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
 from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
 from pdlaunch.router.hops import Hops
+from pdlaunch.router.scrape import scrape
 from pdlaunch.router.transcript import Transcript
 
 BODY_TIMEOUT_S = 60.0
@@ -51,7 +53,6 @@ class RouterApp:
         self.app = web.Application(
             client_max_size=spec.max_body_bytes,
         )
-        self._methods: dict[str, str] = {}
         self._route("POST", COMPLETIONS.path, self._completions)
         self._route("POST", CHAT.path, self._chat_completions)
         self._route("GET", "/v1/models", self._models)
@@ -64,8 +65,9 @@ class RouterApp:
         self.app.router.add_route("*", "/{path:.*}", partial(self._at_the_door, self._unknown))
 
     def _route(self, method: str, path: str, handler: Handler) -> None:
-        self._methods[path] = method
-        self.app.router.add_route(method, path, partial(self._at_the_door, handler))
+        """What answers GET answers HEAD too."""
+        add = self.app.router.add_get if method == "GET" else self.app.router.add_post
+        add(path, partial(self._at_the_door, handler))
 
     async def _at_the_door(self, handler: Handler, request: web.Request) -> web.StreamResponse:
         """Give every request its id, ask for the key, and turn every error into one of the OpenAI form."""
@@ -98,10 +100,17 @@ class RouterApp:
             raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
     async def _unknown(self, request: web.Request, request_id: str) -> web.StreamResponse:
-        method = self._methods.get(request.path)
-        if method is None:
+        allowed: set[str] = set()
+        for resource in self.app.router.resources():
+            allowed |= (await resource.resolve(request))[1] - {METH_ANY}
+        if not allowed:
             raise RequestError(f"there is no {request.path[:200]}", status=404, code="not_found")
-        raise RequestError(f"{request.path} takes {method}, not {request.method}", status=405, code="method_not_allowed")
+        methods = ", ".join(sorted(allowed))
+        message = f"{request.path[:200]} takes {methods}, not {request.method}"
+        response = error_response(RequestError(message, status=405, code="method_not_allowed"))
+        response.headers["Allow"] = methods
+        self._hops.metrics.requests.failed(response.status)
+        return response
 
     async def _completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
         return await self._generate(COMPLETIONS, request, request_id)
@@ -231,9 +240,11 @@ class RouterApp:
         return _json({"engines": engines})
 
     async def _metrics(self, request: web.Request, request_id: str) -> web.Response:
+        """The router's metrics and those of all engines."""
         self._hops.metrics.in_flight.set(self.admission.in_flight)
         self._hops.metrics.engines_ready.set(sum(engine.ready for engine in self._hops.pool.engines))
-        return web.Response(body=self._hops.metrics.text(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+        page = await scrape(self._hops.metrics.text(), self._hops.client, self._hops.pool.engines)
+        return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
 async def _read_body(request: web.Request) -> bytes:

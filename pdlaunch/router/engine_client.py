@@ -39,6 +39,7 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Silence after which a working engine is asked whether it lives."""
     probe_s: float = 5.0
     """For the answer to that, and for the release of a lease."""
+    metrics_s: float = 2.0
 
 
 class EngineFailure(PdlaunchError):
@@ -126,6 +127,18 @@ class EngineClient:
                 return int(length)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
             logger.info("%s does not tell its max_model_len: %r", engine.name, error)
+            return None
+
+    async def read_metrics(self, engine: Engine) -> str | None:
+        """The engine's /metrics; None when it has no address yet or does not answer in ``metrics_s``."""
+        if not engine.url:
+            return None
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._timeouts.metrics_s)
+            async with self._session.get(engine.url + "/metrics", timeout=timeout) as response:
+                return await response.text("utf-8", "replace") if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            logger.info("%s does not tell its metrics: %r", engine.name, error)
             return None
 
     async def read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:

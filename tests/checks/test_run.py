@@ -57,6 +57,17 @@ def test_a_finding_of_both_roles_is_told_once():
     assert (finding.where, finding.origin) == ("max_model_len", "--max-model-len")
 
 
+def test_advice_on_the_cache_is_about_lengths_of_the_model():
+    limit = SMALL_SHAPE.max_position_embeddings
+    report = check(flags={"max_model_len": 100 * limit, "kv_cache_memory": "64MiB"})
+    as_the_model = check(flags={"max_model_len": limit, "kv_cache_memory": "64MiB"})
+    assert {finding.rule for finding in report.errors} == {"PD106", "PD208"}
+    told, expected = ([found for found in each.errors if found.rule == "PD208"] for each in (report, as_the_model))
+    assert [(found.message, found.fix) for found in told] == [(found.message, found.fix) for found in expected]
+    enough = check(flags={"max_model_len": limit + 1, "kv_cache_memory": "1GiB"})
+    assert [finding.rule for finding in enough.errors] == ["PD106"]
+
+
 def test_findings_name_file_and_line(tmp_path):
     path = tmp_path / "deploy.yaml"
     path.write_text("decode:\n  max_model_len: 9000\n")

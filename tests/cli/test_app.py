@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -41,3 +42,25 @@ def test_an_unknown_command_is_refused_with_code_2() -> None:
 def test_every_command_is_where_the_table_says(command: Command) -> None:
     assert command.load() is not None
     assert command.target.split(":")[0] in sys.modules
+
+
+@pytest.mark.parametrize(
+    "module", ["typer", "pdlaunch.cli.app", "pdlaunch.cli.check_config", "pdlaunch.platform.probe", "pydantic.type_adapter"]
+)
+def test_interrupted_while_it_imports_or_works_it_ends_with_130_and_no_traceback(module: str) -> None:
+    code = f"""
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["pdlaunch", "check-config", "--model", "nowhere"]
+from pdlaunch.cli import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

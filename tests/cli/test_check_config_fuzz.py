@@ -52,7 +52,7 @@ def test_any_flags(flags):
 
 @few
 @given(
-    value=st.text(st.characters(exclude_characters="\0"), max_size=30),
+    value=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=30),
     name=st.sampled_from(["MODEL", "HOST", "API_KEY", "ENV__X"]),
 )
 def test_any_variable(value, name):

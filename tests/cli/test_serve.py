@@ -68,6 +68,15 @@ def test_dry_run_prints_a_table_at_any_width(model: str, columns: int) -> None:
     assert "-m pdlaunch.engine --name decode-0/rank-0" in result.stdout
 
 
+def test_a_format_without_dry_run_is_refused(model: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    result = serve("--model", model, "--format", "json")
+    assert result.exit_code == 2
+    assert "--format json" in result.stderr
+    assert "--dry-run" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_dry_run_starts_and_writes_nothing(model: str, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert serve("--model", model, "--dry-run").exit_code == 0

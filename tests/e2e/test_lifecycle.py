@@ -104,7 +104,7 @@ def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Dep
 
 
 def in_flight(deployment: Deployment) -> float:
-    return Api(deployment.url).metrics()["pdlaunch_http_requests_in_flight"]
+    return Api(deployment.url).metrics()["pdlaunch_router_requests_in_flight"]
 
 
 def serve(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -39,14 +39,20 @@ class Stand:
         self.version = 0
 
     async def start(
-        self, engines: Sequence[FakeEngine], *, spec: RouterSpec = SPEC, stall_s: float = 15.0, recovery_wait_s: float = 10.0
+        self,
+        engines: Sequence[FakeEngine],
+        *,
+        spec: RouterSpec = SPEC,
+        stall_s: float = 15.0,
+        recovery_wait_s: float = 10.0,
+        metrics_s: float = 15.0,
     ) -> None:
         for engine in engines:
             await engine.start()
             self.engines[engine.name] = engine
         self.metrics = RouterMetrics("tiny")
         self.pool = EnginePool(time.monotonic)
-        client = EngineClient("launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0))
+        client = EngineClient("launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s))
         self.hops = Hops(self.pool, client, self.metrics, RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01))
         self.router = RouterApp(spec, self.hops)
         self.runner = web.AppRunner(self.router.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)

@@ -9,8 +9,11 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
+from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Role
+from pdlaunch.server.metrics import ServerMetrics
 
 EOS = 0
 
@@ -82,6 +85,10 @@ class FakeEngine:
         self.healthy = True
         self.probed = asyncio.Event()
         self.hands_over = True
+        self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
+        self.metrics_page: str | None = None
+        self.tells_metrics = asyncio.Event()
+        self.tells_metrics.set()
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -93,6 +100,7 @@ class FakeEngine:
                 web.post("/v1/chat/completions", self._generate),
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
                 web.post("/tokenize", self._tokenize),
             ]
@@ -209,6 +217,10 @@ class FakeEngine:
     async def _health(self, request: web.Request) -> web.Response:
         self.probed.set()
         return web.Response(status=200 if self.healthy else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        await self.tells_metrics.wait()
+        return web.Response(text=self.metrics_page or render_metrics(self.metrics.registry).decode())
 
     async def _release(self, request: web.Request) -> web.Response:
         request_id = (await request.json())["request_id"]

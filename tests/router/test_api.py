@@ -101,6 +101,28 @@ async def test_unknown_paths_answer_in_the_same_form(stand: Stand, method: str, 
         assert response.headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/chat/completions", "POST"), ("POST", "/health", "GET, HEAD"), ("DELETE", "/v1/models/tiny", "GET, HEAD")],
+)
+async def test_a_405_tells_what_is_allowed(stand: Stand, method: str, path: str, allowed: str) -> None:
+    await stand.start([])
+    async with stand.session.request(method, path) as response:
+        assert (response.status, response.headers["Allow"]) == (405, allowed)
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
+    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="405"}') == 1
+
+
+async def test_head_is_get_without_a_body(stand: Stand) -> None:
+    await stand.start(pair())
+    for starting, status in ([], 200), (["decode-0", "prefill-0"], 503):
+        stand.publish(starting=starting)
+        async with stand.session.head("/health") as response:
+            assert response.status == status
+            assert int(response.headers["Content-Length"]) > 0
+            assert await response.read() == b""
+
+
 async def test_more_requests_than_places_are_429(stand: Stand) -> None:
     prefill, decode = pair()
     decode.hold_after = 0

@@ -106,6 +106,12 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, 
             return error.code, json.load(error)
 
 
+def fetch_text(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=20) as response:
+        text: str = response.read().decode()
+    return text
+
+
 async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
     child = supervisor.start()
     registered = await asyncio.to_thread(supervisor.receive)
@@ -131,6 +137,8 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
             pass
         status, answer = await asyncio.to_thread(fetch, f"{url}/v1/completions", completion())
         assert (status, answer["choices"][0]["text"]) == (200, expected_text("hello", 6))
+        for _ in range(3):
+            assert "pdlaunch_kv_transfer_bytes_total" in await asyncio.to_thread(fetch_text, f"{url}/metrics")
         assert psutil.Process(child.pid).memory_info().rss <= MAX_RESIDENT_BYTES
 
         engines[1].hold_after = 1

@@ -1,0 +1,115 @@
+"""The router's /metrics has those of every engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from pdlaunch.observe.metrics import render_metrics
+from pdlaunch.protocol.engine import EngineStats
+from pdlaunch.router.scrape import MetricFamilies
+from tests.router.conftest import Stand, pair, pairs
+from tests.router.test_life_of_a_request import completion
+
+
+async def scraped(stand: Stand) -> str:
+    async with stand.session.get("/metrics") as response:
+        assert response.status == 200
+        return await response.text()
+
+
+def families_of(text: str) -> dict[str, Metric]:
+    """By name; there is one of a name, and no two samples are the same."""
+    families = list(text_string_to_metric_families(text))
+    assert max(Counter(family.name for family in families).values()) == 1
+    samples = Counter((sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples)
+    assert max(samples.values()) == 1
+    headers = Counter(" ".join(line.split()[:3]) for line in text.splitlines() if line.startswith("#"))
+    assert max(headers.values()) == 1
+    return {family.name: family for family in families}
+
+
+def values(family: Metric, suffix: str = "") -> dict[str | None, float]:
+    """By engine, None for the router."""
+    return {sample.labels.get("engine"): sample.value for sample in family.samples if sample.name == family.name + suffix}
+
+
+async def test_engines_are_beside_the_router(stand: Stand) -> None:
+    engines = pairs(2)
+    for number, engine in enumerate(engines):
+        engine.metrics.engine.stats = EngineStats(num_waiting=number, num_blocks=10, num_free_blocks=5, transfer_bytes=10**number)
+        engine.metrics.requests.finished("length")
+        engine.metrics.requests.time_to_first_token.observe(0.03)
+    await stand.start(engines)
+    await stand.post(completion(stream=True))
+    text = await scraped(stand)
+    families = families_of(text)
+    names = [engine.name for engine in engines]
+    assert values(families["pdlaunch_num_requests_waiting"]) == dict(zip(names, range(4), strict=True))
+    assert values(families["pdlaunch_kv_cache_usage_perc"]) == dict.fromkeys(names, 0.5)
+    assert values(families["pdlaunch_kv_transfer_bytes"], "_total") == {name: 10**i for i, name in enumerate(names)}
+    assert families["pdlaunch_kv_transfer_bytes"].type == "counter"
+    assert values(families["pdlaunch_requests"], "_total") == dict.fromkeys([None, *names], 1)
+    first_tokens = families["pdlaunch_time_to_first_token_seconds"]
+    assert first_tokens.type == "histogram"
+    assert values(first_tokens, "_count") == dict.fromkeys([None, *names], 1)
+    buckets = {
+        sample.labels["le"]: sample.value
+        for sample in first_tokens.samples
+        if sample.labels.get("engine") == names[0] and sample.name.endswith("_bucket")
+    }
+    assert (buckets["0.02"], buckets["0.04"], buckets["+Inf"]) == (0, 1, 1)
+    labels = 'engine="prefill-0",model_name="tiny",role="prefill"'
+    assert f"pdlaunch_kv_transfer_bytes_total{{{labels}}} 1.0" in text.splitlines()
+
+
+async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
+    dead, broken, strange, well = pairs(2)
+    await stand.start([dead, broken, strange, well])
+    await dead.stop()
+    broken.metrics_page = "# TYPE x gauge\nx{"
+    strange.metrics_page = (
+        "# TYPE pdlaunch_router_engines_ready histogram\npdlaunch_router_engines_ready_sum 1\n# TYPE own gauge\nown 7\n"
+    )
+    families = families_of(await scraped(stand))
+    assert values(families["pdlaunch_router_engines_ready"]) == {None: 4}
+    assert values(families["own"]) == {strange.name: 7}
+    assert "x" not in families
+    assert set(values(families["pdlaunch_num_requests_waiting"])) == {well.name}
+
+
+async def test_an_engine_that_is_silent_is_missing(stand: Stand) -> None:
+    (silent, _) = engines = pair()
+    await stand.start(engines, metrics_s=0.1)
+    silent.tells_metrics.clear()
+    families = families_of(await scraped(stand))
+    silent.tells_metrics.set()
+    assert values(families["pdlaunch_router_engines_ready"]) == {None: 2}
+    assert silent.name not in values(families.get("pdlaunch_num_requests_waiting", Metric("none", "", "gauge")))
+
+
+async def test_an_engine_without_an_address_is_missing(stand: Stand) -> None:
+    prefill, decode = pair()
+    await stand.start([prefill, decode])
+    await decode.stop()
+    decode.url = ""
+    stand.publish(starting=["decode-0"])
+    assert set(values(families_of(await scraped(stand))["pdlaunch_kv_blocks"])) == {"prefill-0"}
+
+
+async def test_engines_with_equal_labels_stay_apart(stand: Stand) -> None:
+    engines = pair(ours=False)
+    for engine in engines:
+        engine.metrics_page = '# TYPE vllm:running gauge\nvllm:running{engine="0",model_name="tiny"} 1\n'
+    await stand.start(engines)
+    assert values(families_of(await scraped(stand))["vllm:running"]) == {"prefill-0": 1, "decode-0": 1}
+
+
+async def test_a_merged_page_is_merged_unchanged(stand: Stand) -> None:
+    await stand.start(pair())
+    text = await scraped(stand)
+    families = MetricFamilies()
+    families.add(text)
+    assert render_metrics(families).decode() == text
