@@ -21,7 +21,6 @@ from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
     CheckIntegrity,
-    EngineStats,
     Hello,
     IntegrityReport,
     Outputs,
@@ -83,7 +82,6 @@ class Leader:
             answer=server.send,
             clock=clock,
         )
-        self._last_stats: EngineStats | None = None
 
     @property
     def ready(self) -> bool:
@@ -172,14 +170,12 @@ class Leader:
             self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:
+        """Also when nothing is new: the server takes silence for a rank that hangs."""
         now_s = self._clock()
         if now_s < self._stats_due_s:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
-        stats = self._scheduler.stats()
-        if stats != self._last_stats:
-            self._last_stats = stats
-            self._server.send(stats)
+        self._server.send(self._scheduler.stats())
 
 
 def _is_empty(plan: StepPlan) -> bool:

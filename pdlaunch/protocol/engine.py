@@ -158,7 +158,10 @@ class Outputs(Message):
 
 
 class EngineStats(Message):
-    """Sent about once a second and when idle begins; values are totals since the rank started unless named ``num_``."""
+    """Sent about once a second, news or not, unless a step takes longer: silence means that the rank hangs.
+
+    Values are totals since the rank started unless named ``num_``.
+    """
 
     num_running: int = 0
     num_waiting: int = 0

@@ -26,9 +26,7 @@ class Admission:
     def admit(self, num_prompts: int) -> Iterator[None]:
         """Hold ``num_prompts`` places while the block runs. Raises OverloadedError, or RequestError when it never can."""
         if self.is_draining:
-            raise OverloadedError(
-                "the deployment is shutting down", status=503, retry_after_s=DRAINING_RETRY_AFTER_S, code="draining"
-            )
+            raise shutting_down()
         if num_prompts > self._max_in_flight:
             raise RequestError(
                 f"prompt: {num_prompts} prompts, but at most {self._max_in_flight} requests are served at a time", param="prompt"
@@ -52,3 +50,8 @@ class Admission:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         return self.in_flight == 0
+
+
+def shutting_down() -> OverloadedError:
+    """What those hear whom this router will not serve any more."""
+    return OverloadedError("the deployment is shutting down", status=503, retry_after_s=DRAINING_RETRY_AFTER_S, code="draining")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -23,6 +23,7 @@ from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.admission import Admission
 from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import CHAT, COMPLETIONS, ClientRequest, Endpoint, read_client_request
+from pdlaunch.router.deadline import Deadline
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
 from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
@@ -30,8 +31,12 @@ from pdlaunch.router.hops import Hops
 from pdlaunch.router.scrape import scrape
 from pdlaunch.router.transcript import Transcript
 
+logger = logging.getLogger(__name__)
+
 BODY_TIMEOUT_S = 60.0
 """For a client to send its body."""
+CLOSE_TIMEOUT_S = 1.0
+"""For clients to read that the router leaves."""
 CLIENT_CLOSED_REQUEST = 499
 MAX_ENGINE_ID_LENGTH = 160
 """Of a client's request id on its way to the engines, where it gets suffixes."""
@@ -50,6 +55,7 @@ class RouterApp:
         self._hops = hops
         self._started = int(time.time())
         self.admission = Admission(spec.max_queued_requests)
+        self._deadline = Deadline(spec.request_timeout_s)
         self.app = web.Application(
             client_max_size=spec.max_body_bytes,
         )
@@ -63,6 +69,12 @@ class RouterApp:
         self._route("GET", "/metrics", self._metrics)
         self._route("GET", "/pdlaunch/status", self._status)
         self.app.router.add_route("*", "/{path:.*}", partial(self._at_the_door, self._unknown))
+
+    async def close(self) -> None:
+        """End every running request with an error, and wait ``CLOSE_TIMEOUT_S`` at most for the last to be told."""
+        self._deadline.close()
+        if not await self.admission.drain(CLOSE_TIMEOUT_S):
+            logger.warning("%d requests could not be told that the router leaves", self.admission.in_flight)
 
     def _route(self, method: str, path: str, handler: Handler) -> None:
         """What answers GET answers HEAD too."""
@@ -144,7 +156,7 @@ class RouterApp:
             headers={REQUEST_ID_HEADER: client_request.request_id},
         )
         try:
-            async with self._deadline():
+            async with self._deadline.guard():
                 return await answer.finish(await self._run(client_request, answer))
         except ConnectionError:
             raise
@@ -162,7 +174,7 @@ class RouterApp:
             metrics=self._hops.metrics.requests,
             clock=time.perf_counter,
         )
-        async with self._deadline():
+        async with self._deadline.guard():
             transcripts = await self._run(client_request, answer)
         return _json(answer.finish(transcripts))
 
@@ -177,17 +189,6 @@ class RouterApp:
             raise errors.exceptions[0] from None
         return [generation.transcript for generation in generations]
 
-    @contextlib.asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        """The longest life of a request. Raises OverloadedError at its end."""
-        limit_s = self._spec.request_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                yield
-        except TimeoutError:
-            message = f"the request was not answered within {limit_s:g} s"
-            raise OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout") from None
-
     async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
         """Any engine can answer; the first that does."""
         body, pool = await _read_body(request), self._hops.pool
@@ -195,7 +196,7 @@ class RouterApp:
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
                 headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)}
-                async with self._deadline():
+                async with self._deadline.guard():
                     answer = await self._hops.client.ask(engine, request.path, body, headers)
                 return web.Response(body=answer, content_type="application/json")
             except EngineFailure:

@@ -106,6 +106,7 @@ class RouterProcess:
                 case Stop():
                     if self._draining is not None:
                         self._draining.cancel()
+                    await router.close()
                     return
 
 
@@ -122,8 +123,10 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> int:
 
 
 async def _drain(router: RouterApp, control: ControlClient, timeout_s: float) -> None:
+    """Let what runs finish; what still runs then is told that the router leaves."""
     if not await router.admission.drain(timeout_s):
         logger.warning("%d requests still run after %g s of draining", router.admission.in_flight, timeout_s)
+        await router.close()
     control.send(Drained())
 
 

@@ -43,13 +43,8 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[Ticket]:
-        """Hold a place for a request; raises OverloadedError (503 while draining, 429 when full)."""
-        if self.draining:
-            raise OverloadedError(
-                "the engine is shutting down", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="shutting_down"
-            )
-        if self.asleep:
-            raise OverloadedError("the engine sleeps", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="engine_sleeping")
+        """Hold a place for a request; raises OverloadedError (503 while closed, 429 when full)."""
+        self.check_open()
         ticket = Ticket(self)
         ticket.grow(1, "n")
         self._idle.clear()
@@ -59,6 +54,15 @@ class Admission:
             self.in_flight -= ticket.size
             if self.in_flight == 0:
                 self._idle.set()
+
+    def check_open(self) -> None:
+        """Raises OverloadedError (503) while the engine drains or sleeps."""
+        if self.draining:
+            raise OverloadedError(
+                "the engine is shutting down", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="shutting_down"
+            )
+        if self.asleep:
+            raise OverloadedError("the engine sleeps", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="engine_sleeping")
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse what comes, wait for what runs, at most ``timeout_s``."""

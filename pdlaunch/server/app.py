@@ -105,8 +105,7 @@ class _Endpoints:
         return _json(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False)))
 
     async def health(self, http: web.Request) -> web.Response:
-        if not self._service.is_healthy():
-            raise OverloadedError("the engine is not ready", status=503, code="engine_not_ready")
+        self._service.check_health()
         return _json({"status": "ok"})
 
     async def metrics(self, http: web.Request) -> web.Response:

@@ -17,20 +17,23 @@ from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import SleepDesk
 
 MAX_REMEMBERED_LEASES = 4096
+RANK_SILENCE_S = 30.0
+"""Rank 0 speaks every second between its steps; one that says nothing for so long is taken to hang."""
 
 
 class EngineService:
     """One engine as its HTTP handlers see it; belongs to the event loop."""
 
-    def __init__(self, spec: EngineSpec, registry: CollectorRegistry) -> None:
+    def __init__(self, spec: EngineSpec, registry: CollectorRegistry, *, rank_silence_s: float = RANK_SILENCE_S) -> None:
         self.spec = spec
         self.admission = Admission(spec.limits.max_queued_requests)
         self.metrics = ServerMetrics(registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name)
         self.leases = LeaseBook()
-        self.sleep = SleepDesk(spec, self.admission, lambda: self.link)
+        self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
         self._link: RankLink | None = None
+        self._rank_silence_s = rank_silence_s
 
     @property
     def model(self) -> ServedModel:
@@ -46,8 +49,19 @@ class EngineService:
             raise _starting()
         return self._link
 
-    def is_healthy(self) -> bool:
-        return self.loaded is not None and self.welcomed.is_set() and not self.admission.draining and not self.admission.asleep
+    def live_link(self) -> RankLink:
+        """The link to a rank that can be given work. Raises OverloadedError (503) while there is none."""
+        link = self.link
+        if link.silence_s >= self._rank_silence_s:
+            raise OverloadedError(f"rank 0 has been silent for {link.silence_s:.0f} s", status=503, code="engine_stalled")
+        return link
+
+    def check_health(self) -> None:
+        """Raises OverloadedError (503) that says why the engine takes no work now."""
+        self.admission.check_open()
+        if self.loaded is None:
+            raise _starting()
+        self.live_link()
 
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one get RankLost. Ready again with the new rank's Welcome."""

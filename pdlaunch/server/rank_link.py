@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,11 +66,14 @@ class RankLink:
         on_welcome: Callable[[Welcome], None],
         on_stats: Callable[[EngineStats], None],
         on_sleep: Callable[[SleepReply], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._socket: Any = context.connect(zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket)
         self._on_welcome = on_welcome
         self._on_stats = on_stats
         self._on_sleep = on_sleep
+        self._clock = clock
+        self._heard_at_s = clock()
         self._sinks: dict[str, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
@@ -77,6 +81,11 @@ class RankLink:
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self.send(Hello(server_incarnation=server_incarnation))
         self._tasks = (asyncio.create_task(self._write()), asyncio.create_task(self._read()))
+
+    @property
+    def silence_s(self) -> float:
+        """Since the rank said anything, or since this link was made."""
+        return self._clock() - self._heard_at_s
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
         """Start a request; ``sink`` is called from the event loop with whatever comes back."""
@@ -145,6 +154,7 @@ class RankLink:
     async def _read(self) -> None:
         while True:
             frame = await self._socket.recv()
+            self._heard_at_s = self._clock()
             try:
                 message = from_rank.decode(frame)
             except ProtocolError as error:

@@ -1,4 +1,4 @@
-"""The end of a launch: drain the router, drain the engines, stop, terminate, kill. Every step has a deadline."""
+"""The end of a launch: drain the router, then the engines; stop them in the same order; terminate, kill. All have deadlines."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Grace:
 
     drain_s: float = 30.0
     """Router and engines together."""
+    router_stop_s: float = 1.5
+    """For the router to end the requests that still run, before their engines are gone."""
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
@@ -47,13 +49,13 @@ class Shutdown:
         for instance in self._instances:
             if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 instance.move(ProcessState.EXITED)
-        self._enter(Phase.DRAINING_ROUTER if drain else Phase.STOPPING)
+        self._enter(Phase.DRAINING_ROUTER if drain else Phase.STOPPING_ROUTER)
         self.advance()
 
     def hurry(self) -> None:
         """The user asks again: skip the drain, or kill what does not stop."""
         draining = self.phase in _DRAINED_KIND
-        self._enter(Phase.STOPPING if draining else Phase.KILLING)
+        self._enter(Phase.STOPPING_ROUTER if draining else Phase.KILLING)
         self.advance()
 
     def drained(self, name: str) -> None:
@@ -69,6 +71,8 @@ class Shutdown:
     def _over(self) -> bool:
         if self._clock() >= self.deadline_s or not self._alive():
             return True
+        if self.phase is Phase.STOPPING_ROUTER:
+            return not self._undrained("router")
         kind = _DRAINED_KIND.get(self.phase)
         return kind is not None and not self._undrained(kind)
 
@@ -79,9 +83,12 @@ class Shutdown:
             case Phase.DRAINING_ROUTER | Phase.DRAINING_ENGINES:
                 self.deadline_s = self._drain_deadline_s
                 self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_deadline_s - now_s))
+            case Phase.STOPPING_ROUTER:
+                self.deadline_s = now_s + self._grace.router_stop_s
+                self._stop([instance for instance in self._alive() if instance.spec.kind == "router"])
             case Phase.STOPPING:
                 self.deadline_s = now_s + self._grace.stop_s
-                self._stop()
+                self._stop([instance for instance in self._alive() if instance.spec.kind != "router"])
             case Phase.TERMINATING:
                 self.deadline_s = now_s + self._grace.terminate_s
                 self._signal(signal.SIGTERM)
@@ -98,9 +105,9 @@ class Shutdown:
                 instance.move(ProcessState.DRAINING)
             self._host.send(instance.name, Drain(timeout_s=timeout_s))
 
-    def _stop(self) -> None:
+    def _stop(self, instances: Sequence[Instance]) -> None:
         """What is ready listens to Stop; what still starts may be busy loading, and leaves by SIGTERM."""
-        for instance in self._alive():
+        for instance in instances:
             if instance.state in _WORKING:
                 self._host.send(instance.name, Stop())
             else:

@@ -47,6 +47,8 @@ class Phase(StrEnum):
     READY = "ready"
     DRAINING_ROUTER = "draining the router"
     DRAINING_ENGINES = "draining the engines"
+    STOPPING_ROUTER = "stopping the router"
+    """It tells the clients of what still runs, which takes engines that are still there."""
     STOPPING = "stopping"
     """Asked to leave: Stop to what is ready, SIGTERM to the rest."""
     TERMINATING = "terminating"

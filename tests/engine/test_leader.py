@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from pdlaunch.config.models import KVTransferSettings
-from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.groups import make_groups
-from pdlaunch.protocol.engine import AddRequest, FromRank, Outputs, SamplingParams, TokenOutput, ToRank
+from pdlaunch.protocol.engine import AddRequest, EngineStats, FromRank, Outputs, SamplingParams, TokenOutput, ToRank
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
 from tests.engine.hand_scheduler import make_spec
 
@@ -22,6 +24,7 @@ class Recorder:
     def __init__(self, requests: list[ToRank]) -> None:
         self.requests = requests
         self.told: list[object] = []
+        self.num_stats = 0
 
     def receive(self) -> list[ToRank]:
         requests, self.requests = self.requests, []
@@ -30,6 +33,7 @@ class Recorder:
     def send(self, message: FromRank) -> None:
         if isinstance(message, Outputs):
             self.told += message.items
+        self.num_stats += isinstance(message, EngineStats)
 
     def submit(self, commands: list[TransferCommand]) -> None:
         self.told += commands
@@ -41,7 +45,7 @@ class Recorder:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
-def make_leader(recorder: Any, **changes: object) -> Leader:
+def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, **changes: object) -> Leader:
     scheduler = Scheduler(
         groups=make_groups([None]),
         num_blocks=16,
@@ -63,6 +67,7 @@ def make_leader(recorder: Any, **changes: object) -> Leader:
         scheduler=scheduler,
         server=recorder,
         followers=None,
+        clock=clock,
     )
 
 
@@ -79,3 +84,16 @@ def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
     grant, finished = recorder.told
     assert isinstance(grant, GrantLease)
     assert finished.remote_kv.request_id == grant.request_id  # type: ignore[attr-defined]
+
+
+def test_statistics_go_out_every_second_also_when_nothing_is_new() -> None:
+    now_s = 50.0
+    recorder = Recorder([])
+    leader = make_leader(recorder, clock=lambda: now_s)
+    for _ in range(2):
+        leader.turn()
+    assert recorder.num_stats == 1
+    for _ in range(3):
+        now_s += STATS_INTERVAL_S
+        leader.turn()
+    assert recorder.num_stats == 4

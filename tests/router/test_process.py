@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import psutil
 import pytest
@@ -34,7 +35,7 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from tests.router.conftest import SPEC
-from tests.router.fake_engine import FakeEngine
+from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion, expected_text
 
 MAX_RESIDENT_BYTES = 90 * 1024**2
@@ -155,6 +156,39 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
         for engine in engines:
             await engine.stop()
     supervisor.send(Stop())
+    assert await asyncio.to_thread(child.wait, 20) == 0
+
+
+@pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])
+async def test_what_still_runs_at_its_end_is_told_so(supervisor: Supervisor, end: FromSupervisor) -> None:
+    child = supervisor.start()
+    registered = await asyncio.to_thread(supervisor.receive)
+    await asyncio.to_thread(supervisor.receive)
+    engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
+    engines[1].hold_after = 1
+    for engine in engines:
+        await engine.start()
+    try:
+        supervisor.send(Registry(version=1, entries=[entry for engine in engines for entry in engine.entries()]))
+        async with aiohttp.ClientSession(registered.address.http) as session:
+            while (await session.get("/health")).status != 200:
+                pass
+            streamed = await session.post("/v1/completions", json=completion(stream=True))
+            await streamed.content.readuntil(b"\n\n")
+            whole = asyncio.ensure_future(session.post("/v1/completions", json=completion()))
+            await until(lambda: len(engines[1].seen) == 2)
+            supervisor.send(end)
+            assert (await whole).status == 503
+            assert int((await whole).headers["Retry-After"]) > 0
+            assert (await (await whole).json())["error"]["code"] == "draining"
+            last = (await streamed.read()).removesuffix(b"\n\n").rpartition(b"\n\n")[2]
+            assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "draining"
+    finally:
+        for engine in engines:
+            await engine.stop()
+    if isinstance(end, Drain):
+        assert await asyncio.to_thread(supervisor.receive) == Drained()
+        supervisor.send(Stop())
     assert await asyncio.to_thread(child.wait, 20) == 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -157,7 +158,7 @@ class Engine:
 async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) -> AsyncIterator[object]:
     runners: list[tuple[web.AppRunner, EngineService, aiohttp.ClientSession]] = []
 
-    async def make(token: str | None = None, **changes: object) -> Engine:
+    async def make(token: str | None = None, clock: Callable[[], float] = time.monotonic, **changes: object) -> Engine:
         spec = engine_spec(model_dir, **changes)
         service = EngineService(spec, CollectorRegistry())
         service.loaded = load_served_model(spec, lambda text: None)
@@ -168,6 +169,7 @@ async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) ->
             server_incarnation=1,
             on_welcome=service.on_welcome,
             on_stats=service.on_stats,
+            clock=clock,
             on_sleep=service.sleep.on_reply,
         )
         await service.use_link(link)

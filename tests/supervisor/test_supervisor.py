@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register
+from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register, Stop
 from pdlaunch.supervisor.host import ProcessExited
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace
@@ -83,6 +83,7 @@ def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
     assert world.supervisor.failure.process == "decode-0/rank-0"
     assert "SIGSEGV" in world.supervisor.failure.summary
     assert world.stopped() == {"router"}
+    world.exit("router")
     assert world.signalled(signal.SIGTERM) == {"prefill-0/rank-0", "prefill-0", "decode-0"}
     world.exit_all()
     assert world.supervisor.done
@@ -287,15 +288,51 @@ def test_a_second_interrupt_skips_the_drain_and_a_third_kills() -> None:
     world = World(make_plan()).start().all_ready()
     world.interrupt()
     world.interrupt()
+    assert world.stopped() == {"router"}
+    world.exit("router")
     assert world.stopped() == EVERYONE
+    assert not world.signalled(signal.SIGTERM)
     world.interrupt()
+    assert world.signalled(signal.SIGKILL) == EVERYONE - {"router"}
+
+
+def test_a_third_interrupt_kills_what_a_router_that_does_not_leave_holds_up() -> None:
+    world = World(make_plan()).start().all_ready()
+    for _ in range(3):
+        world.interrupt()
     assert world.signalled(signal.SIGKILL) == EVERYONE
+
+
+def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
+    world = World(make_plan(), Timing(grace=Grace(drain_s=0, router_stop_s=1.5, stop_s=5))).start().all_ready()
+    world.interrupt()
+    assert world.supervisor.phase is Phase.STOPPING_ROUTER
+    world.pass_time(1.4)
+    assert world.stopped() == {"router"}
+    world.pass_time(0.1)
+    assert world.stopped() == EVERYONE
+    assert len(world.host.sent_to("router", Stop)) == 1
+    for name in EVERYONE - {"router"}:
+        world.exit(name)
+    world.pass_time(5)
+    assert world.signalled(signal.SIGTERM) == {"router"}
+
+
+def test_the_last_failure_of_a_launch_that_serves_stops_the_router_first() -> None:
+    world = World(make_plan(), Timing(restarts=RestartPolicy(max_quick_deaths=1))).start().all_ready()
+    world.exit("decode-0", 1)
+    assert world.supervisor.failure is not None
+    assert world.stopped() == {"router"}
+    world.exit("router")
+    assert world.stopped() == EVERYONE - {"decode-0"}
 
 
 def test_a_drain_that_takes_too_long_ends_at_its_deadline() -> None:
     world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
     world.interrupt()
     world.pass_time(30)
+    assert world.stopped() == {"router"}
+    world.drained("router")
     assert world.stopped() == EVERYONE
 
 
@@ -303,6 +340,7 @@ def test_nothing_is_drained_when_that_is_set_to_zero() -> None:
     world = World(make_plan(), Timing(grace=Grace(drain_s=0))).start().all_ready()
     world.interrupt()
     assert not world.draining()
+    world.exit("router")
     assert world.stopped() == EVERYONE
 
 
