@@ -12,17 +12,29 @@ from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.supervisor.launch import check_platform, launch, new_launch_id, plan_launch
 from pdlaunch.supervisor.status import LaunchStatus
+
+HOST_SHARE = 1 / 8
+"""Of a plain copy, that a READ between two processes of a host should reach: it is one copy too, but pages are pinned on the way
+and other processes use the cores."""
 
 
 def transport_report(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> TransportReport:
     """What the handshakes have measured, with the allocator that the KV cache comes from."""
     allocator = _allocator(config, machine, environ)
+    # What a link between GPUs should give is not known here; only the cliff of PD503 is.
+    expected = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
     return TransportReport(
         tuple(
             PairTransport(
-                puller=pair.local, holder=pair.peer, path=pair.path, allocator=allocator, gigabytes_per_s=pair.gigabytes_per_s
+                puller=pair.local,
+                holder=pair.peer,
+                path=pair.path,
+                allocator=allocator,
+                gigabytes_per_s=pair.gigabytes_per_s,
+                expected_gigabytes_per_s=expected,
             )
             for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
         )

@@ -35,7 +35,8 @@ def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
     [
         (GPUS, {"enable_cumem_allocator": True}, 0.6, ["PD503"]),
         (GPUS, {"enable_cumem_allocator": True}, 300.0, []),
-        (CPU, {}, 0.6, []),
+        (CPU, {}, 1000.0, []),
+        (CPU, {}, 0.0001, ["PD504"]),
     ],
 )
 def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
