@@ -2,6 +2,7 @@
 
 PdlaunchError
 ├── ConfigError             the user: a setting is wrong; names the field, the value and the fix
+│   ├── InvalidConfigError      the user: several settings are wrong, told at once (``config.problems``)
 │   └── UnsupportedModelError   the user: pdlaunch cannot serve this model; names the reason
 ├── StartupError            the user: a process or a pair of engines did not come up; names the root cause
 ├── RequestError            the caller of the API: answered with HTTP 400 (or ``status``), names the parameter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
 import subprocess
@@ -42,26 +41,15 @@ def deployment(tiny_model: Path) -> Iterator[Deployment]:
         yield deployment
 
 
-def processes_of(deployment: Deployment) -> dict[str, psutil.Process]:
-    """By the name after ``--name``."""
-    found = {}
-    for process in psutil.Process(deployment.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
-            command = process.cmdline()
-            if "--name" in command:
-                found[command[command.index("--name") + 1]] = process
-    return found
-
-
 def test_interrupt_ends_every_process_with_code_0(deployment: Deployment) -> None:
-    children = list(processes_of(deployment).values())
+    children = list(deployment.processes().values())
     assert len(children) == 5
     assert deployment.stop() == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
 def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None:
-    children = list(processes_of(deployment).values())
+    children = list(deployment.processes().values())
     deployment.process.kill()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
@@ -70,9 +58,9 @@ def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None
 @pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"])
 def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deployment, expected: list[int], name: str) -> None:
     assert complete(deployment.url, PROMPT, 16) == expected
-    before = processes_of(deployment)
+    before = deployment.processes()
     before[name].kill()
-    await_true(lambda: processes_of(deployment).get(name, before[name]).pid != before[name].pid, f"restart of {name}")
+    await_true(lambda: deployment.processes().get(name, before[name]).pid != before[name].pid, f"restart of {name}")
 
     def works() -> bool:
         try:
@@ -83,7 +71,7 @@ def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deploymen
     await_true(works, "an answer after the restart")
     assert complete(deployment.url, PROMPT, 16) == expected
     others = [other for other in before if other != name]
-    assert {other: processes_of(deployment)[other].pid for other in others} == {other: before[other].pid for other in others}
+    assert {other: deployment.processes()[other].pid for other in others} == {other: before[other].pid for other in others}
 
 
 def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Deployment, expected: list[int]) -> None:
