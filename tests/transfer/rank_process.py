@@ -116,7 +116,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     actions: dict[str, Callable[..., Any]] = {
         "submit": worker.submit,
         "registry": worker.update_registry,
-        "stats": worker.stats,
         "blocks": lambda block_ids: kv_cache[block_ids].numpy(),
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
