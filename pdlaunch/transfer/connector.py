@@ -7,8 +7,8 @@ local blocks, and it knows nothing of requests, leases or proofs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NewType
 
 import torch
@@ -35,6 +35,8 @@ class LocalMemory:
     scratch: torch.Tensor
     """[num_bytes] uint8; a known pattern that peers read to prove the path."""
     layout: KVCacheLayout
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Descriptors of further host memory by name, which peers on this host may have; they outlive the connector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,14 @@ class Connector(ABC):
     @abstractmethod
     def remove_peer(self, peer: PeerHandle) -> None:
         """Forget a peer and its connections; its READs have ended and are released. Never raises."""
+
+    def outlives(self, peer: PeerHandle) -> bool:
+        """The peer's memory, and its files, can be read after its process has died, until ``remove_peer``."""
+        return False
+
+    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
+        """Descriptor of host memory that the peer has handed over; belongs to the connector, which closes it in ``remove_peer``."""
+        return None
 
     @abstractmethod
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:

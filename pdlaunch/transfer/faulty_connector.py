@@ -63,6 +63,12 @@ class FaultyConnector(Connector):
     def remove_peer(self, peer: PeerHandle) -> None:
         self._inner.remove_peer(peer)
 
+    def outlives(self, peer: PeerHandle) -> bool:
+        return self._inner.outlives(peer)
+
+    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
+        return self._inner.peer_file(peer, name)
+
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         self._num_reads += 1
         fault, source = self._faults.of_read(self.agent_name, self._num_reads)
