@@ -1,41 +1,83 @@
 """Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of memory.
 
 A head's share of a block is one contiguous region of the KV cache, so that a checksum stays comparable between TP sizes.
+On a GPU a kernel computes them where the blocks lie, bit for bit the same.
 Source: XXH3 of the xxHash library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import xxhash
 
 from pdlaunch.kvcache.groups import KVCacheLayout
 
+if TYPE_CHECKING:
+    from pdlaunch.transfer.checksum_device import DeviceHasher
+
 ALGORITHM = "xxh3_64"
 
-_STAGED_BYTES = 64 * 1024**2
+
+class Checksums(Protocol):
+    """Checksums that are being computed; may be dropped at any time."""
+
+    def ready(self) -> bool:
+        """Whether ``result`` returns at once."""
+
+    def result(self) -> list[list[int]]:
+        """By block and head: ``[num_blocks][num_heads]``, 64 bits each. Waits for them."""
+
+
+class KnownChecksums:
+    """Checksums that are there."""
+
+    def __init__(self, values: list[list[int]]) -> None:
+        self._values = values
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> list[list[int]]:
+        return self._values
 
 
 class BlockHasher:
-    """Reads blocks of one rank's KV cache; device memory is copied to the host piecewise."""
+    """Reads blocks of one rank's KV cache. Not thread-safe."""
 
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
-        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous."""
+        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous. On CUDA: compiles."""
         self._bytes = kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes)
-        self._blocks_a_piece = max(1, _STAGED_BYTES // layout.block_bytes)
+        self._device_hasher = _new_device_hasher(self._bytes)
+
+    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
+        """Of ``block_ids`` and these heads of this rank. Waits for nothing on CUDA; computes at once on the CPU.
+
+        What wrote the blocks must have ended, on the device too: nothing orders this behind the work of another stream.
+        """
+        if self._device_hasher is not None:
+            return self._device_hasher.start(block_ids, heads)
+        if self._bytes.device.type == "cpu":
+            return KnownChecksums(_digests(self._bytes, block_ids, heads))
+        chosen = torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)
+        on_host = self._bytes[:, heads].index_select(0, chosen).cpu()
+        return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
-        """By block and head of this rank: ``[len(block_ids)][len(heads)]``, 64 bits each."""
-        if self._bytes.device.type == "cpu":
-            return _digests(self._bytes, block_ids, heads)
-        found: list[list[int]] = []
-        for start in range(0, len(block_ids), self._blocks_a_piece):
-            piece = torch.tensor(block_ids[start : start + self._blocks_a_piece], device=self._bytes.device)
-            on_host = self._bytes[:, heads].index_select(0, piece).cpu()
-            found += _digests(on_host, range(len(on_host)), slice(None))
-        return found
+        """``start``, and wait."""
+        return self.start(block_ids, heads).result()
+
+
+def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
+    """None on the CPU, and for regions that the kernel does not take: those of toy models."""
+    if memory.device.type != "cuda":
+        return None
+    from pdlaunch.transfer.checksum_device import DeviceHasher
+    from pdlaunch.transfer.checksum_kernel import supports
+
+    return DeviceHasher(memory) if supports(memory) else None
 
 
 def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> list[list[int]]:

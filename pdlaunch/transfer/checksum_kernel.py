@@ -1,0 +1,188 @@
+"""xxh3_64 of many equal regions of device memory: one program of one warp a region, bit for bit what the xxHash library gives.
+
+::
+
+    region   | block of 1,024 bytes | block | ... | what is left: 0 to 15 stripes | .. last 64 bytes |
+    block    | 16 stripes of 64 bytes, 8 lanes of 8 bytes each |
+
+The shares of a block's stripes only add up, so a tile of blocks is summed in parallel; from block to block the eight accumulators
+are scrambled, one after another. While a tile is folded, the next one is on its way from memory. Import this module only where
+triton is there.
+Source: the specification of XXH3 for large inputs, and its constants, in xxHash's doc/xxhash_spec.md.
+"""
+
+from __future__ import annotations
+
+# Triton reads annotations of kernels: only its own may stand there. Its constants are in capitals.
+# ruff: noqa: ANN001, ANN201, ANN202, N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+SMALLEST_BYTES = 241
+"""Smaller inputs are hashed in other ways."""
+UNIT_BYTES = 16
+"""Regions are multiples of the widest load of a thread."""
+TILE_BLOCKS = 8
+"""Blocks that a program has on their way: 8 KiB, enough to fill the memory's pipeline with four programs a multiprocessor."""
+
+_SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
+    "e03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8a8fa763fe39c343ff9dcbbc7c70b4f1d"
+    "8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc"
+    "8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+_PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+_START = (_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME32[0])
+"""Of the eight accumulators."""
+_WORDS_AT = {"scramble": 128, "last_stripe": 121, "merge": 11}
+"""First byte of the secret's eight words for each purpose; stripe n of a block takes those from byte 8 n on."""
+
+
+def constants(device: torch.device) -> torch.Tensor:
+    """[48] int64: the secret's words for stripes (16 + 8, of which the last eight scramble), last stripe, merging; the start."""
+    words = [np.frombuffer(_SECRET, dtype="<u8")]
+    words += [np.frombuffer(_SECRET, dtype="<u8", count=8, offset=_WORDS_AT[use]) for use in ("last_stripe", "merge")]
+    words.append(np.array(_START, dtype="<u8"))
+    return torch.from_numpy(np.concatenate(words).view(np.int64)).to(device)
+
+
+def supports(memory: torch.Tensor) -> bool:
+    """Whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads, head_bytes] uint8, contiguous."""
+    region_bytes = memory.shape[2]
+    return region_bytes >= SMALLEST_BYTES and region_bytes % UNIT_BYTES == 0 and memory.data_ptr() % UNIT_BYTES == 0
+
+
+def hash_regions(
+    memory: torch.Tensor, block_ids: torch.Tensor, first_head: int, results: torch.Tensor, words: torch.Tensor
+) -> None:
+    """Launch on the current stream; nothing waits.
+
+    ``memory``: [num_blocks, num_kv_heads, head_bytes / 8] int64; ``block_ids``: [num_chosen] int64; ``results``: [num_chosen,
+    num_heads] int64, the bits of each checksum of the heads from ``first_head`` on. The latter two may be page-locked host
+    memory. ``words``: from ``constants``.
+    """
+    num_chosen, num_heads = results.shape
+    assert len(block_ids) == num_chosen
+    if results.numel() == 0:
+        return
+    region_bytes = memory.shape[2] * 8
+    hash_region[(num_chosen * num_heads,)](
+        memory,
+        block_ids,
+        results,
+        words,
+        first_head,
+        num_heads,
+        HEADS_PER_BLOCK=memory.shape[1],
+        REGION_BYTES=region_bytes,
+        LENGTH_START=region_bytes * _PRIME64[0] % 2**64,
+        TILE_BLOCKS=TILE_BLOCKS,
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["first_head", "num_heads"])
+def hash_region(
+    memory,
+    block_ids,
+    results,
+    words,
+    first_head,
+    num_heads,
+    HEADS_PER_BLOCK: tl.constexpr,
+    REGION_BYTES: tl.constexpr,
+    LENGTH_START: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):
+    """Region of block ``block_ids[p // num_heads]`` and head ``first_head + p % num_heads``, for program p."""
+    # Stripes and blocks that end where the region ends belong to what is left.
+    num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
+    num_blocks: tl.constexpr = num_stripes // 16
+    num_tiles: tl.constexpr = num_blocks // TILE_BLOCKS
+    tile_words: tl.constexpr = TILE_BLOCKS * 128
+    stripes_left: tl.constexpr = num_stripes - num_tiles * TILE_BLOCKS * 16
+
+    program = tl.program_id(0)
+    block_id = tl.load(block_ids + program // num_heads).to(tl.int64)
+    region = memory + (block_id * HEADS_PER_BLOCK + first_head + program % num_heads) * (REGION_BYTES // 8)
+    lanes = tl.arange(0, 4) * 2
+    secrets = words + tl.arange(0, 16)[:, None] + lanes[None, :]
+    even_secret, odd_secret = _load_word(secrets), _load_word(secrets + 1)
+    even_key, odd_key = _load_word(words + 16 + lanes), _load_word(words + 17 + lanes)
+    even, odd = _load_word(words + 40 + lanes), _load_word(words + 41 + lanes)
+
+    offsets = tl.arange(0, tile_words)
+    ahead = tl.load(region + offsets, mask=offsets < num_stripes * 8, other=0)
+    for tile in range(num_tiles):
+        current = ahead
+        next_word = (tile + 1) * tile_words
+        ahead = tl.load(region + next_word + offsets, mask=offsets < num_stripes * 8 - next_word, other=0)
+        even_sums, odd_sums = _sum_stripes(current, even_secret, odd_secret, TILE_BLOCKS, TILE_BLOCKS * 16)
+        for block in tl.static_range(TILE_BLOCKS):
+            even = _scramble(even + _row(even_sums, block, TILE_BLOCKS), even_key)
+            odd = _scramble(odd + _row(odd_sums, block, TILE_BLOCKS), odd_key)
+    even_sums, odd_sums = _sum_stripes(ahead, even_secret, odd_secret, TILE_BLOCKS, stripes_left)
+    for block in tl.static_range(stripes_left // 16):
+        even = _scramble(even + _row(even_sums, block, TILE_BLOCKS), even_key)
+        odd = _scramble(odd + _row(odd_sums, block, TILE_BLOCKS), odd_key)
+    even += _row(even_sums, stripes_left // 16, TILE_BLOCKS)
+    odd += _row(odd_sums, stripes_left // 16, TILE_BLOCKS)
+
+    last = region + REGION_BYTES // 8 - 8 + lanes
+    even_word, odd_word = _load_word(last), _load_word(last + 1)
+    even += _product(even_word ^ _load_word(words + 24 + lanes)) + odd_word
+    odd += _product(odd_word ^ _load_word(words + 25 + lanes)) + even_word
+    tl.store(results + program, _merge(even, odd, words + 32 + lanes, LENGTH_START).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPES: tl.constexpr):
+    """Shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4] each of even and odd lanes.
+
+    ``tile``: [BLOCKS * 128]. A lane's product goes to its own accumulator, its word to its neighbour's.
+    """
+    pairs = tl.reshape(tile.to(tl.uint64, bitcast=True), (BLOCKS, 16, 4, 2))
+    even, odd = tl.split(pairs)
+    even_shares = _product(even ^ even_secret[None]) + odd
+    odd_shares = _product(odd ^ odd_secret[None]) + even
+    if NUM_STRIPES < BLOCKS * 16:
+        stripes = tl.arange(0, BLOCKS)[:, None, None] * 16 + tl.arange(0, 16)[None, :, None]
+        even_shares = tl.where(stripes < NUM_STRIPES, even_shares, 0)
+        odd_shares = tl.where(stripes < NUM_STRIPES, odd_shares, 0)
+    return tl.sum(even_shares, axis=1), tl.sum(odd_shares, axis=1)
+
+
+@triton.jit
+def _row(sums, INDEX: tl.constexpr, BLOCKS: tl.constexpr):
+    """Every thread holds all rows of its lanes: this picks registers."""
+    return tl.sum(tl.where((tl.arange(0, BLOCKS) == INDEX)[:, None], sums, 0), axis=0)
+
+
+@triton.jit
+def _product(value):
+    """Of the two halves of a word."""
+    return (value & 0xFFFFFFFF) * (value >> 32)
+
+
+@triton.jit
+def _scramble(accumulator, key):
+    return (accumulator ^ (accumulator >> 47) ^ key) * 0x9E3779B1
+
+
+@triton.jit
+def _merge(even, odd, keys, LENGTH_START: tl.constexpr):
+    """The checksum: pairs of accumulators are multiplied to 128 bits, halves folded, all added up, and the bits spread."""
+    first = even ^ _load_word(keys)
+    second = odd ^ _load_word(keys + 1)
+    result = tl.sum((first * second) ^ tl.umulhi(first, second), axis=0) + LENGTH_START
+    result = (result ^ (result >> 37)) * 0x165667919E3779F9
+    return result ^ (result >> 32)
+
+
+@triton.jit
+def _load_word(place):
+    return tl.load(place).to(tl.uint64, bitcast=True)
