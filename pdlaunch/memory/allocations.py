@@ -151,16 +151,15 @@ class AllocationTable:
     def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
         """Of every allocation that is awake, or those of a tag. Raises MemoryPoolError."""
         with self._lock:
-            exported: list[ExportedHandle] = []
-            for found in self._of(tag):
-                if found.handle is None:
-                    continue
-                try:
-                    handle = self._driver.export(found.handle)
-                except DriverRefused as error:
-                    raise MemoryPoolError(f"memory of {found.tag!r} cannot be shared: {error}") from error
-                exported.append(ExportedHandle(found.tag, found.address, found.num_bytes, self._driver.handle_kind, handle))
-            return exported
+            return [self._export(found) for found in self._of(tag) if found.handle is not None]
+
+    def exported_handle(self, address: int) -> ExportedHandle | None:
+        """Of the awake allocation that holds an address, if there is one. Raises MemoryPoolError."""
+        with self._lock:
+            for found in self._awake():
+                if found.address <= address < found.address + found.num_bytes:
+                    return self._export(found)
+            return None
 
     def check_integrity(self) -> None:
         """Prove that ranges do not overlap and that exactly the awake ones hold memory. Raises AssertionError."""
@@ -195,6 +194,14 @@ class AllocationTable:
         except DriverRefused:
             self._unback(allocation)
             raise
+
+    def _export(self, found: Allocation) -> ExportedHandle:
+        assert found.handle is not None
+        try:
+            handle = self._driver.export(found.handle)
+        except DriverRefused as error:
+            raise MemoryPoolError(f"memory of {found.tag!r} cannot be shared: {error}") from error
+        return ExportedHandle(found.tag, found.address, found.num_bytes, self._driver.handle_kind, handle)
 
     def _unback(self, allocation: Allocation) -> None:
         assert allocation.handle is not None

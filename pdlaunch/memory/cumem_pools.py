@@ -91,6 +91,9 @@ class CuMemPools(MemoryPools):
     def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
         return self.table.exported_handles(tag)
 
+    def exported_handle(self, address: int) -> ExportedHandle | None:
+        return self.table.exported_handle(address)
+
     def close(self) -> None:
         """Give everything back, and let others own pools. Raises MemoryPoolError while a tensor lives in one of them."""
         torch.cuda.empty_cache()

@@ -45,6 +45,10 @@ class MemoryPools(ABC):
     def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
         """Handles of what is awake, for a peer that maps it; file descriptors are the caller's to close."""
 
+    @abstractmethod
+    def exported_handle(self, address: int) -> ExportedHandle | None:
+        """That of the allocation which holds an address; None when it is not of these pools. Raises MemoryPoolError."""
+
 
 class NoMemoryPools(MemoryPools):
     """``enable_cumem_allocator`` is off, or there is no device: torch allocates as ever."""
@@ -64,3 +68,6 @@ class NoMemoryPools(MemoryPools):
 
     def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
         return []
+
+    def exported_handle(self, address: int) -> ExportedHandle | None:
+        return None

@@ -101,7 +101,7 @@ class Connector(ABC):
         return False
 
     def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        """Descriptor of host memory that the peer has handed over; belongs to the connector, which closes it in ``remove_peer``."""
+        """Descriptor of a file that the peer has handed over; ``remove_peer`` closes it."""
         return None
 
     @abstractmethod

@@ -1,0 +1,86 @@
+"""KV memory of a rank on a CPU: each allocation is a memfd, which peers map for reading.
+
+Seals keep it as large as it is, so that no reader meets the end of the file, and keep readers from writing. The pages live as
+long as anybody maps them: they outlive their owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import weakref
+
+import numpy as np
+import torch
+
+from pdlaunch.memory.kv_memory import Export, KVMemory, NotShareable, PeerMapping, SharedRange
+
+_F_SEAL_FUTURE_WRITE = 0x0010
+"""Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's ``fcntl``."""
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class HostKVMemory(KVMemory):
+    """Pages come from the kernel when they are first written. Any thread."""
+
+    def __init__(self) -> None:
+        self._regions: dict[int, tuple[int, int]] = {}
+        """Descriptor and bytes of every allocation that lives, by its address."""
+
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        fd = os.memfd_create("pdlaunch-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes)
+            pages = mmap.mmap(fd, num_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+            with contextlib.suppress(OSError):  # An older kernel: readers are of this launch.
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+        except OSError:
+            os.close(fd)
+            raise
+        tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        address = tensor.data_ptr()
+        self._regions[address] = fd, num_bytes
+        weakref.finalize(pages, self._forget, address)
+        return tensor
+
+    def export(self, tensor: torch.Tensor) -> Export:
+        assert tensor.is_contiguous()
+        start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        for address, (fd, allocation_bytes) in self._regions.items():
+            if address <= start and start + num_bytes <= address + allocation_bytes:
+                return Export(SharedRange("memfd", allocation_bytes, start - address, num_bytes), os.dup(fd))
+        raise NotShareable("the KV cache lies in memory that was not made for sharing")
+
+    def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
+        if shared.kind != "memfd" or fd is None:
+            raise NotShareable(f"a rank on a CPU cannot map memory of kind {shared.kind}")
+        return HostMapping(shared, fd)
+
+    def _forget(self, address: int) -> None:
+        os.close(self._regions.pop(address)[0])
+
+
+class HostMapping(PeerMapping):
+    """A peer's memfd, for reading."""
+
+    outlives_owner = True
+
+    def __init__(self, shared: SharedRange, fd: int) -> None:
+        """Raises NotShareable."""
+        shared.check()
+        try:
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise NotShareable("the peer's memory is not sealed against shrinking")
+            if os.fstat(fd).st_size != shared.allocation_bytes:
+                raise NotShareable(f"the peer's memory has {os.fstat(fd).st_size} bytes, stated are {shared.allocation_bytes}")
+            self._pages = mmap.mmap(fd, shared.allocation_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except OSError as error:
+            raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
+        self.address = np.frombuffer(self._pages, dtype=np.uint8).ctypes.data + shared.offset_bytes
+        self.num_bytes = shared.num_bytes
+
+    def close(self) -> None:
+        self._pages.close()

@@ -1,0 +1,109 @@
+"""Where a rank's KV cache and scratch lie, how a peer on this host gets at them, and how this rank maps those of a peer.
+
+::
+
+    owner:   zeros ──> export ──> a SharedRange, over the side channel, and perhaps a descriptor, over a Unix socket
+    reader:                       map ──> address ──> close      (before the owner's memory is given back)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
+"""memfd: of a CPU; posix_fd, fabric: CuMem; cuda_ipc: cudaMalloc."""
+
+
+class NotShareable(Exception):
+    """Memory that a peer cannot map, or that of a peer that this rank cannot; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRange:
+    """A range of one allocation, as its owner describes it to peers."""
+
+    kind: RangeKind
+    allocation_bytes: int
+    offset_bytes: int
+    """Of the range in its allocation."""
+    num_bytes: int
+    handle: bytes = b""
+    """64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over."""
+
+    @property
+    def needs_fd(self) -> bool:
+        """A descriptor goes with it."""
+        return self.kind in ("memfd", "posix_fd")
+
+    def check(self) -> None:
+        """Raises NotShareable when it does not lie in its allocation: it comes from another process."""
+        if self.offset_bytes < 0 or not (0 < self.num_bytes <= self.allocation_bytes - self.offset_bytes):
+            raise NotShareable(
+                f"{self.num_bytes} bytes from {self.offset_bytes} on are not within an allocation of {self.allocation_bytes}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A range and its descriptor, if it has one, which belongs to whoever holds this object."""
+
+    range: SharedRange
+    fd: int | None = None
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+class PeerMapping(ABC):
+    """A peer's range in the addresses of this process."""
+
+    address: int
+    """Of its first byte."""
+    num_bytes: int
+    outlives_owner: bool
+    """It stays readable, with its bytes, after the owner's process has died."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unmap; nothing reads it any more."""
+
+
+class KVMemory(ABC):
+    """The memory of one rank that peers may read."""
+
+    @abstractmethod
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, freed with the last tensor that shares it. Raises what the allocator raises."""
+
+    @abstractmethod
+    def export(self, tensor: torch.Tensor) -> Export:
+        """A contiguous tensor, or view of one, that ``zeros`` has made. Raises NotShareable."""
+
+    @abstractmethod
+    def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
+        """Let this rank's device read a peer's range. ``fd`` stays the caller's. Raises NotShareable; then nothing is mapped."""
+
+
+class PrivateKVMemory(KVMemory):
+    """Memory of a CPU that no peer can map.
+
+    Its pages come from the kernel when they are first written: zeroing 1 GiB by hand takes seconds at start, and holds
+    memory that no request may ever need.
+    """
+
+    def zeros(self, num_bytes: int) -> torch.Tensor:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8)
+
+    def export(self, tensor: torch.Tensor) -> Export:
+        raise NotShareable("the KV cache lies in memory of this process alone")
+
+    def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
+        raise NotShareable("a rank with private memory maps none of its peers")

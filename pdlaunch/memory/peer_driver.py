@@ -1,0 +1,75 @@
+"""What sharing device memory needs of the driver, and the CUDA driver's way of it.
+
+Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process communication).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pdlaunch.memory.cuda_memory_driver import CudaMemoryDriver
+from pdlaunch.memory.driver import Handle, HandleKind
+
+_LAZY_ENABLE_PEER_ACCESS = 1
+"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: the only flag that cuIpcOpenMemHandle takes."""
+
+
+class PeerDriver(Protocol):
+    """One device that maps memory of others. Every method may raise DriverRefused; addresses and sizes are in bytes."""
+
+    def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
+        """Physical memory of a peer, until it is released and unmapped; a descriptor stays the caller's."""
+
+    def reserve(self, num_bytes: int) -> int: ...
+
+    def free_address(self, address: int, num_bytes: int) -> None: ...
+
+    def map(self, address: int, num_bytes: int, handle: Handle) -> None: ...
+
+    def release(self, handle: Handle) -> None:
+        """What is mapped stays mapped."""
+
+    def set_access(self, address: int, num_bytes: int) -> None:
+        """Let this device use what is mapped there, wherever it lies."""
+
+    def unmap(self, address: int, num_bytes: int) -> None: ...
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Start and size of the allocation that holds an address."""
+
+    def ipc_handle(self, address: int) -> bytes:
+        """64 bytes, of an allocation by its start; refused where it was mapped rather than allocated."""
+
+    def open_ipc(self, handle: bytes) -> int:
+        """Start of a peer's allocation in this process; each call needs one ``close_ipc``."""
+
+    def close_ipc(self, address: int) -> None: ...
+
+
+class CudaPeerDriver(CudaMemoryDriver):
+    """Over ``cuda.bindings``; the device's primary context is current in every thread that calls."""
+
+    def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
+        return Handle(self._call("cuMemImportFromShareableHandle", self._os_handle(handle), self._handle_type(kind)))
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        start, num_bytes = self._call("cuMemGetAddressRange", address)
+        return int(start), int(num_bytes)
+
+    def ipc_handle(self, address: int) -> bytes:
+        return bytes(self._call("cuIpcGetMemHandle", address).reserved)
+
+    def open_ipc(self, handle: bytes) -> int:
+        opened = self._driver.CUipcMemHandle()
+        opened.reserved = handle
+        return int(self._call("cuIpcOpenMemHandle", opened, _LAZY_ENABLE_PEER_ACCESS))
+
+    def close_ipc(self, address: int) -> None:
+        self._call("cuIpcCloseMemHandle", address)
+
+    def _os_handle(self, handle: int | bytes) -> Any:
+        if isinstance(handle, int):
+            return handle
+        fabric = self._driver.CUmemFabricHandle()
+        fabric.data = handle
+        return fabric.getPtr()
