@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 
@@ -10,6 +9,6 @@ def host_identity(proc: Path = Path("/proc")) -> str:
     """Equal in two processes that reach each other's abstract Unix sockets; empty where the kernel does not tell."""
     try:
         boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id}/{os.stat(proc / 'self/ns/net').st_ino}"
+        return f"{boot_id}/{(proc / 'self/ns/net').stat().st_ino}"
     except OSError:
         return ""

@@ -4,9 +4,9 @@
 
     reader: connect ── token ──▶ owner: uid and token right ── descriptors ──▶ reader keeps the connection while it uses them
 
-The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a process of another user, or to one that
-does not know the token: both travel over the side channel, which only ranks of the launch can use. A connection that is still open
-tells the owner that its memory is still mapped, and ends with the reader's process, however that dies.
+The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a process of another user, or to one
+that does not know the token: both travel over the side channel, which only ranks of the launch can use. A connection that is
+still open tells the owner that its memory is still mapped, and ends with the reader's process, however that dies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,96 @@
+"""Many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which leaves them to the copy engines.
+
+Multiprocessors stay free. The driver takes about 0.5 us an entry with prepared arrays. Addresses may be those of the process' own
+memory, pinned memory, or memory of a peer that is mapped here.
+Source: cuda.h of CUDA 12.8 and 13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.platform.cuda_driver import DriverError, load_library
+
+Addresses = npt.NDArray[np.uint64]
+
+_SRC_ACCESS_ORDER_STREAM = 1
+"""The source is read in the order of the stream, as any copy reads it."""
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = [
+        ("src_access_order", ctypes.c_uint),
+        ("src_hint", _Location),
+        ("dst_hint", _Location),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+class BatchCopies:
+    """Needs a driver of CUDA 12.8 or newer. Not for the default stream."""
+
+    def __init__(self, num_streams: int, load: Callable[[], ctypes.CDLL] = load_library) -> None:
+        """``num_streams`` share a batch: a copy engine works through its entries one by one, several engines side by side.
+
+        Raises DriverError where the driver is missing or too old.
+        """
+        library = load()
+        self._with_fail_index = not hasattr(library, "cuMemcpyBatchAsync_v2")
+        try:
+            self._call = library.cuMemcpyBatchAsync if self._with_fail_index else library.cuMemcpyBatchAsync_v2
+        except AttributeError:
+            raise DriverError("the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8") from None
+        self._num_streams = num_streams
+        self._attributes = _Attributes(src_access_order=_SRC_ACCESS_ORDER_STREAM)
+        self._attribute_starts = (ctypes.c_size_t * 1)(0)
+        self._helpers: dict[torch.cuda.Stream, list[torch.cuda.Stream]] = {}
+
+    def enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream) -> None:
+        """Copy ``sizes[i]`` bytes from ``sources[i]`` to ``destinations[i]``, in the order of ``main``. Raises TransferError."""
+        helpers = self._helpers_of(main)
+        for helper in helpers:
+            helper.wait_stream(main)
+        bounds = np.linspace(0, len(sizes), len(helpers) + 2).astype(int).tolist()
+        try:
+            for stream, (start, end) in zip((main, *helpers), pairwise(bounds), strict=True):
+                if start < end:
+                    self._enqueue(destinations[start:end], sources[start:end], sizes[start:end], stream)
+        finally:  # of a batch that was refused halfway, the first part is copied all the same
+            for helper in helpers:
+                main.wait_stream(helper)
+
+    def _helpers_of(self, main: torch.cuda.Stream) -> list[torch.cuda.Stream]:
+        if main not in self._helpers:
+            new = [torch.cuda.Stream(main.device) for _ in range(self._num_streams - 1)]  # type: ignore[no-untyped-call]
+            self._helpers[main] = new
+        return self._helpers[main]
+
+    def _enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, stream: torch.cuda.Stream) -> None:
+        # The driver has read the three arrays when the call returns.
+        code = self._call(
+            ctypes.c_void_p(destinations.ctypes.data),
+            ctypes.c_void_p(sources.ctypes.data),
+            ctypes.c_void_p(sizes.ctypes.data),
+            ctypes.c_size_t(len(sizes)),
+            ctypes.byref(self._attributes),
+            self._attribute_starts,
+            ctypes.c_size_t(1),
+            *self._fail_index(),
+            ctypes.c_void_p(stream.cuda_stream),
+        )
+        if code:
+            raise TransferError(f"cuMemcpyBatchAsync of {len(sizes)} copies failed with CUDA error {code}")
+
+    def _fail_index(self) -> tuple[object, ...]:
+        return (ctypes.byref(ctypes.c_size_t()),) if self._with_fail_index else ()

@@ -1,0 +1,76 @@
+"""A Triton kernel that copies scattered pages of equal size between memories that this device reaches: its own, pinned host
+memory, or a peer's that is mapped here. A few programs go through all pages, each with tens of KiB in flight.
+
+Import this module only where triton is there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+UNIT_BYTES = 16
+"""Pages and their places are multiples of the widest load of a thread."""
+
+KernelShape = tuple[int, int, int]
+"""Programs, words of a tile, warps of a program."""
+
+
+# Triton reads annotations: only its own may stand here. It must not compile anew for another number of pages.
+@triton.jit(do_not_specialize=["num_pages"])  # type: ignore[untyped-decorator]
+def _copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    source,  # noqa: ANN001
+    destination,  # noqa: ANN001
+    source_units,  # noqa: ANN001
+    destination_units,  # noqa: ANN001
+    num_pages,  # noqa: ANN001
+    PAGE_WORDS: tl.constexpr,  # noqa: N803 - Triton's constants are in capitals
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """Copy page i from ``source_units[i]`` to ``destination_units[i]``, counted in 16 bytes.
+
+    Memory is [..] int32. A tile is ROWS pages by COLUMNS words; program p of n takes the tiles p, p + n, p + 2n ...
+    """
+    tiles_per_page: tl.constexpr = (PAGE_WORDS + COLUMNS - 1) // COLUMNS
+    num_tiles = ((num_pages + ROWS - 1) // ROWS) * tiles_per_page
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        pages = (tile // tiles_per_page) * ROWS + tl.arange(0, ROWS)
+        words = (tile % tiles_per_page) * COLUMNS + tl.arange(0, COLUMNS)
+        is_page = pages < num_pages
+        is_word = is_page[:, None] & (words < PAGE_WORDS)[None, :]
+        # Multiplying by the unit here shows the compiler that every row is aligned to it.
+        starts = tl.load(source_units + pages, mask=is_page, other=0) * 4
+        ends = tl.load(destination_units + pages, mask=is_page, other=0) * 4
+        content = tl.load(source + starts[:, None] + words[None, :], mask=is_word)
+        tl.store(destination + ends[:, None] + words[None, :], content, mask=is_word)
+
+
+def copy_pages(
+    source: torch.Tensor, destination: torch.Tensor, units: torch.Tensor, num_pages: int, page_bytes: int, shape: KernelShape
+) -> None:
+    """Enqueue on the current stream: page i from ``units[0, i]`` of ``source`` to ``units[1, i]`` of ``destination``.
+
+    Memories are [..] int32, one of them on the device; units of 16 bytes from their starts, which may lie before or behind the
+    tensor: [2, num_columns] int64 on the device, ``padded_columns(num_pages)``.
+    """
+    num_programs, tile_words, num_warps = shape
+    page_words = page_bytes // 4
+    columns = min(triton.next_power_of_2(page_words), tile_words)
+    _copy_pages[(num_programs,)](
+        source,
+        destination,
+        units[0],
+        units[1],
+        num_pages,
+        PAGE_WORDS=page_words,
+        ROWS=tile_words // columns,
+        COLUMNS=columns,
+        num_warps=num_warps,
+    )
+
+
+def padded_columns(num_pages: int) -> int:
+    """So that both rows are aligned alike in every transfer: another alignment is another compilation."""
+    return -(-num_pages // UNIT_BYTES) * UNIT_BYTES
