@@ -235,9 +235,8 @@ class ModelRunner:
         return TritonAttention(self.layout, self.kv_cache)
 
     def _capture_graphs(self) -> DecodeGraphs | None:
-        """Not for several ranks: whether the group's collectives stand a capture has not been tried."""
-        is_eager = self._spec.enforce_eager or self._spec.tensor_parallel_size > 1
-        if self._device.type == "cpu" or is_eager or not self._decoder.can_be_captured:
+        """All ranks of a TP group do the same: their sums are in the graphs."""
+        if self._device.type == "cpu" or self._spec.enforce_eager or not self._decoder.can_be_captured:
             return None
         from pdlaunch.engine.decode_graphs import DecodeGraphs
         from pdlaunch.models.triton_attention import TritonAttention
@@ -260,7 +259,8 @@ class ModelRunner:
         return device
 
     def _count_blocks(self) -> int:
-        cache_bytes = self._cache_bytes()
+        # Ranks of a TP group share block ids: all have as many as the one with the least memory.
+        cache_bytes = self._cache_bytes() if self._tp is None else self._tp.least(self._cache_bytes())
         num_blocks = cache_bytes // self.layout.block_bytes
         if num_blocks < 1:
             raise ConfigError(

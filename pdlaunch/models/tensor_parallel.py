@@ -34,10 +34,18 @@ class TPGroup:
         self._group = group
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the ranks, in place."""
+        """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA graph can hold it."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers, on every rank."""
+        if self._group is None:
+            return number
+        smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._group)
+        return int(smallest)
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's ``data`` on every rank; what the others pass is not looked at. Raw bytes, nothing is unpickled."""
@@ -54,7 +62,7 @@ class TPGroup:
         return bytes(payload.cpu().numpy())
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group. On CUDA only once all graphs that hold its sums are gone: NCCL waits for them."""
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
@@ -75,6 +83,9 @@ def init_tp_group(
         raise ConfigError(f"rendezvous must be a file:///path URL, found {rendezvous!r}", field="rendezvous", value=rendezvous)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, LOOPBACK_INTERFACE)
+    if device.startswith("cuda:"):
+        # Of this thread: what does not name a device would take memory of the first one.
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",

@@ -11,6 +11,7 @@ import torch
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.errors import ConfigError
+from pdlaunch.models.tensor_parallel import TPGroup
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import BLOCK_SIZE, HandScheduler, ignore_progress, make_requests, make_spec
 from tests.models.tiny import CONFIGS, greedy, save_tiny_model
@@ -128,6 +129,16 @@ def test_plan_without_rows_computes_nothing(llama: Path) -> None:
 def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
     with pytest.raises(ConfigError, match="holds no block"):
         ModelRunner(make_spec(llama, kv_cache_memory_bytes=100), tp=None, progress=ignore_progress)
+
+
+def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(llama: Path) -> None:
+    class GroupWithASmallerRank(TPGroup):
+        def least(self, number: int) -> int:
+            return number // 3
+
+    alone = ModelRunner(make_spec(llama), tp=None, progress=ignore_progress)
+    runner = ModelRunner(make_spec(llama), tp=GroupWithASmallerRank(0, 1, "cpu", None), progress=ignore_progress)
+    assert runner.num_blocks == len(runner.kv_cache) == alone.num_blocks // 3
 
 
 def test_dummy_weights_need_only_the_configuration(llama: Path, tmp_path: Path) -> None:

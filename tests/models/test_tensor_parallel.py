@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pdlaunch.config.model_shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
@@ -20,13 +21,16 @@ NUM_TOKENS = 8
 ROOT = Path(__file__).parents[2]
 
 
-def run_group(folder: Path, tp_size: int, directories: list[Path], prompts: list[list[int]]) -> list[dict[str, Any]]:
+def run_group(
+    folder: Path, tp_size: int, directories: list[Path], prompts: list[list[int]], **spec: object
+) -> list[dict[str, Any]]:
     arguments = {
         "rendezvous": f"file://{folder}/rendezvous-{tp_size}",
         "tp_size": tp_size,
         "directories": [str(directory) for directory in directories],
         "prompts": prompts,
         "num_tokens": NUM_TOKENS,
+        "spec": spec,
     }
     processes = [
         subprocess.Popen(
@@ -63,7 +67,27 @@ def test_two_ranks_answer_as_generate_does(tmp_path: Path) -> None:
         assert answers[0]["digest"] == answers[1]["digest"]
     assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
     assert [result["nothing"] for result in results] == ["", ""]
+    assert [result["least"] for result in results] == [2**40 + 6] * 2
     assert [result["listening"] for result in results] == [["127.0.0.1"], ["127.0.0.1"]]
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -> None:
+    """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
+    prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
+    directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
+    spec = {"device": "cuda", "device_indices": [0, 1], "enforce_eager": enforce_eager}
+    results = run_group(tmp_path, 2, directories, prompts, **spec)
+    for directory in directories:
+        answers = [result["answers"][str(directory)] for result in results]
+        expected = greedy(directory, prompts, NUM_TOKENS)
+        assert [answer["tokens"] for answer in answers] == [expected, expected]
+        assert [answer["has_graphs"] for answer in answers] == [not enforce_eager] * 2
+    assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
+    assert [result["least"] for result in results] == [2**40 + 6] * 2
+    assert {address for result in results for address in result["listening"]} <= {"127.0.0.1"}
 
 
 def make_shape(**changes: int) -> ModelShape:
@@ -125,8 +149,6 @@ def test_sizes_that_do_not_divide_are_named(changes: dict[str, int], tp_size: in
 
 
 def test_model_without_a_plan_is_refused() -> None:
-    import torch
-
     with pytest.raises(UnsupportedModelError, match="no tensor-parallel plan"):
         plan_cuts(torch.nn.Linear(2, 2), "model", None, Shard(0, 2, make_shape()))
 

@@ -15,33 +15,53 @@ from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from tests.engine.hand_scheduler import HandScheduler, ignore_progress, make_requests, make_spec
 
 
-def main(rendezvous: str, tp_rank: int, tp_size: int, directories: list[str], prompts: list[list[int]], num_tokens: int) -> None:
-    """Print one line of JSON: the answers by directory, listening addresses, what broadcast_bytes gave."""
+def main(
+    rendezvous: str,
+    tp_rank: int,
+    tp_size: int,
+    directories: list[str],
+    prompts: list[list[int]],
+    num_tokens: int,
+    spec: dict[str, object],
+) -> None:
+    """Print one line of JSON: the answers by directory, listening addresses, what the group's calls gave. ``spec``: changes."""
     torch.set_num_threads(1)
-    tp = init_tp_group(rendezvous, tp_rank, tp_size, "cpu", timeout_s=60)
+    on_cuda = spec.get("device") == "cuda"
+    tp = init_tp_group(rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=60)
     result = {
         "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),
         "nothing": tp.broadcast_bytes(b"" if tp_rank == 0 else None).hex(),
-        "answers": {directory: answer(directory, tp, prompts, num_tokens) for directory in directories},
+        "least": tp.least(2**40 + 7 - tp_rank),
+        "answers": {directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories},
         "listening": sorted(
             {entry.laddr.ip for entry in psutil.Process(os.getpid()).net_connections("inet") if entry.status == "LISTEN"}
         ),
     }
+    print(json.dumps(result), flush=True)  # noqa: T201 - the answer to the test
+    if on_cuda:
+        os._exit(0)  # as ranks do: graphs hold the group
     tp.close()
-    print(json.dumps(result))  # noqa: T201 - the answer to the test
 
 
-def answer(directory: str, tp: TPGroup, prompts: list[list[int]], num_tokens: int) -> dict[str, object]:
+def answer(
+    directory: str, tp: TPGroup, prompts: list[list[int]], num_tokens: int, changes: dict[str, object]
+) -> dict[str, object]:
     def share(tokens: list[int]) -> list[int]:
         return json.loads(tp.broadcast_bytes(json.dumps(tokens).encode()))
 
-    spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size)
+    spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
     runner.warm_up()
     tokens = HandScheduler(runner, share=share).run(make_requests(prompts, num_tokens, chunk=7, apart=1))
     parameters = sum(parameter.numel() for parameter in runner._model.parameters())
     heads = [runner.first_kv_head, runner.layout.num_kv_heads]
-    return {"tokens": tokens, "num_parameters": parameters, "heads": heads, "digest": runner.model_digest}
+    return {
+        "tokens": tokens,
+        "num_parameters": parameters,
+        "heads": heads,
+        "digest": runner.model_digest,
+        "has_graphs": runner._graphs is not None,
+    }
 
 
 if __name__ == "__main__":
