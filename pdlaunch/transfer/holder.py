@@ -91,6 +91,14 @@ class Holder:
     def next_deadline_s(self) -> float | None:
         return self._leases.next_deadline_s()
 
+    def is_early(self, message: ToHolder) -> bool:
+        """It asks about a lease of this engine that this rank has never heard of: its grant may be on the way."""
+        match message:
+            case PullBegin() | Heartbeat() | PullEnd() | Release():
+                return message.engine_id == self._card.identity.engine_id and not self._leases.knows(message.request_id)
+            case _:
+                return False
+
     def job_of(self, message: Push) -> PushJob:
         """The write that a reader asks for. Raises LeaseError when it may not have what it names."""
         identity, num_heads = self._card.identity, self._card.geometry.num_kv_heads

@@ -27,6 +27,8 @@ MAX_EXTENSIONS = 20
 """A lease lives at most this many times ``lease_s``, however often it is extended."""
 MAX_OPEN_READERS = 4096
 """Pulls of one lease that may be open at once."""
+MAX_PAST_LEASES = 4096
+"""Leases that have ended and are still known by their ids."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,8 @@ class LeaseTable:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._leases: dict[str, Lease] = {}
+        self._past: dict[str, None] = {}
+        """Ids of the latest leases that have ended, the oldest first."""
         self._ended: list[tuple[str, EndReason]] = []
 
     def __len__(self) -> int:
@@ -62,9 +66,14 @@ class LeaseTable:
         """Take over the blocks of a finished request. Raises LeaseError when its id has a living lease."""
         if grant.request_id in self._leases:
             raise LeaseError(f"request {grant.request_id} has a lease already")
+        self._past.pop(grant.request_id, None)
         now = self._clock()
         last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
         self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers)
+
+    def knows(self, request_id: str) -> bool:
+        """There is such a lease, or was one not long ago."""
+        return request_id in self._leases or request_id in self._past
 
     def set_readers(self, request_id: str, num_readers: int) -> None:
         """That many readers come, and no more; the lease ends when all have been here. Unknown ids are ignored."""
@@ -162,4 +171,7 @@ class LeaseTable:
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
         del self._leases[lease.grant.request_id]
+        self._past[lease.grant.request_id] = None
+        if len(self._past) > MAX_PAST_LEASES:
+            del self._past[next(iter(self._past))]
         self._ended.append((lease.grant.request_id, reason))

@@ -25,6 +25,7 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import Connector, LocalMemory
+from pdlaunch.transfer.early import EarlyQuestions
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
 from pdlaunch.transfer.holder import Holder, HolderCard
 from pdlaunch.transfer.peer import PeerSetup
@@ -91,6 +92,7 @@ class TransferLoop:
         geometry = geometry_of(local, memory.first_kv_head)
         card = HolderCard(identity, compatibility, geometry, connector.agent_name, connector.agent_metadata())
         self._holder = Holder(card, hasher, clock)
+        self._early = EarlyQuestions(self._holder.is_early, clock)
         self._pushes = PushDesk(self._holder, connector, clock)
         setup = PeerSetup(
             identity=identity,
@@ -174,7 +176,7 @@ class TransferLoop:
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""
-        for identity, message in self._socket.receive():
+        for identity, message in self._early.sift(self._socket.receive()):
             if isinstance(message, Push) and self._connector.pushes:
                 self._pushes.start(identity, message)
             elif (answer := self._holder.answer(message)) is not None:
@@ -198,7 +200,7 @@ class TransferLoop:
     def sleep_s(self) -> float:
         """How long nothing is due, messages aside."""
         now_s = self._clock()
-        deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s()]
+        deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s(), self._early.next_deadline_s()]
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)

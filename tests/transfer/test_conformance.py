@@ -238,6 +238,31 @@ def test_different_tp_sizes_in_both_directions(keys, make_spec):
             rank.stop()
 
 
+def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
+    """Rank 0 of a TP group answers when it has sent the grants to the others: these must not refuse who is faster."""
+    prefill, decode = make_spec("prefill", name="prefill-0", tp_size=3), make_spec("decode", name="decode-0")
+    holders = [
+        RankHandle(RankOptions(spec=prefill, keys=keys, engine_id="a" * 32, tp_rank=tp_rank, num_heads=1)) for tp_rank in range(3)
+    ]
+    puller = RankHandle(RankOptions(spec=decode, keys=keys, engine_id="b" * 32))
+    try:
+        puller.call("registry", [rank.entry() for rank in (*holders, puller)])
+        for _ in holders:
+            puller.report(PairReady)
+        for name in ("r", "s", "t"):
+            holders[0].submit(grant(name, [3, 8, 5]))
+            puller.submit(pull(name, holders[0].remote(name), [30, 2, 17]))
+            for holder in holders[1:]:
+                holder.submit(grant(name, [3, 8, 5]))
+            finished = puller.event(PullFinished)
+            assert finished.ok, finished.error
+            for holder in holders:
+                assert holder.event(LeaseEnded) == LeaseEnded(request_id=name, reason="pulled")
+    finally:
+        for rank in (*holders, puller):
+            rank.stop()
+
+
 @pytest.fixture
 def stoppable(holder_options: RankOptions, puller_options: RankOptions) -> Iterator[tuple[RankHandle, RankHandle]]:
     """A pair over TCP, whose READs need the holder to run; and blocks that are large enough to be in the middle of."""

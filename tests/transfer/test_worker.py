@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pdlaunch.errors import ProtocolError, TransferError
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import Handshake, PullBegin, Refused, to_holder, to_puller
+from pdlaunch.protocol.side_channel import Handshake, PullBegin, PullReply, Refused, to_holder, to_puller
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
 from pdlaunch.transfer.connector import Connector, LocalMemory
@@ -111,6 +111,21 @@ def test_two_workers_shake_hands_and_pull(start):
     assert finished.num_bytes == 2 * layout_of().block_bytes
 
 
+def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
+    holder = start("prefill")
+    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket.rcvtimeo = 10_000
+    for kind, request_id in ((PullBegin, "r"), (PullBegin, "other")):
+        engine_id = ENGINE_IDS["prefill"] if request_id == "r" else "c" * 32
+        socket.send(to_holder.encode(kind(call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1)))
+    assert isinstance(to_puller.decode(socket.recv()), Refused), "both questions are there, the second is answered"
+    holder.worker.submit([grant("r", [4, 5])])
+    answer = to_puller.decode(socket.recv())
+    assert isinstance(answer, PullReply)
+    assert answer.groups[0].block_ids == [4, 5]
+    socket.close()
+
+
 def test_a_lease_expires_without_anybody_asking(start):
     holder = start("prefill")
     holder.worker.submit([grant("r", [4], lease_s=0.01)])
@@ -121,14 +136,14 @@ def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
-    question = PullBegin(call_id=1, engine_id=ENGINE_IDS["prefill"], request_id="r", reader="x", num_pullers=1)
+    question = PullBegin(call_id=1, engine_id="c" * 32, request_id="r", reader="x", num_pullers=1)
     good = to_holder.encode(question)
     for frames in ([b""], [b"\xc1"], [os.urandom(500)], [good[:-3]], [good, good], [b"", good], [b"\x91" * 100_000]):
         socket.send_multipart(frames)
     socket.send(good)
     answer = to_puller.decode(socket.recv())
     assert isinstance(answer, Refused)
-    assert "request r has no lease here" in answer.reason
+    assert "belongs to engine_id aaaa" in answer.reason
     socket.close()
 
 
