@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from pdlaunch.client.api import Api
@@ -22,13 +26,47 @@ def complete_all(url: str, prompts: list[list[int]], num_tokens: int, concurrenc
         return list(pool.map(lambda prompt: complete(url, prompt, num_tokens, **fields), prompts))
 
 
+@contextmanager
+def streamed(url: str, prompt: list[int], num_tokens: int, **fields: Any) -> Iterator[Iterator[int]]:
+    """Token ids of a greedy completion as they come."""
+    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    content = json.dumps(body | {"stream": True} | fields).encode()
+    request = urllib.request.Request(url + "/v1/completions", data=content, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        yield _token_ids(response)
+
+
+def _token_ids(lines: Iterable[bytes]) -> Iterator[int]:
+    for line in lines:
+        if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
+            event = json.loads(line[5:])
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                yield from choice["token_ids"]
+
+
 def engine_apis(url: str) -> list[Api]:
     return [Api(engine["url"]) for engine in engines_of(Api(url))]
 
 
 def engine_total(url: str, name: str) -> float:
-    """Sum of a metric over all engines."""
+    """Sum of a metric over all engines; up to a second old."""
     return sum(api.metrics()[f"pdlaunch_{name}"] for api in engine_apis(url))
+
+
+def count_now(api: Api, name: str) -> float:
+    """A counter of ``EngineStats`` as an engine's rank 0 says it, of this very moment; 0 while there is no rank."""
+    return float(json.loads(api.get("/pdlaunch/integrity")[1]).get("stats", {}).get(name, 0))
+
+
+def total_now(url: str, name: str) -> float:
+    """The sum of ``count_now`` over all engines."""
+    return sum(count_now(api, name) for api in engine_apis(url))
+
+
+def requests_in_flight(url: str) -> float:
+    """At the router."""
+    return Api(url).metrics()["pdlaunch_router_requests_in_flight"]
 
 
 def idle(url: str) -> bool:

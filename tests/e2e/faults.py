@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
@@ -35,6 +37,16 @@ def faulty_deployment(
     chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}
     with running_deployment(command, environ=clean_environ() | chunks | dict(environ) | plan) as deployment:
         yield deployment
+
+
+@contextmanager
+def paused(process: psutil.Process) -> Iterator[None]:
+    """A process that does nothing for as long as the block runs."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
 
 
 @dataclass
@@ -98,7 +110,7 @@ async def end(killer: asyncio.Task[None]) -> None:
         await killer
 
 
-async def kill_and_wait(deployment: Deployment, name: str, timeout_s: float = 90.0) -> Kill:
+async def kill_and_wait(deployment: Deployment, name: str, timeout_s: float = 300.0) -> Kill:
     """Kill a process and wait until its successor is ready."""
     old = deployment.processes()[name]
     killed_s = time.monotonic()

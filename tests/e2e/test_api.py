@@ -13,7 +13,7 @@ import pytest
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
-from tests.e2e.api import complete, engine_total, idle
+from tests.e2e.api import complete, idle, total_now
 from tests.e2e.waiting import await_true
 
 QUESTION = [{"role": "user", "content": "Name three rivers in Europe."}]
@@ -40,10 +40,10 @@ def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
 
 
 def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) -> None:
-    before = engine_total(demo.url, "kv_transfer_bytes_total")
+    before = total_now(demo.url, "transfer_bytes")
     complete(demo.url, list(range(300, 400)), 4)
     # 7 blocks of 16 tokens: 30 layers, K and V, 3 heads of 64 float32.
-    await_true(lambda: engine_total(demo.url, "kv_transfer_bytes_total") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4, "pulled bytes")
+    assert total_now(demo.url, "transfer_bytes") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4
 
 
 def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:

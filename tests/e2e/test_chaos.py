@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.client.soak import SoakOptions, soak, soak_session
-from tests.e2e.api import complete
+from tests.e2e.api import complete, streamed
 from tests.e2e.faults import faulty_deployment, load_with_kills
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
 PROMPT = list(range(40, 100))
+LONG_OUTPUT_TOKENS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +117,38 @@ def left_over(deployment: Deployment) -> list[str]:
 
     async def wait() -> list[str]:
         async with soak_session(SoakOptions(url=deployment.url)) as session:
-            return await await_idle(session, deployment.url, {}, timeout_s=60)
+            return await await_idle(session, deployment.url, {}, timeout_s=180)
 
     return asyncio.run(wait())
 
 
 def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
     """Faults, cancels and ``kill -9`` of either engine: streams go on without gap or repetition, and every block comes back."""
-    model = make_tiny_model("gemma3_text", tmp_path)
-    with faulty_deployment(model, FAULTS | {"rate": 0.05}) as deployment:
+    model = make_tiny_model("gemma3_text", tmp_path, max_model_len=2048)
+    with faulty_deployment(model, FAULTS | {"rate": 0.05}, "--kv-cache-memory", "4MiB") as deployment:
         options = SoakOptions(url=deployment.url, num_requests=10**6, num_cases=24, concurrency=4, longest_output_tokens=150)
         names = ["decode-0/rank-0", "prefill-0/rank-0"]
         report, kills = asyncio.run(load_with_kills(deployment, options, names, random.Random(1), pause_s=(1, 2)))
         assert len(kills) == 2
         assert report.failures == []
         assert report.outcomes["error"] == 0, report.details
-        assert report.totals["router_migrations"] > 0
+        kill_in_the_middle_of_a_stream(deployment, "decode-0/rank-0")
+        assert left_over(deployment) == []
         assert set(deployment.processes()) == {"router", "prefill-0", "decode-0", "prefill-0/rank-0", "decode-0/rank-0"}
+
+
+def kill_in_the_middle_of_a_stream(deployment: Deployment, name: str) -> None:
+    """The stream's end is seconds away when its first tokens have come; it is left once another engine goes on with it."""
+    alone, *_ = (Api(engine["url"]) for engine in engines_of(Api(deployment.url)) if engine["role"] == "prefill")
+    before = num_migrations(deployment)
+    with streamed(deployment.url, PROMPT, LONG_OUTPUT_TOKENS) as token_ids:
+        found = list(islice(token_ids, 5))
+        deployment.processes()[name].kill()
+        while num_migrations(deployment) == before:
+            found.append(next(token_ids))
+        found += islice(token_ids, 50)
+    assert found == complete(alone.url, PROMPT, len(found), cache_salt="reference")
+
+
+def num_migrations(deployment: Deployment) -> float:
+    return Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]

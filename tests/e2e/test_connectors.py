@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.platform.libraries import find_libraries
-from tests.e2e.api import complete, complete_all, engine_total, idle
+from tests.e2e.api import complete, complete_all, idle, total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 from tests.e2e.waiting import await_true
@@ -36,15 +36,17 @@ def expected(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     return greedy(tiny_model, prompts, NUM_TOKENS)
 
 
-@pytest.fixture(scope="module", params=["mooncake", "file"])
+@pytest.fixture(scope="module", params=[("mooncake", "--prefill-tp"), ("file", "--decode-tp")], ids=["mooncake", "file"])
 def deployment(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
-    arguments = ["--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--kv-connector", request.param, "--decode-tp", "3"]
-    if request.param == "file":
+    """TP 3 with TP 1."""
+    connector, tp_flag = request.param
+    arguments = ["--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--kv-connector", connector, tp_flag, "3"]
+    if connector == "file":
         arguments += ["--kv-file-directory", str(tmp_path_factory.mktemp("kv"))]
     libraries = find_libraries()
-    if request.param == "mooncake" and (not libraries.mooncake or libraries.missing_for_mooncake):
+    if connector == "mooncake" and (not libraries.mooncake or libraries.missing_for_mooncake):
         pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         yield deployment
@@ -54,14 +56,13 @@ def test_answers_are_those_of_the_model_and_their_blocks_were_pulled(
     deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     assert complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4) == expected
-    # Metrics are a second old.
-    await_true(lambda: engine_total(deployment.url, "kv_transfers_total") >= len(prompts), "a pull for every prompt")
-    assert engine_total(deployment.url, "kv_transfer_failures_total") == 0
+    assert total_now(deployment.url, "transfers") >= len(prompts)
+    assert total_now(deployment.url, "transfer_failures") == 0
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
 
 
 def test_a_killed_prefill_rank_comes_back(deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    before = engine_total(deployment.url, "kv_transfers_total")
+    before = total_now(deployment.url, "transfers")
     (victim,) = (
         process
         for process in psutil.Process(deployment.process.pid).children(recursive=True)
@@ -76,4 +77,4 @@ def test_a_killed_prefill_rank_comes_back(deployment: Deployment, prompts: list[
 def pulled_again(deployment: Deployment, prompt: list[int], before: float) -> bool:
     """Asks until an answer has come over the connector; a salt for each question keeps the prefix cache out."""
     complete(deployment.url, prompt, 2, cache_salt=random.random().hex())
-    return engine_total(deployment.url, "kv_transfers_total") > before
+    return total_now(deployment.url, "transfers") > before

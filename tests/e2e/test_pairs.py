@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
-from tests.e2e.api import complete, complete_all, engine_total, idle
+from tests.e2e.api import complete, complete_all, count_now, idle, requests_in_flight, total_now
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import paused
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -60,7 +62,7 @@ def test_a_router_of_vllm_gets_the_same_tokens(
     two_by_two: Deployment, prompts: list[list[int]], expected: list[list[int]], keeps_our_key: bool
 ) -> None:
     apis = engines(two_by_two)
-    before = apis["decode-0"].metrics()["pdlaunch_kv_transfers_total"]
+    before = count_now(apis["decode-0"], "transfers")
     for prompt, tokens in zip(prompts, expected, strict=True):
         salted = {"prompt": prompt, "temperature": 0, "cache_salt": f"vllm {keeps_our_key}"}
         params = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
@@ -71,9 +73,7 @@ def test_a_router_of_vllm_gets_the_same_tokens(
         fields = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "return_token_ids": True, "kv_transfer_params": handed_over}
         answer = ask(apis["decode-0"], salted | fields)
         assert answer["choices"][0]["token_ids"] == tokens
-    await_true(
-        lambda: apis["decode-0"].metrics()["pdlaunch_kv_transfers_total"] == before + len(prompts), "every prompt was pulled"
-    )
+    assert count_now(apis["decode-0"], "transfers") == before + len(prompts)
 
 
 def ask(api: Api, body: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +96,10 @@ def test_preempted_requests_answer_as_if_they_were_alone(tiny_model: Path, promp
     config.write_text(f"model: {tiny_model}\nkv_cache_memory: 16MiB\ndecode: {{kv_cache_memory: 720KiB}}\n")
     expected = greedy(tiny_model, prompts[:8], 180)
     with running_deployment([str(config)], environ=clean_environ()) as deployment:
-        assert complete_all(deployment.url, prompts[:8], 180, concurrency=8) == expected
-        await_true(lambda: engine_total(deployment.url, "num_preemptions_total") > 0, "requests were preempted")
+        with ThreadPoolExecutor(1) as pool:
+            with paused(deployment.processes()["decode-0/rank-0"]):
+                answers = pool.submit(complete_all, deployment.url, prompts[:8], 180, concurrency=8)
+                await_true(lambda: requests_in_flight(deployment.url) == 8, "all requests are there")
+            assert answers.result() == expected
+        assert total_now(deployment.url, "preemptions") > 0
         await_true(lambda: idle(deployment.url), "every block is free")

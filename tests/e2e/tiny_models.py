@@ -12,7 +12,6 @@ VOCAB_SIZE = 256
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 48, "intermediate_size": 96}
 COMMON = HEADS | {
     "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 512,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
@@ -31,11 +30,11 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def make_tiny_model(family: str, folder: Path, *, seed: int = 0) -> Path:
+def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: int = 512) -> Path:
     """Write config, weights and tokenizer of a tiny random model; returns its directory."""
     directory = folder / family
     torch.manual_seed(seed)
-    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON, **FAMILIES[family], max_position_embeddings=max_model_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Larger weights than the default: greedy answers then vary instead of repeating one token.
     with torch.no_grad():

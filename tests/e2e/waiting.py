@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what}"

@@ -98,7 +98,7 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
     prefill, decode = pair()
     # More than the sockets between them hold.
     decode.padding = "x" * 2**20
-    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=0.5))
+    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=1.0))
     _, writer = await send(stand, completion(max_tokens=50, stream=True))
     await decode.aborted.wait()
     await until(lambda: not stand.router.admission.in_flight)

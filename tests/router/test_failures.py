@@ -268,7 +268,7 @@ async def test_a_silent_engine_that_is_healthy_is_waited_for(stand: Stand) -> No
 async def test_the_request_timeout_is_an_answer(stand: Stand, stream: bool) -> None:
     prefill, decode = pair()
     decode.hold_after = 2
-    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=0.3))
+    await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=1.0))
     answer = await stand.post(completion(stream=stream))
     if stream:
         assert answer.events()[-1]["error"]["code"] == "request_timeout"

@@ -228,7 +228,7 @@ async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_event(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=0.5))
+    engine = await make_engine(limits=LimitSettings(request_timeout_s=1.0))
     async with running_stream(engine, rank) as (request, response):
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "request_timeout"
@@ -242,7 +242,7 @@ async def test_a_client_that_leaves_a_stream_aborts_its_request(engine: Engine, 
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(make_engine, rank: FakeRank):
-    engine = await make_engine(limits=LimitSettings(request_timeout_s=0.1))
+    engine = await make_engine(limits=LimitSettings(request_timeout_s=0.5))
     rank.script = silent
     status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
     assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (503, "request_timeout", "1")

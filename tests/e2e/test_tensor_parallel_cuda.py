@@ -1,0 +1,60 @@
+"""Engines of several GPUs: CUDA graphs with sums over the ranks, and blocks that are pulled from other numbers of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import running_deployment
+from pdlaunch.client.smoke import engines_of
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import make_tokenizer
+from tests.e2e.waiting import await_true
+from tests.models.tiny import greedy, save_tiny_model
+
+pytestmark = [
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+NUM_TOKENS = 24
+
+
+def make_model(folder: Path) -> Path:
+    """Two KV heads: one for each of two ranks."""
+    directory = save_tiny_model("llama", folder)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text("{}")
+    return directory
+
+
+def complete(router: Api, prompt: list[int]) -> tuple[int, dict[str, Any]]:
+    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return router.post("/v1/completions", body)
+
+
+def total(router: Api, metric: str) -> float:
+    return sum(Api(engine["url"]).metrics()[metric] for engine in engines_of(router))
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 2), (2, 1), (2, 2)])
+def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    prompts = [[5 + length % 90] * length for length in (33, 70, 100)]
+    expected = greedy(model, prompts, NUM_TOKENS)
+    sizes = ["--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp)]
+    arguments = ["--model", str(model), "--device", "cuda", "--dtype", "float32", "--kv-cache-memory", "1GiB", *sizes]
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
+        router = Api(deployment.url)
+        for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True), start=1):
+            status, answer = complete(router, prompt)
+            assert status == 200, answer
+            assert answer["choices"][0]["token_ids"] == tokens
+            await_true(
+                lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number, "the KV blocks are pulled"
+            )
+        assert total(router, "pdlaunch_kv_verification_failures_total") == 0
