@@ -54,7 +54,5 @@ def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_pa
             status, answer = complete(router, prompt)
             assert status == 200, answer
             assert answer["choices"][0]["token_ids"] == tokens
-            await_true(
-                lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number, "the KV blocks are pulled"
-            )
+            await_true(lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number, "the KV blocks are pulled")
         assert total(router, "pdlaunch_kv_verification_failures_total") == 0
