@@ -139,7 +139,8 @@ def build_context(
 
 def _engine(config: LaunchConfig, role: Role, machine: Machine, environ: Mapping[str, str], model: Model) -> Engine:
     section, settings = config.role(role), config.engine_settings(role)
-    overrides = {name for name in EngineSettings.model_fields if getattr(section, name, None) is not None}
+    overrides = {name for name in EngineSettings.model_fields if getattr(section, name, None) is not None} - {"kv_offload"}
+    overrides |= {f"kv_offload.{name}" for name, value in section.kv_offload if value is not None}
     wanted = settings.device
     return Engine(
         role=role,

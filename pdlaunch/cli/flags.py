@@ -63,6 +63,7 @@ _FLAGS = (
     _Flag("max-model-len", int, "Longest prompt plus output (the model's).", "N"),
     _Flag("block-size", int, "Tokens in a KV block (16).", "N"),
     _Flag("kv-cache-memory", str, "KV cache of one rank, such as 4GiB (1GiB on a CPU).", "SIZE"),
+    _Flag("kv-offload-memory", str, "Host memory of one rank for KV blocks, such as 32GiB (none).", "SIZE"),
     _Flag("kv-connector", str, "nixl, mooncake or file (nixl).", "NAME"),
     _Flag("kv-file-directory", str, "Shared folder of the file connector.", "DIR"),
     _Flag("enable-cumem-allocator", bool, "Allocate weights and KV cache from CuMem pools."),

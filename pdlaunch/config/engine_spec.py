@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pdlaunch.config.models import FrozenModel, KVTransferSettings, LimitSettings, LoadFormat, Role
+from pdlaunch.config.models import FrozenModel, KVOffloadSettings, KVTransferSettings, LimitSettings, LoadFormat, Role
 
 
 class EngineSpec(FrozenModel):
@@ -35,6 +35,7 @@ class EngineSpec(FrozenModel):
     num_threads: int
     kv_transfer: KVTransferSettings
     limits: LimitSettings
+    kv_offload: KVOffloadSettings = KVOffloadSettings()
     enforce_eager: bool = False
     http_host: str = "127.0.0.1"
     http_port: int = 0

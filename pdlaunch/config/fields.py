@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -37,9 +37,8 @@ def all_fields() -> Mapping[str, Field]:
 
 @functools.cache
 def sections() -> Mapping[str, type[FrozenModel]]:
-    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``, ``kv_transfer``, ..."""
-    nested = {name: section for name, info in LaunchConfig.model_fields.items() if (section := _section(info))}
-    return {"": LaunchConfig, **nested}
+    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``, ``prefill.kv_offload``, ..."""
+    return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, ""))}
 
 
 def is_secret(path: str) -> bool:
@@ -74,6 +73,13 @@ def _walk(model: type[FrozenModel], prefix: str) -> list[Field]:
             kinds = _kinds(info.annotation)
             found.append(Field(f"{prefix}{name}", dict in kinds, SecretStr in kinds, info))
     return found
+
+
+def _walk_sections(model: type[FrozenModel], prefix: str) -> Iterator[tuple[str, type[FrozenModel]]]:
+    for name, info in model.model_fields.items():
+        if section := _section(info):
+            yield f"{prefix}{name}", section
+            yield from _walk_sections(section, f"{prefix}{name}.")
 
 
 def _section(info: FieldInfo) -> type[FrozenModel] | None:

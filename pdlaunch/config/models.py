@@ -19,9 +19,13 @@ Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 ConnectorName = Literal["nixl", "mooncake", "file"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
+OffloadPolicy = Literal["arc", "lru"]
 
 ByteSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)]
 """A number of bytes; ``4GiB``, ``512 MiB``, ``2G`` and plain integers are read."""
+
+OptionalSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)]
+"""The same, and 0 for none."""
 
 DEFAULT_MODEL = "smollm2"
 
@@ -30,6 +34,20 @@ class FrozenModel(BaseModel):
     """Base of every config model: frozen, unknown fields refused, defaults validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class KVOffloadSettings(FrozenModel):
+    """The host tier: KV blocks stay in the machine's memory when the device needs the room."""
+
+    host_memory: OptionalSize = Field(0, description="Host memory of one rank for KV blocks; 0: no host tier.")
+    policy: OffloadPolicy = Field("arc", description="What leaves first: `arc` withstands long documents read once, `lru` not.")
+
+
+class RoleKVOffloadSettings(FrozenModel):
+    """What differs for a role."""
+
+    host_memory: OptionalSize | None = None
+    policy: OffloadPolicy | None = None
 
 
 class EngineSettings(FrozenModel):
@@ -46,6 +64,7 @@ class EngineSettings(FrozenModel):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the device memory an engine may use.")
     enable_prefix_caching: bool = True
+    kv_offload: KVOffloadSettings = KVOffloadSettings()
     enable_cumem_allocator: bool | None = Field(None, description="Allocate weights and KV cache from CuMem pools.")
     enable_sleep_mode: bool = Field(False, description="Sleep and wake engines; turns the CuMem allocator on.")
     enforce_eager: bool = Field(False, description="Run decode steps on a GPU without CUDA graphs.")
@@ -70,6 +89,7 @@ class RoleSettings(FrozenModel):
     kv_cache_memory: ByteSize | None = None
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     enable_prefix_caching: bool | None = None
+    kv_offload: RoleKVOffloadSettings = RoleKVOffloadSettings()
     enable_cumem_allocator: bool | None = None
     enable_sleep_mode: bool | None = None
     enforce_eager: bool | None = None
@@ -84,6 +104,7 @@ class RoleSettings(FrozenModel):
         own = self.model_dump(exclude={"replicas", "tensor_parallel_size"}, exclude_none=True)
         if "env" in own:
             own["env"] = settings.env | own["env"]
+        own["kv_offload"] = settings.kv_offload.model_dump() | own["kv_offload"]
         base = {name: getattr(settings, name) for name in EngineSettings.model_fields}
         return EngineSettings.model_validate(base | own)
 

@@ -21,6 +21,7 @@ FLAG_PATHS: Mapping[str, str] = MappingProxyType(
         "max-model-len": "max_model_len",
         "block-size": "block_size",
         "kv-cache-memory": "kv_cache_memory",
+        "kv-offload-memory": "kv_offload.host_memory",
         "kv-connector": "kv_transfer.connector",
         "kv-file-directory": "kv_transfer.file_directory",
         "enable-cumem-allocator": "enable_cumem_allocator",

@@ -16,6 +16,8 @@ from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
 from pdlaunch.engine.step import SleepRank, StepPlan, WakeRank
 from pdlaunch.engine.tp_channel import LeaderChannel
 from pdlaunch.engine.tp_events import EventAggregator
+from pdlaunch.offload.jobs import JobMerger
+from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import (
     AbortRequest,
@@ -53,6 +55,7 @@ class Leader:
         scheduler: Scheduler,
         server: ServerLink,
         followers: LeaderChannel | None,
+        offload: OffloadWorker | None = None,
         announce: Callable[[SleepState], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,6 +72,8 @@ class Leader:
         self._scheduler = scheduler
         self._server = server
         self._followers = followers
+        self._offload = offload
+        self._jobs = JobMerger(spec.tensor_parallel_size)
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
         self._outputs: list[Tokens | RequestFinished] = []
@@ -143,14 +148,19 @@ class Leader:
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
+        jobs = [] if self._offload is None else self._offload.take_finished()
         if self._followers is not None:
             for report in self._followers.receive():
                 events.extend(report.events)
+                jobs.extend(report.jobs)
                 if report.sleep is not None:
                     self._sleep.on_report(report.sleep)
         for event in events:
             for merged in self._events.add(event):
                 self._scheduler.on_transfer_event(merged)
+        for job in jobs:
+            if (ended := self._jobs.add(job)) is not None:
+                self._scheduler.on_job_finished(ended)
 
     def _tell_followers(self, message: SleepRank | WakeRank) -> None:
         if self._followers is not None:
@@ -162,6 +172,8 @@ class Leader:
         if self._followers is not None:
             self._followers.send(plan)
         self._transfer.submit(plan.commands)
+        if self._offload is not None:
+            self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
         outputs = [*self._outputs, *self._scheduler.take_outputs()]
@@ -179,4 +191,4 @@ class Leader:
 
 
 def _is_empty(plan: StepPlan) -> bool:
-    return not (plan.scheduled or plan.commands or plan.freed_rows or plan.new_rows)
+    return not (plan.scheduled or plan.commands or plan.jobs or plan.freed_rows or plan.new_rows)

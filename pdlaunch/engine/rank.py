@@ -14,6 +14,7 @@ from functools import partial
 
 import zmq
 
+from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -24,6 +25,7 @@ from pdlaunch.engine.tp_channel import FollowerChannel, LeaderChannel
 from pdlaunch.engine.wakeup import Wakeup
 from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
+from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
@@ -69,17 +71,20 @@ class RankProcess:
         runner.warm_up()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
+        offload = new_offload_worker(self._spec, runner, progress=self._progress, wake=self._wakeup.set)
         if self._bootstrap.tp_rank == 0:
-            self._lead(runner, transfer, engine_id)
+            self._lead(runner, transfer, offload, engine_id)
         else:
-            self._follow(runner, transfer, engine_id)
+            self._follow(runner, transfer, offload, engine_id)
         transfer.close(timeout_s=2.0)
+        if offload is not None:
+            offload.close(timeout_s=2.0)
 
     def close(self) -> None:
         """Send what is queued to the supervisor."""
         self._control.close()
 
-    def _lead(self, runner: ModelRunner, transfer: TransferWorker, engine_id: str) -> None:
+    def _lead(self, runner: ModelRunner, transfer: TransferWorker, offload: OffloadWorker | None, engine_id: str) -> None:
         spec = self._spec
         followers = LeaderChannel(self._context, spec.tensor_parallel_size) if spec.tensor_parallel_size > 1 else None
         server = ServerLink(self._context)
@@ -100,6 +105,7 @@ class RankProcess:
             model_digest=runner.model_digest,
             kv_transfer=spec.kv_transfer,
             local=(engine_id, host, int(port), spec.tensor_parallel_size),
+            offload=new_offload_planner(spec, runner, offload),
         )
         leader = Leader(
             spec=spec,
@@ -110,6 +116,7 @@ class RankProcess:
             scheduler=scheduler,
             server=server,
             followers=followers,
+            offload=offload,
             announce=self._control.send,
         )
         poller = self._poller(server.socket)
@@ -126,7 +133,7 @@ class RankProcess:
         if followers is not None:
             followers.send(Shutdown())
 
-    def _follow(self, runner: ModelRunner, transfer: TransferWorker, engine_id: str) -> None:
+    def _follow(self, runner: ModelRunner, transfer: TransferWorker, offload: OffloadWorker | None, engine_id: str) -> None:
         self._register(engine_id, Address(side_channel=transfer.endpoint))
         tp_rank = self._bootstrap.tp_rank
         leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
@@ -152,11 +159,15 @@ class RankProcess:
                         report = sleeper.wake_up(tags)
                     case StepPlan():
                         transfer.submit(message.commands)
+                        if offload is not None:
+                            offload.submit(message.jobs)
                         runner.execute(message)
             if report is not None:
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, sleep=report))
             if events := transfer.take_events():
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
+            if offload is not None and (jobs := offload.take_finished()):
+                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, jobs=jobs))
 
     def _join_group(self) -> TPGroup | None:
         if self._spec.tensor_parallel_size == 1:

@@ -14,14 +14,17 @@ class Phase(enum.Enum):
 
     WAITING ──▶ RUNNING ──▶ FINISHED        every phase may end in FINISHED (abort, error)
      │ ▲  ▲      │  ▲
-     │ │  └──────┘  │     preempted: computes all its tokens again
+     │ │  └──────┘  │     preempted: has to find, load or compute all its tokens again
      │ └───────┐    │
      ▼         │    │
-    PULLING ─▶ READY┘     a failed pull leads back to WAITING, a preempted READY too
+    LOADING ─▶ READY┤     a failed load or pull leads back to WAITING, a preempted READY too;
+    PULLING ─▶ READY┘     so does a load that some blocks are left to be pulled after
     """
 
     WAITING = "waiting"
     """In the queue; owns no block."""
+    LOADING = "loading"
+    """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the load."""
     PULLING = "pulling"
     """Waits for KV; owns the cached blocks it shares, the others belong to the pull."""
     READY = "ready"
@@ -37,12 +40,16 @@ class Request:
     __slots__ = (
         "arrival",
         "block_hasher",
+        "load_id",
+        "may_load",
         "message",
         "num_cached_tokens",
         "num_computed",
+        "num_host_tokens",
         "num_prompt_tokens",
         "num_pull_attempts",
         "num_registered_blocks",
+        "num_remote_tokens",
         "num_sent_blocks",
         "output_limit",
         "phase",
@@ -75,7 +82,14 @@ class Request:
         self.wants_pull = message.remote_kv is not None
         """The holder of the remote blocks has not heard of this request for the last time."""
         self.num_pull_attempts = 0
+        self.num_remote_tokens = 0
+        """Prompt tokens that a pull has brought."""
         self.pull_id: str | None = None
+        self.may_load = True
+        """Once a load has ended, well or not, the host is asked again only after preemption."""
+        self.num_host_tokens = 0
+        """Prompt tokens that came from host memory."""
+        self.load_id: int | None = None
 
     @property
     def request_id(self) -> str:

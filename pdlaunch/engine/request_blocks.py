@@ -52,15 +52,20 @@ class RequestBlocks:
             for other in running
         )
 
-    def register(self, request: Request) -> None:
-        """Let others find the blocks that are full and computed since the last call."""
-        num_full_blocks = request.num_computed // self._block_size
-        if not self._caches or num_full_blocks == request.num_registered_blocks:
-            return
+    def max_loadable(self, request: Request) -> int:
+        """Logical blocks that are worth bringing from host memory; what a pull brings lies behind them."""
+        return self._max_shared(request, request.num_prompt_tokens if request.wants_pull else len(request.token_ids))
+
+    def register(self, request: Request) -> range:
+        """Let others find the blocks that are full and computed since the last call; returns their logical indices."""
+        new = range(request.num_registered_blocks, request.num_computed // self._block_size)
+        if not self._caches or not new:
+            return range(0)
         hasher = request.block_hasher
         hasher.extend(request.token_ids)
-        self._kv.register(request.tables, hasher.block_hashes, request.num_registered_blocks, num_full_blocks)
-        request.num_registered_blocks = num_full_blocks
+        self._kv.register(request.tables, hasher.block_hashes, new.start, new.stop)
+        request.num_registered_blocks = new.stop
+        return new
 
     def _max_pull_hit(self, request: Request) -> int:
         return self._max_shared(request, request.num_prompt_tokens)

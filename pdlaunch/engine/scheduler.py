@@ -2,7 +2,8 @@
 
 ``schedule -> run -> postprocess``. A step holds first the next token of every request that decodes, then chunks of prompts, in
 order of arrival. When blocks run out, the latest arrival gives its own back and computes its tokens again later. Requests of a
-decode engine wait without row and budget while their prompt's blocks are pulled.
+decode engine wait without row and budget while their prompt's blocks are pulled, those of any engine while blocks come from host
+memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is computed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from operator import attrgetter
 import msgspec
 
 from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.intake import Intake
 from pdlaunch.engine.kv_requests import LeaseBook, PullBook
 from pdlaunch.engine.request import Phase, Request
@@ -23,6 +25,8 @@ from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepBuilder
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import KVCacheManager
+from pdlaunch.offload.jobs import JobFinished
+from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, TokenOutput, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -79,7 +83,9 @@ class Scheduler:
         model_digest: str,
         kv_transfer: KVTransferSettings,
         local: tuple[str, str, int, int],
+        offload: OffloadPlanner | None = None,
     ) -> None:
+        assert offload is None or enable_prefix_caching
         self._kv = KVCacheManager(groups, num_blocks, block_size)
         self._blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
         self._intake = Intake(self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest)
@@ -88,6 +94,7 @@ class Scheduler:
         self._settings = kv_transfer
         self._leases = LeaseBook(self._kv, kv_transfer, local)
         self._pulls = PullBook(self._kv, kv_transfer)
+        self._host = HostLoads(self._kv, offload)
         self._builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self._requests: dict[str, Request] = {}
         # Both in order of arrival. Waiting are those in phase WAITING and READY.
@@ -97,6 +104,8 @@ class Scheduler:
         self._outputs: list[Tokens | RequestFinished] = []
         self._totals = EngineStats(num_blocks=num_blocks)
         self._may_progress = False
+        self._stalls = False
+        """Nothing could be computed before copies to host memory let go of their blocks."""
 
     # Requests come and go
 
@@ -144,6 +153,28 @@ class Scheduler:
             case PullDrained():
                 self._pulls.drained(event.pull_id)
 
+    def on_job_finished(self, report: JobFinished) -> None:
+        """Take what all TP ranks together report of a job in ``StepPlan.jobs``; exactly one report a job."""
+        self._may_progress = True
+        load = self._host.finish(report)
+        if load is None or load.request is None:
+            return
+        request = load.request
+        self._enqueue(request)
+        if not report.ok:
+            logger.warning("load of request %s from host memory failed: %s", request.request_id, report.error)
+            return
+        request.num_host_tokens = (load.hit.end - load.hit.device.end(0)) * self._block_size
+        num_loaded = load.hit.end * self._block_size
+        if request.wants_pull:
+            # The pull of what is left finds these blocks in the prefix cache.
+            request.num_computed = num_loaded
+            self._blocks.register(request)
+            self._give_back(request)
+        else:
+            request.phase = Phase.READY
+            self._begin(request, num_loaded)
+
     # A step
 
     def schedule(self) -> StepPlan:
@@ -153,8 +184,9 @@ class Scheduler:
         self._schedule_running(step)
         if not step.preempted:
             self._schedule_waiting(step)
+        self._stalls = bool(self._running) and not step.scheduled
         commands, self._commands = self._commands, []
-        return self._builder.build(step.scheduled, commands)
+        return self._builder.build(step.scheduled, commands, self._host.take_jobs())
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a step that has run; ``output`` is that of rank 0."""
@@ -165,7 +197,7 @@ class Scheduler:
             if request is None:
                 continue
             request.num_computed += item.num_tokens
-            self._blocks.register(request)
+            self._host.store(request, self._blocks.register(request))
             if token is not None:
                 self._take_token(request, token)
 
@@ -180,18 +212,18 @@ class Scheduler:
         self._kv.pool.forget_cached()
 
     def has_work(self) -> bool:
-        """Whether ``schedule`` has something to do now; False while all wait for a lease or a pull to end."""
-        return bool(self._running or self._commands or self._may_progress or self._builder.has_freed_rows)
+        """Whether ``schedule`` has something to do now; False while all wait for a lease, a pull or a copy to end."""
+        computes = self._running and not self._stalls
+        return bool(computes or self._commands or self._host.has_jobs or self._may_progress or self._builder.has_freed_rows)
 
     def stats(self) -> EngineStats:
         """Totals since the start, and what is there now."""
         pool = self._kv.pool
-        num_pulling = sum(request.phase is Phase.PULLING for request in self._requests.values())
         return msgspec.structs.replace(
-            self._totals,
+            self._host.add_to(self._totals),
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_waiting_for_kv=num_pulling,
+            num_waiting_for_kv=self._num_waiting_for_kv(),
             num_leased_requests=len(self._leases),
             num_free_blocks=pool.num_free_blocks,
             num_leased_blocks=pool.num_leased_blocks,
@@ -202,11 +234,13 @@ class Scheduler:
         """Prove that every block has the owner that the requests, leases and pulls say, and each request its place."""
         owned = [block_id for request in self._requests.values() for block_id in request.tables.all_ids()]
         self._kv.pool.check_integrity(
-            owned=[*owned, *self._pulls.shared_ids()],
+            owned=[*owned, *self._pulls.shared_ids(), *self._host.shared_ids()],
             leased=self._leases.all_ids(),
-            pulling=self._pulls.pulling_ids(),
+            held=self._host.held_ids(),
+            pulling=[*self._pulls.pulling_ids(), *self._host.loading_ids()],
             quarantined=self._pulls.quarantined_ids(),
         )
+        self._host.check_integrity()
         assert self._running == sorted(self._running, key=_by_arrival)
         assert self._waiting == sorted(self._waiting, key=_by_arrival)
         places = {
@@ -220,8 +254,10 @@ class Scheduler:
             assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
             assert request.num_computed <= request.tables.end * self._block_size
             assert request.row is None or self._builder.request_at(request.row) is request
-        num_pulling = sum(request.phase is Phase.PULLING for request in self._requests.values())
-        assert len(self._requests) == len(self._waiting) + len(self._running) + num_pulling
+        assert len(self._requests) == len(self._waiting) + len(self._running) + self._num_waiting_for_kv()
+
+    def _num_waiting_for_kv(self) -> int:
+        return sum(request.phase in (Phase.PULLING, Phase.LOADING) for request in self._requests.values())
 
     # Choosing
 
@@ -243,7 +279,7 @@ class Scheduler:
         num_tokens = min(request.num_remaining, step.budget)
         if request.num_computed + num_tokens > request.tables.end * self._block_size:
             while not (room := self._blocks.room(request)):
-                if self._preempt_latest(step) is request:
+                if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
             self._kv.extend(request.tables, request.num_computed + num_tokens)
@@ -270,6 +306,8 @@ class Scheduler:
                 return True
             if not self._blocks.has_room_for(request, hit, len(self._running)):
                 return False
+            if self._start_load(request):
+                return True
             self._kv.share(request.tables, hit)
             self._begin(request, request.tables.end * self._block_size)
         room = self._blocks.room(request)
@@ -284,6 +322,17 @@ class Scheduler:
         step.add(request, num_tokens)
         return True
 
+    def _start_load(self, request: Request) -> bool:
+        """Have blocks brought from host memory that the device lacks. False: it has none of them."""
+        hit = self._host.find(request, self._blocks.max_loadable(request))
+        if hit is None or not self._blocks.has_room_for(request, hit.device, len(self._running)):
+            return False
+        if not self._host.is_waited_for(hit):
+            self._host.start(request, hit)
+            self._waiting.remove(request)
+            request.phase = Phase.LOADING
+        return True
+
     def _start_pull(self, request: Request) -> bool:
         """Have the prompt's blocks brought here; those that are cached need not be. False: it lacks blocks."""
         if self._blocks.gains_from_sibling(request) and self._pulls.is_waited_for(request):
@@ -292,6 +341,8 @@ class Scheduler:
         hit = self._blocks.find_for_pull(request)
         if not self._blocks.has_room_for(request, hit, len(self._running)):
             return False
+        if self._start_load(request):
+            return True
         command = self._pulls.start(request, hit)
         if command is None:
             self._commands.append(self._pulls.tell_holder(request))
@@ -313,9 +364,10 @@ class Scheduler:
             insort(self._waiting, victim, key=_by_arrival)
         step.remove(victim)
         step.preempted = True
-        self._kv.free(victim.tables)
+        self._host.store(victim, range(victim.num_registered_blocks))
+        self._give_back(victim)
         victim.phase = Phase.WAITING
-        victim.num_computed = victim.num_registered_blocks = 0
+        victim.may_load = True
         self._totals.preemptions += 1
         self._may_progress = True
         return victim
@@ -337,9 +389,24 @@ class Scheduler:
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            self._totals.prompt_tokens += request.num_prompt_tokens
-            self._totals.cached_prompt_tokens += request.num_cached_tokens
-        self._blocks.register(request)
+            self._count_prompt(request, request.num_cached_tokens)
+        self._host.store(request, self._blocks.register(request))
+
+    def _count_prompt(self, request: Request, num_cached: int) -> None:
+        """Account for where the first ``num_cached`` tokens of a prompt came from."""
+        num_remote = min(request.num_remote_tokens, num_cached)
+        num_host = min(request.num_host_tokens, num_cached - num_remote)
+        totals = self._totals
+        totals.prompt_tokens += request.num_prompt_tokens
+        totals.cached_prompt_tokens += num_cached
+        totals.remote_hit_tokens += num_remote
+        totals.host_hit_tokens += num_host
+        totals.device_hit_tokens += num_cached - num_remote - num_host
+
+    def _give_back(self, request: Request) -> None:
+        """The request's blocks are the cache's; it begins anew."""
+        self._kv.free(request.tables)
+        request.num_computed = request.num_registered_blocks = 0
 
     def _become_ready(self, request: Request) -> None:
         request.phase = Phase.READY
@@ -357,6 +424,7 @@ class Scheduler:
             return
         self._enqueue(request)
         if event.ok:
+            request.num_remote_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
             self._become_ready(request)
             return
         logger.warning("pull of request %s failed: %s", request.request_id, event.error)
@@ -428,10 +496,12 @@ class Scheduler:
             self._builder.unseat(request)
         elif request.phase is Phase.PULLING:
             self._commands.append(self._pulls.cancel(request))
+        elif request.phase is Phase.LOADING:
+            self._host.cancel(request)
         else:
             del self._waiting[bisect_left(self._waiting, request.arrival, key=_by_arrival)]
-            if request.wants_pull:
-                self._commands.append(self._pulls.tell_holder(request))
+        if request.wants_pull and request.phase is not Phase.PULLING:
+            self._commands.append(self._pulls.tell_holder(request))
         self._kv.free(request.tables)
         request.phase = Phase.FINISHED
         self._may_progress = True

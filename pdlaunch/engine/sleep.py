@@ -285,6 +285,8 @@ def what_holds_blocks(stats: EngineStats) -> str:
         "leased": stats.num_leased_requests,
     }
     parts = [f"{count} requests {what}" for what, count in counts.items() if count]
+    if stats.num_offload_jobs:
+        parts.append(f"{stats.num_offload_jobs} copies between device and host")
     if stats.num_quarantined_blocks:
         parts.append(f"{stats.num_quarantined_blocks} KV blocks that an abandoned transfer may still write to")
     return ", ".join(parts)

@@ -6,6 +6,7 @@ Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
 
 from __future__ import annotations
 
+from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.protocol.wire import Codec, Message
@@ -61,8 +62,10 @@ class StepPlan(Message):
     new_tokens: list[RowTokens] = []
     new_blocks: list[NewBlocks] = []
     scheduled: list[ScheduledRow] = []
-    """Empty: nothing to compute, only commands."""
+    """Empty: nothing to compute, only commands or jobs."""
     commands: list[TransferCommand] = []
+    jobs: list[OffloadJob] = []
+    """Copies between device and host that begin before this step computes: stores of what earlier steps have computed."""
 
 
 class StepOutput(Message):
@@ -97,11 +100,12 @@ class Shutdown(Message):
 
 
 class StepDone(Message):
-    """A rank other than 0 has finished a step, or has transfer events to report (step_id -1)."""
+    """A rank other than 0 has finished a step, or has ends of transfers and offload jobs to report (step_id -1)."""
 
     tp_rank: int
     step_id: int
     events: list[TransferEvent] = []
+    jobs: list[JobFinished] = []
     error: str | None = None
     sleep: SleepReport | None = None
 

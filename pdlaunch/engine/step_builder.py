@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdlaunch.engine.request import Request
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.offload.jobs import OffloadJob
 from pdlaunch.protocol.transfer import TransferCommand
 
 
@@ -52,9 +53,15 @@ class StepBuilder:
         if self._shares_tokens:
             self._sampled.append(request)
 
-    def build(self, scheduled: dict[Request, int], commands: list[TransferCommand]) -> StepPlan:
+    def build(self, scheduled: dict[Request, int], commands: list[TransferCommand], jobs: list[OffloadJob]) -> StepPlan:
         """The plan in which each request computes its number of tokens."""
-        plan = StepPlan(step_id=self._step_id, freed_rows=self._freed_rows, new_tokens=self._new_tokens(), commands=commands)
+        plan = StepPlan(
+            step_id=self._step_id,
+            freed_rows=self._freed_rows,
+            new_tokens=self._new_tokens(),
+            commands=commands,
+            jobs=jobs,
+        )
         self._step_id += 1
         self._freed_rows = []
         for request, num_tokens in scheduled.items():

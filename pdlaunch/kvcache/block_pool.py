@@ -9,6 +9,9 @@
                                                 ├─ drop_pull ───▶ free
                                                 └─ quarantine ──▶ quarantined ─ drain ─▶ free
 
+A copy that reads a block holds it as well: ``hold`` beside its owners, ``unhold`` when it has ended; as long as it is held, the
+block is not free. Pulling means: a transfer writes to it, be it from another engine or from this host's memory.
+
 Cached blocks are free blocks whose content can still be found; the one unused for longest is reused first. Blocks know nothing of
 requests: their owners keep the ids and give each one back exactly once.
 """
@@ -29,6 +32,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_requests = [0] * num_blocks
         self._num_leases = [0] * num_blocks
+        self._num_holds = [0] * num_blocks
         self._num_leased_blocks = 0
         self._pulling: set[int] = set()
         self._quarantined: set[int] = set()
@@ -93,6 +97,26 @@ class BlockPool:
             self._num_leased_blocks -= self._num_leases[block_id] == 0
             self._free_if_unowned(block_id)
 
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """A copy reads these owned blocks: they keep their content until ``unhold``, whatever becomes of their owners."""
+        for block_id in block_ids:
+            assert not self._is_unowned(block_id)
+            self._num_holds[block_id] += 1
+
+    def unhold(self, block_ids: Iterable[int]) -> None:
+        """One copy that read these blocks has ended."""
+        for block_id in block_ids:
+            assert self._num_holds[block_id] > 0
+            self._num_holds[block_id] -= 1
+            self._free_if_unowned(block_id)
+
+    def has_only_held(self, block_ids: Iterable[int]) -> bool:
+        """Whether one of these blocks waits for nothing but the end of copies."""
+        return any(
+            self._num_holds[block_id] and not (self._num_requests[block_id] or self._num_leases[block_id])
+            for block_id in block_ids
+        )
+
     def finish_pull(self, block_ids: Iterable[int]) -> None:
         """The transfer succeeded: the blocks belong to one request."""
         for block_id in block_ids:
@@ -146,20 +170,25 @@ class BlockPool:
         *,
         owned: Iterable[int] = (),
         leased: Iterable[int] = (),
+        held: Iterable[int] = (),
         pulling: Iterable[int] = (),
         quarantined: Iterable[int] = (),
     ) -> None:
         """Prove that every block has exactly one kind of owner, that the owners agree, and that hashes lead to their blocks.
 
-        Given are the ids that all requests, leases and transfers hold, an id once for each holder. Raises AssertionError.
+        Given are the ids that all requests, leases, copies and transfers hold, an id once for each holder. Raises
+        AssertionError.
         """
-        num_requests, num_leases = [0] * self.num_blocks, [0] * self.num_blocks
+        num_requests, num_leases, num_holds = ([0] * self.num_blocks for _ in range(3))
         for block_id in owned:
             num_requests[block_id] += 1
         for block_id in leased:
             num_leases[block_id] += 1
+        for block_id in held:
+            num_holds[block_id] += 1
         assert num_requests == self._num_requests, "the requests' blocks are not those of the pool's counts"
         assert num_leases == self._num_leases, "the leases' blocks are not those of the pool's counts"
+        assert num_holds == self._num_holds, "the copies' blocks are not those of the pool's counts"
         assert sorted(pulling) == sorted(self._pulling), "the pulls' blocks are not those of the pool"
         assert sorted(quarantined) == sorted(self._quarantined), "the quarantined blocks are not those of the pool"
         self._check_partition()
@@ -197,7 +226,7 @@ class BlockPool:
         self._keys[block_id] = None
 
     def _is_unowned(self, block_id: int) -> bool:
-        return not (self._num_requests[block_id] or self._num_leases[block_id])
+        return not (self._num_requests[block_id] or self._num_leases[block_id] or self._num_holds[block_id])
 
     def _free_if_unowned(self, block_id: int) -> None:
         if not self._is_unowned(block_id):

@@ -74,6 +74,7 @@ class OffloadWorker:
         chunk_bytes = chunk_layout(groups, blocks_per_chunk).chunk_bytes
         self.num_chunks = _count_chunks(host_memory_bytes, chunk_bytes)
         """Every rank of an engine has as many; the tier gets the least of all."""
+        self.block_bytes = layout.block_bytes
         self._heads = heads
         self._blocks_per_chunk = blocks_per_chunk
         self._wake = wake
@@ -117,6 +118,10 @@ class OffloadWorker:
         """What a chunk's blocks were stored with, from its first filled slot on; None where there are none."""
         content = self._contents.get(chunk_id)
         return None if content is None else content.digests
+
+    def chunk(self, chunk_id: int) -> torch.Tensor:
+        """[chunk_bytes] uint8: a chunk's memory, ``block_bytes`` a block; not to be used but for tests."""
+        return self._host.chunk(chunk_id)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Let what is queued end, then unpin; memory stays pinned when that takes longer."""

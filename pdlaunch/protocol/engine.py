@@ -171,8 +171,17 @@ class EngineStats(Message):
     num_free_blocks: int = 0
     num_leased_blocks: int = 0
     num_quarantined_blocks: int = 0
+    num_host_blocks: int = 0
+    """Room of the host tier, in blocks of any group."""
+    num_used_host_blocks: int = 0
+    num_offload_jobs: int = 0
+    """Copies between device and host in flight."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    """The sum of the three that follow."""
+    device_hit_tokens: int = 0
+    host_hit_tokens: int = 0
+    remote_hit_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
     transfer_bytes: int = 0
@@ -184,6 +193,17 @@ class EngineStats(Message):
     leases_expired: int = 0
     late_reads: int = 0
     verification_failures: int = 0
+    offload_stores: int = 0
+    offload_stored_bytes: int = 0
+    offload_stored_seconds: float = 0.0
+    offload_store_failures: int = 0
+    offload_loads: int = 0
+    offload_loaded_bytes: int = 0
+    offload_loaded_seconds: float = 0.0
+    offload_load_failures: int = 0
+    offload_bad_blocks: int = 0
+    offload_evicted_blocks: int = 0
+    offload_refused_blocks: int = 0
 
 
 class IntegrityReport(Message):

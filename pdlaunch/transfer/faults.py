@@ -50,6 +50,8 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Share of the handshakes' READs that do."""
     lease_rate: float = 0.05
     """Share of the leases that end early."""
+    chunk_rate: float = 0.05
+    """Share of the blocks in host memory that go bad there."""
     slow_s: float = 0.3
     """Longest delay."""
     lost_s: float = 4.0
@@ -64,6 +66,11 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def of_probe(self, agent: str, index: int) -> tuple[Fault | None, random.Random]:
         """The same for the READs of handshakes."""
         return self._draw(f"probe/{agent}/{index}", self.probe_rate, _PROBE_FAULTS)
+
+    def of_chunk(self, index: int) -> random.Random | None:
+        """What the fault of a rank's ``index``-th block in host memory is drawn from; None: it is sound."""
+        source = random.Random(f"{self.seed}/chunk/{index}")
+        return source if source.random() < self.chunk_rate else None
 
     def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
         """Cut some of the leases short."""

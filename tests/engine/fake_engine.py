@@ -1,4 +1,4 @@
-"""A scheduler with fake ranks and a fake connector, and the checks that hold after every step."""
+"""A scheduler with fake ranks, a fake connector and fake host memory, and the checks that hold after every step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
+from pdlaunch.offload.planner import OffloadPlanner
+from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, TokenOutput, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -22,6 +25,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
 )
+from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, extend_chain
 
 FULL = KVCacheGroup((0,), None)
@@ -37,7 +41,7 @@ def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteK
 
 
 class FakeEngine:
-    """``step`` is the step loop; pulls and leases end when the test says so."""
+    """``step`` is the step loop; pulls, leases and offload jobs end when the test says so."""
 
     def __init__(
         self,
@@ -51,7 +55,9 @@ class FakeEngine:
         caching: bool = True,
         tp_size: int = 1,
         kv_transfer: KVTransferSettings | None = None,
+        num_chunks: int = 0,
     ) -> None:
+        """``num_chunks``: room of the host tier, which needs ``caching``; 0: there is none."""
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -66,8 +72,14 @@ class FakeEngine:
             model_digest="model",
             kv_transfer=kv_transfer or KVTransferSettings(),
             local=("local-engine", "127.0.0.1", 5, tp_size),
+            offload=OffloadPlanner(groups, block_size, HostTier(num_chunks, HeadSlice(0, 1))) if num_chunks else None,
         )
         self.runners = [FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0) for tp_rank in range(tp_size)]
+        self.host = [FakeHostMemory(runner) for runner in self.runners]
+        self.merger = JobMerger(tp_size)
+        self.jobs: dict[int, OffloadJob] = {}
+        self.loads: list[OffloadJob] = []
+        self.stores: list[OffloadJob] = []
         self.added: dict[str, AddRequest] = {}
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
@@ -95,6 +107,8 @@ class FakeEngine:
         self.scheduler.check_integrity()
         for command in plan.commands:
             self._on_command(command)
+        for job in plan.jobs:
+            self._begin_job(job)
         self._scribble()
         outputs = [runner.execute(plan) for runner in self.runners]
         self._scribble()
@@ -142,6 +156,32 @@ class FakeEngine:
         self.scheduler.on_transfer_event(PullDrained(pull_id=pull_id))
         self.scheduler.check_integrity()
 
+    def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
+        """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are found to be wrong."""
+        job = self.jobs.pop(job_id)
+        merged: JobFinished | None = None
+        for tp_rank, host in enumerate(self.host):
+            fails = not ok and tp_rank == job_id % len(self.host)
+            assert merged is None
+            merged = self.merger.add(host.end(job, ok=not fails, bad_chunk_ids=job.chunk_ids[:num_bad] if fails else []))
+        assert merged is not None
+        assert merged.ok == ok
+        self.scheduler.on_job_finished(merged)
+        self.scheduler.check_integrity()
+        self.take_outputs()
+
+    def end_jobs(self) -> None:
+        while self.jobs:
+            self.end_job(next(iter(self.jobs)))
+
+    def run_all(self) -> list[StepPlan]:
+        """Run until neither steps nor copies are left."""
+        plans = self.run()
+        while self.jobs:
+            self.end_jobs()
+            plans += self.run()
+        return plans
+
     def end_lease(self, request_id: str, reason: str = "pulled") -> None:
         del self.leases[request_id]
         self.scheduler.on_transfer_event(LeaseEnded(request_id=request_id, reason=reason))
@@ -165,6 +205,12 @@ class FakeEngine:
             case CancelPull():
                 # The pull may have ended while the command was on its way.
                 self.cancelled.add(command.pull_id)
+
+    def _begin_job(self, job: OffloadJob) -> None:
+        self.jobs[job.job_id] = job
+        (self.loads if job.direction == "load" else self.stores).append(job)
+        for host in self.host:
+            host.begin(job)
 
     def _check_granted(self, grant: GrantLease) -> None:
         """The leased blocks hold what the last prompt token sees."""
@@ -209,6 +255,9 @@ class FakeEngine:
                 for block_id in block_ids:
                     for runner in self.runners:
                         runner.memory[block_id] = [GARBAGE] * self.block_size
+        for job in self.jobs.values():
+            for host in self.host:
+                host.scribble(job)
 
     def _snapshot(self, grant: GrantLease) -> list[list[list[KV | None]]]:
         memory = self.runners[0].memory

@@ -1,4 +1,4 @@
-"""Any history of requests, aborts, steps and transfer events: no stale block is read, no block lost, each request ends once."""
+"""Any history of requests, aborts, steps, transfers and copies: no stale block is read, none lost, each request ends once."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         tp_size=st.sampled_from([1, 2]),
         attempts=st.integers(1, 3),
         on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
+        num_chunks=st.sampled_from([0, 3, 12, 100]),
     )
-    def start(self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, attempts, on_failure):
+    def start(self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, attempts, on_failure, num_chunks):
         self.kv_transfer = KVTransferSettings(pull_attempts=attempts, on_failure=on_failure)
         self.engine = FakeEngine(
             groups=groups,
@@ -64,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             caching=caching,
             tp_size=tp_size,
             kv_transfer=self.kv_transfer,
+            num_chunks=num_chunks if caching else 0,
         )
         self.aborted: set[str] = set()
 
@@ -130,6 +132,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             pull_id = choice.choice(list(self.engine.pulls))
             self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight", retryable=outcome != "fatal")
 
+    @rule(choice=st.randoms(use_true_random=False), outcome=st.sampled_from(["ok", "ok", "ok", "failed", "bad"]))
+    def end_job(self, choice, outcome):
+        if self.engine.jobs:
+            self.engine.end_job(choice.choice(list(self.engine.jobs)), ok=outcome == "ok", num_bad=outcome == "bad")
+
+    @rule()
+    def end_stores(self):
+        for job_id, job in list(self.engine.jobs.items()):
+            if job.direction == "store":
+                self.engine.end_job(job_id)
+
     @rule(choice=st.randoms(use_true_random=False))
     def drain(self, choice):
         if self.engine.quarantined:
@@ -154,7 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stats = self.engine.scheduler.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
         assert (stats.num_running, stats.num_waiting, stats.num_waiting_for_kv, stats.num_leased_requests) == (0, 0, 0, 0)
-        assert stats.num_leased_blocks == stats.num_quarantined_blocks == 0
+        assert stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
         assert not any(runner.rows for runner in self.engine.runners)
 
     def run_to_the_end(self):
@@ -162,7 +175,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         engine = self.engine
         for _ in range(1000):
             engine.run()
-            if engine.pulls:
+            if engine.jobs:
+                engine.end_job(next(iter(engine.jobs)))
+            elif engine.pulls:
                 engine.end_pull(next(iter(engine.pulls)))
             elif engine.quarantined:
                 engine.drain(next(iter(engine.quarantined)))
@@ -196,13 +211,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 <= finished.num_cached_tokens <= len(prompt)
 
 
+def machine_settings(max_examples: int) -> settings:
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=40,
+        deadline=None,
+        report_multiple_bugs=False,
+        # To shrink such a history takes minutes; the one that failed is printed as it is.
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    report_multiple_bugs=False,
-    # To shrink such a history takes minutes; the one that failed is printed as it is.
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestSchedulerMachine.settings = machine_settings(150)

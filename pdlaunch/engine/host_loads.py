@@ -1,0 +1,168 @@
+"""The host tier as the scheduler sees it: who waits for blocks from host memory, and which blocks copies hold.
+
+    load    find ─▶ start ─▶ in flight ─┬─ ok, and its request still waits ─▶ the request's
+                                        └─ failed, or nobody waits ─────────▶ free
+    store   full blocks ─▶ held by the copy ─▶ held no more
+
+Every rank executes the jobs (``offload/worker.py``); each ends in exactly one report here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from pdlaunch.engine.request import Request
+from pdlaunch.kvcache.manager import KVCacheManager
+from pdlaunch.offload.jobs import JobFinished, OffloadJob
+from pdlaunch.offload.planner import HostHit, OffloadPlanner
+from pdlaunch.protocol.engine import EngineStats
+
+
+@dataclass(slots=True)
+class Load:
+    """Blocks on their way from host memory."""
+
+    request: Request | None
+    """Who waits for it; None: nobody any more."""
+    hit: HostHit
+    """``request`` shares its device blocks meanwhile."""
+    block_ids: list[list[int]]
+    """By group: the destination, from the end of the device blocks on."""
+
+
+class HostLoads:
+    """Loads and stores in flight and what they own. ``planner`` None: there is no tier, nothing is found or stored."""
+
+    def __init__(self, kv: KVCacheManager, planner: OffloadPlanner | None) -> None:
+        self._kv = kv
+        self._planner = planner
+        self._loads: dict[int, Load] = {}
+        self._jobs: list[OffloadJob] = []
+
+    def find(self, request: Request, max_blocks: int) -> HostHit | None:
+        """The longest prefix of at most ``max_blocks`` blocks, when host memory has a part of it that the device lacks."""
+        if self._planner is None or not request.may_load:
+            return None
+        return self._planner.find(request.block_hasher.block_hashes, max_blocks, self._kv.pool.find)
+
+    def is_waited_for(self, hit: HostHit) -> bool:
+        """Another request waits for a part of it already, which will be in the prefix cache soon."""
+        wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
+        return any(
+            load.request is not None and not wanted.isdisjoint(chunk_ids)
+            for load in self._loads.values()
+            for chunk_ids in load.hit.chunk_ids
+        )
+
+    def start(self, request: Request, hit: HostHit) -> None:
+        """Share the hit's device blocks and load the others; the caller has looked for room."""
+        assert self._planner is not None
+        for cached in hit.device.block_ids:
+            self._kv.pool.share(cached)
+        counts = [hit.num_blocks_to_load(group) for group in range(len(hit.chunk_ids))]
+        block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
+        job = self._planner.begin_load(hit, block_ids, request.block_hasher.block_hashes)
+        self._loads[job.job_id] = Load(request, hit, block_ids)
+        request.load_id = job.job_id
+        self._jobs.append(job)
+
+    def cancel(self, request: Request) -> None:
+        """The waiting request has ended: its shared blocks are free, those of the load stay with it until it ends."""
+        assert request.load_id is not None
+        load = self._loads[request.load_id]
+        load.request = None
+        self._release_hit(load)
+
+    def store(self, request: Request, blocks: range) -> None:
+        """Copy these logical blocks out, as far as host memory lacks them; all their tokens are computed."""
+        if self._planner is None or not blocks:
+            return
+        hashes = request.block_hasher.block_hashes
+        for job in self._planner.begin_stores(request.tables, hashes, blocks.start, blocks.stop):
+            self._kv.pool.hold(job.block_ids)
+            self._jobs.append(job)
+
+    def finish(self, report: JobFinished) -> Load | None:
+        """Move a job's blocks to where they belong now; returns the load, if it was one. Unknown ids are ignored."""
+        job = None if self._planner is None else self._planner.finish(report)
+        if job is None:
+            return None
+        if job.direction == "store":
+            self._kv.pool.unhold(reversed(job.block_ids))
+            return None
+        load = self._loads.pop(job.job_id)
+        if report.ok and load.request is not None:
+            self._kv.adopt_pulled(load.request.tables, load.hit.device, load.block_ids)
+        else:
+            for block_ids in load.block_ids:
+                self._kv.pool.drop_pull(block_ids)
+        if load.request is not None:
+            load.request.load_id = None
+            load.request.may_load = False
+            if not report.ok:
+                self._release_hit(load)
+        return load
+
+    @property
+    def has_jobs(self) -> bool:
+        """``take_jobs`` has something."""
+        return bool(self._jobs)
+
+    def take_jobs(self) -> list[OffloadJob]:
+        """Jobs that the ranks have not heard of, in the order in which they must begin."""
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def frees_blocks_soon(self) -> bool:
+        """Blocks wait for nothing but the end of copies: better than to take them from a request."""
+        return self._kv.pool.has_only_held(self.held_ids())
+
+    def shared_ids(self) -> Iterator[int]:
+        """What waiting requests own."""
+        for load in self._loads.values():
+            if load.request is not None:
+                for block_ids in load.hit.device.block_ids:
+                    yield from block_ids
+
+    def loading_ids(self) -> Iterator[int]:
+        """What loads may write to."""
+        return iter(()) if self._planner is None else self._planner.block_ids_in_flight("load")
+
+    def held_ids(self) -> Iterator[int]:
+        """What stores read."""
+        return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
+
+    def add_to(self, stats: EngineStats) -> EngineStats:
+        """``stats`` with what is known of the tier."""
+        if self._planner is None:
+            return stats
+        totals = self._planner.stats()
+        return msgspec.structs.replace(
+            stats,
+            num_host_blocks=totals.num_chunks,
+            num_used_host_blocks=totals.num_used_chunks,
+            num_offload_jobs=self._planner.num_jobs,
+            offload_stores=totals.stores,
+            offload_stored_bytes=totals.stored_bytes,
+            offload_stored_seconds=totals.stored_seconds,
+            offload_store_failures=totals.failed_stores,
+            offload_loads=totals.loads,
+            offload_loaded_bytes=totals.loaded_bytes,
+            offload_loaded_seconds=totals.loaded_seconds,
+            offload_load_failures=totals.failed_loads,
+            offload_bad_blocks=totals.bad_chunks,
+            offload_evicted_blocks=totals.evicted_chunks,
+            offload_refused_blocks=totals.refused_chunks,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that the tier's books are those of the jobs. Raises AssertionError."""
+        if self._planner is not None:
+            self._planner.check_integrity()
+
+    def _release_hit(self, load: Load) -> None:
+        for block_ids in load.hit.device.block_ids:
+            self._kv.pool.release(reversed(block_ids))

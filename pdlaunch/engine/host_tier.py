@@ -1,0 +1,45 @@
+"""What a rank needs for the host tier: memory and copies on every rank, the books of it on rank 0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.offload.faulty_worker import FaultyOffloadWorker
+from pdlaunch.offload.host_memory import Progress
+from pdlaunch.offload.planner import OffloadPlanner
+from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
+from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
+from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.transfer.faults import read_fault_plan
+
+
+def new_offload_worker(
+    spec: EngineSpec, runner: ModelRunner, *, progress: Progress, wake: Callable[[], None]
+) -> OffloadWorker | None:
+    """Take the rank's host memory; None without ``kv_offload``. Raises ConfigError when it cannot be had."""
+    if not spec.kv_offload.host_memory:
+        return None
+    faults = read_fault_plan(os.environ)
+    make_worker = OffloadWorker if faults is None else partial(FaultyOffloadWorker, faults.of_chunk)
+    first = runner.first_kv_head
+    return make_worker(
+        kv_cache=runner.kv_cache,
+        layout=runner.layout,
+        heads=HeadSlice(first, first + runner.layout.num_kv_heads),
+        host_memory_bytes=spec.kv_offload.host_memory,
+        progress=progress,
+        wake=wake,
+    )
+
+
+def new_offload_planner(spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None) -> OffloadPlanner | None:
+    """The books of an engine whose ranks have such workers; empty, as host memory is after a start."""
+    if worker is None:
+        return None
+    policy: EvictionPolicy[ChunkKey] = LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
+    tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
+    return OffloadPlanner(runner.layout.groups, spec.block_size, tier)

@@ -1,0 +1,49 @@
+"""Host memory of a fake rank; copies end when the test says so, and the blocks they read must not change meanwhile."""
+
+from __future__ import annotations
+
+from pdlaunch.offload.jobs import JobFinished, OffloadJob
+from tests.engine.fake_runner import KV, FakeRunner
+
+BLOCK_BYTES = 100
+GARBAGE: KV = (-2, -2)
+
+
+class FakeHostMemory:
+    """What one rank has stored, one block a chunk."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.runner = runner
+        self.chunks: dict[int, tuple[bytes, list[KV | None]]] = {}
+        self.sources: dict[int, list[list[KV | None]]] = {}
+
+    def begin(self, job: OffloadJob) -> None:
+        assert len(job.block_ids) == len(job.chunk_ids) == len(job.chunk_hashes) == sum(job.group_sizes)
+        if job.direction == "store":
+            self.sources[job.job_id] = self._read(job)
+            assert all(None not in block for block in self.sources[job.job_id]), "a block was stored before it was computed"
+            for chunk_id in job.chunk_ids:
+                self.chunks.pop(chunk_id, None)
+        else:
+            assert [self.chunks[chunk_id][0] for chunk_id in job.chunk_ids] == job.chunk_hashes
+
+    def scribble(self, job: OffloadJob) -> None:
+        """A load in flight may write anything to its destination."""
+        if job.direction == "load":
+            for block_id in job.block_ids:
+                self.runner.memory[block_id] = [GARBAGE] * self.runner.block_size
+
+    def end(self, job: OffloadJob, *, ok: bool, bad_chunk_ids: list[int]) -> JobFinished:
+        num_bytes = len(job.block_ids) * BLOCK_BYTES if ok else 0
+        if job.direction == "store":
+            source = self.sources.pop(job.job_id)
+            assert self._read(job) == source, "a block was overwritten while it was stored"
+            if ok:
+                self.chunks |= dict(zip(job.chunk_ids, zip(job.chunk_hashes, source, strict=True), strict=True))
+        elif ok:
+            for block_id, chunk_id in zip(job.block_ids, job.chunk_ids, strict=True):
+                self.runner.memory[block_id] = list(self.chunks[chunk_id][1])
+        return JobFinished(job.job_id, ok, "" if ok else "broken", bad_chunk_ids, num_bytes, 0.01)
+
+    def _read(self, job: OffloadJob) -> list[list[KV | None]]:
+        return [list(self.runner.memory[block_id]) for block_id in job.block_ids]
