@@ -139,12 +139,6 @@ class OffloadPlanner:
         self._totals = self._totals.with_job(job.direction, report)
         return job
 
-    def count_lookup(self, *, prefix_blocks: int, device_hit_blocks: int, host_hit_blocks: int) -> None:
-        """Count what one admitted request has found of ``prefix_blocks`` logical blocks of its first group."""
-        self._totals = self._totals.with_lookup(
-            prefix_blocks=prefix_blocks, device_hit_blocks=device_hit_blocks, host_hit_blocks=host_hit_blocks
-        )
-
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
         """Device blocks of all jobs of a direction; one that is stored twice stands twice."""
         for job in self._jobs.values():

@@ -28,10 +28,6 @@ class OffloadStats:
     evicted_chunks: int = 0
     refused_chunks: int = 0
     """Not stored: every chunk was in flight."""
-    prefix_blocks: int = 0
-    """Blocks that admitted requests could have found."""
-    device_hit_blocks: int = 0
-    host_hit_blocks: int = 0
 
     def with_job(self, direction: Direction, report: JobFinished) -> OffloadStats:
         """These totals with one more job."""
@@ -50,13 +46,4 @@ class OffloadStats:
             loads=self.loads + 1,
             failed_loads=self.failed_loads + (not report.ok),
             bad_chunks=self.bad_chunks + len(report.failed_chunk_ids),
-        )
-
-    def with_lookup(self, *, prefix_blocks: int, device_hit_blocks: int, host_hit_blocks: int) -> OffloadStats:
-        """These totals with the lookup of one request."""
-        return replace(
-            self,
-            prefix_blocks=self.prefix_blocks + prefix_blocks,
-            device_hit_blocks=self.device_hit_blocks + device_hit_blocks,
-            host_hit_blocks=self.host_hit_blocks + host_hit_blocks,
         )

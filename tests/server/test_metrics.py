@@ -48,3 +48,15 @@ async def test_the_rank_s_totals_are_shown(engine: Engine, rank: FakeRank):
     assert found["pdlaunch_kv_transfer_bytes_total"] == 1000
     assert found["pdlaunch_kv_transfers_total"] == 3
     assert found["pdlaunch_num_preemptions_total"] == 1
+
+
+async def test_the_host_tier_is_shown(engine: Engine, rank: FakeRank):
+    await rank.stats(
+        num_host_blocks=200, num_used_host_blocks=50, host_hit_tokens=32, offload_loaded_bytes=9, offload_bad_blocks=1
+    )
+    await engine.complete(max_tokens=1)
+    found = await scrape(engine)
+    assert found["pdlaunch_kv_offload_usage_perc"] == 0.25
+    assert found["pdlaunch_prefix_cache_host_hits_total"] == 32
+    assert found["pdlaunch_kv_offload_loaded_bytes_total"] == 9
+    assert found["pdlaunch_kv_offload_bad_blocks_total"] == 1
