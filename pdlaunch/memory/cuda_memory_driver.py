@@ -5,13 +5,15 @@ Source: the CUDA driver API's chapter on virtual memory management.
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.memory.driver import DriverRefused, Handle, HandleKind, OutOfDeviceMemory
+from pdlaunch.memory.host_pages import address_of, map_pages, touch_pages
 
-_READ_WRITE_HOST = 0
-"""No flag of cuMemHostAlloc: page-locked, for this context."""
+_FOR_THIS_CONTEXT = 0
+"""No flag of cuMemHostRegister."""
 
 
 class CudaMemoryDriver:
@@ -66,17 +68,24 @@ class CudaMemoryDriver:
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
 
-    def allocate_host(self, num_bytes: int) -> Any:
-        return self._call("cuMemHostAlloc", num_bytes, _READ_WRITE_HOST)
+    def allocate_host(self, num_bytes: int) -> mmap.mmap:
+        try:
+            memory = map_pages(num_bytes)
+        except OSError as error:
+            raise DriverRefused(f"mmap of {num_bytes} bytes: {error}") from error
+        touch_pages(memory)
+        self._call("cuMemHostRegister", address_of(memory), num_bytes, _FOR_THIS_CONTEXT)
+        return memory
 
-    def free_host(self, buffer: Any) -> None:
-        self._call("cuMemFreeHost", buffer)
+    def free_host(self, buffer: mmap.mmap) -> None:
+        self._call("cuMemHostUnregister", address_of(buffer))
+        buffer.close()
 
-    def copy_to_host(self, buffer: Any, address: int, num_bytes: int) -> None:
-        self._call("cuMemcpyDtoHAsync", buffer, address, num_bytes, 0)
+    def copy_to_host(self, buffer: mmap.mmap, address: int, num_bytes: int) -> None:
+        self._call("cuMemcpyDtoHAsync", address_of(buffer), address, num_bytes, 0)
 
-    def copy_to_device(self, address: int, buffer: Any, num_bytes: int) -> None:
-        self._call("cuMemcpyHtoDAsync", address, buffer, num_bytes, 0)
+    def copy_to_device(self, address: int, buffer: mmap.mmap, num_bytes: int) -> None:
+        self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def _choose_handle_kind(self) -> None:
         """A page of memory tells whether fabric handles are permitted: that the device knows them is not enough."""

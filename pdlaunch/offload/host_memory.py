@@ -6,23 +6,20 @@ the driver's allocator took 0.37 s and scattered copies of 4 KiB were slower (44
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.memory.host_pages import map_pages, touch_pages
 from pdlaunch.offload.spec import IntArray
 from pdlaunch.platform.limits import memory_bytes
 
 Progress = Callable[[str, float | None], None]
 
 PIECE_BYTES = 1024**3
-_TOUCH_THREADS = 8
-_PAGE_BYTES = 4096
 
 
 class HostMemory:
@@ -81,20 +78,16 @@ class HostMemory:
 
     def _allocate_piece(self, num_bytes: int, pin: bool) -> torch.Tensor:
         try:
-            region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            region = map_pages(num_bytes)
         except OSError as error:
             raise self._refusal(f"allocating {num_bytes} bytes failed: {error}") from error
-        with contextlib.suppress(OSError):  # A kernel without huge pages: only slower.
-            region.madvise(mmap.MADV_HUGEPAGE)
         piece = torch.frombuffer(region, dtype=torch.uint8)
         if pin:
-            self._pin(piece)
+            self._pin(region, piece)
         return piece
 
-    def _pin(self, piece: torch.Tensor) -> None:
-        # Registering would fault the pages in one after another, on one core.
-        with ThreadPoolExecutor(_TOUCH_THREADS, thread_name_prefix="pin") as pool:
-            list(pool.map(_touch, piece.tensor_split(_TOUCH_THREADS)))
+    def _pin(self, region: mmap.mmap, piece: torch.Tensor) -> None:
+        touch_pages(region)
         code = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)  # type: ignore[no-untyped-call]
         if int(code) != 0:
             raise self._refusal(f"pinning {piece.numel()} bytes failed with CUDA error {int(code)}")
@@ -108,10 +101,6 @@ class HostMemory:
             value=num_bytes,
             fix="Give it less memory.",
         )
-
-
-def _touch(memory: torch.Tensor) -> None:
-    memory.numpy()[::_PAGE_BYTES] = 0
 
 
 def _check_fits(num_bytes: int) -> None:

@@ -1,0 +1,44 @@
+"""Large host memory that is about to be page-locked: in huge pages, which several threads have put there.
+
+Locking faults pages in one after another, on one core: 1.4 to 2.7 GiB/s on an H200's host for memory of the driver's own
+allocator, about 10 GiB/s for memory from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+NUM_THREADS = 8
+THREAD_BYTES = 8 * 1024**2
+"""Less is not worth a thread."""
+
+_SMALL_PAGE_BYTES = 4096
+
+
+def map_pages(num_bytes: int) -> mmap.mmap:
+    """Anonymous memory of this process, not there yet. Raises OSError."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # A kernel without huge pages: only slower.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def touch_pages(memory: mmap.mmap) -> None:
+    """Put all pages there. The first byte of each is set to 0."""
+    pages = np.frombuffer(memory, dtype=np.uint8)[::_SMALL_PAGE_BYTES]
+    num_parts = min(NUM_THREADS, -(-len(memory) // THREAD_BYTES))
+    with ThreadPoolExecutor(num_parts, thread_name_prefix="touch") as pool:
+        list(pool.map(_clear, np.array_split(pages, num_parts)))
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Of the first byte; good while ``memory`` lives."""
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
+
+
+def _clear(pages: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    pages[:] = 0
