@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
-import msgspec
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
-from pdlaunch.client.bench_serve import BenchOptions, bench_serve
-from pdlaunch.client.deployment import running_deployment
+from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table, read_numbers, read_sizes
+from pdlaunch.cli.bench_serve import serve
 from pdlaunch.config.aliases import resolve_model
-from pdlaunch.errors import PdlaunchError
+from pdlaunch.config.sizes import format_size
+from pdlaunch.errors import ConfigError
+
+STDERR = 2
+"""File descriptor."""
 
 app = typer.Typer(no_args_is_help=True)
+app.command("serve")(serve)
 
 
-class Format(StrEnum):
-    """How the figures are printed."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-_SERVE_HEADINGS = {
-    "concurrency": "at once",
-    "num_requests": "reqs",
-    "num_errors": "errs",
-    "ttft_ms_median": "TTFT ms",
-    "ttft_ms_p99": "p99",
-    "itl_ms_median": "ITL ms",
-    "itl_ms_p99": "p99",
-    "tpot_ms_median": "TPOT ms",
-    "output_tokens_per_s": "tokens/s",
-}
 _TRANSFER_HEADINGS = {
     "connector": "connector",
     "tp_pair": "TP",
@@ -62,47 +41,41 @@ _STEP_HEADINGS = {
     "bare_ms": "bare ms",
     "engine_ms": "engine ms",
     "ratio": "ratio",
+    "floor_ms": "memory floor ms",
+    "floor_ratio": "engine/floor",
 }
-FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
+_OFFLOAD_HEADINGS = {
+    "block": "block",
+    "load_method": "H2D by",
+    "store_method": "D2H by",
+    "h2d_gb_per_s": "H2D\nGB/s",
+    "d2h_gb_per_s": "D2H\nGB/s",
+    "both_gb_per_s": "both\nGB/s",
+    "handler_both_gb_per_s": "handler,\nboth GB/s",
+    "decode_slowdown_share": "decode\nslower by",
+}
 
 
-@app.command("serve")
-@with_serve_flags
-def serve(
-    config: ConfigArgument = None,
-    url: Annotated[str | None, typer.Option(help="A running deployment; without it one is started.")] = None,
-    input_tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 128,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Output length.")] = 32,
-    concurrency: Annotated[str, typer.Option(help="Requests at a time, one or several: 1,4,16.")] = "1,4,16",
-    num_requests: Annotated[int | None, typer.Option(min=1, help="For each concurrency [four rounds, at least 8].")] = None,
-    max_token_id: Annotated[int, typer.Option(min=101, help="Prompts are random token ids from 100 up to this.")] = 30_000,
-    seed: Annotated[int | None, typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches.")] = None,
-    output: FormatOption = Format.TABLE,
-    *,
-    flags: dict[str, object],
-) -> None:
-    """Time to first token, inter-token latency and throughput of a deployment, as its clients see them."""
-    console = Console(stderr=True)
-    try:
-        with _target(url, [str(config)] if config else [], flags) as (target, start_s):
-            options = BenchOptions(
-                url=target,
-                api_key=str(flags["api_key"]) if "api_key" in flags else os.environ.get("PDLAUNCH_API_KEY"),
-                input_tokens=input_tokens,
-                output_tokens=output_tokens,
-                num_requests=num_requests,
-                max_token_id=max_token_id,
-                seed=seed,
-            )
-            rows = asyncio.run(bench_serve(options, _numbers(concurrency)))
-    except PdlaunchError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-    if output is Format.TABLE and start_s is not None:
-        Console().print(f"command to healthy: {start_s:.1f} s")
-    _print([msgspec.to_builtins(row) for row in rows], output, _SERVE_HEADINGS)
-    if any(row.num_errors for row in rows):
-        raise typer.Exit(1)
+class Device(StrEnum):
+    """Where it is measured."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Precision(StrEnum):
+    """Of weights and KV cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Weights(StrEnum):
+    """Where weights come from."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
 
 
 @app.command("step")
@@ -110,34 +83,61 @@ def step(
     model: Annotated[str, typer.Option(help="Alias or directory in Hugging Face layout.")] = "smollm2",
     batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, one or several.")] = "1,16",
     context_tokens: Annotated[int, typer.Option(min=1, help="Tokens each row has before the step.")] = 144,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt of the prefill rows.")] = 128,
+    prefill_tokens: Annotated[str, typer.Option(help="Prompt lengths of the prefill rows, one or several.")] = "128",
     num_steps: Annotated[int, typer.Option(min=1, help="Steps measured; the median is shown.")] = 20,
-    dtype: Annotated[str, typer.Option(help="Precision.")] = "float32",
+    dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    load_format: Annotated[str, typer.Option(help="`dummy` makes weights up; only config.json is needed.")] = "auto",
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
+    load_format: Annotated[Weights, typer.Option(help="`dummy` makes weights up; only config.json is needed.")] = Weights.AUTO,
     enforce_eager: Annotated[bool, typer.Option(help="On a GPU, decode without CUDA graphs.")] = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """The engine's step beside the same model run by transformers alone."""
+    """The engine's step beside the same model run by transformers alone, and the floor that memory sets."""
     arguments = {
-        "model_dir": str(resolve_model(model).cache_dir),
-        "batch_sizes": _numbers(batch_sizes),
+        "model_dir": _model_dir(model),
+        "batch_sizes": read_numbers(batch_sizes),
         "context_tokens": context_tokens,
         "num_steps": num_steps,
-        "prefill_tokens": prefill_tokens,
+        "prefill_tokens": read_numbers(prefill_tokens),
         "dtype": dtype,
         "num_threads": num_threads,
+        "block_size": block_size,
         "device": device,
         "load_format": load_format,
         "enforce_eager": enforce_eager,
     }
-    # torch stays out of this process, and its thread pools start with the wanted size.
-    command = [sys.executable, "-m", "pdlaunch.engine.bench_step", json.dumps(arguments)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": str(num_threads)}, check=False)
-    if result.returncode != 0:
-        raise typer.Exit(1)
-    _print(json.loads(result.stdout), output, _STEP_HEADINGS)
+    # Thread pools start with the wanted size.
+    rows = _measure("pdlaunch.engine.bench_step", arguments, {"OMP_NUM_THREADS": str(num_threads)})
+    _print(rows, output, _STEP_HEADINGS)
+    if output is Format.TABLE:
+        typer.echo(f"memory floor: bytes that a step must move, at the {rows[0]['memory_gb_per_s']:g} GB/s measured in this run")
+
+
+@app.command("offload")
+def offload(
+    block_sizes: Annotated[str, typer.Option(help="Bytes of a KV block, one or several; multiples of 4KiB.")] = (
+        "4KiB,16KiB,64KiB,256KiB,1MiB"
+    ),
+    memory: Annotated[
+        str | None, typer.Option(help="Copied in each direction [1GiB; 32MiB on a CPU]; host memory takes twice as much.")
+    ] = None,
+    device: Annotated[Device | None, typer.Option(help="Where the KV cache lies [cuda if there is one].")] = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Copies of scattered blocks between device and host memory, beside one copy of everything in the same run."""
+    arguments: dict[str, object] = {"block_sizes": read_sizes(block_sizes)}
+    if memory is not None:
+        arguments["num_bytes"] = read_sizes(memory)[0]
+    if device is not None:
+        arguments["device"] = device
+    report = _measure("pdlaunch.offload.bench", arguments)
+    if output is Format.JSON:
+        print_json(report)
+        return
+    limit = dict.fromkeys(_OFFLOAD_HEADINGS) | report["limit"] | {"block": "one copy"}
+    print_table([*({"block": format_size(row["block_bytes"])} | row for row in report["rows"]), limit], _OFFLOAD_HEADINGS)
+    typer.echo(f"{report['device']}, {format_size(report['num_bytes'])} in each direction")
 
 
 @app.command("transfer")
@@ -158,8 +158,8 @@ def transfer(
     """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
     arguments = {
         "connectors": connectors.split(","),
-        "tp_pairs": [_numbers(pair.replace("x", ",")) for pair in tp_pairs.split(",")],
-        "num_blocks": _numbers(num_blocks),
+        "tp_pairs": [read_numbers(pair.replace("x", ",")) for pair in tp_pairs.split(",")],
+        "num_blocks": read_numbers(num_blocks),
         "num_repeats": num_repeats,
         "num_layers": num_layers,
         "num_kv_heads": num_kv_heads,
@@ -169,52 +169,38 @@ def transfer(
         "device": device,
         "mooncake_protocol": mooncake_protocol,
     }
-    command = [sys.executable, "-m", "pdlaunch.transfer.bench_transfer", json.dumps(arguments)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    _print(_measure("pdlaunch.transfer.bench_transfer", arguments), output, _TRANSFER_HEADINGS)
+
+
+def _model_dir(model: str) -> str:
+    """Of a model that is converted first if it has to be."""
+    try:
+        resolved = resolve_model(model)
+    except ConfigError as error:
+        print_errors([error])
+        raise typer.Exit(2) from None
+    if not resolved.ready:
+        command = [sys.executable, "-m", "pdlaunch.models.convert", model]
+        # What it says is not what was measured.
+        if subprocess.run(command, stdout=STDERR, check=False).returncode:
+            raise typer.Exit(1)
+    return str(resolved.cache_dir)
+
+
+def _measure(module: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
+    """What ``python -m module JSON`` prints: torch stays out of this process. Its errors are on stderr."""
+    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of its own.
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, env=os.environ | (environ or {}), check=False, start_new_session=True
+    )
     if result.returncode != 0:
         raise typer.Exit(1)
-    _print(json.loads(result.stdout), output, _TRANSFER_HEADINGS)
+    return json.loads(result.stdout)
 
 
-@contextlib.contextmanager
-def _target(url: str | None, config: list[str], flags: dict[str, object]) -> Iterator[tuple[str, float | None]]:
-    """The deployment to measure, and how long it took to start when it is ours."""
-    if url is not None:
-        yield url, None
-        return
-    arguments, environ = to_command_line(flags)
-    with running_deployment([*config, *arguments], environ=os.environ | environ) as deployment:
-        yield deployment.url, deployment.start_s
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
-    return numbers
-
-
-def _print(rows: Sequence[dict[str, Any]], output: Format, headings: Mapping[str, str]) -> None:
-    """``headings``: the columns of the table by field; JSON has every field."""
+def _print(rows: list[dict[str, Any]], output: Format, headings: dict[str, str]) -> None:
     if output is Format.JSON:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(rows)).decode() + "\n")
-        return
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in headings.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_short(row[field]) for field in headings))
-    Console().print(table)
-    for row in rows:
-        for error in row.get("errors", []):
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False)
-
-
-def _short(value: object) -> str:
-    """Numbers to three digits or more: 0.95, 53.1, 4330."""
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+        print_json(rows)
+    else:
+        print_table(rows, headings)

@@ -1,7 +1,7 @@
 """Time the engine's step beside the same model in bare transformers (``pdlaunch bench step``).
 
 Both run in this process, one after the other, with the same threads. KV caches are filled with random numbers: what a step costs
-does not depend on them.
+does not depend on them. Beside them stands the memory floor of the same run (``memory_floor``).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
+from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
+from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.engine import SamplingParams
 
@@ -39,10 +41,19 @@ class StepTiming:
     """Tokens computed by a prefill step; context of a decode step at its start."""
     bare_s: float
     engine_s: float
+    num_bytes: int
+    """That the step must move through memory."""
+    memory_bytes_per_s: float
+    """Of a plain copy or read on this device, before the model was loaded."""
 
     @property
     def ratio(self) -> float:
         return self.engine_s / self.bare_s
+
+    @property
+    def floor_s(self) -> float:
+        """No step that reads its weights and KV cache from memory can be faster."""
+        return self.num_bytes / self.memory_bytes_per_s
 
 
 def bench_step(
@@ -58,14 +69,19 @@ def bench_step(
     device: Literal["cpu", "cuda"] = "cpu",
     load_format: LoadFormat = "auto",
     enforce_eager: bool = False,
+    buffer_bytes: int | None = None,
 ) -> list[StepTiming]:
     """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
-    ``load_format`` dummy needs only config.json. Raises ConfigError as ``ModelRunner`` does.
+    ``load_format`` dummy needs only config.json. ``buffer_bytes``: with which the speed of memory is measured, by default more
+    than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is longer than
+    the model's.
     """
     shape = read_model_shape(model_dir)
     torch.set_num_threads(num_threads)
     lengths = [prefill_tokens] if isinstance(prefill_tokens, int) else prefill_tokens
+    _check(shape, device, max(*lengths, context_tokens + NUM_WARM_UPS + num_steps))
+    memory_rate = measure_memory_rate(torch.device(device), buffer_bytes)
     bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
     bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     bare_decode_s = [bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
@@ -78,14 +94,34 @@ def bench_step(
     engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     engine_decode_s = [engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
     decode = [
-        StepTiming("decode", batch_size, context_tokens, bare_s, engine_s)
+        StepTiming(
+            "decode",
+            batch_size,
+            context_tokens,
+            bare_s,
+            engine_s,
+            decode_bytes(shape, dtype, batch_size=batch_size, context_tokens=context_tokens),
+            memory_rate,
+        )
         for batch_size, bare_s, engine_s in zip(batch_sizes, bare_decode_s, engine_decode_s, strict=True)
     ]
     prefill = [
-        StepTiming("prefill", 1, num_tokens, bare_s, engine_s)
+        StepTiming("prefill", 1, num_tokens, bare_s, engine_s, prefill_bytes(shape, dtype, num_tokens=num_tokens), memory_rate)
         for num_tokens, bare_s, engine_s in zip(lengths, bare_prefill_s, engine_prefill_s, strict=True)
     ]
     return [*prefill, *decode]
+
+
+def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
+    if num_tokens > shape.max_position_embeddings:
+        raise ConfigError(
+            f"the steps reach {num_tokens} tokens, but the model takes {shape.max_position_embeddings} (max_position_embeddings)",
+            field="context_tokens",
+            value=num_tokens,
+            fix="Take fewer --context-tokens, --prefill-tokens or --num-steps.",
+        )
 
 
 class _BareModel:
@@ -242,19 +278,26 @@ def _median_s(step: Callable[[], object], num_steps: int) -> float:
 
 def main() -> None:
     """``python -m pdlaunch.engine.bench_step JSON``: the arguments of ``bench_step`` as an object; prints its rows as JSON."""
-    arguments = json.loads(sys.argv[1])
-    rows = [
-        {
-            "kind": row.kind,
-            "batch_size": row.batch_size,
-            "num_tokens": row.num_tokens,
-            "bare_ms": round(row.bare_s * 1000, 2),
-            "engine_ms": round(row.engine_s * 1000, 2),
-            "ratio": round(row.ratio, 3),
-        }
-        for row in bench_step(**arguments)
-    ]
-    sys.stdout.write(json.dumps(rows) + "\n")
+    try:
+        timings = bench_step(**json.loads(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}" + (f"\nfix: {error.fix}" if error.fix else ""))
+    sys.stdout.write(json.dumps([_row(timing) for timing in timings]) + "\n")
+
+
+def _row(timing: StepTiming) -> dict[str, object]:
+    return {
+        "kind": timing.kind,
+        "batch_size": timing.batch_size,
+        "num_tokens": timing.num_tokens,
+        "bare_ms": round(timing.bare_s * 1000, 2),
+        "engine_ms": round(timing.engine_s * 1000, 2),
+        "ratio": round(timing.ratio, 3),
+        "floor_ms": round(timing.floor_s * 1000, 3),
+        "floor_ratio": round(timing.engine_s / timing.floor_s, 3),
+        "moved_megabytes": round(timing.num_bytes / 1e6, 3),
+        "memory_gb_per_s": round(timing.memory_bytes_per_s / 1e9, 2),
+    }
 
 
 if __name__ == "__main__":

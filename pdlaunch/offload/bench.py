@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import threading
-import time
+import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
-import numpy as np
 import torch
 
-from pdlaunch.errors import TransferError
-from pdlaunch.offload.copies import Pages
+from pdlaunch.errors import ConfigError
+from pdlaunch.offload.bench_traffic import DecodeLikeStep, Traffic
 from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
-from pdlaunch.offload.handler import OffloadHandler
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.measure import CudaTrial, HostTrial, Trial
 from pdlaunch.offload.method_choice import Candidates, MethodTable, PairRates, cuda_candidates, measure_pairs, pick_pair
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction, IntArray, TransferSpec
+from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
-DEFAULT_BYTES = 1024**3
+DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
+"""By kind of device: enough to measure, seconds to wait."""
 
 _JOBS_PER_DIRECTION = 4
 _ROUNDS_BESIDE_DECODE = 8
@@ -80,15 +79,18 @@ def bench_offload(
     *,
     block_sizes: Sequence[int] = BLOCK_SIZES,
     device: str | None = None,
-    num_bytes: int = DEFAULT_BYTES,
+    num_bytes: int | None = None,
     progress: Progress = lambda _text, _share: None,
 ) -> OffloadReport:
     """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is one, unless given.
 
     Block sizes are multiples of 4 KiB. Takes host memory of twice ``num_bytes``, and two to three seconds a block size on a GPU.
+    Raises ConfigError for sizes that cannot be measured and for a device that is not there.
     """
-    assert all(size % CHUNK_ALIGNMENT_BYTES == 0 for size in block_sizes)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if num_bytes is None:
+        num_bytes = DEFAULT_BYTES[target.type]
+    _check(target, block_sizes, num_bytes)
     bench = _CudaBench(target, num_bytes) if target.type == "cuda" else _HostBench(target, num_bytes)
     limit = bench.contiguous()
     rows = []
@@ -96,6 +98,26 @@ def bench_offload(
         progress(f"blocks of {block_bytes} bytes", index / len(block_sizes))
         rows.append(bench.row(block_bytes))
     return OffloadReport(bench.device_name, num_bytes, limit, tuple(rows))
+
+
+def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: torch finds no CUDA device here", field="device", value=str(device), fix="Take --device cpu.")
+    for size in block_sizes:
+        if size < 1 or size % CHUNK_ALIGNMENT_BYTES:
+            raise ConfigError(
+                f"block_sizes: {size} bytes are no multiple of {CHUNK_ALIGNMENT_BYTES}",
+                field="block_sizes",
+                value=size,
+                fix="Take --block-sizes such as 4KiB,64KiB.",
+            )
+    if num_bytes < max(block_sizes):
+        raise ConfigError(
+            f"memory: {num_bytes} bytes are less than one block of {max(block_sizes)}",
+            field="memory",
+            value=num_bytes,
+            fix="Take a larger --memory or smaller --block-sizes.",
+        )
 
 
 class _Bench(ABC):
@@ -116,7 +138,7 @@ class _Bench(ABC):
         """Methods to compare."""
 
     @abstractmethod
-    def decode_slowdown(self, traffic: _Traffic) -> float | None:
+    def decode_slowdown(self, traffic: Traffic) -> float | None:
         """What a step loses while both directions run."""
 
     def contiguous(self) -> ContiguousLimit:
@@ -136,7 +158,7 @@ class _Bench(ABC):
         table = MethodTable(TorchCopy())
         table.set(block_bytes, "load", chosen.load)
         table.set(block_bytes, "store", chosen.store)
-        traffic = _Traffic(trial.pages, host, table)
+        traffic = Traffic(trial.pages, host, table)
         try:
             best_s = min(traffic.run(_JOBS_PER_DIRECTION) for _ in range(3))
             slowdown = self.decode_slowdown(traffic)
@@ -164,7 +186,7 @@ class _CudaBench(_Bench):
     def candidates(self) -> Candidates:
         return cuda_candidates()
 
-    def decode_slowdown(self, traffic: _Traffic) -> float | None:
+    def decode_slowdown(self, traffic: Traffic) -> float | None:
         alone_s = self._step.seconds()
         for _ in range(_ROUNDS_BESIDE_DECODE):
             traffic.submit(_JOBS_PER_DIRECTION)
@@ -183,7 +205,7 @@ class _HostBench(_Bench):
     def candidates(self) -> Candidates:
         return {"load": [HostCopy()], "store": [HostCopy()]}
 
-    def decode_slowdown(self, traffic: _Traffic) -> None:
+    def decode_slowdown(self, traffic: Traffic) -> None:
         return None
 
 
@@ -191,81 +213,35 @@ def _pair_row(pair: PairRates) -> PairRow:
     return PairRow(pair.load.name, pair.store.name, pair.load_alone / 1e9, pair.store_alone / 1e9, pair.both / 1e9)
 
 
-class DecodeLikeStep:
-    """What a decode step does to a GPU: reads many weight matrices once, for few tokens, in one CUDA graph."""
-
-    def __init__(self, device: torch.device, *, num_layers: int = 24, num_tokens: int = 32) -> None:
-        weights = [torch.randn(4096, 14336, dtype=torch.bfloat16, device=device) for _ in range(num_layers)]
-        inputs = torch.randn(num_tokens, 4096, dtype=torch.bfloat16, device=device)
-        torch.mm(inputs, weights[0])
-        torch.cuda.synchronize(device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = [torch.mm(inputs, weight) for weight in weights]
-        self._weights = weights
-        self._graph.replay()
-
-    def seconds(self, num_steps: int = 40) -> float:
-        """Median time of a step, one after another on the current stream."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
-        events[0].record()
-        for event in events[1:]:
-            self._graph.replay()
-            event.record()
-        events[-1].synchronize()
-        times = sorted(float(begin.elapsed_time(end)) / 1000 for begin, end in pairwise(events))
-        return times[num_steps // 2]
+def main() -> None:
+    """``python -m pdlaunch.offload.bench JSON``: the arguments of ``bench_offload`` as an object; prints its report as JSON."""
+    # Each direction has one thread of the handler; the limit gets no more.
+    torch.set_num_threads(1)
+    try:
+        report = bench_offload(**json.loads(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}\nfix: {error.fix}")
+    rows = [
+        _pair_figures(row.chosen)
+        | {
+            "block_bytes": row.block_bytes,
+            "handler_both_gb_per_s": round(row.handler_both, 2),
+            "decode_slowdown_share": None if row.decode_slowdown is None else round(row.decode_slowdown, 3),
+            "pairs": [_pair_figures(pair) for pair in row.pairs],
+        }
+        for row in report.rows
+    ]
+    head = {"device": report.device, "num_bytes": report.num_bytes, "limit": _figures(report.limit)}
+    sys.stdout.write(json.dumps(head | {"rows": rows}) + "\n")
 
 
-class _Traffic:
-    """Both directions through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
+def _pair_figures(pair: PairRow) -> dict[str, Any]:
+    return {"load_method": pair.load, "store_method": pair.store} | _figures(pair)
 
-    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable) -> None:
-        self._finished = threading.Semaphore(0)
-        self._handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=self._finished.release)
-        self._half = len(pages) // 2
-        self._order = np.random.default_rng(0).permutation(self._half)
-        self._chunks = np.random.default_rng(1).permutation(self._half)
-        self._num_submitted = 0
-        self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 
-    def run(self, jobs: int) -> float:
-        """Seconds for one round of both halves, cut into ``jobs`` transfers a direction."""
-        begin_s = time.perf_counter()
-        self.submit(jobs)
-        self.wait()
-        return time.perf_counter() - begin_s
+def _figures(rates: ContiguousLimit | PairRow) -> dict[str, float]:
+    return {f"{name}_gb_per_s": round(getattr(rates, name), 2) for name in ("h2d", "d2h", "both")}
 
-    def submit(self, jobs: int) -> None:
-        """Queue one round."""
-        parts = zip(np.array_split(self._order, jobs), np.array_split(self._chunks, jobs), strict=True)
-        for block_ids, chunk_ids in parts:
-            self._submit("load", block_ids, chunk_ids)
-            self._submit("store", block_ids + self._half, chunk_ids + self._half)
 
-    def wait(self) -> None:
-        """Until nothing is under way."""
-        while any(self._num_pending.values()):
-            self._finished.acquire()
-            self._collect()
-
-    def is_busy(self) -> bool:
-        """Both directions are still under way."""
-        self._collect()
-        return all(self._num_pending.values())
-
-    def close(self) -> None:
-        """End the handler."""
-        self._handler.close(60.0)
-
-    def _submit(self, direction: Direction, block_ids: IntArray, chunk_ids: IntArray) -> None:
-        spec = TransferSpec(direction, block_ids, [len(block_ids)], [0], chunk_ids)
-        self._handler.transfer_async(self._num_submitted, spec)
-        self._num_submitted += 1
-        self._num_pending[direction] += 1
-
-    def _collect(self) -> None:
-        for result in self._handler.get_finished():
-            if not result.ok:
-                raise TransferError(result.error)
-            self._num_pending[result.direction] -= 1
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,154 @@
 from __future__ import annotations
 
+import io
+import json
+import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
+from pdlaunch.cli.bench_output import print_table
+from tests.client.fake_openai import FakeOpenAI
 
 
-def bench(url: str) -> Result:
-    command = ["bench", "serve", "--url", url]
+@pytest.fixture
+def server() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI().in_thread() as running:
+        yield running
+
+
+def run(*arguments: str) -> Result:
+    command = ["bench", *arguments]
     return CliRunner().invoke(build_app(command), command, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def bench(url: str, *arguments: str) -> Result:
+    return run("serve", "--url", url, *arguments)
+
+
+SMALL = ("--output-tokens", "4", "--concurrency", "1,2", "--num-requests", "3")
+CHATS = ("--multi-turn", "--conversations", "2", "--turns", "2", "--output-tokens", "4")
+
+
+def test_json_has_every_figure(server: FakeOpenAI) -> None:
+    result = bench(server.url, "--input-tokens", "5,9", *SMALL, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    rows = json.loads(result.stdout)
+    assert [(row["input_tokens"], row["concurrency"], row["num_requests"]) for row in rows] == [
+        (5, 1, 3),
+        (5, 2, 3),
+        (9, 1, 3),
+        (9, 2, 3),
+    ]
+    assert {"first_gap_ms_median", "first_gap_ms_p99", "itl_ms_median", "ttft_ms_p99", "kv_megabytes_mean"} <= set(rows[0])
+
+
+def test_a_table_has_no_escape_codes_in_a_pipe(server: FakeOpenAI) -> None:
+    result = bench(server.url, *SMALL, "--step-ms", "2.5,5")
+    assert result.exit_code == 0, result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert all(word in result.stdout for word in ("gap", "TTFT", "allows"))
+
+
+def test_chats(server: FakeOpenAI) -> None:
+    result = bench(server.url, *CHATS, "--seed", "3", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["seed"], report["working_set_tokens"]) == (3, 2 * (128 + 4 + 32 + 4))
+    assert [turn["prompt_tokens"] for turn in report["turns"]] == [128, 164]
+    assert "--seed 3" in bench(server.url, *CHATS, "--seed", "3").stdout
+
+
+@pytest.mark.parametrize("options", [SMALL, CHATS])
+def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ...]) -> None:
+    server.refuses_after = 2
+    result = bench(server.url, *options)
+    assert result.exit_code == 1
+    assert "x HTTP 429: full" in result.stderr
+    assert "reqs" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--turns", "3"), "--turns: only for --multi-turn"),
+        (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
+        (("--multi-turn", "--concurrency", "1,2"), "takes one --input-tokens and one --concurrency"),
+        (("--prefill", "2"), "prefill.replicas: of a deployment that is started"),
+        (("--step-ms", "1"), "--step-ms '1' is not one number of milliseconds for each of 3"),
+        (("--step-ms", "1,nan,2"), "--step-ms '1,nan,2' is not one number"),
+        (("--input-tokens", "0"), "'0' is not a list of positive numbers"),
+        (("--concurrency", "a"), "'a' is not a list of positive numbers"),
+        (("--bare-gb-per-s", "0"), "--bare-gb-per-s"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:
+    result = bench("http://127.0.0.1:1", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_ctrl_c_ends_it_quietly(server: FakeOpenAI) -> None:
+    server.hold = True
+    command = [sys.executable, "-m", "pdlaunch", "bench", "serve", "--url", server.url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
+
+
+def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:
+    row, headings = {"a": 1.234, "b": None, "c": "x"}, {"a": "first\nms", "b": "second", "c": "the\nlast"}
+    shown = {}
+    for width in (12, 80):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        print_table([row], headings, console)
+        assert isinstance(console.file, io.StringIO)
+        shown[width] = console.file.getvalue()
+    assert " ".join(shown[12].split()) == "first ms 1.23, second -, the last x"
+    assert "first" in shown[80]
+    assert "," not in shown[80]
+
+
+def test_a_pipe_gets_the_whole_table() -> None:
+    console = Console(file=io.StringIO(), width=12)
+    print_table([{"a": 1.234, "b": 5}], {"a": "a long heading", "b": "another one"}, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "a long heading another one" in console.file.getvalue()
+
+
+def test_offload_between_two_cpu_tensors() -> None:
+    result = run("offload", "--device", "cpu", "--block-sizes", "4KiB,16KiB", "--memory", "64KiB")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in ("4 KiB", "16 KiB", "one copy", "memcpy", "64 KiB in each direction"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("offload", "--block-sizes", "0"),
+        ("offload", "--block-sizes", "4KiB,x"),
+        ("offload", "--memory", ""),
+        ("offload", "--device", "tpu"),
+        ("step", "--batch-sizes", "1,"),
+        ("step", "--dtype", "int8"),
+        ("step", "--load-format", "magic"),
+        ("step", "--model", "no-such-model"),
+        ("step", "--prefill-tokens", "-1"),
+    ],
+)
+def test_wrong_values_start_nothing(options: tuple[str, ...]) -> None:
+    result = run(*options)
+    assert result.exit_code == 2
+    assert options[-1] in result.stderr
 
 
 def test_a_deployment_that_is_not_there_is_told_in_words() -> None:

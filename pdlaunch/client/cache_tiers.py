@@ -1,0 +1,33 @@
+"""Hit rates of an engine's caches by tier, from what its metrics say."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdlaunch.client.engine_counters import EngineCounters
+
+_TIERS = {
+    "device": ("prefix_device_hit_blocks", "prefix_blocks"),
+    "host": ("prefix_host_hit_blocks", "prefix_blocks"),
+}
+"""By tier: the counters of what it held and of what was looked for."""
+
+
+class TierRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One tier of the engines of one role."""
+
+    role: str
+    tier: str
+    hit_share: float
+    """Of the prompt that could have been found."""
+
+
+def tier_rows(counted: EngineCounters) -> list[TierRow]:
+    """Tiers that the engines say nothing of are left out."""
+    rows = []
+    for role in counted.values:
+        for tier, (hits_name, queries_name) in _TIERS.items():
+            hits, queries = counted.of_role(role, hits_name), counted.of_role(role, queries_name)
+            if hits is not None and queries:
+                rows.append(TierRow(role=role, tier=tier, hit_share=round(hits / queries, 3)))
+    return rows

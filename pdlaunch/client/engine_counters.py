@@ -1,0 +1,78 @@
+"""What a deployment's engines count, from the router's ``/metrics``; whatever is not there is None, as of other servers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import aiohttp
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+_POLL_S = 0.2
+_PATIENCE_S = 3.0
+"""Engines report about once a second."""
+
+
+class EngineCounters(msgspec.Struct, frozen=True):
+    """Totals over all engines of a role since they started."""
+
+    values: dict[str, dict[str, float]] = {}
+    """By role and name, which is without ``pdlaunch_`` and ``_total``."""
+
+    def total(self, name: str) -> float | None:
+        """Over all roles."""
+        found = [counters[name] for counters in self.values.values() if name in counters]
+        return sum(found) if found else None
+
+    def of_role(self, role: str, name: str) -> float | None:
+        """Over the engines of one role."""
+        return self.values.get(role, {}).get(name)
+
+    def since(self, before: EngineCounters) -> EngineCounters:
+        """What was added; what has restarted meanwhile is left out."""
+        return EngineCounters(
+            {
+                role: {
+                    name: value - before.values[role][name]
+                    for name, value in counters.items()
+                    if value >= before.values.get(role, {}).get(name, float("inf"))
+                }
+                for role, counters in self.values.items()
+            }
+        )
+
+
+async def read_counters(session: aiohttp.ClientSession) -> EngineCounters:
+    """As of now; nothing where there is no such page."""
+    try:
+        async with session.get("/metrics") as response:
+            return parse_counters(await response.text()) if response.status == 200 else EngineCounters()
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return EngineCounters()
+
+
+async def counters_when(
+    session: aiohttp.ClientSession, is_complete: Callable[[EngineCounters], bool], patience_s: float = _PATIENCE_S
+) -> EngineCounters:
+    """The counters when all that is awaited was counted, or as they are after ``patience_s``."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        counters = await read_counters(session)
+        if is_complete(counters) or time.monotonic() > deadline_s:
+            return counters
+        await asyncio.sleep(_POLL_S)
+
+
+def parse_counters(page: str) -> EngineCounters:
+    """Counters with a label ``role`` from a page in Prometheus's text format. Raises ValueError."""
+    values: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            role = sample.labels.get("role")
+            if family.type == "counter" and role is not None and sample.name.endswith("_total"):
+                counters = values.setdefault(role, {})
+                name = sample.name.removeprefix("pdlaunch_").removesuffix("_total")
+                counters[name] = counters.get(name, 0.0) + sample.value
+    return EngineCounters(values)

@@ -1,0 +1,97 @@
+"""What ``pdlaunch bench offload`` lets run at once: a step as decoding has them, and transfers in both directions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.offload.copies import Pages
+from pdlaunch.offload.handler import OffloadHandler
+from pdlaunch.offload.host_memory import HostMemory
+from pdlaunch.offload.method_choice import MethodTable
+from pdlaunch.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
+
+
+class DecodeLikeStep:
+    """What a decode step does to a GPU: reads many weight matrices once, for few tokens, in one CUDA graph."""
+
+    def __init__(self, device: torch.device, *, num_layers: int = 24, num_tokens: int = 32) -> None:
+        weights = [torch.randn(4096, 14336, dtype=torch.bfloat16, device=device) for _ in range(num_layers)]
+        inputs = torch.randn(num_tokens, 4096, dtype=torch.bfloat16, device=device)
+        torch.mm(inputs, weights[0])
+        torch.cuda.synchronize(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = [torch.mm(inputs, weight) for weight in weights]
+        self._weights = weights
+        self._graph.replay()
+
+    def seconds(self, num_steps: int = 40) -> float:
+        """Median time of a step, one after another on the current stream."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            self._graph.replay()
+            event.record()
+        events[-1].synchronize()
+        times = sorted(float(begin.elapsed_time(end)) / 1000 for begin, end in pairwise(events))
+        return times[num_steps // 2]
+
+
+class Traffic:
+    """Both directions through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
+
+    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable) -> None:
+        self._finished = threading.Semaphore(0)
+        self._handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=self._finished.release)
+        self._half = len(pages) // 2
+        self._order = np.random.default_rng(0).permutation(self._half)
+        self._chunks = np.random.default_rng(1).permutation(self._half)
+        self._num_submitted = 0
+        self._num_pending = dict.fromkeys(DIRECTIONS, 0)
+
+    def run(self, jobs: int) -> float:
+        """Seconds for one round of both halves, cut into ``jobs`` transfers a direction."""
+        begin_s = time.perf_counter()
+        self.submit(jobs)
+        self.wait()
+        return time.perf_counter() - begin_s
+
+    def submit(self, jobs: int) -> None:
+        """Queue one round."""
+        parts = zip(np.array_split(self._order, jobs), np.array_split(self._chunks, jobs), strict=True)
+        for block_ids, chunk_ids in parts:
+            self._submit("load", block_ids, chunk_ids)
+            self._submit("store", block_ids + self._half, chunk_ids + self._half)
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        while any(self._num_pending.values()):
+            self._finished.acquire()
+            self._collect()
+
+    def is_busy(self) -> bool:
+        """Both directions are still under way."""
+        self._collect()
+        return all(self._num_pending.values())
+
+    def close(self) -> None:
+        """End the handler."""
+        self._handler.close(60.0)
+
+    def _submit(self, direction: Direction, block_ids: IntArray, chunk_ids: IntArray) -> None:
+        spec = TransferSpec(direction, block_ids, [len(block_ids)], [0], chunk_ids)
+        self._handler.transfer_async(self._num_submitted, spec)
+        self._num_submitted += 1
+        self._num_pending[direction] += 1
+
+    def _collect(self) -> None:
+        for result in self._handler.get_finished():
+            if not result.ok:
+                raise TransferError(result.error)
+            self._num_pending[result.direction] -= 1

@@ -1,0 +1,84 @@
+"""Figures from known times."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pdlaunch.client.bench_row import BenchRow, milliseconds, summarise
+from pdlaunch.client.engine_counters import EngineCounters, parse_counters
+from pdlaunch.client.timed_completion import TimedCompletion
+
+PAGE = """
+# TYPE pdlaunch_kv_transfers_total counter
+pdlaunch_kv_transfers_total{engine="decode-0",role="decode"} 3.0
+pdlaunch_kv_transfers_total{engine="decode-1",role="decode"} 1.0
+pdlaunch_kv_transfers_total{engine="prefill-0",role="prefill"} 0.0
+# TYPE pdlaunch_num_requests_running gauge
+pdlaunch_num_requests_running{engine="decode-0",role="decode"} 7.0
+# TYPE pdlaunch_router_retries_total counter
+pdlaunch_router_retries_total{hop="decode"} 5.0
+# TYPE pdlaunch_request_prompt_tokens histogram
+pdlaunch_request_prompt_tokens_bucket{role="decode",le="+Inf"} 9.0
+pdlaunch_request_prompt_tokens_count{role="decode"} 9.0
+pdlaunch_request_prompt_tokens_sum{role="decode"} 9.0
+"""
+
+
+def answered(*token_times_s: float) -> TimedCompletion:
+    return TimedCompletion(start_s=0.0, token_times_s=list(token_times_s), num_tokens=len(token_times_s))
+
+
+def failed(error: str) -> TimedCompletion:
+    return TimedCompletion(start_s=0.0, token_times_s=[99.0], error=error)
+
+
+def row(*done: TimedCompletion, counted: EngineCounters | None = None, **limits: float) -> BenchRow:
+    known: dict[str, float | None] = {"bare_gb_per_s": None, "step_ms": None}
+    return summarise(8, 2, done, 4.0, counted or EngineCounters(), **(known | limits))
+
+
+def test_gap_and_inter_token_time_are_apart() -> None:
+    found = row(answered(1.0, 3.0, 3.5, 4.0), answered(2.0, 6.0, 6.0, 7.0), failed("no"), failed("no"), failed("never"))
+    assert (found.num_requests, found.num_errors, found.errors) == (5, 3, ["2 x no", "1 x never"])
+    assert (found.ttft_ms_median, found.ttft_ms_p99) == (1500, 2000)
+    assert (found.first_gap_ms_median, found.first_gap_ms_p99) == (3000, 4000)
+    assert (found.itl_ms_median, found.itl_ms_p99) == (500, 1000)
+    assert found.tpot_ms_median == round((3000 + 5000) / 3 / 2, 2)
+    assert found.together_share == round(1 / 6, 4)
+    assert found.output_tokens_per_s == 2.0
+
+
+def test_limits_from_other_benchmarks() -> None:
+    counted = EngineCounters({"decode": {"kv_transfers": 4, "kv_transfer_bytes": 80e6, "kv_transfer_seconds": 0.2}})
+    found = row(answered(1.0, 2.0, 2.1, 2.2), counted=counted, bare_gb_per_s=0.5, step_ms=50.0)
+    assert (found.kv_megabytes_mean, found.pull_ms_mean) == (20.0, 50.0)
+    # 20 MB at 0.5 GB/s take 40 ms.
+    assert found.first_gap_goal_ms == pytest.approx(1.5 * 100 + 40)
+    assert (found.step_output_tokens_per_s, found.of_step_share) == (40.0, 0.025)
+
+
+def test_of_nothing_nothing_is_said() -> None:
+    found = row(failed("no"), answered(1.0), counted=EngineCounters({"decode": {"kv_transfers": 0, "kv_transfer_bytes": 0}}))
+    assert found.ttft_ms_median == 1000
+    unknown = ("first_gap_ms_median", "itl_ms_p99", "tpot_ms_median", "together_share", "kv_megabytes_mean", "first_gap_goal_ms")
+    assert all(getattr(found, name) is None for name in unknown)
+    assert b"NaN" not in msgspec.json.encode(row(failed("no")))
+
+
+def test_quantiles() -> None:
+    seconds = [index / 1000 for index in range(1, 201)]
+    assert (milliseconds(seconds, 0.5), milliseconds(seconds, 0.99), milliseconds([], 0.5)) == (100.5, 199.0, None)
+
+
+def test_counters_are_summed_by_role() -> None:
+    counters = parse_counters(PAGE)
+    assert counters.values == {"decode": {"kv_transfers": 4.0}, "prefill": {"kv_transfers": 0.0}}
+    assert (counters.total("kv_transfers"), counters.total("other")) == (4.0, None)
+    assert (counters.of_role("decode", "kv_transfers"), counters.of_role("none", "kv_transfers")) == (4.0, None)
+
+
+def test_what_began_again_is_not_counted() -> None:
+    before = EngineCounters({"decode": {"a": 2.0, "b": 5.0}})
+    after = EngineCounters({"decode": {"a": 6.0, "b": 1.0, "c": 1.0}, "prefill": {"a": 1.0}})
+    assert after.since(before).values == {"decode": {"a": 4.0}, "prefill": {}}
