@@ -9,9 +9,7 @@ memory. A prefix is looked for on the device, then on the host, then at the pref
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from operator import attrgetter
 
 import msgspec
 
@@ -19,10 +17,12 @@ from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.intake import Intake
 from pdlaunch.engine.kv_requests import LeaseBook, PullBook
+from pdlaunch.engine.queues import RequestQueues
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.request_blocks import RequestBlocks
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.engine.step_builder import StepBuilder
+from pdlaunch.engine.step_builder import StepBuilder, StepDraft
+from pdlaunch.engine.totals import Totals
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.offload.jobs import JobFinished
@@ -40,27 +40,6 @@ from pdlaunch.protocol.transfer import (
 )
 
 logger = logging.getLogger(__name__)
-
-_by_arrival = attrgetter("arrival")
-
-
-class _Step:
-    """The step that is being put together."""
-
-    __slots__ = ("budget", "preempted", "scheduled")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        """Tokens that may still be added."""
-        self.scheduled: dict[Request, int] = {}
-        self.preempted = False
-
-    def add(self, request: Request, num_tokens: int) -> None:
-        self.scheduled[request] = num_tokens
-        self.budget -= num_tokens
-
-    def remove(self, request: Request) -> None:
-        self.budget += self.scheduled.pop(request, 0)
 
 
 class Scheduler:
@@ -96,13 +75,10 @@ class Scheduler:
         self._pulls = PullBook(self._kv, kv_transfer)
         self._host = HostLoads(self._kv, offload)
         self._builder = StepBuilder(max_num_seqs, tp_size=local[3])
-        self._requests: dict[str, Request] = {}
-        # Both in order of arrival. Waiting are those in phase WAITING and READY.
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
+        self._queues = RequestQueues()
         self._commands: list[TransferCommand] = []
         self._outputs: list[Tokens | RequestFinished] = []
-        self._totals = EngineStats(num_blocks=num_blocks)
+        self._totals = Totals(num_blocks)
         self._may_progress = False
         self._stalls = False
         """Nothing could be computed before copies to host memory let go of their blocks."""
@@ -111,12 +87,12 @@ class Scheduler:
 
     def add(self, message: AddRequest) -> None:
         """Take a request; what can never be served ends at once. A second request under a living id is dropped."""
-        if message.request_id in self._requests:
+        if message.request_id in self._queues.by_id:
             logger.error("request %s is here already; the second one is dropped", message.request_id)
             return
         request = self._intake.new_request(message)
-        self._requests[message.request_id] = request
-        self._enqueue(request)
+        self._queues.add(request)
+        self._may_progress = True
         if error := self._intake.refusal(request):
             self._finish(request, "error", error=error)
         elif message.do_remote_decode and message.request_id in self._leases:
@@ -126,8 +102,8 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
-        if request_id in self._requests:
-            self._finish(self._requests[request_id], "abort")
+        if request_id in self._queues.by_id:
+            self._finish(self._queues.by_id[request_id], "abort")
         elif request_id in self._leases:
             self._commands.append(EndLease(request_id=request_id))
 
@@ -138,7 +114,7 @@ class Scheduler:
 
     def abort_all(self) -> None:
         """The server has restarted: end every request. Leases stay: their readers know of them already."""
-        for request in list(self._requests.values()):
+        for request in list(self._queues.by_id.values()):
             self._finish(request, "abort")
 
     def on_transfer_event(self, event: TransferEvent) -> None:
@@ -146,7 +122,7 @@ class Scheduler:
         self._may_progress = True
         match event:
             case LeaseEnded():
-                self._totals.leases_expired += event.reason == "expired"
+                self._totals.counts.leases_expired += event.reason == "expired"
                 self._leases.ended(event.request_id)
             case PullFinished():
                 self._on_pull_finished(event)
@@ -160,7 +136,7 @@ class Scheduler:
         if load is None or load.request is None:
             return
         request = load.request
-        self._enqueue(request)
+        self._queues.wait(request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING)
         if not report.ok:
             logger.warning("load of request %s from host memory failed: %s", request.request_id, report.error)
             return
@@ -172,7 +148,6 @@ class Scheduler:
             self._blocks.register(request)
             self._give_back(request)
         else:
-            request.phase = Phase.READY
             self._begin(request, num_loaded)
 
     # A step
@@ -180,11 +155,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Choose what the next step computes, and hand over the commands for the connectors."""
         self._may_progress = False
-        step = _Step(self._max_num_batched_tokens)
+        step = StepDraft(self._max_num_batched_tokens)
         self._schedule_running(step)
         if not step.preempted:
             self._schedule_waiting(step)
-        self._stalls = bool(self._running) and not step.scheduled
+        self._stalls = bool(self._queues.running) and not step.scheduled
         commands, self._commands = self._commands, []
         return self._builder.build(step.scheduled, commands, self._host.take_jobs())
 
@@ -208,22 +183,22 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """The KV cache has lost its content; no request, lease or transfer holds a block."""
-        assert not self._requests
+        assert not self._queues.by_id
         self._kv.pool.forget_cached()
 
     def has_work(self) -> bool:
         """Whether ``schedule`` has something to do now; False while all wait for a lease, a pull or a copy to end."""
-        computes = self._running and not self._stalls
+        computes = self._queues.running and not self._stalls
         return bool(computes or self._commands or self._host.has_jobs or self._may_progress or self._builder.has_freed_rows)
 
     def stats(self) -> EngineStats:
         """Totals since the start, and what is there now."""
         pool = self._kv.pool
         return msgspec.structs.replace(
-            self._host.add_to(self._totals),
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_waiting_for_kv=self._num_waiting_for_kv(),
+            self._host.add_to(self._totals.counts),
+            num_running=len(self._queues.running),
+            num_waiting=len(self._queues.waiting),
+            num_waiting_for_kv=self._queues.num_waiting_for_kv,
             num_leased_requests=len(self._leases),
             num_free_blocks=pool.num_free_blocks,
             num_leased_blocks=pool.num_leased_blocks,
@@ -232,7 +207,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove that every block has the owner that the requests, leases and pulls say, and each request its place."""
-        owned = [block_id for request in self._requests.values() for block_id in request.tables.all_ids()]
+        requests = self._queues.by_id.values()
+        owned = [block_id for request in requests for block_id in request.tables.all_ids()]
         self._kv.pool.check_integrity(
             owned=[*owned, *self._pulls.shared_ids(), *self._host.shared_ids()],
             leased=self._leases.all_ids(),
@@ -241,29 +217,16 @@ class Scheduler:
             quarantined=self._pulls.quarantined_ids(),
         )
         self._host.check_integrity()
-        assert self._running == sorted(self._running, key=_by_arrival)
-        assert self._waiting == sorted(self._waiting, key=_by_arrival)
-        places = {
-            Phase.WAITING: self._waiting,
-            Phase.READY: self._waiting,
-            Phase.RUNNING: self._running,
-        }
-        for request in self._requests.values():
-            assert request in places.get(request.phase, [request])
-            assert (request.row is not None) == (request.phase is Phase.RUNNING)
-            assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
+        self._queues.check_integrity()
+        for request in requests:
             assert request.num_computed <= request.tables.end * self._block_size
             assert request.row is None or self._builder.request_at(request.row) is request
-        assert len(self._requests) == len(self._waiting) + len(self._running) + self._num_waiting_for_kv()
-
-    def _num_waiting_for_kv(self) -> int:
-        return sum(request.phase in (Phase.PULLING, Phase.LOADING) for request in self._requests.values())
 
     # Choosing
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: StepDraft) -> None:
         prefilling = []
-        for request in self._running.copy():
+        for request in self._queues.running.copy():
             if request.num_remaining > 1:
                 prefilling.append(request)
             else:
@@ -271,7 +234,7 @@ class Scheduler:
         for request in prefilling:
             self._schedule_chunk(request, step)
 
-    def _schedule_chunk(self, request: Request, step: _Step) -> None:
+    def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add the next tokens of a running request, as many as budget and blocks allow; for one of them others make room."""
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
@@ -285,26 +248,26 @@ class Scheduler:
             self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: StepDraft) -> None:
         """Start requests in order of arrival. One that lacks blocks holds back those later ones that would take any."""
         lacks_blocks = False
-        for request in self._waiting.copy():
+        for request in self._queues.waiting.copy():
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
             if not request.wants_pull and step.budget and self._builder.has_free_row:
                 lacks_blocks |= not self._admit(request, step)
-        if lacks_blocks and not self._running:
+        if lacks_blocks and not self._queues.running:
             self._break_standstill(step)
 
-    def _admit(self, request: Request, step: _Step) -> bool:
+    def _admit(self, request: Request, step: StepDraft) -> bool:
         """Seat a request and schedule its first chunk. False: it lacks blocks. True also when it had better wait a step."""
         if request.phase is Phase.WAITING:
             hit = self._blocks.find_prefix(request)
-            if self._blocks.is_computed_elsewhere(request, hit, self._running):
+            if self._blocks.is_computed_elsewhere(request, hit, self._queues.running):
                 return True
-            if not self._blocks.has_room_for(request, hit, len(self._running)):
+            if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
                 return False
             if self._start_load(request):
                 return True
@@ -313,9 +276,7 @@ class Scheduler:
         room = self._blocks.room(request)
         if not room:
             return False
-        self._waiting.remove(request)
-        insort(self._running, request, key=_by_arrival)
-        request.phase = Phase.RUNNING
+        self._queues.run(request)
         self._builder.seat(request)
         num_tokens = min(request.num_remaining, step.budget, room)
         self._kv.extend(request.tables, request.num_computed + num_tokens)
@@ -325,12 +286,11 @@ class Scheduler:
     def _start_load(self, request: Request) -> bool:
         """Have blocks brought from host memory that the device lacks. False: it has none of them."""
         hit = self._host.find(request, self._blocks.max_loadable(request))
-        if hit is None or not self._blocks.has_room_for(request, hit.device, len(self._running)):
+        if hit is None or not self._blocks.has_room_for(request, hit.device, len(self._queues.running)):
             return False
         if not self._host.is_waited_for(hit):
             self._host.start(request, hit)
-            self._waiting.remove(request)
-            request.phase = Phase.LOADING
+            self._queues.await_kv(request, Phase.LOADING)
         return True
 
     def _start_pull(self, request: Request) -> bool:
@@ -339,7 +299,7 @@ class Scheduler:
             # Another choice of the same prompt: its full blocks will be in the cache soon.
             return True
         hit = self._blocks.find_for_pull(request)
-        if not self._blocks.has_room_for(request, hit, len(self._running)):
+        if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
             return False
         if self._start_load(request):
             return True
@@ -347,69 +307,50 @@ class Scheduler:
         if command is None:
             self._commands.append(self._pulls.tell_holder(request))
             self._kv.share(request.tables, hit)
-            self._become_ready(request)
+            request.phase = Phase.READY
+            self._take_pulled(request)
             return True
         self._commands.append(command)
-        self._waiting.remove(request)
-        request.phase = Phase.PULLING
+        self._queues.await_kv(request, Phase.PULLING)
         return True
 
-    def _preempt_latest(self, step: _Step) -> Request:
+    def _preempt_latest(self, step: StepDraft) -> Request:
         """Take all blocks from the latest arrival that has any and is not at work with a connector; it starts anew."""
-        ready = [request for request in self._waiting if request.phase is Phase.READY]
-        victim = max(ready[-1:] + self._running[-1:], key=_by_arrival)
+        victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
-            self._running.remove(victim)
             self._builder.unseat(victim)
-            insort(self._waiting, victim, key=_by_arrival)
+        self._queues.preempt(victim)
         step.remove(victim)
         step.preempted = True
         self._host.store(victim, range(victim.num_registered_blocks))
         self._give_back(victim)
-        victim.phase = Phase.WAITING
         victim.may_load = True
-        self._totals.preemptions += 1
+        self._totals.counts.preemptions += 1
         self._may_progress = True
         return victim
 
-    def _break_standstill(self, step: _Step) -> None:
+    def _break_standstill(self, step: StepDraft) -> None:
         """Nothing runs and each of the READY ones lacks a block that another one holds: the latest gives way."""
-        if sum(request.phase is Phase.READY for request in self._waiting) > 1:
+        if len(self._queues.ready()) > 1:
             self._preempt_latest(step)
 
     # Life of a request
-
-    def _enqueue(self, request: Request) -> None:
-        request.phase = Phase.WAITING
-        insort(self._waiting, request, key=_by_arrival)
-        self._may_progress = True
 
     def _begin(self, request: Request, num_computed: int) -> None:
         """The request has its first ``num_computed`` tokens without having computed them here."""
         request.num_computed = num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
-            self._count_prompt(request, request.num_cached_tokens)
+            self._totals.add_prompt(request, request.num_cached_tokens)
         self._host.store(request, self._blocks.register(request))
-
-    def _count_prompt(self, request: Request, num_cached: int) -> None:
-        """Account for where the first ``num_cached`` tokens of a prompt came from."""
-        num_remote = min(request.num_remote_tokens, num_cached)
-        num_host = min(request.num_host_tokens, num_cached - num_remote)
-        totals = self._totals
-        totals.prompt_tokens += request.num_prompt_tokens
-        totals.cached_prompt_tokens += num_cached
-        totals.remote_hit_tokens += num_remote
-        totals.host_hit_tokens += num_host
-        totals.device_hit_tokens += num_cached - num_remote - num_host
 
     def _give_back(self, request: Request) -> None:
         """The request's blocks are the cache's; it begins anew."""
         self._kv.free(request.tables)
         request.num_computed = request.num_registered_blocks = 0
 
-    def _become_ready(self, request: Request) -> None:
-        request.phase = Phase.READY
+    def _take_pulled(self, request: Request) -> None:
+        """All blocks of the prompt are the request's."""
         request.wants_pull = False
         self._begin(request, request.num_pulled_tokens)
 
@@ -418,40 +359,29 @@ class Scheduler:
         if pull is None:
             return
         if pull.block_ids:
-            self._count_transfer(event)
+            self._totals.add_pull(event)
         request = pull.request
         if request is None:
             return
-        self._enqueue(request)
+        self._queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
         if event.ok:
             request.num_remote_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
-            self._become_ready(request)
+            self._take_pulled(request)
             return
         logger.warning("pull of request %s failed: %s", request.request_id, event.error)
         request.num_pull_attempts += 1
         if event.retryable and request.num_pull_attempts < self._settings.pull_attempts:
-            self._totals.pull_retries += 1
+            self._totals.counts.pull_retries += 1
             return
         request.wants_pull = False
         if self._settings.on_failure == "fail":
             self._finish(request, "error", error=f"the prompt's KV blocks could not be pulled: {event.error}")
         else:
-            self._totals.recomputed_requests += 1
-
-    def _count_transfer(self, event: PullFinished) -> None:
-        totals = self._totals
-        if event.ok:
-            totals.transfers += 1
-            totals.transfer_bytes += event.num_bytes
-            totals.transfer_seconds += event.seconds
-        else:
-            totals.transfer_failures += 1
-            totals.verification_failures += event.verification_failed
-            totals.late_reads += event.late
+            self._totals.counts.recomputed_requests += 1
 
     def _take_token(self, request: Request, token: TokenOutput) -> None:
         request.token_ids.append(token.token_id)
-        self._totals.generation_tokens += 1
+        self._totals.counts.generation_tokens += 1
         if not self._finish_if_complete(request, token.token_id, token):
             self._builder.add_sampled(request)
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
@@ -490,20 +420,16 @@ class Scheduler:
         remote_kv: RemoteKV | None = None,
     ) -> None:
         """Give back what the request holds and say its last word."""
-        del self._requests[request.request_id]
         if request.phase is Phase.RUNNING:
-            self._running.remove(request)
             self._builder.unseat(request)
         elif request.phase is Phase.PULLING:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
-        else:
-            del self._waiting[bisect_left(self._waiting, request.arrival, key=_by_arrival)]
         if request.wants_pull and request.phase is not Phase.PULLING:
             self._commands.append(self._pulls.tell_holder(request))
         self._kv.free(request.tables)
-        request.phase = Phase.FINISHED
+        self._queues.end(request)
         self._may_progress = True
         self._outputs.append(
             RequestFinished(

@@ -8,6 +8,25 @@ from pdlaunch.offload.jobs import OffloadJob
 from pdlaunch.protocol.transfer import TransferCommand
 
 
+class StepDraft:
+    """The step that is being put together."""
+
+    __slots__ = ("budget", "preempted", "scheduled")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens that may still be added."""
+        self.scheduled: dict[Request, int] = {}
+        self.preempted = False
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        self.scheduled[request] = num_tokens
+        self.budget -= num_tokens
+
+    def remove(self, request: Request) -> None:
+        self.budget += self.scheduled.pop(request, 0)
+
+
 class StepBuilder:
     """Seats requests on the rows 0 <= row < ``max_num_seqs`` and remembers what the ranks have been told of each.
 
