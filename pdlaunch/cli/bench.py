@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table, read_numbers, read_sizes
+from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_serve import serve
+from pdlaunch.cli.bench_values import read_names, read_numbers, read_pairs, read_sizes
 from pdlaunch.config.aliases import resolve_model
+from pdlaunch.config.models import ConnectorName, MooncakeProtocol
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 
@@ -24,6 +26,8 @@ app = typer.Typer(no_args_is_help=True)
 app.command("serve")(serve)
 
 
+_CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
+_MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)
 _TRANSFER_HEADINGS = {
     "connector": "connector",
     "tp_pair": "TP",
@@ -142,7 +146,7 @@ def offload(
 
 @app.command("transfer")
 def transfer(
-    connectors: Annotated[str, typer.Option(help="nixl, mooncake or file, one or several.")] = "nixl",
+    connectors: Annotated[str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")] = "nixl",
     tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
     num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
     num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
@@ -150,15 +154,15 @@ def transfer(
     num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model [those of smollm2].")] = 3,
     head_dim: Annotated[int, typer.Option(min=1, help="Of the model [that of smollm2].")] = 64,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Precision.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    mooncake_protocol: Annotated[str, typer.Option(help="tcp, rdma or nvlink.")] = "tcp",
+    dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
+    mooncake_protocol: Annotated[str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")] = "tcp",
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
     arguments = {
-        "connectors": connectors.split(","),
-        "tp_pairs": [read_numbers(pair.replace("x", ",")) for pair in tp_pairs.split(",")],
+        "connectors": read_names(connectors, _CONNECTORS),
+        "tp_pairs": read_pairs(tp_pairs),
         "num_blocks": read_numbers(num_blocks),
         "num_repeats": num_repeats,
         "num_layers": num_layers,
@@ -167,7 +171,7 @@ def transfer(
         "block_size": block_size,
         "dtype": dtype,
         "device": device,
-        "mooncake_protocol": mooncake_protocol,
+        "mooncake_protocol": read_names(mooncake_protocol, _MOONCAKE_PROTOCOLS)[0],
     }
     _print(_measure("pdlaunch.transfer.bench_transfer", arguments), output, _TRANSFER_HEADINGS)
 

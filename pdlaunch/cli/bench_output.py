@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pdlaunch.config.sizes import parse_size
 from pdlaunch.errors import ConfigError, PdlaunchError
 
 _ENOUGH = 10_000
@@ -28,28 +27,6 @@ class Format(StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
-
-
-def read_numbers(text: str) -> list[int]:
-    """``1,4,16``. Raises BadParameter."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
-    return numbers
-
-
-def read_sizes(text: str) -> list[int]:
-    """``4KiB,1MiB`` in bytes. Raises BadParameter."""
-    try:
-        sizes = [parse_size(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of sizes such as 4KiB,1MiB")
-    return sizes
 
 
 def print_json(found: object) -> None:

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from pdlaunch.cli import EXIT_INTERRUPTED
-from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table, read_numbers
+from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.bench_values import read_numbers
 from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
 from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.client.bench_row import BenchRow

@@ -18,6 +18,7 @@ import torch
 
 from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.models import ConnectorName, KVTransferSettings, MooncakeProtocol, Role
+from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
@@ -65,7 +66,9 @@ def bench_transfer(
     device: Literal["cpu", "cuda"] = "cpu",
     mooncake_protocol: MooncakeProtocol = "tcp",
 ) -> list[TransferTiming]:
-    """The default shape is that of the demo model. Raises TransferError."""
+    """The default shape is that of the demo model. Raises TransferError, and ConfigError without a device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
     rows = []
     for connector in connectors:
@@ -251,7 +254,11 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     if "tp_pairs" in arguments:
         arguments["tp_pairs"] = [tuple(pair) for pair in arguments["tp_pairs"]]
-    sys.stdout.write(json.dumps([asdict(row) for row in bench_transfer(**arguments)]) + "\n")
+    try:
+        rows = bench_transfer(**arguments)
+    except PdlaunchError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 
 if __name__ == "__main__":

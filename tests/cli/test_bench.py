@@ -143,6 +143,10 @@ def test_offload_between_two_cpu_tensors() -> None:
         ("step", "--load-format", "magic"),
         ("step", "--model", "no-such-model"),
         ("step", "--prefill-tokens", "-1"),
+        ("transfer", "--connectors", "pigeon"),
+        ("transfer", "--tp-pairs", "1x1,2"),
+        ("transfer", "--device", "tpu"),
+        ("transfer", "--mooncake-protocol", "post"),
     ],
 )
 def test_wrong_values_start_nothing(options: tuple[str, ...]) -> None:

@@ -1,0 +1,50 @@
+"""Lists as options of ``pdlaunch bench`` take them. What is none raises typer's BadParameter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+import typer
+
+from pdlaunch.config.sizes import parse_size
+
+
+def read_numbers(text: str) -> list[int]:
+    """``1,4,16``."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
+    return numbers
+
+
+def read_sizes(text: str) -> list[int]:
+    """``4KiB,1MiB`` in bytes."""
+    try:
+        sizes = [parse_size(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of sizes such as 4KiB,1MiB")
+    return sizes
+
+
+def read_names(text: str, known: Collection[str]) -> list[str]:
+    """``nixl,file``."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+    return names
+
+
+def read_pairs(text: str) -> list[list[int]]:
+    """``1x1,1x3``."""
+    pairs = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", part) for part in text.split(",")]
+    found = [[int(pair[1]), int(pair[2])] for pair in pairs if pair is not None]
+    if len(found) < len(pairs):
+        raise typer.BadParameter(f"{text!r} is not a list of pairs such as 1x1,1x3")
+    return found
