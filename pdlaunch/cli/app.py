@@ -33,7 +33,12 @@ COMMANDS = (
     Command("smoke", "pdlaunch.cli.smoke:smoke_command", "Start a deployment, check what it promises, stop it; for CI."),
     Command("sleep", "pdlaunch.cli.sleep:sleep", "Have a deployment's engines give their device memory back."),
     Command("wake", "pdlaunch.cli.sleep:wake", "Wake the engines of a deployment up."),
-    Command("bench", "pdlaunch.cli.bench:app", "Measure a deployment, or an engine's step beside the bare model.", is_group=True),
+    Command(
+        "bench",
+        "pdlaunch.cli.bench:app",
+        "Measure a deployment, or one part of it beside what the machine allows.",
+        is_group=True,
+    ),
     Command("config", "pdlaunch.cli.config_cmd:app", "Show the resolved configuration or its JSON schema.", is_group=True),
 )
 

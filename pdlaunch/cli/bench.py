@@ -1,4 +1,4 @@
-"""``pdlaunch bench``: measure a deployment, or an engine's step beside the bare model."""
+"""``pdlaunch bench``: measure a deployment, or one part of it beside what the machine allows."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def offload(
         "4KiB,16KiB,64KiB,256KiB,1MiB"
     ),
     memory: Annotated[
-        str | None, typer.Option(help="Copied in each direction [1GiB; 32MiB on a CPU]; host memory takes twice as much.")
+        str | None, typer.Option(help="Copied in each direction (1GiB; 32MiB on a CPU); host memory takes twice as much.")
     ] = None,
-    device: Annotated[Device | None, typer.Option(help="Where the KV cache lies [cuda if there is one].")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where the KV cache lies (cuda if there is one).")] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Copies of scattered blocks between device and host memory, beside one copy of everything in the same run."""
@@ -150,9 +150,9 @@ def transfer(
     tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
     num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
     num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
-    num_layers: Annotated[int, typer.Option(min=1, help="Of the model [those of smollm2].")] = 30,
-    num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model [those of smollm2].")] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Of the model [that of smollm2].")] = 64,
+    num_layers: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 30,
+    num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of the model (that of smollm2).")] = 64,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,

@@ -66,10 +66,10 @@ def serve(
     input_tokens: Annotated[str, typer.Option(help="Prompt length, one or several: 128,2000,8000.")] = "128",
     output_tokens: Annotated[int, typer.Option(min=1, help="Output length.")] = 32,
     concurrency: Annotated[
-        str | None, typer.Option(help="Requests at a time, one or several [1,4,16; 4 with --multi-turn].")
+        str | None, typer.Option(help="Requests at a time, one or several (1,4,16; 4 with --multi-turn).")
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(min=1, help="For each length and concurrency [four rounds, at least 8].")
+        int | None, typer.Option(min=1, help="For each length and concurrency (four rounds, at least 8).")
     ] = None,
     max_token_id: Annotated[
         int, typer.Option(min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this.")
@@ -82,10 +82,10 @@ def serve(
         str | None, typer.Option(help="Decode step by concurrency, of `bench step`: shows the share of what it allows.")
     ] = None,
     multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Chats that send all that was said before.")] = False,
-    conversations: Annotated[int | None, typer.Option(min=1, help="Chats [16].", show_default=False)] = None,
-    turns: Annotated[int | None, typer.Option(min=1, help="Messages of each chat [4].", show_default=False)] = None,
+    conversations: Annotated[int | None, typer.Option(min=1, help="Chats (16).", show_default=False)] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Messages of each chat (4).", show_default=False)] = None,
     turn_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of a message after the first, which has --input-tokens [32].")
+        int | None, typer.Option(min=1, help="Length of a message after the first, which has --input-tokens (32).")
     ] = None,
     output: FormatOption = Format.TABLE,
     *,
