@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engine.held_answers import HeldAnswers
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
@@ -34,6 +35,7 @@ from pdlaunch.protocol.engine import (
     WakeUp,
     Welcome,
 )
+from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted
 from pdlaunch.transfer.worker import TransferWorker
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,13 @@ class Leader:
         server: ServerLink,
         followers: LeaderChannel | None,
         offload: OffloadWorker | None = None,
+        lends: bool = False,
         announce: Callable[[SleepState], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``announce``: tells the supervisor whether peers may read this rank's memory."""
+        """``lends``: ranks write leases down, as their memory outlives them. ``announce``: tells the supervisor whether peers may
+        read this rank's memory.
+        """
         self._welcome = Welcome(
             engine_id=engine_id,
             rank_incarnation=incarnation,
@@ -77,6 +82,7 @@ class Leader:
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
         self._outputs: list[Tokens | RequestFinished] = []
+        self._held = HeldAnswers(holds=lends)
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
             RankSleeper(runner, transfer, announce, peers_timeout_s=spec.kv_transfer.handshake_timeout_s, clock=clock),
@@ -120,6 +126,7 @@ class Leader:
                 self._scheduler.abort_all()
                 self._scheduler.take_outputs()
                 self._outputs = []
+                self._held.clear()
                 self._sleep.forget_caller()
                 self._server.send(msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags))
             case AddRequest() if not self._sleep.computes:
@@ -157,7 +164,10 @@ class Leader:
                     self._sleep.on_report(report.sleep)
         for event in events:
             for merged in self._events.add(event):
-                self._scheduler.on_transfer_event(merged)
+                if isinstance(merged, LeaseGranted | LeaseEnded):
+                    self._held.release(merged.request_id)
+                if not isinstance(merged, LeaseGranted):
+                    self._scheduler.on_transfer_event(merged)
         for job in jobs:
             if (ended := self._jobs.add(job)) is not None:
                 self._scheduler.on_job_finished(ended)
@@ -176,7 +186,7 @@ class Leader:
             self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
-        outputs = [*self._outputs, *self._scheduler.take_outputs()]
+        outputs = self._held.sift([*self._outputs, *self._scheduler.take_outputs()])
         self._outputs = []
         if outputs:
             self._server.send(Outputs(items=outputs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
+from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, PullDrained, PullFinished, TransferEvent
 
 
 class EventAggregator:
@@ -10,12 +10,15 @@ class EventAggregator:
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
+        self._num_granted: dict[str, int] = {}
         self._leases: dict[str, list[LeaseEnded]] = {}
         self._finished: dict[str, list[PullFinished]] = {}
         self._num_drained: dict[str, int] = {}
 
     def add(self, event: TransferEvent) -> list[TransferEvent]:
         match event:
+            case LeaseGranted():
+                return self._add_grant(event)
             case LeaseEnded():
                 return self._add_lease(event)
             case PullFinished():
@@ -23,6 +26,13 @@ class EventAggregator:
             case PullDrained():
                 self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
         return self._pull_events(event.pull_id, newly_finished=isinstance(event, PullFinished))
+
+    def _add_grant(self, event: LeaseGranted) -> list[TransferEvent]:
+        num_granted = self._num_granted.pop(event.request_id, 0) + 1
+        if num_granted == self._tp_size:
+            return [event]
+        self._num_granted[event.request_id] = num_granted
+        return []
 
     def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
         reports = self._leases.setdefault(event.request_id, [])
@@ -67,4 +77,5 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         seconds=max(report.seconds for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
+        departed=not failed and any(report.departed for report in reports),
     )

@@ -65,6 +65,12 @@ class CancelPull(Message):
 TransferCommand = GrantLease | EndLease | SetLeaseReaders | StartPull | CancelPull
 
 
+class LeaseGranted(Message):
+    """Prefill: this rank has written the lease down: its death costs the reader nothing any more. Only of ranks with a ledger."""
+
+    request_id: str
+
+
 class LeaseEnded(Message):
     """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have said so."""
 
@@ -88,6 +94,8 @@ class PullFinished(Message):
     verification_failed: bool = False
     late: bool = False
     """The lease had ended before the READ was proven: the bytes may be another request's."""
+    departed: bool = False
+    """A holder died before the pull had ended; what it has left was enough."""
 
 
 class PullDrained(Message):
@@ -96,4 +104,4 @@ class PullDrained(Message):
     pull_id: str
 
 
-TransferEvent = LeaseEnded | PullFinished | PullDrained
+TransferEvent = LeaseGranted | LeaseEnded | PullFinished | PullDrained

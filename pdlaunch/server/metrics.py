@@ -42,6 +42,10 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "pull_retries": ("kv_pull_retries", "Pulls that were tried again after a failure."),
     "recomputed_requests": ("kv_recomputed_requests", "Requests whose prompt was recomputed after failed pulls."),
     "leases_expired": ("kv_leases_expired", "Leases that nobody pulled in time."),
+    "departed_transfers": (
+        "kv_departed_transfers",
+        "Pulls that succeeded though a prefill rank had died: its memory outlives it.",
+    ),
     "late_reads": ("kv_late_reads", "Pulls whose bytes came after their lease had ended; they were not used."),
     "verification_failures": ("kv_verification_failures", "Pulls whose hashes or checksums differed."),
     "offload_stores": ("kv_offload_stores", "Copies to host memory that have ended."),

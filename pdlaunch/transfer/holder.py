@@ -33,6 +33,7 @@ from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import PushJob
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.lease import LeaseTable
+from pdlaunch.transfer.ledger import Ledger, LedgerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,15 @@ class HolderCard:
 class Holder:
     """Leases of one rank and the answers about them. The transfer thread owns it."""
 
-    def __init__(self, card: HolderCard, hasher: BlockHasher | None, clock: Callable[[], float]) -> None:
-        """``hasher``: None when ``kv_transfer.verify`` is off."""
+    def __init__(
+        self, card: HolderCard, hasher: BlockHasher | None, clock: Callable[[], float], ledger: Ledger | None = None
+    ) -> None:
+        """``hasher``: None when ``kv_transfer.verify`` is off. ``ledger``: None where it would die with this process."""
         self._card = card
         self._hasher = hasher
         self._pullers: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
+        self._ledger = ledger
 
     @property
     def pullers(self) -> frozenset[tuple[str, int]]:
@@ -74,6 +78,7 @@ class Holder:
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
         self._leases.grant(command, groups)
+        self._write_down(command.request_id)
 
     def end(self, command: EndLease) -> None:
         """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
@@ -82,11 +87,16 @@ class Holder:
     def set_readers(self, command: SetLeaseReaders) -> None:
         """Fewer readers will come than were announced."""
         self._leases.set_readers(command.request_id, command.num_readers)
+        self._write_down(command.request_id)
 
     def take_ended(self) -> list[LeaseEnded]:
         """Expire what is due; leases that have ended since the last call."""
         self._leases.expire()
-        return [LeaseEnded(request_id=request_id, reason=reason) for request_id, reason in self._leases.take_ended()]
+        ended = [LeaseEnded(request_id=request_id, reason=reason) for request_id, reason in self._leases.take_ended()]
+        if self._ledger is not None:
+            for event in ended:
+                self._ledger.remove(event.request_id)
+        return ended
 
     def next_deadline_s(self) -> float | None:
         return self._leases.next_deadline_s()
@@ -137,6 +147,7 @@ class Holder:
                 return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
             case PullEnd():
                 held = self._leases.end(message.request_id, message.reader, again=message.again)
+                self._write_down(message.request_id)
                 return PullEndReply(call_id=message.call_id, held=held)
             case Push():
                 raise LeaseError("the connector here does not write to its readers")
@@ -171,6 +182,14 @@ class Holder:
             lease_s=self._leases.remaining_s(lease),
             first_tokens=lease.grant.first_tokens,
         )
+
+    def _write_down(self, request_id: str) -> None:
+        """Keep the ledger true of a lease that lives; one that has ended leaves it before the engine hears of that."""
+        lease = self._leases.find(request_id)
+        if self._ledger is None or lease is None or self._ledger.num_readers(request_id) == lease.num_expected:
+            return
+        if not self._ledger.write(LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=lease.num_expected)):
+            logger.warning("the ledger is full: request %s cannot be pulled after a death of this rank", request_id)
 
     def _checksums(self, block_ids: list[int]) -> list[list[int]] | None:
         return None if self._hasher is None else self._hasher.checksums(block_ids, slice(None))

@@ -12,6 +12,7 @@ A lease knows nothing of sockets or tensors, and asks the injected clock alone. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -48,6 +49,11 @@ class Lease:
     """Readers that have ended; one of k pullers of a reader counts 1/k."""
     cancelled: bool = False
 
+    @property
+    def num_expected(self) -> int:
+        """Readers that have not had their share."""
+        return self.num_readers - math.floor(self.served)
+
 
 class LeaseTable:
     """All living leases of one rank. Not thread-safe: the transfer thread owns it."""
@@ -74,6 +80,10 @@ class LeaseTable:
     def knows(self, request_id: str) -> bool:
         """There is such a lease, or was one not long ago."""
         return request_id in self._leases or request_id in self._past
+
+    def find(self, request_id: str) -> Lease | None:
+        """The living lease of a request."""
+        return self._leases.get(request_id)
 
     def set_readers(self, request_id: str, num_readers: int) -> None:
         """That many readers come, and no more; the lease ends when all have been here. Unknown ids are ignored."""

@@ -65,11 +65,17 @@ class Ledger:
         self._memory = memory
         self._free_entries = list(reversed(range(NUM_ENTRIES)))
         self._entries: dict[str, int] = {}
+        self._num_readers: dict[int, int] = {}
         self._spans: dict[int, range] = {}
         """Bytes of each entry's record."""
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def num_readers(self, request_id: str) -> int | None:
+        """Of its record; None when there is none."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else self._num_readers[entry]
 
     def write(self, record: LedgerRecord) -> bool:
         """Put a lease down, in place of what was there of it. False, and nothing has changed, when there is no room."""
@@ -84,6 +90,7 @@ class Ledger:
         # Last: from here on the record counts, and the one before does not.
         self._store_entry(entry, _ENTRY.pack(offset, len(payload), _checksum(offset, payload)))
         self._spans[entry] = range(offset, offset + len(payload))
+        self._num_readers[entry] = record.num_readers
         return True
 
     def remove(self, request_id: str) -> None:

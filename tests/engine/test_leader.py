@@ -45,7 +45,7 @@ class Recorder:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
-def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, **changes: object) -> Leader:
+def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, *, lends: bool = False, **changes: object) -> Leader:
     scheduler = Scheduler(
         groups=make_groups([None]),
         num_blocks=16,
@@ -67,6 +67,7 @@ def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, **ch
         scheduler=scheduler,
         server=recorder,
         followers=None,
+        lends=lends,
         clock=clock,
     )
 
