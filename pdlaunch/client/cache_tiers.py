@@ -7,10 +7,11 @@ import msgspec
 from pdlaunch.client.engine_counters import EngineCounters
 
 _TIERS = {
-    "device": ("prefix_device_hit_blocks", "prefix_blocks"),
-    "host": ("prefix_host_hit_blocks", "prefix_blocks"),
+    "device": ("prefix_cache_device_hits", "prefix_cache_queries"),
+    "host": ("prefix_cache_host_hits", "prefix_cache_queries"),
+    "remote": ("prefix_cache_remote_hits", "prefix_cache_queries"),
 }
-"""By tier: the counters of what it held and of what was looked for."""
+"""By tier: the counters of prompt tokens that it held, and of all prompt tokens."""
 
 
 class TierRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +20,7 @@ class TierRow(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     tier: str
     hit_share: float
-    """Of the prompt that could have been found."""
+    """Of the prompt tokens."""
 
 
 def tier_rows(counted: EngineCounters) -> list[TierRow]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from prometheus_client import CollectorRegistry
 
 from pdlaunch.client.bench_row import BenchRow, milliseconds, summarise
+from pdlaunch.client.cache_tiers import TierRow, tier_rows
 from pdlaunch.client.engine_counters import EngineCounters, parse_counters
 from pdlaunch.client.timed_completion import TimedCompletion
+from pdlaunch.observe.metrics import render_metrics
+from pdlaunch.protocol.engine import EngineStats
+from pdlaunch.server.metrics import ServerMetrics
 
 PAGE = """
 # TYPE pdlaunch_kv_transfers_total counter
@@ -82,3 +87,23 @@ def test_what_began_again_is_not_counted() -> None:
     before = EngineCounters({"decode": {"a": 2.0, "b": 5.0}})
     after = EngineCounters({"decode": {"a": 6.0, "b": 1.0, "c": 1.0}, "prefill": {"a": 1.0}})
     assert after.since(before).values == {"decode": {"a": 4.0}, "prefill": {}}
+
+
+def test_hit_rates_of_the_tiers_that_are_told() -> None:
+    decode = {"prefix_cache_queries": 0.0, "prefix_cache_device_hits": 0.0}
+    prefill = {"prefix_cache_queries": 300.0, "prefix_cache_device_hits": 30.0, "prefix_cache_host_hits": 200.0}
+    assert tier_rows(EngineCounters({"decode": decode, "prefill": prefill})) == [
+        TierRow(role="prefill", tier="device", hit_share=0.1),
+        TierRow(role="prefill", tier="host", hit_share=0.667),
+    ]
+
+
+def test_the_tiers_are_named_as_the_engines_name_them() -> None:
+    metrics = ServerMetrics(CollectorRegistry(), engine="prefill-0", role="prefill", model_name="tiny")
+    metrics.engine.stats = EngineStats(
+        prompt_tokens=100, device_hit_tokens=10, host_hit_tokens=20, remote_hit_tokens=30, transfers=1, transfer_bytes=7
+    )
+    counters = parse_counters(render_metrics(metrics.registry).decode())
+    assert {row.tier: row.hit_share for row in tier_rows(counters)} == {"device": 0.1, "host": 0.2, "remote": 0.3}
+    assert (counters.total("kv_transfers"), counters.total("kv_transfer_bytes")) == (1, 7)
+    assert counters.total("kv_transfer_seconds") == 0
