@@ -84,6 +84,11 @@ class Engine:
         """Of one rank; None: what the device has left."""
         return self.settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if self.device == "cpu" else None)
 
+    @property
+    def host_tier_bytes(self) -> int:
+        """Host memory of one rank for KV blocks; 0: no host tier."""
+        return self.settings.kv_offload.host_memory
+
     def where(self, name: str) -> str:
         """Dotted path of the place that decides a setting: the role's section, or the top level."""
         return f"{self.role}.{name}" if name in self.overrides else name

@@ -11,6 +11,8 @@ from pdlaunch.checks.context import Context, Engine
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.sizes import format_size
 
+PAGE_BYTES = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -22,6 +24,11 @@ class Footprint:
     block_bytes: int
     num_blocks_for_longest: int
     """KV blocks that one request of max_model_len needs, all groups together."""
+
+    @property
+    def host_block_bytes(self) -> int:
+        """What a block takes in the host tier, where it begins on a page of the machine."""
+        return -(-self.block_bytes // PAGE_BYTES) * PAGE_BYTES
 
     @property
     def min_kv_bytes(self) -> int:

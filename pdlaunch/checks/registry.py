@@ -9,6 +9,7 @@ from pdlaunch.checks import (
     environment_rules,
     memory_rules,
     network_rules,
+    offload_rules,
     pair_rules,
     transport_rules,
     ucx_rules,
@@ -29,6 +30,7 @@ def all_rules() -> dict[str, Rule]:
     modules: tuple[ModuleType, ...] = (
         config_rules,
         memory_rules,
+        offload_rules,
         pair_rules,
         environment_rules,
         ucx_rules,

@@ -17,6 +17,7 @@ def resolved_values(context: Context) -> dict[str, Any]:
     return {
         "config": shown_config(LoadedConfig(context.config, context.origins)),
         "engines": {role: _engine(engine) for role, engine in context.engines.items()},
+        "host_tier_bytes": sum(engine.num_ranks * engine.host_tier_bytes for engine in context.engines.values()),
         "machine": {
             "system": machine.system,
             "cpus": len(machine.cpus),
@@ -47,6 +48,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
             "weight_bytes": needed.weight_bytes,
             "activation_bytes": needed.activation_bytes,
             "kv_cache_bytes": engine.kv_cache_bytes,
+            "host_tier_bytes": engine.host_tier_bytes,
             "block_bytes": needed.block_bytes,
             "blocks_for_longest_request": needed.num_blocks_for_longest,
         },

@@ -16,6 +16,9 @@ SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
 MOONCAKE = KVTransferSettings.model_construct(**{**dict(KVTransferSettings()), "connector": "mooncake"})
 
 
+TIER = {"kv_offload__host_memory": "8GiB"}
+
+
 @dataclass(frozen=True)
 class Case:
     fires: list[Context]
@@ -148,6 +151,34 @@ CASES: dict[str, Case] = {
     "PD213": Case(
         [on(GPU, enable_cumem_allocator=True), on(GPU, enable_sleep_mode=True)],
         [on(GPU), on(GB200, enable_cumem_allocator=True)],
+    ),
+    "PD220": Case(
+        [on(CPU, **TIER, enable_prefix_caching=False), on(CPU, **TIER, decode__enable_prefix_caching=False)],
+        [on(CPU, **TIER), on(CPU, enable_prefix_caching=False), on(CPU, **TIER, decode__kv_offload__host_memory=0)],
+    ),
+    "PD221": Case(
+        [on(CPU, kv_offload__host_memory="31GiB"), on(GPU, **TIER, decode__replicas=8)],
+        [on(CPU, kv_offload__host_memory="28GiB"), on(GPU, kv_offload__host_memory="32GiB"), on(CPU, kv_cache_memory="40GiB")],
+    ),
+    "PD222": Case(
+        [on(machine(GPU, limits=Limits(GIB, 65536)), **TIER)],
+        [
+            on(GPU, **TIER),
+            on(machine(limits=Limits(GIB, 65536)), **TIER),
+            on(machine(GPU, limits=Limits(32 * GIB, 65536)), **TIER),
+        ],
+    ),
+    "PD223": Case(
+        [on(CPU, kv_offload__host_memory="1GiB"), on(GPU, **TIER, kv_cache_memory="40GiB")],
+        [on(CPU, **TIER), on(GPU, **TIER), on(CPU, **TIER, kv_offload__policy="lru")],
+    ),
+    "PD224": Case(
+        [on(CPU, kv_offload__host_memory="64KiB"), on(CPU, **TIER, prefill__kv_offload__host_memory="100KiB")],
+        [on(CPU, kv_offload__host_memory="1MiB")],
+    ),
+    "PD225": Case(
+        [on(CPU, kv_offload__policy="lru"), on(CPU, prefill__kv_offload__policy="lru")],
+        [on(CPU, **TIER, kv_offload__policy="lru"), on(CPU)],
     ),
     "PD301": Case(
         [on(GPU, shapes=(SHAPE, SMALL_SHAPE)), on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, vocab_size=1)))],

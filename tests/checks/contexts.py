@@ -92,8 +92,11 @@ def on(
     """A context in which every fact is known. ``config``: settings by path, ``__`` for dots."""
     tree: dict[str, Any] = {}
     for path, value in config.items():
-        section, _, name = path.rpartition("__")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        *sections, name = path.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
     given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
     loaded = LoadedConfig(LaunchConfig.model_validate(tree), {path: Origin("default") for path in all_fields()} | given)
     shape = SHAPE if machine.gpus else SMALL_SHAPE

@@ -7,7 +7,7 @@ import pytest
 from pdlaunch.cli import flags as cli_flags
 from pdlaunch.config.fields import all_fields
 from pdlaunch.config.memory_options import memory_options
-from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.config.models import EngineSettings, KVOffloadSettings, LaunchConfig
 from pdlaunch.config.names import FLAG_PATHS, variable_paths
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
@@ -323,6 +323,39 @@ class TestMemoryOptions:
                 loaded = load(file(f"{name}: true\n"))
         assert getattr(loaded.config, name) is True
         assert loaded.origins[name].kind == source
+
+
+class TestHostTier:
+    def test_off_by_default(self):
+        assert load().config.engine_settings("prefill").kv_offload == KVOffloadSettings(host_memory=0, policy="arc")
+
+    def test_a_role_overrides_single_settings_of_the_section(self, file):
+        loaded = load(
+            file("kv_offload: {host_memory: 8GiB}\nprefill:\n  kv_offload:\n    host_memory: 0\n"),
+            environ={"PDLAUNCH_DECODE__KV_OFFLOAD__POLICY": "lru"},
+        )
+        assert loaded.config.engine_settings("prefill").kv_offload.host_memory == 0
+        assert loaded.config.engine_settings("decode").kv_offload == KVOffloadSettings(host_memory=8 * 1024**3, policy="lru")
+        assert loaded.origins["prefill.kv_offload.host_memory"].detail.endswith(":4:18")
+
+    def test_the_variable_of_the_flag(self):
+        loaded = load(environ={"PDLAUNCH_KV_OFFLOAD_MEMORY": "32GiB"})
+        assert loaded.config.kv_offload.host_memory == 32 * 1024**3
+
+    @pytest.mark.parametrize(
+        ("text", "field"),
+        [
+            ("kv_offload: {host_memory: lots}", "kv_offload.host_memory"),
+            ("decode: {kv_offload: {host_memory: -1}}", "decode.kv_offload.host_memory"),
+            ("kv_offload: {policy: fifo}", "kv_offload.policy"),
+            ("decode: {kv_offload: {memory: 1GiB}}", "decode.kv_offload.memory"),
+            ("kv_offload: 32GiB", "kv_offload"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, file, text, field):
+        with pytest.raises(InvalidConfigError) as caught:
+            load(file(text + "\n"))
+        assert [problem.field for problem in caught.value.problems] == [field]
 
 
 def test_every_field_of_the_models_is_a_setting():
