@@ -92,13 +92,19 @@ class KVMemory(ABC):
 
 
 class PrivateKVMemory(KVMemory):
-    """Memory of a CPU that no peer can map.
+    """Memory that no peer can map.
 
-    Its pages come from the kernel when they are first written: zeroing 1 GiB by hand takes seconds at start, and holds
+    On a CPU its pages come from the kernel when they are first written: zeroing 1 GiB by hand takes seconds at start, and holds
     memory that no request may ever need.
     """
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        """``device``: None for a CPU."""
+        self._device = device or torch.device("cpu")
+
     def zeros(self, num_bytes: int) -> torch.Tensor:
+        if self._device.type != "cpu":
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=torch.uint8)
 

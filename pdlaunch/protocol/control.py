@@ -89,8 +89,10 @@ class PairReady(Message):
     peer_incarnation: int
     seconds: float
     path: str
-    """``nixl/UCX`` and such."""
+    """``nixl/UCX`` and such: the fastest of those that can be used."""
     gigabytes_per_s: float | None = None
+    other_paths: dict[str, str] = {}
+    """How fast the others are, or why they cannot be used."""
 
 
 class PairFailed(Message):

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NewType
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.side_channel import Geometry
 
 PeerHandle = NewType("PeerHandle", object)
@@ -35,6 +36,8 @@ class LocalMemory:
     scratch: torch.Tensor
     """[num_bytes] uint8; a known pattern that peers read to prove the path."""
     layout: KVCacheLayout
+    source: KVMemory = field(default_factory=PrivateKVMemory)
+    """What KV cache and scratch were allocated from."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Descriptors of further host memory by name, which peers on this host may have; they outlive the connector."""
 
@@ -74,7 +77,7 @@ class Connector(ABC):
     name: str
     """As in the config."""
     path: str
-    """What carries the bytes, for people: ``nixl/UCX``."""
+    """What carries the bytes, for people: ``nixl/UCX``; see ``paths``."""
     agent_name: str
     """Unique over ranks and incarnations."""
     pushes: ClassVar[bool] = False
@@ -96,6 +99,14 @@ class Connector(ABC):
     def remove_peer(self, peer: PeerHandle) -> None:
         """Forget a peer and its connections; its READs have ended and are released. Never raises."""
 
+    def paths(self, peer: PeerHandle) -> Sequence[str]:
+        """The ways to read this peer, the preferred one first; each is tried with a READ of the scratch."""
+        return (self.path,)
+
+    def use_path(self, peer: PeerHandle, path: str) -> None:
+        """From now on ``start_read`` goes this way; the others may be let go."""
+        assert path == self.path
+
     def outlives(self, peer: PeerHandle) -> bool:
         """The peer's memory, and its files, can be read after its process has died, until ``remove_peer``."""
         return False
@@ -112,12 +123,19 @@ class Connector(ABC):
         """
 
     @abstractmethod
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
-        """Start to read the peer's scratch into fresh memory, which lives as long as the READ. Raises TransferError."""
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        """Start to read the peer's scratch into fresh memory, which lives as long as the READ. Raises TransferError.
+
+        In pieces of about the size of a block, where a piece has a cost of its own.
+        """
 
     @abstractmethod
     def poll(self, handle: ReadHandle) -> ReadState:
         """Where a READ stands. After done or failed it writes no more."""
+
+    @abstractmethod
+    def read_s(self, handle: ReadHandle) -> float:
+        """Seconds from the post of a READ that is done to its end, as exactly as this connector knows them."""
 
     @abstractmethod
     def release(self, handle: ReadHandle) -> None:
@@ -145,6 +163,10 @@ class Connector(ABC):
     @abstractmethod
     def close(self) -> None:
         """Deregister and let go of everything. READs that are pending are abandoned: the process is about to exit."""
+
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        """After ``close``: wait until no peer maps this rank's memory; False when that takes longer. Any thread may call."""
+        return True
 
 
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:

@@ -63,6 +63,12 @@ class FaultyConnector(Connector):
     def remove_peer(self, peer: PeerHandle) -> None:
         self._inner.remove_peer(peer)
 
+    def paths(self, peer: PeerHandle) -> Sequence[str]:
+        return self._inner.paths(peer)
+
+    def use_path(self, peer: PeerHandle, path: str) -> None:
+        self._inner.use_path(peer, path)
+
     def outlives(self, peer: PeerHandle) -> bool:
         return self._inner.outlives(peer)
 
@@ -78,12 +84,12 @@ class FaultyConnector(Connector):
         self._begin(faulty)
         return cast(ReadHandle, faulty)
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         self._num_probes += 1
         fault, source = self._faults.of_probe(self.agent_name, self._num_probes)
         if fault is Fault.REFUSE:
             raise TransferError("injected: the READ was refused")
-        inner, landing = self._inner.start_scratch_read(peer)
+        inner, landing = self._inner.start_scratch_read(peer, path)
         faulty = _Read(fault, source, lambda: inner, inner=inner, memory=[landing.view(1, -1)])
         return cast(ReadHandle, faulty), landing
 
@@ -92,6 +98,9 @@ class FaultyConnector(Connector):
         if read.end == "pending":
             read.end = self._advance(read)
         return read.end
+
+    def read_s(self, handle: ReadHandle) -> float:
+        return self._inner.read_s(self._true_read(handle))
 
     def release(self, handle: ReadHandle) -> None:
         read = cast(_Read, handle)
@@ -113,10 +122,13 @@ class FaultyConnector(Connector):
     def close(self) -> None:
         self._inner.close()
 
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        return self._inner.wait_unmapped(timeout_s)
+
     @staticmethod
     def _true_read(handle: ReadHandle) -> ReadHandle:
         inner = cast(_Read, handle).inner
-        assert inner is not None  # where the holder writes, no READ is held back or repeated
+        assert inner is not None  # the READ of a scratch, or where the holder writes: held back or repeated is none of them
         return inner
 
     def _begin(self, read: _Read) -> None:

@@ -63,7 +63,7 @@ class FileConnector(PushingConnector):
         name = file_name(read.digest, f"{cast(_Peer, peer).agent_name} {read.reader}")
         return cast(ReadHandle, PendingRead(name.encode(), read))
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         landing = self._new_landing(cast(_Peer, peer).scratch_bytes)
         name = file_name(secrets.token_hex(16), self.agent_name)
         return cast(ReadHandle, PendingRead(name.encode(), None, landing)), landing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +16,9 @@ from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geom
 from pdlaunch.transfer.checksum import ALGORITHM
 from pdlaunch.transfer.connector import LocalMemory, memory_kind
 from pdlaunch.transfer.mapping import heads_of_rank
+from pdlaunch.transfer.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
 
 LAYOUT = "block, head, layer, kv, token, dim"
-PATTERN_BYTES = 1024**2
-SCRATCH_BYTES = 16 * PATTERN_BYTES
-"""Enough to time a path of several GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +104,10 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
         "num_kv_heads": (len(heads), geometry.num_kv_heads),
         "first_kv_head": (heads.start, geometry.first_kv_head),
         "block_bytes": (len(heads) * head_bytes, geometry.block_bytes),
-        "scratch_bytes": (SCRATCH_BYTES, geometry.scratch_bytes),
     }
     for field, (wanted, found) in expected.items():
         if wanted != found:
             raise HandshakeError(f"{field}: {reply.rank_name} states {found}, expected are {wanted}")
-
-
-def scratch_pattern(agent_name: str) -> bytes:
-    """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping shows."""
-    return hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES) * (SCRATCH_BYTES // PATTERN_BYTES)
+    sizes = SCRATCH_BYTES, DEVICE_SCRATCH_BYTES
+    if geometry.scratch_bytes not in sizes:
+        raise HandshakeError(f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of {sizes}")

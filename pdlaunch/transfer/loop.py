@@ -11,6 +11,7 @@ import zmq
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import LeaseError
 from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.side_channel import Push
 from pdlaunch.protocol.sockets import SecureContext
@@ -26,13 +27,14 @@ from pdlaunch.protocol.transfer import (
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
 from pdlaunch.transfer.peer import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.push import PushDesk
+from pdlaunch.transfer.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.side_channel import HolderSocket, PullerSocket
 
 LONGEST_SLEEP_S = 60.0
@@ -53,6 +55,8 @@ class RankMemory:
     model_digest: str
     total_kv_heads: int
     first_kv_head: int
+    source: KVMemory
+    """What the KV cache was allocated from; the scratch lies beside it."""
 
 
 class TransferLoop:
@@ -78,7 +82,7 @@ class TransferLoop:
         self._socket = holder_socket
         self._connector = connector
         self._events: list[TransferEvent] = []
-        local = LocalMemory(memory.kv_cache, _new_scratch(connector.agent_name, memory.kv_cache.device), memory.layout)
+        local = LocalMemory(memory.kv_cache, _new_scratch(memory, connector.agent_name), memory.layout, memory.source)
         connector.open(local)
         compatibility = compatibility_of(
             spec,
@@ -223,8 +227,10 @@ class TransferLoop:
             raise AssertionError(str(error)) from error
 
 
-def _new_scratch(agent_name: str, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(scratch_pattern(agent_name)), dtype=torch.uint8).to(device)
+def _new_scratch(memory: RankMemory, agent_name: str) -> torch.Tensor:
+    scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
+    write_pattern(scratch, agent_name)
+    return scratch
 
 
 def _read_sleep_s(age_s: float) -> float:

@@ -76,7 +76,7 @@ class MooncakeConnector(PushingConnector):
         addresses, piece_bytes = self._pieces(read.local_blocks, read.local_heads)
         return self._pending(addresses, piece_bytes, read)
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         num_bytes = cast(Geometry, peer).scratch_bytes
         landing = self._new_landing(num_bytes)
         self._register(landing)

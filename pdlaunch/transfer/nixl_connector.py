@@ -6,6 +6,7 @@ READ then names indices only, and NIXL merges neighbours.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,14 @@ from pdlaunch.transfer.connector import (
     ReadState,
     memory_kind,
 )
+from pdlaunch.transfer.scratch import new_landing, piece_offsets
 
 BACKEND = "UCX"
 
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
 """How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here, which spins on a whole core."""
+_TIMED_SPIN_S = 0.002
+"""A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it is."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,8 @@ class _Read:
     landing: torch.Tensor | None = None
     registration: Any = None
     """Memory of a scratch READ."""
+    posted_s: float = 0.0
+    ended_s: float = 0.0
 
 
 class NixlConnector(Connector):
@@ -124,20 +130,24 @@ class NixlConnector(Connector):
             raise TransferError(f"READ from {known.name} was refused: {error}") from error
         return self._post(known, _Read(handle, "PROC"))
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)
         num_bytes = known.geometry.scratch_bytes
-        device = "cpu" if self._kind == "DRAM" else f"cuda:{self._device_index}"
-        landing = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        landing = new_landing(num_bytes, self._memory.kv_cache.device)
+        offsets, size = piece_offsets(num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes)
         registration = self._agent.register_memory(landing)
         try:
-            local = self._agent.get_xfer_descs([(landing.data_ptr(), num_bytes, self._device_index)], self._kind)
-            remote = self._agent.get_xfer_descs([(known.geometry.scratch_address, num_bytes, known.device_index)], self._kind)
+            local = self._describe(landing.data_ptr(), offsets, size, self._device_index)
+            remote = self._describe(known.geometry.scratch_address, offsets, size, known.device_index)
             handle = self._agent.initialize_xfer("READ", local, remote, known.name)
         except self._backend_errors as error:
             self._quietly(lambda: self._agent.deregister_memory(registration))
             raise TransferError(f"READ from {known.name} was refused: {error}") from error
-        return self._post(known, _Read(handle, "PROC", landing, registration)), landing
+        read = _Read(handle, "PROC", landing, registration)
+        posted = self._post(known, read)
+        while self._kind == "VRAM" and self.poll(posted) == "pending" and time.perf_counter() < read.posted_s + _TIMED_SPIN_S:
+            continue
+        return posted, landing
 
     def poll(self, handle: ReadHandle) -> ReadState:
         read = cast(_Read, handle)
@@ -146,9 +156,14 @@ class NixlConnector(Connector):
                 read.state = self._agent.check_xfer_state(read.handle)
             except self._backend_errors:
                 read.state = "ERR"
+            read.ended_s = time.perf_counter()
         if read.state == "PROC":
             return "pending"
         return "done" if read.state == "DONE" else "failed"
+
+    def read_s(self, handle: ReadHandle) -> float:
+        read = cast(_Read, handle)
+        return read.ended_s - read.posted_s
 
     def release(self, handle: ReadHandle) -> None:
         read = cast(_Read, handle)
@@ -186,10 +201,16 @@ class NixlConnector(Connector):
         pieces = np.array([[base, piece_bytes, device_index, piece_bytes, count]], dtype=np.uint64)
         return self._agent.prep_xfer_dlist(agent_name, pieces, self._kind)
 
+    def _describe(self, base: int, offsets: Sequence[int], num_bytes: int, device_index: int) -> Any:
+        pieces = np.array([(base + offset, num_bytes, device_index) for offset in offsets], dtype=np.uint64)
+        return self._agent.get_xfer_descs(pieces, self._kind)
+
     def _post(self, peer: _Peer, read: _Read) -> ReadHandle:
         handle = cast(ReadHandle, read)
+        read.posted_s = time.perf_counter()
         try:
             read.state = self._agent.transfer(read.handle)
+            read.ended_s = time.perf_counter()
         except self._backend_errors as error:
             self.release(handle)
             raise TransferError(f"READ from {peer.name} failed at once: {error}") from error

@@ -2,7 +2,7 @@
 
 ::
 
-    idle ── want ──> asking ── compatible ──> probing ── pattern equal ──> ready
+    idle ── want ──> asking ── compatible ──> probing ── a path is proven ──> ready
       any of them ── time-out, refusal, failed READ ──> waiting ── back-off over ──> asking
       any of them ── the engines do not fit ──> incompatible        (final)
       any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
@@ -33,8 +33,10 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.transfer.connector import BlockRead, Connector, PeerHandle, ReadHandle, ReadState
-from pdlaunch.transfer.handshake import RankIdentity, check_geometry, compare, scratch_pattern
+from pdlaunch.transfer.handshake import RankIdentity, check_geometry, compare
+from pdlaunch.transfer.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.pull import LinkStatus
+from pdlaunch.transfer.scratch import has_pattern
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +103,6 @@ _STATUS: dict[_State, LinkStatus] = {
 }
 
 
-@dataclass(slots=True)
-class _Probe:
-    """A READ of the peer's scratch: the first proves the path, the second is timed."""
-
-    handle: ReadHandle
-    landing: torch.Tensor
-    started_s: float
-    warm: bool
-
-
 class Peer:
     """Handshake, connection and READs of one peer; a ``HolderLink`` for its pulls."""
 
@@ -132,9 +124,9 @@ class Peer:
         """READs that the holder has been asked to write and has not answered, by call_id."""
         self._old_channel: Channel | None = None
         """Still brings the answers about them."""
-        self._probe: _Probe | None = None
-        self._old_probes: list[_Probe] = []
-        self._agent_name = ""
+        self._trial: PathTrial | None = None
+        self._old_probes: list[tuple[ReadHandle, torch.Tensor]] = []
+        """READs of its scratch that nobody waits for, and the memory that they may write to."""
         self._asked_s = 0.0
         self._deadline_s = float("inf")
         self._num_failures = 0
@@ -193,7 +185,7 @@ class Peer:
                 self._end_pushes_of_the_dead(channel)
         self._release_old()
         if self._state is _State.PROBING:
-            self._guard(self._poll_probe)
+            self._guard(self._try_paths)
         if self._setup.clock() >= self._deadline_s:
             self._on_deadline()
 
@@ -304,10 +296,17 @@ class Peer:
         compare(self._setup.compatibility, reply.compatibility, local=local, peer=self.name)
         check_geometry(reply, head_bytes=self._setup.head_bytes, total_kv_heads=self._setup.compatibility.num_kv_heads)
         self._geometry = reply.geometry
-        self._agent_name = reply.agent_name
-        self._agent = self._setup.connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
+        connector = self._setup.connector
+        self._agent = connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
         self._state = _State.PROBING
-        self._start_probe(warm=False)
+        self._trial = PathTrial(
+            self,
+            connector.paths(self._agent),
+            is_right=lambda landing: has_pattern(landing, reply.agent_name),
+            clock=self._setup.clock,
+            timeout_s=self._deadline_s - self._setup.clock(),
+        )
+        self._try_paths()
 
     def _check_identity(self, reply: HandshakeReply) -> None:
         """Who answers is who the registry named. A mere restart in between is settled by the next registry."""
@@ -320,50 +319,56 @@ class Peer:
                     f"{reply.rank_name} answers with {found!r}"
                 )
 
-    def _start_probe(self, *, warm: bool) -> None:
+    def start_scratch_read(self, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        """Raises TransferError."""
         assert self._agent is not None
         self._check_channel()
-        started_s = self._setup.clock()
-        handle, landing = self._setup.connector.start_scratch_read(self._agent)
-        self._reads[id(handle)] = started_s
+        handle, landing = self._setup.connector.start_scratch_read(self._agent, path)
+        self._reads[id(handle)] = self._setup.clock()
         self._ask_push(handle, BlockRead([], [], range(0), range(0)))
-        self._probe = _Probe(handle, landing, started_s, warm)
-        self._poll_probe()
+        return handle, landing
 
-    def _poll_probe(self) -> None:
-        probe = self._probe
-        assert probe is not None
-        state = self.poll(probe.handle)
-        if state == "pending":
+    def read_s(self, handle: ReadHandle) -> float:
+        return self._setup.connector.read_s(handle)
+
+    def abandon(self, handle: ReadHandle, landing: torch.Tensor) -> None:
+        """Keep the memory of a READ of the scratch until it has ended."""
+        self._old_probes.append((handle, landing))
+
+    def _try_paths(self) -> None:
+        trial = self._trial
+        assert trial is not None
+        if not trial.advance():
             return
-        elapsed_s = self._setup.clock() - probe.started_s
-        self._probe = None
-        self.release(probe.handle)
-        if state == "failed":
-            raise TransferError(f"the first READ from {self.name} failed")
-        if probe.landing.cpu().numpy().tobytes() != scratch_pattern(self._agent_name):
-            raise TransferError(f"the first READ from {self.name} brought wrong bytes")
-        if probe.warm:
-            self._be_ready(probe.landing.numel() / 1e9 / elapsed_s if elapsed_s > 0 else None)
-        else:
-            self._start_probe(warm=True)
+        try:
+            best = trial.best()
+        except TransferError as error:
+            raise TransferError(f"{self.name} cannot be read: {error}") from error
+        self._trial = None
+        others = {figure.path: str(figure) for figure in trial.figures if figure is not best}
+        self._be_ready(best, others)
 
-    def _be_ready(self, gigabytes_per_s: float | None) -> None:
+    def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
         setup = self._setup
+        assert self._agent is not None
+        setup.connector.use_path(self._agent, best.path)
         self._state = _State.READY
         self._deadline_s = float("inf")
         self._num_failures = 0
         self.error = ""
         seconds = setup.clock() - self._asked_s
-        logger.info("%s is ready to be read over %s after %.3f s", self.name, setup.connector.path, seconds)
+        logger.info(
+            "%s is ready to be read over %s, %s, after %.3f s; other paths: %s", self.name, best.path, best, seconds, others
+        )
         setup.report(
             PairReady(
                 local=setup.identity.name,
                 peer=self.name,
                 peer_incarnation=self.address.identity.incarnation,
                 seconds=seconds,
-                path=setup.connector.path,
-                gigabytes_per_s=gigabytes_per_s,
+                path=best.path,
+                gigabytes_per_s=best.gigabytes_per_s,
+                other_paths=others,
             )
         )
 
@@ -411,9 +416,9 @@ class Peer:
         if self.channel is not None:
             self._retire_channel(self.channel)
             self.channel = None
-        if self._probe is not None:
-            self._old_probes.append(self._probe)
-            self._probe = None
+        if self._trial is not None:
+            self._trial.abandon()
+            self._trial = None
         if self._agent is not None:
             self._old_agents.append(self._agent)
             self._agent = None
@@ -428,9 +433,10 @@ class Peer:
             channel.close()
 
     def _release_old(self) -> None:
-        for probe in [probe for probe in self._old_probes if self.poll(probe.handle) != "pending"]:
-            self._old_probes.remove(probe)
-            self.release(probe.handle)
+        ended = [handle for handle, _ in self._old_probes if self.poll(handle) != "pending"]
+        self._old_probes = [probe for probe in self._old_probes if probe[0] not in ended]
+        for handle in ended:
+            self.release(handle)
         self._remove_old_agents()
 
     def _remove_old_agents(self) -> None:

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -40,6 +41,8 @@ class PendingRead:
     state: ReadState = "pending"
     error: str | None = None
     """Of the holder's write, once it has ended; may still be waited for."""
+    begun_s: float = field(default_factory=time.perf_counter)
+    ended_s: float = 0.0
 
 
 class PushingConnector(Connector):
@@ -81,7 +84,12 @@ class PushingConnector(Connector):
         read = cast(PendingRead, handle)
         if read.state == "pending" and read.error is not None:
             read.state = self._settle(read)
+            read.ended_s = time.perf_counter()
         return read.state
+
+    def read_s(self, handle: ReadHandle) -> float:
+        read = cast(PendingRead, handle)
+        return read.ended_s - read.begun_s
 
     def close(self) -> None:
         self._senders.shutdown(wait=False, cancel_futures=True)

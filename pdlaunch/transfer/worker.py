@@ -23,6 +23,7 @@ import zmq
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
@@ -86,6 +87,7 @@ class TransferWorker:
         total_kv_heads: int,
         first_kv_head: int,
         connector: Connector,
+        source: KVMemory | None = None,
         wake: Callable[[], None],
         report: Callable[[ToSupervisor], None],
         clock: Callable[[], float] = time.monotonic,
@@ -94,14 +96,18 @@ class TransferWorker:
         """Binds the side channel and starts the thread, which opens the connector.
 
         ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the process' last
-        READ. ``wake`` is called from the thread when events are there, or when the thread has died; ``report`` for what the
-        supervisor must know of this rank's pairs. ``connector_environment`` must be applied when ``connector`` needs it.
+        READ. ``source``: what it was allocated from; None: memory that peers cannot map. ``wake`` is called from the thread when
+        events are there, or when the thread has died; ``report`` for what the supervisor must know of this rank's pairs.
+        ``connector_environment`` must be applied when ``connector`` needs it.
         """
         identity = RankIdentity(name, spec.name, engine_id, incarnation, tp_rank, spec.tensor_parallel_size)
-        memory = RankMemory(kv_cache, layout, model_digest, total_kv_heads, first_kv_head)
+        memory = RankMemory(
+            kv_cache, layout, model_digest, total_kv_heads, first_kv_head, source or PrivateKVMemory(kv_cache.device)
+        )
         assert kv_cache.is_contiguous()
         assert tuple(kv_cache.shape[1:]) == layout.block_shape()
         self._wake_engine = wake
+        self._connector = connector
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._error: Exception | None = None
@@ -182,6 +188,10 @@ class TransferWorker:
     def connected(self) -> bool:
         """Since the last ``resume`` all peers of the registry have shaken hands again; ``wake`` tells when that comes true."""
         return self._connected
+
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        """While suspended: wait until no peer maps this rank's memory any more; False when that takes longer."""
+        return self._connector.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """End the thread and let go of memory and sockets; gives up after ``timeout_s``. The process then leaves by os._exit."""

@@ -148,7 +148,7 @@ class FakeConnector(Connector):
 
         return self._start(copy)
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         remote = self.fabric.agents[peer].scratch  # type: ignore[index]
         landing = torch.zeros_like(remote)
         return self._start(lambda: landing.copy_(remote)), landing  # type: ignore[arg-type, return-value]
@@ -156,6 +156,9 @@ class FakeConnector(Connector):
     def poll(self, handle: ReadHandle) -> ReadState:
         assert not handle.released  # type: ignore[attr-defined]
         return handle.state  # type: ignore[attr-defined]
+
+    def read_s(self, handle: ReadHandle) -> float:
+        return 0.001
 
     def release(self, handle: ReadHandle) -> None:
         assert handle.state != "pending"  # type: ignore[attr-defined]

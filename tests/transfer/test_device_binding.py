@@ -78,7 +78,7 @@ class BuildingConnector(PushingConnector):
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         raise NotImplementedError
 
-    def start_scratch_read(self, peer: PeerHandle) -> tuple[ReadHandle, torch.Tensor]:
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         raise NotImplementedError
 
     def release(self, handle: ReadHandle) -> None: ...

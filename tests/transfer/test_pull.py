@@ -23,12 +23,13 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import LocalMemory
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of, scratch_pattern
+from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
 from pdlaunch.transfer.peer import PeerSetup
 from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable
+from pdlaunch.transfer.scratch import scratch_pattern
 from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
 
@@ -385,7 +386,7 @@ def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
     world.fabric.agents["prefill-0/rank-0#1"].scratch[7] ^= 1
     world.peers.update([holder.entry()])
     world.turn()
-    assert "the first READ from prefill-0/rank-0 brought wrong bytes" in world.reports[-1].error
+    assert "prefill-0/rank-0 cannot be read: the first READ brought wrong bytes" in world.reports[-1].error
     assert not world.reports[-1].fatal
     assert world.connector.peers == []
 

@@ -1,0 +1,62 @@
+"""The scratch of a rank: memory with a known pattern that peers read in pieces to prove a path and to time it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+PATTERN_BYTES = 1024**2
+SCRATCH_BYTES = 16 * PATTERN_BYTES
+"""Of a CPU: enough to time a path of several GB/s."""
+DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
+"""Of a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ."""
+MOST_PIECES = 1024
+"""More would only take longer."""
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """Size of the scratch of a rank on ``device``."""
+    return SCRATCH_BYTES if device.type == "cpu" else DEVICE_SCRATCH_BYTES
+
+
+def scratch_pattern(agent_name: str, num_bytes: int = SCRATCH_BYTES) -> bytes:
+    """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping shows."""
+    return _row(agent_name) * (num_bytes // PATTERN_BYTES)
+
+
+def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
+    """``scratch``: [num_bytes] uint8."""
+    scratch.view(-1, PATTERN_BYTES).copy_(_row_tensor(agent_name))
+
+
+def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
+    """Whether these are the bytes of that agent's scratch. ``landing``: [num_bytes] uint8."""
+    row = _row_tensor(agent_name).to(landing.device)
+    return bool((landing.view(-1, PATTERN_BYTES) == row).all())
+
+
+def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """[num_bytes] uint8 of zeros to read a scratch into, its pages touched: their first use would count as time of the READ."""
+    landing = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(0)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # READs do not wait for what is queued
+    return landing
+
+
+def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
+    """Where the pieces of a scratch begin, and their size: about that of the smaller block, so that what a piece costs shows.
+
+    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none.
+    """
+    wanted = min(num_bytes, max(min(block_bytes), num_bytes // MOST_PIECES))
+    piece_bytes = 1 << (wanted.bit_length() - 1)
+    return list(range(num_bytes - piece_bytes, -1, -piece_bytes)), piece_bytes
+
+
+def _row(agent_name: str) -> bytes:
+    return hashlib.shake_256(agent_name.encode()).digest(PATTERN_BYTES)
+
+
+def _row_tensor(agent_name: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(_row(agent_name)), dtype=torch.uint8)
