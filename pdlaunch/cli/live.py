@@ -29,6 +29,7 @@ _STYLES = {
     ProcessState.EXITED: "dim",
     ProcessState.FAILED: "bold red",
     ProcessState.BACKING_OFF: "yellow",
+    ProcessState.GIVEN_UP: "bold red",
 }
 CONTINUATION = " \\\n  "
 """Of a shell command over several lines."""

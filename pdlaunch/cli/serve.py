@@ -26,10 +26,9 @@ from pdlaunch.supervisor.launch import (
     check_address,
     check_platform,
     launch,
-    new_launch_id,
-    new_log_dir,
     plan_launch,
 )
+from pdlaunch.supervisor.log_dirs import new_launch_id, new_log_dir
 from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus

@@ -13,7 +13,8 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
-from pdlaunch.supervisor.launch import check_platform, launch, new_launch_id, plan_launch
+from pdlaunch.supervisor.launch import check_platform, launch, plan_launch
+from pdlaunch.supervisor.log_dirs import new_launch_id
 from pdlaunch.supervisor.status import LaunchStatus
 
 HOST_SHARE = 1 / 64

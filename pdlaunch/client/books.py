@@ -23,13 +23,14 @@ _POLL_S = 0.2
 
 
 async def engine_urls(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[str, list[str]]:
-    """By role, the engines behind a router. Raises PdlaunchError."""
+    """By role, the engines behind a router that were not given up. Raises PdlaunchError."""
     async with session.get(url + "/pdlaunch/status", headers=headers) as response:
         if response.status != 200:
             raise PdlaunchError(f"{url} does not tell its engines: HTTP {response.status}")
         urls: dict[str, list[str]] = {"prefill": [], "decode": []}
         for engine in (await response.json())["engines"]:
-            urls[engine["role"]].append(engine["url"])
+            if engine["state"] != "failed":
+                urls[engine["role"]].append(engine["url"])
         return urls
 
 

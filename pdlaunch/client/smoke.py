@@ -83,12 +83,12 @@ def _check(name: str, run: Callable[[], None]) -> Check:
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
-    """Name, role, url and state of each engine behind a router."""
+    """Name, role, url and state of each engine behind a router, those left out that were given up."""
     status, text = router.get("/pdlaunch/status")
     if status != 200:
         raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {text[:200]}")
     engines: list[dict[str, Any]] = json.loads(text)["engines"]
-    return engines
+    return [engine for engine in engines if engine["state"] != "failed"]
 
 
 def _compare(router: Api, engines: list[Api], prompt: str, *, exact: bool) -> None:

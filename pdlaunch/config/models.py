@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from pdlaunch.config.sizes import parse_size
 
@@ -28,6 +28,7 @@ OptionalSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type
 """The same, and 0 for none."""
 
 DEFAULT_MODEL = "smollm2"
+MIN_HANG_TIMEOUT_S = 5.0
 
 
 class FrozenModel(BaseModel):
@@ -162,10 +163,24 @@ class LaunchConfig(EngineSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: SecretStr | None = Field(None, min_length=1, description="Clients must send it as a bearer token.")
-    log_dir: str | None = Field(None, description="Folder of the log files; a new one a launch when unset.")
+    log_dir: str | None = Field(
+        None, description="Folder of the log files; a new one a launch when unset, of which the latest 20 are kept."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C.")
+    hang_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds without a turn of its loop after which a process is restarted; longer than any step. 0: never.",
+    )
+
+    @field_validator("hang_timeout_s")
+    @classmethod
+    def _leaves_time_for_heartbeats(cls, value: float) -> float:
+        if 0 < value < MIN_HANG_TIMEOUT_S:
+            raise ValueError(f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, within which a process speaks several times")
+        return value
 
     def role(self, role: Role) -> RoleSettings:
         """The section of ``role``."""

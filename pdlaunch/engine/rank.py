@@ -28,6 +28,7 @@ from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
+from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.connectors import new_connector
@@ -53,6 +54,7 @@ class RankProcess:
         self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
         self._context = SecureContext(bootstrap.keys)
         self._control = ControlClient(self._context, bootstrap.control, bootstrap.name, self._on_control)
+        self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
         self._transfer: TransferWorker | None = None
@@ -227,6 +229,7 @@ class RankProcess:
         """Sleep until a socket or another thread has something; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
         self._wakeup.clear()
+        self._heartbeat.beat()
         while not self._inbox.empty():
             self._handle_control(self._inbox.get())
 

@@ -59,6 +59,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group."""
     launch_id: str = ""
+    heartbeat_s: float = 0.0
+    """How often its main loop says Alive; 0: nobody listens."""
 
     def engine(self) -> EngineSpec:
         assert self.engine_json is not None

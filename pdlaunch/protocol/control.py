@@ -15,6 +15,10 @@ Role = Literal["prefill", "decode"]
 ProcessKind = Literal["router", "server", "rank"]
 
 
+ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
+"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is not started again."""
+
+
 class Address(Message, tag=False):
     """Where a process listens; empty strings where it has no such socket."""
 
@@ -40,7 +44,7 @@ class Capabilities(Message, tag=False):
 
 
 class Entry(Message, tag=False):
-    """One living process in the registry."""
+    """One living process in the registry, or the server of an engine that was given up: it has no address."""
 
     name: str
     """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
@@ -54,7 +58,7 @@ class Entry(Message, tag=False):
     """Of a rank: the TP group's id of this incarnation."""
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
-    state: Literal["starting", "ready", "draining", "sleeping"] = "starting"
+    state: ListedState = "starting"
 
 
 class Register(Message):
@@ -79,6 +83,10 @@ class Ready(Message):
     """The process does its job. ``info`` is shown in the ready panel."""
 
     info: dict[str, str] = {}
+
+
+class Alive(Message):
+    """The main loop of a process turns; said every ``Bootstrap.heartbeat_s``."""
 
 
 class PairReady(Message):
@@ -124,11 +132,11 @@ class SleepState(Message):
     state: Literal["awake", "draining", "sleeping"]
 
 
-ToSupervisor = Register | Progress | Ready | PairReady | PairFailed | Failed | Drained | SleepState
+ToSupervisor = Register | Progress | Ready | Alive | PairReady | PairFailed | Failed | Drained | SleepState
 
 
 class Registry(Message):
-    """All living processes; replaces the one before."""
+    """All living processes and the engines that were given up; replaces the one before."""
 
     version: int
     entries: list[Entry]

@@ -243,7 +243,7 @@ class RouterApp:
     async def _metrics(self, request: web.Request, request_id: str) -> web.Response:
         """The router's metrics and those of all engines."""
         self._hops.metrics.in_flight.set(self.admission.in_flight)
-        self._hops.metrics.engines_ready.set(sum(engine.ready for engine in self._hops.pool.engines))
+        self._hops.metrics.show_engines([engine.state for engine in self._hops.pool.engines])
         page = await scrape(self._hops.metrics.text(), self._hops.client, self._hops.pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 

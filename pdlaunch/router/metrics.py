@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+from pdlaunch.protocol.control import ListedState
 
 Hop = Literal["prefill", "decode"]
 
@@ -17,7 +19,10 @@ class RouterMetrics:
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = RequestMetrics(registry, {"model_name": served_model_name})
-        self.engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
+        self._engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
+        self._engines = Gauge(
+            "pdlaunch_router_engines", "Engines by state; failed ones are not started again.", ("state",), registry=registry
+        )
         self.in_flight = Gauge("pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry)
         self._engine_failures = Counter(
             "pdlaunch_router_engine_failures", "Hops that an engine failed.", ("engine", "hop"), registry=registry
@@ -30,6 +35,12 @@ class RouterMetrics:
             "pdlaunch_router_migrations", "Answers continued by another engine from the tokens so far.", registry=registry
         )
         self._releases = Counter("pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry)
+
+    def show_engines(self, states: Sequence[str]) -> None:
+        """``states``: of each engine, now."""
+        self._engines_ready.set(states.count("ready"))
+        for state in get_args(ListedState):
+            self._engines.labels(state).set(states.count(state))
 
     def engine_failed(self, engine: str, hop: Hop) -> None:
         self._engine_failures.labels(engine, hop).inc()

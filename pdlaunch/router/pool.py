@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 
-from pdlaunch.protocol.control import Capabilities, Entry, Registry, Role
+from pdlaunch.protocol.control import Capabilities, Entry, ListedState, Registry, Role
 
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
@@ -29,7 +29,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     capabilities: Capabilities
     ready: bool
     state: str
-    """For people: ``starting``, ``ready``, ``draining``, ``sleeping``."""
+    """For people: ``ready``, or the ``ListedState`` that says why not."""
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
     prompt_tokens: int = 0
@@ -142,7 +142,7 @@ class EnginePool:
         engine.ready = ready
         engine.role = server.role
         engine.capabilities = server.capabilities
-        engine.state = "ready" if ready else server.state if server.state in ("draining", "sleeping") else "starting"
+        engine.state = "ready" if ready else _why_not_ready(server, ranks)
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
@@ -154,6 +154,12 @@ class EnginePool:
         if server.name not in self._with_ranks:
             return True
         return bool(ranks) and len(ranks) == ranks[0].tp_size and all(entry.state == "ready" for entry in ranks)
+
+
+def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
+    if any(entry.state == "stalled" for entry in (server, *ranks)):
+        return "stalled"
+    return server.state if server.state in ("draining", "sleeping", "failed") else "starting"
 
 
 def _rank(engine: Engine, role: Role, now_s: float) -> tuple[bool, bool, int, int, int]:

@@ -13,6 +13,7 @@ from aiohttp import web
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
+from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.router.app import RouterApp
@@ -78,6 +79,7 @@ class RouterProcess:
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
         await runner.setup()
+        heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
         try:
             port = await listen(runner, spec.host, spec.port)
             url = _url(spec.host, port)
@@ -92,6 +94,7 @@ class RouterProcess:
             control.send(Ready(info={"url": url}))
             await self._follow(control, hops, router)
         finally:
+            heartbeat.cancel()
             await runner.cleanup()
             await hops.close()
 

@@ -22,6 +22,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
+from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import (
     Address,
     Capabilities,
@@ -82,6 +83,7 @@ class ServerProcess:
         try:
             await runner.setup()
             self._register(await self._bind(runner))
+            self._spawn(Heartbeat(self._control.send, self._bootstrap.heartbeat_s).run())
             self._spawn(self._start())
             await self._obey()
         except PdlaunchError as error:

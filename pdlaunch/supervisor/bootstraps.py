@@ -12,6 +12,7 @@ from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.supervisor.hangs import heartbeat_s
 from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
 
@@ -59,6 +60,7 @@ class LaunchBootstraps:
             tp_rank=spec.tp_rank,
             rendezvous=f"file://{rendezvous}" if spec.kind == "rank" else "",
             launch_id=self._launch_id,
+            heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
         )
 
     def _router(self, last_http: str) -> RouterSpec:

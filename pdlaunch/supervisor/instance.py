@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pdlaunch.protocol.control import Entry, Progress, Register
+from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
 from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
-
-ListedState = Literal["starting", "ready", "draining", "sleeping"]
 
 
 @dataclass(slots=True)
@@ -28,6 +26,10 @@ class Instance:
     """What it said before it died, else how it died."""
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     """What it last said of itself; only of a process that is ready."""
+    heard_at_s: float = 0.0
+    """When its loop last turned, as far as is known."""
+    stalled: bool = False
+    """It is ready, and has been silent for so long that it gets no new work."""
     last_http: str = ""
     """Where an earlier incarnation answered; the router comes back there."""
 
@@ -49,11 +51,12 @@ class Instance:
         self.incarnation = incarnation
         self.registration = self.progress = self.error = None
         self.sleep_state = "awake"
+        self.stalled = False
         self.info = {}
 
     def entry(self) -> Entry | None:
-        """Its line of the registry; None while it is not reachable."""
-        said = self.registration
+        """Its line of the registry; None while it is not reachable. Of an engine that was given up the server's line stays."""
+        said = Register(name=self.name, incarnation=self.incarnation, pid=0) if self._is_given_up_server() else self.registration
         if said is None or self.spec.kind == "convert" or self.state not in _LISTED:
             return None
         return Entry(
@@ -71,15 +74,21 @@ class Instance:
         )
 
     def _listed_state(self) -> ListedState:
+        if self.state is ProcessState.READY and self.stalled:
+            return "stalled"
         if self.state is ProcessState.READY and self.sleep_state != "awake":
             return self.sleep_state
         return _LISTED[self.state]
+
+    def _is_given_up_server(self) -> bool:
+        return self.state is ProcessState.GIVEN_UP and self.spec.kind == "server"
 
 
 _LISTED: Mapping[ProcessState, ListedState] = {
     ProcessState.STARTING: "starting",
     ProcessState.READY: "ready",
     ProcessState.DRAINING: "draining",
+    ProcessState.GIVEN_UP: "failed",
 }
 
 
@@ -102,6 +111,11 @@ class Unit:
     @property
     def alive(self) -> bool:
         return any(member.alive for member in self.members)
+
+    @property
+    def engine(self) -> str:
+        """Empty for the router and conversions."""
+        return self.members[0].spec.engine
 
     @property
     def ready(self) -> bool:

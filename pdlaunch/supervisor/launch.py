@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import zmq
 
-from pdlaunch.config.aliases import ResolvedModel, cache_root
+from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.observe.logs import setup_logging
@@ -23,8 +21,10 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.hangs import HangLimits
 from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
+from pdlaunch.supervisor.log_dirs import SUPERVISOR_LOG, keep
 from pdlaunch.supervisor.plan import Plan, plan
 from pdlaunch.supervisor.ports import check_port
 from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
@@ -92,34 +92,17 @@ def check_address(config: LaunchConfig) -> None:
         check_port(config.host, config.port)
 
 
-def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
-    """The folder of the log files, made now: as configured, else a new one in the cache. Raises ConfigError."""
-    log_dir = Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
-    try:
-        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (log_dir / "supervisor.log").touch()
-    except OSError as error:
-        raise ConfigError(
-            f"log files cannot be written to {log_dir}: {error.strerror}",
-            field="log_dir",
-            value=str(log_dir),
-            fix="name a folder that you may write to with --log-dir",
-        ) from None
-    return log_dir.resolve()
-
-
-def new_launch_id() -> str:
-    """Sortable by time, unique on this machine."""
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-
-
 def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path) -> Outcome:
     """Start everything, serve until told to stop, stop everything; ``check_platform`` and ``check_address`` come before."""
     config = planned.config
-    timing = Timing(startup_timeout_s=config.startup_timeout_s, grace=Grace(drain_s=config.drain_timeout_s))
-    setup_logging("supervisor", config.log_level, file=log_dir / "supervisor.log")
+    timing = Timing(
+        startup_timeout_s=config.startup_timeout_s,
+        grace=Grace(drain_s=config.drain_timeout_s),
+        hangs=HangLimits(config.hang_timeout_s, asleep_s=config.startup_timeout_s),
+    )
+    setup_logging("supervisor", config.log_level, file=log_dir / SUPERVISOR_LOG)
     keys = new_launch_keys()
-    with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
+    with keep(log_dir), new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = LaunchBootstraps(
             config,

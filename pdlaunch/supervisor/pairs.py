@@ -31,6 +31,10 @@ class PairBook:
         for pair in [pair for pair in self._proven if name in pair]:
             del self._proven[pair]
 
+    def give_up(self, engine: str) -> None:
+        """No pair of this engine is due any more."""
+        self._due = [(local, peer) for local, peer in self._due if engine not in (local.partition("/")[0], peer)]
+
     def proven(self) -> list[PairReady]:
         return list(self._proven.values())
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pdlaunch.supervisor.file_lock import is_locked, take_lock
+
 PREFIX = "pdlaunch-run-"
 MAX_PATH_BYTES = 107
 """Of a Unix socket's path on Linux."""
@@ -28,7 +30,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     lock = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _take(lock)
+        take_lock(lock)
         yield run_dir
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -58,27 +60,9 @@ def _is_ours(path: Path) -> bool:
 
 def _is_stale(path: Path) -> bool:
     try:
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        return not is_locked(path / _LOCK)
     except FileNotFoundError:
         # Its launch died, or is just about to make the lock.
         with contextlib.suppress(OSError):
             return time.time() - path.stat().st_mtime > _NEW_FOR_S
         return False
-    except OSError:
-        return False
-    try:
-        _take(lock)
-    except OSError:
-        return False
-    else:
-        return os.fstat(lock).st_nlink > 0
-    finally:
-        os.close(lock)
-
-
-def _take(lock: int) -> None:
-    """Raises OSError when another process holds the lock."""
-    # Imported here: a plan can be made, and a clear error given, on systems that do not have it.
-    import fcntl
-
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,8 @@ class ProcessState(StrEnum):
     """Ended by itself, or killed by a stranger."""
     BACKING_OFF = "backing-off"
     """Waits to be started under the next incarnation."""
+    GIVEN_UP = "given-up"
+    """Its engine died too often: it is not started again."""
 
 
 TRANSITIONS: dict[ProcessState, frozenset[ProcessState]] = {
@@ -29,8 +31,9 @@ TRANSITIONS: dict[ProcessState, frozenset[ProcessState]] = {
     ProcessState.STARTING: frozenset({ProcessState.READY, ProcessState.EXITED, ProcessState.FAILED}),
     ProcessState.READY: frozenset({ProcessState.DRAINING, ProcessState.EXITED, ProcessState.FAILED}),
     ProcessState.DRAINING: frozenset({ProcessState.EXITED, ProcessState.FAILED}),
-    ProcessState.FAILED: frozenset({ProcessState.BACKING_OFF}),
-    ProcessState.BACKING_OFF: frozenset({ProcessState.STARTING, ProcessState.EXITED}),
+    ProcessState.FAILED: frozenset({ProcessState.BACKING_OFF, ProcessState.GIVEN_UP}),
+    ProcessState.BACKING_OFF: frozenset({ProcessState.STARTING, ProcessState.EXITED, ProcessState.GIVEN_UP}),
+    ProcessState.GIVEN_UP: frozenset(),
     ProcessState.EXITED: frozenset(),
 }
 

@@ -12,8 +12,21 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.protocol.control import Drained, Failed, PairFailed, PairReady, Progress, Ready, Register, SleepState, ToSupervisor
+from pdlaunch.protocol.control import (
+    Alive,
+    Drained,
+    Failed,
+    PairFailed,
+    PairReady,
+    Progress,
+    Ready,
+    Register,
+    SleepState,
+    ToSupervisor,
+)
 from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.given_up import GivenUp
+from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.host import Event, Host, MessageReceived, Observer, ProcessExited, StopRequested
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.pairs import PairBook
@@ -37,6 +50,7 @@ class Timing:
     startup_timeout_s: float = 600.0
     grace: Grace = field(default_factory=Grace)
     restarts: RestartPolicy = field(default_factory=RestartPolicy)
+    hangs: HangLimits = field(default_factory=HangLimits)
 
 
 class EventSource(Protocol):
@@ -70,6 +84,8 @@ class Supervisor:
         self._instances = {m.name: m for unit in (*self._conversions, *self._units) for m in unit.members}
         self._registry = RegistryBook()
         self._pairs = PairBook(plan)
+        self._given_up = GivenUp(plan)
+        self._hangs = HangWatch(timing.hangs, clock)
         self._phase = Phase.PREPARING
         self._start_deadline_s = 0.0
         self._shutdown: Shutdown | None = None
@@ -103,6 +119,10 @@ class Supervisor:
         match event:
             case ProcessExited():
                 self._on_exit(event)
+            case MessageReceived(message=Alive()):
+                # Changes nothing that others need to know now, and comes often.
+                self._on_message(event.name, event.message)
+                return
             case MessageReceived():
                 self._on_message(event.name, event.message)
             case StopRequested():
@@ -114,6 +134,8 @@ class Supervisor:
         if self._shutdown is not None:
             self._shutdown.advance()
         elif self._phase is Phase.READY:
+            for instance in self._hangs.look(self._instances.values()):
+                self._on_hang(instance)
             for unit in self._units:
                 self._tick_unit(unit)
         elif self._clock() >= self._start_deadline_s:
@@ -127,7 +149,7 @@ class Supervisor:
         if self._phase is not Phase.READY:
             return self._start_deadline_s
         due = [time_s for unit in self._units for time_s in (unit.deadline_s, unit.respawn_at_s) if time_s is not None]
-        return min(due, default=self._clock() + 60.0)
+        return min([*due, self._hangs.due_s, self._clock() + 60.0])
 
     def status(self) -> LaunchStatus:
         router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
@@ -178,6 +200,9 @@ class Supervisor:
         if instance is None:
             logger.warning("message from unknown process %s", name)
             return
+        if not isinstance(message, PairReady | PairFailed):
+            # Those come from another thread than the loop's.
+            self._hangs.heard(instance)
         match message:
             case Register():
                 self._on_register(instance, message)
@@ -185,6 +210,8 @@ class Supervisor:
                 self._on_failed(instance, message.error)
             case Progress():
                 instance.progress = message
+            case Alive():
+                pass
             case _ if instance.registration is None or not instance.alive:
                 logger.warning("%s from %s before it registered", type(message).__name__, name)
             case Ready():
@@ -275,8 +302,21 @@ class Supervisor:
             unit.cause = instance
             self._note(f"{instance.name} {how}" + (f": {said}" if said else ""))
             self._kill(unit)
-        if not unit.alive:
+        if unit.alive:
+            return
+        if unit.engine in self._given_up:
+            self._bury(unit)
+        else:
             self._back_off(unit, unit.cause)
+
+    def _on_hang(self, instance: Instance) -> None:
+        """Nothing that it holds is of use to anybody before it is dead: SIGKILL reaches a stopped process too."""
+        unit = self._unit_of[instance.name]
+        if unit.cause is None:
+            unit.cause = instance
+            instance.error = f"hung: its loop did not turn for {self._clock() - instance.heard_at_s:.0f} s (hang_timeout_s)"
+            self._note(f"{instance.name} {instance.error}: killed")
+            self._kill(unit)
 
     def _kill(self, unit: Unit) -> None:
         """The rest of a unit goes with its first death, and leaves the registry at once."""
@@ -288,18 +328,42 @@ class Supervisor:
     def _back_off(self, unit: Unit, cause: Instance) -> None:
         policy = self._timing.restarts
         now_s = self._clock()
-        ready_for_s = None if unit.ready_since_s is None else now_s - unit.ready_since_s
+        worked_until_s = cause.heard_at_s if cause.stalled else now_s
+        ready_for_s = None if unit.ready_since_s is None else worked_until_s - unit.ready_since_s
         unit.num_quick_deaths = unit.num_quick_deaths + 1 if policy.is_quick(ready_for_s) else 1
         unit.deadline_s = None
         delay_s = policy.delay_s(unit.num_quick_deaths)
         if delay_s is None:
-            summary = f"{unit.name} died {unit.num_quick_deaths} times in a row, each within {policy.quick_s:g} s of its start"
-            self._fail(Failure(summary, process=cause.name, said=cause.error or ""))
+            self._give_up(unit, cause)
             return
         for member in unit.members:
             member.move(ProcessState.BACKING_OFF)
         unit.respawn_at_s = now_s + delay_s
         self._note(f"{unit.name} starts again in {delay_s:g} s")
+
+    def _give_up(self, unit: Unit, cause: Instance) -> None:
+        """An engine that always dies leaves the others of its role alone with the work; without one the launch is over."""
+        times = f"{unit.num_quick_deaths} times in a row, each within {self._timing.restarts.quick_s:g} s of its start"
+        summary = f"{unit.name} died {times}"
+        self._given_up.add(cause, summary)
+        left = self._given_up.left_of(cause.spec.role)
+        if not left:
+            self._fail(Failure(summary, process=cause.name, said=cause.error or "", details=self._given_up.details(cause)))
+            return
+        self._note(f"{summary}: {unit.engine} is given up, {', '.join(left)} serves on")
+        self._pairs.give_up(unit.engine)
+        for other in [other for other in self._units if other.engine == unit.engine]:
+            other.deadline_s = other.respawn_at_s = None
+            other.cause = other.cause or cause
+            if other.alive:
+                self._kill(other)
+            else:
+                self._bury(other)
+
+    def _bury(self, unit: Unit) -> None:
+        for member in unit.members:
+            member.registration = None
+            member.move(ProcessState.GIVEN_UP)
 
     def _tick_unit(self, unit: Unit) -> None:
         now_s = self._clock()

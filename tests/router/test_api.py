@@ -202,6 +202,8 @@ async def test_metrics_count_requests_and_times(stand: Stand) -> None:
     assert 'pdlaunch_time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
     assert 'pdlaunch_inter_token_latency_seconds_count{model_name="tiny"} 10.0' in text
     assert "pdlaunch_router_engines_ready 2.0" in text
+    assert 'pdlaunch_router_engines{state="ready"} 2.0' in text
+    assert 'pdlaunch_router_engines{state="failed"} 0.0' in text
     assert "pdlaunch_router_requests_in_flight 0.0" in text
 
 

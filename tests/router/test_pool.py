@@ -186,3 +186,20 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         else:
             clock.now_s += number
         assert sum(engine.num_streams for engine in pool.engines) == len(running)
+
+
+def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_again(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2, state="stalled"))
+    assert pool.engines[0].state == "stalled"
+    assert pool.pick("decode") is None
+    update(pool, server("decode-0", state="stalled"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
+    assert pool.engines[0].state == "stalled"
+    update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
+    assert named(pool.pick("decode")) == "decode-0"
+
+
+def test_an_engine_that_was_given_up_is_shown_and_never_asked(pool: EnginePool) -> None:
+    update(pool, server("decode-0"), rank("decode-0"))
+    update(pool, server("decode-0", state="failed", address=Address()))
+    assert [(engine.name, engine.state) for engine in pool.engines] == [("decode-0", "failed")]
+    assert pool.pick("decode") is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.protocol.control import (
     Address,
+    Alive,
     Drain,
     Drained,
     Failed,
@@ -146,6 +148,19 @@ class World:
     def exit_all(self) -> None:
         for name in list(self.host.running):
             self.exit(name)
+
+    def pass_time_alive(self, seconds: float, *, silent: Collection[str] = (), step_s: float = 1.0) -> None:
+        """Time in which every process that runs, but those that are ``silent``, says that it is alive."""
+        until_s = self.clock.now_s + seconds
+        while self.clock.now_s < until_s:
+            for name in self.host.running:
+                if name not in silent:
+                    self.say(name, Alive())
+            self.pass_time(min(step_s, until_s - self.clock.now_s))
+
+    def listed(self, name: str) -> str | None:
+        """The state that the router's newest registry gives a process; None when it is not in it."""
+        return next((entry.state for entry in self.host.registry("router").entries if entry.name == name), None)
 
     def drained(self, name: str) -> None:
         self.say(name, Drained())

@@ -1,0 +1,69 @@
+"""Which processes hang: they are ready, and their main loop has not turned for too long.
+
+The supervisor may have been stopped itself (Ctrl-Z, a frozen container). Then nobody could be heard, and everyone gets all of the
+time again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.states import ProcessState
+
+_PARTS = 6
+"""Of the limit: a process speaks, and the supervisor looks, once in each."""
+
+
+def heartbeat_s(timeout_s: float) -> float:
+    """How often a process says Alive; 0: never."""
+    return timeout_s / _PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class HangLimits:
+    """Longest silence of a process that is ready."""
+
+    timeout_s: float = 0.0
+    """0: nobody is watched."""
+    asleep_s: float = 600.0
+    """Of one that sleeps: it may be loading its weights again."""
+
+    def of(self, instance: Instance) -> float:
+        return self.timeout_s if instance.sleep_state == "awake" else max(self.timeout_s, self.asleep_s)
+
+
+class HangWatch:
+    """Listens to instances; ``look`` is due at ``due_s``."""
+
+    def __init__(self, limits: HangLimits, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._interval_s = heartbeat_s(limits.timeout_s) or math.inf
+        self._looked_at_s = clock()
+
+    @property
+    def due_s(self) -> float:
+        return self._looked_at_s + self._interval_s
+
+    def heard(self, instance: Instance) -> None:
+        """Its loop has turned."""
+        instance.heard_at_s = self._clock()
+        instance.stalled = False
+
+    def look(self, instances: Iterable[Instance]) -> list[Instance]:
+        """Mark what was silent for half of its time as stalled; returns what was so for all of it, the longest first."""
+        now_s = self._clock()
+        if now_s < self.due_s:
+            return []
+        overslept = now_s - self._looked_at_s > 3 * self._interval_s
+        self._looked_at_s = now_s
+        watched = [instance for instance in instances if instance.state is ProcessState.READY]
+        for instance in watched:
+            if overslept:
+                self.heard(instance)
+            instance.stalled = now_s - instance.heard_at_s >= self._limits.of(instance) / 2
+        hanging = [instance for instance in watched if now_s - instance.heard_at_s >= self._limits.of(instance)]
+        return sorted(hanging, key=lambda instance: instance.heard_at_s)
