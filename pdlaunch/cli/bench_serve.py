@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
-from pdlaunch.cli.bench_values import read_numbers
+from pdlaunch.cli.bench_values import read_decimals, read_numbers
 from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
 from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.client.bench_row import BenchRow
@@ -76,10 +76,10 @@ def serve(
     ] = 30_000,
     seed: Annotated[int | None, typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches.")] = None,
     bare_gb_per_s: Annotated[
-        float | None, typer.Option(min=1e-6, help="Bare transfer, of `bench transfer`: shows the goal of the gap.")
+        str | None, typer.Option(help="Bare transfer of these prompts, of `bench transfer`: shows the goal of the gap.")
     ] = None,
     step_ms: Annotated[
-        str | None, typer.Option(help="Decode step by concurrency, of `bench step`: shows the share of what it allows.")
+        str | None, typer.Option(help="Decode step at these concurrencies, of `bench step`: shows the share of what it allows.")
     ] = None,
     multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Chats that send all that was said before.")] = False,
     conversations: Annotated[int | None, typer.Option(min=1, help="Chats (16).", show_default=False)] = None,
@@ -119,8 +119,8 @@ def serve(
             num_requests=num_requests,
             max_token_id=max_token_id,
             seed=seed,
-            bare_gb_per_s=bare_gb_per_s,
-            step_ms=_step_times(step_ms, numbers),
+            bare_gb_per_s=read_decimals(bare_gb_per_s, lengths),
+            step_ms=read_decimals(step_ms, numbers),
         )
     if url is not None:
         own = {"CONFIG": config} | {path: value for path, value in flags.items() if path != "api_key"}
@@ -186,21 +186,6 @@ def _show_chats(report: MultiTurnReport, output: Format) -> int:
         typer.echo(f"{report.num_conversations} conversations of {report.working_set_tokens} tokens in all, --seed {report.seed}")
     print_errors([error for row in report.turns for error in row.errors])
     return int(any(row.num_errors for row in report.turns))
-
-
-def _step_times(text: str | None, concurrencies: Sequence[int]) -> dict[int, float]:
-    """By concurrency."""
-    if text is None:
-        return {}
-    try:
-        times_ms = [float(part) for part in text.split(",")]
-    except ValueError:
-        times_ms = []
-    if len(times_ms) != len(concurrencies) or not all(0 < time_ms < float("inf") for time_ms in times_ms):
-        raise typer.BadParameter(
-            f"--step-ms {text!r} is not one number of milliseconds for each of {len(concurrencies)} concurrencies"
-        )
-    return dict(zip(concurrencies, times_ms, strict=True))
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

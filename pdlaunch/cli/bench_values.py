@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import typer
 
@@ -19,6 +20,22 @@ def read_numbers(text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
     return numbers
+
+
+def read_decimals(text: str | None, keys: Sequence[int]) -> dict[int, float]:
+    """``4.9,6.2``: one for each key, or one for all; nothing of nothing."""
+    if text is None:
+        return {}
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= len(keys)
+    if len(numbers) != len(keys) or not all(0 < number < math.inf for number in numbers):
+        wanted = ",".join(map(str, keys))
+        raise typer.BadParameter(f"{text!r} is neither a positive number nor a list of one for each of {wanted}")
+    return dict(zip(keys, numbers, strict=True))
 
 
 def read_sizes(text: str) -> list[int]:

@@ -38,8 +38,8 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Prompts are drawn from [FIRST_TOKEN_ID, max_token_id)."""
     seed: int | None = None
     request_timeout_s: float = 600.0
-    bare_gb_per_s: float | None = None
-    """Of ``bench transfer``, for the goal of the first gap."""
+    bare_gb_per_s: Mapping[int, float] = {}
+    """By prompt length, of ``bench transfer``, for the goal of the first gap."""
     step_ms: Mapping[int, float] = {}
     """By concurrency, of ``bench step``, for the share of what it allows."""
 
@@ -93,7 +93,7 @@ async def _run(target: BenchTarget, options: BenchOptions, input_tokens: int, co
         done,
         seconds,
         await _counted(target, before, done),
-        bare_gb_per_s=options.bare_gb_per_s,
+        bare_gb_per_s=options.bare_gb_per_s.get(input_tokens),
         step_ms=options.step_ms.get(concurrency),
     )
 

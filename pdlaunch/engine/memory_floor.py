@@ -45,6 +45,9 @@ def measure_memory_rate(device: torch.device, buffer_bytes: int | None = None) -
     # One half to the other: as many bytes read and written as a read of the whole buffer reads.
     copy_s = seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]))
     read_s = seconds(buffer.sum)
+    del buffer
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return num_bytes / min(copy_s, read_s)
 
 

@@ -82,11 +82,12 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
         (("--multi-turn", "--concurrency", "1,2"), "takes one --input-tokens and one --concurrency"),
         (("--prefill", "2"), "prefill.replicas: of a deployment that is started"),
-        (("--step-ms", "1"), "--step-ms '1' is not one number of milliseconds for each of 3"),
-        (("--step-ms", "1,nan,2"), "--step-ms '1,nan,2' is not one number"),
+        (("--step-ms", "1,2"), "'1,2' is neither a positive number nor a list of one for each of 1,4,16"),
+        (("--step-ms", "1,nan,2"), "'1,nan,2' is neither"),
+        (("--step-ms", "inf"), "'inf' is neither"),
         (("--input-tokens", "0"), "'0' is not a list of positive numbers"),
         (("--concurrency", "a"), "'a' is not a list of positive numbers"),
-        (("--bare-gb-per-s", "0"), "--bare-gb-per-s"),
+        (("--bare-gb-per-s", "0"), "'0' is neither"),
     ],
 )
 def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message: str) -> None:
