@@ -82,6 +82,8 @@ def bench_step(
     lengths = [prefill_tokens] if isinstance(prefill_tokens, int) else prefill_tokens
     _check(shape, device, max(*lengths, context_tokens + NUM_WARM_UPS + num_steps))
     memory_rate = measure_memory_rate(torch.device(device), buffer_bytes)
+    if device == "cuda":
+        torch.cuda.empty_cache()
     bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
     bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     bare_decode_s = [bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]

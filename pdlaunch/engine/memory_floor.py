@@ -37,7 +37,7 @@ def prefill_bytes(shape: ModelShape, dtype: str, *, num_tokens: int) -> int:
 
 
 def measure_memory_rate(device: torch.device, buffer_bytes: int | None = None) -> float:
-    """Bytes a second that a plain copy or read moves; the better of both. Allocates a buffer and frees it."""
+    """Bytes a second that a plain copy or read moves; the better of both. Allocates a buffer, which torch may keep cached."""
     num_bytes = buffer_bytes or _buffer_bytes(device)
     buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     half = buffer.numel() // 2
@@ -45,9 +45,6 @@ def measure_memory_rate(device: torch.device, buffer_bytes: int | None = None) -
     # One half to the other: as many bytes read and written as a read of the whole buffer reads.
     copy_s = seconds(lambda: buffer[:half].copy_(buffer[half : 2 * half]))
     read_s = seconds(buffer.sum)
-    del buffer
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return num_bytes / min(copy_s, read_s)
 
 
