@@ -119,6 +119,7 @@ class RankProcess:
             server=server,
             followers=followers,
             offload=offload,
+            lends=transfer.lends,
             announce=self._control.send,
         )
         poller = self._poller(server.socket)

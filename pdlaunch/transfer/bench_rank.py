@@ -21,7 +21,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
-from pdlaunch.protocol.transfer import GrantLease, PullFinished, StartPull, TransferEvent
+from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull, TransferEvent
 from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.worker import TransferWorker
 
@@ -201,7 +201,7 @@ class Rank:
     def ended(self) -> None:
         """Wait for the end of a lease."""
         events: list[TransferEvent] = []
-        while not events:
+        while not any(isinstance(event, LeaseEnded) for event in events):
             self._woken.wait(PULL_TIMEOUT_S)
             self._woken.clear()
             events = self._worker.take_events()

@@ -83,6 +83,9 @@ class Connector(ABC):
     pushes: ClassVar[bool] = False
     """The holder writes: ``start_read`` only gets ready, and the holder is asked over the side channel, with ``push_target``."""
 
+    lends: bool = False
+    """Peers of this host may map this rank's memory, and have its files."""
+
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
         """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""

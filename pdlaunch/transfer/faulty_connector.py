@@ -42,6 +42,7 @@ class FaultyConnector(Connector):
         self.path = inner.path
         self.agent_name = inner.agent_name
         self.pushes = inner.pushes  # type: ignore[misc]
+        self.lends = inner.lends
         self._inner = inner
         self._faults = faults
         self._clock = clock

@@ -98,13 +98,13 @@ class Ledger:
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             self._store_entry(entry, _EMPTY)
-            del self._spans[entry]
+            del self._spans[entry], self._num_readers[entry]
             self._free_entries.append(entry)
 
     def check_integrity(self) -> None:
         """Every entry is free or has one record; records lie apart, behind the directory. For tests."""
         assert sorted([*self._free_entries, *self._entries.values()]) == list(range(NUM_ENTRIES))
-        assert self._spans.keys() == set(self._entries.values())
+        assert self._spans.keys() == self._num_readers.keys() == set(self._entries.values())
         end = DIRECTORY_BYTES
         for span in sorted(self._spans.values(), key=lambda span: span.start):
             assert end <= span.start < span.stop <= len(self._memory)

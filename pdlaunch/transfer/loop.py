@@ -19,6 +19,7 @@ from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
     GrantLease,
+    LeaseGranted,
     SetLeaseReaders,
     StartPull,
     TransferCommand,
@@ -36,6 +37,7 @@ from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.push import PushDesk
 from pdlaunch.transfer.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.side_channel import HolderSocket, PullerSocket
+from pdlaunch.transfer.will import new_will
 
 LONGEST_SLEEP_S = 60.0
 
@@ -82,7 +84,10 @@ class TransferLoop:
         self._socket = holder_socket
         self._connector = connector
         self._events: list[TransferEvent] = []
-        local = LocalMemory(memory.kv_cache, _new_scratch(memory, connector.agent_name), memory.layout, memory.source)
+        self._will = new_will() if connector.lends else None
+        files = {} if self._will is None else self._will.files
+        scratch = _new_scratch(memory, connector.agent_name)
+        local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source, files)
         connector.open(local)
         compatibility = compatibility_of(
             spec,
@@ -95,7 +100,7 @@ class TransferLoop:
         hasher = BlockHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
         geometry = geometry_of(local, memory.first_kv_head)
         card = HolderCard(identity, compatibility, geometry, connector.agent_name, connector.agent_metadata())
-        self._holder = Holder(card, hasher, clock)
+        self._holder = Holder(card, hasher, clock, None if self._will is None else self._will.ledger)
         self._early = EarlyQuestions(self._holder.is_early, clock)
         self._pushes = PushDesk(self._holder, connector, clock)
         setup = PeerSetup(
@@ -108,7 +113,7 @@ class TransferLoop:
             clock=clock,
             report=report,
         )
-        self._peers = new_peer_table(setup, eager=spec.role == "decode")
+        self._peers = new_peer_table(setup, eager=spec.role == "decode", gives_way=memory.kv_cache.device.type != "cpu")
         puller = Puller(
             engine_id=identity.engine_id,
             tp_rank=identity.tp_rank,
@@ -198,7 +203,7 @@ class TransferLoop:
         """Add every socket that may have something to receive."""
         poller.register(self._socket.socket, zmq.POLLIN)
         for peer in self._peers.all():
-            if peer.channel is not None:
+            if peer.channel is not None and peer.channel.socket is not None:
                 poller.register(peer.channel.socket, zmq.POLLIN)
 
     def sleep_s(self) -> float:
@@ -219,12 +224,16 @@ class TransferLoop:
         for peer in self._peers.all():
             peer.lose("this rank is closing")
         self._connector.close()
+        if self._will is not None:
+            self._will.close()
 
     def _grant(self, command: GrantLease) -> None:
         try:
             self._holder.grant(command)
         except LeaseError as error:
             raise AssertionError(str(error)) from error
+        if self._connector.lends:
+            self._events.append(LeaseGranted(request_id=command.request_id))
 
 
 def _new_scratch(memory: RankMemory, agent_name: str) -> torch.Tensor:

@@ -66,6 +66,7 @@ class P2PConnector(Connector):
 
     name = "p2p"
     path = "p2p"
+    lends = True
 
     def __init__(
         self,

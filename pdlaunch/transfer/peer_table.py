@@ -17,16 +17,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PeerTable:
-    """Peers by name. A new incarnation is a new peer; the old one is lost at once and kept while a READ may still write."""
+    """Peers by name. A new incarnation is a new peer; the old one is kept while its memory is of use or a READ may write."""
 
     setup: PeerSetup
     eager: bool
     """Shake hands with every prefill rank as soon as the registry shows it, not at the first pull."""
+    gives_way: bool
+    """KV blocks are in device memory: what a departed peer has left goes as soon as its successor starts."""
     peers: dict[str, Peer]
-    lost: list[Peer]
+    """As the registry shows them."""
+    gone: list[Peer]
+    """Departed or lost."""
 
     def update(self, entries: Iterable[Entry]) -> None:
         """The registry has changed."""
+        entries = list(entries)
         ranks = [entry for entry in entries if entry.kind == "rank" and entry.engine != self.setup.identity.engine]
         leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
         addresses: dict[str, PeerAddress] = {}
@@ -41,34 +46,35 @@ class PeerTable:
             addresses[entry.name] = _address_of(entry)
             if self.eager and entry.role == "prefill":
                 wanted.add(entry.name)
-        self._replace(addresses)
+        self._replace(addresses, {(entry.name, entry.incarnation) for entry in entries})
+        self._let_successors_in(entries)
         for name in wanted:
             self.peers[name].want()
 
     def lose_all(self, reason: str) -> None:
         """Let every peer go, until the next update."""
-        for name, peer in list(self.peers.items()):
+        for peer in self.all():
             peer.lose(reason)
-            self.lost.append(self.peers.pop(name))
+        self.gone.extend(self.peers.values())
+        self.peers.clear()
 
     def all(self) -> list[Peer]:
-        """Those in the registry, and those that a READ still keeps."""
-        return [*self.peers.values(), *self.lost]
+        """Those in the registry, and those that are gone from it and still kept."""
+        return [*self.peers.values(), *self.gone]
 
     def advance(self) -> None:
         """Let every peer do what is due."""
         for peer in self.all():
             peer.advance()
-        self.lost[:] = [peer for peer in self.lost if not peer.closed]
+        self.gone[:] = [peer for peer in self.gone if not peer.closed]
 
     def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
         """The ranks of an engine that this rank pulls from, wanted from now on.
 
-        Raises TransferError when the engine or one of these ranks is not in the registry, or does not fit.
+        Raises TransferError when the engine or one of these ranks is neither in the registry nor departed, or does not fit.
         """
-        ranks = {
-            peer.address.identity.tp_rank: peer for peer in self.peers.values() if peer.address.identity.engine_id == engine_id
-        }
+        usable = [*self.peers.values(), *(peer for peer in self.gone if peer.departed)]
+        ranks = {peer.address.identity.tp_rank: peer for peer in usable if peer.address.identity.engine_id == engine_id}
         if not ranks:
             raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
         own = self.setup.identity
@@ -85,15 +91,30 @@ class PeerTable:
             ranks[source.tp_rank].want()
         return [(source, ranks[source.tp_rank]) for source in sources]
 
-    def _replace(self, addresses: dict[str, PeerAddress]) -> None:
+    def _replace(self, addresses: dict[str, PeerAddress], living: set[tuple[str, int]]) -> None:
+        """``living``: name and incarnation of every entry: one that is there has not died, whatever its state."""
         for name, peer in list(self.peers.items()):
             if addresses.get(name) != peer.address:
-                logger.info("%s, incarnation %d, is gone", name, peer.address.identity.incarnation)
-                peer.lose(f"incarnation {peer.address.identity.incarnation} of {name} is gone")
-                self.lost.append(self.peers.pop(name))
+                incarnation = peer.address.identity.incarnation
+                reason = f"incarnation {incarnation} of {name} is gone"
+                logger.info("%s", reason)
+                if (name, incarnation) in living:
+                    peer.lose(reason)
+                else:
+                    peer.bury(reason)
+                self.gone.append(self.peers.pop(name))
         for name, address in addresses.items():
             if name not in self.peers:
                 self.peers[name] = Peer(address, self.setup)
+
+    def _let_successors_in(self, entries: Iterable[Entry]) -> None:
+        """A rank that starts on a device will soon want the memory that a departed one still takes up there."""
+        if not self.gives_way:
+            return
+        incarnations = {entry.name: entry.incarnation for entry in entries}
+        for peer in self.gone:
+            if incarnations.get(peer.name, 0) > peer.address.identity.incarnation:
+                peer.give_way()
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
         """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ for a moment."""
@@ -107,9 +128,9 @@ class PeerTable:
         self.setup.report(PairFailed(local=local, peer=entry.name, error=str(error), fatal=fatal))
 
 
-def new_peer_table(setup: PeerSetup, *, eager: bool) -> PeerTable:
+def new_peer_table(setup: PeerSetup, *, eager: bool, gives_way: bool = False) -> PeerTable:
     """A table without peers."""
-    return PeerTable(setup, eager, {}, [])
+    return PeerTable(setup, eager, gives_way, {}, [])
 
 
 def _address_of(entry: Entry) -> PeerAddress:

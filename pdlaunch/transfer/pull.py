@@ -55,6 +55,10 @@ class HolderLink(Protocol):
     def status(self) -> LinkStatus: ...
 
     @property
+    def departed(self) -> bool:
+        """Ready, and dead: what it has left answers."""
+
+    @property
     def geometry(self) -> Geometry:
         """Once ready."""
 
@@ -138,6 +142,8 @@ class Pull:
         self._draining: list[tuple[HolderLink, ReadHandle]] = []
         self._failure: PullFailed | None = None
         self._num_bytes = 0
+        self._departed = False
+        """A holder had died before its share was proven."""
 
     @property
     def closed(self) -> bool:
@@ -180,6 +186,8 @@ class Pull:
 
     def _advance_branch(self, branch: _Branch) -> None:
         link = branch.link
+        if branch.stage is _Stage.ENDED:
+            return
         if link.status in ("lost", "incompatible"):
             raise PullFailed(f"{link.name}: {link.error}", retryable=False)
         if branch.stage is not _Stage.CONNECTING and link.status != "ready":
@@ -244,6 +252,7 @@ class Pull:
                         f"{branch.link.name}: the lease did not hold throughout the pull", retryable=False, late=True
                     )
                 branch.stage = _Stage.ENDED
+                self._departed |= branch.link.departed
             case Refused():
                 late = branch.stage is not _Stage.BEGINNING
                 raise PullFailed(f"{branch.link.name} refused: {reply.reason}", retryable=False, late=late)
@@ -344,7 +353,13 @@ class Pull:
     def _succeed(self) -> None:
         self._finished = True
         self._puller.emit(
-            PullFinished(pull_id=self.command.pull_id, ok=True, num_bytes=self._num_bytes, seconds=self._elapsed_s())
+            PullFinished(
+                pull_id=self.command.pull_id,
+                ok=True,
+                num_bytes=self._num_bytes,
+                seconds=self._elapsed_s(),
+                departed=self._departed,
+            )
         )
 
     def _fail(self, failure: PullFailed) -> None:
