@@ -125,10 +125,12 @@ def choose_cuda_methods(
 
     offered = candidates or cuda_candidates()
     table = MethodTable(TorchCopy())
+    # Twice as much is allocated, beside weights and KV cache.
+    trial_bytes = min(TRIAL_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
     for page_bytes in sorted(set(page_sizes)):
         if host.num_chunks < 2:
             break
-        trial = CudaTrial(page_bytes, host, device, TRIAL_BYTES)
+        trial = CudaTrial(page_bytes, host, device, trial_bytes)
         able = {direction: [method for method in offered[direction] if trial.supports(method)] for direction in DIRECTIONS}
         if pairs := measure_pairs(able, trial.alone, trial.both):
             pair = pick_pair(pairs)

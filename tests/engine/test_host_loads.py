@@ -1,0 +1,253 @@
+"""What the scheduler does with the host tier, one story at a time; ``test_offload_machine`` has all the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdlaunch.engine.sleep import what_holds_blocks
+from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.protocol.engine import SamplingParams
+from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
+from tests.engine.fake_runner import expected_output
+
+PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 3, 1, 4]
+"""Three full blocks of 4 and a token."""
+OTHER = [6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0]
+HYBRID = (FULL, sliding(5))
+
+
+def make_engine(groups: tuple[KVCacheGroup, ...] = (FULL,), num_blocks: int = 6, **options: int) -> FakeEngine:
+    """The device has room for one prompt and its answer; the host has room for all."""
+    return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_chunks=200, **options)
+
+
+def output(prompt: list[int], max_tokens: int = 4) -> list[int]:
+    return expected_output(prompt, SamplingParams(max_tokens=max_tokens), max_tokens)
+
+
+def push_out(engine: FakeEngine) -> None:
+    """Fill the device cache with another prompt."""
+    engine.add("other", OTHER, max_tokens=10)
+    engine.run_all()
+
+
+@pytest.mark.parametrize("groups", [(FULL,), HYBRID])
+def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGroup, ...]) -> None:
+    engine = make_engine(groups)
+    engine.add("first", PROMPT)
+    engine.run_all()
+    push_out(engine)
+    num_computed = engine.runners[0].num_computed_tokens
+    engine.add("second", PROMPT)
+    engine.step()
+    assert engine.scheduler.stats().num_waiting_for_kv == 1
+    assert not engine.scheduler.has_work()
+    engine.run_all()
+    assert engine.token_ids("second") == output(PROMPT)
+    assert engine.runners[0].num_computed_tokens == num_computed + 1 + 3
+    assert engine.finished["second"].num_cached_tokens == 12
+    # Of the sliding group only what the token after the prefix sees.
+    assert [job.group_sizes for job in engine.loads] == [[3] if len(groups) == 1 else [3, 1]]
+    stats = engine.scheduler.stats()
+    assert (stats.host_hit_tokens, stats.device_hit_tokens, stats.remote_hit_tokens) == (12, 0, 0)
+    assert stats.offload_loaded_bytes == 100 * sum(engine.loads[0].group_sizes)
+
+
+def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
+    engine = make_engine(num_blocks=8)
+    engine.add("first", PROMPT)
+    while engine.scheduler.has_work():
+        engine.step()
+        engine.end_jobs()
+    # Leaves the first block of the chain, which is reused last.
+    engine.add("other", OTHER, max_tokens=13)
+    engine.run_all()
+    engine.add("second", PROMPT + OTHER)
+    engine.run_all()
+    (load,) = engine.loads
+    assert 0 < load.block_indices[0] < 3
+    assert load.block_indices[0] + load.group_sizes[0] == 3
+    stats = engine.scheduler.stats()
+    assert stats.device_hit_tokens == 4 * load.block_indices[0]
+    assert stats.host_hit_tokens == 4 * load.group_sizes[0]
+    assert engine.token_ids("second") == output(PROMPT + OTHER)
+
+
+@pytest.mark.parametrize("groups", [(FULL,), HYBRID])
+def test_decode_loads_what_the_host_has_and_pulls_the_rest(groups: tuple[KVCacheGroup, ...]) -> None:
+    engine = make_engine(groups, num_blocks=10)
+    engine.add("first", PROMPT)
+    engine.run_all()
+    for index in range(4):
+        engine.add(f"other-{index}", [index, *OTHER], max_tokens=10)
+        engine.run_all()
+    longer = PROMPT + OTHER[:5]
+    engine.add("second", longer, remote_kv=remote_kv("second", len(longer)))
+    engine.step()
+    assert engine.jobs
+    assert not engine.pulls
+    engine.end_jobs()
+    engine.run()
+    (pull,) = engine.pulls.values()
+    assert pull.first_block_index[0] == 3
+    assert pull.num_tokens == len(longer)
+    engine.end_pull(pull.pull_id)
+    engine.run_all()
+    assert engine.token_ids("second") == output(longer)
+    stats = engine.scheduler.stats()
+    assert (stats.host_hit_tokens, stats.remote_hit_tokens) == (12, len(longer) - 1 - 12)
+
+
+def test_decode_tells_the_holder_when_the_host_has_all() -> None:
+    prompt = PROMPT[:12]
+    engine = make_engine(num_blocks=6)
+    engine.add("first", prompt)
+    engine.run_all()
+    push_out(engine)
+    known = output(prompt, 1)
+    engine.add("second", prompt, output=known, remote_kv=remote_kv("second", len(prompt)))
+    engine.step()
+    engine.end_jobs()
+    engine.run()
+    (pull,) = engine.pulls.values()
+    assert pull.block_ids == [[]]
+    engine.end_pull(pull.pull_id)
+    engine.run_all()
+    assert known + engine.token_ids("second") == output(prompt)
+
+
+def test_prefill_leases_what_it_has_loaded() -> None:
+    engine = make_engine()
+    engine.add("first", PROMPT)
+    engine.run_all()
+    push_out(engine)
+    num_computed = engine.runners[0].num_computed_tokens
+    engine.add("second", PROMPT, max_tokens=1, do_remote_decode=True)
+    engine.run_all()
+    assert engine.runners[0].num_computed_tokens == num_computed + 1
+    # ``FakeEngine`` has compared the leased blocks with the prompt.
+    assert engine.leases.keys() == {"second"}
+
+
+def test_choices_of_one_prompt_load_it_once() -> None:
+    engine = make_engine(num_blocks=10)
+    engine.add("first", PROMPT)
+    engine.run_all()
+    for index in range(3):
+        engine.add(f"other-{index}", [index, *OTHER], max_tokens=10)
+        engine.run_all()
+    for choice in range(3):
+        engine.add(f"second/{choice}", PROMPT)
+    engine.run_all()
+    assert len(engine.loads) == 1
+    assert engine.finished.keys() >= {"second/0", "second/1", "second/2"}
+
+
+def test_a_preempted_request_goes_on_from_the_host() -> None:
+    engine = make_engine(num_blocks=8)
+    engine.add("early", PROMPT[:7], max_tokens=20)
+    engine.add("late", OTHER[:7], max_tokens=20)
+    while not engine.scheduler.stats().preemptions:
+        engine.step()
+        engine.end_jobs()
+    engine.run_all()
+    assert [job.direction for job in engine.loads] == ["load"]
+    assert engine.token_ids("late") == output(OTHER[:7], 20)
+    assert engine.token_ids("early") == output(PROMPT[:7], 20)
+    # Without the host, late would have computed all its tokens twice.
+    num_tokens = 2 * (7 + 19)
+    assert engine.runners[0].num_computed_tokens < num_tokens + 4
+
+
+@pytest.mark.parametrize("num_bad", [0, 1])
+def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
+    engine = make_engine(tp_size=2)
+    engine.add("first", PROMPT)
+    engine.run_all()
+    push_out(engine)
+    engine.add("second", PROMPT)
+    engine.step()
+    (load,) = engine.jobs.values()
+    engine.end_job(load.job_id, ok=False, num_bad=num_bad)
+    engine.run_all()
+    assert engine.token_ids("second") == output(PROMPT)
+    assert engine.finished["second"].num_cached_tokens == 0
+    stats = engine.scheduler.stats()
+    assert (stats.offload_load_failures, stats.offload_bad_blocks) == (1, num_bad)
+    assert len(engine.loads) == 1
+
+
+def test_a_failed_load_on_decode_is_pulled_instead() -> None:
+    engine = make_engine()
+    engine.add("first", PROMPT)
+    engine.run_all()
+    push_out(engine)
+    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
+    engine.step()
+    engine.end_job(next(iter(engine.jobs)), ok=False, num_bad=1)
+    engine.run()
+    (pull,) = engine.pulls.values()
+    assert pull.first_block_index == [0]
+    engine.end_pull(pull.pull_id)
+    engine.run_all()
+    assert engine.token_ids("second") == output(PROMPT)
+
+
+def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
+    engine = make_engine()
+    engine.add("first", PROMPT)
+    engine.run_all()
+    push_out(engine)
+    engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
+    engine.step()
+    engine.scheduler.abort("second")
+    engine.take_outputs()
+    assert engine.scheduler.stats().num_free_blocks == 3
+    engine.run()
+    # The holder of the remote blocks hears of it as well.
+    (pull,) = engine.pulls.values()
+    assert pull.block_ids == [[]]
+    engine.end_jobs()
+    engine.end_pull(pull.pull_id)
+    assert engine.scheduler.stats().num_free_blocks == 6
+
+
+def test_blocks_are_not_reused_before_they_are_stored() -> None:
+    """Nor is anyone preempted for their sake: the step waits for the copies, without turning in circles."""
+    engine = make_engine(num_blocks=4)
+    engine.add("first", PROMPT[:8], max_tokens=1)
+    engine.run()
+    assert engine.scheduler.stats().num_free_blocks == 2
+    engine.add("second", OTHER[:3], max_tokens=13)
+    engine.run()
+    assert len(engine.token_ids("second")) == 6, "two blocks hold eight tokens"
+    assert not engine.scheduler.has_work()
+    engine.run_all()
+    assert engine.token_ids("second") == output(OTHER[:3], 13)
+    assert engine.scheduler.stats().preemptions == 0
+
+
+def test_an_engine_does_not_sleep_before_its_copies_have_ended_and_keeps_them_over_sleep() -> None:
+    engine = make_engine()
+    engine.add("first", PROMPT)
+    engine.run()
+    assert "copies" in what_holds_blocks(engine.scheduler.stats())
+    engine.run_all()
+    assert what_holds_blocks(engine.scheduler.stats()) == ""
+    engine.scheduler.reset_prefix_cache()
+    for runner in engine.runners:
+        runner.memory = [[None] * engine.block_size for _ in range(engine.num_blocks)]
+    engine.add("second", PROMPT)
+    engine.run_all()
+    assert engine.token_ids("second") == output(PROMPT)
+    assert engine.scheduler.stats().host_hit_tokens == 12
+
+
+def test_without_room_on_the_host_all_goes_on() -> None:
+    engine = FakeEngine(num_blocks=6, num_chunks=1)
+    for index in range(3):
+        engine.add(f"request-{index}", [index, *PROMPT])
+        engine.run()
+    engine.run_all()
+    assert engine.scheduler.stats().offload_refused_blocks > 0
+    assert engine.token_ids("request-2") == output([2, *PROMPT])
