@@ -55,7 +55,7 @@ def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGrou
 
 def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
     engine = make_engine(num_blocks=8)
-    engine.add("first", PROMPT)
+    engine.add("first", PROMPT, max_tokens=3)
     while engine.scheduler.has_work():
         engine.step()
         engine.end_jobs()
