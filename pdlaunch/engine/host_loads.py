@@ -1,7 +1,8 @@
 """The host tier as the scheduler sees it: who waits for blocks from host memory, and which blocks copies hold.
 
-    load    find ─▶ start ─▶ in flight ─┬─ ok, and its request still waits ─▶ the request's
-                                        └─ failed, or nobody waits ─────────▶ free
+    load    find ─▶ start ─▶ in flight ─┬─ ok ──────────────────────▶ the request's
+                                        ├─ ok, the rest is pulled ──▶ cached
+                                        └─ failed, or nobody waits ─▶ free
     store   full blocks ─▶ held by the copy ─▶ held no more
 
 Every rank executes the jobs (``offload/worker.py``); each ends in exactly one report here.
@@ -43,10 +44,16 @@ class HostLoads:
         self._jobs: list[OffloadJob] = []
 
     def find(self, request: Request, max_blocks: int) -> HostHit | None:
-        """The longest prefix of at most ``max_blocks`` blocks, when host memory has a part of it that the device lacks."""
+        """What host memory has and the device lacks of the first ``max_blocks`` logical blocks.
+
+        Of the longest prefix from which the request can compute on, or of what a pull would bring.
+        """
         if self._planner is None or not request.may_load:
             return None
-        return self._planner.find(request.block_hasher.block_hashes, max_blocks, self._kv.pool.find)
+        hashes, find_on_device = request.block_hasher.block_hashes, self._kv.pool.find
+        if request.wants_pull:
+            return self._planner.find_for_pull(hashes, max_blocks, request.num_pulled_tokens, find_on_device)
+        return self._planner.find(hashes, max_blocks, find_on_device)
 
     def is_waited_for(self, hit: HostHit) -> bool:
         """Another request waits for a part of it already, which will be in the prefix cache soon."""
@@ -94,16 +101,15 @@ class HostLoads:
             self._kv.pool.unhold(reversed(job.block_ids))
             return None
         load = self._loads.pop(job.job_id)
-        if report.ok and load.request is not None:
-            self._kv.adopt_pulled(load.request.tables, load.hit.device, load.block_ids)
-        else:
-            for block_ids in load.block_ids:
-                self._kv.pool.drop_pull(block_ids)
         if load.request is not None:
             load.request.load_id = None
             load.request.may_load = False
-            if not report.ok:
-                self._release_hit(load)
+        if load.request is None or not report.ok:
+            self._drop(load)
+        elif load.request.wants_pull:
+            self._cache(load, load.request)
+        else:
+            self._kv.adopt_pulled(load.request.tables, load.hit.device, load.block_ids)
         return load
 
     @property
@@ -162,6 +168,22 @@ class HostLoads:
         """Prove that the tier's books are those of the jobs. Raises AssertionError."""
         if self._planner is not None:
             self._planner.check_integrity()
+
+    def _drop(self, load: Load) -> None:
+        for block_ids in load.block_ids:
+            self._kv.pool.drop_pull(block_ids)
+        if load.request is not None:
+            self._release_hit(load)
+
+    def _cache(self, load: Load, request: Request) -> None:
+        """The pull of what is left finds the blocks in the prefix cache."""
+        hashes = request.block_hasher.block_hashes
+        for group, block_ids in enumerate(load.block_ids):
+            self._kv.pool.finish_pull(block_ids)
+            for index, block_id in enumerate(block_ids, load.hit.device.end(group)):
+                self._kv.pool.register(block_id, group, hashes[index])
+            self._kv.pool.release(reversed(block_ids))
+        self._release_hit(load)
 
     def _release_hit(self, load: Load) -> None:
         for block_ids in load.hit.device.block_ids:

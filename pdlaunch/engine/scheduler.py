@@ -140,15 +140,9 @@ class Scheduler:
         if not report.ok:
             logger.warning("load of request %s from host memory failed: %s", request.request_id, report.error)
             return
-        request.num_host_tokens = (load.hit.end - load.hit.device.end(0)) * self._block_size
-        num_loaded = load.hit.end * self._block_size
-        if request.wants_pull:
-            # The pull of what is left finds these blocks in the prefix cache.
-            request.num_computed = num_loaded
-            self._blocks.register(request)
-            self._give_back(request)
-        else:
-            self._begin(request, num_loaded)
+        request.num_host_tokens = load.hit.num_blocks_to_load(0) * self._block_size
+        if not request.wants_pull:
+            self._begin(request, load.hit.ends[0] * self._block_size)
 
     # A step
 

@@ -7,13 +7,16 @@ prefix is a run of blocks on the device and then a run of blocks on the host::
     full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
     sliding group            . [ d   h   h   h ]      only what the first token after the prefix sees
 
+Before a pull the groups are independent of each other: each may end where it will, the pull brings the rest.
+
 A host chunk is found by the hash of its last block, so only chunks that a request fills are stored and found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheGroup
@@ -34,13 +37,13 @@ class HostHit:
     device: PrefixHit
     """By group: cached blocks to share; what follows them comes from the host."""
     chunk_ids: list[list[int]]
-    """By group: the chunks with blocks [device.end(group), end)."""
-    end: int
-    """Logical index after the prefix's last block."""
+    """By group: the chunks with blocks [device.end(group), ends[group])."""
+    ends: list[int]
+    """By group: logical index after the last block; all equal, but before a pull."""
 
     def num_blocks_to_load(self, group: int) -> int:
         """Device blocks that the group needs for the load."""
-        return self.end - self.device.end(group)
+        return self.ends[group] - self.device.end(group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,20 @@ class OffloadPlanner:
             for group in range(len(self._windows)):
                 fitting = self._fit(group, block_hashes, fitting, find_on_device)
             settled, length = fitting == length, fitting
-        device = self._on_device(block_hashes, length, find_on_device)
-        if all(device.end(group) == length for group in range(len(self._windows))):
-            return None
-        chunk_ids = [self._chunks_between(group, block_hashes, device.end(group), length) for group in range(len(self._windows))]
-        return HostHit(device, chunk_ids, length)
+        first = [self._first_visible(group, length * self._block_size) for group in range(len(self._windows))]
+        return self._hit(block_hashes, first, [length] * len(first), find_on_device)
+
+    def find_for_pull(
+        self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int, find_on_device: FindOnDevice
+    ) -> HostHit | None:
+        """What a pull need not bring: by group, the blocks from the first one visible to token ``num_computed`` on.
+
+        Of the first ``max_blocks``; None when the host adds nothing to what the device has. Nothing is pinned, as by ``find``.
+        """
+        limit = min(max_blocks, len(block_hashes))
+        first = [self._first_visible(group, num_computed) for group in range(len(self._windows))]
+        ends = [self._end(group, block_hashes, start, limit, find_on_device) for group, start in enumerate(first)]
+        return self._hit(block_hashes, first, ends, find_on_device)
 
     def begin_load(self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]) -> OffloadJob:
         """Load what ``find`` has found on the host. ``block_ids``: by group ``hit.num_blocks_to_load(group)`` device blocks.
@@ -99,7 +111,11 @@ class OffloadPlanner:
         groups = range(len(self._windows))
         assert all(len(block_ids[group]) == hit.num_blocks_to_load(group) for group in groups)
         starts = [hit.device.end(group) for group in groups]
-        hashes = [self._chunk_hash(block_hashes, chunk) for start in starts for chunk in self._chunk_range(start, hit.end)]
+        hashes = [
+            self._chunk_hash(block_hashes, chunk)
+            for start, end in zip(starts, hit.ends, strict=True)
+            for chunk in self._chunk_range(start, end)
+        ]
         job = self._add(
             "load",
             block_ids=[block_id for ids in block_ids for block_id in ids],
@@ -168,36 +184,42 @@ class OffloadPlanner:
     def _fit(self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice) -> int:
         """The longest prefix of at most ``length`` blocks whose visible blocks the group has; others are not looked at."""
         while True:
-            index = self._first_visible(group, length)
-            index = self._end_on_device(group, block_hashes, index, length, find_on_device)
-            while index < length and self._find_chunk(group, block_hashes, index) is not None:
-                index += 1
+            first = self._first_visible(group, length * self._block_size)
+            index = self._end(group, block_hashes, first, length, find_on_device)
             # A block that lacks here is visible from every length between: the next one to try ends before it.
             if index == length or self._windows[group] is None:
                 return index
             length = index
 
-    def _on_device(self, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice) -> PrefixHit:
-        first, block_ids = [], []
-        for group in range(len(self._windows)):
-            start = self._first_visible(group, length)
-            end = self._end_on_device(group, block_hashes, start, length, find_on_device)
-            found = [find_on_device(group, block_hash) for block_hash in block_hashes[start:end]]
-            first.append(start)
-            block_ids.append([block_id for block_id in found if block_id is not None])
-        return PrefixHit(first, block_ids)
-
-    def _end_on_device(
-        self, group: int, block_hashes: Sequence[bytes], index: int, length: int, find_on_device: FindOnDevice
-    ) -> int:
-        while index < length and find_on_device(group, block_hashes[index]) is not None:
+    def _end(self, group: int, block_hashes: Sequence[bytes], start: int, limit: int, find_on_device: FindOnDevice) -> int:
+        """Where the group's run of blocks on the device, and then on the host, ends; at most ``limit``."""
+        index = start
+        while index < limit and find_on_device(group, block_hashes[index]) is not None:
+            index += 1
+        while index < limit and self._find_chunk(group, block_hashes, index) is not None:
             index += 1
         return index
 
-    def _first_visible(self, group: int, num_blocks: int) -> int:
-        """The first block that the token after ``num_blocks`` blocks sees."""
+    def _hit(
+        self, block_hashes: Sequence[bytes], first: list[int], ends: list[int], find_on_device: FindOnDevice
+    ) -> HostHit | None:
+        """The blocks [first, ends) of each group, which are all there; None when all are on the device."""
+        device = PrefixHit(
+            first,
+            [
+                _until_none(find_on_device(group, block_hash) for block_hash in block_hashes[start:end])
+                for group, (start, end) in enumerate(zip(first, ends, strict=True))
+            ],
+        )
+        if all(device.end(group) >= end for group, end in enumerate(ends)):
+            return None
+        chunk_ids = [self._chunks_between(group, block_hashes, device.end(group), end) for group, end in enumerate(ends)]
+        return HostHit(device, chunk_ids, ends)
+
+    def _first_visible(self, group: int, num_computed: int) -> int:
+        """The first block that token ``num_computed`` sees."""
         window = self._windows[group]
-        return 0 if window is None else max(0, num_blocks * self._block_size - window + 1) // self._block_size
+        return 0 if window is None else max(0, num_computed - window + 1) // self._block_size
 
     # Chunks
 
@@ -271,3 +293,7 @@ class OffloadPlanner:
         self._num_jobs += 1
         self._jobs[job.job_id] = job
         return job
+
+
+def _until_none(block_ids: Iterable[int | None]) -> list[int]:
+    return [block_id for block_id in takewhile(lambda block_id: block_id is not None, block_ids) if block_id is not None]
