@@ -30,7 +30,7 @@ from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
-from pdlaunch.transfer.peer import PeerSetup
+from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable

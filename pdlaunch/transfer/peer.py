@@ -18,14 +18,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Protocol
 
 import torch
 
 from pdlaunch.errors import HandshakeError, TransferError
-from pdlaunch.protocol.control import PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.side_channel import (
-    Compatibility,
     Geometry,
     Handshake,
     HandshakeReply,
@@ -35,10 +33,11 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
-from pdlaunch.transfer.connector import BlockRead, Connector, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.departed import DepartedHolder
-from pdlaunch.transfer.handshake import RankIdentity, check_geometry, compare
+from pdlaunch.transfer.handshake import check_geometry, compare
 from pdlaunch.transfer.path_choice import PathFigure, PathTrial
+from pdlaunch.transfer.peer_setup import Channel, PeerAddress, PeerSetup
 from pdlaunch.transfer.pull import LinkStatus
 from pdlaunch.transfer.scratch import has_pattern
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
@@ -47,48 +46,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
-
-
-class Channel(Protocol):
-    """The puller's end of a side channel."""
-
-    socket: Any
-    """For the poller."""
-
-    @property
-    def broken(self) -> bool:
-        """The peer's process has ended; only known where the connector pushes."""
-
-    def send(self, message: ToHolder) -> None: ...
-
-    def receive(self) -> list[ToPuller]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PeerAddress:
-    """A holder rank as the registry shows it."""
-
-    identity: RankIdentity
-    endpoint: str
-    """Of its side channel."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerSetup:
-    """What all peers of this rank share."""
-
-    identity: RankIdentity
-    """Of this rank."""
-    compatibility: Compatibility
-    head_bytes: int
-    connector: Connector
-    open_channel: Callable[[str], Channel]
-    """From an endpoint."""
-    handshake_timeout_s: float
-    clock: Callable[[], float]
-    report: Callable[[ToSupervisor], None]
 
 
 class _State(Enum):

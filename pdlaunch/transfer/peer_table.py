@@ -10,7 +10,8 @@ from pdlaunch.errors import HandshakeError, TransferError
 from pdlaunch.protocol.control import Entry, PairFailed
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.mapping import Source, map_sources
-from pdlaunch.transfer.peer import Peer, PeerAddress, PeerSetup
+from pdlaunch.transfer.peer import Peer
+from pdlaunch.transfer.peer_setup import PeerAddress, PeerSetup
 
 logger = logging.getLogger(__name__)
 
