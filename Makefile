@@ -36,7 +36,7 @@ test: install $(MOONCAKE)  ## Run all tests (ARGS="-k name" passes options to py
 soak: install  ## 6,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
 
-kills: install  ## kill -9 of every kind of process under load: what the clients see, seconds to recovery
+kills: install  ## kill -9 and SIGSTOP of processes under load: what the clients see, seconds to recovery
 	$(BIN)/python -m tests.e2e.reliability kills $(ARGS)
 
 cancels: install  ## 1,000 clients that go away at random moments; every block must come back

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 
 from pdlaunch.client.api import Api
+from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.client.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
@@ -51,7 +53,7 @@ def paused(process: psutil.Process) -> Iterator[None]:
 
 @dataclass
 class Kill:
-    """One ``kill -9`` and what clients saw of it; all seconds are counted from the kill."""
+    """One ``kill -9``, or ``SIGSTOP``, and what clients saw of it; all seconds are counted from it."""
 
     process: str
     killed_s: float
@@ -66,7 +68,13 @@ class Kill:
 
 
 async def load_with_kills(
-    deployment: Deployment, options: SoakOptions, processes: list[str], source: random.Random, *, pause_s: tuple[float, float]
+    deployment: Deployment,
+    options: SoakOptions,
+    processes: list[str],
+    source: random.Random,
+    *,
+    pause_s: tuple[float, float],
+    signal_number: int = signal.SIGKILL,
 ) -> tuple[SoakReport, list[Kill]]:
     """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request."""
     stop = asyncio.Event()
@@ -78,7 +86,7 @@ async def load_with_kills(
             await asyncio.sleep(source.uniform(*pause_s))
             if "/rank-" in name:
                 buried.update(await asyncio.to_thread(counters_of, deployment, name.partition("/")[0]))
-            kills.append(await kill_and_wait(deployment, name))
+            kills.append(await kill_and_wait(deployment, name, signal_number))
         await asyncio.sleep(pause_s[0])
         stop.set()
 
@@ -110,11 +118,11 @@ async def end(killer: asyncio.Task[None]) -> None:
         await killer
 
 
-async def kill_and_wait(deployment: Deployment, name: str, timeout_s: float = 300.0) -> Kill:
-    """Kill a process and wait until its successor is ready."""
+async def kill_and_wait(deployment: Deployment, name: str, signal_number: int, timeout_s: float = 300.0) -> Kill:
+    """Kill a process, or stop it for good, and wait until its successor is ready."""
     old = deployment.processes()[name]
     killed_s = time.monotonic()
-    old.kill()
+    old.send_signal(signal_number)
     while time.monotonic() < killed_s + timeout_s:
         await asyncio.sleep(0.05)
         if await asyncio.to_thread(_is_back, deployment, name, old.pid):
@@ -130,3 +138,17 @@ def _is_back(deployment: Deployment, name: str, old_pid: int) -> bool:
         return all(engine["state"] == "ready" for engine in engines_of(Api(deployment.url, timeout_s=5)))
     except PdlaunchError:
         return False
+
+
+def left_over(deployment: Deployment) -> list[str]:
+    """What the engines' books hold once everything has ended."""
+
+    async def wait() -> list[str]:
+        async with soak_session(SoakOptions(url=deployment.url)) as session:
+            return await await_idle(session, deployment.url, {}, timeout_s=180)
+
+    return asyncio.run(wait())
+
+
+def num_migrations(deployment: Deployment) -> float:
+    return Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]

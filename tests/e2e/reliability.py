@@ -7,23 +7,47 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.client.soak import SoakOptions, SoakReport, soak
-from tests.e2e.faults import faulty_deployment, load_with_kills
+from tests.e2e.faults import Kill, faulty_deployment, load_with_kills
 from tests.e2e.tiny_models import make_tiny_model
 
 FAMILIES = ("llama", "gemma3_text")
 NUM_KILLS = 4
 """As many as a supervisor forgives in a row."""
-SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "prefill": ("prefill-0/rank-0", ()),
-    "decode": ("decode-0/rank-0", ()),
-    "one of three decode ranks": ("decode-0/rank-1", ("--decode-tp", "3")),
-    "decode's server": ("decode-0", ()),
-}
+HANG_TIMEOUT_S = 10
+"""Of the scenarios that stop a process; the default would make them long."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done to which process of which deployment."""
+
+    title: str
+    process: str
+    arguments: tuple[str, ...] = ()
+    signal_number: int = signal.SIGKILL
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {"PDLAUNCH_HANG_TIMEOUT_S": str(HANG_TIMEOUT_S)} if self.signal_number == signal.SIGSTOP else {}
+
+
+SCENARIOS = (
+    Scenario("prefill's rank", "prefill-0/rank-0"),
+    Scenario("decode's rank", "decode-0/rank-0"),
+    Scenario("one of three decode TP ranks", "decode-0/rank-1", ("--decode-tp", "3")),
+    Scenario("decode's server", "decode-0"),
+    Scenario("prefill's rank, stopped", "prefill-0/rank-0", signal_number=signal.SIGSTOP),
+    Scenario("decode's rank, stopped", "decode-0/rank-0", signal_number=signal.SIGSTOP),
+    Scenario("one of three decode TP ranks, stopped", "decode-0/rank-1", ("--decode-tp", "3"), signal.SIGSTOP),
+)
 
 
 def main() -> int:
@@ -55,10 +79,10 @@ def run_soak(model: Path, seed: int, num_requests: int, rate: float) -> int:
 
 
 def run_kills(model: Path, seed: int) -> int:
-    """Default options; one deployment for each kind of process."""
-    code = 0
-    for title, (name, arguments) in SCENARIOS.items():
-        with faulty_deployment(model, None, *arguments, environ={}) as deployment:
+    """Default options; one deployment for each scenario. Prints the table of docs/reliability.md at the end."""
+    rows, code, num_requests, num_migrations = [], 0, 0, 0.0
+    for scenario in SCENARIOS:
+        with faulty_deployment(model, None, *scenario.arguments, environ=scenario.environ) as deployment:
             options = SoakOptions(
                 url=deployment.url,
                 seed=seed,
@@ -68,14 +92,26 @@ def run_kills(model: Path, seed: int) -> int:
                 longest_output_tokens=300,
                 cancel_share=0,
             )
-            names = [name] * NUM_KILLS
-            report, kills = asyncio.run(load_with_kills(deployment, options, names, random.Random(seed), pause_s=(2, 6)))
-            print("| killed | kill | in flight | lost | longest gap (s) | ready again (s) |")
-            for number, kill in enumerate(kills, start=1):
-                seen = f"{kill.num_in_flight} | {kill.num_lost} | {kill.longest_gap_s:.1f} | {kill.ready_s:.1f}"
-                print(f"| {title} | {number} | {seen} |")
-            code |= show(title, report) or bool(report.outcomes["error"])
+            names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
+            load = load_with_kills(deployment, options, names, source, pause_s=(2, 6), signal_number=scenario.signal_number)
+            report, kills = asyncio.run(load)
+        code |= show(scenario.title, report) or bool(report.outcomes["error"])
+        rows.append(table_row(scenario.title, kills))
+        num_requests += report.num_requests
+        num_migrations += report.totals["router_migrations"]
+    print("| killed | requests in flight | lost | longest gap (s), each kill | ready again (s), each kill |")
+    print("|---|---|---|---|---|")
+    print(*rows, sep="\n")
+    print(f"{num_requests} requests; {num_migrations:g} answers went on at another engine")
     return code
+
+
+def table_row(title: str, kills: Sequence[Kill]) -> str:
+    gaps = ", ".join(f"{kill.longest_gap_s:.1f}" for kill in kills)
+    ready = ", ".join(f"{kill.ready_s:.1f}" for kill in kills)
+    return (
+        f"| {title} | {sum(kill.num_in_flight for kill in kills)} | {sum(kill.num_lost for kill in kills)} | {gaps} | {ready} |"
+    )
 
 
 def run_cancels(model: Path, seed: int, num_requests: int) -> int:

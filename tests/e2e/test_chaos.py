@@ -13,12 +13,11 @@ import psutil
 import pytest
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import engines_of
-from pdlaunch.client.soak import SoakOptions, soak, soak_session
+from pdlaunch.client.soak import SoakOptions, soak
 from tests.e2e.api import complete, streamed
-from tests.e2e.faults import faulty_deployment, load_with_kills
+from tests.e2e.faults import faulty_deployment, left_over, load_with_kills, num_migrations
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
@@ -112,16 +111,6 @@ def spoiled(params: dict[str, Any], source: random.Random) -> list[Any]:
     ]
 
 
-def left_over(deployment: Deployment) -> list[str]:
-    """What the engines' books hold once everything has ended."""
-
-    async def wait() -> list[str]:
-        async with soak_session(SoakOptions(url=deployment.url)) as session:
-            return await await_idle(session, deployment.url, {}, timeout_s=180)
-
-    return asyncio.run(wait())
-
-
 def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
     """Faults, cancels and ``kill -9`` of either engine: streams go on without gap or repetition, and every block comes back."""
     model = make_tiny_model("gemma3_text", tmp_path, max_model_len=2048)
@@ -148,7 +137,3 @@ def kill_in_the_middle_of_a_stream(deployment: Deployment, name: str) -> None:
             found.append(next(token_ids))
         found += islice(token_ids, 50)
     assert found == complete(alone.url, PROMPT, len(found), cache_salt="reference")
-
-
-def num_migrations(deployment: Deployment) -> float:
-    return Api(deployment.url).metrics()["pdlaunch_router_migrations_total"]
