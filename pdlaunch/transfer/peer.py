@@ -93,10 +93,10 @@ class Peer:
         """Start of every READ that is not released, by id of its handle."""
         self._pushes: dict[int, ReadHandle] = {}
         """READs that the holder has been asked to write and has not answered, by call_id."""
-        self._departed: DepartedHolder | None = None
-        """The channel, of a peer that has died."""
         self._old_channel: Channel | None = None
         """Still brings the answers about them."""
+        self._departed: DepartedHolder | None = None
+        """The channel, of a peer that has died."""
         self._trial: PathTrial | None = None
         self._old_probes: list[tuple[ReadHandle, torch.Tensor]] = []
         """READs of its scratch that nobody waits for, and the memory that they may write to."""
@@ -161,7 +161,7 @@ class Peer:
             self._departed.give_way()
 
     def lose(self, reason: str) -> None:
-        """The registry no longer shows this incarnation: its process is gone."""
+        """It cannot be read any more."""
         self.error = reason
         self._disconnect()
         self._departed = None
