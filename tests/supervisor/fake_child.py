@@ -35,6 +35,8 @@ def main(words: set[str]) -> int:
     connected: set[tuple[str, int]] = set()
     while True:
         match inbox.get():
+            case Registry(serving=True) if "die" in words:
+                return 1
             case Registry() as registry if bootstrap.name.startswith("decode") and "rank" in bootstrap.name:
                 for entry in registry.entries:
                     key = (entry.name, entry.incarnation)

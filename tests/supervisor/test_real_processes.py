@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from pdlaunch.supervisor.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import ProcessState
 from pdlaunch.supervisor.status import LaunchStatus
@@ -56,6 +57,22 @@ class KillOnce(FakeObserver):
         well = all(process.state is ProcessState.READY for process in status.processes) and not status.num_missing_pairs
         if restarted and well:
             self.after = {process.name: process.pid for process in status.processes}
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class InterruptWhenGivenUp(FakeObserver):
+    """Presses Ctrl-C once an engine is given up, with all of its processes."""
+
+    def __init__(self, engine: str) -> None:
+        super().__init__()
+        self.engine = engine
+        self.serving: set[str] = set()
+
+    def changed(self, status: LaunchStatus) -> None:
+        states = {process.name: process.state for process in status.processes}
+        engine = {state for name, state in states.items() if name.partition("/")[0] == self.engine}
+        if engine == {ProcessState.GIVEN_UP} and not self.serving:
+            self.serving = {name for name, state in states.items() if state is ProcessState.READY}
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -116,6 +133,15 @@ def test_a_killed_prefill_rank_returns_and_decode_finds_it(tmp_path: Path) -> No
     assert changed == ["prefill-0/rank-0"]
     assert observer.notes[0].startswith("prefill-0/rank-0 was killed by SIGKILL")
     assert "--- incarnation 2" in (tmp_path / "prefill-0.rank-0.log").read_text()
+
+
+def test_an_engine_that_always_dies_is_given_up_and_the_others_serve_on(tmp_path: Path) -> None:
+    observer = InterruptWhenGivenUp("decode-0")
+    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3))
+    outcome = run_plan(real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing)
+    assert outcome.exit_code == 0
+    assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
+    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 2
 
 
 def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
