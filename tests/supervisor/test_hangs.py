@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 import pytest
+from pydantic import ValidationError
 
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.protocol.control import Alive, PairFailed, Progress, SleepState, ToSupervisor
 from pdlaunch.supervisor.hangs import HangLimits, heartbeat_s
 from pdlaunch.supervisor.restarts import RestartPolicy
@@ -137,3 +140,9 @@ def test_heartbeats_alone_send_no_registry_and_change_no_view() -> None:
     sent, shown = len(world.host.sent), len(world.observer.statuses)
     world.say(DECODE, Alive())
     assert (len(world.host.sent), len(world.observer.statuses)) == (sent, shown)
+
+
+@pytest.mark.parametrize(("value", "is_good"), [(0, True), (5, True), (4.9, False), (-1, False)])
+def test_the_limit_leaves_time_for_several_heartbeats(value: float, is_good: bool) -> None:
+    with contextlib.nullcontext() if is_good else pytest.raises(ValidationError, match="hang_timeout_s"):
+        LaunchConfig(hang_timeout_s=value)
