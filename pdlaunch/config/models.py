@@ -18,6 +18,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 ConnectorName = Literal["nixl", "mooncake", "file"]
+KVPath = Literal["auto", "nixl", "p2p"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 OffloadPolicy = Literal["arc", "lru"]
 
@@ -124,6 +125,11 @@ class KVTransferSettings(FrozenModel):
     """How KV blocks get from prefill to decode."""
 
     connector: ConnectorName = "nixl"
+    path: KVPath = Field(
+        "auto",
+        description="What carries KV blocks with connector nixl: NIXL, or copies from the mapped memory of ranks of this host (p2p); "
+        "`auto` is what is faster at the handshake, for each pair.",
+    )
     verify: Switch = Field(True, description="Compare checksums of pulled blocks; `off` only for measuring.")
     on_failure: Literal["recompute", "fail"] = Field("recompute", description="What decode does when a pull fails for good.")
     lease_s: float = Field(30.0, gt=0, description="Seconds prefill keeps blocks for a decode engine that says nothing.")
@@ -137,6 +143,17 @@ class KVTransferSettings(FrozenModel):
     file_size_limit: ByteSize = Field(
         parse_size("10GiB"), description="Size of that folder; what was written first is deleted first."
     )
+
+    @model_validator(mode="after")
+    def _has_paths(self) -> Self:
+        if self.connector != "nixl" and self.path != "auto":
+            raise ValueError(f"kv_transfer.path {self.path} is for connector nixl: leave it out for connector {self.connector}")
+        return self
+
+    @property
+    def maps_memory(self) -> bool:
+        """Ranks may map the KV cache of their peers."""
+        return self.connector == "nixl" and self.path != "nixl"
 
     @model_validator(mode="after")
     def _has_a_directory(self) -> Self:

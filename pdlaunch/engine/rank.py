@@ -203,6 +203,7 @@ class RankProcess:
             total_kv_heads=runner.shape.num_kv_heads,
             first_kv_head=runner.first_kv_head,
             connector=new_connector(self._spec.kv_transfer, self._bootstrap.name, self._bootstrap.incarnation),
+            source=runner.kv_memory,
             wake=self._wakeup.set,
             report=self._control.send,
         )

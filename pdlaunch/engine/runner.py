@@ -20,6 +20,7 @@ from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, St
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.cumem_pools import open_memory_pools
+from pdlaunch.memory.kv_memories import open_kv_memory
 from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS, MemoryPools
 from pdlaunch.models.attention import AttentionBackend
 from pdlaunch.models.decoder import Decoder, TransformersDecoder
@@ -86,8 +87,8 @@ class ModelRunner:
         self._weights_lost = False
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
-        with self._pools.memory_pool(KV_CACHE):
-            self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self._device)
+        self.kv_memory = open_kv_memory(self._pools, self._device, shared=spec.kv_transfer.maps_memory)
+        self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
         self._attention = self._new_attention()
         self._graphs: DecodeGraphs | None = None
         self._rows = self._new_rows()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.models import KVPath, KVTransferSettings
 from pdlaunch.transfer.connector import Connector
 from pdlaunch.transfer.device_binding import new_device_binding
 from pdlaunch.transfer.file_connector import FileConnector
 from pdlaunch.transfer.mooncake_connector import MooncakeConnector
 from pdlaunch.transfer.nixl_connector import NixlConnector
+from pdlaunch.transfer.p2p_connector import P2PConnector
+from pdlaunch.transfer.paths_connector import PathsConnector
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
     """``name``: of the rank, ``prefill-0/rank-0``."""
     match settings.connector:
         case "nixl":
-            return NixlConnector(name, incarnation)
+            return _new_paths(settings.path, name, incarnation)
         case "mooncake":
             return MooncakeConnector(
                 name,
@@ -34,3 +36,14 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
                 num_sender_threads=settings.num_sender_threads,
                 binding=new_device_binding(),
             )
+
+
+def _new_paths(path: KVPath, name: str, incarnation: int) -> Connector:
+    match path:
+        case "nixl":
+            return NixlConnector(name, incarnation)
+        case "p2p":
+            return P2PConnector(name, incarnation, binding=new_device_binding())
+        case "auto":
+            nixl = NixlConnector(name, incarnation)
+            return PathsConnector([nixl, P2PConnector(name, incarnation, binding=new_device_binding())])

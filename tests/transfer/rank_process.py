@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.protocol.transfer import CancelPull, GrantLease, StartPull, TransferCommand
 from tests.transfer.fakes import layout_of, random_cache
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config.connector_environment import connector_environment
+    from pdlaunch.memory.kv_memories import open_kv_memory
+    from pdlaunch.memory.pools import NoMemoryPools
+    from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors import new_connector
     from pdlaunch.transfer.worker import TransferWorker
@@ -66,22 +70,31 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     layout = layout_of(
         options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim
     )
-    kv_cache = random_cache(layout, options.num_blocks, options.seed)
+    device = torch.device("cpu")
+    source = open_kv_memory(NoMemoryPools(), device, shared=options.spec.kv_transfer.maps_memory)
+    kv_cache = allocate_kv_cache(layout, options.num_blocks, torch.float32, source)
+    kv_cache.copy_(random_cache(layout, options.num_blocks, options.seed))
     lock, happened = threading.Lock(), threading.Event()
 
     def send(kind: str, value: Any) -> None:
         with lock:
             pipe.send((kind, value))
 
-    connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
+    going_on = threading.Event()
+    going_on.set()
+    if options.spec.kv_transfer.path == "p2p":
+        connector = held_connector(options, going_on)
+    else:
+        connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
     victims: list[int] = []
     start_read = connector.start_read
 
     def stop_and_start_read(peer: Any, read: Any) -> Any:
-        """Stops the holder's process just before a READ is posted."""
+        """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece."""
         if not victims:
             return start_read(peer, read)
         os.kill(victims.pop(), signal.SIGSTOP)
+        going_on.clear()
         handle = start_read(peer, read)
         send("posted", None)
         return handle
@@ -100,6 +113,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         total_kv_heads=options.total_heads,
         first_kv_head=options.tp_rank * options.num_heads,
         connector=connector,
+        source=source,
         wake=happened.set,
         report=lambda message: send("report", message),
     )
@@ -120,6 +134,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "stop_before_read": victims.append,
+        "go_on_reading": going_on.set,
         "open_listeners": open_listeners,
         "cpu_seconds": lambda: os.times().user + os.times().system,
         "close": lambda: worker.close(timeout_s=5),
@@ -130,6 +145,21 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         if action == "exit":
             os._exit(0)
         send("result", actions[action](*arguments))
+
+
+def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
+    """Copies a piece only when ``going_on`` is set, but for the first one."""
+    from pdlaunch.transfer.device_binding import new_device_binding
+    from pdlaunch.transfer.p2p_connector import P2PConnector
+    from pdlaunch.transfer.piece_copies import HostCopier
+
+    def move(destination: int, source: int, num_bytes: int) -> None:
+        ctypes.memmove(destination, source, num_bytes)
+        going_on.wait()
+
+    return P2PConnector(
+        options.name, options.incarnation, binding=new_device_binding(), new_copiers=lambda memory: [HostCopier(move)]
+    )
 
 
 def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:
@@ -237,7 +267,7 @@ def hashes(num_blocks: int, salt: str = "") -> list[bytes]:
     return [f"{salt}{index}".encode().ljust(32, b".") for index in range(num_blocks)]
 
 
-def grant(request_id: str, block_ids: list[int], *, lease_s: float = 10.0, num_readers: int = 1, salt: str = "") -> GrantLease:
+def grant(request_id: str, block_ids: list[int], *, lease_s: float = 60.0, num_readers: int = 1, salt: str = "") -> GrantLease:
     return GrantLease(
         request_id=request_id,
         block_ids=[block_ids],
@@ -251,7 +281,7 @@ def grant(request_id: str, block_ids: list[int], *, lease_s: float = 10.0, num_r
 
 
 def pull(
-    pull_id: str, remote: RemoteKV, block_ids: list[int], *, skip: int = 0, timeout_s: float = 10.0, salt: str = ""
+    pull_id: str, remote: RemoteKV, block_ids: list[int], *, skip: int = 0, timeout_s: float = 60.0, salt: str = ""
 ) -> StartPull:
     """Pull blocks ``skip`` and on of a prompt of ``skip + len(block_ids)`` blocks."""
     return StartPull(
