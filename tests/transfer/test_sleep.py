@@ -18,7 +18,7 @@ from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_worker import ENGINE_IDS, Rank, remote
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 class MappedConnector(FakeConnector):

@@ -68,7 +68,7 @@ class Rank:
     def events(self) -> list[Any]:
         """What a wake brings."""
         while True:
-            self._wakes.get(timeout=10)
+            self._wakes.get(timeout=60)
             if events := self.worker.take_events():
                 return events
 
@@ -101,7 +101,7 @@ def remote(request_id: str) -> RemoteKV:
 def test_two_workers_shake_hands_and_pull(start):
     holder, puller = start("prefill"), start("decode")
     puller.worker.update_registry([holder.entry(), puller.entry()])
-    assert isinstance(puller.reports.get(timeout=10), PairReady)
+    assert isinstance(puller.reports.get(timeout=60), PairReady)
     holder.worker.submit([grant("r", [4, 5])])
     puller.worker.submit([pull("p", remote("r"), [1, 2])])
     (finished,) = puller.events()
