@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
     Compatibility,
@@ -29,7 +31,7 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded, SetLeaseReaders
-from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.checksum import BlockHasher, Checksums
 from pdlaunch.transfer.connector import PushJob
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.lease import LeaseTable
@@ -49,6 +51,21 @@ class HolderCard:
     agent_metadata: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Hashing:
+    """A lease whose checksums are being computed."""
+
+    groups: list[GroupBlocks]
+    checksums: Checksums
+    """Of the blocks of all groups, one after another."""
+    started_s: float
+
+    def stated(self) -> list[GroupBlocks]:
+        """The groups with their checksums."""
+        rows = iter(self.checksums.result())
+        return [msgspec.structs.replace(group, checksums=[next(rows) for _ in group.block_ids]) for group in self.groups]
+
+
 class Holder:
     """Leases of one rank and the answers about them. The transfer thread owns it."""
 
@@ -61,6 +78,9 @@ class Holder:
         self._pullers: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
         self._ledger = ledger
+        self._clock = clock
+        self._hashing: dict[str, _Hashing] = {}
+        self._granted: list[str] = []
 
     @property
     def pullers(self) -> frozenset[tuple[str, int]]:
@@ -72,13 +92,32 @@ class Holder:
         return len(self._leases)
 
     def grant(self, command: GrantLease) -> None:
-        """Keep the blocks of a finished request for its readers, and state their checksums as of now."""
+        """Keep the blocks of a finished request for its readers, who wait until their checksums as of now are computed.
+
+        Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to them any more.
+        """
         groups = [
-            GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=self._checksums(block_ids))
+            GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
         self._leases.grant(command, groups)
-        self._write_down(command.request_id)
+        if self._hasher is None:
+            self._complete(command.request_id)
+            return
+        checksums = self._hasher.start([block_id for group in groups for block_id in group.block_ids], slice(None))
+        self._hashing[command.request_id] = _Hashing(groups, checksums, self._clock())
+        self._take_checksums()
+
+    def take_granted(self) -> list[str]:
+        """Requests whose leases have become complete since the last call, each once, whether they live or not."""
+        self._take_checksums()
+        granted, self._granted = self._granted, []
+        return granted
+
+    @property
+    def youngest_hashing_s(self) -> float | None:
+        """Clock time at which checksums were asked for that are still being computed."""
+        return max((hashing.started_s for hashing in self._hashing.values()), default=None)
 
     def end(self, command: EndLease) -> None:
         """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
@@ -102,10 +141,14 @@ class Holder:
         return self._leases.next_deadline_s()
 
     def is_early(self, message: ToHolder) -> bool:
-        """It asks about a lease of this engine that this rank has never heard of: its grant may be on the way."""
+        """It asks about a lease of this engine that is not complete, or that this rank has never heard of.
+
+        The grant of the latter may be on the way.
+        """
         match message:
             case PullBegin() | Heartbeat() | PullEnd() | Release():
-                return message.engine_id == self._card.identity.engine_id and not self._leases.knows(message.request_id)
+                is_ours, request_id = message.engine_id == self._card.identity.engine_id, message.request_id
+                return is_ours and (request_id in self._hashing or not self._leases.knows(request_id))
             case _:
                 return False
 
@@ -173,6 +216,8 @@ class Holder:
         )
 
     def _begin(self, message: PullBegin) -> PullReply:
+        if message.request_id in self._hashing:
+            raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
         lease = self._leases.begin(message.request_id, message.reader, message.num_pullers)
         return PullReply(
             call_id=message.call_id,
@@ -183,13 +228,23 @@ class Holder:
             first_tokens=lease.grant.first_tokens,
         )
 
+    def _take_checksums(self) -> None:
+        for request_id, hashing in list(self._hashing.items()):
+            if hashing.checksums.ready():
+                del self._hashing[request_id]
+                self._leases.state(request_id, hashing.stated())
+                self._complete(request_id)
+
+    def _complete(self, request_id: str) -> None:
+        self._write_down(request_id)
+        self._granted.append(request_id)
+
     def _write_down(self, request_id: str) -> None:
         """Keep the ledger true of a lease that lives; one that has ended leaves it before the engine hears of that."""
+        if request_id in self._hashing:
+            return
         lease = self._leases.find(request_id)
         if self._ledger is None or lease is None or self._ledger.num_readers(request_id) == lease.num_expected:
             return
         if not self._ledger.write(LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=lease.num_expected)):
             logger.warning("the ledger is full: request %s cannot be pulled after a death of this rank", request_id)
-
-    def _checksums(self, block_ids: list[int]) -> list[list[int]] | None:
-        return None if self._hasher is None else self._hasher.checksums(block_ids, slice(None))

@@ -77,6 +77,11 @@ class LeaseTable:
         last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
         self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers)
 
+    def state(self, request_id: str, groups: list[GroupBlocks]) -> None:
+        """What readers are told of a lease's blocks from now on. Unknown ids are ignored."""
+        if (lease := self._leases.get(request_id)) is not None:
+            lease.groups = groups
+
     def knows(self, request_id: str) -> bool:
         """There is such a lease, or was one not long ago."""
         return request_id in self._leases or request_id in self._past

@@ -42,8 +42,8 @@ from pdlaunch.transfer.will import new_will
 LONGEST_SLEEP_S = 60.0
 
 _READ_SLEEPS_S = ((0.002, 0.0), (0.1, 0.001), (2.0, 0.005))
-"""While a READ is younger than the first, sleep the second between two looks at it: short READs end without delay, a stalled one
-costs next to nothing."""
+"""While a READ, or a device that computes checksums, is younger than the first, sleep the second between two looks at it: what is
+short ends without delay, what is stalled costs next to nothing."""
 _STALLED_READ_SLEEP_S = 0.05
 
 
@@ -185,6 +185,9 @@ class TransferLoop:
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""
+        granted = self._holder.take_granted()
+        if self._connector.lends:
+            self._events += [LeaseGranted(request_id=request_id) for request_id in granted]
         for identity, message in self._early.sift(self._socket.receive()):
             if isinstance(message, Push) and self._connector.pushes:
                 self._pushes.start(identity, message)
@@ -213,10 +216,14 @@ class TransferLoop:
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)
-        started = [self._pushes.youngest_write_s, *(peer.youngest_read_s for peer in self._peers.all())]
-        reads_s = [started_s for started_s in started if started_s is not None]
-        if reads_s:
-            deadlines_s.append(now_s + _read_sleep_s(now_s - max(reads_s)))
+        started = [
+            self._holder.youngest_hashing_s,
+            self._pushes.youngest_write_s,
+            *(peer.youngest_read_s for peer in self._peers.all()),
+        ]
+        polled_s = [started_s for started_s in started if started_s is not None]
+        if polled_s:
+            deadlines_s.append(now_s + _read_sleep_s(now_s - max(polled_s)))
         return max(0.0, min(deadlines_s) - now_s)
 
     def close(self) -> None:
@@ -232,8 +239,6 @@ class TransferLoop:
             self._holder.grant(command)
         except LeaseError as error:
             raise AssertionError(str(error)) from error
-        if self._connector.lends:
-            self._events.append(LeaseGranted(request_id=command.request_id))
 
 
 def _new_scratch(memory: RankMemory, agent_name: str) -> torch.Tensor:

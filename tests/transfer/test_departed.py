@@ -85,7 +85,7 @@ def test_leases_are_in_the_ledger_for_as_long_as_they_live(holder):
     holder.holder.grant(grant("b", [6]))
     assert holder.written().keys() == {"a", "b"}
     assert holder.written()["a"].num_readers == 3
-    assert holder.written()["a"].groups[0].checksums == holder.holder._checksums([4, 5])
+    assert holder.written()["a"].groups[0].checksums == BlockHasher(holder.kv_cache, holder.layout).checksums([4, 5], slice(None))
     holder.holder.set_readers(SetLeaseReaders(request_id="a", num_readers=2))
     assert holder.written()["a"].num_readers == 2
     holder.holder.end(EndLease(request_id="b"))
