@@ -184,7 +184,7 @@ class Rank:
                     continue
 
     def grant(self, command: GrantLease) -> None:
-        """Returns when the lease's checksums have been made, or nearly so: commands are executed in order."""
+        """Returns before the checksums of the lease are there; a pull that is faster waits for them."""
         self._worker.submit([command])
 
     def pull(self, command: StartPull) -> float:
