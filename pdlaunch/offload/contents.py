@@ -1,5 +1,7 @@
 """What really lies in a rank's host chunks, and the proof of it: xxh3_64 of each (block, KV head), taken when it was stored.
 
+On the CPU host memory is hashed, beside the copy of a load. On a GPU blocks are, where they lie: those that have been stored, and
+those that a load has brought back.
 The scheduler's tier and this record agree unless something went wrong; a load that finds them different is refused.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -45,6 +48,38 @@ class Slots:
     chunk_id: int
     start: int
     stop: int
+
+
+class Checksums(Protocol):
+    """Checksums that are being computed."""
+
+    def result(self) -> list[list[int]]:
+        """By block and head. Waits for them."""
+
+
+class DeviceHasher(Protocol):
+    """Computes checksums of blocks of the KV cache where they lie; ``transfer.checksum.BlockHasher`` does."""
+
+    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
+        """Of complete blocks and these heads of the rank."""
+
+
+class BlockHasher:
+    """Has the checksums of a transfer's blocks computed on the device, once it has ended there."""
+
+    def __init__(self, device: DeviceHasher, executor: Executor) -> None:
+        """A thread of ``executor`` waits for the device."""
+        self._device = device
+        self._executor = executor
+
+    def submit(self, slots: Sequence[Slots], block_ids: Sequence[int]) -> list[Future[list[Digests]]]:
+        """Digests by chunk, in order. ``block_ids``: those in the slots, one after another."""
+        return [self._executor.submit(_by_chunk, slots, self._device.start(block_ids, slice(None)))]
+
+
+def _by_chunk(slots: Sequence[Slots], checksums: Checksums) -> list[Digests]:
+    rows = iter(checksums.result())
+    return [[tuple(next(rows)) for _ in range(item.start, item.stop)] for item in slots]
 
 
 class ChunkHasher:

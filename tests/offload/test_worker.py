@@ -33,7 +33,8 @@ def make_layout(windows: list[int | None] | None = None) -> KVCacheLayout:
 class Rank:
     """A worker and the KV cache that it serves."""
 
-    def __init__(self, *, blocks_per_chunk: int = 1, verify: bool = True, num_chunks: int = 12) -> None:
+    def __init__(self, *, blocks_per_chunk: int = 1, verify: bool = True, num_chunks: int = 12, on_device: bool = False) -> None:
+        """``on_device``: checksums are computed where the KV cache lies, as on a GPU."""
         torch.set_num_threads(1)
         self.layout = make_layout()
         self.kv_cache = torch.zeros((NUM_BLOCKS, *self.layout.block_shape()), dtype=torch.bfloat16)
@@ -45,6 +46,7 @@ class Rank:
             host_memory_bytes=num_chunks * 4096,
             blocks_per_chunk=blocks_per_chunk,
             verify=verify,
+            device_hasher=BlockHasher(self.kv_cache, self.layout) if on_device else None,
             progress=lambda *_: None,
             wake=self.wakes.release,
         )
@@ -75,9 +77,13 @@ def load_of(job_id: int = 2, hashes: tuple[bytes, ...] = (b"a", b"b", b"c")) -> 
     return OffloadJob(job_id, "load", [10, 11, 12], [2, 1], [0, 5], [2, 0, 7], list(hashes))
 
 
+on_either = pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+
+
+@on_either
 @pytest.mark.parametrize("verify", [True, False])
-def test_blocks_come_back_as_they_were(verify: bool) -> None:
-    rank = Rank(verify=verify)
+def test_blocks_come_back_as_they_were(verify: bool, on_device: bool) -> None:
+    rank = Rank(verify=verify, on_device=on_device)
     contents = [rank.fill(block_id, block_id) for block_id in (3, 4, 9)]
     (stored,) = rank.run(store_of())
     assert stored.ok
@@ -90,8 +96,9 @@ def test_blocks_come_back_as_they_were(verify: bool) -> None:
     rank.worker.close()
 
 
-def test_checksums_are_those_that_a_pull_compares() -> None:
-    rank = Rank()
+@on_either
+def test_checksums_are_those_that_a_pull_compares(on_device: bool) -> None:
+    rank = Rank(on_device=on_device)
     rank.fill(3, 1)
     rank.run(store_of())
     expected = BlockHasher(rank.kv_cache, rank.layout).checksums([3], slice(None))
@@ -100,8 +107,9 @@ def test_checksums_are_those_that_a_pull_compares() -> None:
     rank.worker.close()
 
 
-def test_bytes_that_changed_on_the_host_are_found() -> None:
-    rank = Rank()
+@on_either
+def test_bytes_that_changed_on_the_host_are_found(on_device: bool) -> None:
+    rank = Rank(on_device=on_device)
     rank.fill(4, 1)
     rank.run(store_of())
     rank.worker._host.chunk(0)[17] ^= 1
@@ -124,8 +132,9 @@ def test_a_chunk_with_other_content_is_not_loaded() -> None:
     rank.worker.close()
 
 
-def test_a_load_from_inside_a_chunk_compares_only_what_it_reads() -> None:
-    rank = Rank(blocks_per_chunk=3)
+@on_either
+def test_a_load_from_inside_a_chunk_compares_only_what_it_reads(on_device: bool) -> None:
+    rank = Rank(blocks_per_chunk=3, on_device=on_device)
     contents = [rank.fill(block_id, block_id) for block_id in (1, 2, 3, 4, 5)]
     (stored,) = rank.run(OffloadJob(1, "store", [1, 2, 3, 4, 5], [5, 0], [1, 0], [4, 2], [b"a", b"b"]))
     assert stored.ok
@@ -172,9 +181,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     NUM_LOGICAL = 4
 
-    @initialize(blocks_per_chunk=st.integers(1, 3), num_chunks=st.integers(2, 9))
-    def start(self, blocks_per_chunk: int, num_chunks: int) -> None:
-        self.rank = Rank(blocks_per_chunk=blocks_per_chunk, num_chunks=num_chunks)
+    @initialize(blocks_per_chunk=st.integers(1, 3), num_chunks=st.integers(2, 9), on_device=st.booleans())
+    def start(self, blocks_per_chunk: int, num_chunks: int, on_device: bool) -> None:
+        self.rank = Rank(blocks_per_chunk=blocks_per_chunk, num_chunks=num_chunks, on_device=on_device)
         tier = HostTier(self.rank.worker.num_chunks, HEADS)
         self.planner = OffloadPlanner(self.rank.layout.groups, 4, tier, blocks_per_chunk=blocks_per_chunk)
         self.contents: dict[int, torch.Tensor] = {}
