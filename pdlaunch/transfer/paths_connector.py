@@ -64,6 +64,7 @@ class PathsConnector(Connector):
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
         self.agent_name = connectors[0].agent_name
+        self.lends = any(connector.lends for connector in connectors)
         self._offers: dict[str, _Offer] = {}
 
     def open(self, memory: LocalMemory) -> None:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from pdlaunch.config.models import KVPath, KVTransferSettings
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, LeaseGranted
+from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.departed import has_ended
+from pdlaunch.transfer.faults import FaultPlan
+from pdlaunch.transfer.faulty_connector import FaultyConnector
 from pdlaunch.transfer.ledger import read_ledger
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 from tests.transfer.fakes import Fabric, FakeConnector
@@ -49,6 +53,13 @@ def test_a_lease_is_in_the_ledger_when_the_engine_hears_that_it_is_granted(rank:
     rank.worker.submit([EndLease(request_id="r")])
     assert rank.events() == [LeaseEnded(request_id="r", reason="released")]
     assert written(fabric) == []
+
+
+@pytest.mark.parametrize(("path", "lends"), [("nixl", False), ("p2p", True), ("auto", True)])
+def test_where_memory_may_be_mapped_leases_are_written_down(path: KVPath, lends: bool) -> None:
+    connector = new_connector(KVTransferSettings(path=path), "prefill-0/rank-0", 1)
+    assert connector.lends is lends
+    assert FaultyConnector(connector, FaultPlan(seed=1)).lends is lends
 
 
 def test_a_rank_that_wakes_up_has_a_new_ledger(rank: Rank, fabric: Fabric) -> None:

@@ -1,0 +1,117 @@
+"""``kill -9`` of real holders: what they have leased is pulled from the memory that they leave behind, where that can be."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
+from pdlaunch.protocol.transfer import LeaseGranted, PullFinished
+from tests.transfer.fakes import spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+
+BLOCKS = [3, 1, 4]
+
+
+@pytest.fixture
+def keys() -> LaunchKeys:
+    return new_launch_keys()
+
+
+Start = Callable[..., RankHandle]
+
+
+@pytest.fixture
+def start(keys: LaunchKeys) -> Iterator[Start]:
+    """Starts ranks of engines with six KV heads."""
+    with ExitStack() as stack:
+
+        def start(role: str, path: str, tp_rank: int = 0, tp_size: int = 1) -> RankHandle:
+            options = RankOptions(
+                spec=spec_of(role, name=f"{role}-0", tp_size=tp_size, path=path),
+                keys=keys,
+                engine_id=role[0] * 32,
+                tp_rank=tp_rank,
+                num_heads=6 // tp_size,
+                total_heads=6,
+            )
+            rank = RankHandle(options)
+            stack.callback(rank.stop)
+            return rank
+
+        yield start
+
+
+def connect(puller: RankHandle, *holders: RankHandle) -> None:
+    puller.call("registry", [puller.entry(), *(holder.entry() for holder in holders)])
+    for _ in holders:
+        puller.report(PairReady)
+
+
+def lease(holder: RankHandle, request_id: str) -> np.ndarray:
+    """Returns the bytes, once the lease is written down."""
+    holder.submit(grant(request_id, BLOCKS))
+    assert holder.event(LeaseGranted).request_id == request_id
+    return holder.blocks(BLOCKS)
+
+
+def finish(puller: RankHandle, holder: RankHandle, request_id: str) -> PullFinished:
+    puller.submit(pull(f"pull-{request_id}", holder.remote(request_id), [9, 2, 6]))
+    return puller.event(PullFinished)
+
+
+def test_leases_of_a_killed_rank_are_pulled(start: Start) -> None:
+    holder, puller = start("prefill", "p2p"), start("decode", "p2p")
+    connect(puller, holder)
+    content, _ = lease(holder, "r"), lease(holder, "bad")
+    holder.stop()
+    puller.call("registry", [puller.entry()])
+    finished = finish(puller, holder, "r")
+    assert (finished.ok, finished.departed) == (True, True), finished.error
+    np.testing.assert_array_equal(puller.blocks([9, 2, 6]), content)
+
+
+def test_a_byte_that_has_changed_since_is_found(start: Start) -> None:
+    holder, puller = start("prefill", "p2p"), start("decode", "p2p")
+    connect(puller, holder)
+    lease(holder, "r")
+    holder.call("flip", BLOCKS[1], 2)
+    holder.stop()
+    puller.call("registry", [puller.entry()])
+    finished = finish(puller, holder, "r")
+    assert (finished.ok, finished.verification_failed) == (False, True)
+    assert f"KV head 2 differs: block {BLOCKS[1]} there, block 2 here" in finished.error
+
+
+def test_ranks_of_a_tp_group_die_one_after_the_other(start: Start) -> None:
+    """The supervisor drops them all from the registry when the first has died, and kills the others."""
+    holders = [start("prefill", "p2p", tp_rank, 2) for tp_rank in range(2)]
+    puller = start("decode", "p2p")
+    connect(puller, *holders)
+    content = np.concatenate([lease(holder, "r") for holder in holders], axis=1)
+    assert holders[1].process.pid is not None
+    os.kill(holders[1].process.pid, signal.SIGSTOP)
+    holders[0].stop()
+    puller.call("registry", [puller.entry()])
+    puller.submit(pull("p", holders[0].remote("r"), [9, 2, 6]))
+    holders[1].stop()
+    finished = puller.event(PullFinished)
+    assert (finished.ok, finished.departed) == (True, True), finished.error
+    np.testing.assert_array_equal(puller.blocks([9, 2, 6]), content)
+
+
+def test_other_memory_dies_with_its_owner(start: Start) -> None:
+    holder, puller = start("prefill", "nixl"), start("decode", "nixl")
+    connect(puller, holder)
+    holder.submit(grant("r", BLOCKS))
+    holder.stop()
+    puller.call("registry", [puller.entry()])
+    finished = finish(puller, holder, "r")
+    assert not finished.ok
+    assert "no engine with engine_id" in finished.error
