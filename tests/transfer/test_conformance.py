@@ -113,7 +113,9 @@ def test_nothing_to_pull_still_ends_the_lease(pair):
 
 def test_a_byte_that_changed_after_the_grant_is_found(pair):
     holder, puller = pair
-    holder.submit(grant("bad", [10, 11, 12]))
+    holder.submit(grant("bad", [10, 11, 12], num_readers=2))
+    puller.submit(pull("first", holder.remote("bad"), [], skip=3))
+    assert puller.event(PullFinished).ok, "its answer holds the checksums: they are made before the byte changes"
     holder.call("flip", 11, 2)
     puller.submit(pull("bad-1", holder.remote("bad"), [24, 25, 26]))
     finished = puller.event(PullFinished)
