@@ -239,19 +239,18 @@ def open_without_key(context: Context) -> Iterator[Found]:
 @rule(
     "PD113",
     "warning",
-    fix="Raise limits.request_timeout_s, or lower kv_transfer.pull_timeout_s or pull_attempts.",
+    fix="Raise limits.request_timeout_s, or lower kv_transfer.pull_timeout_s.",
     source="The life of a request.",
 )
 def request_shorter_than_pulls(context: Context) -> Iterator[Found]:
     """A request ends before a failed transfer can be made good.
 
-    Decode recomputes the prompt after its last pull has failed. A request that may live no longer than the pulls take
+    Decode recomputes the prompt after its pull has failed. A request that may live no longer than a pull may take
     never gets there.
     """
     transfer, limit = context.config.kv_transfer, context.config.limits.request_timeout_s
-    longest = transfer.pull_timeout_s * transfer.pull_attempts
-    if context.pair() and limit <= longest:
-        message = f"a request lives {limit:g} s, its pulls may take {transfer.pull_attempts} x {transfer.pull_timeout_s:g} s"
+    if context.pair() and limit <= transfer.pull_timeout_s:
+        message = f"a request lives {limit:g} s, its pull may take {transfer.pull_timeout_s:g} s"
         yield Found("limits.request_timeout_s", message)
 
 

@@ -134,7 +134,7 @@ class KVTransferSettings(FrozenModel):
     on_failure: Literal["recompute", "fail"] = Field("recompute", description="What decode does when a pull fails for good.")
     lease_s: float = Field(30.0, gt=0, description="Seconds prefill keeps blocks for a decode engine that says nothing.")
     pull_timeout_s: float = Field(20.0, gt=0, description="Seconds a decode engine waits for one pull.")
-    pull_attempts: int = Field(2, ge=1, description="Pulls tried before recomputing.")
+    pull_attempts: int = Field(2, ge=1, description="READs of a rank's blocks that may fail before the prompt is recomputed.")
     handshake_timeout_s: float = Field(20.0, gt=0, description="Seconds for the handshake of one pair.")
     num_sender_threads: int = Field(2, ge=1, le=64, description="Threads of a rank that write to its readers (mooncake, file).")
     mooncake_protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")

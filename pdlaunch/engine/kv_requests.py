@@ -89,7 +89,7 @@ def _first_token(token: TokenOutput, finish_reason: str) -> FirstToken:
 
 @dataclass(slots=True)
 class Pull:
-    """One attempt."""
+    """What a pull owns, and for whom."""
 
     request: Request | None
     """Who waits for it; None: cancelled, or it only tells the holder that this reader is done."""
@@ -126,15 +126,14 @@ class PullBook:
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
         pull_id = self._add(Pull(request, source_of(request), hit, block_ids))
         request.pull_id = pull_id
-        is_last = request.num_pull_attempts + 1 >= self._settings.pull_attempts
-        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))], is_last)
+        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))])
 
     def tell_holder(self, request: Request) -> StartPull:
         """A pull of nothing: the holder learns that this reader needs the lease no more."""
         num_groups = len(request.tables.first)
         pull_id = self._add(Pull(None, source_of(request), PrefixHit([0] * num_groups, []), []))
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups, is_last=True)
+        return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
 
     def cancel(self, request: Request) -> CancelPull:
         """The waiting request has ended: its shared blocks are free, those of the pull stay with it until it ends."""
@@ -196,9 +195,7 @@ class PullBook:
         for block_ids in pull.hit.block_ids:
             self._kv.pool.release(reversed(block_ids))
 
-    def _command(
-        self, pull_id: str, request: Request, block_ids: list[list[int]], first_block_index: list[int], is_last: bool
-    ) -> StartPull:
+    def _command(self, pull_id: str, request: Request, block_ids: list[list[int]], first_block_index: list[int]) -> StartPull:
         remote = request.message.remote_kv
         assert remote is not None
         return StartPull(
@@ -210,7 +207,7 @@ class PullBook:
             block_hashes=request.prompt_hashes(),
             num_tokens=request.num_prompt_tokens,
             timeout_s=self._settings.pull_timeout_s,
-            last_attempt=is_last,
+            num_attempts=self._settings.pull_attempts,
         )
 
 

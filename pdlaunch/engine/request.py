@@ -47,7 +47,6 @@ class Request:
         "num_computed",
         "num_host_tokens",
         "num_prompt_tokens",
-        "num_pull_attempts",
         "num_registered_blocks",
         "num_remote_tokens",
         "num_sent_blocks",
@@ -81,7 +80,6 @@ class Request:
         """Logical blocks that the ranks know of; None while they do not know the row."""
         self.wants_pull = message.remote_kv is not None
         """The holder of the remote blocks has not heard of this request for the last time."""
-        self.num_pull_attempts = 0
         self.num_remote_tokens = 0
         """Prompt tokens that a pull has brought."""
         self.pull_id: str | None = None

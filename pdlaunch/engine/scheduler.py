@@ -363,10 +363,6 @@ class Scheduler:
             self._take_pulled(request)
             return
         logger.warning("pull of request %s failed: %s", request.request_id, event.error)
-        request.num_pull_attempts += 1
-        if event.retryable and request.num_pull_attempts < self._settings.pull_attempts:
-            self._totals.counts.pull_retries += 1
-            return
         request.wants_pull = False
         if self._settings.on_failure == "fail":
             self._finish(request, "error", error=f"the prompt's KV blocks could not be pulled: {event.error}")

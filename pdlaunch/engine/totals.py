@@ -34,5 +34,6 @@ class Totals:
             counts.transfer_seconds += event.seconds
         else:
             counts.transfer_failures += 1
-            counts.verification_failures += event.verification_failed
             counts.late_reads += event.late
+        counts.verification_failures += event.verification_failed
+        counts.pull_retries += event.num_retries

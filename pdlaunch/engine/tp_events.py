@@ -65,17 +65,17 @@ class EventAggregator:
 
 
 def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """All ranks' reports as one: right only if all are, retryable only if every failure is."""
+    """All ranks' reports as one: right only if all are."""
     failed = [report for report in reports if not report.ok]
     return PullFinished(
         pull_id=reports[0].pull_id,
         ok=not failed,
         error="; ".join(sorted({report.error for report in failed})),
-        retryable=all(report.retryable for report in failed),
         in_flight=in_flight,
         num_bytes=sum(report.num_bytes for report in reports),
         seconds=max(report.seconds for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
         departed=not failed and any(report.departed for report in reports),
+        num_retries=sum(report.num_retries for report in reports),
     )

@@ -85,14 +85,14 @@ class HandshakeReply(Message):
 
 
 class PullBegin(Message):
-    """Ask for a leased request's blocks; extends the lease."""
+    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again before it ends."""
 
     call_id: int
     engine_id: Id
     """Of the rank asked; another id is answered with Refused."""
     request_id: Id
     reader: Id
-    """Names this pull: unique over engines, ranks, choices and attempts."""
+    """Names this pull: unique over engines, ranks and choices."""
     num_pullers: int
     """Ranks of the puller's TP group that pull from this rank."""
 
@@ -132,13 +132,12 @@ class HeartbeatReply(Message):
 
 
 class PullEnd(Message):
-    """The READ is over. ``again``: the same puller will begin once more, keep the lease for it."""
+    """The reader needs the lease no more: it has all bytes, or has given up."""
 
     call_id: int
     engine_id: Id
     request_id: Id
     reader: Id
-    again: bool = False
 
 
 class PullEndReply(Message):

@@ -41,7 +41,6 @@ class StartPull(Message):
     """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
 
     pull_id: str
-    """Unique over attempts."""
     request_id: str
     remote: RemoteKV
     block_ids: list[list[int]]
@@ -52,8 +51,8 @@ class StartPull(Message):
     """What this engine computed for its own prompt, all blocks; compared with the holder's."""
     num_tokens: int
     timeout_s: float
-    last_attempt: bool = False
-    """When this pull fails no other follows: the holder need not keep its lease for one."""
+    num_attempts: int = 1
+    """READs that one holder rank's share may take, when they fail or bring wrong bytes."""
 
 
 class CancelPull(Message):
@@ -86,14 +85,16 @@ class PullFinished(Message):
     ok: bool
     """The blocks are proven: READ done, lease held throughout, hashes and checksums equal."""
     error: str = ""
-    retryable: bool = True
     in_flight: bool = False
     """A READ may still write to the blocks: quarantine them until PullDrained."""
     num_bytes: int = 0
     seconds: float = 0.0
     verification_failed: bool = False
+    """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False
     """The lease had ended before the READ was proven: the bytes may be another request's."""
+    num_retries: int = 0
+    """READs that were repeated."""
     departed: bool = False
     """A holder died before the pull had ended; what it has left was enough."""
 

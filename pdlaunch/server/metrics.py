@@ -39,7 +39,7 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "transfer_bytes": ("kv_transfer_bytes", "Bytes of KV blocks pulled."),
     "transfer_seconds": ("kv_transfer_seconds", "Seconds spent in pulls."),
     "transfer_failures": ("kv_transfer_failures", "Pulls that failed."),
-    "pull_retries": ("kv_pull_retries", "Pulls that were tried again after a failure."),
+    "pull_retries": ("kv_pull_retries", "READs that were repeated after a failure."),
     "recomputed_requests": ("kv_recomputed_requests", "Requests whose prompt was recomputed after failed pulls."),
     "leases_expired": ("kv_leases_expired", "Leases that nobody pulled in time."),
     "departed_transfers": (

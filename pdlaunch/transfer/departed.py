@@ -141,7 +141,7 @@ class DepartedHolder:
             self._lease_of(message)
         except LeaseError:
             return False
-        return self._leases.end(message.request_id, message.reader, again=message.again)
+        return self._leases.end(message.request_id, message.reader)
 
     def _reply(self, call_id: int, lease: Lease) -> PullReply:
         return PullReply(

@@ -1,7 +1,7 @@
 """Questions about a lease that this rank has not been told of yet.
 
-Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks. A reader may be at one of them
-before its grant is: the question then waits for it, in order, for a while.
+Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks. A reader may be at one of
+them before its grant is: the question then waits for it, in order, for a while.
 """
 
 from __future__ import annotations

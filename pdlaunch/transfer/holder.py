@@ -189,7 +189,7 @@ class Holder:
                 lease_s = self._leases.heartbeat(message.request_id, message.reader)
                 return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
             case PullEnd():
-                held = self._leases.end(message.request_id, message.reader, again=message.again)
+                held = self._leases.end(message.request_id, message.reader)
                 self._write_down(message.request_id)
                 return PullEndReply(call_id=message.call_id, held=held)
             case Push():

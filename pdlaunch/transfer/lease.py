@@ -45,6 +45,8 @@ class Lease:
     """Choices that will pull; fewer than granted when some have ended with their first token."""
     open_readers: dict[str, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of pullers."""
+    served_readers: set[str] = field(default_factory=set)
+    """Pulls that have ended."""
     served: Fraction = Fraction(0)
     """Readers that have ended; one of k pullers of a reader counts 1/k."""
     cancelled: bool = False
@@ -100,12 +102,14 @@ class LeaseTable:
             self._end(lease, "pulled")
 
     def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
-        """A pull begins; extends the lease. Beginning twice is the same as once. Raises LeaseError."""
+        """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull has ended."""
         lease = self._living(request_id)
         if num_pullers < 1:
             raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
         if lease.cancelled:
             raise LeaseError(f"request {request_id} was cancelled")
+        if reader in lease.served_readers:
+            raise LeaseError(f"reader {reader} has ended its pull of request {request_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
             raise LeaseError(f"request {request_id} has {MAX_OPEN_READERS} open pulls")
         lease.open_readers[reader] = num_pullers
@@ -125,15 +129,15 @@ class LeaseTable:
         self._extend(lease)
         return self.remaining_s(lease)
 
-    def end(self, request_id: str, reader: str, *, again: bool) -> bool:
-        """A pull has ended; returns whether the lease held since its begin. ``again``: the share waits for a later pull."""
+    def end(self, request_id: str, reader: str) -> bool:
+        """A pull has ended; returns whether the lease held since its begin."""
         self.expire()
         lease = self._leases.get(request_id)
         num_pullers = lease.open_readers.pop(reader, None) if lease is not None else None
         if lease is None or num_pullers is None:
             return False
-        if not again:
-            lease.served += Fraction(1, num_pullers)
+        lease.served_readers.add(reader)
+        lease.served += Fraction(1, num_pullers)
         if lease.served >= lease.num_readers:
             self._end(lease, "pulled")
         elif lease.cancelled and not lease.open_readers:

@@ -25,6 +25,7 @@ from pdlaunch.protocol.transfer import (
     TransferCommand,
     TransferEvent,
 )
+from pdlaunch.transfer.branch import Puller
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
@@ -32,7 +33,6 @@ from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry
 from pdlaunch.transfer.holder import Holder, HolderCard
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
-from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.push import PushDesk
 from pdlaunch.transfer.scratch import scratch_bytes, write_pattern
@@ -161,8 +161,8 @@ class TransferLoop:
 
     @property
     def idle(self) -> bool:
-        """No lease, no pull, nothing that is written to a peer."""
-        return not (self._holder.num_leases or len(self._pulls) or self._pushes.youngest_write_s is not None)
+        """No lease, no pull of blocks, nothing that is written to a peer."""
+        return not (self._holder.num_leases or self._pulls.hold_blocks or self._pushes.youngest_write_s is not None)
 
     @property
     def quiet(self) -> bool:

@@ -33,12 +33,12 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
+from pdlaunch.transfer.branch import LinkStatus
 from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.departed import DepartedHolder
 from pdlaunch.transfer.handshake import check_geometry, compare
 from pdlaunch.transfer.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.peer_setup import Channel, PeerAddress, PeerSetup
-from pdlaunch.transfer.pull import LinkStatus
 from pdlaunch.transfer.scratch import has_pattern
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 

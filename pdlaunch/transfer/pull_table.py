@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.transfer import CancelPull, PullFinished, StartPull
+from pdlaunch.transfer.branch import Puller
 from pdlaunch.transfer.peer_table import PeerTable
-from pdlaunch.transfer.pull import Pull, Puller
+from pdlaunch.transfer.pull import Pull
 
 
 class PullTable:
@@ -19,13 +20,18 @@ class PullTable:
     def __len__(self) -> int:
         return len(self._pulls)
 
+    @property
+    def hold_blocks(self) -> bool:
+        """Blocks of this rank belong to a pull; else some only have to tell holders of their end."""
+        return any(pull.holds_blocks for pull in self._pulls.values())
+
     def start(self, command: StartPull) -> None:
         """Begin a pull. The holder is found in the registry by its engine_id: the request's host and port are not trusted."""
         assert command.pull_id not in self._pulls
         try:
             links = self._peers.sources_of(command.remote.engine_id)
         except TransferError as error:
-            self._puller.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error), retryable=False))
+            self._puller.emit(PullFinished(pull_id=command.pull_id, ok=False, error=str(error)))
             return
         self._pulls[command.pull_id] = Pull(command, list(links), self._puller)
 

@@ -67,8 +67,8 @@ CASES: dict[str, Case] = {
         [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
     ),
     "PD113": Case(
-        [on(CPU, limits__request_timeout_s=40.0)],
-        [on(CPU, limits__request_timeout_s=40.0, kv_transfer__pull_attempts=1)],
+        [on(CPU, limits__request_timeout_s=20.0)],
+        [on(CPU, limits__request_timeout_s=20.5)],
     ),
     "PD114": Case(
         [on(CPU, gpu_memory_utilization=0.9), on(GPU, gpu_memory_utilization=0.5, kv_cache_memory="4GiB")],

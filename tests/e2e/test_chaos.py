@@ -43,6 +43,7 @@ def test_faulty_transfers_change_no_token(tp_deployment: Deployment, tiny_model:
     assert report.failures == []
     assert report.outcomes["equal"] > 60
     assert report.totals["transfer_failures"] > 0
+    assert report.totals["pull_retries"] > 0
     assert report.totals["recomputed_requests"] > 0
 
 

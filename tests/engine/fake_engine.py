@@ -140,13 +140,13 @@ class FakeEngine:
     def token_ids(self, request_id: str) -> list[int]:
         return [token.token_id for token in self.outputs[request_id]]
 
-    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False, retryable: bool = True) -> None:
+    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False) -> None:
         pull = self.pulls.pop(pull_id)
         if ok:
             self._write_pulled(pull)
         if in_flight:
             self.quarantined[pull_id] = pull
-        event = PullFinished(pull_id=pull_id, ok=ok, in_flight=in_flight, retryable=retryable, error="" if ok else "broken")
+        event = PullFinished(pull_id=pull_id, ok=ok, in_flight=in_flight, error="" if ok else "broken")
         self.scheduler.on_transfer_event(event)
         self.scheduler.check_integrity()
         self.take_outputs()

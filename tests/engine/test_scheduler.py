@@ -71,7 +71,7 @@ def test_a_long_prompt_takes_blocks_from_a_later_request_that_decodes() -> None:
     engine.add("long", range(40), max_tokens=2, remote_kv=remote_kv("x", 40))
     engine.add("chat", [1, 2], max_tokens=30)
     engine.step()
-    engine.end_pull(next(iter(engine.pulls)), ok=False, retryable=False)
+    engine.end_pull(next(iter(engine.pulls)), ok=False)
     engine.run()
     assert list(engine.finished) == ["long", "chat"]
     assert engine.scheduler.stats().preemptions > 0
@@ -396,7 +396,7 @@ def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() ->
 
 
 def test_choices_do_not_wait_for_a_pull_that_failed() -> None:
-    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=1))
+    engine = FakeEngine()
     for choice in range(2):
         engine.add(f"d/{choice}", PROMPT, remote_kv=remote_kv("x", 10))
     engine.run()
@@ -408,30 +408,21 @@ def test_choices_do_not_wait_for_a_pull_that_failed() -> None:
     assert set(engine.finished) == {"d/0", "d/1"}
 
 
-def test_failed_pulls_are_tried_again_and_then_recomputed() -> None:
-    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=2))
-    first = start_pull(engine)
-    engine.end_pull(first.pull_id, ok=False)
-    (second,) = engine.step().commands
-    assert isinstance(second, StartPull)
-    assert (first.last_attempt, second.last_attempt) == (False, True)
-    assert first.pull_id != second.pull_id
-    engine.end_pull(second.pull_id, ok=False)
+def test_a_prompt_whose_pull_failed_is_recomputed() -> None:
+    """The ranks have tried again as often as they may."""
+    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=3))
+    pull = start_pull(engine)
+    assert pull.num_attempts == 3
+    engine.end_pull(pull.pull_id, ok=False)
     engine.run()
+    assert engine.num_pulls == 1
     assert engine.token_ids("d") == output(PROMPT, 4)
     stats = engine.scheduler.stats()
-    assert (stats.recomputed_requests, stats.pull_retries, stats.transfer_failures, stats.transfers) == (1, 1, 2, 0)
-
-
-def test_a_pull_that_cannot_be_retried_is_recomputed_at_once() -> None:
-    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=5))
-    engine.end_pull(start_pull(engine).pull_id, ok=False, retryable=False)
-    engine.run()
-    assert (engine.num_pulls, engine.finished["d"].reason) == (1, "length")
+    assert (stats.recomputed_requests, stats.transfer_failures, stats.transfers) == (1, 1, 0)
 
 
 def test_on_failure_fail_answers_the_cause() -> None:
-    engine = FakeEngine(kv_transfer=KVTransferSettings(pull_attempts=1, on_failure="fail"))
+    engine = FakeEngine(kv_transfer=KVTransferSettings(on_failure="fail"))
     engine.end_pull(start_pull(engine).pull_id, ok=False)
     assert engine.finished["d"].reason == "error"
     assert "broken" in (engine.finished["d"].error or "")
@@ -440,7 +431,7 @@ def test_on_failure_fail_answers_the_cause() -> None:
 def test_blocks_of_a_stalled_read_are_quarantined_until_drained() -> None:
     engine = FakeEngine(num_blocks=6)
     pull = start_pull(engine)
-    engine.end_pull(pull.pull_id, ok=False, in_flight=True, retryable=False)
+    engine.end_pull(pull.pull_id, ok=False, in_flight=True)
     assert engine.scheduler.stats().num_quarantined_blocks == 3
     engine.run()
     assert "d" not in engine.finished

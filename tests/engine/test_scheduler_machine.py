@@ -49,12 +49,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         caching=st.booleans(),
         tp_size=st.sampled_from([1, 2]),
-        attempts=st.integers(1, 3),
         on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
         num_chunks=st.sampled_from([0, 3, 12, 100]),
     )
-    def start(self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, attempts, on_failure, num_chunks):
-        self.kv_transfer = KVTransferSettings(pull_attempts=attempts, on_failure=on_failure)
+    def start(self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, on_failure, num_chunks):
+        self.kv_transfer = KVTransferSettings(on_failure=on_failure)
         self.engine = FakeEngine(
             groups=groups,
             num_blocks=num_blocks,
@@ -125,12 +124,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         choice=st.randoms(use_true_random=False),
-        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "fatal", "in_flight", "in_flight"]),
+        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "failed", "in_flight", "in_flight"]),
     )
     def end_pull(self, choice, outcome):
         if self.engine.pulls:
             pull_id = choice.choice(list(self.engine.pulls))
-            self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight", retryable=outcome != "fatal")
+            self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight")
 
     @rule(choice=st.randoms(use_true_random=False), outcome=st.sampled_from(["ok", "ok", "ok", "failed", "bad"]))
     def end_job(self, choice, outcome):

@@ -1,4 +1,4 @@
-"""What the scheduler counts of pulls: every attempt once, over all ranks."""
+"""What the scheduler counts of pulls, over all ranks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ def finish(engine: FakeEngine, **fields: object) -> None:
     engine.scheduler.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
 
 
-def test_a_failed_pull_that_is_tried_again_and_then_recomputed() -> None:
+def test_a_pull_that_failed_for_good() -> None:
     engine = pulling_engine()
-    finish(engine, ok=False, retryable=True, verification_failed=True)
-    engine.step()
-    assert engine.scheduler.stats().pull_retries == 1
-    finish(engine, ok=False, retryable=False, late=True)
+    finish(engine, ok=False, num_retries=2, verification_failed=True, late=True)
     engine.run()
     stats = engine.scheduler.stats()
-    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.recomputed_requests) == (0, 2, 1, 1)
+    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.recomputed_requests) == (0, 1, 2, 1)
     assert (stats.verification_failures, stats.late_reads) == (1, 1)
+
+
+def test_a_pull_that_succeeded_with_its_second_read() -> None:
+    engine = pulling_engine()
+    finish(engine, ok=True, num_retries=1, verification_failed=True)
+    stats = engine.scheduler.stats()
+    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.verification_failures) == (1, 0, 1, 1)
 
 
 def test_a_pull_that_succeeds_counts_its_bytes() -> None:

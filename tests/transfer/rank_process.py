@@ -63,6 +63,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors import new_connector
+    from pdlaunch.transfer.faults import read_fault_plan
+    from pdlaunch.transfer.faulty_connector import FaultyConnector
     from pdlaunch.transfer.worker import TransferWorker
 
     os.environ.update(connector_environment(options.spec.kv_transfer) | dict(options.environment))
@@ -86,6 +88,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         connector = held_connector(options, going_on)
     else:
         connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
+    if (faults := read_fault_plan(os.environ)) is not None:
+        connector = FaultyConnector(connector, faults)
     victims: list[int] = []
     start_read = connector.start_read
 
@@ -281,7 +285,14 @@ def grant(request_id: str, block_ids: list[int], *, lease_s: float = 60.0, num_r
 
 
 def pull(
-    pull_id: str, remote: RemoteKV, block_ids: list[int], *, skip: int = 0, timeout_s: float = 60.0, salt: str = ""
+    pull_id: str,
+    remote: RemoteKV,
+    block_ids: list[int],
+    *,
+    skip: int = 0,
+    timeout_s: float = 60.0,
+    salt: str = "",
+    num_attempts: int = 1,
 ) -> StartPull:
     """Pull blocks ``skip`` and on of a prompt of ``skip + len(block_ids)`` blocks."""
     return StartPull(
@@ -293,6 +304,7 @@ def pull(
         block_hashes=hashes(skip + len(block_ids), salt),
         num_tokens=16 * (skip + len(block_ids)),
         timeout_s=timeout_s,
+        num_attempts=num_attempts,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
+from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
 
@@ -117,16 +120,14 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
     puller.submit(pull("first", holder.remote("bad"), [], skip=3))
     assert puller.event(PullFinished).ok, "its answer holds the checksums: they are made before the byte changes"
     holder.call("flip", 11, 2)
-    puller.submit(pull("bad-1", holder.remote("bad"), [24, 25, 26]))
+    puller.submit(pull("bad", holder.remote("bad"), [24, 25, 26]))
     finished = puller.event(PullFinished)
     assert not finished.ok
     assert finished.verification_failed
-    assert finished.retryable
     assert not finished.in_flight
     assert "KV head 2 differs: block 11 there, block 25 here" in finished.error
+    assert holder.event(LeaseEnded) == LeaseEnded(request_id="bad", reason="pulled")
     holder.call("flip", 11, 2)
-    puller.submit(pull("bad-2", holder.remote("bad"), [24, 25, 26]))
-    assert puller.event(PullFinished).ok
 
 
 def test_blocks_of_another_prompt_are_refused(pair):
@@ -136,7 +137,6 @@ def test_blocks_of_another_prompt_are_refused(pair):
     finished = puller.event(PullFinished)
     assert not finished.ok
     assert finished.verification_failed
-    assert not finished.retryable
     assert "token hashes of request other differ from block 0 on" in finished.error
 
 
@@ -160,7 +160,6 @@ def test_an_engine_that_is_not_in_the_registry_is_refused(pair):
     puller.submit(pull("stranger", stranger, [24]))
     finished = puller.event(PullFinished)
     assert not finished.ok
-    assert not finished.retryable
     assert "no engine with engine_id cccc" in finished.error
 
 
@@ -204,35 +203,41 @@ def test_a_restarted_holder_is_found_again(holder_options, puller_options, setti
         np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))
         if not outlives(settings):
             puller.submit(pull("old", first.remote("r"), [1]))
-            assert not puller.event(PullFinished).retryable
+            assert not puller.event(PullFinished).ok
     finally:
         for rank in (puller, first, second):
             rank.stop()
 
 
 def test_different_tp_sizes_in_both_directions(keys, make_spec):
-    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every lease ends."""
+    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every lease ends.
 
-    def ranks(role: str, tp_size: int, engine_id: str) -> list[RankHandle]:
+    The first READ of one of three pullers brings a wrong byte: it alone reads again, under the lease that the others have ended.
+    """
+
+    def ranks(role: str, tp_size: int, engine_id: str, *environment: tuple[str, str]) -> list[RankHandle]:
         spec = make_spec(role, name=f"{role}-0", tp_size=tp_size)
-        return [
-            RankHandle(RankOptions(spec=spec, keys=keys, engine_id=engine_id, tp_rank=tp_rank, num_heads=3 // tp_size))
+        options = [
+            RankOptions(spec, keys, engine_id, tp_rank=tp_rank, num_heads=3 // tp_size, environment=environment)
             for tp_rank in range(tp_size)
         ]
+        return [RankHandle(each) for each in options]
 
-    one, three = ranks("prefill", 1, "a" * 32), ranks("decode", 3, "b" * 32)
+    faults = msgspec.json.encode(one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")).decode()
+    one, three = ranks("prefill", 1, "a" * 32), ranks("decode", 3, "b" * 32, (FAULTS_VARIABLE, faults))
     try:
         registry = [rank.entry() for rank in (*one, *three)]
         for rank in (*one, *three):
             rank.call("registry", registry)
-        for holders, pullers in ((one, three), (three, one)):
+        for holders, pullers, num_retries in ((one, three, [0, 1, 0]), (three, one, [0])):
             for holder in holders:
                 holder.submit(grant("r", [3, 8, 5]))
             for puller in pullers:
-                puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
-            for puller in pullers:
+                puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17], num_attempts=2))
+            for puller, retries in zip(pullers, num_retries, strict=True):
                 finished = puller.event(PullFinished)
                 assert finished.ok, finished.error
+                assert finished.num_retries == retries
             there = np.concatenate([holder.blocks([3, 8, 5]) for holder in holders], axis=1)
             here = np.concatenate([puller.blocks([30, 2, 17]) for puller in pullers], axis=1)
             np.testing.assert_array_equal(here, there)
@@ -241,6 +246,18 @@ def test_different_tp_sizes_in_both_directions(keys, make_spec):
     finally:
         for rank in (*one, *three):
             rank.stop()
+
+
+def one_corrupt_read(agent: str, *others: str) -> FaultPlan:
+    """The first READ of ``agent`` brings a wrong byte; its second, and the first of the others, are right."""
+    plans = (FaultPlan(seed=seed, probe_rate=0, lease_rate=0) for seed in itertools.count())
+    return next(
+        plan
+        for plan in plans
+        if plan.of_read(agent, 1)[0] is Fault.CORRUPT
+        and plan.of_read(agent, 2)[0] is None
+        and all(plan.of_read(other, 1)[0] is None for other in others)
+    )
 
 
 def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
@@ -314,7 +331,6 @@ def test_a_holder_killed_in_the_middle_drains_the_pull(stoppable, settings):
     puller.call("registry", [])
     finished = puller.event(PullFinished)
     assert not finished.ok
-    assert not finished.retryable
     assert finished.in_flight
     assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
     holder.stop()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -41,7 +43,7 @@ def leases(clock: FakeClock) -> LeaseTable:
 def test_pulled_by_one_reader(leases):
     leases.grant(grant_of("a"), GROUPS)
     assert leases.begin("a", "r", 1).groups == GROUPS
-    assert leases.end("a", "r", again=False)
+    assert leases.end("a", "r")
     assert leases.take_ended() == [("a", "pulled")]
     assert leases.take_ended() == []
 
@@ -51,18 +53,44 @@ def test_lives_until_every_puller_of_every_reader_has_ended(leases):
     for reader in ("r0/0", "r0/1", "r0/2", "r1"):
         assert leases.take_ended() == []
         leases.begin("a", reader, 3 if reader.startswith("r0") else 1)
-        assert leases.end("a", reader, again=False)
+        assert leases.end("a", reader)
     assert leases.take_ended() == [("a", "pulled")]
 
 
-def test_again_keeps_the_share(leases):
-    leases.grant(grant_of("a"), GROUPS)
-    leases.begin("a", "first", 1)
-    assert leases.end("a", "first", again=True)
+def test_a_reader_that_begins_anew_has_one_share(leases):
+    leases.grant(grant_of("a", num_readers=2), GROUPS)
+    for _ in range(3):
+        leases.begin("a", "first", 1)
+    assert leases.end("a", "first")
+    assert not leases.end("a", "first")
+    with pytest.raises(LeaseError, match="reader first has ended its pull of request a"):
+        leases.begin("a", "first", 1)
     assert leases.take_ended() == []
     leases.begin("a", "second", 1)
-    assert leases.end("a", "second", again=False)
+    assert leases.end("a", "second")
     assert leases.take_ended() == [("a", "pulled")]
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 3))
+def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, num_pullers):
+    """However often the ranks of each reader begin anew, and in whatever order: never before, and never without."""
+    table = LeaseTable(FakeClock())
+    table.grant(grant_of("a", num_readers=num_readers), GROUPS)
+    readers = [f"{choice}/{tp_rank}" for choice in range(num_readers) for tp_rank in range(num_pullers)]
+    calls = [(reader, data.draw(st.integers(0, 3))) for reader in readers]
+    plan = [(reader, call) for reader, num_more in calls for call in (*["begin"] * num_more, "end")]
+    num_ended = 0
+    for reader, call in data.draw(st.permutations(plan)):
+        if call == "begin" and num_ended < len(readers):
+            with contextlib.suppress(LeaseError):  # of a rank that has ended
+                table.begin("a", reader, num_pullers)
+        elif call == "end":
+            assert table.take_ended() == []
+            with contextlib.suppress(LeaseError):
+                table.begin("a", reader, num_pullers)
+            assert table.end("a", reader)
+            num_ended += 1
+    assert table.take_ended() == [("a", "pulled")]
 
 
 def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
@@ -72,7 +100,7 @@ def test_expires_at_the_deadline_and_proves_nothing_after(leases, clock):
     clock.now += 9
     assert leases.heartbeat("a", "r") == 10
     clock.now += 10
-    assert not leases.end("a", "r", again=False)
+    assert not leases.end("a", "r")
     assert leases.take_ended() == [("a", "expired")]
     with pytest.raises(LeaseError, match="request a has no lease here"):
         leases.begin("a", "r2", 1)
@@ -86,7 +114,7 @@ def test_a_new_lease_under_the_same_id_proves_nothing_for_an_old_reader(leases, 
     clock.now += 11
     leases.expire()
     leases.grant(grant_of("a"), GROUPS)
-    assert not leases.end("a", "old", again=False)
+    assert not leases.end("a", "old")
 
 
 def test_cancel_ends_at_once_when_nothing_has_begun(leases):
@@ -103,7 +131,7 @@ def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
     assert leases.take_ended() == []
     with pytest.raises(LeaseError, match="cancelled"):
         leases.begin("a", "other", 1)
-    assert leases.end("a", "r", again=True)
+    assert leases.end("a", "r")
     assert leases.take_ended() == [("a", "released")]
 
 
@@ -169,9 +197,9 @@ class LeaseLife(RuleBasedStateMachine):
         assert request_id in self.alive
         self.begun.add((request_id, reader))
 
-    @rule(request_id=IDS, reader=READERS, again=st.booleans())
-    def end(self, request_id, reader, again):
-        held = self.table.end(request_id, reader, again=again)
+    @rule(request_id=IDS, reader=READERS)
+    def end(self, request_id, reader):
+        held = self.table.end(request_id, reader)
         assert held == ((request_id, reader) in self.begun and request_id in self.alive)
         self.begun.discard((request_id, reader))
 
@@ -201,7 +229,7 @@ TestLeaseLife = LeaseLife.TestCase
 def test_fewer_readers_than_granted(leases, set_first):
     """A choice has ended with its first token: told before or after the others have pulled."""
     leases.grant(grant_of("r", num_readers=2), GROUPS)
-    steps = [lambda: leases.set_readers("r", 1), lambda: (leases.begin("r", "a", 1), leases.end("r", "a", again=False))]
+    steps = [lambda: leases.set_readers("r", 1), lambda: (leases.begin("r", "a", 1), leases.end("r", "a"))]
     for step in steps if set_first else reversed(steps):
         assert leases.take_ended() == []
         step()

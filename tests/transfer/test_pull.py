@@ -21,13 +21,13 @@ from pdlaunch.protocol.transfer import (
     PullFinished,
     TransferEvent,
 )
+from pdlaunch.transfer.branch import Puller
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import LocalMemory
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
-from pdlaunch.transfer.pull import Puller
 from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.scratch import scratch_pattern
 from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
@@ -37,17 +37,22 @@ from tests.transfer.rank_process import grant, pull
 class HolderRank:
     """A prefill rank without thread and sockets."""
 
-    def __init__(self, clock: FakeClock, fabric: Fabric, *, incarnation: int = 1, **spec: Any) -> None:
-        self.layout = layout_of(block_size=spec.get("block_size", 16))
-        self.kv_cache = random_cache(self.layout, 16, seed=incarnation)
-        self.identity = RankIdentity("prefill-0/rank-0", "prefill-0", f"{incarnation}" * 32, incarnation, 0, 1)
-        connector = FakeConnector(f"prefill-0/rank-0#{incarnation}", fabric)
+    def __init__(
+        self, clock: FakeClock, fabric: Fabric, *, incarnation: int = 1, tp_rank: int = 0, tp_size: int = 1, **spec: Any
+    ) -> None:
+        self.layout = layout_of(3 // tp_size, block_size=spec.get("block_size", 16))
+        self.kv_cache = random_cache(self.layout, 16, seed=incarnation + tp_rank)
+        name = f"prefill-0/rank-{tp_rank}"
+        self.identity = RankIdentity(name, "prefill-0", f"{incarnation}" * 32, incarnation, tp_rank, tp_size)
+        connector = FakeConnector(f"{name}#{incarnation}", fabric)
         memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
         connector.open(memory)
         compatibility = compatibility_of(
             spec_of(**spec), self.layout, torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
         )
-        card = HolderCard(self.identity, compatibility, geometry_of(memory, 0), connector.agent_name, connector.agent_metadata())
+        card = HolderCard(
+            self.identity, compatibility, geometry_of(memory, tp_rank), connector.agent_name, connector.agent_metadata()
+        )
         self.holder = Holder(card, BlockHasher(self.kv_cache, self.layout), clock)
         self.channels: list[FakeChannel] = []
 
@@ -63,8 +68,10 @@ class HolderRank:
             incarnation=self.identity.incarnation,
             engine=self.identity.engine,
             role="prefill",
+            tp_rank=self.identity.tp_rank,
+            tp_size=self.identity.tp_size,
             engine_id=self.identity.engine_id,
-            address=Address(side_channel=f"fake://{self.identity.incarnation}"),
+            address=Address(side_channel=f"fake://{self.identity.incarnation + 10 * self.identity.tp_rank}"),
         )
 
     def remote(self, request_id: str) -> RemoteKV:
@@ -138,6 +145,14 @@ class World:
         assert isinstance(self.reports[-1], PairReady)
         return holder
 
+    def connect_group(self, tp_size: int) -> list[HolderRank]:
+        """All ranks of a holder with tensor parallelism."""
+        holders = [self.add(tp_rank=tp_rank, tp_size=tp_size) for tp_rank in range(tp_size)]
+        self.peers.update([holder.entry() for holder in holders])
+        self.turn()
+        assert [type(report) for report in self.reports[-tp_size:]] == [PairReady] * tp_size
+        return holders
+
     def finished(self) -> PullFinished:
         event = self.events.pop(0)
         assert isinstance(event, PullFinished)
@@ -179,6 +194,19 @@ def test_handshake_happens_at_the_first_pull_when_it_is_not_asked_for_before():
     assert world.finished().ok
 
 
+def test_no_heartbeat_after_the_end(world, holder):
+    """It would be refused, and fail a pull that has been proven."""
+    holder.holder.grant(grant("r", [4], lease_s=2.0))
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn(2)
+    holder.channel.mute = True
+    world.turn(2)
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    world.clock.now += 1.5
+    world.turn()
+    assert holder.sent(Heartbeat) == []
+
+
 def test_heartbeats_keep_the_lease_of_a_slow_read(world, holder):
     holder.holder.grant(grant("r", [4], lease_s=2.0))
     world.fabric.stalled = True
@@ -201,7 +229,7 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     world.clock.now += 3.0
     world.turn()
     finished = world.finished()
-    assert (finished.ok, finished.in_flight, finished.retryable) == (False, True, True)
+    assert (finished.ok, finished.in_flight) == (False, True)
     assert "no end within 3 s; prefill-0/rank-0 is reading" in finished.error
     world.clock.now += 1000
     world.turn()
@@ -219,7 +247,7 @@ def test_cancel_before_the_answer_frees_the_share(world, holder):
     world.turn()
     world.pulls.cancel(CancelPull(pull_id="p"))
     finished = world.finished()
-    assert (finished.ok, finished.retryable, finished.in_flight, finished.error) == (False, False, False, "cancelled")
+    assert (finished.ok, finished.in_flight, finished.error) == (False, False, "cancelled")
     assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
     world.pulls.cancel(CancelPull(pull_id="p"))
     world.turn()
@@ -240,27 +268,117 @@ def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
     holder.holder.grant(grant("r", [4]))
     right = holder.kv_cache[4].clone()
     holder.kv_cache[4, 1, 0, 0, 0, 0] += 1
-    world.pulls.start(pull("p1", holder.remote("r"), [1]))
-    world.turn()
-    finished = world.finished()
-    assert (finished.ok, finished.verification_failed, finished.retryable) == (False, True, True)
-    assert "KV head 1 differs: block 4 there, block 1 here" in finished.error
+    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=2))
+    world.turn(2)
+    assert world.events == []
     assert holder.ended() == []
     holder.kv_cache[4] = right
-    world.pulls.start(pull("p2", holder.remote("r"), [1]))
     world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
+    assert finished.num_bytes == holder.layout.block_bytes
+    assert torch.equal(world.kv_cache[1], right)
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+
+
+def test_wrong_bytes_are_named_after_the_last_attempt(world, holder):
+    holder.holder.grant(grant("r", [4]))
+    holder.kv_cache[4, 1, 0, 0, 0, 0] += 1
+    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=3))
+    world.turn(8)
+    finished = world.finished()
+    assert (finished.ok, finished.verification_failed, finished.num_retries) == (False, True, 2)
+    assert "KV head 1 differs: block 4 there, block 1 here" in finished.error
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+
+
+def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
+    """The others' shares of the lease end with the pull, not before."""
+    holders = world.connect_group(3)
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+    right = holders[1].kv_cache[4].clone()
+    holders[1].kv_cache[4] += 1
+    world.pulls.start(pull("p", holders[0].remote("r"), [1], num_attempts=2))
+    world.turn(2)
+    holders[1].kv_cache[4] = right
+    assert all(holder.ended() == [] for holder in holders)
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert [len(holder.sent(PullBegin)) for holder in holders] == [1, 2, 1]
+    assert torch.equal(world.kv_cache[1], torch.cat([holder.kv_cache[4] for holder in holders]))
+    assert all(holder.ended() == [LeaseEnded(request_id="r", reason="pulled")] for holder in holders)
+
+
+def test_a_rank_that_cannot_be_reached_hears_of_the_end_later(world):
+    holders = world.connect_group(3)
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("before", holders[0].remote("r"), [1]))
+    world.peers.peers[holders[2].identity.name].reconnect()
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="before"))
+    finished = world.finished()
+    assert (finished.error, finished.in_flight) == ("cancelled", False)
+    assert [len(holder.ended()) for holder in holders] == [1, 1, 0]
+    assert not world.pulls.hold_blocks
+    world.clock.now += 1.0
+    world.turn()
+    assert holders[2].ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert len(world.pulls) == 0
+
+
+def test_a_rank_that_stays_out_of_reach_is_not_waited_for_for_ever(world):
+    holders = world.connect_group(3)
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("p", holders[0].remote("r"), [1], timeout_s=5.0))
+    world.peers.peers[holders[2].identity.name].reconnect()
+    world.holders.clear()
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    world.turn()
+    assert len(world.pulls) == 1
+    assert world.pulls.next_deadline_s() == world.clock.now + 5.0
+    world.clock.now += 5.0
+    world.turn()
+    assert len(world.pulls) == 0
+
+
+@pytest.mark.parametrize("stage", ["beginning", "reading", "ending"])
+def test_a_pull_outlives_a_new_connection(world, holder, stage):
+    """Another pull's READ has failed: what this one has asked is asked again, what it has read is kept."""
+    holder.holder.grant(grant("r", [4]))
+    world.fabric.stalled = stage == "reading"
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    if stage == "beginning":
+        world.turn(1)
+    elif stage == "reading":
+        world.turn()
+    else:
+        answer = holder.channel.answer
+        holder.channel.answer = lambda message: None if isinstance(message, PullEnd) else answer(message)
+        world.turn()
+    assert world.events == []
+    world.peers.peers[holder.identity.name].reconnect()
+    world.turn(1)
+    world.fabric.stalled = False
+    world.fabric.land()
+    world.turn()
+    world.clock.now += 1.0
+    world.turn(6)
     assert world.finished().ok
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert len(holder.channels) == 2
 
 
 def test_the_last_attempt_leaves_no_lease_behind(world, holder):
     holder.holder.grant(grant("r", [4]))
     holder.kv_cache[4] += 1
-    command = pull("p", holder.remote("r"), [1])
-    command.last_attempt = True
-    world.pulls.start(command)
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
     assert world.finished().verification_failed
-    assert [message.again for message in holder.sent(PullEnd)] == [False]
     assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
 
 
@@ -275,7 +393,6 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
     world.turn()
     finished = world.finished()
     assert not finished.ok
-    assert not finished.retryable
 
 
 def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
@@ -299,16 +416,15 @@ def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
 def test_a_failed_read_reconnects(world, holder):
     holder.holder.grant(grant("r", [4]))
     world.fabric.failing = True
-    world.pulls.start(pull("p1", holder.remote("r"), [1]))
+    world.pulls.start(pull("p", holder.remote("r"), [1], num_attempts=2))
     world.turn()
-    finished = world.finished()
-    assert (finished.ok, finished.in_flight, finished.retryable) == (False, False, True)
+    assert world.events == []
     assert world.connector.peers == []
     world.fabric.failing = False
-    world.pulls.start(pull("p2", holder.remote("r"), [1]))
     world.clock.now += 1.0
-    world.turn()
-    assert world.finished().ok
+    world.turn(6)
+    finished = world.finished()
+    assert (finished.ok, finished.num_retries) == (True, 1)
     assert world.connector.added == ["prefill-0/rank-0#1"] * 2
 
 
@@ -321,7 +437,7 @@ def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_s
     world.peers.update([new.entry()])
     world.turn()
     finished = world.finished()
-    assert (finished.ok, finished.in_flight, finished.retryable) == (False, True, False)
+    assert (finished.ok, finished.in_flight) == (False, True)
     assert "incarnation 1 of prefill-0/rank-0 is gone" in finished.error
     assert holder.channel.closed
     assert "prefill-0/rank-0#1" in world.connector.peers
@@ -464,7 +580,6 @@ def test_end_of_a_lease_without_a_pull(world, holder):
     world.turn()
     finished = world.finished()
     assert not finished.ok
-    assert not finished.retryable
     assert "refused" in finished.error
 
 

@@ -67,10 +67,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> PushWorld:
     return PushWorld()
 
 
-def start_pull(world: PushWorld) -> HolderRank:
+def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5]))
-    world.pulls.start(pull("p", holder.remote("r"), [1, 2]))
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2], num_attempts=num_attempts))
     world.turn()
     return holder
 
@@ -90,8 +90,22 @@ def test_a_write_that_failed_fails_the_pull(world: PushWorld) -> None:
     world.end_push(ok=False)
     finished = world.finished()
     assert not finished.ok
-    assert finished.retryable
     assert not finished.in_flight
+    world.clock.now += 1.0
+    world.turn()
+    assert len(world.pulls) == 0
+
+
+def test_a_write_that_failed_is_asked_for_again(world: PushWorld) -> None:
+    holder = start_pull(world, num_attempts=2)
+    world.end_push(ok=False)
+    assert not world.events
+    world.clock.now += 1.0
+    world.turn(6)
+    world.end_push(ok=True)
+    finished = world.finished()
+    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
 def test_a_cancelled_pull_owns_its_blocks_until_the_answer(world: PushWorld) -> None:
@@ -108,6 +122,7 @@ def test_answers_arrive_although_the_connection_was_given_up(world: PushWorld) -
     holder = start_pull(world)
     channel = holder.channel
     world.peers.peers[holder.identity.name].reconnect()
+    world.pulls.cancel(cancel("p"))
     world.turn()
     assert world.finished().in_flight
     assert not channel.closed

@@ -1,0 +1,401 @@
+"""The share of a pull that one holder rank has.
+
+::
+
+    connecting ─ begin ─> beginning ─ hashes equal ─> reading ─ checksums equal ─> proven ─ end ─> ending ─ held ─> ended
+       ▲  ▲                   │                          │                            ▲              │
+       │  └── disconnected ───┘                          │                            └ disconnected ┘
+       └────── READ failed, or wrong bytes: once more ───┘
+    the pull has failed, here or elsewhere: given up; the holder is told as soon as it can be reached
+
+A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it is over and writes no more.
+So other branches, and other ranks, need not pull again what they have proven.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Literal, Protocol
+
+from pdlaunch.errors import TransferError, VerificationError
+from pdlaunch.protocol.side_channel import (
+    Geometry,
+    Heartbeat,
+    HeartbeatReply,
+    PullBegin,
+    PullEnd,
+    PullEndReply,
+    PullReply,
+    Refused,
+    ToHolder,
+    ToPuller,
+)
+from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
+from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.connector import BlockRead, ReadHandle, ReadState
+from pdlaunch.transfer.mapping import Source
+
+logger = logging.getLogger(__name__)
+
+HEARTBEATS_A_LEASE = 4
+
+LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
+
+
+class HolderLink(Protocol):
+    """What a pull needs of a holder rank."""
+
+    name: str
+    error: str
+    """Why it is not ready."""
+
+    @property
+    def status(self) -> LinkStatus: ...
+
+    @property
+    def departed(self) -> bool:
+        """Ready, and dead: what it has left answers."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Once ready."""
+
+    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> None:
+        """Send what ``build`` makes of a fresh call_id; ``on_reply`` gets the answer, if one comes."""
+
+    def start_read(self, read: BlockRead) -> ReadHandle: ...
+
+    def poll(self, handle: ReadHandle) -> ReadState: ...
+
+    def release(self, handle: ReadHandle) -> None: ...
+
+    def reconnect(self) -> None:
+        """A READ has failed: the connection is not to be trusted."""
+
+
+class PullFailed(TransferError):
+    """Why a pull cannot go on."""
+
+    def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
+        super().__init__(message)
+        self.verification = verification
+        self.late = late
+
+
+@dataclass(frozen=True, slots=True)
+class Puller:
+    """This rank's side of all its pulls."""
+
+    engine_id: str
+    tp_rank: int
+    first_kv_head: int
+    head_bytes: int
+    hasher: BlockHasher | None
+    """None when ``kv_transfer.verify`` is off."""
+    clock: Callable[[], float]
+    emit: Callable[[PullFinished | PullDrained], None]
+
+    def reader(self, pull_id: str) -> str:
+        """Unique over engines, ranks and choices; of bounded length, whatever the request's id is."""
+        return f"{self.engine_id}/{self.tp_rank}/{hashlib.sha256(pull_id.encode()).hexdigest()}"
+
+
+class Stage(Enum):
+    CONNECTING = auto()
+    BEGINNING = auto()
+    READING = auto()
+    PROVEN = auto()
+    ENDING = auto()
+    ENDED = auto()
+
+
+class Branch:
+    """Talks to one holder rank and reads from it. The holder learns of the end, however the pull ends."""
+
+    def __init__(self, command: StartPull, source: Source, link: HolderLink, puller: Puller) -> None:
+        self.name = link.name
+        self.stage = Stage.CONNECTING
+        self.num_bytes = 0
+        self.num_retries = 0
+        self.verification_failed = False
+        self.departed = False
+        """The holder had died before the end."""
+        self._command = command
+        self._source = source
+        self._link = link
+        self._puller = puller
+        self._reader = puller.reader(command.pull_id)
+        self._handle: ReadHandle | None = None
+        self._read: BlockRead | None = None
+        self._checksums: list[list[int]] = []
+        """Expected, by block and head of the READ."""
+        self._heartbeat_s = float("inf")
+        """Seconds between two."""
+        self._next_heartbeat_s = float("inf")
+        self._failure: PullFailed | None = None
+        """Of an answer; ``advance`` is the one place for failures."""
+        self._owes_until_s: float | None = None
+        """Given up, and the holder does not know yet: how long it is tried to tell it."""
+
+    @property
+    def is_proven(self) -> bool:
+        """The blocks are here and right."""
+        return self.stage in (Stage.PROVEN, Stage.ENDING, Stage.ENDED)
+
+    @property
+    def in_flight(self) -> bool:
+        """A READ may still write to the blocks."""
+        return self._handle is not None
+
+    @property
+    def owes_end(self) -> bool:
+        """Given up, and the holder does not know yet."""
+        return self._owes_until_s is not None
+
+    def next_deadline_s(self) -> float:
+        """Clock time at which there is something to do, READs and messages aside."""
+        if self._owes_until_s is not None:
+            return self._owes_until_s
+        return self._next_heartbeat_s if self._link.status == "ready" else float("inf")
+
+    def advance(self) -> None:
+        """Do what can be done now; never waits. Raises PullFailed."""
+        if self._failure is not None:
+            raise self._failure
+        if self.stage is Stage.ENDED:
+            return
+        if self._link.status in ("lost", "incompatible"):
+            raise PullFailed(f"{self.name}: {self._link.error}")
+        if self.stage is Stage.READING:
+            self._poll_read()
+        if self._link.status != "ready":
+            self._on_disconnected()
+        elif self.stage is Stage.CONNECTING:
+            self._begin()
+        elif self._puller.clock() >= self._next_heartbeat_s:
+            self._heartbeat()
+
+    def end(self) -> None:
+        """All branches are proven: ask whether the lease has held."""
+        if self.stage is Stage.PROVEN and self._link.status == "ready":
+            self.stage = Stage.ENDING
+            self._next_heartbeat_s = float("inf")
+            self._send_end(self._on_reply)
+
+    def give_up(self) -> None:
+        """The pull has failed: the holder need not wait for this reader. Then ``settle`` until nothing is left."""
+        if self.stage not in (Stage.ENDING, Stage.ENDED):
+            self._owes_until_s = self._puller.clock() + self._command.timeout_s
+        self._next_heartbeat_s = float("inf")
+        self.settle()
+
+    def settle(self) -> None:
+        """Given up: tell the holder once it can be told, and release the READ once it is over."""
+        if self._owes_until_s is not None:
+            self._settle_end(self._owes_until_s)
+        if self._handle is not None and self._link.poll(self._handle) != "pending":
+            self._release()
+
+    def _settle_end(self, owes_until_s: float) -> None:
+        status = self._link.status
+        if status == "ready":
+            if self.stage in (Stage.CONNECTING, Stage.BEGINNING):
+                # A reader's share of the lease ends only when it has begun; to begin twice does no harm.
+                self._send_begin(None)
+            self._send_end(None)
+        if status != "connecting" or self._puller.clock() >= owes_until_s:
+            self._owes_until_s = None
+
+    def _on_disconnected(self) -> None:
+        """Answers that were awaited do not come any more."""
+        match self.stage:
+            case Stage.BEGINNING:
+                self.stage = Stage.CONNECTING
+            case Stage.ENDING:
+                self.stage = Stage.PROVEN
+        if self.stage is not Stage.CONNECTING:
+            self._next_heartbeat_s = self._puller.clock()
+
+    def _begin(self) -> None:
+        self.stage = Stage.BEGINNING
+        self._send_begin(self._on_reply)
+
+    def _heartbeat(self) -> None:
+        """One at a time: the next is due only after the answer."""
+        self._next_heartbeat_s = float("inf")
+        remote, reader = self._command.remote, self._reader
+        self._link.ask(
+            lambda call_id: Heartbeat(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
+            self._on_reply,
+        )
+
+    def _send_begin(self, on_reply: Callable[[ToPuller], None] | None) -> None:
+        remote, reader, num_pullers = self._command.remote, self._reader, self._source.num_pullers
+        self._link.ask(
+            lambda call_id: PullBegin(
+                call_id=call_id,
+                engine_id=remote.engine_id,
+                request_id=remote.request_id,
+                reader=reader,
+                num_pullers=num_pullers,
+            ),
+            on_reply,
+        )
+
+    def _send_end(self, on_reply: Callable[[ToPuller], None] | None) -> None:
+        remote, reader = self._command.remote, self._reader
+        self._link.ask(
+            lambda call_id: PullEnd(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
+            on_reply,
+        )
+
+    def _on_reply(self, reply: ToPuller) -> None:
+        if self._failure is not None:
+            return
+        try:
+            self._handle_reply(reply)
+        except PullFailed as failure:
+            self._failure = failure
+
+    def _handle_reply(self, reply: ToPuller) -> None:
+        match reply:
+            case PullReply() if self.stage is Stage.BEGINNING:
+                self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
+                self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
+                self._start_read(reply)
+            case HeartbeatReply():
+                if self.stage in (Stage.BEGINNING, Stage.READING, Stage.PROVEN):
+                    self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
+            case PullEndReply() if self.stage is Stage.ENDING:
+                if not reply.held:
+                    raise PullFailed(f"{self.name}: the lease did not hold throughout the pull", late=True)
+                self.stage = Stage.ENDED
+                self.departed = self._link.departed
+            case Refused():
+                late = self.stage is not Stage.BEGINNING or self.num_retries > 0
+                raise PullFailed(f"{self.name} refused: {reply.reason}", late=late)
+            case _:
+                raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
+
+    def _start_read(self, reply: PullReply) -> None:
+        self._check_hashes(reply)
+        self._read, self._checksums = self._plan_read(reply)
+        if not self._read.local_blocks or not self._read.local_heads:
+            self.stage = Stage.PROVEN
+            return
+        try:
+            self._handle = self._link.start_read(self._read)
+        except TransferError as error:
+            self._link.reconnect()
+            self._try_again(PullFailed(f"{self.name}: {error}"))
+            return
+        self.stage = Stage.READING
+        self._poll_read()
+
+    def _check_hashes(self, reply: PullReply) -> None:
+        """The holder's blocks were computed for this very prompt."""
+        command = self._command
+        ours = command.block_hashes
+        if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
+            pairs = zip(ours, reply.block_hashes, strict=False)
+            first = next((index for index, pair in enumerate(pairs) if pair[0] != pair[1]), len(reply.block_hashes))
+            raise PullFailed(
+                f"{self.name}: token hashes of request {command.remote.request_id} differ from block {first} on "
+                f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
+                verification=True,
+            )
+
+    def _plan_read(self, reply: PullReply) -> tuple[BlockRead, list[list[int]]]:
+        command, geometry = self._command, self._link.geometry
+        if len(reply.groups) != len(command.block_ids):
+            raise PullFailed(f"{self.name} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
+        heads = self._source.heads
+        remote_heads = range(heads.start - geometry.first_kv_head, heads.stop - geometry.first_kv_head)
+        local_heads = range(heads.start - self._puller.first_kv_head, heads.stop - self._puller.first_kv_head)
+        local: list[int] = []
+        remote: list[int] = []
+        checksums: list[list[int]] = []
+        for index, (block_ids, first, group) in enumerate(
+            zip(command.block_ids, command.first_block_index, reply.groups, strict=True)
+        ):
+            if not block_ids:
+                continue
+            start = first - group.first_block_index
+            wanted = slice(start, start + len(block_ids))
+            found = group.block_ids[wanted] if start >= 0 else []
+            if len(found) != len(block_ids) or first + len(block_ids) > len(command.block_hashes):
+                raise PullFailed(f"{self.name} does not hold all blocks of group {index} from {first} on")
+            local += block_ids
+            remote += found
+            checksums += [row[remote_heads.start : remote_heads.stop] for row in (group.checksums or [])[wanted]]
+        if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
+            raise PullFailed(f"{self.name} named a block outside of its {geometry.num_blocks}")
+        read = BlockRead(
+            local_blocks=local,
+            remote_blocks=remote,
+            local_heads=local_heads,
+            remote_heads=remote_heads,
+            request_id=command.remote.request_id,
+            reader=self._reader,
+            digest=command.block_hashes[-1].hex(),
+        )
+        return read, checksums
+
+    def _poll_read(self) -> None:
+        assert self._handle is not None
+        state = self._link.poll(self._handle)
+        if state == "pending":
+            return
+        self._release()
+        if state == "failed":
+            self._link.reconnect()
+            self._try_again(PullFailed(f"READ from {self.name} failed"))
+            return
+        try:
+            self._verify()
+        except VerificationError as error:
+            self.verification_failed = True
+            logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
+            self._try_again(PullFailed(f"{self.name}: {error}", verification=True))
+            return
+        self.stage = Stage.PROVEN
+
+    def _verify(self) -> None:
+        """Compare the checksums of what has arrived with what the holder stated when it granted the lease."""
+        read, hasher = self._read, self._puller.hasher
+        assert read is not None
+        self.num_bytes = len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
+        if hasher is not None:
+            _compare(hasher, read, self._checksums)
+
+    def _try_again(self, failure: PullFailed) -> None:
+        """The READ is over and writes no more: begin anew, as often as is allowed. Raises the failure else."""
+        if self.num_retries + 1 >= self._command.num_attempts:
+            raise failure
+        self.num_retries += 1
+        logger.warning("pull %s begins anew: %s", self._command.pull_id, failure)
+        self.stage = Stage.CONNECTING
+        self._next_heartbeat_s = float("inf")
+
+    def _release(self) -> None:
+        assert self._handle is not None
+        self._link.release(self._handle)
+        self._handle = None
+
+
+def _compare(hasher: BlockHasher, read: BlockRead, expected: list[list[int]]) -> None:
+    """Raises VerificationError that names the first block and head that differ."""
+    if len(expected) != len(read.local_blocks):
+        raise VerificationError("the holder stated no checksums")
+    found = hasher.checksums(read.local_blocks, slice(read.local_heads.start, read.local_heads.stop))
+    for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        if ours != theirs:
+            head = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+            raise VerificationError(
+                f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
+                f"block {read.local_blocks[row]} here"
+            )
