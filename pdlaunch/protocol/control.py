@@ -142,6 +142,8 @@ class Registry(Message):
     entries: list[Entry]
     serving: bool = True
     """The launch has been ready: every process, and every pair of engines. Before that the router takes no request."""
+    pairs: list[PairReady] = []
+    """The paths between ranks that are proven now."""
 
 
 class Drain(Message):

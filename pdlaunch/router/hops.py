@@ -41,6 +41,7 @@ class Hops:
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake those who wait for an engine."""
         self.pool.update(registry)
+        self.metrics.show_pairs(registry.pairs)
         self._changed.set()
         self._changed = asyncio.Event()
         for engine in self.pool.engines:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from pdlaunch.observe.metrics import RequestMetrics, render_metrics
-from pdlaunch.protocol.control import ListedState
+from pdlaunch.protocol.control import ListedState, PairReady
 
 Hop = Literal["prefill", "decode"]
 
@@ -35,12 +35,25 @@ class RouterMetrics:
             "pdlaunch_router_migrations", "Answers continued by another engine from the tokens so far.", registry=registry
         )
         self._releases = Counter("pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry)
+        self._pairs = Gauge(
+            "pdlaunch_pair_gigabytes_per_second",
+            "What the handshake has measured between two ranks, over the path that is in use.",
+            ("holder", "puller", "path"),
+            registry=registry,
+        )
 
     def show_engines(self, states: Sequence[str]) -> None:
         """``states``: of each engine, now."""
         self._engines_ready.set(states.count("ready"))
         for state in get_args(ListedState):
             self._engines.labels(state).set(states.count(state))
+
+    def show_pairs(self, pairs: Sequence[PairReady]) -> None:
+        """``pairs``: those that are proven now."""
+        self._pairs.clear()
+        for pair in pairs:
+            if pair.gigabytes_per_s is not None:
+                self._pairs.labels(pair.peer, pair.local, pair.path).set(pair.gigabytes_per_s)
 
     def engine_failed(self, engine: str, hop: Hop) -> None:
         self._engine_failures.labels(engine, hop).inc()

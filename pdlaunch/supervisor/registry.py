@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from pdlaunch.protocol.control import Entry, Registry
+from pdlaunch.protocol.control import Entry, PairReady, Registry
 from pdlaunch.supervisor.instance import Instance
 
 
@@ -18,10 +18,11 @@ class RegistryBook:
     def current(self) -> Registry:
         return self._current
 
-    def update(self, instances: Iterable[Instance], *, serving: bool) -> bool:
-        """Take in the state of all instances and of the launch; True when the registry has changed and must be sent."""
+    def update(self, instances: Iterable[Instance], pairs: Sequence[PairReady] = (), *, serving: bool) -> bool:
+        """Take in the state of all instances, pairs and of the launch; True when the registry has changed and must be sent."""
         entries: list[Entry] = [entry for instance in instances if (entry := instance.entry()) is not None]
-        if entries == self._current.entries and serving == self._current.serving:
+        current = self._current
+        if (entries, list(pairs), serving) == (current.entries, current.pairs, current.serving):
             return False
-        self._current = Registry(version=self._current.version + 1, entries=entries, serving=serving)
+        self._current = Registry(version=current.version + 1, entries=entries, serving=serving, pairs=list(pairs))
         return True

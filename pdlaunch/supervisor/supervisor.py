@@ -409,7 +409,7 @@ class Supervisor:
             self._phase = Phase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        if self._registry.update(self._instances.values(), serving=self.was_ready):
+        if self._registry.update(self._instances.values(), self._pairs.proven(), serving=self.was_ready):
             for entry in self._registry.current.entries:
                 self._host.send(entry.name, self._registry.current)
         self._observer.changed(self.status())
