@@ -298,17 +298,22 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
 @rule(
     "PD213",
     "warning",
-    fix="Switch the CuMem allocator off, or give the host an IMEX channel.",
+    fix="Let kv_transfer.path be auto or p2p, switch the CuMem allocator off, or give the host an IMEX channel.",
     source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s, HTTP 200.",
     needs=("gpus",),
 )
 def cumem_without_fabric(context: Context) -> Iterator[Found]:
-    """The KV cache lies in CuMem memory, and this host has no fabric handles.
+    """The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric handles.
 
     Without an IMEX channel the driver does not export CuMem allocations as fabric handles, and NIXL/UCX falls back to
-    copying through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y.
+    copying through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The
+    path p2p maps such memory by its POSIX file descriptors instead.
     """
-    if not context.pair() or all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus):
+    if (
+        not context.pair()
+        or context.config.kv_transfer.maps_memory
+        or all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus)
+    ):
         return
     for engine in context.on("cuda"):
         if not contradicts(engine.settings) and memory_options(engine.settings).cumem_allocator:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
@@ -17,7 +18,7 @@ class PairTransport:
     holder: str
     """``prefill-0/rank-0``"""
     path: str
-    """``nixl/UCX``, ``p2p`` and such."""
+    """``nixl/UCX``, ``p2p/memfd`` and such: the one in use."""
     allocator: Allocator
     """What the KV cache of the holder is allocated with."""
     gigabytes_per_s: float | None = None
@@ -28,6 +29,8 @@ class PairTransport:
     """Why nothing could be moved."""
     bytes_equal: bool = True
     """What arrived is what was sent."""
+    other_paths: Mapping[str, str] = field(default_factory=dict)
+    """How fast the paths are that are not in use, or why they cannot be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,6 +219,7 @@ def _pairs(status: LaunchStatus) -> list[str]:
     lines = [
         f"{pair.peer} → {pair.local}: {pair.path}"
         + (f", {pair.gigabytes_per_s:.1f} GB/s" if pair.gigabytes_per_s is not None else "")
+        + "".join(f"; {path}: {said}" for path, said in pair.other_paths.items())
         for pair in pairs[:4]
     ]
     return lines + ([f"… and {len(pairs) - 4} more pairs"] if len(pairs) > 4 else [])

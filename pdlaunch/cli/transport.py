@@ -36,6 +36,7 @@ def transport_report(config: LaunchConfig, machine: Machine, environ: Mapping[st
                 allocator=allocator,
                 gigabytes_per_s=pair.gigabytes_per_s,
                 expected_gigabytes_per_s=expected,
+                other_paths=pair.other_paths,
             )
             for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
         )

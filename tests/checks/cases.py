@@ -149,8 +149,16 @@ CASES: dict[str, Case] = {
     "PD211": Case([on(one_gpu(), gpu_memory_utilization=0.4)], [on(GPU, prefill__replicas=4, decode__replicas=4)]),
     "PD212": Case([on(CPU, kv_cache_memory="40GiB"), on(CPU, decode__replicas=60)], [on(CPU, kv_cache_memory="20GiB")]),
     "PD213": Case(
-        [on(GPU, enable_cumem_allocator=True), on(GPU, enable_sleep_mode=True)],
-        [on(GPU), on(GB200, enable_cumem_allocator=True)],
+        [
+            on(GPU, enable_cumem_allocator=True, kv_transfer__path="nixl"),
+            on(GPU, enable_sleep_mode=True, kv_transfer__path="nixl"),
+            on(GPU, enable_sleep_mode=True, kv_transfer__connector="mooncake"),
+        ],
+        [
+            on(GPU, kv_transfer__path="nixl"),
+            on(GB200, enable_cumem_allocator=True, kv_transfer__path="nixl"),
+            on(GPU, enable_cumem_allocator=True),
+        ],
     ),
     "PD220": Case(
         [on(CPU, **TIER, enable_prefix_caching=False), on(CPU, **TIER, decode__enable_prefix_caching=False)],

@@ -84,11 +84,11 @@ def test_memory_arithmetic_is_shown():
 
 
 def test_one_family_alone():
-    slow = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cumem", 0.6, 392.0)
+    slow = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cumem", 0.6, 392.0, other_paths={"p2p": "not here"})
     report = check(flags={"max_model_len": 9000}, transport=TransportReport((slow,)), family="PD5")
     (finding,) = (found for found in report.findings if found.severity != "info")
     assert finding.rule == "PD503"
-    assert "0.6 GB/s cliff" in finding.message
+    assert "0.6 GB/s cliff; p2p: not here" in finding.message
 
 
 def test_the_assumed_platform():

@@ -37,7 +37,13 @@ def serving() -> LaunchStatus:
         for name in ("prefill-0/rank-0", "decode-0/rank-0", "decode-0/rank-1", "prefill-0", "decode-0", "router")
     )
     pair = PairReady(
-        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, seconds=0.1, path="nixl/UCX", gigabytes_per_s=3.4
+        local="decode-0/rank-0",
+        peer="prefill-0/rank-0",
+        peer_incarnation=1,
+        seconds=0.1,
+        path="nixl/UCX",
+        gigabytes_per_s=3.4,
+        other_paths={"p2p": "not here"},
     )
     return LaunchStatus(Phase.READY, processes, pairs=(pair,), url="http://127.0.0.1:8000")
 
@@ -124,7 +130,7 @@ def test_the_panel_says_where_and_what_and_how_fast() -> None:
     rows = dict(ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=True))
     assert rows["URL"] == "http://127.0.0.1:8000"
     assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
-    assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s"
+    assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s; p2p: not here"
     assert "Authorization: Bearer YOUR_KEY" in rows["try"]
 
 
