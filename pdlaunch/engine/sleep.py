@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 TAGS = ("weights", "kv_cache")
 TRANSFER_TIMEOUT_S = 20.0
 """For the transfer thread to let go of its memory, or to take it again."""
+UNMAP_TIMEOUT_S = 5.0
+"""For peers to hear that this rank sleeps, and to unmap its memory: until then the device does not get it back."""
 POLL_S = 0.05
 """Between two looks at whether what still runs has ended, or peers are back."""
 
@@ -48,6 +50,8 @@ class SleepingTransfer(Protocol):
     def connected(self) -> bool: ...
 
     def suspend(self, timeout_s: float) -> None: ...
+
+    def wait_unmapped(self, timeout_s: float) -> bool: ...
 
     def resume(self, timeout_s: float) -> None: ...
 
@@ -90,6 +94,8 @@ class RankSleeper:
         except TransferError as error:
             return self._report(error=error)
         self._announce(SleepState(state="sleeping"))
+        if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
+            logger.warning("a peer still maps the KV cache after %g s: its memory is not free before it does not", UNMAP_TIMEOUT_S)
         try:
             return self._report(self._memory.sleep(level))
         except MemoryPoolError as error:

@@ -43,9 +43,11 @@ class FakeRank:
     connected: bool = True
     memory_error: str = ""
     transfer_error: str = ""
+    unmapped: bool = False
 
     def sleep(self, level: int) -> int:
         assert not self.registered, "the memory goes under the eyes of peers"
+        assert self.unmapped, "peers still hold the memory"
         if self.memory_error:
             raise MemoryPoolError(self.memory_error)
         self.sleeping_tags = ALL
@@ -66,9 +68,14 @@ class FakeRank:
         self.registered = False
         self.log.append("suspend")
 
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        assert self.log[-1] == "sleeping", "peers have not been told to let go"
+        self.unmapped = True
+        return True
+
     def resume(self, timeout_s: float) -> None:
         assert not self.sleeping_tags, "registers memory that sleeps"
-        self.registered = True
+        self.registered, self.unmapped = True, False
         self.log.append("resume")
 
     def announce(self, state: SleepState) -> None:
