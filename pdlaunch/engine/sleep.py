@@ -95,7 +95,7 @@ class RankSleeper:
             return self._report(error=error)
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
-            logger.warning("a peer still maps the KV cache after %g s: its memory is not free before it does not", UNMAP_TIMEOUT_S)
+            logger.warning("a peer has not unmapped the KV cache within %g s: its memory is free when it has", UNMAP_TIMEOUT_S)
         try:
             return self._report(self._memory.sleep(level))
         except MemoryPoolError as error:

@@ -69,7 +69,7 @@ class FakeRank:
         self.log.append("suspend")
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        assert self.log[-1] == "sleeping", "peers have not been told to let go"
+        assert not self.registered, "peers may still come"
         self.unmapped = True
         return True
 
