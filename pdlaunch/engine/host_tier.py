@@ -8,7 +8,7 @@ from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.offload.faulty_worker import FaultyOffloadWorker
+from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
@@ -24,7 +24,9 @@ def new_offload_worker(
     if not spec.kv_offload.host_memory:
         return None
     faults = read_fault_plan(os.environ)
-    make_worker = OffloadWorker if faults is None else partial(FaultyOffloadWorker, faults.of_chunk)
+    make_worker = (
+        OffloadWorker if faults is None else partial(FaultyOffloadWorker, ChunkFaults(faults.of_chunk, faults.copy_delay_s))
+    )
     first = runner.first_kv_head
     return make_worker(
         kv_cache=runner.kv_cache,

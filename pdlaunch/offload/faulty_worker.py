@@ -1,42 +1,67 @@
-"""A host tier whose memory goes bad, for tests and ``pdlaunch smoke --chaos`` only."""
+"""A host tier that is slow and whose memory goes bad, for tests and ``pdlaunch smoke --chaos`` only."""
 
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.worker import OffloadWorker
 
-CorruptChunk = Callable[[int], random.Random | None]
-"""Number of the stored chunk -> what the place and value of its wrong byte are drawn from; None: it stays as it is."""
+
+_TIMER_SLACK_S = 0.001
+"""A wake before the report is due would be in vain."""
+
+
+class ChunkFaults(NamedTuple):
+    """What goes wrong. Each function takes a number that counts up, so that a plan decides."""
+
+    corrupt: Callable[[int], random.Random | None]
+    """Of a stored chunk: what place and value of its wrong byte are drawn from; None: it stays as it is."""
+    delay_s: Callable[[int], float]
+    """Of a copy: how much later its end is reported."""
 
 
 class FaultyOffloadWorker(OffloadWorker):
-    """Changes a byte of some chunks once they are stored and their checksums are taken."""
+    """Reports the ends of copies late, and changes a byte of some chunks once their checksums are taken."""
 
-    def __init__(self, corrupt: CorruptChunk, **setup: Any) -> None:
+    def __init__(self, faults: ChunkFaults, **setup: Any) -> None:
         super().__init__(**setup)
-        self._corrupt = corrupt
+        self._faults = faults
         self._stores: dict[int, OffloadJob] = {}
-        self._num_stored_chunks = 0
+        self._late: list[tuple[float, JobFinished]] = []
+        """When to report what."""
+        self._num_chunks_stored = 0
+        self._num_copies = 0
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
         self._stores |= {job.job_id: job for job in jobs if job.direction == "store"}
         super().submit(jobs)
 
     def take_finished(self) -> list[JobFinished]:
-        finished = super().take_finished()
-        for report in finished:
-            job = self._stores.pop(report.job_id, None)
-            for chunk_id in job.chunk_ids if job is not None and report.ok else ():
-                self._spoil(chunk_id)
+        for report in super().take_finished():
+            self._hold_back(report)
+        now_s = time.monotonic()
+        finished = [report for due_s, report in self._late if due_s <= now_s]
+        self._late = [(due_s, report) for due_s, report in self._late if due_s > now_s]
         return finished
 
+    def _hold_back(self, report: JobFinished) -> None:
+        job = self._stores.pop(report.job_id, None)
+        for chunk_id in job.chunk_ids if job is not None and report.ok else ():
+            self._spoil(chunk_id)
+        self._num_copies += 1
+        delay_s = self._faults.delay_s(self._num_copies)
+        self._late.append((time.monotonic() + delay_s, report))
+        timer = threading.Timer(delay_s + _TIMER_SLACK_S, self._wake)
+        timer.daemon = True
+        timer.start()
+
     def _spoil(self, chunk_id: int) -> None:
-        self._num_stored_chunks += 1
-        source = self._corrupt(self._num_stored_chunks)
+        self._num_chunks_stored += 1
+        source = self._faults.corrupt(self._num_chunks_stored)
         if source is not None:
-            place = source.randrange(self.block_bytes)
-            self.chunk(chunk_id)[place] ^= source.randrange(1, 256)
+            self.chunk(chunk_id)[source.randrange(self.block_bytes)] ^= source.randrange(1, 256)

@@ -52,6 +52,8 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Share of the leases that end early."""
     chunk_rate: float = 0.05
     """Share of the blocks in host memory that go bad there."""
+    copy_slow_s: float = 0.05
+    """Longest time by which the end of a copy between device and host is seen late."""
     slow_s: float = 0.3
     """Longest delay."""
     lost_s: float = 4.0
@@ -71,6 +73,10 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """What the fault of a rank's ``index``-th block in host memory is drawn from; None: it is sound."""
         source = random.Random(f"{self.seed}/chunk/{index}")
         return source if source.random() < self.chunk_rate else None
+
+    def copy_delay_s(self, index: int) -> float:
+        """By how much the end of a rank's ``index``-th copy between device and host is seen late."""
+        return random.Random(f"{self.seed}/copy/{index}").uniform(0, self.copy_slow_s)
 
     def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
         """Cut some of the leases short."""

@@ -1,0 +1,122 @@
+"""The host tier under a device cache that is far too small: right tokens, whatever leaves, comes back, goes bad or dies."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment
+from pdlaunch.client.smoke import engines_of
+from tests.e2e.api import complete_all, count_now, engine_apis, idle, total_now
+from tests.e2e.faults import faulty_deployment
+from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
+from tests.e2e.waiting import await_true
+
+LENGTHS = (60, 90, 120, 150, 180, 200, 100, 81)
+NUM_TOKENS = 24
+NUM_TOGETHER, LONG_NUM_TOKENS = 4, 120
+SMALL_CACHE = "500KiB"
+"""27 blocks of the llama, 41 of the hybrid model, which has three groups; the prompts alone fill 58 blocks of a group."""
+HEALTHY = {"seed": 1, "rate": 0, "probe_rate": 0, "lease_rate": 0, "chunk_rate": 0, "copy_slow_s": 0}
+
+
+def make_prompts() -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
+
+
+@contextmanager
+def tiered_deployment(model: Path, *arguments: str, decode_cache: str = SMALL_CACHE, **faults: float) -> Iterator[Deployment]:
+    command = ("--kv-cache-memory", SMALL_CACHE, "--kv-offload-memory", "32MiB", *arguments)
+    environ = {"PDLAUNCH_DECODE__KV_CACHE_MEMORY": decode_cache}
+    with faulty_deployment(model, HEALTHY | faults, *command, environ=environ) as deployment:
+        yield deployment
+
+
+def engine_of(deployment: Deployment, role: str) -> Api:
+    (url,) = (engine["url"] for engine in engines_of(Api(deployment.url)) if engine["role"] == role)
+    return Api(url)
+
+
+def complete_together(api: Api, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """One call: the engine has all prompts in the same step. As with ``greedy``, none of the tokens is an end."""
+    lengths = {"max_tokens": num_tokens, "min_tokens": num_tokens}
+    body = {"prompt": prompts, "temperature": 0, "return_token_ids": True, **lengths}
+    status, answer = api.post("/v1/completions", body)
+    assert status == 200, answer
+    choices: list[dict[str, Any]] = sorted(answer["choices"], key=lambda choice: choice["index"])
+    return [choice["token_ids"] for choice in choices]
+
+
+class Answers:
+    """What transformers itself answers."""
+
+    def __init__(self, model: Path) -> None:
+        self.prompts = make_prompts()
+        self.short = greedy(model, self.prompts, NUM_TOKENS)
+        self.together = greedy(model, self.prompts[:NUM_TOGETHER], LONG_NUM_TOKENS)
+
+    def check(self, url: str, cache_salt: str = "") -> None:
+        fields = {"min_tokens": NUM_TOKENS, "ignore_eos": False, "cache_salt": cache_salt}
+        answers = complete_all(url, self.prompts, NUM_TOKENS, concurrency=4, **fields)
+        assert answers == self.short
+
+    def check_together(self, api: Api) -> None:
+        """More than the cache holds: the engine has to preempt."""
+        before = count_now(api, "preemptions")
+        assert complete_together(api, self.prompts[:NUM_TOGETHER], LONG_NUM_TOKENS) == self.together
+        assert count_now(api, "preemptions") > before
+
+
+def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> None:
+    model = make_tiny_model("gemma3_text", tmp_path)
+    answers = Answers(model)
+    with tiered_deployment(model) as deployment:
+        for _ in range(2):
+            answers.check(deployment.url)
+        for role in ("prefill", "decode"):
+            assert count_now(engine_of(deployment, role), "host_hit_tokens") > 0, role
+        answers.check_together(engine_of(deployment, "decode"))
+        assert total_now(deployment.url, "offload_load_failures") == 0
+        check_books(deployment)
+
+
+def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: Path) -> None:
+    """Of three ranks each one finds its own bad blocks. Copies take long, so that one is in flight whenever somebody looks."""
+    model = make_tiny_model("llama", tmp_path)
+    answers = Answers(model)
+    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.5}
+    with tiered_deployment(model, "--decode-tp", "3", decode_cache="170KiB", **faults) as deployment:
+        for _ in range(2):
+            answers.check(deployment.url)
+        for role in ("prefill", "decode"):
+            assert count_now(engine_of(deployment, role), "offload_bad_blocks") > 0, role
+        answers.check_together(engine_of(deployment, "prefill"))
+        for role, tp_rank in (("prefill", 0), ("decode", 1)):
+            kill_in_the_middle_of_copies(deployment, answers, role, tp_rank)
+        check_books(deployment)
+
+
+def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role: str, tp_rank: int) -> None:
+    """Every request that runs is answered all the same. Nobody has computed them before: each block is copied."""
+    engine = engine_of(deployment, role)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(answers.check, deployment.url, f"kill {role}")
+        await_true(lambda: count_now(engine, "num_offload_jobs") > 0 or running.done(), "a copy is in flight")
+        deployment.processes()[f"{role}-0/rank-{tp_rank}"].kill()
+        running.result()
+
+
+def check_books(deployment: Deployment) -> None:
+    """All blocks are free, and ``/pdlaunch/integrity`` has nothing to say, of the tier neither."""
+    await_true(lambda: idle(deployment.url), "no request and no lease is left")
+    for api in engine_apis(deployment.url):
+        await_true(lambda api=api: count_now(api, "num_offload_jobs") == 0, "no copy is in flight")
+        assert api.get("/pdlaunch/integrity")[0] == 200
+        assert count_now(api, "num_free_blocks") == count_now(api, "num_blocks")
+        assert count_now(api, "num_used_host_blocks") <= count_now(api, "num_host_blocks")
