@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.worker import OffloadWorker
 
-
 _TIMER_SLACK_S = 0.001
 """A wake before the report is due would be in vain."""
 
