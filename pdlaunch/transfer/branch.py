@@ -2,10 +2,10 @@
 
 ::
 
-    connecting ─ begin ─> beginning ─ hashes equal ─> reading ─ checksums equal ─> proven ─ end ─> ending ─ held ─> ended
-       ▲  ▲                   │                          │                            ▲              │
-       │  └── disconnected ───┘                          │                            └ disconnected ┘
-       └────── READ failed, or wrong bytes: once more ───┘
+    connecting ─ begin ─> beginning ─ hashes equal ─> reading ─> verifying ─ equal ─> proven ─ end ─> ending ─ held ─> ended
+       ▲  ▲                   │                          │           │                  ▲              │
+       │  └── disconnected ───┘                          │           │                  └ disconnected ┘
+       └────── READ failed, or wrong bytes: once more ───┴───────────┘
     the pull has failed, here or elsewhere: given up; the holder is told as soon as it can be reached
 
 A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it is over and writes no more.
@@ -35,7 +35,7 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.checksum import BlockHasher, Checksums
 from pdlaunch.transfer.connector import BlockRead, ReadHandle, ReadState
 from pdlaunch.transfer.mapping import Source
 
@@ -108,6 +108,7 @@ class Stage(Enum):
     CONNECTING = auto()
     BEGINNING = auto()
     READING = auto()
+    VERIFYING = auto()
     PROVEN = auto()
     ENDING = auto()
     ENDED = auto()
@@ -133,6 +134,9 @@ class Branch:
         self._read: BlockRead | None = None
         self._checksums: list[list[int]] = []
         """Expected, by block and head of the READ."""
+        self._found: Checksums | None = None
+        """Of what has arrived."""
+        self._hashing_since_s = 0.0
         self._heartbeat_s = float("inf")
         """Seconds between two."""
         self._next_heartbeat_s = float("inf")
@@ -150,6 +154,11 @@ class Branch:
     def in_flight(self) -> bool:
         """A READ may still write to the blocks."""
         return self._handle is not None
+
+    @property
+    def hashing_since_s(self) -> float | None:
+        """Clock time at which checksums were asked for that are still being computed."""
+        return self._hashing_since_s if self.stage is Stage.VERIFYING else None
 
     @property
     def owes_end(self) -> bool:
@@ -172,6 +181,8 @@ class Branch:
             raise PullFailed(f"{self.name}: {self._link.error}")
         if self.stage is Stage.READING:
             self._poll_read()
+        elif self.stage is Stage.VERIFYING:
+            self._poll_checksums()
         if self._link.status != "ready":
             self._on_disconnected()
         elif self.stage is Stage.CONNECTING:
@@ -268,7 +279,7 @@ class Branch:
                 self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
                 self._start_read(reply)
             case HeartbeatReply():
-                if self.stage in (Stage.BEGINNING, Stage.READING, Stage.PROVEN):
+                if self.stage in (Stage.BEGINNING, Stage.READING, Stage.VERIFYING, Stage.PROVEN):
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
             case PullEndReply() if self.stage is Stage.ENDING:
                 if not reply.held:
@@ -355,22 +366,34 @@ class Branch:
             self._link.reconnect()
             self._try_again(PullFailed(f"READ from {self.name} failed"))
             return
+        self._verify()
+
+    def _verify(self) -> None:
+        """Have the checksums of what has arrived computed."""
+        read, hasher = self._read, self._puller.hasher
+        assert read is not None
+        self.num_bytes = len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
+        if hasher is None:
+            self.stage = Stage.PROVEN
+            return
+        self._found = hasher.start(read.local_blocks, slice(read.local_heads.start, read.local_heads.stop))
+        self.stage, self._hashing_since_s = Stage.VERIFYING, self._puller.clock()
+        self._poll_checksums()
+
+    def _poll_checksums(self) -> None:
+        """Compare them, once they are there, with what the holder stated when it granted the lease."""
+        assert self._read is not None
+        assert self._found is not None
+        if not self._found.ready():
+            return
         try:
-            self._verify()
+            _compare(self._found.result(), self._read, self._checksums)
         except VerificationError as error:
             self.verification_failed = True
             logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
             self._try_again(PullFailed(f"{self.name}: {error}", verification=True))
             return
         self.stage = Stage.PROVEN
-
-    def _verify(self) -> None:
-        """Compare the checksums of what has arrived with what the holder stated when it granted the lease."""
-        read, hasher = self._read, self._puller.hasher
-        assert read is not None
-        self.num_bytes = len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
-        if hasher is not None:
-            _compare(hasher, read, self._checksums)
 
     def _try_again(self, failure: PullFailed) -> None:
         """The READ is over and writes no more: begin anew, as often as is allowed. Raises the failure else."""
@@ -387,11 +410,10 @@ class Branch:
         self._handle = None
 
 
-def _compare(hasher: BlockHasher, read: BlockRead, expected: list[list[int]]) -> None:
+def _compare(found: list[list[int]], read: BlockRead, expected: list[list[int]]) -> None:
     """Raises VerificationError that names the first block and head that differ."""
     if len(expected) != len(read.local_blocks):
         raise VerificationError("the holder stated no checksums")
-    found = hasher.checksums(read.local_blocks, slice(read.local_heads.start, read.local_heads.stop))
     for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours != theirs:
             head = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)

@@ -218,6 +218,7 @@ class TransferLoop:
             deadlines_s.append(lease_s)
         started = [
             self._holder.youngest_hashing_s,
+            self._pulls.youngest_hashing_s,
             self._pushes.youngest_write_s,
             *(peer.youngest_read_s for peer in self._peers.all()),
         ]

@@ -39,6 +39,12 @@ class Pull:
         """Nothing is left to do or to wait for."""
         return not self.holds_blocks and not any(branch.owes_end for branch in self._branches)
 
+    @property
+    def youngest_hashing_s(self) -> float | None:
+        """Clock time at which checksums were asked for, latest, that are still being computed; None: none are."""
+        since_s = [branch.hashing_since_s for branch in self._branches if not self._finished]
+        return max((at_s for at_s in since_s if at_s is not None), default=None)
+
     def next_deadline_s(self) -> float:
         """Clock time at which ``advance`` has something to do, pending READs and messages aside."""
         due_s = [branch.next_deadline_s() for branch in self._branches]

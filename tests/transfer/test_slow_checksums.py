@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
+from msgspec.structs import replace as replace_struct
 
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd, PullEndReply, PullReply, Refused, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, SetLeaseReaders
@@ -10,10 +15,11 @@ from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.early import GRANT_LAG_S, EarlyQuestions
 from pdlaunch.transfer.holder import Holder
 from pdlaunch.transfer.ledger import new_ledger, read_ledger
-from tests.transfer.fakes import Fabric, FakeClock
+from pdlaunch.transfer.pull_table import PullTable
+from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher
-from tests.transfer.rank_process import grant
-from tests.transfer.test_pull import HolderRank
+from tests.transfer.rank_process import grant, pull
+from tests.transfer.test_pull import HolderRank, World
 
 
 class SlowHolder:
@@ -131,3 +137,96 @@ def test_without_verification_a_lease_is_complete_at_once(slow):
     holder = Holder(slow.rank.holder._card, None, slow.clock)
     holder.grant(grant("r", [4]))
     assert holder.take_granted() == ["r"]
+
+
+class SlowPuller(World):
+    """A world whose puller has to wait for its checksums."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.hasher = HandHasher(self.kv_cache, layout_of())
+        self.pulls = PullTable(replace(self.pulls._puller, hasher=self.hasher), self.peers)
+
+    def arrive(self, **options: Any) -> HolderRank:
+        """A pull whose bytes are here, and nothing is known of them."""
+        holder = self.connect()
+        holder.holder.grant(grant("r", [4, 5], lease_s=2.0))
+        self.pulls.start(replace_struct(pull("p", holder.remote("r"), [1, 2]), **options))
+        self.turn()
+        assert self.events == []
+        assert self.pulls.youngest_hashing_s == self.clock.now
+        return holder
+
+
+@pytest.fixture
+def world() -> SlowPuller:
+    return SlowPuller()
+
+
+def test_a_pull_ends_when_its_checksums_are_there(world):
+    holder = world.arrive()
+    world.hasher.finish()
+    world.turn()
+    assert world.finished().ok
+    assert world.pulls.youngest_hashing_s is None
+    assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
+
+
+def test_the_lease_is_kept_meanwhile(world):
+    holder = world.arrive()
+    for _ in range(9):
+        world.clock.now += 0.6
+        world.turn()
+        assert holder.ended() == []
+    world.hasher.finish()
+    world.turn()
+    assert world.finished().ok
+
+
+def test_other_pulls_overlap(world):
+    holder = world.arrive()
+    holder.holder.grant(grant("s", [6]))
+    world.pulls.start(pull("q", holder.remote("s"), [3]))
+    world.turn()
+    world.hasher.started[1].is_ready = True
+    world.turn()
+    assert world.finished().pull_id == "q"
+    assert len(world.pulls) == 1
+
+
+def test_wrong_bytes_are_read_again(world):
+    world.arrive(num_attempts=2)
+    world.hasher.started[0].values[1][2] ^= 1
+    world.hasher.finish()
+    world.turn()
+    assert world.events == []
+    world.hasher.finish()
+    world.turn()
+    finished = world.finished()
+    assert finished.ok
+    assert finished.verification_failed
+    assert finished.num_retries == 1
+
+
+def test_checksums_that_never_come_fail_the_pull(world):
+    holder = world.arrive(timeout_s=3.0)
+    for _ in range(6):
+        world.clock.now += 0.5
+        world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert not finished.in_flight
+    assert "prefill-0/rank-0 is verifying" in finished.error
+    assert world.pulls.youngest_hashing_s is None
+    assert len(world.pulls) == 0
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+
+
+def test_a_new_connection_does_not_matter(world):
+    world.arrive()
+    world.peers.peers["prefill-0/rank-0"].reconnect()
+    world.turn(1)
+    world.hasher.finish()
+    world.clock.now += 1.0
+    world.turn(6)
+    assert world.finished().ok
