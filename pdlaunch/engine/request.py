@@ -46,10 +46,12 @@ class Request:
         "num_cached_tokens",
         "num_computed",
         "num_host_tokens",
+        "num_in_flight",
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_remote_tokens",
         "num_sent_blocks",
+        "num_unknown",
         "output_limit",
         "phase",
         "pull_id",
@@ -68,6 +70,10 @@ class Request:
         self.token_ids = message.prompt_token_ids + [token.token_id for token in message.output]
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed = 0
+        self.num_in_flight = 0
+        """Tokens after the computed ones that launched steps compute; its row and blocks are theirs as long."""
+        self.num_unknown = 0
+        """Output tokens that launched steps draw; the host learns of them when it collects these."""
         self.num_cached_tokens: int | None = None
         """Prompt tokens not computed here, when it first had its start; None before."""
         self.phase = Phase.WAITING
@@ -101,6 +107,27 @@ class Request:
     def num_remaining(self) -> int:
         """Known tokens that are not computed yet; 1 while it decodes."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens that are computed or in flight: the next step begins after them."""
+        return self.num_computed + self.num_in_flight
+
+    @property
+    def num_to_schedule(self) -> int:
+        """Tokens that no step computes yet; 1 while it decodes."""
+        return len(self.token_ids) + self.num_unknown - self.num_scheduled
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """The steps in flight draw its last token, whichever that is."""
+        return self.num_unknown > 0 and self.num_output_tokens + self.num_unknown >= self.output_limit
+
+    @property
+    def draws_from_its_output(self) -> bool:
+        """A token depends on the one before not only through the model: the host has to know that one."""
+        sampling = self.message.sampling
+        return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
 
     @property
     def num_pulled_tokens(self) -> int:

@@ -15,6 +15,7 @@ import msgspec
 
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.host_loads import HostLoads
+from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.intake import Intake
 from pdlaunch.engine.kv_requests import LeaseBook, PullBook
 from pdlaunch.engine.queues import RequestQueues
@@ -45,7 +46,8 @@ logger = logging.getLogger(__name__)
 class Scheduler:
     """Owns the requests and the KV blocks of an engine; lives in rank 0. Not safe for more than one thread.
 
-    The caller alternates ``schedule`` and ``postprocess``, and calls the rest in between. ``local``: engine_id, host and port of
+    The caller alternates ``schedule`` and ``postprocess``, and calls the rest in between; with ``schedule_ahead`` it may have a
+    second plan before the first one's step has ended (``in_flight.py``). ``local``: engine_id, host and port of
     the side channel, and tp_size of this engine, for the leases it hands out.
     """
 
@@ -76,6 +78,7 @@ class Scheduler:
         self._host = HostLoads(self._kv, offload)
         self._builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self._queues = RequestQueues()
+        self._in_flight = StepsInFlight()
         self._commands: list[TransferCommand] = []
         self._outputs: list[Tokens | RequestFinished] = []
         self._totals = Totals(num_blocks)
@@ -147,7 +150,27 @@ class Scheduler:
     # A step
 
     def schedule(self) -> StepPlan:
-        """Choose what the next step computes, and hand over the commands for the connectors."""
+        """Choose what the next step computes, and hand over the commands for the connectors. No step is in flight."""
+        assert not self._in_flight
+        return self._schedule()
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Choose what follows the one step in flight, whatever tokens that one draws. None: it has to be collected first.
+
+        So it is when a request would have to give blocks up for others, or draws from its output.
+        """
+        assert len(self._in_flight) == 1
+        going_on = [request for request in self._queues.running if not request.ends_in_flight]
+        if any(request.num_unknown and request.draws_from_its_output for request in going_on):
+            return None
+        return self._schedule() if self._blocks.have_room(going_on, self._max_num_batched_tokens) else None
+
+    def hand_over(self) -> StepPlan:
+        """What connectors and the host tier have to hear of before the server hears of ``take_outputs``; computes nothing."""
+        commands, self._commands = self._commands, []
+        return StepPlan(step_id=-1, commands=commands, jobs=self._host.take_jobs())
+
+    def _schedule(self) -> StepPlan:
         self._may_progress = False
         step = StepDraft(self._max_num_batched_tokens)
         self._schedule_running(step)
@@ -155,15 +178,18 @@ class Scheduler:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
         commands, self._commands = self._commands, []
-        return self._builder.build(step.scheduled, commands, self._host.take_jobs())
+        plan = self._builder.build(step.scheduled, commands, self._host.take_jobs())
+        self._in_flight.launch(plan, [*step.scheduled])
+        return plan
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
-        """Account for a step that has run; ``output`` is that of rank 0."""
+        """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
         tokens = iter(output.tokens)
-        for item in plan.scheduled:
+        for item, request in self._in_flight.collect(plan):
             token = next(tokens) if item.sample else None
-            request = self._builder.request_at(item.row)
-            if request is None:
+            if request.phase is Phase.FINISHED:
+                if self._in_flight.is_free(request):
+                    self._let_go(request)
                 continue
             request.num_computed += item.num_tokens
             self._host.store(request, self._blocks.register(request))
@@ -183,7 +209,8 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether ``schedule`` has something to do now; False while all wait for a lease, a pull or a copy to end."""
         computes = self._queues.running and not self._stalls
-        return bool(computes or self._commands or self._host.has_jobs or self._may_progress or self._builder.has_freed_rows)
+        told = self._commands or self._host.has_jobs or self._builder.has_freed_rows
+        return bool(computes or told or self._may_progress or self._in_flight)
 
     def stats(self) -> EngineStats:
         """Totals since the start, and what is there now."""
@@ -201,7 +228,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove that every block has the owner that the requests, leases and pulls say, and each request its place."""
-        requests = self._queues.by_id.values()
+        requests = {*self._queues.by_id.values(), *self._in_flight.ended()}
         owned = [block_id for request in requests for block_id in request.tables.all_ids()]
         self._kv.pool.check_integrity(
             owned=[*owned, *self._pulls.shared_ids(), *self._host.shared_ids()],
@@ -212,8 +239,9 @@ class Scheduler:
         )
         self._host.check_integrity()
         self._queues.check_integrity()
+        self._in_flight.check_integrity(requests)
         for request in requests:
-            assert request.num_computed <= request.tables.end * self._block_size
+            assert request.num_scheduled <= request.tables.end * self._block_size
             assert request.row is None or self._builder.request_at(request.row) is request
 
     # Choosing
@@ -221,7 +249,9 @@ class Scheduler:
     def _schedule_running(self, step: StepDraft) -> None:
         prefilling = []
         for request in self._queues.running.copy():
-            if request.num_remaining > 1:
+            if request.ends_in_flight:
+                continue
+            if request.num_to_schedule > 1:
                 prefilling.append(request)
             else:
                 self._schedule_chunk(request, step)
@@ -233,13 +263,13 @@ class Scheduler:
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
         self._kv.release_left(request.tables, request.num_computed)
-        num_tokens = min(request.num_remaining, step.budget)
-        if request.num_computed + num_tokens > request.tables.end * self._block_size:
+        num_tokens = min(request.num_to_schedule, step.budget)
+        if request.num_scheduled + num_tokens > request.tables.end * self._block_size:
             while not (room := self._blocks.room(request)):
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
-            self._kv.extend(request.tables, request.num_computed + num_tokens)
+            self._kv.extend(request.tables, request.num_scheduled + num_tokens)
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: StepDraft) -> None:
@@ -252,7 +282,7 @@ class Scheduler:
                 lacks_blocks |= not self._start_pull(request)
             if not request.wants_pull and step.budget and self._builder.has_free_row:
                 lacks_blocks |= not self._admit(request, step)
-        if lacks_blocks and not self._queues.running:
+        if lacks_blocks and not self._queues.running and not self._in_flight:
             self._break_standstill(step)
 
     def _admit(self, request: Request, step: StepDraft) -> bool:
@@ -310,6 +340,7 @@ class Scheduler:
 
     def _preempt_latest(self, step: StepDraft) -> Request:
         """Take all blocks from the latest arrival that has any and is not at work with a connector; it starts anew."""
+        assert not self._in_flight
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
             self._builder.unseat(victim)
@@ -393,6 +424,7 @@ class Scheduler:
     def _grant_lease(self, request: Request, token: TokenOutput, reason: FinishReason) -> RemoteKV | None:
         """Other choices may go on although this one has stopped; the server ends a lease that nobody needs."""
         num_readers = request.message.num_readers
+        assert not (request.message.do_remote_decode and request.num_in_flight)
         if not request.message.do_remote_decode or num_readers < 1 or (reason == "stop" and num_readers == 1):
             return None
         command, remote = self._leases.grant(request, token, reason)
@@ -409,18 +441,16 @@ class Scheduler:
         error: str | None = None,
         remote_kv: RemoteKV | None = None,
     ) -> None:
-        """Give back what the request holds and say its last word."""
-        if request.phase is Phase.RUNNING:
-            self._builder.unseat(request)
-        elif request.phase is Phase.PULLING:
+        """Give back what the request holds, unless a step in flight still needs it, and say its last word."""
+        if request.phase is Phase.PULLING:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
         if request.wants_pull and request.phase is not Phase.PULLING:
             self._commands.append(self._pulls.tell_holder(request))
-        self._kv.free(request.tables)
+        if not self._in_flight.keep(request):
+            self._let_go(request)
         self._queues.end(request)
-        self._may_progress = True
         self._outputs.append(
             RequestFinished(
                 request_id=request.request_id,
@@ -432,3 +462,10 @@ class Scheduler:
                 remote_kv=remote_kv,
             )
         )
+
+    def _let_go(self, request: Request) -> None:
+        """Row and blocks of a request that has ended are for others."""
+        if request.row is not None:
+            self._builder.unseat(request)
+        self._kv.free(request.tables)
+        self._may_progress = True

@@ -84,7 +84,7 @@ class StepBuilder:
         self._step_id += 1
         self._freed_rows = []
         for request, num_tokens in scheduled.items():
-            row, num_computed = request.row, request.num_computed
+            row, start = request.row, request.num_scheduled
             assert row is not None
             if request.num_sent_blocks is None:
                 plan.new_rows.append(_new_row(request, row))
@@ -95,9 +95,9 @@ class StepBuilder:
             plan.scheduled.append(
                 ScheduledRow(
                     row=row,
-                    num_computed_tokens=num_computed,
+                    num_computed_tokens=start,
                     num_tokens=num_tokens,
-                    sample=num_computed + num_tokens == len(request.token_ids),
+                    sample=num_tokens == request.num_to_schedule,
                 )
             )
         return plan

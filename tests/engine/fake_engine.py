@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from pdlaunch.config.models import KVTransferSettings
@@ -26,7 +27,7 @@ from pdlaunch.protocol.transfer import (
     TransferCommand,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
-from tests.engine.fake_runner import KV, FakeRunner, extend_chain
+from tests.engine.fake_runner import KV, FakeRunner, FakeStep, extend_chain
 
 FULL = KVCacheGroup((0,), None)
 GARBAGE: KV = (-1, -1)
@@ -41,7 +42,10 @@ def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteK
 
 
 class FakeEngine:
-    """``step`` is the step loop; pulls, leases and offload jobs end when the test says so."""
+    """``step`` is the step loop; pulls, leases and offload jobs end when the test says so.
+
+    With ``runs_ahead`` a turn leaves one step in flight, if it can be followed up before its tokens are known.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class FakeEngine:
         tp_size: int = 1,
         kv_transfer: KVTransferSettings | None = None,
         num_chunks: int = 0,
+        runs_ahead: bool = False,
     ) -> None:
         """``num_chunks``: room of the host tier, which needs ``caching``; 0: there is none."""
         self.groups = groups
@@ -76,6 +81,9 @@ class FakeEngine:
         )
         self.runners = [FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0) for tp_rank in range(tp_size)]
         self.host = [FakeHostMemory(runner) for runner in self.runners]
+        self.runs_ahead = runs_ahead
+        self.in_flight: deque[tuple[StepPlan, list[FakeStep]]] = deque()
+        self.num_ahead = 0
         self.merger = JobMerger(tp_size)
         self.jobs: dict[int, OffloadJob] = {}
         self.loads: list[OffloadJob] = []
@@ -103,20 +111,51 @@ class FakeEngine:
 
     def step(self) -> StepPlan:
         """One turn of the step loop. Transfers that may still write do so at the worst moments."""
+        ahead = self.scheduler.schedule_ahead() if self.runs_ahead and self.in_flight else None
+        if ahead is not None:
+            self.num_ahead += 1
+            self._launch(ahead)
+            self._collect_oldest()
+            return ahead
+        self.collect()
         plan = self.scheduler.schedule()
+        self._launch(plan)
+        if not self.runs_ahead:
+            self.collect()
+        return plan
+
+    def collect(self) -> None:
+        """Wait for what is in flight."""
+        while self.in_flight:
+            self._collect_oldest()
+
+    def _launch(self, plan: StepPlan) -> None:
         self.scheduler.check_integrity()
-        for command in plan.commands:
-            self._on_command(command)
-        for job in plan.jobs:
-            self._begin_job(job)
+        self._submit(plan)
         self._scribble()
-        outputs = [runner.execute(plan) for runner in self.runners]
+        steps = [runner.launch(plan) for runner in self.runners]
+        if plan.scheduled:
+            self.in_flight.append((plan, steps))
+        else:
+            self.take_outputs()
+
+    def _collect_oldest(self) -> None:
+        plan, steps = self.in_flight.popleft()
+        self._scribble()
+        outputs = [runner.collect(step) for runner, step in zip(self.runners, steps, strict=True)]
         self._scribble()
         self.scheduler.postprocess(plan, outputs[0])
         self.scheduler.check_integrity()
         self._check_leases()
+        if self.in_flight:
+            self._submit(self.scheduler.hand_over())
         self.take_outputs()
-        return plan
+
+    def _submit(self, plan: StepPlan) -> None:
+        for command in plan.commands:
+            self._on_command(command)
+        for job in plan.jobs:
+            self._begin_job(job)
 
     def run(self, max_steps: int = 20_000) -> list[StepPlan]:
         """Step until the scheduler has nothing to do."""

@@ -2,10 +2,12 @@
 
 The KV of a token in one group is the pair (group, chain of all tokens up to it). A row may read only what stands for its own
 tokens, so any block that is stale, foreign, unwritten or out of the window shows at once. The next token follows from the chain.
+The device works as late as it may: a step that was launched writes and reads its blocks when it is collected.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,10 +50,25 @@ class FakeRow:
     sampling: SamplingParams
     block_tables: list[dict[int, int]]
     token_ids: list[int] = field(default_factory=list)
+    num_unknown: int = 0
+    """Tokens after ``token_ids`` that launched steps draw."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_unknown
+
+
+@dataclass
+class FakeStep:
+    """What a launched step computes: the rows and block tables as they were then."""
+
+    plan: StepPlan
+    rows: list[FakeRow]
+    tables: list[list[dict[int, int]]]
 
 
 class FakeRunner:
-    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0."""
+    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0, which is the only one that runs ahead."""
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int, max_num_seqs: int, samples: bool):
         self.groups = groups
@@ -61,10 +78,15 @@ class FakeRunner:
         self.memory: list[list[KV | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, FakeRow] = {}
         self.num_computed_tokens = 0
+        self.launched: deque[FakeStep] = deque()
 
     def execute(self, plan: StepPlan) -> StepOutput:
+        return self.collect(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> FakeStep:
         for row in plan.freed_rows:
-            del self.rows[row]
+            freed = self.rows.pop(row)
+            assert all(freed is not used for step in self.launched for used in step.rows), "a step in flight needs the row"
         for new in plan.new_rows:
             self._add(new)
         for tokens in plan.new_tokens:
@@ -72,16 +94,31 @@ class FakeRunner:
         for blocks in plan.new_blocks:
             self._add_blocks(blocks)
         assert len({item.row for item in plan.scheduled}) == len(plan.scheduled)
-        written: set[tuple[int, int]] = set()
-        for item in plan.scheduled:
-            self._write_kv(item, written)
-        for item in plan.scheduled:
-            self._check_reads(item)
-        tokens_out = [self._sample(self.rows[item.row]) for item in plan.scheduled if item.sample and self.samples]
-        return StepOutput(step_id=plan.step_id, tokens=tokens_out)
+        rows = [self.rows[item.row] for item in plan.scheduled]
+        for item, row in zip(plan.scheduled, rows, strict=True):
+            end = item.num_computed_tokens + item.num_tokens
+            assert item.num_tokens > 0
+            assert end <= row.num_tokens, "a rank is asked to compute a token that it does not know"
+            assert item.sample == (end == row.num_tokens)
+            row.num_unknown += item.sample and self.samples
+        step = FakeStep(plan, rows, [[dict(table) for table in row.block_tables] for row in rows])
+        if plan.scheduled:
+            self.launched.append(step)
+        return step
 
-    def slot(self, row: FakeRow, group: int, position: int) -> tuple[int, int]:
-        return row.block_tables[group][position // self.block_size], position % self.block_size
+    def collect(self, step: FakeStep) -> StepOutput:
+        assert not step.rows or self.launched.popleft() is step, "steps end in the order in which they were launched"
+        parts = list(zip(step.plan.scheduled, step.rows, step.tables, strict=True))
+        written: set[tuple[int, int]] = set()
+        for item, row, tables in parts:
+            self._write_kv(item, row, tables, written)
+        for item, row, tables in parts:
+            self._check_reads(item, row, tables)
+        tokens = [self._sample(row) for item, row, _ in parts if item.sample and self.samples]
+        return StepOutput(step_id=step.plan.step_id, tokens=tokens)
+
+    def slot(self, tables: list[dict[int, int]], group: int, position: int) -> tuple[int, int]:
+        return tables[group][position // self.block_size], position % self.block_size
 
     def _add(self, new: NewRow) -> None:
         assert 0 <= new.row < self.max_num_seqs
@@ -103,30 +140,26 @@ class FakeRunner:
             assert index not in table
             table[index] = block_id
 
-    def _write_kv(self, item: ScheduledRow, written: set[tuple[int, int]]) -> None:
-        row = self.rows[item.row]
+    def _write_kv(self, item: ScheduledRow, row: FakeRow, tables: list[dict[int, int]], written: set[tuple[int, int]]) -> None:
         end = item.num_computed_tokens + item.num_tokens
-        assert item.num_tokens > 0
-        assert end <= len(row.token_ids), "a rank is asked to compute a token that it does not know"
-        assert item.sample == (end == len(row.token_ids))
         self.num_computed_tokens += item.num_tokens
         for group in range(len(self.groups)):
             for position in range(item.num_computed_tokens, end):
-                place = self.slot(row, group, position)
+                place = self.slot(tables, group, position)
                 assert place not in written, "two rows write to one slot"
                 written.add(place)
                 self.memory[place[0]][place[1]] = (group, row.chain[position])
 
-    def _check_reads(self, item: ScheduledRow) -> None:
+    def _check_reads(self, item: ScheduledRow, row: FakeRow, tables: list[dict[int, int]]) -> None:
         """The first query of a chunk sees furthest back, the last one furthest ahead."""
-        row = self.rows[item.row]
         for group, kind in enumerate(self.groups):
             start = 0 if kind.sliding_window is None else max(0, item.num_computed_tokens - kind.sliding_window + 1)
             for position in range(start, item.num_computed_tokens + item.num_tokens):
-                block_id, slot = self.slot(row, group, position)
+                block_id, slot = self.slot(tables, group, position)
                 assert self.memory[block_id][slot] == (group, row.chain[position]), "a row reads what is not its own"
 
     def _sample(self, row: FakeRow) -> TokenOutput:
         token_id = next_token(row.chain, row.sampling, len(row.token_ids) - row.num_prompt_tokens)
+        row.num_unknown -= 1
         self._write_tokens(row, len(row.token_ids), [token_id])
         return TokenOutput(token_id=token_id, logprob=-0.5)

@@ -35,6 +35,7 @@ SAMPLING = st.builds(
     max_tokens=st.integers(1, 12),
     min_tokens=st.integers(0, 3),
     stop_token_ids=st.sampled_from([(), (), (2,), (1, 4)]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.0, 1.0]),
 )
 
 
@@ -113,14 +114,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.scheduler.abort(request_id)
             self.engine.take_outputs()
 
-    @rule()
-    def step_once(self):
+    @rule(ahead=st.booleans())
+    def step_once(self, ahead):
+        self.run_ahead(ahead)
         self.engine.step()
 
-    @rule(count=st.integers(2, 6))
-    def step(self, count):
+    @rule(count=st.integers(2, 6), ahead=st.booleans())
+    def step(self, count, ahead):
+        self.run_ahead(ahead)
         for _ in range(count):
             self.engine.step()
+
+    @rule()
+    def collect(self):
+        self.engine.collect()
+
+    def run_ahead(self, ahead):
+        """Other ranks learn of a token only from the next plan: with them nothing runs ahead."""
+        self.engine.runs_ahead = ahead and len(self.engine.runners) == 1
 
     @rule(
         choice=st.randoms(use_true_random=False),
