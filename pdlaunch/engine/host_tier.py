@@ -14,6 +14,7 @@ from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.faults import read_fault_plan
 
 
@@ -33,6 +34,7 @@ def new_offload_worker(
         layout=runner.layout,
         heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
+        device_hasher=BlockHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
         progress=progress,
         wake=wake,
     )
