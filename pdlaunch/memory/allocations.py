@@ -148,11 +148,6 @@ class AllocationTable:
             self._sleeping_tags.difference_update(tags)
             return sum(found.num_bytes for found in waking)
 
-    def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
-        """Of every allocation that is awake, or those of a tag. Raises MemoryPoolError."""
-        with self._lock:
-            return [self._export(found) for found in self._of(tag) if found.handle is not None]
-
     def exported_handle(self, address: int) -> ExportedHandle | None:
         """Of the awake allocation that holds an address, if there is one. Raises MemoryPoolError."""
         with self._lock:

@@ -88,9 +88,6 @@ class CuMemPools(MemoryPools):
     def sleeping_tags(self) -> frozenset[str]:
         return self.table.sleeping_tags
 
-    def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
-        return self.table.exported_handles(tag)
-
     def exported_handle(self, address: int) -> ExportedHandle | None:
         return self.table.exported_handle(address)
 

@@ -42,12 +42,11 @@ class MemoryPools(ABC):
     def sleeping_tags(self) -> frozenset[str]: ...
 
     @abstractmethod
-    def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
-        """Handles of what is awake, for a peer that maps it; file descriptors are the caller's to close."""
-
-    @abstractmethod
     def exported_handle(self, address: int) -> ExportedHandle | None:
-        """That of the allocation which holds an address; None when it is not of these pools. Raises MemoryPoolError."""
+        """That of the awake allocation which holds an address, for a peer that maps it; a descriptor is the caller's to close.
+
+        None when the address is not of these pools. Raises MemoryPoolError.
+        """
 
 
 class NoMemoryPools(MemoryPools):
@@ -65,9 +64,6 @@ class NoMemoryPools(MemoryPools):
     @property
     def sleeping_tags(self) -> frozenset[str]:
         return frozenset()
-
-    def exported_handles(self, tag: str | None = None) -> list[ExportedHandle]:
-        return []
 
     def exported_handle(self, address: int) -> ExportedHandle | None:
         return None

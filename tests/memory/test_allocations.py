@@ -157,24 +157,25 @@ def test_waking_without_room_names_bytes_and_tags_and_changes_nothing() -> None:
     assert table.wake(["kv_cache"]) == 32
 
 
-def test_exported_handles_are_one_an_allocation_that_is_awake() -> None:
+def test_the_handle_of_an_address_is_that_of_its_awake_allocation() -> None:
     driver = FakeDriver()
     table = AllocationTable(driver)
     weights, cache = table.allocate(8, "weights"), table.allocate(16, "kv_cache")
-    (found,) = table.exported_handles("kv_cache")
+    found = table.exported_handle(cache + 15)
+    assert found is not None
     assert (found.tag, found.address, found.num_bytes, found.kind, found.handle) == ("kv_cache", cache, 16, "posix_fd", 1)
-    assert [found.address for found in table.exported_handles()] == [weights, cache]
+    assert table.exported_handle(cache + 16) is None
     table.sleep(["weights"], keep=[])
-    assert [found.tag for found in table.exported_handles()] == ["kv_cache"]
+    assert table.exported_handle(weights) is None
     driver.fail("export")
     with pytest.raises(MemoryPoolError, match="memory of 'kv_cache' cannot be shared: export"):
-        table.exported_handles()
+        table.exported_handle(cache)
 
 
 def test_fabric_handles_are_bytes() -> None:
     table = AllocationTable(FakeDriver(handle_kind="fabric"))
-    table.allocate(8, "kv_cache")
-    (found,) = table.exported_handles()
+    found = table.exported_handle(table.allocate(8, "kv_cache"))
+    assert found is not None
     assert found.kind == "fabric"
     assert isinstance(found.handle, bytes)
     assert len(found.handle) == 64
