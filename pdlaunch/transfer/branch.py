@@ -142,6 +142,7 @@ class Branch:
         self._next_heartbeat_s = float("inf")
         self._failure: PullFailed | None = None
         """Of an answer; ``advance`` is the one place for failures."""
+        self._given_up = False
         self._owes_until_s: float | None = None
         """Given up, and the holder does not know yet: how long it is tried to tell it."""
 
@@ -198,7 +199,13 @@ class Branch:
             self._send_end(self._on_reply)
 
     def give_up(self) -> None:
-        """The pull has failed: the holder need not wait for this reader. Then ``settle`` until nothing is left."""
+        """The pull has failed: the holder need not wait for this reader. Then ``settle`` until nothing is left.
+
+        The blocks may belong to somebody else from now on, but for a READ that is in flight: no other may begin.
+        """
+        self._given_up = True
+        if self._link.status != "ready":
+            self._on_disconnected()
         if self.stage not in (Stage.ENDING, Stage.ENDED):
             self._owes_until_s = self._puller.clock() + self._command.timeout_s
         self._next_heartbeat_s = float("inf")
@@ -214,8 +221,8 @@ class Branch:
     def _settle_end(self, owes_until_s: float) -> None:
         status = self._link.status
         if status == "ready":
-            if self.stage in (Stage.CONNECTING, Stage.BEGINNING):
-                # A reader's share of the lease ends only when it has begun; to begin twice does no harm.
+            if self.stage is Stage.CONNECTING:
+                # A reader's share of the lease ends only when it has begun.
                 self._send_begin(None)
             self._send_end(None)
         if status != "connecting" or self._puller.clock() >= owes_until_s:
@@ -265,7 +272,7 @@ class Branch:
         )
 
     def _on_reply(self, reply: ToPuller) -> None:
-        if self._failure is not None:
+        if self._given_up or self._failure is not None:
             return
         try:
             self._handle_reply(reply)

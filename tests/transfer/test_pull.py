@@ -12,7 +12,7 @@ import torch
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullReply, Refused
+from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullEndReply, PullReply, Refused
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
@@ -254,6 +254,21 @@ def test_cancel_before_the_answer_frees_the_share(world, holder):
     assert world.events == []
 
 
+def test_an_answer_that_comes_after_the_end_starts_no_read(world, holder):
+    """The blocks may be somebody else's by then."""
+    holder.holder.grant(grant("r", [4]))
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn(1)
+    before, num_reads = world.kv_cache[1].clone(), len(world.fabric.reads)
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    assert not world.finished().in_flight
+    assert [type(message) for message in holder.channel.inbox] == [PullReply, PullEndReply]
+    world.turn()
+    assert len(world.fabric.reads) == num_reads
+    assert torch.equal(world.kv_cache[1], before)
+    assert len(world.pulls) == 0
+
+
 def test_cancel_before_the_begin_frees_the_share_too(world, holder):
     holder.holder.grant(grant("r", [4]))
     world.pulls.start(pull("p", holder.remote("r"), [1]))
@@ -343,6 +358,21 @@ def test_a_rank_that_stays_out_of_reach_is_not_waited_for_for_ever(world):
     assert world.pulls.next_deadline_s() == world.clock.now + 5.0
     world.clock.now += 5.0
     world.turn()
+    assert len(world.pulls) == 0
+
+
+def test_a_begin_that_was_lost_is_sent_again_before_the_end(world, holder):
+    """The pull is cancelled while its connection is made anew."""
+    holder.holder.grant(grant("r", [4]))
+    holder.channel.answer = lambda message: None
+    world.pulls.start(pull("p", holder.remote("r"), [1]))
+    world.turn(1)
+    world.peers.peers[holder.identity.name].reconnect()
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    assert holder.ended() == []
+    world.clock.now += 1.0
+    world.turn()
+    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
     assert len(world.pulls) == 0
 
 
