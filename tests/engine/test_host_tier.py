@@ -1,0 +1,53 @@
+"""From the setting to a rank's host memory and the books of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
+from pdlaunch.errors import ConfigError
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.offload.worker import OffloadWorker
+from tests.engine.hand_scheduler import ignore_progress, make_spec
+
+LAYOUT = KVCacheLayout(make_groups([None, 8]), num_kv_heads=2, head_dim=4, block_size=4, dtype_bytes=4)
+
+
+def make_runner() -> Any:
+    return SimpleNamespace(
+        layout=LAYOUT,
+        kv_cache=torch.zeros((6, *LAYOUT.block_shape())),
+        first_kv_head=2,
+        shape=SimpleNamespace(num_kv_heads=4),
+    )
+
+
+def new_worker(host_memory: int, policy: str = "arc") -> tuple[Any, OffloadWorker | None]:
+    spec = make_spec("unused", kv_offload={"host_memory": host_memory, "policy": policy})
+    return spec, new_offload_worker(spec, make_runner(), progress=ignore_progress, wake=lambda: None)
+
+
+def test_without_the_setting_there_is_no_tier() -> None:
+    spec, worker = new_worker(0)
+    assert worker is None
+    assert new_offload_planner(spec, make_runner(), worker) is None
+
+
+@pytest.mark.parametrize("policy", ["arc", "lru"])
+def test_the_tier_is_as_large_as_the_memory(policy: str) -> None:
+    spec, worker = new_worker(10 * 4096 + 1, policy)
+    assert worker is not None
+    planner = new_offload_planner(spec, make_runner(), worker)
+    assert planner is not None
+    assert planner.stats().num_chunks == 10
+    worker.close()
+
+
+def test_too_little_memory_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="holds no chunk of 4096 bytes") as caught:
+        new_worker(4095)
+    assert caught.value.field == "kv_offload.host_memory"
