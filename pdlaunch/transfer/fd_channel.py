@@ -33,6 +33,7 @@ TIMEOUT_S = 2.0
 
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")
+_FD = struct.Struct("i")
 
 
 class FdServer:
@@ -53,6 +54,7 @@ class FdServer:
         self._listener = _new_socket()
         self._listener.bind(f"\0{self.address}")
         self._listener.listen()
+        self._listening = True
         for opened in (self._listener, self._woken):
             opened.setblocking(False)
             self._selector.register(opened, selectors.EVENT_READ)
@@ -119,13 +121,13 @@ class FdServer:
         with self._lock:
             if self._fds is None:
                 return False
+            self._readers.add(connection)
+            self._unused.clear()
             try:
                 _send(connection, self._fds)
             except OSError as error:
                 logger.warning("descriptors of KV memory were not handed over: %s", error)
                 return False
-            self._readers.add(connection)
-            self._unused.clear()
         return True
 
     def _drop(self, connection: socket.socket) -> None:
@@ -137,7 +139,8 @@ class FdServer:
 
     def _stop_listening(self) -> None:
         """Connections that have not shown the token stay without answer until the last reader has gone."""
-        if self._listener in self._selector.get_map():
+        if self._listening:
+            self._listening = False
             for opened in (self._listener, self._woken):
                 self._selector.unregister(opened)
                 opened.close()
@@ -177,9 +180,17 @@ def fetch_fds(address: str, token: bytes, num_fds: int, timeout_s: float = TIMEO
 
 
 def _receive_fds(connection: socket.socket, num_fds: int) -> list[int]:
-    answer, fds, flags, _ = socket.recv_fds(connection, len(_OK), MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    # ``socket.recv_fds`` drops its flags, and the descriptors would be inherited.
+    ancillary_bytes = socket.CMSG_SPACE(MAX_FDS * _FD.size)
+    answer, ancillary, flags, _ = connection.recvmsg(len(_OK), ancillary_bytes, socket.MSG_CMSG_CLOEXEC)
+    fds = [
+        fd
+        for level, kind, data in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in _FD.iter_unpack(data[: len(data) // _FD.size * _FD.size])
+    ]
     if answer == _OK and len(fds) == num_fds and not flags & socket.MSG_CTRUNC:
-        return list(fds)
+        return fds
     for fd in fds:
         os.close(fd)
     raise TransferError("refused" if not answer else f"{len(fds)} descriptors came, {num_fds} were expected")

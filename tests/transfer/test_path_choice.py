@@ -1,0 +1,183 @@
+"""The trial of paths, with READs that end when and as the test says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.transfer.path_choice import NUM_WARM_READS, PathTrial
+from pdlaunch.transfer.scratch import SCRATCH_BYTES, has_pattern, new_landing, piece_offsets, scratch_pattern, write_pattern
+from tests.transfer.fakes import FakeClock
+
+LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)
+"""A quarter of a gigabyte; nothing reads or writes it."""
+
+
+@dataclass
+class FakePath:
+    times_s: list[float] = field(default_factory=lambda: [0.25])
+    """Of each READ; the last one for all further ones."""
+    state: Any = "done"
+    refusal: str = ""
+    is_right: bool = True
+
+
+@dataclass(eq=False)
+class Handle:
+    path: str
+    time_s: float
+
+
+class FakeReads:
+    def __init__(self, **paths: FakePath) -> None:
+        self.paths = paths
+        self.started: list[str] = []
+        self.open: list[Handle] = []
+        self.abandoned: list[Handle] = []
+
+    def start_scratch_read(self, path: str) -> tuple[Any, torch.Tensor]:
+        found = self.paths[path]
+        if found.refusal:
+            raise TransferError(found.refusal)
+        self.started.append(path)
+        times_s = found.times_s
+        self.open.append(Handle(path, times_s.pop(0) if len(times_s) > 1 else times_s[0]))
+        return self.open[-1], LANDING
+
+    def poll(self, handle: Any) -> Any:
+        assert handle in self.open
+        return self.paths[handle.path].state
+
+    def read_s(self, handle: Any) -> float:
+        assert handle in self.open
+        return handle.time_s
+
+    def release(self, handle: Any) -> None:
+        assert self.poll(handle) != "pending"
+        self.open.remove(handle)
+
+    def abandon(self, handle: Any, landing: torch.Tensor) -> None:
+        self.abandoned.append(handle)
+
+
+def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> PathTrial:
+    def is_right(landing: torch.Tensor) -> bool:
+        return reads.paths[reads.started[-1]].is_right
+
+    return PathTrial(reads, list(reads.paths), is_right=is_right, clock=clock or FakeClock(), timeout_s=9.0)
+
+
+def test_the_fastest_warm_read_counts_and_the_fastest_path_wins() -> None:
+    reads = FakeReads(nixl=FakePath([9.0, 0.5, 0.25, 0.5]), p2p=FakePath([5.0, 0.125, 0.2, 0.2]))
+    trial = trial_of(reads)
+    assert trial.advance()
+    assert [(figure.path, figure.gigabytes_per_s) for figure in trial.figures] == [("nixl", 1.0), ("p2p", 2.0)]
+    assert trial.best().path == "p2p"
+    assert [str(figure) for figure in trial.figures] == ["1 GB/s", "2 GB/s"]
+    assert not reads.open
+    assert len(reads.started) == 2 * (1 + NUM_WARM_READS)
+
+
+def test_of_paths_that_are_nearly_equal_the_first_is_taken() -> None:
+    trial = trial_of(FakeReads(first=FakePath([0.101]), second=FakePath([0.1])))
+    trial.advance()
+    assert trial.best().path == "first"
+
+
+def test_a_single_path_is_timed_once() -> None:
+    reads = FakeReads(only=FakePath([9.0, 0.25]))
+    trial = trial_of(reads)
+    assert trial.advance()
+    assert trial.best().gigabytes_per_s == 1.0
+    assert len(reads.started) == 2
+
+
+def test_paths_that_cannot_be_used_say_why() -> None:
+    reads = FakeReads(
+        refused=FakePath(refusal="not on this host"),
+        failed=FakePath(state="failed"),
+        wrong=FakePath(is_right=False),
+        good=FakePath(),
+    )
+    trial = trial_of(reads)
+    assert trial.advance()
+    assert trial.best().path == "good"
+    assert {figure.path: figure.error for figure in trial.figures} == {
+        "refused": "not on this host",
+        "failed": "the first READ failed",
+        "wrong": "the first READ brought wrong bytes",
+        "good": "",
+    }
+    assert not reads.open
+
+
+def test_without_any_path_every_reason_is_told() -> None:
+    trial = trial_of(FakeReads(a=FakePath(refusal="no"), b=FakePath(state="failed")))
+    assert trial.advance()
+    with pytest.raises(TransferError, match="a: no; b: the first READ failed"):
+        trial.best()
+    alone = trial_of(FakeReads(a=FakePath(refusal="no")))
+    alone.advance()
+    with pytest.raises(TransferError, match=r"^no$"):
+        alone.best()
+
+
+def test_a_path_that_hangs_costs_its_share_of_the_time_and_its_read_is_handed_over() -> None:
+    clock, reads = FakeClock(), FakeReads(hanging=FakePath(state="pending"), good=FakePath())
+    trial = trial_of(reads, clock)
+    assert not trial.advance()
+    clock.now += 2.9
+    assert not trial.advance()
+    clock.now += 0.2
+    assert trial.advance()
+    assert trial.best().path == "good"
+    assert trial.figures[0].error == "the first READ did not end within 3 s"
+    assert [handle.path for handle in reads.abandoned] == ["hanging"]
+
+
+def test_a_single_path_has_as_long_as_the_handshake() -> None:
+    clock, reads = FakeClock(), FakeReads(only=FakePath(state="pending"))
+    trial = trial_of(reads, clock)
+    clock.now += 1000
+    assert not trial.advance()
+    trial.abandon()
+    assert [handle.path for handle in reads.abandoned] == ["only"]
+
+
+def test_a_read_that_ends_late_is_noticed_by_the_next_turn() -> None:
+    reads = FakeReads(only=FakePath(state="pending"))
+    trial = trial_of(reads)
+    assert not trial.advance()
+    reads.paths["only"].state = "done"
+    assert trial.advance()
+
+
+def test_the_pattern_of_a_scratch_is_that_of_its_agent() -> None:
+    scratch = new_landing(SCRATCH_BYTES, torch.device("cpu"))
+    write_pattern(scratch, "a#1")
+    assert scratch.numpy().tobytes() == scratch_pattern("a#1")
+    assert has_pattern(scratch, "a#1")
+    assert not has_pattern(scratch, "a#2")
+    scratch[-1] ^= 1
+    assert not has_pattern(scratch, "a#1")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "block_bytes", "size"),
+    [
+        (1 << 24, (3 << 20, 1 << 21), 1 << 21),
+        (1 << 24, (3 << 20, 9 << 20), 1 << 21),
+        (1 << 24, (1, 1 << 30), 1 << 14),
+        (1 << 24, (1 << 30, 1 << 30), 1 << 24),
+    ],
+)
+def test_pieces_are_about_as_large_as_a_block_and_cover_the_scratch(
+    num_bytes: int, block_bytes: tuple[int, int], size: int
+) -> None:
+    offsets, piece_bytes = piece_offsets(num_bytes, *block_bytes)
+    assert piece_bytes == size
+    assert offsets == list(reversed(range(0, num_bytes, size)))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.transfer.piece_copies import Copy, HostCopier, Pieces
+
+SIZE = 4
+NUM_SLOTS = 16
+
+slots = st.permutations(range(NUM_SLOTS))
+
+
+def pieces_of(destination: np.ndarray, source: np.ndarray, to: list[int], of: list[int]) -> Pieces:
+    return Pieces(
+        np.array(to, dtype=np.uint64) * np.uint64(SIZE) + np.uint64(destination.ctypes.data),
+        np.array(of, dtype=np.uint64) * np.uint64(SIZE) + np.uint64(source.ctypes.data),
+        SIZE,
+    )
+
+
+def wait(copy: Copy) -> str:
+    future = copy._future  # type: ignore[attr-defined]
+    future.exception(timeout=60)
+    return copy.state()
+
+
+@given(to=slots, of=slots, count=st.integers(1, NUM_SLOTS))
+def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to: list[int], of: list[int], count: int) -> None:
+    source = np.arange(NUM_SLOTS * SIZE, dtype=np.uint8)
+    expected, found = np.zeros_like(source), np.zeros_like(source)
+    for here, there in zip(to[:count], of[:count], strict=True):
+        expected[here * SIZE : (here + 1) * SIZE] = source[there * SIZE : (there + 1) * SIZE]
+    columns = pieces_of(found, source, to[:count], of[:count]).merged()
+    for destination, address, size in zip(*(column.tolist() for column in columns), strict=True):
+        ctypes.memmove(destination, address, size)
+    np.testing.assert_array_equal(found, expected)
+    steps = zip(to[:count], to[1:count], of[:count], of[1:count], strict=False)
+    assert len(columns[0]) == 1 + sum((b - a, d - c) != (1, 1) for a, b, c, d in steps)
+
+
+def test_a_copy_on_the_host_never_keeps_its_thread_waiting() -> None:
+    going_on = threading.Event()
+
+    def move(destination: int, source: int, num_bytes: int) -> None:
+        assert going_on.wait(60)
+        ctypes.memmove(destination, source, num_bytes)
+
+    copier = HostCopier(move)
+    source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
+    copy = copier.start(pieces_of(destination, source, [0, 3], [5, 9]))
+    assert copy.state() == "pending"
+    going_on.set()
+    assert wait(copy) == "done"
+    assert copy.seconds() >= 0
+    np.testing.assert_array_equal(destination[:4], source[20:24])
+    np.testing.assert_array_equal(destination[12:16], source[36:40])
+    copier.close()
+
+
+def test_a_copy_that_breaks_has_failed() -> None:
+    def move(destination: int, source: int, num_bytes: int) -> None:
+        raise OSError("bad memory")
+
+    copier = HostCopier(move)
+    memory = np.zeros(64, dtype=np.uint8)
+    assert wait(copier.start(pieces_of(memory, memory, [0], [1]))) == "failed"
+    copier.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_the_kernel_equals_plain_copies() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.transfer.interpreted_peer_kernel"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
