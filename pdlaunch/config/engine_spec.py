@@ -37,6 +37,8 @@ class EngineSpec(FrozenModel):
     limits: LimitSettings
     kv_offload: KVOffloadSettings = KVOffloadSettings()
     enforce_eager: bool = False
+    async_scheduling: bool = False
+    """Prepare a step while the one before runs."""
     http_host: str = "127.0.0.1"
     http_port: int = 0
     """0: a free port, registered with the supervisor."""

@@ -89,7 +89,8 @@ def bench_step(
     bare_decode_s = [bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
     del bare
     decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
-    longest = max(decode_reach, max(lengths) + 1)
+    # A prompt that is computed again and again gets one more output token each time.
+    longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
     num_row_blocks = max(max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size))
     spec = _make_spec(Path(model_dir), shape, dtype, num_threads, block_size, device, max(batch_sizes), longest, num_row_blocks)
     engine = _Engine(spec.model_copy(update={"load_format": load_format, "enforce_eager": enforce_eager}), decode_reach)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.models.decoder import Decoder
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.step_inputs import DecodeInputs, Staging
@@ -38,9 +39,16 @@ class DecodeGraphs:
     """For batches of decode rows, one token each. Captures when it is made, the largest batch first."""
 
     def __init__(
-        self, decoder: Decoder, attention: TritonAttention, *, max_rows: int, max_blocks: int, progress: Progress
+        self,
+        decoder: Decoder,
+        attention: TritonAttention,
+        *,
+        max_rows: int,
+        max_blocks: int,
+        latest: LatestTokens | None,
+        progress: Progress,
     ) -> None:
-        """``max_blocks``: of one row's block table."""
+        """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up; None: they are token ids."""
         layout, device = attention.layout, attention.kv_cache.device
         self._sizes = batch_sizes(max_rows)
         staging = Staging(DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks), device)
@@ -48,7 +56,7 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         for index, size in enumerate(reversed(self._sizes)):
             progress(f"capturing CUDA graphs, batch of {size}", index / len(self._sizes))
-            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, staging), pool)
+            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, staging), latest, pool)
 
     def run(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the next call.
@@ -70,13 +78,16 @@ def batch_sizes(max_rows: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _capture(decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs, pool: Any) -> _Graph:
+def _capture(
+    decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs, latest: LatestTokens | None, pool: Any
+) -> _Graph:
     inputs.buffer.zero_()
     for slots in inputs.slots:
         slots.fill_(-1)
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        logits = decoder.logits(inputs.token_ids, inputs.positions, None, attention.decode_step(inputs))
+        token_ids = inputs.token_ids if latest is None else latest.look_up(inputs.token_ids)
+        logits = decoder.logits(token_ids, inputs.positions, None, attention.decode_step(inputs))
         return logits, likeliest_tokens(logits)
 
     # The first run compiles kernels and initialises libraries, which a capture cannot.

@@ -16,7 +16,7 @@ class Row:
     """One request."""
 
     token_ids: IntArray
-    """[max_model_len + 1], of the table; the first ``num_tokens`` are known"""
+    """[max_model_len + 1], of the table; the first ``num_tokens`` are known or expected"""
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
@@ -27,16 +27,22 @@ class Row:
     def known(self) -> IntArray:
         return self.token_ids[: self.num_tokens]
 
-    @property
-    def output(self) -> IntArray:
-        return self.token_ids[self.num_prompt_tokens : self.num_tokens]
-
     def append(self, position: int, token_ids: list[int]) -> None:
         """Write tokens from ``position`` on; what was known there is the same."""
         assert position <= self.num_tokens
         stop = position + len(token_ids)
         self.token_ids[position:stop] = token_ids
         self.num_tokens = max(self.num_tokens, stop)
+
+    def expect(self, number: int) -> int:
+        """One more token, which ``set`` tells later: until then ``number`` stands for it. Returns its position."""
+        position = self.num_tokens
+        self.append(position, [number])
+        return position
+
+    def set(self, position: int, token_id: int) -> None:
+        """The token that was expected there."""
+        self.token_ids[position] = token_id
 
 
 class RowTable:

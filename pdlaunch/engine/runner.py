@@ -1,6 +1,7 @@
 """The model runner of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
 
-``apply -> pack -> attend -> sample``. It obeys: which rows, blocks and tokens is the scheduler's business.
+``apply -> pack -> attend -> sample`` is launched, what was drawn is collected later. It obeys: which rows, blocks and tokens is
+the scheduler's business.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, read_model_shape
+from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.rows import RowTable
 from pdlaunch.engine.sampler import SampleRow, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
@@ -30,7 +33,7 @@ from pdlaunch.models.packed import IntArray, PackedBatch
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import SamplingParams
 
 if TYPE_CHECKING:
     from pdlaunch.engine.decode_graphs import DecodeGraphs
@@ -89,16 +92,24 @@ class ModelRunner:
         self.num_blocks = self._count_blocks()
         self.kv_memory = open_kv_memory(self._pools, self._device, shared=spec.kv_transfer.maps_memory)
         self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
+        self._latest = LatestTokens(self.shape.vocab_size, spec.max_num_seqs, self._device) if spec.async_scheduling else None
         self._attention = self._new_attention()
         self._graphs: DecodeGraphs | None = None
         self._rows = self._new_rows()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
         """Compute one step. Tokens only come from tp rank 0, which also appends them to its rows. ``commands`` are not for us."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a step, behind the one before; on a CPU it is done when this returns.
+
+        With ``async_scheduling`` it may read tokens that the step before draws and nobody has collected.
+        """
         self._rows.apply(plan)
         if not plan.scheduled:
-            return StepOutput(step_id=plan.step_id)
+            return LaunchedStep(plan.step_id)
         if not self._attention.reads_only_context:
             self._clean(plan.scheduled)
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
@@ -106,7 +117,14 @@ class ModelRunner:
         place = {item.row: index for index, item in enumerate(packed)}
         sampled = [item for item in plan.scheduled if item.sample and self._tp_rank == 0]
         logits, likeliest = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
-        return StepOutput(step_id=plan.step_id, tokens=self._sample(logits, likeliest, sampled) if sampled else [])
+        return self._draw(plan.step_id, logits, likeliest, sampled) if sampled else LaunchedStep(plan.step_id)
+
+    def collect(self, step: LaunchedStep) -> StepOutput:
+        """Wait for the tokens of a launched step; in the order of launches."""
+        tokens = [] if step.drawn is None else step.drawn.collect()
+        for (row, position), token in zip(step.places, tokens, strict=True):
+            row.set(position, token.token_id)
+        return StepOutput(step_id=step.step_id, tokens=tokens)
 
     def warm_up(self) -> None:
         """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation; capture graphs.
@@ -189,23 +207,29 @@ class ModelRunner:
             logits, likeliest = replayed
             if sampled_tokens == [*range(batch.num_rows)]:
                 return logits, likeliest
-            return logits[sampled_tokens], likeliest[sampled_tokens]
+            places = self._to_device(np.array(sampled_tokens, dtype=np.int64))
+            return logits[places], likeliest[places]
         token_ids, positions, kept = (
             self._to_device(array) for array in (batch.token_ids, batch.positions, np.array(sampled_tokens, dtype=np.int64))
         )
+        if self._latest is not None:
+            token_ids = self._latest.look_up(token_ids)
         return self._decoder.logits(token_ids, positions, kept, self._attention.prepare(batch)), None
 
     def _to_device(self, array: IntArray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _sample(self, logits: torch.Tensor, likeliest: torch.Tensor | None, sampled: list[ScheduledRow]) -> list[TokenOutput]:
+    def _draw(
+        self, step_id: int, logits: torch.Tensor, likeliest: torch.Tensor | None, sampled: list[ScheduledRow]
+    ) -> LaunchedStep:
         rows = [self._rows[item.row] for item in sampled]
         sample_rows = [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows]
-        tokens = draw_tokens(logits, sample_rows, likeliest)
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(row.num_tokens, [token.token_id])
-        return tokens
+        drawn = draw_tokens(logits, sample_rows, likeliest)
+        if self._latest is not None:
+            self._latest.keep(drawn.token_ids)
+        places = [(row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)]
+        return LaunchedStep(step_id, drawn, places)
 
     def _clean(self, scheduled: list[ScheduledRow]) -> None:
         for first_slot, block_ids in self._rows.unclean_blocks(scheduled):
@@ -248,6 +272,7 @@ class ModelRunner:
             self._attention,
             max_rows=self._spec.max_num_seqs,
             max_blocks=-(-self._spec.max_model_len // self._spec.block_size),
+            latest=self._latest,
             progress=self._progress,
         )
 

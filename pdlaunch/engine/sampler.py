@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pdlaunch.engine.host_copy import HostCopy, upload
 from pdlaunch.models.packed import IntArray
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
@@ -69,32 +70,51 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def draw_tokens(logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None) -> list[TokenOutput]:
+class DrawnTokens:
+    """One token a row, on the device, and on their way to the host with the log-probabilities that rows tell."""
+
+    def __init__(self, token_ids: torch.Tensor, rows: list[SampleRow], raw: torch.Tensor | None = None) -> None:
+        """``raw``: [num_rows, vocab_size] float32; None when no row tells log-probabilities."""
+        self.token_ids = token_ids
+        """[num_rows]"""
+        num_tops = [row.sampling.num_top_logprobs for row in rows]
+        self._num_tops = {index: num_top for index, num_top in enumerate(num_tops) if num_top is not None}
+        told = [] if raw is None or not self._num_tops else _logprobs(raw, token_ids, self._num_tops)
+        self._copy = HostCopy([token_ids, *told])
+
+    def collect(self) -> list[TokenOutput]:
+        """In the order of the rows; waits until they are here."""
+        token_ids, *told = (tensor.tolist() for tensor in self._copy.wait())
+        outputs = [TokenOutput(token_id=token_id) for token_id in token_ids]
+        for (index, num_top), logprob, values, best in zip(self._num_tops.items(), *(told or [[]] * 3), strict=True):
+            pairs = tuple(zip(best[:num_top], values[:num_top], strict=True))
+            outputs[index] = TokenOutput(token_id=token_ids[index], logprob=logprob, top_logprobs=pairs)
+        return outputs
+
+
+def draw_tokens(logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None) -> DrawnTokens:
     """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order.
 
-    ``likeliest``: [num_rows], the logits' argmax, when it is known.
+    ``likeliest``: [num_rows], the logits' argmax, when it is known. On a GPU the host waits for nothing, unless a row has
+    penalties.
     """
     if all(row.takes_the_likeliest for row in rows):
-        likeliest = logits.argmax(dim=-1) if likeliest is None else likeliest
-        return [TokenOutput(token_id=token_id) for token_id in likeliest.tolist()]
+        return DrawnTokens(logits.argmax(dim=-1) if likeliest is None else likeliest, rows)
     raw = logits.float()
     changed = _change_logits(raw, rows)
     token_ids = changed.argmax(dim=-1)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
     if sampled:
-        token_ids[sampled] = _sample_in_slices(changed, sampled, rows)
-    outputs = [TokenOutput(token_id=token_id) for token_id in token_ids.tolist()]
-    for index, row in enumerate(rows):
-        if row.sampling.num_top_logprobs is not None:
-            outputs[index] = _with_logprobs(raw[index], outputs[index].token_id, row.sampling.num_top_logprobs)
-    return outputs
+        token_ids[_indices(sampled, logits)] = _sample_in_slices(changed, sampled, rows)
+    return DrawnTokens(token_ids, rows, raw)
 
 
-def _with_logprobs(raw: torch.Tensor, token_id: int, num_top: int) -> TokenOutput:
-    logprobs = raw.log_softmax(dim=-1)
-    top = logprobs.topk(min(num_top, len(logprobs)))
-    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return TokenOutput(token_id=token_id, logprob=float(logprobs[token_id]), top_logprobs=pairs)
+def _logprobs(raw: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]) -> list[torch.Tensor]:
+    """Of the rows in ``num_tops``: [n] of the token, [n, k] of the likeliest and [n, k] their ids, k the largest wanted."""
+    rows = _indices([*num_tops], raw)
+    logprobs = raw[rows].log_softmax(dim=-1)
+    top = logprobs.topk(min(max(1, *num_tops.values()), raw.shape[-1]))
+    return [logprobs.gather(1, token_ids[rows, None])[:, 0], top.values, top.indices]
 
 
 def _change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
@@ -116,7 +136,7 @@ def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
             logits[token_id] += bias
     if len(row.output) < sampling.min_tokens:
         forbidden = {*sampling.eos_token_ids, *sampling.stop_token_ids}
-        logits[[token_id for token_id in forbidden if token_id < len(logits)]] = float("-inf")
+        logits.index_fill_(0, _indices([token_id for token_id in forbidden if token_id < len(logits)], logits), float("-inf"))
     if sampling.repetition_penalty != 1.0:
         seen = _to_index(np.unique(row.token_ids), logits)
         values = logits[seen]
@@ -135,7 +155,7 @@ def _sample_in_slices(logits: torch.Tensor, sampled: list[int], rows: list[Sampl
     """Token ids of the rows ``sampled``. On a CPU a few rows at once: temporaries that fit the cache are four times as fast."""
     at_once = max(1, CPU_SLICE_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(sampled)
     slices = [sampled[start : start + at_once] for start in range(0, len(sampled), at_once)]
-    return torch.cat([_sample(logits[indices], [rows[index] for index in indices]) for indices in slices])
+    return torch.cat([_sample(logits[_indices(part, logits)], [rows[index] for index in part]) for part in slices])
 
 
 def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
@@ -167,9 +187,10 @@ def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     limited = [index for index, k in enumerate(kept) if k < vocab_size]
     if not limited:
         return logits
-    best = logits[limited].topk(max(kept[index] for index in limited)).values
+    indices = _indices(limited, logits)
+    best = logits[indices].topk(max(kept[index] for index in limited)).values
     least = torch.full_like(logits[:, :1], float("-inf"))
-    least[limited] = best.gather(1, torch.tensor([[kept[index] - 1] for index in limited], device=logits.device))
+    least[indices] = best.gather(1, _indices([kept[index] - 1 for index in limited], logits)[:, None])
     return logits.masked_fill(logits < least, float("-inf"))
 
 
@@ -184,7 +205,8 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
         for index in limited:
             least[index] = _nucleus_edge(probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS)
     else:
-        least[limited] = nucleus_edges(probabilities[limited], [rows[index].sampling.top_p for index in limited])
+        indices = _indices(limited, logits)
+        least[indices] = nucleus_edges(probabilities[indices], [rows[index].sampling.top_p for index in limited])
     return logits.masked_fill(probabilities < least, float("-inf"))
 
 
@@ -207,4 +229,8 @@ def _nucleus_edge(probabilities: torch.Tensor, wanted: float, num_tokens: int) -
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return upload(values, like.dtype, like.device)[:, None]
+
+
+def _indices(values: list[int], like: torch.Tensor) -> torch.Tensor:
+    return upload(values, torch.int64, like.device)

@@ -100,6 +100,7 @@ class FakeRunner:
             assert item.num_tokens > 0
             assert end <= row.num_tokens, "a rank is asked to compute a token that it does not know"
             assert item.sample == (end == row.num_tokens)
+            assert not (row.num_unknown and row.sampling.presence_penalty), "the penalty is of a token that nobody knows"
             row.num_unknown += item.sample and self.samples
         step = FakeStep(plan, rows, [[dict(table) for table in row.block_tables] for row in rows])
         if plan.scheduled:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdlaunch.engine.sampler import SampleRow, _nucleus_edge, draw_tokens, nucleus_edges, uniform
-from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
 VOCAB_SIZE = 50
 
@@ -26,8 +26,12 @@ def random_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB_SIZE) ->
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def drawn(logits: torch.Tensor, rows: list[SampleRow]) -> list[TokenOutput]:
+    return draw_tokens(logits, rows).collect()
+
+
 def draw_one(logits: torch.Tensor, one: SampleRow) -> int:
-    return draw_tokens(logits, [one])[0].token_id
+    return drawn(logits, [one])[0].token_id
 
 
 def reference(logits: list[float], one: SampleRow) -> int:
@@ -99,15 +103,15 @@ sample_rows = st.builds(
 def test_equals_reference(rows: list[SampleRow], seed: int) -> None:
     logits = random_logits(seed, len(rows))
     before = logits.clone()
-    drawn = [token.token_id for token in draw_tokens(logits, rows)]
-    assert drawn == [reference(values, one) for values, one in zip(logits.double().tolist(), rows, strict=True)]
+    found = [token.token_id for token in drawn(logits, rows)]
+    assert found == [reference(values, one) for values, one in zip(logits.double().tolist(), rows, strict=True)]
     assert torch.equal(logits, before)
 
 
 def test_greedy_is_argmax() -> None:
     logits = random_logits(1, 3)
     rows = [row([1], [], temperature=0.0) for _ in range(3)]
-    assert [token.token_id for token in draw_tokens(logits, rows)] == logits.argmax(-1).tolist()
+    assert [token.token_id for token in drawn(logits, rows)] == logits.argmax(-1).tolist()
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100), st.integers(0, 10**6))
@@ -132,22 +136,22 @@ def test_draws_follow_the_distribution() -> None:
     probabilities = [0.5, 0.25, 0.15, 0.08, 0.02]
     logits = torch.tensor([[math.log(p) for p in probabilities]]).expand(10_000, -1)
     rows = [row([1], [], seed=seed) for seed in range(10_000)]
-    drawn = [token.token_id for token in draw_tokens(logits, rows)]
+    found = [token.token_id for token in drawn(logits, rows)]
     for token_id, probability in enumerate(probabilities):
-        assert drawn.count(token_id) / len(drawn) == pytest.approx(probability, abs=0.02)
+        assert found.count(token_id) / len(found) == pytest.approx(probability, abs=0.02)
 
 
 def test_draw_does_not_depend_on_the_batch() -> None:
     logits = random_logits(5, 6)
     rows = [row([1], [2] * index, seed=9, choice=index, top_p=0.9, top_k=20) for index in range(6)]
-    together = [token.token_id for token in draw_tokens(logits, rows)]
+    together = [token.token_id for token in drawn(logits, rows)]
     assert together == [draw_one(logits[index : index + 1], rows[index]) for index in range(6)]
 
 
 def test_choices_and_indices_draw_apart() -> None:
     logits = torch.zeros(40, 1000)
-    by_choice = draw_tokens(logits, [row([1], [], seed=3, choice=choice) for choice in range(40)])
-    by_index = draw_tokens(logits, [row([1], [0] * index, seed=3) for index in range(40)])
+    by_choice = drawn(logits, [row([1], [], seed=3, choice=choice) for choice in range(40)])
+    by_index = drawn(logits, [row([1], [0] * index, seed=3) for index in range(40)])
     assert len({token.token_id for token in by_choice}) > 30
     assert len({token.token_id for token in by_index}) > 30
 
@@ -163,7 +167,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(8)
     expected = logits[0].log_softmax(-1)
     one = row([1, 2], [3, 3], temperature=0.2, repetition_penalty=1.9, num_top_logprobs=4, top_k=3, logit_bias={7: 90.0})
-    token = draw_tokens(logits, [one])[0]
+    token = drawn(logits, [one])[0]
     assert token.token_id == 7
     assert token.logprob == pytest.approx(float(expected[7]))
     assert [token_id for token_id, _ in token.top_logprobs] == expected.topk(4).indices.tolist()
@@ -172,10 +176,18 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 def test_zero_top_logprobs_gives_the_token_alone_and_none_gives_nothing() -> None:
     logits = random_logits(8, 2)
-    with_logprob, without = draw_tokens(logits, [row([1], [], num_top_logprobs=0), row([1], [])])
+    with_logprob, without = drawn(logits, [row([1], [], num_top_logprobs=0), row([1], [])])
     assert with_logprob.logprob is not None
     assert with_logprob.top_logprobs == ()
     assert without.logprob is None
+
+
+def test_logprobs_do_not_depend_on_the_batch() -> None:
+    logits = random_logits(8, 4)
+    rows = [row([1], [], num_top_logprobs=num_top) for num_top in (3, None, 0, 60)]
+    together = drawn(logits, rows)
+    assert together == [drawn(logits[index : index + 1], [one])[0] for index, one in enumerate(rows)]
+    assert [len(token.top_logprobs) for token in together] == [3, 0, 0, VOCAB_SIZE]
 
 
 def test_end_tokens_come_back_after_min_tokens() -> None:
@@ -195,7 +207,7 @@ def test_token_ids_outside_the_vocabulary_do_no_harm() -> None:
 def test_bfloat16_logits_are_drawn_from_in_float32() -> None:
     logits = random_logits(6).bfloat16()
     one = row([1], [], seed=11, num_top_logprobs=1)
-    assert draw_tokens(logits, [one]) == draw_tokens(logits.float(), [one])
+    assert drawn(logits, [one]) == drawn(logits.float(), [one])
 
 
 def test_edges_of_all_rows_at_once_equal_those_of_each() -> None:
