@@ -21,8 +21,13 @@ class HeldAnswers:
         self._held: dict[str, Output] = {}
         self._released: list[Output] = []
 
+    @property
+    def waits(self) -> bool:
+        """Some answer is held."""
+        return bool(self._held)
+
     def sift(self, outputs: Iterable[Output]) -> list[Output]:
-        """What may leave now, of what was held and of ``outputs``."""
+        """What may leave now, of what was held and of ``outputs``; the rest is held from now on."""
         leaving, self._released = self._released, []
         for output in outputs:
             if self._holds and isinstance(output, RequestFinished) and output.remote_kv is not None:

@@ -41,6 +41,8 @@ from pdlaunch.transfer.worker import TransferWorker
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+GRANT_WAIT_S = 0.05
+"""For ranks to write leases down, which usually takes a millisecond; an answer that waits longer waits for the next step too."""
 
 
 class Leader:
@@ -58,12 +60,12 @@ class Leader:
         server: ServerLink,
         followers: LeaderChannel | None,
         offload: OffloadWorker | None = None,
-        lends: bool = False,
+        wait_for_ranks: Callable[[float], None] | None = None,
         announce: Callable[[SleepState], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``lends``: ranks write leases down, as their memory outlives them. ``announce``: tells the supervisor whether peers may
-        read this rank's memory.
+        """``wait_for_ranks``: up to so many seconds, for news of their transfers; None where they do not write leases down.
+        ``announce``: tells the supervisor whether peers may read this rank's memory.
         """
         self._welcome = Welcome(
             engine_id=engine_id,
@@ -82,7 +84,8 @@ class Leader:
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
         self._outputs: list[Tokens | RequestFinished] = []
-        self._held = HeldAnswers(holds=lends)
+        self._held = HeldAnswers(holds=wait_for_ranks is not None)
+        self._wait_for_ranks = wait_for_ranks
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
             RankSleeper(runner, transfer, announce, peers_timeout_s=spec.kv_transfer.handshake_timeout_s, clock=clock),
@@ -186,10 +189,23 @@ class Leader:
             self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
+        self._send_released()
+        if self._wait_for_ranks is not None:
+            self._await_grants(self._wait_for_ranks)
+
+    def _send_released(self) -> None:
         outputs = self._held.sift([*self._outputs, *self._scheduler.take_outputs()])
         self._outputs = []
         if outputs:
             self._server.send(Outputs(items=outputs))
+
+    def _await_grants(self, wait_for_ranks: Callable[[float], None]) -> None:
+        """An answer that is held must not wait for a whole step when the ranks need but a moment for its lease."""
+        deadline_s = self._clock() + GRANT_WAIT_S
+        while self._held.waits and (left_s := deadline_s - self._clock()) > 0:
+            wait_for_ranks(left_s)
+            self._receive_events()
+            self._send_released()
 
     def _send_stats(self) -> None:
         """Also when nothing is new: the server takes silence for a rank that hangs."""

@@ -10,12 +10,13 @@ import logging
 import os
 import queue
 import time
+from collections.abc import Callable
 from functools import partial
 
 import zmq
 
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
-from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.leader import GRANT_WAIT_S, Leader
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
@@ -31,6 +32,7 @@ from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.transfer import GrantLease, LeaseGranted, TransferEvent
 from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.faults import read_fault_plan
@@ -119,7 +121,7 @@ class RankProcess:
             server=server,
             followers=followers,
             offload=offload,
-            lends=transfer.lends,
+            wait_for_ranks=self._waits_for(followers) if transfer.lends else None,
             announce=self._control.send,
         )
         poller = self._poller(server.socket)
@@ -164,6 +166,8 @@ class RankProcess:
                         transfer.submit(message.commands)
                         if offload is not None:
                             offload.submit(message.jobs)
+                        if events := self._await_grants(transfer, message):
+                            leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
                         runner.execute(message)
             if report is not None:
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, sleep=report))
@@ -171,6 +175,22 @@ class RankProcess:
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
             if offload is not None and (jobs := offload.take_finished()):
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, jobs=jobs))
+
+    def _waits_for(self, followers: LeaderChannel | None) -> Callable[[float], None]:
+        """Waits for news of the transfers of this rank and of the others."""
+        poller = self._poller(*(() if followers is None else (followers.socket,)))
+        return lambda timeout_s: self._wait(poller, timeout_s)
+
+    def _await_grants(self, transfer: TransferWorker, plan: StepPlan) -> list[TransferEvent]:
+        """Transfer events, once the leases of a plan are written down: rank 0 holds their answers until it has heard of that."""
+        granted = {command.request_id for command in plan.commands if isinstance(command, GrantLease)}
+        events: list[TransferEvent] = []
+        poller, deadline_s = self._poller(), time.monotonic() + GRANT_WAIT_S
+        while transfer.lends and granted and (left_s := deadline_s - time.monotonic()) > 0:
+            self._wait(poller, left_s)
+            events += transfer.take_events()
+            granted -= {event.request_id for event in events if isinstance(event, LeaseGranted)}
+        return events
 
     def _join_group(self) -> TPGroup | None:
         if self._spec.tensor_parallel_size == 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.leader import GRANT_WAIT_S, Leader
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.engine import AddRequest, Hello, SamplingParams
 from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, TransferEvent
@@ -18,11 +18,21 @@ class Ranks(Recorder):
 
     def __init__(self, *requests: Any) -> None:
         super().__init__(list(requests))
+        self.now_s = 0.0
         self.events: list[TransferEvent] = []
+        self.soon: list[TransferEvent] = []
+        """What they report when they are waited for."""
 
     def take_events(self) -> list[TransferEvent]:
         events, self.events = self.events, []
         return events
+
+    def wait(self, timeout_s: float) -> None:
+        self.now_s += GRANT_WAIT_S / 4
+        self.events, self.soon = self.events + self.soon, []
+
+    def leader(self) -> Leader:
+        return make_leader(self, clock=lambda: self.now_s, wait_for_ranks=self.wait)
 
 
 def run(leader: Leader, ranks: Ranks) -> list[str]:
@@ -42,7 +52,7 @@ def request(name: str, *, remote: bool = True) -> AddRequest:
 @pytest.mark.parametrize("event", [LeaseGranted(request_id="a/0"), LeaseEnded(request_id="a/0", reason="expired")])
 def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
     ranks = Ranks(request("a/0"))
-    leader = make_leader(ranks, lends=True)
+    leader = ranks.leader()
     assert run(leader, ranks) == ["GrantLease"]
     ranks.events.append(LeaseGranted(request_id="other"))
     assert run(leader, ranks) == []
@@ -50,16 +60,36 @@ def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
     assert run(leader, ranks) == ["RequestFinished"]
 
 
+def test_ranks_are_waited_for_a_moment_so_that_the_answer_need_not_wait_for_the_next_step() -> None:
+    ranks = Ranks(request("a/0"))
+    leader = ranks.leader()
+    while not ranks.told:
+        ranks.soon = [LeaseGranted(request_id="other"), LeaseGranted(request_id="a/0")]
+        leader.turn()
+    assert [type(message).__name__ for message in ranks.told] == ["GrantLease", "RequestFinished"]
+    assert ranks.now_s == GRANT_WAIT_S / 4
+
+
+def test_ranks_are_not_waited_for_longer() -> None:
+    ranks = Ranks(request("a/0"))
+    leader = ranks.leader()
+    while not ranks.told:
+        leader.turn()
+    assert [type(message).__name__ for message in ranks.told] == ["GrantLease"]
+    assert ranks.now_s == GRANT_WAIT_S
+
+
 def test_answers_without_a_lease_and_those_of_leases_that_die_with_their_rank_do_not_wait() -> None:
     ranks = Ranks(request("b/0", remote=False))
-    assert run(make_leader(ranks, lends=True), ranks) == ["RequestFinished"]
+    assert run(ranks.leader(), ranks) == ["RequestFinished"]
+    assert ranks.now_s == 0
     ranks = Ranks(request("a/0"))
-    assert run(make_leader(ranks, lends=False), ranks) == ["GrantLease", "RequestFinished"]
+    assert run(make_leader(ranks), ranks) == ["GrantLease", "RequestFinished"]
 
 
 def test_a_new_server_is_not_told_of_requests_that_it_has_not_sent() -> None:
     ranks = Ranks(request("a/0"))
-    leader = make_leader(ranks, lends=True)
+    leader = ranks.leader()
     assert run(leader, ranks) == ["GrantLease"]
     ranks.requests.append(Hello(server_incarnation=2))
     run(leader, ranks)

@@ -45,7 +45,13 @@ class Recorder:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
-def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, *, lends: bool = False, **changes: object) -> Leader:
+def make_leader(
+    recorder: Any,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    wait_for_ranks: Callable[[float], None] | None = None,
+    **changes: object,
+) -> Leader:
     scheduler = Scheduler(
         groups=make_groups([None]),
         num_blocks=16,
@@ -67,7 +73,7 @@ def make_leader(recorder: Any, clock: Callable[[], float] = time.monotonic, *, l
         scheduler=scheduler,
         server=recorder,
         followers=None,
-        lends=lends,
+        wait_for_ranks=wait_for_ranks,
         clock=clock,
     )
 
