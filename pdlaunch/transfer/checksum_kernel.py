@@ -85,7 +85,8 @@ def hash_regions(
     )
 
 
-@triton.jit(do_not_specialize=["first_head", "num_heads"])
+# Compiled once for a KV cache, at start: whatever changes from launch to launch must not bring another compilation.
+@triton.jit(do_not_specialize=["block_ids", "results", "first_head", "num_heads"])
 def hash_region(
     memory,
     block_ids,

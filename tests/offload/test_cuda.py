@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
+from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.method_choice import choose_cuda_methods, cuda_candidates
 from pdlaunch.offload.spec import TransferSpec
+from pdlaunch.offload.tier import HeadSlice
+from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.transfer.checksum import BlockHasher
 from tests.offload.transfer_model import block_choices, geometries, host_content, model_transfer, spans
 from tests.offload.waiting import Waiter
 
@@ -75,3 +82,36 @@ def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
     assert bool((host_content(host) == 7).all())
     assert handler.close()
     host.close()
+
+
+def test_loads_are_proven_where_they_arrive() -> None:
+    """Checksums by the kernel, over blocks on the device."""
+    layout = KVCacheLayout(make_groups([None] * 4), num_kv_heads=2, head_dim=64, block_size=16, dtype_bytes=2)
+    kv_cache = torch.randn((16, *layout.block_shape()), device="cuda").to(torch.bfloat16)
+    wakes = threading.Semaphore(0)
+    worker = OffloadWorker(
+        kv_cache=kv_cache,
+        layout=layout,
+        heads=HeadSlice(0, 2),
+        host_memory_bytes=8 * layout.block_bytes,
+        device_hasher=BlockHasher(kv_cache, layout),
+        progress=lambda *_: None,
+        wake=wakes.release,
+    )
+
+    def run(job: OffloadJob) -> JobFinished:
+        worker.submit([job])
+        while not (finished := worker.take_finished()):
+            assert wakes.acquire(timeout=60)
+        return finished[0]
+
+    hashes = [b"a", b"b"]
+    assert run(OffloadJob(1, "store", [3, 9], [2], [0], [2, 0], hashes)).ok
+    assert worker.checksums(2) == [tuple(row) for row in BlockHasher(kv_cache.cpu(), layout).checksums([3], slice(None))]
+    loaded = run(OffloadJob(2, "load", [10, 11], [2], [0], [2, 0], hashes))
+    assert loaded.ok, loaded.error
+    assert torch.equal(kv_cache[[10, 11]], kv_cache[[3, 9]])
+    worker.chunk(0)[17] ^= 1
+    spoiled = run(OffloadJob(3, "load", [12, 13], [2], [0], [2, 0], hashes))
+    assert (spoiled.ok, spoiled.failed_chunk_ids) == (False, [0])
+    worker.close()
