@@ -10,6 +10,7 @@ import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.held_answers import HeldAnswers
+from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
@@ -46,7 +47,7 @@ GRANT_WAIT_S = 0.05
 
 
 class Leader:
-    """The step loop of an engine; ``turn`` is one round of it."""
+    """The step loop of an engine; ``turn`` is one round of it. With ``spec.async_scheduling`` it leaves a step running."""
 
     def __init__(
         self,
@@ -83,6 +84,9 @@ class Leader:
         self._jobs = JobMerger(spec.tensor_parallel_size)
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
+        # Other ranks learn of a token only from the next plan.
+        self._runs_ahead = spec.async_scheduling and spec.tensor_parallel_size == 1
+        self._running: tuple[StepPlan, LaunchedStep] | None = None
         self._outputs: list[Tokens | RequestFinished] = []
         self._held = HeldAnswers(holds=wait_for_ranks is not None)
         self._wait_for_ranks = wait_for_ranks
@@ -110,18 +114,59 @@ class Leader:
 
     def turn(self) -> None:
         """Receive, schedule, send what the step before gave, run, postprocess."""
-        for message in self._server.receive():
-            self._on_request(message)
-        self._receive_events()
+        self._receive()
+        if not self._run_ahead():
+            if self._running is not None:
+                self._collect()
+                # What came while we waited is not to wait for another step.
+                self._receive()
+            self._run()
+        self._sleep.advance()
+        self._send_stats()
+
+    def _run(self) -> None:
+        """The next step, when the one before has ended."""
         plan = self._scheduler.schedule()
         self._submit(plan)
         # Only now: an answer must not reach a decode engine before the lease that it speaks of is granted.
         self._send_outputs()
-        if not _is_empty(plan):
-            self._scheduler.postprocess(plan, self._runner.execute(plan))
-            self._outputs = self._scheduler.take_outputs()
-        self._sleep.advance()
-        self._send_stats()
+        self._running = self._launch(plan)
+        if self._running is not None and not self._runs_ahead:
+            self._collect()
+
+    def _run_ahead(self) -> bool:
+        """Launch the next step while one runs, and collect that one. False: it has to be collected first."""
+        plan = None if self._running is None else self._scheduler.schedule_ahead()
+        if plan is None:
+            return False
+        self._submit(plan)
+        self._send_outputs()
+        following = self._launch(plan)
+        self._collect()
+        self._running = following
+        self._submit(self._scheduler.hand_over())
+        self._send_outputs()
+        return True
+
+    def _launch(self, plan: StepPlan) -> tuple[StepPlan, LaunchedStep] | None:
+        """None: there is nothing to wait for."""
+        if _is_empty(plan):
+            return None
+        launched = self._runner.launch(plan)
+        return (plan, launched) if plan.scheduled else None
+
+    def _collect(self) -> None:
+        """Wait for the step that runs and take in what it gave."""
+        assert self._running is not None
+        plan, launched = self._running
+        self._running = None
+        self._scheduler.postprocess(plan, self._runner.collect(launched))
+        self._outputs += self._scheduler.take_outputs()
+
+    def _receive(self) -> None:
+        for message in self._server.receive():
+            self._on_request(message)
+        self._receive_events()
 
     def _on_request(self, message: ToRank) -> None:
         match message:

@@ -41,7 +41,10 @@ class Recorder:
     def take_events(self) -> list[TransferEvent]:
         return []
 
-    def execute(self, plan: StepPlan) -> StepOutput:
+    def launch(self, plan: StepPlan) -> StepPlan:
+        return plan
+
+    def collect(self, plan: StepPlan) -> StepOutput:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
