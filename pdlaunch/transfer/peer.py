@@ -421,7 +421,7 @@ class Peer:
     def _on_deadline(self) -> None:
         if self._state is _State.WAITING and self._old_agents:
             # The peer's agent cannot be added twice, and cannot be removed while a READ may still write.
-            self._deadline_s = self._setup.clock() + LONGEST_BACKOFF_S
+            self._deadline_s = float("inf")
         elif self._state is _State.WAITING:
             self._start_handshake()
         else:
@@ -466,3 +466,5 @@ class Peer:
             self._old_channel = None
         while self._old_agents:
             self._setup.connector.remove_peer(self._old_agents.pop())
+        if self._state is _State.WAITING and self._deadline_s == float("inf"):
+            self._deadline_s = self._setup.clock()

@@ -376,6 +376,22 @@ def test_a_begin_that_was_lost_is_sent_again_before_the_end(world, holder):
     assert len(world.pulls) == 0
 
 
+def test_a_new_connection_is_made_as_soon_as_the_last_read_of_the_old_one_is_over(world, holder):
+    holder.holder.grant(grant("r", [4], lease_s=100))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn()
+    world.peers.peers[holder.identity.name].reconnect()
+    world.clock.now += 1.0
+    world.turn()
+    assert len(holder.channels) == 1
+    world.fabric.stalled = False
+    world.fabric.land()
+    world.turn()
+    assert len(holder.channels) == 2
+    assert world.finished().ok
+
+
 @pytest.mark.parametrize("stage", ["beginning", "reading", "ending"])
 def test_a_pull_outlives_a_new_connection(world, holder, stage):
     """Another pull's READ has failed: what this one has asked is asked again, what it has read is kept."""

@@ -93,7 +93,8 @@ class History:
         pull_id, block_ids = self.name("p"), self.random.sample(free, PULL_BLOCKS)
         request_id = self.random.choice(list(self.leased))
         self.pulls[pull_id] = request_id, block_ids
-        self.world.pulls.start(pull(pull_id, self.holder.remote(request_id), block_ids, timeout_s=8.0))
+        remote, num_attempts = self.holder.remote(request_id), self.random.randint(1, 3)
+        self.world.pulls.start(pull(pull_id, remote, block_ids, timeout_s=8.0, num_attempts=num_attempts))
 
     def cancel(self) -> None:
         if self.pulls:
@@ -131,8 +132,12 @@ class History:
         assert torch.equal(self.world.kv_cache[free], before)
 
     def turn(self) -> None:
+        """Nothing is written to blocks that no transfer owns."""
         self.world.clock.now += self.random.random() / 4
-        self.world.turn(2)
+        free = self.free()
+        before = self.world.kv_cache[free].clone()
+        self.world.turn(self.random.randint(1, 2))
+        assert torch.equal(self.world.kv_cache[free], before)
 
     def pause(self) -> None:
         """Longer than a lease without a heartbeat."""
