@@ -1,0 +1,340 @@
+"""The P2P connector on a CPU, holder and puller in one process, and its choice beside another connector."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.memory.host_kv_memory import HostKVMemory
+from pdlaunch.memory.kv_memory import PrivateKVMemory
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle
+from pdlaunch.transfer.device_binding import DeviceBinding
+from pdlaunch.transfer.handshake import geometry_of
+from pdlaunch.transfer.p2p_connector import P2PConnector
+from pdlaunch.transfer.paths_connector import PathsConnector
+from pdlaunch.transfer.piece_copies import HostCopier
+from pdlaunch.transfer.scratch import has_pattern, write_pattern
+from tests.memory.open_files import num_open_fds
+from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
+
+TIMEOUT_S = 60.0
+NUM_BLOCKS = 8
+SCRATCH_BYTES = 1 << 20
+
+
+@dataclass
+class Rank:
+    connector: Connector
+    memory: LocalMemory
+    first_kv_head: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_of(self.memory, self.first_kv_head)
+
+    def add(self, peer: Rank) -> PeerHandle:
+        connector = peer.connector
+        return self.connector.add_peer(connector.agent_name, connector.agent_metadata(), peer.geometry)
+
+
+def memory_of(name: str, *, num_heads: int = 3, files: dict[str, int] | None = None) -> LocalMemory:
+    source, layout = HostKVMemory(), layout_of(num_heads)
+    kv_cache = source.zeros(NUM_BLOCKS * layout.block_bytes).view(torch.float32).view(NUM_BLOCKS, *layout.block_shape())
+    kv_cache.copy_(random_cache(layout, NUM_BLOCKS, sum(name.encode())))
+    scratch = source.zeros(SCRATCH_BYTES)
+    write_pattern(scratch, f"{name}#1")
+    return LocalMemory(kv_cache, scratch, layout, source, files or {})
+
+
+def p2p(name: str, **options: Any) -> P2PConnector:
+    return P2PConnector(name, 1, binding=DeviceBinding(None), **{"host": "here"} | options)
+
+
+def open_rank(name: str, *, num_heads: int = 3, files: dict[str, int] | None = None, **options: Any) -> Rank:
+    rank = Rank(p2p(name, **options), memory_of(name, num_heads=num_heads, files=files))
+    rank.connector.open(rank.memory)
+    return rank
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    before = num_open_fds()
+    yield
+    for thread in [thread for thread in threading.enumerate() if thread.name == "fd-server"]:
+        thread.join(TIMEOUT_S)
+    gc.collect()
+    assert num_open_fds() == before
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[..., Rank]]:
+    """Opens ranks; those that are left open are closed."""
+    opened: list[Rank] = []
+
+    def open_one(name: str, **options: Any) -> Rank:
+        opened.append(open_rank(name, **options))
+        return opened[-1]
+
+    yield open_one
+    for rank in opened:
+        rank.connector.close()
+        assert rank.connector.wait_unmapped(TIMEOUT_S)
+    opened.clear()  # pytest keeps the function above
+
+
+def await_end(connector: Connector, handle: ReadHandle) -> str:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while (state := connector.poll(handle)) == "pending" and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    connector.release(handle)
+    return state
+
+
+def read(
+    rank: Rank, peer: PeerHandle, local: list[int], remote: list[int], here: range = range(3), there: range = range(3)
+) -> str:
+    return await_end(rank.connector, rank.connector.start_read(peer, BlockRead(local, remote, here, there)))
+
+
+def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -> None:
+    one, two = ranks("a"), ranks("b", num_heads=1)
+    peer = one.add(two)
+    expected = one.memory.kv_cache.clone()
+    expected[[6, 2, 3], 1] = two.memory.kv_cache[[1, 4, 5], 0]
+    assert read(one, peer, [6, 2, 3], [1, 4, 5], range(1, 2), range(0, 1)) == "done"
+    assert torch.equal(one.memory.kv_cache, expected)
+    back = two.add(one)
+    assert read(two, back, [0], [7], range(0, 1), range(2, 3)) == "done"
+    assert torch.equal(two.memory.kv_cache[0, 0], one.memory.kv_cache[7, 2])
+    one.connector.remove_peer(peer)
+    two.connector.remove_peer(back)
+
+
+def test_the_scratch_is_read_over_the_path_that_is_offered(ranks: Callable[..., Rank]) -> None:
+    puller, holder = ranks("a"), ranks("b")
+    peer = puller.add(holder)
+    assert puller.connector.paths(peer) == ["p2p/memfd"]
+    handle, landing = puller.connector.start_scratch_read(peer, "p2p/memfd")
+    while puller.connector.poll(handle) == "pending":
+        time.sleep(0.001)
+    assert has_pattern(landing, "b#1")
+    assert puller.connector.read_s(handle) > 0
+    puller.connector.release(handle)
+    puller.connector.use_path(peer, "p2p/memfd")
+    puller.connector.remove_peer(peer)
+
+
+def test_files_are_handed_over_until_the_peer_is_removed(ranks: Callable[..., Rank]) -> None:
+    ledger = os.memfd_create("ledger")
+    os.write(ledger, b"leases")
+    puller, holder = ranks("a"), ranks("b", files={"ledger": ledger})
+    peer = puller.add(holder)
+    fd = puller.connector.peer_file(peer, "ledger")
+    assert fd is not None
+    assert os.pread(fd, 10, 0) == b"leases"
+    assert puller.connector.peer_file(peer, "other") is None
+    assert puller.connector.outlives(peer)
+    puller.connector.remove_peer(peer)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+    os.close(ledger)
+
+
+def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(ranks: Callable[..., Rank]) -> None:
+    puller, holder = ranks("a"), ranks("b")
+    peer, metadata = puller.add(holder), holder.connector.agent_metadata()
+    holder.connector.close()
+    assert not holder.connector.wait_unmapped(0)
+    assert read(puller, peer, [0], [1]) == "done", "what is mapped stays so until it is removed"
+    puller.connector.remove_peer(peer)
+    assert holder.connector.wait_unmapped(TIMEOUT_S)
+    with pytest.raises(TransferError, match="no memory was handed over"):
+        puller.connector.add_peer("b#1", metadata, holder.geometry)
+    holder.connector.open(holder.memory)
+    again = puller.add(holder)
+    assert read(puller, again, [3], [4]) == "done"
+    assert torch.equal(puller.memory.kv_cache[3], holder.memory.kv_cache[4])
+    puller.connector.remove_peer(again)
+
+
+def test_a_read_that_is_pending_keeps_its_own_thread_alone(ranks: Callable[..., Rank]) -> None:
+    going_on = threading.Event()
+    copier = HostCopier(lambda *_: going_on.wait(TIMEOUT_S))
+    puller, holder = ranks("a", new_copiers=lambda memory: [copier]), ranks("b")
+    peer = puller.add(holder)
+    handle = puller.connector.start_read(peer, BlockRead([0], [1], range(3), range(3)))
+    assert puller.connector.poll(handle) == "pending"
+    going_on.set()
+    assert await_end(puller.connector, handle) == "done"
+    puller.connector.remove_peer(peer)
+
+
+def test_blocks_that_the_peer_does_not_have_are_refused(ranks: Callable[..., Rank]) -> None:
+    puller, holder = ranks("a"), ranks("b")
+    peer = puller.add(holder)
+    for block_id in (-1, NUM_BLOCKS):
+        with pytest.raises(TransferError, match="b#1 has 8 blocks"):
+            puller.connector.start_read(peer, BlockRead([0], [block_id], range(3), range(3)))
+    puller.connector.remove_peer(peer)
+
+
+def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothing_open(ranks: Callable[..., Rank]) -> None:
+    puller, holder = ranks("a"), ranks("b")
+    before = num_open_fds()
+    metadata = holder.connector.agent_metadata()
+    with pytest.raises(TransferError, match="metadata of agent b#1 cannot be read"):
+        puller.connector.add_peer("b#1", b"nonsense", holder.geometry)
+    for changes in ({"num_blocks": 9}, {"scratch_bytes": 1}):
+        with pytest.raises(TransferError, match="bytes are shared"):
+            puller.connector.add_peer("b#1", metadata, msgspec.structs.replace(holder.geometry, **changes))
+    card = msgspec.msgpack.decode(metadata)
+    wrong = msgspec.msgpack.encode(card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}})
+    with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
+        puller.connector.add_peer("b#1", wrong, holder.geometry)
+    assert num_open_fds() <= before + 1, "the holder may be about to close its end of the last connection"
+    for host in ("elsewhere", ""):
+        stranger = ranks(f"c{host}", host=host)
+        with pytest.raises(TransferError, match="not on this host"):
+            puller.add(stranger)
+        with pytest.raises(TransferError, match="not on this host"):
+            stranger.add(puller if host else stranger)
+
+
+def test_memory_that_cannot_be_shared_says_so() -> None:
+    memory = replace(memory_of("a"), source=PrivateKVMemory())
+    with pytest.raises(TransferError, match=r"a#1 cannot share its memory: .* this process alone"):
+        p2p("a").open(memory)
+    half = replace(memory_of("a"), scratch=torch.zeros(SCRATCH_BYTES, dtype=torch.uint8))
+    with pytest.raises(TransferError, match="was not made for sharing"):
+        p2p("a").open(half)
+
+
+def test_a_connector_that_cannot_copy_closes_what_it_has_opened() -> None:
+    def refuse(memory: LocalMemory) -> list[HostCopier]:
+        raise TransferError("nothing to copy with")
+
+    with pytest.raises(TransferError, match="nothing to copy with"):
+        p2p("a", new_copiers=refuse).open(memory_of("a"))
+
+
+# Beside another connector
+
+
+@dataclass
+class Both:
+    paths: PathsConnector
+    fake: FakeConnector
+    rank: Rank
+
+
+@pytest.fixture
+def both() -> Iterator[Callable[..., Both]]:
+    """Ranks with a fake connector for NIXL's part, and P2P."""
+    opened: list[Both] = []
+    fabric = Fabric()
+
+    def open_one(name: str, source: Any = None, **options: Any) -> Both:
+        memory = memory_of(name)
+        fake = FakeConnector(f"{name}#1", fabric)
+        paths = PathsConnector([fake, p2p(name, **options)])
+        rank = Rank(paths, memory if source is None else replace(memory, source=source))
+        paths.open(rank.memory)
+        opened.append(Both(paths, fake, rank))
+        return opened[-1]
+
+    yield open_one
+    for found in opened:
+        found.paths.close()
+        assert found.paths.wait_unmapped(TIMEOUT_S)
+    opened.clear()
+    fabric.agents.clear()
+    fabric.reads.clear()
+
+
+def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(both: Callable[..., Both]) -> None:
+    puller, holder = both("a"), both("b")
+    assert puller.paths.name == "fake+p2p"
+    peer = puller.rank.add(holder.rank)
+    assert puller.paths.paths(peer) == ["p2p/memfd", "fake/memory"]
+    assert not puller.paths.outlives(peer), "no path is chosen yet"
+    for path in puller.paths.paths(peer):
+        handle, _ = puller.paths.start_scratch_read(peer, path)
+        assert await_end(puller.paths, handle) == "done"
+    puller.paths.use_path(peer, "p2p/memfd")
+    assert puller.fake.peers == []
+    num_reads = len(puller.fake.fabric.reads)
+    assert read(puller.rank, peer, [1], [2]) == "done"
+    assert torch.equal(puller.rank.memory.kv_cache[1], holder.rank.memory.kv_cache[2])
+    assert len(puller.fake.fabric.reads) == num_reads
+    assert puller.paths.outlives(peer)
+    puller.paths.remove_peer(peer)
+
+
+def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
+    puller, holder = both("a"), both("b")
+    peer = puller.rank.add(holder.rank)
+    puller.paths.use_path(peer, "fake/memory")
+    holder.paths.close()
+    assert holder.paths.wait_unmapped(TIMEOUT_S), "what is not used is unmapped"
+    assert read(puller.rank, peer, [1], [2]) == "done"
+    assert not puller.paths.outlives(peer)
+    assert puller.paths.peer_file(peer, "ledger") is None
+    puller.paths.remove_peer(peer)
+    assert puller.fake.peers == []
+    holder.paths.open(holder.rank.memory)
+
+
+def test_a_path_with_a_read_that_nobody_waits_for_stays_until_the_peer_goes(both: Callable[..., Both]) -> None:
+    puller, holder = both("a"), both("b")
+    peer = puller.rank.add(holder.rank)
+    puller.fake.fabric.stalled = True
+    handle, _ = puller.paths.start_scratch_read(peer, "fake/memory")
+    puller.paths.use_path(peer, "p2p/memfd")
+    assert puller.fake.peers == ["b#1"], "its READ may still write"
+    puller.fake.fabric.land()
+    assert await_end(puller.paths, handle) == "done"
+    puller.paths.remove_peer(peer)
+    assert puller.fake.peers == []
+
+
+@pytest.mark.parametrize("side", ["puller", "holder"])
+def test_a_path_that_one_side_lacks_is_tried_and_says_why(both: Callable[..., Both], side: str) -> None:
+    lacking = {"source": PrivateKVMemory()}
+    puller, holder = both("a", **lacking if side == "puller" else {}), both("b", **lacking if side == "holder" else {})
+    peer = puller.rank.add(holder.rank)
+    assert puller.paths.paths(peer) == ["p2p", "fake/memory"]
+    with pytest.raises(TransferError, match="this process alone"):
+        puller.paths.start_scratch_read(peer, "p2p")
+    puller.paths.use_path(peer, "fake/memory")
+    assert read(puller.rank, peer, [1], [2]) == "done"
+    puller.paths.remove_peer(peer)
+
+
+def test_a_peer_out_of_reach_of_one_path_is_read_over_the_other(both: Callable[..., Both]) -> None:
+    puller, holder = both("a"), both("b", host="elsewhere")
+    peer = puller.rank.add(holder.rank)
+    with pytest.raises(TransferError, match="not on this host"):
+        puller.paths.start_scratch_read(peer, "p2p")
+    puller.paths.use_path(peer, "fake/memory")
+    puller.paths.remove_peer(peer)
+
+
+def test_without_any_path_the_reasons_of_all_are_told(both: Callable[..., Both]) -> None:
+    puller, holder = both("a"), both("b", host="elsewhere")
+    puller.fake.peers.append("b#1")
+    with pytest.raises(TransferError, match=r"fake/memory: b#1 is there already; p2p: b#1 is not on this host"):
+        puller.rank.add(holder.rank)
+    puller.fake.peers.clear()
+    with pytest.raises(TransferError, match="cannot be read"):
+        puller.paths.add_peer("b#1", b"nonsense", holder.rank.geometry)
