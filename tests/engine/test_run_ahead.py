@@ -1,0 +1,176 @@
+"""A step is planned and launched while the one before runs: what may be given away meanwhile, and what waits."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdlaunch.protocol.engine import SamplingParams
+from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
+from tests.engine.fake_runner import expected_output
+
+PROMPT = [1, 2, 3, 4, 5, 6]
+
+
+def start(**settings: object) -> FakeEngine:
+    return FakeEngine(runs_ahead=True, **settings)  # type: ignore[arg-type]
+
+
+def stops_at(prompt: list[int], num_tokens: int, max_tokens: int = 40) -> SamplingParams:
+    """Ends by a stop token that no earlier one is: its end surprises the step after it."""
+    output = expected_output(prompt, SamplingParams(max_tokens=max_tokens), max_tokens)
+    stop = output[num_tokens - 1]
+    assert stop not in output[: num_tokens - 1], "choose another length"
+    return SamplingParams(max_tokens=max_tokens, stop_token_ids=(stop,))
+
+
+def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
+    engine = start()
+    engine.add("a", PROMPT, max_tokens=12)
+    plans = engine.run()
+    # Then the step in flight draws the last token for certain, and at last the ranks hear of the freed row.
+    assert [bool(plan.scheduled) for plan in plans] == [True] * 12 + [False] * 2
+    assert engine.num_ahead == 12
+    assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=12), 12)
+
+
+def test_new_requests_join_the_step_that_is_planned_next() -> None:
+    engine = start()
+    engine.add("a", PROMPT, max_tokens=30)
+    for _ in range(4):
+        engine.step()
+    engine.add("b", [6, 5, 4], max_tokens=3)
+    plan = engine.step()
+    assert [item.num_tokens for item in plan.scheduled] == [1, 3]
+    assert len(engine.in_flight) == 1
+    engine.run()
+    assert engine.num_ahead >= 29
+    assert engine.token_ids("b") == expected_output([6, 5, 4], SamplingParams(max_tokens=3), 3)
+
+
+def test_row_and_blocks_of_a_stopped_request_wait_for_the_step_that_writes_to_them() -> None:
+    engine = start(num_blocks=16, max_num_seqs=1)
+    num_tokens = next(n for n in range(3, 8) if _stops(n))
+    engine.add("a", PROMPT, sampling=stops_at(PROMPT, num_tokens))
+    engine.add("b", [6, 6], max_tokens=2)
+    while "a" not in engine.finished:
+        engine.step()
+    assert len(engine.in_flight) == 1
+    assert engine.scheduler.stats().num_free_blocks < 16
+    assert engine.scheduler.stats().num_running == 0
+    blocked = engine.scheduler.schedule_ahead()
+    assert blocked is not None
+    assert not blocked.scheduled, "the row was given away"
+    engine.collect()
+    assert engine.scheduler.stats().num_free_blocks == 16
+    engine.run()
+    assert engine.finished["a"].reason == "stop"
+    assert engine.token_ids("a") == expected_output(PROMPT, stops_at(PROMPT, num_tokens), 40)
+    assert engine.token_ids("b") == expected_output([6, 6], SamplingParams(max_tokens=2), 2)
+
+
+def _stops(num_tokens: int) -> bool:
+    output = expected_output(PROMPT, SamplingParams(max_tokens=40), 40)
+    return output[num_tokens - 1] not in output[: num_tokens - 1]
+
+
+def test_a_pull_gets_the_blocks_of_an_aborted_request_only_when_its_step_has_ended() -> None:
+    engine = start(num_blocks=4, caching=False)
+    engine.add("a", PROMPT, max_tokens=8)
+    engine.step()
+    engine.step()
+    engine.scheduler.abort("a")
+    engine.take_outputs()
+    assert engine.finished["a"].reason == "abort"
+    engine.add("b", [3] * 13, max_tokens=2, remote_kv=remote_kv("b", 13))
+    engine.step()
+    assert not engine.pulls
+    engine.step()
+    (pull_id,) = engine.pulls
+    engine.end_pull(pull_id)
+    engine.run()
+    assert engine.token_ids("b") == expected_output([3] * 13, SamplingParams(max_tokens=2), 2)
+
+
+def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> None:
+    """The window of the step that is planned begins later than that of the one that runs."""
+    prompt = [4, 3, 2, 1, 0]
+    engine = start(groups=(sliding(4),), num_blocks=8, caching=False, max_num_seqs=1)
+    engine.add("a", prompt, max_tokens=20)
+    for index in range(18):
+        name = f"pull-{index}"
+        engine.add(name, [5, 6], max_tokens=2, remote_kv=remote_kv(name, 2))
+        engine.step()
+        (pull_id,) = engine.pulls
+        engine.scheduler.abort(name)
+        engine.end_pull(pull_id, ok=False)
+    engine.run()
+    assert engine.token_ids("a") == expected_output(prompt, SamplingParams(max_tokens=20), 20)
+
+
+@pytest.mark.parametrize("field", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_what_draws_from_its_output_waits_for_it(field: str) -> None:
+    engine = start()
+    engine.add("a", PROMPT, sampling=SamplingParams(max_tokens=4, **{field: 0.5}))  # type: ignore[arg-type]
+    engine.add("b", [6, 5], max_tokens=9)
+    engine.step()
+    assert engine.scheduler.schedule_ahead() is None
+    engine.run()
+    assert engine.num_ahead > 3, "the other one is alone at the end"
+
+
+def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
+    engine = start(num_blocks=5, block_size=2, caching=False)
+    engine.add("a", [1, 2, 3], max_tokens=5)
+    engine.add("b", [3, 2, 1], max_tokens=5)
+    engine.step()
+    engine.step()
+    assert engine.scheduler.schedule_ahead() is None
+    engine.step()
+    assert engine.scheduler.stats().preemptions == 1
+    engine.run()
+    for name, prompt in (("a", [1, 2, 3]), ("b", [3, 2, 1])):
+        assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
+
+
+def test_a_prompt_that_is_being_computed_is_not_computed_twice() -> None:
+    prompt = [1] * 8 + [2] * 7
+    engine = start(max_num_batched_tokens=64)
+    engine.add("a", prompt, max_tokens=2)
+    engine.step()
+    engine.add("b", prompt, max_tokens=2)
+    plan = engine.step()
+    assert [item.num_tokens for item in plan.scheduled] == [1]
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 12
+    assert engine.runners[0].num_computed_tokens == 15 + 1 + 3 + 1
+
+
+def test_a_lease_is_granted_and_prompts_follow_without_a_gap() -> None:
+    engine = start()
+    for name in "abc":
+        engine.add(name, [*PROMPT, ord(name) % 7], max_tokens=1, do_remote_decode=True)
+        engine.step()
+    engine.run()
+    assert engine.num_ahead >= 2
+    for name in "abc":
+        assert engine.finished[name].remote_kv is not None
+        engine.end_lease(name)
+    engine.run()
+
+
+def test_full_blocks_go_to_host_memory_while_the_next_step_runs() -> None:
+    engine = start(num_chunks=20)
+    engine.add("a", PROMPT, max_tokens=20)
+    while len(engine.stores) < 3:
+        engine.step()
+    assert engine.in_flight
+    engine.run_all()
+    assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=20), 20)
+
+
+def test_no_two_plans_before_the_first_is_collected() -> None:
+    engine = start(groups=(FULL, sliding(3)))
+    engine.add("a", PROMPT, max_tokens=9)
+    engine.step()
+    with pytest.raises(AssertionError):
+        engine.scheduler.schedule()
