@@ -15,7 +15,7 @@ from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_
 from pdlaunch.cli.bench_serve import serve
 from pdlaunch.cli.bench_values import read_names, read_numbers, read_pairs, read_sizes
 from pdlaunch.config.aliases import resolve_model
-from pdlaunch.config.models import ConnectorName, MooncakeProtocol
+from pdlaunch.config.models import ConnectorName, KVPath, MooncakeProtocol
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 
@@ -27,9 +27,11 @@ app.command("serve")(serve)
 
 
 _CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
+_PATHS: tuple[str, ...] = get_args(KVPath)
 _MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)
 _TRANSFER_HEADINGS = {
     "connector": "connector",
+    "path": "path",
     "tp_pair": "TP",
     "num_blocks": "blocks",
     "megabytes": "MB",
@@ -147,6 +149,7 @@ def offload(
 @app.command("transfer")
 def transfer(
     connectors: Annotated[str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")] = "nixl",
+    path: Annotated[str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")] = "auto",
     tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
     num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
     num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
@@ -156,12 +159,14 @@ def transfer(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
+    enable_cumem_allocator: Annotated[bool, typer.Option(help="KV caches on a GPU lie in CuMem pools.")] = False,
     mooncake_protocol: Annotated[str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")] = "tcp",
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
     arguments = {
         "connectors": read_names(connectors, _CONNECTORS),
+        "paths": read_names(path, _PATHS),
         "tp_pairs": read_pairs(tp_pairs),
         "num_blocks": read_numbers(num_blocks),
         "num_repeats": num_repeats,
@@ -171,6 +176,7 @@ def transfer(
         "block_size": block_size,
         "dtype": dtype,
         "device": device,
+        "enable_cumem_allocator": enable_cumem_allocator,
         "mooncake_protocol": read_names(mooncake_protocol, _MOONCAKE_PROTOCOLS)[0],
     }
     _print(_measure("pdlaunch.transfer.bench_transfer", arguments), output, _TRANSFER_HEADINGS)

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.bench_rank import BenchShape
+from pdlaunch.transfer.piece_copies import HostCopier, PieceCopier, Pieces
 
 
 class BareNixl:
@@ -97,9 +99,47 @@ class BareMooncake:
         return seconds
 
 
-BareKind = type[BareNixl] | type[BareMooncake]
-BARE: dict[str, BareKind] = {"nixl": BareNixl, "mooncake": BareMooncake}
-"""By connector; a file has no library of its own to compare with."""
+class BareCopy:
+    """Both caches in the reader's process, copied as the P2P path does: what is left is the side channel."""
+
+    reader_moves = True
+
+    def __init__(self, name: str, shape: BenchShape, device: str) -> None:
+        self._shape, self._device = shape, device
+
+    def address(self) -> Any:
+        """What the other side needs."""
+        return self._device
+
+    def connect(self, address: Any) -> None:
+        """Get ready to move blocks from the device of the other side."""
+        self._cache, self._source = self._shape.new_cache(self._device), self._shape.new_cache(address)
+        if self._device == "cpu":
+            self._copier: PieceCopier = HostCopier()
+            return
+        from pdlaunch.transfer.cuda_copies import new_cuda_copiers
+
+        self._cache[0].copy_(self._source[0])  # torch then lets the one device use the other's memory
+        torch.cuda.synchronize()
+        torch.cuda.set_device(torch.device(self._device))
+        self._copier = new_cuda_copiers(self._cache)[0]
+
+    def move(self, local: Sequence[int], remote: Sequence[int]) -> float:
+        """Seconds of one copy."""
+        size = self._shape.layout().block_bytes
+        ours, theirs = (
+            np.array(blocks, dtype=np.uint64) * np.uint64(size) + np.uint64(cache.data_ptr())
+            for blocks, cache in ((local, self._cache), (remote, self._source))
+        )
+        copy = self._copier.start(Pieces(ours, theirs, size))
+        while copy.state() == "pending":
+            time.sleep(0)
+        return copy.seconds()
+
+
+BareKind = type[BareNixl] | type[BareMooncake] | type[BareCopy]
+BARE: dict[str, BareKind] = {"nixl": BareNixl, "mooncake": BareMooncake, "p2p": BareCopy}
+"""By connector or path; a file has no library of its own to compare with."""
 
 
 def run_bare(

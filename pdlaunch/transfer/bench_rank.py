@@ -19,6 +19,9 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.memory.cumem_pools import open_memory_pools
+from pdlaunch.memory.kv_memories import open_kv_memory
+from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull, TransferEvent
@@ -53,8 +56,13 @@ class BenchShape:
 
     def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
         """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of random numbers."""
-        size = self.num_blocks, *self.layout(tp_size).block_shape()
-        return torch.randn(size, dtype=getattr(torch, self.dtype), device=device)
+        return self.new_shared_cache(PrivateKVMemory(torch.device(device)), tp_size)
+
+    def new_shared_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
+        """The same, in memory that peers may map."""
+        layout = self.layout(tp_size)
+        pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
+        return pages.view(self.num_blocks, *layout.block_shape()).normal_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,8 @@ class RankOptions:
     kv_transfer: KVTransferSettings
     engine_id: str
     keys: LaunchKeys
+    with_cumem: bool
+    """The KV cache lies in a CuMem pool; only on a GPU."""
 
     @property
     def engine(self) -> str:
@@ -138,6 +148,9 @@ class Rank:
         self._options = options
         shape, layout = options.shape, options.shape.layout(options.tp_size)
         torch.manual_seed(options.tp_rank)
+        device = torch.device(options.device)
+        pools = open_memory_pools(enabled=options.with_cumem, device=device)
+        memory = open_kv_memory(pools, device, shared=options.kv_transfer.maps_memory)
         self._worker = TransferWorker(
             context=SecureContext(options.keys),
             spec=(spec := _spec_of(options)),
@@ -146,11 +159,12 @@ class Rank:
             engine_id=options.engine_id,
             incarnation=1,
             layout=layout,
-            kv_cache=shape.new_cache(options.device, options.tp_size),
+            kv_cache=shape.new_shared_cache(memory, options.tp_size),
             model_digest="bench",
             total_kv_heads=shape.num_kv_heads,
             first_kv_head=options.tp_rank * layout.num_kv_heads,
             connector=new_connector(spec.kv_transfer, options.name, 1),
+            source=memory,
             wake=self._woken.set,
             report=self._reports.put,
         )
@@ -171,17 +185,19 @@ class Rank:
             address=Address(side_channel=self._worker.endpoint),
         )
 
-    def connect(self, entries: list[Entry], num_peers: int) -> None:
-        """Return when this many peers are ready to be read."""
+    def connect(self, entries: list[Entry], num_peers: int) -> set[str]:
+        """Return when this many peers are ready to be read, over which paths."""
         self._worker.update_registry(entries)
-        while num_peers:
+        paths: list[str] = []
+        while len(paths) < num_peers:
             match self._reports.get(timeout=START_TIMEOUT_S):
-                case PairReady():
-                    num_peers -= 1
+                case PairReady(path=path):
+                    paths.append(path)
                 case PairFailed(fatal=True) as failed:
                     raise TransferError(failed.error)
                 case _:
                     continue
+        return set(paths)
 
     def grant(self, command: GrantLease) -> None:
         """Returns before the checksums of the lease are there; a pull that is faster waits for them."""

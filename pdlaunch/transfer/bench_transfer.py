@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from pdlaunch.config.connector_environment import connector_environment
-from pdlaunch.config.models import ConnectorName, KVTransferSettings, MooncakeProtocol, Role
+from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, MooncakeProtocol, Role
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -41,6 +41,8 @@ class TransferTiming:
     """Gigabytes a second of one kind of pull."""
 
     connector: str
+    path: str
+    """That the handshake has chosen."""
     tp_pair: str
     num_blocks: int
     megabytes: float
@@ -55,6 +57,7 @@ class TransferTiming:
 def bench_transfer(
     *,
     connectors: Sequence[ConnectorName] = ("nixl",),
+    paths: Sequence[KVPath] = ("auto",),
     tp_pairs: Sequence[TPPair] = ((1, 1),),
     num_blocks: Sequence[int] = (16, 128),
     num_repeats: int = 10,
@@ -64,27 +67,44 @@ def bench_transfer(
     block_size: int = 16,
     dtype: DType = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
+    enable_cumem_allocator: bool = False,
     mooncake_protocol: MooncakeProtocol = "tcp",
 ) -> list[TransferTiming]:
-    """The default shape is that of the demo model. Raises TransferError, and ConfigError without a device."""
+    """The default shape is that of the demo model; ``paths`` are those of connector nixl.
+
+    Raises TransferError, and ConfigError without a device.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
+    place = _Place(device, enable_cumem_allocator and device == "cuda")
+    kinds = [(connector, path) for connector in connectors for path in (paths if connector == "nixl" else ("auto",))]
     rows = []
-    for connector in connectors:
+    for connector, path in kinds:
         for pair in tp_pairs:
-            with _settings(connector, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
-                ways = _ways(stack, settings, pair, shape, device)
+            with _settings(connector, path, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
+                used, ways = _ways(stack, settings, pair, shape, place)
                 for count in num_blocks:
                     seconds = _median_s(ways, *_blocks(shape, count), num_repeats)
-                    rows.append(_row(connector, pair, count, count * shape.layout().block_bytes, seconds))
+                    rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, seconds))
     return rows
 
 
-def _row(connector: str, pair: TPPair, num_blocks: int, num_bytes: int, seconds: Mapping[str, float]) -> TransferTiming:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where KV caches lie."""
+
+    device: str
+    with_cumem: bool
+
+
+def _row(
+    connector: str, path: str, pair: TPPair, num_blocks: int, num_bytes: int, seconds: Mapping[str, float]
+) -> TransferTiming:
     bare_s, unverified_s, pull_s = seconds.get("bare"), seconds["unverified"], seconds["pull"]
     return TransferTiming(
         connector=connector,
+        path=path,
         tp_pair=f"{pair[0]}x{pair[1]}",
         num_blocks=num_blocks,
         megabytes=round(num_bytes / 1e6, 2),
@@ -96,10 +116,11 @@ def _row(connector: str, pair: TPPair, num_blocks: int, num_bytes: int, seconds:
 
 
 @contextlib.contextmanager
-def _settings(connector: ConnectorName, mooncake_protocol: MooncakeProtocol) -> Iterator[KVTransferSettings]:
+def _settings(connector: ConnectorName, path: KVPath, mooncake_protocol: MooncakeProtocol) -> Iterator[KVTransferSettings]:
     with tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder:
         yield KVTransferSettings(
             connector=connector,
+            path=path,
             mooncake_protocol=mooncake_protocol,
             file_directory=folder if connector == "file" else None,
             lease_s=LEASE_S,
@@ -107,17 +128,16 @@ def _settings(connector: ConnectorName, mooncake_protocol: MooncakeProtocol) -> 
 
 
 def _ways(
-    stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str
-) -> dict[str, Way]:
-    """All of them at once, to be measured in turns: what else the machine does then hits all alike."""
-    ways: dict[str, Way] = {
-        "unverified": _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, device).pull,
-        "pull": _new_pair(stack, settings, pair, shape, device).pull,
-    }
-    bare = BARE.get(settings.connector)
+    stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place
+) -> tuple[str, dict[str, Way]]:
+    """The path in use, and all kinds at once, to be measured in turns: what else the machine does then hits all alike."""
+    unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
+    whole = _new_pair(stack, settings, pair, shape, place)
+    ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
+    bare = BARE.get("p2p" if settings.path == "p2p" else settings.connector)
     if bare is not None and pair == (1, 1) and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
-        ways["bare"] = _new_bare(stack, bare, settings, shape, device)
-    return ways
+        ways["bare"] = _new_bare(stack, bare, settings, shape, place.device)
+    return ", ".join(sorted(unverified.paths | whole.paths)), ways
 
 
 def _new_bare(stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, shape: BenchShape, device: str) -> Way:
@@ -143,14 +163,16 @@ def _new_bare(stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferS
     return move
 
 
-def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str) -> _Pair:
+def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place) -> _Pair:
     keys, engine_ids = new_launch_keys(), (draw_engine_id(), draw_engine_id())
     sides: list[list[Process]] = []
     roles: tuple[Role, Role] = ("prefill", "decode")
     for role, tp_size, engine_id in zip(roles, pair, engine_ids, strict=True):
         first = pair[0] if sides else 0
         options = [
-            RankOptions(role, rank, tp_size, _device(device, first + rank), shape, settings, engine_id, keys)
+            RankOptions(
+                role, rank, tp_size, _device(place.device, first + rank), shape, settings, engine_id, keys, place.with_cumem
+            )
             for rank in range(tp_size)
         ]
         sides.append([Process(run_rank, rank) for rank in options])
@@ -169,6 +191,8 @@ class _Pair:
         self._holders, self._pullers = holders, pullers
         self._engine_id, self._tp_size = engine_id, len(holders)
         self._num_pulls = 0
+        self.paths: set[str] = set()
+        """In use, once connected."""
 
     def connect(self, num_kv_heads: int) -> None:
         """Every puller shakes hands with every holder."""
@@ -182,7 +206,7 @@ class _Pair:
         for puller in self._pullers:
             puller.send("connect", entries, len(self._holders))
         for puller in self._pullers:
-            puller.wait()
+            self.paths |= puller.wait()
 
     def pull(self, local: list[int], remote: list[int]) -> float:
         """Seconds of one lease's pull by all ranks."""

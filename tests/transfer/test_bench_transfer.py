@@ -10,8 +10,9 @@ import sys
 def test_rows_of_a_small_benchmark() -> None:
     arguments = {
         "connectors": ["nixl", "file"],
+        "paths": ["nixl", "p2p"],
         "tp_pairs": [[1, 1]],
-        "num_blocks": [2, 8],
+        "num_blocks": [2],
         "num_repeats": 1,
         "num_layers": 2,
         "head_dim": 8,
@@ -20,7 +21,11 @@ def test_rows_of_a_small_benchmark() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert [(row["connector"], row["num_blocks"]) for row in rows] == [("nixl", 2), ("nixl", 8), ("file", 2), ("file", 8)]
+    assert [(row["connector"], row["path"]) for row in rows] == [
+        ("nixl", "nixl/UCX"),
+        ("nixl", "p2p/memfd"),
+        ("file", "file/safetensors"),
+    ]
     for row in rows:
         assert row["tp_pair"] == "1x1"
         assert row["unverified_gb_per_s"] >= 0
