@@ -169,10 +169,8 @@ class Peer:
         self._deadline_s = float("inf")
 
     def reconnect(self) -> None:
-        """A READ has failed: the connection is not to be trusted, make a new one."""
-        if self.departed:
-            self.lose("a READ of what it has left failed")
-        elif self._state is _State.READY:
+        """A READ has failed: the connection is not to be trusted, make a new one; to the dead there is no other."""
+        if self._state is _State.READY and not self.departed:
             self._retry_later("a READ has failed")
 
     def advance(self) -> None:

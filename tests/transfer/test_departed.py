@@ -220,14 +220,26 @@ def test_another_prompt_is_refused_as_ever(world, holder):
     assert "token hashes of request r differ" in world.finished().error
 
 
-def test_a_failed_read_ends_what_is_left(world, holder):
-    holder.holder.grant(grant("r", [4]))
+def test_a_failed_read_is_repeated_and_leaves_the_others_their_memory(world, holder):
+    for name in ("r", "s", "t"):
+        holder.holder.grant(grant(name, [4]))
     holder.die()
     registry_drops(world)
     world.fabric.failing = True
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
     assert not world.finished().ok
+    world.pulls.start(pull("q", holder.remote("s"), [1], num_attempts=2))
+    world.turn(1)
+    world.turn(1)
+    world.fabric.failing = False
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.num_retries) == (True, 1)
+    assert is_mapped(world)
+    world.pulls.start(pull("t", holder.remote("t"), [1]))
+    world.turn()
+    assert world.finished().ok
     assert not is_mapped(world)
 
 
