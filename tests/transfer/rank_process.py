@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.platform import tcp_sockets
@@ -39,6 +40,9 @@ class RankOptions:
     num_blocks: int = 32
     model_digest: str = "digest"
     environment: tuple[tuple[str, str], ...] = ()
+    device: str = "cpu"
+    with_cumem: bool = False
+    """On a GPU: the KV cache lies in a CuMem pool."""
 
     @property
     def name(self) -> str:
@@ -58,8 +62,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     import torch
 
     from pdlaunch.config.connector_environment import connector_environment
+    from pdlaunch.memory.cumem_pools import open_memory_pools
     from pdlaunch.memory.kv_memories import open_kv_memory
-    from pdlaunch.memory.pools import NoMemoryPools
     from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.connectors import new_connector
@@ -72,10 +76,16 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     layout = layout_of(
         options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim
     )
-    device = torch.device("cpu")
-    source = open_kv_memory(NoMemoryPools(), device, shared=options.spec.kv_transfer.maps_memory)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    pools = open_memory_pools(enabled=options.with_cumem, device=device)
+    source = open_kv_memory(pools, device, shared=options.spec.kv_transfer.maps_memory)
     kv_cache = allocate_kv_cache(layout, options.num_blocks, torch.float32, source)
-    kv_cache.copy_(random_cache(layout, options.num_blocks, options.seed))
+    if device.type == "cuda":
+        kv_cache.normal_(generator=torch.Generator(device).manual_seed(options.seed))
+    else:
+        kv_cache.copy_(random_cache(layout, options.num_blocks, options.seed))
     lock, happened = threading.Lock(), threading.Event()
 
     def send(kind: str, value: Any) -> None:
@@ -84,17 +94,25 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     going_on = threading.Event()
     going_on.set()
-    if options.spec.kv_transfer.path == "p2p":
+    if options.spec.kv_transfer.path == "p2p" and device.type == "cpu":
         connector = held_connector(options, going_on)
     else:
         connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
     if (faults := read_fault_plan(os.environ)) is not None:
         connector = FaultyConnector(connector, faults)
     victims: list[int] = []
+    doomed: list[int] = []
     start_read = connector.start_read
 
     def stop_and_start_read(peer: Any, read: Any) -> Any:
-        """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece."""
+        """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece.
+
+        Or kills it just after that.
+        """
+        if doomed:
+            handle = start_read(peer, read)
+            os.kill(doomed.pop(), signal.SIGKILL)
+            return handle
         if not victims:
             return start_read(peer, read)
         os.kill(victims.pop(), signal.SIGSTOP)
@@ -134,10 +152,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     actions: dict[str, Callable[..., Any]] = {
         "submit": worker.submit,
         "registry": worker.update_registry,
-        "blocks": lambda block_ids: kv_cache[block_ids].numpy(),
+        "blocks": lambda block_ids: kv_cache[block_ids].cpu().numpy(),
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
+        "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "stop_before_read": victims.append,
+        "kill_after_post": doomed.append,
         "go_on_reading": going_on.set,
         "open_listeners": open_listeners,
         "cpu_seconds": lambda: os.times().user + os.times().system,
@@ -171,6 +191,10 @@ def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:
 
     share = kv_cache[block_id, head].view(torch.uint8).view(-1)
     share[len(share) // 2] ^= 1
+
+
+def digest_of(kv_cache: Any) -> int:
+    return xxhash.xxh3_64_intdigest(kv_cache.cpu().numpy())
 
 
 def open_listeners() -> list[str]:

@@ -1,0 +1,161 @@
+"""The P2P path between GPUs: two processes, plain and CuMem memory, and the death of the one that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
+from pdlaunch.protocol.transfer import LeaseGranted, PullFinished
+from tests.transfer.fakes import spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+
+DEVICES = torch.cuda.device_count()
+TIMEOUT_S = 120.0
+NUM_BLOCKS = 512
+LARGE = {"num_blocks": NUM_BLOCKS, "num_heads": 4, "total_heads": 4, "num_layers": 64, "head_dim": 128}
+"""Blocks of 4 MiB; one READ of all of them: 5 ms at 400 GB/s."""
+
+pairs = pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(
+            ("cuda:0", "cuda:0"),
+            marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")],
+            id="one",
+        ),
+        pytest.param(
+            ("cuda:0", "cuda:1"),
+            marks=[pytest.mark.multi_gpu, pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")],
+            id="two",
+        ),
+    ],
+)
+memories = pytest.mark.parametrize("with_cumem", [False, True], ids=["plain", "cumem"])
+
+Start = Callable[..., RankHandle]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    keys: LaunchKeys = new_launch_keys()
+    started: list[RankHandle] = []
+
+    def start_rank(role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object) -> RankHandle:
+        spec = spec_of(role, name=f"{role}-0", path=path)
+        engine_id = {"prefill": "a", "decode": "b"}[role] * 32
+        base = RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, with_cumem=with_cumem)
+        started.append(RankHandle(replace(base, **options)))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start_rank
+    for rank in started:
+        rank.stop()
+
+
+def connect(puller: RankHandle, holder: RankHandle) -> PairReady:
+    puller.call("registry", [holder.entry(), puller.entry()])
+    ready: PairReady = puller.wait("report", PairReady, TIMEOUT_S)
+    return ready
+
+
+def finish(puller: RankHandle) -> PullFinished:
+    finished: PullFinished = puller.wait("event", PullFinished, TIMEOUT_S)
+    return finished
+
+
+@pairs
+@memories
+@pytest.mark.parametrize("path", ["p2p", "auto"])
+def test_bytes_are_equal(start: Start, devices: tuple[str, str], with_cumem: bool, path: str) -> None:
+    holder, puller = start("prefill", devices[0], with_cumem, path=path), start("decode", devices[1], with_cumem, path=path)
+    ready = connect(puller, holder)
+    assert ready.gigabytes_per_s is not None
+    if path == "p2p":
+        assert ready.path.split("/")[1] in (("posix_fd", "fabric") if with_cumem else ("cuda_ipc",))
+    elif with_cumem:
+        assert ready.gigabytes_per_s > 2, f"the 0.6 GB/s cliff was chosen: {ready}"
+    holder.submit(grant("r", [3, 1, 4, 15]))
+    puller.submit(pull("p", holder.remote("r"), [9, 2, 6, 5]))
+    finished = finish(puller)
+    assert finished.ok, finished.error
+    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
+
+
+@pairs
+@memories
+def test_heads_of_ranks_of_another_tp_size(start: Start, devices: tuple[str, str], with_cumem: bool) -> None:
+    """Pieces of one head each, out of and into blocks of three."""
+    spec = spec_of("prefill", name="prefill-0", path="p2p", tp_size=3)
+    holders = [start("prefill", devices[0], with_cumem, spec=spec, tp_rank=tp_rank, num_heads=1) for tp_rank in range(3)]
+    puller = start("decode", devices[1], with_cumem)
+    puller.call("registry", [*(holder.entry() for holder in holders), puller.entry()])
+    for _ in holders:
+        puller.wait("report", PairReady, TIMEOUT_S)
+    for holder in holders:
+        holder.submit(grant("r", [3, 8, 5]))
+    puller.submit(pull("p", holders[0].remote("r"), [30, 2, 17]))
+    finished = finish(puller)
+    assert finished.ok, finished.error
+    there = np.concatenate([holder.blocks([3, 8, 5]) for holder in holders], axis=1)
+    np.testing.assert_array_equal(puller.blocks([30, 2, 17]), there)
+
+
+@pairs
+@memories
+def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(start: Start, devices: tuple[str, str], with_cumem: bool) -> None:
+    """CuMem memory by descriptor outlives its owner: that pull is finished from it. Either way the next holder is read."""
+    holder, puller = start("prefill", devices[0], with_cumem, **LARGE), start("decode", devices[1], with_cumem, **LARGE)
+    ready = connect(puller, holder)
+    blocks = list(range(NUM_BLOCKS))
+    holder.submit(grant("r", blocks[::-1], lease_s=TIMEOUT_S))
+    holder.wait("event", LeaseGranted, TIMEOUT_S)
+    expected = holder.call("digest", True)
+    puller.call("kill_after_post", holder.process.pid)
+    puller.submit(pull("p", holder.remote("r"), blocks, timeout_s=TIMEOUT_S))
+    holder.process.join(TIMEOUT_S)
+    puller.call("registry", [puller.entry()])
+    finished = finish(puller)
+    if ready.path.startswith("p2p/posix_fd"):
+        assert finished.ok, finished.error
+        assert puller.call("digest", False) == expected
+    second = start("prefill", devices[0], with_cumem, **LARGE, incarnation=2, engine_id="e" * 32)
+    assert connect(puller, second).peer_incarnation == 2
+    second.submit(grant("r", [5, 6]))
+    puller.submit(pull("again", second.remote("r"), [7, 8], timeout_s=TIMEOUT_S))
+    again = finish(puller)
+    assert again.ok, again.error
+    np.testing.assert_array_equal(puller.blocks([7, 8]), second.blocks([5, 6]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize("piece_bytes", [48, 4096, 65536, 3 * 2**20])
+def test_every_way_to_copy_brings_the_same_bytes(piece_bytes: int) -> None:
+    from pdlaunch.transfer.cuda_copies import new_cuda_copiers
+    from pdlaunch.transfer.piece_copies import Pieces
+
+    device, num_slots, random = torch.device("cuda", 0), 16, np.random.default_rng(1)
+    source = torch.randint(0, 256, (num_slots, piece_bytes), dtype=torch.uint8, device=device)
+    to, of = random.permutation(num_slots)[:9], random.permutation(num_slots)[:9]
+    for copier in new_cuda_copiers(source):
+        found = torch.zeros_like(source)
+        torch.cuda.synchronize()
+        sides = (
+            slots.astype(np.uint64) * np.uint64(piece_bytes) + np.uint64(memory.data_ptr())
+            for slots, memory in ((to, found), (of, source))
+        )
+        pieces = Pieces(*sides, piece_bytes)
+        assert copier.supports(pieces)
+        copy = copier.start(pieces)
+        while copy.state() == "pending":
+            continue
+        assert copy.state() == "done"
+        assert copy.seconds() > 0
+        assert torch.equal(found[to], source[of]), copier.name
+        copier.close()
