@@ -69,6 +69,7 @@ _FLAGS = (
     _Flag("enable-cumem-allocator", bool, "Allocate weights and KV cache from CuMem pools."),
     _Flag("enable-sleep-mode", bool, "Sleep and wake engines; turns the CuMem allocator on."),
     _Flag("enforce-eager", bool, "Run decode steps on a GPU without CUDA graphs."),
+    _Flag("async-scheduling", bool, "Prepare a GPU's next step while one runs (on); --no-async-scheduling."),
     _Flag("host", str, "Address of the router (127.0.0.1).", panel="Deployment"),
     _Flag("port", int, "Port of the router, 0 for a free one (8000).", panel="Deployment"),
     _Flag("api-key", str, "Key that clients must send; PDLAUNCH_API_KEY keeps it out of ps.", "KEY", "Deployment"),

@@ -70,6 +70,7 @@ class EngineSettings(FrozenModel):
     enable_cumem_allocator: bool | None = Field(None, description="Allocate weights and KV cache from CuMem pools.")
     enable_sleep_mode: bool = Field(False, description="Sleep and wake engines; turns the CuMem allocator on.")
     enforce_eager: bool = Field(False, description="Run decode steps on a GPU without CUDA graphs.")
+    async_scheduling: bool = Field(True, description="Prepare the next step of a GPU on the CPU while one runs.")
     max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
     max_num_batched_tokens: int | None = Field(None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU.")
     device: Device = "auto"
@@ -95,6 +96,7 @@ class RoleSettings(FrozenModel):
     enable_cumem_allocator: bool | None = None
     enable_sleep_mode: bool | None = None
     enforce_eager: bool | None = None
+    async_scheduling: bool | None = None
     max_num_seqs: int | None = Field(None, gt=0)
     max_num_batched_tokens: int | None = Field(None, gt=0)
     device: Device | None = None

@@ -27,6 +27,7 @@ FLAG_PATHS: Mapping[str, str] = MappingProxyType(
         "enable-cumem-allocator": "enable_cumem_allocator",
         "enable-sleep-mode": "enable_sleep_mode",
         "enforce-eager": "enforce_eager",
+        "async-scheduling": "async_scheduling",
         "host": "host",
         "port": "port",
         "api-key": "api_key",

@@ -77,6 +77,7 @@ def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, 
         kv_transfer=config.kv_transfer,
         limits=config.limits,
         enforce_eager=settings.enforce_eager,
+        async_scheduling=settings.async_scheduling and not on_cpu,
     )
 
 

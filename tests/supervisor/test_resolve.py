@@ -50,6 +50,7 @@ def test_everything_is_derived_on_a_cpu(model: Path) -> None:
     assert spec.kv_cache_memory_bytes == 1024**3
     assert spec.served_model_name == "tiny"
     assert not spec.enable_cumem_allocator
+    assert not spec.async_scheduling, "a CPU that computes prepares nothing meanwhile"
 
 
 def test_everything_is_derived_on_gpus(model: Path) -> None:
@@ -58,6 +59,9 @@ def test_everything_is_derived_on_gpus(model: Path) -> None:
     assert (spec.device, spec.device_indices) == ("cuda", (1,))
     assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory_bytes) == ("bfloat16", 8192, None)
     assert spec.enable_cumem_allocator
+    assert spec.async_scheduling
+    specs = resolve(GPU, model=str(model), decode={"async_scheduling": False})
+    assert [specs[name].async_scheduling for name in ("prefill-0", "decode-0")] == [True, False]
 
 
 @pytest.mark.parametrize(

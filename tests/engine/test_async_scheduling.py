@@ -1,0 +1,282 @@
+"""The step loop with ``async_scheduling``: the same tokens as without, from a real model, and the order of what it does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.sampler import SampleRow, draw_tokens
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams, TokenOutput, ToRank
+from pdlaunch.protocol.transfer import GrantLease
+from tests.engine.hand_scheduler import ignore_progress, make_spec
+from tests.engine.test_leader import Recorder, make_leader
+from tests.models.tiny import greedy, save_tiny_model
+
+
+class CountingRunner(ModelRunner):
+    """Knows how often a step was launched while another one ran."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec, tp=None, progress=ignore_progress)
+        self.num_running = 0
+        self.num_ahead = 0
+
+    def launch(self, plan: StepPlan) -> Any:
+        self.num_ahead += bool(plan.scheduled and self.num_running)
+        self.num_running += bool(plan.scheduled)
+        return super().launch(plan)
+
+    def collect(self, step: Any) -> StepOutput:
+        self.num_running -= 1
+        return super().collect(step)
+
+
+class Engine:
+    """A leader with a real model; the server's messages come at the turns that the test says."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.runner = CountingRunner(spec)
+        self.runner.warm_up()
+        self.runner.num_ahead = self.runner.num_running = 0
+        self.scheduler = Scheduler(
+            groups=self.runner.layout.groups,
+            num_blocks=min(60, self.runner.num_blocks),
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            max_model_len=spec.max_model_len,
+            enable_prefix_caching=True,
+            model_digest="m",
+            kv_transfer=KVTransferSettings(),
+            local=("engine", "127.0.0.1", 1, 1),
+        )
+        self.server = Recorder([])
+        transfer: Any = self.server
+        server: Any = self.server
+        self.leader = Leader(
+            spec=spec,
+            engine_id="engine",
+            incarnation=1,
+            runner=self.runner,
+            transfer=transfer,
+            scheduler=self.scheduler,
+            server=server,
+            followers=None,
+        )
+
+    def run(self, arrivals: dict[int, list[ToRank]]) -> dict[str, tuple[str, list[TokenOutput]]]:
+        """``arrivals`` by turn. Returns how each request ended, and its tokens."""
+        turn = 0
+        while arrivals.keys() - set(range(turn)) or self.leader.wait_s() == 0:
+            self.server.requests = arrivals.get(turn, [])
+            self.leader.turn()
+            self.scheduler.check_integrity()
+            turn += 1
+        tokens: dict[str, list[TokenOutput]] = {}
+        reasons: dict[str, str] = {}
+        for item in self.server.told:
+            if not isinstance(item, GrantLease):
+                assert item.request_id not in reasons  # type: ignore[attr-defined]
+                tokens.setdefault(item.request_id, []).extend(item.tokens)  # type: ignore[attr-defined]
+            if isinstance(item, RequestFinished):
+                reasons[item.request_id] = item.reason
+        return {request_id: (reasons[request_id], tokens[request_id]) for request_id in reasons}
+
+
+def random_requests(seed: int) -> dict[int, list[ToRank]]:
+    """Of every kind, some of which stop early or are aborted, at random turns."""
+    draw = random.Random(seed)
+    arrivals: dict[int, list[ToRank]] = {}
+    stem = [draw.randrange(3, 199) for _ in range(20)]
+    for index in range(12):
+        prompt = stem[: draw.randrange(20)] + [draw.randrange(3, 199) for _ in range(draw.randrange(1, 9))]
+        sampling = SamplingParams(
+            max_tokens=draw.choice([1, 5, 20, 30]),
+            temperature=draw.choice([0.0, 0.0, 0.8, 1.3]),
+            top_p=draw.choice([1.0, 0.9]),
+            top_k=draw.choice([0, 0, 30]),
+            min_p=draw.choice([0.0, 0.05]),
+            min_tokens=draw.choice([0, 4]),
+            logit_bias=draw.choice([{}, {}, {7: 2.0}]),
+            repetition_penalty=draw.choice([1.0] * 7 + [1.2]),
+            stop_token_ids=tuple(draw.sample(range(199), draw.choice([0, 10]))),
+            seed=draw.getrandbits(64),
+            num_top_logprobs=draw.choice([None, None, 0, 3]),
+        )
+        message = AddRequest(
+            request_id=f"request-{index}/0",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            do_remote_decode=draw.random() < 0.2,
+        )
+        turn = draw.randrange(25)
+        arrivals.setdefault(turn, []).append(message)
+        if index % 5 == 4:
+            arrivals.setdefault(turn + draw.randrange(1, 8), []).append(AbortRequest(request_id=message.request_id))
+    return arrivals
+
+
+@pytest.mark.parametrize(("name", "seeds"), [("llama", (0, 1)), ("gemma3", (2,))])
+def test_tokens_do_not_depend_on_running_ahead(name: str, seeds: tuple[int, ...], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    directory = save_tiny_model(name, tmp_path)
+    for seed in seeds:
+        answers = []
+        for async_scheduling in (False, True):
+            spec = make_spec(directory, async_scheduling=async_scheduling, max_num_seqs=5)
+            engine = Engine(spec)
+            answers.append(engine.run(random_requests(seed)))
+            assert (engine.runner.num_ahead > 15) == async_scheduling
+        alone, ahead = answers
+        assert alone.keys() == ahead.keys()
+        for request_id, (reason, tokens) in alone.items():
+            if "abort" in (reason, ahead[request_id][0]):
+                # An abort meets the request after another number of tokens.
+                assert all(one == other for one, other in zip(token_ids(tokens), token_ids(ahead[request_id][1]), strict=False))
+                continue
+            assert ahead[request_id][0] == reason
+            assert token_ids(ahead[request_id][1]) == token_ids(tokens)
+            for one, other in zip(ahead[request_id][1], tokens, strict=True):
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def token_ids(tokens: list[TokenOutput]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def test_greedy_tokens_are_those_of_generate(tmp_path: Path) -> None:
+    directory = save_tiny_model("llama", tmp_path)
+    prompts = [[5 + length % 90] * length for length in (3, 11, 1, 17)]
+    sampling = SamplingParams(max_tokens=14, temperature=0.0)
+    arrivals: dict[int, list[ToRank]] = {
+        2 * index: [AddRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)]
+        for index, prompt in enumerate(prompts)
+    }
+    answers = Engine(make_spec(directory, async_scheduling=True)).run(arrivals)
+    assert [token_ids(answers[str(index)][1]) for index in range(4)] == greedy(directory, prompts, 14)
+
+
+def test_unknown_tokens_are_looked_up_by_the_order_in_which_they_were_drawn() -> None:
+    latest = LatestTokens(vocab_size=10, max_rows=3, device=torch.device("cpu"))
+    latest.keep(torch.tensor([7, 4]))
+    assert latest.look_up(torch.tensor([0, 11, 9, 10], dtype=torch.int32)).tolist() == [0, 4, 9, 7]
+
+
+class OrderRecorder(Recorder):
+    """Also writes down when steps are launched and collected."""
+
+    def launch(self, plan: StepPlan) -> StepPlan:
+        if plan.scheduled:
+            self.told.append(f"launch {plan.step_id}")
+        return plan
+
+    def collect(self, plan: StepPlan) -> StepOutput:
+        self.told.append(f"collect {plan.step_id}")
+        return super().collect(plan)
+
+    @property
+    def order(self) -> list[str]:
+        return [item if isinstance(item, str) else type(item).__name__ for item in self.told]
+
+
+def add(request_id: str, max_tokens: int, **fields: object) -> AddRequest:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return AddRequest(request_id=request_id, prompt_token_ids=[1, 2, 3], sampling=sampling, **fields)  # type: ignore[arg-type]
+
+
+def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
+    recorder = OrderRecorder([add("a", 3)])
+    leader = make_leader(recorder, async_scheduling=True)
+    while leader.wait_s() == 0 or recorder.requests:
+        leader.turn()
+    assert recorder.order == [
+        *("launch 0", "launch 1", "collect 0", "Tokens"),
+        *("launch 2", "collect 1", "Tokens"),
+        *("collect 2", "RequestFinished"),
+    ]
+
+
+def test_an_arrival_waits_for_no_step_that_was_not_launched_before_it() -> None:
+    recorder = OrderRecorder([add("a", 9)])
+    leader = make_leader(recorder, async_scheduling=True)
+    for _ in range(3):
+        leader.turn()
+    recorder.told.clear()
+    recorder.requests = [add("b", 1)]
+    leader.turn()
+    leader.turn()
+    assert recorder.order[:2] == ["launch 3", "collect 2"]
+    finished = [item for item in recorder.told if isinstance(item, RequestFinished)]
+    assert [item.request_id for item in finished] == ["b"]
+
+
+def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None:
+    recorder = OrderRecorder([add("a", 9), add("b", 1, do_remote_decode=True)])
+    leader = make_leader(recorder, async_scheduling=True)
+    leader.turn()
+    leader.turn()
+    assert recorder.order == ["launch 0", "launch 1", "collect 0", "GrantLease", "Tokens", "RequestFinished"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_drawing_on_a_gpu_makes_nobody_wait() -> None:
+    """But for penalties; and draws what the CPU draws."""
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(3)) * 3
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_p": 0.8, "num_top_logprobs": 2},
+        {"temperature": 1.1, "top_k": 20},
+        {"temperature": 1.0, "min_p": 0.1, "logit_bias": {5: 3.0}},
+        {"temperature": 0.7, "min_tokens": 9, "eos_token_ids": (4,), "num_top_logprobs": 0},
+        {"temperature": 0.0, "min_tokens": 9},
+    ]
+    rows = [SampleRow(SamplingParams(max_tokens=9, seed=index, **kind), _ids(), 2) for index, kind in enumerate(kinds)]
+    expected = draw_tokens(logits, rows).collect()
+    on_device = logits.cuda()
+    draw_tokens(on_device, rows).collect()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = draw_tokens(on_device, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(drawn.collect(), expected, strict=True):
+        assert one.token_id == other.token_id
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token_id for token_id, _ in one.top_logprobs] == [token_id for token_id, _ in other.top_logprobs]
+
+
+def _ids() -> Any:
+    return torch.tensor([1, 2, 3]).numpy()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(name: str, enforce_eager: bool, tmp_path: Path) -> None:
+    directory = save_tiny_model(name, tmp_path)
+    answers = []
+    for async_scheduling in (False, True):
+        spec = make_spec(
+            directory,
+            device="cuda",
+            device_indices=(0,),
+            enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
+            max_num_seqs=5,
+        )
+        answers.append(Engine(spec).run(random_requests(1)))
+    alone, ahead = ({key: token_ids(tokens) for key, (reason, tokens) in one.items() if reason != "abort"} for one in answers)
+    assert {key: ahead[key] for key in alone.keys() & ahead.keys()} == {key: alone[key] for key in alone.keys() & ahead.keys()}
