@@ -132,7 +132,8 @@ class RankProcess:
         while not self._stopped:
             self._wait(poller, leader.wait_s())
             leader.turn()
-            if leader.ready and not said_ready:
+            # Routers send requests from now on: a server without its rank 0 would refuse them.
+            if leader.ready and server.connected and not said_ready:
                 said_ready = True
                 self._control.send(Ready(info={"num_blocks": str(runner.num_blocks), "dtype": spec.dtype}))
         if followers is not None:

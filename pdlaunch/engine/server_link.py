@@ -21,6 +21,11 @@ class ServerLink:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
         self._server: bytes | None = None
 
+    @property
+    def connected(self) -> bool:
+        """A server has said Hello."""
+        return self._server is not None
+
     def receive(self) -> list[ToRank]:
         """What has arrived, in order; never blocks."""
         messages: list[ToRank] = []
