@@ -39,6 +39,8 @@ _TRANSFER_HEADINGS = {
     "unverified_gb_per_s": "unverified GB/s",
     "pull_gb_per_s": "pull GB/s",
     "ratio": "unverified/bare",
+    "overhead_us": "overhead us",
+    "checksum_percent": "checksums %",
 }
 _STEP_HEADINGS = {
     "kind": "step",

@@ -22,7 +22,7 @@ from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
-from pdlaunch.transfer.bench_bare import BARE, BareKind, run_bare
+from pdlaunch.transfer.bench_bare import BARE, BareKind, parts_of, run_bare
 from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, RankOptions, run_rank
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.mapping import map_sources
@@ -47,11 +47,15 @@ class TransferTiming:
     num_blocks: int
     megabytes: float
     bare_gb_per_s: float | None
-    """None: no bare loop for this connector or TP pair."""
+    """None: this connector has no library of its own."""
     unverified_gb_per_s: float
     pull_gb_per_s: float
     ratio: float | None
     """Of the pull without checksums to the bare loop."""
+    overhead_us: int | None
+    """What the pull without checksums takes beyond the bare loop."""
+    checksum_percent: float
+    """What checksums add to the time of the pull without them."""
 
 
 def bench_transfer(
@@ -112,6 +116,8 @@ def _row(
         unverified_gb_per_s=round(num_bytes / 1e9 / unverified_s, 3),
         pull_gb_per_s=round(num_bytes / 1e9 / pull_s, 3),
         ratio=None if bare_s is None else round(bare_s / unverified_s, 3),
+        overhead_us=None if bare_s is None else round((unverified_s - bare_s) * 1e6),
+        checksum_percent=round((pull_s / unverified_s - 1) * 100, 1),
     )
 
 
@@ -135,30 +141,43 @@ def _ways(
     whole = _new_pair(stack, settings, pair, shape, place)
     ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
     bare = BARE.get("p2p" if settings.path == "p2p" else settings.connector)
-    if bare is not None and pair == (1, 1) and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
-        ways["bare"] = _new_bare(stack, bare, settings, shape, place.device)
+    if bare is not None and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
+        ways["bare"] = _new_bare(stack, bare, settings, pair, shape, place.device)
     return ", ".join(sorted(unverified.paths | whole.paths)), ways
 
 
-def _new_bare(stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, shape: BenchShape, device: str) -> Way:
+def _new_bare(
+    stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str
+) -> Way:
     """Its processes are stopped between two turns: NIXL's own settings let a thread of each spin."""
     environment = connector_environment(settings)
-    holder, reader = (Process(run_bare, kind, name, shape, _device(device, i), environment) for i, name in enumerate("ab"))
-    stack.callback(holder.stop)
-    stack.callback(reader.stop)
-    addresses = holder.call("address"), reader.call("address")
-    mover, address = (reader, addresses[0]) if kind.reader_moves else (holder, addresses[1])
-    mover.call("connect", address)
-    holder.pause()
-    reader.pause()
+    sides = [
+        [
+            Process(run_bare, kind, f"{side}{rank}", shape, _device(device, first + rank), tp_size, environment)
+            for rank in range(tp_size)
+        ]
+        for side, first, tp_size in (("holder", 0, pair[0]), ("reader", pair[0], pair[1]))
+    ]
+    processes = [process for side in sides for process in side]
+    for process in processes:
+        stack.callback(process.stop)
+    movers, others = reversed(sides) if kind.reader_moves else sides
+    addresses = [process.call("address") for process in others]
+    for mover in movers:
+        mover.call("connect", addresses)
+    for process in processes:
+        process.pause()
 
     def move(local: list[int], remote: list[int]) -> float:
-        holder.resume()
-        reader.resume()
-        seconds: float = mover.call("move", local, remote)
-        holder.pause()
-        reader.pause()
-        return seconds
+        parts = parts_of(shape, pair, local, remote, by_head=kind.by_head)
+        for process in processes:
+            process.resume()
+        for rank, mover in enumerate(movers):
+            mover.send("move", [part for part in parts if rank == (part.reader if kind.reader_moves else part.holder)])
+        seconds: list[float] = [mover.wait() for mover in movers]
+        for process in processes:
+            process.pause()
+        return max(seconds)
 
     return move
 

@@ -13,6 +13,7 @@ that its lease ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from pdlaunch.errors import HandshakeError
 
@@ -40,6 +41,7 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> range:
     raise HandshakeError(f"tensor_parallel_size {tp_size} does not fit {num_kv_heads} KV heads: one must divide the other")
 
 
+@cache
 def map_sources(*, num_kv_heads: int, holder_tp_size: int, puller_tp_size: int, puller_tp_rank: int) -> tuple[Source, ...]:
     """The holder ranks that one puller rank turns to, in ascending order; their heads are disjoint and cover the puller's own.
 

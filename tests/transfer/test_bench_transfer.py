@@ -6,6 +6,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from pdlaunch.transfer.bench_bare import parts_of
+from pdlaunch.transfer.bench_rank import BenchShape
+
 
 def test_rows_of_a_small_benchmark() -> None:
     arguments = {
@@ -30,4 +36,24 @@ def test_rows_of_a_small_benchmark() -> None:
         assert row["tp_pair"] == "1x1"
         assert row["unverified_gb_per_s"] >= 0
         assert row["pull_gb_per_s"] >= 0
-        assert (row["ratio"] is None) == (row["connector"] == "file")
+        assert (row["ratio"] is None) == (row["overhead_us"] is None) == (row["connector"] == "file")
+
+
+@pytest.mark.parametrize("pair", [(1, 1), (1, 3), (3, 1), (3, 3), (6, 3)])
+@pytest.mark.parametrize("by_head", [True, False])
+def test_bare_loops_move_each_head_of_each_block_once(pair, by_head):
+    shape = BenchShape(num_blocks=8, num_layers=2, num_kv_heads=3, head_dim=8, block_size=16, dtype="float32")
+    head_bytes = shape.layout().head_bytes
+    caches = [[shape.new_cache("cpu", tp_size).view(torch.uint8).view(-1) for _ in range(tp_size)] for tp_size in pair]
+    local, remote = [5, 0, 2], [1, 7, 4]
+    parts = parts_of(shape, pair, local, remote, by_head=by_head)
+    if by_head and pair[0] != pair[1]:
+        assert {part.piece_bytes for part in parts} == {head_bytes}
+    holders, readers = caches
+    for part in parts:
+        for here, there in zip(part.local, part.remote, strict=True):
+            readers[part.reader][here : here + part.piece_bytes] = holders[part.holder][there : there + part.piece_bytes]
+    replicas = max(1, pair[0] // 3)
+    ours = torch.cat([cache.view(8, -1, head_bytes)[local] for cache in readers], dim=1)
+    theirs = torch.cat([cache.view(8, -1, head_bytes)[remote] for cache in holders[::replicas]], dim=1)
+    assert torch.equal(ours, theirs)
