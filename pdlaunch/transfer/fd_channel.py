@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 32
 MAX_FDS = 64
-TIMEOUT_S = 2.0
-"""For an owner to hand its descriptors over; it takes well under a millisecond."""
+TIMEOUT_S = 5.0
+"""For an owner to hand its descriptors over, which takes well under a millisecond unless it was stopped."""
 
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from pdlaunch.errors import TransferError
+from pdlaunch.memory.batch_copies import Addresses
 from pdlaunch.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.platform.host_identity import host_identity
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.fd_channel import FdConnection, FdServer, fetch_fds
-from pdlaunch.transfer.piece_copies import Addresses, Copy, HostCopier, PieceCopier, Pieces
+from pdlaunch.transfer.piece_copies import Copy, HostCopier, PieceCopier, Pieces
 from pdlaunch.transfer.scratch import new_landing, piece_offsets
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pdlaunch.memory.batch_copies import Addresses
 from pdlaunch.transfer.connector import ReadState
 
 logger = logging.getLogger(__name__)
-
-Addresses = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
