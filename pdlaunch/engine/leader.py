@@ -84,8 +84,7 @@ class Leader:
         self._jobs = JobMerger(spec.tensor_parallel_size)
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
-        # Other ranks learn of a token only from the next plan.
-        self._runs_ahead = spec.async_scheduling and spec.tensor_parallel_size == 1
+        self._runs_ahead = spec.async_scheduling
         self._running: tuple[StepPlan, LaunchedStep] | None = None
         self._outputs: list[Tokens | RequestFinished] = []
         self._held = HeldAnswers(holds=wait_for_ranks is not None)

@@ -169,7 +169,8 @@ class RankProcess:
                             offload.submit(message.jobs)
                         if events := self._await_grants(transfer, message):
                             leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
-                        runner.execute(message)
+                        # Not collected: rank 0 learns of its own end, which needs ours.
+                        runner.launch(message)
             if report is not None:
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, sleep=report))
             if events := transfer.take_events():

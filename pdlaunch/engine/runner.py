@@ -15,6 +15,7 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, read_model_shape
+from pdlaunch.engine.device_copies import Download
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.rows import RowTable
@@ -115,12 +116,17 @@ class ModelRunner:
         packed = sorted(plan.scheduled, key=lambda item: item.num_tokens != 1)
         batch = self._rows.pack(packed)
         place = {item.row: index for index, item in enumerate(packed)}
-        sampled = [item for item in plan.scheduled if item.sample and self._tp_rank == 0]
-        logits, likeliest = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in sampled])
-        return self._draw(plan.step_id, logits, likeliest, sampled) if sampled else LaunchedStep(plan.step_id)
+        sampled = [item for item in plan.scheduled if item.sample]
+        drawn_here = sampled if self._tp_rank == 0 else []
+        logits, likeliest = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in drawn_here])
+        if not sampled:
+            return LaunchedStep(plan.step_id, ended=Download([], self._device))
+        return self._draw(plan.step_id, logits, likeliest, sampled) if drawn_here else self._expect(plan.step_id, sampled)
 
     def collect(self, step: LaunchedStep) -> StepOutput:
-        """Wait for the tokens of a launched step; in the order of launches."""
+        """Wait for the end of a launched step, in the order of launches; gives its tokens."""
+        if step.ended is not None:
+            step.ended.wait()
         tokens = [] if step.drawn is None else step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
             row.set(position, token.token_id)
@@ -227,9 +233,19 @@ class ModelRunner:
         sample_rows = [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows]
         drawn = draw_tokens(logits, sample_rows, likeliest)
         if self._latest is not None:
-            self._latest.keep(drawn.token_ids)
+            self._latest.keep(drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids))
         places = [(row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)]
-        return LaunchedStep(step_id, drawn, places)
+        return LaunchedStep(step_id, drawn, places=places)
+
+    def _expect(self, step_id: int, sampled: list[ScheduledRow]) -> LaunchedStep:
+        """On ranks other than 0: the next step may need what rank 0 draws before a plan tells of it."""
+        if self._latest is not None:
+            assert self._tp is not None
+            token_ids = torch.empty(len(sampled), dtype=torch.int64, device=self._device)
+            self._latest.keep(self._tp.broadcast(token_ids))
+            for index, item in enumerate(sampled):
+                self._rows[item.row].expect(self.shape.vocab_size + index)
+        return LaunchedStep(step_id, ended=Download([], self._device))
 
     def _clean(self, scheduled: list[ScheduledRow]) -> None:
         for first_slot, block_ids in self._rows.unclean_blocks(scheduled):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pdlaunch.engine.host_copy import HostCopy, upload
+from pdlaunch.engine.device_copies import Download, upload
 from pdlaunch.models.packed import IntArray
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
@@ -80,7 +80,7 @@ class DrawnTokens:
         num_tops = [row.sampling.num_top_logprobs for row in rows]
         self._num_tops = {index: num_top for index, num_top in enumerate(num_tops) if num_top is not None}
         told = [] if raw is None or not self._num_tops else _logprobs(raw, token_ids, self._num_tops)
-        self._copy = HostCopy([token_ids, *told])
+        self._copy = Download([token_ids, *told], token_ids.device)
 
     def collect(self) -> list[TokenOutput]:
         """In the order of the rows; waits until they are here."""

@@ -39,6 +39,12 @@ class TPGroup:
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every rank rank 0's ``tensor``, in place and in the order of the current stream."""
+        if self._group is not None:
+            dist.broadcast(tensor, src=0, group=self._group)
+        return tensor
+
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers, on every rank."""
         if self._group is None:

@@ -61,8 +61,10 @@ class FakeEngine:
         kv_transfer: KVTransferSettings | None = None,
         num_chunks: int = 0,
         runs_ahead: bool = False,
+        shares_tokens: bool = False,
     ) -> None:
-        """``num_chunks``: room of the host tier, which needs ``caching``; 0: there is none."""
+        """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot run ahead.
+        ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is none."""
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -79,7 +81,11 @@ class FakeEngine:
             local=("local-engine", "127.0.0.1", 5, tp_size),
             offload=OffloadPlanner(groups, block_size, HostTier(num_chunks, HeadSlice(0, 1))) if num_chunks else None,
         )
-        self.runners = [FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0) for tp_rank in range(tp_size)]
+        self.runners = [
+            FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0, expects=shares_tokens and tp_rank > 0)
+            for tp_rank in range(tp_size)
+        ]
+        self.can_run_ahead = shares_tokens or tp_size == 1
         self.host = [FakeHostMemory(runner) for runner in self.runners]
         self.runs_ahead = runs_ahead
         self.in_flight: deque[tuple[StepPlan, list[FakeStep]]] = deque()
@@ -142,9 +148,11 @@ class FakeEngine:
     def _collect_oldest(self) -> None:
         plan, steps = self.in_flight.popleft()
         self._scribble()
-        outputs = [runner.collect(step) for runner, step in zip(self.runners, steps, strict=True)]
+        output = self.runners[0].collect(steps[0])
+        for runner, step in zip(self.runners[1:], steps[1:], strict=True):
+            runner.collect(step, output.tokens)
         self._scribble()
-        self.scheduler.postprocess(plan, outputs[0])
+        self.scheduler.postprocess(plan, output)
         self.scheduler.check_integrity()
         self._check_leases()
         if self.in_flight:

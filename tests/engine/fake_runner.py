@@ -68,13 +68,23 @@ class FakeStep:
 
 
 class FakeRunner:
-    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0, which is the only one that runs ahead."""
+    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0. ``expects``: another rank that gets rank 0's tokens."""
 
-    def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int, max_num_seqs: int, samples: bool):
+    def __init__(
+        self,
+        groups: Sequence[KVCacheGroup],
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        samples: bool,
+        *,
+        expects: bool = False,
+    ):
         self.groups = groups
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.samples = samples
+        self.expects = expects
         self.memory: list[list[KV | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, FakeRow] = {}
         self.num_computed_tokens = 0
@@ -101,13 +111,14 @@ class FakeRunner:
             assert end <= row.num_tokens, "a rank is asked to compute a token that it does not know"
             assert item.sample == (end == row.num_tokens)
             assert not (row.num_unknown and row.sampling.presence_penalty), "the penalty is of a token that nobody knows"
-            row.num_unknown += item.sample and self.samples
+            row.num_unknown += item.sample and (self.samples or self.expects)
         step = FakeStep(plan, rows, [[dict(table) for table in row.block_tables] for row in rows])
         if plan.scheduled:
             self.launched.append(step)
         return step
 
-    def collect(self, step: FakeStep) -> StepOutput:
+    def collect(self, step: FakeStep, drawn: Sequence[TokenOutput] = ()) -> StepOutput:
+        """``drawn``: by rank 0, for a rank that ``expects``."""
         assert not step.rows or self.launched.popleft() is step, "steps end in the order in which they were launched"
         parts = list(zip(step.plan.scheduled, step.rows, step.tables, strict=True))
         written: set[tuple[int, int]] = set()
@@ -115,8 +126,11 @@ class FakeRunner:
             self._write_kv(item, row, tables, written)
         for item, row, tables in parts:
             self._check_reads(item, row, tables)
-        tokens = [self._sample(row) for item, row, _ in parts if item.sample and self.samples]
-        return StepOutput(step_id=step.plan.step_id, tokens=tokens)
+        sampled = [row for item, row, _ in parts if item.sample]
+        if self.expects:
+            for row, token in zip(sampled, drawn, strict=True):
+                self._learn(row, token.token_id)
+        return StepOutput(step_id=step.plan.step_id, tokens=[self._sample(row) for row in sampled if self.samples])
 
     def slot(self, tables: list[dict[int, int]], group: int, position: int) -> tuple[int, int]:
         return tables[group][position // self.block_size], position % self.block_size
@@ -161,6 +175,9 @@ class FakeRunner:
 
     def _sample(self, row: FakeRow) -> TokenOutput:
         token_id = next_token(row.chain, row.sampling, len(row.token_ids) - row.num_prompt_tokens)
+        self._learn(row, token_id)
+        return TokenOutput(token_id=token_id, logprob=-0.5)
+
+    def _learn(self, row: FakeRow, token_id: int) -> None:
         row.num_unknown -= 1
         self._write_tokens(row, len(row.token_ids), [token_id])
-        return TokenOutput(token_id=token_id, logprob=-0.5)

@@ -152,6 +152,28 @@ class HandScheduler:
                 self.free.append(block)
 
 
+def answer_ahead(runner: ModelRunner, prompt: list[int], num_tokens: int) -> list[int]:
+    """A greedy answer for which each step is launched before the one ahead of it is collected; empty but on rank 0."""
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+    num_groups, num_blocks = len(runner.layout.groups), -(-(len(prompt) + num_tokens) // BLOCK_SIZE)
+    new_row = NewRow(row=1, request_id="ahead", token_ids=prompt, num_prompt_tokens=len(prompt), sampling=sampling)
+    blocks = [
+        NewBlocks(row=1, group=group, first_block_index=0, block_ids=[group + num_groups * index for index in range(num_blocks)])
+        for group in range(num_groups)
+    ]
+    first = ScheduledRow(row=1, num_computed_tokens=0, num_tokens=len(prompt), sample=True)
+    launched = [runner.launch(StepPlan(step_id=0, new_rows=[new_row], new_blocks=blocks, scheduled=[first]))]
+    tokens: list[int] = []
+    for index in range(1, num_tokens):
+        start = len(prompt) + index - 1
+        row = ScheduledRow(row=1, num_computed_tokens=start, num_tokens=1, sample=True)
+        launched.append(runner.launch(StepPlan(step_id=index, scheduled=[row])))
+        tokens += [token.token_id for token in runner.collect(launched.pop(0)).tokens]
+    tokens += [token.token_id for token in runner.collect(launched.pop()).tokens]
+    runner.execute(StepPlan(step_id=num_tokens, freed_rows=[1]))
+    return tokens
+
+
 def make_requests(prompts: list[list[int]], num_tokens: int, *, chunk: int, apart: int = 0) -> list[Request]:
     """Greedy requests that start ``apart`` steps after each other."""
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)

@@ -32,6 +32,7 @@ class OffloadMachine(SchedulerMachine):
             tp_size=tp_size,
             kv_transfer=KVTransferSettings(),
             num_chunks=num_chunks,
+            shares_tokens=True,
         )
         self.aborted: set[str] = set()
 

@@ -52,8 +52,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         tp_size=st.sampled_from([1, 2]),
         on_failure=st.sampled_from(["recompute", "recompute", "fail"]),
         num_chunks=st.sampled_from([0, 3, 12, 100]),
+        shares_tokens=st.booleans(),
     )
-    def start(self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, on_failure, num_chunks):
+    def start(
+        self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, on_failure, num_chunks, shares_tokens
+    ):
         self.kv_transfer = KVTransferSettings(on_failure=on_failure)
         self.engine = FakeEngine(
             groups=groups,
@@ -66,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             tp_size=tp_size,
             kv_transfer=self.kv_transfer,
             num_chunks=num_chunks if caching else 0,
+            shares_tokens=shares_tokens,
         )
         self.aborted: set[str] = set()
 
@@ -130,8 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.collect()
 
     def run_ahead(self, ahead):
-        """Other ranks learn of a token only from the next plan: with them nothing runs ahead."""
-        self.engine.runs_ahead = ahead and len(self.engine.runners) == 1
+        self.engine.runs_ahead = ahead and self.engine.can_run_ahead
 
     @rule(
         choice=st.randoms(use_true_random=False),

@@ -56,11 +56,12 @@ def test_two_ranks_answer_as_generate_does(tmp_path: Path) -> None:
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (1, 4, 9, 15, 26)]
     directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen2", "gemma3")]
-    results = run_group(tmp_path, 2, directories, prompts)
+    results = run_group(tmp_path, 2, directories, prompts, async_scheduling=True)
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
         expected = greedy(directory, prompts, NUM_TOKENS)
         assert [answer["tokens"] for answer in answers] == [expected, expected]
+        assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)]
         shape = read_model_shape(directory)
         assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
         assert [answer["heads"] for answer in answers] == ([[0, 1], [1, 1]] if shape.num_kv_heads == 2 else [[0, 1], [0, 1]])
@@ -78,12 +79,13 @@ def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -
     """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
     prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
     directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
-    spec = {"device": "cuda", "device_indices": [0, 1], "enforce_eager": enforce_eager}
+    spec = {"device": "cuda", "device_indices": [0, 1], "enforce_eager": enforce_eager, "async_scheduling": True}
     results = run_group(tmp_path, 2, directories, prompts, **spec)
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
         expected = greedy(directory, prompts, NUM_TOKENS)
         assert [answer["tokens"] for answer in answers] == [expected, expected]
+        assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)]
         assert [answer["has_graphs"] for answer in answers] == [not enforce_eager] * 2
     assert [result["broadcast"] for result in results] == [bytes(range(16)).hex()] * 2
     assert [result["least"] for result in results] == [2**40 + 6] * 2

@@ -12,7 +12,7 @@ import torch
 
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
-from tests.engine.hand_scheduler import HandScheduler, ignore_progress, make_requests, make_spec
+from tests.engine.hand_scheduler import HandScheduler, answer_ahead, ignore_progress, make_requests, make_spec
 
 
 def main(
@@ -53,10 +53,12 @@ def answer(
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
     runner.warm_up()
     tokens = HandScheduler(runner, share=share).run(make_requests(prompts, num_tokens, chunk=7, apart=1))
+    ahead = [answer_ahead(runner, prompt, num_tokens) for prompt in prompts] if spec.async_scheduling else []
     parameters = sum(parameter.numel() for parameter in runner._model.parameters())
     heads = [runner.first_kv_head, runner.layout.num_kv_heads]
     return {
         "tokens": tokens,
+        "ahead": ahead,
         "num_parameters": parameters,
         "heads": heads,
         "digest": runner.model_digest,

@@ -1,4 +1,4 @@
-"""Results on their way from the device to the host, which goes on meanwhile."""
+"""Small copies between host and device that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 
 
-class HostCopy:
-    """Copies of small tensors of one device, begun behind the work that is queued there. On a CPU there is nothing to copy."""
+class Download:
+    """Copies of small tensors of ``device``, begun behind the work that is queued there. On a CPU there is nothing to copy."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._done: torch.cuda.Event | None = None
         self._tensors = [self._begin(tensor) for tensor in tensors]
-        if tensors and tensors[0].device.type == "cuda":
+        if device.type == "cuda":
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors on the host, as they were when the copy was begun."""
+        """The tensors on the host, as they were when the copy was begun; all work queued before it is done."""
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
