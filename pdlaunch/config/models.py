@@ -129,7 +129,7 @@ class KVTransferSettings(FrozenModel):
     connector: ConnectorName = "nixl"
     path: KVPath = Field(
         "auto",
-        description="What carries KV blocks with connector nixl: NIXL, or copies from the mapped memory of ranks of a host (p2p); "
+        description="What carries KV blocks with connector nixl: NIXL, or copies from mapped memory of ranks of a host (p2p); "
         "`auto` is what is faster at the handshake, for each pair.",
     )
     verify: Switch = Field(True, description="Compare checksums of pulled blocks; `off` only for measuring.")
