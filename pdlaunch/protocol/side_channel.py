@@ -171,22 +171,14 @@ class PushEnded(Message):
     error: str = ""
 
 
-class Release(Message):
-    """The request was cancelled before its pull began: the lease may end at once. Needs no answer."""
-
-    engine_id: Id
-    request_id: Id
-
-
 class Refused(Message):
     """The question cannot be answered; the asker treats it as a failed pull or handshake."""
 
     call_id: int
     reason: str
-    fatal: bool = False
 
 
-ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | Push | Release
+ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | Push
 ToPuller = HandshakeReply | PullReply | HeartbeatReply | PullEndReply | PushEnded | Refused
 
 to_holder: Codec[ToHolder] = Codec(ToHolder)

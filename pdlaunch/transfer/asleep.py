@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import zmq
 
 from pdlaunch.protocol.control import Entry
-from pdlaunch.protocol.side_channel import Refused, Release
+from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.transfer.handshake import RankIdentity
 from pdlaunch.transfer.side_channel import HolderSocket
@@ -41,8 +41,7 @@ class AsleepLoop:
     def turn(self) -> list[TransferEvent]:
         """Refuse what is asked; who asks tries again later."""
         for identity, message in self._socket.receive():
-            if not isinstance(message, Release):
-                self._socket.send(identity, Refused(call_id=message.call_id, reason=f"{self._name} is asleep"))
+            self._socket.send(identity, Refused(call_id=message.call_id, reason=f"{self._name} is asleep"))
         return []
 
     def register(self, poller: zmq.Poller) -> None:

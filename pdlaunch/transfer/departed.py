@@ -22,7 +22,6 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Push,
     Refused,
-    Release,
     ToHolder,
     ToPuller,
 )
@@ -84,7 +83,7 @@ class DepartedHolder:
         if self.socket is not None and not self._open():
             return []
         questions, self._questions = self._questions, []
-        return [answer for question in questions if (answer := self._answer(question)) is not None]
+        return [self._answer(question) for question in questions]
 
     def close(self) -> None:
         """Nothing is held here."""
@@ -104,7 +103,7 @@ class DepartedHolder:
         logger.info("%s has died; %d leases of it can still be read", self._name, len(self._leases))
         return True
 
-    def _answer(self, message: ToHolder) -> ToPuller | None:
+    def _answer(self, message: ToHolder) -> ToPuller:
         try:
             match message:
                 case PullBegin():
@@ -113,13 +112,9 @@ class DepartedHolder:
                     return HeartbeatReply(call_id=message.call_id, lease_s=self._leases.remaining_s(self._lease_of(message)))
                 case PullEnd():
                     return PullEndReply(call_id=message.call_id, held=self._end(message))
-                case Release():
-                    self._leases.release(message.request_id)
-                    return None
                 case Handshake() | Push():
                     return self._refuse(message.call_id, "only its memory is left")
         except LeaseError as error:
-            assert not isinstance(message, Release)
             return self._refuse(message.call_id, str(error))
 
     def _refuse(self, call_id: int, reason: str) -> Refused:

@@ -26,7 +26,6 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Push,
     Refused,
-    Release,
     ToHolder,
     ToPuller,
 )
@@ -146,7 +145,7 @@ class Holder:
         The grant of the latter may be on the way.
         """
         match message:
-            case PullBegin() | Heartbeat() | PullEnd() | Release():
+            case PullBegin() | Heartbeat() | PullEnd():
                 is_ours, request_id = message.engine_id == self._card.identity.engine_id, message.request_id
                 return is_ours and (request_id in self._hashing or not self._leases.knows(request_id))
             case _:
@@ -166,20 +165,19 @@ class Holder:
                 raise LeaseError(f"{identity.name}: there are no {message.num_heads} heads from {message.first_head} on")
         return PushJob(message.target, message.block_ids, range(message.first_head, message.first_head + message.num_heads))
 
-    def answer(self, message: ToHolder) -> ToPuller | None:
-        """The answer to a puller's message; None where it needs none."""
+    def answer(self, message: ToHolder) -> ToPuller:
+        """The answer to a puller's message."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         identity = self._card.identity
         if asked != identity.engine_id:
             reason = f"{identity.name} belongs to engine_id {identity.engine_id}, not to {asked}"
-            return None if isinstance(message, Release) else Refused(call_id=message.call_id, reason=reason)
+            return Refused(call_id=message.call_id, reason=reason)
         try:
             return self._answer(message)
         except LeaseError as error:
-            assert not isinstance(message, Release)
             return Refused(call_id=message.call_id, reason=f"{identity.name}: {error}")
 
-    def _answer(self, message: ToHolder) -> ToPuller | None:
+    def _answer(self, message: ToHolder) -> ToPuller:
         match message:
             case Handshake():
                 return self._introduce(message)
@@ -194,9 +192,6 @@ class Holder:
                 return PullEndReply(call_id=message.call_id, held=held)
             case Push():
                 raise LeaseError("the connector here does not write to its readers")
-            case Release():
-                self._leases.release(message.request_id)
-                return None
 
     def _introduce(self, message: Handshake) -> HandshakeReply:
         logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)

@@ -153,12 +153,6 @@ class LeaseTable:
         if not lease.open_readers:
             self._end(lease, "released")
 
-    def release(self, request_id: str) -> None:
-        """A reader says that it will not come. With several readers the others may: then only the deadline ends the lease."""
-        lease = self._leases.get(request_id)
-        if lease is not None and lease.num_readers == 1 and not lease.open_readers:
-            self._end(lease, "released")
-
     def expire(self) -> None:
         """End the leases whose deadline has passed."""
         now = self._clock()

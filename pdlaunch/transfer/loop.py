@@ -191,8 +191,8 @@ class TransferLoop:
         for identity, message in self._early.sift(self._socket.receive()):
             if isinstance(message, Push) and self._connector.pushes:
                 self._pushes.start(identity, message)
-            elif (answer := self._holder.answer(message)) is not None:
-                self._socket.send(identity, answer)
+            else:
+                self._socket.send(identity, self._holder.answer(message))
         for identity, ended in self._pushes.take_answers():
             self._socket.send(identity, ended)
         self._peers.advance()

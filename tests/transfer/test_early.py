@@ -23,8 +23,7 @@ class Desk:
     def ask(self, *messages: ToHolder) -> list[ToPuller]:
         """Send these; all answers that this brings."""
         due = self.early.sift([(b"reader", message) for message in messages])
-        answers = [self.rank.holder.answer(message) for _, message in due]
-        return [answer for answer in answers if answer is not None]
+        return [self.rank.holder.answer(message) for _, message in due]
 
     def begin(self, request_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
         return PullBegin(call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1)

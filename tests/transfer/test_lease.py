@@ -135,15 +135,6 @@ def test_cancel_waits_for_the_open_pull_and_admits_no_other(leases):
     assert leases.take_ended() == [("a", "released")]
 
 
-def test_release_by_one_of_two_readers_leaves_the_lease_to_the_other(leases):
-    leases.grant(grant_of("a", num_readers=2), GROUPS)
-    leases.release("a")
-    assert leases.take_ended() == []
-    leases.grant(grant_of("b"), GROUPS)
-    leases.release("b")
-    assert leases.take_ended() == [("b", "released")]
-
-
 def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
     leases.grant(grant_of("a"), GROUPS)
     leases.begin("a", "r", 1)

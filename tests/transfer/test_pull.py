@@ -689,7 +689,6 @@ def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
         answer = holder.holder.answer(question)
         assert isinstance(answer, Refused)
         assert answer.call_id == 7
-        assert not answer.fatal
     held = holder.holder.answer(PullEnd(**asked, engine_id=engine_id))
     assert held.held is False
     assert holder.holder.num_leases == 1
