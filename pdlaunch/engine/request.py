@@ -116,7 +116,7 @@ class Request:
     @property
     def num_to_schedule(self) -> int:
         """Tokens that no step computes yet; 1 while it decodes."""
-        return len(self.token_ids) + self.num_unknown - self.num_scheduled
+        return len(self.token_ids) + self.num_unknown - self.num_computed - self.num_in_flight
 
     @property
     def ends_in_flight(self) -> bool:

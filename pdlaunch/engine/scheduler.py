@@ -263,13 +263,14 @@ class Scheduler:
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
         self._kv.release_left(request.tables, request.num_computed)
+        start = request.num_scheduled
         num_tokens = min(request.num_to_schedule, step.budget)
-        if request.num_scheduled + num_tokens > request.tables.end * self._block_size:
+        if start + num_tokens > request.tables.end * self._block_size:
             while not (room := self._blocks.room(request)):
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
-            self._kv.extend(request.tables, request.num_scheduled + num_tokens)
+            self._kv.extend(request.tables, start + num_tokens)
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: StepDraft) -> None:

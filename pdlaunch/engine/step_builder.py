@@ -97,7 +97,7 @@ class StepBuilder:
                     row=row,
                     num_computed_tokens=start,
                     num_tokens=num_tokens,
-                    sample=num_tokens == request.num_to_schedule,
+                    sample=start + num_tokens == len(request.token_ids) + request.num_unknown,
                 )
             )
         return plan
