@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
+from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
@@ -69,13 +71,15 @@ def bench_step(
     device: Literal["cpu", "cuda"] = "cpu",
     load_format: LoadFormat = "auto",
     enforce_eager: bool = False,
+    async_scheduling: bool = False,
     buffer_bytes: int | None = None,
 ) -> list[StepTiming]:
     """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
-    ``load_format`` dummy needs only config.json. ``buffer_bytes``: with which the speed of memory is measured, by default more
-    than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is longer than
-    the model's.
+    ``load_format`` dummy needs only config.json. ``async_scheduling``: the engine's decode steps are launched while the one before
+    runs, and timed from one's tokens to the next one's. ``buffer_bytes``: with which the speed of memory is measured, by default
+    more than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is longer
+    than the model's.
     """
     shape = read_model_shape(model_dir)
     torch.set_num_threads(num_threads)
@@ -93,7 +97,8 @@ def bench_step(
     longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
     num_row_blocks = max(max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size))
     spec = _make_spec(Path(model_dir), shape, dtype, num_threads, block_size, device, max(batch_sizes), longest, num_row_blocks)
-    engine = _Engine(spec.model_copy(update={"load_format": load_format, "enforce_eager": enforce_eager}), decode_reach)
+    changes = {"load_format": load_format, "enforce_eager": enforce_eager, "async_scheduling": async_scheduling}
+    engine = _Engine(spec.model_copy(update=changes), decode_reach)
     engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
     engine_decode_s = [engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
     decode = [
@@ -195,13 +200,18 @@ class _Engine:
     def time_decode(self, batch_size: int, context_tokens: int, num_steps: int) -> float:
         self._runner.execute(self._admit(batch_size, context_tokens + 1, self._decode_reach))
         computed = iter(range(context_tokens, self._decode_reach))
+        launched: deque[LaunchedStep] = deque()
 
         def step() -> None:
             position = next(computed)
             rows = [ScheduledRow(row=row, num_computed_tokens=position, num_tokens=1, sample=True) for row in range(batch_size)]
-            self._runner.execute(StepPlan(step_id=0, scheduled=rows))
+            launched.append(self._runner.launch(StepPlan(step_id=0, scheduled=rows)))
+            if len(launched) > self._spec.async_scheduling:
+                self._runner.collect(launched.popleft())
 
         seconds = _median_s(step, num_steps)
+        for left in launched:
+            self._runner.collect(left)
         self._runner.execute(StepPlan(step_id=0, freed_rows=[*range(batch_size)]))
         return seconds
 

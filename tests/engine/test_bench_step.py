@@ -34,6 +34,20 @@ def test_one_row_for_prefill_and_one_for_each_batch_size(name: str, tmp_path: Pa
     assert all(row.floor_s == row.num_bytes / row.memory_bytes_per_s > 0 for row in rows)
 
 
+def test_steps_may_be_timed_one_ahead_of_the_other(tmp_path: Path) -> None:
+    directory = save_tiny_model("llama", tmp_path)
+    rows = bench_step(
+        directory,
+        batch_sizes=(2,),
+        context_tokens=8,
+        num_steps=3,
+        prefill_tokens=5,
+        async_scheduling=True,
+        buffer_bytes=SMALL,
+    )
+    assert [(row.kind, row.batch_size) for row in rows] == [("prefill", 1), ("decode", 2)]
+
+
 def test_made_up_weights_need_only_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((save_tiny_model("llama", tmp_path) / "config.json").read_bytes())
     rows = bench_step(
