@@ -76,10 +76,10 @@ def bench_step(
 ) -> list[StepTiming]:
     """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
-    ``load_format`` dummy needs only config.json. ``async_scheduling``: the engine's decode steps are launched while the one before
-    runs, and timed from one's tokens to the next one's. ``buffer_bytes``: with which the speed of memory is measured, by default
-    more than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is longer
-    than the model's.
+    ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine are launched while the one
+    before runs, and timed from one's tokens to the next one's. ``buffer_bytes``: with which the speed of memory is measured, by
+    default more than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is
+    longer than the model's.
     """
     shape = read_model_shape(model_dir)
     torch.set_num_threads(num_threads)
