@@ -162,6 +162,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "open_listeners": open_listeners,
         "cpu_seconds": lambda: os.times().user + os.times().system,
         "close": lambda: worker.close(timeout_s=5),
+        "suspend": worker.suspend,
+        "wait_unmapped": worker.wait_unmapped,
+        "resume": worker.resume,
     }
     send("started", worker.endpoint)
     while True:
