@@ -78,13 +78,7 @@ class PeerTable:
         ranks = {peer.address.identity.tp_rank: peer for peer in usable if peer.address.identity.engine_id == engine_id}
         if not ranks:
             raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
-        own = self.setup.identity
-        sources = map_sources(
-            num_kv_heads=self.setup.compatibility.num_kv_heads,
-            holder_tp_size=next(iter(ranks.values())).address.identity.tp_size,
-            puller_tp_size=own.tp_size,
-            puller_tp_rank=own.tp_rank,
-        )
+        sources = self._sources(next(iter(ranks.values())).address.identity.tp_size)
         missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
         if missing:
             raise TransferError(f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry")
@@ -99,7 +93,7 @@ class PeerTable:
                 incarnation = peer.address.identity.incarnation
                 reason = f"incarnation {incarnation} of {name} is gone"
                 logger.info("%s", reason)
-                if (name, incarnation) in living:
+                if (name, incarnation) in living or not self._is_source(peer.address.identity):
                     peer.lose(reason)
                 else:
                     peer.bury(reason)
@@ -107,6 +101,23 @@ class PeerTable:
         for name, address in addresses.items():
             if name not in self.peers:
                 self.peers[name] = Peer(address, self.setup)
+
+    def _sources(self, holder_tp_size: int) -> tuple[Source, ...]:
+        """Raises HandshakeError when the TP sizes do not fit."""
+        own = self.setup.identity
+        return map_sources(
+            num_kv_heads=self.setup.compatibility.num_kv_heads,
+            holder_tp_size=holder_tp_size,
+            puller_tp_size=own.tp_size,
+            puller_tp_rank=own.tp_rank,
+        )
+
+    def _is_source(self, identity: RankIdentity) -> bool:
+        """Pulls of this rank turn to that one; other ranks of this engine may instead."""
+        try:
+            return any(source.tp_rank == identity.tp_rank for source in self._sources(identity.tp_size))
+        except HandshakeError:
+            return False
 
     def _let_successors_in(self, entries: Iterable[Entry]) -> None:
         """A rank that starts on a device will soon want the memory that a departed one still takes up there."""

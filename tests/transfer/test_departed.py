@@ -8,18 +8,22 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from pdlaunch.protocol.control import Entry, PairReady
+from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd
 from pdlaunch.protocol.transfer import EndLease, PullDrained, SetLeaseReaders
 from pdlaunch.transfer.checksum import BlockHasher
+from pdlaunch.transfer.handshake import geometry_of
 from pdlaunch.transfer.holder import Holder
 from pdlaunch.transfer.ledger import LedgerRecord, new_ledger, read_ledger
+from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
+from tests.transfer.fakes import FakeConnector, layout_of, random_cache
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World
+from tests.transfer.test_pull import HolderRank, World, local_memory
 
 AGENT = "prefill-0/rank-0#1"
 
@@ -29,12 +33,12 @@ class MortalRank(HolderRank):
 
     def __init__(self, world: World, **options: Any) -> None:
         super().__init__(world.clock, world.fabric, **options)
-        ledger, self.ledger_fd = new_ledger()
+        self._ledger, self.ledger_fd = new_ledger()
         self._process_fd, self._life = os.pipe()
         agent = self.holder._card.agent_name
         files = {LEDGER_FILE: self.ledger_fd, PROCESS_FILE: self._process_fd}
         world.fabric.agents[agent] = replace(world.fabric.agents[agent], files=files)
-        self.holder = Holder(self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, ledger)
+        self.holder = Holder(self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
 
     def die(self) -> None:
         """What it has sent already arrives, nothing else."""
@@ -50,6 +54,33 @@ class MortalRank(HolderRank):
         for fd in (self.ledger_fd, self._process_fd, self._life):
             with suppress(OSError):
                 os.close(fd)
+
+
+class ShareRank(MortalRank):
+    """One of three ranks of an engine, with a head of its own."""
+
+    def __init__(self, world: World, tp_rank: int) -> None:
+        super().__init__(world)
+        name = f"prefill-0/rank-{tp_rank}"
+        self.identity = replace(self.identity, name=name, tp_rank=tp_rank, tp_size=3)
+        self.layout = layout_of(1)
+        self.kv_cache = random_cache(self.layout, 16, seed=tp_rank)
+        connector = FakeConnector(f"{name}#1", world.fabric)
+        files = world.fabric.agents[AGENT].files
+        memory = replace(local_memory(connector.agent_name, self.kv_cache, self.layout), files=files)
+        connector.open(memory)
+        card = replace(
+            self.holder._card,
+            identity=self.identity,
+            geometry=geometry_of(memory, tp_rank),
+            agent_name=connector.agent_name,
+            agent_metadata=connector.agent_metadata(),
+        )
+        self.holder = Holder(card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
+
+    def entry(self) -> Entry:
+        address = Address(side_channel=f"fake://{self.identity.name}")
+        return msgspec.structs.replace(super().entry(), tp_rank=self.identity.tp_rank, tp_size=3, address=address)
 
 
 @pytest.fixture
@@ -275,6 +306,24 @@ def test_memory_goes_when_nobody_comes(world, holder):
     assert peer.next_deadline_s() == float("inf")
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     assert "no engine with engine_id 1111" in world.finished().error
+
+
+def test_memory_of_ranks_that_others_read_goes_at_once(world):
+    """Three ranks pull from three: each from the one with its head, though all have shaken hands."""
+    setup = world.peers.setup
+    world.peers = new_peer_table(replace(setup, identity=replace(setup.identity, tp_rank=1, tp_size=3)), eager=True)
+    holders = [ShareRank(world, tp_rank) for tp_rank in range(3)]
+    world.holders.update({holder.entry().address.side_channel: holder for holder in holders})
+    world.peers.update([holder.entry() for holder in holders])
+    world.turn()
+    assert len(world.connector.peers) == 3
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+        holder.die()
+    registry_drops(world)
+    assert world.connector.peers == ["prefill-0/rank-1#1"]
+    for holder in holders:
+        holder.close()
 
 
 def test_memory_goes_at_once_when_there_is_no_lease(world, holder):
