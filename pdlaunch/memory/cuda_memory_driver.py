@@ -23,9 +23,12 @@ class CudaMemoryDriver:
     (an IMEX channel is there), else as POSIX file descriptor.
     """
 
-    def __init__(self, device_index: int) -> None:
-        """Raises ConfigError without cuda.bindings, DriverRefused when the device cannot map memory."""
-        self._driver: Any = _import_bindings()
+    def __init__(self, device_index: int, bindings: Any = None) -> None:
+        """``bindings``: None for ``cuda.bindings.driver``.
+
+        Raises ConfigError without cuda.bindings, DriverRefused when the device cannot map memory.
+        """
+        self._driver: Any = bindings or _import_bindings()
         self._device = self._call("cuDeviceGet", device_index)
         self._location = self._driver.CUmemLocation()
         self._location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -126,10 +129,13 @@ class CudaMemoryDriver:
             return False
 
     def _call(self, name: str, *arguments: Any) -> Any:
+        """What the call returns beside its code: nothing, one thing, or a tuple."""
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             kind = OutOfDeviceMemory if code == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else DriverRefused
             raise kind(f"{name}: {code.name}")
+        if len(results) > 1:
+            return tuple(results)
         return results[0] if results else None
 
 

@@ -5,7 +5,7 @@ Source: the CUDA driver API's chapters on virtual memory management and on memor
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from pdlaunch.memory.cuda_memory_driver import CudaMemoryDriver
 from pdlaunch.memory.driver import Handle, HandleKind
@@ -50,7 +50,12 @@ class CudaPeerDriver(CudaMemoryDriver):
     """Over ``cuda.bindings``; the device's primary context is current in every thread that calls."""
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
-        return Handle(self._call("cuMemImportFromShareableHandle", self._os_handle(handle), self._handle_type(kind)))
+        kind_of_driver = self._handle_type(kind)
+        if isinstance(handle, int):
+            return Handle(self._call("cuMemImportFromShareableHandle", handle, kind_of_driver))
+        fabric = self._driver.CUmemFabricHandle()  # must outlive the call, which gets its address
+        fabric.data = handle
+        return Handle(self._call("cuMemImportFromShareableHandle", fabric.getPtr(), kind_of_driver))
 
     def allocation_of(self, address: int) -> tuple[int, int]:
         start, num_bytes = self._call("cuMemGetAddressRange", address)
@@ -66,10 +71,3 @@ class CudaPeerDriver(CudaMemoryDriver):
 
     def close_ipc(self, address: int) -> None:
         self._call("cuIpcCloseMemHandle", address)
-
-    def _os_handle(self, handle: int | bytes) -> Any:
-        if isinstance(handle, int):
-            return handle
-        fabric = self._driver.CUmemFabricHandle()
-        fabric.data = handle
-        return fabric.getPtr()

@@ -1,0 +1,100 @@
+"""What is told to ``cuda.bindings``, in its own words; a stand-in answers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pdlaunch.memory.driver import DriverRefused
+from pdlaunch.memory.peer_driver import CudaPeerDriver
+
+FABRIC = bytes(range(64))
+
+
+class FabricHandle:
+    """Lives at an address that is good for as long as it does."""
+
+    alive: set[int] = set()
+    data = b""
+
+    def __init__(self) -> None:
+        self.alive.add(id(self))
+
+    def __del__(self) -> None:
+        self.alive.discard(id(self))
+
+    def getPtr(self) -> int:
+        return id(self)
+
+
+class Bindings:
+    """The few names of ``cuda.bindings.driver`` that are used; every function returns a code and its results."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"), CUDA_ERROR_OUT_OF_MEMORY=object())
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="device")
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
+    CUmemAllocationHandleType = SimpleNamespace(CU_MEM_HANDLE_TYPE_FABRIC="fabric", CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR="fd")
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED="fabric",
+        CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED="rdma",
+    )
+    CUmemLocation = CUipcMemHandle = SimpleNamespace
+    CUmemFabricHandle = FabricHandle
+
+    def __init__(self, **results: Any) -> None:
+        """``results``: of the functions that the test calls."""
+        self.results = {
+            "cuDeviceGet": (0,),
+            "cuDeviceGetAttribute": (0,),
+            "cuMemGetAllocationGranularity": (2 << 20,),
+        } | results
+        self.calls: list[tuple[Any, ...]] = []
+
+    def CUmemAllocationProp(self) -> Any:
+        return SimpleNamespace(allocFlags=SimpleNamespace())
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            if name == "cuMemImportFromShareableHandle" and arguments[1] == "fabric":
+                assert arguments[0] in FabricHandle.alive, "the handle was freed before the driver has read it"
+            found = self.results[name]
+            return (found,) if isinstance(found, SimpleNamespace) else (self.CUresult.CUDA_SUCCESS, *found)
+
+        return call
+
+
+def test_an_allocation_is_shared_by_its_ipc_handle() -> None:
+    bindings = Bindings(cuMemGetAddressRange=(4096, 100), cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),))
+    driver = CudaPeerDriver(0, bindings)
+    assert driver.allocation_of(4100) == (4096, 100)
+    assert driver.ipc_handle(4096) == FABRIC
+    assert bindings.calls[-2:] == [("cuMemGetAddressRange", 4100), ("cuIpcGetMemHandle", 4096)]
+
+
+def test_an_ipc_handle_is_opened_with_peer_access_and_closed() -> None:
+    bindings = Bindings(cuIpcOpenMemHandle=(8192,), cuIpcCloseMemHandle=())
+    driver = CudaPeerDriver(0, bindings)
+    assert driver.open_ipc(FABRIC) == 8192
+    name, handle, flags = bindings.calls[-1]
+    assert (name, handle.reserved, flags) == ("cuIpcOpenMemHandle", FABRIC, 1)
+    driver.close_ipc(8192)
+    assert bindings.calls[-1] == ("cuIpcCloseMemHandle", 8192)
+
+
+def test_handles_are_imported_as_what_they_are() -> None:
+    bindings = Bindings(cuMemImportFromShareableHandle=("memory",))
+    driver = CudaPeerDriver(0, bindings)
+    assert driver.import_handle("posix_fd", 5) == "memory"
+    assert bindings.calls[-1] == ("cuMemImportFromShareableHandle", 5, "fd")
+    assert driver.import_handle("fabric", FABRIC) == "memory"
+    assert bindings.calls[-1][2] == "fabric"
+
+
+def test_a_refusal_names_the_call() -> None:
+    driver = CudaPeerDriver(0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")))
+    with pytest.raises(DriverRefused, match="cuIpcOpenMemHandle: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"):
+        driver.open_ipc(FABRIC)
