@@ -84,6 +84,8 @@ class P2PConnector(Connector):
         self._host = host_identity() if host is None else host
         self._new_copiers = new_copiers or _copiers_of
         self._server: FdServer | None = None
+        self._exports: Sequence[Export] = ()
+        self._copiers: Sequence[PieceCopier] = ()
 
     def open(self, memory: LocalMemory) -> None:
         self._memory = memory
@@ -108,6 +110,7 @@ class P2PConnector(Connector):
         return self._metadata
 
     def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        """Takes about a millisecond; ``fd_channel.TIMEOUT_S`` where the peer was stopped since it answered the handshake."""
         try:
             card = _decoder.decode(metadata)
         except msgspec.MsgspecError as error:
@@ -188,9 +191,6 @@ class P2PConnector(Connector):
 
     def wait_unmapped(self, timeout_s: float) -> bool:
         return self._server is None or self._server.wait_unused(timeout_s)
-
-    _exports: Sequence[Export] = ()
-    _copiers: Sequence[PieceCopier] = ()
 
     def _map_peer(self, agent_name: str, card: _Card, geometry: Geometry, connection: FdConnection) -> _Peer:
         fds = iter(connection.fds)
