@@ -186,9 +186,11 @@ class RankProcess:
     def _await_grants(self, transfer: TransferWorker, plan: StepPlan) -> list[TransferEvent]:
         """Transfer events, once the leases of a plan are written down: rank 0 holds their answers until it has heard of that."""
         granted = {command.request_id for command in plan.commands if isinstance(command, GrantLease)}
+        if not (granted and transfer.lends):
+            return []
         events: list[TransferEvent] = []
         poller, deadline_s = self._poller(), time.monotonic() + GRANT_WAIT_S
-        while transfer.lends and granted and (left_s := deadline_s - time.monotonic()) > 0:
+        while granted and (left_s := deadline_s - time.monotonic()) > 0:
             self._wait(poller, left_s)
             events += transfer.take_events()
             granted -= {event.request_id for event in events if isinstance(event, LeaseGranted)}
