@@ -20,13 +20,10 @@ class RequestBlocks:
         """Tokens, after the scheduled ones, that fit into the request's blocks and all free ones."""
         return self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks) - request.num_scheduled
 
-    def have_room(self, requests: Iterable[Request], most_tokens: int) -> bool:
-        """Whether each can have its next tokens, at most ``most_tokens``, without taking blocks from others."""
-        num_logical = 0
-        for request in requests:
-            end = request.num_scheduled + min(request.num_to_schedule, most_tokens)
-            num_logical += max(0, self._kv.num_logical_blocks(end) - request.tables.end)
-        return num_logical * len(self._kv.first_visible(0)) <= self._kv.pool.num_free_blocks
+    def have_room_for_one_more(self, requests: Iterable[Request]) -> bool:
+        """Whether each can have its next token without taking blocks from others."""
+        num_full = sum(request.num_scheduled >= request.tables.end * self._block_size for request in requests)
+        return num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
 
     def has_room_for(self, request: Request, hit: PrefixHit, num_running: int) -> bool:
         """All known tokens fit, and one more block for each running request, lest the newcomer be preempted at once."""

@@ -157,13 +157,17 @@ class Scheduler:
     def schedule_ahead(self) -> StepPlan | None:
         """Choose what follows the one step in flight, whatever tokens that one draws. None: it has to be collected first.
 
-        So it is when a request would have to give blocks up for others, or draws from its output.
+        So it is when prompts are to be computed: beside such a step planning costs nothing, and later arrivals can still join it.
+        And when a request would have to give blocks up for others, or draws from its output.
         """
         assert len(self._in_flight) == 1
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
-        if any(request.num_unknown and request.draws_from_its_output for request in going_on):
+        if any(request.num_to_schedule > 1 or request.draws_from_its_output for request in going_on):
             return None
-        return self._schedule() if self._blocks.have_room(going_on, self._max_num_batched_tokens) else None
+        arrived = self._queues.waiting if self._builder.has_free_row else []
+        if any(request.num_remaining > 1 and not request.wants_pull for request in arrived):
+            return None
+        return self._schedule() if self._blocks.have_room_for_one_more(going_on) else None
 
     def hand_over(self) -> StepPlan:
         """What connectors and the host tier have to hear of before the server hears of ``take_outputs``; computes nothing."""

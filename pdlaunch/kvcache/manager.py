@@ -48,6 +48,10 @@ class KVCacheManager:
         """Blocks of one full group that hold ``num_tokens``."""
         return -(-num_tokens // self._block_size)
 
+    @property
+    def num_groups(self) -> int:
+        return self._num_groups
+
     def first_visible(self, num_computed: int) -> list[int]:
         """By group: the first logical block that the queries from token ``num_computed`` on can see."""
         return [self._first_visible(window, num_computed) for window in self._windows]

@@ -102,14 +102,14 @@ def random_requests(seed: int) -> dict[int, list[ToRank]]:
     for index in range(12):
         prompt = stem[: draw.randrange(20)] + [draw.randrange(3, 199) for _ in range(draw.randrange(1, 9))]
         sampling = SamplingParams(
-            max_tokens=draw.choice([1, 5, 20, 30]),
+            max_tokens=draw.choice([1, 5, 25, 35]),
             temperature=draw.choice([0.0, 0.0, 0.8, 1.3]),
             top_p=draw.choice([1.0, 0.9]),
             top_k=draw.choice([0, 0, 30]),
             min_p=draw.choice([0.0, 0.05]),
             min_tokens=draw.choice([0, 4]),
             logit_bias=draw.choice([{}, {}, {7: 2.0}]),
-            repetition_penalty=draw.choice([1.0] * 7 + [1.2]),
+            repetition_penalty=draw.choice([1.0] * 15 + [1.2]),
             stop_token_ids=tuple(draw.sample(range(199), draw.choice([0, 10]))),
             seed=draw.getrandbits(64),
             num_top_logprobs=draw.choice([None, None, 0, 3]),
@@ -120,7 +120,7 @@ def random_requests(seed: int) -> dict[int, list[ToRank]]:
             sampling=sampling,
             do_remote_decode=draw.random() < 0.2,
         )
-        turn = draw.randrange(25)
+        turn = draw.randrange(15)
         arrivals.setdefault(turn, []).append(message)
         if index % 5 == 4:
             arrivals.setdefault(turn + draw.randrange(1, 8), []).append(AbortRequest(request_id=message.request_id))
@@ -137,7 +137,7 @@ def test_tokens_do_not_depend_on_running_ahead(name: str, seeds: tuple[int, ...]
             spec = make_spec(directory, async_scheduling=async_scheduling, max_num_seqs=5)
             engine = Engine(spec)
             answers.append(engine.run(random_requests(seed)))
-            assert (engine.runner.num_ahead > 15) == async_scheduling
+            assert (engine.runner.num_ahead > 5) == async_scheduling
         alone, ahead = answers
         assert alone.keys() == ahead.keys()
         for request_id, (reason, tokens) in alone.items():
@@ -207,7 +207,7 @@ def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
     ]
 
 
-def test_an_arrival_waits_for_no_step_that_was_not_launched_before_it() -> None:
+def test_a_prompt_waits_for_no_step_that_was_not_launched_before_it_came() -> None:
     recorder = OrderRecorder([add("a", 9)])
     leader = make_leader(recorder, async_scheduling=True)
     for _ in range(3):
@@ -215,8 +215,8 @@ def test_an_arrival_waits_for_no_step_that_was_not_launched_before_it() -> None:
     recorder.told.clear()
     recorder.requests = [add("b", 1)]
     leader.turn()
+    assert recorder.order == ["collect 2", "Tokens", "launch 3"]
     leader.turn()
-    assert recorder.order[:2] == ["launch 3", "collect 2"]
     finished = [item for item in recorder.told if isinstance(item, RequestFinished)]
     assert [item.request_id for item in finished] == ["b"]
 

@@ -33,17 +33,32 @@ def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
     assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=12), 12)
 
 
-def test_new_requests_join_the_step_that_is_planned_next() -> None:
+def test_a_prompt_is_computed_in_the_step_after_the_one_in_flight() -> None:
     engine = start()
     engine.add("a", PROMPT, max_tokens=30)
     for _ in range(4):
         engine.step()
     engine.add("b", [6, 5, 4], max_tokens=3)
+    assert engine.scheduler.schedule_ahead() is None
     plan = engine.step()
     assert [item.num_tokens for item in plan.scheduled] == [1, 3]
-    assert len(engine.in_flight) == 1
     engine.run()
-    assert engine.num_ahead >= 29
+    assert engine.num_ahead >= 28
+    assert engine.token_ids("b") == expected_output([6, 5, 4], SamplingParams(max_tokens=3), 3)
+
+
+def test_a_pulled_request_joins_the_step_that_is_planned_next() -> None:
+    engine = start()
+    engine.add("a", PROMPT, max_tokens=30)
+    engine.step()
+    engine.add("b", [6, 5, 4], max_tokens=3, remote_kv=remote_kv("b", 3))
+    engine.step()
+    (pull_id,) = engine.pulls
+    engine.end_pull(pull_id)
+    plan = engine.step()
+    assert [item.num_tokens for item in plan.scheduled] == [1, 1]
+    engine.run()
+    assert engine.num_ahead == 30, "all but the first, and one that found nothing to do"
     assert engine.token_ids("b") == expected_output([6, 5, 4], SamplingParams(max_tokens=3), 3)
 
 
@@ -139,19 +154,18 @@ def test_a_prompt_that_is_being_computed_is_not_computed_twice() -> None:
     engine.step()
     engine.add("b", prompt, max_tokens=2)
     plan = engine.step()
-    assert [item.num_tokens for item in plan.scheduled] == [1]
+    assert [item.num_tokens for item in plan.scheduled] == [1, 3]
     engine.run()
     assert engine.finished["b"].num_cached_tokens == 12
     assert engine.runners[0].num_computed_tokens == 15 + 1 + 3 + 1
 
 
-def test_a_lease_is_granted_and_prompts_follow_without_a_gap() -> None:
+def test_prompts_of_a_prefill_engine_wait_for_each_other_and_are_leased() -> None:
     engine = start()
     for name in "abc":
         engine.add(name, [*PROMPT, ord(name) % 7], max_tokens=1, do_remote_decode=True)
         engine.step()
     engine.run()
-    assert engine.num_ahead >= 2
     for name in "abc":
         assert engine.finished[name].remote_kv is not None
         engine.end_lease(name)
