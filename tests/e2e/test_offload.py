@@ -90,7 +90,7 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
     """Of three ranks each one finds its own bad blocks. Copies take long, so that one is in flight whenever somebody looks."""
     model = make_tiny_model("llama", tmp_path)
     answers = Answers(model)
-    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.5}
+    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.2}
     with tiered_deployment(model, "--decode-tp", "3", decode_cache="170KiB", **faults) as deployment:
         for _ in range(2):
             answers.check(deployment.url)
