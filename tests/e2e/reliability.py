@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.client.soak import SoakOptions, SoakReport, soak
-from tests.e2e.faults import Kill, faulty_deployment, load_with_kills
+from tests.e2e.faults import SHORT_DEADLINES, Kill, faulty_deployment, load_with_kills
 from tests.e2e.tiny_models import make_tiny_model
 
 FAMILIES = ("llama", "gemma3_text")
+HOST_TIER = ("--kv-cache-memory", "500KiB", "--kv-offload-memory", "2MiB")
+"""Requests preempt each other, and blocks come and go."""
 NUM_KILLS = 4
 """As many as a supervisor forgives in a row."""
 HANG_TIMEOUT_S = 10
@@ -57,6 +59,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.15, help="share of READs that meet a fault")
     parser.add_argument("--family", choices=FAMILIES)
+    parser.add_argument("--path", default="auto", help="kv_transfer.path of the soak")
+    parser.add_argument("--host-tier", action="store_true", help="soak with a small KV cache over a tier in host memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         models = {family: make_tiny_model(family, Path(folder)) for family in FAMILIES if options.family in (None, family)}
@@ -64,12 +68,16 @@ def main() -> int:
             return run_kills(models["llama"], options.seed)
         if options.what == "cancels":
             return run_cancels(models["llama"], options.seed, options.requests or 1000)
-        return max(run_soak(model, options.seed, options.requests or 3000, options.rate) for model in models.values())
+        return max(run_soak(model, options) for model in models.values())
 
 
-def run_soak(model: Path, seed: int, num_requests: int, rate: float) -> int:
+def run_soak(model: Path, asked: argparse.Namespace) -> int:
     """Every fault, cancels, and kills of the engines' ranks in turn, so rarely that the supervisor forgets the one before."""
-    with faulty_deployment(model, {"seed": seed, "rate": rate, "lost_s": 3}) as deployment:
+    seed, num_requests = asked.seed, asked.requests or 3000
+    arguments = HOST_TIER if asked.host_tier else ()
+    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__PATH": asked.path}
+    faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
+    with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(url=deployment.url, seed=seed, num_requests=num_requests, concurrency=12, num_cases=64)
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100

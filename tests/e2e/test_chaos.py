@@ -17,7 +17,7 @@ from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.client.soak import SoakOptions, soak
 from tests.e2e.api import complete, streamed
-from tests.e2e.faults import faulty_deployment, left_over, load_with_kills, num_migrations
+from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, load_with_kills, num_migrations
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
@@ -32,9 +32,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tp_deployment(tiny_model: Path) -> Iterator[Deployment]:
-    """Prefill with three ranks, decode with one; its transfers are faulty."""
+    """Prefill with three ranks, decode with one, over NIXL; its transfers are faulty."""
     # Each pull takes three READs, and one that fails ends the others: more faults would leave hardly any that succeeds.
-    with faulty_deployment(tiny_model, FAULTS | {"rate": 0.06}, "--prefill-tp", "3") as deployment:
+    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__PATH": "nixl"}
+    with faulty_deployment(tiny_model, FAULTS | {"rate": 0.06}, "--prefill-tp", "3", environ=environ) as deployment:
         yield deployment
 
 
