@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,7 +117,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
             return handle
         if not victims:
             return start_read(peer, read)
-        os.kill(victims.pop(), signal.SIGSTOP)
+        stop_process(victims.pop())
         going_on.clear()
         handle = start_read(peer, read)
         send("posted", None)
@@ -187,6 +189,18 @@ def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
     return P2PConnector(
         options.name, options.incarnation, binding=new_device_binding(), new_copiers=lambda memory: [HostCopier(move)]
     )
+
+
+def stop_process(pid: int) -> None:
+    """SIGSTOP, until no thread runs any more: the others go on until the one that got the signal has had its turn."""
+    os.kill(pid, signal.SIGSTOP)
+    while any(state_of(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.001)
+
+
+def state_of(task: Path) -> str:
+    """One letter; the name before it is in brackets and may hold anything."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def flip_byte(kv_cache: Any, block_id: int, head: int) -> None:

@@ -1,0 +1,183 @@
+"""A peer is stopped in the middle of a pull, the request is cancelled, others are served, and then the peer goes on.
+
+A real scheduler owns the blocks, real ranks move them over NIXL: no block that anybody uses may change.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import pytest
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
+from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.protocol.transfer import GrantLease, PullDrained, PullFinished, StartPull
+from tests.transfer.fakes import layout_of, spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 64
+SHAPE = {"num_layers": 8, "head_dim": 64, "num_blocks": NUM_BLOCKS}
+"""12 MiB: far more than sockets hold while their reader is stopped."""
+MODEL = "model"
+
+
+def prompt_of(num_blocks: int, first_token: int) -> list[int]:
+    """Fills ``num_blocks`` but for the few slots that the answer takes."""
+    return [first_token + index % 50 for index in range(num_blocks * BLOCK_SIZE - 8)]
+
+
+@dataclass
+class DecodeEngine:
+    """Steps of a scheduler whose rank runs in a process of its own; the test stands in for the model."""
+
+    rank: RankHandle
+    scheduler: Scheduler = field(init=False)
+    tables: dict[str, list[int]] = field(default_factory=dict)
+    """Blocks of each request that has entered the batch."""
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(
+            groups=layout_of(block_size=BLOCK_SIZE, num_layers=SHAPE["num_layers"], head_dim=SHAPE["head_dim"]).groups,
+            num_blocks=NUM_BLOCKS,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=8,
+            max_num_batched_tokens=512,
+            max_model_len=1024,
+            enable_prefix_caching=False,
+            model_digest=MODEL,
+            kv_transfer=KVTransferSettings(),
+            local=("b" * 32, "127.0.0.1", 1, 1),
+        )
+        self._request_ids: dict[int, str] = {}
+
+    def add(self, request_id: str, prompt: list[int], holder: RankHandle | None = None) -> None:
+        remote = None if holder is None else msgspec.structs.replace(holder.remote(request_id), num_tokens=len(prompt))
+        sampling = SamplingParams(max_tokens=8)
+        self.scheduler.add(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote))
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        if plan.commands:
+            self.rank.submit(*plan.commands)
+        self._request_ids |= {row.row: row.request_id for row in plan.new_rows}
+        for blocks in plan.new_blocks:
+            self.tables.setdefault(self._request_ids[blocks.row], []).extend(blocks.block_ids)
+        tokens = [TokenOutput(token_id=7) for row in plan.scheduled if row.sample]
+        self.scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens))
+        self.scheduler.check_integrity()
+        return plan
+
+    def hear(self, kind: type) -> PullFinished | PullDrained:
+        event = self.rank.event(kind)
+        self.scheduler.on_transfer_event(event)
+        self.scheduler.check_integrity()
+        return event
+
+
+def lease(holder: RankHandle, request_id: str, prompt: list[int], block_ids: list[int]) -> np.ndarray:
+    """As if the holder had computed the prompt into these blocks; returns their bytes."""
+    hashes = BlockHasher(root_hash(MODEL), BLOCK_SIZE).prompt_hashes(prompt, len(prompt))
+    holder.submit(
+        GrantLease(
+            request_id=request_id,
+            block_ids=[block_ids],
+            first_block_index=[0],
+            block_hashes=hashes,
+            num_tokens=len(prompt),
+            num_readers=1,
+            first_tokens=[],
+            lease_s=600.0,
+        )
+    )
+    return holder.blocks(block_ids)
+
+
+@pytest.fixture
+def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
+    """Two prefill ranks and a decode rank whose READs need the holder to run (TCP)."""
+    keys, environment = new_launch_keys(), (("UCX_TLS", "tcp"),)
+    started = [
+        RankHandle(RankOptions(spec_of(role, name=name, path="nixl"), keys, engine_id, environment=environment, **SHAPE))
+        for role, name, engine_id in (
+            ("prefill", "prefill-0", "a" * 32),
+            ("prefill", "prefill-1", "c" * 32),
+            ("decode", "decode-0", "b" * 32),
+        )
+    ]
+    try:
+        first, second, decode = started
+        decode.call("registry", [first.entry(), second.entry()])
+        assert {decode.report(PairReady).path for _ in (first, second)} == {"nixl/UCX"}
+        yield first, second, decode
+    finally:
+        for rank in started:
+            rank.stop()
+
+
+def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(ranks: tuple[RankHandle, RankHandle, RankHandle]) -> None:
+    stopped, other, rank = ranks
+    engine = DecodeEngine(rank)
+    doomed, pulled, computed, late = prompt_of(40, 3), prompt_of(12, 60), prompt_of(11, 120), prompt_of(30, 180)
+    sent = lease(stopped, "doomed", doomed, list(range(40))[::-1])
+
+    # Stopped in the middle of the pull, which is cancelled.
+    rank.call("stop_before_read", stopped.process.pid)
+    engine.add("doomed", doomed, stopped)
+    (start,) = engine.step().commands
+    assert isinstance(start, StartPull)
+    (destination,) = start.block_ids
+    rank.wait("posted")
+    engine.scheduler.abort("doomed")
+    engine.step()
+    ended = engine.hear(PullFinished)
+    assert (ended.ok, ended.error, ended.in_flight) == (False, "cancelled", True)
+    assert engine.scheduler.stats().num_quarantined_blocks == len(destination) == 40
+
+    # Others are served from the other blocks, all but the one that is held back for who runs.
+    wanted = lease(other, "pulled", pulled, list(range(20, 32)))
+    engine.add("pulled", pulled, other)
+    engine.step()
+    assert engine.hear(PullFinished).ok
+    engine.add("computed", computed)
+    engine.step()
+    for block_id in engine.tables["computed"]:
+        rank.call("overwrite", block_id, float(block_id))
+    in_use = engine.tables["pulled"] + engine.tables["computed"]
+    assert len({*in_use, *destination}) == len(in_use) + len(destination) == NUM_BLOCKS - 1
+    np.testing.assert_array_equal(rank.blocks(engine.tables["pulled"]), wanted)
+    stats = engine.scheduler.stats()
+    assert (stats.num_running, stats.num_free_blocks, stats.num_quarantined_blocks) == (2, 1, 40)
+
+    # Who needs more waits, rather than that it gets blocks which may still be written to.
+    late_bytes = lease(other, "late", late, list(range(30)))
+    engine.add("late", late, other)
+    assert engine.step().commands == []
+    stats = engine.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_waiting_for_kv) == (2, 1, 0)
+    used = rank.blocks(in_use)
+    assert not np.array_equal(rank.blocks(destination), sent), "the READ is in its middle"
+
+    os.kill(stopped.process.pid, signal.SIGCONT)
+    engine.hear(PullDrained)
+    np.testing.assert_array_equal(rank.blocks(destination), sent)
+    np.testing.assert_array_equal(rank.blocks(in_use), used)
+    stats = engine.scheduler.stats()
+    assert (stats.num_quarantined_blocks, stats.num_free_blocks) == (0, 41)
+
+    # Now they are anybody's.
+    (start,) = engine.step().commands
+    assert isinstance(start, StartPull)
+    assert set(start.block_ids[0]) & set(destination)
+    assert engine.hear(PullFinished).ok
+    np.testing.assert_array_equal(rank.blocks(start.block_ids[0]), late_bytes)
+    np.testing.assert_array_equal(rank.blocks(in_use), used)
