@@ -18,7 +18,7 @@ from pdlaunch.server.rank_link import RankEvent, RankLink, RankLost
 class Generation:
     """Runs the choices of one HTTP request.
 
-    Choices that already have a ``finish_reason`` are not submitted. ``num_prompt_tokens``: of all prompts together.
+    Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts together.
     """
 
     def __init__(self, link: RankLink, choices: Sequence[Choice], *, num_prompt_tokens: int) -> None:
@@ -32,6 +32,9 @@ class Generation:
     def start(self) -> None:
         for choice in self._running.values():
             self._link.submit(choice.request, self._events.put_nowait)
+        for choice in self.choices:
+            if choice.is_over() and choice.request.remote_kv is not None:
+                self._give_up_lease(choice)
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What is new, until every choice has ended; all that has arrived comes at once.
@@ -70,6 +73,11 @@ class Generation:
             total_tokens=self._num_prompt_tokens + completion,
             prompt_tokens_details=PromptTokensDetails(cached),
         )
+
+    def _give_up_lease(self, choice: Choice) -> None:
+        """The holder waits for this reader, which needs no blocks: the rank tells it so for a request that comes and goes."""
+        self._link.submit(choice.request, lambda _: None)
+        self._link.abort(choice.request.request_id)
 
     def _take(self, event: RankEvent) -> Delta | None:
         choice = self._running.get(event.request_id)

@@ -204,6 +204,8 @@ def _replay(choice: Choice, known: Known) -> list[Delta]:
         return []
     seen, end = choice.replay(known.tokens, known.finish_reason)
     choice.request.output = known.tokens
+    if known.finish_reason is not None:
+        choice.request.remote_kv = None  # the holder knows that it has ended, and does not wait for it
     if not known.sent:
         seen.add(end)
         return [seen]

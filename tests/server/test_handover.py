@@ -306,3 +306,23 @@ async def test_a_resumed_choice_that_was_over_says_no_more(engine: Engine, rank:
     chunks = await engine.stream(n=2, max_tokens=3, resume={"choices": [over, []], "sent": True})
     assert {chunk["choices"][0]["index"] for chunk in chunks[:-1]} == {1}
     assert len(rank.added()) == 1
+
+
+async def test_a_choice_that_needs_no_more_tokens_gives_its_lease_up(engine: Engine, rank: FakeRank):
+    """A router that does not look at first tokens asks decode for a request of one token, too."""
+    params = REMOTE_PREFILL | first_token(rank.ids("hello")[0])
+    answer = await engine.complete(max_tokens=1, kv_transfer_params=params)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    (abort,) = await rank.wait_for(AbortRequest)
+    (request,) = rank.added()
+    assert abort.request_id == request.request_id
+    assert request.remote_kv is not None
+    assert len(request.output) == 1
+
+
+async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(engine: Engine, rank: FakeRank):
+    params = REMOTE_PREFILL | first_token(rank.ids("hello")[0], finish_reason="stop")
+    answer = await engine.complete(max_tokens=4, kv_transfer_params=params)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    await engine.complete(max_tokens=4)
+    assert [request.remote_kv for request in rank.added()] == [None]
