@@ -76,6 +76,16 @@ def test_a_router_of_vllm_gets_the_same_tokens(
     assert count_now(apis["decode-0"], "transfers") == before + len(prompts)
 
 
+def test_a_router_of_vllm_that_asks_both_for_one_token_leaves_no_lease(two_by_two: Deployment) -> None:
+    apis = engines(two_by_two)
+    salted = {"prompt": list(range(50, 90)), "temperature": 0, "cache_salt": "one token", "max_tokens": 1, "ignore_eos": True}
+    expired = count_now(apis["prefill-0"], "leases_expired")
+    first = ask(apis["prefill-0"], salted | {"kv_transfer_params": {"do_remote_decode": True}})
+    ask(apis["decode-0"], salted | {"kv_transfer_params": first["kv_transfer_params"]})
+    await_true(lambda: idle(two_by_two.url), "every block is free")
+    assert count_now(apis["prefill-0"], "leases_expired") == expired
+
+
 def ask(api: Api, body: dict[str, Any]) -> dict[str, Any]:
     status, answer = api.post("/v1/completions", body)
     assert status == 200, answer
