@@ -12,14 +12,29 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+import torch
+import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
-from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
+from pdlaunch.protocol.side_channel import (
+    Handshake,
+    Heartbeat,
+    PullBegin,
+    PullEnd,
+    Push,
+    PushEnded,
+    Refused,
+    ToHolder,
+    to_holder,
+    to_puller,
+)
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
-from tests.transfer.fakes import spec_of
+from pdlaunch.transfer.handshake import compatibility_of
+from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
 
 PATHS = {"nixl": "nixl/UCX", "p2p": "p2p/memfd", "mooncake": "mooncake/tcp", "file": "file/safetensors"}
@@ -161,6 +176,57 @@ def test_an_engine_that_is_not_in_the_registry_is_refused(pair):
     finished = puller.event(PullFinished)
     assert not finished.ok
     assert "no engine with engine_id cccc" in finished.error
+
+
+def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
+    """Asked by a process of the launch, at the holder and at the puller, while a lease lives."""
+    holder, puller = pair
+    holder.submit(grant("kept", [13, 14]))
+    before = [rank.call("digest", False) for rank in pair]
+    context = SecureContext(keys)
+    try:
+        for rank in pair:
+            socket = context.connect(zmq.DEALER, rank.endpoint)
+            socket.rcvtimeo = 60_000
+            for question in questions_for("c" * 32):
+                socket.send(to_holder.encode(question))
+                answer = to_puller.decode(socket.recv())
+                assert isinstance(answer, Refused | PushEnded)
+                assert answer.call_id == question.call_id
+                reason = answer.reason if isinstance(answer, Refused) else answer.error
+                assert f"{rank.options.name} belongs to engine_id {rank.options.engine_id}, not to {'c' * 32}" in reason
+            socket.close()
+    finally:
+        context.close()
+    assert [rank.call("digest", False) for rank in pair] == before
+    puller.submit(pull("kept", holder.remote("kept"), [28, 29]))
+    finished = puller.event(PullFinished)
+    assert finished.ok, finished.error
+    np.testing.assert_array_equal(puller.blocks([28, 29]), holder.blocks([13, 14]))
+    assert holder.event(LeaseEnded) == LeaseEnded(request_id="kept", reason="pulled")
+
+
+def questions_for(engine_id: str) -> list[ToHolder]:
+    """One of each kind, about the lease ``kept``."""
+    of_pull = {"engine_id": engine_id, "request_id": "kept", "reader": "x"}
+    compatibility = compatibility_of(
+        spec_of("decode"), layout_of(), torch.float32, model_digest="digest", total_kv_heads=3, connector="nixl"
+    )
+    return [
+        Handshake(
+            call_id=1,
+            engine_id="d" * 32,
+            rank_name="decode-7/rank-5",
+            incarnation=1,
+            expected_engine_id=engine_id,
+            compatibility=compatibility,
+            agent_metadata=b"",
+        ),
+        PullBegin(call_id=2, num_pullers=1, **of_pull),
+        Heartbeat(call_id=3, **of_pull),
+        PullEnd(call_id=4, **of_pull),
+        Push(call_id=5, block_ids=[13], first_head=0, num_heads=1, target=b"", **of_pull),
+    ]
 
 
 def test_nobody_from_another_host_can_connect(pair):
