@@ -51,3 +51,13 @@ def test_a_pull_from_a_rank_that_has_died_is_counted_when_any_rank_of_the_group_
     for event in [event for report in reports for event in ranks.add(report)]:
         engine.scheduler.on_transfer_event(event)
     assert (engine.scheduler.stats().transfers, engine.scheduler.stats().departed_transfers) == (1, 1)
+
+
+def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
+    engine = FakeEngine()
+    for request_id, reason in (("a", "pulled"), ("b", "expired"), ("c", "released"), ("d", "expired")):
+        engine.add(request_id, range(10), max_tokens=1, do_remote_decode=True)
+        engine.run()
+        engine.end_lease(request_id, reason)
+    stats = engine.scheduler.stats()
+    assert (stats.leases_expired, stats.num_leased_requests, stats.num_free_blocks) == (2, 0, 32)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import END_TOKEN, Engine
@@ -48,6 +50,26 @@ async def test_the_rank_s_totals_are_shown(engine: Engine, rank: FakeRank):
     assert found["pdlaunch_kv_transfer_bytes_total"] == 1000
     assert found["pdlaunch_kv_transfers_total"] == 3
     assert found["pdlaunch_num_preemptions_total"] == 1
+
+
+async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: FakeRank):
+    """Under the names that docs/reliability.md lists."""
+    counts = {
+        "transfer_failures": "kv_transfer_failures",
+        "pull_retries": "kv_pull_retries",
+        "recomputed_requests": "kv_recomputed_requests",
+        "verification_failures": "kv_verification_failures",
+        "late_reads": "kv_late_reads",
+        "departed_transfers": "kv_departed_transfers",
+        "leases_expired": "kv_leases_expired",
+    }
+    await rank.stats(**{field: number for number, field in enumerate(counts, 1)}, num_quarantined_blocks=8)
+    await engine.complete(max_tokens=1)
+    found = await scrape(engine)
+    assert [found[f"pdlaunch_{name}_total"] for name in counts.values()] == [1, 2, 3, 4, 5, 6, 7]
+    assert found["pdlaunch_kv_blocks_quarantined"] == 8
+    documented = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    assert all(f"`pdlaunch_{name}_total`" in documented for name in counts.values())
 
 
 async def test_the_host_tier_is_shown(engine: Engine, rank: FakeRank):
