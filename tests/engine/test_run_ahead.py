@@ -147,6 +147,24 @@ def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
         assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
 
 
+def test_pulled_requests_that_lack_blocks_wait_for_those_of_an_aborted_one() -> None:
+    engine = start(num_blocks=5, max_num_seqs=2, caching=False)
+    engine.add("a", [1, 2, 3], max_tokens=9)
+    for name in "bc":
+        first = expected_output([5, 6, 5, 6], SamplingParams(max_tokens=1), 1)
+        engine.add(name, [5, 6, 5, 6], max_tokens=3, output=first, remote_kv=remote_kv(name, 4))
+    for _ in range(7):
+        engine.step()
+    assert engine.scheduler.stats().num_free_blocks == 0
+    for pull_id in list(engine.pulls):
+        engine.end_pull(pull_id)
+    engine.scheduler.abort("a")
+    engine.run()
+    assert engine.scheduler.stats().preemptions == 0
+    for name in "bc":
+        assert engine.finished[name].reason == "length"
+
+
 def test_a_prompt_that_is_being_computed_is_not_computed_twice() -> None:
     prompt = [1] * 8 + [2] * 7
     engine = start(max_num_batched_tokens=64)
