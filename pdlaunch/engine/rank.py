@@ -49,8 +49,10 @@ CONNECTOR_TIMEOUT_S = 60.0
 class RankProcess:
     """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
 
-    def __init__(self, bootstrap: Bootstrap) -> None:
+    def __init__(self, bootstrap: Bootstrap, draw_engine_id: Callable[[], str] = draw_engine_id) -> None:
+        """``draw_engine_id``: what this host would name the engine; that of rank 0 counts."""
         self._bootstrap = bootstrap
+        self._draw_engine_id = draw_engine_id
         self._spec = bootstrap.engine()
         self._wakeup = Wakeup()
         self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
@@ -206,7 +208,7 @@ class RankProcess:
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> str:
         """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""
-        drawn = draw_engine_id()
+        drawn = self._draw_engine_id()
         if tp is None:
             return drawn
         return tp.broadcast_bytes(bytes.fromhex(drawn)).hex()
