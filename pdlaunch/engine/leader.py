@@ -139,7 +139,8 @@ class Leader:
         if plan is None:
             return False
         self._submit(plan)
-        self._send_outputs()
+        # Nothing that the ranks must write down first may keep the device waiting.
+        self._send_released()
         following = self._launch(plan)
         self._collect()
         self._running = following
