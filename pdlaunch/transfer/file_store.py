@@ -98,8 +98,7 @@ class FileStore:
         sizes = {}
         for folder in self._folder.iterdir():
             if not folder.is_symlink() and folder.is_dir():
-                files = [_size_bytes(path) for path in folder.iterdir()]
-                sizes[folder] = (_written_s(folder), sum(files))
+                sizes[folder] = (_written_s(folder), _folder_bytes(folder))
         excess = sum(size for _, size in sizes.values()) - self._size_limit_bytes
         for folder, (_, size) in sorted(sizes.items(), key=lambda item: item[1][0]):
             if excess <= 0:
@@ -107,6 +106,14 @@ class FileStore:
             if folder != keep:
                 shutil.rmtree(folder, ignore_errors=True)
                 excess -= size
+
+
+def _folder_bytes(folder: Path) -> int:
+    """0 when another process has deleted it meanwhile."""
+    try:
+        return sum(_size_bytes(path) for path in folder.iterdir())
+    except OSError:
+        return 0
 
 
 def _size_bytes(path: Path) -> int:

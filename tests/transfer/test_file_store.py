@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,38 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TransferError, match=r"kv_transfer.file_directory .* cannot be written to"):
         FileStore(str(tmp_path / "file" / "kv"), 1)
+
+
+def test_files_are_whole_whenever_they_are_there(store: FileStore) -> None:
+    name = file_name(DIGESTS[0], "reader")
+    store.write(name, torch.zeros(50_000))
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [store.write(name, torch.full((50_000,), float(number))) for number in range(100)])
+        while not writing.done():
+            found = store.read(name, CPU)
+            assert torch.equal(found, found[:1].expand(50_000))
+        writing.result()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(store: FileStore, tmp_path: Path) -> None:
+    name = file_name(DIGESTS[0], "reader")
+    in_its_place = tmp_path / "kv" / f"{name}.safetensors"
+    in_its_place.mkdir(parents=True)
+    with pytest.raises(TransferError, match="cannot be written"):
+        store.write(name, BLOCKS)
+    assert list(in_its_place.parent.iterdir()) == [in_its_place]
+
+
+def test_folders_may_go_while_others_are_written(tmp_path: Path) -> None:
+    """Every handshake makes a folder and deletes it, while others add up the sizes of all folders."""
+
+    def come_and_go(first: int) -> None:
+        store = FileStore(str(tmp_path), 1_000_000)
+        for number in range(first, first + 200):
+            name = file_name(f"{number:064x}", "scratch")
+            store.write(name, BLOCKS)
+            store.remove(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(0, 800, 200)))
+    assert list(tmp_path.iterdir()) == []

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.bench_transfer import bench_transfer
+from pdlaunch.transfer.connector import LocalMemory
+from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.mooncake_connector import _engine_protocol, _merge
+from tests.transfer.fakes import layout_of, random_cache
 
 BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=12, unique=True)
 
@@ -33,6 +39,16 @@ def test_a_build_without_nvlink_is_told() -> None:
     assert _engine_protocol("nvlink", {"SUPPORT_INTRA_NVLINK": True, "SUPPORT_MNNVL": True}) == "nvlink_intra"
     with pytest.raises(TransferError, match="no NVLink transport"):
         _engine_protocol("nvlink", {"SUPPORT_MNNVL": False})
+
+
+def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where libibverbs1 is missing: the import fails, and the rank does not start."""
+    monkeypatch.setitem(sys.modules, "mooncake", None)
+    settings = KVTransferSettings(connector="mooncake")
+    connector = new_connector(settings, "prefill-0/rank-0", 1)
+    memory = LocalMemory(random_cache(layout_of(), 1, seed=0), torch.zeros(1), layout_of())
+    with pytest.raises(TransferError, match=r"Mooncake cannot be imported: .* install mooncake-transfer-engine .*libibverbs1"):
+        connector.open(memory)
 
 
 @pytest.mark.multi_gpu
