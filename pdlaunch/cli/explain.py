@@ -31,7 +31,7 @@ def explain(
     elif code.upper() in rules:
         _print_rule(Console(), rules[code.upper()])
     else:
-        match = nearest(code.upper(), rules)
+        match = nearest(code.upper().replace("O", "0"), rules)  # no code has the letter
         hint = f"; did you mean {match}?" if match else "; `pdlaunch explain` lists all"
         Console(file=sys.stderr).print(Text(f"error: there is no rule {safe(shown_name(code))}{hint}", style="red"))
         raise typer.Exit(EXIT_UNKNOWN)
