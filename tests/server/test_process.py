@@ -50,7 +50,7 @@ class FakeSupervisor:
 
     def __init__(self, context: SecureContext, keys: LaunchKeys, folder: Path) -> None:
         self.context = context
-        self._keys = keys
+        self.keys = keys
         self._folder = folder
         self._socket, self._endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0", socket_class=zmq.asyncio.Socket)
         self._version = 0
@@ -61,7 +61,7 @@ class FakeSupervisor:
             name="prefill-0",
             incarnation=3,
             control=self._endpoint,
-            keys=self._keys,
+            keys=self.keys,
             run_dir=str(self._folder),
             log_level="debug",
             engine_json=engine_spec(model_dir, **changes).model_dump_json(),
@@ -140,9 +140,9 @@ async def health_becomes(url: str, status: int) -> None:
     pytest.fail(f"/health never answered {status}")
 
 
-async def complete(url: str) -> tuple[int, dict]:
+async def complete(url: str, **headers: str) -> tuple[int, dict]:
     async with (
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(headers=headers) as session,
         session.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}) as response,
     ):
         return response.status, await response.json()
@@ -204,6 +204,25 @@ async def test_a_busy_port_is_named(supervisor: FakeSupervisor, model_dir: Path)
     assert isinstance(failed, Failed)
     assert str(port) in failed.error
     assert await supervisor.ended() == 1
+
+
+async def test_bound_elsewhere_it_takes_the_launch_s_token_alone_and_shows_no_key(
+    supervisor: FakeSupervisor, own_rank: FakeRank, model_dir: Path
+):
+    # The same address as 127.0.0.1; what does not say so plainly counts as open to others.
+    await supervisor.start(model_dir, http_host="127.1")
+    register = await supervisor.next()
+    assert isinstance(register, Register)
+    await supervisor.show_rank(own_rank)
+    assert isinstance(await supervisor.next(), Ready)
+    url = register.address.http.replace("127.1:", "127.0.0.1:")
+    assert (await complete(url))[0] == 401
+    assert (await complete(url, Authorization="Bearer " + supervisor.keys.public))[0] == 401
+    assert (await complete(url, Authorization="Bearer " + supervisor.keys.http_token))[0] == 200
+    process = psutil.Process(register.pid)
+    shown = [supervisor.log(), *process.cmdline(), *process.environ().values()]
+    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token):
+        assert not any(secret in text for text in shown)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "the end of stdin"])
