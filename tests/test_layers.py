@@ -83,6 +83,17 @@ def test_rooms_import_only_what_the_table_allows() -> None:
     assert not found
 
 
+def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
+    """Benchmarks talk through pipes to processes that they have started themselves."""
+    files = [source for source in sources() if not source.stem.startswith("bench_")]
+    imported = {name.partition(".")[0] for source in files for _, name in imports_of(source)}
+    called = {
+        node.attr for source in files for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Attribute)
+    }
+    assert not imported & {"pickle", "marshal", "shelve", "multiprocessing"}
+    assert not called & {"recv_pyobj", "broadcast_object_list", "all_gather_object", "gather_object", "recv_object_list"}
+
+
 def test_the_table_has_no_cycles() -> None:
     done: list[str] = []
     for room in TABLE:
