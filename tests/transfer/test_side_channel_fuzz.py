@@ -1,0 +1,84 @@
+"""Well-formed questions with any content: each gets one answer, leases end as they should, and other pulls go on."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.errors import LeaseError
+from pdlaunch.protocol.side_channel import Handshake, Heartbeat, PullBegin, PullEnd, Push, ToHolder, to_holder, to_puller
+from pdlaunch.transfer.handshake import compatibility_of
+from tests.transfer.fakes import layout_of, spec_of
+from tests.transfer.rank_process import grant, pull
+from tests.transfer.test_pull import HolderRank, World
+
+ENGINE_IDS = st.sampled_from(["1" * 32, "1" * 32, "1" * 32, "2" * 32, "x"])
+REQUEST_IDS = st.sampled_from(["r", "r", "r", "unknown", "../r", "\0", "r" * 256])
+READERS = st.sampled_from(["x", "y", "y" * 256])
+NUMBERS = st.sampled_from([1, 2, 3, 0, -1, 2**31, 2**63 - 1, -(2**63)])
+CALL_IDS = st.integers(-(2**63), 2**63 - 1)
+BLOCK_IDS = st.lists(NUMBERS, max_size=4) | st.just([4] * 50_000)
+
+
+def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToHolder]:
+    return st.builds(kind, call_id=CALL_IDS, engine_id=ENGINE_IDS, request_id=REQUEST_IDS, reader=READERS, **fields)
+
+
+QUESTIONS = st.one_of(
+    of_pull(PullBegin, num_pullers=NUMBERS),
+    of_pull(Heartbeat),
+    of_pull(PullEnd),
+    of_pull(Push, block_ids=BLOCK_IDS, first_head=NUMBERS, num_heads=NUMBERS, target=st.binary(max_size=20)),
+    st.builds(
+        Handshake,
+        call_id=CALL_IDS,
+        engine_id=ENGINE_IDS,
+        rank_name=REQUEST_IDS,
+        incarnation=NUMBERS,
+        expected_engine_id=ENGINE_IDS,
+        compatibility=st.just(
+            compatibility_of(spec_of(block_size=1), layout_of(), "?", model_digest="", total_kv_heads=-1, connector="")  # type: ignore[arg-type]
+        ),
+        agent_metadata=st.binary(max_size=20),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture(scope="module")
+def holder(world: World) -> HolderRank:
+    return world.connect()
+
+
+@given(st.lists(QUESTIONS, max_size=20))
+def test_every_question_has_an_answer_and_nobody_else_is_harmed(
+    world: World, holder: HolderRank, questions: list[ToHolder]
+) -> None:
+    before = holder.kv_cache.clone()
+    holder.holder.grant(grant("r", [4, 5], num_readers=2))
+    holder.holder.grant(grant("other", [6, 7]))
+    for question in questions:
+        received = to_holder.decode(to_holder.encode(question))
+        answer = to_puller.decode(to_puller.encode(holder.holder.answer(received)))
+        assert answer.call_id == question.call_id
+        if isinstance(received, Push):
+            with contextlib.suppress(LeaseError):
+                job = holder.holder.job_of(received)
+                assert set(job.blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
+    world.pulls.start(pull("p", holder.remote("other"), [1, 2]))
+    world.turn()
+    finished = world.finished()
+    assert finished.ok, finished.error
+    assert world.kv_cache[[1, 2]].equal(holder.kv_cache[[6, 7]])
+    assert holder.kv_cache.equal(before)
+    world.clock.now += 10_000
+    assert sorted(event.request_id for event in holder.ended()) == ["other", "r"]
+    assert holder.holder.num_leases == 0
