@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
+MAX_DOUBLINGS = 10
+"""Of the first back-off: past its longest, and no number that overflows, however long a peer is away."""
 
 
 class _State(Enum):
@@ -409,7 +411,7 @@ class Peer:
     def _retry_later(self, reason: str) -> None:
         self.error = reason
         backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0**self._num_failures)
-        self._num_failures += 1
+        self._num_failures = min(self._num_failures + 1, MAX_DOUBLINGS)
         logger.warning("%s; next handshake in %.2f s", reason, backoff_s)
         self._disconnect()
         self._state = _State.WAITING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pdlaunch.protocol.control import PairFailed
+from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.transfer import LeaseEnded
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_pull import HolderRank, World
@@ -80,3 +80,16 @@ def test_who_answers_is_not_who_the_registry_names(world: World, field: str, sho
     world.peers.update([holder.entry() for holder in holders])
     world.turn()
     pulls_well(world, holders)
+
+
+def test_a_rank_that_is_away_for_hours_is_found_when_it_comes(world: World) -> None:
+    absent = HolderRank(world.clock, world.fabric)
+    world.peers.update([absent.entry()])
+    while len(world.reports) < 1100:
+        world.clock.now += 5.0
+        world.turn(1)
+    world.holders[absent.entry().address.side_channel] = absent
+    world.clock.now += 5.0
+    world.turn()
+    assert isinstance(world.reports[-1], PairReady)
+    pulls_well(world, [absent])
