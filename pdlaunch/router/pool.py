@@ -15,6 +15,8 @@ from pdlaunch.protocol.control import Capabilities, Entry, ListedState, Registry
 
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
+MAX_DOUBLINGS = 10
+"""Past the longest back-off, and no number that overflows, however often an engine fails in a row."""
 
 EngineKey = tuple[str, tuple[int, ...]]
 """Name and the incarnations of server and ranks: a restart of any of them makes it another engine."""
@@ -121,7 +123,7 @@ class EnginePool:
 
     def failed(self, engine: Engine) -> None:
         """Avoid the engine for a while, twice as long after each failure in a row."""
-        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2**engine.num_failures)
+        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(engine.num_failures, MAX_DOUBLINGS))
         engine.num_failures += 1
         engine.avoid_until_s = self._clock() + backoff_s
 
