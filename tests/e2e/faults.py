@@ -23,6 +23,7 @@ from pdlaunch.client.smoke import engines_of
 from pdlaunch.client.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
 from pdlaunch.errors import PdlaunchError
 from tests.e2e.conftest import clean_environ
+from tests.e2e.waiting import await_true
 
 TINY = ("--dtype", "float32", "--kv-cache-memory", "2MiB")
 SHORT_DEADLINES = {"PDLAUNCH_KV_TRANSFER__LEASE_S": "3", "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5"}
@@ -45,6 +46,8 @@ def faulty_deployment(
 def paused(process: psutil.Process) -> Iterator[None]:
     """A process that does nothing for as long as the block runs."""
     process.suspend()
+    # Its threads go on until the one that got the signal has had its turn.
+    await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
     try:
         yield
     finally:
