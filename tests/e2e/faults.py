@@ -46,9 +46,9 @@ def faulty_deployment(
 def paused(process: psutil.Process) -> Iterator[None]:
     """A process that does nothing for as long as the block runs."""
     process.suspend()
-    # Its threads go on until the one that got the signal has had its turn.
-    await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
     try:
+        # Its threads go on until the one that got the signal has had its turn.
+        await_true(lambda: process.status() == psutil.STATUS_STOPPED, "the process is stopped")
         yield
     finally:
         process.resume()
