@@ -48,8 +48,8 @@ class Supervisor:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._keys = new_launch_keys()
-        self._context = SecureContext(self._keys)
+        self.keys = new_launch_keys()
+        self._context = SecureContext(self.keys)
         self._socket, self._endpoint = self._context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
         self.children: list[subprocess.Popen[bytes]] = []
 
@@ -58,7 +58,7 @@ class Supervisor:
             name="router",
             incarnation=1,
             control=self._endpoint,
-            keys=self._keys,
+            keys=self.keys,
             run_dir=str(self._run_dir),
             log_level="info",
             router=spec,
@@ -211,6 +211,19 @@ def test_a_busy_port_is_named(supervisor: Supervisor) -> None:
     assert f"127.0.0.1:{port}" in failed.error
     assert "--port" in failed.error
     assert child.wait(20) == 1
+
+
+def test_it_shows_no_key(supervisor: Supervisor, capfd: pytest.CaptureFixture[str]) -> None:
+    child = supervisor.start(msgspec.structs.replace(SPEC, api_key="of-the-clients"))
+    assert isinstance(supervisor.receive(), Register)
+    assert isinstance(supervisor.receive(), Ready)
+    process = psutil.Process(child.pid)
+    shown = [*process.cmdline(), *process.environ().values()]
+    supervisor.send(Stop())
+    assert child.wait(20) == 0
+    shown += capfd.readouterr()
+    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token, "of-the-clients"):
+        assert not any(secret in text for text in shown)
 
 
 def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
