@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.transfer.connector import BlockRead, LocalMemory
+from pdlaunch.transfer.device_binding import DeviceBinding
+from pdlaunch.transfer.file_connector import FileConnector
 from pdlaunch.transfer.file_store import FileStore, file_name
+from tests.transfer.fakes import layout_of
 
 CPU = torch.device("cpu")
 BLOCKS = torch.arange(256, dtype=torch.float32)
@@ -131,3 +138,47 @@ def test_folders_may_go_while_others_are_written(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(come_and_go, range(0, 800, 200)))
     assert list(tmp_path.iterdir()) == []
+
+
+class RecordingStore(FileStore):
+    """Reads nothing, and remembers where to it should have."""
+
+    def __init__(self, folder: str, size_limit_bytes: int) -> None:
+        super().__init__(folder, size_limit_bytes)
+        self.devices: list[torch.device] = []
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        self.devices.append(device)
+        raise TransferError("no such device here")
+
+
+class RecordingConnector(FileConnector):
+    def _start(self, memory: LocalMemory) -> None:
+        self._store = RecordingStore(self._directory, self._size_limit_bytes)
+
+
+class TensorElsewhere:
+    """A KV cache on ``cuda:2``."""
+
+    device = torch.device("cuda:2")
+
+    def get_device(self) -> int:
+        return 2
+
+
+def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(tmp_path: Path) -> None:
+    connector = RecordingConnector(
+        "decode-0/rank-0",
+        1,
+        directory=str(tmp_path),
+        size_limit_bytes=1,
+        num_sender_threads=1,
+        binding=DeviceBinding(None),
+    )
+    connector.open(LocalMemory(cast(torch.Tensor, TensorElsewhere()), torch.zeros(1), layout_of()))
+    peer = connector.add_peer("prefill-0/rank-0#1", b"prefill-0/rank-0#1", cast(Geometry, SimpleNamespace(scratch_bytes=1)))
+    handle = connector.start_read(peer, BlockRead([1], [2], range(3), range(3), digest=DIGESTS[0], reader="x"))
+    connector.end_read(handle, error="")
+    assert connector.poll(handle) == "failed"
+    assert connector._store.devices == [torch.device("cuda:2")]
+    connector.close()
