@@ -16,6 +16,8 @@ from pdlaunch.protocol.wire import Codec, Message
 PROTOCOL_VERSION = 1
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+"""No NaN either: deadlines are made of it."""
 
 
 class Compatibility(Message, tag=False):
@@ -113,7 +115,7 @@ class PullReply(Message):
     block_hashes: list[bytes]
     """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
-    lease_s: float
+    lease_s: Seconds
     first_tokens: list[FirstToken] = []
 
 
@@ -128,7 +130,7 @@ class Heartbeat(Message):
 
 class HeartbeatReply(Message):
     call_id: int
-    lease_s: float
+    lease_s: Seconds
 
 
 class PullEnd(Message):

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.errors import LeaseError
-from pdlaunch.protocol.side_channel import Handshake, Heartbeat, PullBegin, PullEnd, Push, ToHolder, to_holder, to_puller
+from pdlaunch.errors import LeaseError, ProtocolError
+from pdlaunch.protocol.side_channel import (
+    Handshake,
+    Heartbeat,
+    HeartbeatReply,
+    PullBegin,
+    PullEnd,
+    Push,
+    ToHolder,
+    to_holder,
+    to_puller,
+)
 from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import grant, pull
@@ -82,3 +92,9 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
     world.clock.now += 10_000
     assert sorted(event.request_id for event in holder.ended()) == ["other", "r"]
     assert holder.holder.num_leases == 0
+
+
+@pytest.mark.parametrize("lease_s", [float("nan"), -1.0, -float("inf")])
+def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: float) -> None:
+    with pytest.raises(ProtocolError, match="lease_s"):
+        to_puller.decode(to_puller.encode(HeartbeatReply(call_id=1, lease_s=lease_s)))
