@@ -16,6 +16,9 @@ from pdlaunch.protocol.wire import Codec, Message
 PROTOCOL_VERSION = 1
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+"""How many, or the address of the first."""
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 """No NaN either: deadlines are made of it."""
 
@@ -44,18 +47,18 @@ class Compatibility(Message, tag=False):
 class Geometry(Message, tag=False):
     """Where this rank's KV blocks lie."""
 
-    base_address: int
-    num_blocks: int
-    block_bytes: int
-    head_bytes: int
-    num_kv_heads: int
+    base_address: Bytes
+    num_blocks: Count
+    block_bytes: Bytes
+    head_bytes: Bytes
+    num_kv_heads: Count
     """KV heads of this rank."""
-    first_kv_head: int
+    first_kv_head: Count
     """Global index of its first one."""
-    device_index: int
+    device_index: Count
     """0 on a CPU."""
-    scratch_address: int = 0
-    scratch_bytes: int = 0
+    scratch_address: Bytes = 0
+    scratch_bytes: Bytes = 0
     """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
 
 

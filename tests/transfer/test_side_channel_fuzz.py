@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import LeaseError, ProtocolError
 from pdlaunch.protocol.side_channel import (
     Handshake,
+    HandshakeReply,
     Heartbeat,
     HeartbeatReply,
     PullBegin,
@@ -98,3 +101,26 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
 def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: float) -> None:
     with pytest.raises(ProtocolError, match="lease_s"):
         to_puller.decode(to_puller.encode(HeartbeatReply(call_id=1, lease_s=lease_s)))
+
+
+@pytest.mark.parametrize("field", ["base_address", "num_blocks", "head_bytes", "first_kv_head", "device_index", "scratch_bytes"])
+@pytest.mark.parametrize("value", [-1, 2**63])
+def test_a_geometry_that_no_memory_has_is_no_message(holder: HolderRank, field: str, value: int) -> None:
+    engine_id = holder.identity.engine_id
+    question = Handshake(
+        call_id=1,
+        engine_id="d" * 32,
+        rank_name="decode-0/rank-0",
+        incarnation=1,
+        expected_engine_id=engine_id,
+        compatibility=compatibility_of(
+            spec_of(), layout_of(), torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+        ),
+        agent_metadata=b"",
+    )
+    answer = holder.holder.answer(question)
+    assert isinstance(answer, HandshakeReply)
+    assert to_puller.decode(to_puller.encode(answer)) == answer
+    spoiled = msgspec.structs.replace(answer, geometry=msgspec.structs.replace(answer.geometry, **{field: value}))
+    with pytest.raises(ProtocolError, match=field):
+        to_puller.decode(to_puller.encode(spoiled))
