@@ -69,6 +69,7 @@ def open_rank(name: str, *, num_heads: int = 3, files: dict[str, int] | None = N
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
+    gc.collect()  # what other tests have left to it
     before = num_open_fds()
     yield
     for thread in [thread for thread in threading.enumerate() if thread.name == "fd-server"]:
