@@ -13,7 +13,7 @@ import typer
 
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_serve import serve
-from pdlaunch.cli.bench_values import read_names, read_numbers, read_pairs, read_sizes
+from pdlaunch.cli.bench_values import read_name, read_names, read_numbers, read_pairs, read_size, read_sizes
 from pdlaunch.config.aliases import resolve_model
 from pdlaunch.config.models import ConnectorName, KVPath, MooncakeProtocol
 from pdlaunch.config.sizes import format_size
@@ -28,6 +28,7 @@ app.command("serve")(serve)
 
 _CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
 _PATHS: tuple[str, ...] = get_args(KVPath)
+_AUTO: KVPath = "auto"
 _MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)
 _TRANSFER_HEADINGS = {
     "connector": "connector",
@@ -104,10 +105,10 @@ def step(
     """The engine's step beside the same model run by transformers alone, and the floor that memory sets."""
     arguments = {
         "model_dir": _model_dir(model),
-        "batch_sizes": read_numbers(batch_sizes),
+        "batch_sizes": read_numbers(batch_sizes, "--batch-sizes"),
         "context_tokens": context_tokens,
         "num_steps": num_steps,
-        "prefill_tokens": read_numbers(prefill_tokens),
+        "prefill_tokens": read_numbers(prefill_tokens, "--prefill-tokens"),
         "dtype": dtype,
         "num_threads": num_threads,
         "block_size": block_size,
@@ -134,9 +135,9 @@ def offload(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Copies of scattered blocks between device and host memory, beside one copy of everything in the same run."""
-    arguments: dict[str, object] = {"block_sizes": read_sizes(block_sizes)}
+    arguments: dict[str, object] = {"block_sizes": read_sizes(block_sizes, "--block-sizes")}
     if memory is not None:
-        arguments["num_bytes"] = read_sizes(memory)[0]
+        arguments["num_bytes"] = read_size(memory, "--memory")
     if device is not None:
         arguments["device"] = device
     report = _measure("pdlaunch.offload.bench", arguments)
@@ -151,7 +152,7 @@ def offload(
 @app.command("transfer")
 def transfer(
     connectors: Annotated[str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")] = "nixl",
-    path: Annotated[str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")] = "auto",
+    path: Annotated[str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")] = _AUTO,
     tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
     num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
     num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
@@ -166,11 +167,14 @@ def transfer(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
+    names = read_names(connectors, _CONNECTORS, "--connectors")
+    if path != _AUTO and "nixl" not in names:
+        raise typer.BadParameter(f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'")
     arguments = {
-        "connectors": read_names(connectors, _CONNECTORS),
-        "paths": read_names(path, _PATHS),
-        "tp_pairs": read_pairs(tp_pairs),
-        "num_blocks": read_numbers(num_blocks),
+        "connectors": names,
+        "paths": read_names(path, _PATHS, "--path"),
+        "tp_pairs": read_pairs(tp_pairs, "--tp-pairs"),
+        "num_blocks": read_numbers(num_blocks, "--num-blocks"),
         "num_repeats": num_repeats,
         "num_layers": num_layers,
         "num_kv_heads": num_kv_heads,
@@ -179,7 +183,7 @@ def transfer(
         "dtype": dtype,
         "device": device,
         "enable_cumem_allocator": enable_cumem_allocator,
-        "mooncake_protocol": read_names(mooncake_protocol, _MOONCAKE_PROTOCOLS)[0],
+        "mooncake_protocol": read_name(mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"),
     }
     _print(_measure("pdlaunch.transfer.bench_transfer", arguments), output, _TRANSFER_HEADINGS)
 
@@ -192,7 +196,7 @@ def _model_dir(model: str) -> str:
         print_errors([error])
         raise typer.Exit(2) from None
     if not resolved.ready:
-        command = [sys.executable, "-m", "pdlaunch.models.convert", model]
+        command = [sys.executable, "-P", "-m", "pdlaunch.models.convert", model]
         # What it says is not what was measured.
         if subprocess.run(command, stdout=STDERR, check=False).returncode:
             raise typer.Exit(1)
@@ -201,7 +205,8 @@ def _model_dir(model: str) -> str:
 
 def _measure(module: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
     """What ``python -m module JSON`` prints: torch stays out of this process. Its errors are on stderr."""
-    command = [sys.executable, "-m", module, json.dumps(arguments)]
+    # -P: a folder named pdlaunch where the user stands is not the installed one.
+    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
     # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of its own.
     result = subprocess.run(
         command, stdout=subprocess.PIPE, env=os.environ | (environ or {}), check=False, start_new_session=True

@@ -62,7 +62,7 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
 
 
 def _short(value: object) -> str:
-    """Numbers to three digits or more: 0.95, 53.1, 4330."""
+    """Numbers to three digits or more: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -21,6 +21,7 @@ from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, 
 from pdlaunch.client.bench_row import BenchRow
 from pdlaunch.client.bench_serve import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
 from pdlaunch.client.deployment import running_deployment
+from pdlaunch.config.names import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 
@@ -92,8 +93,8 @@ def serve(
     flags: dict[str, object],
 ) -> None:
     """Time to first token, gap to the second, inter-token latency and throughput of a deployment, as its clients see them."""
-    lengths = read_numbers(input_tokens)
-    numbers = read_numbers(concurrency or ("4" if multi_turn else "1,4,16"))
+    lengths = read_numbers(input_tokens, "--input-tokens")
+    numbers = read_numbers(concurrency or ("4" if multi_turn else "1,4,16"), "--concurrency")
     options: BenchOptions | MultiTurnOptions
     if multi_turn:
         of_rows = {"--num-requests": num_requests, "--bare-gb-per-s": bare_gb_per_s, "--step-ms": step_ms}
@@ -119,12 +120,12 @@ def serve(
             num_requests=num_requests,
             max_token_id=max_token_id,
             seed=seed,
-            bare_gb_per_s=read_decimals(bare_gb_per_s, lengths),
-            step_ms=read_decimals(step_ms, numbers),
+            bare_gb_per_s=read_decimals(bare_gb_per_s, lengths, "--bare-gb-per-s"),
+            step_ms=read_decimals(step_ms, numbers, "--step-ms"),
         )
     if url is not None:
-        own = {"CONFIG": config} | {path: value for path, value in flags.items() if path != "api_key"}
-        _refuse(own, "of a deployment that is started, not of one at --url")
+        own = {"CONFIG": config} | {flag_name(path): value for path, value in flags.items() if path != "api_key"}
+        _refuse(own, "for a deployment that is started here, not for one at --url")
     raise typer.Exit(_measure(options, url, config, flags, output))
 
 

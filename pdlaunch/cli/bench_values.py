@@ -11,18 +11,18 @@ import typer
 from pdlaunch.config.sizes import parse_size
 
 
-def read_numbers(text: str) -> list[int]:
+def read_numbers(text: str, option: str) -> list[int]:
     """``1,4,16``."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,4,16")
+        raise _refused(option, f"{text!r} is not a list of positive numbers such as 1,4,16")
     return numbers
 
 
-def read_decimals(text: str | None, keys: Sequence[int]) -> dict[int, float]:
+def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[int, float]:
     """``4.9,6.2``: one for each key, or one for all; nothing of nothing."""
     if text is None:
         return {}
@@ -34,34 +34,54 @@ def read_decimals(text: str | None, keys: Sequence[int]) -> dict[int, float]:
         numbers *= len(keys)
     if len(numbers) != len(keys) or not all(0 < number < math.inf for number in numbers):
         wanted = ",".join(map(str, keys))
-        raise typer.BadParameter(f"{text!r} is neither a positive number nor a list of one for each of {wanted}")
+        raise _refused(option, f"{text!r} is neither a positive number nor a list of one for each of {wanted}")
     return dict(zip(keys, numbers, strict=True))
 
 
-def read_sizes(text: str) -> list[int]:
+def read_sizes(text: str, option: str) -> list[int]:
     """``4KiB,1MiB`` in bytes."""
     try:
         sizes = [parse_size(part) for part in text.split(",")]
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of sizes such as 4KiB,1MiB")
+        raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB")
     return sizes
 
 
-def read_names(text: str, known: Collection[str]) -> list[str]:
+def read_size(text: str, option: str) -> int:
+    """``1GiB`` in bytes."""
+    sizes = read_sizes(text, option)
+    if len(sizes) > 1:
+        raise _refused(option, f"{text!r} is not one size such as 1GiB")
+    return sizes[0]
+
+
+def read_names(text: str, known: Collection[str], option: str) -> list[str]:
     """``nixl,file``."""
     names = text.split(",")
     for name in names:
         if name not in known:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+            raise _refused(option, f"{name!r} is none of {', '.join(known)}")
     return names
 
 
-def read_pairs(text: str) -> list[list[int]]:
+def read_name(text: str, known: Collection[str], option: str) -> str:
+    """``tcp``."""
+    names = read_names(text, known, option)
+    if len(names) > 1:
+        raise _refused(option, f"{text!r} is not one of {', '.join(known)}")
+    return names[0]
+
+
+def read_pairs(text: str, option: str) -> list[list[int]]:
     """``1x1,1x3``."""
     pairs = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", part) for part in text.split(",")]
     found = [[int(pair[1]), int(pair[2])] for pair in pairs if pair is not None]
     if len(found) < len(pairs):
-        raise typer.BadParameter(f"{text!r} is not a list of pairs such as 1x1,1x3")
+        raise _refused(option, f"{text!r} is not a list of pairs such as 1x1,1x3")
     return found
+
+
+def _refused(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"'{option}'")

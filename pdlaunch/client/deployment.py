@@ -71,7 +71,7 @@ def running_deployment(
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
         output, log_dir = Path(folder) / "output", Path(folder) / "logs"
         port = free_port()
-        command = [sys.executable, "-m", "pdlaunch", "serve", *arguments, "--port", str(port), "--log-dir", str(log_dir)]
+        command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, "--port", str(port), "--log-dir", str(log_dir)]
         started_s = time.monotonic()
         with output.open("wb") as sink:
             process = subprocess.Popen(

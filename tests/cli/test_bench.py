@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -81,11 +82,11 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         (("--turns", "3"), "--turns: only for --multi-turn"),
         (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
         (("--multi-turn", "--concurrency", "1,2"), "takes one --input-tokens and one --concurrency"),
-        (("--prefill", "2"), "prefill.replicas: of a deployment that is started"),
+        (("--prefill", "2"), "--prefill: for a deployment that is started here"),
         (("--step-ms", "1,2"), "'1,2' is neither a positive number nor a list of one for each of 1,4,16"),
         (("--step-ms", "1,nan,2"), "'1,nan,2' is neither"),
         (("--step-ms", "inf"), "'inf' is neither"),
-        (("--input-tokens", "0"), "'0' is not a list of positive numbers"),
+        (("--input-tokens", "0"), "Invalid value for '--input-tokens': '0' is not a list of positive numbers"),
         (("--concurrency", "a"), "'a' is not a list of positive numbers"),
         (("--bare-gb-per-s", "0"), "'0' is neither"),
     ],
@@ -126,7 +127,10 @@ def test_a_pipe_gets_the_whole_table() -> None:
     assert "a long heading another one" in console.file.getvalue()
 
 
-def test_offload_between_two_cpu_tensors() -> None:
+def test_offload_between_two_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pdlaunch").mkdir()
+    (tmp_path / "pdlaunch" / "__init__.py").write_text("raise AssertionError('this is another pdlaunch')")
+    monkeypatch.chdir(tmp_path)
     result = run("offload", "--device", "cpu", "--block-sizes", "4KiB,16KiB", "--memory", "64KiB")
     assert result.exit_code == 0
     assert all(word in result.stdout for word in ("4 KiB", "16 KiB", "one copy", "memcpy", "64 KiB in each direction"))
@@ -135,6 +139,9 @@ def test_offload_between_two_cpu_tensors() -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        ("transfer", "--connectors", "file", "--path", "p2p"),
+        ("transfer", "--mooncake-protocol", "tcp,rdma"),
+        ("offload", "--memory", "1MiB,2MiB"),
         ("offload", "--block-sizes", "0"),
         ("offload", "--block-sizes", "4KiB,x"),
         ("offload", "--memory", ""),
