@@ -41,7 +41,7 @@ def role_without_peer(context: Context) -> Iterator[Found]:
         (present,) = context.engines
         absent = next(role for role in ROLES if role != present)
         count = context.engines[present].replicas
-        yield Found(f"{absent}.replicas", f"there are {count} {present} engines, but no {absent} engine")
+        yield Found(f"{absent}.replicas", f"{count} {present} engine{'' if count == 1 else 's'}, but no {absent} engine")
 
 
 @rule(

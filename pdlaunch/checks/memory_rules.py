@@ -175,12 +175,13 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
     needs=("model",),
 )
 def kv_cache_too_small(context: Context) -> Iterator[Found]:
-    """The KV cache cannot hold one request of max_model_len.
+    """The KV cache cannot hold one request of max_model_len, or none at all.
 
-    A request that needs more blocks than there are can never run: it is refused although it is within max_model_len.
+    A request that needs more blocks than there are can never run: it is refused although it is within max_model_len. A rank whose
+    KV cache holds no request does not start.
     """
     for engine in context.engines.values():
-        if engine.settings.max_model_len is not None:
+        if engine.settings.max_model_len is not None or _holds_nothing(engine):
             yield from _too_small(_within_model(engine))
 
 
@@ -197,8 +198,16 @@ def kv_cache_below_model(context: Context) -> Iterator[Found]:
     With max_model_len left to the model, longer requests than the KV cache holds are refused one by one.
     """
     for engine in context.engines.values():
-        if engine.settings.max_model_len is None:
+        if engine.settings.max_model_len is None and not _holds_nothing(engine):
             yield from _too_small(engine)
+
+
+def _holds_nothing(engine: Engine) -> bool:
+    return (
+        engine.kv_cache_bytes is not None
+        and footprint(engine) is not None
+        and not longest_request_tokens(engine, engine.kv_cache_bytes)
+    )
 
 
 def _within_model(engine: Engine) -> Engine:

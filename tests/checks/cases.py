@@ -135,12 +135,16 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD208": Case(
-        [on(CPU, max_model_len=8192, kv_cache_memory="64MiB")],
+        [on(CPU, max_model_len=8192, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="1KiB")],
         [on(CPU, max_model_len=1024, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB")],
     ),
     "PD209": Case(
         [on(CPU, kv_cache_memory="64MiB")],
-        [on(CPU, max_model_len=8192, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB", shapes=(SLIDING, SLIDING))],
+        [
+            on(CPU, max_model_len=8192, kv_cache_memory="64MiB"),
+            on(CPU, kv_cache_memory="64MiB", shapes=(SLIDING, SLIDING)),
+            on(CPU, kv_cache_memory="1KiB"),
+        ],
     ),
     "PD210": Case(
         [on(one_gpu()), on(one_gpu(), kv_cache_memory="60GiB")],
