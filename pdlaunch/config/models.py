@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.sizes import parse_size
 
@@ -149,7 +150,8 @@ class KVTransferSettings(FrozenModel):
     @model_validator(mode="after")
     def _has_paths(self) -> Self:
         if self.connector != "nixl" and self.path != "auto":
-            raise ValueError(f"kv_transfer.path {self.path} is for connector nixl: leave it out for connector {self.connector}")
+            message = f"only connector nixl has paths; leave it out for connector {self.connector}"
+            raise PydanticCustomError("path", message, {"field": "path"})
         return self
 
     @property
@@ -160,7 +162,8 @@ class KVTransferSettings(FrozenModel):
     @model_validator(mode="after")
     def _has_a_directory(self) -> Self:
         if self.connector == "file" and self.file_directory is None:
-            raise ValueError("connector file needs kv_transfer.file_directory: a folder that all engines can write to")
+            message = "it needs kv_transfer.file_directory: a folder that all engines can write to"
+            raise PydanticCustomError("directory", message, {"field": "connector"})
         return self
 
 

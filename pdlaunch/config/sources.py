@@ -160,7 +160,8 @@ def _takes_bool(path: str) -> bool:
 
 
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
-    path = ".".join(map(str, detail["loc"]))
+    # Whole sections are refused for the sake of one of their fields.
+    path = ".".join(map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")]))))
     while path and path not in given:
         path = path.rpartition(".")[0]
     path = path or ".".join(map(str, detail["loc"]))

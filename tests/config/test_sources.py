@@ -41,9 +41,16 @@ def only(found: tuple[Problem, ...]) -> Problem:
 
 class TestConnectors:
     def test_file_needs_a_directory(self):
-        assert "needs kv_transfer.file_directory" in only(problems(kv_transfer__connector="file")).message
+        problem = only(problems(kv_transfer__connector="file"))
+        assert problem.field == "kv_transfer.connector"
+        assert "needs kv_transfer.file_directory" in problem.message
         loaded = load(kv_transfer__connector="file", kv_transfer__file_directory="/kv")
         assert loaded.config.kv_transfer.file_directory == "/kv"
+
+    def test_only_nixl_has_paths(self):
+        problem = only(problems(kv_transfer__connector="file", kv_transfer__file_directory="/kv", kv_transfer__path="p2p"))
+        assert (problem.field, problem.value) == ("kv_transfer.path", "'p2p'")
+        assert "only connector nixl has paths" in problem.message
 
 
 class TestPrecedence:
