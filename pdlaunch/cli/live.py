@@ -139,7 +139,7 @@ def render_status(status: LaunchStatus, elapsed_s: float, columns: int, rows: in
     counts = Counter(process.state for process in status.processes)
     head = Text(f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of {len(status.processes)} ready")
     if status.num_missing_pairs and not counts.keys() - {ProcessState.READY, ProcessState.EXITED}:
-        head.append(f" · {status.num_missing_pairs} pairs to connect")
+        head.append(f" · {status.num_missing_pairs} {'pair' if status.num_missing_pairs == 1 else 'pairs'} to connect")
     head.truncate(columns, overflow="ellipsis")
     room = max(1, rows - 2)
     processes = list(status.processes)
@@ -168,7 +168,8 @@ def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
 def ready_rows(status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool) -> list[tuple[str, str]]:
     """Where, how to try it, what runs, how fast its pairs are, where to read more."""
     key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    body = f'{{"model": "{model}", "prompt": "The capital of France is"}}'
+    # A prompt of one word: a narrow terminal breaks lines at spaces, which JSON allows between its parts alone.
+    body = f'{{"model": "{model}", "prompt": "Hello"}}'
     curl = f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: application/json'{CONTINUATION}-d '{body}'"
     return [
         ("URL", status.url),

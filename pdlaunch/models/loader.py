@@ -40,7 +40,7 @@ def load_model(
 
     Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide by the ranks.
     """
-    progress("loading libraries", 0.0)
+    progress("loading libraries", None)
     register_attention()
     model: Any = _build_empty(model_dir, dtype)
     cuts = _cuts(model, shape, tp)
