@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.cli.bench_output import print_errors
 from pdlaunch.client.sleep import SleepOutcome, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
 
@@ -65,7 +66,7 @@ def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
     try:
         outcomes = call()
     except PdlaunchError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        print_errors([error])
         raise typer.Exit(1) from None
     table = Table("engine", "state", what)
     for outcome in outcomes:

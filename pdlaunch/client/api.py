@@ -52,4 +52,10 @@ class Api:
             with error:
                 return error.code, error.read()
         except OSError as error:
-            raise PdlaunchError(f"{self.url}{path} cannot be reached: {error}") from error
+            raise PdlaunchError(f"{self.url}{path} cannot be reached: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    """In words, without the layers that it came through."""
+    cause = getattr(error, "reason", error)
+    return getattr(cause, "strerror", None) or str(cause)

@@ -40,8 +40,9 @@ def smoke_under_chaos(deployment: Deployment, seed: int, *, api_key: str | None,
             seconds,
             "; ".join([*answers, *report.details]) if answers else None,
         ),
-        Check("no block and no request is left", seconds, "; ".join(report.left) or None),
-        Check("faults were injected", seconds, None if faults else "no transfer failed"),
+        # Both looked at the same run, whose time the first check has.
+        Check("no block and no request is left", 0.0, "; ".join(report.left) or None),
+        Check("faults were injected", 0.0, None if faults else "no transfer failed"),
     ]
 
 

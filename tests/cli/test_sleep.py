@@ -104,4 +104,4 @@ def test_a_refusal_is_shown_and_fails(deployment: Deployment) -> None:
 def test_nobody_there() -> None:
     code, output = run("wake", "--url", "http://127.0.0.1:1")
     assert code == 1
-    assert "cannot be reached" in output
+    assert output == "error: http://127.0.0.1:1/pdlaunch/status cannot be reached: Connection refused\n"
