@@ -131,6 +131,11 @@ class Context:
         """The user has set this, be it to its default."""
         return self.origins[path].kind in ("flag", "environment", "file") if path in self.origins else False
 
+    def where_variable(self, engine: Engine, name: str) -> str:
+        """The setting that gives a variable to an engine's ranks, else the environment of this command."""
+        paths = (f"{engine.role}.env.{name}", f"env.{name}")
+        return next((path for path in paths if self.given(path)), f"environment {name}")
+
     def on(self, device: Literal["cpu", "cuda"]) -> Iterator[Engine]:
         """Engines on this kind of device."""
         return (engine for engine in self.engines.values() if engine.device == device)

@@ -94,9 +94,14 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     """
     for engine in context.engines.values() if context.pair() else ():
         setting = read_expandable_segments(engine.environ)
-        if setting.enabled and not contradicts(engine.settings) and not memory_options(engine.settings).cumem_allocator:
+        if (
+            setting.variable
+            and setting.enabled
+            and not contradicts(engine.settings)
+            and not memory_options(engine.settings).cumem_allocator
+        ):
             yield Found(
-                f"environment {setting.variable}",
+                context.where_variable(engine, setting.variable),
                 f"{setting.variable} switches expandable_segments on, which connector "
                 f"{context.config.kv_transfer.connector} cannot move fast",
                 f"take expandable_segments out of {setting.variable}, or use --enable-cumem-allocator or --enable-sleep-mode",
@@ -116,9 +121,9 @@ def allocator_value_refused(context: Context) -> Iterator[Found]:
     """
     for engine in context.engines.values():
         setting = read_expandable_segments(engine.environ)
-        if setting.refused is not None:
+        if setting.variable and setting.refused is not None:
             message = f"expandable_segments:{setting.refused[:40]!a} is neither True nor False"
-            yield Found(f"environment {setting.variable}", message)
+            yield Found(context.where_variable(engine, setting.variable), message)
 
 
 @rule(
@@ -138,7 +143,9 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
         values = {engine.environ[name] for name in (setting.variable, *setting.ignored) if name is not None}
         if len(values) > 1:
             ignored = " and ".join(setting.ignored)
-            yield Found(f"environment {setting.ignored[0]}", f"torch reads {setting.variable} and ignores {ignored}")
+            yield Found(
+                context.where_variable(engine, setting.ignored[0]), f"torch reads {setting.variable} and ignores {ignored}"
+            )
 
 
 @rule(

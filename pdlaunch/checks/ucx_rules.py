@@ -8,7 +8,6 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.checks.ucx import CUDA, RDMA, SHARED_MEMORY, TCP, setting, ucx_transports
 
-_WHERE = "environment UCX_TLS"
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
 
@@ -27,7 +26,10 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cuda"):
         if _uses_ucx(context) and not ucx_transports(engine.environ) & CUDA:
-            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} runs on GPUs")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} runs on GPUs",
+            )
 
 
 @rule(
@@ -45,7 +47,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         transports = ucx_transports(engine.environ)
         if _uses_ucx(context) and transports & CUDA and "cuda_ipc" not in transports:
-            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no cuda_ipc")
+            yield Found(context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no cuda_ipc")
 
 
 @rule(
@@ -62,7 +64,9 @@ def ucx_without_shared_memory(context: Context) -> Iterator[Found]:
     for engine in context.engines.values():
         transports = ucx_transports(engine.environ)
         if _uses_ucx(context) and not transports & (SHARED_MEMORY | CUDA) and transports & (TCP | RDMA):
-            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no shared-memory transport")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no shared-memory transport"
+            )
 
 
 @rule(
@@ -79,7 +83,10 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     for engine in context.engines.values():
         between = ucx_transports(engine.environ) & (SHARED_MEMORY | RDMA | TCP | {"cuda_ipc"})
         if _uses_ucx(context) and not between:
-            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} names nothing that connects two processes")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                f"UCX_TLS {setting(engine.environ)} names nothing that connects two processes",
+            )
 
 
 @rule(
@@ -99,7 +106,10 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     for engine in context.engines.values():
         if not ucx_transports(engine.environ) & RDMA:
             devices = ", ".join(context.machine.rdma_devices[:4])
-            yield Found(_WHERE, f"UCX_TLS {setting(engine.environ)} has no RDMA transport; this host has {devices}")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                f"UCX_TLS {setting(engine.environ)} has no RDMA transport; this host has {devices}",
+            )
 
 
 @rule(
@@ -118,7 +128,9 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
     for engine in context.on("cuda") if has_fabric else ():
         if _uses_ucx(context) and _is_off(engine.environ.get(_MNNVL)):
-            yield Found(f"environment {_MNNVL}", f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles")
+            yield Found(
+                context.where_variable(engine, _MNNVL), f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles"
+            )
 
 
 @rule(
@@ -139,7 +151,7 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
         return
     for engine in context.on("cuda"):
         if _uses_ucx(context) and _is_on(engine.environ.get(_MNNVL)):
-            yield Found(f"environment {_MNNVL}", f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here")
+            yield Found(context.where_variable(engine, _MNNVL), f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here")
 
 
 def _uses_ucx(context: Context) -> bool:

@@ -16,7 +16,7 @@ from pdlaunch.config.problems import Problem
 
 _STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
 _GITHUB_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
-_WIDE_COLUMNS = 100
+_GAP = "  "
 
 
 def safe(text: str) -> str:
@@ -48,21 +48,21 @@ def print_table(console: Console, report: Report, *, ok: bool) -> None:
 
 
 class _FindingView:
-    """One finding: side by side on a wide terminal, one below the other on a narrow one."""
+    """One finding: side by side where it fits into a line, else one below the other."""
 
     def __init__(self, finding: Finding) -> None:
         self._finding = finding
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         finding, style = self._finding, _STYLES[self._finding.severity]
-        code = Text(f"  {finding.rule} ", style=f"bold {style}")
-        where, message = safe(place(finding)), safe(finding.message)
+        head = Text(f"  {finding.rule} ", style=f"bold {style}") + Text(safe(place(finding)), style="bold")
+        message = Text(safe(finding.message), style="default")
         rest: list[RenderableType] = []
-        if options.max_width >= _WIDE_COLUMNS:
-            yield code + Text(where, style="bold") + Text(f"  {message}", style="default")
+        if head.cell_len + len(_GAP) + message.cell_len <= options.max_width:
+            yield head + Text(_GAP) + message
         else:
-            yield code + Text(where, style="bold")
-            rest.append(Text(message))
+            yield head
+            rest.append(message)
         rest.append(Text(f"fix: {safe(finding.fix)}", style="dim"))
         yield Padding(Group(*rest), (0, 0, 0, 8), expand=False)
 

@@ -170,6 +170,17 @@ class TestTable:
         assert "not ok: 1 error, 1 warning, 1 info" in output
         assert max(len(line) for line in output.splitlines()) <= int(columns)
 
+    @pytest.mark.parametrize("columns", range(80, 200, 20))
+    def test_a_finding_that_needs_several_lines_is_indented(self, check, columns):
+        lines = check("--kv-offload-memory", "4TiB", columns=str(columns)).stdout.splitlines()
+        start = next(number for number, line in enumerate(lines) if "PD221" in line)
+        assert all(line.startswith(" " * 8) for line in lines[start + 1 : lines.index("not checked")])
+
+    def test_a_variable_of_the_file_is_shown_there(self, check, file):
+        path = file("env: {UCX_TLS: tcp}\n")
+        assert f"PD432 env.UCX_TLS ({path}:1:16)" in check(path, columns="300").stdout
+        assert "PD432 environment UCX_TLS" in check(columns="300", UCX_TLS="tcp").stdout
+
     def test_the_fix_and_the_way_to_more(self, check):
         output = check("--max-model-len", 1000, columns="200").stdout
         assert "fix: set it to 512 or less, or leave it out" in output
