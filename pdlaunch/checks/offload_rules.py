@@ -119,9 +119,10 @@ def policy_without_tier(context: Context) -> Iterator[Found]:
 
     Nothing is kept in host memory unless kv_offload.host_memory says how much.
     """
+    of_tiers = {engine.where("kv_offload.policy") for engine in _with_tier(context)}
     for engine in context.engines.values():
         where = engine.where("kv_offload.policy")
-        if context.given(where) and not engine.host_tier_bytes:
+        if context.given(where) and where not in of_tiers:
             yield Found(where, f"{SETTING} is 0: there is nothing to evict")
 
 

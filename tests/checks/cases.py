@@ -190,7 +190,11 @@ CASES: dict[str, Case] = {
     ),
     "PD225": Case(
         [on(CPU, kv_offload__policy="lru"), on(CPU, prefill__kv_offload__policy="lru")],
-        [on(CPU, **TIER, kv_offload__policy="lru"), on(CPU)],
+        [
+            on(CPU, **TIER, kv_offload__policy="lru"),
+            on(CPU, **TIER, kv_offload__policy="lru", decode__kv_offload__host_memory=0),
+            on(CPU),
+        ],
     ),
     "PD301": Case(
         [on(GPU, shapes=(SHAPE, SMALL_SHAPE)), on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, vocab_size=1)))],
