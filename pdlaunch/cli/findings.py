@@ -39,7 +39,7 @@ def print_table(console: Console, report: Report, *, ok: bool) -> None:
             console.print(Group(*(_FindingView(finding) for finding in found)))
     if report.not_checked:
         console.print(Text("not checked", style="bold"))
-        console.print(Group(*_not_checked_lines(report.not_checked)))
+        console.print(Padding(Group(*_not_checked_lines(report.not_checked)), (0, 0, 0, 2), expand=False))
     counts = ", ".join(_count(report, severity) for severity in SEVERITIES)
     verdict = "ok" if ok else "not ok"
     console.print(Text(f"{verdict}: {counts}", style="bold green" if ok else "bold red"))
@@ -72,7 +72,7 @@ def _not_checked_lines(not_checked: Sequence[NotChecked]) -> Iterator[Text]:
     for item in not_checked:
         by_reason[item.reason].append(item.rule)
     for reason, codes in by_reason.items():
-        yield Text(f"  {', '.join(codes)}: {safe(reason)}", style="dim")
+        yield Text(f"{', '.join(codes)}: {safe(reason)}", style="dim")
 
 
 def _count(report: Report, severity: str) -> str:

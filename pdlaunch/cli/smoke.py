@@ -26,7 +26,7 @@ from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
 @with_serve_flags
 def smoke_command(
     config: ConfigArgument = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", metavar="FILE")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False)] = None,
     chaos: Annotated[
         int | None,
         typer.Option(help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.", metavar="SEED"),
@@ -39,7 +39,7 @@ def smoke_command(
     try:
         launch_config = load_config(config, os.environ, flags).config
     except ConfigError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
@@ -65,13 +65,22 @@ def smoke_command(
         console.print(Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"), soft_wrap=True)
         if check.failure is not None:
             console.print(Text(f"        {check.failure}"), soft_wrap=True)
-    if junit is not None:
-        write_junit(checks, junit)
+    is_written = junit is None or _write(checks, junit)
     num_failed = sum(check.failure is not None for check in checks)
     console.print(
         Text(f"smoke: {num_failed} of {len(checks)} checks failed" if num_failed else f"smoke: {len(checks)} checks passed")
     )
-    raise typer.Exit(1 if num_failed else 0)
+    raise typer.Exit(0 if is_written and not num_failed else 1)
+
+
+def _write(checks: list[Check], path: Path) -> bool:
+    try:
+        write_junit(checks, path)
+    except OSError as error:
+        message = f"error: --junit {path} cannot be written: {error.strerror or error}"
+        Console(stderr=True, soft_wrap=True).print(Text(message, style="red"))
+        return False
+    return True
 
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:

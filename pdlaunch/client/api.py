@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -53,6 +54,17 @@ class Api:
                 return error.code, error.read()
         except OSError as error:
             raise PdlaunchError(f"{self.url}{path} cannot be reached: {_reason(error)}") from error
+
+
+def check_url(url: str) -> None:
+    """Raises PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and parts.path in ("", "/")
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
 
 
 def _reason(error: OSError) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import urllib.parse
 from collections.abc import AsyncIterator
 
 import aiohttp
 import msgspec
 
+from pdlaunch.client.api import check_url
 from pdlaunch.client.timed_completion import describe_failure, read_refusal
 from pdlaunch.errors import PdlaunchError
 
@@ -35,22 +35,12 @@ class BenchTarget(msgspec.Struct, frozen=True):
 @contextlib.asynccontextmanager
 async def open_target(url: str, api_key: str | None, request_timeout_s: float) -> AsyncIterator[BenchTarget]:
     """Ask the deployment at ``url`` for its model. Raises PdlaunchError when it cannot be used."""
-    _check_url(url)
+    check_url(url)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=request_timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, headers=headers, timeout=timeout, connector=connector) as session:
         yield BenchTarget(session, *await _first_model(session, url))
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and parts.path in ("", "/")
-    except ValueError:
-        is_usable = False
-    if not is_usable:
-        raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
 
 
 async def _first_model(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:

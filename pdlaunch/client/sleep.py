@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from pdlaunch.client.api import Api
+from pdlaunch.client.api import Api, check_url
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 
@@ -52,6 +52,7 @@ def _await_router(router: Api, awake: set[str]) -> None:
 
 
 def _engines(url: str, api_key: str | None, names: Sequence[str], first: Literal["prefill", "decode"]) -> list[dict[str, Any]]:
+    check_url(url)
     engines = {engine["name"]: engine for engine in engines_of(Api(url, api_key))}
     if unknown := [name for name in names if name not in engines]:
         raise PdlaunchError(f"{url} has no engine {unknown[0]}; there are {', '.join(sorted(engines))}")

@@ -167,6 +167,8 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
     path = path or ".".join(map(str, detail["loc"]))
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if detail["type"].endswith("too_short") and detail["ctx"]["min_length"] == 1:
+        message = "must not be empty"
     fix = None
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         match = nearest(detail["input"], [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()])

@@ -105,3 +105,10 @@ def test_nobody_there() -> None:
     code, output = run("wake", "--url", "http://127.0.0.1:1")
     assert code == 1
     assert output == "error: http://127.0.0.1:1/pdlaunch/status cannot be reached: Connection refused\n"
+
+
+def test_no_url() -> None:
+    assert run("sleep", "--url", "localhost:8000") == (
+        1,
+        "error: localhost:8000 is no URL of a deployment; write http://host:port\n",
+    )

@@ -177,7 +177,7 @@ class TestFileProblems:
             ("kv_transfer: {lease_s: .inf}\n", (1, 24), "valid number", None),
             ("kv_transfer: {lease_s: inf}\n", (1, 24), "finite", None),
             ("prefill: {replicas: 1000000000}\n", (1, 21), "1024", None),
-            ("api_key: ''\n", (1, 10), "at least 1", None),
+            ("api_key: ''\n", (1, 10), "must not be empty", None),
         ],
     )
     def test_names_place_and_fix(self, file, text, place, message, fix):
