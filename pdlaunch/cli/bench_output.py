@@ -57,8 +57,12 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
     """On stderr; with the fix where an error knows one."""
     console = Console(stderr=True)
     for error in errors:
-        fix = f"\nfix: {error.fix}" if isinstance(error, ConfigError) and error.fix else ""
-        console.print(f"error: {error}{fix}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}{_fix(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fix(error: str | PdlaunchError) -> str:
+    """Those of a whole configuration stand in the message."""
+    return f"\nfix: {error.fix}" if isinstance(error, ConfigError) and error.fix and error.fix not in str(error) else ""
 
 
 def _short(value: object) -> str:

@@ -109,7 +109,7 @@ class Process:
         """Its answer. Raises TransferError when the process has failed."""
         try:
             found = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise TransferError(f"a process of the benchmark ended with code {self._process.exitcode}") from None
         if isinstance(found, Exception):

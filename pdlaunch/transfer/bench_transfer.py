@@ -18,7 +18,9 @@ import torch
 
 from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, MooncakeProtocol, Role
+from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.platform.limits import memory_bytes
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
@@ -29,6 +31,8 @@ from pdlaunch.transfer.mapping import map_sources
 
 NUM_WARM_UPS = 2
 LEASE_S = 600.0
+NUM_CACHES = 6
+"""KV caches of all heads that there are at a time: holder and puller, with checksums, without, and of the bare loop."""
 
 TPPair = tuple[int, int]
 """TP sizes of the holder and of the puller."""
@@ -76,11 +80,10 @@ def bench_transfer(
 ) -> list[TransferTiming]:
     """The default shape is that of the demo model; ``paths`` are those of connector nixl.
 
-    Raises TransferError, and ConfigError without a device.
+    Raises TransferError, and ConfigError without a device or the memory.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
+    _check(shape, device)
     place = _Place(device, enable_cumem_allocator and device == "cuda")
     kinds = [(connector, path) for connector in connectors for path in (paths if connector == "nixl" else ("auto",))]
     rows = []
@@ -92,6 +95,17 @@ def bench_transfer(
                     seconds = _median_s(ways, *_blocks(shape, count), num_repeats)
                     rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, seconds))
     return rows
+
+
+def _check(shape: BenchShape, device: str) -> None:
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
+        return
+    needed_bytes, there_bytes = NUM_CACHES * shape.num_blocks * shape.layout().block_bytes, memory_bytes()
+    if needed_bytes > there_bytes:
+        message = f"num_blocks: {shape.num_blocks} need {format_size(needed_bytes)}, this machine has {format_size(there_bytes)}"
+        raise ConfigError(message, field="num_blocks", value=shape.num_blocks, fix="Take smaller --num-blocks.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +314,8 @@ def main() -> None:
     try:
         rows = bench_transfer(**arguments)
     except PdlaunchError as error:
-        sys.exit(f"error: {error}")
+        fix = f"\nfix: {error.fix}" if isinstance(error, ConfigError) and error.fix else ""
+        sys.exit(f"error: {error}{fix}")
     sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
 
 

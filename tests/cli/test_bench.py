@@ -97,6 +97,12 @@ def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message:
     assert message in result.stderr
 
 
+def test_a_fix_is_told_once() -> None:
+    result = run("serve", "--dtype", "float33")
+    assert result.exit_code == 2
+    assert result.stderr.count("did you mean float32?") == 1
+
+
 def test_ctrl_c_ends_it_quietly(server: FakeOpenAI) -> None:
     server.hold = True
     command = [sys.executable, "-m", "pdlaunch", "bench", "serve", "--url", server.url]

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.bench_bare import parts_of
 from pdlaunch.transfer.bench_rank import BenchShape
+from pdlaunch.transfer.bench_transfer import bench_transfer
 
 
 def test_rows_of_a_small_benchmark() -> None:
@@ -37,6 +39,11 @@ def test_rows_of_a_small_benchmark() -> None:
         assert row["unverified_gb_per_s"] >= 0
         assert row["pull_gb_per_s"] >= 0
         assert (row["ratio"] is None) == (row["overhead_us"] is None) == (row["connector"] == "file")
+
+
+def test_more_blocks_than_there_is_memory_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_blocks: 1000000000 need .* TiB, this machine has"):
+        bench_transfer(num_blocks=[10**9])
 
 
 @pytest.mark.parametrize("pair", [(1, 1), (1, 3), (3, 1), (3, 3), (6, 3)])
