@@ -66,7 +66,7 @@ class EngineSettings(FrozenModel):
         None, description="KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the device memory an engine may use.")
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = Field(True, description="Keep KV blocks of prompts for requests that begin alike.")
     kv_offload: KVOffloadSettings = KVOffloadSettings()
     enable_cumem_allocator: bool | None = Field(None, description="Allocate weights and KV cache from CuMem pools.")
     enable_sleep_mode: bool = Field(False, description="Sleep and wake engines; turns the CuMem allocator on.")
@@ -74,7 +74,7 @@ class EngineSettings(FrozenModel):
     async_scheduling: bool = Field(True, description="Prepare the next step of a GPU on the CPU while one runs.")
     max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
     max_num_batched_tokens: int | None = Field(None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU.")
-    device: Device = "auto"
+    device: Device = Field("auto", description="auto: GPUs where there are any, else the CPU.")
     num_threads: int | None = Field(None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset.")
     env: dict[str, str] = Field(default_factory=dict, description="Extra environment of the engine's ranks.")
 
@@ -127,7 +127,7 @@ Switch = Annotated[bool, BeforeValidator(_read_switch, json_schema_input_type=bo
 class KVTransferSettings(FrozenModel):
     """How KV blocks get from prefill to decode."""
 
-    connector: ConnectorName = "nixl"
+    connector: ConnectorName = Field("nixl", description="What moves KV blocks from prefill to decode ranks.")
     path: KVPath = Field(
         "auto",
         description="What carries KV blocks with connector nixl: NIXL, or copies from mapped memory of ranks of a host (p2p); "
@@ -170,7 +170,7 @@ class KVTransferSettings(FrozenModel):
 class LimitSettings(FrozenModel):
     """Where the API says no."""
 
-    max_body_bytes: ByteSize = parse_size("16MiB")
+    max_body_bytes: ByteSize = Field(parse_size("16MiB"), description="Longest body of an HTTP request.")
     max_queued_requests: int = Field(256, gt=0, description="Requests in flight at the router or an engine; then 429.")
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
 
@@ -188,7 +188,7 @@ class LaunchConfig(EngineSettings):
     log_dir: str | None = Field(
         None, description="Folder of the log files; a new one a launch when unset, of which the latest 20 are kept."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe messages that logs keep.")
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C.")
     hang_timeout_s: float = Field(
