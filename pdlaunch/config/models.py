@@ -188,7 +188,7 @@ class LaunchConfig(EngineSettings):
     log_dir: str | None = Field(
         None, description="Folder of the log files; a new one a launch when unset, of which the latest 20 are kept."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe messages that logs keep.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages that are kept.")
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C.")
     hang_timeout_s: float = Field(
