@@ -101,6 +101,8 @@ class PairReady(Message):
     gigabytes_per_s: float | None = None
     other_paths: dict[str, str] = {}
     """How fast the others are, or why they cannot be used."""
+    num_peers: int = 1
+    """Ranks of the peer's engine that this one pulls from."""
 
 
 class PairFailed(Message):

@@ -9,8 +9,8 @@ from pdlaunch.supervisor.plan import Plan
 class PairBook:
     """The pairs of a launch.
 
-    With different TP sizes only some ranks of two engines talk to each other, and the decode side knows which: a decode rank
-    counts as connected to a prefill engine with its first pair there. No pairs are due while a role has no engine.
+    With different TP sizes only some ranks of two engines talk to each other, and the decode side knows which: each pair tells
+    with how many ranks of that engine. No pairs are due while a role has no engine.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -43,10 +43,16 @@ class PairBook:
         return [self._describe(local, engine) for local, engine in self._due if not self._is_connected(local, engine)]
 
     def _is_connected(self, local: str, engine: str) -> bool:
-        return any(local == pair.local and self._engine_of.get(pair.peer) == engine for pair in self._proven.values())
+        pairs = self._pairs(local, engine)
+        return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
+
+    def _pairs(self, local: str, engine: str) -> list[PairReady]:
+        return [pair for pair in self._proven.values() if pair.local == local and self._engine_of.get(pair.peer) == engine]
 
     def _describe(self, local: str, engine: str) -> str:
         errors = [
             error for (l_name, peer), error in self._errors.items() if l_name == local and self._engine_of.get(peer) == engine
         ]
-        return f"{local} has no path to {engine}" + (f": {errors[-1]}" if errors else "")
+        pairs = self._pairs(local, engine)
+        what = f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of" if pairs else "no path to"
+        return f"{local} has {what} {engine}" + (f": {errors[-1]}" if errors else "")

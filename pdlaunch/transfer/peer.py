@@ -388,6 +388,7 @@ class Peer:
                 path=best.path,
                 gigabytes_per_s=best.gigabytes_per_s,
                 other_paths=others,
+                num_peers=len(setup.sources(self.address.identity.tp_size)),
             )
         )
 

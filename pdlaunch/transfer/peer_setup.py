@@ -10,6 +10,7 @@ from pdlaunch.protocol.control import ToSupervisor
 from pdlaunch.protocol.side_channel import Compatibility, ToHolder, ToPuller
 from pdlaunch.transfer.connector import Connector
 from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.mapping import Source, map_sources
 
 
 class Channel(Protocol):
@@ -52,3 +53,12 @@ class PeerSetup:
     handshake_timeout_s: float
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]
+
+    def sources(self, holder_tp_size: int) -> tuple[Source, ...]:
+        """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes do not fit."""
+        return map_sources(
+            num_kv_heads=self.compatibility.num_kv_heads,
+            holder_tp_size=holder_tp_size,
+            puller_tp_size=self.identity.tp_size,
+            puller_tp_rank=self.identity.tp_rank,
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pdlaunch.errors import HandshakeError, TransferError
 from pdlaunch.protocol.control import Entry, PairFailed
 from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.mapping import Source, map_sources
+from pdlaunch.transfer.mapping import Source
 from pdlaunch.transfer.peer import Peer
 from pdlaunch.transfer.peer_setup import PeerAddress, PeerSetup
 
@@ -78,7 +78,7 @@ class PeerTable:
         ranks = {peer.address.identity.tp_rank: peer for peer in usable if peer.address.identity.engine_id == engine_id}
         if not ranks:
             raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
-        sources = self._sources(next(iter(ranks.values())).address.identity.tp_size)
+        sources = self.setup.sources(next(iter(ranks.values())).address.identity.tp_size)
         missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
         if missing:
             raise TransferError(f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry")
@@ -102,20 +102,10 @@ class PeerTable:
             if name not in self.peers:
                 self.peers[name] = Peer(address, self.setup)
 
-    def _sources(self, holder_tp_size: int) -> tuple[Source, ...]:
-        """Raises HandshakeError when the TP sizes do not fit."""
-        own = self.setup.identity
-        return map_sources(
-            num_kv_heads=self.setup.compatibility.num_kv_heads,
-            holder_tp_size=holder_tp_size,
-            puller_tp_size=own.tp_size,
-            puller_tp_rank=own.tp_rank,
-        )
-
     def _is_source(self, identity: RankIdentity) -> bool:
         """Pulls of this rank turn to that one; other ranks of this engine may instead."""
         try:
-            return any(source.tp_rank == identity.tp_rank for source in self._sources(identity.tp_size))
+            return any(source.tp_rank == identity.tp_rank for source in self.setup.sources(identity.tp_size))
         except HandshakeError:
             return False
 

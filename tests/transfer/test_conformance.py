@@ -335,8 +335,8 @@ def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
     puller = RankHandle(RankOptions(spec=decode, keys=keys, engine_id="b" * 32))
     try:
         puller.call("registry", [rank.entry() for rank in (*holders, puller)])
-        for _ in holders:
-            puller.report(PairReady)
+        pairs = [puller.report(PairReady) for _ in holders]
+        assert {(pair.peer, pair.num_peers) for pair in pairs} == {(f"prefill-0/rank-{tp_rank}", 3) for tp_rank in range(3)}
         for name in ("r", "s", "t"):
             holders[0].submit(grant(name, [3, 8, 5]))
             puller.submit(pull(name, holders[0].remote(name), [30, 2, 17]))

@@ -1,0 +1,38 @@
+"""Which pairs a launch still waits for."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.pairs import PairBook
+from tests.supervisor.fakes import make_plan, pair_ready
+
+
+def to_rank(tp_rank: int, num_peers: int) -> PairReady:
+    pair = pair_ready("decode-0/rank-0", f"prefill-0/rank-{tp_rank}", 0)
+    return msgspec.structs.replace(pair, num_peers=num_peers)
+
+
+def test_a_decode_rank_is_connected_with_its_last_pair() -> None:
+    book = PairBook(make_plan())
+    assert book.missing() == ["decode-0/rank-0 has no path to prefill-0"]
+    book.add(to_rank(0, num_peers=1))
+    assert book.missing() == []
+
+
+def test_every_rank_of_the_prefill_engine_that_is_pulled_from_counts() -> None:
+    plan = make_plan(tp_size=3)
+    book = PairBook(plan)
+    for decode in ("decode-0/rank-1", "decode-0/rank-2"):
+        book.add(pair_ready(decode, "prefill-0/rank-0", 0))
+    book.add(to_rank(0, num_peers=3))
+    book.fail("decode-0/rank-0", "prefill-0/rank-1", "the first READ failed")
+    expected = "decode-0/rank-0 has a path to only 1 of 3 ranks of prefill-0: the first READ failed"
+    assert book.missing() == [expected]
+    book.add(to_rank(1, num_peers=3))
+    assert book.missing() == ["decode-0/rank-0 has a path to only 2 of 3 ranks of prefill-0"]
+    book.add(to_rank(2, num_peers=3))
+    assert book.missing() == []
+    book.forget("prefill-0/rank-2")
+    assert book.missing() != []
