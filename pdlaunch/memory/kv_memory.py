@@ -94,8 +94,7 @@ class KVMemory(ABC):
 class PrivateKVMemory(KVMemory):
     """Memory that no peer can map.
 
-    On a CPU its pages come from the kernel when they are first written: zeroing 1 GiB by hand takes seconds at start, and holds
-    memory that no request may ever need.
+    On a CPU its pages come from the kernel when they are first written.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pdlaunch.errors import MemoryPoolError
 from pdlaunch.memory.host_kv_memory import HostKVMemory
 from pdlaunch.memory.kv_memory import NotShareable, PrivateKVMemory, SharedRange
 from tests.memory.open_files import num_open_fds
@@ -34,6 +35,26 @@ def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
     assert ctypes.string_at(address, 3) == bytes([1, 7, 3]), "the pages live as long as they are mapped"
     mapping.close()
     assert num_open_fds() == before
+
+
+def test_all_pages_are_there_before_the_first_pull() -> None:
+    with mmap.mmap(-1, PAGE) as region:
+        try:
+            region.madvise(23)
+        except OSError:
+            pytest.skip("a kernel before 5.14 cannot be asked for pages")
+    memory = HostKVMemory()
+    export = memory.export(memory.zeros(16 * PAGE))
+    assert export.fd is not None
+    try:
+        assert os.fstat(export.fd).st_blocks * 512 == 16 * PAGE
+    finally:
+        export.close()
+
+
+def test_memory_that_is_not_there_is_named() -> None:
+    with pytest.raises(MemoryPoolError, match="lower kv_cache_memory"):
+        HostKVMemory().zeros(2**62)
 
 
 def test_views_of_other_types_are_found_by_their_addresses() -> None:
