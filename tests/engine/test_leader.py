@@ -11,6 +11,7 @@ from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.groups import make_groups
+from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.protocol.engine import AddRequest, EngineStats, FromRank, Outputs, SamplingParams, TokenOutput, ToRank
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
 from tests.engine.hand_scheduler import make_spec
@@ -48,14 +49,9 @@ class Recorder:
         return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
 
 
-def make_leader(
-    recorder: Any,
-    clock: Callable[[], float] = time.monotonic,
-    *,
-    wait_for_ranks: Callable[[float], None] | None = None,
-    **changes: object,
-) -> Leader:
-    scheduler = Scheduler(
+def make_scheduler(*, tp_size: int = 1, offload: OffloadPlanner | None = None) -> Scheduler:
+    """Of one full group, with 16 blocks of 4 tokens."""
+    return Scheduler(
         groups=make_groups([None]),
         num_blocks=16,
         block_size=4,
@@ -65,8 +61,19 @@ def make_leader(
         enable_prefix_caching=True,
         model_digest="m",
         kv_transfer=KVTransferSettings(),
-        local=("engine", "127.0.0.1", 1, 1),
+        local=("engine", "127.0.0.1", 1, tp_size),
+        offload=offload,
     )
+
+
+def make_leader(
+    recorder: Any,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    wait_for_ranks: Callable[[float], None] | None = None,
+    **changes: object,
+) -> Leader:
+    scheduler = make_scheduler()
     return Leader(
         spec=make_spec("unused", **changes),
         engine_id="engine",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepDone, StepPlan
@@ -14,7 +13,7 @@ from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
 from tests.engine.hand_scheduler import make_spec
-from tests.engine.test_leader import Recorder
+from tests.engine.test_leader import Recorder, make_scheduler
 
 
 class FakeOffload:
@@ -55,20 +54,8 @@ class FakeFollower:
 
 
 def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Scheduler]:
-    groups = make_groups([None])
-    scheduler = Scheduler(
-        groups=groups,
-        num_blocks=16,
-        block_size=4,
-        max_num_seqs=2,
-        max_num_batched_tokens=64,
-        max_model_len=64,
-        enable_prefix_caching=True,
-        model_digest="m",
-        kv_transfer=KVTransferSettings(),
-        local=("engine", "127.0.0.1", 1, 2),
-        offload=OffloadPlanner(groups, 4, HostTier(8, HeadSlice(0, 2))),
-    )
+    planner = OffloadPlanner(make_groups([None]), 4, HostTier(8, HeadSlice(0, 2)))
+    scheduler = make_scheduler(tp_size=2, offload=planner)
     leader = Leader(
         spec=make_spec("unused", tensor_parallel_size=2),
         engine_id="engine",

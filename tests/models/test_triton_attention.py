@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from tests.interpreter import needs_triton, run_interpreted
 from tests.models.attention_reference import Case, make_inputs, reference, relative_error
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -19,17 +15,9 @@ MIXED = ((500, 1), (3, 1), (0, 60), (200, 70), (64, 100))
 LONG = ((5, 1), (0, 600), (0, 512))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.interpreted_attention"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.models.interpreted_attention", timeout_s=200)
 
 
 @pytest.mark.gpu

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.transfer.checksum import BlockHasher
+from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import layout_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_kernel_equals_xxhash() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.transfer.interpreted_checksum"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.transfer.interpreted_checksum")
 
 
 def layouts() -> list[KVCacheLayout]:

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.transfer.piece_copies import Copy, HostCopier, Pieces
+from tests.interpreter import needs_triton, run_interpreted
 
 SIZE = 4
 NUM_SLOTS = 16
@@ -77,14 +73,6 @@ def test_a_copy_that_breaks_has_failed() -> None:
     copier.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_the_kernel_equals_plain_copies() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.transfer.interpreted_peer_kernel"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted("tests.transfer.interpreted_peer_kernel")
