@@ -27,12 +27,11 @@ from pdlaunch.protocol.side_channel import (
     Geometry,
     Handshake,
     HandshakeReply,
-    Push,
-    PushEnded,
     Refused,
     ToHolder,
     ToPuller,
 )
+from pdlaunch.transfer.asked_pushes import AskedPushes
 from pdlaunch.transfer.branch import LinkStatus
 from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.departed import DepartedHolder
@@ -93,10 +92,7 @@ class Peer:
         self._geometry: Geometry | None = None
         self._reads: dict[int, float] = {}
         """Start of every READ that is not released, by id of its handle."""
-        self._pushes: dict[int, ReadHandle] = {}
-        """READs that the holder has been asked to write and has not answered, by call_id."""
-        self._old_channel: Channel | None = None
-        """Still brings the answers about them."""
+        self._pushes = AskedPushes(address.identity, setup.connector, self._call_ids)
         self._departed: DepartedHolder | None = None
         """The channel, of a peer that has died."""
         self._trial: PathTrial | None = None
@@ -198,10 +194,10 @@ class Peer:
     def start_read(self, read: BlockRead) -> ReadHandle:
         """Raises TransferError."""
         assert self._agent is not None
-        self._check_channel()
+        self._pushes.check_channel(self.channel)
         handle = self._setup.connector.start_read(self._agent, read)
         self._reads[id(handle)] = self._setup.clock()
-        self._ask_push(handle, read)
+        self._pushes.ask(self.channel, handle, read)
         return handle
 
     def poll(self, handle: ReadHandle) -> ReadState:
@@ -213,11 +209,11 @@ class Peer:
         self._remove_old_agents()
 
     def _receive(self) -> None:
-        for channel in (self.channel, self._old_channel):
+        for channel in (self.channel, self._pushes.old_channel):
             if channel is not None:
                 for message in channel.receive():
                     self._on_message(message)
-                self._end_pushes_of_the_dead(channel)
+                self._pushes.end_those_of_the_dead(channel)
 
     def _find_departed(self) -> DepartedHolder | None:
         """What answers in place of a peer that is ready; None when its memory goes with it."""
@@ -251,53 +247,9 @@ class Peer:
             lambda reply: self._guard(lambda: self._on_handshake_reply(reply)),
         )
 
-    def _check_channel(self) -> None:
-        """A write must not be asked for over a connection whose answers may be lost. Raises TransferError."""
-        if self._setup.connector.pushes and (self.channel is None or self.channel.broken):
-            raise TransferError(f"the connection to {self.name} broke")
-
-    def _ask_push(self, handle: ReadHandle, read: BlockRead) -> None:
-        """Where the holder is the one to write: ask it to."""
-        connector = self._setup.connector
-        if not connector.pushes:
-            return
-        assert self.channel is not None
-        call_id = next(self._call_ids)
-        self._pushes[call_id] = handle
-        self.channel.send(
-            Push(
-                call_id=call_id,
-                engine_id=self.address.identity.engine_id,
-                request_id=read.request_id,
-                reader=read.reader,
-                block_ids=list(read.remote_blocks),
-                first_head=read.remote_heads.start,
-                num_heads=len(read.remote_heads),
-                target=connector.push_target(handle),
-            )
-        )
-
-    def _end_push(self, handle: ReadHandle, answer: ToPuller) -> None:
-        match answer:
-            case PushEnded():
-                error = answer.error if not answer.ok else ""
-            case Refused():
-                error = answer.reason or "refused"
-            case _:
-                error = f"unexpected {type(answer).__name__}"
-        self._setup.connector.end_read(handle, error=error)
-
-    def _end_pushes_of_the_dead(self, channel: Channel) -> None:
-        """A process that is gone writes no more."""
-        if self._pushes and channel.broken:
-            for handle in self._pushes.values():
-                self._setup.connector.end_read(handle, error="the peer's process has ended")
-            self._pushes.clear()
-
     def _on_message(self, message: ToPuller) -> None:
         """Answers to calls that nobody waits for any more are dropped."""
-        if (handle := self._pushes.pop(message.call_id, None)) is not None:
-            self._end_push(handle, message)
+        if self._pushes.take_answer(message):
             return
         call = self._calls.pop(message.call_id, None)
         if call is not None:
@@ -341,10 +293,10 @@ class Peer:
     def start_scratch_read(self, path: str) -> tuple[ReadHandle, torch.Tensor]:
         """Raises TransferError."""
         assert self._agent is not None
-        self._check_channel()
+        self._pushes.check_channel(self.channel)
         handle, landing = self._setup.connector.start_scratch_read(self._agent, path)
         self._reads[id(handle)] = self._setup.clock()
-        self._ask_push(handle, BlockRead([], [], range(0), range(0)))
+        self._pushes.ask(self.channel, handle, BlockRead([], [], range(0), range(0)))
         return handle, landing
 
     def read_s(self, handle: ReadHandle) -> float:
@@ -434,7 +386,7 @@ class Peer:
         """No new use of this connection. Its agent stays only as long as a READ may still write."""
         self._calls.clear()
         if self.channel is not None:
-            self._retire_channel(self.channel)
+            self._pushes.retire(self.channel)
             self.channel = None
         if self._trial is not None:
             self._trial.abandon()
@@ -443,14 +395,6 @@ class Peer:
             self._old_agents.append(self._agent)
             self._agent = None
         self._release_old()
-
-    def _retire_channel(self, channel: Channel) -> None:
-        """Answers about writes that are under way must still arrive; no other channel is opened before they have."""
-        if self._pushes:
-            assert self._old_channel is None
-            self._old_channel = channel
-        else:
-            channel.close()
 
     def _release_old(self) -> None:
         ended = [handle for handle, _ in self._old_probes if self.poll(handle) != "pending"]
@@ -462,9 +406,7 @@ class Peer:
     def _remove_old_agents(self) -> None:
         if self._reads:
             return
-        if self._old_channel is not None:
-            self._old_channel.close()
-            self._old_channel = None
+        self._pushes.close_old_channel()
         while self._old_agents:
             self._setup.connector.remove_peer(self._old_agents.pop())
         if self._state is _State.WAITING and self._deadline_s == float("inf"):
