@@ -31,12 +31,18 @@ def push_out(engine: FakeEngine) -> None:
     engine.run_all()
 
 
-@pytest.mark.parametrize("groups", [(FULL,), HYBRID])
-def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGroup, ...]) -> None:
-    engine = make_engine(groups)
+def engine_after_first(*groups: KVCacheGroup) -> FakeEngine:
+    """``PROMPT`` was served; its blocks are in host memory only."""
+    engine = make_engine(groups) if groups else make_engine()
     engine.add("first", PROMPT)
     engine.run_all()
     push_out(engine)
+    return engine
+
+
+@pytest.mark.parametrize("groups", [(FULL,), HYBRID])
+def test_what_left_the_device_comes_back_from_the_host(groups: tuple[KVCacheGroup, ...]) -> None:
+    engine = engine_after_first(*groups)
     num_computed = engine.runners[0].num_computed_tokens
     engine.add("second", PROMPT)
     engine.step()
@@ -117,10 +123,7 @@ def test_decode_tells_the_holder_when_the_host_has_all() -> None:
 
 
 def test_prefill_leases_what_it_has_loaded() -> None:
-    engine = make_engine()
-    engine.add("first", PROMPT)
-    engine.run_all()
-    push_out(engine)
+    engine = engine_after_first()
     num_computed = engine.runners[0].num_computed_tokens
     engine.add("second", PROMPT, max_tokens=1, do_remote_decode=True)
     engine.run_all()
@@ -178,10 +181,7 @@ def test_a_failed_load_is_computed_instead(num_bad: int) -> None:
 
 
 def test_a_failed_load_on_decode_is_pulled_instead() -> None:
-    engine = make_engine()
-    engine.add("first", PROMPT)
-    engine.run_all()
-    push_out(engine)
+    engine = engine_after_first()
     engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
     engine.step()
     engine.end_job(next(iter(engine.jobs)), ok=False, num_bad=1)
@@ -194,10 +194,7 @@ def test_a_failed_load_on_decode_is_pulled_instead() -> None:
 
 
 def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
-    engine = make_engine()
-    engine.add("first", PROMPT)
-    engine.run_all()
-    push_out(engine)
+    engine = engine_after_first()
     engine.add("second", PROMPT, remote_kv=remote_kv("second", len(PROMPT)))
     engine.step()
     engine.scheduler.abort("second")
