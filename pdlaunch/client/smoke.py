@@ -57,10 +57,11 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     router = Api(url, api_key)
     engines = engines_of(router)
     decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
-    prefill = [engine for engine in engines if engine["role"] == "prefill"]
+    prefill = [Api(engine["url"]) for engine in engines if engine["role"] == "prefill"]
+    (alone, *_) = [*decode, *prefill]
     pulled_before = _pulled_bytes(decode)
     checks = [
-        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, decode, prompt, exact=exact))
+        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, alone, prompt, exact=exact))
         for index, prompt in enumerate(_PROMPTS)
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
@@ -91,13 +92,11 @@ def engines_of(router: Api) -> list[dict[str, Any]]:
     return [engine for engine in engines if engine["state"] != "failed"]
 
 
-def _compare(router: Api, engines: list[Api], prompt: str, *, exact: bool) -> None:
+def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
     """``prompt`` twice through the pair (the second time from prefix caches) and once through an engine alone."""
-    alone = _complete(engines[0], prompt, cache_salt="alone") if engines else None
+    alone = _complete(engine, prompt, cache_salt="alone")
     for _ in range(2):
-        pair = _complete(router, prompt)
-        if alone is not None:
-            _equal(pair, alone, exact=exact)
+        _equal(_complete(router, prompt), alone, exact=exact)
 
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
@@ -121,6 +120,8 @@ def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exa
             raise _Failure(f"logprobs differ by more than {LOGPROB_TOLERANCE}: {pair} and {alone}")
         if token != other:
             return
+    if len(pair) != len(alone):
+        raise _Failure(f"one answer is longer: {pair_ids} through prefill and decode, {alone_ids} through one engine")
 
 
 def _compare_stream(router: Api) -> None:

@@ -1,0 +1,33 @@
+"""When smoke takes two answers for the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdlaunch.client.smoke import LOGPROB_TOLERANCE, _equal, _Failure
+
+ALONE = [(5, -0.5), (6, -1.0), (7, -2.0)]
+NEAR = [(token, logprob + LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
+FAR = [(5, -0.5), (6, -1.0 - 2 * LOGPROB_TOLERANCE), (7, -2.0)]
+FORKED = [(5, -0.5), (8, -1.1), (9, -9.0)]
+
+
+@pytest.mark.parametrize(("pair", "exact"), [(ALONE, True), (NEAR, True), (NEAR, False), (FORKED, False)])
+def test_equal(pair: list[tuple[int, float]], exact: bool) -> None:
+    _equal(pair, ALONE, exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("pair", "exact", "reason"),
+    [
+        (FORKED, True, "tokens differ"),
+        (ALONE[:2], True, "tokens differ"),
+        (FAR, False, "logprobs differ"),
+        (ALONE[:2], False, "one answer is longer"),
+        ([], False, "one answer is longer"),
+        ([*ALONE, (8, -1.0)], False, "one answer is longer"),
+    ],
+)
+def test_different(pair: list[tuple[int, float]], exact: bool, reason: str) -> None:
+    with pytest.raises(_Failure, match=reason):
+        _equal(pair, ALONE, exact=exact)
