@@ -58,7 +58,9 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     engines = engines_of(router)
     decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
     prefill = [Api(engine["url"]) for engine in engines if engine["role"] == "prefill"]
-    (alone, *_) = [*decode, *prefill]
+    if not (decode or prefill):
+        return [Check("the deployment has engines", 0.0, "it lists none that lives")]
+    alone = (decode or prefill)[0]
     pulled_before = _pulled_bytes(decode)
     checks = [
         _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, alone, prompt, exact=exact))
