@@ -164,14 +164,17 @@ def plan_cuts(model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None
     """Which parameters of ``model`` are cut: name -> (dimension, what this rank holds of it).
 
     ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``. Raises UnsupportedModelError
-    when there is none or it asks for something other than cut linear layers.
+    when there is none or it asks for something other than cut linear layers and embeddings.
+
+    Embeddings stay whole whatever the plan says: cutting them is optional, and only transformers 5.15 to 5.20 ask for it, where
+    the output layer is tied to them (``embedding_rowwise``). The rank's memory then does not depend on the version.
     """
     if not plan:
         raise UnsupportedModelError(f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model")
     cuts: dict[str, tuple[int, slice]] = {}
     for name, module in model.named_modules():
         style = _style(name.removeprefix(f"{base_prefix}."), plan)
-        if style is None or style.startswith("replicated"):
+        if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
             continue
         if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
             raise UnsupportedModelError(f"tensor parallelism cannot cut {name} ({style})", field="model")
