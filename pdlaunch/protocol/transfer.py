@@ -89,6 +89,8 @@ class PullFinished(Message):
     """A READ may still write to the blocks: quarantine them until PullDrained."""
     num_bytes: int = 0
     seconds: float = 0.0
+    read_s: float = 0.0
+    """Of the slowest READ, when the blocks are proven."""
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False

@@ -2,11 +2,14 @@
 
 ::
 
-    connecting ─ begin ─> beginning ─ hashes equal ─> reading ─> verifying ─ equal ─> proven ─ end ─> ending ─ held ─> ended
-       ▲  ▲                   │                          │           │                  ▲              │
-       │  └── disconnected ───┘                          │           │                  └ disconnected ┘
+    connecting ─ begin ─> beginning ─ hashes equal ─> reading ─> verifying ─ equal ─> proven ─ all are ─> ended
+       ▲  ▲                   │                          │           │
+       │  └── disconnected ───┘                          │           │
        └────── READ failed, or wrong bytes: once more ───┴───────────┘
-    the pull has failed, here or elsewhere: given up; the holder is told as soon as it can be reached
+    ended, or the pull has failed, here or elsewhere: the holder is told as soon as it can be reached
+
+A lease has held throughout the READ when the READ is over before the lease can be: the holder says how many seconds are left when
+it answers, which is after it was asked, and never ends it before while the pull is open. So nobody has to be asked afterwards.
 
 A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it is over and writes no more.
 So other branches, and other ranks, need not pull again what they have proven.
@@ -28,7 +31,6 @@ from pdlaunch.protocol.side_channel import (
     HeartbeatReply,
     PullBegin,
     PullEnd,
-    PullEndReply,
     PullReply,
     Refused,
     ToHolder,
@@ -71,6 +73,8 @@ class HolderLink(Protocol):
 
     def poll(self, handle: ReadHandle) -> ReadState: ...
 
+    def read_s(self, handle: ReadHandle) -> float: ...
+
     def release(self, handle: ReadHandle) -> None: ...
 
     def reconnect(self) -> None:
@@ -110,7 +114,6 @@ class Stage(Enum):
     READING = auto()
     VERIFYING = auto()
     PROVEN = auto()
-    ENDING = auto()
     ENDED = auto()
 
 
@@ -121,6 +124,8 @@ class Branch:
         self.name = link.name
         self.stage = Stage.CONNECTING
         self.num_bytes = 0
+        self.read_s = 0.0
+        """Of the last READ, as exactly as the connector knows."""
         self.num_retries = 0
         self.verification_failed = False
         self.departed = False
@@ -137,6 +142,10 @@ class Branch:
         self._found: Checksums | None = None
         """Of what has arrived."""
         self._hashing_since_s = 0.0
+        self._asked_s = 0.0
+        """Clock time of the question that waits for its answer."""
+        self._held_until_s = 0.0
+        """Clock time until which the lease is known to hold."""
         self._heartbeat_s = float("inf")
         """Seconds between two."""
         self._next_heartbeat_s = float("inf")
@@ -144,12 +153,12 @@ class Branch:
         """Of an answer; ``advance`` is the one place for failures."""
         self._given_up = False
         self._owes_until_s: float | None = None
-        """Given up, and the holder does not know yet: how long it is tried to tell it."""
+        """It is over, and the holder does not know yet: how long it is tried to tell it."""
 
     @property
     def is_proven(self) -> bool:
         """The blocks are here and right."""
-        return self.stage in (Stage.PROVEN, Stage.ENDING, Stage.ENDED)
+        return self.stage in (Stage.PROVEN, Stage.ENDED)
 
     @property
     def in_flight(self) -> bool:
@@ -163,7 +172,7 @@ class Branch:
 
     @property
     def owes_end(self) -> bool:
-        """Given up, and the holder does not know yet."""
+        """It is over, and the holder does not know yet."""
         return self._owes_until_s is not None
 
     def next_deadline_s(self) -> float:
@@ -192,27 +201,25 @@ class Branch:
             self._heartbeat()
 
     def end(self) -> None:
-        """All branches are proven: ask whether the lease has held."""
-        if self.stage is Stage.PROVEN and self._link.status == "ready":
-            self.stage = Stage.ENDING
-            self._next_heartbeat_s = float("inf")
-            self._send_end(self._on_reply)
+        """All branches are proven, the pull is done: as ``give_up``."""
+        self.stage = Stage.ENDED
+        self.departed = self._link.departed
+        self.give_up()
 
     def give_up(self) -> None:
-        """The pull has failed: the holder need not wait for this reader. Then ``settle`` until nothing is left.
+        """The pull is over: the holder need not wait for this reader any more. Then ``settle`` until nothing is left.
 
         The blocks may belong to somebody else from now on, but for a READ that is in flight: no other may begin.
         """
         self._given_up = True
         if self._link.status != "ready":
             self._on_disconnected()
-        if self.stage not in (Stage.ENDING, Stage.ENDED):
-            self._owes_until_s = self._puller.clock() + self._command.timeout_s
+        self._owes_until_s = self._puller.clock() + self._command.timeout_s
         self._next_heartbeat_s = float("inf")
         self.settle()
 
     def settle(self) -> None:
-        """Given up: tell the holder once it can be told, and release the READ once it is over."""
+        """It is over: tell the holder once it can be told, and release the READ once that is over too."""
         if self._owes_until_s is not None:
             self._settle_end(self._owes_until_s)
         if self._handle is not None and self._link.poll(self._handle) != "pending":
@@ -224,27 +231,24 @@ class Branch:
             if self.stage is Stage.CONNECTING:
                 # A reader's share of the lease ends only when it has begun.
                 self._send_begin(None)
-            self._send_end(None)
+            self._send_end()
         if status != "connecting" or self._puller.clock() >= owes_until_s:
             self._owes_until_s = None
 
     def _on_disconnected(self) -> None:
         """Answers that were awaited do not come any more."""
-        match self.stage:
-            case Stage.BEGINNING:
-                self.stage = Stage.CONNECTING
-            case Stage.ENDING:
-                self.stage = Stage.PROVEN
+        if self.stage is Stage.BEGINNING:
+            self.stage = Stage.CONNECTING
         if self.stage is not Stage.CONNECTING:
             self._next_heartbeat_s = self._puller.clock()
 
     def _begin(self) -> None:
-        self.stage = Stage.BEGINNING
+        self.stage, self._asked_s = Stage.BEGINNING, self._puller.clock()
         self._send_begin(self._on_reply)
 
     def _heartbeat(self) -> None:
         """One at a time: the next is due only after the answer."""
-        self._next_heartbeat_s = float("inf")
+        self._next_heartbeat_s, self._asked_s = float("inf"), self._puller.clock()
         remote, reader = self._command.remote, self._reader
         self._link.ask(
             lambda call_id: Heartbeat(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
@@ -264,11 +268,11 @@ class Branch:
             on_reply,
         )
 
-    def _send_end(self, on_reply: Callable[[ToPuller], None] | None) -> None:
+    def _send_end(self) -> None:
         remote, reader = self._command.remote, self._reader
         self._link.ask(
             lambda call_id: PullEnd(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
-            on_reply,
+            None,
         )
 
     def _on_reply(self, reply: ToPuller) -> None:
@@ -282,17 +286,14 @@ class Branch:
     def _handle_reply(self, reply: ToPuller) -> None:
         match reply:
             case PullReply() if self.stage is Stage.BEGINNING:
+                self._held_until_s = self._asked_s + reply.lease_s
                 self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
                 self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
                 self._start_read(reply)
             case HeartbeatReply():
                 if self.stage in (Stage.BEGINNING, Stage.READING, Stage.VERIFYING, Stage.PROVEN):
+                    self._held_until_s = self._asked_s + reply.lease_s
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
-            case PullEndReply() if self.stage is Stage.ENDING:
-                if not reply.held:
-                    raise PullFailed(f"{self.name}: the lease did not hold throughout the pull", late=True)
-                self.stage = Stage.ENDED
-                self.departed = self._link.departed
             case Refused():
                 late = self.stage is not Stage.BEGINNING or self.num_retries > 0
                 raise PullFailed(f"{self.name} refused: {reply.reason}", late=late)
@@ -368,11 +369,16 @@ class Branch:
         state = self._link.poll(self._handle)
         if state == "pending":
             return
+        ended_s = self._puller.clock()
+        if state == "done":
+            self.read_s = self._link.read_s(self._handle)
         self._release()
         if state == "failed":
             self._link.reconnect()
             self._try_again(PullFailed(f"READ from {self.name} failed"))
             return
+        if ended_s >= self._held_until_s:
+            raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
         self._verify()
 
     def _verify(self) -> None:

@@ -7,7 +7,8 @@
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
 
-A lease knows nothing of sockets or tensors, and asks the injected clock alone. Deadlines never leave this process.
+While a pull is open nothing but the deadline ends a lease: readers count on the seconds that they were told. A lease knows
+nothing of sockets or tensors, and asks the injected clock alone. Deadlines never leave this process.
 """
 
 from __future__ import annotations
@@ -98,8 +99,7 @@ class LeaseTable:
         if lease is None:
             return
         lease.num_readers = num_readers
-        if lease.served >= num_readers:
-            self._end(lease, "pulled")
+        self._end_if_done(lease)
 
     def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
         """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull has ended."""
@@ -138,10 +138,7 @@ class LeaseTable:
             return False
         lease.served_readers.add(reader)
         lease.served += Fraction(1, num_pullers)
-        if lease.served >= lease.num_readers:
-            self._end(lease, "pulled")
-        elif lease.cancelled and not lease.open_readers:
-            self._end(lease, "released")
+        self._end_if_done(lease)
         return True
 
     def cancel(self, request_id: str) -> None:
@@ -150,8 +147,7 @@ class LeaseTable:
         if lease is None:
             return
         lease.cancelled = True
-        if not lease.open_readers:
-            self._end(lease, "released")
+        self._end_if_done(lease)
 
     def expire(self) -> None:
         """End the leases whose deadline has passed."""
@@ -181,6 +177,15 @@ class LeaseTable:
     def _extend(self, lease: Lease) -> None:
         extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_s)
         lease.deadline_s = max(lease.deadline_s, extended)
+
+    def _end_if_done(self, lease: Lease) -> None:
+        """Unless a pull is open: one that was tried elsewhere meanwhile, say."""
+        if lease.open_readers:
+            return
+        if lease.served >= lease.num_readers:
+            self._end(lease, "pulled")
+        elif lease.cancelled:
+            self._end(lease, "released")
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
         del self._leases[lease.grant.request_id]

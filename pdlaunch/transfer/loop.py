@@ -41,10 +41,10 @@ from pdlaunch.transfer.will import new_will
 
 LONGEST_SLEEP_S = 60.0
 
-_READ_SLEEPS_S = ((0.002, 0.0), (0.1, 0.001), (2.0, 0.005))
-"""While a READ, or a device that computes checksums, is younger than the first, sleep the second between two looks at it: what is
-short ends without delay, what is stalled costs next to nothing."""
-_STALLED_READ_SLEEP_S = 0.05
+SLEEP_SHARE = 1 / 32
+"""Of the age of a READ, or of checksums that a device computes, to sleep between two looks at it: what is short ends without
+delay, what is long with at most this much, and what is stalled costs next to nothing."""
+LONGEST_READ_SLEEP_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ class TransferLoop:
         ]
         polled_s = [started_s for started_s in started if started_s is not None]
         if polled_s:
-            deadlines_s.append(now_s + _read_sleep_s(now_s - max(polled_s)))
+            deadlines_s.append(now_s + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now_s - max(polled_s))))
         return max(0.0, min(deadlines_s) - now_s)
 
     def close(self) -> None:
@@ -246,7 +246,3 @@ def _new_scratch(memory: RankMemory, agent_name: str) -> torch.Tensor:
     scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
     write_pattern(scratch, agent_name)
     return scratch
-
-
-def _read_sleep_s(age_s: float) -> float:
-    return next((sleep_s for limit_s, sleep_s in _READ_SLEEPS_S if age_s < limit_s), _STALLED_READ_SLEEP_S)

@@ -2,7 +2,7 @@
 
 ::
 
-    every branch (holder rank) proven ── all end ──> every branch ended ──> PullFinished(ok)
+    every branch (holder rank) proven ──> PullFinished(ok), and every holder is told of the end
     any branch fails, time-out, cancel ── all are given up ──> PullFinished
 
 A READ that is still pending when the pull fails goes on to own its destination blocks: the pull says ``in_flight`` and lives
@@ -12,7 +12,7 @@ until the handle has ended, however long that takes.
 from __future__ import annotations
 
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.branch import Branch, HolderLink, Puller, PullFailed, Stage
+from pdlaunch.transfer.branch import Branch, HolderLink, Puller, PullFailed
 from pdlaunch.transfer.mapping import Source
 
 
@@ -74,7 +74,6 @@ class Pull:
         if all(branch.is_proven for branch in self._branches):
             for branch in self._branches:
                 branch.end()
-        if all(branch.stage is Stage.ENDED for branch in self._branches):
             self._finish(ok=True)
 
     def _fail(self, failure: PullFailed) -> None:
@@ -93,6 +92,7 @@ class Pull:
                 in_flight=self._draining,
                 num_bytes=sum(branch.num_bytes for branch in self._branches) if ok else 0,
                 seconds=self._puller.clock() - self._started_s,
+                read_s=max(branch.read_s for branch in self._branches) if ok else 0.0,
                 verification_failed=verification_failed or any(branch.verification_failed for branch in self._branches),
                 late=late,
                 departed=ok and any(branch.departed for branch in self._branches),

@@ -240,9 +240,8 @@ class TransferWorker:
             poller = zmq.Poller()
             poller.register(self._woken, zmq.POLLIN)
             self._loop.register(poller)
-            # Rounded up: waking before a deadline would only mean to look again.
             sleep_s = min(self._loop.sleep_s(), LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S)
-            if self._woken in dict(poller.poll(math.ceil(sleep_s * 1000))):
+            if self._woken in dict(_poll(poller, sleep_s)):
                 self._drain_wakes()
 
     def _execute_inbox(self, setup: dict[str, Any]) -> bool:
@@ -314,3 +313,12 @@ class TransferWorker:
         with self._wake_lock:
             self._woken.close()
             self._wake.close()
+
+
+def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
+    """What is ready within ``timeout_s``; less than a millisecond, which ``poll`` does not know, is slept through."""
+    if timeout_s < 0.001:
+        time.sleep(timeout_s)
+        return poller.poll(0)
+    # Rounded up: waking before a deadline would only mean to look again.
+    return poller.poll(math.ceil(timeout_s * 1000))

@@ -194,6 +194,10 @@ class LeaseLife(RuleBasedStateMachine):
         assert held == ((request_id, reader) in self.begun and request_id in self.alive)
         self.begun.discard((request_id, reader))
 
+    @rule(request_id=IDS, num_readers=st.integers(0, 1))
+    def set_readers(self, request_id, num_readers):
+        self.table.set_readers(request_id, num_readers)
+
     @rule(request_id=IDS)
     def cancel(self, request_id):
         self.table.cancel(request_id)
@@ -206,8 +210,10 @@ class LeaseLife(RuleBasedStateMachine):
 
     @invariant()
     def each_lease_ends_once(self):
-        for request_id, _reason in self.table.take_ended():
+        for request_id, reason in self.table.take_ended():
             self.alive.remove(request_id)
+            # Readers count on the seconds that they were told: only the deadline ends a lease under an open pull.
+            assert reason == "expired" or not any(other == request_id for other, _reader in self.begun)
             self.begun = {(other, reader) for other, reader in self.begun if other != request_id}
         assert len(self.table) == len(self.alive)
 

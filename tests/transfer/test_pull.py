@@ -392,7 +392,7 @@ def test_a_new_connection_is_made_as_soon_as_the_last_read_of_the_old_one_is_ove
     assert world.finished().ok
 
 
-@pytest.mark.parametrize("stage", ["beginning", "reading", "ending"])
+@pytest.mark.parametrize("stage", ["beginning", "reading"])
 def test_a_pull_outlives_a_new_connection(world, holder, stage):
     """Another pull's READ has failed: what this one has asked is asked again, what it has read is kept."""
     holder.holder.grant(grant("r", [4]))
@@ -400,11 +400,7 @@ def test_a_pull_outlives_a_new_connection(world, holder, stage):
     world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
     if stage == "beginning":
         world.turn(1)
-    elif stage == "reading":
-        world.turn()
     else:
-        answer = holder.channel.answer
-        holder.channel.answer = lambda message: None if isinstance(message, PullEnd) else answer(message)
         world.turn()
     assert world.events == []
     world.peers.peers[holder.identity.name].reconnect()
@@ -441,7 +437,40 @@ def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
     assert not finished.ok
 
 
-def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
+def test_a_pull_ends_without_a_question(world, holder):
+    """The READ is over before the lease can be: the holder is told, and need not answer."""
+    holder.holder.grant(grant("r", [4]))
+    answer = holder.channel.answer
+    holder.channel.answer = lambda message: None if isinstance(message, PullEnd) else answer(message)
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn()
+    assert world.finished().ok
+    assert len(world.pulls) == 0
+    assert isinstance(holder.channel.sent[-1], PullEnd)
+
+
+def test_the_holder_of_a_finished_pull_hears_of_it_over_the_next_connection(world):
+    """Another pull's READ has failed when this one ends."""
+    holders = world.connect_group(3)
+    for holder in holders:
+        holder.holder.grant(grant("r", [4]))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holders[0].remote("r"), [1], timeout_s=60))
+    world.turn()
+    world.peers.peers[holders[2].identity.name].reconnect()
+    world.fabric.stalled = False
+    world.fabric.land()
+    world.turn(2)
+    assert world.finished().ok
+    assert len(world.pulls) == 1
+    assert not world.pulls.hold_blocks
+    world.clock.now += 1.0
+    world.turn(6)
+    assert [holder.ended() for holder in holders] == [[LeaseEnded(request_id="r", reason="pulled")]] * 3
+    assert len(world.pulls) == 0
+
+
+def test_end_of_the_lease_before_that_of_the_read(world, holder):
     holder.holder.grant(grant("r", [4], lease_s=2.0))
     world.fabric.stalled = True
     world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
@@ -456,7 +485,7 @@ def test_end_of_the_lease_between_the_read_and_its_end(world, holder):
     finished = world.finished()
     assert not finished.ok
     assert finished.late
-    assert "the lease did not hold throughout the pull" in finished.error
+    assert "the lease did not hold throughout the READ" in finished.error
 
 
 def test_a_failed_read_reconnects(world, holder):
