@@ -36,12 +36,14 @@ _TRANSFER_HEADINGS = {
     "tp_pair": "TP",
     "num_blocks": "blocks",
     "megabytes": "MB",
-    "bare_gb_per_s": "bare GB/s",
-    "unverified_gb_per_s": "unverified GB/s",
-    "pull_gb_per_s": "pull GB/s",
-    "ratio": "unverified/bare",
-    "overhead_us": "overhead us",
-    "checksum_percent": "checksums %",
+    "bare_gb_per_s": "bare\nGB/s",
+    "read_gb_per_s": "READ\nGB/s",
+    "read_ratio": "READ\n/bare",
+    "unverified_gb_per_s": "unverified\npull GB/s",
+    "pull_ratio": "pull\n/bare",
+    "overhead_us": "beyond\nREAD us",
+    "pull_gb_per_s": "verified\npull GB/s",
+    "checksum_percent": "checksums\n%",
 }
 _STEP_HEADINGS = {
     "kind": "step",
@@ -196,24 +198,29 @@ def _model_dir(model: str) -> str:
         print_errors([error])
         raise typer.Exit(2) from None
     if not resolved.ready:
-        command = [sys.executable, "-P", "-m", "pdlaunch.models.convert", model]
         # What it says is not what was measured.
-        if subprocess.run(command, stdout=STDERR, check=False).returncode:
-            raise typer.Exit(1)
+        _run("pdlaunch.models.convert", model, stdout=STDERR)
     return str(resolved.cache_dir)
 
 
 def _measure(module: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
     """What ``python -m module JSON`` prints: torch stays out of this process. Its errors are on stderr."""
+    return json.loads(_run(module, json.dumps(arguments), environ, stdout=subprocess.PIPE))
+
+
+def _run(module: str, argument: str, environ: dict[str, str] | None = None, *, stdout: int) -> bytes:
+    """``python -m module argument``, which ends when this process does, however that ends; what it wrote to a pipe."""
     # -P: a folder named pdlaunch where the user stands is not the installed one.
-    command = [sys.executable, "-P", "-m", module, json.dumps(arguments)]
+    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, argument]
     # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of its own.
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, env=os.environ | (environ or {}), check=False, start_new_session=True
-    )
-    if result.returncode != 0:
-        raise typer.Exit(1)
-    return json.loads(result.stdout)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stdout, env=os.environ | (environ or {}), start_new_session=True
+    ) as process:
+        # Standard input stays open: its end is the end of the process.
+        found = b"" if process.stdout is None else process.stdout.read()
+        if process.wait() != 0:
+            raise typer.Exit(1)
+    return found
 
 
 def _print(rows: list[dict[str, Any]], output: Format, headings: dict[str, str]) -> None:

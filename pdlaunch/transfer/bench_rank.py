@@ -66,6 +66,16 @@ class BenchShape:
 
 
 @dataclass(frozen=True, slots=True)
+class PullTimes:
+    """One pull by one rank."""
+
+    pull_s: float
+    """From StartPull to PullFinished."""
+    read_s: float
+    """Of its READ alone, from the post to the end."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankOptions:
     """One rank."""
 
@@ -203,8 +213,8 @@ class Rank:
         """Returns before the checksums of the lease are there; a pull that is faster waits for them."""
         self._worker.submit([command])
 
-    def pull(self, command: StartPull) -> float:
-        """Seconds from StartPull to PullFinished."""
+    def pull(self, command: StartPull) -> PullTimes:
+        """What PullFinished says."""
         self._worker.submit([command])
         while True:
             if not self._woken.wait(PULL_TIMEOUT_S):
@@ -212,7 +222,7 @@ class Rank:
             self._woken.clear()
             for event in self._worker.take_events():
                 if isinstance(event, PullFinished):
-                    return _seconds(event)
+                    return _times(event)
 
     def ended(self) -> None:
         """Wait for the end of a lease."""
@@ -239,10 +249,10 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         os._exit(1)
 
 
-def _seconds(event: PullFinished) -> float:
+def _times(event: PullFinished) -> PullTimes:
     if not event.ok:
         raise TransferError(event.error)
-    return event.seconds
+    return PullTimes(event.seconds, event.read_s)
 
 
 def _spec_of(options: RankOptions) -> EngineSpec:

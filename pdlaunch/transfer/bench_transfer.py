@@ -1,7 +1,7 @@
 """Time pulls of KV blocks by connector, TP pair and number of blocks (``pdlaunch bench transfer``).
 
-Every figure is moved bytes over the median time of one pull of scattered blocks: by a bare loop of the connector's library, by a
-whole pull (side channel, lease, READ) without checksums, and by a whole pull as it is by default.
+Every figure is moved bytes over the median time for scattered blocks: of a bare loop of the connector's library, of the READs of
+pulls, of whole pulls (side channel, lease, READ) without checksums, and of whole pulls as they are by default.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
 from pdlaunch.transfer.bench_bare import BARE, BareKind, parts_of, run_bare
-from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, RankOptions, run_rank
+from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, PullTimes, RankOptions, run_rank
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.mapping import map_sources
 
@@ -36,8 +36,8 @@ NUM_CACHES = 6
 
 TPPair = tuple[int, int]
 """TP sizes of the holder and of the puller."""
-Way = Callable[[list[int], list[int]], float]
-"""Seconds of one pull, from local and remote block ids."""
+Way = Callable[[list[int], list[int]], PullTimes]
+"""Moves blocks once, from local and remote block ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,15 @@ class TransferTiming:
     megabytes: float
     bare_gb_per_s: float | None
     """None: this connector has no library of its own."""
+    read_gb_per_s: float
     unverified_gb_per_s: float
     pull_gb_per_s: float
-    ratio: float | None
+    read_ratio: float | None
+    """Of the READ to the bare loop, which moves the same pieces."""
+    pull_ratio: float | None
     """Of the pull without checksums to the bare loop."""
-    overhead_us: int | None
-    """What the pull without checksums takes beyond the bare loop."""
+    overhead_us: int
+    """What the pull without checksums takes beyond its READ."""
     checksum_percent: float
     """What checksums add to the time of the pull without them."""
 
@@ -92,8 +95,8 @@ def bench_transfer(
             with _settings(connector, path, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
                 used, ways = _ways(stack, settings, pair, shape, place)
                 for count in num_blocks:
-                    seconds = _median_s(ways, *_blocks(shape, count), num_repeats)
-                    rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, seconds))
+                    times = _medians(ways, *_blocks(shape, count), num_repeats)
+                    rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, times))
     return rows
 
 
@@ -117,9 +120,10 @@ class _Place:
 
 
 def _row(
-    connector: str, path: str, pair: TPPair, num_blocks: int, num_bytes: int, seconds: Mapping[str, float]
+    connector: str, path: str, pair: TPPair, num_blocks: int, num_bytes: int, times: Mapping[str, PullTimes]
 ) -> TransferTiming:
-    bare_s, unverified_s, pull_s = seconds.get("bare"), seconds["unverified"], seconds["pull"]
+    bare_s = times["bare"].read_s if "bare" in times else None
+    read_s, unverified_s, pull_s = times["unverified"].read_s, times["unverified"].pull_s, times["pull"].pull_s
     return TransferTiming(
         connector=connector,
         path=path,
@@ -127,10 +131,12 @@ def _row(
         num_blocks=num_blocks,
         megabytes=round(num_bytes / 1e6, 2),
         bare_gb_per_s=None if bare_s is None else round(num_bytes / 1e9 / bare_s, 3),
+        read_gb_per_s=round(num_bytes / 1e9 / read_s, 3),
         unverified_gb_per_s=round(num_bytes / 1e9 / unverified_s, 3),
         pull_gb_per_s=round(num_bytes / 1e9 / pull_s, 3),
-        ratio=None if bare_s is None else round(bare_s / unverified_s, 3),
-        overhead_us=None if bare_s is None else round((unverified_s - bare_s) * 1e6),
+        read_ratio=None if bare_s is None else round(bare_s / read_s, 3),
+        pull_ratio=None if bare_s is None else round(bare_s / unverified_s, 3),
+        overhead_us=round((unverified_s - read_s) * 1e6),
         checksum_percent=round((pull_s / unverified_s - 1) * 100, 1),
     )
 
@@ -182,7 +188,7 @@ def _new_bare(
     for process in processes:
         process.pause()
 
-    def move(local: list[int], remote: list[int]) -> float:
+    def move(local: list[int], remote: list[int]) -> PullTimes:
         parts = parts_of(shape, pair, local, remote, by_head=kind.by_head)
         for process in processes:
             process.resume()
@@ -191,7 +197,7 @@ def _new_bare(
         seconds: list[float] = [mover.wait() for mover in movers]
         for process in processes:
             process.pause()
-        return max(seconds)
+        return PullTimes(max(seconds), max(seconds))
 
     return move
 
@@ -241,8 +247,8 @@ class _Pair:
         for puller in self._pullers:
             self.paths |= puller.wait()
 
-    def pull(self, local: list[int], remote: list[int]) -> float:
-        """Seconds of one lease's pull by all ranks."""
+    def pull(self, local: list[int], remote: list[int]) -> PullTimes:
+        """One lease's pull by all ranks; the slowest counts."""
         self._num_pulls += 1
         name = f"pull-{self._num_pulls}"
         hashes = [index.to_bytes(32) for index in range(len(local))]
@@ -279,10 +285,10 @@ class _Pair:
         )
         for puller in self._pullers:
             puller.send("pull", command)
-        seconds: list[float] = [puller.wait() for puller in self._pullers]
+        times: list[PullTimes] = [puller.wait() for puller in self._pullers]
         for holder in self._holders:
             holder.call("ended")
-        return max(seconds)
+        return PullTimes(max(time.pull_s for time in times), max(time.read_s for time in times))
 
 
 def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
@@ -295,12 +301,16 @@ def _device(device: str, index: int) -> str:
     return device if device == "cpu" else f"cuda:{index % torch.cuda.device_count()}"
 
 
-def _median_s(ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def _medians(ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int) -> dict[str, PullTimes]:
+    times: dict[str, list[PullTimes]] = {name: [] for name in ways}
     for _ in range(NUM_WARM_UPS + num_repeats):
         for name, way in ways.items():
-            seconds[name].append(way(local, remote))
-    return {name: statistics.median(found[NUM_WARM_UPS:]) for name, found in seconds.items()}
+            times[name].append(way(local, remote))
+    return {name: _median(found[NUM_WARM_UPS:]) for name, found in times.items()}
+
+
+def _median(times: Sequence[PullTimes]) -> PullTimes:
+    return PullTimes(statistics.median(time.pull_s for time in times), statistics.median(time.read_s for time in times))
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ def test_rows_of_a_small_benchmark() -> None:
         assert row["tp_pair"] == "1x1"
         assert row["unverified_gb_per_s"] >= 0
         assert row["pull_gb_per_s"] >= 0
-        assert (row["ratio"] is None) == (row["overhead_us"] is None) == (row["connector"] == "file")
+        assert row["read_gb_per_s"] >= row["unverified_gb_per_s"]
+        assert (row["read_ratio"] is None) == (row["pull_ratio"] is None) == (row["connector"] == "file")
 
 
 def test_more_blocks_than_there_is_memory_are_refused() -> None:
