@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
-from pydantic import BeforeValidator, Field
+import msgspec
+from pydantic import Field, PlainValidator
 
 from pdlaunch.protocol.openai.generation import MAX_LOGPROBS, GenerationRequest
 
@@ -12,26 +13,32 @@ MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
 
 
-def _check_prompt(value: object) -> object:
+Prompt = str | list[int]
+_TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+
+
+def _check_prompt(value: object) -> Prompt | list[Prompt]:
     """By hand, as a union of lists would be tried item by item and answer with one error per try."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string, a list of token ids, or a list of these, and not empty")
-    if _is_token_ids(value):
-        return value
+    if isinstance(value[0], int) and (token_ids := _token_ids(value)) is not None:
+        return token_ids
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
-    if not all(isinstance(item, str) or (isinstance(item, list) and item and _is_token_ids(item)) for item in value):
+    prompts = [item if isinstance(item, str) else _token_ids(item) for item in value]
+    if not all(prompt is not None for prompt in prompts):
         raise ValueError("every prompt must be a string or a non-empty list of token ids")
-    return value
+    return [prompt for prompt in prompts if prompt is not None]
 
 
-def _is_token_ids(value: list[object]) -> bool:
-    return all(type(item) is int and 0 <= item < 2**31 for item in value)
-
-
-Prompt = str | list[int]
+def _token_ids(value: object) -> list[int] | None:
+    """``value`` if it is a non-empty list of token ids. A prompt can have very many: no loop over them in Python."""
+    try:
+        return msgspec.convert(value, _TokenIds) if isinstance(value, list) and value else None
+    except msgspec.ValidationError:
+        return None
 
 
 class CompletionRequest(GenerationRequest):
@@ -39,23 +46,17 @@ class CompletionRequest(GenerationRequest):
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
 
-    prompt: Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
     @property
     def prompts(self) -> list[Prompt]:
         """One entry a prompt, in order."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        prompts: list[Prompt] = []
-        token_ids: list[int] = []
-        for item in self.prompt:
-            if isinstance(item, int):
-                token_ids.append(item)
-            else:
-                prompts.append(item)
-        return [token_ids] if token_ids else prompts
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        return cast(list[Prompt], [prompt] if isinstance(prompt[0], int) else prompt)
 
     @property
     def num_top_logprobs(self) -> int | None:
