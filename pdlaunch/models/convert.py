@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pdlaunch.config.aliases import ResolvedModel, resolve_model
 from pdlaunch.config.model_shape import read_model_shape
@@ -60,7 +61,7 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of ``source`` into ``target``."""
     progress("loading libraries", 0.0)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -76,7 +77,7 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
             **where,
             config=config,
             dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
+            **_dequantizing(),
         )
         progress("reading the tokenizer", 0.7)
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -93,6 +94,14 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
     progress("converted", 1.0)
+
+
+def _dequantizing() -> dict[str, Any]:
+    """Asks ``from_pretrained`` for plain weights. transformers before 5.17 gives nothing else, and has no word for it."""
+    import transformers
+
+    config_class = getattr(transformers, "GgufConfig", None)
+    return {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
 
 
 @contextmanager

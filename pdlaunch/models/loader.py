@@ -108,8 +108,8 @@ def _fill(
     progress: Progress,
 ) -> None:
     """``put`` each weight in its place; tied ones once."""
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     tied = set(model.all_tied_weights_keys)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
     seen: set[str] = set()
     for name, tensor in weights:
         if name in tied:
@@ -121,7 +121,7 @@ def _fill(
         put(name, tensor)
         seen.add(name)
         progress("loading weights", len(seen) / len(expected))
-    if missing := set(expected) - seen - tied:
+    if missing := set(expected) - seen:
         raise _misfit(f"lacks {len(missing)} weights, {min(missing)} among them")
 
 
