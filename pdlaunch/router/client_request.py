@@ -5,6 +5,7 @@ The engines check the fields; the router checks those alone that it replaces on 
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -31,6 +32,10 @@ REMOTE_DECODE: dict[str, Any] = {
 """What vLLM's routers send to a prefill engine."""
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
+
+_TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
+"""How one prompt of token ids begins; the engines look at the rest."""
+_members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,7 +166,7 @@ def read_client_request(
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
     """Check and split a client's body. ``headers`` go to the engines with it. Raises RequestError."""
-    body = read_json_object(raw)
+    body = _read_body(raw)
     for name in sorted(INTERNAL_FIELDS & body.keys()):
         raise RequestError(f"{name} is set by pdlaunch itself; leave it out", param=name, code="unsupported_parameter")
     fields = _read_fields(body)
@@ -187,6 +192,18 @@ def read_client_request(
             for index, one in enumerate(bodies)
         ],
     )
+
+
+def _read_body(raw: bytes) -> dict[str, Any]:
+    """A client's body; the token ids of one prompt, which can be very many, stay as they are written. Raises RequestError."""
+    try:
+        members = _members_decoder.decode(raw)
+    except (ValueError, RecursionError):
+        return read_json_object(raw)
+    if not _TOKEN_IDS.match(members.get("prompt", b"")):
+        return read_json_object(raw)
+    prompt = members.pop("prompt")
+    return read_json_object(msgspec.json.encode(members)) | {"prompt": prompt}
 
 
 def _read_fields(body: dict[str, Any]) -> ClientFields:
@@ -219,8 +236,8 @@ def _split_prompts(prompt: object) -> list[object]:
 
 
 def _estimate_tokens(prompt: object) -> int:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        return len(prompt)
+    if isinstance(prompt, msgspec.Raw):
+        return 1 + bytes(prompt).count(b",")
     if isinstance(prompt, str):
         return 1 + len(prompt) // CHARACTERS_PER_TOKEN
     messages = prompt if isinstance(prompt, list) else []
