@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from enum import StrEnum
 from typing import Annotated, Any, get_args
 
@@ -14,13 +11,11 @@ import typer
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_serve import serve
 from pdlaunch.cli.bench_values import read_name, read_names, read_numbers, read_pairs, read_size, read_sizes
+from pdlaunch.cli.measuring import STDERR, run_module
 from pdlaunch.config.aliases import resolve_model
 from pdlaunch.config.models import ConnectorName, KVPath, MooncakeProtocol
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
-
-STDERR = 2
-"""File descriptor."""
 
 app = typer.Typer(no_args_is_help=True)
 app.command("serve")(serve)
@@ -199,28 +194,13 @@ def _model_dir(model: str) -> str:
         raise typer.Exit(2) from None
     if not resolved.ready:
         # What it says is not what was measured.
-        _run("pdlaunch.models.convert", model, stdout=STDERR)
+        run_module("pdlaunch.models.convert", model, stdout=STDERR)
     return str(resolved.cache_dir)
 
 
 def _measure(module: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
-    """What ``python -m module JSON`` prints: torch stays out of this process. Its errors are on stderr."""
-    return json.loads(_run(module, json.dumps(arguments), environ, stdout=subprocess.PIPE))
-
-
-def _run(module: str, argument: str, environ: dict[str, str] | None = None, *, stdout: int) -> bytes:
-    """``python -m module argument``, which ends when this process does, however that ends; what it wrote to a pipe."""
-    # -P: a folder named pdlaunch where the user stands is not the installed one.
-    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, argument]
-    # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of its own.
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=stdout, env=os.environ | (environ or {}), start_new_session=True
-    ) as process:
-        # Standard input stays open: its end is the end of the process.
-        found = b"" if process.stdout is None else process.stdout.read()
-        if process.wait() != 0:
-            raise typer.Exit(1)
-    return found
+    """What ``python -m module JSON`` prints."""
+    return json.loads(run_module(module, json.dumps(arguments), environ))
 
 
 def _print(rows: list[dict[str, Any]], output: Format, headings: dict[str, str]) -> None:

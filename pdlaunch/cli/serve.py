@@ -35,6 +35,8 @@ from pdlaunch.supervisor.status import LaunchStatus
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2
+STDIN = 0
+"""File descriptor."""
 
 
 class Format(StrEnum):
@@ -49,6 +51,9 @@ def serve(
     config: ConfigArgument = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every process that would start, and start none.")] = False,
     output: Annotated[Format, typer.Option("--format", help="Of --dry-run.")] = Format.TABLE,
+    stop_on_stdin_eof: Annotated[
+        bool, typer.Option("--stop-on-stdin-eof", help="Stop when standard input ends: it never outlives who holds the pipe.")
+    ] = False,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -57,6 +62,7 @@ def serve(
     try:
         if output is not Format.TABLE and not dry_run:
             raise ConfigError(f"--format {output} is how --dry-run prints the plan; add --dry-run or leave --format out")
+        lifeline = _standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
         machine = probe_machine()
         if not dry_run:
@@ -66,7 +72,7 @@ def serve(
         if dry_run:
             print_plan(planned.plan, output)
             return
-        outcome = _serve(loaded, planned)
+        outcome = _serve(loaded, planned, lifeline)
     except ConfigError as error:
         _refuse(errors, error)
     except StartupError as error:
@@ -79,7 +85,13 @@ def serve(
     raise typer.Exit(outcome.exit_code)
 
 
-def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
+def _standard_input() -> int:
+    if sys.stdin is None:
+        raise ConfigError("--stop-on-stdin-eof: standard input is closed already; give it a pipe")
+    return STDIN
+
+
+def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None) -> Outcome:
     config = planned.config
     check_address(config)
     launch_id = new_launch_id()
@@ -98,7 +110,7 @@ def _serve(loaded: LoadedConfig, planned: PlannedLaunch) -> Outcome:
 
     view = make_view(SteadyConsole(), summary)
     try:
-        outcome = launch(planned, view, launch_id=launch_id, log_dir=log_dir)
+        outcome = launch(planned, view, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline)
         view.note("stopped")
     finally:
         view.close()

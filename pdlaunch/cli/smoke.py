@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pdlaunch.cli import EXIT_INTERRUPTED
+from pdlaunch.cli.bench_output import print_errors
 from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
 from pdlaunch.client.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.client.deployment import Deployment, running_deployment
@@ -59,7 +61,10 @@ def smoke_command(
                 checks += smoke_under_chaos(deployment, chaos, api_key=key, exact=exact)
             checks.append(_stop(deployment, children))
     except PdlaunchError as error:
-        checks.append(Check("the deployment gets ready", 0.0, str(error)))
+        checks.append(Check("the deployment can be checked" if checks else "the deployment gets ready", 0.0, str(error)))
+    except KeyboardInterrupt:
+        print_errors(["interrupted"])
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     for check in checks:
         mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
         console.print(Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"), soft_wrap=True)
@@ -84,9 +89,12 @@ def _write(checks: list[Check], path: Path) -> bool:
 
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
-    """Ctrl-C ends the deployment with code 0 and leaves no process."""
+    """SIGTERM ends the deployment with code 0 and leaves no process."""
     start_s = time.monotonic()
-    code = deployment.stop()
-    left = [str(child) for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    failure = f"exit code {code}" if code else f"still running: {left}" if left else None
+    try:
+        code = deployment.stop()
+        left = [str(child) for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        failure = f"exit code {code}" if code else f"still running: {left}" if left else None
+    except PdlaunchError as error:
+        failure = str(error)
     return Check("the deployment stops and leaves no process", round(time.monotonic() - start_s, 3), failure)

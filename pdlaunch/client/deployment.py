@@ -1,4 +1,7 @@
-"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests."""
+"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests.
+
+It ends with the block that started it, and by itself when this process is gone: it holds the other end of a pipe of ours.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from pdlaunch.errors import StartupError
+from pdlaunch.errors import PdlaunchError, StartupError
 
 _POLL_S = 0.1
 _STOP_TIMEOUT_S = 60.0
@@ -49,15 +52,24 @@ class Deployment:
         return found
 
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
-        """Ctrl-C, then wait; returns the exit code. Raises TimeoutExpired after killing it."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise
+        """SIGTERM, then wait; returns the exit code. Raises PdlaunchError after killing it.
+
+        Ctrl-C meanwhile is passed on, so that it waits no longer for requests, and raised when it has ended.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        with self.process:
+            while self.process.poll() is None:
+                try:
+                    self.process.send_signal(signal.SIGTERM)
+                    self.process.wait(timeout_s)
+                except KeyboardInterrupt as again:
+                    interrupt = again
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+                    raise PdlaunchError(f"pdlaunch serve did not stop within {timeout_s:g} s and was killed") from interrupt
+        if interrupt is not None:
+            raise interrupt
+        return self.process.returncode
 
 
 @contextlib.contextmanager
@@ -71,12 +83,13 @@ def running_deployment(
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
         output, log_dir = Path(folder) / "output", Path(folder) / "logs"
         port = free_port()
-        command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, "--port", str(port), "--log-dir", str(log_dir)]
+        own = ["--port", str(port), "--log-dir", str(log_dir), "--stop-on-stdin-eof"]
+        command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         started_s = time.monotonic()
         with output.open("wb") as sink:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 env=dict(os.environ if environ is None else environ),

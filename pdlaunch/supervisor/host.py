@@ -42,6 +42,8 @@ class StopRequested:
     """The user or the system wants the launch to end."""
 
     signal_number: int
+    reason: str = ""
+    """For people; empty: the signal itself."""
 
 
 Event = MessageReceived | ProcessExited | StopRequested

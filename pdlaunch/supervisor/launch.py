@@ -92,8 +92,11 @@ def check_address(config: LaunchConfig) -> None:
         check_port(config.host, config.port)
 
 
-def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path) -> Outcome:
-    """Start everything, serve until told to stop, stop everything; ``check_platform`` and ``check_address`` come before."""
+def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path, lifeline: int | None = None) -> Outcome:
+    """Start everything, serve until told to stop, stop everything; ``check_platform`` and ``check_address`` come before.
+
+    ``lifeline``: a descriptor whose end is a request to stop.
+    """
     config = planned.config
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
@@ -113,15 +116,21 @@ def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_di
             run_dir=run_dir,
             launch_id=launch_id,
         )
-        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir)
+        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir, lifeline)
 
 
 def supervise(
-    plan: Plan, control: zmq.Socket[bytes], bootstraps: Bootstraps, observer: Observer, timing: Timing, log_dir: Path
+    plan: Plan,
+    control: zmq.Socket[bytes],
+    bootstraps: Bootstraps,
+    observer: Observer,
+    timing: Timing,
+    log_dir: Path,
+    lifeline: int | None = None,
 ) -> Outcome:
     """Run a plan to its end; no process of it is left when this returns."""
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
-        host = LocalHost(control, bootstraps, children, signals)
+        host = LocalHost(control, bootstraps, children, signals, lifeline)
         supervisor = Supervisor(plan, host, observer, timing, time.monotonic)
         run(supervisor, host, time.monotonic)
         failure = supervisor.failure

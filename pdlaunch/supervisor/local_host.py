@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +33,22 @@ class Bootstraps(Protocol):
 
 
 class LocalHost:
-    """``Host`` and ``EventSource`` of a launch whose processes all run here. ``control``: bound ROUTER socket."""
+    """``Host`` and ``EventSource`` of a launch whose processes all run here.
+
+    ``control``: bound ROUTER socket. ``lifeline``: a descriptor whose end asks for a stop, as its writer is then gone.
+    """
 
     CONVERSION_POLL_S = 0.25
     """How often the progress of a conversion is read from its log."""
 
-    def __init__(self, control: zmq.Socket[bytes], bootstraps: Bootstraps, children: Children, signals: SignalInbox) -> None:
+    def __init__(
+        self,
+        control: zmq.Socket[bytes],
+        bootstraps: Bootstraps,
+        children: Children,
+        signals: SignalInbox,
+        lifeline: int | None = None,
+    ) -> None:
         self._control = control
         self._bootstraps = bootstraps
         self._children = children
@@ -44,6 +56,9 @@ class LocalHost:
         self._poller = zmq.Poller()
         self._poller.register(control, zmq.POLLIN)
         self._poller.register(signals.fileno(), zmq.POLLIN)
+        self._lifeline = lifeline
+        if lifeline is not None:
+            self._poller.register(lifeline, zmq.POLLIN)
         self._stillborn: list[ProcessExited] = []
         self._conversions: dict[str, str] = {}
 
@@ -79,11 +94,19 @@ class LocalHost:
         exits = [*self._take_stillborn(), *self._reap(ready)]
         return [
             *(StopRequested(number) for number in self._signals.take()),
+            *self._feel_lifeline(ready),
             *(gone for gone in exits if gone.returncode < 0),
             *self._receive(),
             *self._conversion_progress(),
             *(gone for gone in exits if gone.returncode >= 0),
         ]
+
+    def _feel_lifeline(self, ready: dict[Any, int]) -> list[StopRequested]:
+        if self._lifeline is None or self._lifeline not in ready or os.read(self._lifeline, 4096):
+            return []
+        self._poller.unregister(self._lifeline)
+        self._lifeline = None
+        return [StopRequested(signal.SIGHUP, "whoever started this is gone")]
 
     def _reap(self, ready: dict[Any, int]) -> list[ProcessExited]:
         gone = {fd: name for fd, name in self._children.pidfds().items() if fd in ready}

@@ -126,7 +126,7 @@ class Supervisor:
             case MessageReceived():
                 self._on_message(event.name, event.message)
             case StopRequested():
-                self._on_stop(event.signal_number)
+                self._on_stop(event)
         self._settle()
 
     def tick(self) -> None:
@@ -382,16 +382,16 @@ class Supervisor:
             self.failure = failure
             self._begin_shutdown(drain=False)
 
-    def _on_stop(self, signal_number: int) -> None:
-        name = signal.Signals(signal_number).name
+    def _on_stop(self, event: StopRequested) -> None:
+        reason = event.reason or signal.Signals(event.signal_number).name
         if self._shutdown is not None:
-            self._note(f"{name} again: not waiting any longer")
+            self._note(f"{reason}, while stopping: not waiting any longer")
             self._shutdown.hurry()
             return
-        self.stop_signal = signal_number
+        self.stop_signal = event.signal_number
         drain = self._phase is Phase.READY and self._timing.grace.drain_s > 0
         wait = f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips that" if drain else "stopping"
-        self._note(f"{name}: {wait}")
+        self._note(f"{reason}: {wait}")
         self._begin_shutdown(drain=drain)
 
     def _begin_shutdown(self, *, drain: bool) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -103,14 +104,35 @@ def test_a_fix_is_told_once() -> None:
     assert result.stderr.count("did you mean float32?") == 1
 
 
-def test_ctrl_c_ends_it_quietly(server: FakeOpenAI) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_it_can_be_ended_quietly(server: FakeOpenAI, number: signal.Signals, ignored: bool) -> None:
     server.hold = True
-    command = [sys.executable, "-m", "pdlaunch", "bench", "serve", "--url", server.url]
+    code = f"""
+import signal
+signal.signal(signal.SIGINT, signal.{"SIG_IGN" if ignored else "default_int_handler"})
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from pdlaunch.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, "bench", "serve", "--url", server.url]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.asked.wait(60)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
+    assert (process.returncode, stdout, stderr) == (128 + number, "", "error: interrupted\n")
+
+
+def test_a_measuring_process_ends_with_the_command() -> None:
+    endless = "print('measuring', flush=True); __import__('threading').Event().wait()"
+    code = f"from pdlaunch.cli.measuring import run_module; run_module('timeit', {endless!r}, stdout=1)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"measuring\n"
+        measuring = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(measuring) == 1
+    assert not psutil.wait_procs(measuring, timeout=60)[1]
 
 
 def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -116,6 +117,59 @@ def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -
     assert "rank-0" in result.stderr
     assert str(tmp_path / "logs") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_deployment_ends_with_the_benchmark_that_started_it(tiny_model: Path, number: signal.Signals) -> None:
+    lengths = ("--max-token-id", "200", "--input-tokens", "60", "--output-tokens", "60", "--num-requests", "100000")
+    with starter("bench", "serve", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", *lengths) as bench:
+        launch = started_by(bench)
+        command = launch.cmdline()
+        url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+        await_true(lambda: has_load(url), "load")
+        children = [launch, *launch.children(recursive=True)]
+        assert len(children) >= 6
+        bench.send_signal(number)
+        bench.communicate(timeout=120)
+        assert bench.returncode == (143 if number is signal.SIGTERM else -number)
+        # Who is told to end waits for the end; who is killed cannot.
+        _, alive = psutil.wait_procs(children, timeout=60 if number is signal.SIGKILL else 0)
+    assert not alive
+
+
+def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path) -> None:
+    with starter("smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB") as smoke:
+        launch = started_by(smoke)
+        await_true(lambda: bool(launch.children()), "the first process")
+        children = [launch, *launch.children(recursive=True)]
+        smoke.send_signal(signal.SIGTERM)
+        _, errors = smoke.communicate(timeout=120)
+        assert (smoke.returncode, errors) == (143, "error: interrupted\n")
+        _, alive = psutil.wait_procs(children, timeout=0)
+    assert not alive
+
+
+@contextmanager
+def starter(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "pdlaunch", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ()) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def started_by(process: subprocess.Popen[str]) -> psutil.Process:
+    parent = psutil.Process(process.pid)
+    await_true(lambda: bool(parent.children()), "the launch")
+    return parent.children()[0]
+
+
+def has_load(url: str) -> bool:
+    try:
+        return requests_in_flight(url) > 0
+    except PdlaunchError:
+        return False
 
 
 def test_two_launches_at_once(tiny_model: Path, expected: list[int], deployment: Deployment) -> None:

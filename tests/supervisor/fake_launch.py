@@ -1,4 +1,4 @@
-"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on SIGTERM."""
+"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on SIGTERM, or with its input."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ class PrintingObserver(FakeObserver):
 
 
 if __name__ == "__main__":
-    sys.exit(run_plan(real_plan(), PrintingObserver(), Path(sys.argv[1]), Timing()).exit_code)
+    sys.exit(run_plan(real_plan(), PrintingObserver(), Path(sys.argv[1]), Timing(), lifeline=sys.stdin.fileno()).exit_code)

@@ -53,8 +53,8 @@ def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
     return Plan(conversions=plan.conversions, processes=tuple(processes))
 
 
-def run_plan(plan: Plan, observer: Observer, folder: Path, timing: Timing) -> Outcome:
+def run_plan(plan: Plan, observer: Observer, folder: Path, timing: Timing, lifeline: int | None = None) -> Outcome:
     keys = new_launch_keys()
     with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
-        return supervise(plan, control, FakeBootstraps(keys, endpoint, run_dir), observer, timing, folder)
+        return supervise(plan, control, FakeBootstraps(keys, endpoint, run_dir), observer, timing, folder, lifeline)

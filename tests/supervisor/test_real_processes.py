@@ -159,7 +159,7 @@ def launches(tmp_path: Path):
         folder = tmp_path / name
         folder.mkdir()
         command = [sys.executable, "-m", "tests.supervisor.fake_launch", str(folder)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
         return process, json.loads(process.stdout.readline())
@@ -167,9 +167,7 @@ def launches(tmp_path: Path):
     yield start
     for process in started:
         process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        process.communicate()
 
 
 def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches) -> None:
@@ -182,6 +180,16 @@ def test_two_launches_at_once_and_no_child_outlives_a_killed_supervisor(launches
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=30) == 0
     assert_gone(*second_pids)
+
+
+def test_a_launch_ends_with_the_pipe_that_its_starter_holds(launches) -> None:
+    launch, pids = launches("launch")
+    assert launch.stdin is not None
+    launch.stdin.write("what is written means nothing\n")
+    launch.stdin.close()
+    launch.stdin = None
+    assert launch.wait(timeout=60) == 0
+    assert_gone(*pids)
 
 
 def test_a_guarded_module_ends_with_the_pipe_that_the_supervisor_holds() -> None:

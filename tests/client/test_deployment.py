@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from pdlaunch.client.deployment import Deployment
+from pdlaunch.errors import PdlaunchError
+
+
+class FakeProcess:
+    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, the user presses Ctrl-C ``interrupts`` times."""
+
+    def __init__(self, *, ends_at: int, interrupts: int = 0) -> None:
+        self.ends_at = ends_at
+        self.interrupts = interrupts
+        self.num_signals = 0
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.num_signals += 1
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.num_signals >= self.ends_at:
+            self.returncode = 0
+        elif self.interrupts:
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        elif self.returncode is None:
+            raise subprocess.TimeoutExpired("serve", timeout or 0)
+        return self.returncode or 0
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+    def __enter__(self) -> FakeProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.wait()
+
+
+def make(process: Any) -> Deployment:
+    return Deployment(process, "http://127.0.0.1:1", Path("logs"), Path("output"), 0.0)
+
+
+def test_it_is_told_to_stop_once() -> None:
+    process = FakeProcess(ends_at=1)
+    deployment = make(process)
+    assert (deployment.stop(), deployment.stop()) == (0, 0)
+    assert process.num_signals == 1
+
+
+def test_ctrl_c_while_it_stops_is_passed_on_and_ends_nothing_early() -> None:
+    process = FakeProcess(ends_at=3, interrupts=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(process).stop()
+    assert process.num_signals == 3
+    assert process.returncode == 0
+
+
+def test_what_does_not_stop_is_killed() -> None:
+    process = FakeProcess(ends_at=2)
+    with pytest.raises(PdlaunchError, match="did not stop within 7 s and was killed"):
+        make(process).stop(timeout_s=7)
+    assert process.returncode == -9
