@@ -28,6 +28,7 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
 from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
 from pdlaunch.router.hops import Hops
+from pdlaunch.router.pool import EngineKey
 from pdlaunch.router.scrape import scrape
 from pdlaunch.router.transcript import Transcript
 
@@ -192,7 +193,7 @@ class RouterApp:
     async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
         """Any engine can answer; the first that does."""
         body, pool = await _read_body(request), self._hops.pool
-        tried: set[tuple[str, tuple[int, ...]]] = set()
+        tried: set[EngineKey] = set()
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
                 headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)}

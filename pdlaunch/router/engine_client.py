@@ -43,11 +43,15 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFailure(PdlaunchError):
-    """An engine did not do its work; another one may. ``may_return``: it, or its successor, may be there again soon."""
+    """An engine did not do its work; another one may.
 
-    def __init__(self, engine: Engine, reason: str, *, may_return: bool = True) -> None:
+    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even begin.
+    """
+
+    def __init__(self, engine: Engine, reason: str, *, may_return: bool = True, turned_away: bool = False) -> None:
         super().__init__(f"engine {engine.name}: {reason}")
         self.may_return = may_return
+        self.turned_away = turned_away
 
 
 class EngineRefusal(PdlaunchError):
@@ -158,13 +162,13 @@ class EngineClient:
                 await _refuse_errors(engine, response)
                 return await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineFailure(engine, repr(error)) from error
+            raise _broken(engine, error) from error
 
     async def _open(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
         try:
             response = await self._session.post(engine.url + path, data=body, headers=headers)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineFailure(engine, repr(error)) from error
+            raise _broken(engine, error) from error
         try:
             await _refuse_errors(engine, response)
         except BaseException:
@@ -237,6 +241,11 @@ def _discard_result(task: asyncio.Task[Any]) -> None:
         task.result().close()
 
 
+def _broken(engine: Engine, error: aiohttp.ClientError | TimeoutError) -> EngineFailure:
+    unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    return EngineFailure(engine, repr(error), turned_away=unheard)
+
+
 async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
@@ -246,7 +255,9 @@ async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> No
         raise EngineFailure(engine, f"answered {response.status} and broke off") from error
     if response.status >= 500:
         text = body[:200].decode(errors="replace")
-        raise EngineFailure(engine, f"answered {response.status}: {text}", may_return=response.status in (502, 503, 504))
+        message = f"answered {response.status}: {text}"
+        may_return = response.status in (502, 503, 504)
+        raise EngineFailure(engine, message, may_return=may_return, turned_away=response.status == 503)
     raise EngineRefusal(
         engine,
         status=response.status,

@@ -57,7 +57,13 @@ class Generation:
         self._lease_taken = False
         self._tried: set[EngineKey] = set()
         self._failure: EngineFailure | EngineRefusal | None = None
+        self._retry_at_s = 0.0
+        """When those who were tried may be asked again."""
+        self._trouble_since_s: float | None = None
+        """When the first engine failed since something was heard."""
+        self._num_decode_attempts = 0
         self._num_decode_failures = 0
+        self._turned_away_by: set[EngineKey] = set()
 
     async def run(self) -> None:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends both hops."""
@@ -111,7 +117,7 @@ class Generation:
         """Tell the client what prefill knows, if the decode engines need not tell it again."""
         self._handover = handover
         self._tried.clear()
-        self._failure = None
+        self._failure = self._trouble_since_s = None
         self._refuse_too_long(handover)
         self._first_token_sent = handover.is_final or (
             handover.has_first_tokens and self._hops.pool.has_ready("decode", needs=_takes_first_token)
@@ -123,7 +129,8 @@ class Generation:
     async def _decode(self) -> None:
         """Stream from one engine, for as long as it lives; what failed is noted for the next."""
         engine = await self._next_engine()
-        attempt = self._num_decode_failures
+        attempt = self._num_decode_attempts
+        self._num_decode_attempts += 1
         if attempt:
             self._hops.metrics.retried("decode")
         try:
@@ -132,9 +139,16 @@ class Generation:
             if self.transcript.is_done:
                 return
             self._note(engine, "decode", failure)
-            self._num_decode_failures += isinstance(failure, EngineFailure)
+            self._num_decode_failures += isinstance(failure, EngineFailure) and not self._is_still_away(engine, failure)
             if self._num_decode_failures == self._hops.recovery.max_attempts or not self._can_go_on():
                 raise
+
+    def _is_still_away(self, engine: Engine, failure: EngineFailure) -> bool:
+        """An engine that turns a request away again has survived it."""
+        before = engine.key in self._turned_away_by
+        if failure.turned_away:
+            self._turned_away_by.add(engine.key)
+        return failure.turned_away and before
 
     async def _stream_from(self, engine: Engine, attempt: int) -> None:
         prompt, extra = self._prompt, self._decode_extra(engine)
@@ -147,6 +161,7 @@ class Generation:
             async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
                 while (chunk := await stream.next_chunk()) is not None:
                     self._decode_has_answered = True
+                    self._trouble_since_s = None
                     self._lease_taken |= pulls
                     await self._tell(engine, chunk)
         if not self.transcript.is_done:
@@ -187,7 +202,8 @@ class Generation:
         """The engine for the next attempt; after a failure one is waited for. Raises what failed last, or OverloadedError."""
         hops = self._hops
         role: Hop = "prefill" if self._prompt.max_tokens == 1 else "decode"
-        deadline_s = hops.now_s() + hops.recovery.wait_s
+        since_s = hops.now_s() if self._trouble_since_s is None else self._trouble_since_s
+        deadline_s = since_s + hops.recovery.wait_s
         while True:
             engine = hops.pool.pick(role, exclude=self._tried, needs=self._fits)
             if engine is not None:
@@ -200,7 +216,15 @@ class Generation:
             elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
                 raise self._failure or _nobody_left()
             else:
-                await hops.registry_change(left_s)
+                await self._wait_for_return(left_s)
+
+    async def _wait_for_return(self, left_s: float) -> None:
+        """For news of the registry, or until who failed may be asked again: the registry need not know that it was away."""
+        hops = self._hops
+        retry_in_s = max(0.0, self._retry_at_s - hops.now_s()) if self._tried else left_s
+        await hops.registry_change(min(left_s, retry_in_s))
+        if hops.now_s() >= self._retry_at_s:
+            self._tried.clear()
 
     async def _wait_for_room(self, busy: EngineRefusal, left_s: float) -> None:
         """All engines are busy: what a client without an answer is told; one whose answer has begun waits."""
@@ -217,6 +241,11 @@ class Generation:
             logger.warning("%s hop failed: %s", hop, failure)
             self._hops.pool.failed(engine)
             self._hops.metrics.engine_failed(engine.name, hop)
+            now_s = self._hops.now_s()
+            self._retry_at_s = now_s + self._hops.recovery.retry_wait_s
+            self._trouble_since_s = now_s if self._trouble_since_s is None else self._trouble_since_s
+        else:
+            self._trouble_since_s = None
         self._tried.add(engine.key)
         self._failure = failure
 

@@ -23,6 +23,8 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Engines asked for one hop: a request that kills engines must not kill them all."""
     wait_s: float = 60.0
     """For an engine to come, or to come back, after a failure."""
+    retry_wait_s: float = 1.0
+    """Before an engine that failed and that the registry still calls ready is asked again, where there is no other."""
     busy_wait_s: float = 1.0
     """Before a busy engine is asked again."""
 

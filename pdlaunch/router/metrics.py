@@ -27,7 +27,9 @@ class RouterMetrics:
         self._engine_failures = Counter(
             "pdlaunch_router_engine_failures", "Hops that an engine failed.", ("engine", "hop"), registry=registry
         )
-        self._retries = Counter("pdlaunch_router_retries", "Hops asked of another engine.", ("hop",), registry=registry)
+        self._retries = Counter(
+            "pdlaunch_router_retries", "Hops asked again, of another engine or of one that is back.", ("hop",), registry=registry
+        )
         self._fallbacks = Counter(
             "pdlaunch_router_fallbacks", "Requests that one engine did alone, though two were wanted.", registry=registry
         )

@@ -18,20 +18,24 @@ MAX_BACKOFF_S = 30.0
 MAX_DOUBLINGS = 10
 """Past the longest back-off, and no number that overflows, however often an engine fails in a row."""
 
-EngineKey = tuple[str, tuple[int, ...]]
-"""Name and the incarnations of server and ranks: a restart of any of them makes it another engine."""
+Processes = tuple[int, ...]
+"""Incarnations of an engine's server and ranks."""
+EngineKey = tuple[str, Processes, int]
+"""Name, processes, how often these got ready: a restart makes it another engine, and so does its return from sleep or a stall."""
 
 
 class Engine(msgspec.Struct, kw_only=True, eq=False):
     """One engine as the router sees it; lives as long as its processes do."""
 
-    key: EngineKey
+    name: str
+    processes: Processes
     url: str
     role: Role | None
     capabilities: Capabilities
     ready: bool
     state: str
     """For people: ``ready``, or the ``ListedState`` that says why not."""
+    times_ready: int = 0
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
     prompt_tokens: int = 0
@@ -43,8 +47,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     avoid_until_s: float = 0.0
 
     @property
-    def name(self) -> str:
-        return self.key[0]
+    def key(self) -> EngineKey:
+        return (self.name, self.processes, self.times_ready)
 
     @contextlib.contextmanager
     def working(self, *, prompt_tokens: int = 0, num_streams: int = 0) -> Iterator[None]:
@@ -135,12 +139,19 @@ class EnginePool:
     def _renew(self, server: Entry, ranks: list[Entry]) -> Engine:
         ready = self._is_ready(server, ranks)
         by_rank = sorted(ranks, key=lambda entry: entry.tp_rank)
-        key = (server.name, (server.incarnation, *(entry.incarnation for entry in by_rank)))
+        processes = (server.incarnation, *(entry.incarnation for entry in by_rank))
         engine = self._engines.get(server.name)
-        if engine is None or engine.key != key or engine.url != server.address.http:
+        if engine is None or engine.processes != processes or engine.url != server.address.http:
             engine = Engine(
-                key=key, url=server.address.http, role=server.role, capabilities=server.capabilities, ready=ready, state=""
+                name=server.name,
+                processes=processes,
+                url=server.address.http,
+                role=server.role,
+                capabilities=server.capabilities,
+                ready=False,
+                state="",
             )
+        engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role
         engine.capabilities = server.capabilities

@@ -12,7 +12,7 @@ from pdlaunch.errors import PdlaunchError
 
 
 class FakeProcess:
-    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, the user presses Ctrl-C ``interrupts`` times."""
+    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, Ctrl-C is pressed ``interrupts`` times."""
 
     def __init__(self, *, ends_at: int, interrupts: int = 0) -> None:
         self.ends_at = ends_at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,11 @@ class FakeEngine:
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def listen_too(self, bound: socket.socket) -> None:
+        """At one more address."""
+        assert self._runner is not None
+        await web.SockSite(self._runner, bound).start()
 
     async def stop(self) -> None:
         if self._runner is not None:
