@@ -1,6 +1,8 @@
 """Prometheus metrics that the router and the engines' servers share, in an injected registry.
 
-Names follow vLLM's with the prefix ``pdlaunch_``. Building blocks: label names are fixed at construction, as are their values.
+Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with ``pdlaunch_router_``: a request that the
+router serves is two or more at engines, and no sum may add them up. Building blocks: label names are fixed at construction, as
+are their values.
 """
 
 from __future__ import annotations
@@ -25,24 +27,24 @@ def render_metrics(registry: Collector) -> bytes:
 
 
 class RequestMetrics:
-    """What the client of an HTTP process sees: requests, tokens, times."""
+    """What the client of an HTTP process sees: requests, tokens, times. ``prefix``: of the names, by the kind of process."""
 
-    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str]) -> None:
+    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str], prefix: str = "pdlaunch_") -> None:
         names, values = tuple(labels), tuple(labels.values())
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"pdlaunch_{name}", text, names, registry=registry, buckets=buckets).labels(*values)
+            return Histogram(f"{prefix}{name}", text, names, registry=registry, buckets=buckets).labels(*values)
 
         def counter(name: str, text: str) -> Counter:
-            return Counter(f"pdlaunch_{name}", text, names, registry=registry).labels(*values)
+            return Counter(f"{prefix}{name}", text, names, registry=registry).labels(*values)
 
         self._values = values
         self._finished = Counter(
-            "pdlaunch_requests", "Finished requests by reason.", (*names, "finished_reason"), registry=registry
+            f"{prefix}request_success", "Finished requests by reason.", (*names, "finished_reason"), registry=registry
         )
-        self._failed = Counter("pdlaunch_request_errors", "Refused or failed requests.", (*names, "status"), registry=registry)
+        self._failed = Counter(f"{prefix}request_errors", "Refused or failed requests.", (*names, "status"), registry=registry)
         self.in_flight: Gauge = Gauge(
-            "pdlaunch_http_requests_in_flight", "Requests being answered.", names, registry=registry
+            f"{prefix}http_requests_in_flight", "Requests being answered.", names, registry=registry
         ).labels(*values)
         self.time_to_first_token = histogram("time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S)
         self.inter_token = histogram("inter_token_latency_seconds", "Between output tokens.", INTER_TOKEN_BUCKETS_S)

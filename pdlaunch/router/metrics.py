@@ -18,7 +18,7 @@ class RouterMetrics:
 
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = RequestMetrics(registry, {"model_name": served_model_name})
+        self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix="pdlaunch_router_")
         self._engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
         self._engines = Gauge(
             "pdlaunch_router_engines", "Engines by state; failed ones are not started again.", ("state",), registry=registry

@@ -24,7 +24,7 @@ def test_requests_are_counted_by_reason_and_status():
     metrics.failed(429)
     metrics.time_to_first_token.observe(0.3)
     found = samples(registry)
-    assert found["pdlaunch_requests_total/stop"] == 2
+    assert found["pdlaunch_request_success_total/stop"] == 2
     assert found["pdlaunch_request_errors_total/429"] == 1
     assert found["pdlaunch_time_to_first_token_seconds_count/"] == 1
 

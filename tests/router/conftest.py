@@ -93,7 +93,7 @@ class Stand:
     def die_after(self, engine: FakeEngine, num_chunks: int, *, num_told: int) -> None:
         """Break its stream once the router has passed on ``num_told`` tokens."""
         engine.die_after = num_chunks
-        engine.may_die = lambda: self.metric("pdlaunch_generation_tokens_total") >= num_told
+        engine.may_die = lambda: self.metric("pdlaunch_router_generation_tokens_total") >= num_told
 
 
 class Answer:

@@ -110,7 +110,7 @@ async def test_a_405_tells_what_is_allowed(stand: Stand, method: str, path: str,
     async with stand.session.request(method, path) as response:
         assert (response.status, response.headers["Allow"]) == (405, allowed)
         assert (await response.json())["error"]["code"] == "method_not_allowed"
-    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="405"}') == 1
+    assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="405"}') == 1
 
 
 async def test_head_is_get_without_a_body(stand: Stand) -> None:
@@ -196,11 +196,11 @@ async def test_metrics_count_requests_and_times(stand: Stand) -> None:
     await stand.post(completion(model="other"))
     async with stand.session.get("/metrics") as response:
         text = await response.text()
-    assert 'pdlaunch_requests_total{finished_reason="length",model_name="tiny"} 2.0' in text
-    assert 'pdlaunch_request_errors_total{model_name="tiny",status="404"} 1.0' in text
-    assert 'pdlaunch_generation_tokens_total{model_name="tiny"} 12.0' in text
-    assert 'pdlaunch_time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
-    assert 'pdlaunch_inter_token_latency_seconds_count{model_name="tiny"} 10.0' in text
+    assert 'pdlaunch_router_request_success_total{finished_reason="length",model_name="tiny"} 2.0' in text
+    assert 'pdlaunch_router_request_errors_total{model_name="tiny",status="404"} 1.0' in text
+    assert 'pdlaunch_router_generation_tokens_total{model_name="tiny"} 12.0' in text
+    assert 'pdlaunch_router_time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
+    assert 'pdlaunch_router_inter_token_latency_seconds_count{model_name="tiny"} 10.0' in text
     assert "pdlaunch_router_engines_ready 2.0" in text
     assert 'pdlaunch_router_engines{state="ready"} 2.0' in text
     assert 'pdlaunch_router_engines{state="failed"} 0.0' in text

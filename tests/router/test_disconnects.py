@@ -27,7 +27,7 @@ async def all_is_quiet(stand: Stand) -> None:
     await until(lambda: not stand.router.admission.in_flight)
     await stand.hops.settled()
     assert all(engine.prompt_tokens == engine.num_streams == 0 for engine in stand.pool.engines)
-    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="499"}') == 1
+    assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -102,7 +102,7 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
     _, writer = await send(stand, completion(max_tokens=50, stream=True))
     await decode.aborted.wait()
     await until(lambda: not stand.router.admission.in_flight)
-    assert stand.metric('pdlaunch_request_errors_total{model_name="tiny",status="503"}') == 1
+    assert stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="503"}') == 1
     writer.close()
     with contextlib.suppress(ConnectionError):
         await writer.wait_closed()

@@ -27,7 +27,7 @@ async def test_a_stream_ends_with_an_error_and_a_whole_request_is_503(stand: Sta
     decode.hold_after = 2
     await stand.start([prefill, decode])
     streamed, whole, many = start(stand, stream=True), start(stand), start(stand, prompt=["a", "b"])
-    await until(lambda: stand.metric("pdlaunch_generation_tokens_total") >= 4 * 3)
+    await until(lambda: stand.metric("pdlaunch_router_generation_tokens_total") >= 4 * 3)
     await stand.router.close()
     answer = await streamed
     assert answer.status == 200

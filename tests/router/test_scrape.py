@@ -51,10 +51,11 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
     assert values(families["pdlaunch_kv_cache_usage_perc"]) == dict.fromkeys(names, 0.5)
     assert values(families["pdlaunch_kv_transfer_bytes"], "_total") == {name: 10**i for i, name in enumerate(names)}
     assert families["pdlaunch_kv_transfer_bytes"].type == "counter"
-    assert values(families["pdlaunch_requests"], "_total") == dict.fromkeys([None, *names], 1)
+    assert values(families["pdlaunch_request_success"], "_total") == dict.fromkeys(names, 1)
+    assert values(families["pdlaunch_router_request_success"], "_total") == {None: 1}
     first_tokens = families["pdlaunch_time_to_first_token_seconds"]
     assert first_tokens.type == "histogram"
-    assert values(first_tokens, "_count") == dict.fromkeys([None, *names], 1)
+    assert values(first_tokens, "_count") == dict.fromkeys(names, 1)
     buckets = {
         sample.labels["le"]: sample.value
         for sample in first_tokens.samples
@@ -63,6 +64,17 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
     assert (buckets["0.02"], buckets["0.04"], buckets["+Inf"]) == (0, 1, 1)
     labels = 'engine="prefill-0",model_name="tiny",role="prefill"'
     assert f"pdlaunch_kv_transfer_bytes_total{{{labels}}} 1.0" in text.splitlines()
+
+
+async def test_no_sum_over_a_name_adds_up_router_and_engines(stand: Stand) -> None:
+    engines = pair()
+    await stand.start(engines)
+    await stand.post(completion())
+    own = set(families_of(stand.metrics.text().decode()))
+    of_engines = {family.name for engine in engines for family in engine.metrics.registry.collect()}
+    assert len(of_engines) > 10
+    assert not own & of_engines
+    assert {name for name in own if not name.startswith("pdlaunch_router_")} == {"pdlaunch_pair_gigabytes_per_second"}
 
 
 async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:

@@ -30,8 +30,8 @@ async def test_requests_tokens_and_times_are_counted(engine: Engine, rank: FakeR
     await engine.refusal(nonsense=1)
     found = await scrape(engine)
     num_tokens = len(rank.ids("hello world")) + 1
-    assert found["pdlaunch_requests_total/stop"] == 1
-    assert found["pdlaunch_requests_total/length"] == 1
+    assert found["pdlaunch_request_success_total/stop"] == 1
+    assert found["pdlaunch_request_success_total/length"] == 1
     assert found["pdlaunch_request_errors_total/400"] == 1
     assert found["pdlaunch_prompt_tokens_total"] == 6
     assert found["pdlaunch_generation_tokens_total"] == num_tokens + 2
