@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     },
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
 }
 
 

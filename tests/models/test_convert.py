@@ -102,7 +102,10 @@ def test_demo_model_is_complete_without_transformers() -> None:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     template = (directory / "chat_template.jinja").read_text()
-    assert tokenizer.decode(tokenizer.encode("Grüße, 世界!").ids) == "Grüße, 世界!"
-    assert tokenizer.token_to_id(settings["eos_token"]) == json.loads((directory / "config.json").read_text())["eos_token_id"]
+    config = json.loads((directory / "config.json").read_text())
+    encoded = tokenizer.encode("Grüße, 世界!").ids
+    assert tokenizer.decode(encoded, skip_special_tokens=False) == "Grüße, 世界!"
+    assert tokenizer.get_vocab_size() == config["vocab_size"]
+    assert tokenizer.token_to_id(settings["eos_token"]) == config["eos_token_id"]
     assert "<|im_start|>" in template
     assert "add_generation_prompt" in template

@@ -48,12 +48,19 @@ CONFIGS: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2},
+    "smollm3-window": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 10,
+    },
 }
 
 
-def save_tiny_model(name: str, folder: Path, *, seed: int = 0) -> Path:
-    """Weights larger than the default, so that greedy answers vary instead of repeating one token."""
-    settings = COMMON | CONFIGS[name]
+def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **sizes: int) -> Path:
+    """Weights larger than the default, so that greedy answers vary instead of repeating one token. ``sizes``: for COMMON ones."""
+    settings = COMMON | sizes | CONFIGS[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
