@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pdlaunch.protocol.engine import RequestFinished, Tokens
+from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
 
-Output = Tokens | RequestFinished
+Output = Tokens | FirstTokens | RequestFinished
 
 
 class HeldAnswers:

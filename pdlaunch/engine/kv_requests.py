@@ -18,7 +18,7 @@ from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
-from pdlaunch.protocol.transfer import CancelPull, GrantLease, PullFinished, StartPull
+from pdlaunch.protocol.transfer import CancelPull, GrantLease, PullFinished, StartPull, WatchLease
 
 Source = tuple[str, str]
 """Engine id and request id of a lease at another engine."""
@@ -109,6 +109,13 @@ class PullBook:
         self._in_flight: dict[str, Pull] = {}
         self._quarantined: dict[str, list[list[int]]] = {}
         self._num_started = 0
+
+    def watch(self, request: Request) -> WatchLease:
+        """Have word when the blocks can be pulled; until then there is no pull. The waiting time is used to hash the prompt."""
+        remote = request.message.remote_kv
+        assert remote is not None
+        request.prompt_hashes()
+        return WatchLease(request_id=request.request_id, remote=remote)
 
     def is_waited_for(self, request: Request) -> bool:
         """Another choice of the same prompt waits for a pull from the same lease."""

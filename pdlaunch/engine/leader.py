@@ -25,6 +25,7 @@ from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
     CheckIntegrity,
+    FirstTokens,
     Hello,
     IntegrityReport,
     Outputs,
@@ -86,7 +87,7 @@ class Leader:
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
         self._running: tuple[StepPlan, LaunchedStep] | None = None
-        self._outputs: list[Tokens | RequestFinished] = []
+        self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
         self._held = HeldAnswers(holds=wait_for_ranks is not None)
         self._wait_for_ranks = wait_for_ranks
         self._stats_due_s = 0.0

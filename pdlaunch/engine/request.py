@@ -19,10 +19,13 @@ class Phase(enum.Enum):
      ▼         │    │
     LOADING ─▶ READY┤     a failed load or pull leads back to WAITING, a preempted READY too;
     PULLING ─▶ READY┘     so does a load that some blocks are left to be pulled after
+    AWAITING ─▶ WAITING   the lease of the prompt's blocks is there; FINISHED when it cannot be waited for
     """
 
     WAITING = "waiting"
     """In the queue; owns no block."""
+    AWAITING = "awaiting"
+    """The prefill engine still computes the prompt; in no queue, owns no block."""
     LOADING = "loading"
     """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the load."""
     PULLING = "pulling"

@@ -28,11 +28,21 @@ from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.offload.jobs import JobFinished
 from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.protocol.engine import AddRequest, EngineStats, FinishReason, RequestFinished, TokenOutput, Tokens
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    EngineStats,
+    FinishReason,
+    FirstTokens,
+    RequestFinished,
+    TokenOutput,
+    Tokens,
+    output_of,
+)
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     EndLease,
     LeaseEnded,
+    LeaseWatched,
     PullDrained,
     PullFinished,
     SetLeaseReaders,
@@ -80,7 +90,7 @@ class Scheduler:
         self._queues = RequestQueues()
         self._in_flight = StepsInFlight()
         self._commands: list[TransferCommand] = []
-        self._outputs: list[Tokens | RequestFinished] = []
+        self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
         self._totals = Totals(num_blocks)
         self._may_progress = False
         self._stalls = False
@@ -102,6 +112,9 @@ class Scheduler:
             self._finish(request, "error", error=f"an earlier request {message.request_id} still has a lease; use another id")
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
+        elif message.awaits_lease:
+            self._queues.await_kv(request, Phase.AWAITING)
+            self._commands.append(self._pulls.watch(request))
 
     def abort(self, request_id: str) -> None:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
@@ -127,6 +140,8 @@ class Scheduler:
             case LeaseEnded():
                 self._totals.counts.leases_expired += event.reason == "expired"
                 self._leases.ended(event.request_id)
+            case LeaseWatched():
+                self._on_lease_watched(event)
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():
@@ -200,7 +215,7 @@ class Scheduler:
             if token is not None:
                 self._take_token(request, token)
 
-    def take_outputs(self) -> list[Tokens | RequestFinished]:
+    def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:
         """What the server has to be told since the last call, in order."""
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -384,6 +399,20 @@ class Scheduler:
         request.wants_pull = False
         self._begin(request, request.num_pulled_tokens)
 
+    def _on_lease_watched(self, event: LeaseWatched) -> None:
+        """A prompt that was computed elsewhere can be pulled, and its first token is known."""
+        request = self._queues.by_id.get(event.request_id)
+        if request is None or request.phase is not Phase.AWAITING:
+            return
+        if not event.ok or not event.first_tokens:
+            self._finish(request, "error", error=f"the lease on the prompt's KV blocks did not come: {event.error}")
+            return
+        self._queues.wait(request)
+        tokens = [output_of(token) for token in event.first_tokens[:1]]
+        self._outputs.append(FirstTokens(request_id=request.request_id, tokens=tokens))
+        request.token_ids.append(tokens[0].token_id)
+        self._finish_if_complete(request, tokens[0].token_id)
+
     def _on_pull_finished(self, event: PullFinished) -> None:
         pull = self._pulls.finish(event)
         if pull is None:
@@ -451,7 +480,8 @@ class Scheduler:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
-        if request.wants_pull and request.phase is not Phase.PULLING:
+        # Whoever gives up before there is a lease leaves it to another reader.
+        if request.wants_pull and request.phase not in (Phase.PULLING, Phase.AWAITING):
             self._commands.append(self._pulls.tell_holder(request))
         if not self._in_flight.keep(request):
             self._let_go(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, PullDrained, PullFinished, TransferEvent
+from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, LeaseWatched, PullDrained, PullFinished, TransferEvent
 
 
 class EventAggregator:
@@ -12,6 +12,7 @@ class EventAggregator:
         self._tp_size = tp_size
         self._num_granted: dict[str, int] = {}
         self._leases: dict[str, list[LeaseEnded]] = {}
+        self._watched: dict[str, list[LeaseWatched]] = {}
         self._finished: dict[str, list[PullFinished]] = {}
         self._num_drained: dict[str, int] = {}
 
@@ -21,6 +22,8 @@ class EventAggregator:
                 return self._add_grant(event)
             case LeaseEnded():
                 return self._add_lease(event)
+            case LeaseWatched():
+                return self._add_watched(event)
             case PullFinished():
                 self._finished.setdefault(event.pull_id, []).append(event)
             case PullDrained():
@@ -44,6 +47,15 @@ class EventAggregator:
         reasons = {report.reason for report in reports}
         reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
         return [LeaseEnded(request_id=event.request_id, reason=reason)]
+
+    def _add_watched(self, event: LeaseWatched) -> list[TransferEvent]:
+        """Every rank has asked the one that it will read from."""
+        reports = self._watched.setdefault(event.request_id, [])
+        reports.append(event)
+        if len(reports) < self._tp_size:
+            return []
+        del self._watched[event.request_id]
+        return [next((report for report in reports if not report.ok), event)]
 
     def _pull_events(self, pull_id: str, *, newly_finished: bool) -> list[TransferEvent]:
         reports = self._finished.get(pull_id, [])

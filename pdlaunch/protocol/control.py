@@ -41,6 +41,8 @@ class Capabilities(Message, tag=False):
     """Accepts output tokens so far with a prompt."""
     gives_first_token: bool = False
     """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
+    awaits_lease: bool = False
+    """Takes a prompt whose blocks a prefill engine is still computing, and names leases as it is told."""
 
 
 class Entry(Message, tag=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -49,6 +49,11 @@ class TokenOutput(Message, tag=False):
     """(token id, logprob), best first."""
 
 
+def output_of(first_token: FirstToken) -> TokenOutput:
+    """The output token that a prefill engine has drawn."""
+    return TokenOutput(token_id=first_token.token_id, logprob=first_token.logprob, top_logprobs=tuple(first_token.top_logprobs))
+
+
 class AddRequest(Message):
     request_id: str
     prompt_token_ids: list[int]
@@ -61,6 +66,8 @@ class AddRequest(Message):
     """Choices that will pull the leased blocks."""
     remote_kv: RemoteKV | None = None
     """Pull the prompt's KV blocks from there."""
+    awaits_lease: bool = False
+    """They are still being computed there: wait for the lease, which brings the first token."""
     cache_salt: str = ""
     traceparent: str | None = None
 
@@ -124,6 +131,13 @@ class Tokens(Message):
     tokens: list[TokenOutput]
 
 
+class FirstTokens(Message):
+    """Output of a request with ``awaits_lease`` that another engine has drawn and told the client of."""
+
+    request_id: str
+    tokens: list[TokenOutput]
+
+
 class RequestFinished(Message):
     """The one terminal message of a request, with the tokens not sent before."""
 
@@ -154,7 +168,7 @@ class Welcome(Message):
 class Outputs(Message):
     """All messages of one step in one frame."""
 
-    items: list[Tokens | RequestFinished]
+    items: list[Tokens | FirstTokens | RequestFinished]
 
 
 class EngineStats(Message):

@@ -52,6 +52,10 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """By choice; filled by prefill."""
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
+    lease_id: Annotated[str, msgspec.Meta(max_length=250)] = ""
+    """To prefill: what the lease shall be called, never used before; the router needs to know it in advance."""
+    awaits_lease: bool = False
+    """To decode: prefill still computes the prompt. Its lease brings the first token, which the client is told by others."""
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
@@ -83,6 +87,16 @@ class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
     do_remote_decode: bool = False
     remote_kv: RemoteKV | None = None
     pdlaunch: PdlaunchParams | None = None
+
+    @property
+    def lease_id(self) -> str:
+        """What the router wants the lease to be called; empty: anything."""
+        return self.pdlaunch.lease_id if self.pdlaunch is not None and self.do_remote_decode else ""
+
+    @property
+    def awaits_lease(self) -> bool:
+        """The blocks are still being computed."""
+        return self.pdlaunch is not None and self.pdlaunch.awaits_lease
 
 
 def from_wire(params: object) -> KVTransferParams:

@@ -37,6 +37,13 @@ class SetLeaseReaders(Message):
     num_readers: int
 
 
+class WatchLease(Message):
+    """Decode: tell when the prompt that ``remote`` is to have has been computed and leased; nothing is pulled yet."""
+
+    request_id: str
+    remote: RemoteKV
+
+
 class StartPull(Message):
     """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
 
@@ -61,7 +68,7 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = GrantLease | EndLease | SetLeaseReaders | StartPull | CancelPull
+TransferCommand = GrantLease | EndLease | SetLeaseReaders | WatchLease | StartPull | CancelPull
 
 
 class LeaseGranted(Message):
@@ -76,6 +83,16 @@ class LeaseEnded(Message):
     request_id: str
     reason: str
     """``pulled``, ``released`` or ``expired``."""
+
+
+class LeaseWatched(Message):
+    """Decode: what has come of a WatchLease."""
+
+    request_id: str
+    ok: bool
+    """The blocks can be pulled."""
+    first_tokens: list[FirstToken] = []
+    error: str = ""
 
 
 class PullFinished(Message):
@@ -107,4 +124,4 @@ class PullDrained(Message):
     pull_id: str
 
 
-TransferEvent = LeaseGranted | LeaseEnded | PullFinished | PullDrained
+TransferEvent = LeaseGranted | LeaseEnded | LeaseWatched | PullFinished | PullDrained

@@ -80,7 +80,12 @@ class GenerateHandler:
             _log.info("traceparent %s", call.traceparent)
         metrics.prompt_tokens.inc(prepared.num_prompt_tokens)
         metrics.prompt_length.observe(prepared.num_prompt_tokens)
-        generation = Generation(self._service.live_link(), prepared.choices, num_prompt_tokens=prepared.num_prompt_tokens)
+        generation = Generation(
+            self._service.live_link(),
+            prepared.choices,
+            num_prompt_tokens=prepared.num_prompt_tokens,
+            on_first_tokens=clock.restart,
+        )
         answerer = Answerer(http, call, prepared, renderer, generation, clock, deadline)
         answered = False
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.protocol.engine import RequestFinished, Tokens
+from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.server.choice import Choice, Delta
@@ -19,10 +19,19 @@ class Generation:
     """Runs the choices of one HTTP request.
 
     Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts together.
+    ``on_first_tokens``: the prompt has been computed elsewhere, what was waited for is there.
     """
 
-    def __init__(self, link: RankLink, choices: Sequence[Choice], *, num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        link: RankLink,
+        choices: Sequence[Choice],
+        *,
+        num_prompt_tokens: int,
+        on_first_tokens: Callable[[], None] = lambda: None,
+    ) -> None:
         self._link = link
+        self._on_first_tokens = on_first_tokens
         self.choices = list(choices)
         self._running = {choice.request.request_id: choice for choice in choices if choice.finish_reason is None}
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
@@ -83,11 +92,15 @@ class Generation:
         choice = self._running.get(event.request_id)
         if choice is None:
             return None
+        delta: Delta | None
         match event:
             case RankLost():
                 raise OverloadedError("the engine is restarting", status=503, code="engine_restarting")
             case Tokens(tokens=tokens):
                 delta = choice.take(tokens)
+            case FirstTokens(tokens=tokens):
+                self._on_first_tokens()
+                delta = choice.pass_over(tokens)
             case RequestFinished():
                 delta = self._take_end(choice, event)
         if choice.finish_reason is not None:

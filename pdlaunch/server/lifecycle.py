@@ -112,7 +112,9 @@ class ServerProcess:
                 incarnation=self._bootstrap.incarnation,
                 pid=os.getpid(),
                 address=Address(http=url),
-                capabilities=Capabilities(verifies=self._spec.kv_transfer.verify, resumes=True, gives_first_token=True),
+                capabilities=Capabilities(
+                    verifies=self._spec.kv_transfer.verify, resumes=True, gives_first_token=True, awaits_lease=True
+                ),
             )
         )
 

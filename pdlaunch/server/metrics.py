@@ -103,6 +103,10 @@ class RequestClock:
         self._start = time.monotonic()
         self._last: dict[int, float] = {}
 
+    def restart(self) -> None:
+        """Only now this engine's work begins."""
+        self._start = time.monotonic()
+
     def tokens(self, deltas: Sequence[Delta]) -> None:
         """New tokens go to the client."""
         now = time.monotonic()

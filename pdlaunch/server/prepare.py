@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
+from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, output_of
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
 from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from pdlaunch.protocol.openai.generation import GenerationRequest
@@ -73,6 +73,8 @@ def prepare(
         raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
     if transfer.do_remote_decode:
         _check_remote_prefill(request)
+    if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
+        raise RequestError("one choice only, of which nothing is known, with awaits_lease", param="kv_transfer_params.pdlaunch")
     _check_ids(request, transfer, model)
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     choices: list[Choice] = []
@@ -85,7 +87,8 @@ def prepare(
             choices.append(choice)
             if known is not None:
                 deltas += _replay(choice, known[number])
-    return Prepared(choices, deltas, list(prompts), bool(known and known[0].sent), transfer.do_remote_decode)
+    continues = transfer.awaits_lease or bool(known and known[0].sent)
+    return Prepared(choices, deltas, list(prompts), continues, transfer.do_remote_decode)
 
 
 def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known] | None:
@@ -104,10 +107,7 @@ def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known
 
 
 def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
-    outputs = [
-        TokenOutput(token_id=token.token_id, logprob=token.logprob, top_logprobs=tuple(token.top_logprobs)) for token in tokens
-    ]
-    return Known(outputs, tokens[-1].finish_reason if tokens else None, sent)
+    return Known([output_of(token) for token in tokens], tokens[-1].finish_reason if tokens else None, sent)
 
 
 def _check_remote_prefill(request: GenerationRequest) -> None:
@@ -174,12 +174,13 @@ def _choice(
 ) -> Choice:
     leases = transfer.do_remote_decode and index == 0
     add = AddRequest(
-        request_id=f"{call.rank_id}/{index}",
+        request_id=f"{transfer.lease_id or call.rank_id}/{index}",
         prompt_token_ids=prompt,
         sampling=sampling,
         do_remote_decode=leases,
         num_readers=request.n if leases else 1,
         remote_kv=transfer.remote_kv,
+        awaits_lease=transfer.awaits_lease,
         cache_salt=request.cache_salt,
         traceparent=call.traceparent,
     )

@@ -20,6 +20,7 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     CheckIntegrity,
     EngineStats,
+    FirstTokens,
     FromRank,
     Hello,
     IntegrityReport,
@@ -46,7 +47,7 @@ class RankLost:
     request_id: str
 
 
-RankEvent = Tokens | RequestFinished | RankLost
+RankEvent = Tokens | FirstTokens | RequestFinished | RankLost
 Sink = Callable[[RankEvent], None]
 
 
@@ -180,7 +181,7 @@ class RankLink:
                 if (check := self._checks.get(message.call_id)) is not None and not check.done():
                     check.set_result(message)
 
-    def _deliver(self, item: Tokens | RequestFinished) -> None:
+    def _deliver(self, item: Tokens | FirstTokens | RequestFinished) -> None:
         """Items of requests that were aborted meanwhile are dropped."""
         finished = isinstance(item, RequestFinished)
         sink = self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
+    AwaitLease,
     Handshake,
     Heartbeat,
     HeartbeatReply,
@@ -112,7 +113,7 @@ class DepartedHolder:
                     return HeartbeatReply(call_id=message.call_id, lease_s=self._leases.remaining_s(self._lease_of(message)))
                 case PullEnd():
                     return PullEndReply(call_id=message.call_id, held=self._end(message))
-                case Handshake() | Push():
+                case Handshake() | AwaitLease() | Push():
                     return self._refuse(message.call_id, "only its memory is left")
         except LeaseError as error:
             return self._refuse(message.call_id, str(error))

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pdlaunch.protocol.side_channel import ToHolder
+from pdlaunch.protocol.side_channel import AwaitLease, ToHolder
 
 GRANT_LAG_S = 2.0
 """A rank hears of a lease at most this long after its readers do; later, and for a lease that never was, they are refused."""
+LONGEST_WAIT_S = 60.0
+"""For who asked to be told of a lease: the prompt may be far from computed. Then the reader is refused, and comes later."""
 MAX_WAITING = 4096
 """Further questions are answered at once."""
 
@@ -36,7 +38,10 @@ class EarlyQuestions:
     def sift(self, received: Iterable[tuple[bytes, ToHolder]]) -> list[tuple[bytes, ToHolder]]:
         """What can be answered now: of the earlier questions first, then of those just received."""
         now_s = self._clock()
-        questions = [*self._waiting, *(_Question(identity, message, now_s + GRANT_LAG_S) for identity, message in received)]
+        questions = [
+            *self._waiting,
+            *(_Question(identity, message, now_s + _patience_s(message)) for identity, message in received),
+        ]
         self._waiting = []
         due: list[tuple[bytes, ToHolder]] = []
         for question in questions:
@@ -49,3 +54,7 @@ class EarlyQuestions:
     def next_deadline_s(self) -> float:
         """Clock time at which a question will wait no longer."""
         return min((question.deadline_s for question in self._waiting), default=float("inf"))
+
+
+def _patience_s(message: ToHolder) -> float:
+    return LONGEST_WAIT_S if isinstance(message, AwaitLease) else GRANT_LAG_S

@@ -13,6 +13,7 @@ import msgspec
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
+    AwaitLease,
     Compatibility,
     Geometry,
     GroupBlocks,
@@ -20,6 +21,7 @@ from pdlaunch.protocol.side_channel import (
     HandshakeReply,
     Heartbeat,
     HeartbeatReply,
+    LeaseReply,
     PullBegin,
     PullEnd,
     PullEndReply,
@@ -145,7 +147,7 @@ class Holder:
         The grant of the latter may be on the way.
         """
         match message:
-            case PullBegin() | Heartbeat() | PullEnd():
+            case PullBegin() | Heartbeat() | PullEnd() | AwaitLease():
                 is_ours, request_id = message.engine_id == self._card.identity.engine_id, message.request_id
                 return is_ours and (request_id in self._hashing or not self._leases.knows(request_id))
             case _:
@@ -190,6 +192,10 @@ class Holder:
                 held = self._leases.end(message.request_id, message.reader)
                 self._write_down(message.request_id)
                 return PullEndReply(call_id=message.call_id, held=held)
+            case AwaitLease():
+                return LeaseReply(
+                    call_id=message.call_id, first_tokens=self._leases.living(message.request_id).grant.first_tokens
+                )
             case Push():
                 raise LeaseError("the connector here does not write to its readers")
 

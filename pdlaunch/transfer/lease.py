@@ -93,6 +93,14 @@ class LeaseTable:
         """The living lease of a request."""
         return self._leases.get(request_id)
 
+    def living(self, request_id: str) -> Lease:
+        """The lease of a request that still holds. Raises LeaseError."""
+        self.expire()
+        lease = self._leases.get(request_id)
+        if lease is None:
+            raise LeaseError(f"request {request_id} has no lease here: it has expired, ended or never was")
+        return lease
+
     def set_readers(self, request_id: str, num_readers: int) -> None:
         """That many readers come, and no more; the lease ends when all have been here. Unknown ids are ignored."""
         lease = self._leases.get(request_id)
@@ -103,7 +111,7 @@ class LeaseTable:
 
     def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
         """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull has ended."""
-        lease = self._living(request_id)
+        lease = self.living(request_id)
         if num_pullers < 1:
             raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
         if lease.cancelled:
@@ -118,7 +126,7 @@ class LeaseTable:
 
     def opened(self, request_id: str, reader: str) -> Lease:
         """The lease of a pull that has begun and not ended. Raises LeaseError."""
-        lease = self._living(request_id)
+        lease = self.living(request_id)
         if reader not in lease.open_readers:
             raise LeaseError(f"reader {reader} has no open pull of request {request_id}")
         return lease
@@ -166,13 +174,6 @@ class LeaseTable:
     def next_deadline_s(self) -> float | None:
         """Clock time at which ``expire`` has something to do."""
         return min((lease.deadline_s for lease in self._leases.values()), default=None)
-
-    def _living(self, request_id: str) -> Lease:
-        self.expire()
-        lease = self._leases.get(request_id)
-        if lease is None:
-            raise LeaseError(f"request {request_id} has no lease here: it has expired, ended or never was")
-        return lease
 
     def _extend(self, lease: Lease) -> None:
         extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_s)

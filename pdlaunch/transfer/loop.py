@@ -24,6 +24,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
     TransferEvent,
+    WatchLease,
 )
 from pdlaunch.transfer.branch import Puller
 from pdlaunch.transfer.checksum import BlockHasher
@@ -31,6 +32,7 @@ from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
+from pdlaunch.transfer.lease_watch import LeaseWatches
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull_table import PullTable
@@ -124,6 +126,7 @@ class TransferLoop:
             emit=self._events.append,
         )
         self._pulls = PullTable(puller, self._peers)
+        self._watches = LeaseWatches(self._peers, self._events.append)
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""
@@ -134,6 +137,8 @@ class TransferLoop:
                 self._holder.end(command)
             case SetLeaseReaders():
                 self._holder.set_readers(command)
+            case WatchLease():
+                self._watches.start(command)
             case StartPull():
                 self._pulls.start(command)
             case CancelPull():
@@ -196,6 +201,7 @@ class TransferLoop:
         for identity, ended in self._pushes.take_answers():
             self._socket.send(identity, ended)
         self._peers.advance()
+        self._watches.advance()
         self._pulls.advance()
         self._events += self._holder.take_ended()
         events = self._events[:]

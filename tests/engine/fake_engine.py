@@ -13,7 +13,7 @@ from pdlaunch.kvcache.hashing import BlockHasher, root_hash
 from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
-from pdlaunch.protocol.engine import AddRequest, RequestFinished, SamplingParams, TokenOutput, Tokens
+from pdlaunch.protocol.engine import AddRequest, FirstTokens, RequestFinished, SamplingParams, TokenOutput, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     CancelPull,
@@ -25,6 +25,7 @@ from pdlaunch.protocol.transfer import (
     SetLeaseReaders,
     StartPull,
     TransferCommand,
+    WatchLease,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, extend_chain
@@ -98,6 +99,8 @@ class FakeEngine:
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
         self.pulls: dict[str, StartPull] = {}
+        self.watched: list[WatchLease] = []
+        self.first_tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
         self.num_pulls = 0
         self.quarantined: dict[str, StartPull] = {}
@@ -178,6 +181,9 @@ class FakeEngine:
     def take_outputs(self) -> None:
         for item in self.scheduler.take_outputs():
             assert item.request_id not in self.finished, "a request that has ended says more"
+            if isinstance(item, FirstTokens):
+                self.first_tokens[item.request_id] = [token.token_id for token in item.tokens]
+                continue
             self.outputs[item.request_id].extend(item.tokens)
             if isinstance(item, RequestFinished):
                 self.finished[item.request_id] = item
@@ -249,6 +255,8 @@ class FakeEngine:
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
                 self.num_pulls += 1
+            case WatchLease():
+                self.watched.append(command)
             case CancelPull():
                 # The pull may have ended while the command was on its way.
                 self.cancelled.add(command.pull_id)

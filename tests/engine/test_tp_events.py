@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from pdlaunch.engine.tp_events import EventAggregator
-from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished, TransferEvent
+from pdlaunch.protocol.transfer import LeaseEnded, LeaseWatched, PullDrained, PullFinished, TransferEvent
 
 
 def run(tp_size: int, events: list[TransferEvent]) -> list[TransferEvent]:
@@ -30,6 +30,14 @@ def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
 def test_lease_ends_when_all_ranks_said_so_and_one_expiry_is_an_expiry() -> None:
     merged = run(3, [LeaseEnded(request_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")])
     assert merged == [LeaseEnded(request_id="r", reason="expired")]
+
+
+def test_a_lease_can_be_pulled_when_every_rank_has_word_of_it() -> None:
+    there = LeaseWatched(request_id="r", ok=True)
+    refused = LeaseWatched(request_id="r", ok=False, error="no lease")
+    assert run(2, [there]) == []
+    assert run(2, [there, there]) == [there]
+    assert run(2, [refused, there]) == [refused]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))

@@ -16,6 +16,7 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     CheckIntegrity,
     EngineStats,
+    FirstTokens,
     FromRank,
     Hello,
     IntegrityReport,
@@ -33,7 +34,7 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.server.tokenizer import TextTokenizer
 
 M = TypeVar("M", bound=ToRank)
-Script = Callable[[AddRequest], Iterable[Tokens | RequestFinished]]
+Script = Callable[[AddRequest], Iterable[Tokens | FirstTokens | RequestFinished]]
 
 
 class FakeRank:
@@ -107,7 +108,7 @@ class FakeRank:
     async def send(self, message: FromRank) -> None:
         await self._socket.send_multipart([self._server, from_rank.encode(message)])
 
-    async def say(self, *items: Tokens | RequestFinished) -> None:
+    async def say(self, *items: Tokens | FirstTokens | RequestFinished) -> None:
         await self.send(Outputs(items=list(items)))
 
     async def stats(self, **values: Any) -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams, SetReaders, TokenOutput
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    FirstTokens,
+    RequestFinished,
+    SamplingParams,
+    SetReaders,
+    TokenOutput,
+    Tokens,
+)
 from pdlaunch.protocol.kv_params import to_wire
 from pdlaunch.server.text_stream import IncrementalDetokenizer, TextStream
 from tests.server.conftest import END_TOKEN, Engine
@@ -326,3 +336,52 @@ async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(engine:
     assert answer["choices"][0]["finish_reason"] == "stop"
     await engine.complete(max_tokens=4)
     assert [request.remote_kv for request in rank.added()] == [None]
+
+
+AWAITS_LEASE = REMOTE_PREFILL | {"remote_block_ids": [], "remote_num_tokens": 0, "pdlaunch": {"awaits_lease": True}}
+
+
+async def told_early(engine: Engine, rank: FakeRank, text: str, **fields: object) -> list[dict]:
+    """The stream of a decode engine that was told of the prompt before it was computed; the first token is said to be sent."""
+
+    def script(request: AddRequest) -> Iterator[Tokens | FirstTokens | RequestFinished]:
+        assert request.awaits_lease
+        first, *rest = rank.ids(text)[: request.sampling.max_tokens]
+        yield FirstTokens(request_id=request.request_id, tokens=[TokenOutput(token_id=first)])
+        outputs = [TokenOutput(token_id=token_id) for token_id in rest]
+        yield RequestFinished(request_id=request.request_id, reason="length", tokens=outputs, num_cached_tokens=5)
+
+    rank.script = script
+    chunks = await engine.stream(return_token_ids=True, kv_transfer_params=AWAITS_LEASE, **fields)
+    assert chunks.pop() == {"done": True}
+    return chunks
+
+
+async def test_decode_goes_on_after_the_first_token_that_comes_with_the_lease(engine: Engine, rank: FakeRank):
+    chunks = await told_early(engine, rank, TEXT, max_tokens=6, stream_options={"include_usage": True})
+    assert chunks.pop()["usage"]["completion_tokens"] == 6
+    token_ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
+    assert token_ids == rank.ids(TEXT)[1:6]
+    assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in chunks)
+    rank.script = rank.says(TEXT)
+    alone = await engine.complete(max_tokens=6)
+    first, _ = await hand_over(engine, rank, True)
+    said = first["choices"][0]["text"] + "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert said == alone["choices"][0]["text"]
+
+
+async def test_a_first_token_that_comes_with_the_lease_may_end_the_choice(engine: Engine, rank: FakeRank):
+    chunks = await told_early(engine, rank, "hello world", max_tokens=6, stop=["ell"])
+    (choice,) = chunks[0]["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"], choice["token_ids"]) == ("stop", "ell", [])
+
+
+async def test_only_one_choice_can_await_a_lease(engine: Engine):
+    status, error = await engine.refusal(n=2, kv_transfer_params=AWAITS_LEASE)
+    assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch")
+
+
+async def test_a_lease_is_called_as_the_router_wants(engine: Engine):
+    params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
+    answer = await prefill(engine, kv_transfer_params=params)
+    assert answer["kv_transfer_params"]["remote_request_id"] == "mine/0"
