@@ -24,7 +24,7 @@ MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 OffloadPolicy = Literal["arc", "lru"]
 
 ByteSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)]
-"""A number of bytes; ``4GiB``, ``512 MiB``, ``2G`` and plain integers are read."""
+"""A number of bytes; ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) and plain integers are read."""
 
 OptionalSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)]
 """The same, and 0 for none."""

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-_UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: 1024**power for power, prefix in enumerate("kmgt", start=1) for suffix in ("", "ib", "b")
-}
+_BINARY = {letter + suffix: 1024**power for power, letter in enumerate("kmgt", start=1) for suffix in ("ib", "i")}
+_DECIMAL = {letter + "b": 1000**power for power, letter in enumerate("kmgt", start=1)}
+_UNITS = {"": 1, "b": 1} | _BINARY | _DECIMAL
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:
-    """Read ``4GiB``, ``512 MiB``, ``1.5g`` or a plain number; every unit is a power of 1024.
+    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number; upper and lower case are the same.
 
-    Raises ValueError, which pydantic turns into a finding with the field's name.
+    ``4G`` is refused: tools disagree about it. Raises ValueError, which pydantic turns into a finding with the field's name.
     """
     if isinstance(value, bool):
         raise ValueError("a size such as 4GiB is needed, not a boolean")
     if isinstance(value, int):
         return value
     match = _SIZE.fullmatch(str(value))
-    if match is None or match[2].lower() not in _UNITS:
+    unit = "" if match is None else match[2].lower()
+    if match is not None and unit in ("k", "m", "g", "t"):
+        letter = "k" if unit == "k" else unit.upper()
+        binary, decimal = f"{match[1]}{unit.upper()}iB", f"{match[1]}{letter}B"
+        raise ValueError(f"{value!r} may mean {binary} (powers of 1024) or {decimal} (powers of 1000); write one of them")
+    if match is None or unit not in _UNITS:
         raise ValueError(f"{value!r} is not a size; write for example 512MiB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * _UNITS[unit])
 
 
 def format_size(num_bytes: int) -> str:
     """The shortest exact or three-digit form: ``1 GiB``, ``1.5 GiB``, ``300 B``."""
     size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
         size /= 1024
-    return f"{size:.3g} TiB"
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
