@@ -38,4 +38,4 @@ def format_size(num_bytes: int) -> str:
         if size < 1024 or unit == "TiB":
             break
         size /= 1024
-    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
