@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pdlaunch.offload.host_memory import HostMemory
@@ -53,8 +54,8 @@ class Slots:
 class Checksums(Protocol):
     """Checksums that are being computed."""
 
-    def result(self) -> list[list[int]]:
-        """By block and head. Waits for them."""
+    def result(self) -> npt.NDArray[np.uint64]:
+        """[num_blocks, num_heads]. Waits for them."""
 
 
 class DeviceHasher(Protocol):
@@ -78,7 +79,7 @@ class BlockHasher:
 
 
 def _by_chunk(slots: Sequence[Slots], checksums: Checksums) -> list[Digests]:
-    rows = iter(checksums.result())
+    rows = iter(checksums.result().tolist())
     return [[tuple(next(rows)) for _ in range(item.start, item.stop)] for item in slots]
 
 

@@ -108,8 +108,8 @@ class GroupBlocks(Message, tag=False):
     first_block_index: int
     """Logical index within the request of the first block below; earlier ones have left the window."""
     block_ids: list[int]
-    checksums: list[list[int]] | None
-    """By block and KV head of this rank, 64 bits each; None when verify is off."""
+    checksums: bytes | None
+    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off."""
 
 
 class PullReply(Message):

@@ -24,9 +24,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, Protocol
 
+import numpy as np
+
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.protocol.side_channel import (
     Geometry,
+    GroupBlocks,
     Heartbeat,
     HeartbeatReply,
     PullBegin,
@@ -37,7 +40,7 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.checksum import BlockHasher, Checksums
+from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
 from pdlaunch.transfer.connector import BlockRead, ReadHandle, ReadState
 from pdlaunch.transfer.mapping import Source
 
@@ -72,6 +75,8 @@ class HolderLink(Protocol):
     def start_read(self, read: BlockRead) -> ReadHandle: ...
 
     def poll(self, handle: ReadHandle) -> ReadState: ...
+
+    def num_landed(self, handle: ReadHandle) -> int: ...
 
     def read_s(self, handle: ReadHandle) -> float: ...
 
@@ -137,10 +142,12 @@ class Branch:
         self._reader = puller.reader(command.pull_id)
         self._handle: ReadHandle | None = None
         self._read: BlockRead | None = None
-        self._checksums: list[list[int]] = []
+        self._checksums: ChecksumArray = np.empty((0, 0), np.uint64)
         """Expected, by block and head of the READ."""
-        self._found: Checksums | None = None
-        """Of what has arrived."""
+        self._found: list[Checksums] = []
+        """Of what has arrived, part after part."""
+        self._num_hashed = 0
+        """Blocks whose checksums were asked for."""
         self._hashing_since_s = 0.0
         self._asked_s = 0.0
         """Clock time of the question that waits for its answer."""
@@ -303,6 +310,7 @@ class Branch:
     def _start_read(self, reply: PullReply) -> None:
         self._check_hashes(reply)
         self._read, self._checksums = self._plan_read(reply)
+        self._found, self._num_hashed = [], 0
         if not self._read.local_blocks or not self._read.local_heads:
             self.stage = Stage.PROVEN
             return
@@ -328,7 +336,7 @@ class Branch:
                 verification=True,
             )
 
-    def _plan_read(self, reply: PullReply) -> tuple[BlockRead, list[list[int]]]:
+    def _plan_read(self, reply: PullReply) -> tuple[BlockRead, ChecksumArray]:
         command, geometry = self._command, self._link.geometry
         if len(reply.groups) != len(command.block_ids):
             raise PullFailed(f"{self.name} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
@@ -337,7 +345,7 @@ class Branch:
         local_heads = range(heads.start - self._puller.first_kv_head, heads.stop - self._puller.first_kv_head)
         local: list[int] = []
         remote: list[int] = []
-        checksums: list[list[int]] = []
+        checksums = [np.empty((0, len(remote_heads)), np.uint64)]
         for index, (block_ids, first, group) in enumerate(
             zip(command.block_ids, command.first_block_index, reply.groups, strict=True)
         ):
@@ -350,7 +358,7 @@ class Branch:
                 raise PullFailed(f"{self.name} does not hold all blocks of group {index} from {first} on")
             local += block_ids
             remote += found
-            checksums += [row[remote_heads.start : remote_heads.stop] for row in (group.checksums or [])[wanted]]
+            checksums.append(_checksums_of(group, geometry.num_kv_heads)[wanted, remote_heads.start : remote_heads.stop])
         if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
             raise PullFailed(f"{self.name} named a block outside of its {geometry.num_blocks}")
         read = BlockRead(
@@ -362,12 +370,13 @@ class Branch:
             reader=self._reader,
             digest=command.block_hashes[-1].hex(),
         )
-        return read, checksums
+        return read, np.concatenate(checksums)
 
     def _poll_read(self) -> None:
         assert self._handle is not None
         state = self._link.poll(self._handle)
         if state == "pending":
+            self._hash_until(self._link.num_landed(self._handle))
             return
         ended_s = self._puller.clock()
         if state == "done":
@@ -382,25 +391,33 @@ class Branch:
         self._verify()
 
     def _verify(self) -> None:
-        """Have the checksums of what has arrived computed."""
-        read, hasher = self._read, self._puller.hasher
+        """Have the rest of the checksums computed."""
+        read = self._read
         assert read is not None
         self.num_bytes = len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
-        if hasher is None:
+        if self._puller.hasher is None:
             self.stage = Stage.PROVEN
             return
-        self._found = hasher.start(read.local_blocks, slice(read.local_heads.start, read.local_heads.stop))
+        self._hash_until(len(read.local_blocks))
         self.stage, self._hashing_since_s = Stage.VERIFYING, self._puller.clock()
         self._poll_checksums()
+
+    def _hash_until(self, num_blocks: int) -> None:
+        """Have the checksums computed of the READ's blocks before ``num_blocks``: nothing writes to them any more."""
+        read, hasher = self._read, self._puller.hasher
+        assert read is not None
+        if hasher is not None and num_blocks > self._num_hashed:
+            heads = slice(read.local_heads.start, read.local_heads.stop)
+            self._found.append(hasher.start(read.local_blocks[self._num_hashed : num_blocks], heads))
+            self._num_hashed = num_blocks
 
     def _poll_checksums(self) -> None:
         """Compare them, once they are there, with what the holder stated when it granted the lease."""
         assert self._read is not None
-        assert self._found is not None
-        if not self._found.ready():
+        if not all(checksums.ready() for checksums in self._found):
             return
         try:
-            _compare(self._found.result(), self._read, self._checksums)
+            _compare(np.concatenate([checksums.result() for checksums in self._found]), self._read, self._checksums)
         except VerificationError as error:
             self.verification_failed = True
             logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
@@ -423,14 +440,22 @@ class Branch:
         self._handle = None
 
 
-def _compare(found: list[list[int]], read: BlockRead, expected: list[list[int]]) -> None:
+def _checksums_of(group: GroupBlocks, num_heads: int) -> ChecksumArray:
+    """[num_blocks, num_heads]; of no block unless there is one for each."""
+    stated = group.checksums or b""
+    if len(stated) != len(group.block_ids) * num_heads * 8:
+        return np.empty((0, num_heads), np.uint64)
+    return np.frombuffer(stated, "<u8").reshape(-1, num_heads)
+
+
+def _compare(found: ChecksumArray, read: BlockRead, expected: ChecksumArray) -> None:
     """Raises VerificationError that names the first block and head that differ."""
     if len(expected) != len(read.local_blocks):
         raise VerificationError("the holder stated no checksums")
-    for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        if ours != theirs:
-            head = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
-            raise VerificationError(
-                f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
-                f"block {read.local_blocks[row]} here"
-            )
+    wrong = np.argwhere(found != expected)
+    if len(wrong):
+        row, head = wrong[0].tolist()
+        raise VerificationError(
+            f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
+            f"block {read.local_blocks[row]} here"
+        )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 ALGORITHM = "xxh3_64"
 
+ChecksumArray = npt.NDArray[np.uint64]
+"""[num_blocks, num_heads]"""
+
 
 class Checksums(Protocol):
     """Checksums that are being computed; may be dropped at any time."""
@@ -27,20 +32,20 @@ class Checksums(Protocol):
     def ready(self) -> bool:
         """Whether ``result`` returns at once."""
 
-    def result(self) -> list[list[int]]:
-        """By block and head: ``[num_blocks][num_heads]``, 64 bits each. Waits for them."""
+    def result(self) -> ChecksumArray:
+        """By block and head. Waits for them."""
 
 
 class KnownChecksums:
     """Checksums that are there."""
 
-    def __init__(self, values: list[list[int]]) -> None:
+    def __init__(self, values: ChecksumArray) -> None:
         self._values = values
 
     def ready(self) -> bool:
         return True
 
-    def result(self) -> list[list[int]]:
+    def result(self) -> ChecksumArray:
         return self._values
 
 
@@ -67,7 +72,8 @@ class BlockHasher:
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
         """``start``, and wait."""
-        return self.start(block_ids, heads).result()
+        checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
+        return checksums
 
 
 def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
@@ -80,7 +86,9 @@ def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
     return DeviceHasher(memory) if supports(memory) else None
 
 
-def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
+def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> ChecksumArray:
     """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
     blocks = memory.numpy()
-    return [[xxhash.xxh3_64_intdigest(head) for head in blocks[block_id, heads]] for block_id in block_ids]
+    num_heads = len(range(*heads.indices(blocks.shape[1])))
+    digests = (xxhash.xxh3_64_intdigest(head) for block_id in block_ids for head in blocks[block_id, heads])
+    return np.fromiter(digests, np.uint64, len(block_ids) * num_heads).reshape(len(block_ids), num_heads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pdlaunch.transfer.checksum_kernel import constants, hash_regions
@@ -25,10 +26,9 @@ class DeviceChecksums:
     def ready(self) -> bool:
         return bool(self._ended.query())  # type: ignore[no-untyped-call]
 
-    def result(self) -> list[list[int]]:
+    def result(self) -> npt.NDArray[np.uint64]:
         self._ended.synchronize()
-        checksums: list[list[int]] = self._results.numpy().view(np.uint64).tolist()
-        return checksums
+        return self._results.numpy().view(np.uint64)
 
 
 class DeviceHasher:
@@ -48,7 +48,8 @@ class DeviceHasher:
         """Checksums by block and head; the blocks are complete already."""
         first_head, end_head, _ = heads.indices(self._words.shape[1])
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            ids = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
+            ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
+            ids.numpy()[:] = block_ids
             results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             hash_regions(self._words, ids, first_head, results, self._constants)

@@ -136,6 +136,10 @@ class Connector(ABC):
     def poll(self, handle: ReadHandle) -> ReadState:
         """Where a READ stands. After done or failed it writes no more."""
 
+    def num_landed(self, handle: ReadHandle) -> int:
+        """Of a READ of blocks that was pending when it was polled last: blocks from the first on that are there for good."""
+        return 0
+
     @abstractmethod
     def read_s(self, handle: ReadHandle) -> float:
         """Seconds from the post of a READ that is done to its end, as exactly as this connector knows them."""

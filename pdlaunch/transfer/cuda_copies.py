@@ -2,6 +2,7 @@
 
 The copy engines leave all multiprocessors to the model, and are as fast as the link for large pieces (H200, NVLink: 394 GB/s at 8
 MiB, 338 at 1 MiB, 104 at 64 KiB, 34 at 16 KiB); for small ones a kernel is. Which one is used is measured at the handshake.
+Copies are enqueued in parts: the first moves while the others are prepared, and what has landed can be used while the rest moves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,34 +26,40 @@ from pdlaunch.transfer.piece_copies import Copy, PieceCopier, Pieces
 logger = logging.getLogger(__name__)
 
 BATCH_STREAMS = (1, 3)
+PART_BYTES = 128 * 1024**2
+"""A third of a millisecond at 400 GB/s."""
 KERNELS = ((32, 8192, 8),)
 """Programs, words of a tile, warps: 1 MiB in flight, about what NVLink holds at 400 GB/s."""
 
 
 class _CudaCopier(PieceCopier):
-    """Enqueues on a stream; its end is an event."""
+    """Enqueues on a stream; the end of each part is an event."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
     def start(self, pieces: Pieces) -> Copy:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        parts = list(pieces.parts(PART_BYTES))
+        begin, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
-            begin.record(self._stream)
             try:
-                self._enqueue(pieces)
+                for index, (part, end) in enumerate(zip(parts, ends, strict=True)):
+                    enqueue = self._prepare(part)
+                    if index == 0:
+                        begin.record(self._stream)
+                    enqueue()
+                    end.record(self._stream)
             except (TransferError, RuntimeError) as error:
                 self._stream.synchronize()  # a part of it may be on its way
                 raise TransferError(f"copies by {self.name} were refused: {error}") from error
-            end.record(self._stream)
-        return CudaCopy(begin, end)
+        return CudaCopy(begin, ends, [len(part.sources) for part in parts])
 
     def close(self) -> None:
         self._stream.synchronize()
 
     @abstractmethod
-    def _enqueue(self, pieces: Pieces) -> None:
-        """On the current stream."""
+    def _prepare(self, pieces: Pieces) -> Callable[[], object]:
+        """What enqueues them on the current stream."""
 
 
 class BatchCopier(_CudaCopier):
@@ -61,8 +71,8 @@ class BatchCopier(_CudaCopier):
         self.name = f"batch{num_streams}"
         self._batches = BatchCopies(num_streams)
 
-    def _enqueue(self, pieces: Pieces) -> None:
-        self._batches.enqueue(*pieces.merged(), self._stream)
+    def _prepare(self, pieces: Pieces) -> Callable[[], object]:
+        return partial(self._batches.enqueue, *pieces.merged(), self._stream)
 
 
 class KernelCopier(_CudaCopier):
@@ -81,25 +91,33 @@ class KernelCopier(_CudaCopier):
         addresses = np.concatenate((pieces.sources, pieces.destinations))
         return not (pieces.piece_bytes % UNIT_BYTES or (addresses % UNIT_BYTES).any() or self._anchor.data_ptr() % UNIT_BYTES)
 
-    def _enqueue(self, pieces: Pieces) -> None:
+    def _prepare(self, pieces: Pieces) -> Callable[[], object]:
         from pdlaunch.memory.page_kernel import copy_pages
 
         words = self._anchor[: self._anchor.numel() // 4 * 4].view(torch.int32)
         units = relative_units(pieces, words.data_ptr(), pin=words.is_cuda)
         on_device = units.to(words.device, non_blocking=True)
-        copy_pages(words, words, on_device, len(pieces.sources), pieces.piece_bytes, self._shape)
+        return partial(copy_pages, words, words, on_device, len(pieces.sources), pieces.piece_bytes, self._shape)
 
 
 class CudaCopy(Copy):
-    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._begin, self._end = begin, end
+    def __init__(self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]) -> None:
+        """``ends``: of the parts, of ``num_pieces`` each, in the order in which they are copied."""
+        self._begin, self._end = begin, ends[-1]
+        self._pending = deque(zip(ends, num_pieces, strict=True))
+        self._num_landed = 0
 
     def state(self) -> ReadState:
         try:
-            return "done" if self._end.query() else "pending"  # type: ignore[no-untyped-call]
+            while self._pending and self._pending[0][0].query():  # type: ignore[no-untyped-call]
+                self._num_landed += self._pending.popleft()[1]
         except RuntimeError as error:
             logger.warning("a copy from a peer's memory failed: %s", error)
             return "failed"
+        return "pending" if self._pending else "done"
+
+    def num_landed(self) -> int:
+        return self._num_landed
 
     def seconds(self) -> float:
         return float(self._begin.elapsed_time(self._end)) / 1000

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
@@ -63,8 +64,10 @@ class _Hashing:
 
     def stated(self) -> list[GroupBlocks]:
         """The groups with their checksums."""
-        rows = iter(self.checksums.result())
-        return [msgspec.structs.replace(group, checksums=[next(rows) for _ in group.block_ids]) for group in self.groups]
+        ends = np.cumsum([len(group.block_ids) for group in self.groups])
+        parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
+        pairs = zip(self.groups, parts, strict=True)
+        return [msgspec.structs.replace(group, checksums=part.tobytes()) for group, part in pairs]
 
 
 class Holder:

@@ -174,6 +174,9 @@ class P2PConnector(Connector):
     def poll(self, handle: ReadHandle) -> ReadState:
         return cast(_Read, handle).copy.state()
 
+    def num_landed(self, handle: ReadHandle) -> int:
+        return cast(_Read, handle).copy.num_landed()
+
     def read_s(self, handle: ReadHandle) -> float:
         return cast(_Read, handle).copy.seconds()
 

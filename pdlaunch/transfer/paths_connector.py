@@ -135,6 +135,10 @@ class PathsConnector(Connector):
         read = cast(_Read, handle)
         return read.side.connector.poll(read.handle)
 
+    def num_landed(self, handle: ReadHandle) -> int:
+        read = cast(_Read, handle)
+        return read.side.connector.num_landed(read.handle)
+
     def read_s(self, handle: ReadHandle) -> float:
         read = cast(_Read, handle)
         return read.side.connector.read_s(read.handle)

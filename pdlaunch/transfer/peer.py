@@ -203,6 +203,9 @@ class Peer:
     def poll(self, handle: ReadHandle) -> ReadState:
         return self._setup.connector.poll(handle)
 
+    def num_landed(self, handle: ReadHandle) -> int:
+        return self._setup.connector.num_landed(handle)
+
     def release(self, handle: ReadHandle) -> None:
         self._setup.connector.release(handle)
         del self._reads[id(handle)]

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +27,12 @@ class Pieces:
     """As many."""
     piece_bytes: int
 
+    def parts(self, part_bytes: int) -> Iterator[Pieces]:
+        """One after another, in parts of about this size."""
+        step = max(1, part_bytes // self.piece_bytes)
+        for start in range(0, len(self.sources), step):
+            yield Pieces(self.destinations[start : start + step], self.sources[start : start + step], self.piece_bytes)
+
     def merged(self) -> tuple[Addresses, Addresses, Addresses]:
         """Destinations, sources and sizes of the fewest copies: pieces that are neighbours on both sides are one."""
         size = self.piece_bytes
@@ -42,6 +48,10 @@ class Copy(ABC):
     @abstractmethod
     def state(self) -> ReadState:
         """After done or failed it writes no more."""
+
+    def num_landed(self) -> int:
+        """Pieces from the first on that are there for good; maybe more are."""
+        return 0
 
     @abstractmethod
     def seconds(self) -> float:

@@ -93,6 +93,13 @@ class Fabric:
                 read.copy()
                 read.state = "done"
 
+    def land_first(self, num_blocks: int) -> None:
+        """Let the stalled READs of blocks write the first ones, for good."""
+        for read in self.reads:
+            if read.state == "pending":
+                read.copy_first(num_blocks)
+                read.num_landed = num_blocks
+
     def kill(self) -> None:
         """The peer dies: stalled READs end without writing more."""
         for read in self.reads:
@@ -103,6 +110,9 @@ class Fabric:
 @dataclass(eq=False)
 class FakeRead:
     copy: Callable[[], None]
+    copy_first: Callable[[int], None]
+    """So many blocks."""
+    num_landed: int = 0
     state: ReadState = "pending"
     released: bool = False
 
@@ -148,21 +158,25 @@ class FakeConnector(Connector):
         remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]
         local = self.memory.kv_cache
 
-        def copy() -> None:
-            for here, there in zip(read.local_blocks, read.remote_blocks, strict=True):
+        def copy(num_blocks: int | None = None) -> None:
+            pairs = list(zip(read.local_blocks, read.remote_blocks, strict=True))
+            for here, there in pairs[:num_blocks]:
                 for local_head, remote_head in zip(read.local_heads, read.remote_heads, strict=True):
                     local[here, local_head] = remote[there, remote_head]
 
-        return self._start(copy)
+        return self._start(copy, copy)
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         remote = self.fabric.agents[peer].scratch  # type: ignore[index]
         landing = torch.zeros_like(remote)
-        return self._start(lambda: landing.copy_(remote)), landing  # type: ignore[arg-type, return-value]
+        return self._start(lambda: landing.copy_(remote), lambda _: None), landing  # type: ignore[arg-type, return-value]
 
     def poll(self, handle: ReadHandle) -> ReadState:
         assert not handle.released  # type: ignore[attr-defined]
         return handle.state  # type: ignore[attr-defined]
+
+    def num_landed(self, handle: ReadHandle) -> int:
+        return handle.num_landed  # type: ignore[attr-defined]
 
     def read_s(self, handle: ReadHandle) -> float:
         return 0.001
@@ -175,8 +189,8 @@ class FakeConnector(Connector):
     def close(self) -> None:
         assert not self.peers
 
-    def _start(self, copy: Callable[[], None]) -> ReadHandle:
-        read = FakeRead(copy)
+    def _start(self, copy: Callable[[], None], copy_first: Callable[[int], None]) -> ReadHandle:
+        read = FakeRead(copy, copy_first)
         self.fabric.reads.append(read)
         if self.fabric.failing:
             read.state = "failed"

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.transfer.checksum import BlockHasher, Checksums
+from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
 
 
 class HandChecksums:
-    def __init__(self, values: list[list[int]]) -> None:
+    def __init__(self, values: ChecksumArray) -> None:
         self.values = values
         self.is_ready = False
 
     def ready(self) -> bool:
         return self.is_ready
 
-    def result(self) -> list[list[int]]:
+    def result(self) -> ChecksumArray:
         assert self.is_ready, "nobody may wait here"
         return self.values
 
@@ -35,3 +35,8 @@ class HandHasher(BlockHasher):
     def finish(self) -> None:
         for checksums in self.started:
             checksums.is_ready = True
+
+
+def stated_checksums(kv_cache: torch.Tensor, layout: KVCacheLayout, block_ids: Sequence[int]) -> bytes:
+    """As a holder states them."""
+    return BlockHasher(kv_cache, layout).start(block_ids, slice(None)).result().astype("<u8").tobytes()

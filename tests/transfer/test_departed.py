@@ -22,6 +22,7 @@ from pdlaunch.transfer.ledger import LedgerRecord, new_ledger, read_ledger
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 from tests.transfer.fakes import FakeConnector, layout_of, random_cache
+from tests.transfer.hand_hasher import stated_checksums
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_pull import HolderRank, World, local_memory
 
@@ -116,7 +117,7 @@ def test_leases_are_in_the_ledger_for_as_long_as_they_live(holder):
     holder.holder.grant(grant("b", [6]))
     assert holder.written().keys() == {"a", "b"}
     assert holder.written()["a"].num_readers == 3
-    assert holder.written()["a"].groups[0].checksums == BlockHasher(holder.kv_cache, holder.layout).checksums([4, 5], slice(None))
+    assert holder.written()["a"].groups[0].checksums == stated_checksums(holder.kv_cache, holder.layout, [4, 5])
     holder.holder.set_readers(SetLeaseReaders(request_id="a", num_readers=2))
     assert holder.written()["a"].num_readers == 2
     holder.holder.end(EndLease(request_id="b"))

@@ -30,7 +30,7 @@ def record_of(request_id: str, *, num_blocks: int = 2, num_readers: int = 1) -> 
             first_tokens=[FirstToken(token_id=7)],
             lease_s=30.0,
         ),
-        groups=[GroupBlocks(first_block_index=0, block_ids=block_ids, checksums=[[2**64 - 1, 0]] * num_blocks)],
+        groups=[GroupBlocks(first_block_index=0, block_ids=block_ids, checksums=(b"\xff" * 8 + bytes(8)) * num_blocks)],
         num_readers=num_readers,
     )
 

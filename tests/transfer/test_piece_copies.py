@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -71,6 +72,37 @@ def test_a_copy_that_breaks_has_failed() -> None:
     memory = np.zeros(64, dtype=np.uint8)
     assert wait(copier.start(pieces_of(memory, memory, [0], [1]))) == "failed"
     copier.close()
+
+
+@given(count=st.integers(1, NUM_SLOTS), part_bytes=st.integers(1, NUM_SLOTS * SIZE))
+def test_parts_are_the_whole_one_after_another(count: int, part_bytes: int) -> None:
+    memory = np.zeros(NUM_SLOTS * SIZE, dtype=np.uint8)
+    whole = pieces_of(memory, memory, list(range(count)), list(range(count))[::-1])
+    parts = list(whole.parts(part_bytes))
+    for of in ("destinations", "sources"):
+        np.testing.assert_array_equal(np.concatenate([getattr(part, of) for part in parts]), getattr(whole, of))
+    assert all(len(part.sources) * SIZE <= max(SIZE, part_bytes) for part in parts)
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.has_passed = False
+
+    def query(self) -> bool:
+        return self.has_passed
+
+
+def test_a_copy_on_a_gpu_knows_which_parts_have_landed() -> None:
+    """A part counts when all before it do."""
+    from pdlaunch.transfer.cuda_copies import CudaCopy
+
+    ends: list[Any] = [FakeEvent() for _ in range(3)]
+    copy = CudaCopy(ends[0], ends, [4, 4, 1])
+    steps = []
+    for passed in (1, 0, 2):
+        ends[passed].has_passed = True
+        steps.append((copy.state(), copy.num_landed()))
+    assert steps == [("pending", 0), ("pending", 8), ("done", 9)]
 
 
 @needs_triton

@@ -11,13 +11,12 @@ from msgspec.structs import replace as replace_struct
 
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd, PullEndReply, PullReply, Refused, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, SetLeaseReaders
-from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.early import GRANT_LAG_S, EarlyQuestions
 from pdlaunch.transfer.holder import Holder
 from pdlaunch.transfer.ledger import new_ledger, read_ledger
 from pdlaunch.transfer.pull_table import PullTable
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
-from tests.transfer.hand_hasher import HandHasher
+from tests.transfer.hand_hasher import HandHasher, stated_checksums
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_pull import HolderRank, World
 
@@ -46,10 +45,10 @@ class SlowHolder:
     def end(self, request_id: str = "r") -> PullEnd:
         return PullEnd(call_id=2, engine_id="1" * 32, request_id=request_id, reader="x")
 
-    def expected(self, block_ids: list[int]) -> list[list[int]]:
-        return BlockHasher(self.rank.kv_cache, self.rank.layout).checksums(block_ids, slice(None))
+    def expected(self, block_ids: list[int]) -> bytes:
+        return stated_checksums(self.rank.kv_cache, self.rank.layout, block_ids)
 
-    def written(self) -> dict[str, list[list[int]] | None]:
+    def written(self) -> dict[str, bytes | None]:
         return {record.grant.request_id: record.groups[0].checksums for record in read_ledger(self.ledger_fd)}
 
 
@@ -170,6 +169,48 @@ def test_a_pull_ends_when_its_checksums_are_there(world):
     assert world.finished().ok
     assert world.pulls.youngest_hashing_s is None
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
+
+
+def test_what_has_landed_is_hashed_while_the_rest_is_under_way(world):
+    holder = world.connect()
+    holder.holder.grant(grant("r", [4, 5, 6, 7]))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1, 2, 3, 8]))
+    world.turn()
+    for num_landed in (1, 3):
+        world.fabric.land_first(num_landed)
+        world.turn()
+    assert [len(started.values) for started in world.hasher.started] == [1, 2]
+    world.fabric.land()
+    world.turn()
+    assert [len(started.values) for started in world.hasher.started] == [1, 2, 1]
+    for started in world.hasher.started:
+        assert world.events == []
+        started.is_ready = True
+        world.turn()
+    assert world.finished().ok
+    assert torch.equal(world.kv_cache[[1, 2, 3, 8]], holder.kv_cache[[4, 5, 6, 7]])
+
+
+def test_wrong_bytes_in_any_part_are_found_and_all_parts_are_read_again(world):
+    holder = world.connect()
+    holder.holder.grant(grant("r", [4, 5, 6]))
+    world.fabric.stalled = True
+    world.pulls.start(replace_struct(pull("p", holder.remote("r"), [1, 2, 3]), num_attempts=2))
+    world.turn()
+    world.fabric.land_first(1)
+    world.turn()
+    world.fabric.land()
+    world.turn()
+    world.hasher.started[1].values[1][0] ^= 1
+    world.hasher.finish()
+    world.fabric.stalled = False
+    world.turn()
+    assert [len(started.values) for started in world.hasher.started] == [1, 2, 3]
+    world.hasher.finish()
+    world.turn()
+    finished = world.finished()
+    assert (finished.ok, finished.verification_failed, finished.num_retries) == (True, True, 1)
 
 
 def test_the_lease_is_kept_meanwhile(world):
