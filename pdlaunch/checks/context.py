@@ -16,7 +16,7 @@ from pdlaunch.platform.facts import Fact, Machine, PortState
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
-Need = Fact | Literal["model", "ports", "imports", "transport"]
+Need = Fact | Literal["model", "ports", "imports", "folders", "transport"]
 
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
@@ -123,6 +123,8 @@ class Context:
     """Address that ranks give to their peers."""
     import_errors: Mapping[str, str] = field(default_factory=dict)
     """Modules whose import was tried and failed, and why."""
+    folder_problems: Mapping[str, str] = field(default_factory=dict)
+    """By setting: why its folder cannot be written to."""
     transport: TransportReport | None = None
     missing: Mapping[Need, str] = field(default_factory=dict)
     """Facts that are not known, and why."""

@@ -373,6 +373,22 @@ def mooncake_device_binding(context: Context) -> Iterator[Found]:
         yield Found("kv_transfer.connector", "the sockets of mooncake would be open to every host")
 
 
+@rule(
+    "PD419",
+    "error",
+    fix="Name a folder that the user of the launch may write to, or may create (--kv-file-directory).",
+    source="access(2); the ranks make the folder at their start.",
+    needs=("folders",),
+)
+def folder_not_writable(context: Context) -> Iterator[Found]:
+    """The folder of connector file cannot be written to.
+
+    The ranks put their KV blocks there and would refuse to start. This machine is checked; the folder belongs on all hosts.
+    """
+    for where, problem in context.folder_problems.items():
+        yield Found(where, problem)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     """``0.3.13.post1`` as (0, 3, 13)."""
     parts = itertools.takewhile(str.isdecimal, version.split("."))

@@ -55,13 +55,14 @@ def run_checks(
     models: Mapping[Role, Model] | None = None,
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
+    folder_problems: Mapping[str, str] | None = None,
     transport: TransportReport | None = None,
     family: str = "PD",
 ) -> Report:
     """Apply every rule whose code begins with ``family``.
 
-    ``models``: read from disk when None. ``ports``, ``import_errors``, ``transport``: what was probed; rules that need what is
-    None are listed as not checked. ``serve`` calls with ``family="PD5"`` and a ``transport`` after the handshake.
+    ``models``: read from disk when None. ``ports``, ``import_errors``, ``folder_problems``, ``transport``: what was probed; rules
+    that need what is None are listed as not checked. ``serve`` calls with ``family="PD5"`` and ``transport`` after the handshake.
     """
     context = build_context(
         loaded,
@@ -70,6 +71,7 @@ def run_checks(
         models=read_models(loaded.config) if models is None else models,
         ports=ports,
         import_errors=import_errors,
+        folder_problems=folder_problems,
         transport=transport,
     )
     rules = [rule for code, rule in all_rules().items() if code.startswith(family)]
@@ -108,6 +110,7 @@ def build_context(
     models: Mapping[Role, Model],
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
+    folder_problems: Mapping[str, str] | None = None,
     transport: TransportReport | None = None,
 ) -> Context:
     """Everything that the rules look at."""
@@ -121,6 +124,8 @@ def build_context(
         missing["ports"] = "ports were not probed on this machine"
     if import_errors is None:
         missing["imports"] = "libraries are imported only with --probe"
+    if folder_problems is None:
+        missing["folders"] = "folders were not probed on this machine"
     if transport is None:
         missing["transport"] = "serve measures it after the handshake"
     return Context(
@@ -132,6 +137,7 @@ def build_context(
         listeners=listeners(config),
         ports=ports or {},
         import_errors=import_errors or {},
+        folder_problems=folder_problems or {},
         transport=transport,
         missing=missing,
     )

@@ -15,6 +15,7 @@ from rich.text import Text
 from pdlaunch.checks.run import Report, listeners, run_checks
 from pdlaunch.cli.findings import github_line, github_problem, print_table, problems_json, report_json, safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.preflight import probe_folders
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sizes import parse_size
@@ -78,6 +79,7 @@ def check_config(
     probes: dict[str, Any] = {
         "ports": _probe_ports(loaded) if is_this else None,
         "import_errors": probe_imports(os.environ) if probe else None,
+        "folder_problems": probe_folders(loaded.config) if is_this else None,
     }
     report = run_checks(loaded, machine, os.environ, **probes)
     if probe and is_this and report.is_ok():

@@ -12,17 +12,28 @@ from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import place, safe
 from pdlaunch.cli.transport import transport_report
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.folders import why_not_writable
 from pdlaunch.supervisor.status import LaunchStatus
 
 EXIT_FINDINGS = 1
 _STYLES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 
+def probe_folders(config: LaunchConfig) -> dict[str, str]:
+    """By setting, why the folder that it names cannot be written to."""
+    transfer = config.kv_transfer
+    if transfer.connector != "file" or transfer.file_directory is None:
+        return {}
+    problem = why_not_writable(transfer.file_directory)
+    return {} if problem is None else {"kv_transfer.file_directory": problem}
+
+
 def refuse_errors(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], console: Console) -> None:
     """Print warnings and errors of all rules; raises ``typer.Exit`` when there are errors."""
-    report = run_checks(loaded, machine, environ)
+    report = run_checks(loaded, machine, environ, folder_problems=probe_folders(loaded.config))
     for finding in report.findings:
         if finding.severity != "info":
             print_finding(console, finding)

@@ -280,6 +280,7 @@ CASES: dict[str, Case] = {
         [mooncake(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
         [mooncake(CPU), on(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
     ),
+    "PD419": Case([on(CPU, folder_problems={"kv_transfer.file_directory": "/kv is no folder"})], [on(CPU, folder_problems={})]),
     "PD420": Case([on(CPU, ports={ROUTER: PortState("busy")})], [on(CPU, ports={ROUTER: PortState()})]),
     "PD421": Case(
         [on(CPU, port=80, ports={("127.0.0.1", 80): PortState("privileged")})], [on(CPU, ports={ROUTER: PortState("busy")})]

@@ -85,6 +85,7 @@ def on(
     paths: tuple[str, str] = ("/models/a", "/models/a"),
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
+    folder_problems: Mapping[str, str] | None = None,
     pairs: tuple[PairTransport, ...] = (),
     changes: Mapping[str, Any] | None = None,
     **config: Any,
@@ -111,6 +112,7 @@ def on(
         },
         ports=ports or {},
         import_errors=import_errors or {},
+        folder_problems=folder_problems or {},
         transport=TransportReport(pairs),
     )
     return replace(context, **changes) if changes else context

@@ -251,6 +251,21 @@ def test_a_host_that_is_not_resolved_in_time_is_not_checked(check, monkeypatch):
     assert "PD420" in result.stdout
 
 
+@pytest.mark.parametrize("assumed", [False, True])
+def test_a_folder_that_cannot_be_written_to_is_found_on_this_machine(check, tmp_path, assumed):
+    (tmp_path / "kv").touch()
+    folder = ("--kv-connector", "file", "--kv-file-directory", tmp_path / "kv")
+    result = check(*folder, *(["--assume-platform", "cpu"] if assumed else []), columns="200")
+    assert result.exit_code == (0 if assumed else 1)
+    assert ("kv is no folder" in result.stdout) is not assumed
+    assert "PD419" in result.stdout
+
+
+def test_a_folder_of_another_connector_is_of_no_matter(check, tmp_path):
+    (tmp_path / "kv").touch()
+    assert check("--kv-file-directory", tmp_path / "kv").exit_code == 0
+
+
 def test_probe_imports_the_libraries(check, monkeypatch):
     monkeypatch.setattr(module, "probe_imports", lambda environ: {"nixl": "undefined symbol: ucp_init"})
     result = check("--probe")
