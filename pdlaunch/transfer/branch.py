@@ -24,12 +24,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, Protocol
 
-import numpy as np
-
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.protocol.side_channel import (
     Geometry,
-    GroupBlocks,
     Heartbeat,
     HeartbeatReply,
     PullBegin,
@@ -40,9 +37,10 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
+from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import BlockRead, ReadHandle, ReadState
 from pdlaunch.transfer.mapping import Source
+from pdlaunch.transfer.read_plan import Proof, PullFailed, ReadPlan, check_hashes, plan_read
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +82,6 @@ class HolderLink(Protocol):
 
     def reconnect(self) -> None:
         """A READ has failed: the connection is not to be trusted."""
-
-
-class PullFailed(TransferError):
-    """Why a pull cannot go on."""
-
-    def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
-        super().__init__(message)
-        self.verification = verification
-        self.late = late
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +130,9 @@ class Branch:
         self._puller = puller
         self._reader = puller.reader(command.pull_id)
         self._handle: ReadHandle | None = None
-        self._read: BlockRead | None = None
-        self._checksums: ChecksumArray = np.empty((0, 0), np.uint64)
-        """Expected, by block and head of the READ."""
-        self._found: list[Checksums] = []
-        """Of what has arrived, part after part."""
-        self._num_hashed = 0
-        """Blocks whose checksums were asked for."""
+        self._plan: ReadPlan | None = None
+        self._proof: Proof | None = None
+        """None when ``kv_transfer.verify`` is off."""
         self._hashing_since_s = 0.0
         self._asked_s = 0.0
         """Clock time of the question that waits for its answer."""
@@ -308,14 +293,22 @@ class Branch:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
     def _start_read(self, reply: PullReply) -> None:
-        self._check_hashes(reply)
-        self._read, self._checksums = self._plan_read(reply)
-        self._found, self._num_hashed = [], 0
-        if not self._read.local_blocks or not self._read.local_heads:
+        check_hashes(self._command, reply, self.name)
+        self._plan = plan_read(
+            self._command,
+            reply,
+            self._link.geometry,
+            heads=self._source.heads,
+            first_local_head=self._puller.first_kv_head,
+            holder=self.name,
+            reader=self._reader,
+        )
+        self._proof = None if self._puller.hasher is None else Proof(self._plan, self._puller.hasher)
+        if self._plan.is_empty:
             self.stage = Stage.PROVEN
             return
         try:
-            self._handle = self._link.start_read(self._read)
+            self._handle = self._link.start_read(self._plan.read)
         except TransferError as error:
             self._link.reconnect()
             self._try_again(PullFailed(f"{self.name}: {error}"))
@@ -323,60 +316,12 @@ class Branch:
         self.stage = Stage.READING
         self._poll_read()
 
-    def _check_hashes(self, reply: PullReply) -> None:
-        """The holder's blocks were computed for this very prompt."""
-        command = self._command
-        ours = command.block_hashes
-        if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
-            pairs = zip(ours, reply.block_hashes, strict=False)
-            first = next((index for index, pair in enumerate(pairs) if pair[0] != pair[1]), len(reply.block_hashes))
-            raise PullFailed(
-                f"{self.name}: token hashes of request {command.remote.request_id} differ from block {first} on "
-                f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
-                verification=True,
-            )
-
-    def _plan_read(self, reply: PullReply) -> tuple[BlockRead, ChecksumArray]:
-        command, geometry = self._command, self._link.geometry
-        if len(reply.groups) != len(command.block_ids):
-            raise PullFailed(f"{self.name} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
-        heads = self._source.heads
-        remote_heads = range(heads.start - geometry.first_kv_head, heads.stop - geometry.first_kv_head)
-        local_heads = range(heads.start - self._puller.first_kv_head, heads.stop - self._puller.first_kv_head)
-        local: list[int] = []
-        remote: list[int] = []
-        checksums = [np.empty((0, len(remote_heads)), np.uint64)]
-        for index, (block_ids, first, group) in enumerate(
-            zip(command.block_ids, command.first_block_index, reply.groups, strict=True)
-        ):
-            if not block_ids:
-                continue
-            start = first - group.first_block_index
-            wanted = slice(start, start + len(block_ids))
-            found = group.block_ids[wanted] if start >= 0 else []
-            if len(found) != len(block_ids) or first + len(block_ids) > len(command.block_hashes):
-                raise PullFailed(f"{self.name} does not hold all blocks of group {index} from {first} on")
-            local += block_ids
-            remote += found
-            checksums.append(_checksums_of(group, geometry.num_kv_heads)[wanted, remote_heads.start : remote_heads.stop])
-        if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
-            raise PullFailed(f"{self.name} named a block outside of its {geometry.num_blocks}")
-        read = BlockRead(
-            local_blocks=local,
-            remote_blocks=remote,
-            local_heads=local_heads,
-            remote_heads=remote_heads,
-            request_id=command.remote.request_id,
-            reader=self._reader,
-            digest=command.block_hashes[-1].hex(),
-        )
-        return read, np.concatenate(checksums)
-
     def _poll_read(self) -> None:
         assert self._handle is not None
         state = self._link.poll(self._handle)
         if state == "pending":
-            self._hash_until(self._link.num_landed(self._handle))
+            if self._proof is not None:
+                self._proof.hash_until(self._link.num_landed(self._handle))
             return
         ended_s = self._puller.clock()
         if state == "done":
@@ -392,32 +337,23 @@ class Branch:
 
     def _verify(self) -> None:
         """Have the rest of the checksums computed."""
-        read = self._read
-        assert read is not None
+        assert self._plan is not None
+        read = self._plan.read
         self.num_bytes = len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
-        if self._puller.hasher is None:
+        if self._proof is None:
             self.stage = Stage.PROVEN
             return
-        self._hash_until(len(read.local_blocks))
+        self._proof.hash_until(len(read.local_blocks))
         self.stage, self._hashing_since_s = Stage.VERIFYING, self._puller.clock()
         self._poll_checksums()
 
-    def _hash_until(self, num_blocks: int) -> None:
-        """Have the checksums computed of the READ's blocks before ``num_blocks``: nothing writes to them any more."""
-        read, hasher = self._read, self._puller.hasher
-        assert read is not None
-        if hasher is not None and num_blocks > self._num_hashed:
-            heads = slice(read.local_heads.start, read.local_heads.stop)
-            self._found.append(hasher.start(read.local_blocks[self._num_hashed : num_blocks], heads))
-            self._num_hashed = num_blocks
-
     def _poll_checksums(self) -> None:
         """Compare them, once they are there, with what the holder stated when it granted the lease."""
-        assert self._read is not None
-        if not all(checksums.ready() for checksums in self._found):
+        assert self._proof is not None
+        if not self._proof.ready():
             return
         try:
-            _compare(np.concatenate([checksums.result() for checksums in self._found]), self._read, self._checksums)
+            self._proof.check()
         except VerificationError as error:
             self.verification_failed = True
             logger.error("pull %s from %s: %s", self._command.pull_id, self.name, error)
@@ -438,24 +374,3 @@ class Branch:
         assert self._handle is not None
         self._link.release(self._handle)
         self._handle = None
-
-
-def _checksums_of(group: GroupBlocks, num_heads: int) -> ChecksumArray:
-    """[num_blocks, num_heads]; of no block unless there is one for each."""
-    stated = group.checksums or b""
-    if len(stated) != len(group.block_ids) * num_heads * 8:
-        return np.empty((0, num_heads), np.uint64)
-    return np.frombuffer(stated, "<u8").reshape(-1, num_heads)
-
-
-def _compare(found: ChecksumArray, read: BlockRead, expected: ChecksumArray) -> None:
-    """Raises VerificationError that names the first block and head that differ."""
-    if len(expected) != len(read.local_blocks):
-        raise VerificationError("the holder stated no checksums")
-    wrong = np.argwhere(found != expected)
-    if len(wrong):
-        row, head = wrong[0].tolist()
-        raise VerificationError(
-            f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
-            f"block {read.local_blocks[row]} here"
-        )

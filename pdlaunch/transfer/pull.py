@@ -12,8 +12,9 @@ until the handle has ended, however long that takes.
 from __future__ import annotations
 
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.branch import Branch, HolderLink, Puller, PullFailed
+from pdlaunch.transfer.branch import Branch, HolderLink, Puller
 from pdlaunch.transfer.mapping import Source
+from pdlaunch.transfer.read_plan import PullFailed
 
 
 class Pull:
