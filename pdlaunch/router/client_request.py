@@ -99,8 +99,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     headers: dict[str, str]
 
-    def prefill_body(self, *, knows_whole_request: bool) -> bytes:
-        """Ask for the first token of each choice and a lease on the blocks.
+    def prefill_body(self, *, knows_whole_request: bool, lease_id: str = "") -> bytes:
+        """Ask for the first token of each choice and a lease on the blocks, called ``lease_id`` if that is given.
 
         ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those of the whole request, and
         needs them to tell where the first token's text may end; others refuse them.
@@ -109,7 +109,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
             "stream": False,
             "max_tokens": 1,
             "return_token_ids": True,
-            "kv_transfer_params": REMOTE_DECODE,
+            "kv_transfer_params": REMOTE_DECODE | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
         }
         body.pop("stream_options", None)
         if body.get("max_completion_tokens") is not None:

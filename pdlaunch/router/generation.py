@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -21,7 +22,8 @@ import msgspec
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
 from pdlaunch.router.client_request import PromptRequest
-from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal
+from pdlaunch.router.early_decode import EarlyDecode, tell_decode
+from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
 from pdlaunch.router.handover import Handover, read_handover
 from pdlaunch.router.hops import Hops
 from pdlaunch.router.metrics import Hop
@@ -52,6 +54,7 @@ class Generation:
         self._hops = hops
         self._sink = sink
         self._handover: Handover | None = None
+        self._early: EarlyDecode | None = None
         self._first_token_sent = False
         self._decode_has_answered = False
         self._lease_taken = False
@@ -69,9 +72,12 @@ class Generation:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends both hops."""
         try:
             await self._prefill()
+            if self._early is not None:
+                await self._decode_early(self._early)
             while not self.transcript.is_done:
                 await self._decode()
         finally:
+            self._drop_early()
             self._release_untaken_lease()
 
     async def _prefill(self) -> None:
@@ -95,8 +101,16 @@ class Generation:
         self._hops.metrics.fell_back()
 
     async def _ask_prefill(self, engine: Engine) -> Handover:
+        self._early = tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
+        try:
+            return await self._await_prefill(engine, "" if self._early is None else self._early.lease_id)
+        except BaseException:
+            self._drop_early()
+            raise
+
+    async def _await_prefill(self, engine: Engine, lease_id: str) -> Handover:
         prompt = self._prompt
-        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token, lease_id=lease_id)
         try:
             with engine.working(prompt_tokens=prompt.prompt_tokens):
                 raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
@@ -125,6 +139,25 @@ class Generation:
         if self._first_token_sent:
             for chunk in handover.chunks:
                 await self._tell(handover.engine, chunk)
+        goes_on = self._first_token_sent and not handover.is_final
+        if self._early is not None and not (goes_on and handover.lease_id == self._early.lease_id):
+            self._drop_early()
+
+    async def _decode_early(self, early: EarlyDecode) -> None:
+        """Stream from the engine that knows the prompt already; one that has nothing to say leaves it to ``_decode``."""
+        try:
+            stream = await early.stream()
+        except (EngineFailure, EngineRefusal) as failure:
+            logger.info("told of the prompt in vain: %s", failure)
+            self._drop_early()
+            return
+        await self._attempt(early.engine, self._relay(early.engine, stream, pulls=True))
+        self._drop_early()
+
+    def _drop_early(self) -> None:
+        early, self._early = self._early, None
+        if early is not None:
+            self._hops.spawn(early.close())
 
     async def _decode(self) -> None:
         """Stream from one engine, for as long as it lives; what failed is noted for the next."""
@@ -133,8 +166,12 @@ class Generation:
         self._num_decode_attempts += 1
         if attempt:
             self._hops.metrics.retried("decode")
+        await self._attempt(engine, self._stream_from(engine, attempt))
+
+    async def _attempt(self, engine: Engine, work: Coroutine[Any, Any, None]) -> None:
+        """Raises the failure of ``work`` when no other attempt can make up for it."""
         try:
-            await self._stream_from(engine, attempt)
+            await work
         except (EngineFailure, EngineRefusal) as failure:
             if self.transcript.is_done:
                 return
@@ -159,11 +196,15 @@ class Generation:
         body = prompt.decode_body(extra)
         with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
             async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
-                while (chunk := await stream.next_chunk()) is not None:
-                    self._decode_has_answered = True
-                    self._trouble_since_s = None
-                    self._lease_taken |= pulls
-                    await self._tell(engine, chunk)
+                await self._relay(engine, stream, pulls=pulls)
+
+    async def _relay(self, engine: Engine, stream: EngineStream, *, pulls: bool) -> None:
+        """Tell the client all that the engine says. ``pulls``: it says nothing before the lease is of no more use."""
+        while (chunk := await stream.next_chunk()) is not None:
+            self._decode_has_answered = True
+            self._trouble_since_s = None
+            self._lease_taken |= pulls
+            await self._tell(engine, chunk)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")
         self._hops.pool.succeeded(engine)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 import msgspec
 
 from pdlaunch.protocol.control import Capabilities, Entry, ListedState, Registry, Role
+from pdlaunch.protocol.kv_params import RemoteKV
 
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
@@ -22,6 +23,27 @@ Processes = tuple[int, ...]
 """Incarnations of an engine's server and ranks."""
 EngineKey = tuple[str, Processes, int]
 """Name, processes, how often these got ready: a restart makes it another engine, and so does its return from sleep or a stall."""
+
+
+class Lender(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the leases of an engine are found: at its rank 0."""
+
+    engine_id: str
+    host: str
+    port: int
+    tp_size: int
+
+    def remote_kv(self, lease_id: str) -> RemoteKV:
+        """A lease that is not granted yet."""
+        return RemoteKV(
+            engine_id=self.engine_id,
+            request_id=lease_id,
+            host=self.host,
+            port=self.port,
+            block_ids=[],
+            num_tokens=0,
+            tp_size=self.tp_size,
+        )
 
 
 class Engine(msgspec.Struct, kw_only=True, eq=False):
@@ -35,6 +57,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     ready: bool
     state: str
     """For people: ``ready``, or the ``ListedState`` that says why not."""
+    lender: Lender | None = None
+    """None: it has no ranks of ours."""
     times_ready: int = 0
     max_model_len: int | None = None
     """Prompt plus output in tokens; None until the engine has been asked."""
@@ -154,6 +178,7 @@ class EnginePool:
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role
+        engine.lender = _find_lender(by_rank)
         engine.capabilities = server.capabilities
         engine.state = "ready" if ready else _why_not_ready(server, ranks)
         return engine
@@ -167,6 +192,14 @@ class EnginePool:
         if server.name not in self._with_ranks:
             return True
         return bool(ranks) and len(ranks) == ranks[0].tp_size and all(entry.state == "ready" for entry in ranks)
+
+
+def _find_lender(by_rank: list[Entry]) -> Lender | None:
+    if not by_rank or not by_rank[0].engine_id:
+        return None
+    leader = by_rank[0]
+    host, _, port = leader.address.side_channel.removeprefix("tcp://").rpartition(":")
+    return Lender(engine_id=leader.engine_id, host=host, port=int(port), tp_size=leader.tp_size) if host else None
 
 
 def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:

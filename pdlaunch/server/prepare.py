@@ -174,7 +174,7 @@ def _choice(
 ) -> Choice:
     leases = transfer.do_remote_decode and index == 0
     add = AddRequest(
-        request_id=f"{transfer.lease_id or call.rank_id}/{index}",
+        request_id=transfer.lease_id if leases and transfer.lease_id else f"{call.rank_id}/{index}",
         prompt_token_ids=prompt,
         sampling=sampling,
         do_remote_decode=leases,

@@ -86,6 +86,10 @@ class FakeEngine:
         self.healthy = True
         self.probed = asyncio.Event()
         self.hands_over = True
+        self.lenders: list[FakeEngine] = []
+        """It can be told of a prompt that one of these computes."""
+        self.wait_status: int | None = None
+        self.asked_to_wait = asyncio.Event()
         self.metrics = ServerMetrics(CollectorRegistry(), engine=name, role=role, model_name="tiny")
         self.metrics_page: str | None = None
         self.tells_metrics = asyncio.Event()
@@ -130,12 +134,22 @@ class FakeEngine:
             engine=self.name,
             role=self.role,
             address=Address(http=self.url),
-            capabilities=Capabilities(verifies=self.ours, resumes=self.ours, gives_first_token=self.ours),
+            capabilities=Capabilities(
+                verifies=self.ours, resumes=self.ours, gives_first_token=self.ours, awaits_lease=bool(self.lenders)
+            ),
             state=state,
         )
         if not self.ours:
             return [server]
-        rank = Entry(name=f"{self.name}/rank-0", kind="rank", incarnation=self.rank_incarnation, engine=self.name, state=state)
+        rank = Entry(
+            name=f"{self.name}/rank-0",
+            kind="rank",
+            incarnation=self.rank_incarnation,
+            engine=self.name,
+            engine_id=f"id-of-{self.name}",
+            address=Address(side_channel="tcp://127.0.0.1:1"),
+            state=state,
+        )
         return [server, rank]
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -157,6 +171,11 @@ class FakeEngine:
             error = {"message": refusal, "type": "invalid_request_error", "param": refusal.split()[0], "code": None}
             return web.json_response({"error": error}, status=400)
         job = Job(self, seen)
+        if job.awaits:
+            self.asked_to_wait.set()
+            if self.wait_status is not None:
+                return web.Response(status=self.wait_status, body=self.error_body, content_type="application/json")
+            await until(lambda: any(job.awaits in lender.leases for lender in self.lenders))
         if seen.body.get("stream"):
             return await self._stream(request, job)
         if self.hold_prefill:
@@ -251,6 +270,10 @@ class Job:
         self.max_tokens = body.get("max_completion_tokens") or body.get("max_tokens") or 16
         self.seed = body["seed"]
         self.is_prefill = seen.is_prefill
+        params = body.get("kv_transfer_params") or {}
+        ours = params.get("pdlaunch") or {}
+        self.awaits: str = params["remote_request_id"] if ours.get("awaits_lease") else ""
+        self.lease_id: str = ours.get("lease_id", "")
         self.request_id = seen.headers["X-Request-Id"]
         self.told, self.over = self._known()
         self.is_continued = any(self.told)
@@ -264,6 +287,8 @@ class Job:
         else:
             ours = (self.body.get("kv_transfer_params") or {}).get("pdlaunch") or {}
             choices = [[token] for token in ours.get("first_tokens", [])] if ours.get("first_token_sent") else []
+            if self.awaits:
+                choices = [[{"token_id": self.token(0, 0)}]]
             if not self.engine.ours or not choices:
                 choices = [[] for _ in range(self.n)]
         over = {index for index, tokens in enumerate(choices) if tokens and tokens[-1].get("finish_reason")}
@@ -317,7 +342,7 @@ class Job:
         return answer
 
     def _lease(self, first_tokens: list[int]) -> dict[str, Any]:
-        lease = f"{self.request_id}/0"
+        lease = self.lease_id or f"{self.request_id}/0"
         self.engine.leases[lease] = self.prompt
         params: dict[str, Any] = {
             "do_remote_prefill": True,

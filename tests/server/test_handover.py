@@ -384,4 +384,4 @@ async def test_only_one_choice_can_await_a_lease(engine: Engine):
 async def test_a_lease_is_called_as_the_router_wants(engine: Engine):
     params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
     answer = await prefill(engine, kv_transfer_params=params)
-    assert answer["kv_transfer_params"]["remote_request_id"] == "mine/0"
+    assert answer["kv_transfer_params"]["remote_request_id"] == "mine"
