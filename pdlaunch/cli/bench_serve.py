@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +16,11 @@ from rich.console import Console
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
-from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
+from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.client.bench_row import BenchRow
 from pdlaunch.client.bench_serve import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
-from pdlaunch.client.deployment import running_deployment
 from pdlaunch.config.names import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
@@ -126,6 +126,8 @@ def serve(
     if url is not None:
         own = {"CONFIG": config} | {flag_name(path): value for path, value in flags.items() if path != "api_key"}
         _refuse(own, "for a deployment that is started here, not for one at --url")
+    else:
+        refuse_address(flags)
     raise typer.Exit(_measure(options, url, config, flags, output))
 
 
@@ -138,10 +140,13 @@ def _measure(
     start_s: float | None = None
     code = 0
     try:
-        key = load_config(config, os.environ, flags).config.api_key
-        api_key = key.get_secret_value() if key else None
-        with Console(stderr=True).status("starting the deployment") as status, _target(url, config, flags) as (target, start_s):
-            match msgspec.structs.replace(options, url=target, api_key=api_key):
+        launch_config = load_config(config, os.environ, flags).config
+        key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
+        running = contextlib.nullcontext() if url is not None else own_deployment(config, flags, launch_config)
+        with Console(stderr=True).status("starting the deployment") as status, running as deployment:
+            start_s = None if deployment is None else deployment.start_s
+            target = url if deployment is None else deployment.url
+            match msgspec.structs.replace(options, url=target, api_key=key):
                 case BenchOptions() as serve_options:
                     asyncio.run(_collect(serve_options, status.update, rows))
                 case MultiTurnOptions() as chat_options:
@@ -193,14 +198,3 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise typer.BadParameter(f"{', '.join(given)}: {why}")
-
-
-@contextlib.contextmanager
-def _target(url: str | None, config: Path | None, flags: dict[str, object]) -> Iterator[tuple[str, float | None]]:
-    """The deployment to measure, and how long it took to start when it is ours."""
-    if url is not None:
-        yield url, None
-        return
-    arguments, environ = to_command_line(flags)
-    with running_deployment([*([str(config)] if config else []), *arguments], environ=os.environ | environ) as deployment:
-        yield deployment.url, deployment.start_s

@@ -42,9 +42,9 @@ def read_sizes(text: str, option: str) -> list[int]:
     """``4KiB,1MiB`` in bytes."""
     try:
         sizes = [parse_size(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
+    except ValueError as error:
+        raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB: {error}") from None
+    if min(sizes) < 1:
         raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB")
     return sizes
 

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import print_errors
-from pdlaunch.cli.flags import ConfigArgument, to_command_line, with_serve_flags
+from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.client.chaos import chaos_environment, smoke_under_chaos
-from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.junit import write_junit
 from pdlaunch.client.smoke import Check, smoke
 from pdlaunch.config.sources import load_config
@@ -37,6 +38,7 @@ def smoke_command(
     flags: dict[str, object],
 ) -> None:
     """Start the deployment, compare prefill/decode with one engine alone token by token, stop it; exit 0 or 1."""
+    refuse_address(flags)
     console = Console()
     try:
         launch_config = load_config(config, os.environ, flags).config
@@ -46,10 +48,8 @@ def smoke_command(
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
     try:
-        arguments, environ = to_command_line(flags)
-        if chaos is not None:
-            environ |= chaos_environment(chaos)
-        with running_deployment([*([str(config)] if config else []), *arguments], environ=os.environ | environ) as deployment:
+        faults = None if chaos is None else chaos_environment(chaos)
+        with own_deployment(config, flags, launch_config, faults) as deployment:
             checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
             children = psutil.Process(deployment.process.pid).children(recursive=True)
             # Only now: a model that had to be converted can be read.

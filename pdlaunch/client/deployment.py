@@ -74,16 +74,21 @@ class Deployment:
 
 @contextlib.contextmanager
 def running_deployment(
-    arguments: Sequence[str] = (), *, environ: Mapping[str, str] | None = None, timeout_s: float = 300.0
+    arguments: Sequence[str] = (),
+    *,
+    environ: Mapping[str, str] | None = None,
+    log_dir: str | None = None,
+    timeout_s: float = 300.0,
 ) -> Iterator[Deployment]:
     """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is healthy, stop it at the end.
 
-    Raises StartupError with what it printed when it ends or does not get healthy in time.
+    ``log_dir``: of its log files, which else are gone when the block ends. Raises StartupError with what it printed when it ends
+    or does not get healthy in time.
     """
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
-        output, log_dir = Path(folder) / "output", Path(folder) / "logs"
+        output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
         port = free_port()
-        own = ["--port", str(port), "--log-dir", str(log_dir), "--stop-on-stdin-eof"]
+        own = ["--host", "127.0.0.1", "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         started_s = time.monotonic()
         with output.open("wb") as sink:
@@ -95,7 +100,7 @@ def running_deployment(
                 env=dict(os.environ if environ is None else environ),
                 start_new_session=True,
             )
-        deployment = Deployment(process, f"http://127.0.0.1:{port}", log_dir, output, 0.0)
+        deployment = Deployment(process, f"http://127.0.0.1:{port}", Path(logs), output, 0.0)
         try:
             _await_health(deployment, started_s + timeout_s)
             deployment.start_s = time.monotonic() - started_s

@@ -84,6 +84,7 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
         (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
         (("--multi-turn", "--concurrency", "1,2"), "takes one --input-tokens and one --concurrency"),
         (("--prefill", "2"), "--prefill: for a deployment that is started here"),
+        (("--port", "1", "--host", "::1"), "--host, --port: for a deployment that is started here"),
         (("--step-ms", "1,2"), "'1,2' is neither a positive number nor a list of one for each of 1,4,16"),
         (("--step-ms", "1,nan,2"), "'1,nan,2' is neither"),
         (("--step-ms", "inf"), "'inf' is neither"),
@@ -96,6 +97,12 @@ def test_options_that_say_nothing_are_refused(options: tuple[str, ...], message:
     result = bench("http://127.0.0.1:1", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_an_address_for_a_deployment_of_its_own_is_refused() -> None:
+    result = run("serve", "--port", "9000")
+    assert result.exit_code == 2
+    assert "--port: what is started here listens on a free port of 127.0.0.1" in result.stderr
 
 
 def test_a_fix_is_told_once() -> None:
@@ -173,6 +180,7 @@ def test_offload_between_two_cpu_tensors(tmp_path: Path, monkeypatch: pytest.Mon
         ("offload", "--block-sizes", "0"),
         ("offload", "--block-sizes", "4KiB,x"),
         ("offload", "--memory", ""),
+        ("offload", "--memory", "4G"),
         ("offload", "--device", "tpu"),
         ("step", "--batch-sizes", "1,"),
         ("step", "--dtype", "int8"),

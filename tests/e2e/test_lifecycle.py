@@ -137,8 +137,9 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(tiny_model: Path, 
     assert not alive
 
 
-def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path) -> None:
-    with starter("smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB") as smoke:
+def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    with starter("smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--log-dir", str(logs)) as smoke:
         launch = started_by(smoke)
         await_true(lambda: bool(launch.children()), "the first process")
         children = [launch, *launch.children(recursive=True)]
@@ -147,6 +148,7 @@ def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path
         assert (smoke.returncode, errors) == (143, "error: interrupted\n")
         _, alive = psutil.wait_procs(children, timeout=0)
     assert not alive
+    assert list(logs.iterdir())
 
 
 @contextmanager

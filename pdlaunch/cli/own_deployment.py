@@ -1,0 +1,37 @@
+"""The deployment that a command starts for itself, from the flags of ``serve``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from pdlaunch.cli.flags import to_command_line
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.names import flag_name
+
+
+def refuse_address(flags: Mapping[str, object]) -> None:
+    """Raises typer's BadParameter for flags that would change nothing."""
+    given = [flag_name(path) for path in ("host", "port") if path in flags]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: what is started here listens on a free port of 127.0.0.1")
+
+
+@contextmanager
+def own_deployment(
+    file: Path | None, flags: Mapping[str, object], config: LaunchConfig, environ: Mapping[str, str] | None = None
+) -> Iterator[Deployment]:
+    """What ``serve FILE`` with these flags starts, until the block ends; ``config`` is what they come to.
+
+    ``environ``: more variables. Raises StartupError.
+    """
+    arguments, secrets = to_command_line(flags)
+    with running_deployment(
+        [*([str(file)] if file else []), *arguments], environ={**os.environ, **secrets, **(environ or {})}, log_dir=config.log_dir
+    ) as deployment:
+        yield deployment
