@@ -33,12 +33,26 @@ COMMANDS = (
     ("bench", "offload"),
     ("bench", "transfer"),
 )
-LIKELY = (
-    "0 1 2 16 -1 0.5 nan inf 1e400 1_0 99999999999999999999 4GiB 4GB "
-    "4G 4KiB,1MiB 1,4,16 1, 1x1 1x3,3x1 nixl nixl,file mooncake file tcp auto cpu "
-    "cuda p2p float32 bfloat16 json table dummy 127.0.0.1 ::1 localhost http://127.0.0.1:1 ftp://a debug "
-    "smollm2 kv [red]"
-).split()
+NUMBERS = ("0", "1", "2", "16", "-1", "0.5", "nan", "inf", "1e400", "1_0", "99999999999999999999")
+LISTS = ("4GiB", "4GB", "4G", "4KiB,1MiB", "1,4,16", "1,", "1x1", "1x3,3x1", "nixl,file")
+NAMES = (
+    "nixl",
+    "mooncake",
+    "file",
+    "tcp",
+    "auto",
+    "cpu",
+    "cuda",
+    "p2p",
+    "float32",
+    "bfloat16",
+    "json",
+    "table",
+    "dummy",
+    "debug",
+)
+PLACES = ("127.0.0.1", "::1", "localhost", "http://127.0.0.1:1", "ftp://a", "smollm2", "kv", "[red]")
+LIKELY = (*NUMBERS, *LISTS, *NAMES, *PLACES)
 # Without slashes: what is written lies in the folder of the test.
 ANYTHING = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), max_size=20)
 VALUES = st.one_of(st.sampled_from(LIKELY), st.sampled_from(LIKELY), ANYTHING, st.integers().map(str))
