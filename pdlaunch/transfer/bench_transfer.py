@@ -160,7 +160,7 @@ def _ways(
     unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
     whole = _new_pair(stack, settings, pair, shape, place)
     ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
-    bare = BARE.get("p2p" if settings.path == "p2p" else settings.connector)
+    bare = BARE.get("p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector)
     if bare is not None and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
         ways["bare"] = _new_bare(stack, bare, settings, pair, shape, place.device)
     return ", ".join(sorted(unverified.paths | whole.paths)), ways
