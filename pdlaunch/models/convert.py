@@ -90,6 +90,9 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
             value=str(source),
             fix="pip install 'pdlaunch[gguf]', or name another model.",
         ) from error
+    if isinstance(config.eos_token_id, int):
+        # The configuration's is right; transformers before 5.18 takes the token that begins a text for the one that ends it.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     progress("writing", 0.85)
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
