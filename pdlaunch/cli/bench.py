@@ -54,11 +54,14 @@ _OFFLOAD_HEADINGS = {
     "block": "block",
     "load_method": "H2D by",
     "store_method": "D2H by",
+    "both_methods": "both by",
     "h2d_gb_per_s": "H2D\nGB/s",
     "d2h_gb_per_s": "D2H\nGB/s",
     "both_gb_per_s": "both\nGB/s",
     "handler_both_gb_per_s": "handler,\nboth GB/s",
-    "decode_slowdown_share": "decode\nslower by",
+    "h2d_decode_slowdown_share": "decode slower\nby, beside H2D",
+    "d2h_decode_slowdown_share": "D2H",
+    "both_decode_slowdown_share": "both",
 }
 
 
@@ -142,7 +145,8 @@ def offload(
         print_json(report)
         return
     limit = dict.fromkeys(_OFFLOAD_HEADINGS) | report["limit"] | {"block": "one copy"}
-    print_table([*({"block": format_size(row["block_bytes"])} | row for row in report["rows"]), limit], _OFFLOAD_HEADINGS)
+    rows = [dict.fromkeys(_OFFLOAD_HEADINGS) | {"block": format_size(row["block_bytes"])} | row for row in report["rows"]]
+    print_table([*rows, limit], _OFFLOAD_HEADINGS)
     typer.echo(f"{report['device']}, {format_size(report['num_bytes'])} in each direction")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from pdlaunch.errors import TransferError
 from pdlaunch.platform.cuda_driver import DriverError, load_library
 
 Addresses = npt.NDArray[np.uint64]
+
+ENTRIES_A_CALL = 256
+"""An engine begins with them while the driver takes the next ones, for another engine."""
 
 _SRC_ACCESS_ORDER_STREAM = 1
 """The source is read in the order of the stream, as any copy reads it."""
@@ -58,14 +61,16 @@ class BatchCopies:
 
     def enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream) -> None:
         """Copy ``sizes[i]`` bytes from ``sources[i]`` to ``destinations[i]``, in the order of ``main``. Raises TransferError."""
-        helpers = self._helpers_of(main)
+        share = max(1, min(-(-len(sizes) // self._num_streams), ENTRIES_A_CALL))
+        starts = range(0, len(sizes), share)
+        helpers = self._helpers_of(main)[: max(0, len(starts) - 1)]
+        before = main.record_event()
         for helper in helpers:
-            helper.wait_stream(main)
-        bounds = np.linspace(0, len(sizes), len(helpers) + 2).astype(int).tolist()
+            helper.wait_event(before)
         try:
-            for stream, (start, end) in zip((main, *helpers), pairwise(bounds), strict=True):
-                if start < end:
-                    self._enqueue(destinations[start:end], sources[start:end], sizes[start:end], stream)
+            for start, stream in zip(starts, cycle((main, *helpers)), strict=False):
+                part = slice(start, start + share)
+                self._enqueue(destinations[part], sources[part], sizes[part], stream)
         finally:  # of a batch that was refused halfway, the first part is copied all the same
             for helper in helpers:
                 main.wait_stream(helper)

@@ -31,8 +31,8 @@ class BatchCopy(CopyMethod):
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
         runs = merge_runs(copies)
-        device = (runs.device_offsets + copies.device.data_ptr()).astype(np.uint64)
-        host = (runs.host_offsets + copies.host.piece_addresses[runs.host_pieces]).astype(np.uint64)
+        device = (runs.device_offsets + copies.device.data_ptr()).view(np.uint64)
+        host = (runs.host_offsets + copies.host.piece_addresses[runs.host_pieces]).view(np.uint64)
         destinations, sources = (host, device) if direction == "store" else (device, host)
         main = torch.cuda.current_stream(copies.device.device)
-        self._batches.enqueue(destinations, sources, runs.sizes.astype(np.uint64), main)
+        self._batches.enqueue(destinations, sources, runs.sizes.view(np.uint64), main)

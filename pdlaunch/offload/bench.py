@@ -15,36 +15,25 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.offload.bench_traffic import DecodeLikeStep, Traffic
 from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory, Progress
-from pdlaunch.offload.measure import CudaTrial, HostTrial, Trial
-from pdlaunch.offload.method_choice import Candidates, MethodTable, PairRates, cuda_candidates, measure_pairs, pick_pair
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES
+from pdlaunch.offload.measure import CudaTrial, Trial
+from pdlaunch.offload.method_choice import Candidates, MethodRates, MethodTable, cuda_candidates, measure_methods
+from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
 DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
 """By kind of device: enough to measure, seconds to wait."""
 
-_JOBS_PER_DIRECTION = 4
-_ROUNDS_BESIDE_DECODE = 8
-"""Enough to last longer than the steps beside which they run."""
+_WAYS: tuple[tuple[Direction, ...], ...] = (("load",), ("store",), ("load", "store"))
+"""As ``Speeds`` has them."""
+_BYTES_BESIDE_DECODE = 1024**3
+"""In each direction, before the steps begin and again meanwhile: together enough to last longer than they do."""
 
 
 @dataclass(frozen=True, slots=True)
-class ContiguousLimit:
-    """One copy of everything, GB/s (10**9 bytes a second)."""
+class Speeds:
+    """H2D alone, D2H alone, and both at once."""
 
-    h2d: float
-    d2h: float
-    both: float
-    """Sum of both directions at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PairRow:
-    """One pair of methods at one block size; GB/s."""
-
-    load: str
-    store: str
     h2d: float
     d2h: float
     both: float
@@ -52,16 +41,17 @@ class PairRow:
 
 @dataclass(frozen=True, slots=True)
 class OffloadRow:
-    """Scattered blocks of one size."""
+    """Scattered blocks of one size; GB/s (10**9 bytes a second), of both directions their sum."""
 
     block_bytes: int
-    pairs: tuple[PairRow, ...]
-    """Every pair of methods that was measured."""
-    chosen: PairRow
-    handler_both: float
-    """GB/s of both directions at once, through the handler with the chosen methods."""
-    decode_slowdown: float | None
-    """Share by which a decode-like step takes longer while both directions run; None where it could not be measured."""
+    rates: MethodRates
+    """Of every method and pair that was measured; bytes per second."""
+    methods: Speeds
+    """By the chosen methods, one call after another."""
+    handler: Speeds
+    """By the handler, with the chosen methods."""
+    decode_slowdown: Speeds | None
+    """Share by which a decode-like step takes longer meanwhile; None where it could not be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +61,8 @@ class OffloadReport:
     device: str
     num_bytes: int
     """Of each copy, in each direction."""
-    limit: ContiguousLimit
+    limit: Speeds
+    """One copy of everything, GB/s."""
     rows: tuple[OffloadRow, ...]
 
 
@@ -138,35 +129,34 @@ class _Bench(ABC):
         """Methods to compare."""
 
     @abstractmethod
-    def decode_slowdown(self, traffic: Traffic) -> float | None:
-        """What a step loses while both directions run."""
+    def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
+        """What a step loses meanwhile."""
 
-    def contiguous(self) -> ContiguousLimit:
+    def contiguous(self) -> Speeds:
         """One block of everything."""
         host = self._host_memory(self._num_bytes)
         trial = self.trial(host)
         copy = TorchCopy()
         h2d, d2h, both = trial.alone(copy, "load"), trial.alone(copy, "store"), trial.both(copy, copy)
         host.close()
-        return ContiguousLimit(h2d / 1e9, d2h / 1e9, both / 1e9)
+        return Speeds(h2d / 1e9, d2h / 1e9, both / 1e9)
 
     def row(self, block_bytes: int) -> OffloadRow:
         host = self._host_memory(block_bytes)
         trial = self.trial(host)
-        pairs = measure_pairs(self.candidates(), trial.alone, trial.both)
-        chosen = pick_pair(pairs)
+        rates = measure_methods(self.candidates(), trial.alone, trial.both)
         table = MethodTable(TorchCopy())
-        table.set(block_bytes, "load", chosen.load)
-        table.set(block_bytes, "store", chosen.store)
+        table.set(block_bytes, rates)
         traffic = Traffic(trial.pages, host, table)
         try:
-            best_s = min(traffic.run(_JOBS_PER_DIRECTION) for _ in range(3))
+            h2d, d2h, both = (
+                len(directions) * trial.num_bytes / min(traffic.run(directions) for _ in range(3)) / 1e9 for directions in _WAYS
+            )
             slowdown = self.decode_slowdown(traffic)
         finally:
             traffic.close()
             host.close()
-        handler_both = trial.pages.numel() / best_s / 1e9
-        return OffloadRow(block_bytes, tuple(map(_pair_row, pairs)), _pair_row(chosen), handler_both, slowdown)
+        return OffloadRow(block_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown)
 
     def _host_memory(self, block_bytes: int) -> HostMemory:
         num_chunks = 2 * (self._num_bytes // block_bytes)
@@ -179,6 +169,7 @@ class _CudaBench(_Bench):
         super().__init__(device, num_bytes)
         self.device_name = torch.cuda.get_device_name(device)
         self._step = DecodeLikeStep(device)
+        self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def trial(self, host: HostMemory) -> Trial:
         return CudaTrial(host.chunk_bytes, host, self._device, self._num_bytes)
@@ -186,12 +177,22 @@ class _CudaBench(_Bench):
     def candidates(self) -> Candidates:
         return cuda_candidates()
 
-    def decode_slowdown(self, traffic: Traffic) -> float | None:
+    def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
+        shares = [self._slowdown(traffic, directions) for directions in _WAYS]
+        measured = [share for share in shares if share is not None]
+        return Speeds(*measured) if len(measured) == len(shares) else None
+
+    def _slowdown(self, traffic: Traffic, directions: Sequence[Direction]) -> float | None:
+        def submit() -> None:
+            # The handler queues transfers behind the current stream, where the steps are.
+            with torch.cuda.stream(self._beside):
+                for _ in range(max(1, _BYTES_BESIDE_DECODE // self._num_bytes)):
+                    traffic.submit(directions)
+
         alone_s = self._step.seconds()
-        for _ in range(_ROUNDS_BESIDE_DECODE):
-            traffic.submit(_JOBS_PER_DIRECTION)
-        beside_s = self._step.seconds()
-        still_running = traffic.is_busy()
+        submit()
+        beside_s = self._step.seconds(meanwhile=submit)
+        still_running = traffic.is_busy(directions)
         traffic.wait()
         return beside_s / alone_s - 1 if still_running else None
 
@@ -200,7 +201,7 @@ class _HostBench(_Bench):
     device_name = "cpu"
 
     def trial(self, host: HostMemory) -> Trial:
-        return HostTrial(host.chunk_bytes, host, self._device, self._num_bytes)
+        return Trial(host.chunk_bytes, host, self._device, self._num_bytes)
 
     def candidates(self) -> Candidates:
         return {"load": [HostCopy()], "store": [HostCopy()]}
@@ -209,8 +210,9 @@ class _HostBench(_Bench):
         return None
 
 
-def _pair_row(pair: PairRates) -> PairRow:
-    return PairRow(pair.load.name, pair.store.name, pair.load_alone / 1e9, pair.store_alone / 1e9, pair.both / 1e9)
+def _speeds(rates: MethodRates) -> Speeds:
+    load, store = (rates.alone[direction][rates.best_alone(direction)] / 1e9 for direction in DIRECTIONS[::-1])
+    return Speeds(load, store, rates.both[rates.best_pair()] / 1e9)
 
 
 def main() -> None:
@@ -221,26 +223,28 @@ def main() -> None:
         report = bench_offload(**json.loads(sys.argv[1]))
     except ConfigError as error:
         sys.exit(f"error: {error}\nfix: {error.fix}")
-    rows = [
-        _pair_figures(row.chosen)
-        | {
-            "block_bytes": row.block_bytes,
-            "handler_both_gb_per_s": round(row.handler_both, 2),
-            "decode_slowdown_share": None if row.decode_slowdown is None else round(row.decode_slowdown, 3),
-            "pairs": [_pair_figures(pair) for pair in row.pairs],
-        }
-        for row in report.rows
-    ]
-    head = {"device": report.device, "num_bytes": report.num_bytes, "limit": _figures(report.limit)}
-    sys.stdout.write(json.dumps(head | {"rows": rows}) + "\n")
+    head = {"device": report.device, "num_bytes": report.num_bytes, "limit": _figures(report.limit, "gb_per_s")}
+    sys.stdout.write(json.dumps(head | {"rows": list(map(_row_figures, report.rows))}) + "\n")
 
 
-def _pair_figures(pair: PairRow) -> dict[str, Any]:
-    return {"load_method": pair.load, "store_method": pair.store} | _figures(pair)
+def _row_figures(row: OffloadRow) -> dict[str, Any]:
+    rates = row.rates
+    load, store = rates.best_pair()
+    return {
+        "block_bytes": row.block_bytes,
+        "load_method": rates.best_alone("load").name,
+        "store_method": rates.best_alone("store").name,
+        "both_methods": f"{load.name} {store.name}",
+        **_figures(row.methods, "gb_per_s"),
+        **{f"handler_{name}": figure for name, figure in _figures(row.handler, "gb_per_s").items()},
+        **({} if row.decode_slowdown is None else _figures(row.decode_slowdown, "decode_slowdown_share", 3)),
+        "alone": {way: {method.name: round(rate / 1e9, 2) for method, rate in rates.alone[way].items()} for way in DIRECTIONS},
+        "pairs": {f"{load.name} {store.name}": round(rate / 1e9, 2) for (load, store), rate in rates.both.items()},
+    }
 
 
-def _figures(rates: ContiguousLimit | PairRow) -> dict[str, float]:
-    return {f"{name}_gb_per_s": round(getattr(rates, name), 2) for name in ("h2d", "d2h", "both")}
+def _figures(speeds: Speeds, unit: str, digits: int = 2) -> dict[str, float]:
+    return {f"{name}_{unit}": round(getattr(speeds, name), digits) for name in ("h2d", "d2h", "both")}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.offload.copies import Pages
 from pdlaunch.offload.handler import OffloadHandler
 from pdlaunch.offload.host_memory import HostMemory
+from pdlaunch.offload.measure import JOB_BYTES
 from pdlaunch.offload.method_choice import MethodTable
 from pdlaunch.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
 
@@ -31,43 +33,46 @@ class DecodeLikeStep:
         self._weights = weights
         self._graph.replay()
 
-    def seconds(self, num_steps: int = 40) -> float:
-        """Median time of a step, one after another on the current stream."""
+    def seconds(self, num_steps: int = 20, meanwhile: Callable[[], None] = lambda: None) -> float:
+        """Median time of a step, one after another on the current stream; ``meanwhile`` is called when they have begun."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
         events[0].record()
         for event in events[1:]:
             self._graph.replay()
             event.record()
+        meanwhile()
         events[-1].synchronize()
         times = sorted(float(begin.elapsed_time(end)) / 1000 for begin, end in pairwise(events))
         return times[num_steps // 2]
 
 
 class Traffic:
-    """Both directions through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
+    """Transfers through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
 
     def __init__(self, pages: Pages, host: HostMemory, table: MethodTable) -> None:
         self._finished = threading.Semaphore(0)
         self._handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=self._finished.release)
-        self._half = len(pages) // 2
-        self._order = np.random.default_rng(0).permutation(self._half)
-        self._chunks = np.random.default_rng(1).permutation(self._half)
+        half = len(pages) // 2
+        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), half)
+        order, chunks = (np.random.default_rng(seed).permutation(half) for seed in range(2))
+        self._jobs = list(zip(np.array_split(order, num_jobs), np.array_split(chunks, num_jobs), strict=True))
+        self._first: dict[Direction, int] = {"load": 0, "store": half}
         self._num_submitted = 0
         self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 
-    def run(self, jobs: int) -> float:
-        """Seconds for one round of both halves, cut into ``jobs`` transfers a direction."""
+    def run(self, directions: Sequence[Direction]) -> float:
+        """Seconds for one round."""
         begin_s = time.perf_counter()
-        self.submit(jobs)
+        self.submit(directions)
         self.wait()
         return time.perf_counter() - begin_s
 
-    def submit(self, jobs: int) -> None:
-        """Queue one round."""
-        parts = zip(np.array_split(self._order, jobs), np.array_split(self._chunks, jobs), strict=True)
-        for block_ids, chunk_ids in parts:
-            self._submit("load", block_ids, chunk_ids)
-            self._submit("store", block_ids + self._half, chunk_ids + self._half)
+    def submit(self, directions: Sequence[Direction]) -> None:
+        """Queue one round of these directions."""
+        for block_ids, chunk_ids in self._jobs:
+            for direction in directions:
+                first = self._first[direction]
+                self._submit(direction, block_ids + first, chunk_ids + first)
 
     def wait(self) -> None:
         """Until nothing is under way."""
@@ -75,10 +80,10 @@ class Traffic:
             self._finished.acquire()
             self._collect()
 
-    def is_busy(self) -> bool:
-        """Both directions are still under way."""
+    def is_busy(self, directions: Sequence[Direction]) -> bool:
+        """All of these are still under way."""
         self._collect()
-        return all(self._num_pending.values())
+        return all(self._num_pending[direction] for direction in directions)
 
     def close(self) -> None:
         """End the handler."""

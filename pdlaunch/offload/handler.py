@@ -28,7 +28,7 @@ class OffloadHandler:
     """Moves blocks between the tensors of the KV cache groups and host memory.
 
     ``groups``: by group its tensors, each [num_blocks, ...] contiguous; groups may share tensors. All on one device.
-    ``host``: chunks laid out as ``chunk_layout(groups, blocks_per_chunk)`` says. ``choose``: the copy method for a page size.
+    ``host``: chunks laid out as ``chunk_layout(groups, blocks_per_chunk)`` says. ``choose``: the copy method.
     ``wake`` is called, from another thread, after each result. Not safe for more than one calling thread.
     """
 
@@ -76,7 +76,10 @@ class OffloadHandler:
         self._wake()
 
     def _make_lane(self, direction: Direction, choose: ChooseMethod, report: Report) -> Lane:
+        def other_is_busy() -> bool:
+            return any(lane.is_busy for other, lane in self._lanes.items() if other != direction)
+
         device = self._groups[0][0].device
         if device.type == "cuda":
-            return CudaLane(direction, choose, report, device)
-        return HostLane(direction, choose, report)
+            return CudaLane(direction, choose, report, other_is_busy, device)
+        return HostLane(direction, choose, report, other_is_busy)

@@ -34,20 +34,32 @@ class TransferResult:
     error: str = ""
 
 
-ChooseMethod = Callable[[PageCopies, Direction], CopyMethod]
+ChooseMethod = Callable[[PageCopies, Direction, bool], CopyMethod]
+"""For pages and their direction; the last is whether the other direction copies too."""
 Report = Callable[[TransferResult], None]
 
 
 class Lane(ABC):
-    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in their order."""
+    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in their order.
 
-    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report) -> None:
+    ``other_is_busy``: whether the lane of the other direction copies.
+    """
+
+    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report, other_is_busy: Callable[[], bool]) -> None:
         self._direction = direction
         self._choose = choose
         self._report = report
+        self._other_is_busy = other_is_busy
+        # Each is written by one thread.
+        self._num_submitted = self._num_ended = 0
         self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], float]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
         self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """A transfer has not ended yet."""
+        return self._num_submitted != self._num_ended
 
     @abstractmethod
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
@@ -56,6 +68,7 @@ class Lane(ABC):
     def submit(self, job_id: int, copies: Sequence[PageCopies]) -> None:
         """Queue one transfer. What goes wrong is reported."""
         num_bytes = sum(pages.num_bytes for pages in copies)
+        self._num_submitted += 1
         try:
             end = self.start(copies)
         except (RuntimeError, TransferError) as error:
@@ -72,15 +85,15 @@ class Lane(ABC):
         while (item := self._ends.get()) is not None:
             job_id, num_bytes, end = item
             try:
-                seconds = end()
+                result = TransferResult(job_id, self._direction, True, num_bytes, end())
             except Exception as error:  # Whatever it is, the blocks must not be used and their owner must hear of it.
-                self._report(TransferResult(job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}"))
-            else:
-                self._report(TransferResult(job_id, self._direction, True, num_bytes, seconds))
+                result = TransferResult(job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}")
+            self._num_ended += 1
+            self._report(result)
 
     def _copy_all(self, copies: Sequence[PageCopies]) -> None:
         for pages in copies:
-            self._choose(pages, self._direction).copy(pages, self._direction)
+            self._choose(pages, self._direction, self._other_is_busy()).copy(pages, self._direction)
 
 
 class HostLane(Lane):
@@ -98,10 +111,12 @@ class HostLane(Lane):
 class CudaLane(Lane):
     """Between a CUDA device and pinned memory, on a stream of its own."""
 
-    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report, device: torch.device) -> None:
+    def __init__(
+        self, direction: Direction, choose: ChooseMethod, report: Report, other_is_busy: Callable[[], bool], device: torch.device
+    ) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        super().__init__(direction, choose, report)
+        super().__init__(direction, choose, report, other_is_busy)
 
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
         # What the blocks were last used for may still be queued there.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,50 +12,60 @@ import torch
 from pdlaunch.offload.copies import PageCopies, Pages
 from pdlaunch.offload.copy_methods import CopyMethod
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.spec import Direction
+from pdlaunch.offload.spec import Direction, IntArray
 
+JOB_BYTES = 64 * 1024**2
+"""What one call copies: the next is prepared meanwhile, so that only the first one's preparation is seen."""
 _SEED = 6
-MOST_PAGES = 65536
-"""More would only take longer."""
 
 
-def scattered_copies(pages: Pages, host: HostMemory, first_chunk: int) -> PageCopies:
-    """All of ``pages`` to or from the beginnings of as many chunks, in random order on both sides."""
-    random = np.random.default_rng(_SEED)
-    order = random.permutation(len(pages))
-    chunk_ids = first_chunk + random.permutation(len(pages))
-    return PageCopies(pages, order, host, chunk_ids, np.zeros_like(chunk_ids))
+def scattered_copies(pages: Pages, host: HostMemory, chunk_ids: IntArray) -> list[PageCopies]:
+    """All of ``pages``, in random order, to or from the beginnings of as many chunks; in jobs."""
+    num_jobs = min(max(1, pages.numel() // JOB_BYTES), len(pages))
+    orders = np.array_split(np.random.default_rng(_SEED).permutation(len(pages)), num_jobs)
+    return [
+        PageCopies(pages, order, host, chunks, np.zeros_like(chunks))
+        for order, chunks in zip(orders, np.array_split(chunk_ids, num_jobs), strict=True)
+    ]
 
 
-class Trial(ABC):
-    """Scattered pages of one size: fresh device memory, and the first chunks of host memory, half for each direction."""
+class Trial:
+    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory, half for each direction."""
 
     def __init__(self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int) -> None:
-        num_pages = max(1, min(num_bytes // page_bytes, host.num_chunks // 2, MOST_PAGES))
+        num_pages = max(1, min(num_bytes // page_bytes, host.num_chunks // 2))
         self.pages = torch.randint(0, 256, (2 * num_pages, page_bytes), dtype=torch.uint8, device=device)
-        self._copies: dict[Direction, PageCopies] = {
-            "load": scattered_copies(self.pages[:num_pages], host, 0),
-            "store": scattered_copies(self.pages[num_pages:], host, num_pages),
+        chunk_ids = np.random.default_rng(_SEED).permutation(host.num_chunks)
+        self._copies: dict[Direction, Sequence[PageCopies]] = {
+            "load": scattered_copies(self.pages[:num_pages], host, chunk_ids[:num_pages]),
+            "store": scattered_copies(self.pages[num_pages:], host, chunk_ids[num_pages : 2 * num_pages]),
         }
-        self._num_bytes = num_pages * page_bytes
+        self.num_bytes = num_pages * page_bytes
+        """Copied in each direction."""
 
     def supports(self, method: CopyMethod) -> bool:
         """In both directions."""
-        return all(method.supports(copies) for copies in self._copies.values())
+        return all(method.supports(copies) for jobs in self._copies.values() for copies in jobs)
 
     def alone(self, method: CopyMethod, direction: Direction) -> float:
         """Bytes per second."""
-        return self._num_bytes / self._seconds(lambda: method.copy(self._copies[direction], direction))
+        return self.num_bytes / host_seconds(lambda: self._copy(method, direction))
 
     def both(self, load: CopyMethod, store: CopyMethod) -> float:
         """Bytes per second of both directions, from the beginning of the first to the end of the last."""
-        return 2 * self._num_bytes / self._seconds_of_both(load, store)
+        with ThreadPoolExecutor(2) as pool:
 
-    @abstractmethod
-    def _seconds(self, copy: Callable[[], None]) -> float: ...
+            def copy() -> None:
+                loading = pool.submit(self._copy, load, "load")
+                pool.submit(self._copy, store, "store").result()
+                loading.result()
 
-    @abstractmethod
-    def _seconds_of_both(self, load: CopyMethod, store: CopyMethod) -> float: ...
+            return 2 * self.num_bytes / host_seconds(copy)
+
+    def _copy(self, method: CopyMethod, direction: Direction) -> None:
+        """Until all is copied."""
+        for copies in self._copies[direction]:
+            method.copy(copies, direction)
 
 
 class CudaTrial(Trial):
@@ -64,38 +73,17 @@ class CudaTrial(Trial):
 
     def __init__(self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int) -> None:
         super().__init__(page_bytes, host, device, num_bytes)
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._streams: dict[Direction, torch.cuda.Stream] = {
+            direction: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for direction in self._copies
+        }
+        torch.cuda.synchronize(device)
 
-    def _seconds(self, copy: Callable[[], None]) -> float:
-        return cuda_seconds(copy)
-
-    def _seconds_of_both(self, load: CopyMethod, store: CopyMethod) -> float:
-        def copy() -> None:
-            with torch.cuda.stream(self._streams[0]):
-                load.copy(self._copies["load"], "load")
-            with torch.cuda.stream(self._streams[1]):
-                store.copy(self._copies["store"], "store")
-            torch.cuda.synchronize()
-
-        torch.cuda.synchronize()
-        return host_seconds(copy)
-
-
-class HostTrial(Trial):
-    """Between two CPU tensors."""
-
-    def _seconds(self, copy: Callable[[], None]) -> float:
-        return host_seconds(copy)
-
-    def _seconds_of_both(self, load: CopyMethod, store: CopyMethod) -> float:
-        with ThreadPoolExecutor(2) as pool:
-
-            def copy() -> None:
-                loading = pool.submit(load.copy, self._copies["load"], "load")
-                pool.submit(store.copy, self._copies["store"], "store").result()
-                loading.result()
-
-            return host_seconds(copy)
+    def _copy(self, method: CopyMethod, direction: Direction) -> None:
+        stream = self._streams[direction]
+        with torch.cuda.stream(stream):
+            super()._copy(method, direction)
+        stream.synchronize()
 
 
 def cuda_seconds(enqueue: Callable[[], object], *, repeats: int = 5) -> float:

@@ -1,8 +1,9 @@
 """Which copy methods to use for which page size, decided by measuring them at start.
 
-Both directions share PCIe: a read asks upstream for what comes downstream, and stores fill the upstream way. So pairs of a load
-and a store method are compared, by what they move alone and what they move together. A multiprocessor that copies does not
-compute: of pairs that are nearly as good as the best one, that which takes the fewest is chosen.
+Both directions share PCIe: a read asks upstream for what comes downstream, behind the stores that fill the upstream way. A store
+that is as fast as the link leaves a load half of its speed, so a direction is copied differently when the other one copies too:
+there pairs of a load and a store method are compared. A multiprocessor that copies does not compute: of what is nearly as good
+as the best, that which takes the fewest is chosen.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -23,29 +25,34 @@ from pdlaunch.platform.cuda_driver import DriverError
 logger = logging.getLogger(__name__)
 
 NEARLY = 0.97
-"""Share of the best score that counts as equal: more than the spread of a measurement."""
-HOPEFUL = 0.75
+"""Share of the best rate that counts as equal: more than the spread of a measurement."""
+HOPEFUL = 0.7
 """Methods that are slower than this share of the fastest alone are not measured in pairs."""
 TRIAL_BYTES = 256 * 1024**2
 
 Candidates = Mapping[Direction, Sequence[CopyMethod]]
 """By direction, in the order of preference: what costs the fewest multiprocessors first."""
+Pair = tuple[CopyMethod, CopyMethod]
+"""A load and a store method."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class PairRates:
-    """A load and a store method for one page size; rates in bytes per second."""
+class MethodRates:
+    """What was measured for one page size, in the order of preference; bytes per second."""
 
-    load: CopyMethod
-    store: CopyMethod
-    load_alone: float
-    store_alone: float
-    both: float
+    alone: Mapping[Direction, Mapping[CopyMethod, float]]
+    both: Mapping[Pair, float]
     """Sum of both directions at once."""
 
-    @property
-    def score(self) -> float:
-        return self.load_alone + self.store_alone + self.both
+    def best_alone(self, direction: Direction) -> CopyMethod:
+        """For a direction while the other one rests."""
+        return _first_of_the_best(self.alone[direction])
+
+    def best_pair(self) -> Pair:
+        """For both directions at once."""
+        return _first_of_the_best(self.both)
 
 
 class MethodTable:
@@ -53,14 +60,18 @@ class MethodTable:
 
     def __init__(self, fallback: CopyMethod) -> None:
         self._fallback = fallback
-        self._chosen: dict[tuple[int, Direction], CopyMethod] = {}
+        self._chosen: dict[tuple[int, Direction, bool], CopyMethod] = {}
 
-    def set(self, page_bytes: int, direction: Direction, method: CopyMethod) -> None:
-        self._chosen[page_bytes, direction] = method
+    def set(self, page_bytes: int, rates: MethodRates) -> None:
+        """Decide for one page size."""
+        pair = dict(zip(("load", "store"), rates.best_pair(), strict=True))
+        for direction in DIRECTIONS:
+            self._chosen[page_bytes, direction, False] = rates.best_alone(direction)
+            self._chosen[page_bytes, direction, True] = pair[direction]
 
-    def choose(self, copies: PageCopies, direction: Direction) -> CopyMethod:
-        """The method for these pages."""
-        method = self._chosen.get((copies.page_bytes, direction), self._fallback)
+    def choose(self, copies: PageCopies, direction: Direction, both_ways: bool) -> CopyMethod:
+        """The method for these pages. ``both_ways``: the other direction copies too."""
+        method = self._chosen.get((copies.page_bytes, direction, both_ways), self._fallback)
         return method if method.supports(copies) else self._fallback
 
 
@@ -89,32 +100,28 @@ def cuda_candidates() -> Candidates:
     return {"load": loads, "store": stores}
 
 
-def pick_pair(pairs: Sequence[PairRates]) -> PairRates:
-    """The first pair that is nearly as good as the best."""
-    best = max(pair.score for pair in pairs)
-    return next(pair for pair in pairs if pair.score >= NEARLY * best)
-
-
-def measure_pairs(
+def measure_methods(
     candidates: Candidates,
     alone: Callable[[CopyMethod, Direction], float],
     both: Callable[[CopyMethod, CopyMethod], float],
-) -> list[PairRates]:
-    """Pairs of methods that are not far behind alone, in the order of preference.
+) -> MethodRates:
+    """All candidates alone, and pairs of those that are not far behind.
 
     ``alone`` and ``both`` (load, store) return bytes per second.
     """
     rates = {direction: {method: alone(method, direction) for method in candidates[direction]} for direction in DIRECTIONS}
-    return [
-        PairRates(load, store, load_alone, store_alone, both(load, store))
-        for load, load_alone in _hopeful(rates["load"])
-        for store, store_alone in _hopeful(rates["store"])
-    ]
+    pairs = {(load, store): both(load, store) for load in _hopeful(rates["load"]) for store in _hopeful(rates["store"])}
+    return MethodRates(rates, pairs)
 
 
-def _hopeful(rates: Mapping[CopyMethod, float]) -> list[tuple[CopyMethod, float]]:
+def _first_of_the_best(rates: Mapping[_T, float]) -> _T:
+    best = max(rates.values())
+    return next(choice for choice, rate in rates.items() if rate >= NEARLY * best)
+
+
+def _hopeful(rates: Mapping[CopyMethod, float]) -> list[CopyMethod]:
     fastest = max(rates.values(), default=0.0)
-    return [(method, rate) for method, rate in rates.items() if rate >= HOPEFUL * fastest]
+    return [method for method, rate in rates.items() if rate >= HOPEFUL * fastest]
 
 
 def choose_cuda_methods(
@@ -132,17 +139,18 @@ def choose_cuda_methods(
             break
         trial = CudaTrial(page_bytes, host, device, trial_bytes)
         able = {direction: [method for method in offered[direction] if trial.supports(method)] for direction in DIRECTIONS}
-        if pairs := measure_pairs(able, trial.alone, trial.both):
-            pair = pick_pair(pairs)
-            table.set(page_bytes, "load", pair.load)
-            table.set(page_bytes, "store", pair.store)
-            logger.info(
-                "blocks of %d bytes: load by %s %.1f GB/s, store by %s %.1f GB/s, both at once %.1f GB/s",
-                page_bytes,
-                pair.load.name,
-                pair.load_alone / 1e9,
-                pair.store.name,
-                pair.store_alone / 1e9,
-                pair.both / 1e9,
-            )
+        if all(able.values()):
+            rates = measure_methods(able, trial.alone, trial.both)
+            table.set(page_bytes, rates)
+            logger.info("blocks of %d bytes: %s", page_bytes, _describe(rates))
     return table
+
+
+def _describe(rates: MethodRates) -> str:
+    load, store = rates.best_alone("load"), rates.best_alone("store")
+    pair = rates.best_pair()
+    return (
+        f"load by {load.name} {rates.alone['load'][load] / 1e9:.1f} GB/s, store by {store.name} "
+        f"{rates.alone['store'][store] / 1e9:.1f} GB/s, both at once by {pair[0].name} and {pair[1].name} "
+        f"{rates.both[pair] / 1e9:.1f} GB/s"
+    )

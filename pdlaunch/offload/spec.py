@@ -141,10 +141,11 @@ class _Ids:
             raise TransferSpecError(f"group {group} needs {count} {self._name}, {left} are left for it")
         ids = self._ids[self._taken : self._taken + count]
         self._taken += count
-        wrong = ids[(ids < 0) | (ids >= limit)]
-        if wrong.size:
-            raise TransferSpecError(f"group {group}: {wrong[0]} in {self._name} is not an id, ids are below {limit}")
-        twice = _first_twice(ids)
+        ordered = np.sort(ids)
+        if count and (ordered[0] < 0 or ordered[-1] >= limit):
+            wrong = ids[(ids < 0) | (ids >= limit)][0]
+            raise TransferSpecError(f"group {group}: {wrong} in {self._name} is not an id, ids are below {limit}")
+        twice = _first_twice(ordered)
         if twice is not None:
             raise TransferSpecError(f"group {group}: {twice} stands 2 times in {self._name}, once is allowed")
         return ids
@@ -160,13 +161,12 @@ def _check_chunks_differ(spans: Sequence[GroupSpan]) -> None:
     """Groups share one pool of chunks: no two may use the same."""
     if len(spans) < 2:
         return
-    twice = _first_twice(np.concatenate([span.chunk_ids for span in spans]))
+    twice = _first_twice(np.sort(np.concatenate([span.chunk_ids for span in spans])))
     if twice is not None:
         first, second, *_ = (span.group for span in spans if twice in span.chunk_ids)
         raise TransferSpecError(f"group {first} and group {second} both use chunk {twice}")
 
 
-def _first_twice(ids: IntArray) -> int | None:
-    ordered = np.sort(ids)
+def _first_twice(ordered: IntArray) -> int | None:
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     return int(twice[0]) if twice.size else None

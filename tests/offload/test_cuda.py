@@ -49,7 +49,7 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
     for piece in host.pieces:
         piece.random_(0, 256)
     waiter = Waiter()
-    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda _copies, _way: method, wake=waiter.wake)
+    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda *_: method, wake=waiter.wake)
     expected_groups = [[tensor.cpu() for tensor in group] for group in groups]
     expected_host = host_content(host)
     sizes, indices, chunk_ids = data.draw(spans(geometry))
@@ -63,6 +63,26 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
     for group, expected in zip(groups, expected_groups, strict=True):
         for tensor, wanted in zip(group, expected, strict=True):
             assert torch.equal(tensor.cpu(), wanted)
+    assert handler.close()
+    host.close()
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
+def test_thousands_of_pages_go_there_and_back(method: CopyMethod) -> None:
+    num_blocks = 3000
+    pages = torch.randint(0, 256, (num_blocks, 4096), dtype=torch.uint8, device="cuda")
+    original = pages.clone()
+    host = HostMemory(num_blocks, 4096, pin=True, progress=lambda *_: None, piece_bytes=1000 * 4096)
+    waiter = Waiter()
+    handler = OffloadHandler([[pages]], host, 1, choose=lambda *_: method, wake=waiter.wake)
+    order, chunks, places = (torch.randperm(num_blocks).numpy() for _ in range(3))
+    handler.transfer_async(1, TransferSpec("store", order, [num_blocks], [0], chunks))
+    (stored,) = waiter.results(handler, 1)
+    pages.zero_()
+    handler.transfer_async(2, TransferSpec("load", places, [num_blocks], [0], chunks))
+    (loaded,) = waiter.results(handler, 1)
+    assert (stored.ok, loaded.ok) == (True, True)
+    assert torch.equal(pages[places], original[order])
     assert handler.close()
     host.close()
 

@@ -38,7 +38,7 @@ def make_handler(
     host = make_host(geometry, groups)
     waiter = Waiter()
     chosen = method or HostCopy()
-    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda _copies, _way: chosen, wake=waiter.wake)
+    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda *_: chosen, wake=waiter.wake)
     return handler, groups, host, waiter
 
 
@@ -161,6 +161,29 @@ def test_directions_do_not_wait_for_each_other_and_failures_are_reported() -> No
     assert handler.close()
 
 
+def test_methods_are_chosen_by_whether_the_other_direction_copies() -> None:
+    groups = HYBRID.new_groups()
+    method, asked, waiter = GatedCopy(), list[tuple[Direction, bool]](), Waiter()
+
+    def choose(_copies: PageCopies, direction: Direction, both_ways: bool) -> CopyMethod:
+        asked.append((direction, both_ways))
+        return method
+
+    handler = OffloadHandler(groups, make_host(HYBRID, groups), HYBRID.blocks_per_chunk, choose=choose, wake=waiter.wake)
+    one_block = {"block_ids": (5,), "group_sizes": (1, 0), "block_indices": (0, 0), "chunk_ids": (1,)}
+    handler.transfer_async(1, TransferSpec("load", **one_block))
+    waiter.results(handler, 1)
+    handler.transfer_async(2, TransferSpec("store", **one_block))
+    handler.transfer_async(3, TransferSpec("load", **one_block))
+    waiter.results(handler, 1)
+    method.gate.set()
+    waiter.results(handler, 1)
+    handler.transfer_async(4, TransferSpec("load", **one_block))
+    waiter.results(handler, 1)
+    assert [both_ways for direction, both_ways in asked if direction == "load"] == [False, True, False]
+    assert handler.close()
+
+
 def test_close_says_when_a_copy_still_runs() -> None:
     method = GatedCopy()
     handler, _, _, waiter = make_handler(HYBRID, method)
@@ -174,7 +197,7 @@ def test_groups_may_share_one_tensor() -> None:
     pages = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16)
     host = HostMemory(4, CHUNK_ALIGNMENT_BYTES, pin=False, progress=lambda *_: None)
     waiter = Waiter()
-    handler = OffloadHandler([[pages], [pages]], host, 1, choose=lambda _copies, _way: HostCopy(), wake=waiter.wake)
+    handler = OffloadHandler([[pages], [pages]], host, 1, choose=lambda *_: HostCopy(), wake=waiter.wake)
     original = pages.clone()
     handler.transfer_async(1, TransferSpec("store", [1, 6], [1, 1], [0, 5], [2, 3]))
     waiter.results(handler, 1)

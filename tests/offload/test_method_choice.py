@@ -12,7 +12,7 @@ from pdlaunch.offload.batch_copy import BatchCopy
 from pdlaunch.offload.copies import PageCopies, merge_runs
 from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.method_choice import MethodTable, measure_pairs, pick_pair
+from pdlaunch.offload.method_choice import MethodRates, MethodTable, measure_methods
 from pdlaunch.offload.spec import Direction
 from pdlaunch.platform.cuda_driver import DriverError
 
@@ -32,28 +32,35 @@ class Named(CopyMethod):
 ENGINE, KERNEL = Named("engine"), Named("kernel")
 
 
-def choose(alone: dict[str, float], both: dict[tuple[str, str], float]) -> tuple[str, str]:
-    pairs = measure_pairs(
+def measure(alone: dict[str, float], both: dict[tuple[str, str], float]) -> MethodRates:
+    return measure_methods(
         {"load": [ENGINE, KERNEL], "store": [ENGINE, KERNEL]},
         lambda method, _direction: alone[method.name],
         lambda load, store: both[load.name, store.name],
     )
-    pair = pick_pair(pairs)
-    return pair.load.name, pair.store.name
 
 
 def test_prefers_the_copy_engine_when_it_is_nearly_as_fast() -> None:
     both = dict.fromkeys([("engine", "engine"), ("engine", "kernel"), ("kernel", "engine"), ("kernel", "kernel")], 90.0)
-    assert choose({"engine": 49.0, "kernel": 50.0}, both) == ("engine", "engine")
+    rates = measure({"engine": 49.0, "kernel": 50.0}, both)
+    assert rates.best_alone("load") is rates.best_alone("store") is ENGINE
+    assert rates.best_pair() == (ENGINE, ENGINE)
 
 
-def test_a_pair_that_starves_one_direction_loses() -> None:
-    both = {("engine", "engine"): 96.0, ("engine", "kernel"): 46.0, ("kernel", "engine"): 60.0, ("kernel", "kernel"): 70.0}
-    assert choose({"engine": 42.0, "kernel": 50.0}, both) == ("engine", "engine")
+def test_the_fastest_alone_is_not_used_beside_the_other_direction_when_it_starves_that() -> None:
+    both = {("engine", "engine"): 76.0, ("engine", "kernel"): 46.0, ("kernel", "engine"): 90.0, ("kernel", "kernel"): 60.0}
+    rates = measure({"engine": 42.0, "kernel": 50.0}, both)
+    assert rates.best_alone("load") is rates.best_alone("store") is KERNEL
+    assert rates.best_pair() == (KERNEL, ENGINE)
+    table = MethodTable(TorchCopy())
+    table.set(4096, rates)
+    copies = copies_of(4096, [0], [0])
+    assert table.choose(copies, "store", both_ways=False) is KERNEL
+    assert table.choose(copies, "store", both_ways=True) is ENGINE
 
 
 def test_slow_methods_are_not_measured_in_pairs() -> None:
-    assert choose({"engine": 6.0, "kernel": 50.0}, {("kernel", "kernel"): 70.0}) == ("kernel", "kernel")
+    assert measure({"engine": 6.0, "kernel": 50.0}, {("kernel", "kernel"): 70.0}).best_pair() == (KERNEL, KERNEL)
 
 
 def copies_of(page_bytes: int, block_ids: list[int], chunk_ids: list[int], chunks_per_piece: int = 2) -> PageCopies:
@@ -65,12 +72,12 @@ def copies_of(page_bytes: int, block_ids: list[int], chunk_ids: list[int], chunk
 def test_table_falls_back_for_what_was_not_measured_or_is_not_supported() -> None:
     fallback = TorchCopy()
     table = MethodTable(fallback)
-    table.set(4096, "load", KERNEL)
-    table.set(4096, "store", Named("unable", able=False))
+    unable = Named("unable", able=False)
+    table.set(4096, MethodRates({"load": {KERNEL: 1.0}, "store": {unable: 1.0}}, {(KERNEL, unable): 2.0}))
     copies = copies_of(4096, [0], [0])
-    assert table.choose(copies, "load") is KERNEL
-    assert table.choose(copies, "store") is fallback
-    assert table.choose(copies_of(2048, [0], [0]), "load") is fallback
+    assert table.choose(copies, "load", both_ways=True) is KERNEL
+    assert table.choose(copies, "store", both_ways=True) is fallback
+    assert table.choose(copies_of(2048, [0], [0]), "load", both_ways=False) is fallback
 
 
 def test_runs_join_neighbours_and_stop_at_the_border_of_a_piece() -> None:
