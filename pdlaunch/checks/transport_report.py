@@ -24,7 +24,9 @@ class PairTransport:
     gigabytes_per_s: float | None = None
     """None: too few bytes moved to tell, or nothing could be moved."""
     expected_gigabytes_per_s: float | None = None
-    """What the link between the two should give; None: not known."""
+    """What a good path over the link between the two gives; None: not known."""
+    link: str = ""
+    """The link, in words: ``18 NVLinks with 478 GB/s``."""
     error: str | None = None
     """Why nothing could be moved."""
     bytes_equal: bool = True

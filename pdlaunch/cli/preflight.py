@@ -16,6 +16,8 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import LoadedConfig
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.folders import why_not_writable
+from pdlaunch.platform.gpu_links import read_gpu_links
+from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.status import LaunchStatus
 
 EXIT_FINDINGS = 1
@@ -49,9 +51,15 @@ def print_finding(console: Console, finding: Finding) -> None:
     console.print(Text(f"  fix: {safe(finding.fix)}"))
 
 
-def judge_pairs(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> tuple[Finding, ...]:
+def judge_pairs(
+    loaded: LoadedConfig,
+    machine: Machine,
+    environ: Mapping[str, str],
+    status: LaunchStatus,
+    read_links: ReadLinks = read_gpu_links,
+) -> tuple[Finding, ...]:
     """What the transport rules say against the pairs that the handshakes have measured."""
-    report = transport_report(loaded.config, machine, environ, status)
+    report = transport_report(loaded.config, machine, environ, status, read_links)
     findings = run_checks(loaded, machine, environ, transport=report, family="PD5").findings
     # The speeds themselves (infos) stand in the panel already.
     return tuple(finding for finding in findings if finding.severity != "info")

@@ -12,21 +12,33 @@ from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.supervisor.launch import check_platform, launch, plan_launch
 from pdlaunch.supervisor.log_dirs import new_launch_id
+from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
 from pdlaunch.supervisor.status import LaunchStatus
 
 HOST_SHARE = 1 / 64
 """Of a plain copy, that a READ between two processes of a host should reach. On a quiet machine 2.0 GB/s were measured beside a
 plain copy of 33 (16 MiB, which its cache holds), on a loaded one 0.3 to 0.8: less than half of this share is no load any more."""
+LINK_SHARES: Mapping[LinkKind, float] = {"NVLink": 0.75, "PCIe": 0.8}
+"""Of what the wires between two GPUs carry, that a good path reaches. Measured between two H200s with 18 NVLinks (478 GB/s): P2P
+0.71 to 0.82, NIXL 0.52 to 0.63; over PCIe 5.0 x16, to the host, 0.87. A GPU's scratch is 128 MiB, a third of a millisecond even
+at that speed: starting a READ takes little of it."""
 
 
-def transport_report(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], status: LaunchStatus) -> TransportReport:
+def transport_report(
+    config: LaunchConfig,
+    machine: Machine,
+    environ: Mapping[str, str],
+    status: LaunchStatus,
+    read_links: ReadLinks = read_gpu_links,
+) -> TransportReport:
     """What the handshakes have measured, with the allocator that the KV cache comes from."""
     allocator = _allocator(config, machine, environ)
-    # What a link between GPUs should give is not known here; only the cliff of PD503 is.
-    expected = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
+    host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
+    pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
     return TransportReport(
         tuple(
             PairTransport(
@@ -35,10 +47,11 @@ def transport_report(config: LaunchConfig, machine: Machine, environ: Mapping[st
                 path=pair.path,
                 allocator=allocator,
                 gigabytes_per_s=pair.gigabytes_per_s,
-                expected_gigabytes_per_s=expected,
+                expected_gigabytes_per_s=host_speed if link is None else LINK_SHARES[link.kind] * link.gigabytes_per_s,
+                link="" if link is None else link.text,
                 other_paths=pair.other_paths,
             )
-            for pair in sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
+            for pair, link in zip(pairs, gpu_links(config, machine, environ, pairs, read_links), strict=True)
         )
     )
 

@@ -80,6 +80,15 @@ class _Calls:
         except DriverError:
             return None
 
+    def pci_bus_id(self, device: int) -> str | None:
+        """None: this driver does not tell."""
+        address = ctypes.create_string_buffer(32)
+        try:
+            self("cuDeviceGetPCIBusId", address, len(address), device)
+        except DriverError:
+            return None
+        return address.value.decode()
+
     def _error_name(self, code: int) -> str:
         name = ctypes.c_char_p()
         with contextlib.suppress(AttributeError):
@@ -103,4 +112,5 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
         compute_capability=None if major is None or minor is None else (major, minor),
         has_virtual_memory=None if virtual_memory is None else bool(virtual_memory),
         has_fabric_handles=has_imex_channel and bool(calls.attribute(_HANDLE_TYPE_FABRIC, device)),
+        pci_bus_id=calls.pci_bus_id(device),
     )

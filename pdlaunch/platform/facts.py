@@ -33,6 +33,13 @@ class Gpu:
     """The driver can reserve, create and map memory (``cuMem*``) on it."""
     has_fabric_handles: bool | None = None
     """Allocations can be exported as fabric handles: the device says so and an IMEX channel is there."""
+    pci_bus_id: str | None = None
+    """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
+
+    @property
+    def is_slice(self) -> bool:
+        """A MIG device: part of a GPU, with no way to the memory of other GPUs."""
+        return "MIG" in self.name.split()
 
     @property
     def is_grace(self) -> bool:

@@ -19,7 +19,9 @@ from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connector import ReadHandle, ReadState
 
 NUM_WARM_READS = 3
-"""Where there is a choice; a single path is only told how fast it is."""
+"""Of which the best counts: a READ of half a millisecond is easily disturbed."""
+STEADY_S = 0.02
+"""Where there is no choice, a READ that takes this long is not repeated: what disturbs it is short beside it."""
 NEARLY = 0.95
 """Share of the best speed that counts as equal: more than the spread of a measurement. Then the connector's preference counts."""
 
@@ -79,7 +81,7 @@ class PathTrial:
         self._paths = deque(paths)
         self._is_right = is_right
         self._clock = clock
-        self._num_warm_reads = NUM_WARM_READS if len(paths) > 1 else 1
+        self._steady_s = float("inf") if len(paths) > 1 else STEADY_S
         # The last word on a single path has whoever waits for the trial; of several, one that hangs must not cost the others.
         self._path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else float("inf")
         self._deadline_s = 0.0
@@ -143,7 +145,7 @@ class PathTrial:
     def _count(self, running: _Running, read_s: float) -> None:
         if not running.is_cold:
             self._times_s.append(read_s)
-        if len(self._times_s) < self._num_warm_reads:
+        if len(self._times_s) < NUM_WARM_READS and max(self._times_s, default=0.0) < self._steady_s:
             self._start(running.path, is_cold=False)
         else:
             self._end_path(gigabytes_per_s=running.landing.numel() / 1e9 / max(min(self._times_s), 1e-9))

@@ -331,7 +331,7 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD504": Case(
-        [on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),))],
+        [on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),)), on(GPU, pairs=(replace(PAIR, gigabytes_per_s=199.0),))],
         [
             on(GPU, pairs=(replace(PAIR, gigabytes_per_s=300.0),)),
             on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),

@@ -91,6 +91,26 @@ def test_one_family_alone():
     assert "0.6 GB/s cliff; p2p: not here" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("flags", "environ", "others", "reasons"),
+    [
+        ({}, {}, {"p2p": "not here"}, "; p2p: not here"),
+        ({"kv_transfer.path": "nixl"}, {}, {}, "; kv_transfer.path is nixl: no other path was tried"),
+        ({}, {"UCX_TLS": "tcp,cuda_copy"}, {}, "; UCX_TLS is tcp,cuda_copy"),
+        ({}, {}, {}, ""),
+    ],
+)
+def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others, reasons):
+    slow = PairTransport(
+        "decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 60.0, 359.0, "18 NVLinks with 478 GB/s", other_paths=others
+    )
+    report = check(flags=flags, environ=environ, transport=TransportReport((slow,)), family="PD5")
+    (finding,) = (found for found in report.findings if found.severity != "info")
+    assert finding.rule == "PD504"
+    message = "nixl/UCX moves 60 GB/s where 359 GB/s are expected of 18 NVLinks with 478 GB/s (cuda memory)"
+    assert finding.message == message + reasons
+
+
 def test_the_assumed_platform():
     report = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=80 * GIB), models=BIG_MODELS)
     assert report.findings == ()

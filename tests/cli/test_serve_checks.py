@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import typer
@@ -9,12 +11,39 @@ from rich.console import Console
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import load_config
 from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
+from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import Phase
 from pdlaunch.supervisor.status import LaunchStatus
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)
-GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0), Gpu(1)))
+FIRST, SECOND = "0000:19:00.0", "0000:3b:00.0"
+GPUS = Machine(cpus=(0, 1), gpus=(Gpu(0, pci_bus_id=FIRST), Gpu(1, pci_bus_id=SECOND)))
+NVLINK = GpuLink("NVLink", 478.0, "18 NVLinks with 478 GB/s")
+PCIE = GpuLink("PCIe", 63.0, "PCIe 5.0 x16 with 63 GB/s")
+
+
+def joined_by(link: GpuLink | None) -> ReadLinks:
+    """What NVML says of the two GPUs, in either direction."""
+
+    def read(pairs: Iterable[BusPair]) -> dict[BusPair, GpuLink]:
+        return {pair: link for pair in pairs if link is not None and set(pair) == {FIRST, SECOND}}
+
+    return read
+
+
+def measured(speed: float, path: str = "nixl/UCX", other_paths: dict[str, str] | None = None) -> LaunchStatus:
+    pair = PairReady(
+        local="decode-0/rank-0",
+        peer="prefill-0/rank-0",
+        peer_incarnation=1,
+        seconds=0.1,
+        path=path,
+        gigabytes_per_s=speed,
+        other_paths=other_paths or {},
+    )
+    return LaunchStatus(Phase.READY, (), pairs=(pair,))
 
 
 def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
@@ -43,8 +72,61 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
     machine: Machine, flags: dict[str, object], speed: float, expected: list[str]
 ) -> None:
     loaded = load_config(None, {}, flags)
-    pair = PairReady(
-        local="decode-0/rank-0", peer="prefill-0/rank-0", peer_incarnation=1, seconds=0.1, path="nixl/UCX", gigabytes_per_s=speed
-    )
-    status = LaunchStatus(Phase.READY, (), pairs=(pair,))
-    assert [finding.rule for finding in judge_pairs(loaded, machine, {}, status)] == expected
+    findings = judge_pairs(loaded, machine, {}, measured(speed), joined_by(None))
+    assert [finding.rule for finding in findings] == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "speed", "flags", "expected"),
+    [
+        (NVLINK, 394.0, {}, []),
+        (NVLINK, 250.0, {}, []),
+        (NVLINK, 60.0, {}, ["PD504"]),
+        (NVLINK, 10.4, {"kv_transfer.path": "nixl"}, ["PD504"]),
+        (NVLINK, 0.6, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True}, ["PD503"]),
+        (NVLINK, 0.6, {}, ["PD504"]),
+        (PCIE, 55.0, {}, []),
+        (PCIE, 12.0, {}, ["PD504"]),
+        (None, 0.6, {}, []),
+        (NVLINK, 0.6, {"kv_transfer.connector": "mooncake"}, []),
+        (NVLINK, 0.6, {"kv_transfer.connector": "file", "kv_transfer.file_directory": "/tmp"}, []),
+        (NVLINK, 0.6, {"decode.device": "cpu"}, []),
+        (NVLINK, 0.6, {"env": {"CUDA_VISIBLE_DEVICES": "1"}}, []),
+    ],
+)
+def test_pairs_of_gpus_are_judged_by_what_joins_them(
+    link: GpuLink | None, speed: float, flags: dict[str, object], expected: list[str]
+) -> None:
+    findings = judge_pairs(load_config(None, {}, flags), GPUS, {}, measured(speed), joined_by(link))
+    assert [finding.rule for finding in findings] == expected
+
+
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        (Gpu(0, pci_bus_id=FIRST),),
+        (Gpu(0), Gpu(1)),
+        (Gpu(0, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=FIRST), Gpu(1, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=SECOND)),
+    ],
+    ids=["one GPU for both", "no addresses", "MIG"],
+)
+def test_nothing_is_said_of_gpus_that_nothing_joins(gpus: tuple[Gpu, ...]) -> None:
+    machine = replace(GPUS, gpus=gpus)
+    assert judge_pairs(load_config(None, {}, {}), machine, {}, measured(0.6), joined_by(NVLINK)) == ()
+
+
+def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
+    loaded = load_config(None, {}, {"kv_transfer.path": "nixl"})
+    (finding,) = judge_pairs(loaded, GPUS, {}, measured(60.0), joined_by(NVLINK))
+    assert "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda memory)" in finding.message
+    assert "kv_transfer.path is nixl: no other path was tried" in finding.message
+    refused = {"p2p": "cuMemImportFromShareableHandle failed"}
+    (finding,) = judge_pairs(load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK))
+    assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
+    assert "kv_transfer.path be auto" in finding.fix
+
+
+def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
+    loaded = load_config(None, {}, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True})
+    (finding,) = judge_pairs(loaded, GPUS, {}, measured(0.5), joined_by(NVLINK))
+    assert finding.message.endswith("the 0.6 GB/s cliff; kv_transfer.path is nixl: no other path was tried")

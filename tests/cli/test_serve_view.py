@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -133,6 +134,30 @@ def test_the_panel_says_where_and_what_and_how_fast() -> None:
     assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
     assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s; p2p: not here"
     assert "Authorization: Bearer YOUR_KEY" in rows["try"]
+
+
+def test_the_panel_shows_what_was_measured_between_gpus_the_slowest_first() -> None:
+    pairs = tuple(
+        PairReady(
+            local=f"decode-{n}/rank-0",
+            peer="prefill-0/rank-0",
+            peer_incarnation=1,
+            seconds=0.1,
+            path=path,
+            gigabytes_per_s=speed,
+            other_paths=others,
+        )
+        for n, path, speed, others in (
+            (0, "p2p/posix_fd/batch1", 391.7, {"p2p/posix_fd/kernel32": "342 GB/s", "nixl/UCX": "0.583 GB/s"}),
+            (1, "nixl/UCX", 61.4, {"p2p": "cannot be mapped"}),
+        )
+    )
+    rows = ready_rows(replace(serving(), pairs=pairs), model="m", connector="nixl", log_dir="/logs", needs_key=False)
+    assert [value for name, value in rows if "→" in value] == [
+        "prefill-0/rank-0 → decode-1/rank-0: nixl/UCX, 61.4 GB/s; p2p: cannot be mapped",
+        "prefill-0/rank-0 → decode-0/rank-0: p2p/posix_fd/batch1, 391.7 GB/s; p2p/posix_fd/kernel32: 342 GB/s; "
+        "nixl/UCX: 0.583 GB/s",
+    ]
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])

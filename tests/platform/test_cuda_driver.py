@@ -35,6 +35,9 @@ class FakeDriver:
     def total_mem(self, value, device):
         value._obj.value = 140 << 30
 
+    def get_pci_bus_id(self, buffer, length, device):
+        buffer.value = f"0000:{0x19 + device:02x}:00.0".encode()
+
     ENTRY_POINTS = {
         "cuInit": lambda self, flags: 0,
         "cuDriverGetVersion": lambda self, value: setattr(value._obj, "value", 13020),
@@ -43,6 +46,7 @@ class FakeDriver:
         "cuDeviceGetName": get_name,
         "cuDeviceTotalMem_v2": total_mem,
         "cuDeviceGetAttribute": get_attribute,
+        "cuDeviceGetPCIBusId": get_pci_bus_id,
         "cuGetErrorName": lambda self, code, name: setattr(name._obj, "value", b"CUDA_ERROR_NO_DEVICE"),
     }
 
@@ -51,7 +55,19 @@ def test_devices_and_version(tmp_path):
     (tmp_path / "channel0").touch()
     driver = read_driver(FakeDriver, tmp_path)
     assert driver.cuda_version == (13, 2)
-    assert driver.gpus[1] == Gpu(1, "NVIDIA H200", 140 << 30, (9, 0), has_virtual_memory=True, has_fabric_handles=True)
+    assert driver.gpus[1] == Gpu(
+        1, "NVIDIA H200", 140 << 30, (9, 0), has_virtual_memory=True, has_fabric_handles=True, pci_bus_id="0000:1a:00.0"
+    )
+
+
+def test_a_device_without_an_address(tmp_path):
+    driver = read_driver(lambda: FakeDriver(errors={"cuDeviceGetPCIBusId": 1}), tmp_path)
+    assert driver.gpus[0].pci_bus_id is None
+
+
+def test_mig_devices_are_slices():
+    assert Gpu(0, "NVIDIA H200 MIG 1g.18gb").is_slice
+    assert not Gpu(0, "NVIDIA H200").is_slice
 
 
 def test_fabric_handles_need_an_imex_channel(tmp_path):

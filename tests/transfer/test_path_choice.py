@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.path_choice import NUM_WARM_READS, PathTrial
+from pdlaunch.transfer.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
 from pdlaunch.transfer.scratch import SCRATCH_BYTES, has_pattern, new_landing, piece_offsets, scratch_pattern, write_pattern
 from tests.transfer.fakes import FakeClock
 
@@ -88,7 +88,15 @@ def test_of_paths_that_are_nearly_equal_the_first_is_taken() -> None:
     assert trial.best().path == "first"
 
 
-def test_a_single_path_is_timed_once() -> None:
+def test_a_single_path_that_is_fast_is_timed_as_often_as_others() -> None:
+    reads = FakeReads(only=FakePath([9.0, STEADY_S / 2, STEADY_S / 4, STEADY_S / 2]))
+    trial = trial_of(reads)
+    assert trial.advance()
+    assert trial.best().gigabytes_per_s == 1.0 / STEADY_S
+    assert len(reads.started) == 1 + NUM_WARM_READS
+
+
+def test_a_single_path_that_is_slow_is_timed_once() -> None:
     reads = FakeReads(only=FakePath([9.0, 0.25]))
     trial = trial_of(reads)
     assert trial.advance()
