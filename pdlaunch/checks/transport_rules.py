@@ -127,7 +127,8 @@ def _reasons(context: Context, pair: PairTransport) -> str:
     settings = context.config.kv_transfer
     reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
     if settings.connector == "nixl" and settings.path != "auto":
-        reasons.append(f"kv_transfer.path is {settings.path}: no other path was tried")
+        untried = "P2P" if settings.path == "nixl" else "NIXL"
+        reasons.append(f"kv_transfer.path is {settings.path}: {untried} was not tried")
     if pair.path.startswith("nixl"):
         values = {engine.environ["UCX_TLS"] for engine in context.engines.values() if "UCX_TLS" in engine.environ}
         reasons += [f"UCX_TLS is {value}" for value in sorted(values)]

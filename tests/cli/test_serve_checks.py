@@ -119,7 +119,7 @@ def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
     loaded = load_config(None, {}, {"kv_transfer.path": "nixl"})
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(60.0), joined_by(NVLINK))
     assert "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda memory)" in finding.message
-    assert "kv_transfer.path is nixl: no other path was tried" in finding.message
+    assert "kv_transfer.path is nixl: P2P was not tried" in finding.message
     refused = {"p2p": "cuMemImportFromShareableHandle failed"}
     (finding,) = judge_pairs(load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK))
     assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
@@ -129,4 +129,4 @@ def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
 def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
     loaded = load_config(None, {}, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True})
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(0.5), joined_by(NVLINK))
-    assert finding.message.endswith("the 0.6 GB/s cliff; kv_transfer.path is nixl: no other path was tried")
+    assert finding.message.endswith("the 0.6 GB/s cliff; kv_transfer.path is nixl: P2P was not tried")
