@@ -446,12 +446,17 @@ class Scheduler:
         reason = request.end_of(token_id)
         if reason is None:
             return False
+        remote_kv = None if token is None else self._grant_lease(request, token, reason)
+        if remote_kv is not None and token is not None and reason == "length":
+            # The token need not wait for the lease, as the answer does.
+            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+            token = None
         self._finish(
             request,
             reason,
             tokens=[] if token is None else [token],
             stop_token_id=token_id if reason == "stop" else None,
-            remote_kv=None if token is None else self._grant_lease(request, token, reason),
+            remote_kv=remote_kv,
         )
         return True
 

@@ -91,7 +91,7 @@ class GenerateHandler:
         try:
             generation.start()
             response = await (answerer.stream() if renderer.request.stream else answerer.answer())
-            answered = True
+            answered = not answerer.broke_off
         finally:
             generation.abort()
             if prepared.is_remote_prefill and not answered:

@@ -72,7 +72,7 @@ def prepare(
     if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(prompts) > 1:
         raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
     if transfer.do_remote_decode:
-        _check_remote_prefill(request)
+        _check_remote_prefill(request, may_stream=bool(transfer.lease_id))
     if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
         raise RequestError("one choice only, of which nothing is known, with awaits_lease", param="kv_transfer_params.pdlaunch")
     _check_ids(request, transfer, model)
@@ -110,10 +110,11 @@ def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
     return Known([output_of(token) for token in tokens], tokens[-1].finish_reason if tokens else None, sent)
 
 
-def _check_remote_prefill(request: GenerationRequest) -> None:
+def _check_remote_prefill(request: GenerationRequest, *, may_stream: bool) -> None:
+    """``may_stream``: the router knows what such a stream ends with."""
     if request.token_limit != 1:
         raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
-    if request.stream:
+    if request.stream and not may_stream:
         raise RequestError("do_remote_decode needs stream: false", param="stream")
     if request.resume is not None:
         raise RequestError("do_remote_decode and resume exclude each other", param="resume")

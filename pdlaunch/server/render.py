@@ -60,8 +60,8 @@ class Renderer(ABC):
         """A chunk of the stream."""
 
     @abstractmethod
-    def usage_chunk(self, usage: Usage) -> object:
-        """The last chunk of a stream with include_usage; it has no choices."""
+    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
+        """The last chunk of a stream with include_usage, or of a remote prefill's; it has no choices."""
 
     @abstractmethod
     def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
@@ -88,8 +88,10 @@ class CompletionRenderer(Renderer):
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
         return self._completion([self._choice(delta)], usage)
 
-    def usage_chunk(self, usage: Usage) -> object:
-        return self._completion([], usage)
+    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
+        completion = self._completion([], usage)
+        completion.kv_transfer_params = kv_transfer_params
+        return completion
 
     def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
         choices = [self._choice(delta) for delta in deltas]
@@ -141,8 +143,10 @@ class ChatRenderer(Renderer):
         )
         return self._chunk([choice], usage)
 
-    def usage_chunk(self, usage: Usage) -> object:
-        return self._chunk([], usage)
+    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
+        chunk = self._chunk([], usage)
+        chunk.kv_transfer_params = kv_transfer_params
+        return chunk
 
     def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
         completion = ChatCompletion(id=self.id, created=self.created, model=self.model, usage=usage)

@@ -48,6 +48,9 @@ class Answerer:
         self._generation = generation
         self._clock = clock
         self._deadline = deadline
+        self._whole = [Delta(choice.index) for choice in generation.choices]
+        self.broke_off = False
+        """A stream has ended with an error."""
 
     async def answer(self) -> web.StreamResponse:
         """One JSON body. Raises RequestError, or ConnectionError when the client did not take it."""
@@ -79,6 +82,7 @@ class Answerer:
         except Exception as error:
             if not response.prepared:
                 raise
+            self.broke_off = True
             _log.log(logging.WARNING if isinstance(error, RequestError) else logging.ERROR, "stream failed", exc_info=error)
             await self._say_last(response, error)
         await response.write_eof()
@@ -86,10 +90,12 @@ class Answerer:
 
     async def _collect(self) -> list[Delta]:
         """Everything of each choice."""
-        whole = [Delta(choice.index) for choice in self._generation.choices]
-        async for deltas in self._deltas():
-            for delta in deltas:
-                whole[delta.index].add(delta)
+        async for _ in self._deltas():
+            pass
+        return self._whole_deltas()
+
+    def _whole_deltas(self) -> list[Delta]:
+        whole = self._whole
         for choice, delta in zip(self._generation.choices, whole, strict=True):
             delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
         return whole
@@ -97,10 +103,19 @@ class Answerer:
     async def _deltas(self) -> AsyncIterator[Sequence[Delta]]:
         """First what was known before the engine began."""
         if self._prepared.deltas:
+            self._add(self._prepared.deltas)
             yield self._prepared.deltas
         async for deltas in self._generation.deltas():
             self._clock.tokens(deltas)
+            self._add(deltas)
             yield deltas
+
+    def _add(self, deltas: Sequence[Delta]) -> None:
+        """Nobody asks a plain stream for all that it has said."""
+        if self._renderer.request.stream and not self._prepared.is_remote_prefill:
+            return
+        for delta in deltas:
+            self._whole[delta.index].add(delta)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """The stream in pieces; each piece is what has come at once."""
@@ -111,7 +126,10 @@ class Answerer:
             if chunks:
                 yield b"".join(map(encode_event, chunks))
         end = DONE
-        if self._renderer.request.include_usage:
+        if self._prepared.is_remote_prefill:
+            params = self._generation.hand_over(self._whole_deltas())
+            end = encode_event(self._renderer.usage_chunk(self._generation.usage(), params)) + end
+        elif self._renderer.request.include_usage:
             end = encode_event(self._renderer.usage_chunk(self._generation.usage())) + end
         yield end
 

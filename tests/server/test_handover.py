@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -385,3 +386,29 @@ async def test_a_lease_is_called_as_the_router_wants(engine: Engine):
     params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
     answer = await prefill(engine, kv_transfer_params=params)
     assert answer["kv_transfer_params"]["remote_request_id"] == "mine"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+async def test_a_first_token_is_streamed_before_its_lease_is_there(engine: Engine, rank: FakeRank, path: str):
+    rank.script = silent
+    params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
+    fields: dict = {"messages": HELLO} if path == CHAT else {"prompt": "hello"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = fields | {"max_tokens": 1, "stream": True, "stream_options": options, "kv_transfer_params": params}
+    asked = asyncio.ensure_future(engine.session.post(engine.url + path, json=body))
+    (request,) = await rank.wait_for(AddRequest)
+    token = TokenOutput(token_id=rank.ids("hello")[0])
+    await rank.say(Tokens(request_id=request.request_id, tokens=[token]))
+    async with await asked as response:
+        said = b""
+        while b"hello" not in said:
+            said += await response.content.readany()
+        assert b'"prompt_tokens":' in said
+        assert b"kv_transfer_params" not in said
+        await rank.say(RequestFinished(request_id=request.request_id, reason="length", remote_kv=remote_kv(request)))
+        *_, last = [json.loads(line[5:]) for line in (await response.content.read()).split(b"\n\n")[:-2]]
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 1
+    assert last["kv_transfer_params"]["remote_request_id"] == "mine"
+    assert last["kv_transfer_params"]["pdlaunch"]["first_tokens"][0]["token_id"] == token.token_id
+    assert rank.aborted() == []
