@@ -17,7 +17,8 @@ LOAD_KERNELS: tuple[KernelShape, ...] = ((5, 8192, 8), (10, 4096, 4))
 """160 KiB in flight fill the link of an H200; with 256 KiB decoding loses 7 % instead of 5 %. By programs, fewest first."""
 STORE_KERNELS: tuple[KernelShape, ...] = ((2, 8192, 8), (3, 4096, 4), (4, 2048, 4), (4, 4096, 4), (8, 2048, 4))
 """Stores as fast as the link make loads wait for its upstream way, and with much in flight everybody: a decode step took twice as
-long beside 256 KiB of writes. So the least that fills the link, for several page sizes, and what stays a little below it.
+long beside 256 KiB of writes. So the least that fills the link, and what stays a little below it: both depend on page size and
+host. Figures: docs/performance.md.
 """
 
 

@@ -53,19 +53,18 @@ class Trial:
 
     def both(self, load: CopyMethod, store: CopyMethod) -> float:
         """Bytes per second of both directions, from the beginning of the first to the end of the last."""
-        with ThreadPoolExecutor(2) as pool:
-
-            def copy() -> None:
-                loading = pool.submit(self._copy, load, "load")
-                pool.submit(self._copy, store, "store").result()
-                loading.result()
-
-            return 2 * self.num_bytes / host_seconds(copy)
+        return 2 * self.num_bytes / host_seconds(lambda: self._copy_both(load, store))
 
     def _copy(self, method: CopyMethod, direction: Direction) -> None:
         """Until all is copied."""
         for copies in self._copies[direction]:
             method.copy(copies, direction)
+
+    def _copy_both(self, load: CopyMethod, store: CopyMethod) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            loading = pool.submit(self._copy, load, "load")
+            pool.submit(self._copy, store, "store").result()
+            loading.result()
 
 
 class CudaTrial(Trial):
@@ -80,10 +79,20 @@ class CudaTrial(Trial):
         torch.cuda.synchronize(device)
 
     def _copy(self, method: CopyMethod, direction: Direction) -> None:
-        stream = self._streams[direction]
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(self._streams[direction]):
             super()._copy(method, direction)
-        stream.synchronize()
+        self._streams[direction].synchronize()
+
+    def _copy_both(self, load: CopyMethod, store: CopyMethod) -> None:
+        """One thread enqueues by turns, as the handler's caller does."""
+        jobs = zip(self._copies["load"], self._copies["store"], strict=True)
+        for load_copies, store_copies in jobs:
+            with torch.cuda.stream(self._streams["load"]):
+                load.copy(load_copies, "load")
+            with torch.cuda.stream(self._streams["store"]):
+                store.copy(store_copies, "store")
+        for stream in self._streams.values():
+            stream.synchronize()
 
 
 def cuda_seconds(enqueue: Callable[[], object], *, repeats: int = 5) -> float:
