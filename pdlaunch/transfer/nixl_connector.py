@@ -31,6 +31,8 @@ from pdlaunch.transfer.scratch import new_landing, piece_offsets
 
 BACKEND = "UCX"
 
+_PYTHON_ERRORS = (RuntimeError, ValueError, ImportError)
+
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
 """How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here, which spins on a whole core."""
 _TIMED_SPIN_S = 0.002
@@ -68,9 +70,9 @@ class NixlConnector(Connector):
     def __init__(self, name: str, incarnation: int) -> None:
         """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
-        self._backend_errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, ImportError)
+        self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
         self._agent: Any = None
-        """Made once: closing lets go of the memory only."""
+        """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of it."""
 
     def open(self, memory: LocalMemory) -> None:
         self._kind, self._device_index = memory_kind(memory.kv_cache)
@@ -79,7 +81,9 @@ class NixlConnector(Connector):
         if self._kind == "VRAM":
             torch.cuda.set_device(self._device_index)  # of this thread: UCX takes the context that is current
         try:
-            self._agent = self._agent or self._make_agent()
+            # NIXL never closes the endpoint of an agent that is removed, which is a socket on both sides; a new agent has none.
+            self._agent = None
+            self._agent = self._make_agent()
             self._registrations = [self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)]
             self._metadata: bytes = self._agent.get_agent_metadata()
             base, num_blocks = memory.kv_cache.data_ptr(), memory.kv_cache.shape[0]
@@ -180,7 +184,7 @@ class NixlConnector(Connector):
     def _make_agent(self) -> Any:
         from nixl import _api, _bindings  # imported here: takes seconds, and reads its environment then
 
-        self._backend_errors += _binding_errors(_bindings)
+        self._backend_errors = _PYTHON_ERRORS + _binding_errors(_bindings)
         agent = _api.nixl_agent(self.agent_name, _api.nixl_agent_config(backends=[]))
         config = _bindings.nixlAgentConfig()
         config.useProgThread = True

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import PullFinished
+from tests.e2e.waiting import await_true
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import TIMEOUT_S, RankHandle, RankOptions, grant, pull
 
@@ -73,3 +75,31 @@ def test_mapped_memory_goes_before_a_rank_sleeps_and_is_mapped_anew_after(start:
     puller.call("registry", entries)
     assert puller.report(PairReady).path == "p2p/memfd"
     pull_once(puller, holder, "after")
+
+
+def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
+    """NIXL by itself leaves a socket behind on both sides each time."""
+    holder, puller = start("prefill", "nixl"), start("decode", "nixl")
+    ranks, entries, most_fds = [holder, puller], [holder.entry(), puller.entry()], []
+    processes = [psutil.Process(rank.process.pid) for rank in ranks]
+    puller.call("registry", entries)
+    assert puller.report(PairReady).path == "nixl/UCX"
+    for round_index in range(10):
+        sleeper = round_index % 2
+        ranks[sleeper].call("suspend", TIMEOUT_S)
+        asleep = entries[:]
+        asleep[sleeper] = msgspec.structs.replace(entries[sleeper], state="sleeping")
+        for rank in ranks:
+            rank.call("registry", asleep)
+        ranks[sleeper].call("resume", TIMEOUT_S)
+        for rank in ranks:
+            rank.call("registry", entries)
+        puller.report(PairReady)
+        pull_once(puller, holder, f"round {round_index}")
+        if round_index == 1:  # both have slept once
+            most_fds = [process.num_fds() for process in processes]
+    # The other side of a connection closes its end a moment later.
+    await_true(
+        lambda: all(process.num_fds() <= most for process, most in zip(processes, most_fds, strict=True)),
+        f"no more files than after the second round, {most_fds}",
+    )
