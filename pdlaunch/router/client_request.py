@@ -100,23 +100,33 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
 
     def prefill_body(self, *, knows_whole_request: bool, lease_id: str = "") -> bytes:
-        """Ask for the first token of each choice and a lease on the blocks, called ``lease_id`` if that is given.
+        """Ask for the first token of each choice and a lease on the blocks.
+
+        With a ``lease_id`` that is what it is called, and the answer is a stream: the lease may come after the token.
 
         ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those of the whole request, and
         needs them to tell where the first token's text may end; others refuse them.
         """
         body = self.body | {
-            "stream": False,
+            "stream": bool(lease_id),
             "max_tokens": 1,
             "return_token_ids": True,
             "kv_transfer_params": REMOTE_DECODE | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
         }
         body.pop("stream_options", None)
+        if lease_id:
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         if body.get("max_completion_tokens") is not None:
             body["max_completion_tokens"] = 1
         if body.get("min_tokens") is not None and not knows_whole_request:
             body["min_tokens"] = min(1, body["min_tokens"])
         return msgspec.json.encode(body)
+
+    @property
+    def wanted_token_ids(self) -> msgspec.Raw | None:
+        """The prompt's token ids, if they are known here and the client wants them back."""
+        prompt = self.body.get("prompt")
+        return prompt if isinstance(prompt, msgspec.Raw) and self.body.get("return_token_ids") else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
         """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""

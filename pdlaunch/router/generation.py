@@ -13,8 +13,9 @@ transcript, so that nothing is told twice whichever engine says it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -24,7 +25,7 @@ from pdlaunch.observe.trace import REQUEST_ID_HEADER
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode, tell_decode
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
-from pdlaunch.router.handover import Handover, read_handover
+from pdlaunch.router.handover import Handover, HandoverStream, read_handover
 from pdlaunch.router.hops import Hops
 from pdlaunch.router.metrics import Hop
 from pdlaunch.router.pool import Engine, EngineKey
@@ -95,36 +96,54 @@ class Generation:
                 handover = await self._ask_prefill(engine)
             except (EngineFailure, EngineRefusal) as failure:
                 self._note(engine, "prefill", failure)
+                if self.transcript.has_tokens:
+                    # The first token is told: decode goes on after it, from a prompt that it computes itself.
+                    return
             else:
                 await self._begin_answer(handover)
                 return
         self._hops.metrics.fell_back()
 
     async def _ask_prefill(self, engine: Engine) -> Handover:
-        self._early = tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
+        early = self._early = tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
         try:
-            return await self._await_prefill(engine, "" if self._early is None else self._early.lease_id)
-        except BaseException:
+            with engine.working(prompt_tokens=self._prompt.prompt_tokens):
+                work = self._await_prefill(engine) if early is None else self._stream_prefill(engine, early.lease_id)
+                handover = await work
+        except BaseException as error:
             self._drop_early()
+            if isinstance(error, asyncio.CancelledError):
+                # The answer may be on its way, and the lease that it speaks of would wait for its deadline.
+                self._release(engine, self._prompt.request_id)
             raise
+        self._hops.pool.succeeded(engine)
+        return handover
 
-    async def _await_prefill(self, engine: Engine, lease_id: str) -> Handover:
+    async def _stream_prefill(self, engine: Engine, lease_id: str) -> Handover:
+        """The client is told the first token when it is there, and its lease may come later."""
+        prompt, answer, prompt_token_ids = self._prompt, HandoverStream(engine), self._prompt.wanted_token_ids
+        body = prompt.prefill_body(knows_whole_request=True, lease_id=lease_id)
+        async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt=0)) as stream:
+            while (chunk := await stream.next_chunk()) is not None:
+                with _malformed_is_failure(engine):
+                    answer.take(chunk)
+                    if prompt_token_ids is not None:
+                        for choice in chunk["choices"]:
+                            choice["prompt_token_ids"] = prompt_token_ids
+                if not answer.is_final:
+                    self._refuse_too_long(answer.num_prompt_tokens)
+                await self._tell(engine, chunk)
+        with _malformed_is_failure(engine):
+            return answer.handover()
+
+    async def _await_prefill(self, engine: Engine) -> Handover:
         prompt = self._prompt
-        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token, lease_id=lease_id)
-        try:
-            with engine.working(prompt_tokens=prompt.prompt_tokens):
-                raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
-        except asyncio.CancelledError:
-            # The answer may be on its way, and the lease that it speaks of would wait for its deadline.
-            self._release(engine, prompt.request_id)
-            raise
-        try:
+        body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
+        raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
+        with _malformed_is_failure(engine):
             handover = read_handover(engine, raw, is_chat=prompt.endpoint.is_chat)
-        except _MALFORMED as error:
-            raise EngineFailure(engine, f"malformed answer: {error!r}", may_return=False) from error
         for chunk in handover.chunks:
             _refuse_broken(engine, chunk)
-        self._hops.pool.succeeded(engine)
         return handover
 
     async def _begin_answer(self, handover: Handover) -> None:
@@ -132,8 +151,9 @@ class Generation:
         self._handover = handover
         self._tried.clear()
         self._failure = self._trouble_since_s = None
-        self._refuse_too_long(handover)
-        self._first_token_sent = handover.is_final or (
+        if not handover.is_final:
+            self._refuse_too_long(handover.num_prompt_tokens)
+        self._first_token_sent = (handover.is_final or self.transcript.has_tokens) or (
             handover.has_first_tokens and self._hops.pool.has_ready("decode", needs=_takes_first_token)
         )
         if self._first_token_sent:
@@ -228,7 +248,7 @@ class Generation:
         return {} if params is None else {"kv_transfer_params": params}
 
     def _must_resume(self) -> bool:
-        return self._decode_has_answered and self.transcript.has_tokens
+        return (self._decode_has_answered or self._handover is None) and self.transcript.has_tokens
 
     def _can_go_on(self) -> bool:
         return self.transcript.can_resume or not self._must_resume()
@@ -290,13 +310,13 @@ class Generation:
         self._tried.add(engine.key)
         self._failure = failure
 
-    def _refuse_too_long(self, handover: Handover) -> None:
+    def _refuse_too_long(self, num_prompt_tokens: int) -> None:
         """Prefill saw ``max_tokens=1``; decode would refuse the client's own when its answer has begun."""
         limit, max_tokens = self._hops.pool.max_model_len("decode"), self._prompt.max_tokens
-        if limit is None or max_tokens is None or handover.is_final or handover.num_prompt_tokens + max_tokens <= limit:
+        if limit is None or max_tokens is None or num_prompt_tokens + max_tokens <= limit:
             return
         raise RequestError(
-            f"the prompt's {handover.num_prompt_tokens} tokens and max_tokens={max_tokens} exceed this model's maximum context "
+            f"the prompt's {num_prompt_tokens} tokens and max_tokens={max_tokens} exceed this model's maximum context "
             f"length of {limit} tokens",
             param="max_tokens",
             code="context_length_exceeded",
@@ -317,6 +337,14 @@ class Generation:
         """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
         request_id = self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
         return self._prompt.headers | {REQUEST_ID_HEADER: request_id}
+
+
+@contextlib.contextmanager
+def _malformed_is_failure(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except _MALFORMED as error:
+        raise EngineFailure(engine, f"malformed answer: {error!r}", may_return=False) from error
 
 
 def _takes_first_token(engine: Engine) -> bool:

@@ -51,6 +51,49 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         return self.params | {"pdlaunch": ours}
 
 
+class HandoverStream:
+    """Reads the answer of a prefill engine, of one choice, chunk by chunk.
+
+    Its methods raise LookupError, TypeError or AttributeError when the chunks are not of the OpenAI form.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._params: dict[str, Any] | None = None
+        self._has_ended = False
+        self.is_final = False
+        """The choice has ended with its first token."""
+        self.num_prompt_tokens = 0
+
+    def take(self, chunk: Chunk) -> None:
+        """Note what ``chunk`` says, and leave in it what is for the client, whose answer goes on after ``length``."""
+        self.num_prompt_tokens = chunk["usage"]["prompt_tokens"]
+        if "kv_transfer_params" in chunk:
+            self._params = chunk.pop("kv_transfer_params")
+            self._has_ended = True
+        else:
+            # What the prefix cache held is known at the end alone.
+            del chunk["usage"]
+        for choice in chunk["choices"]:
+            if choice["finish_reason"] == "length":
+                choice["finish_reason"] = None
+            self.is_final |= choice["finish_reason"] is not None
+
+    def handover(self) -> Handover:
+        """What all of the chunks say."""
+        if not self._has_ended:
+            raise LookupError("the answer ended without kv_transfer_params")
+        ours = (self._params or {}).get("pdlaunch") or {}
+        return Handover(
+            engine=self._engine,
+            params=self._params,
+            has_first_tokens=bool(ours.get("first_tokens")),
+            open_choices=frozenset() if self.is_final else frozenset([0]),
+            num_prompt_tokens=self.num_prompt_tokens,
+            chunks=[],
+        )
+
+
 def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """Read a prefill engine's answer.
 

@@ -55,7 +55,7 @@ class Prepared:
     deltas: list[Delta]
     prompts: list[list[int]]
     continues: bool
-    """Something was sent by another engine before: no role, no prompt ids again."""
+    """Something was sent by another engine before, or is known: no role, no prompt ids again."""
     is_remote_prefill: bool
 
     @property
@@ -87,7 +87,9 @@ def prepare(
             choices.append(choice)
             if known is not None:
                 deltas += _replay(choice, known[number])
-    continues = transfer.awaits_lease or bool(known and known[0].sent)
+    # Who asks for a stream of a remote prefill is a router that has the token ids that it sent.
+    is_told = transfer.do_remote_decode and request.stream and isinstance(request, CompletionRequest) and request.has_token_ids
+    continues = transfer.awaits_lease or is_told or bool(known and known[0].sent)
     return Prepared(choices, deltas, list(prompts), continues, transfer.do_remote_decode)
 
 

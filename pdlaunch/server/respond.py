@@ -77,6 +77,11 @@ class Answerer:
                     if not response.prepared:
                         await response.prepare(self._http)
                     await response.write(events)
+                if not response.prepared:
+                    await response.prepare(self._http)
+                # At once, so that who reads the last event has the end too, and can use the connection again.
+                await response.write_eof(self._last_events())
+                return response
         except ConnectionError:
             raise
         except Exception as error:
@@ -118,20 +123,22 @@ class Answerer:
             self._whole[delta.index].add(delta)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """The stream in pieces; each piece is what has come at once."""
+        """The stream but for its end, in pieces; each piece is what has come at once."""
         opening = [] if self._prepared.continues else self._renderer.opening()
         async for deltas in self._deltas():
             chunks = opening + [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
             opening = []
             if chunks:
                 yield b"".join(map(encode_event, chunks))
+
+    def _last_events(self) -> bytes:
         end = DONE
         if self._prepared.is_remote_prefill:
             params = self._generation.hand_over(self._whole_deltas())
             end = encode_event(self._renderer.usage_chunk(self._generation.usage(), params)) + end
         elif self._renderer.request.include_usage:
             end = encode_event(self._renderer.usage_chunk(self._generation.usage())) + end
-        yield end
+        return end
 
     def _chunk(self, delta: Delta) -> object:
         usage = self._generation.usage() if self._renderer.request.continuous_usage else UNSET

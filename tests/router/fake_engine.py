@@ -78,6 +78,7 @@ class FakeEngine:
         self.error_after: int | None = None
         self.hold_after: int | None = None
         self.hold_prefill = False
+        self.hold_lease = False
         self.holding = asyncio.Event()
         self.go = asyncio.Event()
         self.ends: dict[int, int] = {}
@@ -176,11 +177,13 @@ class FakeEngine:
             if self.wait_status is not None:
                 return web.Response(status=self.wait_status, body=self.error_body, content_type="application/json")
             await until(lambda: any(job.awaits in lender.leases for lender in self.lenders))
-        if seen.body.get("stream"):
+        if seen.body.get("stream") and not job.is_prefill:
             return await self._stream(request, job)
         if self.hold_prefill:
             self.holding.set()
             await self.go.wait()
+        if seen.body.get("stream"):
+            return await self._stream_prefill(request, job)
         if self.die_after == 0:
             assert request.transport is not None
             request.transport.abort()
@@ -190,8 +193,9 @@ class FakeEngine:
     def _refusal(self, body: dict[str, Any]) -> str | None:
         if body.get("temperature", 0) < 0:
             return "temperature must not be negative"
-        prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
-        if prefill and (body.get("max_tokens") != 1 or body.get("stream")):
+        params = body.get("kv_transfer_params") or {}
+        prefill, names_lease = params.get("do_remote_decode"), "pdlaunch" in params
+        if prefill and (body.get("max_tokens") != 1 or bool(body.get("stream")) != names_lease):
             return "max_tokens must be 1 and stream false"
         if self.ours and prefill:
             return None
@@ -234,6 +238,35 @@ class FakeEngine:
             await send(job.head() | {"choices": [], "usage": job.usage()})
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
+        return response
+
+    async def _stream_prefill(self, request: web.Request, job: Job) -> web.StreamResponse:
+        assert request.transport is not None
+        if self.die_after == 0:
+            request.transport.abort()
+            raise ConnectionResetError
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+
+        async def send(payload: dict[str, Any]) -> None:
+            await response.write(b"data: " + msgspec.json.encode(payload | {"usage": job.usage()}) + b"\n\n")
+
+        for chunk in job.opening():
+            await send(chunk)
+        (chunk,) = job.chunks()
+        (choice,) = chunk["choices"]
+        reason, choice["finish_reason"] = choice["finish_reason"], None
+        await send(chunk)
+        if self.hold_lease:
+            self.holding.set()
+            await self.go.wait()
+        if self.die_after == 1:
+            await until(self.may_die)
+            request.transport.abort()
+            raise ConnectionResetError
+        await send(job.head() | {"choices": [job._choice(0, [], reason=reason)]})
+        await send(job.head() | {"choices": [], "kv_transfer_params": job.handed_over()})
+        await response.write_eof(b"data: [DONE]\n\n")
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -337,9 +370,14 @@ class Job:
                 choice["message"] = {"role": "assistant", "content": choice.pop("delta")["content"]}
             choices.append(choice)
         answer = self.head() | {"choices": choices, "usage": self.usage(), "kv_transfer_params": None}
-        if self.is_prefill and self.engine.hands_over and not all(token_ids[-1] == EOS for token_ids in tokens):
-            answer["kv_transfer_params"] = self._lease([token_ids[0] for token_ids in tokens])
+        if self.is_prefill:
+            answer["kv_transfer_params"] = self.handed_over()
         return answer
+
+    def handed_over(self) -> dict[str, Any] | None:
+        if not self.engine.hands_over or all(token_ids[-1] == EOS for token_ids in self.told):
+            return None
+        return self._lease([token_ids[0] for token_ids in self.told])
 
     def _lease(self, first_tokens: list[int]) -> dict[str, Any]:
         lease = self.lease_id or f"{self.request_id}/0"

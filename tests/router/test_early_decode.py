@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from pdlaunch.router.client_request import REMOTE_DECODE
-from tests.router.conftest import Stand, pair, pairs
-from tests.router.fake_engine import FakeEngine
+from tests.router.conftest import Answer, Stand, pair, pairs
+from tests.router.fake_engine import FakeEngine, expected_tokens
 from tests.router.test_disconnects import all_is_quiet, send
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
 
@@ -90,6 +91,45 @@ async def test_a_stream_that_breaks_goes_on_elsewhere(stand: Stand) -> None:
     answer = await stand.post(completion(stream=True))
     assert answer.texts() == {0: expected_text("hello", 6)}
     assert stand.metric("pdlaunch_router_migrations_total") == 1
+
+
+async def test_the_first_token_is_told_before_its_lease_is_there(stand: Stand) -> None:
+    prefill, decode = lend(pair())
+    prefill.hold_lease = True
+    await stand.start([prefill, decode])
+    async with stand.session.post(
+        "/v1/completions", json=completion(stream=True, prompt=[5, 6, 7], return_token_ids=True)
+    ) as response:
+        first = msgspec.json.decode((await response.content.readuntil(b"\n\n"))[6:])
+        assert not prefill.leases
+        prefill.go.set()
+        rest = Answer(200, response.headers, await response.read())
+    (choice,) = first["choices"]
+    assert choice["prompt_token_ids"] == [5, 6, 7]
+    tokens = expected_tokens([5, 6, 7], 7, 0, 6)
+    assert choice["token_ids"] == tokens[:1]
+    said = [token_id for event in rest.events() for choice in event["choices"] for token_id in choice["token_ids"]]
+    assert said == tokens[1:]
+    assert not any("prompt_token_ids" in choice for event in rest.events() for choice in event["choices"])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+async def test_a_prefill_engine_that_dies_after_its_first_token_is_missed_by_nobody(stand: Stand, path: str) -> None:
+    prefill, decode = lend(pair())
+    stand.die_after(prefill, 1, num_told=1)
+    await stand.start([prefill, decode])
+    answer = await stand.post(chat(stream=True) if path == CHAT else completion(stream=True), path=path)
+    prompt: object = MESSAGES if path == CHAT else "hello"
+    assert answer.texts() == {0: expected_text(prompt, 6)}
+    first = expected_tokens(prompt, 7, 0, 1)[0]
+    assert decode.seen[-1].body["resume"] == {"choices": [[{"token_id": first}]], "sent": True}
+    assert len(prefill.seen) == 1
+
+
+async def test_a_context_that_decode_does_not_have_is_refused_before_anything_is_told(stand: Stand) -> None:
+    await stand.start(lend(pair()))
+    answer = await stand.post(completion(stream=True, max_tokens=4096))
+    assert (answer.status, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 async def test_clients_that_leave_meanwhile(stand: Stand) -> None:

@@ -51,6 +51,11 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool = True
 
     @property
+    def has_token_ids(self) -> bool:
+        """One prompt, given as token ids."""
+        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], int)
+
+    @property
     def prompts(self) -> list[Prompt]:
         """One entry a prompt, in order."""
         prompt = self.prompt
