@@ -324,3 +324,23 @@ def dummy_weights(context: Context) -> Iterator[Found]:
     for engine in context.engines.values():
         if engine.settings.load_format == "dummy":
             yield Found(engine.where("load_format"), "load_format is dummy: the answers have no meaning")
+
+
+@rule(
+    "PD118",
+    "error",
+    fix="Set tensor_parallel_size to 1.",
+    source="pdlaunch's tensor parallelism.",
+    needs=("model",),
+)
+def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
+    """tensor_parallel_size is over 1 for a model with experts.
+
+    Experts (MoE) are not cut: all of them belong to one rank.
+    """
+    for engine, shape in context.shapes():
+        if shape.num_experts and engine.tp_size > 1:
+            message = (
+                f"tensor_parallel_size {engine.tp_size} for {shape.model_type}, which has {shape.num_experts} experts a layer"
+            )
+            yield Found(f"{engine.role}.tensor_parallel_size", message)

@@ -29,6 +29,10 @@ class Family:
     qk_norm: bool = False
     """Queries and keys are normalised, one weight a head dimension."""
     norms_per_layer: int = 2
+    has_sinks: bool = False
+    """Each query head has an attention sink."""
+    has_experts: bool = False
+    """num_local_experts experts with biases instead of one inner layer, num_experts_per_tok of them for a token."""
 
 
 def _no_windows(config: Config) -> Windows:
@@ -100,6 +104,14 @@ def _smollm3_windows(config: Config) -> Windows:
     has_rope = config["no_rope_layers"] or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     slides = config["use_sliding_window"]
     return tuple(window if slides and not has_rope[layer] else None for layer in range(num_layers))
+
+
+def _gpt_oss_windows(config: Config) -> Windows:
+    """Every other layer slides, from the first one on, if layer_types is silent."""
+    layer_types = config["layer_types"]
+    if layer_types is None:
+        layer_types = [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
+    return _windows_of_types(config, layer_types, config["sliding_window"])
 
 
 _QWEN_WINDOW_DEFAULTS = {
@@ -177,6 +189,24 @@ def supported_families() -> dict[str, Family]:
             "layer_types": None,
         }
     )
+    gpt_oss = {
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    }
     return {
         "llama": Family(llama | biases, _no_windows),
         "qwen2": Family(qwen2 | _QWEN_WINDOW_DEFAULTS, _qwen_windows, qkv_bias=True),
@@ -184,4 +214,5 @@ def supported_families() -> dict[str, Family]:
         "mistral": Family(mistral, _mistral_windows),
         "gemma3_text": Family(gemma3, _gemma3_windows, qk_norm=True, norms_per_layer=4),
         "smollm3": Family(smollm3, _smollm3_windows),
+        "gpt_oss": Family(gpt_oss, _gpt_oss_windows, has_sinks=True, has_experts=True),
     }

@@ -44,6 +44,10 @@ class ModelShape:
     """Of generation_config.json and config.json together, the former first."""
     num_parameters: int
     """Of the language model, exactly as transformers counts."""
+    num_experts: int = 0
+    """In each layer; 0 without."""
+    num_idle_parameters: int = 0
+    """Of experts that a token does not go through."""
 
     def parameter_bytes(self, dtype: str) -> int:
         """Bytes of all weights in ``dtype``."""
@@ -103,6 +107,8 @@ def _shape(outer: dict[str, Any], config: dict[str, Any], family: Family, genera
         bos_token_id=_first_id(generation, outer, config, key="bos_token_id"),
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
         num_parameters=_count_parameters(config, family, **sizes),
+        num_experts=_positive(config, "num_local_experts") if family.has_experts else 0,
+        num_idle_parameters=_count_idle_parameters(config, **sizes) if family.has_experts else 0,
     )
 
 
@@ -134,7 +140,7 @@ def _count_parameters(
     vocab_size: int,
 ) -> int:
     query_size, kv_size = num_attention_heads * head_dim, num_kv_heads * head_dim
-    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size + 3 * hidden_size * intermediate_size
+    layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size
     layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
     if family.qkv_bias or _reads(config, family, "attention_bias"):
         layer += query_size + 2 * kv_size
@@ -142,8 +148,30 @@ def _count_parameters(
         layer += hidden_size
     if _reads(config, family, "mlp_bias"):
         layer += 2 * intermediate_size + hidden_size
+    layer += num_attention_heads if family.has_sinks else 0
+    if family.has_experts:
+        layer += _positive(config, "num_local_experts") * (_expert_parameters(hidden_size, intermediate_size) + hidden_size + 1)
+    else:
+        layer += 3 * hidden_size * intermediate_size
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
     return num_layers * layer + embeddings + hidden_size
+
+
+def _count_idle_parameters(config: dict[str, Any], *, num_layers: int, hidden_size: int, intermediate_size: int, **_: int) -> int:
+    num_experts, num_used = _positive(config, "num_local_experts"), _positive(config, "num_experts_per_tok")
+    if num_used > num_experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok {num_used} is over num_local_experts {num_experts}",
+            field="model",
+            value=num_used,
+            fix="Correct config.json of the model.",
+        )
+    return num_layers * (num_experts - num_used) * _expert_parameters(hidden_size, intermediate_size)
+
+
+def _expert_parameters(hidden_size: int, intermediate_size: int) -> int:
+    """Of one expert, without what chooses it."""
+    return 3 * hidden_size * intermediate_size + 2 * intermediate_size + hidden_size
 
 
 def _reads(config: dict[str, Any], family: Family, key: str) -> bool:
@@ -168,12 +196,11 @@ def _reasons_against(config: dict[str, Any]) -> list[str]:
         "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
         "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get("kv_lora_rank"),
         "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": _has_recurrent_layers(config),
-        "mixture of experts (MoE) is not supported": _has_experts(config),
+        "mixture of experts (MoE) is only supported in gpt_oss": config.get("model_type") != "gpt_oss" and _has_experts(config),
         "quantized checkpoints (quantization_config) are not supported; a .gguf file is dequantized": config.get(
             "quantization_config"
         ),
         "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get("attn_logit_softcapping"),
-        "attention sinks are not supported": config.get("model_type") == "gpt_oss",
         "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get("use_bidirectional_attention"),
         "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, longrope)": _has_moving_rope(
             config

@@ -4,7 +4,8 @@ A decode step reads every weight once, whatever its batch, and the keys and valu
 
     floor = (weights + batch x seen tokens x bytes of a token's keys and values) / measured bytes a second
 
-- weights: all but the embedding table where the output layer has one of its own, as a step then reads single rows of it.
+- weights: all but the embedding table where the output layer has one of its own, as a step then reads single rows of it. Of
+  experts as many as one token goes through: all rows may choose the same.
 - seen tokens: the context, in layers with a sliding window at most the window.
 - A prefill step reads the weights once and writes the prompt's keys and values. Its arithmetic takes longer than that, so
   its floor says little.
@@ -56,7 +57,7 @@ def _buffer_bytes(device: torch.device) -> int:
 
 def _weight_bytes(shape: ModelShape, dtype: str) -> int:
     embeddings = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
-    return shape.parameter_bytes(dtype) - embeddings * DTYPE_BYTES[dtype]
+    return shape.parameter_bytes(dtype) - (embeddings + shape.num_idle_parameters) * DTYPE_BYTES[dtype]
 
 
 def _layer_token_bytes(shape: ModelShape, dtype: str) -> int:

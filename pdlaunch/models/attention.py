@@ -25,11 +25,20 @@ class AttentionStep(ABC):
     """One step's attention; made by a backend, used by every layer once."""
 
     @abstractmethod
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Write keys and values of the step's tokens into the KV cache, attend, return [num_tokens, num_heads, head_dim].
 
         ``query``: [num_heads, num_tokens, head_dim]; ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this
-        rank, rotary embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
+        rank, rotary embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads). ``sinks``:
+        [num_heads]; a logit of each head that takes its share of the softmax and gives nothing.
         """
 
 
@@ -68,6 +77,6 @@ def _attend(
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query [1, num_heads, num_tokens, head_dim], result [1, num_tokens, num_heads, head_dim]."""
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedModelError("attention logit soft-capping and attention sinks are not supported", field="model")
-    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling)[None], None
+    if softcap is not None:
+        raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")
+    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[None], None

@@ -36,7 +36,7 @@ class TransformersDecoder:
 
     @property
     def can_be_captured(self) -> bool:
-        return not (_rotary_types(self._model) & _ROTARY_WITH_STATE)
+        return not (_rotary_types(self._model) & _ROTARY_WITH_STATE or _waits_for_experts(self._model))
 
     def logits(
         self, token_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None, step: AttentionStep
@@ -50,6 +50,12 @@ class TransformersDecoder:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def _waits_for_experts(model: nn.Module) -> bool:
+    """How many tokens each expert gets may have to be known on the host."""
+    config: Any = model.config
+    return bool(getattr(config, "num_local_experts", 0))
 
 
 def _rotary_types(model: nn.Module) -> set[str]:

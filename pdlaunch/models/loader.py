@@ -146,17 +146,17 @@ def _initialize(modules: list[nn.Module], model: Any) -> None:
 
 
 def _dummy_weights(model: Any, cuts: dict[str, Cut], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    """Linear layers and embeddings get random numbers, norms what the model's own initialisation gives them."""
+    """Norms get what the model's own initialisation gives them, all else random numbers."""
     tied = set(model.all_tied_weights_keys)
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         names = {name: f"{module_name}.{name}" for name in own}
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if not type(module).__name__.endswith("RMSNorm"):
             for name, parameter in own.items():
                 if names[name] not in tied:
                     full_name = names[name]
                     yield full_name, dummy_tensor(full_name, parameter.shape, parameter.dtype, device, cuts.get(full_name))
-        elif own:
+        else:
             for name, parameter in own.items():
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
             model._init_weights(module)

@@ -115,8 +115,15 @@ class Shard:
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when the heads or the inner size cannot be cut into ``tp_size`` parts."""
+        """Raises ConfigError when the heads, the inner size or experts cannot be cut into ``tp_size`` parts."""
         shape, size = self.shape, self.tp_size
+        if shape.num_experts and size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type {shape.model_type!r} runs on one rank",
+                field="tensor_parallel_size",
+                value=size,
+                fix="Set tensor_parallel_size to 1.",
+            )
         if shape.num_attention_heads % size:
             raise _indivisible("num_attention_heads", shape.num_attention_heads, size)
         if shape.num_kv_heads % size and size % shape.num_kv_heads:
@@ -166,8 +173,9 @@ def plan_cuts(model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None
     ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``. Raises UnsupportedModelError
     when there is none or it asks for something other than cut linear layers and embeddings.
 
-    Embeddings stay whole whatever the plan says: cutting them is optional, and only transformers 5.15 to 5.20 ask for it, where
-    the output layer is tied to them (``embedding_rowwise``). The rank's memory then does not depend on the version.
+    Attention sinks go with their query heads. Embeddings stay whole whatever the plan says: cutting them is optional, and only
+    transformers 5.15 to 5.20 ask for it, where the output layer is tied to them (``embedding_rowwise``). The rank's memory then
+    does not depend on the version.
     """
     if not plan:
         raise UnsupportedModelError(f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model")
@@ -183,6 +191,10 @@ def plan_cuts(model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None
         cuts[f"{name}.weight"] = cut
         if style == "colwise" and module.bias is not None:
             cuts[f"{name}.bias"] = cut
+    for name, parameter in model.named_parameters():
+        attention, _, kind = name.rpartition(".")
+        if kind == "sinks" and f"{attention}.q_proj.weight" in cuts:
+            cuts[name] = (0, shard.share(name, len(parameter)))
     return cuts
 
 

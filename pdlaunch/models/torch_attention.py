@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.models.attention import AttentionBackend, AttentionStep
@@ -208,18 +208,26 @@ class _TorchStep(AttentionStep):
         self._backend = backend
         self._groups = groups
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         index, slot = self._backend.place[layer]
         group = self._groups[index]
         self._write(group.write, slot, key, value)
         if len(group.buckets) == 1 and group.buckets[0].is_all:
-            return self._attend_bucket(group.buckets[0], slot, query.transpose(0, 1), scaling)
+            return self._attend_bucket(group.buckets[0], slot, query.transpose(0, 1), scaling, sinks)
         result = query.new_empty((query.shape[1], query.shape[0], query.shape[2]))
         for bucket in group.buckets:
             rows = query.index_select(1, bucket.rows).transpose(0, 1)
-            result[bucket.rows] = self._attend_bucket(bucket, slot, rows, scaling)
+            result[bucket.rows] = self._attend_bucket(bucket, slot, rows, scaling, sinks)
         for chunk in group.chunks:
-            result[chunk.start : chunk.stop] = self._attend_chunk(chunk, slot, query, key, value, scaling)
+            result[chunk.start : chunk.stop] = self._attend_chunk(chunk, slot, query, key, value, scaling, sinks)
         return result
 
     def _write(self, index: torch.Tensor, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -228,17 +236,27 @@ class _TorchStep(AttentionStep):
         rows[first_row:].index_copy_(0, index, key.transpose(0, 1).reshape(-1, layout.head_dim))
         rows[first_row + layout.block_size :].index_copy_(0, index, value.transpose(0, 1).reshape(-1, layout.head_dim))
 
-    def _attend_bucket(self, bucket: _Bucket, slot: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _attend_bucket(
+        self, bucket: _Bucket, slot: int, query: torch.Tensor, scaling: float, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         """``query``: [num_rows, num_heads, head_dim]; the result too."""
         num_rows, num_heads, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
         keys, values = self._backend.gather(bucket.gather, slot).view(2, num_rows, num_kv_heads, -1, head_dim)
         grouped = query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=bucket.mask, scale=scaling)
+        by_head = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+        attended = _attend(grouped, keys, values, bucket.mask, scaling, by_head)
         return attended.reshape(num_rows, num_heads, head_dim)
 
     def _attend_chunk(
-        self, chunk: _Chunk, slot: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        chunk: _Chunk,
+        slot: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """The result: [num_tokens, num_heads, head_dim] of the chunk's tokens."""
         num_heads, _, head_dim = query.shape
@@ -249,12 +267,37 @@ class _TorchStep(AttentionStep):
         else:
             keys, values = self._backend.gather(chunk.gather, slot).view(2, num_kv_heads, -1, head_dim)
         grouped = query[:, chunk.start : chunk.stop].reshape(num_kv_heads, share, -1, head_dim)
-        attended = scaled_dot_product_attention(
-            grouped,
-            keys[:, None].expand(-1, share, -1, -1),
-            values[:, None].expand(-1, share, -1, -1),
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
-            scale=scaling,
-        )
+        by_head = None if sinks is None else sinks.view(num_kv_heads, share, 1, 1)
+        attended = _attend(grouped, keys[:, None], values[:, None], chunk.mask, scaling, by_head)
         return attended.flatten(0, 1).transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None: causal.
+
+    ``sinks``: [.., num_queries or 1, 1]. Each becomes what one more key, before all others, scores: in a dimension of its own
+    where that key alone is not zero. Its value is zero. Where the mask is causal, a query before all others keeps the diagonal.
+    """
+    if sinks is not None:
+        query = torch.cat([query, sinks.to(query.dtype).expand(*query.shape[:-1], 1)], dim=-1)
+        keys, values = pad(keys, (0, 1, 1, 0)), pad(values, (0, 1, 1, 0))
+        keys[..., 0, -1] = 1 / scaling
+        query, mask = (pad(query, (0, 0, 1, 0)), None) if mask is None else (query, pad(mask, (1, 0)))
+    attended = scaled_dot_product_attention(
+        query,
+        keys.expand(*query.shape[:-2], -1, -1),
+        values.expand(*query.shape[:-2], -1, -1),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+    )
+    if sinks is None:
+        return attended
+    return attended[..., :-1] if mask is not None else attended[..., 1:, :-1]

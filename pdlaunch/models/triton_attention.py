@@ -1,9 +1,9 @@
 """Paged attention on CUDA devices with Triton kernels, and torch's varlen flash attention for prompts in 16 bits.
 
 Decode reads the KV cache in place, in splits of the context. Whole prompts go through cuDNN where it is faster; other chunks
-through flash attention, with what lies before them gathered into contiguous memory; in float32 through a Triton kernel. Nothing
-past a row's context or before its window is ever read: the KV cache may hold anything there. Import this module only where triton
-is there.
+through flash attention, with what lies before them gathered into contiguous memory; in float32, and where heads have sinks,
+through a Triton kernel. Nothing past a row's context or before its window is ever read: the KV cache may hold anything there.
+Import this module only where triton is there.
 """
 
 from __future__ import annotations
@@ -172,7 +172,6 @@ class TritonStep(AttentionStep):
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``sinks``: [num_heads]; a logit of each head that takes its share of the softmax and gives nothing."""
         self._write(layer, key, value)
         return self._attend(layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), scaling, sinks=sinks)
 

@@ -12,6 +12,7 @@ from tests.checks.contexts import CPU, GB200, GIB, GPU, SHAPE, SMALL_SHAPE, on
 ROUTER = ("127.0.0.1", 8000)
 PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0, 400.0)
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+EXPERTS = replace(SHAPE, model_type="gpt_oss", num_experts=32)
 SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
 MOONCAKE = KVTransferSettings.model_construct(**{**dict(KVTransferSettings()), "connector": "mooncake"})
 
@@ -77,6 +78,10 @@ CASES: dict[str, Case] = {
     "PD115": Case([on(CPU, num_threads=9)], [on(CPU, num_threads=8), on(machine(cpus=(0,)), num_threads=1)]),
     "PD116": Case([on(CPU, startup_timeout_s=20.0)], [on(CPU, startup_timeout_s=20.5)]),
     "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
+    "PD118": Case(
+        [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
+        [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
+    ),
     "PD201": Case(
         [
             on(GPU, enable_sleep_mode=True, enable_cumem_allocator=False),
