@@ -101,7 +101,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
     "PD505",
     "info",
     fix="Nothing to fix; compare it with what the link should give.",
-    source="The READs at the end of the handshake: 16 MiB out of a CPU's memory, 128 MiB out of a GPU's, in block-sized pieces.",
+    source="The READs at the end of the handshake: up to 16 MiB of a CPU's memory, 128 MiB of a GPU's, in block-sized pieces.",
     needs=("transport",),
 )
 def pair_speed(context: Context) -> Iterator[Found]:

@@ -136,13 +136,13 @@ class NixlConnector(Connector):
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)
-        num_bytes = known.geometry.scratch_bytes
-        landing = new_landing(num_bytes, self._memory.kv_cache.device)
-        offsets, size = piece_offsets(num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes)
+        geometry = known.geometry
+        offsets, size = piece_offsets(geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes)
+        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
         registration = self._agent.register_memory(landing)
         try:
             local = self._describe(landing.data_ptr(), offsets, size, self._device_index)
-            remote = self._describe(known.geometry.scratch_address, offsets, size, known.device_index)
+            remote = self._describe(geometry.scratch_address, offsets, size, known.device_index)
             handle = self._agent.initialize_xfer("READ", local, remote, known.name)
         except self._backend_errors as error:
             self._quietly(lambda: self._agent.deregister_memory(registration))

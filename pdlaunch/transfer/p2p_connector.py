@@ -163,8 +163,8 @@ class P2PConnector(Connector):
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)
-        landing = new_landing(known.scratch.num_bytes, self._memory.kv_cache.device)
         offsets, size = piece_offsets(known.scratch.num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes)
+        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
         pieces = Pieces(_addresses(landing.data_ptr(), offsets), _addresses(known.scratch.address, offsets), size)
         copier = self._copier_of(known, path)
         if not copier.supports(pieces):

@@ -11,8 +11,10 @@ SCRATCH_BYTES = 16 * PATTERN_BYTES
 """Of a CPU: enough to time a path of several GB/s."""
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
 """Of a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ."""
-MOST_PIECES = 1024
-"""More would only take longer."""
+LEAST_PIECE_BYTES = 4 * 1024
+"""Of the pieces in which a scratch is read: where blocks are smaller, what a piece costs is nearly all of its time anyway."""
+COVERING_PIECE_BYTES = 16 * 1024
+"""Pieces of this size on cover the scratch. Of smaller ones there are no more than of these: more would only take longer."""
 
 
 def scratch_bytes(device: torch.device) -> int:
@@ -31,7 +33,7 @@ def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
-    """Whether these are the bytes of that agent's scratch. ``landing``: [num_bytes] uint8."""
+    """Whether that agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a multiple of PATTERN_BYTES."""
     row = _row_tensor(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
@@ -45,13 +47,15 @@ def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
-    """Where the pieces of a scratch begin, and their size: about that of the smaller block, so that what a piece costs shows.
+    """Where the pieces to read of a scratch begin, and their size: about that of the smaller block, so that its cost shows.
 
-    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none.
+    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none. Together they are the beginning of
+    the scratch, a quarter of it at least.
     """
-    wanted = min(num_bytes, max(min(block_bytes), num_bytes // MOST_PIECES))
+    wanted = min(num_bytes, max(min(block_bytes), LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)
-    return list(range(num_bytes - piece_bytes, -1, -piece_bytes)), piece_bytes
+    num_pieces = num_bytes // max(piece_bytes, COVERING_PIECE_BYTES)
+    return [index * piece_bytes for index in reversed(range(num_pieces))], piece_bytes
 
 
 def _row(agent_name: str) -> bytes:

@@ -30,7 +30,7 @@ from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 
 TIMEOUT_S = 60.0
 NUM_BLOCKS = 8
-SCRATCH_BYTES = 1 << 20
+SCRATCH_BYTES = 4 << 20
 
 
 @dataclass

@@ -10,7 +10,16 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
-from pdlaunch.transfer.scratch import SCRATCH_BYTES, has_pattern, new_landing, piece_offsets, scratch_pattern, write_pattern
+from pdlaunch.transfer.scratch import (
+    DEVICE_SCRATCH_BYTES,
+    PATTERN_BYTES,
+    SCRATCH_BYTES,
+    has_pattern,
+    new_landing,
+    piece_offsets,
+    scratch_pattern,
+    write_pattern,
+)
 from tests.transfer.fakes import FakeClock
 
 LANDING = torch.zeros(10**9 // 4, dtype=torch.uint8)
@@ -174,18 +183,26 @@ def test_the_pattern_of_a_scratch_is_that_of_its_agent() -> None:
     assert not has_pattern(scratch, "a#1")
 
 
+@pytest.mark.parametrize("scratch_bytes", [SCRATCH_BYTES, DEVICE_SCRATCH_BYTES])
 @pytest.mark.parametrize(
-    ("num_bytes", "block_bytes", "size"),
+    ("block_bytes", "size", "share"),
     [
-        (1 << 24, (3 << 20, 1 << 21), 1 << 21),
-        (1 << 24, (3 << 20, 9 << 20), 1 << 21),
-        (1 << 24, (1, 1 << 30), 1 << 14),
-        (1 << 24, (1 << 30, 1 << 30), 1 << 24),
+        ((3 << 20, 1 << 21), 1 << 21, 1),
+        ((3 << 20, 9 << 20), 1 << 21, 1),
+        ((1 << 30, 24 << 10), 16 << 10, 1),
+        ((8 << 10, 8 << 10), 8 << 10, 1 / 2),
+        ((5 << 10, 1 << 30), 4 << 10, 1 / 4),
+        ((1, 1 << 30), 4 << 10, 1 / 4),
     ],
 )
-def test_pieces_are_about_as_large_as_a_block_and_cover_the_scratch(
-    num_bytes: int, block_bytes: tuple[int, int], size: int
+def test_pieces_are_about_as_large_as_a_block_and_begin_the_scratch(
+    scratch_bytes: int, block_bytes: tuple[int, int], size: int, share: float
 ) -> None:
-    offsets, piece_bytes = piece_offsets(num_bytes, *block_bytes)
+    offsets, piece_bytes = piece_offsets(scratch_bytes, *block_bytes)
     assert piece_bytes == size
-    assert offsets == list(reversed(range(0, num_bytes, size)))
+    assert offsets == list(reversed(range(0, int(scratch_bytes * share), size)))
+    assert len(offsets) * size % PATTERN_BYTES == 0
+
+
+def test_a_block_larger_than_the_scratch_is_read_as_one_piece() -> None:
+    assert piece_offsets(SCRATCH_BYTES, 1 << 30, 1 << 30) == ([0], SCRATCH_BYTES)
