@@ -98,3 +98,41 @@ def test_a_refusal_names_the_call() -> None:
     driver = CudaPeerDriver(0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")))
     with pytest.raises(DriverRefused, match="cuIpcOpenMemHandle: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"):
         driver.open_ipc(FABRIC)
+
+
+def properties_in_use(bindings: Bindings) -> Any:
+    """Those that the size of a page was asked for last: of all memory that is made from then on."""
+    return next(call[1] for call in reversed(bindings.calls) if call[0] == "cuMemGetAllocationGranularity")
+
+
+def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> None:
+    bindings = Bindings(
+        cuDeviceGetAttribute=(1,),
+        cuMemCreate=("memory",),
+        cuMemExportToShareableHandle=(SimpleNamespace(data=FABRIC),),
+        cuMemRelease=(),
+    )
+    driver = CudaPeerDriver(0, bindings)
+    assert bindings.calls[-1] == ("cuMemRelease", "memory")  # of the trial
+    assert driver.handle_kind == "fabric"
+    assert driver.export(driver.create(2 << 20)) == FABRIC
+    (_, num_bytes, properties, _), (_, _, kind, _) = bindings.calls[-2:]
+    assert (num_bytes, properties.requestedHandleTypes, kind) == (2 << 20, "fabric", "fabric")
+    assert properties.allocFlags.gpuDirectRDMACapable == 1
+
+
+@pytest.mark.parametrize(("refused", "num_given_back"), [("cuMemCreate", 0), ("cuMemExportToShareableHandle", 1)])
+def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(refused: str, num_given_back: int) -> None:
+    results = {"cuMemCreate": ("memory",), refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED")}
+    bindings = Bindings(cuDeviceGetAttribute=(1,), cuMemRelease=(), **results)
+    driver = CudaPeerDriver(0, bindings)
+    properties = properties_in_use(bindings)
+    assert (driver.handle_kind, properties.requestedHandleTypes) == ("posix_fd", "fd")
+    assert properties.allocFlags.gpuDirectRDMACapable == 1
+    assert [call[0] for call in bindings.calls].count("cuMemRelease") == num_given_back
+
+
+def test_a_device_without_rdma_is_not_asked_for_it() -> None:
+    bindings = Bindings()
+    assert CudaPeerDriver(0, bindings).handle_kind == "posix_fd"
+    assert not hasattr(properties_in_use(bindings).allocFlags, "gpuDirectRDMACapable")
