@@ -13,7 +13,7 @@ import msgspec
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]

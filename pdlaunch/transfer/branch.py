@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Literal, Protocol
 
 from pdlaunch.errors import TransferError, VerificationError
@@ -134,8 +135,6 @@ class Branch:
         self._proof: Proof | None = None
         """None when ``kv_transfer.verify`` is off."""
         self._hashing_since_s = 0.0
-        self._asked_s = 0.0
-        """Clock time of the question that waits for its answer."""
         self._held_until_s = 0.0
         """Clock time until which the lease is known to hold."""
         self._heartbeat_s = float("inf")
@@ -235,16 +234,16 @@ class Branch:
             self._next_heartbeat_s = self._puller.clock()
 
     def _begin(self) -> None:
-        self.stage, self._asked_s = Stage.BEGINNING, self._puller.clock()
-        self._send_begin(self._on_reply)
+        self.stage = Stage.BEGINNING
+        self._send_begin(partial(self._on_reply, self._puller.clock()))
 
     def _heartbeat(self) -> None:
         """One at a time: the next is due only after the answer."""
-        self._next_heartbeat_s, self._asked_s = float("inf"), self._puller.clock()
+        self._next_heartbeat_s = float("inf")
         remote, reader = self._command.remote, self._reader
         self._link.ask(
             lambda call_id: Heartbeat(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
-            self._on_reply,
+            partial(self._on_reply, self._puller.clock()),
         )
 
     def _send_begin(self, on_reply: Callable[[ToPuller], None] | None) -> None:
@@ -267,24 +266,25 @@ class Branch:
             None,
         )
 
-    def _on_reply(self, reply: ToPuller) -> None:
+    def _on_reply(self, asked_s: float, reply: ToPuller) -> None:
+        """``asked_s``: when the question was sent; the lease has at least the stated seconds from then on."""
         if self._given_up or self._failure is not None:
             return
         try:
-            self._handle_reply(reply)
+            self._handle_reply(asked_s, reply)
         except PullFailed as failure:
             self._failure = failure
 
-    def _handle_reply(self, reply: ToPuller) -> None:
+    def _handle_reply(self, asked_s: float, reply: ToPuller) -> None:
         match reply:
             case PullReply() if self.stage is Stage.BEGINNING:
-                self._held_until_s = self._asked_s + reply.lease_s
+                self._held_until_s = asked_s + reply.lease_s
                 self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
                 self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
                 self._start_read(reply)
             case HeartbeatReply():
                 if self.stage in (Stage.BEGINNING, Stage.READING, Stage.VERIFYING, Stage.PROVEN):
-                    self._held_until_s = self._asked_s + reply.lease_s
+                    self._held_until_s = asked_s + reply.lease_s
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
             case Refused():
                 late = self.stage is not Stage.BEGINNING or self.num_retries > 0

@@ -5,12 +5,14 @@
     watch ── asked ──> lease is there: LeaseWatched(ok)
                └────── refused, or the holder cannot be reached: LeaseWatched, not ok
 
-Nothing belongs to a watch: one that nobody is interested in any more ends by itself.
+Nothing belongs to a watch: one that nobody is interested in any more ends by itself. An answer may be lost with a connection
+between two hosts, which nobody notices, so the question is repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from pdlaunch.errors import TransferError
@@ -19,15 +21,29 @@ from pdlaunch.protocol.transfer import LeaseWatched, WatchLease
 from pdlaunch.transfer.branch import HolderLink
 from pdlaunch.transfer.peer_table import PeerTable
 
+REPEAT_S = 5.0
+"""Between two questions for the same lease."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Who has been asked and has not answered."""
+
+    command: WatchLease
+    link: HolderLink
+    repeat_s: float
+    """Clock time of the next question."""
+
 
 class LeaseWatches:
     """Asks one holder rank for each lease; a reader that comes too early to another one waits there (``early.py``)."""
 
-    def __init__(self, peers: PeerTable, emit: Callable[[LeaseWatched], None]) -> None:
+    def __init__(self, peers: PeerTable, emit: Callable[[LeaseWatched], None], clock: Callable[[], float]) -> None:
         self._peers = peers
         self._emit = emit
-        self._links: dict[str, HolderLink] = {}
-        """By request: who has been asked and has not answered."""
+        self._clock = clock
+        self._watches: dict[str, _Watch] = {}
+        """By request."""
 
     def start(self, command: WatchLease) -> None:
         """Ask now; a holder that is not connected is not waited for."""
@@ -37,15 +53,24 @@ class LeaseWatches:
         except TransferError as error:
             self._emit(LeaseWatched(request_id=request_id, ok=False, error=str(error)))
             return
-        self._links[request_id] = link
-        if link.status == "ready":
-            link.ask(partial(_question, remote.engine_id, remote.request_id), partial(self._on_reply, request_id))
+        self._watches[request_id] = _Watch(command, link, self._clock())
+        self.advance()
 
     def advance(self) -> None:
-        """Answers of a holder that is lost do not come any more."""
-        for request_id, link in list(self._links.items()):
+        """Ask what is to be asked; answers of a holder that is lost do not come any more."""
+        now_s = self._clock()
+        for request_id, watch in list(self._watches.items()):
+            link = watch.link
             if link.status != "ready":
                 self._end(LeaseWatched(request_id=request_id, ok=False, error=f"{link.name}: {link.error or link.status}"))
+            elif now_s >= watch.repeat_s:
+                watch.repeat_s = now_s + REPEAT_S
+                remote = watch.command.remote
+                link.ask(partial(_question, remote.engine_id, remote.request_id), partial(self._on_reply, request_id))
+
+    def next_deadline_s(self) -> float:
+        """Clock time at which ``advance`` has something to ask."""
+        return min((watch.repeat_s for watch in self._watches.values()), default=float("inf"))
 
     def _on_reply(self, request_id: str, reply: ToPuller) -> None:
         match reply:
@@ -57,7 +82,7 @@ class LeaseWatches:
                 self._end(LeaseWatched(request_id=request_id, ok=False, error=f"unexpected {type(reply).__name__}"))
 
     def _end(self, event: LeaseWatched) -> None:
-        if self._links.pop(event.request_id, None) is not None:
+        if self._watches.pop(event.request_id, None) is not None:
             self._emit(event)
 
 

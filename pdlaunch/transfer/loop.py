@@ -126,7 +126,7 @@ class TransferLoop:
             emit=self._events.append,
         )
         self._pulls = PullTable(puller, self._peers)
-        self._watches = LeaseWatches(self._peers, self._events.append)
+        self._watches = LeaseWatches(self._peers, self._events.append, clock)
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""
@@ -219,6 +219,7 @@ class TransferLoop:
         """How long nothing is due, messages aside."""
         now_s = self._clock()
         deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s(), self._early.next_deadline_s()]
+        deadlines_s.append(self._watches.next_deadline_s())
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)

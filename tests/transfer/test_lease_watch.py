@@ -7,7 +7,7 @@ import pytest
 from pdlaunch.protocol.side_channel import AwaitLease, LeaseReply, Refused
 from pdlaunch.protocol.transfer import EndLease, LeaseWatched, WatchLease
 from pdlaunch.transfer.early import LONGEST_WAIT_S
-from pdlaunch.transfer.lease_watch import LeaseWatches
+from pdlaunch.transfer.lease_watch import REPEAT_S, LeaseWatches
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_early import Desk
 from tests.transfer.test_pull import HolderRank, World
@@ -20,7 +20,7 @@ def world() -> World:
 
 @pytest.fixture
 def watches(world: World) -> LeaseWatches:
-    return LeaseWatches(world.peers, world.events.append)
+    return LeaseWatches(world.peers, world.events.append, world.clock)
 
 
 def watch(holder: HolderRank, request_id: str = "r") -> WatchLease:
@@ -100,3 +100,23 @@ def test_a_holder_that_is_lost_meanwhile_is_waited_for_no_more(world: World, wat
     assert not event.ok
     watches.advance()
     assert len(world.events) == 1
+
+
+def test_who_gets_no_answer_asks_again(world: World, watches: LeaseWatches):
+    """The connection broke between two hosts and came back: nobody noticed, the answer went nowhere."""
+    holder = world.connect()
+    holder.holder.grant(grant("r", [4]))
+    holder.channel.mute = True
+    watches.start(watch(holder))
+    world.turn()
+    holder.channel.mute = False
+    watches.advance()
+    assert len(holder.sent(AwaitLease)) == 1
+    assert watches.next_deadline_s() == world.clock.now + REPEAT_S
+    world.clock.now += REPEAT_S
+    watches.advance()
+    world.turn()
+    assert [event.ok for event in world.events] == [True]
+    world.clock.now += 10 * REPEAT_S
+    watches.advance()
+    assert len(holder.sent(AwaitLease)) == 2

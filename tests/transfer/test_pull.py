@@ -12,7 +12,7 @@ import torch
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullEndReply, PullReply, Refused
+from pdlaunch.protocol.side_channel import Heartbeat, HeartbeatReply, PullBegin, PullEnd, PullEndReply, PullReply, Refused
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
@@ -486,6 +486,37 @@ def test_end_of_the_lease_before_that_of_the_read(world, holder):
     assert not finished.ok
     assert finished.late
     assert "the lease did not hold throughout the READ" in finished.error
+
+
+def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, holder):
+    """A heartbeat that the holder never got does not make the answer to an older question younger."""
+    holder.holder.grant(grant("r", [4], lease_s=8.0))
+    right = holder.kv_cache[4].clone()
+    holder.kv_cache[4] += 1
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60, num_attempts=2))
+    world.turn()
+    world.clock.now += 2.0
+    inbox, holder.channel.receive = holder.channel.inbox, list
+    world.turn(1)  # a heartbeat
+    world.fabric.land()
+    world.turn(1)  # wrong bytes: begins anew
+    beat, begun = inbox
+    assert (type(beat), type(begun)) == (HeartbeatReply, PullReply)
+    holder.channel.receive = lambda: [beat]
+    world.turn(1)
+    world.clock.now += 5.0
+    holder.channel.answer, holder.channel.receive = lambda message: None, list
+    world.turn(1)  # a heartbeat that is lost
+    holder.kv_cache[4] = right
+    holder.channel.receive = lambda: [begun]
+    world.turn(1)
+    world.clock.now += 3.5
+    assert [event.reason for event in holder.ended()] == ["expired"]
+    holder.channel.receive = list
+    world.fabric.land()
+    world.turn()
+    assert world.finished().late
 
 
 def test_a_failed_read_reconnects(world, holder):
