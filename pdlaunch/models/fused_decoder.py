@@ -21,8 +21,8 @@ from pdlaunch.models.layer_kernels import add_and_normalize, gate_with_silu
 from pdlaunch.models.stacked_weights import join
 from pdlaunch.models.triton_attention import TritonStep
 
-FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-"""Models of exactly this shape: two RMS norms a layer, rotation by halves, ``down(silu(gate(x)) * up(x))``."""
+FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM"}
+"""Models of exactly this shape: two RMS norms a layer, rotation by halves or none, ``down(silu(gate(x)) * up(x))``."""
 GATE_COLUMNS = 1024
 
 
@@ -68,6 +68,7 @@ class Layer:
     qkv: Stacked
     head_norms: tuple[torch.Tensor, torch.Tensor, float] | None
     """Of queries and keys: weights and epsilon."""
+    rotates: bool
     output: nn.Module
     middle_norm: Norm
     gate_and_up: Stacked
@@ -81,6 +82,7 @@ class Layer:
             input_norm=Norm.of(layer.input_layernorm),
             qkv=Stacked.of(attention.q_proj, attention.k_proj, attention.v_proj),
             head_norms=query_norm and (query_norm.weight, attention.k_norm.weight, float(query_norm.variance_epsilon)),
+            rotates=bool(getattr(attention, "use_rope", True)),
             output=attention.o_proj,
             middle_norm=Norm.of(layer.post_attention_layernorm),
             gate_and_up=Stacked.of(mlp.gate_proj, mlp.up_proj),
@@ -114,7 +116,8 @@ class FusedDecoder:
         hidden: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             normed = _normalize(hidden, residual, layer.input_norm)
-            attended = step.rotate_and_attend(index, layer.qkv(normed), rotary, self._scaling, layer.head_norms)
+            turned = rotary if layer.rotates else None
+            attended = step.rotate_and_attend(index, layer.qkv(normed), turned, self._scaling, layer.head_norms)
             hidden = layer.output(attended.flatten(1))
             normed = _normalize(hidden, residual, layer.middle_norm)
             hidden = layer.down(_gate(layer.gate_and_up(normed)))

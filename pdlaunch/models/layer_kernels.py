@@ -35,8 +35,9 @@ def rotate_and_write(
     PADDED_HALF: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    ROTATES: tl.constexpr,
 ):
-    """Rotate queries and keys in place, write keys and values into the KV cache.
+    """Normalize and rotate queries and keys in place, write keys and values into the KV cache.
 
     ``projected``: [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * D]. Grid: tiles of TOKENS tokens, heads of all three kinds. The
     two halves of a head are a pair of vectors that the angle of the token's position turns.
@@ -57,11 +58,12 @@ def rotate_and_write(
             more_weights = tl.load(norm + half + dims, mask=dims < half, other=0.0).to(tl.float32)
             scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + epsilon)[:, None]
             x, y = x * scale * weights[None, :], y * scale * more_weights[None, :]
-        angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
-        cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
-        sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
-        first = (x * cosine - y * sine).to(first.dtype)
-        second = (y * cosine + x * sine).to(second.dtype)
+        if ROTATES:
+            angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
+            cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
+            sine = tl.load(sines + angle, mask=mask, other=0.0).to(tl.float32)
+            x, y = x * cosine - y * sine, y * cosine + x * sine
+        first, second = x.to(first.dtype), y.to(second.dtype)
         tl.store(place, first, mask=mask)
         tl.store(place + half, second, mask=mask)
     if head >= NUM_HEADS:

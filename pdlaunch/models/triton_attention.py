@@ -179,19 +179,19 @@ class TritonStep(AttentionStep):
         self,
         layer: int,
         projected: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         scaling: float,
         norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     ) -> torch.Tensor:
         """As ``attend``, from queries, keys and values side by side: [num_tokens, (num_heads + 2 * H) * D], overwritten.
 
-        ``rotary``: cosines and sines, [num_tokens, D] each. ``norms``: weights of queries and keys, [D] each, and epsilon;
-        applied before the rotation.
+        ``rotary``: cosines and sines, [num_tokens, D] each; None: a layer without. ``norms``: weights of queries and keys, [D]
+        each, and epsilon; applied before the rotation.
         """
         layout = self._backend.layout
         num_tokens, head_dim, num_kv_heads = len(projected), layout.head_dim, layout.num_kv_heads
         num_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
-        cosines, sines = rotary
+        cosines, sines = rotary or (projected, projected)
         query_norm, key_norm, epsilon = norms or (projected, projected, 0.0)
         tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
         rotate_and_write[(triton.cdiv(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
@@ -216,6 +216,7 @@ class TritonStep(AttentionStep):
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
             TOKENS=tokens,
             HAS_NORMS=norms is not None,
+            ROTATES=rotary is not None,
         )
         heads = projected.view(num_tokens, -1, head_dim)
         query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)

@@ -115,5 +115,5 @@ if __name__ == "__main__":
         check_attention(case)
     check_decode_inputs()
     check_likeliest_tokens()
-    for name in ("llama-bias", "qwen3", "qwen2-window"):
+    for name in ("llama-bias", "qwen3", "qwen2-window", "smollm3-window"):
         check_fused_decoder(name)
