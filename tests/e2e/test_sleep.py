@@ -16,6 +16,7 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 
+pytest.importorskip("cuda.bindings")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -16,6 +16,7 @@ from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.hand_scheduler import HandScheduler, Request, ignore_progress, make_spec
 from tests.models.tiny import COMMON, save_tiny_model
 
+pytest.importorskip("cuda.bindings")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -14,6 +14,7 @@ from pdlaunch.errors import MemoryPoolError
 from pdlaunch.memory.cumem_pools import CuMemPools, open_memory_pools
 from pdlaunch.memory.pools import KV_CACHE, TAGS, WEIGHTS
 
+pytest.importorskip("cuda.bindings")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -134,9 +135,15 @@ del freed
 pools.sleep(["kv_cache"])
 assert pools.table.num_bytes() >= 2**29
 elsewhere = torch.ones(2**26, device="cuda")
-print(TorchAllocatorSettings().read(), int(weights.sum()))
+segments = [
+    segment
+    for segment in torch.cuda.memory_snapshot()
+    if segment["address"] <= elsewhere.data_ptr() < segment["address"] + segment["total_size"]
+]
+print([segment["is_expandable"] for segment in segments], TorchAllocatorSettings().read(), int(weights.sum()))
 """
     environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{conf} {2**26}\n"
+    is_expandable = "expandable_segments:True" in conf  # the setting is the user's again
+    assert result.stdout == f"{[is_expandable]} {conf} {2**26}\n"

@@ -15,6 +15,7 @@ from pdlaunch.protocol.transfer import LeaseGranted, PullFinished
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
+pytest.importorskip("cuda.bindings")
 DEVICES = torch.cuda.device_count()
 TIMEOUT_S = 120.0
 NUM_BLOCKS = 512
