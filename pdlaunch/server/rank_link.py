@@ -79,9 +79,8 @@ class RankLink:
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
         self._call_ids = itertools.count(1)
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self.send(Hello(server_incarnation=server_incarnation))
-        self._tasks = (asyncio.create_task(self._write()), asyncio.create_task(self._read()))
+        self._reader = asyncio.create_task(self._read())
 
     @property
     def silence_s(self) -> float:
@@ -100,8 +99,13 @@ class RankLink:
         self.send(AbortRequest(request_id=request_id))
 
     def send(self, message: ToRank) -> None:
-        """Queue any message. Encodes it here, so that one that cannot be encoded is its sender's error alone."""
-        self._outbox.put_nowait(to_rank.encode(message))
+        """Queue any message; after the end of the connection nobody hears it.
+
+        Encodes it here, so that one that cannot be encoded is its sender's error alone. A socket without a high-water mark takes
+        all at once: there is nothing to wait for.
+        """
+        if not self._socket.closed:
+            self._socket.send(to_rank.encode(message))
 
     async def check_integrity(self) -> IntegrityReport:
         """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone meanwhile."""
@@ -134,11 +138,9 @@ class RankLink:
 
     async def close(self) -> None:
         """End the connection; requests under way get RankLost."""
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
         self._socket.close()
         calls: list[asyncio.Future[Any]] = [*self._checks.values(), *self._sleeps.values()]
         for call in calls:
@@ -147,10 +149,6 @@ class RankLink:
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(RankLost(request_id))
-
-    async def _write(self) -> None:
-        while True:
-            await self._socket.send(await self._outbox.get())
 
     async def _read(self) -> None:
         while True:
