@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.deployment import running_deployment
+from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.sleep import sleep_engines, wake_engines
 from pdlaunch.client.smoke import engines_of
 from tests.e2e.conftest import clean_environ
@@ -39,14 +39,19 @@ def free_bytes() -> int:
     return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
 
 
-def test_engines_sleep_and_wake_up(tmp_path: Path) -> None:
+def fds_of_ranks(deployment: Deployment) -> dict[str, int]:
+    return {name: process.num_fds() for name, process in deployment.processes().items() if "/rank-" in name}
+
+
+def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path)
     arguments = ["--model", str(model), "--device", "cuda", "--dtype", "float32", "--kv-cache-memory", "4GiB"]
     with running_deployment([*arguments, "--enable-sleep-mode"], environ=clean_environ()) as deployment:
         router = Api(deployment.url)
         status, expected = complete(router, "before")
         assert status == 200, expected
-        for cycle, level in enumerate((1, 2, 1, 2)):
+        settled_bytes, settled_fds = 0, {}
+        for cycle, level in enumerate((1, 2) * 5):
             awake_bytes = free_bytes()
             outcomes = sleep_engines(deployment.url, None, level=level, mode="wait")
             assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [(True, None)] * 2
@@ -63,3 +68,12 @@ def test_engines_sleep_and_wake_up(tmp_path: Path) -> None:
             assert status == 200, answer
             assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
             await_true(lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled")
+            if cycle == 2:  # the first one of each level loads kernels
+                settled_bytes, settled_fds = free_bytes(), fds_of_ranks(deployment)
+        assert len(settled_fds) == 2
+        await_true(lambda: free_bytes() >= settled_bytes, f"{settled_bytes} bytes are free as after the third cycle", 30)
+        await_true(
+            lambda: all(found <= settled_fds[name] for name, found in fds_of_ranks(deployment).items()),
+            f"no more files are open than after the third cycle: {settled_fds}",
+            30,
+        )
