@@ -22,6 +22,7 @@ from pdlaunch.models.step_inputs import DecodeInputs, Staging
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.triton_attention import TritonAttention
 from tests.models.attention_reference import Case, make_inputs, reference, relative_error
+from tests.models.rotation_reference import check_rotation
 from tests.models.tiny import save_tiny_model
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -34,6 +35,14 @@ CASES = (
     Case(((50, 1), (0, 20)), block_size=128, head_dim=80, num_heads=3, num_kv_heads=3, dtype=torch.float16, has_sinks=True),
     Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
 )
+MANY_TOKENS = ((3, 1), (5, 40))
+ROTATIONS = (
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=64), True, True),
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=2, head_dim=80, dtype=torch.float16), False, True),
+    (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=128, block_size=64), True, False),
+    (Case(((9, 1), (0, 3)), num_heads=2, num_kv_heads=1, head_dim=96, dtype=torch.float16), True, True),
+)
+"""Cases, whether heads are normalized, whether they are rotated."""
 
 
 def check_attention(case: Case) -> None:
@@ -45,6 +54,45 @@ def check_attention(case: Case) -> None:
         found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling, inputs.sinks)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
         assert relative_error(found, expected) < TOLERANCES[case.dtype], (case, layer, relative_error(found, expected))
+
+
+def check_gathered_prefixes(case: Case) -> None:
+    """Chunks with something before them, as flash attention gets them: gathered, in each group what its window shows."""
+    for layer in (1, 2):
+        inputs = make_inputs(case)
+        kv_cache, expected = reference(inputs, layer, 0.1)
+        backend = TritonAttention(inputs.layout, inputs.kv_cache)
+        backend.flash = attend_contiguous
+        found = backend.prepare(inputs.batch).attend(layer, inputs.query, inputs.key, inputs.value, 0.1)
+        assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
+        assert relative_error(found, expected) < 1e-5, (case, layer, relative_error(found, expected))
+
+
+def attend_contiguous(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """As torch's varlen attention: the last query of each chunk sees its last key; the window is of earlier keys."""
+    assert (longest, longest_key) == (int(starts.diff().max()), int(key_starts.diff().max()))
+    result = torch.empty_like(query)
+    share = query.shape[1] // key.shape[1]
+    for start, stop, first, last in zip(starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True):
+        keys, values = (states[first:last].repeat_interleave(share, dim=1) for states in (key, value))
+        places = torch.arange(stop - start)[:, None] + (last - first) - (stop - start)
+        seen = torch.arange(last - first)
+        visible = (seen <= places) & ((seen >= places - window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhd,thd->hqt", query[start:stop], keys) * scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=2)
+        result[start:stop] = torch.einsum("hqt,thd->qhd", weights, values)
+    return result
 
 
 def check_decode_inputs() -> None:
@@ -113,6 +161,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in CASES:
         check_attention(case)
+    check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
+    check_gathered_prefixes(Case(((50, 9), (100, 3)), head_dim=80, block_size=8, num_heads=2, num_kv_heads=2))
+    for case, has_norms, rotates in ROTATIONS:
+        check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
     check_decode_inputs()
     check_likeliest_tokens()
     for name in ("llama-bias", "qwen3", "qwen2-window", "smollm3-window"):
