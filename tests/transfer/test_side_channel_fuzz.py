@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import LeaseError, ProtocolError
 from pdlaunch.protocol.side_channel import (
+    AwaitLease,
     Handshake,
     HandshakeReply,
     Heartbeat,
@@ -46,6 +47,7 @@ QUESTIONS = st.one_of(
     of_pull(Heartbeat),
     of_pull(PullEnd),
     of_pull(Push, block_ids=BLOCK_IDS, first_head=NUMBERS, num_heads=NUMBERS, target=st.binary(max_size=20)),
+    st.builds(AwaitLease, call_id=CALL_IDS, engine_id=ENGINE_IDS, request_id=REQUEST_IDS),
     st.builds(
         Handshake,
         call_id=CALL_IDS,
