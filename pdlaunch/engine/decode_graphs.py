@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,9 +17,12 @@ from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.models.decoder import Decoder
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.step_inputs import DecodeInputs, Staging
-from pdlaunch.models.triton_attention import TritonAttention
+
+if TYPE_CHECKING:
+    from pdlaunch.models.triton_attention import TritonAttention
 
 Progress = Callable[[str, float | None], None]
+Captured = TypeVar("Captured")
 
 SIZE_STEP = 8
 """Distance of batch sizes from 8 on: padding costs little where weights are most of the traffic."""
@@ -53,10 +56,11 @@ class DecodeGraphs:
         self._sizes = batch_sizes(max_rows)
         staging = Staging(DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks), device)
         pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, _Graph] = {}
-        for index, size in enumerate(reversed(self._sizes)):
-            progress(f"capturing CUDA graphs, batch of {size}", index / len(self._sizes))
-            self._graphs[size] = _capture(decoder, attention, DecodeInputs(layout, size, staging), latest, pool)
+        self._graphs = capture_all(
+            self._sizes,
+            lambda size: _capture(decoder, attention, DecodeInputs(layout, size, staging), latest, pool),
+            progress,
+        )
 
     def run(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the next call.
@@ -75,6 +79,15 @@ def batch_sizes(max_rows: int) -> list[int]:
     """1, 2, 4, 8, then steps of 8; the last one holds ``max_rows``."""
     sizes = [size for size in (1, 2, 4) if size < max_rows]
     return [*sizes, *range(SIZE_STEP, max_rows, SIZE_STEP), max_rows]
+
+
+def capture_all(sizes: list[int], capture: Callable[[int], Captured], progress: Progress) -> dict[int, Captured]:
+    """What ``capture`` gives for each size, the largest first, so that smaller graphs find room in its memory."""
+    captured = {}
+    for index, size in enumerate(reversed(sizes)):
+        progress(f"capturing CUDA graphs, batch of {size}", index / len(sizes))
+        captured[size] = capture(size)
+    return captured
 
 
 @torch.inference_mode()

@@ -174,9 +174,12 @@ def test_cuda_equals_generate(name: str, enforce_eager: bool, tmp_path: Path) ->
     prompts = [[5 + length % 90] * length for length in LENGTHS]
     expected = greedy(directory, prompts, NUM_TOKENS)
     spec = make_spec(directory, device="cuda", device_indices=(0,), enforce_eager=enforce_eager)
-    runner = ModelRunner(spec, tp=None, progress=ignore_progress)
+    shown: list[str] = []
+    runner = ModelRunner(spec, tp=None, progress=lambda text, _: shown.append(text))
     runner.warm_up()
     assert HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
+    sizes = [] if enforce_eager or name == "gpt-oss" else [16, 8, 4, 2, 1]
+    assert [text for text in shown if "graph" in text] == [f"capturing CUDA graphs, batch of {size}" for size in sizes]
 
 
 @pytest.mark.gpu
