@@ -67,6 +67,7 @@ def test_ranks_answer_as_generate_does(tmp_path: Path, tp_size: int, sizes: dict
         if is_async:
             assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)], directory.name
         shape = read_model_shape(directory)
+        assert [answer["is_restored"] for answer in answers] == [True] * tp_size, directory.name
         assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
         first_heads = range(tp_size) if shape.num_kv_heads == tp_size else [0] * tp_size
         assert [answer["heads"] for answer in answers] == [[first, 1] for first in first_heads]

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.models.loader import reload_model
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from tests.engine.hand_scheduler import HandScheduler, answer_ahead, ignore_progress, make_requests, make_spec
 
@@ -58,12 +59,27 @@ def answer(
     heads = [runner.first_kv_head, runner.layout.num_kv_heads]
     return {
         "tokens": tokens,
+        "is_restored": is_restored(runner, directory, tp),
         "ahead": ahead,
         "num_parameters": parameters,
         "heads": heads,
         "digest": runner.model_digest,
         "has_graphs": runner._graphs is not None,
     }
+
+
+def is_restored(runner: ModelRunner, directory: str, tp: TPGroup) -> bool:
+    """Whether this rank's part of the weights is the same, at the same addresses, when it is lost and read again."""
+    model = runner._model
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
+    reload_model(model, Path(directory), runner.shape, dtype=runner.kv_cache.dtype, dummy=False, tp=tp, progress=ignore_progress)
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    return after.keys() == before.keys() and all(
+        after[name].data_ptr() == address and torch.equal(after[name], tensor) for name, (address, tensor) in before.items()
+    )
 
 
 if __name__ == "__main__":
