@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.config.aliases import resolve_model
-from tests.e2e.api import complete, complete_all
+from pdlaunch.client.smoke import engines_of
+from pdlaunch.models.convert import ensure_converted
+from tests.e2e.api import complete, complete_all, count_now
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model
 
 # Around block (16) and chunk (512) boundaries, and ordinary lengths.
 DEMO_LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 80, 96, 127, 128, 129, 511, 512, 513)
+FEW_LENGTHS = (1, 16, 17, 48, 65, 129, 512)
 NUM_TOKENS = 8
 
 
@@ -26,7 +30,7 @@ def demo_prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def demo_answers(demo_prompts: list[list[int]]) -> list[list[int]]:
-    return greedy(Path(resolve_model("smollm2").cache_dir), demo_prompts, NUM_TOKENS)
+    return greedy(ensure_converted("smollm2", lambda stage, share: None), demo_prompts, NUM_TOKENS)
 
 
 def test_demo_model_cold_then_from_prefix_cache_then_in_a_batch(
@@ -47,6 +51,29 @@ def test_demo_model_with_tensor_parallel_ranks(demo_prompts: list[list[int]], de
     arguments = (*DEMO_ARGUMENTS, "--prefill-tp", "3", "--decode-tp", "3")
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         assert complete_all(deployment.url, demo_prompts, NUM_TOKENS, concurrency=4) == demo_answers
+
+
+def test_demo_model_with_different_numbers_of_ranks(demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
+    """The router has one rank pull from three; the other way round each engine is asked for the other one's part."""
+    pairs = zip(demo_prompts, demo_answers, strict=True)
+    prompts, expected = zip(*(pair for pair in pairs if len(pair[0]) in FEW_LENGTHS), strict=True)
+    with running_deployment((*DEMO_ARGUMENTS, "--prefill-tp", "3"), environ=clean_environ()) as deployment:
+        assert complete_all(deployment.url, list(prompts), NUM_TOKENS, concurrency=4) == list(expected)
+        urls = {engine["role"]: engine["url"] for engine in engines_of(Api(deployment.url))}
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(lambda prompt: complete_in_turn(urls["decode"], urls["prefill"], prompt), prompts)
+            assert tuple(answers) == expected
+        for url in urls.values():
+            assert count_now(Api(url), "transfers") >= len(prompts)
+            assert count_now(Api(url), "transfer_failures") == 0
+
+
+def complete_in_turn(first_url: str, then_url: str, prompt: list[int]) -> list[int]:
+    """What a router does: the first engine computes the prompt, the second one pulls and goes on. A salt keeps caches out."""
+    body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True, "cache_salt": "in turn"}
+    status, answer = Api(first_url).post("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
+    assert status == 200, answer
+    return complete(then_url, prompt, NUM_TOKENS, cache_salt="in turn", kv_transfer_params=answer["kv_transfer_params"])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
