@@ -13,6 +13,11 @@ from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
 Output = Tokens | FirstTokens | RequestFinished
 
 
+def speaks_of_lease(output: Output) -> bool:
+    """It promises blocks."""
+    return isinstance(output, RequestFinished) and output.remote_kv is not None
+
+
 class HeldAnswers:
     """Between the scheduler and the server. ``holds``: False where leases die with their rank: nothing waits."""
 
@@ -30,7 +35,7 @@ class HeldAnswers:
         """What may leave now, of what was held and of ``outputs``; the rest is held from now on."""
         leaving, self._released = self._released, []
         for output in outputs:
-            if self._holds and isinstance(output, RequestFinished) and output.remote_kv is not None:
+            if self._holds and speaks_of_lease(output):
                 self._held[output.request_id] = output
             else:
                 leaving.append(output)

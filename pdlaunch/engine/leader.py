@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.held_answers import HeldAnswers
+from pdlaunch.engine.held_answers import HeldAnswers, Output, speaks_of_lease
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -25,14 +25,12 @@ from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
     CheckIntegrity,
-    FirstTokens,
     Hello,
     IntegrityReport,
     Outputs,
     RequestFinished,
     SetReaders,
     Sleep,
-    Tokens,
     ToRank,
     WakeUp,
     Welcome,
@@ -87,7 +85,7 @@ class Leader:
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
         self._running: tuple[StepPlan, LaunchedStep] | None = None
-        self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
+        self._outputs: list[Output] = []
         self._held = HeldAnswers(holds=wait_for_ranks is not None)
         self._wait_for_ranks = wait_for_ranks
         self._stats_due_s = 0.0
@@ -162,7 +160,10 @@ class Leader:
         plan, launched = self._running
         self._running = None
         self._scheduler.postprocess(plan, self._runner.collect(launched))
-        self._outputs += self._scheduler.take_outputs()
+        outputs = self._scheduler.take_outputs()
+        # What promises no blocks leaves at once: neither the next plan nor the transfer thread's work is to hold it up.
+        self._send([output for output in outputs if not speaks_of_lease(output)])
+        self._outputs += filter(speaks_of_lease, outputs)
 
     def _receive(self) -> None:
         for message in self._server.receive():
@@ -242,6 +243,9 @@ class Leader:
     def _send_released(self) -> None:
         outputs = self._held.sift([*self._outputs, *self._scheduler.take_outputs()])
         self._outputs = []
+        self._send(outputs)
+
+    def _send(self, outputs: list[Output]) -> None:
         if outputs:
             self._server.send(Outputs(items=outputs))
 
