@@ -52,7 +52,7 @@ class Renderer(ABC):
         self.prompts = prompts
 
     @abstractmethod
-    def opening(self) -> list[object]:
+    def opening(self, usage: Usage | UnsetType) -> list[object]:
         """Chunks before any text."""
 
     @abstractmethod
@@ -77,13 +77,13 @@ class CompletionRenderer(Renderer):
 
     PREFIX = "cmpl-"
 
-    def opening(self) -> list[object]:
+    def opening(self, usage: Usage | UnsetType) -> list[object]:
         if not self.request.return_token_ids:
             return []
         choices = [self._choice(Delta(index * self.request.n)) for index in range(len(self.prompts))]
         for choice, prompt in zip(choices, self.prompts, strict=True):
             choice.prompt_token_ids = prompt
-        return [self._completion(choices)]
+        return [self._completion(choices, usage)]
 
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
         return self._completion([self._choice(delta)], usage)
@@ -125,9 +125,9 @@ class ChatRenderer(Renderer):
 
     PREFIX = "chatcmpl-"
 
-    def opening(self) -> list[object]:
+    def opening(self, usage: Usage | UnsetType) -> list[object]:
         choices = [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")) for index in range(self.request.n)]
-        chunk = self._chunk(choices)
+        chunk = self._chunk(choices, usage)
         if self.request.return_token_ids:
             (chunk.prompt_token_ids,) = self.prompts
         return [chunk]

@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.protocol.openai.sse import CONTENT_TYPE, DONE, encode_error, encode_event
 from pdlaunch.server.choice import Delta
 from pdlaunch.server.deadline import Deadline
@@ -124,7 +125,7 @@ class Answerer:
 
     async def _events(self) -> AsyncIterator[bytes]:
         """The stream but for its end, in pieces; each piece is what has come at once."""
-        opening = [] if self._prepared.continues else self._renderer.opening()
+        opening = [] if self._prepared.continues else self._renderer.opening(self._usage())
         async for deltas in self._deltas():
             chunks = opening + [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
             opening = []
@@ -141,8 +142,11 @@ class Answerer:
         return end
 
     def _chunk(self, delta: Delta) -> object:
-        usage = self._generation.usage() if self._renderer.request.continuous_usage else UNSET
-        return self._renderer.chunk(delta, usage)
+        return self._renderer.chunk(delta, self._usage())
+
+    def _usage(self) -> Usage | UnsetType:
+        """What a chunk says of the tokens so far."""
+        return self._generation.usage() if self._renderer.request.continuous_usage else UNSET
 
     def _is_shown(self, delta: Delta) -> bool:
         """Tokens whose text is held back make a chunk only where the client asked for more than text."""
