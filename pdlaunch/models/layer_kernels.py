@@ -35,6 +35,7 @@ def rotate_and_write(
     PADDED_HALF: tl.constexpr,
     TOKENS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
     """Normalize and rotate queries and keys in place, write keys and values into the KV cache.
@@ -57,7 +58,7 @@ def rotate_and_write(
             weights = tl.load(norm + dims, mask=dims < half, other=0.0).to(tl.float32)
             more_weights = tl.load(norm + half + dims, mask=dims < half, other=0.0).to(tl.float32)
             scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + epsilon)[:, None]
-            x, y = x * scale * weights[None, :], y * scale * more_weights[None, :]
+            x, y = x * scale * (weights + NORM_OFFSET)[None, :], y * scale * (more_weights + NORM_OFFSET)[None, :]
         if ROTATES:
             angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
             cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
@@ -80,28 +81,49 @@ def rotate_and_write(
 
 @triton.jit
 def add_and_normalize(
-    hidden, residual, weights, result, epsilon, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, ADDS: tl.constexpr
+    hidden,
+    residual,
+    hidden_weights,
+    weights,
+    result,
+    epsilon,
+    SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr,
+    ADDS: tl.constexpr,
+    NORMALIZES_HIDDEN: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
 ):
-    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE]. Grid: tokens."""
+    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE]. Grid: tokens.
+
+    NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is added, with weights of its own. NORM_OFFSET is added to all weights.
+    """
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
     mask = tl.arange(0, PADDED_SIZE) < SIZE
     content = tl.load(residual + places, mask=mask, other=0.0)
     if ADDS:
-        added = content.to(tl.float32) + tl.load(hidden + places, mask=mask, other=0.0).to(tl.float32)
-        content = added.to(content.dtype)
+        added = tl.load(hidden + places, mask=mask, other=0.0).to(tl.float32)
+        if NORMALIZES_HIDDEN:
+            hidden_factors = tl.load(hidden_weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0).to(tl.float32)
+            added = added * tl.rsqrt(tl.sum(added * added, 0) / SIZE + epsilon) * (hidden_factors + NORM_OFFSET)
+        content = (content.to(tl.float32) + added).to(content.dtype)
         tl.store(residual + places, content, mask=mask)
     values = content.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
     factors = tl.load(weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0).to(tl.float32)
-    tl.store(result + places, (values * scale * factors).to(result.dtype.element_ty), mask=mask)
+    tl.store(result + places, (values * scale * (factors + NORM_OFFSET)).to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gate_with_silu(gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of COLUMNS columns."""
+def multiply_gated(gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr):
+    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of COLUMNS columns.
+
+    IS_GELU: GELU by its approximation with tanh, as 0.5 * (1 + tanh(x)) is sigmoid(2 * x).
+    """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = columns < SIZE
     gate = tl.load(gate_and_up + token * 2 * SIZE + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_and_up + token * 2 * SIZE + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(result + token * SIZE + columns, (gate * tl.sigmoid(gate) * up).to(result.dtype.element_ty), mask=mask)
+    # The constant is 2 * sqrt(2 / pi).
+    opening = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if IS_GELU else gate
+    tl.store(result + token * SIZE + columns, (gate * tl.sigmoid(opening) * up).to(result.dtype.element_ty), mask=mask)

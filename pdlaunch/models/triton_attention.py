@@ -30,7 +30,7 @@ from pdlaunch.models.prompt_attention import (
     varlen_flash,
 )
 from pdlaunch.models.step_inputs import DecodeInputs, slots_of, upload
-from pdlaunch.models.triton_step import Chunks, Prefix, SplitPlan, StepTensors
+from pdlaunch.models.triton_step import Chunks, HeadNorms, Prefix, SplitPlan, StepTensors
 
 Progress = Callable[[str, float | None], None]
 
@@ -181,25 +181,25 @@ class TritonStep(AttentionStep):
         projected: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         scaling: float,
-        norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+        norms: HeadNorms | None = None,
     ) -> torch.Tensor:
         """As ``attend``, from queries, keys and values side by side: [num_tokens, (num_heads + 2 * H) * D], overwritten.
 
-        ``rotary``: cosines and sines, [num_tokens, D] each; None: a layer without. ``norms``: weights of queries and keys, [D]
-        each, and epsilon; applied before the rotation.
+        ``rotary``: cosines and sines, [num_tokens, D] each; None: a layer without. ``norms`` are applied before the
+        rotation.
         """
         layout = self._backend.layout
         num_tokens, head_dim, num_kv_heads = len(projected), layout.head_dim, layout.num_kv_heads
         num_heads = projected.shape[1] // head_dim - 2 * num_kv_heads
         cosines, sines = rotary or (projected, projected)
-        query_norm, key_norm, epsilon = norms or (projected, projected, 0.0)
+        applied = norms or HeadNorms(projected, projected, 0.0)
         tokens = COPY_TOKENS if num_tokens > FEW_TOKENS else 1
         rotate_and_write[(triton.cdiv(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
             projected,
             cosines,
             sines,
-            query_norm,
-            key_norm,
+            applied.query,
+            applied.key,
             self._slots(layer),
             self._backend.kv_cache,
             num_tokens,
@@ -208,7 +208,7 @@ class TritonStep(AttentionStep):
             self._layer_offset(layer),
             self._block_stride,
             self._head_stride,
-            epsilon,
+            applied.epsilon,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             BLOCK_SIZE=layout.block_size,
@@ -216,6 +216,7 @@ class TritonStep(AttentionStep):
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
             TOKENS=tokens,
             HAS_NORMS=norms is not None,
+            NORM_OFFSET=applied.offset,
             ROTATES=rotary is not None,
         )
         heads = projected.view(num_tokens, -1, head_dim)

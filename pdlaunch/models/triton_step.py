@@ -29,6 +29,19 @@ class SplitPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms of a layer's queries and keys."""
+
+    query: torch.Tensor
+    """[D]"""
+    key: torch.Tensor
+    """[D]"""
+    epsilon: float
+    offset: int = 0
+    """Added to all weights."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prefix:
     """Keys and values of one group that flash attention has to see, as a gather makes them."""
 

@@ -167,5 +167,5 @@ if __name__ == "__main__":
         check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
     check_decode_inputs()
     check_likeliest_tokens()
-    for name in ("llama-bias", "qwen3", "qwen2-window", "smollm3-window"):
+    for name in ("llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3"):
         check_fused_decoder(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdlaunch.models.triton_attention import TritonAttention
+from pdlaunch.models.triton_step import HeadNorms
 from tests.models.attention_reference import Case, make_inputs, reference, relative_error
 
 EPSILON = 1e-5
@@ -18,12 +19,13 @@ def check_rotation(case: Case, *, has_norms: bool, rotates: bool, tolerance: flo
     angles = (torch.rand(len(heads), case.head_dim // 2) * 7).repeat(1, 2)
     rotary = (angles.cos().to(device, case.dtype), angles.sin().to(device, case.dtype)) if rotates else None
     weights = (torch.rand(2, case.head_dim) + 0.5).to(device, case.dtype)
-    norms = (weights[0], weights[1], EPSILON) if has_norms else None
     inputs.query = turned(inputs.query, rotary, weights[0] if has_norms else None)
     inputs.key = turned(inputs.key, rotary, weights[1] if has_norms else None)
     # A number halfway between two of the dtype may be rounded to either.
     exactness = max(1e-5, 2 * torch.finfo(case.dtype).eps)
-    for layer in (1, 2):
+    # An offset of 1 and weights that are smaller by 1, which is exact here, are the same norm.
+    for layer, offset in ((1, 0), (2, 1)):
+        norms = HeadNorms(weights[0] - offset, weights[1] - offset, EPSILON, offset) if has_norms else None
         kv_cache, expected = reference(inputs, layer, scaling)
         step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
         projected = heads.clone().view(len(heads), -1)
