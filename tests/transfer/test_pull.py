@@ -53,7 +53,8 @@ class HolderRank:
         card = HolderCard(
             self.identity, compatibility, geometry_of(memory, tp_rank), connector.agent_name, connector.agent_metadata()
         )
-        self.holder = Holder(card, BlockHasher(self.kv_cache, self.layout), clock)
+        hasher = BlockHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
+        self.holder = Holder(card, hasher, clock)
         self.channels: list[FakeChannel] = []
 
     @property
@@ -99,6 +100,7 @@ class World:
     events: list[TransferEvent] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
     eager: bool = True
+    verify: bool = True
 
     def __post_init__(self) -> None:
         layout = layout_of()
@@ -108,7 +110,12 @@ class World:
         setup = PeerSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
             compatibility=compatibility_of(
-                spec_of("decode"), layout, torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+                spec_of("decode", verify=self.verify),
+                layout,
+                torch.float32,
+                model_digest="m",
+                total_kv_heads=3,
+                connector="fake",
             ),
             head_bytes=layout.head_bytes,
             connector=self.connector,
@@ -118,7 +125,8 @@ class World:
             report=self.reports.append,
         )
         self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
-        puller = Puller("d" * 32, 0, 0, layout.head_bytes, BlockHasher(self.kv_cache, layout), self.clock, self.events.append)
+        hasher = BlockHasher(self.kv_cache, layout) if self.verify else None
+        puller = Puller("d" * 32, 0, 0, layout.head_bytes, hasher, self.clock, self.events.append)
         self.pulls = PullTable(puller, self.peers)
 
     def open_channel(self, endpoint: str) -> FakeChannel:
@@ -129,7 +137,7 @@ class World:
         return holder.channel
 
     def add(self, **options: Any) -> HolderRank:
-        holder = HolderRank(self.clock, self.fabric, **options)
+        holder = HolderRank(self.clock, self.fabric, verify=self.verify, **options)
         self.holders[holder.entry().address.side_channel] = holder
         return holder
 
