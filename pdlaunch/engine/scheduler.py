@@ -447,8 +447,8 @@ class Scheduler:
         if reason is None:
             return False
         remote_kv = None if token is None else self._grant_lease(request, token, reason)
-        if remote_kv is not None and token is not None and reason == "length":
-            # The token need not wait for the lease, as the answer does.
+        if remote_kv is not None and token is not None and reason == "length" and request.message.num_readers == 1:
+            # The token need not wait for the lease, as the answer does. With more choices the answer needs them all.
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
             token = None
         self._finish(

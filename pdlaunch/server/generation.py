@@ -34,13 +34,16 @@ class Generation:
         self._on_first_tokens = on_first_tokens
         self.choices = list(choices)
         self._running = {choice.request.request_id: choice for choice in choices if choice.finish_reason is None}
+        self._submitted: set[str] = set()
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._num_prompt_tokens = num_prompt_tokens
         self._remote_kv: RemoteKV | None = None
 
     def start(self) -> None:
-        for choice in self._running.values():
+        """Raises RequestError when one of the ids is in use: then that request is somebody else's, and is left alone."""
+        for request_id, choice in self._running.items():
             self._link.submit(choice.request, self._events.put_nowait)
+            self._submitted.add(request_id)
         for choice in self.choices:
             if choice.is_over() and choice.request.remote_kv is not None:
                 self._give_up_lease(choice)
@@ -60,13 +63,14 @@ class Generation:
 
     def abort(self) -> None:
         """Drop what still runs. Safe to call at any time."""
-        for request_id in self._running:
+        for request_id in self._submitted & self._running.keys():
             self._link.abort(request_id)
         self._running = {}
 
     def release(self) -> None:
         """End the lease of a remote prefill that nobody will pull, also when it has not been granted yet."""
-        self._link.abort(self.choices[0].request.request_id)
+        if (lease_id := self.choices[0].request.request_id) in self._submitted:
+            self._link.abort(lease_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
         """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each choice."""

@@ -14,7 +14,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from pdlaunch.errors import OverloadedError, ProtocolError
+from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
 from pdlaunch.protocol.engine import (
     AbortRequest,
     AddRequest,
@@ -88,8 +88,12 @@ class RankLink:
         return self._clock() - self._heard_at_s
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
-        """Start a request; ``sink`` is called from the event loop with whatever comes back."""
-        assert request.request_id not in self._sinks
+        """Start a request; ``sink`` is called from the event loop with whatever comes back. Raises RequestError."""
+        if request.request_id in self._sinks:
+            raise RequestError(
+                f"a request {request.request_id} is under way; give each lease an id of its own",
+                param="kv_transfer_params.pdlaunch.lease_id",
+            )
         self.send(request)
         self._sinks[request.request_id] = sink
 

@@ -268,6 +268,15 @@ def test_lease_and_answer_after_the_first_token() -> None:
     assert (stats.num_leased_requests, stats.num_free_blocks, stats.leases_expired) == (0, 32, 1)
 
 
+@pytest.mark.parametrize("num_readers", [1, 2])
+def test_the_token_goes_ahead_of_its_lease_only_where_no_other_choice_shares_it(num_readers: int) -> None:
+    """The server would end the lease of others when the token ends this choice."""
+    engine = FakeEngine()
+    assert lease_of(engine, num_readers=num_readers) is not None
+    with_the_end = [token.token_id for token in engine.finished["a"].tokens]
+    assert with_the_end == ([] if num_readers == 1 else output(PROMPT, 1))
+
+
 def test_no_lease_for_a_choice_that_is_complete() -> None:
     engine = FakeEngine()
     assert lease_of(engine, sampling=stop_at_first(PROMPT, 1)) is None
