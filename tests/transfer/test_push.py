@@ -10,6 +10,7 @@ import torch
 from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connector import ReadHandle
+from pdlaunch.transfer.path_choice import NUM_WARM_READS
 from tests.transfer import test_pull
 from tests.transfer.fakes import FakeChannel, FakeConnector
 from tests.transfer.rank_process import cancel, grant, pull
@@ -54,6 +55,10 @@ class PushWorld(World):
 
         channel.answer = answer
         return channel
+
+    def turn(self, times: int = 2 * (1 + NUM_WARM_READS)) -> None:
+        """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have ended in the next."""
+        super().turn(times)
 
     def end_push(self, *, ok: bool) -> None:
         channel, message = self.asked.pop(0)
@@ -101,7 +106,7 @@ def test_a_write_that_failed_is_asked_for_again(world: PushWorld) -> None:
     world.end_push(ok=False)
     assert not world.events
     world.clock.now += 1.0
-    world.turn(6)
+    world.turn()
     world.end_push(ok=True)
     finished = world.finished()
     assert (finished.ok, finished.num_retries) == (True, 1)
