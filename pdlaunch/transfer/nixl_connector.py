@@ -61,15 +61,23 @@ class _Read:
     ended_s: float = 0.0
 
 
+def load_nixl() -> tuple[Any, Any]:
+    """NIXL's Python API and its C++ bindings; importing them takes seconds, and reads the environment."""
+    from nixl import _api, _bindings
+
+    return _api, _bindings
+
+
 class NixlConnector(Connector):
-    """Reads through one NIXL agent. ``nixl`` is imported by ``open``, which must find ``connector_environment`` applied."""
+    """Reads through one NIXL agent. ``open`` loads the library, and must find ``connector_environment`` applied."""
 
     name = "nixl"
     path = f"nixl/{BACKEND}"
 
-    def __init__(self, name: str, incarnation: int) -> None:
+    def __init__(self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl) -> None:
         """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
+        self._load = load
         self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
         self._agent: Any = None
         """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of it."""
@@ -182,16 +190,15 @@ class NixlConnector(Connector):
             self._quietly(partial(self._agent.deregister_memory, registration))
 
     def _make_agent(self) -> Any:
-        from nixl import _api, _bindings  # imported here: takes seconds, and reads its environment then
-
-        self._backend_errors = _PYTHON_ERRORS + _binding_errors(_bindings)
-        agent = _api.nixl_agent(self.agent_name, _api.nixl_agent_config(backends=[]))
-        config = _bindings.nixlAgentConfig()
+        api, bindings = self._load()
+        self._backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
+        agent = api.nixl_agent(self.agent_name, api.nixl_agent_config(backends=[]))
+        config = bindings.nixlAgentConfig()
         config.useProgThread = True
         config.useListenThread = False
-        config.syncMode = _bindings.NIXL_THREAD_SYNC_NONE
+        config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
         config.pthrDelay = _PROGRESS_INTERVAL_US[self._kind]
-        agent.agent = _bindings.nixlAgent(self.agent_name, config)
+        agent.agent = bindings.nixlAgent(self.agent_name, config)
         agent.create_backend(BACKEND)
         return agent
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +32,9 @@ ENGINE_IDS = {"prefill": "a" * 32, "decode": "b" * 32}
 class Rank:
     """A worker and the engine's side of it."""
 
-    def __init__(self, context: SecureContext, role: str, connector: Connector) -> None:
+    def __init__(
+        self, context: SecureContext, role: str, connector: Connector, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         layout = layout_of()
         self.kv_cache = random_cache(layout, 16, seed=len(role))
         self.role = role
@@ -52,6 +55,7 @@ class Rank:
             connector=connector,
             wake=lambda: self._wakes.put(None),
             report=self.reports.put,
+            clock=clock,
         )
 
     def entry(self) -> Entry:
