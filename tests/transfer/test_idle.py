@@ -13,8 +13,8 @@ from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_worker import Rank, remote
 
-PULLS_A_ROUND = 50
-MAX_ROUNDS = 20
+PULLS_A_ROUND = 200
+MAX_ROUNDS = 5
 
 
 class CountingClock:
@@ -66,7 +66,7 @@ def connected_pair(clock: Callable[[], float]) -> Iterator[Pair]:
 
 
 def test_idle_threads_do_not_turn_while_others_pull():
-    """Fifty pulls of another pair take longer than any pause between two looks at a READ: who polled would turn meanwhile."""
+    """Two hundred pulls of another pair take longer than any pause between two looks at a READ: who polled would turn."""
     clock = CountingClock()
     with connected_pair(clock) as idle, connected_pair(time.monotonic) as busy:
         idle.pull()
