@@ -1,0 +1,114 @@
+"""A question for a lease, or its answer, gets lost with a connection that breaks unnoticed: real workers, sockets and a relay."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+import pytest
+
+from pdlaunch.protocol.control import Address, PairReady
+from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from pdlaunch.protocol.transfer import LeaseWatched, WatchLease
+from pdlaunch.transfer.lease_watch import REPEAT_S
+from tests.transfer.fakes import Fabric, FakeConnector
+from tests.transfer.rank_process import grant
+from tests.transfer.test_worker import Rank, remote
+
+TIMEOUT_S = 60
+Way = Literal["question", "answer"]
+
+
+class Relay:
+    """Between a reader and a holder, as the network between two hosts."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        self._holder = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections: queue.SimpleQueue[tuple[socket.socket, socket.socket]] = queue.SimpleQueue()
+        self.swallows: Way | None = None
+        self.swallowed = threading.Event()
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose(self) -> None:
+        """Both ends lose the connection."""
+        self.swallows = None
+        ended, self._open = self._open, []
+        for end in ended:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.lose()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                reader, _ = self._listener.accept()
+                holder = socket.create_connection(self._holder)
+                self._open += [reader, holder]
+                for ends in ((reader, holder, "question"), (holder, reader, "answer")):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+                self.connections.put((reader, holder))
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, way: Way) -> None:
+        with contextlib.suppress(OSError), source:
+            while content := source.recv(65536):
+                if way == self.swallows:
+                    self.swallowed.set()
+                else:
+                    sink.sendall(content)
+
+
+class ShiftedClock:
+    def __init__(self) -> None:
+        self.shift_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.shift_s
+
+
+@pytest.fixture
+def context() -> Iterator[SecureContext]:
+    context = SecureContext(new_launch_keys())
+    yield context
+    context.close()
+
+
+@pytest.mark.parametrize("lost", ["question", "answer"])
+def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
+    fabric, clock = Fabric(), ShiftedClock()
+    holder = Rank(context, "prefill", FakeConnector("prefill-0/rank-0#1", fabric))
+    reader = Rank(context, "decode", FakeConnector("decode-0/rank-0#1", fabric), clock=clock)
+    relay = Relay(holder.worker.endpoint)
+    try:
+        entries = [msgspec.structs.replace(holder.entry(), address=Address(side_channel=relay.endpoint)), reader.entry()]
+        reader.worker.update_registry(entries)
+        assert isinstance(reader.reports.get(timeout=TIMEOUT_S), PairReady)
+        relay.connections.get(timeout=TIMEOUT_S)
+        holder.worker.submit([lease := grant("r", [4, 5])])
+        relay.swallows = lost
+        reader.worker.submit([WatchLease(request_id="d", remote=remote("r"))])
+        assert relay.swallowed.wait(TIMEOUT_S)
+        relay.lose()
+        # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now on goes there.
+        relay.connections.get(timeout=TIMEOUT_S)
+        assert reader.worker.take_events() == []
+        clock.shift_s += REPEAT_S
+        reader.worker.update_registry(entries)
+        assert reader.events() == [LeaseWatched(request_id="d", ok=True, first_tokens=lease.first_tokens)]
+    finally:
+        for rank in (holder, reader):
+            rank.worker.close(timeout_s=10)
+        relay.close()
