@@ -22,6 +22,16 @@ Progress = Callable[[str, float | None], None]
 PIECE_BYTES = 1024**3
 
 
+def register_pages(address: int, num_bytes: int) -> int:
+    """Page-lock memory for all devices; returns CUDA's error code, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))  # type: ignore[no-untyped-call]
+
+
+def unregister_pages(address: int) -> None:
+    """Undo ``register_pages``."""
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
 class HostMemory:
     """``num_chunks`` chunks of ``chunk_bytes``; chunk i lies in piece i // chunks_per_piece. ``progress`` hears of each piece.
 
@@ -29,13 +39,22 @@ class HostMemory:
     """
 
     def __init__(
-        self, num_chunks: int, chunk_bytes: int, *, pin: bool, progress: Progress, piece_bytes: int = PIECE_BYTES
+        self,
+        num_chunks: int,
+        chunk_bytes: int,
+        *,
+        pin: bool,
+        progress: Progress,
+        piece_bytes: int = PIECE_BYTES,
+        register: Callable[[int, int], int] = register_pages,
+        unregister: Callable[[int], None] = unregister_pages,
     ) -> None:
         assert num_chunks > 0
         self.num_chunks = num_chunks
         self.chunk_bytes = chunk_bytes
         self.chunks_per_piece = max(1, piece_bytes // chunk_bytes)
         _check_fits(num_chunks * chunk_bytes)
+        self._register, self._unregister = register, unregister
         self._pinned: list[int] = []
         self.pieces = self._allocate(pin, progress)
         """[chunks * chunk_bytes] uint8 each; the last one may be smaller."""
@@ -64,7 +83,7 @@ class HostMemory:
     def close(self) -> None:
         """Unpin. Nothing may copy any more."""
         for address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            self._unregister(address)
         self._pinned.clear()
 
     def _allocate(self, pin: bool, progress: Progress) -> list[torch.Tensor]:
@@ -88,9 +107,9 @@ class HostMemory:
 
     def _pin(self, region: mmap.mmap, piece: torch.Tensor) -> None:
         touch_pages(region)
-        code = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), piece.numel(), 0)  # type: ignore[no-untyped-call]
-        if int(code) != 0:
-            raise self._refusal(f"pinning {piece.numel()} bytes failed with CUDA error {int(code)}")
+        code = self._register(piece.data_ptr(), piece.numel())
+        if code != 0:
+            raise self._refusal(f"pinning {piece.numel()} bytes failed with CUDA error {code}")
         self._pinned.append(piece.data_ptr())
 
     def _refusal(self, reason: str) -> ConfigError:
