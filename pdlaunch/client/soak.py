@@ -42,7 +42,9 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     longest_output_tokens: int = 24
     longest_patience_s: float = 0.2
     cancel_share: float = 0.15
-    """Clients that go away in the middle."""
+    """Clients that mean to go away in the middle; some have their answer before."""
+    num_cancels: int | None = None
+    """The load ends before its last request once so many clients have gone away without their whole answer."""
     requests_a_salt: int = 16
     """Requests in a row that can share prefixes; fewer mean more pulls."""
     request_timeout_s: float = 120.0
@@ -151,7 +153,7 @@ class _Load:
         self._source = random.Random(f"{options.seed}/load")
 
     async def work(self) -> None:
-        while self.report.num_requests < self._options.num_requests and not self._stop.is_set():
+        while not self._is_over():
             number = self.report.num_requests
             self.report.num_requests += 1
             case = self._source.choice(self._cases)
@@ -162,6 +164,12 @@ class _Load:
                 else None
             )
             await self._account(number, Answer(), case, salt, patience_s)
+
+    def _is_over(self) -> bool:
+        options, report = self._options, self.report
+        if options.num_cancels is not None and report.outcomes["cancelled"] >= options.num_cancels:
+            return True
+        return report.num_requests >= options.num_requests or self._stop.is_set()
 
     async def _account(self, number: int, answer: Answer, case: Case, salt: str, patience_s: float | None) -> None:
         report, start_s = self.report, time.monotonic()
