@@ -24,9 +24,11 @@ def new_offload_worker(
     """Take the rank's host memory; None without ``kv_offload``. Raises ConfigError when it cannot be had."""
     if not spec.kv_offload.host_memory:
         return None
-    faults = read_fault_plan(os.environ)
+    plan = read_fault_plan(os.environ)
     make_worker = (
-        OffloadWorker if faults is None else partial(FaultyOffloadWorker, ChunkFaults(faults.of_chunk, faults.copy_delay_s))
+        OffloadWorker
+        if plan is None
+        else partial(FaultyOffloadWorker, ChunkFaults(plan.of_chunk, plan.copy_delay_s, plan.copies_wait))
     )
     first = runner.first_kv_head
     return make_worker(

@@ -13,6 +13,8 @@ from pdlaunch.offload.worker import OffloadWorker
 
 _TIMER_SLACK_S = 0.001
 """A wake before the report is due would be in vain."""
+_WAIT_S = 0.02
+"""Between two looks at whether ends may be seen again."""
 
 
 class ChunkFaults(NamedTuple):
@@ -22,6 +24,8 @@ class ChunkFaults(NamedTuple):
     """Of a stored chunk: what place and value of its wrong byte are drawn from; None: it stays as it is."""
     delay_s: Callable[[int], float]
     """Of a copy: how much later its end is reported."""
+    copies_wait: Callable[[], bool] = lambda: False
+    """No end is to be reported now."""
 
 
 class FaultyOffloadWorker(OffloadWorker):
@@ -46,14 +50,20 @@ class FaultyOffloadWorker(OffloadWorker):
         now_s = time.monotonic()
         finished = [report for due_s, report in self._late if due_s <= now_s]
         self._late = [(due_s, report) for due_s, report in self._late if due_s > now_s]
-        return finished
+        if not finished or not self._faults.copies_wait():
+            return finished
+        for report in finished:
+            self._report_in(_WAIT_S, report)
+        return []
 
     def _hold_back(self, report: JobFinished) -> None:
         job = self._stores.pop(report.job_id, None)
         for chunk_id in job.chunk_ids if job is not None and report.ok else ():
             self._spoil(chunk_id)
         self._num_copies += 1
-        delay_s = self._faults.delay_s(self._num_copies)
+        self._report_in(self._faults.delay_s(self._num_copies), report)
+
+    def _report_in(self, delay_s: float, report: JobFinished) -> None:
         self._late.append((time.monotonic() + delay_s, report))
         timer = threading.Timer(delay_s + _TIMER_SLACK_S, self._wake)
         timer.daemon = True

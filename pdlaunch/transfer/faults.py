@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
+from pathlib import Path
 
 import msgspec
 
@@ -54,6 +55,8 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Share of the blocks in host memory that go bad there."""
     copy_slow_s: float = 0.05
     """Longest time by which the end of a copy between device and host is seen late."""
+    copies_wait_file: str = ""
+    """While this file exists, no end of such a copy is seen."""
     slow_s: float = 0.3
     """Longest delay."""
     lost_s: float = 4.0
@@ -77,6 +80,10 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def copy_delay_s(self, index: int) -> float:
         """By how much the end of a rank's ``index``-th copy between device and host is seen late."""
         return random.Random(f"{self.seed}/copy/{index}").uniform(0, self.copy_slow_s)
+
+    def copies_wait(self) -> bool:
+        """No end of a copy between device and host is to be seen now."""
+        return bool(self.copies_wait_file) and Path(self.copies_wait_file).exists()
 
     def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
         """Cut some of the leases short."""

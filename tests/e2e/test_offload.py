@@ -31,7 +31,7 @@ def make_prompts() -> list[list[int]]:
 
 
 @contextmanager
-def tiered_deployment(model: Path, *arguments: str, decode_cache: str = SMALL_CACHE, **faults: float) -> Iterator[Deployment]:
+def tiered_deployment(model: Path, *arguments: str, decode_cache: str = SMALL_CACHE, **faults: Any) -> Iterator[Deployment]:
     command = ("--kv-cache-memory", SMALL_CACHE, "--kv-offload-memory", "32MiB", *arguments)
     environ = {"PDLAUNCH_DECODE__KV_CACHE_MEMORY": decode_cache}
     with faulty_deployment(model, HEALTHY | faults, *command, environ=environ) as deployment:
@@ -86,11 +86,25 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
         check_books(deployment)
 
 
-def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: Path) -> None:
-    """Of three ranks each one finds its own bad blocks. Copies take long, so that one is in flight whenever somebody looks."""
+def test_tokens_and_hits_with_another_connector(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path)
     answers = Answers(model)
-    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.2}
+    with tiered_deployment(model, "--kv-connector", "file", "--kv-file-directory", str(tmp_path / "kv")) as deployment:
+        for _ in range(2):
+            answers.check(deployment.url)
+        assert total_now(deployment.url, "transfers") > 0
+        assert total_now(deployment.url, "transfer_failures") == 0
+        for role in ("prefill", "decode"):
+            assert count_now(engine_of(deployment, role), "host_hit_tokens") > 0, role
+        check_books(deployment)
+
+
+def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: Path) -> None:
+    """Of three ranks each one finds its own bad blocks."""
+    model = make_tiny_model("llama", tmp_path)
+    answers = Answers(model)
+    copies_wait = tmp_path / "copies-wait"
+    faults = {"chunk_rate": 0.1, "copy_slow_s": 0.05, "copies_wait_file": str(copies_wait)}
     with tiered_deployment(model, "--decode-tp", "3", decode_cache="170KiB", **faults) as deployment:
         for _ in range(2):
             answers.check(deployment.url)
@@ -98,17 +112,25 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
             assert count_now(engine_of(deployment, role), "offload_bad_blocks") > 0, role
         answers.check_together(engine_of(deployment, "prefill"))
         for role, tp_rank in (("prefill", 0), ("decode", 1)):
-            kill_in_the_middle_of_copies(deployment, answers, role, tp_rank)
+            kill_in_the_middle_of_copies(deployment, answers, role, tp_rank, copies_wait)
         check_books(deployment)
 
 
-def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role: str, tp_rank: int) -> None:
-    """Every request that runs is answered all the same. Nobody has computed them before: each block is copied."""
+def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role: str, tp_rank: int, copies_wait: Path) -> None:
+    """Every request that runs is answered all the same. Nobody has computed them before: each block is copied.
+
+    No copy that has begun ends before the kill.
+    """
     engine = engine_of(deployment, role)
+    copies_wait.touch()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(answers.check, deployment.url, f"kill {role}")
-        await_true(lambda: count_now(engine, "num_offload_jobs") > 0 or running.done(), "a copy is in flight")
-        deployment.processes()[f"{role}-0/rank-{tp_rank}"].kill()
+        try:
+            await_true(lambda: count_now(engine, "num_offload_jobs") > 0 or running.done(), "a copy is in flight")
+            assert not running.done(), "all was answered without a copy"
+            deployment.processes()[f"{role}-0/rank-{tp_rank}"].kill()
+        finally:
+            copies_wait.unlink()
         running.result()
 
 

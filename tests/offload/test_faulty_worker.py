@@ -16,10 +16,9 @@ STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
 LOAD = OffloadJob(2, "load", [8, 9], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
 
 
-def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
-    layout, wakes = make_layout(), threading.Semaphore(0)
-    faults = ChunkFaults(lambda index: random.Random(1) if index == 2 else None, lambda _index: 0.01)
-    worker = FaultyOffloadWorker(
+def new_worker(faults: ChunkFaults, wakes: threading.Semaphore) -> FaultyOffloadWorker:
+    layout = make_layout()
+    return FaultyOffloadWorker(
         faults,
         kv_cache=torch.ones((16, *layout.block_shape()), dtype=torch.bfloat16),
         layout=layout,
@@ -28,6 +27,11 @@ def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
         progress=lambda *_: None,
         wake=wakes.release,
     )
+
+
+def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
+    wakes = threading.Semaphore(0)
+    worker = new_worker(ChunkFaults(lambda index: random.Random(1) if index == 2 else None, lambda _index: 0.01), wakes)
     found: list[JobFinished] = []
     for job in (STORE, LOAD):
         worker.submit([job])
@@ -37,4 +41,17 @@ def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
     store, load = found
     assert store.ok
     assert (load.ok, load.failed_chunk_ids) == (False, [6])
+    worker.close()
+
+
+def test_an_end_is_told_when_it_may_be() -> None:
+    wakes, waits = threading.Semaphore(0), iter([True, True, True])
+    worker = new_worker(ChunkFaults(lambda index: None, lambda _index: 0.0, lambda: next(waits, False)), wakes)
+    worker.submit([STORE])
+    found: list[JobFinished] = []
+    while not found:
+        assert wakes.acquire(timeout=60)
+        found += worker.take_finished()
+    assert [report.job_id for report in found] == [STORE.job_id]
+    assert next(waits, None) is None, "it has been looked for as long as it had to wait"
     worker.close()
