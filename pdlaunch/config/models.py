@@ -133,7 +133,9 @@ class KVTransferSettings(FrozenModel):
         description="What carries KV blocks with connector nixl: NIXL, or copies from mapped memory of ranks of a host (p2p); "
         "`auto` is what is faster at the handshake, for each pair.",
     )
-    verify: Switch = Field(True, description="Compare checksums of pulled blocks; `off` only for measuring.")
+    verify: Switch = Field(
+        True, description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' clocks."
+    )
     on_failure: Literal["recompute", "fail"] = Field("recompute", description="What decode does when a pull fails for good.")
     lease_s: float = Field(30.0, gt=0, description="Seconds prefill keeps blocks for a decode engine that says nothing.")
     pull_timeout_s: float = Field(20.0, gt=0, description="Seconds a decode engine waits for one pull.")
