@@ -405,7 +405,8 @@ class Scheduler:
         if request is None or request.phase is not Phase.AWAITING:
             return
         if not event.ok or not event.first_tokens:
-            self._finish(request, "error", error=f"the lease on the prompt's KV blocks did not come: {event.error}")
+            error = f"the lease on the prompt's KV blocks did not come: {event.error}"
+            self._finish(request, "error", error=error, error_param="kv_transfer_params")
             return
         self._queues.wait(request)
         tokens = [output_of(token) for token in event.first_tokens[:1]]
@@ -478,6 +479,7 @@ class Scheduler:
         tokens: list[TokenOutput] | None = None,
         stop_token_id: int | None = None,
         error: str | None = None,
+        error_param: str | None = None,
         remote_kv: RemoteKV | None = None,
     ) -> None:
         """Give back what the request holds, unless a step in flight still needs it, and say its last word."""
@@ -498,6 +500,7 @@ class Scheduler:
                 tokens=tokens or [],
                 stop_token_id=stop_token_id,
                 error=error,
+                error_param=error_param,
                 num_cached_tokens=request.num_cached_tokens or 0,
                 remote_kv=remote_kv,
             )

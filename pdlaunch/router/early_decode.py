@@ -24,6 +24,9 @@ from pdlaunch.router.pool import Engine, EnginePool, Lender
 HEAD_START_S = 0.002
 """The prefill engine is told first: until it computes, each piece of work here would hold up the first token."""
 
+MAX_QUEUED = 8
+"""Prompts at work at the prefill engine: behind more of them a decode engine would wait for long, and their time counts."""
+
 
 class EarlyDecode:
     """One request to a decode engine that waits for ``lease_id``; somebody has to ``close`` it."""
@@ -60,8 +63,8 @@ class EarlyDecode:
 
 
 def tell_decode(prompt: PromptRequest, prefill: Engine, pool: EnginePool, client: EngineClient) -> EarlyDecode | None:
-    """Tell a decode engine of a prompt that ``prefill`` is about to get; None where one of them cannot do that."""
-    if prompt.num_choices > 1 or prefill.lender is None or not _can_wait(prefill):
+    """Tell a decode engine of a prompt that ``prefill`` is about to get; None where that cannot be, or does not pay."""
+    if prompt.num_choices > 1 or prefill.num_works > MAX_QUEUED or prefill.lender is None or not _can_wait(prefill):
         return None
     engine = pool.pick("decode", strict=True, needs=_can_wait)
     return None if engine is None else EarlyDecode(engine, prefill.lender, prompt, client)

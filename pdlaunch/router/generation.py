@@ -27,7 +27,7 @@ from pdlaunch.router.early_decode import EarlyDecode, tell_decode
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
 from pdlaunch.router.handover import Handover, HandoverStream, read_handover
 from pdlaunch.router.hops import Hops
-from pdlaunch.router.metrics import Hop
+from pdlaunch.router.metrics import EarlyOutcome, Hop
 from pdlaunch.router.pool import Engine, EngineKey
 from pdlaunch.router.transcript import Transcript
 
@@ -172,11 +172,12 @@ class Generation:
             self._drop_early()
             return
         await self._attempt(early.engine, self._relay(early.engine, stream, pulls=True))
-        self._drop_early()
+        self._drop_early("used")
 
-    def _drop_early(self) -> None:
+    def _drop_early(self, outcome: EarlyOutcome = "dropped") -> None:
         early, self._early = self._early, None
         if early is not None:
+            self._hops.metrics.told_early(outcome)
             self._hops.spawn(early.close())
 
     async def _decode(self) -> None:

@@ -11,6 +11,7 @@ from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import ListedState, PairReady
 
 Hop = Literal["prefill", "decode"]
+EarlyOutcome = Literal["used", "dropped"]
 
 
 class RouterMetrics:
@@ -35,6 +36,12 @@ class RouterMetrics:
         )
         self._migrations = Counter(
             "pdlaunch_router_migrations", "Answers continued by another engine from the tokens so far.", registry=registry
+        )
+        self._early_decodes = Counter(
+            "pdlaunch_router_early_decodes",
+            "Decode engines told of a prompt while prefill computed it: whose answer was used, or whose was not wanted.",
+            ("outcome",),
+            registry=registry,
         )
         self._releases = Counter("pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry)
         self._pairs = Gauge(
@@ -68,6 +75,9 @@ class RouterMetrics:
 
     def migrated(self) -> None:
         self._migrations.inc()
+
+    def told_early(self, outcome: EarlyOutcome) -> None:
+        self._early_decodes.labels(outcome).inc()
 
     def released(self) -> None:
         self._releases.inc()

@@ -65,6 +65,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     prompt_tokens: int = 0
     """Estimated tokens of the prompts it is working on."""
     num_streams: int = 0
+    num_works: int = 0
+    """Pieces of work that are outstanding."""
     num_picks: int = 0
     num_failures: int = 0
     """In a row."""
@@ -79,11 +81,13 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
         """Count a piece of work as outstanding for as long as the block runs."""
         self.prompt_tokens += prompt_tokens
         self.num_streams += num_streams
+        self.num_works += 1
         try:
             yield
         finally:
             self.prompt_tokens -= prompt_tokens
             self.num_streams -= num_streams
+            self.num_works -= 1
 
 
 class EnginePool:

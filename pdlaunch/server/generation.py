@@ -113,6 +113,8 @@ class Generation:
 
     def _take_end(self, choice: Choice, event: RequestFinished) -> Delta:
         if event.reason in ("error", "abort"):
+            if event.error is not None and event.error_param is not None:
+                raise RequestError(event.error, param=event.error_param)
             raise RequestError(event.error or "the engine aborted the request", status=500, code="engine_error")
         choice.num_cached_tokens = event.num_cached_tokens
         self._remote_kv = event.remote_kv or self._remote_kv

@@ -103,7 +103,8 @@ def spoiled(params: dict[str, Any], source: random.Random) -> list[Any]:
         "remote_port": 9,
     }
     found += [base | {key: value} for key, value in foreign.items()]
-    ours: list[Any] = [None, 1, [], {"first_tokens": 1}, {"first_tokens": [{}]}]
+    ours: list[Any] = [None, 1, [], {"first_tokens": 1}, {"first_tokens": [{}]}, {"awaits_lease": True}]
+    ours += [{name: value} for name in ("lease_id", "awaits_lease", "first_token_sent") for value in source.sample(odd, 3)]
     found += [base | {"pdlaunch": value} for value in ours]
     found.append(base | {"pdlaunch": {"first_tokens": [{"token_id": 10**9}]}})
     return [

@@ -59,6 +59,7 @@ def test_a_lease_that_does_not_come_ends_it_and_is_left_to_others() -> None:
     engine = awaiting()
     watched(engine, ok=False)
     assert "gone" in (engine.finished["d"].error or "")
+    assert engine.finished["d"].error_param == "kv_transfer_params"
     assert engine.step().commands == []
 
 

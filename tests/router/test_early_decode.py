@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
 import pytest
 
 from pdlaunch.router.client_request import REMOTE_DECODE
+from pdlaunch.router.early_decode import MAX_QUEUED
 from tests.router.conftest import Answer, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, expected_tokens
 from tests.router.test_disconnects import all_is_quiet, send
@@ -45,7 +47,8 @@ async def test_decode_knows_of_the_prompt_before_prefill_answers(stand: Stand, s
     assert params["pdlaunch"]["awaits_lease"] is True
     assert prefill.released == []
     await stand.hops.settled()
-    assert all(engine.prompt_tokens == engine.num_streams == 0 for engine in stand.pool.engines)
+    assert all(engine.prompt_tokens == engine.num_streams == engine.num_works == 0 for engine in stand.pool.engines)
+    assert stand.metric('pdlaunch_router_early_decodes_total{outcome="used"}') == 1
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
@@ -58,6 +61,21 @@ async def test_what_decode_has_against_it_is_as_if_it_had_not_been_told(stand: S
     _, usual = decode.seen
     assert usual.body["kv_transfer_params"]["pdlaunch"]["first_token_sent"] is True
     assert stand.metric("pdlaunch_router_engine_failures_total") == stand.metric("pdlaunch_router_retries_total") == 0
+    assert stand.metric('pdlaunch_router_early_decodes_total{outcome="dropped"}') == 1
+
+
+@pytest.mark.parametrize("num_queued", [MAX_QUEUED, MAX_QUEUED + 1])
+async def test_nobody_waits_behind_a_long_queue_of_prompts(stand: Stand, num_queued: int) -> None:
+    engines = lend(pair())
+    await stand.start(engines)
+    busy = next(engine for engine in stand.pool.engines if engine.role == "prefill")
+    with contextlib.ExitStack() as stack:
+        for _ in range(num_queued):
+            stack.enter_context(busy.working(prompt_tokens=1))
+        answer = await stand.post(completion())
+    assert answer.texts() == {0: expected_text("hello", 6)}
+    params = engines[1].seen[0].body["kv_transfer_params"]["pdlaunch"]
+    assert params.get("awaits_lease", False) is (num_queued == MAX_QUEUED)
 
 
 async def test_an_answer_that_ends_with_prefill_needs_decode_no_more(stand: Stand) -> None:

@@ -219,6 +219,14 @@ async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
     assert (status, error["message"], error["code"]) == (500, "no KV blocks", "engine_error")
 
 
+async def test_an_error_that_the_request_is_to_blame_for_names_its_member(engine: Engine, rank: FakeRank):
+    rank.script = lambda request: [
+        RequestFinished(request_id=request.request_id, reason="error", error="no such lease", error_param="kv_transfer_params")
+    ]
+    status, error = await engine.refusal()
+    assert (status, error["message"], error["param"]) == (400, "no such lease", "kv_transfer_params")
+
+
 async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
     async with running_stream(engine, rank) as (request, response):
         await rank.say(RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks"))
