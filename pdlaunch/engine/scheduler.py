@@ -48,6 +48,7 @@ from pdlaunch.protocol.transfer import (
     SetLeaseReaders,
     TransferCommand,
     TransferEvent,
+    UnwatchLease,
 )
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Scheduler:
         if error := self._intake.refusal(request):
             self._finish(request, "error", error=error)
         elif message.do_remote_decode and message.request_id in self._leases:
-            self._finish(request, "error", error=f"an earlier request {message.request_id} still has a lease; use another id")
+            error = f"an earlier request {message.request_id} still has a lease; use another id"
+            self._finish(request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id")
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
         elif message.awaits_lease:
@@ -134,7 +136,7 @@ class Scheduler:
             self._finish(request, "abort")
 
     def on_transfer_event(self, event: TransferEvent) -> None:
-        """Take what the ranks' connectors report; exactly one LeaseEnded, PullFinished, PullDrained an id, over all TP ranks."""
+        """Take what the ranks' connectors report; of a kind exactly one an id, over all TP ranks."""
         self._may_progress = True
         match event:
             case LeaseEnded():
@@ -487,6 +489,8 @@ class Scheduler:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
+        elif request.phase is Phase.AWAITING and reason == "abort":
+            self._commands.append(UnwatchLease(request_id=request.request_id))
         # Whoever gives up before there is a lease leaves it to another reader.
         if request.wants_pull and request.phase not in (Phase.PULLING, Phase.AWAITING):
             self._commands.append(self._pulls.tell_holder(request))

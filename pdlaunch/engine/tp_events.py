@@ -86,6 +86,7 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         in_flight=in_flight,
         num_bytes=sum(report.num_bytes for report in reports),
         seconds=max(report.seconds for report in reports),
+        read_s=max(report.read_s for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
         departed=not failed and any(report.departed for report in reports),

@@ -125,7 +125,10 @@ class CudaLane(Lane):
         end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             begin.record(self._stream)
-            self._copy_all(copies)
+            try:
+                self._copy_all(copies)
+            except (RuntimeError, TransferError) as error:
+                return _failing(error, first=self._stream.synchronize)  # a part of it may be on its way
             end.record(self._stream)
 
         def wait() -> float:
@@ -135,8 +138,11 @@ class CudaLane(Lane):
         return wait
 
 
-def _failing(error: Exception) -> Callable[[], float]:
+def _failing(error: Exception, first: Callable[[], object] = lambda: None) -> Callable[[], float]:
+    """``first`` waits until nothing is written any more."""
+
     def fail() -> float:
+        first()
         raise error
 
     return fail

@@ -146,9 +146,11 @@ class PullEnd(Message):
 
 
 class PullEndReply(Message):
+    """The holder knows. A reader proves by itself that its lease has held."""
+
     call_id: int
     held: bool
-    """The lease held from pull_begin until now: what was read is what was leased."""
+    """The lease held from pull_begin until now."""
 
 
 class AwaitLease(Message):

@@ -44,6 +44,12 @@ class WatchLease(Message):
     remote: RemoteKV
 
 
+class UnwatchLease(Message):
+    """Decode: nobody waits for that word any more. A watch that has not ended ends with a LeaseWatched that is not ok."""
+
+    request_id: str
+
+
 class StartPull(Message):
     """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
 
@@ -68,7 +74,7 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = GrantLease | EndLease | SetLeaseReaders | WatchLease | StartPull | CancelPull
+TransferCommand = GrantLease | EndLease | SetLeaseReaders | WatchLease | UnwatchLease | StartPull | CancelPull
 
 
 class LeaseGranted(Message):
@@ -111,7 +117,7 @@ class PullFinished(Message):
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False
-    """The lease had ended before the READ was proven: the bytes may be another request's."""
+    """The lease had ended before the READ was over: the bytes may be another request's."""
     num_retries: int = 0
     """READs that were repeated."""
     departed: bool = False

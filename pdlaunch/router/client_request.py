@@ -123,10 +123,10 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(body)
 
     @property
-    def wanted_token_ids(self) -> msgspec.Raw | None:
+    def wanted_token_ids(self) -> msgspec.Raw | list[int] | None:
         """The prompt's token ids, if they are known here and the client wants them back."""
         prompt = self.body.get("prompt")
-        return prompt if isinstance(prompt, msgspec.Raw) and self.body.get("return_token_ids") else None
+        return prompt if isinstance(prompt, msgspec.Raw | list) and self.body.get("return_token_ids") else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
         """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""

@@ -6,13 +6,13 @@
          └ kv_transfer_params ──> decode ── chunks ──> client
                                      └ died: another engine with `resume` = the tokens so far ──> client
 
-A request that only one engine can or need serve goes there at once. Everything that is sent to the client went through the
-transcript, so that nothing is told twice whichever engine says it.
+A request that only one engine can or need serve goes there at once. Where both can, prefill's answer is a stream, and decode has
+been told of the prompt meanwhile (``early_decode.py``). All that is sent to the client went through the transcript, so that
+nothing is told twice whichever engine says it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Iterator
@@ -112,7 +112,7 @@ class Generation:
                 handover = await work
         except BaseException as error:
             self._drop_early()
-            if isinstance(error, asyncio.CancelledError):
+            if not isinstance(error, EngineFailure | EngineRefusal):
                 # The answer may be on its way, and the lease that it speaks of would wait for its deadline.
                 self._release(engine, self._prompt.request_id)
             raise
@@ -171,8 +171,11 @@ class Generation:
             logger.info("told of the prompt in vain: %s", failure)
             self._drop_early()
             return
-        await self._attempt(early.engine, self._relay(early.engine, stream, pulls=True))
-        self._drop_early("used")
+        self._num_decode_attempts += 1
+        try:
+            await self._attempt(early.engine, self._relay(early.engine, stream, pulls=True))
+        finally:
+            self._drop_early("used")
 
     def _drop_early(self, outcome: EarlyOutcome = "dropped") -> None:
         early, self._early = self._early, None
@@ -223,7 +226,6 @@ class Generation:
         """Tell the client all that the engine says. ``pulls``: it says nothing before the lease is of no more use."""
         while (chunk := await stream.next_chunk()) is not None:
             self._decode_has_answered = True
-            self._trouble_since_s = None
             self._lease_taken |= pulls
             await self._tell(engine, chunk)
         if not self.transcript.is_done:
@@ -234,6 +236,7 @@ class Generation:
         try:
             _refuse_broken(engine, chunk)
             has_news = self.transcript.admit(chunk)
+            self._trouble_since_s = None
         except _MALFORMED as error:
             raise EngineFailure(engine, f"malformed chunk: {error!r}", may_return=False) from error
         if has_news:

@@ -73,7 +73,7 @@ class HandoverStream:
             self._has_ended = True
         else:
             # What the prefix cache held is known at the end alone.
-            del chunk["usage"]
+            chunk["usage"] = {"prompt_tokens": self.num_prompt_tokens}
         for choice in chunk["choices"]:
             if choice["finish_reason"] == "length":
                 choice["finish_reason"] = None

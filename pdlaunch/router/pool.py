@@ -203,6 +203,8 @@ def _find_lender(by_rank: list[Entry]) -> Lender | None:
         return None
     leader = by_rank[0]
     host, _, port = leader.address.side_channel.removeprefix("tcp://").rpartition(":")
+    if not port.isdecimal():
+        return None
     return Lender(engine_id=leader.engine_id, host=host, port=int(port), tp_size=leader.tp_size) if host else None
 
 

@@ -86,7 +86,7 @@ class Transcript:
         if usage is None:
             return
         if not self._has_usage:
-            self._has_usage = True
+            self._has_usage = "completion_tokens" in usage
             self._usage.prompt_tokens = usage["prompt_tokens"]
             details = usage.get("prompt_tokens_details")
             if details is not None:
@@ -139,7 +139,7 @@ def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Col
     """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their finish_reason is left out."""
     head = {name: value for name, value in answer.items() if name not in ("choices", "kv_transfer_params", "object")}
     usage = head.pop("usage", None)
-    chunks: list[Chunk] = []
+    chunks: list[Chunk] = [] if usage is None else [head | {"choices": [], "usage": usage}]
     for choice in answer["choices"]:
         if is_chat:
             message = choice.pop("message")
@@ -148,8 +148,6 @@ def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Col
         if choice["index"] in open_choices:
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})
-    if usage is not None:
-        chunks.append(head | {"choices": [], "usage": usage})
     return chunks
 
 

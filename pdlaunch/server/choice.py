@@ -30,9 +30,6 @@ class Delta:
         self.finish_reason = other.finish_reason
         self.stop_reason = other.stop_reason
 
-    def is_empty(self) -> bool:
-        return not (self.text or self.tokens or self.finish_reason)
-
 
 class Choice:
     """The state of one choice, fed with tokens in order; ends with a ``finish_reason``, once."""

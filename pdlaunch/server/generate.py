@@ -96,7 +96,7 @@ class GenerateHandler:
             generation.abort()
             if prepared.is_remote_prefill and not answered:
                 generation.release()
-        if prepared.is_remote_prefill:
+        if prepared.is_remote_prefill and answered:
             self._service.leases.add(call.request_id, prepared.choices[0].request.request_id)
         clock.finished(prepared.choices)
         _log.info("%s", _summary(prepared))

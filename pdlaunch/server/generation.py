@@ -113,6 +113,7 @@ class Generation:
 
     def _take_end(self, choice: Choice, event: RequestFinished) -> Delta:
         if event.reason in ("error", "abort"):
+            self._submitted.discard(event.request_id)  # rank 0 has nothing of ours under this id
             if event.error is not None and event.error_param is not None:
                 raise RequestError(event.error, param=event.error_param)
             raise RequestError(event.error or "the engine aborted the request", status=500, code="engine_error")

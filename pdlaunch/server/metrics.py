@@ -17,7 +17,10 @@ from pdlaunch.server.choice import Choice, Delta
 _GAUGES: Mapping[str, tuple[str, str]] = {
     "num_running": ("num_requests_running", "Requests in the batch."),
     "num_waiting": ("num_requests_waiting", "Requests waiting for a place in the batch."),
-    "num_waiting_for_kv": ("num_requests_waiting_for_kv", "Requests waiting for KV blocks that are pulled or loaded."),
+    "num_waiting_for_kv": (
+        "num_requests_waiting_for_kv",
+        "Requests waiting for KV blocks of others.",
+    ),
     "num_leased_requests": ("num_requests_leased", "Finished prefills whose blocks wait for a decode engine."),
     "num_blocks": ("kv_blocks", "KV blocks of a rank."),
     "num_free_blocks": ("kv_blocks_free", "KV blocks that can be allocated."),

@@ -1,10 +1,11 @@
 """From a checked request to the choices that rank 0 works on, and what is already known of them.
 
-Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``.
+Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``, or what a router that names the
+lease wants (``lease_id``).
 
 - Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a lease for all.
 - Decode side: every choice starts with the token that prefill has drawn (``pdlaunch.first_tokens``), or without one when the
-  router does not pass them on.
+  router does not pass them on; with ``awaits_lease`` the lease brings it later.
 - ``resume``: every choice starts with the tokens that it has.
 """
 

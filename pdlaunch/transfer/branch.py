@@ -46,6 +46,8 @@ from pdlaunch.transfer.read_plan import Proof, PullFailed, ReadPlan, check_hashe
 logger = logging.getLogger(__name__)
 
 HEARTBEATS_A_LEASE = 4
+REPEAT_S = 5.0
+"""Until a pull_begin without an answer is asked again: a connection between two hosts may break unnoticed."""
 
 LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 
@@ -140,6 +142,8 @@ class Branch:
         self._heartbeat_s = float("inf")
         """Seconds between two."""
         self._next_heartbeat_s = float("inf")
+        self._next_begin_s = float("inf")
+        """When pull_begin is asked again."""
         self._failure: PullFailed | None = None
         """Of an answer; ``advance`` is the one place for failures."""
         self._given_up = False
@@ -170,7 +174,9 @@ class Branch:
         """Clock time at which there is something to do, READs and messages aside."""
         if self._owes_until_s is not None:
             return self._owes_until_s
-        return self._next_heartbeat_s if self._link.status == "ready" else float("inf")
+        if self._link.status != "ready":
+            return float("inf")
+        return min(self._next_heartbeat_s, self._next_begin_s) if self.stage is Stage.BEGINNING else self._next_heartbeat_s
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
@@ -186,7 +192,7 @@ class Branch:
             self._poll_checksums()
         if self._link.status != "ready":
             self._on_disconnected()
-        elif self.stage is Stage.CONNECTING:
+        elif self.stage is Stage.CONNECTING or (self.stage is Stage.BEGINNING and self._puller.clock() >= self._next_begin_s):
             self._begin()
         elif self._puller.clock() >= self._next_heartbeat_s:
             self._heartbeat()
@@ -234,12 +240,13 @@ class Branch:
             self._next_heartbeat_s = self._puller.clock()
 
     def _begin(self) -> None:
-        self.stage = Stage.BEGINNING
-        self._send_begin(partial(self._on_reply, self._puller.clock()))
+        now_s = self._puller.clock()
+        self.stage, self._next_begin_s = Stage.BEGINNING, now_s + REPEAT_S
+        self._send_begin(partial(self._on_reply, now_s))
 
     def _heartbeat(self) -> None:
-        """One at a time: the next is due only after the answer."""
-        self._next_heartbeat_s = float("inf")
+        """The next is due as long after this one, or after its answer."""
+        self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
         remote, reader = self._command.remote, self._reader
         self._link.ask(
             lambda call_id: Heartbeat(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
@@ -263,7 +270,7 @@ class Branch:
         remote, reader = self._command.remote, self._reader
         self._link.ask(
             lambda call_id: PullEnd(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
-            None,
+            lambda _: None,  # its ledger is told when the holder dies before it has answered
         )
 
     def _on_reply(self, asked_s: float, reply: ToPuller) -> None:
@@ -282,6 +289,8 @@ class Branch:
                 self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
                 self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
                 self._start_read(reply)
+            case PullReply():
+                return  # to a pull_begin that was repeated
             case HeartbeatReply():
                 if self.stage in (Stage.BEGINNING, Stage.READING, Stage.VERIFYING, Stage.PROVEN):
                     self._held_until_s = asked_s + reply.lease_s

@@ -1,7 +1,8 @@
 """Questions about a lease that this rank has not been told of yet.
 
 Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks. A reader may be at one of
-them before its grant is: the question then waits for it, in order, for a while.
+them before its grant is: the question then waits for it, in order, for a while. Who asks for word of a lease (``AwaitLease``)
+does so while the prompt is computed, or before, and waits longer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ LONGEST_WAIT_S = 60.0
 """For who asked to be told of a lease: the prompt may be far from computed. Then the reader is refused, and comes later."""
 MAX_WAITING = 4096
 """Further questions are answered at once."""
+MAX_AWAITING = 1024
+"""The same for those for word of a lease: they leave room for pulls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class EarlyQuestions:
         self._waiting = []
         due: list[tuple[bytes, ToHolder]] = []
         for question in questions:
-            if now_s < question.deadline_s and len(self._waiting) < MAX_WAITING and self._is_early(question.message):
+            limit = MAX_AWAITING if isinstance(question.message, AwaitLease) else MAX_WAITING
+            if now_s < question.deadline_s and len(self._waiting) < limit and self._is_early(question.message):
                 self._waiting.append(question)
             else:
                 due.append((question.identity, question.message))

@@ -149,6 +149,7 @@ class FaultyConnector(Connector):
                 read.wait_until_s = self._clock() + read.source.uniform(0, self._faults.lost_s)
             case Fault.TRUNCATE:
                 read.unwritten = _second_half(read.memory[-1]).clone()
+                _await_device(read.unwritten)
             case _:
                 pass
         read.inner = read.start()
@@ -171,8 +172,10 @@ class FaultyConnector(Connector):
                 return "failed"
             case Fault.CORRUPT:
                 _corrupt(read.memory, read.source)
+                _await_device(read.memory[0])
             case Fault.TRUNCATE if read.unwritten is not None:
                 _second_half(read.memory[-1]).copy_(read.unwritten)
+                _await_device(read.memory[0])
             case Fault.DUPLICATE if not self.pushes:
                 return self._repeat(read)
             case _:
@@ -197,6 +200,12 @@ class FaultyTransferWorker(TransferWorker):
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         super().submit(self._faults.on_commands(self._agent_name, commands))
+
+
+def _await_device(memory: torch.Tensor) -> None:
+    """The fault is there before anybody hears of the READ's end: checksums are computed on another stream."""
+    if memory.is_cuda:
+        torch.cuda.current_stream(memory.device).synchronize()
 
 
 def _second_half(block: torch.Tensor) -> torch.Tensor:

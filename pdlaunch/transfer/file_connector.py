@@ -106,12 +106,20 @@ class FileConnector(PushingConnector):
             assert read.landing is not None
             _check_fits(name, found, read.landing)
             read.landing.copy_(found)
+            _await_device(read.landing)
             return
         heads = read.read.local_heads
         blocks = torch.tensor(read.read.local_blocks, device=kv_cache.device)
         share = kv_cache[:, heads.start : heads.stop]
         _check_fits(name, found, share, len(blocks))
         share.index_copy_(0, blocks, found)
+        _await_device(kv_cache)
+
+
+def _await_device(memory: torch.Tensor) -> None:
+    """What was written is there for every stream."""
+    if memory.is_cuda:
+        torch.cuda.current_stream(memory.device).synchronize()
 
 
 def _check_fits(name: str, found: torch.Tensor, wanted: torch.Tensor, num_rows: int | None = None) -> None:

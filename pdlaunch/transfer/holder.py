@@ -248,7 +248,10 @@ class Holder:
         if request_id in self._hashing:
             return
         lease = self._leases.find(request_id)
-        if self._ledger is None or lease is None or self._ledger.num_readers(request_id) == lease.num_expected:
+        if self._ledger is None or lease is None:
             return
-        if not self._ledger.write(LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=lease.num_expected)):
+        num_readers = max(lease.num_expected, bool(lease.open_readers))
+        if self._ledger.num_readers(request_id) == num_readers:
+            return
+        if not self._ledger.write(LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=num_readers)):
             logger.warning("the ledger is full: request %s cannot be pulled after a death of this rank", request_id)

@@ -3,9 +3,9 @@
 ::
 
     watch ── asked ──> lease is there: LeaseWatched(ok)
-               └────── refused, or the holder cannot be reached: LeaseWatched, not ok
+               └────── refused, given up, or the holder cannot be reached: LeaseWatched, not ok
 
-Nothing belongs to a watch: one that nobody is interested in any more ends by itself. An answer may be lost with a connection
+Nothing belongs to a watch. An answer may be lost with a connection
 between two hosts, which nobody notices, so the question is repeated.
 """
 
@@ -17,15 +17,12 @@ from functools import partial
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import AwaitLease, LeaseReply, Refused, ToHolder, ToPuller
-from pdlaunch.protocol.transfer import LeaseWatched, WatchLease
-from pdlaunch.transfer.branch import HolderLink
+from pdlaunch.protocol.transfer import LeaseWatched, UnwatchLease, WatchLease
+from pdlaunch.transfer.branch import REPEAT_S, HolderLink
 from pdlaunch.transfer.peer_table import PeerTable
 
-REPEAT_S = 5.0
-"""Between two questions for the same lease."""
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Watch:
     """Who has been asked and has not answered."""
 
@@ -56,6 +53,10 @@ class LeaseWatches:
         self._watches[request_id] = _Watch(command, link, self._clock())
         self.advance()
 
+    def cancel(self, command: UnwatchLease) -> None:
+        """Ask no more. Unknown watches have ended already."""
+        self._end(LeaseWatched(request_id=command.request_id, ok=False, error="given up"))
+
     def advance(self) -> None:
         """Ask what is to be asked; answers of a holder that is lost do not come any more."""
         now_s = self._clock()
@@ -66,13 +67,16 @@ class LeaseWatches:
             elif now_s >= watch.repeat_s:
                 watch.repeat_s = now_s + REPEAT_S
                 remote = watch.command.remote
-                link.ask(partial(_question, remote.engine_id, remote.request_id), partial(self._on_reply, request_id))
+                link.ask(partial(_question, remote.engine_id, remote.request_id), partial(self._on_reply, watch))
 
     def next_deadline_s(self) -> float:
         """Clock time at which ``advance`` has something to ask."""
         return min((watch.repeat_s for watch in self._watches.values()), default=float("inf"))
 
-    def _on_reply(self, request_id: str, reply: ToPuller) -> None:
+    def _on_reply(self, watch: _Watch, reply: ToPuller) -> None:
+        request_id = watch.command.request_id
+        if self._watches.get(request_id) is not watch:
+            return
         match reply:
             case LeaseReply(first_tokens=first_tokens):
                 self._end(LeaseWatched(request_id=request_id, ok=True, first_tokens=first_tokens))

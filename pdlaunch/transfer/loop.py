@@ -24,6 +24,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
     TransferEvent,
+    UnwatchLease,
     WatchLease,
 )
 from pdlaunch.transfer.branch import Puller
@@ -139,6 +140,8 @@ class TransferLoop:
                 self._holder.set_readers(command)
             case WatchLease():
                 self._watches.start(command)
+            case UnwatchLease():
+                self._watches.cancel(command)
             case StartPull():
                 self._pulls.start(command)
             case CancelPull():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.protocol.kv_params import FirstToken
-from pdlaunch.protocol.transfer import LeaseWatched, StartPull, WatchLease
+from pdlaunch.protocol.transfer import LeaseWatched, StartPull, UnwatchLease, WatchLease
 from tests.engine.fake_engine import FakeEngine, remote_kv
 from tests.engine.test_scheduler import PROMPT, output
 
@@ -67,7 +67,7 @@ def test_one_that_is_aborted_meanwhile_leaves_the_lease_to_others() -> None:
     engine = awaiting()
     engine.scheduler.abort("d")
     engine.take_outputs()
-    assert engine.step().commands == []
+    assert engine.step().commands == [UnwatchLease(request_id="d")]
     watched(engine, 5)
     assert engine.finished["d"].reason == "abort"
     assert "d" not in engine.first_tokens

@@ -111,12 +111,13 @@ async def test_a_stream_that_breaks_goes_on_elsewhere(stand: Stand) -> None:
     assert stand.metric("pdlaunch_router_migrations_total") == 1
 
 
-async def test_the_first_token_is_told_before_its_lease_is_there(stand: Stand) -> None:
+@pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]]], ids=["ids", "batch of one"])
+async def test_the_first_token_is_told_before_its_lease_is_there(stand: Stand, prompt: list[Any]) -> None:
     prefill, decode = lend(pair())
     prefill.hold_lease = True
     await stand.start([prefill, decode])
     async with stand.session.post(
-        "/v1/completions", json=completion(stream=True, prompt=[5, 6, 7], return_token_ids=True)
+        "/v1/completions", json=completion(stream=True, prompt=prompt, return_token_ids=True)
     ) as response:
         first = msgspec.json.decode((await response.content.readuntil(b"\n\n"))[6:])
         assert not prefill.leases

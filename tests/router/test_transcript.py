@@ -84,8 +84,8 @@ def test_a_whole_answer_as_chunks_leaves_open_choices_open() -> None:
     }
     chunks = chunks_of_answer(answer, is_chat=False, open_choices={0})
     transcript = Transcript(2)
-    assert [transcript.admit(chunk) for chunk in chunks] == [True, True, False]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:2]] == [None, "stop"]
+    assert [transcript.admit(chunk) for chunk in chunks] == [False, True, True]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[1:]] == [None, "stop"]
     assert not any("kv_transfer_params" in chunk for chunk in chunks)
     assert transcript.usage().prompt_tokens == 3
 

@@ -207,8 +207,6 @@ def test_a_holder_that_dies_after_the_read_is_told_of_the_end_through_its_ledger
     assert isinstance(holder.channel.sent[-1], PullEnd)
     assert is_mapped(world)
     registry_drops(world)
-    world.clock.now += 60
-    world.turn()
     assert not is_mapped(world)
 
 

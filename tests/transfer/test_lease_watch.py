@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.protocol.side_channel import AwaitLease, LeaseReply, Refused
-from pdlaunch.protocol.transfer import EndLease, LeaseWatched, WatchLease
-from pdlaunch.transfer.early import LONGEST_WAIT_S
-from pdlaunch.transfer.lease_watch import REPEAT_S, LeaseWatches
+from pdlaunch.protocol.side_channel import AwaitLease, LeaseReply, PullBegin, Refused
+from pdlaunch.protocol.transfer import EndLease, LeaseWatched, UnwatchLease, WatchLease
+from pdlaunch.transfer.branch import REPEAT_S
+from pdlaunch.transfer.early import LONGEST_WAIT_S, MAX_AWAITING
+from pdlaunch.transfer.lease_watch import LeaseWatches
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_early import Desk
 from tests.transfer.test_pull import HolderRank, World
@@ -120,3 +121,36 @@ def test_who_gets_no_answer_asks_again(world: World, watches: LeaseWatches):
     world.clock.now += 10 * REPEAT_S
     watches.advance()
     assert len(holder.sent(AwaitLease)) == 2
+
+
+def test_a_watch_that_is_given_up_asks_no_more(world: World, watches: LeaseWatches):
+    holder = world.connect()
+    holder.channel.mute = True
+    watches.start(watch(holder))
+    watches.cancel(UnwatchLease(request_id="d"))
+    watches.cancel(UnwatchLease(request_id="d"))
+    assert [(event.ok, event.error) for event in world.events] == [(False, "given up")]
+    assert watches.next_deadline_s() == float("inf")
+
+
+def test_an_answer_to_an_older_watch_of_that_name_is_nobodys(world: World, watches: LeaseWatches):
+    holder = world.connect()
+    holder.holder.grant(grant("r", [4]))
+    watches.start(watch(holder))
+    answers, holder.channel.inbox = holder.channel.inbox, []
+    watches.cancel(UnwatchLease(request_id="d"))
+    world.events.clear()
+    holder.channel.mute = True
+    watches.start(watch(holder, "other"))
+    holder.channel.inbox = answers
+    world.turn()
+    assert world.events == []
+
+
+def test_those_who_wait_for_word_leave_room_for_pulls():
+    desk = Desk()
+    for call_id in range(MAX_AWAITING):
+        assert desk.ask(AwaitLease(call_id=call_id, engine_id="1" * 32, request_id="r")) == []
+    (refused,) = desk.ask(AwaitLease(call_id=1, engine_id="1" * 32, request_id="r"))
+    assert isinstance(refused, Refused)
+    assert desk.ask(PullBegin(call_id=2, engine_id="1" * 32, request_id="r", reader="x", num_pullers=1)) == []

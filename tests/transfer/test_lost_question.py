@@ -16,7 +16,7 @@ import pytest
 from pdlaunch.protocol.control import Address, PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseWatched, WatchLease
-from pdlaunch.transfer.lease_watch import REPEAT_S
+from pdlaunch.transfer.branch import REPEAT_S
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant
 from tests.transfer.test_worker import Rank, remote
@@ -74,9 +74,11 @@ class Relay:
 class ShiftedClock:
     def __init__(self) -> None:
         self.shift_s = 0.0
+        self._now_s = time.monotonic()
 
     def __call__(self) -> float:
-        return time.monotonic() + self.shift_s
+        """Stands still but for the shift."""
+        return self._now_s + self.shift_s
 
 
 @pytest.fixture

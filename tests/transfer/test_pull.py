@@ -527,6 +527,25 @@ def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, 
     assert world.finished().late
 
 
+def test_a_begin_without_an_answer_is_asked_again(world, holder):
+    """Both answers may come in the end: the second one says nothing new."""
+    holder.holder.grant(grant("r", [4]))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    receive, holder.channel.receive = holder.channel.receive, list
+    world.turn()
+    assert len(holder.sent(PullBegin)) == 1
+    world.clock.now = world.pulls.next_deadline_s()
+    world.turn()
+    assert len(holder.sent(PullBegin)) == 2
+    holder.channel.receive = receive
+    world.turn()
+    world.fabric.land()
+    world.turn()
+    assert world.finished().ok
+    assert len(world.pulls) == 0
+
+
 def test_a_failed_read_reconnects(world, holder):
     holder.holder.grant(grant("r", [4]))
     world.fabric.failing = True
