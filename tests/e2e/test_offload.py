@@ -136,6 +136,8 @@ def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role:
 
 def check_books(deployment: Deployment) -> None:
     """All blocks are free, and ``/pdlaunch/integrity`` has nothing to say, of the tier neither."""
+    for api in engine_apis(deployment.url):
+        await_true(lambda api=api: api.get("/pdlaunch/integrity")[0] != 503, "ranks that were killed are back")
     await_true(lambda: idle(deployment.url), "no request and no lease is left")
     for api in engine_apis(deployment.url):
         await_true(lambda api=api: count_now(api, "num_offload_jobs") == 0, "no copy is in flight")
