@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.platform.facts import Gpu
+from pdlaunch.platform.library_calls import LibraryCalls
 
 LIBRARY = "libcuda.so.1"
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
@@ -53,19 +54,9 @@ def read_driver(load: Callable[[], ctypes.CDLL] = load_library, imex_channels: P
     return Driver((version // 1000, version % 1000 // 10), gpus)
 
 
-class _Calls:
-    """Calls of the driver; an error code becomes a DriverError."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    def __call__(self, name: str, *arguments: object) -> None:
-        try:
-            code = int(getattr(self._library, name)(*arguments))
-        except AttributeError:
-            raise DriverError(f"the CUDA driver has no {name}: it is too old") from None
-        if code:
-            raise DriverError(f"{name} failed: {self._error_name(code)}")
+class _Calls(LibraryCalls):
+    error = DriverError
+    owner = "the CUDA driver"
 
     def read_int(self, name: str, *arguments: object) -> int:
         """A call whose first parameter is where the driver writes an int."""
@@ -93,7 +84,7 @@ class _Calls:
         name = ctypes.c_char_p()
         with contextlib.suppress(AttributeError):
             self._library.cuGetErrorName(code, ctypes.byref(name))
-        return f"{name.value.decode()} ({code})" if name.value else f"error {code}"
+        return f"{name.value.decode()} ({code})" if name.value else super()._error_name(code)
 
 
 def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:

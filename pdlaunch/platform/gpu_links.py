@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from pdlaunch.platform.library_calls import LibraryCalls
+
 LIBRARY = "libnvidia-ml.so.1"
 MOST_LINKS = 64
 """Of one GPU, that are asked for; NVML says sooner that there are no more."""
@@ -184,19 +186,9 @@ class Nvml:
         return device
 
 
-class _Calls:
-    """Calls of NVML; an error code becomes an NvmlError."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    def __call__(self, name: str, *arguments: object) -> None:
-        try:
-            code = int(getattr(self._library, name)(*arguments))
-        except AttributeError:
-            raise NvmlError(f"NVML has no {name}: the driver is too old") from None
-        if code:
-            raise NvmlError(f"{name} failed: error {code}")
+class _Calls(LibraryCalls):
+    error = NvmlError
+    owner = "NVML"
 
     def read_uint(self, name: str, *arguments: object) -> int:
         """A call whose last parameter is where NVML writes an unsigned int."""

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from aiohttp import web
@@ -207,13 +207,15 @@ class FakeEngine:
             return "min_tokens is more than max_tokens"
         return None
 
-    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
-        assert request.transport is not None
+    async def _open_stream(self, request: web.Request) -> web.StreamResponse:
         if self.die_after == 0:
-            request.transport.abort()
-            raise ConnectionResetError
+            _break(request)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        return response
+
+    async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
+        response = await self._open_stream(request)
 
         async def send(payload: object) -> None:
             await response.write(b"data: " + msgspec.json.encode(payload) + b"\n\n")
@@ -227,8 +229,7 @@ class FakeEngine:
             if num_sent == self.die_after:
                 # What a dead connection still held is lost: wait until the router has read what the test counts on.
                 await until(self.may_die)
-                request.transport.abort()
-                raise ConnectionResetError
+                _break(request)
             if num_sent == self.error_after:
                 await response.write(b"data: " + self.error_body + b"\n\n")
                 await response.write_eof()
@@ -241,12 +242,7 @@ class FakeEngine:
         return response
 
     async def _stream_prefill(self, request: web.Request, job: Job) -> web.StreamResponse:
-        assert request.transport is not None
-        if self.die_after == 0:
-            request.transport.abort()
-            raise ConnectionResetError
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
+        response = await self._open_stream(request)
 
         async def send(payload: dict[str, Any]) -> None:
             await response.write(b"data: " + msgspec.json.encode(payload | {"usage": job.usage()}) + b"\n\n")
@@ -262,8 +258,7 @@ class FakeEngine:
             await self.go.wait()
         if self.die_after == 1:
             await until(self.may_die)
-            request.transport.abort()
-            raise ConnectionResetError
+            _break(request)
         await send(job.head() | {"choices": [job._choice(0, [], reason=reason)]})
         await send(job.head() | {"choices": [], "kv_transfer_params": job.handed_over()})
         await response.write_eof(b"data: [DONE]\n\n")
@@ -428,3 +423,10 @@ class Job:
             "top_logprobs": [None for _ in token_ids],
             "text_offset": [0 for _ in token_ids],
         }
+
+
+def _break(request: web.Request) -> NoReturn:
+    """The connection ends as with the process."""
+    assert request.transport is not None
+    request.transport.abort()
+    raise ConnectionResetError
