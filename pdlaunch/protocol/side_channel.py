@@ -1,7 +1,7 @@
 """The side channel between ranks of different engines (ZMQ DEALER of the puller, ROUTER of the rank that holds the blocks).
 
-``handshake`` once a pair and incarnation, then for each pull ``pull_begin -> heartbeat* -> pull_end``. Seconds are remaining
-seconds: clocks differ between hosts.
+``handshake`` once a pair and incarnation, then for each pull ``pull_begin+ -> state_checksums -> heartbeat* -> pull_end``.
+Seconds are remaining seconds: clocks differ between hosts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.wire import Codec, Message
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -90,7 +90,11 @@ class HandshakeReply(Message):
 
 
 class PullBegin(Message):
-    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again before it ends."""
+    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again before it ends.
+
+    With ``awaits`` it may be asked while the prompt is computed; the answer waits until more is known than the reader knows, and
+    only the one that tells of the lease begins the reader's share of it.
+    """
 
     call_id: int
     engine_id: Id
@@ -100,6 +104,10 @@ class PullBegin(Message):
     """Names this pull: unique over engines, ranks and choices."""
     num_pullers: int
     """Ranks of the puller's TP group that pull from this rank."""
+    awaits: bool = False
+    """There need not be a lease yet."""
+    version: Count = 0
+    """Of the latest answer; the next one is another, or tells of the lease."""
 
 
 class GroupBlocks(Message, tag=False):
@@ -109,17 +117,44 @@ class GroupBlocks(Message, tag=False):
     """Logical index within the request of the first block below; earlier ones have left the window."""
     block_ids: list[int]
     checksums: bytes | None
-    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off."""
+    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off or they are stated later."""
 
 
 class PullReply(Message):
+    """The blocks of a request: all of a lease, or, to who awaits one, those that the computation has so far."""
+
     call_id: int
     num_tokens: int
+    """Of the prompt."""
     block_hashes: list[bytes]
     """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
     lease_s: Seconds
+    """0 without a lease."""
     first_tokens: list[FirstToken] = []
+    leased: bool = True
+    """Else blocks may be taken back at any time: what was read of them counts once a lease of this ``generation`` is there."""
+    num_ready_blocks: Count = 0
+    """Without a lease: logical blocks, from the beginning of the prompt, that nothing writes to any more."""
+    generation: Count = 0
+    """Counts how often the computation of this prompt has begun: blocks of an earlier one may have been another request's."""
+    version: Count = 0
+    """Without a lease: changes with every other field."""
+
+
+class StateChecksums(Message):
+    """Ask for the checksums of all blocks of a lease, of which the reader has begun a pull; the answer waits for them."""
+
+    call_id: int
+    engine_id: Id
+    request_id: Id
+    reader: Id
+
+
+class ChecksumsReply(Message):
+    call_id: int
+    groups: list[bytes | None]
+    """As in GroupBlocks."""
 
 
 class Heartbeat(Message):
@@ -200,8 +235,8 @@ class Refused(Message):
     reason: str
 
 
-ToHolder = Handshake | PullBegin | Heartbeat | PullEnd | AwaitLease | Push
-ToPuller = HandshakeReply | PullReply | HeartbeatReply | PullEndReply | LeaseReply | PushEnded | Refused
+ToHolder = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | AwaitLease | Push
+ToPuller = HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | LeaseReply | PushEnded | Refused
 
 to_holder: Codec[ToHolder] = Codec(ToHolder)
 to_puller: Codec[ToPuller] = Codec(ToPuller)

@@ -10,6 +10,30 @@ from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Message
 
 
+class AnnounceBlocks(Message):
+    """Prefill: a request that a decode engine awaits has these blocks so far; nothing writes to the first of them any more.
+
+    The request keeps them until it is granted a lease, or until ``WithdrawBlocks``.
+    """
+
+    request_id: str
+    block_ids: list[list[int]]
+    """By group, from first_block_index on; those that later steps compute may be lacking."""
+    first_block_index: list[int]
+    num_ready_blocks: int
+    """Logical blocks, from the beginning of the prompt, that are complete."""
+    block_hashes: list[bytes]
+    """Of all blocks of the prompt."""
+    num_tokens: int
+    """Of the prompt."""
+
+
+class WithdrawBlocks(Message):
+    """Prefill: announced blocks go back to the engine, which may give them to others. There may be a new announcement later."""
+
+    request_id: str
+
+
 class GrantLease(Message):
     """Prefill: the blocks of a finished request may be pulled."""
 
@@ -66,6 +90,8 @@ class StartPull(Message):
     timeout_s: float
     num_attempts: int = 1
     """READs that one holder rank's share may take, when they fail or bring wrong bytes."""
+    awaits: bool = False
+    """The prompt may still be computed there: ``timeout_s`` counts from when its lease is known. ``block_ids`` may be empty."""
 
 
 class CancelPull(Message):
@@ -74,7 +100,9 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = GrantLease | EndLease | SetLeaseReaders | WatchLease | UnwatchLease | StartPull | CancelPull
+TransferCommand = (
+    AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders | WatchLease | UnwatchLease | StartPull | CancelPull
+)
 
 
 class LeaseGranted(Message):
@@ -122,6 +150,8 @@ class PullFinished(Message):
     """READs that were repeated."""
     departed: bool = False
     """A holder died before the pull had ended; what it has left was enough."""
+    first_tokens: list[FirstToken] = []
+    """What the lease says of them, also of a pull that failed after it was known; empty when none was."""
 
 
 class PullDrained(Message):
