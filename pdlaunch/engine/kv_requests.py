@@ -1,6 +1,8 @@
 """Leases and pulls of an engine: which blocks they own, and the commands that start and end them.
 
-    lease   finished request ── grant ──▶ leased ── LeaseEnded ──▶ free
+    lease   running request ─┬─ announce ──▶ its own, may be read ─┬─ grant ──▶ leased ── LeaseEnded ──▶ free
+                             │                                     └─ withdraw ──▶ its own
+                             └─ grant ──▶ leased ── LeaseEnded ──▶ free
     pull    start ──▶ in flight ─┬─ ok ──────────────────────────▶ the request's
                                  ├─ failed ──────────────────────▶ free
                                  └─ failed, READ may still write ▶ quarantined ── PullDrained ──▶ free
@@ -18,17 +20,23 @@ from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
-from pdlaunch.protocol.transfer import CancelPull, GrantLease, PullFinished, StartPull, WatchLease
+from pdlaunch.protocol.transfer import AnnounceBlocks, CancelPull, GrantLease, PullFinished, StartPull, WithdrawBlocks
 
 Source = tuple[str, str]
 """Engine id and request id of a lease at another engine."""
 
 
 class LeaseBook:
-    """Blocks of finished requests that decode engines may pull. ``local``: engine_id, host, port and tp_size of this engine."""
+    """Blocks that decode engines may pull: of finished requests, and of running ones that are awaited.
 
-    def __init__(self, kv: KVCacheManager, settings: KVTransferSettings, local: tuple[str, str, int, int]) -> None:
+    ``local``: engine_id, host, port and tp_size of this engine.
+    """
+
+    def __init__(
+        self, kv: KVCacheManager, block_size: int, settings: KVTransferSettings, local: tuple[str, str, int, int]
+    ) -> None:
         self._kv = kv
+        self._block_size = block_size
         self._lease_s = settings.lease_s
         self._local = local
         self._block_ids: dict[str, list[list[int]]] = {}
@@ -39,9 +47,27 @@ class LeaseBook:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._block_ids
 
+    def announce(self, request: Request) -> AnnounceBlocks:
+        """Let readers begin with the blocks that are complete; the request has those that its next step fills, too."""
+        request.is_announced = True
+        return AnnounceBlocks(
+            request_id=request.request_id,
+            block_ids=[block_ids.copy() for block_ids in request.tables.block_ids],
+            first_block_index=request.tables.first.copy(),
+            num_ready_blocks=request.num_computed // self._block_size,
+            block_hashes=request.prompt_hashes(),
+            num_tokens=request.num_prompt_tokens,
+        )
+
+    def withdraw(self, request: Request) -> WithdrawBlocks:
+        """There is no lease on what was announced: others may get the blocks."""
+        request.is_announced = False
+        return WithdrawBlocks(request_id=request.request_id)
+
     def grant(self, request: Request, first_token: TokenOutput, finish_reason: str) -> tuple[GrantLease, RemoteKV]:
         """Keep the prompt's blocks of a request that ends now; its other blocks are freed."""
         hashes = request.prompt_hashes()
+        request.is_announced = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
         self._block_ids[request.request_id] = leased.block_ids
         engine_id, host, port, tp_size = self._local
@@ -98,6 +124,12 @@ class Pull:
     """Cached blocks that ``request`` shares meanwhile."""
     block_ids: list[list[int]]
     """By group: the destination, from the end of the hit on."""
+    awaits: bool = False
+    """There may be no lease yet."""
+
+    def tells_of_blocks(self, event: PullFinished) -> bool:
+        """Whether ``event`` tells of blocks: some were to be brought, and their lease was there."""
+        return any(self.block_ids) and (bool(event.first_tokens) or not self.awaits)
 
 
 class PullBook:
@@ -110,30 +142,27 @@ class PullBook:
         self._quarantined: dict[str, list[list[int]]] = {}
         self._num_started = 0
 
-    def watch(self, request: Request) -> WatchLease:
-        """Have word when the blocks can be pulled; until then there is no pull. The waiting time is used to hash the prompt."""
-        remote = request.message.remote_kv
-        assert remote is not None
-        request.prompt_hashes()
-        return WatchLease(request_id=request.request_id, remote=remote)
-
     def is_waited_for(self, request: Request) -> bool:
         """Another choice of the same prompt waits for a pull from the same lease."""
         source = source_of(request)
         return any(pull.source == source and pull.request is not None for pull in self._in_flight.values())
 
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when no block is lacking."""
+        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when there is nothing to wait for.
+
+        That is, no block is lacking; a request that awaits its lease needs that in any case.
+        """
+        awaits = request.message.awaits_lease
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         counts = [num_logical - hit.end(group) for group in range(len(hit.first))]
-        if not any(counts):
+        if not (any(counts) or awaits):
             return None
         for cached in hit.block_ids:
             self._kv.pool.share(cached)
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
-        pull_id = self._add(Pull(request, source_of(request), hit, block_ids))
+        pull_id = self._add(Pull(request, source_of(request), hit, block_ids, awaits))
         request.pull_id = pull_id
-        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))])
+        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))], awaits=awaits)
 
     def tell_holder(self, request: Request) -> StartPull:
         """A pull of nothing: the holder learns that this reader needs the lease no more."""
@@ -202,7 +231,15 @@ class PullBook:
         for block_ids in pull.hit.block_ids:
             self._kv.pool.release(reversed(block_ids))
 
-    def _command(self, pull_id: str, request: Request, block_ids: list[list[int]], first_block_index: list[int]) -> StartPull:
+    def _command(
+        self,
+        pull_id: str,
+        request: Request,
+        block_ids: list[list[int]],
+        first_block_index: list[int],
+        *,
+        awaits: bool = False,
+    ) -> StartPull:
         remote = request.message.remote_kv
         assert remote is not None
         return StartPull(
@@ -215,6 +252,7 @@ class PullBook:
             num_tokens=request.num_prompt_tokens,
             timeout_s=self._settings.pull_timeout_s,
             num_attempts=self._settings.pull_attempts,
+            awaits=awaits,
         )
 
 

@@ -131,6 +131,7 @@ class Leader:
         self._running = self._launch(plan)
         if self._running is not None and not self._runs_ahead:
             self._collect()
+        self._scheduler.register_begun()
 
     def _run_ahead(self) -> bool:
         """Launch the next step while one runs, and collect that one. False: it has to be collected first."""
@@ -143,6 +144,7 @@ class Leader:
         following = self._launch(plan)
         self._collect()
         self._running = following
+        self._scheduler.register_begun()
         self._submit(self._scheduler.hand_over())
         self._send_outputs()
         return True

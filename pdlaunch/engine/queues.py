@@ -41,7 +41,7 @@ class RequestQueues:
         request.phase = Phase.RUNNING
         insort(self.running, request, key=_by_arrival)
 
-    def await_kv(self, request: Request, phase: Literal[Phase.AWAITING, Phase.LOADING, Phase.PULLING]) -> None:
+    def await_kv(self, request: Request, phase: Literal[Phase.LOADING, Phase.PULLING]) -> None:
         """What waited is in neither queue until its blocks are there."""
         self._remove(self.waiting, request)
         request.phase = phase
@@ -79,7 +79,8 @@ class RequestQueues:
             assert request in places.get(request.phase, [request])
             assert (request.row is not None) == (request.phase is Phase.RUNNING)
             assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
-        num_apart = sum(request.phase in (Phase.AWAITING, Phase.PULLING, Phase.LOADING) for request in self.by_id.values())
+            assert not request.is_announced or request.phase is Phase.RUNNING
+        num_apart = sum(request.phase in (Phase.PULLING, Phase.LOADING) for request in self.by_id.values())
         assert self.num_waiting_for_kv == num_apart
 
     @staticmethod

@@ -19,17 +19,14 @@ class Phase(enum.Enum):
      ▼         │    │
     LOADING ─▶ READY┤     a failed load or pull leads back to WAITING, a preempted READY too;
     PULLING ─▶ READY┘     so does a load that some blocks are left to be pulled after
-    AWAITING ─▶ WAITING   the lease of the prompt's blocks is there; FINISHED when it cannot be waited for
     """
 
     WAITING = "waiting"
     """In the queue; owns no block."""
-    AWAITING = "awaiting"
-    """The prefill engine still computes the prompt; in no queue, owns no block."""
     LOADING = "loading"
     """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the load."""
     PULLING = "pulling"
-    """Waits for KV; owns the cached blocks it shares, the others belong to the pull."""
+    """Waits for KV, which may still be computed elsewhere; owns the cached blocks it shares, the others belong to the pull."""
     READY = "ready"
     """In the queue; owns the blocks of its computed tokens."""
     RUNNING = "running"
@@ -43,6 +40,7 @@ class Request:
     __slots__ = (
         "arrival",
         "block_hasher",
+        "is_announced",
         "load_id",
         "may_load",
         "message",
@@ -97,6 +95,8 @@ class Request:
         self.num_host_tokens = 0
         """Prompt tokens that came from host memory."""
         self.load_id: int | None = None
+        self.is_announced = False
+        """Decode engines may read its blocks while they are computed, until a lease takes over or they are withdrawn."""
 
     @property
     def request_id(self) -> str:
@@ -134,8 +134,11 @@ class Request:
 
     @property
     def num_pulled_tokens(self) -> int:
-        """Tokens that count as computed after a pull: the prompt; without an output token its last one is computed here."""
-        return self.num_prompt_tokens - (self.num_output_tokens == 0)
+        """Tokens that count as computed after a pull: the prompt; without an output token its last one is computed here.
+
+        The lease that it awaits brings an output token.
+        """
+        return self.num_prompt_tokens - (self.num_output_tokens == 0 and not self.message.awaits_lease)
 
     def prompt_hashes(self) -> list[bytes]:
         """What proves a hand-over of the prompt; 32 bytes a block."""

@@ -33,7 +33,7 @@ class RequestBlocks:
         """The cached blocks from which the request can compute on."""
         if self._caches:
             request.block_hasher.extend(request.token_ids)
-        return self._kv.find_prefix(request.block_hasher.block_hashes, self._max_shared(request, len(request.token_ids)))
+        return self._kv.find_prefix(request.block_hasher.block_hashes, self._max_shared(request))
 
     def find_for_pull(self, request: Request) -> PrefixHit:
         """The cached blocks of the prompt that a pull need not bring."""
@@ -45,7 +45,7 @@ class RequestBlocks:
 
     def is_computed_elsewhere(self, request: Request, hit: PrefixHit, running: Iterable[Request]) -> bool:
         """A running request is about to compute at least half of what this one could share and does not find."""
-        max_blocks = self._max_shared(request, len(request.token_ids))
+        max_blocks = self._max_shared(request)
         middle = (hit.end(0) + max_blocks) // 2
         if middle >= max_blocks:
             return False
@@ -59,7 +59,7 @@ class RequestBlocks:
 
     def max_loadable(self, request: Request) -> int:
         """Logical blocks that are worth bringing from host memory; what a pull brings lies behind them."""
-        return self._max_shared(request, request.num_prompt_tokens if request.wants_pull else len(request.token_ids))
+        return self._max_pull_hit(request) if request.wants_pull else self._max_shared(request)
 
     def register(self, request: Request) -> range:
         """Let others find the blocks that are full and computed since the last call; returns their logical indices."""
@@ -73,10 +73,9 @@ class RequestBlocks:
         return new
 
     def _max_pull_hit(self, request: Request) -> int:
-        return self._max_shared(request, request.num_prompt_tokens)
+        """Full blocks that a pull need not bring."""
+        return request.num_pulled_tokens // self._block_size if self._caches else 0
 
-    def _max_shared(self, request: Request, num_tokens: int) -> int:
-        """Full blocks of the first ``num_tokens`` tokens that may be shared: the last known token is always computed."""
-        if not self._caches:
-            return 0
-        return min(len(request.token_ids) - 1, num_tokens) // self._block_size
+    def _max_shared(self, request: Request) -> int:
+        """Full blocks that may be shared: the last known token is always computed."""
+        return (len(request.token_ids) - 1) // self._block_size if self._caches else 0

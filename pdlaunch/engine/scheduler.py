@@ -2,8 +2,9 @@
 
 ``schedule -> run -> postprocess``. A step holds first the next token of every request that decodes, then chunks of prompts, in
 order of arrival. When blocks run out, the latest arrival gives its own back and computes its tokens again later. Requests of a
-decode engine wait without row and budget while their prompt's blocks are pulled, those of any engine while blocks come from host
-memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is computed.
+decode engine wait without row and budget while their prompt's blocks are computed elsewhere and pulled, those of any engine while
+blocks come from host memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is
+computed.
 """
 
 from __future__ import annotations
@@ -42,13 +43,11 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     EndLease,
     LeaseEnded,
-    LeaseWatched,
     PullDrained,
     PullFinished,
     SetLeaseReaders,
     TransferCommand,
     TransferEvent,
-    UnwatchLease,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Scheduler:
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._settings = kv_transfer
-        self._leases = LeaseBook(self._kv, kv_transfer, local)
+        self._leases = LeaseBook(self._kv, block_size, kv_transfer, local)
         self._pulls = PullBook(self._kv, kv_transfer)
         self._host = HostLoads(self._kv, offload)
         self._builder = StepBuilder(max_num_seqs, tp_size=local[3])
@@ -92,6 +91,8 @@ class Scheduler:
         self._in_flight = StepsInFlight()
         self._commands: list[TransferCommand] = []
         self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
+        self._begun: list[Request] = []
+        """The prefix cache and the host have not heard of the blocks with which they began."""
         self._totals = Totals(num_blocks)
         self._may_progress = False
         self._stalls = False
@@ -114,9 +115,6 @@ class Scheduler:
             self._finish(request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id")
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
-        elif message.awaits_lease:
-            self._queues.await_kv(request, Phase.AWAITING)
-            self._commands.append(self._pulls.watch(request))
 
     def abort(self, request_id: str) -> None:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
@@ -142,8 +140,6 @@ class Scheduler:
             case LeaseEnded():
                 self._totals.counts.leases_expired += event.reason == "expired"
                 self._leases.ended(event.request_id)
-            case LeaseWatched():
-                self._on_lease_watched(event)
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():
@@ -198,10 +194,20 @@ class Scheduler:
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
+        self._commands += [self._leases.announce(request) for request in step.scheduled if request.message.is_awaited]
         commands, self._commands = self._commands, []
         plan = self._builder.build(step.scheduled, commands, self._host.take_jobs())
         self._in_flight.launch(plan, [*step.scheduled])
         return plan
+
+    def register_begun(self) -> None:
+        """Let others find the blocks with which requests have begun; to be called beside a step, as no step needs it.
+
+        Whatever looks for blocks before that, or takes them back, does it first.
+        """
+        begun, self._begun = self._begun, []
+        for request in begun:
+            self._register(request)
 
     def postprocess(self, plan: StepPlan, output: StepOutput) -> None:
         """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
@@ -213,7 +219,7 @@ class Scheduler:
                     self._let_go(request)
                 continue
             request.num_computed += item.num_tokens
-            self._host.store(request, self._blocks.register(request))
+            self._register(request)
             if token is not None:
                 self._take_token(request, token)
 
@@ -300,6 +306,8 @@ class Scheduler:
         for request in self._queues.waiting.copy():
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
+            if request.phase is Phase.WAITING:
+                self.register_begun()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
             if not request.wants_pull and step.budget and self._builder.has_free_row:
@@ -363,12 +371,14 @@ class Scheduler:
     def _preempt_latest(self, step: StepDraft) -> Request:
         """Take all blocks from the latest arrival that has any and is not at work with a connector; it starts anew."""
         assert not self._in_flight
+        self.register_begun()
         victim = self._queues.latest_owner()
         if victim.phase is Phase.RUNNING:
             self._builder.unseat(victim)
         self._queues.preempt(victim)
         step.remove(victim)
         step.preempted = True
+        self._withdraw(victim)
         self._host.store(victim, range(victim.num_registered_blocks))
         self._give_back(victim)
         victim.may_load = True
@@ -389,6 +399,10 @@ class Scheduler:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._totals.add_prompt(request, request.num_cached_tokens)
+        self._begun.append(request)
+
+    def _register(self, request: Request) -> None:
+        """Full blocks are for others to find, here and in host memory."""
         self._host.store(request, self._blocks.register(request))
 
     def _give_back(self, request: Request) -> None:
@@ -401,39 +415,40 @@ class Scheduler:
         request.wants_pull = False
         self._begin(request, request.num_pulled_tokens)
 
-    def _on_lease_watched(self, event: LeaseWatched) -> None:
-        """A prompt that was computed elsewhere can be pulled, and its first token is known."""
-        request = self._queues.by_id.get(event.request_id)
-        if request is None or request.phase is not Phase.AWAITING:
-            return
-        if not event.ok or not event.first_tokens:
-            error = f"the lease on the prompt's KV blocks did not come: {event.error}"
-            self._finish(request, "error", error=error, error_param="kv_transfer_params")
-            return
-        self._queues.wait(request)
-        tokens = [output_of(token) for token in event.first_tokens[:1]]
-        self._outputs.append(FirstTokens(request_id=request.request_id, tokens=tokens))
-        request.token_ids.append(tokens[0].token_id)
-        self._finish_if_complete(request, tokens[0].token_id)
-
     def _on_pull_finished(self, event: PullFinished) -> None:
         pull = self._pulls.finish(event)
         if pull is None:
             return
-        if pull.block_ids:
+        if pull.tells_of_blocks(event):
             self._totals.add_pull(event)
         request = pull.request
         if request is None:
             return
         self._queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
+        request.wants_pull = False
         if event.ok:
             request.num_remote_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
             self._take_pulled(request)
-            return
-        logger.warning("pull of request %s failed: %s", request.request_id, event.error)
-        request.wants_pull = False
+        goes_on = not pull.awaits or self._take_first_token(request, event)
+        if goes_on and not event.ok:
+            self._do_without(request, event.error)
+
+    def _take_first_token(self, request: Request, event: PullFinished) -> bool:
+        """The lease that was awaited has brought it. False: the request has ended, with this token or for lack of it."""
+        if not event.first_tokens:
+            error = f"the lease on the prompt's KV blocks did not come: {event.error}"
+            self._finish(request, "error", error=error, error_param="kv_transfer_params")
+            return False
+        token = output_of(event.first_tokens[0])
+        self._outputs.append(FirstTokens(request_id=request.request_id, tokens=[token]))
+        request.token_ids.append(token.token_id)
+        return not self._finish_if_complete(request, token.token_id)
+
+    def _do_without(self, request: Request, cause: str) -> None:
+        """The prompt's blocks have not come."""
+        logger.warning("pull of request %s failed: %s", request.request_id, cause)
         if self._settings.on_failure == "fail":
-            self._finish(request, "error", error=f"the prompt's KV blocks could not be pulled: {event.error}")
+            self._finish(request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}")
         else:
             self._totals.counts.recomputed_requests += 1
 
@@ -485,14 +500,13 @@ class Scheduler:
         remote_kv: RemoteKV | None = None,
     ) -> None:
         """Give back what the request holds, unless a step in flight still needs it, and say its last word."""
+        self._withdraw(request)
         if request.phase is Phase.PULLING:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
-        elif request.phase is Phase.AWAITING and reason == "abort":
-            self._commands.append(UnwatchLease(request_id=request.request_id))
         # Whoever gives up before there is a lease leaves it to another reader.
-        if request.wants_pull and request.phase not in (Phase.PULLING, Phase.AWAITING):
+        if request.wants_pull and not request.message.awaits_lease and request.phase is not Phase.PULLING:
             self._commands.append(self._pulls.tell_holder(request))
         if not self._in_flight.keep(request):
             self._let_go(request)
@@ -512,7 +526,14 @@ class Scheduler:
 
     def _let_go(self, request: Request) -> None:
         """Row and blocks of a request that has ended are for others."""
+        if request in self._begun:
+            self.register_begun()
         if request.row is not None:
             self._builder.unseat(request)
         self._kv.free(request.tables)
         self._may_progress = True
+
+    def _withdraw(self, request: Request) -> None:
+        """Nobody is to read the request's blocks any more, if anybody was."""
+        if request.is_announced:
+            self._commands.append(self._leases.withdraw(request))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, LeaseWatched, PullDrained, PullFinished, TransferEvent
+from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, PullDrained, PullFinished, TransferEvent
 
 
 class EventAggregator:
@@ -12,23 +12,22 @@ class EventAggregator:
         self._tp_size = tp_size
         self._num_granted: dict[str, int] = {}
         self._leases: dict[str, list[LeaseEnded]] = {}
-        self._watched: dict[str, list[LeaseWatched]] = {}
         self._finished: dict[str, list[PullFinished]] = {}
         self._num_drained: dict[str, int] = {}
 
     def add(self, event: TransferEvent) -> list[TransferEvent]:
         match event:
             case LeaseGranted():
-                return self._add_grant(event)
+                events = self._add_grant(event)
             case LeaseEnded():
-                return self._add_lease(event)
-            case LeaseWatched():
-                return self._add_watched(event)
+                events = self._add_lease(event)
             case PullFinished():
                 self._finished.setdefault(event.pull_id, []).append(event)
+                events = self._pull_events(event.pull_id, newly_finished=True)
             case PullDrained():
                 self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
-        return self._pull_events(event.pull_id, newly_finished=isinstance(event, PullFinished))
+                events = self._pull_events(event.pull_id, newly_finished=False)
+        return events
 
     def _add_grant(self, event: LeaseGranted) -> list[TransferEvent]:
         num_granted = self._num_granted.pop(event.request_id, 0) + 1
@@ -47,15 +46,6 @@ class EventAggregator:
         reasons = {report.reason for report in reports}
         reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
         return [LeaseEnded(request_id=event.request_id, reason=reason)]
-
-    def _add_watched(self, event: LeaseWatched) -> list[TransferEvent]:
-        """Every rank has asked the one that it will read from."""
-        reports = self._watched.setdefault(event.request_id, [])
-        reports.append(event)
-        if len(reports) < self._tp_size:
-            return []
-        del self._watched[event.request_id]
-        return [next((report for report in reports if not report.ok), event)]
 
     def _pull_events(self, pull_id: str, *, newly_finished: bool) -> list[TransferEvent]:
         reports = self._finished.get(pull_id, [])
@@ -77,7 +67,7 @@ class EventAggregator:
 
 
 def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """All ranks' reports as one: right only if all are."""
+    """All ranks' reports as one: right only if all are; one that failed may not have heard of the lease."""
     failed = [report for report in reports if not report.ok]
     return PullFinished(
         pull_id=reports[0].pull_id,
@@ -91,4 +81,5 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         late=any(report.late for report in reports),
         departed=not failed and any(report.departed for report in reports),
         num_retries=sum(report.num_retries for report in reports),
+        first_tokens=next((report.first_tokens for report in reports if report.first_tokens), []),
     )

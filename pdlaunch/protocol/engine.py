@@ -67,7 +67,9 @@ class AddRequest(Message):
     remote_kv: RemoteKV | None = None
     """Pull the prompt's KV blocks from there."""
     awaits_lease: bool = False
-    """They are still being computed there: wait for the lease, which brings the first token."""
+    """They may still be computed there: the pull waits for the lease, which brings the first token."""
+    is_awaited: bool = False
+    """With do_remote_decode: a decode engine knows the id and may ask for the blocks before there is a lease."""
     cache_salt: str = ""
     traceparent: str | None = None
 

@@ -183,6 +183,7 @@ def _choice(
         sampling=sampling,
         do_remote_decode=leases,
         num_readers=request.n if leases else 1,
+        is_awaited=leases and bool(transfer.lease_id),
         remote_kv=transfer.remote_kv,
         awaits_lease=transfer.awaits_lease,
         cache_salt=request.cache_salt,

@@ -14,8 +14,9 @@ from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.protocol.engine import AddRequest, FirstTokens, RequestFinished, SamplingParams, TokenOutput, Tokens
-from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
+    AnnounceBlocks,
     CancelPull,
     EndLease,
     GrantLease,
@@ -25,10 +26,10 @@ from pdlaunch.protocol.transfer import (
     SetLeaseReaders,
     StartPull,
     TransferCommand,
-    WatchLease,
+    WithdrawBlocks,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
-from tests.engine.fake_runner import KV, FakeRunner, FakeStep, extend_chain
+from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
 
 FULL = KVCacheGroup((0,), None)
 GARBAGE: KV = (-1, -1)
@@ -99,7 +100,9 @@ class FakeEngine:
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
         self.pulls: dict[str, StartPull] = {}
-        self.watched: list[WatchLease] = []
+        self.announced: dict[str, AnnounceBlocks] = {}
+        """The latest of each request that has neither a lease nor been withdrawn."""
+        self.withdrawn: list[str] = []
         self.first_tokens: dict[str, list[int]] = {}
         self.cancelled: set[str] = set()
         self.num_pulls = 0
@@ -131,6 +134,7 @@ class FakeEngine:
         self._launch(plan)
         if not self.runs_ahead:
             self.collect()
+        self.scheduler.register_begun()
         return plan
 
     def collect(self) -> None:
@@ -158,7 +162,9 @@ class FakeEngine:
         self.scheduler.postprocess(plan, output)
         self.scheduler.check_integrity()
         self._check_leases()
+        self._check_announced()
         if self.in_flight:
+            self.scheduler.register_begun()
             self._submit(self.scheduler.hand_over())
         self.take_outputs()
 
@@ -167,6 +173,7 @@ class FakeEngine:
             self._on_command(command)
         for job in plan.jobs:
             self._begin_job(job)
+        self._check_announced()
 
     def run(self, max_steps: int = 20_000) -> list[StepPlan]:
         """Step until the scheduler has nothing to do."""
@@ -193,13 +200,22 @@ class FakeEngine:
     def token_ids(self, request_id: str) -> list[int]:
         return [token.token_id for token in self.outputs[request_id]]
 
-    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False) -> None:
+    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False, leased: bool = True) -> None:
+        """``leased``: there was a lease, which tells of the first token."""
         pull = self.pulls.pop(pull_id)
         if ok:
             self._write_pulled(pull)
         if in_flight:
             self.quarantined[pull_id] = pull
-        event = PullFinished(pull_id=pull_id, ok=ok, in_flight=in_flight, error="" if ok else "broken")
+        request = self.added[pull.request_id]
+        first_tokens = expected_output(request.prompt_token_ids, request.sampling, 1) if pull.awaits and leased else []
+        event = PullFinished(
+            pull_id=pull_id,
+            ok=ok,
+            in_flight=in_flight,
+            error="" if ok else "broken",
+            first_tokens=[FirstToken(token_id=token_id) for token_id in first_tokens],
+        )
         self.scheduler.on_transfer_event(event)
         self.scheduler.check_integrity()
         self.take_outputs()
@@ -245,6 +261,8 @@ class FakeEngine:
             case GrantLease():
                 assert command.request_id not in self.leases
                 self._check_granted(command)
+                assert (command.request_id in self.announced) == self.added[command.request_id].is_awaited
+                self.announced.pop(command.request_id, None)
                 self.leases[command.request_id] = (command, self._snapshot(command))
             case SetLeaseReaders():
                 self.readers[command.request_id] = command.num_readers
@@ -255,8 +273,12 @@ class FakeEngine:
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
                 self.num_pulls += 1
-            case WatchLease():
-                self.watched.append(command)
+            case AnnounceBlocks():
+                self._check_announcement(command)
+                self.announced[command.request_id] = command
+            case WithdrawBlocks():
+                del self.announced[command.request_id]
+                self.withdrawn.append(command.request_id)
             case CancelPull():
                 # The pull may have ended while the command was on its way.
                 self.cancelled.add(command.pull_id)
@@ -271,6 +293,10 @@ class FakeEngine:
         """The leased blocks hold what the last prompt token sees."""
         request = self.added[grant.request_id]
         assert grant.block_hashes == self._hashes(request)
+        if (announced := self.announced.get(grant.request_id)) is not None:
+            for group in range(len(self.groups)):
+                places = _places(grant, group)
+                assert places.items() >= _seen(_places(announced, group), grant.first_block_index[group]).items()
         chain = extend_chain([], request.prompt_token_ids)
         for group, kind in enumerate(self.groups):
             start = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window)
@@ -281,8 +307,31 @@ class FakeEngine:
                     found = runner.memory[grant.block_ids[group][index]][position % self.block_size]
                     assert found == (group, chain[position])
 
+    def _check_announcement(self, new: AnnounceBlocks) -> None:
+        request = self.added[new.request_id]
+        assert request.is_awaited
+        assert new.request_id not in self.finished
+        assert new.block_hashes == self._hashes(request)
+        assert new.num_tokens == len(request.prompt_token_ids)
+        if (known := self.announced.get(new.request_id)) is not None:
+            assert new.num_ready_blocks >= known.num_ready_blocks
+            for group, first in enumerate(new.first_block_index):
+                assert _places(new, group).items() >= _seen(_places(known, group), first).items()
+
+    def _check_announced(self) -> None:
+        """What readers may read and will need is there, and stays as it is."""
+        for announced in self.announced.values():
+            chain = extend_chain([], self.added[announced.request_id].prompt_token_ids)
+            for group, kind in enumerate(self.groups):
+                seen = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window) // self.block_size
+                for index, block_id in _seen(_places(announced, group), seen).items():
+                    if index < announced.num_ready_blocks:
+                        links = chain[index * self.block_size : (index + 1) * self.block_size]
+                        assert all(runner.memory[block_id] == [(group, link) for link in links] for runner in self.runners)
+
     def _check_pull(self, pull: StartPull) -> None:
         request = self.added[pull.request_id]
+        assert pull.awaits <= request.awaits_lease
         assert pull.block_hashes == self._hashes(request)
         assert pull.num_tokens == len(request.prompt_token_ids)
         num_blocks = -(-pull.num_tokens // self.block_size)
@@ -321,3 +370,13 @@ class FakeEngine:
     def _check_leases(self) -> None:
         for grant, snapshot in self.leases.values():
             assert self._snapshot(grant) == snapshot, "leased blocks were overwritten"
+
+
+def _places(message: AnnounceBlocks | GrantLease, group: int) -> dict[int, int]:
+    """Blocks of a group by their logical indices."""
+    return dict(enumerate(message.block_ids[group], message.first_block_index[group]))
+
+
+def _seen(places: dict[int, int], first: int) -> dict[int, int]:
+    """What has not left the window yet."""
+    return {index: block_id for index, block_id in places.items() if index >= first}

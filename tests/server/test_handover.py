@@ -382,10 +382,12 @@ async def test_only_one_choice_can_await_a_lease(engine: Engine):
     assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch")
 
 
-async def test_a_lease_is_called_as_the_router_wants(engine: Engine):
+async def test_a_lease_is_called_as_the_router_wants_and_may_be_awaited_then(engine: Engine, rank: FakeRank):
     params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
     answer = await prefill(engine, kv_transfer_params=params)
     assert answer["kv_transfer_params"]["remote_request_id"] == "mine"
+    await prefill(engine)
+    assert [request.is_awaited for request in rank.added()] == [True, False]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
