@@ -188,21 +188,6 @@ class PullEndReply(Message):
     """The lease held from pull_begin until now."""
 
 
-class AwaitLease(Message):
-    """Ask for word when a request's lease is there; it may be long before that. Who asks this has no share in the lease yet."""
-
-    call_id: int
-    engine_id: Id
-    request_id: Id
-
-
-class LeaseReply(Message):
-    """The lease is there, and its blocks can be pulled."""
-
-    call_id: int
-    first_tokens: list[FirstToken] = []
-
-
 class Push(Message):
     """Ask a rank whose connector writes to its readers to write blocks of a lease; without block ids: its scratch."""
 
@@ -235,8 +220,8 @@ class Refused(Message):
     reason: str
 
 
-ToHolder = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | AwaitLease | Push
-ToPuller = HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | LeaseReply | PushEnded | Refused
+ToHolder = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | Push
+ToPuller = HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | PushEnded | Refused
 
 to_holder: Codec[ToHolder] = Codec(ToHolder)
 to_puller: Codec[ToPuller] = Codec(ToPuller)

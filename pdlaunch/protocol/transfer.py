@@ -61,19 +61,6 @@ class SetLeaseReaders(Message):
     num_readers: int
 
 
-class WatchLease(Message):
-    """Decode: tell when the prompt that ``remote`` is to have has been computed and leased; nothing is pulled yet."""
-
-    request_id: str
-    remote: RemoteKV
-
-
-class UnwatchLease(Message):
-    """Decode: nobody waits for that word any more. A watch that has not ended ends with a LeaseWatched that is not ok."""
-
-    request_id: str
-
-
 class StartPull(Message):
     """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
 
@@ -100,9 +87,7 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = (
-    AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders | WatchLease | UnwatchLease | StartPull | CancelPull
-)
+TransferCommand = AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders | StartPull | CancelPull
 
 
 class LeaseGranted(Message):
@@ -117,16 +102,6 @@ class LeaseEnded(Message):
     request_id: str
     reason: str
     """``pulled``, ``released`` or ``expired``."""
-
-
-class LeaseWatched(Message):
-    """Decode: what has come of a WatchLease."""
-
-    request_id: str
-    ok: bool
-    """The blocks can be pulled."""
-    first_tokens: list[FirstToken] = []
-    error: str = ""
 
 
 class PullFinished(Message):
@@ -160,4 +135,4 @@ class PullDrained(Message):
     pull_id: str
 
 
-TransferEvent = LeaseGranted | LeaseEnded | LeaseWatched | PullFinished | PullDrained
+TransferEvent = LeaseGranted | LeaseEnded | PullFinished | PullDrained

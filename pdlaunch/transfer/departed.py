@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
-    AwaitLease,
+    ChecksumsReply,
     Handshake,
     Heartbeat,
     HeartbeatReply,
@@ -23,6 +23,7 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Push,
     Refused,
+    StateChecksums,
     ToHolder,
     ToPuller,
 )
@@ -113,7 +114,11 @@ class DepartedHolder:
                     return HeartbeatReply(call_id=message.call_id, lease_s=self._leases.remaining_s(self._lease_of(message)))
                 case PullEnd():
                     return PullEndReply(call_id=message.call_id, held=self._end(message))
-                case Handshake() | AwaitLease() | Push():
+                case StateChecksums():
+                    return ChecksumsReply(
+                        call_id=message.call_id, groups=[group.checksums for group in self._lease_of(message).groups]
+                    )
+                case Handshake() | Push():
                     return self._refuse(message.call_id, "only its memory is left")
         except LeaseError as error:
             return self._refuse(message.call_id, str(error))
@@ -121,7 +126,7 @@ class DepartedHolder:
     def _refuse(self, call_id: int, reason: str) -> Refused:
         return Refused(call_id=call_id, reason=f"{self._name} has died; {reason}")
 
-    def _lease_of(self, message: PullBegin | Heartbeat | PullEnd) -> Lease:
+    def _lease_of(self, message: PullBegin | StateChecksums | Heartbeat | PullEnd) -> Lease:
         """A pull that began with the living goes on as if it had begun here: a lease in the ledger has held until now.
 
         Raises LeaseError.

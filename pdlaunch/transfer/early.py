@@ -1,8 +1,8 @@
 """Questions about a lease that this rank has not been told of yet.
 
 Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks. A reader may be at one of
-them before its grant is: the question then waits for it, in order, for a while. Who asks for word of a lease (``AwaitLease``)
-does so while the prompt is computed, or before, and waits longer.
+them before its grant is: the question then waits for it, in order, for a while. Who awaits a prompt that is being computed waits
+longer, for the next of its blocks or for the lease; a reader has one such question, the latest.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pdlaunch.protocol.side_channel import AwaitLease, ToHolder
+from pdlaunch.protocol.side_channel import PullBegin, PullEnd, ToHolder
 
 GRANT_LAG_S = 2.0
 """A rank hears of a lease at most this long after its readers do; later, and for a lease that never was, they are refused."""
 LONGEST_WAIT_S = 60.0
-"""For who asked to be told of a lease: the prompt may be far from computed. Then the reader is refused, and comes later."""
+"""For who awaits a prompt: it may be far from computed. Then the reader is refused, and comes later."""
 MAX_WAITING = 4096
 """Further questions are answered at once."""
 MAX_AWAITING = 1024
-"""The same for those for word of a lease: they leave room for pulls."""
+"""The same for those that await a prompt: they leave room for pulls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,12 @@ class EarlyQuestions:
     def sift(self, received: Iterable[tuple[bytes, ToHolder]]) -> list[tuple[bytes, ToHolder]]:
         """What can be answered now: of the earlier questions first, then of those just received."""
         now_s = self._clock()
-        questions = [
-            *self._waiting,
-            *(_Question(identity, message, now_s + _patience_s(message)) for identity, message in received),
-        ]
-        self._waiting = []
+        for identity, message in received:
+            self._waiting.append(_Question(identity, message, self._deadline_s(message, now_s)))
+        questions, self._waiting = self._waiting, []
         due: list[tuple[bytes, ToHolder]] = []
         for question in questions:
-            limit = MAX_AWAITING if isinstance(question.message, AwaitLease) else MAX_WAITING
+            limit = MAX_AWAITING if _awaits(question.message) else MAX_WAITING
             if now_s < question.deadline_s and len(self._waiting) < limit and self._is_early(question.message):
                 self._waiting.append(question)
             else:
@@ -56,9 +54,26 @@ class EarlyQuestions:
         return due
 
     def next_deadline_s(self) -> float:
-        """Clock time at which a question will wait no longer."""
+        """Clock time at which the next of them is to be answered in any case."""
         return min((question.deadline_s for question in self._waiting), default=float("inf"))
 
+    def _deadline_s(self, message: ToHolder, now_s: float) -> float:
+        """Until when it may wait. One that awaits a prompt goes with the next of its reader, or with the end of the pull."""
+        if not isinstance(message, PullBegin | PullEnd):
+            return now_s + GRANT_LAG_S
+        earlier = next((question for question in self._waiting if _is_awaited_by(message, question.message)), None)
+        if earlier is not None:
+            self._waiting.remove(earlier)
+        if not _awaits(message):
+            return now_s + GRANT_LAG_S
+        return now_s + LONGEST_WAIT_S if earlier is None else earlier.deadline_s
 
-def _patience_s(message: ToHolder) -> float:
-    return LONGEST_WAIT_S if isinstance(message, AwaitLease) else GRANT_LAG_S
+
+def _awaits(message: ToHolder) -> bool:
+    return isinstance(message, PullBegin) and message.awaits
+
+
+def _is_awaited_by(message: PullBegin | PullEnd, earlier: ToHolder) -> bool:
+    if not (isinstance(earlier, PullBegin) and earlier.awaits):
+        return False
+    return (earlier.request_id, earlier.reader) == (message.request_id, message.reader)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import (
-    AwaitLease,
+    ChecksumsReply,
     Compatibility,
     Geometry,
     GroupBlocks,
@@ -22,17 +22,18 @@ from pdlaunch.protocol.side_channel import (
     HandshakeReply,
     Heartbeat,
     HeartbeatReply,
-    LeaseReply,
     PullBegin,
     PullEnd,
     PullEndReply,
     PullReply,
     Push,
     Refused,
+    StateChecksums,
     ToHolder,
     ToPuller,
 )
-from pdlaunch.protocol.transfer import EndLease, GrantLease, LeaseEnded, SetLeaseReaders
+from pdlaunch.protocol.transfer import AnnounceBlocks, EndLease, GrantLease, LeaseEnded, SetLeaseReaders, WithdrawBlocks
+from pdlaunch.transfer.announced import Announcements
 from pdlaunch.transfer.checksum import BlockHasher, Checksums
 from pdlaunch.transfer.connector import PushJob
 from pdlaunch.transfer.handshake import RankIdentity
@@ -81,6 +82,7 @@ class Holder:
         self._hasher = hasher
         self._pullers: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
+        self._announced = Announcements()
         self._ledger = ledger
         self._clock = clock
         self._hashing: dict[str, _Hashing] = {}
@@ -95,8 +97,16 @@ class Holder:
     def num_leases(self) -> int:
         return len(self._leases)
 
+    def announce(self, command: AnnounceBlocks) -> None:
+        """A prompt is being computed: who awaits it may read the blocks that are ready."""
+        self._announced.announce(command)
+
+    def withdraw(self, command: WithdrawBlocks) -> None:
+        """What was announced may be overwritten."""
+        self._announced.end(command.request_id)
+
     def grant(self, command: GrantLease) -> None:
-        """Keep the blocks of a finished request for its readers, who wait until their checksums as of now are computed.
+        """Keep the blocks of a finished request for its readers; their checksums as of now are stated once they are computed.
 
         Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to them any more.
         """
@@ -104,7 +114,7 @@ class Holder:
             GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
-        self._leases.grant(command, groups)
+        self._leases.grant(command, groups, generation=self._announced.end(command.request_id))
         if self._hasher is None:
             self._complete(command.request_id)
             return
@@ -145,16 +155,24 @@ class Holder:
         return self._leases.next_deadline_s()
 
     def is_early(self, message: ToHolder) -> bool:
-        """It asks about a lease of this engine that is not complete, or that this rank has never heard of.
+        """It asks about a lease of this engine that this rank has never heard of: the grant may be on the way.
 
-        The grant of the latter may be on the way.
+        Or for checksums that are being computed.
         """
         match message:
-            case PullBegin() | Heartbeat() | PullEnd() | AwaitLease():
-                is_ours, request_id = message.engine_id == self._card.identity.engine_id, message.request_id
-                return is_ours and (request_id in self._hashing or not self._leases.knows(request_id))
+            case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if message.engine_id == self._card.identity.engine_id:
+                request_id = message.request_id
+                if isinstance(message, StateChecksums) and request_id in self._hashing:
+                    return True
+                if isinstance(message, PullBegin) and self._has_news_for(message):
+                    return False
+                return not self._leases.knows(request_id)
             case _:
                 return False
+
+    def _has_news_for(self, message: PullBegin) -> bool:
+        """More of the prompt that it awaits has been computed than its reader knows of."""
+        return message.awaits and self._announced.has_news(message.request_id, message.version)
 
     def job_of(self, message: Push) -> PushJob:
         """The write that a reader asks for. Raises LeaseError when it may not have what it names."""
@@ -195,10 +213,8 @@ class Holder:
                 held = self._leases.end(message.request_id, message.reader)
                 self._write_down(message.request_id)
                 return PullEndReply(call_id=message.call_id, held=held)
-            case AwaitLease():
-                return LeaseReply(
-                    call_id=message.call_id, first_tokens=self._leases.living(message.request_id).grant.first_tokens
-                )
+            case StateChecksums():
+                return self._state_checksums(message)
             case Push():
                 raise LeaseError("the connector here does not write to its readers")
 
@@ -220,8 +236,8 @@ class Holder:
         )
 
     def _begin(self, message: PullBegin) -> PullReply:
-        if message.request_id in self._hashing:
-            raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
+        if self._has_news_for(message):
+            return self._announced.reply(message.call_id, message.request_id)
         lease = self._leases.begin(message.request_id, message.reader, message.num_pullers)
         return PullReply(
             call_id=message.call_id,
@@ -230,7 +246,14 @@ class Holder:
             groups=lease.groups,
             lease_s=self._leases.remaining_s(lease),
             first_tokens=lease.grant.first_tokens,
+            generation=lease.generation,
         )
+
+    def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
+        lease = self._leases.opened(message.request_id, message.reader)
+        if message.request_id in self._hashing:
+            raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
+        return ChecksumsReply(call_id=message.call_id, groups=[group.checksums for group in lease.groups])
 
     def _take_checksums(self) -> None:
         for request_id, hashing in list(self._hashing.items()):

@@ -44,6 +44,8 @@ class Lease:
     """No extension goes beyond this."""
     num_readers: int
     """Choices that will pull; fewer than granted when some have ended with their first token."""
+    generation: int = 0
+    """Of the announcement, if there was one."""
     open_readers: dict[str, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of pullers."""
     served_readers: set[str] = field(default_factory=set)
@@ -71,14 +73,14 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, grant: GrantLease, groups: list[GroupBlocks]) -> None:
+    def grant(self, grant: GrantLease, groups: list[GroupBlocks], *, generation: int = 0) -> None:
         """Take over the blocks of a finished request. Raises LeaseError when its id has a living lease."""
         if grant.request_id in self._leases:
             raise LeaseError(f"request {grant.request_id} has a lease already")
         self._past.pop(grant.request_id, None)
         now = self._clock()
         last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
-        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers)
+        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers, generation)
 
     def state(self, request_id: str, groups: list[GroupBlocks]) -> None:
         """What readers are told of a lease's blocks from now on. Unknown ids are ignored."""

@@ -16,6 +16,7 @@ from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.side_channel import Push
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import (
+    AnnounceBlocks,
     CancelPull,
     EndLease,
     GrantLease,
@@ -24,16 +25,14 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferCommand,
     TransferEvent,
-    UnwatchLease,
-    WatchLease,
+    WithdrawBlocks,
 )
-from pdlaunch.transfer.branch import Puller
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
-from pdlaunch.transfer.lease_watch import LeaseWatches
+from pdlaunch.transfer.holder_link import Puller
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull_table import PullTable
@@ -127,21 +126,20 @@ class TransferLoop:
             emit=self._events.append,
         )
         self._pulls = PullTable(puller, self._peers)
-        self._watches = LeaseWatches(self._peers, self._events.append, clock)
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""
         match command:
+            case AnnounceBlocks():
+                self._holder.announce(command)
+            case WithdrawBlocks():
+                self._holder.withdraw(command)
             case GrantLease():
                 self._grant(command)
             case EndLease():
                 self._holder.end(command)
             case SetLeaseReaders():
                 self._holder.set_readers(command)
-            case WatchLease():
-                self._watches.start(command)
-            case UnwatchLease():
-                self._watches.cancel(command)
             case StartPull():
                 self._pulls.start(command)
             case CancelPull():
@@ -204,7 +202,6 @@ class TransferLoop:
         for identity, ended in self._pushes.take_answers():
             self._socket.send(identity, ended)
         self._peers.advance()
-        self._watches.advance()
         self._pulls.advance()
         self._events += self._holder.take_ended()
         events = self._events[:]
@@ -222,7 +219,6 @@ class TransferLoop:
         """How long nothing is due, messages aside."""
         now_s = self._clock()
         deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s(), self._early.next_deadline_s()]
-        deadlines_s.append(self._watches.next_deadline_s())
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)

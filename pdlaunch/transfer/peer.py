@@ -32,10 +32,10 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.transfer.asked_pushes import AskedPushes
-from pdlaunch.transfer.branch import LinkStatus
 from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.departed import DepartedHolder
 from pdlaunch.transfer.handshake import check_geometry, compare
+from pdlaunch.transfer.holder_link import LinkStatus
 from pdlaunch.transfer.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.peer_setup import Channel, PeerAddress, PeerSetup
 from pdlaunch.transfer.scratch import has_pattern
@@ -117,6 +117,10 @@ class Peer:
         return self._geometry
 
     @property
+    def reads_early(self) -> bool:
+        return not self._setup.connector.pushes
+
+    @property
     def departed(self) -> bool:
         """Its process is dead, or about to be, and its memory can be read until its leases have ended."""
         return self._departed is not None
@@ -183,13 +187,17 @@ class Peer:
         if self._setup.clock() >= self._deadline_s:
             self._on_deadline()
 
-    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> None:
+    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> int:
         call_id = next(self._call_ids)
         message = build(call_id)
         if on_reply is not None:
             self._calls[call_id] = _Call(message, on_reply)
         if self.channel is not None:
             self.channel.send(message)
+        return call_id
+
+    def forget(self, call_id: int) -> None:
+        self._calls.pop(call_id, None)
 
     def start_read(self, read: BlockRead) -> ReadHandle:
         """Raises TransferError."""

@@ -12,7 +12,9 @@ until the handle has ended, however long that takes.
 from __future__ import annotations
 
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.branch import Branch, HolderLink, Puller
+from pdlaunch.transfer.branch import Branch
+from pdlaunch.transfer.early import LONGEST_WAIT_S
+from pdlaunch.transfer.holder_link import HolderLink, Puller
 from pdlaunch.transfer.mapping import Source
 from pdlaunch.transfer.read_plan import PullFailed
 
@@ -26,7 +28,9 @@ class Pull:
         self._puller = puller
         self._branches = [Branch(command, source, link, puller) for source, link in links]
         self._started_s = puller.clock()
-        self._deadline_s = self._started_s + command.timeout_s
+        """When the lease was known, where that is awaited."""
+        self._deadline_s = self._started_s + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
+        self._awaits = command.awaits
         self._finished = False
         self._draining = False
 
@@ -69,9 +73,13 @@ class Pull:
     def _step(self) -> None:
         for branch in self._branches:
             branch.advance()
-        if self._puller.clock() >= self._deadline_s:
+        now_s = self._puller.clock()
+        if self._awaits and any(branch.has_lease for branch in self._branches):
+            self._awaits = False
+            self._started_s, self._deadline_s = now_s, now_s + self.command.timeout_s
+        if now_s >= self._deadline_s:
             where = ", ".join(f"{branch.name} is {branch.stage.name.lower()}" for branch in self._branches)
-            raise PullFailed(f"no end within {self.command.timeout_s:g} s; {where}")
+            raise PullFailed(f"no end within {self._deadline_s - self._started_s:g} s; {where}")
         if all(branch.is_proven for branch in self._branches):
             for branch in self._branches:
                 branch.end()
@@ -98,6 +106,7 @@ class Pull:
                 late=late,
                 departed=ok and any(branch.departed for branch in self._branches),
                 num_retries=sum(branch.num_retries for branch in self._branches),
+                first_tokens=next((branch.first_tokens for branch in self._branches if branch.first_tokens), []),
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.transfer import CancelPull, PullFinished, StartPull
-from pdlaunch.transfer.branch import Puller
+from pdlaunch.transfer.holder_link import Puller
 from pdlaunch.transfer.peer_table import PeerTable
 from pdlaunch.transfer.pull import Pull
 

@@ -1,15 +1,16 @@
-"""What a pull reads from one holder rank, and the proof that it got it: token hashes, then checksums by (block, KV head)."""
+"""What a pull reads from one holder rank: which blocks of the prompt, from where to where, for this very prompt."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pdlaunch.errors import TransferError, VerificationError
+from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
-from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
+from pdlaunch.transfer.checksum import ChecksumArray
 from pdlaunch.transfer.connector import BlockRead
 
 
@@ -23,12 +24,35 @@ class PullFailed(TransferError):
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What of a model's KV heads comes from one holder rank."""
+
+    holder: str
+    """Its name."""
+    reader: str
+    """As in the PullBegin."""
+    heads: range
+    """Of the model."""
+    first_local_head: int
+    """Of the model, this rank's first one."""
+
+    @property
+    def local_heads(self) -> range:
+        """Index within this rank."""
+        return range(self.heads.start - self.first_local_head, self.heads.stop - self.first_local_head)
+
+    def remote_heads(self, geometry: Geometry) -> range:
+        """Index within the holder's rank."""
+        return range(self.heads.start - geometry.first_kv_head, self.heads.stop - geometry.first_kv_head)
+
+
+@dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """One READ and what its bytes must be."""
+    """One READ."""
 
     read: BlockRead
-    expected: ChecksumArray
-    """As many rows as blocks, or none when the holder stated none."""
+    spans: tuple[tuple[int, range], ...]
+    """Which blocks that are, one after another: group, and logical indices within the request."""
 
     @property
     def is_empty(self) -> bool:
@@ -37,7 +61,7 @@ class ReadPlan:
 
 
 def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
-    """The holder's blocks were computed for this very prompt. Raises PullFailed."""
+    """The holder's blocks are computed for this very prompt. Raises PullFailed."""
     ours = command.block_hashes
     if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
         pairs = zip(ours, reply.block_hashes, strict=False)
@@ -49,82 +73,50 @@ def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
         )
 
 
-def plan_read(
-    command: StartPull, reply: PullReply, geometry: Geometry, *, heads: range, first_local_head: int, holder: str, reader: str
-) -> ReadPlan:
-    """``heads``: of the model, that come from this holder; ``geometry``: the holder's. Raises PullFailed."""
+def plan_read(command: StartPull, reply: PullReply, geometry: Geometry, share: Share, blocks: range) -> ReadPlan:
+    """What the pull wants of ``blocks``, logical indices; ``geometry``: the holder's. Raises PullFailed."""
     if len(reply.groups) != len(command.block_ids):
-        raise PullFailed(f"{holder} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
-    remote_heads = range(heads.start - geometry.first_kv_head, heads.stop - geometry.first_kv_head)
+        raise PullFailed(f"{share.holder} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
     local: list[int] = []
     remote: list[int] = []
-    checksums = [np.empty((0, len(remote_heads)), np.uint64)]
-    for index, (block_ids, first, group) in enumerate(
-        zip(command.block_ids, command.first_block_index, reply.groups, strict=True)
-    ):
-        if not block_ids:
-            continue
-        start = first - group.first_block_index
-        wanted = slice(start, start + len(block_ids))
-        found = group.block_ids[wanted] if start >= 0 else []
-        if len(found) != len(block_ids) or first + len(block_ids) > len(command.block_hashes):
-            raise PullFailed(f"{holder} does not hold all blocks of group {index} from {first} on")
-        local += block_ids
+    spans = tuple(_wanted_spans(command, blocks))
+    for index, span in spans:
+        group, first = reply.groups[index], command.first_block_index[index]
+        start = span.start - group.first_block_index
+        found = group.block_ids[start : start + len(span)] if start >= 0 else []
+        if len(found) != len(span) or span.stop > len(command.block_hashes):
+            raise PullFailed(f"{share.holder} does not hold all blocks of group {index} from {span.start} on")
+        local += command.block_ids[index][span.start - first : span.stop - first]
         remote += found
-        checksums.append(_checksums_of(group, geometry.num_kv_heads)[wanted, remote_heads.start : remote_heads.stop])
     if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
-        raise PullFailed(f"{holder} named a block outside of its {geometry.num_blocks}")
+        raise PullFailed(f"{share.holder} named a block outside of its {geometry.num_blocks}")
     read = BlockRead(
         local_blocks=local,
         remote_blocks=remote,
-        local_heads=range(heads.start - first_local_head, heads.stop - first_local_head),
-        remote_heads=remote_heads,
+        local_heads=share.local_heads,
+        remote_heads=share.remote_heads(geometry),
         request_id=command.remote.request_id,
-        reader=reader,
+        reader=share.reader,
         digest=command.block_hashes[-1].hex(),
     )
-    return ReadPlan(read, np.concatenate(checksums))
+    return ReadPlan(read, spans)
 
 
-class Proof:
-    """Checksums of what a READ has brought, asked for part by part while the rest is under way."""
-
-    def __init__(self, plan: ReadPlan, hasher: BlockHasher) -> None:
-        self._plan = plan
-        self._hasher = hasher
-        self._found: list[Checksums] = []
-        self._num_hashed = 0
-        """Blocks whose checksums were asked for."""
-
-    def hash_until(self, num_blocks: int) -> None:
-        """Have the checksums computed of the READ's blocks before ``num_blocks``: nothing writes to them any more."""
-        read = self._plan.read
-        if num_blocks > self._num_hashed:
-            heads = slice(read.local_heads.start, read.local_heads.stop)
-            self._found.append(self._hasher.start(read.local_blocks[self._num_hashed : num_blocks], heads))
-            self._num_hashed = num_blocks
-
-    def ready(self) -> bool:
-        """Whether ``check`` returns at once."""
-        return all(checksums.ready() for checksums in self._found)
-
-    def check(self) -> None:
-        """Raises VerificationError that names the first block and head that differ."""
-        read, expected = self._plan.read, self._plan.expected
-        if len(expected) != len(read.local_blocks):
-            raise VerificationError("the holder stated no checksums")
-        wrong = np.argwhere(np.concatenate([checksums.result() for checksums in self._found]) != expected)
-        if len(wrong):
-            row, head = wrong[0].tolist()
-            raise VerificationError(
-                f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
-                f"block {read.local_blocks[row]} here"
-            )
+def _wanted_spans(command: StartPull, blocks: range) -> Iterator[tuple[int, range]]:
+    for index, (block_ids, first) in enumerate(zip(command.block_ids, command.first_block_index, strict=True)):
+        span = range(max(first, blocks.start), min(first + len(block_ids), blocks.stop))
+        if span:
+            yield index, span
 
 
-def _checksums_of(group: GroupBlocks, num_heads: int) -> ChecksumArray:
-    """[num_blocks, num_heads]; of no block unless there is one for each."""
-    stated = group.checksums or b""
-    if len(stated) != len(group.block_ids) * num_heads * 8:
-        return np.empty((0, num_heads), np.uint64)
-    return np.frombuffer(stated, "<u8").reshape(-1, num_heads)
+def stated_checksums(groups: Sequence[GroupBlocks], geometry: Geometry, plan: ReadPlan) -> ChecksumArray:
+    """What the holder states of a READ's blocks: [num_blocks, num_heads]; fewer rows where it does not state all."""
+    heads = plan.read.remote_heads
+    found = [np.empty((0, len(heads)), np.uint64)]
+    for index, span in plan.spans:
+        group, num_heads = groups[index], geometry.num_kv_heads
+        stated, start = group.checksums or b"", span.start - group.first_block_index
+        if len(stated) == len(group.block_ids) * num_heads * 8 and start >= 0:
+            by_block = np.frombuffer(stated, "<u8").reshape(-1, num_heads)
+            found.append(by_block[start : start + len(span), heads.start : heads.stop])
+    return np.concatenate(found)

@@ -15,10 +15,10 @@ import pytest
 
 from pdlaunch.protocol.control import Address, PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseWatched, WatchLease
+from pdlaunch.protocol.transfer import PullFinished
 from pdlaunch.transfer.branch import REPEAT_S
 from tests.transfer.fakes import Fabric, FakeConnector
-from tests.transfer.rank_process import grant
+from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_worker import Rank, remote
 
 TIMEOUT_S = 60
@@ -99,9 +99,9 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
         reader.worker.update_registry(entries)
         assert isinstance(reader.reports.get(timeout=TIMEOUT_S), PairReady)
         relay.connections.get(timeout=TIMEOUT_S)
-        holder.worker.submit([lease := grant("r", [4, 5])])
+        holder.worker.submit([grant("r", [4, 5])])
         relay.swallows = lost
-        reader.worker.submit([WatchLease(request_id="d", remote=remote("r"))])
+        reader.worker.submit([pull("p", remote("r"), [1, 2])])
         assert relay.swallowed.wait(TIMEOUT_S)
         relay.lose()
         # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now on goes there.
@@ -109,7 +109,9 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
         assert reader.worker.take_events() == []
         clock.shift_s += REPEAT_S
         reader.worker.update_registry(entries)
-        assert reader.events() == [LeaseWatched(request_id="d", ok=True, first_tokens=lease.first_tokens)]
+        (finished,) = reader.events()
+        assert isinstance(finished, PullFinished)
+        assert finished.ok
     finally:
         for rank in (holder, reader):
             rank.worker.close(timeout_s=10)

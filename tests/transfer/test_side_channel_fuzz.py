@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import LeaseError, ProtocolError
 from pdlaunch.protocol.side_channel import (
-    AwaitLease,
     Handshake,
     HandshakeReply,
     Heartbeat,
@@ -21,6 +20,7 @@ from pdlaunch.protocol.side_channel import (
     PullBegin,
     PullEnd,
     Push,
+    StateChecksums,
     ToHolder,
     to_holder,
     to_puller,
@@ -43,11 +43,11 @@ def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[To
 
 
 QUESTIONS = st.one_of(
-    of_pull(PullBegin, num_pullers=NUMBERS),
+    of_pull(PullBegin, num_pullers=NUMBERS, awaits=st.booleans(), version=st.integers(0, 2)),
+    of_pull(StateChecksums),
     of_pull(Heartbeat),
     of_pull(PullEnd),
     of_pull(Push, block_ids=BLOCK_IDS, first_head=NUMBERS, num_heads=NUMBERS, target=st.binary(max_size=20)),
-    st.builds(AwaitLease, call_id=CALL_IDS, engine_id=ENGINE_IDS, request_id=REQUEST_IDS),
     st.builds(
         Handshake,
         call_id=CALL_IDS,

@@ -9,7 +9,17 @@ import pytest
 import torch
 from msgspec.structs import replace as replace_struct
 
-from pdlaunch.protocol.side_channel import PullBegin, PullEnd, PullEndReply, PullReply, Refused, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import (
+    ChecksumsReply,
+    PullBegin,
+    PullEnd,
+    PullEndReply,
+    PullReply,
+    Refused,
+    StateChecksums,
+    ToHolder,
+    ToPuller,
+)
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, SetLeaseReaders
 from pdlaunch.transfer.early import GRANT_LAG_S, EarlyQuestions
 from pdlaunch.transfer.holder import Holder
@@ -42,6 +52,9 @@ class SlowHolder:
     def begin(self, request_id: str = "r") -> PullBegin:
         return PullBegin(call_id=1, engine_id="1" * 32, request_id=request_id, reader="x", num_pullers=1)
 
+    def state(self, request_id: str = "r") -> StateChecksums:
+        return StateChecksums(call_id=3, engine_id="1" * 32, request_id=request_id, reader="x")
+
     def end(self, request_id: str = "r") -> PullEnd:
         return PullEnd(call_id=2, engine_id="1" * 32, request_id=request_id, reader="x")
 
@@ -57,16 +70,19 @@ def slow() -> SlowHolder:
     return SlowHolder()
 
 
-def test_readers_wait_for_the_checksums_of_a_lease(slow):
+def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     slow.holder.grant(grant("r", [4, 5]))
     assert slow.holder.youngest_hashing_s == slow.clock.now
-    assert slow.turn(slow.begin()) == ([], [])
+    granted, (begun,) = slow.turn(slow.begin(), slow.state())
+    assert granted == []
+    assert isinstance(begun, PullReply)
+    assert begun.groups[0].checksums is None
     assert slow.written() == {}
     slow.hasher.finish()
     granted, (answer,) = slow.turn()
     assert granted == ["r"]
-    assert isinstance(answer, PullReply)
-    assert answer.groups[0].checksums == slow.expected([4, 5])
+    assert isinstance(answer, ChecksumsReply)
+    assert answer.groups == [slow.expected([4, 5])]
     assert slow.written() == {"r": slow.expected([4, 5])}
     assert slow.turn() == ([], [])
     assert slow.holder.youngest_hashing_s is None
@@ -84,22 +100,24 @@ def test_checksums_are_those_of_the_moment_of_the_grant(slow):
 def test_leases_do_not_wait_for_each_other(slow):
     slow.holder.grant(grant("a", [4]))
     slow.holder.grant(grant("b", [5]))
+    slow.turn(slow.begin("a"), slow.begin("b"))
     slow.hasher.started[1].is_ready = True
-    granted, (answer,) = slow.turn(slow.begin("a"), slow.begin("b"))
+    granted, (answer,) = slow.turn(slow.state("a"), slow.state("b"))
     assert granted == ["b"]
-    assert answer.groups[0].checksums == slow.expected([5])
+    assert answer.groups == [slow.expected([5])]
 
 
 def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
-    """Its end must not overtake its begin."""
     slow.holder.grant(grant("r", [4]))
-    assert slow.turn(slow.begin(), slow.end()) == ([], [])
-    slow.hasher.finish()
-    _, (begun, ended) = slow.turn()
+    _, (begun, ended) = slow.turn(slow.begin(), slow.state(), slow.end())
     assert isinstance(begun, PullReply)
     assert isinstance(ended, PullEndReply)
     assert ended.held
     assert slow.holder.take_ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    slow.hasher.finish()
+    granted, (answer,) = slow.turn()
+    assert granted == ["r"]
+    assert isinstance(answer, Refused)
 
 
 def test_a_lease_that_ends_meanwhile_is_told_of_once(slow):
@@ -125,7 +143,8 @@ def test_nothing_is_written_down_before_the_checksums(slow):
 
 def test_checksums_that_do_not_come_are_an_error(slow):
     slow.holder.grant(grant("r", [4]))
-    assert slow.turn(slow.begin()) == ([], [])
+    _, (begun,) = slow.turn(slow.begin(), slow.state())
+    assert isinstance(begun, PullReply)
     slow.clock.now += GRANT_LAG_S
     _, (answer,) = slow.turn()
     assert isinstance(answer, Refused)
