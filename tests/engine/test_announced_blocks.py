@@ -119,6 +119,16 @@ def test_one_that_was_never_told_of_needs_no_withdrawal() -> None:
     assert engine.step().commands == []
 
 
+def test_what_a_step_in_flight_computes_is_not_ready() -> None:
+    """One token of the prompt is left: its step is planned while the one before runs."""
+    engine = FakeEngine(max_num_batched_tokens=16, runs_ahead=True)
+    compute(engine, prompt=PROMPT[:17])
+    found = commands(engine)
+    assert engine.num_ahead
+    assert ready(found) == [0, 0]
+    assert isinstance(found[-1], GrantLease)
+
+
 def test_prompts_are_hashed_without_a_prefix_cache_too() -> None:
     engine = FakeEngine(max_num_batched_tokens=8, caching=False)
     compute(engine)

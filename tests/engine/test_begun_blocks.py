@@ -67,5 +67,6 @@ def test_one_that_makes_way_before_its_first_step_finds_them_again() -> None:
     engine.run()
     assert engine.scheduler.stats().preemptions == 1
     assert engine.num_pulls == 2
+    assert engine.runners[0].num_computed_tokens == 8 + 3 + 5 + 2, "of the two blocks that b gave back, a has taken one"
     for name, prompt in prompts.items():
         assert engine.token_ids(name) == output(prompt, 4)[1:]
