@@ -1,20 +1,20 @@
-"""What a connector's library does by itself over the same pieces: a loop in a process a rank, no side channel, no proof."""
+"""What a connector's library does by itself over the same pieces, in the ranks' own processes: no side channel, no proof."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.bench_rank import BenchShape
+from pdlaunch.transfer.bench_shape import BenchShape
+from pdlaunch.transfer.connector import memory_kind
 from pdlaunch.transfer.mapping import heads_of_rank, map_sources
+from pdlaunch.transfer.nixl_connector import load_nixl, new_agent
 from pdlaunch.transfer.piece_copies import HostCopier, PieceCopier, Pieces
 
 
@@ -51,20 +51,25 @@ def parts_of(shape: BenchShape, pair: tuple[int, int], local: list[int], remote:
     return [part for part in parts if part.local]
 
 
+@dataclass(slots=True)
+class _Read:
+    handle: Any
+    state: str = ""
+    posted_s: float = 0.0
+    ended_s: float = 0.0
+
+
 class BareNixl:
-    """An agent with NIXL's own settings; the reader reads."""
+    """Another agent of the same settings; the reader reads."""
 
     reader_moves = True
     by_head = True
 
-    def __init__(self, name: str, shape: BenchShape, device: str, tp_size: int) -> None:
-        from nixl import _api
-
-        self._cache = shape.new_cache(device, tp_size)
-        self._agent = _api.nixl_agent(name, _api.nixl_agent_config(backends=["UCX"]))
-        self._registration = self._agent.register_memory(self._cache)
-        self._device_index = max(0, self._cache.get_device())
-        self._kind = "DRAM" if device == "cpu" else "VRAM"
+    def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
+        self._cache = kv_cache
+        self._kind, self._device_index = memory_kind(kv_cache)
+        self._agent = new_agent(*load_nixl(), name, self._kind)
+        self._registration = self._agent.register_memory(kv_cache)
 
     def address(self) -> Any:
         """What the other side needs."""
@@ -75,18 +80,26 @@ class BareNixl:
         self._peers = [(self._agent.add_remote_agent(metadata), base, index) for metadata, base, index in addresses]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds that the transfers take, their descriptors being prepared."""
-        handles = [self._prepare(part) for part in parts]
-        started_s = time.perf_counter()
-        states = [self._agent.transfer(handle) for handle in handles]
-        while "PROC" in states:
-            states = [self._agent.check_xfer_state(handle) for handle in handles]
-        seconds = time.perf_counter() - started_s
-        for handle in handles:
-            self._agent.release_xfer_handle(handle)
-        if set(states) != {"DONE"}:
-            raise TransferError(f"bare READs ended as {states}")
-        return seconds
+        """Seconds of the slowest READ from one holder, as in pulls; all begin at once, their descriptors being prepared."""
+        reads = [_Read(self._prepare(part)) for part in parts]
+        for read in reads:
+            read.posted_s = time.perf_counter()
+            read.state = self._agent.transfer(read.handle)
+            read.ended_s = time.perf_counter()
+            self._look(read)
+        while pending := [read for read in reads if read.state == "PROC"]:
+            for read in pending:
+                self._look(read)
+        for read in reads:
+            self._agent.release_xfer_handle(read.handle)
+        if (states := {read.state for read in reads}) != {"DONE"}:
+            raise TransferError(f"bare READs ended as {', '.join(sorted(states))}")
+        return max(read.ended_s - read.posted_s for read in reads)
+
+    def _look(self, read: _Read) -> None:
+        if read.state == "PROC":
+            read.state = self._agent.check_xfer_state(read.handle)
+            read.ended_s = time.perf_counter()
 
     def _prepare(self, part: Part) -> Any:
         name, base, index = self._peers[part.holder]
@@ -104,10 +117,10 @@ class BareMooncake:
     reader_moves = False
     by_head = False
 
-    def __init__(self, name: str, shape: BenchShape, device: str, tp_size: int) -> None:
+    def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
         from mooncake.engine import TransferEngine
 
-        self._cache = shape.new_cache(device, tp_size)
+        self._cache = kv_cache
         self._engine = TransferEngine()
         codes = (
             self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""),
@@ -141,23 +154,22 @@ class BareMooncake:
 
 
 class BareCopy:
-    """Both caches in the reader's process, copied as the P2P path does: what is left is the side channel."""
+    """The blocks lie in the reader's process too, on the holders' devices, and are copied as the P2P path does."""
 
     reader_moves = True
     by_head = False
 
-    def __init__(self, name: str, shape: BenchShape, device: str, tp_size: int) -> None:
-        self._shape, self._device, self._tp_size = shape, device, tp_size
+    def __init__(self, name: str, kv_cache: torch.Tensor) -> None:
+        self._cache = kv_cache
 
     def address(self) -> Any:
         """What the other side needs."""
-        return self._device, self._tp_size
+        return tuple(self._cache.shape), self._cache.dtype, self._cache.device
 
     def connect(self, addresses: Sequence[Any]) -> None:
         """Get ready to move blocks from the devices of all ranks of the other side."""
-        self._cache = self._shape.new_cache(self._device, self._tp_size)
-        self._sources = [self._shape.new_cache(device, tp_size) for device, tp_size in addresses]
-        if self._device == "cpu":
+        self._sources = [torch.empty(shape, dtype=dtype, device=device).normal_() for shape, dtype, device in addresses]
+        if not self._cache.is_cuda:
             self._copier: PieceCopier = HostCopier()
             return
         from pdlaunch.transfer.cuda_copies import new_cuda_copiers
@@ -165,48 +177,23 @@ class BareCopy:
         for source in self._sources:
             self._cache.view(-1)[:1].copy_(source.view(-1)[:1])  # torch then lets the one device use the other's memory
         torch.cuda.synchronize()
-        torch.cuda.set_device(torch.device(self._device))
         self._copier = new_cuda_copiers(self._cache)[0]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds of the copies, one after another."""
-        return sum(self._copy(part) for part in parts)
+        """Seconds of the slowest copy from one holder, as in pulls; all begin at once."""
+        copies = [self._copier.start(self._pieces(part)) for part in parts]
+        while "pending" in [copy.state() for copy in copies]:
+            time.sleep(0)
+        return max(copy.seconds() for copy in copies)
 
-    def _copy(self, part: Part) -> float:
+    def _pieces(self, part: Part) -> Pieces:
         ours, theirs = (
             np.array(places, dtype=np.uint64) + np.uint64(cache.data_ptr())
             for places, cache in ((part.local, self._cache), (part.remote, self._sources[part.holder]))
         )
-        copy = self._copier.start(Pieces(ours, theirs, part.piece_bytes))
-        while copy.state() == "pending":
-            time.sleep(0)
-        return copy.seconds()
+        return Pieces(ours, theirs, part.piece_bytes)
 
 
 BareKind = type[BareNixl] | type[BareMooncake] | type[BareCopy]
 BARE: dict[str, BareKind] = {"nixl": BareNixl, "mooncake": BareMooncake, "p2p": BareCopy}
 """By connector or path; a file has no library of its own to compare with."""
-
-
-def run_bare(
-    pipe: Connection,
-    kind: BareKind,
-    name: str,
-    shape: BenchShape,
-    device: str,
-    tp_size: int,
-    environment: dict[str, str],
-) -> None:
-    """Main function of the process; answers calls of the methods above until it is killed."""
-    torch.set_num_threads(1)
-    os.environ.update({**environment, **os.environ})
-    try:
-        bare = kind(name, shape, device, tp_size)
-        while True:
-            method, *arguments = pipe.recv()
-            pipe.send(getattr(bare, method)(*arguments))
-    except EOFError:
-        os._exit(0)
-    except Exception as error:  # Whatever it is, the parent raises it.
-        pipe.send(TransferError(f"{name}: {error}"))
-        os._exit(1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import signal
+import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,51 +18,18 @@ from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
 from pdlaunch.errors import TransferError
-from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
-from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull, TransferEvent
+from pdlaunch.transfer.bench_bare import BareKind, Part
+from pdlaunch.transfer.bench_shape import BenchShape
 from pdlaunch.transfer.connectors import new_connector
 from pdlaunch.transfer.worker import TransferWorker
 
-DType = Literal["float32", "bfloat16", "float16"]
 START_TIMEOUT_S = 120.0
 PULL_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class BenchShape:
-    """KV cache of one rank with all heads."""
-
-    num_blocks: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: DType
-
-    def layout(self, tp_size: int = 1) -> KVCacheLayout:
-        """Of one rank of ``tp_size``."""
-        return KVCacheLayout(
-            groups=make_groups([None] * self.num_layers),
-            num_kv_heads=max(1, self.num_kv_heads // tp_size),
-            head_dim=self.head_dim,
-            block_size=self.block_size,
-            dtype_bytes=getattr(torch, self.dtype).itemsize,
-        )
-
-    def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of random numbers."""
-        return self.new_shared_cache(PrivateKVMemory(torch.device(device)), tp_size)
-
-    def new_shared_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
-        """The same, in memory that peers may map."""
-        layout = self.layout(tp_size)
-        pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
-        return pages.view(self.num_blocks, *layout.block_shape()).normal_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +98,11 @@ class Process:
         self.send(*call)
         return self.wait()
 
-    def pause(self) -> None:
-        """Let the process do nothing until ``resume``."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
     def stop(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
-
-    def _signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
 
 
 class Rank:
@@ -161,6 +117,7 @@ class Rank:
         device = torch.device(options.device)
         pools = open_memory_pools(enabled=options.with_cumem, device=device)
         memory = open_kv_memory(pools, device, shared=options.kv_transfer.maps_memory)
+        self._kv_cache = shape.new_shared_cache(memory, options.tp_size)
         self._worker = TransferWorker(
             context=SecureContext(options.keys),
             spec=(spec := _spec_of(options)),
@@ -169,7 +126,7 @@ class Rank:
             engine_id=options.engine_id,
             incarnation=1,
             layout=layout,
-            kv_cache=shape.new_shared_cache(memory, options.tp_size),
+            kv_cache=self._kv_cache,
             model_digest="bench",
             total_kv_heads=shape.num_kv_heads,
             first_kv_head=options.tp_rank * layout.num_kv_heads,
@@ -231,6 +188,25 @@ class Rank:
             self._woken.wait(PULL_TIMEOUT_S)
             self._woken.clear()
             events = self._worker.take_events()
+
+    def open_bare(self, kind: BareKind) -> Any:
+        """Let a connector's library move blocks of the same KV cache by itself; returns what the other side needs."""
+        if self._kv_cache.is_cuda:
+            torch.cuda.set_device(self._kv_cache.device)  # of this thread: libraries take the context that is current
+        self._bare = kind(f"{self._options.name}/bare", self._kv_cache)
+        return self._bare.address()
+
+    def connect_bare(self, addresses: Sequence[Any]) -> None:
+        """Of all ranks of the other side."""
+        self._bare.connect(addresses)
+
+    def move_bare(self, parts: Sequence[Part]) -> float:
+        """Seconds."""
+        return self._bare.move(parts)
+
+    def loop_bare(self, parts: Sequence[Part], num_repeats: int) -> float:
+        """Median seconds of the same transfer, begun again as soon as it has ended."""
+        return statistics.median(self._bare.move(parts) for _ in range(num_repeats))
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:

@@ -1,7 +1,9 @@
 """Time pulls of KV blocks by connector, TP pair and number of blocks (``pdlaunch bench transfer``).
 
-Every figure is moved bytes over the median time for scattered blocks: of a bare loop of the connector's library, of the READs of
-pulls, of whole pulls (side channel, lease, READ) without checksums, and of whole pulls as they are by default.
+Every figure is moved bytes over the median time for scattered blocks: of the READs of pulls, of whole pulls (side channel, lease,
+READ) without checksums, and of whole pulls as they are by default. Beside them the connector's library by itself, over the same
+memory in the same processes: one transfer in turns with the pulls, and the same transfer over and over. Transfers in turns find
+caches alike; pages and caches of other processes, and repeats, make small ones up to a third faster or slower.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Literal
 
 import torch
 
-from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, MooncakeProtocol, Role
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError, PdlaunchError
@@ -24,15 +25,18 @@ from pdlaunch.platform.limits import memory_bytes
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
-from pdlaunch.transfer.bench_bare import BARE, BareKind, parts_of, run_bare
-from pdlaunch.transfer.bench_rank import BenchShape, DType, Process, PullTimes, RankOptions, run_rank
+from pdlaunch.transfer.bench_bare import BARE, BareKind, Part, parts_of
+from pdlaunch.transfer.bench_rank import Process, PullTimes, RankOptions, run_rank
+from pdlaunch.transfer.bench_shape import BenchShape, DType
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.mapping import map_sources
 
 NUM_WARM_UPS = 2
 LEASE_S = 600.0
-NUM_CACHES = 6
-"""KV caches of all heads that there are at a time: holder and puller, with checksums, without, and of the bare loop."""
+NUM_CACHES = 4
+"""KV caches of all heads that there are at a time: holder and puller, with checksums and without."""
+TURN = ("unverified", "pull", "bare", "pull")
+"""What is compared follows the same: blocks are as cold for the one as for the other."""
 
 TPPair = tuple[int, int]
 """TP sizes of the holder and of the puller."""
@@ -51,14 +55,18 @@ class TransferTiming:
     num_blocks: int
     megabytes: float
     bare_gb_per_s: float | None
-    """None: this connector has no library of its own."""
+    """In turns with the READs. None: this connector has no library of its own."""
+    bare_loop_gb_per_s: float | None
+    """Over and over."""
     read_gb_per_s: float
     unverified_gb_per_s: float
     pull_gb_per_s: float
     read_ratio: float | None
-    """Of the READ to the bare loop, which moves the same pieces."""
+    """Of the READ to the bare transfer in turns with it, which moves the same pieces."""
+    read_loop_ratio: float | None
+    """Of the READ to the bare loop."""
     pull_ratio: float | None
-    """Of the pull without checksums to the bare loop."""
+    """Of the pull without checksums to the bare transfer in turns with it."""
     overhead_us: int
     """What the pull without checksums takes beyond its READ."""
     checksum_percent: float
@@ -86,26 +94,30 @@ def bench_transfer(
     Raises TransferError, and ConfigError without a device or the memory.
     """
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
-    _check(shape, device)
+    _check(shape, device, max(puller_tp_size for _, puller_tp_size in tp_pairs))
     place = _Place(device, enable_cumem_allocator and device == "cuda")
     kinds = [(connector, path) for connector in connectors for path in (paths if connector == "nixl" else ("auto",))]
     rows = []
     for connector, path in kinds:
         for pair in tp_pairs:
             with _settings(connector, path, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
-                used, ways = _ways(stack, settings, pair, shape, place)
+                used, ways, bare = _ways(stack, settings, pair, shape, place)
                 for count in num_blocks:
-                    times = _medians(ways, *_blocks(shape, count), num_repeats)
+                    local, remote = _blocks(shape, count)
+                    times = _medians(ways, local, remote, num_repeats)
+                    if bare is not None:
+                        times["bare loop"] = bare.loop(local, remote, num_repeats)
                     rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, times))
     return rows
 
 
-def _check(shape: BenchShape, device: str) -> None:
+def _check(shape: BenchShape, device: str, num_pullers: int) -> None:
+    """Each puller has blocks for bare copies of its own."""
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
         return
-    needed_bytes, there_bytes = NUM_CACHES * shape.num_blocks * shape.layout().block_bytes, memory_bytes()
+    needed_bytes, there_bytes = (NUM_CACHES + num_pullers) * shape.num_blocks * shape.layout().block_bytes, memory_bytes()
     if needed_bytes > there_bytes:
         message = f"num_blocks: {shape.num_blocks} need {format_size(needed_bytes)}, this machine has {format_size(there_bytes)}"
         raise ConfigError(message, field="num_blocks", value=shape.num_blocks, fix="Take smaller --num-blocks.")
@@ -122,7 +134,7 @@ class _Place:
 def _row(
     connector: str, path: str, pair: TPPair, num_blocks: int, num_bytes: int, times: Mapping[str, PullTimes]
 ) -> TransferTiming:
-    bare_s = times["bare"].read_s if "bare" in times else None
+    bare_s, loop_s = (times[name].read_s if name in times else None for name in ("bare", "bare loop"))
     read_s, unverified_s, pull_s = times["unverified"].read_s, times["unverified"].pull_s, times["pull"].pull_s
     return TransferTiming(
         connector=connector,
@@ -131,10 +143,12 @@ def _row(
         num_blocks=num_blocks,
         megabytes=round(num_bytes / 1e6, 2),
         bare_gb_per_s=None if bare_s is None else round(num_bytes / 1e9 / bare_s, 3),
+        bare_loop_gb_per_s=None if loop_s is None else round(num_bytes / 1e9 / loop_s, 3),
         read_gb_per_s=round(num_bytes / 1e9 / read_s, 3),
         unverified_gb_per_s=round(num_bytes / 1e9 / unverified_s, 3),
         pull_gb_per_s=round(num_bytes / 1e9 / pull_s, 3),
         read_ratio=None if bare_s is None else round(bare_s / read_s, 3),
+        read_loop_ratio=None if loop_s is None else round(loop_s / read_s, 3),
         pull_ratio=None if bare_s is None else round(bare_s / unverified_s, 3),
         overhead_us=round((unverified_s - read_s) * 1e6),
         checksum_percent=round((pull_s / unverified_s - 1) * 100, 1),
@@ -155,51 +169,17 @@ def _settings(connector: ConnectorName, path: KVPath, mooncake_protocol: Mooncak
 
 def _ways(
     stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place
-) -> tuple[str, dict[str, Way]]:
+) -> tuple[str, dict[str, Way], _Bare | None]:
     """The path in use, and all kinds at once, to be measured in turns: what else the machine does then hits all alike."""
     unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
     whole = _new_pair(stack, settings, pair, shape, place)
     ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
-    bare = BARE.get("p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector)
-    if bare is not None and (bare.reader_moves or settings.mooncake_protocol == "tcp"):
-        ways["bare"] = _new_bare(stack, bare, settings, pair, shape, place.device)
-    return ", ".join(sorted(unverified.paths | whole.paths)), ways
-
-
-def _new_bare(
-    stack: contextlib.ExitStack, kind: BareKind, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, device: str
-) -> Way:
-    """Its processes are stopped between two turns: NIXL's own settings let a thread of each spin."""
-    environment = connector_environment(settings)
-    sides = [
-        [
-            Process(run_bare, kind, f"{side}{rank}", shape, _device(device, first + rank), tp_size, environment)
-            for rank in range(tp_size)
-        ]
-        for side, first, tp_size in (("holder", 0, pair[0]), ("reader", pair[0], pair[1]))
-    ]
-    processes = [process for side in sides for process in side]
-    for process in processes:
-        stack.callback(process.stop)
-    movers, others = reversed(sides) if kind.reader_moves else sides
-    addresses = [process.call("address") for process in others]
-    for mover in movers:
-        mover.call("connect", addresses)
-    for process in processes:
-        process.pause()
-
-    def move(local: list[int], remote: list[int]) -> PullTimes:
-        parts = parts_of(shape, pair, local, remote, by_head=kind.by_head)
-        for process in processes:
-            process.resume()
-        for rank, mover in enumerate(movers):
-            mover.send("move", [part for part in parts if rank == (part.reader if kind.reader_moves else part.holder)])
-        seconds: list[float] = [mover.wait() for mover in movers]
-        for process in processes:
-            process.pause()
-        return PullTimes(max(seconds), max(seconds))
-
-    return move
+    used = ", ".join(sorted(unverified.paths | whole.paths))
+    kind = BARE.get("p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector)
+    if kind is None or not (kind.reader_moves or settings.mooncake_protocol == "tcp"):
+        return used, ways, None
+    bare = _Bare(kind, unverified, pair, shape)
+    return used, {**ways, "bare": bare.move}, bare
 
 
 def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place) -> _Pair:
@@ -227,7 +207,7 @@ class _Pair:
 
     def __init__(self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: str) -> None:
         """``engine_id``: of the holder."""
-        self._holders, self._pullers = holders, pullers
+        self.holders, self.pullers = holders, pullers
         self._engine_id, self._tp_size = engine_id, len(holders)
         self._num_pulls = 0
         self.paths: set[str] = set()
@@ -236,15 +216,15 @@ class _Pair:
     def connect(self, num_kv_heads: int) -> None:
         """Every puller shakes hands with every holder."""
         map_sources(
-            num_kv_heads=num_kv_heads, holder_tp_size=self._tp_size, puller_tp_size=len(self._pullers), puller_tp_rank=0
+            num_kv_heads=num_kv_heads, holder_tp_size=self._tp_size, puller_tp_size=len(self.pullers), puller_tp_rank=0
         )  # refuses what does not fit, before anybody waits for it
-        processes = (*self._holders, *self._pullers)
+        processes = (*self.holders, *self.pullers)
         for process in processes:
             process.send("entry")
         entries = [process.wait() for process in processes]
-        for puller in self._pullers:
-            puller.send("connect", entries, len(self._holders))
-        for puller in self._pullers:
+        for puller in self.pullers:
+            puller.send("connect", entries, len(self.holders))
+        for puller in self.pullers:
             self.paths |= puller.wait()
 
     def pull(self, local: list[int], remote: list[int]) -> PullTimes:
@@ -262,7 +242,7 @@ class _Pair:
             first_tokens=[],
             lease_s=LEASE_S,
         )
-        for holder in self._holders:
+        for holder in self.holders:
             holder.call("grant", grant)
         remote_kv = RemoteKV(
             engine_id=self._engine_id,
@@ -283,12 +263,41 @@ class _Pair:
             num_tokens=len(local),
             timeout_s=LEASE_S,
         )
-        for puller in self._pullers:
+        for puller in self.pullers:
             puller.send("pull", command)
-        times: list[PullTimes] = [puller.wait() for puller in self._pullers]
-        for holder in self._holders:
+        times: list[PullTimes] = [puller.wait() for puller in self.pullers]
+        for holder in self.holders:
             holder.call("ended")
         return PullTimes(max(time.pull_s for time in times), max(time.read_s for time in times))
+
+
+class _Bare:
+    """The connector's library by itself, in the processes of a pair and over their KV caches."""
+
+    def __init__(self, kind: BareKind, ranks: _Pair, pair: TPPair, shape: BenchShape) -> None:
+        self._kind, self._pair, self._shape = kind, pair, shape
+        holders, pullers = ([rank.call("open_bare", kind) for rank in side] for side in (ranks.holders, ranks.pullers))
+        self._movers, addresses = (ranks.pullers, holders) if kind.reader_moves else (ranks.holders, pullers)
+        for mover in self._movers:
+            mover.call("connect_bare", addresses)
+
+    def move(self, local: list[int], remote: list[int]) -> PullTimes:
+        """One transfer by all ranks at once; the slowest counts."""
+        return self._call("move_bare", local, remote)
+
+    def loop(self, local: list[int], remote: list[int], num_repeats: int) -> PullTimes:
+        """The same over and over; the median."""
+        return self._call("loop_bare", local, remote, num_repeats)
+
+    def _call(self, method: str, local: list[int], remote: list[int], *arguments: object) -> PullTimes:
+        parts = parts_of(self._shape, self._pair, local, remote, by_head=self._kind.by_head)
+        for tp_rank, mover in enumerate(self._movers):
+            mover.send(method, [part for part in parts if self._mover_of(part) == tp_rank], *arguments)
+        seconds: float = max([mover.wait() for mover in self._movers])
+        return PullTimes(seconds, seconds)
+
+    def _mover_of(self, part: Part) -> int:
+        return part.reader if self._kind.reader_moves else part.holder
 
 
 def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
@@ -303,10 +312,13 @@ def _device(device: str, index: int) -> str:
 
 def _medians(ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int) -> dict[str, PullTimes]:
     times: dict[str, list[PullTimes]] = {name: [] for name in ways}
-    for _ in range(NUM_WARM_UPS + num_repeats):
-        for name, way in ways.items():
-            times[name].append(way(local, remote))
-    return {name: _median(found[NUM_WARM_UPS:]) for name, found in times.items()}
+    turn = TURN if "bare" in ways else tuple(ways)
+    for index in range(NUM_WARM_UPS + num_repeats):
+        for name in turn:
+            found = ways[name](local, remote)
+            if index >= NUM_WARM_UPS:
+                times[name].append(found)
+    return {name: _median(found) for name, found in times.items()}
 
 
 def _median(times: Sequence[PullTimes]) -> PullTimes:

@@ -68,6 +68,24 @@ def load_nixl() -> tuple[Any, Any]:
     return _api, _bindings
 
 
+def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
+    """An agent whose progress thread sleeps between events.
+
+    Args:
+        api, bindings: as ``load_nixl`` returns them.
+        kind: ``DRAM`` or ``VRAM``, of the memory that it reads.
+    """
+    agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+    config = bindings.nixlAgentConfig()
+    config.useProgThread = True
+    config.useListenThread = False
+    config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
+    config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
+    agent.agent = bindings.nixlAgent(name, config)
+    agent.create_backend(BACKEND)
+    return agent
+
+
 class NixlConnector(Connector):
     """Reads through one NIXL agent. ``open`` loads the library, and must find ``connector_environment`` applied."""
 
@@ -192,15 +210,7 @@ class NixlConnector(Connector):
     def _make_agent(self) -> Any:
         api, bindings = self._load()
         self._backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
-        agent = api.nixl_agent(self.agent_name, api.nixl_agent_config(backends=[]))
-        config = bindings.nixlAgentConfig()
-        config.useProgThread = True
-        config.useListenThread = False
-        config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
-        config.pthrDelay = _PROGRESS_INTERVAL_US[self._kind]
-        agent.agent = bindings.nixlAgent(self.agent_name, config)
-        agent.create_backend(BACKEND)
-        return agent
+        return new_agent(api, bindings, self.agent_name, self._kind)
 
     def _describe_peer(self, agent_name: str, geometry: Geometry) -> PeerHandle:
         base, num_blocks, device = geometry.base_address, geometry.num_blocks, geometry.device_index

@@ -11,8 +11,8 @@ import torch
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.bench_bare import parts_of
-from pdlaunch.transfer.bench_rank import BenchShape
-from pdlaunch.transfer.bench_transfer import bench_transfer
+from pdlaunch.transfer.bench_shape import BenchShape
+from pdlaunch.transfer.bench_transfer import TURN, bench_transfer
 
 
 def test_rows_of_a_small_benchmark() -> None:
@@ -39,7 +39,12 @@ def test_rows_of_a_small_benchmark() -> None:
         assert row["unverified_gb_per_s"] >= 0
         assert row["pull_gb_per_s"] >= 0
         assert row["read_gb_per_s"] >= row["unverified_gb_per_s"]
-        assert (row["read_ratio"] is None) == (row["pull_ratio"] is None) == (row["connector"] == "file")
+        beside_bare = {"bare_gb_per_s", "bare_loop_gb_per_s", "read_ratio", "read_loop_ratio", "pull_ratio"}
+        assert {name for name, value in row.items() if value is None} == (beside_bare if row["connector"] == "file" else set())
+
+
+def test_what_is_compared_follows_the_same() -> None:
+    assert TURN[TURN.index("unverified") - 1] == TURN[TURN.index("bare") - 1]
 
 
 def test_more_blocks_than_there_is_memory_are_refused() -> None:

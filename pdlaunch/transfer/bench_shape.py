@@ -1,0 +1,45 @@
+"""The KV cache that ``bench transfer`` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchShape:
+    """KV cache of one rank with all heads."""
+
+    num_blocks: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: DType
+
+    def layout(self, tp_size: int = 1) -> KVCacheLayout:
+        """Of one rank of ``tp_size``."""
+        return KVCacheLayout(
+            groups=make_groups([None] * self.num_layers),
+            num_kv_heads=max(1, self.num_kv_heads // tp_size),
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype_bytes=getattr(torch, self.dtype).itemsize,
+        )
+
+    def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
+        """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of random numbers."""
+        return self.new_shared_cache(PrivateKVMemory(torch.device(device)), tp_size)
+
+    def new_shared_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
+        """The same, in memory that peers may map."""
+        layout = self.layout(tp_size)
+        pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
+        return pages.view(self.num_blocks, *layout.block_shape()).normal_()
