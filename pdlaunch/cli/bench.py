@@ -31,9 +31,11 @@ _TRANSFER_HEADINGS = {
     "tp_pair": "TP",
     "num_blocks": "blocks",
     "megabytes": "MB",
-    "bare_gb_per_s": "bare\nGB/s",
     "read_gb_per_s": "READ\nGB/s",
+    "bare_gb_per_s": "bare, by\nturns",
     "read_ratio": "READ\n/bare",
+    "bare_loop_gb_per_s": "bare\nloop",
+    "read_loop_ratio": "READ\n/loop",
     "unverified_gb_per_s": "unverified\npull GB/s",
     "pull_ratio": "pull\n/bare",
     "overhead_us": "beyond\nREAD us",
@@ -167,7 +169,7 @@ def transfer(
     mooncake_protocol: Annotated[str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")] = "tcp",
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Gigabytes a second from prefill to decode ranks, beside a bare loop of the connector's library."""
+    """Gigabytes a second from prefill to decode ranks, beside the connector's library by itself."""
     names = read_names(connectors, _CONNECTORS, "--connectors")
     if path != _AUTO and "nixl" not in names:
         raise typer.BadParameter(f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'")
