@@ -307,8 +307,9 @@ class Branch:
         self._next_heartbeat_s = max(now_s, asked_s + self._heartbeat_s)
         if self._reads.lacks_checksums:
             self._next_checksums_s = now_s
-        self._read()
+        self._reads.start()
         self._ask()
+        self._read()
 
     def _read(self) -> None:
         """Begin and end READs, and prove what they have brought. Raises ReadFailed, PullFailed."""

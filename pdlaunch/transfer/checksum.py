@@ -57,13 +57,16 @@ class BlockHasher:
         self._bytes = kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes)
         self._device_hasher = _new_device_hasher(self._bytes)
 
-    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
+    def start(self, block_ids: Sequence[int], heads: slice, *, after: torch.cuda.Event | None = None) -> Checksums:
         """Of ``block_ids`` and these heads of this rank. Waits for nothing on CUDA; computes at once on the CPU.
 
-        What wrote the blocks must have ended, on the device too: nothing orders this behind the work of another stream.
+        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing else orders this behind the
+        work of another stream.
         """
         if self._device_hasher is not None:
-            return self._device_hasher.start(block_ids, heads)
+            return self._device_hasher.start(block_ids, heads, after)
+        if after is not None:
+            after.synchronize()
         if self._bytes.device.type == "cpu":
             return KnownChecksums(_digests(self._bytes, block_ids, heads))
         chosen = torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)

@@ -44,14 +44,16 @@ class DeviceHasher:
         """The kernels read and write their memory, whoever still wants the result."""
         self.start([0], slice(0, 1)).result()
 
-    def start(self, block_ids: Sequence[int], heads: slice) -> DeviceChecksums:
-        """Checksums by block and head; the blocks are complete already."""
+    def start(self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None = None) -> DeviceChecksums:
+        """Checksums by block and head; the blocks are complete already, or by the event ``after``."""
         first_head, end_head, _ = heads.indices(self._words.shape[1])
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
             ids.numpy()[:] = block_ids
             results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            if after is not None:
+                self._stream.wait_event(after)
             hash_regions(self._words, ids, first_head, results, self._constants)
             ended.record(self._stream)
         self._launched = [launched for launched in self._launched if not launched.ready()]

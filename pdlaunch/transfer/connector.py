@@ -25,6 +25,8 @@ PushHandle = NewType("PushHandle", object)
 """A write of the holder, for the READ of a peer."""
 
 ReadState = Literal["pending", "done", "failed"]
+Landing = tuple[int, torch.cuda.Event]
+"""After the event the READ's blocks before this number are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +138,9 @@ class Connector(ABC):
     def poll(self, handle: ReadHandle) -> ReadState:
         """Where a READ stands. After done or failed it writes no more."""
 
-    def num_landed(self, handle: ReadHandle) -> int:
-        """Of a READ of blocks that was pending when it was polled last: blocks from the first on that are there for good."""
-        return 0
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
+        """Of a READ of blocks that is pending: when its parts are there for good, in their order, where the device can tell."""
+        return ()
 
     @abstractmethod
     def read_s(self, handle: ReadHandle) -> float:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.batch_copies import BatchCopies
 from pdlaunch.platform.cuda_driver import DriverError
-from pdlaunch.transfer.connector import ReadState
+from pdlaunch.transfer.connector import Landing, ReadState
 from pdlaunch.transfer.piece_copies import Copy, PieceCopier, Pieces
 
 logger = logging.getLogger(__name__)
@@ -104,20 +104,18 @@ class CudaCopy(Copy):
     def __init__(self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]) -> None:
         """``ends``: of the parts, of ``num_pieces`` each, in the order in which they are copied."""
         self._begin, self._end = begin, ends[-1]
-        self._pending = deque(zip(ends, num_pieces, strict=True))
-        self._num_landed = 0
+        self._landings = list(zip(accumulate(num_pieces), ends, strict=True))
 
     def state(self) -> ReadState:
         try:
-            while self._pending and self._pending[0][0].query():  # type: ignore[no-untyped-call]
-                self._num_landed += self._pending.popleft()[1]
+            ended = self._end.query()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             logger.warning("a copy from a peer's memory failed: %s", error)
             return "failed"
-        return "pending" if self._pending else "done"
+        return "done" if ended else "pending"
 
-    def num_landed(self) -> int:
-        return self._num_landed
+    def landings(self) -> Sequence[Landing]:
+        return self._landings
 
     def seconds(self) -> float:
         return float(self._begin.elapsed_time(self._end)) / 1000

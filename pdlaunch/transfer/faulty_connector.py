@@ -13,7 +13,17 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import TransferCommand
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, PushHandle, PushJob, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    Connector,
+    Landing,
+    LocalMemory,
+    PeerHandle,
+    PushHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.faults import Fault, FaultPlan
 from pdlaunch.transfer.worker import TransferWorker
 
@@ -100,10 +110,10 @@ class FaultyConnector(Connector):
             read.end = self._advance(read)
         return read.end
 
-    def num_landed(self, handle: ReadHandle) -> int:
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
         """None of a READ with a fault: its bytes may change up to its end."""
         read = cast(_Read, handle)
-        return 0 if read.fault is not None or read.inner is None else self._inner.num_landed(read.inner)
+        return () if read.fault is not None or read.inner is None else self._inner.landings(read.inner)
 
     def read_s(self, handle: ReadHandle) -> float:
         return self._inner.read_s(self._true_read(handle))

@@ -54,17 +54,18 @@ class HolderCard:
     agent_metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Hashing:
-    """A lease whose checksums are being computed."""
+    """A lease whose checksums are being computed, or are about to be."""
 
     groups: list[GroupBlocks]
-    checksums: Checksums
+    granted_s: float
+    checksums: Checksums | None = None
     """Of the blocks of all groups, one after another."""
-    started_s: float
 
     def stated(self) -> list[GroupBlocks]:
-        """The groups with their checksums."""
+        """The groups with their checksums, which are there."""
+        assert self.checksums is not None
         ends = np.cumsum([len(group.block_ids) for group in self.groups])
         parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
         pairs = zip(self.groups, parts, strict=True)
@@ -106,7 +107,9 @@ class Holder:
         self._announced.end(command.request_id)
 
     def grant(self, command: GrantLease) -> None:
-        """Keep the blocks of a finished request for its readers; their checksums as of now are stated once they are computed.
+        """Keep the blocks of a finished request for its readers; their checksums are computed from ``take_granted`` on.
+
+        So readers who wait for the lease can be answered first, and read meanwhile.
 
         Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to them any more.
         """
@@ -118,20 +121,21 @@ class Holder:
         if self._hasher is None:
             self._complete(command.request_id)
             return
-        checksums = self._hasher.start([block_id for group in groups for block_id in group.block_ids], slice(None))
-        self._hashing[command.request_id] = _Hashing(groups, checksums, self._clock())
-        self._take_checksums()
+        self._hashing[command.request_id] = _Hashing(groups, self._clock())
 
     def take_granted(self) -> list[str]:
-        """Requests whose leases have become complete since the last call, each once, whether they live or not."""
+        """Requests whose leases have become complete since the last call, each once, whether they live or not.
+
+        Has the checksums of new ones computed.
+        """
         self._take_checksums()
         granted, self._granted = self._granted, []
         return granted
 
     @property
     def youngest_hashing_s(self) -> float | None:
-        """Clock time at which checksums were asked for that are still being computed."""
-        return max((hashing.started_s for hashing in self._hashing.values()), default=None)
+        """Clock time of the latest grant whose checksums are still being computed."""
+        return max((hashing.granted_s for hashing in self._hashing.values()), default=None)
 
     def end(self, command: EndLease) -> None:
         """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
@@ -251,12 +255,17 @@ class Holder:
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
         lease = self._leases.opened(message.request_id, message.reader)
+        self._take_checksums()
         if message.request_id in self._hashing:
             raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
         return ChecksumsReply(call_id=message.call_id, groups=[group.checksums for group in lease.groups])
 
     def _take_checksums(self) -> None:
         for request_id, hashing in list(self._hashing.items()):
+            if hashing.checksums is None:
+                assert self._hasher is not None
+                block_ids = [block_id for group in hashing.groups for block_id in group.block_ids]
+                hashing.checksums = self._hasher.start(block_ids, slice(None))
             if hashing.checksums.ready():
                 del self._hashing[request_id]
                 self._leases.state(request_id, hashing.stated())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.checksum import BlockHasher
-from pdlaunch.transfer.connector import BlockRead, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Landing, ReadHandle, ReadState
 
 LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 
@@ -47,7 +47,7 @@ class HolderLink(Protocol):
 
     def poll(self, handle: ReadHandle) -> ReadState: ...
 
-    def num_landed(self, handle: ReadHandle) -> int: ...
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]: ...
 
     def read_s(self, handle: ReadHandle) -> float: ...
 

@@ -191,16 +191,12 @@ class TransferLoop:
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""
+        self._answer()
         granted = self._holder.take_granted()
         if self._connector.lends:
             self._events += [LeaseGranted(request_id=request_id) for request_id in granted]
-        for identity, message in self._early.sift(self._socket.receive()):
-            if isinstance(message, Push) and self._connector.pushes:
-                self._pushes.start(identity, message)
-            else:
-                self._socket.send(identity, self._holder.answer(message))
-        for identity, ended in self._pushes.take_answers():
-            self._socket.send(identity, ended)
+        if granted:
+            self._answer()
         self._peers.advance()
         self._pulls.advance()
         self._events += self._holder.take_ended()
@@ -240,6 +236,16 @@ class TransferLoop:
         self._connector.close()
         if self._will is not None:
             self._will.close()
+
+    def _answer(self) -> None:
+        """All questions that can be answered now."""
+        for identity, message in self._early.sift(self._socket.receive()):
+            if isinstance(message, Push) and self._connector.pushes:
+                self._pushes.start(identity, message)
+            else:
+                self._socket.send(identity, self._holder.answer(message))
+        for identity, ended in self._pushes.take_answers():
+            self._socket.send(identity, ended)
 
     def _grant(self, command: GrantLease) -> None:
         try:

@@ -20,7 +20,7 @@ from pdlaunch.memory.batch_copies import Addresses
 from pdlaunch.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.platform.host_identity import host_identity
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.fd_channel import FdConnection, FdServer, fetch_fds
 from pdlaunch.transfer.piece_copies import Copy, HostCopier, PieceCopier, Pieces
@@ -174,8 +174,8 @@ class P2PConnector(Connector):
     def poll(self, handle: ReadHandle) -> ReadState:
         return cast(_Read, handle).copy.state()
 
-    def num_landed(self, handle: ReadHandle) -> int:
-        return cast(_Read, handle).copy.num_landed()
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
+        return cast(_Read, handle).copy.landings()
 
     def read_s(self, handle: ReadHandle) -> float:
         return cast(_Read, handle).copy.seconds()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+import torch
 
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
@@ -41,12 +42,12 @@ class _Part:
     num_hashed: int = 0
     """Blocks whose checksums were asked for."""
 
-    def hash_until(self, num_blocks: int, hasher: BlockHasher) -> None:
-        """Of the blocks before ``num_blocks``: nothing writes to them any more."""
+    def hash_until(self, num_blocks: int, hasher: BlockHasher, after: torch.cuda.Event | None = None) -> None:
+        """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the event."""
         read = self.plan.read
         if num_blocks > self.num_hashed:
             heads = slice(read.local_heads.start, read.local_heads.stop)
-            self.found.append(hasher.start(read.local_blocks[self.num_hashed : num_blocks], heads))
+            self.found.append(hasher.start(read.local_blocks[self.num_hashed : num_blocks], heads, after=after))
             self.num_hashed = num_blocks
 
     def check(self, groups: Sequence[GroupBlocks], geometry: Geometry) -> None:
@@ -132,6 +133,11 @@ class PartReads:
         if self._current is not None:
             self._current.counts = False
 
+    def start(self) -> None:
+        """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed, PullFailed."""
+        if self._handle is None:
+            self._start_next()
+
     def advance(self) -> None:
         """Read what can be read now; never waits. Raises ReadFailed, PullFailed."""
         while self._poll() and self._start_next():
@@ -184,7 +190,8 @@ class PartReads:
         state = self._link.poll(self._handle)
         if state == "pending":
             if hasher is not None:
-                part.hash_until(self._link.num_landed(self._handle), hasher)
+                for num_blocks, landed in self._link.landings(self._handle):
+                    part.hash_until(num_blocks, hasher, landed)
             return False
         self.ended_s = self._puller.clock()
         read_s = self._link.read_s(self._handle) if state == "done" else 0.0

@@ -16,7 +16,7 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +135,9 @@ class PathsConnector(Connector):
         read = cast(_Read, handle)
         return read.side.connector.poll(read.handle)
 
-    def num_landed(self, handle: ReadHandle) -> int:
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
         read = cast(_Read, handle)
-        return read.side.connector.num_landed(read.handle)
+        return read.side.connector.landings(read.handle)
 
     def read_s(self, handle: ReadHandle) -> float:
         read = cast(_Read, handle)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -32,7 +32,7 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.transfer.asked_pushes import AskedPushes
-from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Landing, PeerHandle, ReadHandle, ReadState
 from pdlaunch.transfer.departed import DepartedHolder
 from pdlaunch.transfer.handshake import check_geometry, compare
 from pdlaunch.transfer.holder_link import LinkStatus
@@ -211,8 +211,8 @@ class Peer:
     def poll(self, handle: ReadHandle) -> ReadState:
         return self._setup.connector.poll(handle)
 
-    def num_landed(self, handle: ReadHandle) -> int:
-        return self._setup.connector.num_landed(handle)
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
+        return self._setup.connector.landings(handle)
 
     def release(self, handle: ReadHandle) -> None:
         self._setup.connector.release(handle)

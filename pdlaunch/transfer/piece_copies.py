@@ -6,14 +6,14 @@ import ctypes
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from pdlaunch.memory.batch_copies import Addresses
-from pdlaunch.transfer.connector import ReadState
+from pdlaunch.transfer.connector import Landing, ReadState
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Copy(ABC):
     def state(self) -> ReadState:
         """After done or failed it writes no more."""
 
-    def num_landed(self) -> int:
-        """Pieces from the first on that are there for good; maybe more are."""
-        return 0
+    def landings(self) -> Sequence[Landing]:
+        """When its pieces are there, part by part, where the device can tell."""
+        return ()
 
     @abstractmethod
     def seconds(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from pdlaunch.config.models import KVTransferSettings, LimitSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
 
 
 @dataclass
@@ -84,6 +84,8 @@ class Fabric:
     """READs stay pending until ``land``."""
     failing: bool = False
     """READs end as failed."""
+    landings: Sequence[Landing] = ()
+    """Of every READ that is pending."""
     reads: list[FakeRead] = field(default_factory=list)
 
     def land(self) -> None:
@@ -92,13 +94,6 @@ class Fabric:
             if read.state == "pending":
                 read.copy()
                 read.state = "done"
-
-    def land_first(self, num_blocks: int) -> None:
-        """Let the stalled READs of blocks write the first ones, for good."""
-        for read in self.reads:
-            if read.state == "pending":
-                read.copy_first(num_blocks)
-                read.num_landed = num_blocks
 
     def kill(self) -> None:
         """The peer dies: stalled READs end without writing more."""
@@ -110,9 +105,6 @@ class Fabric:
 @dataclass(eq=False)
 class FakeRead:
     copy: Callable[[], None]
-    copy_first: Callable[[int], None]
-    """So many blocks."""
-    num_landed: int = 0
     state: ReadState = "pending"
     released: bool = False
 
@@ -158,25 +150,24 @@ class FakeConnector(Connector):
         remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]
         local = self.memory.kv_cache
 
-        def copy(num_blocks: int | None = None) -> None:
-            pairs = list(zip(read.local_blocks, read.remote_blocks, strict=True))
-            for here, there in pairs[:num_blocks]:
+        def copy() -> None:
+            for here, there in zip(read.local_blocks, read.remote_blocks, strict=True):
                 for local_head, remote_head in zip(read.local_heads, read.remote_heads, strict=True):
                     local[here, local_head] = remote[there, remote_head]
 
-        return self._start(copy, copy)
+        return self._start(copy)
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         remote = self.fabric.agents[peer].scratch  # type: ignore[index]
         landing = torch.zeros_like(remote)
-        return self._start(lambda: landing.copy_(remote), lambda _: None), landing  # type: ignore[arg-type, return-value]
+        return self._start(lambda: landing.copy_(remote)), landing  # type: ignore[arg-type, return-value]
 
     def poll(self, handle: ReadHandle) -> ReadState:
         assert not handle.released  # type: ignore[attr-defined]
         return handle.state  # type: ignore[attr-defined]
 
-    def num_landed(self, handle: ReadHandle) -> int:
-        return handle.num_landed  # type: ignore[attr-defined]
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
+        return self.fabric.landings
 
     def read_s(self, handle: ReadHandle) -> float:
         return 0.001
@@ -189,8 +180,8 @@ class FakeConnector(Connector):
     def close(self) -> None:
         assert not self.peers
 
-    def _start(self, copy: Callable[[], None], copy_first: Callable[[int], None]) -> ReadHandle:
-        read = FakeRead(copy, copy_first)
+    def _start(self, copy: Callable[[], None]) -> ReadHandle:
+        read = FakeRead(copy)
         self.fabric.reads.append(read)
         if self.fabric.failing:
             read.state = "failed"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import torch
 
@@ -11,9 +12,16 @@ from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
 
 
 class HandChecksums:
-    def __init__(self, values: ChecksumArray) -> None:
-        self.values = values
+    def __init__(self, compute: Callable[[], ChecksumArray], after: torch.cuda.Event | None) -> None:
+        self._compute = compute
+        self.after = after
         self.is_ready = False
+        if after is None:
+            assert self.values.size, "of what is there now"
+
+    @cached_property
+    def values(self) -> ChecksumArray:
+        return self._compute()
 
     def ready(self) -> bool:
         return self.is_ready
@@ -28,8 +36,10 @@ class HandHasher(BlockHasher):
         super().__init__(kv_cache, layout)
         self.started: list[HandChecksums] = []
 
-    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        self.started.append(HandChecksums(super().start(block_ids, heads).result()))
+    def start(self, block_ids: Sequence[int], heads: slice, *, after: torch.cuda.Event | None = None) -> Checksums:
+        """Those ``after`` something are of what is there when they are asked for."""
+        compute = partial(super().start, block_ids, heads)
+        self.started.append(HandChecksums(lambda: compute().result(), after))
         return self.started[-1]
 
     def finish(self) -> None:

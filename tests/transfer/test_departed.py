@@ -17,14 +17,13 @@ from pdlaunch.protocol.side_channel import PullBegin, PullEnd
 from pdlaunch.protocol.transfer import EndLease, PullDrained, SetLeaseReaders
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.handshake import geometry_of
-from pdlaunch.transfer.holder import Holder
 from pdlaunch.transfer.ledger import LedgerRecord, new_ledger, read_ledger
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 from tests.transfer.fakes import FakeConnector, layout_of, random_cache
 from tests.transfer.hand_hasher import stated_checksums
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World, local_memory
+from tests.transfer.test_pull import HolderRank, PromptHolder, World, local_memory
 
 AGENT = "prefill-0/rank-0#1"
 
@@ -39,7 +38,7 @@ class MortalRank(HolderRank):
         agent = self.holder._card.agent_name
         files = {LEDGER_FILE: self.ledger_fd, PROCESS_FILE: self._process_fd}
         world.fabric.agents[agent] = replace(world.fabric.agents[agent], files=files)
-        self.holder = Holder(self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
+        self.holder = PromptHolder(self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
 
     def die(self) -> None:
         """What it has sent already arrives, nothing else."""
@@ -77,7 +76,7 @@ class ShareRank(MortalRank):
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
         )
-        self.holder = Holder(card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
+        self.holder = PromptHolder(card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
 
     def entry(self) -> Entry:
         address = Address(side_channel=f"fake://{self.identity.name}")

@@ -16,6 +16,7 @@ from pdlaunch.protocol.side_channel import Heartbeat, HeartbeatReply, PullBegin,
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
+    GrantLease,
     LeaseEnded,
     PullDrained,
     PullFinished,
@@ -32,6 +33,14 @@ from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.scratch import scratch_pattern
 from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
+
+
+class PromptHolder(Holder):
+    """Has the checksums at once, as the transfer thread has them by its next turn."""
+
+    def grant(self, command: GrantLease) -> None:
+        super().grant(command)
+        self._take_checksums()
 
 
 class HolderRank:
@@ -54,7 +63,7 @@ class HolderRank:
             self.identity, compatibility, geometry_of(memory, tp_rank), connector.agent_name, connector.agent_metadata()
         )
         hasher = BlockHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
-        self.holder = Holder(card, hasher, clock)
+        self.holder = PromptHolder(card, hasher, clock)
         self.channels: list[FakeChannel] = []
 
     @property

@@ -28,7 +28,7 @@ from pdlaunch.transfer.pull_table import PullTable
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher, stated_checksums
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World
+from tests.transfer.test_pull import HolderRank, PromptHolder, World
 
 
 class SlowHolder:
@@ -39,7 +39,7 @@ class SlowHolder:
         self.rank = HolderRank(self.clock, Fabric())
         self.hasher = HandHasher(self.rank.kv_cache, self.rank.layout)
         ledger, self.ledger_fd = new_ledger()
-        self.holder = Holder(self.rank.holder._card, self.hasher, self.clock, ledger)
+        self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock, ledger)
         self.early = EarlyQuestions(self.holder.is_early, self.clock)
 
     def turn(self, *messages: ToHolder) -> tuple[list[str], list[ToPuller]]:
@@ -86,6 +86,18 @@ def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     assert slow.written() == {"r": slow.expected([4, 5])}
     assert slow.turn() == ([], [])
     assert slow.holder.youngest_hashing_s is None
+
+
+def test_readers_are_answered_before_checksums_are_asked_for(slow):
+    """They read meanwhile."""
+    holder = Holder(slow.rank.holder._card, slow.hasher, slow.clock)
+    holder.grant(grant("r", [4, 5]))
+    assert isinstance(holder.answer(slow.begin()), PullReply)
+    assert slow.hasher.started == []
+    assert holder.take_granted() == []
+    assert len(slow.hasher.started) == 1
+    slow.hasher.finish()
+    assert holder.take_granted() == ["r"]
 
 
 def test_checksums_are_those_of_the_moment_of_the_grant(slow):
@@ -190,16 +202,21 @@ def test_a_pull_ends_when_its_checksums_are_there(world):
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
-def test_what_has_landed_is_hashed_while_the_rest_is_under_way(world):
+def landings(world: SlowPuller, *ends: int) -> list[Any]:
+    """As a device tells them: an event for each part."""
+    world.fabric.landings = [(end, object()) for end in ends]  # type: ignore[misc]
+    return [event for _, event in world.fabric.landings]
+
+
+def test_what_lands_is_hashed_while_the_rest_is_under_way(world):
+    """Where the device orders that itself, nobody has to look at each part."""
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5, 6, 7]))
     world.fabric.stalled = True
+    events = landings(world, 1, 3, 4)
     world.pulls.start(pull("p", holder.remote("r"), [1, 2, 3, 8]))
     world.turn()
-    for num_landed in (1, 3):
-        world.fabric.land_first(num_landed)
-        world.turn()
-    assert [len(started.values) for started in world.hasher.started] == [1, 2]
+    assert [started.after for started in world.hasher.started] == events
     world.fabric.land()
     world.turn()
     assert [len(started.values) for started in world.hasher.started] == [1, 2, 1]
@@ -215,9 +232,8 @@ def test_wrong_bytes_in_any_part_are_found_and_all_parts_are_read_again(world):
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5, 6]))
     world.fabric.stalled = True
+    landings(world, 1, 3)
     world.pulls.start(replace_struct(pull("p", holder.remote("r"), [1, 2, 3]), num_attempts=2))
-    world.turn()
-    world.fabric.land_first(1)
     world.turn()
     world.fabric.land()
     world.turn()
