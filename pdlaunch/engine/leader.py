@@ -125,10 +125,15 @@ class Leader:
     def _run(self) -> None:
         """The next step, when the one before has ended."""
         plan = self._scheduler.schedule()
+        # First: an answer must not reach a decode engine before the lease that it speaks of is granted.
         self._submit(plan)
-        # Only now: an answer must not reach a decode engine before the lease that it speaks of is granted.
-        self._send_outputs()
-        self._running = self._launch(plan)
+        if self._runs_ahead and all(item.num_tokens == 1 for item in plan.scheduled):
+            # Launched at once, and the device is idle.
+            self._running = self._launch(plan)
+            self._send_outputs()
+        else:
+            self._send_outputs()
+            self._running = self._launch(plan)
         if self._running is not None and not self._runs_ahead:
             self._collect()
         self._scheduler.register_begun()
@@ -145,7 +150,6 @@ class Leader:
         self._collect()
         self._running = following
         self._scheduler.register_begun()
-        self._submit(self._scheduler.hand_over())
         self._send_outputs()
         return True
 
@@ -162,6 +166,8 @@ class Leader:
         plan, launched = self._running
         self._running = None
         self._scheduler.postprocess(plan, self._runner.collect(launched))
+        # Readers of a lease may be waiting for it: before anything is sent.
+        self._submit(self._scheduler.hand_over())
         outputs = self._scheduler.take_outputs()
         # What promises no blocks leaves at once: neither the next plan nor the transfer thread's work is to hold it up.
         self._send([output for output in outputs if not speaks_of_lease(output)])

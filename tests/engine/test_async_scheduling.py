@@ -229,7 +229,7 @@ def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None
     leader = make_leader(recorder, async_scheduling=True)
     leader.turn()
     leader.turn()
-    assert recorder.order == ["launch 0", "launch 1", "collect 0", "Tokens", "Tokens", "GrantLease", "RequestFinished"]
+    assert recorder.order == ["launch 0", "launch 1", "collect 0", "GrantLease", "Tokens", "Tokens", "RequestFinished"]
 
 
 @pytest.mark.gpu

@@ -54,7 +54,7 @@ def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
     ranks = Ranks(request("a/0"))
     leader = ranks.leader()
     # The first token promises nothing: it leaves at once.
-    assert run(leader, ranks) == ["Tokens", "GrantLease"]
+    assert run(leader, ranks) == ["GrantLease", "Tokens"]
     ranks.events.append(LeaseGranted(request_id="other"))
     assert run(leader, ranks) == []
     ranks.events.append(event)
@@ -64,19 +64,19 @@ def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
 def test_ranks_are_waited_for_a_moment_so_that_the_answer_need_not_wait_for_the_next_step() -> None:
     ranks = Ranks(request("a/0"))
     leader = ranks.leader()
-    while len(ranks.told) < 2:
+    for _ in range(2):
         ranks.soon = [LeaseGranted(request_id="other"), LeaseGranted(request_id="a/0")]
         leader.turn()
-    assert [type(message).__name__ for message in ranks.told] == ["Tokens", "GrantLease", "RequestFinished"]
+    assert [type(message).__name__ for message in ranks.told] == ["GrantLease", "Tokens", "RequestFinished"]
     assert ranks.now_s == GRANT_WAIT_S / 4
 
 
 def test_ranks_are_not_waited_for_longer() -> None:
     ranks = Ranks(request("a/0"))
     leader = ranks.leader()
-    while len(ranks.told) < 2:
+    for _ in range(2):
         leader.turn()
-    assert [type(message).__name__ for message in ranks.told] == ["Tokens", "GrantLease"]
+    assert [type(message).__name__ for message in ranks.told] == ["GrantLease", "Tokens"]
     assert ranks.now_s == GRANT_WAIT_S
 
 
@@ -85,13 +85,13 @@ def test_answers_without_a_lease_and_those_of_leases_that_die_with_their_rank_do
     assert run(ranks.leader(), ranks) == ["RequestFinished"]
     assert ranks.now_s == 0
     ranks = Ranks(request("a/0"))
-    assert run(make_leader(ranks), ranks) == ["Tokens", "GrantLease", "RequestFinished"]
+    assert run(make_leader(ranks), ranks) == ["GrantLease", "Tokens", "RequestFinished"]
 
 
 def test_a_new_server_is_not_told_of_requests_that_it_has_not_sent() -> None:
     ranks = Ranks(request("a/0"))
     leader = ranks.leader()
-    assert run(leader, ranks) == ["Tokens", "GrantLease"]
+    assert run(leader, ranks) == ["GrantLease", "Tokens"]
     ranks.requests.append(Hello(server_incarnation=2))
     run(leader, ranks)
     ranks.events.append(LeaseGranted(request_id="a/0"))
