@@ -54,6 +54,7 @@ _STEP_HEADINGS = {
 }
 _OFFLOAD_HEADINGS = {
     "block": "block",
+    "chunk": "chunk",
     "load_method": "H2D by",
     "store_method": "D2H by",
     "both_methods": "both by",
@@ -147,9 +148,13 @@ def offload(
         print_json(report)
         return
     limit = dict.fromkeys(_OFFLOAD_HEADINGS) | report["limit"] | {"block": "one copy"}
-    rows = [dict.fromkeys(_OFFLOAD_HEADINGS) | {"block": format_size(row["block_bytes"])} | row for row in report["rows"]]
+    rows = [dict.fromkeys(_OFFLOAD_HEADINGS) | _offload_sizes(row) | row for row in report["rows"]]
     print_table([*rows, limit], _OFFLOAD_HEADINGS)
     typer.echo(f"{report['device']}, {format_size(report['num_bytes'])} in each direction")
+
+
+def _offload_sizes(row: dict[str, Any]) -> dict[str, str]:
+    return {name: format_size(row[f"{name}_bytes"]) for name in ("block", "chunk")}
 
 
 @app.command("transfer")

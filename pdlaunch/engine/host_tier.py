@@ -12,6 +12,7 @@ from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
+from pdlaunch.offload.spec import choose_blocks_per_chunk
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.transfer.checksum import BlockHasher
@@ -36,6 +37,7 @@ def new_offload_worker(
         layout=runner.layout,
         heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
+        blocks_per_chunk=_blocks_per_chunk(runner),
         device_hasher=BlockHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
         progress=progress,
         wake=wake,
@@ -48,4 +50,8 @@ def new_offload_planner(spec: EngineSpec, runner: ModelRunner, worker: OffloadWo
         return None
     policy: EvictionPolicy[ChunkKey] = LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
     tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
-    return OffloadPlanner(runner.layout.groups, spec.block_size, tier)
+    return OffloadPlanner(runner.layout.groups, spec.block_size, tier, blocks_per_chunk=_blocks_per_chunk(runner))
+
+
+def _blocks_per_chunk(runner: ModelRunner) -> int:
+    return choose_blocks_per_chunk(runner.layout.block_bytes, runner.kv_cache.device.type)

@@ -17,7 +17,7 @@ from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.measure import CudaTrial, Trial
 from pdlaunch.offload.method_choice import Candidates, MethodRates, MethodTable, cuda_candidates, measure_methods
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction
+from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction, choose_blocks_per_chunk
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
@@ -44,6 +44,8 @@ class OffloadRow:
     """Scattered blocks of one size; GB/s (10**9 bytes a second), of both directions their sum."""
 
     block_bytes: int
+    chunk_bytes: int
+    """Of the blocks that lie together on the host, as many as the engine lets share a chunk."""
     rates: MethodRates
     """Of every method and pair that was measured; bytes per second."""
     methods: Speeds
@@ -112,7 +114,7 @@ def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> 
 
 
 class _Bench(ABC):
-    """Host memory is allocated anew for each block size, as chunks of one block."""
+    """Host memory is allocated anew for each block size, in the chunks of an engine with such blocks."""
 
     device_name: str
 
@@ -121,8 +123,8 @@ class _Bench(ABC):
         self._num_bytes = num_bytes
 
     @abstractmethod
-    def trial(self, host: HostMemory) -> Trial:
-        """Scattered blocks of one size."""
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        """Scattered blocks of one size, which fill the chunks."""
 
     @abstractmethod
     def candidates(self) -> Candidates:
@@ -135,19 +137,20 @@ class _Bench(ABC):
     def contiguous(self) -> Speeds:
         """One block of everything."""
         host = self._host_memory(self._num_bytes)
-        trial = self.trial(host)
+        trial = self.trial(host, 1)
         copy = TorchCopy()
         h2d, d2h, both = trial.alone(copy, "load"), trial.alone(copy, "store"), trial.both(copy, copy)
         host.close()
         return Speeds(h2d / 1e9, d2h / 1e9, both / 1e9)
 
     def row(self, block_bytes: int) -> OffloadRow:
-        host = self._host_memory(block_bytes)
-        trial = self.trial(host)
+        blocks_per_chunk = min(choose_blocks_per_chunk(block_bytes, self._device.type), self._num_bytes // block_bytes)
+        host = self._host_memory(blocks_per_chunk * block_bytes)
+        trial = self.trial(host, blocks_per_chunk)
         rates = measure_methods(self.candidates(), trial.alone, trial.both)
         table = MethodTable(TorchCopy())
         table.set(block_bytes, rates)
-        traffic = Traffic(trial.pages, host, table)
+        traffic = Traffic(trial.pages, host, table, blocks_per_chunk=blocks_per_chunk)
         try:
             h2d, d2h, both = (
                 len(directions) * trial.num_bytes / min(traffic.run(directions) for _ in range(3)) / 1e9 for directions in _WAYS
@@ -156,12 +159,12 @@ class _Bench(ABC):
         finally:
             traffic.close()
             host.close()
-        return OffloadRow(block_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown)
+        return OffloadRow(block_bytes, host.chunk_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown)
 
-    def _host_memory(self, block_bytes: int) -> HostMemory:
-        num_chunks = 2 * (self._num_bytes // block_bytes)
+    def _host_memory(self, chunk_bytes: int) -> HostMemory:
+        num_chunks = 2 * (self._num_bytes // chunk_bytes)
         is_cuda = self._device.type == "cuda"
-        return HostMemory(num_chunks, block_bytes, pin=is_cuda, progress=lambda _text, _share: None)
+        return HostMemory(num_chunks, chunk_bytes, pin=is_cuda, progress=lambda _text, _share: None)
 
 
 class _CudaBench(_Bench):
@@ -171,8 +174,9 @@ class _CudaBench(_Bench):
         self._step = DecodeLikeStep(device)
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def trial(self, host: HostMemory) -> Trial:
-        return CudaTrial(host.chunk_bytes, host, self._device, self._num_bytes)
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        page_bytes = host.chunk_bytes // blocks_per_chunk
+        return CudaTrial(page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk)
 
     def candidates(self) -> Candidates:
         return cuda_candidates()
@@ -200,8 +204,9 @@ class _CudaBench(_Bench):
 class _HostBench(_Bench):
     device_name = "cpu"
 
-    def trial(self, host: HostMemory) -> Trial:
-        return Trial(host.chunk_bytes, host, self._device, self._num_bytes)
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        page_bytes = host.chunk_bytes // blocks_per_chunk
+        return Trial(page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk)
 
     def candidates(self) -> Candidates:
         return {"load": [HostCopy()], "store": [HostCopy()]}
@@ -232,6 +237,7 @@ def _row_figures(row: OffloadRow) -> dict[str, Any]:
     load, store = rates.best_pair()
     return {
         "block_bytes": row.block_bytes,
+        "chunk_bytes": row.chunk_bytes,
         "load_method": rates.best_alone("load").name,
         "store_method": rates.best_alone("store").name,
         "both_methods": f"{load.name} {store.name}",

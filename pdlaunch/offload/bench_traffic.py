@@ -47,16 +47,24 @@ class DecodeLikeStep:
 
 
 class Traffic:
-    """Transfers through the handler: the first half of ``pages`` is loaded, the second stored, in random order."""
+    """Transfers through the handler: one half of ``pages`` is stored, the other loaded, in random order.
 
-    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable) -> None:
+    Chunks of ``blocks_per_chunk`` pages, in random order too, of all of ``host``.
+    """
+
+    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable, *, blocks_per_chunk: int) -> None:
         self._finished = threading.Semaphore(0)
-        self._handler = OffloadHandler([[pages]], host, 1, choose=table.choose, wake=self._finished.release)
+        self._handler = OffloadHandler([[pages]], host, blocks_per_chunk, choose=table.choose, wake=self._finished.release)
         half = len(pages) // 2
-        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), half)
-        order, chunks = (np.random.default_rng(seed).permutation(half) for seed in range(2))
-        self._jobs = list(zip(np.array_split(order, num_jobs), np.array_split(chunks, num_jobs), strict=True))
-        self._first: dict[Direction, int] = {"load": 0, "store": half}
+        num_chunks = half // blocks_per_chunk
+        num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
+        random = np.random.default_rng(0)
+        chunks = random.permutation(host.num_chunks)
+        self._jobs: dict[Direction, list[tuple[IntArray, IntArray]]] = {}
+        for index, direction in enumerate(DIRECTIONS):
+            blocks = index * half + random.permutation(half).reshape(num_chunks, blocks_per_chunk)
+            own_chunks = chunks[index * num_chunks : (index + 1) * num_chunks]
+            self._jobs[direction] = list(zip(np.array_split(blocks, num_jobs), np.array_split(own_chunks, num_jobs), strict=True))
         self._num_submitted = 0
         self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 
@@ -69,10 +77,9 @@ class Traffic:
 
     def submit(self, directions: Sequence[Direction]) -> None:
         """Queue one round of these directions."""
-        for block_ids, chunk_ids in self._jobs:
-            for direction in directions:
-                first = self._first[direction]
-                self._submit(direction, block_ids + first, chunk_ids + first)
+        for jobs in zip(*(self._jobs[direction] for direction in directions), strict=True):
+            for direction, (blocks, chunk_ids) in zip(directions, jobs, strict=True):
+                self._submit(direction, blocks.ravel(), chunk_ids)
 
     def wait(self) -> None:
         """Until nothing is under way."""

@@ -20,25 +20,33 @@ _SEED = 6
 
 
 def scattered_copies(pages: Pages, host: HostMemory, chunk_ids: IntArray) -> list[PageCopies]:
-    """All of ``pages``, in random order, to or from the beginnings of as many chunks; in jobs."""
-    num_jobs = min(max(1, pages.numel() // JOB_BYTES), len(pages))
-    orders = np.array_split(np.random.default_rng(_SEED).permutation(len(pages)), num_jobs)
+    """All of ``pages``, in random order, to or from these chunks, an equal number of pages each; in jobs of whole chunks."""
+    num_jobs = min(max(1, pages.numel() // JOB_BYTES), len(chunk_ids))
+    blocks_per_chunk = len(pages) // len(chunk_ids)
+    orders = np.random.default_rng(_SEED).permutation(len(pages)).reshape(-1, blocks_per_chunk)
+    offsets = np.arange(blocks_per_chunk, dtype=np.int64) * pages.shape[1]
     return [
-        PageCopies(pages, order, host, chunks, np.zeros_like(chunks))
-        for order, chunks in zip(orders, np.array_split(chunk_ids, num_jobs), strict=True)
+        PageCopies(pages, order.ravel(), host, np.repeat(chunks, blocks_per_chunk), np.tile(offsets, len(chunks)))
+        for order, chunks in zip(np.array_split(orders, num_jobs), np.array_split(chunk_ids, num_jobs), strict=True)
     ]
 
 
 class Trial:
-    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory, half for each direction."""
+    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory, half for each direction.
 
-    def __init__(self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int) -> None:
-        num_pages = max(1, min(num_bytes // page_bytes, host.num_chunks // 2))
+    ``blocks_per_chunk`` pages, one after another, fill a chunk.
+    """
+
+    def __init__(
+        self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int, *, blocks_per_chunk: int = 1
+    ) -> None:
+        num_chunks = max(1, min(num_bytes // (blocks_per_chunk * page_bytes), host.num_chunks // 2))
+        num_pages = num_chunks * blocks_per_chunk
         self.pages = torch.randint(0, 256, (2 * num_pages, page_bytes), dtype=torch.uint8, device=device)
         chunk_ids = np.random.default_rng(_SEED).permutation(host.num_chunks)
         self._copies: dict[Direction, Sequence[PageCopies]] = {
-            "load": scattered_copies(self.pages[:num_pages], host, chunk_ids[:num_pages]),
-            "store": scattered_copies(self.pages[num_pages:], host, chunk_ids[num_pages : 2 * num_pages]),
+            "load": scattered_copies(self.pages[:num_pages], host, chunk_ids[:num_chunks]),
+            "store": scattered_copies(self.pages[num_pages:], host, chunk_ids[num_chunks : 2 * num_chunks]),
         }
         self.num_bytes = num_pages * page_bytes
         """Copied in each direction."""
@@ -70,8 +78,10 @@ class Trial:
 class CudaTrial(Trial):
     """Between a GPU and pinned memory."""
 
-    def __init__(self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int) -> None:
-        super().__init__(page_bytes, host, device, num_bytes)
+    def __init__(
+        self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int, *, blocks_per_chunk: int = 1
+    ) -> None:
+        super().__init__(page_bytes, host, device, num_bytes, blocks_per_chunk=blocks_per_chunk)
         self._streams: dict[Direction, torch.cuda.Stream] = {
             direction: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for direction in self._copies

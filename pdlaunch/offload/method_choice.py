@@ -125,7 +125,12 @@ def _hopeful(rates: Mapping[CopyMethod, float]) -> list[CopyMethod]:
 
 
 def choose_cuda_methods(
-    page_sizes: Iterable[int], host: HostMemory, device: torch.device, candidates: Candidates | None = None
+    page_sizes: Iterable[int],
+    host: HostMemory,
+    device: torch.device,
+    *,
+    blocks_per_chunk: int = 1,
+    candidates: Candidates | None = None,
 ) -> MethodTable:
     """Measure on this device with the (still empty) host memory, whose content is overwritten."""
     from pdlaunch.offload.measure import CudaTrial
@@ -137,7 +142,7 @@ def choose_cuda_methods(
     for page_bytes in sorted(set(page_sizes)):
         if host.num_chunks < 2:
             break
-        trial = CudaTrial(page_bytes, host, device, trial_bytes)
+        trial = CudaTrial(page_bytes, host, device, trial_bytes, blocks_per_chunk=blocks_per_chunk)
         able = {direction: [method for method in offered[direction] if trial.supports(method)] for direction in DIRECTIONS}
         if all(able.values()):
             rates = measure_methods(able, trial.alone, trial.both)

@@ -80,7 +80,7 @@ class OffloadWorker:
         self._blocks_per_chunk = blocks_per_chunk
         self._wake = wake
         self._host = HostMemory(self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress)
-        methods = _choose_methods(layout.block_bytes, self._host, kv_cache.device, progress)
+        methods = _choose_methods(layout.block_bytes, blocks_per_chunk, self._host, kv_cache.device, progress)
         self._handler = OffloadHandler(groups, self._host, blocks_per_chunk, choose=methods.choose, wake=wake)
         num_threads = num_hash_threads or max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="offload-hash")
@@ -227,8 +227,10 @@ def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:
     return num_chunks
 
 
-def _choose_methods(page_bytes: int, host: HostMemory, device: torch.device, progress: Progress) -> MethodTable:
+def _choose_methods(
+    page_bytes: int, blocks_per_chunk: int, host: HostMemory, device: torch.device, progress: Progress
+) -> MethodTable:
     if device.type != "cuda":
         return host_methods()
     progress("measuring copies between device and host", None)
-    return choose_cuda_methods([page_bytes], host, device)
+    return choose_cuda_methods([page_bytes], host, device, blocks_per_chunk=blocks_per_chunk)

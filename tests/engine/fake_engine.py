@@ -62,6 +62,7 @@ class FakeEngine:
         tp_size: int = 1,
         kv_transfer: KVTransferSettings | None = None,
         num_chunks: int = 0,
+        blocks_per_chunk: int = 1,
         runs_ahead: bool = False,
         shares_tokens: bool = False,
     ) -> None:
@@ -70,6 +71,7 @@ class FakeEngine:
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
+        tier = HostTier(num_chunks, HeadSlice(0, 1)) if num_chunks else None
         self.scheduler = Scheduler(
             groups=groups,
             num_blocks=num_blocks,
@@ -81,14 +83,14 @@ class FakeEngine:
             model_digest="model",
             kv_transfer=kv_transfer or KVTransferSettings(),
             local=("local-engine", "127.0.0.1", 5, tp_size),
-            offload=OffloadPlanner(groups, block_size, HostTier(num_chunks, HeadSlice(0, 1))) if num_chunks else None,
+            offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk) if tier else None,
         )
         self.runners = [
             FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0, expects=shares_tokens and tp_rank > 0)
             for tp_rank in range(tp_size)
         ]
         self.can_run_ahead = shares_tokens or tp_size == 1
-        self.host = [FakeHostMemory(runner) for runner in self.runners]
+        self.host = [FakeHostMemory(runner, blocks_per_chunk) for runner in self.runners]
         self.runs_ahead = runs_ahead
         self.in_flight: deque[tuple[StepPlan, list[FakeStep]]] = deque()
         self.num_ahead = 0

@@ -10,6 +10,7 @@ import torch
 
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.errors import ConfigError
+from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.offload.worker import OffloadWorker
 from tests.engine.hand_scheduler import ignore_progress, make_spec
@@ -45,6 +46,20 @@ def test_the_tier_is_as_large_as_the_memory(policy: str) -> None:
     assert planner is not None
     assert planner.stats().num_chunks == 10
     worker.close()
+
+
+def test_books_are_kept_in_the_chunks_of_the_ranks() -> None:
+    """Beside a GPU 16 blocks of this size share one."""
+    runner = make_runner()
+    runner.kv_cache = SimpleNamespace(device=torch.device("cuda"))
+    worker: Any = SimpleNamespace(num_chunks=10)
+    planner = new_offload_planner(make_spec("unused", kv_offload={"host_memory": 1}), runner, worker)
+    assert planner is not None
+    tables = BlockTables(2)
+    tables.append([0, 20], [list(range(40)), list(range(40, 60))])
+    (job,) = planner.begin_stores(tables, [bytes([index]) for index in range(40)], 0, 40)
+    assert (job.group_sizes, job.block_indices) == ([32, 12], [0, 20])
+    assert job.chunk_hashes == [bytes([15]), bytes([31]), bytes([31])]
 
 
 def test_too_little_memory_is_refused_by_name() -> None:

@@ -20,8 +20,9 @@ class OffloadMachine(SchedulerMachine):
         budget=st.integers(4, 24),
         tp_size=st.sampled_from([1, 2]),
         num_chunks=st.sampled_from([20, 100]),
+        blocks_per_chunk=st.integers(1, 3),
     )
-    def start(self, groups, num_spare, budget, tp_size, num_chunks):
+    def start(self, groups, num_spare, budget, tp_size, num_chunks, blocks_per_chunk):
         self.engine = FakeEngine(
             groups=groups,
             num_blocks=10 * len(groups) + num_spare,
@@ -32,6 +33,7 @@ class OffloadMachine(SchedulerMachine):
             tp_size=tp_size,
             kv_transfer=KVTransferSettings(),
             num_chunks=num_chunks,
+            blocks_per_chunk=blocks_per_chunk,
             shares_tokens=True,
         )
         self.aborted: set[str] = set()

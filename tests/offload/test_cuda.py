@@ -15,7 +15,7 @@ from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.method_choice import choose_cuda_methods, cuda_candidates
-from pdlaunch.offload.spec import TransferSpec
+from pdlaunch.offload.spec import TransferSpec, choose_blocks_per_chunk
 from pdlaunch.offload.tier import HeadSlice
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.transfer.checksum import BlockHasher
@@ -100,6 +100,37 @@ def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
     (result,) = waiter.results(handler, 1)
     assert result.ok
     assert bool((host_content(host) == 7).all())
+    assert handler.close()
+    host.close()
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 12 * 1024, 64 * 1024])
+def test_small_blocks_in_long_chunks_go_both_ways_at_once(page_bytes: int) -> None:
+    """The first half is stored while the second one, which was stored before, is loaded elsewhere; spans begin inside chunks."""
+    a_chunk = choose_blocks_per_chunk(page_bytes, "cuda")
+    half = 40 * a_chunk - 2
+    pages = torch.randint(0, 256, (3 * half, page_bytes), dtype=torch.uint8, device="cuda")
+    layout = chunk_layout([[pages]], a_chunk)
+    host = HostMemory(90, layout.chunk_bytes, pin=True, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes)
+    table = choose_cuda_methods([page_bytes], host, pages.device, blocks_per_chunk=a_chunk)
+    original = pages.cpu()
+    waiter = Waiter()
+    handler = OffloadHandler([[pages]], host, a_chunk, choose=table.choose, wake=waiter.wake)
+    blocks, chunks = torch.randperm(2 * half).numpy(), torch.randperm(90).numpy()
+    first, second = (blocks[:half], chunks[:41]), (blocks[half:], chunks[41:81])
+    elsewhere = torch.randperm(half).numpy() + 2 * half
+    handler.transfer_async(1, TransferSpec("store", second[0], [half], [2], second[1]))
+    (stored,) = waiter.results(handler, 1)
+    handler.transfer_async(2, TransferSpec("store", first[0], [half], [a_chunk - 1], first[1]))
+    handler.transfer_async(3, TransferSpec("load", elsewhere, [half], [2], second[1]))
+    results = [stored, *waiter.results(handler, 2)]
+    assert all(result.ok for result in results), results
+    assert torch.equal(pages[elsewhere].cpu(), original[second[0]])
+    pages.zero_()
+    handler.transfer_async(4, TransferSpec("load", first[0], [half], [a_chunk - 1], first[1]))
+    (loaded,) = waiter.results(handler, 1)
+    assert loaded.ok, loaded.error
+    assert torch.equal(pages[first[0]].cpu(), original[first[0]])
     assert handler.close()
     host.close()
 

@@ -14,7 +14,7 @@ from pdlaunch.offload.copies import PageCopies
 from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, Direction, TransferSpec
+from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, Direction, TransferSpec, choose_blocks_per_chunk
 from tests.offload.transfer_model import Geometry, block_choices, geometries, host_content, model_transfer, spans
 from tests.offload.waiting import Waiter
 
@@ -108,6 +108,12 @@ def test_refuses_specs_that_do_not_fit(spec: TransferSpec, message: str) -> None
     assert handler.close()
     assert handler.get_finished() == []
     assert torch.equal(host_content(host), before)
+
+
+def test_small_blocks_share_chunks_beside_a_gpu() -> None:
+    sizes = [kib * 1024 for kib in (1, 4, 16, 20, 64, 100, 128, 129, 256, 2048)]
+    assert [choose_blocks_per_chunk(size, "cuda") for size in sizes] == [16, 16, 16, 12, 4, 2, 2, 1, 1, 1]
+    assert {choose_blocks_per_chunk(size, "cpu") for size in sizes} == {1}
 
 
 def test_skips_slots_before_an_unaligned_start() -> None:
