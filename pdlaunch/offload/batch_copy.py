@@ -1,4 +1,4 @@
-"""Pages by ``cuMemcpyBatchAsync``, which leaves them to the copy engines: the method for blocks of 64 KiB and more."""
+"""Pages by ``cuMemcpyBatchAsync``, which leaves them to the copy engines: the method for blocks of 32 KiB and more."""
 
 from __future__ import annotations
 
