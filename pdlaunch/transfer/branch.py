@@ -309,6 +309,7 @@ class Branch:
             self._next_checksums_s = now_s
         self._reads.start()
         self._ask()
+        self._puller.alert()
         self._read()
 
     def _read(self) -> None:

@@ -49,6 +49,37 @@ class KnownChecksums:
         return self._values
 
 
+class HashBatch(Protocol):
+    """Blocks whose checksums are wanted, maybe not all at once."""
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
+        """Of these of the blocks. Waits for nothing on CUDA; computes at once on the CPU.
+
+        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing else orders this behind the
+        work of another stream.
+        """
+
+
+class HostBatch:
+    """Computed by this thread."""
+
+    def __init__(self, memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> None:
+        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8."""
+        self._memory = memory
+        self._block_ids = block_ids
+        self._heads = heads
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> KnownChecksums:
+        if after is not None:
+            after.synchronize()
+        block_ids, memory = self._block_ids[blocks], self._memory
+        if memory.device.type == "cpu":
+            return KnownChecksums(_digests(memory, block_ids, self._heads))
+        chosen = torch.tensor(block_ids, dtype=torch.int64, device=memory.device)
+        on_host = memory[:, self._heads].index_select(0, chosen).cpu()
+        return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
+
+
 class BlockHasher:
     """Reads blocks of one rank's KV cache. Not thread-safe."""
 
@@ -57,21 +88,15 @@ class BlockHasher:
         self._bytes = kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes)
         self._device_hasher = _new_device_hasher(self._bytes)
 
-    def start(self, block_ids: Sequence[int], heads: slice, *, after: torch.cuda.Event | None = None) -> Checksums:
-        """Of ``block_ids`` and these heads of this rank. Waits for nothing on CUDA; computes at once on the CPU.
-
-        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing else orders this behind the
-        work of another stream.
-        """
+    def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
+        """Get ready for the checksums of ``block_ids`` and these heads of this rank."""
         if self._device_hasher is not None:
-            return self._device_hasher.start(block_ids, heads, after)
-        if after is not None:
-            after.synchronize()
-        if self._bytes.device.type == "cpu":
-            return KnownChecksums(_digests(self._bytes, block_ids, heads))
-        chosen = torch.tensor(block_ids, dtype=torch.int64, device=self._bytes.device)
-        on_host = self._bytes[:, heads].index_select(0, chosen).cpu()
-        return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
+            return self._device_hasher.prepare(block_ids, heads)
+        return HostBatch(self._bytes, block_ids, heads)
+
+    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
+        """Of all of ``block_ids``, as ``HashBatch.start``."""
+        return self.prepare(block_ids, heads).start(slice(None))
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
         """``start``, and wait."""

@@ -31,6 +31,21 @@ class DeviceChecksums:
         return self._results.numpy().view(np.uint64)
 
 
+class PreparedChecksums:
+    """Everything but the launch."""
+
+    def __init__(self, hasher: DeviceHasher, ids: torch.Tensor, first_head: int, results: torch.Tensor) -> None:
+        """``ids``: [num_blocks] int64, ``results``: [num_blocks, num_heads] int64; page-locked."""
+        self._hasher = hasher
+        self._ids = ids
+        self._first_head = first_head
+        self._results = results
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> DeviceChecksums:
+        """Of these of the blocks; waits for nothing."""
+        return self._hasher.launch(self._ids[blocks], self._first_head, self._results[blocks], after)
+
+
 class DeviceHasher:
     """Launches kernels over one KV cache, from one thread."""
 
@@ -42,15 +57,21 @@ class DeviceHasher:
         self._stream = torch.cuda.Stream(memory.device)  # type: ignore[no-untyped-call]
         self._launched: list[DeviceChecksums] = []
         """The kernels read and write their memory, whoever still wants the result."""
-        self.start([0], slice(0, 1)).result()
+        self.prepare([0], slice(0, 1)).start(slice(0, 1)).result()
 
-    def start(self, block_ids: Sequence[int], heads: slice, after: torch.cuda.Event | None = None) -> DeviceChecksums:
-        """Checksums by block and head; the blocks are complete already, or by the event ``after``."""
+    def prepare(self, block_ids: Sequence[int], heads: slice) -> PreparedChecksums:
+        """Checksums by block and head, to be asked for part by part."""
         first_head, end_head, _ = heads.indices(self._words.shape[1])
+        ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
+        ids.numpy()[:] = block_ids
+        results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
+        return PreparedChecksums(self, ids, first_head, results)
+
+    def launch(
+        self, ids: torch.Tensor, first_head: int, results: torch.Tensor, after: torch.cuda.Event | None
+    ) -> DeviceChecksums:
+        """The blocks are complete already, or by the event ``after``. Arguments as in ``hash_regions``, page-locked."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
-            ids.numpy()[:] = block_ids
-            results = torch.empty((len(ids), end_head - first_head), dtype=torch.int64, pin_memory=True)
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             if after is not None:
                 self._stream.wait_event(after)

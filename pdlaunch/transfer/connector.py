@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NewType
+from typing import Any, ClassVar, Literal, NewType
 
 import torch
 
@@ -60,6 +60,8 @@ class BlockRead:
     """Under whose lease, as in the PullBegin: a holder that writes checks it."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a connector has worked out ahead of the READ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,10 @@ class Connector(ABC):
     def peer_file(self, peer: PeerHandle, name: str) -> int | None:
         """Descriptor of a file that the peer has handed over; ``remove_peer`` closes it."""
         return None
+
+    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
+        """This READ is likely to be started soon: what can be done for it now will not delay it then. Raises TransferError."""
+        return
 
     @abstractmethod
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:

@@ -26,8 +26,6 @@ from pdlaunch.transfer.piece_copies import Copy, PieceCopier, Pieces
 logger = logging.getLogger(__name__)
 
 BATCH_STREAMS = (1, 3)
-PART_BYTES = 128 * 1024**2
-"""A third of a millisecond at 400 GB/s."""
 KERNELS = ((32, 8192, 8),)
 """Programs, words of a tile, warps: 1 MiB in flight, about what NVLink holds at 400 GB/s."""
 
@@ -39,7 +37,7 @@ class _CudaCopier(PieceCopier):
         self._stream = stream
 
     def start(self, pieces: Pieces) -> Copy:
-        parts = list(pieces.parts(PART_BYTES))
+        parts = pieces.parts
         begin, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             try:
@@ -72,7 +70,7 @@ class BatchCopier(_CudaCopier):
         self._batches = BatchCopies(num_streams)
 
     def _prepare(self, pieces: Pieces) -> Callable[[], object]:
-        return partial(self._batches.enqueue, *pieces.merged(), self._stream)
+        return partial(self._batches.enqueue, *pieces.merged, self._stream)
 
 
 class KernelCopier(_CudaCopier):

@@ -43,6 +43,9 @@ class HolderLink(Protocol):
     def forget(self, call_id: int) -> None:
         """Nobody waits for this answer any more."""
 
+    def prepare_read(self, read: BlockRead) -> None:
+        """It is likely to be started soon. Raises TransferError."""
+
     def start_read(self, read: BlockRead) -> ReadHandle: ...
 
     def poll(self, handle: ReadHandle) -> ReadState: ...
@@ -69,6 +72,8 @@ class Puller:
     """None when ``kv_transfer.verify`` is off."""
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]
+    alert: Callable[[], None]
+    """A pull reads under its lease: its end is near."""
 
     def reader(self, pull_id: str) -> str:
         """Unique over engines, ranks and choices; of bounded length, whatever the request's id is."""

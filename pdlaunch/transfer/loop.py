@@ -76,9 +76,10 @@ class TransferLoop:
         memory: RankMemory,
         connector: Connector,
         report: Callable[[ToSupervisor], None],
+        alert: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        """Opens the connector. Raises TransferError."""
+        """Opens the connector. ``alert`` is called when a pull begins to read under its lease. Raises TransferError."""
         self._clock = clock
         self._engine, self._role = spec.name, spec.role
         self._entries: Sequence[Entry] = ()
@@ -124,6 +125,7 @@ class TransferLoop:
             hasher=hasher,
             clock=clock,
             emit=self._events.append,
+            alert=alert,
         )
         self._pulls = PullTable(puller, self._peers)
 

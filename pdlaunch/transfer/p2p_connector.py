@@ -147,19 +147,28 @@ class P2PConnector(Connector):
     def peer_file(self, peer: PeerHandle, name: str) -> int | None:
         return cast(_Peer, peer).files.get(name)
 
+    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
+        known = cast(_Peer, peer)
+        pieces = read.memo[known.name] = self._pieces_of(known, read)
+        for part in pieces.parts:
+            part.merged  # noqa: B018 - it is kept
+
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        known, layout = cast(_Peer, peer), self._memory.layout
-        geometry = known.geometry
+        known = cast(_Peer, peer)
+        pieces = read.memo.get(known.name) or self._pieces_of(known, read)
+        copier = known.copier if known.copier.supports(pieces) else self._copiers[0]
+        return cast(ReadHandle, _Read(copier.start(pieces)))
+
+    def _pieces_of(self, known: _Peer, read: BlockRead) -> Pieces:
+        geometry, layout = known.geometry, self._memory.layout
         if not 0 <= min(read.remote_blocks) <= max(read.remote_blocks) < geometry.num_blocks:
             raise TransferError(f"{known.name} has {geometry.num_blocks} blocks: others were asked for")
         head_bytes, base = layout.head_bytes, self._memory.kv_cache.data_ptr()
-        pieces = Pieces(
+        return Pieces(
             _addresses(base + read.local_heads.start * head_bytes, read.local_blocks, layout.block_bytes),
             _addresses(known.kv_cache.address + read.remote_heads.start * head_bytes, read.remote_blocks, geometry.block_bytes),
             len(read.local_heads) * head_bytes,
         )
-        copier = known.copier if known.copier.supports(pieces) else self._copiers[0]
-        return cast(ReadHandle, _Read(copier.start(pieces)))
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)

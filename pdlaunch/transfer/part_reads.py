@@ -12,6 +12,7 @@ lease is of the same generation: else these blocks went back to the engine in be
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ import torch
 from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
-from pdlaunch.transfer.checksum import BlockHasher, Checksums
+from pdlaunch.transfer.checksum import Checksums, HashBatch
 from pdlaunch.transfer.connector import ReadHandle
 from pdlaunch.transfer.holder_link import HolderLink, Puller
 from pdlaunch.transfer.read_plan import PullFailed, ReadPlan, Share, check_hashes, plan_read, stated_checksums
@@ -37,17 +38,17 @@ class _Part:
     """One READ and the checksums of what it brings, asked for while it is under way."""
 
     plan: ReadPlan
+    batch: HashBatch | None
+    """None when ``kv_transfer.verify`` is off."""
     counts: bool = True
     found: list[Checksums] = field(default_factory=list)
     num_hashed: int = 0
     """Blocks whose checksums were asked for."""
 
-    def hash_until(self, num_blocks: int, hasher: BlockHasher, after: torch.cuda.Event | None = None) -> None:
+    def hash_until(self, num_blocks: int, after: torch.cuda.Event | None = None) -> None:
         """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the event."""
-        read = self.plan.read
-        if num_blocks > self.num_hashed:
-            heads = slice(read.local_heads.start, read.local_heads.stop)
-            self.found.append(hasher.start(read.local_blocks[self.num_hashed : num_blocks], heads, after=after))
+        if self.batch is not None and num_blocks > self.num_hashed:
+            self.found.append(self.batch.start(slice(self.num_hashed, num_blocks), after))
             self.num_hashed = num_blocks
 
     def check(self, groups: Sequence[GroupBlocks], geometry: Geometry) -> None:
@@ -62,6 +63,22 @@ class _Part:
                 f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
                 f"block {read.local_blocks[row]} here"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a READ's blocks lie at the holder: equal places, equal READ."""
+
+    generation: int
+    first_block: int
+    end_block: int
+    groups: list[tuple[int, list[int]]]
+    """By group: the first logical index, and the blocks of the holder."""
+
+
+def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
+    groups = [(group.first_block_index, group.block_ids) for group in offer.groups]
+    return _Places(offer.generation, first_block, end_block, groups)
 
 
 class PartReads:
@@ -86,6 +103,8 @@ class PartReads:
         self._current: _Part | None = None
         self._parts: list[_Part] = []
         """Those that are done."""
+        self._prepared: tuple[_Places, _Part] | None = None
+        """The READ of all that is left, for when there is a lease."""
 
     @property
     def in_flight(self) -> bool:
@@ -129,6 +148,7 @@ class PartReads:
     def forget(self) -> None:
         """Nothing that was read so far counts."""
         self._parts.clear()
+        self._prepared = None
         self._next_block = self.num_bytes = 0
         if self._current is not None:
             self._current.counts = False
@@ -142,6 +162,7 @@ class PartReads:
         """Read what can be read now; never waits. Raises ReadFailed, PullFailed."""
         while self._poll() and self._start_next():
             pass
+        self._prepare_rest()
 
     def settle(self) -> None:
         """No READ begins any more: release the one that is in flight once it is over."""
@@ -170,28 +191,54 @@ class PartReads:
         end = num_blocks if offer.leased else min(num_blocks, offer.num_ready_blocks)
         if end <= self._next_block:
             return False
-        plan = plan_read(self._command, offer, link.geometry, self._share, range(self._next_block, end))
-        if not plan.is_empty:
+        prepared, self._prepared = self._prepared, None
+        part = (
+            prepared[1]
+            if prepared is not None and prepared[0] == _places(offer, self._next_block, end)
+            else self._part(offer, range(self._next_block, end))
+        )
+        if not part.plan.is_empty:
             try:
-                self._handle = link.start_read(plan.read)
+                self._handle = link.start_read(part.plan.read)
             except TransferError as error:
                 link.reconnect()
                 raise ReadFailed(f"{self._share.holder}: {error}") from error
-            self._current = _Part(plan)
+            self._current = part
         self._next_block = end
         return True
+
+    def _part(self, offer: PullReply, blocks: range) -> _Part:
+        """What is wanted of ``blocks``, logical indices. Raises PullFailed."""
+        plan, hasher = plan_read(self._command, offer, self._link.geometry, self._share, blocks), self._puller.hasher
+        if hasher is None or plan.is_empty:
+            return _Part(plan, None)
+        heads = slice(plan.read.local_heads.start, plan.read.local_heads.stop)
+        return _Part(plan, hasher.prepare(plan.read.local_blocks, heads))
+
+    def _prepare_rest(self) -> None:
+        """While the last blocks are computed: their READ is to begin as soon as there is a lease."""
+        offer, link = self._offer, self._link
+        if offer is None or offer.leased or self._prepared is not None or self._handle is not None:
+            return
+        if link.status != "ready" or not link.reads_early:
+            return
+        places = _places(offer, self._next_block, len(self._command.block_hashes))
+        with contextlib.suppress(TransferError):
+            part = self._part(offer, range(places.first_block, places.end_block))
+            if not part.plan.is_empty:
+                link.prepare_read(part.plan.read)
+                self._prepared = places, part
 
     def _poll(self) -> bool:
         """False: a READ is pending."""
         if self._handle is None:
             return True
-        part, hasher = self._current, self._puller.hasher
+        part = self._current
         assert part is not None
         state = self._link.poll(self._handle)
         if state == "pending":
-            if hasher is not None:
-                for num_blocks, landed in self._link.landings(self._handle):
-                    part.hash_until(num_blocks, hasher, landed)
+            for num_blocks, landed in self._link.landings(self._handle):
+                part.hash_until(num_blocks, landed)
             return False
         self.ended_s = self._puller.clock()
         read_s = self._link.read_s(self._handle) if state == "done" else 0.0
@@ -202,15 +249,14 @@ class PartReads:
             self._link.reconnect()
             raise ReadFailed(f"READ from {self._share.holder} failed")
         if part.counts:
-            self._count(part, read_s, hasher)
+            self._count(part, read_s)
         return True
 
-    def _count(self, part: _Part, read_s: float, hasher: BlockHasher | None) -> None:
+    def _count(self, part: _Part, read_s: float) -> None:
         read = part.plan.read
         self.num_bytes += len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
         self.read_s += read_s
-        if hasher is not None:
-            part.hash_until(len(read.local_blocks), hasher)
+        part.hash_until(len(read.local_blocks))
         self._parts.append(part)
 
     def _release(self) -> None:

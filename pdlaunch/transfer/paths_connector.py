@@ -118,6 +118,12 @@ class PathsConnector(Connector):
         chosen = cast(_Peer, peer).chosen
         return None if chosen is None or chosen.peer is None else chosen.connector.peer_file(chosen.peer, name)
 
+    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
+        side = cast(_Peer, peer).chosen
+        assert side is not None
+        assert side.peer is not None
+        side.connector.prepare_read(side.peer, read)
+
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         side = cast(_Peer, peer).chosen
         assert side is not None

@@ -199,6 +199,10 @@ class Peer:
     def forget(self, call_id: int) -> None:
         self._calls.pop(call_id, None)
 
+    def prepare_read(self, read: BlockRead) -> None:
+        assert self._agent is not None
+        self._setup.connector.prepare_read(self._agent, read)
+
     def start_read(self, read: BlockRead) -> ReadHandle:
         """Raises TransferError."""
         assert self._agent is not None

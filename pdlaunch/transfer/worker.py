@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0
 """For the transfer thread to answer once its deadline has passed."""
+AWAKE_S = 0.005
+"""After a pull has begun to read."""
+SHORTEST_SLEEP_S = 0.0001
+"""A shorter one takes as long: it is left out, so that READs of up to 3 ms are waited for awake."""
 SUSPENSION_SLEEP_S = 0.01
 """Between two looks at whether READs that nobody waits for have ended."""
 
@@ -117,6 +121,8 @@ class TransferWorker:
         self._clock = clock
         self._suspension: _Suspend | None = None
         self._connected = True
+        self.awake_until_s = 0.0
+        """Clock time until which the end of a pull is likely to come at any moment; ``wake`` tells when that becomes later."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = context.pair(f"transfer-wake/{name}#{incarnation}")
         self._socket = HolderSocket(context, f"tcp://{host}:0")
@@ -130,6 +136,7 @@ class TransferWorker:
                 "memory": memory,
                 "connector": connector,
                 "report": report,
+                "alert": self._alert,
                 "clock": clock,
             },
             name="transfer",
@@ -296,6 +303,11 @@ class TransferWorker:
             self._connected = False
         done.set_result(None)
 
+    def _alert(self) -> None:
+        """Somebody who sleeps would notice the end of a short pull late."""
+        self.awake_until_s = self._clock() + AWAKE_S
+        self._wake_engine()
+
     def _publish(self, events: list[TransferEvent]) -> None:
         if not events:
             return
@@ -318,7 +330,8 @@ class TransferWorker:
 def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
     """What is ready within ``timeout_s``; less than a millisecond, which ``poll`` does not know, is slept through."""
     if timeout_s < 0.001:
-        time.sleep(timeout_s)
+        if timeout_s >= SHORTEST_SLEEP_S:
+            time.sleep(timeout_s)
         return poller.poll(0)
     # Rounded up: waking before a deadline would only mean to look again.
     return poller.poll(math.ceil(timeout_s * 1000))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums
+from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums, HashBatch
 
 
 class HandChecksums:
@@ -31,16 +31,24 @@ class HandChecksums:
         return self.values
 
 
+class HandBatch:
+    def __init__(self, batch: HashBatch, started: list[HandChecksums]) -> None:
+        self._batch = batch
+        self._started = started
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
+        """Those ``after`` something are of what is there when they are asked for."""
+        self._started.append(HandChecksums(lambda: self._batch.start(blocks).result(), after))
+        return self._started[-1]
+
+
 class HandHasher(BlockHasher):
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
         super().__init__(kv_cache, layout)
         self.started: list[HandChecksums] = []
 
-    def start(self, block_ids: Sequence[int], heads: slice, *, after: torch.cuda.Event | None = None) -> Checksums:
-        """Those ``after`` something are of what is there when they are asked for."""
-        compute = partial(super().start, block_ids, heads)
-        self.started.append(HandChecksums(lambda: compute().result(), after))
-        return self.started[-1]
+    def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
+        return HandBatch(super().prepare(block_ids, heads), self.started)
 
     def finish(self) -> None:
         for checksums in self.started:

@@ -151,11 +151,11 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
 @pytest.mark.parametrize("piece_bytes", [48, 4096, 65536, 3 * 2**20])
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_every_way_to_copy_brings_the_same_bytes(piece_bytes: int, num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pdlaunch.transfer import cuda_copies
+    from pdlaunch.transfer import piece_copies
     from pdlaunch.transfer.cuda_copies import new_cuda_copiers
     from pdlaunch.transfer.piece_copies import Pieces
 
-    monkeypatch.setattr(cuda_copies, "PART_BYTES", 9 // num_parts * piece_bytes)
+    monkeypatch.setattr(piece_copies, "PART_BYTES", 9 // num_parts * piece_bytes)
     device, num_slots, random = torch.device("cuda", 0), 16, np.random.default_rng(1)
     source = torch.randint(0, 256, (num_slots, piece_bytes), dtype=torch.uint8, device=device)
     to, of = random.permutation(num_slots)[:9], random.permutation(num_slots)[:9]

@@ -3,11 +3,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.transfer import piece_copies
 from pdlaunch.transfer.piece_copies import Copy, HostCopier, Pieces
 from tests.interpreter import needs_triton, run_interpreted
 
@@ -37,7 +39,7 @@ def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to: list[int], o
     expected, found = np.zeros_like(source), np.zeros_like(source)
     for here, there in zip(to[:count], of[:count], strict=True):
         expected[here * SIZE : (here + 1) * SIZE] = source[there * SIZE : (there + 1) * SIZE]
-    columns = pieces_of(found, source, to[:count], of[:count]).merged()
+    columns = pieces_of(found, source, to[:count], of[:count]).merged
     for destination, address, size in zip(*(column.tolist() for column in columns), strict=True):
         ctypes.memmove(destination, address, size)
     np.testing.assert_array_equal(found, expected)
@@ -78,7 +80,8 @@ def test_a_copy_that_breaks_has_failed() -> None:
 def test_parts_are_the_whole_one_after_another(count: int, part_bytes: int) -> None:
     memory = np.zeros(NUM_SLOTS * SIZE, dtype=np.uint8)
     whole = pieces_of(memory, memory, list(range(count)), list(range(count))[::-1])
-    parts = list(whole.parts(part_bytes))
+    with patch.object(piece_copies, "PART_BYTES", part_bytes):
+        parts = whole.parts
     for of in ("destinations", "sources"):
         np.testing.assert_array_equal(np.concatenate([getattr(part, of) for part in parts]), getattr(whole, of))
     assert all(len(part.sources) * SIZE <= max(SIZE, part_bytes) for part in parts)
