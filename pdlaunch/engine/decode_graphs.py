@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from pdlaunch.engine.latest_tokens import LatestTokens
@@ -53,6 +54,7 @@ class DecodeGraphs:
     ) -> None:
         """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up; None: they are token ids."""
         layout, device = attention.layout, attention.kv_cache.device
+        self._layout = layout
         self._sizes = batch_sizes(max_rows)
         staging = Staging(DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks), device)
         pool = torch.cuda.graph_pool_handle()
@@ -73,6 +75,12 @@ class DecodeGraphs:
         captured.inputs.fill(batch)
         captured.graph.replay()
         return captured.logits[: batch.num_rows], captured.likeliest[: batch.num_rows]
+
+    def rehearse(self) -> None:
+        """Fill in a batch that is not run."""
+        one, zero = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        tables = (np.zeros((1, 1), dtype=np.int64),) * len(self._layout.groups)
+        self._graphs[self._sizes[0]].inputs.fill(PackedBatch(zero, zero, zero, np.arange(2), one, tables, num_decode_rows=1))
 
 
 def batch_sizes(max_rows: int) -> list[int]:

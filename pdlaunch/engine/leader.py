@@ -110,6 +110,11 @@ class Leader:
             return 0.0
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
+    def rehearse(self) -> None:
+        """Nothing is to be done, but a step is likely to begin soon: be quick then."""
+        assert self._running is None
+        self._runner.rehearse()
+
     def turn(self) -> None:
         """Receive, schedule, send what the step before gave, run, postprocess."""
         self._receive()

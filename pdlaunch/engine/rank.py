@@ -27,6 +27,7 @@ from pdlaunch.engine.wakeup import Wakeup
 from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.platform.timer_slack import sleep_precisely
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
@@ -127,6 +128,7 @@ class RankProcess:
             wait_for_ranks=self._waits_for(followers) if transfer.lends else None,
             announce=self._control.send,
         )
+        sleep_precisely()
         poller = self._poller(server.socket)
         if followers is not None:
             poller.register(followers.socket, zmq.POLLIN)
@@ -134,7 +136,7 @@ class RankProcess:
         said_ready = False
         while not self._stopped:
             if (wait_s := leader.wait_s()) > 0:
-                self._wait_awake(poller, transfer)
+                self._wait_awake(poller, leader, transfer)
             self._wait(poller, wait_s)
             leader.turn()
             # Routers send requests from now on: a server without its rank 0 would refuse them.
@@ -256,11 +258,13 @@ class RankProcess:
             poller.register(socket, zmq.POLLIN)
         return poller
 
-    def _wait_awake(self, poller: zmq.Poller, transfer: TransferWorker) -> None:
+    def _wait_awake(self, poller: zmq.Poller, leader: Leader, transfer: TransferWorker) -> None:
         """Where a device would wait meanwhile: who sleeps when a pull ends begins the next step 0.3 ms later."""
-        if self._spec.async_scheduling:
-            while time.monotonic() < transfer.awake_until_s and not poller.poll(0):
-                time.sleep(AWAKE_SLEEP_S)
+        if not self._spec.async_scheduling or time.monotonic() >= transfer.awake_until_s:
+            return
+        leader.rehearse()
+        while time.monotonic() < transfer.awake_until_s and not poller.poll(0):
+            time.sleep(AWAKE_SLEEP_S)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or another thread has something; handle the supervisor's messages."""

@@ -123,6 +123,11 @@ class ModelRunner:
             return LaunchedStep(plan.step_id, ended=Download([], self._device))
         return self._draw(plan.step_id, logits, likeliest, sampled) if drawn_here else self._expect(plan.step_id, sampled)
 
+    def rehearse(self) -> None:
+        """While no step is in flight: what a decode step does first on the host; after a pause it takes thrice as long."""
+        if self._graphs is not None:
+            self._graphs.rehearse()
+
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for the end of a launched step, in the order of launches; gives its tokens."""
         if step.ended is not None:

@@ -24,6 +24,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.platform.timer_slack import sleep_precisely
 from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
@@ -40,7 +41,7 @@ CONFIRMATION_S = 5.0
 AWAKE_S = 0.005
 """After a pull has begun to read."""
 SHORTEST_SLEEP_S = 0.0001
-"""A shorter one takes as long: it is left out, so that READs of up to 3 ms are waited for awake."""
+"""Shorter ones are left out: READs of up to 3 ms are waited for awake."""
 SUSPENSION_SLEEP_S = 0.01
 """Between two looks at whether READs that nobody waits for have ended."""
 
@@ -222,6 +223,7 @@ class TransferWorker:
 
     def _run(self, **setup: Any) -> None:
         """The thread. Whatever kills it is shown by ``take_events``."""
+        sleep_precisely()
         try:
             self._loop: _Loop = TransferLoop(**setup)
             self._started.set()
@@ -244,10 +246,13 @@ class TransferWorker:
             self._publish(self._loop.turn())
             self._advance_suspension(setup)
             self._look_for_peers()
+            sleep_s = min(self._loop.sleep_s(), LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S)
+            if sleep_s < SHORTEST_SLEEP_S:
+                time.sleep(0)  # others may want the interpreter
+                continue
             poller = zmq.Poller()
             poller.register(self._woken, zmq.POLLIN)
             self._loop.register(poller)
-            sleep_s = min(self._loop.sleep_s(), LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S)
             if self._woken in dict(_poll(poller, sleep_s)):
                 self._drain_wakes()
 
@@ -330,8 +335,7 @@ class TransferWorker:
 def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
     """What is ready within ``timeout_s``; less than a millisecond, which ``poll`` does not know, is slept through."""
     if timeout_s < 0.001:
-        if timeout_s >= SHORTEST_SLEEP_S:
-            time.sleep(timeout_s)
+        time.sleep(timeout_s)
         return poller.poll(0)
     # Rounded up: waking before a deadline would only mean to look again.
     return poller.poll(math.ceil(timeout_s * 1000))

@@ -216,16 +216,30 @@ def test_what_lands_is_hashed_while_the_rest_is_under_way(world):
     events = landings(world, 1, 3, 4)
     world.pulls.start(pull("p", holder.remote("r"), [1, 2, 3, 8]))
     world.turn()
-    assert [started.after for started in world.hasher.started] == events
+    assert [started.after for started in world.hasher.started] == events[1:]
     world.fabric.land()
     world.turn()
-    assert [len(started.values) for started in world.hasher.started] == [1, 2, 1]
+    assert [len(started.values) for started in world.hasher.started] == [3, 1]
     for started in world.hasher.started:
         assert world.events == []
         started.is_ready = True
         world.turn()
     assert world.finished().ok
     assert torch.equal(world.kv_cache[[1, 2, 3, 8]], holder.kv_cache[[4, 5, 6, 7]])
+
+
+def test_of_many_parts_only_some_are_hashed_by_themselves(world):
+    """A launch has its cost, and the last one is to be short."""
+    holder = world.connect()
+    holder.holder.grant(grant("r", list(range(1, 13))))
+    world.fabric.stalled = True
+    events = landings(world, *range(1, 13))
+    world.pulls.start(pull("p", holder.remote("r"), list(range(1, 13))))
+    world.turn()
+    world.fabric.land()
+    world.turn()
+    assert [started.after for started in world.hasher.started] == [events[index] for index in (2, 6, 10, 11)]
+    assert [len(started.values) for started in world.hasher.started] == [3, 4, 4, 1]
 
 
 def test_wrong_bytes_in_any_part_are_found_and_all_parts_are_read_again(world):
