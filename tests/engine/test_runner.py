@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
+from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.tensor_parallel import TPGroup
 from pdlaunch.protocol.engine import SamplingParams
@@ -165,6 +166,20 @@ def test_bfloat16_stays_close(llama: Path) -> None:
     assert found[0] == pytest.approx(found[1], abs=0.15)
 
 
+class RehearsedRunner:
+    """A runner that rehearses before each step."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        self._runner.rehearse()
+        return self._runner.execute(plan)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
@@ -179,6 +194,8 @@ def test_cuda_equals_generate(name: str, enforce_eager: bool, tmp_path: Path) ->
     runner.warm_up()
     assert HandScheduler(runner).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
     sizes = [] if enforce_eager or name == "gpt-oss" else [16, 8, 4, 2, 1]
+    rehearsed = RehearsedRunner(runner)
+    assert HandScheduler(rehearsed).run(make_requests(prompts, NUM_TOKENS, chunk=7, apart=1)) == expected
     assert [text for text in shown if "graph" in text] == [f"capturing CUDA graphs, batch of {size}" for size in sizes]
 
 
