@@ -309,7 +309,7 @@ class Branch:
             self._next_checksums_s = now_s
         self._reads.start()
         self._ask()
-        self._puller.alert()
+        self._puller.alert(self._reads.num_bytes_in_flight)
         self._read()
 
     def _read(self) -> None:

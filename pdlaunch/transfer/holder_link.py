@@ -72,8 +72,8 @@ class Puller:
     """None when ``kv_transfer.verify`` is off."""
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]
-    alert: Callable[[], None]
-    """A pull reads under its lease: its end is near."""
+    alert: Callable[[int], None]
+    """A pull reads so many bytes under its lease: its end is near."""
 
     def reader(self, pull_id: str) -> str:
         """Unique over engines, ranks and choices; of bounded length, whatever the request's id is."""

@@ -76,10 +76,10 @@ class TransferLoop:
         memory: RankMemory,
         connector: Connector,
         report: Callable[[ToSupervisor], None],
-        alert: Callable[[], None],
+        alert: Callable[[int], None],
         clock: Callable[[], float],
     ) -> None:
-        """Opens the connector. ``alert`` is called when a pull begins to read under its lease. Raises TransferError."""
+        """Opens the connector. ``alert``: a pull begins to read so many bytes under its lease. Raises TransferError."""
         self._clock = clock
         self._engine, self._role = spec.name, spec.role
         self._entries: Sequence[Entry] = ()

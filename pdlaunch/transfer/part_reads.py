@@ -121,6 +121,11 @@ class PartReads:
         return self._handle is not None
 
     @property
+    def num_bytes_in_flight(self) -> int:
+        """Of the READ that is pending."""
+        return 0 if self._current is None else self._num_bytes(self._current)
+
+    @property
     def is_complete(self) -> bool:
         """All blocks of the lease have been read."""
         return self._lease is not None and self._handle is None and self._next_block >= len(self._command.block_hashes)
@@ -264,11 +269,13 @@ class PartReads:
         return True
 
     def _count(self, part: _Part, read_s: float) -> None:
-        read = part.plan.read
-        self.num_bytes += len(read.local_blocks) * len(read.local_heads) * self._puller.head_bytes
+        self.num_bytes += self._num_bytes(part)
         self.read_s += read_s
-        part.hash_until(len(read.local_blocks))
+        part.hash_until(len(part.plan.read.local_blocks))
         self._parts.append(part)
+
+    def _num_bytes(self, part: _Part) -> int:
+        return len(part.plan.read.local_blocks) * len(part.plan.read.local_heads) * self._puller.head_bytes
 
     def _release(self) -> None:
         assert self._handle is not None

@@ -124,6 +124,8 @@ class TransferWorker:
         self._connected = True
         self.awake_until_s = 0.0
         """Clock time until which the end of a pull is likely to come at any moment; ``wake`` tells when that becomes later."""
+        self.awaited_bytes = 0
+        """What that pull reads."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = context.pair(f"transfer-wake/{name}#{incarnation}")
         self._socket = HolderSocket(context, f"tcp://{host}:0")
@@ -308,9 +310,9 @@ class TransferWorker:
             self._connected = False
         done.set_result(None)
 
-    def _alert(self) -> None:
+    def _alert(self, num_bytes: int) -> None:
         """Somebody who sleeps would notice the end of a short pull late."""
-        self.awake_until_s = self._clock() + AWAKE_S
+        self.awaited_bytes, self.awake_until_s = num_bytes, self._clock() + AWAKE_S
         self._wake_engine()
 
     def _publish(self, events: list[TransferEvent]) -> None:

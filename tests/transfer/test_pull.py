@@ -135,7 +135,7 @@ class World:
         )
         self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
         hasher = BlockHasher(self.kv_cache, layout) if self.verify else None
-        puller = Puller("d" * 32, 0, 0, layout.head_bytes, hasher, self.clock, self.events.append, lambda: None)
+        puller = Puller("d" * 32, 0, 0, layout.head_bytes, hasher, self.clock, self.events.append, lambda _: None)
         self.pulls = PullTable(puller, self.peers)
 
     def open_channel(self, endpoint: str) -> FakeChannel:
