@@ -147,14 +147,22 @@ class PullBook:
         source = source_of(request)
         return any(pull.source == source and pull.request is not None for pull in self._in_flight.values())
 
+    def may_await(self, request: Request, hit: PrefixHit) -> bool:
+        """Prompts that are still being computed have at most half of the blocks, but for a single one: others can be pulled.
+
+        Else these could wait for each other: a prefill engine whose blocks are leased for what finds no room here.
+        """
+        num_awaiting = sum(len(ids) for pull in self._in_flight.values() if pull.awaits for ids in pull.block_ids)
+        num_needed = sum(self._counts(request, hit))
+        return not num_awaiting or num_awaiting + num_needed <= self._kv.pool.num_blocks // 2
+
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
         """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when there is nothing to wait for.
 
         That is, no block is lacking; a request that awaits its lease needs that in any case.
         """
         awaits = request.message.awaits_lease
-        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
-        counts = [num_logical - hit.end(group) for group in range(len(hit.first))]
+        counts = self._counts(request, hit)
         if not (any(counts) or awaits):
             return None
         for cached in hit.block_ids:
@@ -220,6 +228,11 @@ class PullBook:
         for groups in self._quarantined.values():
             for block_ids in groups:
                 yield from block_ids
+
+    def _counts(self, request: Request, hit: PrefixHit) -> list[int]:
+        """By group: blocks that a pull brings."""
+        num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
+        return [num_logical - hit.end(group) for group in range(len(hit.first))]
 
     def _add(self, pull: Pull) -> str:
         pull_id = f"pull-{self._num_started}"

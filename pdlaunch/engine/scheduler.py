@@ -357,6 +357,8 @@ class Scheduler:
             return False
         if self._start_load(request):
             return True
+        if request.message.awaits_lease and not self._pulls.may_await(request, hit):
+            return True
         command = self._pulls.start(request, hit)
         if command is None:
             self._commands.append(self._pulls.tell_holder(request))

@@ -199,3 +199,30 @@ def test_unknown_pulls_with_first_tokens_are_ignored() -> None:
     engine = FakeEngine()
     engine.scheduler.on_transfer_event(PullFinished(pull_id="never", ok=True))
     assert engine.scheduler.take_outputs() == []
+
+
+def test_prompts_that_are_computed_elsewhere_leave_room_for_others() -> None:
+    """At most half of the blocks wait for them: what is ready can be pulled meanwhile."""
+    engine = FakeEngine(num_blocks=16)
+    first = start_pull(engine, "a")
+    second = start_pull(engine, "b")
+    await_lease(engine, "c")
+    assert engine.step().commands == []
+    assert engine.scheduler.stats().num_waiting == 1
+    engine.add("d", PROMPT, remote_kv=remote_kv("ready", 0))
+    (pull,) = [command for command in engine.step().commands if isinstance(command, StartPull)]
+    assert pull.remote.request_id == "ready"
+    engine.end_pull(first.pull_id)
+    (third,) = [command for command in engine.step().commands if isinstance(command, StartPull)]
+    assert third.remote.request_id == "lease of c"
+    for ended in (second, pull, third):
+        engine.end_pull(ended.pull_id)
+    engine.run()
+    assert {engine.finished[name].reason for name in "abcd"} == {"length"}
+
+
+def test_one_prompt_may_have_more_than_half() -> None:
+    engine = FakeEngine(num_blocks=16)
+    prompt = [5] * 40
+    pull = start_pull(engine, prompt=prompt)
+    assert sum(map(len, pull.block_ids)) > 8
