@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -31,11 +32,11 @@ from pdlaunch.protocol.side_channel import (
     to_puller,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseEnded, PullDrained, PullFinished
+from pdlaunch.protocol.transfer import AnnounceBlocks, LeaseEnded, PullDrained, PullFinished
 from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
 from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
-from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
+from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 
 PATHS = {"nixl": "nixl/UCX", "p2p": "p2p/memfd", "mooncake": "mooncake/tcp", "file": "file/safetensors"}
 """Connectors, or paths of NIXL's, and what the handshake says of them."""
@@ -108,6 +109,33 @@ def test_bytes_are_equal_and_the_lease_ends(pair):
     assert holder.event(LeaseEnded) == LeaseEnded(request_id="r", reason="pulled")
 
 
+def test_a_prompt_is_pulled_while_it_is_computed(pair):
+    """Those that write to their readers need the lease for it; the others bring what is ready before."""
+    holder, puller = pair
+    reads_early = holder.options.spec.kv_transfer.connector == "nixl"
+    puller.submit(msgspec.structs.replace(pull("early", holder.remote("early"), [9, 2, 6, 5]), awaits=True))
+    for num_ready in (0, 2):
+        holder.submit(
+            AnnounceBlocks(
+                request_id="early",
+                block_ids=[[16, 17, 18, 19]],
+                first_block_index=[0],
+                num_ready_blocks=num_ready,
+                block_hashes=hashes(4),
+                num_tokens=64,
+            )
+        )
+    deadline_s = time.monotonic() + 60
+    while reads_early and not np.array_equal(puller.blocks([9, 2]), holder.blocks([16, 17])):
+        assert time.monotonic() < deadline_s
+    holder.submit(grant("early", [16, 17, 18, 19]))
+    finished = puller.event(PullFinished)
+    assert finished.ok, finished.error
+    assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
+    np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([16, 17, 18, 19]))
+    assert holder.event(LeaseEnded) == LeaseEnded(request_id="early", reason="pulled")
+
+
 def test_skipped_blocks_are_not_touched(pair):
     holder, puller = pair
     before = puller.blocks([20, 21])
@@ -132,8 +160,8 @@ def test_nothing_to_pull_still_ends_the_lease(pair):
 def test_a_byte_that_changed_after_the_grant_is_found(pair):
     holder, puller = pair
     holder.submit(grant("bad", [10, 11, 12], num_readers=2))
-    puller.submit(pull("first", holder.remote("bad"), [], skip=3))
-    assert puller.event(PullFinished).ok, "its answer holds the checksums: they are made before the byte changes"
+    puller.submit(pull("first", holder.remote("bad"), [24], skip=2))
+    assert puller.event(PullFinished).ok, "the checksums are made before the byte changes"
     holder.call("flip", 11, 2)
     puller.submit(pull("bad", holder.remote("bad"), [24, 25, 26]))
     finished = puller.event(PullFinished)
