@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.held_answers import HeldAnswers, Output, speaks_of_lease
+from pdlaunch.engine.held_answers import HeldAnswers
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -85,7 +85,6 @@ class Leader:
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
         self._running: tuple[StepPlan, LaunchedStep] | None = None
-        self._outputs: list[Output] = []
         self._held = HeldAnswers(holds=wait_for_ranks is not None)
         self._wait_for_ranks = wait_for_ranks
         self._stats_due_s = 0.0
@@ -106,7 +105,7 @@ class Leader:
 
     def wait_s(self) -> float:
         """How long the loop may sleep when no socket wakes it."""
-        if self._scheduler.has_work() or self._outputs:
+        if self._scheduler.has_work():
             return 0.0
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
@@ -173,10 +172,9 @@ class Leader:
         self._scheduler.postprocess(plan, self._runner.collect(launched))
         # Readers of a lease may be waiting for it: before anything is sent.
         self._submit(self._scheduler.hand_over())
-        outputs = self._scheduler.take_outputs()
-        # What promises no blocks leaves at once: neither the next plan nor the transfer thread's work is to hold it up.
-        self._send([output for output in outputs if not speaks_of_lease(output)])
-        self._outputs += filter(speaks_of_lease, outputs)
+        # At once: neither the next plan nor the transfer thread's work is to hold up what promises no blocks, and what does is
+        # held before the ranks' word of its lease is received.
+        self._send_released()
 
     def _receive(self) -> None:
         for message in self._server.receive():
@@ -188,7 +186,6 @@ class Leader:
             case Hello():
                 self._scheduler.abort_all()
                 self._scheduler.take_outputs()
-                self._outputs = []
                 self._held.clear()
                 self._sleep.forget_caller()
                 self._server.send(msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags))
@@ -254,12 +251,7 @@ class Leader:
             self._await_grants(self._wait_for_ranks)
 
     def _send_released(self) -> None:
-        outputs = self._held.sift([*self._outputs, *self._scheduler.take_outputs()])
-        self._outputs = []
-        self._send(outputs)
-
-    def _send(self, outputs: list[Output]) -> None:
-        if outputs:
+        if outputs := self._held.sift(self._scheduler.take_outputs()):
             self._server.send(Outputs(items=outputs))
 
     def _await_grants(self, wait_for_ranks: Callable[[float], None]) -> None:

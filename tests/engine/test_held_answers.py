@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.engine.leader import GRANT_WAIT_S, Leader
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.engine import AddRequest, Hello, SamplingParams
-from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, TransferEvent
+from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, LeaseGranted, TransferCommand, TransferEvent
 from tests.engine.test_leader import Recorder, make_leader
 
 
@@ -22,6 +22,14 @@ class Ranks(Recorder):
         self.events: list[TransferEvent] = []
         self.soon: list[TransferEvent] = []
         """What they report when they are waited for."""
+        self.is_quick = False
+        """They have written a lease down before rank 0 looks again."""
+
+    def submit(self, commands: list[TransferCommand]) -> None:
+        super().submit(commands)
+        if self.is_quick:
+            granted = (command.request_id for command in commands if isinstance(command, GrantLease))
+            self.events += [LeaseGranted(request_id=request_id) for request_id in granted]
 
     def take_events(self) -> list[TransferEvent]:
         events, self.events = self.events, []
@@ -59,6 +67,13 @@ def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
     assert run(leader, ranks) == []
     ranks.events.append(event)
     assert run(leader, ranks) == ["RequestFinished"]
+
+
+def test_ranks_that_are_quicker_than_the_answer_are_heard() -> None:
+    ranks = Ranks(request("a/0"))
+    ranks.is_quick = True
+    assert run(ranks.leader(), ranks) == ["GrantLease", "Tokens", "RequestFinished"]
+    assert ranks.now_s == 0
 
 
 def test_ranks_are_waited_for_a_moment_so_that_the_answer_need_not_wait_for_the_next_step() -> None:
