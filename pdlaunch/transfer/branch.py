@@ -134,7 +134,7 @@ class Branch:
         """Clock time at which there is something to do, READs and messages aside."""
         if self._owes_until_s is not None:
             return self._owes_until_s
-        if self._link.status != "ready":
+        if self._given_up or self._link.status != "ready":
             return float("inf")
         return min(self._next_heartbeat_s, self._next_begin_s, self._next_checksums_s)
 

@@ -257,6 +257,22 @@ def test_a_read_past_its_deadline_keeps_its_blocks_until_it_has_landed(world, ho
     assert len(world.pulls) == 0
 
 
+def test_nothing_is_due_while_a_read_that_was_given_up_goes_on(world, holder):
+    """Else the transfer thread would turn without a pause, for as long as the READ is stalled."""
+    holder.holder.grant(grant("r", [4], lease_s=2.0))
+    world.fabric.stalled = True
+    world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
+    world.turn()
+    world.pulls.cancel(CancelPull(pull_id="p"))
+    assert world.finished().in_flight
+    world.clock.now += 1.0
+    world.turn()
+    assert world.pulls.next_deadline_s() > world.clock.now
+    world.fabric.land()
+    world.turn()
+    assert world.events == [PullDrained(pull_id="p")]
+
+
 def test_cancel_before_the_answer_frees_the_share(world, holder):
     holder.holder.grant(grant("r", [4]))
     holder.channel.mute = True
