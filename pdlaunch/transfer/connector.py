@@ -60,8 +60,8 @@ class BlockRead:
     """Under whose lease, as in the PullBegin: a holder that writes checks it."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a connector has worked out ahead of the READ."""
+    memo: dict[PeerHandle, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a connector has worked out ahead of the READ; of a peer that was removed it is worth nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,13 +149,13 @@ class P2PConnector(Connector):
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
         known = cast(_Peer, peer)
-        pieces = read.memo[known.name] = self._pieces_of(known, read)
+        pieces = read.memo[peer] = self._pieces_of(known, read)
         for part in pieces.parts:
             part.merged  # noqa: B018 - it is kept
 
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         known = cast(_Peer, peer)
-        pieces = read.memo.get(known.name) or self._pieces_of(known, read)
+        pieces = read.memo.get(peer) or self._pieces_of(known, read)
         copier = known.copier if known.copier.supports(pieces) else self._copiers[0]
         return cast(ReadHandle, _Read(copier.start(pieces)))
 
