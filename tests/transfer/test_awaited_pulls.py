@@ -10,7 +10,15 @@ import torch
 from msgspec.structs import replace
 
 from pdlaunch.protocol.kv_params import FirstToken
-from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, StateChecksums, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import (
+    ChecksumsReply,
+    Heartbeat,
+    PullBegin,
+    PullEnd,
+    StateChecksums,
+    ToHolder,
+    ToPuller,
+)
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
     CancelPull,
@@ -24,6 +32,7 @@ from pdlaunch.protocol.transfer import (
 from pdlaunch.transfer.branch import REPEAT_S
 from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle
 from pdlaunch.transfer.early import GRANT_LAG_S, LONGEST_WAIT_S, EarlyQuestions
+from pdlaunch.transfer.holder import Holder
 from tests.transfer.fakes import FakeChannel
 from tests.transfer.rank_process import grant, hashes, pull
 from tests.transfer.test_pull import HolderRank, World
@@ -416,3 +425,32 @@ def test_the_end_of_a_pull_is_told_once(world, holder):
     world.clock.now += GRANT_LAG_S
     world.turn()
     assert len(holder.sent(PullEnd)) == 1
+
+
+def test_checksums_are_stated_while_the_blocks_are_read(world, holder):
+    Holder.grant(holder.holder, lease([4, 5]))
+    world.pulls.start(awaited(holder, [1, 2]))
+    world.turn()
+    assert world.reads == [[1, 2]]
+    assert world.events == []
+    holder.holder.take_granted()
+    world.turn()
+    assert world.finished().ok
+    assert len(holder.sent(StateChecksums)) == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "error"),
+    [([], "stated no checksums"), ([None], "stated no checksums"), ([bytes(8)], "stated no checksums"), ([bytes(48)], "differs")],
+)
+def test_a_holder_that_states_nonsense_fails_the_pull(world, holder, groups, error):
+    Holder.grant(holder.holder, lease([4, 5]))
+    holder.holder._state_checksums = lambda message: ChecksumsReply(call_id=message.call_id, groups=groups)
+    world.pulls.start(awaited(holder, [1, 2]))
+    world.turn()
+    holder.holder.take_granted()
+    world.turn()
+    finished = world.finished()
+    assert not finished.ok
+    assert finished.verification_failed
+    assert error in finished.error
