@@ -53,6 +53,14 @@ class EarlyQuestions:
                 due.append((question.identity, question.message))
         return due
 
+    def drop_readers(self, is_there: Callable[[str], bool]) -> None:
+        """Who awaited a prompt and is gone shall have no share of its lease. ``is_there``: of a reader, by its name."""
+        self._waiting = [
+            question
+            for question in self._waiting
+            if not (isinstance(question.message, PullBegin) and question.message.awaits) or is_there(question.message.reader)
+        ]
+
     def next_deadline_s(self) -> float:
         """Clock time at which the next of them is to be answered in any case."""
         return min((question.deadline_s for question in self._waiting), default=float("inf"))

@@ -78,3 +78,8 @@ class Puller:
     def reader(self, pull_id: str) -> str:
         """Unique over engines, ranks and choices; of bounded length, whatever the request's id is."""
         return f"{self.engine_id}/{self.tp_rank}/{hashlib.sha256(pull_id.encode()).hexdigest()}"
+
+
+def engine_of(reader: str) -> str:
+    """The engine_id in a reader's name."""
+    return reader.partition("/")[0]

@@ -32,7 +32,7 @@ from pdlaunch.transfer.connector import Connector, LocalMemory
 from pdlaunch.transfer.early import EarlyQuestions
 from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.holder import Holder, HolderCard
-from pdlaunch.transfer.holder_link import Puller
+from pdlaunch.transfer.holder_link import Puller, engine_of
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.pull_table import PullTable
@@ -149,6 +149,8 @@ class TransferLoop:
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
         self._entries = entries
+        engine_ids = {entry.engine_id for entry in entries}
+        self._early.drop_readers(lambda reader: engine_of(reader) in engine_ids)
         if not self._without_peers:
             self._peers.update(entries)
 

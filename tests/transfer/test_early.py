@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullReply, Refused, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.early import GRANT_LAG_S, MAX_WAITING, EarlyQuestions
+from pdlaunch.transfer.holder_link import engine_of
 from tests.transfer.fakes import Fabric, FakeClock
 from tests.transfer.rank_process import grant
 from tests.transfer.test_pull import HolderRank
@@ -77,6 +79,15 @@ def test_a_lease_that_has_ended_is_refused_at_once(desk):
 def test_another_engine_is_refused_at_once(desk):
     (answer,) = desk.ask(desk.begin(engine_id="2" * 32))
     assert "belongs to engine_id 1111" in answer.reason
+
+
+def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
+    awaited = [replace(desk.begin(), awaits=True, reader=f"{engine_id}/0/r") for engine_id in ("a", "b")]
+    assert desk.ask(*awaited, desk.begin()) == []
+    desk.early.drop_readers(lambda reader: engine_of(reader) == "b")
+    desk.rank.holder.grant(grant("r", [4]))
+    assert len(desk.ask()) == 2, "of the one that is there, and of the one whose grant is on the way"
+    assert set(desk.rank.holder._leases.living("r").open_readers) == {"b/0/r", "x"}
 
 
 def test_no_more_than_so_many_wait(desk):
