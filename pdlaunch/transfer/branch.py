@@ -71,8 +71,8 @@ class Branch:
         self.verification_failed = False
         self.departed = False
         """The holder had died before the end."""
-        self.has_lease = False
-        """There is a lease: all blocks can be read."""
+        self.lease_known_s: float | None = None
+        """Clock time since when there is known to be a lease: all blocks can be read."""
         self.first_tokens: list[FirstToken] = []
         """What the lease says of them, once it is known."""
         self._command = command
@@ -182,7 +182,7 @@ class Branch:
     def _settle_end(self, owes_until_s: float) -> None:
         status = self._link.status
         if status == "ready":
-            if self.stage is Stage.CONNECTING and (self.has_lease or not self._command.awaits):
+            if self.stage is Stage.CONNECTING and (self.lease_known_s is not None or not self._command.awaits):
                 # A reader's share of the lease ends only when it has begun; who gives up before there is one has none.
                 self._send(self._begin_message, None)
             self._send(self._end_message, lambda _: None)  # its ledger is told when the holder dies before it has answered
@@ -293,7 +293,7 @@ class Branch:
                     self._held_until_s = asked_s + reply.lease_s
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
             case Refused():
-                raise PullFailed(f"{self.name} refused: {reply.reason}", late=self.has_lease)
+                raise PullFailed(f"{self.name} refused: {reply.reason}", late=self.lease_known_s is not None)
             case _:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
@@ -301,7 +301,8 @@ class Branch:
         """Read first, all else can wait. An answer that took long says little of how long the lease holds now."""
         now_s = self._puller.clock()
         self.stage, self._next_begin_s = Stage.READING, float("inf")
-        self.has_lease, self.first_tokens = True, reply.first_tokens
+        self.first_tokens = reply.first_tokens
+        self.lease_known_s = now_s if self.lease_known_s is None else self.lease_known_s
         self._held_until_s = asked_s + reply.lease_s
         self._heartbeat_s = reply.lease_s / HEARTBEATS_A_LEASE
         self._next_heartbeat_s = max(now_s, asked_s + self._heartbeat_s)

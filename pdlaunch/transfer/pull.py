@@ -73,11 +73,11 @@ class Pull:
     def _step(self) -> None:
         for branch in self._branches:
             branch.advance()
-        now_s = self._puller.clock()
-        if self._awaits and any(branch.has_lease for branch in self._branches):
+        known_s = [branch.lease_known_s for branch in self._branches if branch.lease_known_s is not None]
+        if self._awaits and known_s:
             self._awaits = False
-            self._started_s, self._deadline_s = now_s, now_s + self.command.timeout_s
-        if now_s >= self._deadline_s:
+            self._started_s, self._deadline_s = min(known_s), min(known_s) + self.command.timeout_s
+        if self._puller.clock() >= self._deadline_s:
             where = ", ".join(f"{branch.name} is {branch.stage.name.lower()}" for branch in self._branches)
             raise PullFailed(f"no end within {self._deadline_s - self._started_s:g} s; {where}")
         if all(branch.is_proven for branch in self._branches):

@@ -454,3 +454,16 @@ def test_a_holder_that_states_nonsense_fails_the_pull(world, holder, groups, err
     assert not finished.ok
     assert finished.verification_failed
     assert error in finished.error
+
+
+def test_the_time_of_a_pull_is_that_since_its_lease_is_known(world, holder):
+    world.pulls.start(awaited(holder, [1]))
+    world.turn()
+    world.clock.now += 2.0
+    world.fabric.stalled = True
+    holder.holder.grant(lease([4]))
+    world.turn()
+    world.clock.now += 0.5
+    world.fabric.land()
+    world.turn()
+    assert world.finished().seconds == 0.5
