@@ -137,7 +137,7 @@ class PullReply(Message):
     num_ready_blocks: Count = 0
     """Without a lease: logical blocks, from the beginning of the prompt, that nothing writes to any more."""
     generation: Count = 0
-    """Counts how often the computation of this prompt has begun: blocks of an earlier one may have been another request's."""
+    """Of the computation that the blocks are of: those of another one may have been another request's in between."""
     version: Count = 0
     """Without a lease: changes with every other field."""
 

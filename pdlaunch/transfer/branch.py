@@ -36,7 +36,6 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Refused,
     StateChecksums,
-    ToHolder,
     ToPuller,
 )
 from pdlaunch.protocol.transfer import StartPull
@@ -184,8 +183,8 @@ class Branch:
         if status == "ready":
             if self.stage is Stage.CONNECTING and (self.lease_known_s is not None or not self._command.awaits):
                 # A reader's share of the lease ends only when it has begun; who gives up before there is one has none.
-                self._send(self._begin_message, None)
-            self._send(self._end_message, lambda _: None)  # its ledger is told when the holder dies before it has answered
+                self._link.ask(self._begin_message, None)
+            self._ask_about(PullEnd, lambda _: None)  # its ledger is told when the holder dies before it has answered
         if status != "connecting" or self._puller.clock() >= owes_until_s:
             self._owes_until_s = None
 
@@ -214,7 +213,7 @@ class Branch:
         """Also to learn more than the last answer has said: the holder answers when there is more."""
         now_s = self._puller.clock()
         self.stage, self._next_begin_s = Stage.BEGINNING, now_s + REPEAT_S
-        self._begun.append(self._send(self._begin_message, partial(self._on_reply, now_s)))
+        self._begun.append(self._link.ask(self._begin_message, partial(self._on_reply, now_s)))
 
     def _forget_begun(self) -> None:
         """One answer is enough: nobody waits for those to the same question, asked again."""
@@ -223,16 +222,21 @@ class Branch:
 
     def _ask_for_checksums(self) -> None:
         self._next_checksums_s = self._puller.clock() + REPEAT_S
-        self._send(self._checksums_message, partial(self._on_reply, 0.0))
+        self._ask_about(StateChecksums, partial(self._on_reply, 0.0))
 
     def _heartbeat(self) -> None:
         """The next is due as long after this one, or after its answer."""
         now_s = self._puller.clock()
         self._next_heartbeat_s, self._awaits_heartbeat = now_s + self._heartbeat_s, True
-        self._send(self._heartbeat_message, partial(self._on_reply, now_s))
+        self._ask_about(Heartbeat, partial(self._on_reply, now_s))
 
-    def _send(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> int:
-        return self._link.ask(build, on_reply)
+    def _ask_about(self, kind: type[StateChecksums | Heartbeat | PullEnd], on_reply: Callable[[ToPuller], None]) -> None:
+        """What concerns a pull that has begun."""
+        remote, reader = self._command.remote, self._reader
+        self._link.ask(
+            lambda call_id: kind(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
+            on_reply,
+        )
 
     def _begin_message(self, call_id: int) -> PullBegin:
         remote = self._command.remote
@@ -245,18 +249,6 @@ class Branch:
             awaits=self._command.awaits,
             version=self._version,
         )
-
-    def _checksums_message(self, call_id: int) -> StateChecksums:
-        remote = self._command.remote
-        return StateChecksums(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=self._reader)
-
-    def _heartbeat_message(self, call_id: int) -> Heartbeat:
-        remote = self._command.remote
-        return Heartbeat(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=self._reader)
-
-    def _end_message(self, call_id: int) -> PullEnd:
-        remote = self._command.remote
-        return PullEnd(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=self._reader)
 
     def _on_reply(self, asked_s: float, reply: ToPuller) -> None:
         """``asked_s``: when the question was sent; the lease has at least the stated seconds from then on."""
