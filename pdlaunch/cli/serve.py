@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, NoReturn
 
@@ -23,13 +25,13 @@ from pdlaunch.platform.probe import probe_machine
 from pdlaunch.supervisor.launch import (
     Outcome,
     PlannedLaunch,
-    check_address,
     check_platform,
     launch,
     plan_launch,
 )
 from pdlaunch.supervisor.log_dirs import new_launch_id, new_log_dir
 from pdlaunch.supervisor.plan import Plan
+from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
 
@@ -72,7 +74,8 @@ def serve(
         if dry_run:
             print_plan(planned.plan, output)
             return
-        outcome = _serve(loaded, planned, lifeline)
+        with listening(loaded.config.host, loaded.config.port) as listeners:
+            outcome = _serve(loaded, planned, lifeline, listeners)
     except ConfigError as error:
         _refuse(errors, error)
     except StartupError as error:
@@ -91,9 +94,8 @@ def _standard_input() -> int:
     return STDIN
 
 
-def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None) -> Outcome:
+def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None, listeners: Sequence[socket.socket]) -> Outcome:
     config = planned.config
-    check_address(config)
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
 
@@ -110,7 +112,7 @@ def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None) -
 
     view = make_view(SteadyConsole(), summary)
     try:
-        outcome = launch(planned, view, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline)
+        outcome = launch(planned, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline)
         view.note("stopped")
     finally:
         view.close()

@@ -17,6 +17,7 @@ from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.supervisor.launch import check_platform, launch, plan_launch
 from pdlaunch.supervisor.log_dirs import new_launch_id
 from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
+from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.status import LaunchStatus
 
 HOST_SHARE = 1 / 64
@@ -63,9 +64,13 @@ def probe_transport(config: LaunchConfig, machine: Machine, environ: Mapping[str
     """
     check_platform()
     rehearsal = _rehearsal(config)
-    with tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir:
+    planned = plan_launch(rehearsal, machine, environ)
+    with (
+        tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir,
+        listening(rehearsal.host, rehearsal.port) as listeners,
+    ):
         observer = _StopWhenReady()
-        outcome = launch(plan_launch(rehearsal, machine, environ), observer, launch_id=new_launch_id(), log_dir=Path(log_dir))
+        outcome = launch(planned, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir))
     if observer.status is not None:
         return transport_report(config, machine, environ, observer.status)
     reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"

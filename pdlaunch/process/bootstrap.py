@@ -17,6 +17,8 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LimitSettings
 from pdlaunch.protocol.sockets import LaunchKeys
 
+LISTEN_BACKLOG = 1024
+"""Connections to the router that wait to be accepted, for as long as no router runs too."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -25,6 +27,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     port: int
+    listeners: tuple[int, ...] = ()
+    """Descriptors that it inherits: sockets that listen at the address, and belong to the supervisor."""
     served_model_name: str
     api_key: str | None
     max_body_bytes: int

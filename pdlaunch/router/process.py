@@ -6,12 +6,14 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import time
+from collections.abc import Sequence
 
 from aiohttp import web
 
-from pdlaunch.errors import PdlaunchError, StartupError
-from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Stop
@@ -24,7 +26,6 @@ from pdlaunch.router.pool import EnginePool
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 1024
 KEEPALIVE_S = 75.0
 """For a client's idle connection."""
 SHUTDOWN_TIMEOUT_S = 1.0
@@ -81,8 +82,7 @@ class RouterProcess:
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
         try:
-            port = await listen(runner, spec.host, spec.port)
-            url = _url(spec.host, port)
+            url = _url(spec.host, spec.port)
             control.send(
                 Register(
                     name=self._bootstrap.name,
@@ -91,12 +91,22 @@ class RouterProcess:
                     address=Address(http=url),
                 )
             )
+            await self._first_registry(hops)
+            await listen(runner, spec.listeners)
             control.send(Ready(info={"url": url}))
             await self._follow(control, hops, router)
         finally:
             heartbeat.cancel()
             await runner.cleanup()
             await hops.close()
+
+    async def _first_registry(self, hops: Hops) -> None:
+        """Know the engines before the first client is heard: those who waited for this router shall not hear that all starts."""
+        match message := await self._inbox.get():
+            case Registry() as registry:
+                hops.update(registry)
+            case _:
+                self._inbox.put_nowait(message)
 
     async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp) -> None:
         """Do what the supervisor says until it says Stop; draining does not hold up the registry."""
@@ -113,16 +123,12 @@ class RouterProcess:
                     return
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> int:
-    """Listen at the address; returns the port, which the system picks for 0. Raises StartupError naming the address."""
-    try:
-        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartupError(
-            f"the router cannot listen on {host}:{port}: {reason}; free the port or choose another with --host and --port"
-        ) from error
-    return int(runner.addresses[0][1])
+async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
+    """Accept at sockets of the supervisor: what connected while no router ran has waited there."""
+    for descriptor in listeners:
+        listener = socket.socket(fileno=descriptor)
+        listener.set_inheritable(False)
+        await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
 
 
 async def _drain(router: RouterApp, control: ControlClient, timeout_s: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.engine_spec import EngineSpec
@@ -18,7 +18,10 @@ from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
 
 
 class LaunchBootstraps:
-    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first ``make``."""
+    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first ``make``.
+
+    ``listeners``: the open sockets of the public address, one or more, all of one port.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,7 @@ class LaunchBootstraps:
         control: str,
         run_dir: Path,
         launch_id: str,
+        listeners: Sequence[socket.socket],
     ) -> None:
         self._config = config
         self._machine = machine
@@ -38,14 +42,15 @@ class LaunchBootstraps:
         self._control = control
         self._run_dir = run_dir
         self._launch_id = launch_id
+        self._listeners = listeners
         self._engines: dict[str, EngineSpec] = {}
 
     def prepare(self) -> None:
         """Read the models' files. Raises ConfigError."""
         self._engines = resolve_engines(self._config, self._machine, self._models)
 
-    def make(self, spec: ProcessSpec, incarnation: int, last_http: str) -> Bootstrap:
-        """For one incarnation. ``last_http``: where an earlier one answered; a router comes back at the same port."""
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        """For one incarnation."""
         engine = self._engines.get(spec.engine)
         rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(
@@ -56,18 +61,19 @@ class LaunchBootstraps:
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
             engine_json=None if engine is None else engine.model_dump_json(),
-            router=self._router(last_http) if spec.kind == "router" else None,
+            router=self._router() if spec.kind == "router" else None,
             tp_rank=spec.tp_rank,
             rendezvous=f"file://{rendezvous}" if spec.kind == "rank" else "",
             launch_id=self._launch_id,
             heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
         )
 
-    def _router(self, last_http: str) -> RouterSpec:
+    def _router(self) -> RouterSpec:
         config = self._config
         return RouterSpec(
             host=config.host,
-            port=config.port or urlsplit(last_http).port or 0,
+            port=int(self._listeners[0].getsockname()[1]),
+            listeners=tuple(listener.fileno() for listener in self._listeners),
             served_model_name=served_model_name(config),
             api_key=None if config.api_key is None else config.api_key.get_secret_value(),
             max_body_bytes=config.limits.max_body_bytes,

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -44,14 +45,18 @@ class Children:
         """Standard output and error of all incarnations of a process."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, first_line: bytes) -> ProcessExited | None:
+    def spawn(
+        self, spec: ProcessSpec, incarnation: int, first_line: bytes, inherited: Sequence[int] = ()
+    ) -> ProcessExited | None:
         """Start a process and give it ``first_line``; returns its end when it cannot even be started.
+
+        ``inherited``: descriptors of ours that it gets under the same numbers.
 
         Standard input stays open: its end tells the child that the supervisor is gone.
         """
         with self._open_log(spec.name) as log:
             try:
-                process = self._popen(spec, incarnation, log)
+                process = self._popen(spec, incarnation, log, inherited)
             except OSError as error:
                 logger.error("%s cannot be started: %s", spec.name, error)
                 with contextlib.suppress(OSError):
@@ -74,7 +79,7 @@ class Children:
             return Path(os.devnull).open("ab", buffering=0)
 
     @staticmethod
-    def _popen(spec: ProcessSpec, incarnation: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _popen(spec: ProcessSpec, incarnation: int, log: IO[bytes], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
         if incarnation > 1:
             with contextlib.suppress(OSError):
                 log.write(f"--- incarnation {incarnation}\n".encode())
@@ -86,6 +91,7 @@ class Children:
             env={name: value for name, value in os.environ.items() if name not in _HIDDEN_VARIABLES} | spec.environment,
             start_new_session=True,
             bufsize=0,
+            pass_fds=inherited,
         )
 
     def pidfds(self) -> dict[int, str]:

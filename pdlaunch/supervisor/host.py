@@ -55,7 +55,7 @@ class Host(Protocol):
     def prepare(self) -> None:
         """All models are in place: work out what servers, ranks and router are given. Raises PdlaunchError."""
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, last_http: str) -> None:
+    def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
         """Start a process; its end arrives as ``ProcessExited``. Raises OSError when the system refuses."""
 
     def signal(self, name: str, signal_number: int) -> None:
@@ -63,6 +63,9 @@ class Host(Protocol):
 
     def send(self, name: str, message: FromSupervisor) -> None:
         """Queue a message; lost when the process is not connected."""
+
+    def close_listeners(self) -> None:
+        """No router will accept a connection any more: let them be refused; once is as good as twice."""
 
 
 class Observer(Protocol):

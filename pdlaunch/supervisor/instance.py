@@ -30,8 +30,6 @@ class Instance:
     """When its loop last turned, as far as is known."""
     stalled: bool = False
     """It is ready, and has been silent for so long that it gets no new work."""
-    last_http: str = ""
-    """Where an earlier incarnation answered; the router comes back there."""
 
     @property
     def name(self) -> str:
@@ -46,7 +44,7 @@ class Instance:
         self.state = state
 
     def begin(self, incarnation: int) -> None:
-        """Enter the first state of a new incarnation; nothing of the one before is kept but where it answered."""
+        """Enter the first state of a new incarnation; nothing of the one before is kept."""
         self.move(ProcessState.CONVERTING if self.spec.kind == "convert" else ProcessState.STARTING)
         self.incarnation = incarnation
         self.registration = self.progress = self.error = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
 from pdlaunch.supervisor.log_dirs import SUPERVISOR_LOG, keep
 from pdlaunch.supervisor.plan import Plan, plan
-from pdlaunch.supervisor.ports import check_port
 from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.shutdown import Grace
@@ -86,15 +86,18 @@ def check_platform(platform: str = sys.platform) -> None:
         )
 
 
-def check_address(config: LaunchConfig) -> None:
-    """Raises StartupError when the public port is not free."""
-    if config.port:
-        check_port(config.host, config.port)
+def launch(
+    planned: PlannedLaunch,
+    observer: Observer,
+    listeners: Sequence[socket.socket],
+    *,
+    launch_id: str,
+    log_dir: Path,
+    lifeline: int | None = None,
+) -> Outcome:
+    """Start everything, serve until told to stop, stop everything; ``check_platform`` comes before.
 
-
-def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_dir: Path, lifeline: int | None = None) -> Outcome:
-    """Start everything, serve until told to stop, stop everything; ``check_platform`` and ``check_address`` come before.
-
+    ``listeners``: of the public address (``ports.listen``); closed when no more connections are taken, at the latest at the end.
     ``lifeline``: a descriptor whose end is a request to stop.
     """
     config = planned.config
@@ -115,8 +118,9 @@ def launch(planned: PlannedLaunch, observer: Observer, *, launch_id: str, log_di
             control=endpoint,
             run_dir=run_dir,
             launch_id=launch_id,
+            listeners=listeners,
         )
-        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir, lifeline)
+        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners)
 
 
 def supervise(
@@ -127,10 +131,11 @@ def supervise(
     timing: Timing,
     log_dir: Path,
     lifeline: int | None = None,
+    listeners: Sequence[socket.socket] = (),
 ) -> Outcome:
     """Run a plan to its end; no process of it is left when this returns."""
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
-        host = LocalHost(control, bootstraps, children, signals, lifeline)
+        host = LocalHost(control, bootstraps, children, signals, lifeline, listeners)
         supervisor = Supervisor(plan, host, observer, timing, time.monotonic)
         run(supervisor, host, time.monotonic)
         failure = supervisor.failure

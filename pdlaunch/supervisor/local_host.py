@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,13 +30,14 @@ class Bootstraps(Protocol):
 
     def prepare(self) -> None: ...
 
-    def make(self, spec: ProcessSpec, incarnation: int, last_http: str) -> Bootstrap: ...
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap: ...
 
 
 class LocalHost:
     """``Host`` and ``EventSource`` of a launch whose processes all run here.
 
     ``control``: bound ROUTER socket. ``lifeline``: a descriptor whose end asks for a stop, as its writer is then gone.
+    ``listeners``: sockets of the public address, which each router inherits.
     """
 
     CONVERSION_POLL_S = 0.25
@@ -48,6 +50,7 @@ class LocalHost:
         children: Children,
         signals: SignalInbox,
         lifeline: int | None = None,
+        listeners: Sequence[socket.socket] = (),
     ) -> None:
         self._control = control
         self._bootstraps = bootstraps
@@ -59,19 +62,23 @@ class LocalHost:
         self._lifeline = lifeline
         if lifeline is not None:
             self._poller.register(lifeline, zmq.POLLIN)
+        self._listeners = listeners
         self._stillborn: list[ProcessExited] = []
         self._conversions: dict[str, str] = {}
 
     def prepare(self) -> None:
         self._bootstraps.prepare()
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, last_http: str) -> None:
+    def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
+        inherited: tuple[int, ...] = ()
         if spec.kind == "convert":
             self._conversions[spec.name] = ""
             line = b""
         else:
-            line = msgspec.json.encode(self._bootstraps.make(spec, incarnation, last_http)) + b"\n"
-        stillborn = self._children.spawn(spec, incarnation, line)
+            bootstrap = self._bootstraps.make(spec, incarnation)
+            line = msgspec.json.encode(bootstrap) + b"\n"
+            inherited = () if bootstrap.router is None else bootstrap.router.listeners
+        stillborn = self._children.spawn(spec, incarnation, line, inherited)
         if stillborn is not None:
             self._stillborn.append(stillborn)
             return
@@ -83,6 +90,10 @@ class LocalHost:
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
+
+    def close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
 
     def wait(self, timeout_s: float | None) -> Sequence[Event]:
         """What has happened, causes first: signals, violent deaths, messages, orderly exits."""

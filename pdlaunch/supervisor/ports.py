@@ -1,28 +1,82 @@
-"""Whether the public port is free, asked before anything is started."""
+"""The public address: the supervisor listens there before anything is started, and each router in turn accepts."""
 
 from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
 
 import psutil
 
 from pdlaunch.errors import StartupError
 from pdlaunch.platform.ports import probe_port
+from pdlaunch.process.bootstrap import LISTEN_BACKLOG
+
+_ATTEMPTS = 16
+"""To find a port that is free at every address of a host."""
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises StartupError naming what is wrong with ``host:port``, and who holds a busy port where that can be seen."""
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Listen at ``port`` of all addresses of ``host``, for the block at most; 0 is a free port, the same for all of them.
+
+    No child inherits the sockets by itself. Raises StartupError naming what is wrong with the address.
+    """
+    listeners = _listen(host, port)
+    try:
+        yield listeners
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            return _listen_at({(family, address): None for family, _, _, _, address in found})
+        except (OSError, UnicodeError, ValueError) as error:
+            if port or attempt == _ATTEMPTS:
+                raise StartupError(_explain(host, port, error)) from error
+    raise AssertionError
+
+
+def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
+    """As servers do: a port whose last connections are fading away is free, and IPv6 does not take IPv4's port."""
+    with contextlib.ExitStack() as undo:
+        sockets: list[socket.socket] = []
+        for family, (address, port, *rest) in addresses:
+            listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address, port or _port_of(sockets), *rest))
+            listener.setblocking(False)
+            listener.listen(LISTEN_BACKLOG)
+            sockets.append(listener)
+        undo.pop_all()
+        return sockets
+
+
+def _port_of(sockets: list[socket.socket]) -> int:
+    """The port that the first address was given; 0 while there is none."""
+    return int(sockets[0].getsockname()[1]) if sockets else 0
+
+
+def _explain(host: str, port: int, error: Exception) -> str:
+    """What is wrong with an address, who holds a busy port where that can be seen, and what to do."""
     state = probe_port(host, port)
     match state.problem if state is not None else None:
-        case None:
-            return
         case "busy":
-            problem = f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one with --port"
+            return f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one with --port"
         case "privileged":
-            problem = f"port {port} needs privileges; choose one from 1024 on with --port"
+            return f"port {port} needs privileges; choose one from 1024 on with --port"
         case "not here" | "unknown host":
-            problem = f"host {host} is no address of this machine; choose another one with --host"
-        case "other":
-            problem = f"cannot listen on {host}:{port}: {'' if state is None else state.detail}"
-    raise StartupError(problem)
+            return f"host {host} is no address of this machine; choose another one with --host"
+        case _:
+            reason = getattr(error, "strerror", None) or error
+            return f"cannot listen on {host}:{port}: {reason}; free the port or choose another with --host and --port"
 
 
 def _holder(port: int) -> str:

@@ -67,6 +67,9 @@ class Shutdown:
             following = _ORDER[_ORDER.index(self.phase) + 1]
             stopped = self.phase not in _DRAINED_KIND and not self._alive()
             self._enter(Phase.STOPPED if stopped else following)
+        if self.phase not in _DRAINED_KIND or not any(i.spec.kind == "router" for i in self._alive()):
+            # No other router follows: who connects now is refused instead of left waiting.
+            self._host.close_listeners()
 
     def _over(self) -> bool:
         if self._clock() >= self.deadline_s or not self._alive():

@@ -180,7 +180,7 @@ class Supervisor:
         unit.deadline_s = self._clock() + self._timing.startup_timeout_s
         for instance in unit.members:
             instance.begin(unit.incarnation)
-            self._host.spawn(instance.spec, unit.incarnation, instance.last_http)
+            self._host.spawn(instance.spec, unit.incarnation)
 
     def _timeout_failure(self) -> Failure:
         waiting = [
@@ -232,7 +232,6 @@ class Supervisor:
             logger.warning("%s registered as %s, incarnation %d", instance.name, message.name, message.incarnation)
             return
         instance.registration = message
-        instance.last_http = message.address.http or instance.last_http
         self._host.send(instance.name, self._registry.current)
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -57,8 +58,9 @@ class Stand:
         self.router = RouterApp(spec, self.hops)
         self.runner = web.AppRunner(self.router.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self.runner.setup()
-        port = await listen(self.runner, spec.host, spec.port)
-        self.port = port
+        listener = socket.create_server((spec.host, spec.port))
+        self.port = port = listener.getsockname()[1]
+        await listen(self.runner, [listener.detach()])
         self.url = f"http://127.0.0.1:{port}"
         self.session = aiohttp.ClientSession(self.url)
         self.publish()

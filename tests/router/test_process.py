@@ -23,7 +23,6 @@ from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.control import (
     Drain,
     Drained,
-    Failed,
     FromSupervisor,
     Ready,
     Register,
@@ -51,9 +50,12 @@ class Supervisor:
         self.keys = new_launch_keys()
         self._context = SecureContext(self.keys)
         self._socket, self._endpoint = self._context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")
+        self._listener = socket.create_server(("127.0.0.1", 0))
         self.children: list[subprocess.Popen[bytes]] = []
 
     def start(self, spec: RouterSpec = SPEC) -> subprocess.Popen[bytes]:
+        port = self._listener.getsockname()[1]
+        spec = msgspec.structs.replace(spec, port=port, listeners=(self._listener.fileno(),))
         bootstrap = Bootstrap(
             name="router",
             incarnation=1,
@@ -64,7 +66,10 @@ class Supervisor:
             router=spec,
         )
         child = subprocess.Popen(
-            [sys.executable, "-m", "pdlaunch.router", "--name", "router"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-m", "pdlaunch.router", "--name", "router"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=spec.listeners,
         )
         self.children.append(child)
         assert child.stdin is not None
@@ -78,6 +83,13 @@ class Supervisor:
         assert name == b"router"
         return to_supervisor.decode(frame)
 
+    def receive_register(self) -> Register:
+        """Answered with a registry, without which it accepts no client."""
+        registered = self.receive()
+        assert isinstance(registered, Register)
+        self.send(Registry(version=0, entries=[], serving=False))
+        return registered
+
     def send(self, message: FromSupervisor) -> None:
         self._socket.send_multipart([b"router", from_supervisor.encode(message)])
 
@@ -88,6 +100,7 @@ class Supervisor:
             assert child.stdin is not None
             child.stdin.close()
         self._context.close()
+        self._listener.close()
 
 
 @pytest.fixture
@@ -115,8 +128,7 @@ def fetch_text(url: str) -> str:
 
 async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
     child = supervisor.start()
-    registered = await asyncio.to_thread(supervisor.receive)
-    assert isinstance(registered, Register)
+    registered = await asyncio.to_thread(supervisor.receive_register)
     assert (registered.name, registered.incarnation, registered.pid) == ("router", 1, child.pid)
     url = registered.address.http
     ready = await asyncio.to_thread(supervisor.receive)
@@ -162,7 +174,7 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
 @pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])
 async def test_what_still_runs_at_its_end_is_told_so(supervisor: Supervisor, end: FromSupervisor) -> None:
     child = supervisor.start()
-    registered = await asyncio.to_thread(supervisor.receive)
+    registered = await asyncio.to_thread(supervisor.receive_register)
     await asyncio.to_thread(supervisor.receive)
     engines = [FakeEngine("prefill-0", "prefill"), FakeEngine("decode-0", "decode")]
     engines[1].hold_after = 1
@@ -194,28 +206,40 @@ async def test_what_still_runs_at_its_end_is_told_so(supervisor: Supervisor, end
 
 def test_a_drain_that_takes_too_long_is_over_all_the_same(supervisor: Supervisor) -> None:
     child = supervisor.start()
-    for _ in range(2):
-        supervisor.receive()
+    supervisor.receive_register()
+    assert isinstance(supervisor.receive(), Ready)
     supervisor.send(Drain(timeout_s=0.0))
     assert supervisor.receive() == Drained()
     child.terminate()
     assert child.wait(20) == 0
 
 
-def test_a_busy_port_is_named(supervisor: Supervisor) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        child = supervisor.start(msgspec.structs.replace(SPEC, port=port))
-        failed = supervisor.receive()
-    assert isinstance(failed, Failed)
-    assert f"127.0.0.1:{port}" in failed.error
-    assert "--port" in failed.error
-    assert child.wait(20) == 1
+async def test_a_client_waits_until_it_knows_the_engines(supervisor: Supervisor) -> None:
+    child = supervisor.start()
+    registered = await asyncio.to_thread(supervisor.receive)
+    assert isinstance(registered, Register)
+    waiting = asyncio.ensure_future(asyncio.to_thread(fetch, f"{registered.address.http}/health"))
+    engine = FakeEngine("decode-0", "decode")
+    await engine.start()
+    try:
+        supervisor.send(Registry(version=1, entries=engine.entries()))
+        assert (await waiting)[0] == 200
+    finally:
+        await engine.stop()
+    supervisor.send(Stop())
+    assert await asyncio.to_thread(child.wait, 20) == 0
+
+
+def test_it_can_be_stopped_before_it_knows_the_engines(supervisor: Supervisor) -> None:
+    child = supervisor.start()
+    assert isinstance(supervisor.receive(), Register)
+    supervisor.send(Stop())
+    assert child.wait(20) == 0
 
 
 def test_it_shows_no_key(supervisor: Supervisor, capfd: pytest.CaptureFixture[str]) -> None:
     child = supervisor.start(msgspec.structs.replace(SPEC, api_key="of-the-clients"))
-    assert isinstance(supervisor.receive(), Register)
+    supervisor.receive_register()
     assert isinstance(supervisor.receive(), Ready)
     process = psutil.Process(child.pid)
     shown = [*process.cmdline(), *process.environ().values()]

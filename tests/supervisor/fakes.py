@@ -60,23 +60,25 @@ class FakeHost:
     signals: list[tuple[str, int]] = field(default_factory=list)
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
     prepare_error: PdlaunchError | None = None
-    last_http: dict[str, str] = field(default_factory=dict)
+    listens: bool = True
 
     def prepare(self) -> None:
         if self.prepare_error is not None:
             raise self.prepare_error
 
-    def spawn(self, spec: ProcessSpec, incarnation: int, last_http: str) -> None:
+    def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
         assert spec.name not in self.running
         self.running[spec.name] = incarnation
         self.spawned.append((spec.name, incarnation))
-        self.last_http[spec.name] = last_http
 
     def signal(self, name: str, signal_number: int) -> None:
         self.signals.append((name, signal_number))
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self.sent.append((name, message))
+
+    def close_listeners(self) -> None:
+        self.listens = False
 
     def sent_to(self, name: str, kind: type) -> list[FromSupervisor]:
         return [message for receiver, message in self.sent if receiver == name and isinstance(message, kind)]

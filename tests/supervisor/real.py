@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.launch import Outcome, supervise
 from pdlaunch.supervisor.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.supervisor import Timing
+from tests.router.conftest import SPEC
 from tests.supervisor.fakes import make_plan
 
 FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
 class FakeBootstraps:
-    def __init__(self, keys: LaunchKeys, control: str, run_dir: Path) -> None:
+    def __init__(self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]) -> None:
         self._keys = keys
         self._control = control
         self._run_dir = run_dir
+        self._listeners = listeners
 
     def prepare(self) -> None:
         pass
 
-    def make(self, spec: ProcessSpec, incarnation: int, last_http: str) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
@@ -39,7 +42,12 @@ class FakeBootstraps:
             keys=self._keys,
             run_dir=str(self._run_dir),
             log_level="info",
+            router=self._router() if spec.kind == "router" and self._listeners else None,
         )
+
+    def _router(self) -> RouterSpec:
+        port = self._listeners[0].getsockname()[1]
+        return msgspec.structs.replace(SPEC, port=port, listeners=tuple(listener.fileno() for listener in self._listeners))
 
 
 def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
@@ -53,8 +61,17 @@ def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
     return Plan(conversions=plan.conversions, processes=tuple(processes))
 
 
-def run_plan(plan: Plan, observer: Observer, folder: Path, timing: Timing, lifeline: int | None = None) -> Outcome:
+def run_plan(
+    plan: Plan,
+    observer: Observer,
+    folder: Path,
+    timing: Timing,
+    lifeline: int | None = None,
+    listeners: Sequence[socket.socket] = (),
+) -> Outcome:
     keys = new_launch_keys()
     with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
-        return supervise(plan, control, FakeBootstraps(keys, endpoint, run_dir), observer, timing, folder, lifeline)
+        return supervise(
+            plan, control, FakeBootstraps(keys, endpoint, run_dir, listeners), observer, timing, folder, lifeline, listeners
+        )

@@ -12,6 +12,7 @@ from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.plan import plan
+from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.resolve import resolve_engines, resolve_models, served_model_name
 
 CPU = Machine(cpus=(0, 1))
@@ -115,16 +116,25 @@ def test_the_name_in_the_api(values: dict[str, object], name: str) -> None:
 
 def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
     config = LaunchConfig.model_validate({"model": str(model), "port": 0, "api_key": "secret"})
-    bootstraps = LaunchBootstraps(
-        config, CPU, resolve_models(config), keys=new_launch_keys(), control="ipc:///c", run_dir=tmp_path, launch_id="l"
-    )
-    bootstraps.prepare()
-    rank, _, server, _, router = plan(config, CPU, {}).processes
-    of_rank = bootstraps.make(rank, 2, "")
-    assert of_rank.engine().name == "prefill-0"
-    assert of_rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
-    assert bootstraps.make(server, 1, "").engine() == of_rank.engine()
-    of_router = bootstraps.make(router, 2, "http://127.0.0.1:4711")
-    assert of_router.engine_json is None
-    assert of_router.router is not None
-    assert (of_router.router.port, of_router.router.api_key) == (4711, "secret")
+    with listening("127.0.0.1", 0) as listeners:
+        bootstraps = LaunchBootstraps(
+            config,
+            CPU,
+            resolve_models(config),
+            keys=new_launch_keys(),
+            control="ipc:///c",
+            run_dir=tmp_path,
+            launch_id="l",
+            listeners=listeners,
+        )
+        bootstraps.prepare()
+        rank, _, server, _, router = plan(config, CPU, {}).processes
+        of_rank, of_server, of_router = bootstraps.make(rank, 2), bootstraps.make(server, 1), bootstraps.make(router, 2)
+        assert of_rank.engine().name == "prefill-0"
+        assert of_rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
+        assert of_server.engine() == of_rank.engine()
+        assert (of_rank.router, of_server.router, of_router.engine_json) == (None, None, None)
+        assert of_router.router is not None
+        assert of_router.router.port == listeners[0].getsockname()[1]
+        assert of_router.router.listeners == (listeners[0].fileno(),)
+        assert of_router.router.api_key == "secret"

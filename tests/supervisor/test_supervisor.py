@@ -250,12 +250,39 @@ def test_a_process_that_says_failed_but_stays_is_killed() -> None:
     assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0"}
 
 
-def test_a_restarted_router_returns_to_its_port() -> None:
-    world = World(make_plan()).start()
-    world.all_ready()
+def test_connections_wait_while_a_router_is_restarted() -> None:
+    world = World(make_plan()).start().all_ready()
     world.exit("router", -9)
     world.pass_time(1)
-    assert world.host.last_http["router"] == "http://127.0.0.1:4321"
+    assert world.state("router") == "starting"
+    assert world.host.listens
+
+
+def test_connections_are_refused_once_the_drain_is_over() -> None:
+    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world.interrupt()
+    assert world.host.listens
+    world.drained("router")
+    assert world.host.listens
+    for name in ("prefill-0", "decode-0"):
+        world.drained(name)
+    assert world.stopped() == EVERYONE
+    assert not world.host.listens
+
+
+def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
+    world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
+    world.interrupt()
+    world.exit("router", -9)
+    assert world.supervisor.phase is Phase.DRAINING_ENGINES
+    assert not world.host.listens
+
+
+def test_connections_are_refused_when_the_launch_fails() -> None:
+    world = World(make_plan()).start()
+    world.exit("decode-0", 1)
+    assert world.supervisor.failure is not None
+    assert not world.host.listens
 
 
 def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:
