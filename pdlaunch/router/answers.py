@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -77,20 +77,27 @@ class Answer:
         self._metrics.output_length.observe(usage.completion_tokens)
 
 
-class StreamedAnswer(Answer):
-    """Events, as they come. Its headers are sent with the first of them: until then an error has its own status."""
+class EventStream(Protocol):
+    """Where the events of a streamed answer go."""
 
-    def __init__(
-        self,
-        request: ClientRequest,
-        http_request: web.BaseRequest,
-        *,
-        model: str,
-        metrics: RequestMetrics,
-        clock: Callable[[], float],
-        headers: dict[str, str],
-    ) -> None:
-        super().__init__(request, model=model, metrics=metrics, clock=clock)
+    @property
+    def has_begun(self) -> bool:
+        """The client has been told that all is well; an error can have no status of its own any more."""
+
+    async def write(self, event: bytes) -> None:
+        """Send one event, and wait while the reader is behind. Raises ConnectionError when nobody reads."""
+
+    async def end(self) -> None:
+        """The answer is whole."""
+
+    async def fail(self, event: bytes) -> None:
+        """End a stream that has begun with an error event."""
+
+
+class ClientStream:
+    """A client's connection. Its headers are sent with the first event."""
+
+    def __init__(self, http_request: web.BaseRequest, headers: dict[str, str]) -> None:
         self._http_request = http_request
         self._preparing = asyncio.Lock()
         self.response = web.StreamResponse(
@@ -102,6 +109,42 @@ class StreamedAnswer(Answer):
     def has_begun(self) -> bool:
         return self.response.prepared
 
+    async def write(self, event: bytes) -> None:
+        if not self.response.prepared:
+            async with self._preparing:
+                if not self.response.prepared:
+                    await self.response.prepare(self._http_request)
+        await self.response.write(event)
+
+    async def end(self) -> None:
+        await self.response.write_eof()
+
+    async def fail(self, event: bytes) -> None:
+        """A client that does not read is left after ``LAST_WORD_S``."""
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                await self.write(event)
+                await self.end()
+        except TimeoutError:
+            if self._http_request.transport is not None:
+                self._http_request.transport.abort()
+
+
+class StreamedAnswer(Answer):
+    """Events, as they come."""
+
+    def __init__(
+        self,
+        request: ClientRequest,
+        stream: EventStream,
+        *,
+        model: str,
+        metrics: RequestMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(request, model=model, metrics=metrics, clock=clock)
+        self._stream = stream
+
     async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
         chunk |= self._head(self._request.endpoint.chunk_object)
         if not self._request.return_token_ids:
@@ -109,35 +152,17 @@ class StreamedAnswer(Answer):
         if self._request.include_usage:
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
         if chunk["choices"]:
-            await self._write(encode_event(chunk))
+            await self._stream.write(encode_event(chunk))
 
-    async def finish(self, transcripts: Iterable[Transcript]) -> web.StreamResponse:
+    async def finish(self, transcripts: Iterable[Transcript]) -> None:
         """The usage, if it was asked for, and the end."""
         usage = total_usage(transcripts)
         if self._request.include_usage:
-            await self._write(encode_event(self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}))
-        await self._write(DONE)
-        await self.response.write_eof()
+            last = self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}
+            await self._stream.write(encode_event(last))
+        await self._stream.write(DONE)
+        await self._stream.end()
         self._observe_end(usage)
-        return self.response
-
-    async def fail(self, event: bytes) -> web.StreamResponse:
-        """End a stream that has begun with an error event; a client that does not read is left after ``LAST_WORD_S``."""
-        try:
-            async with asyncio.timeout(LAST_WORD_S):
-                await self._write(event)
-                await self.response.write_eof()
-        except TimeoutError:
-            if self._http_request.transport is not None:
-                self._http_request.transport.abort()
-        return self.response
-
-    async def _write(self, event: bytes) -> None:
-        if not self.response.prepared:
-            async with self._preparing:
-                if not self.response.prepared:
-                    await self.response.prepare(self._http_request)
-        await self.response.write(event)
 
 
 class WholeAnswer(Answer):

@@ -21,7 +21,7 @@ from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.admission import Admission
-from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
+from pdlaunch.router.answers import ClientStream, EventStream, StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import CHAT, COMPLETIONS, ClientRequest, Endpoint, read_client_request
 from pdlaunch.router.deadline import Deadline
 from pdlaunch.router.engine_client import EngineFailure
@@ -134,9 +134,16 @@ class RouterApp:
     async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
         if not self._hops.pool.serving:
             raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
+        stream = ClientStream(request, {REQUEST_ID_HEADER: request_id})
+        return await self._answer(endpoint, request, await _read_body(request), request_id, stream) or stream.response
+
+    async def _answer(
+        self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str, stream: EventStream
+    ) -> web.Response | None:
+        """The whole answer, or None when ``stream`` was told all of it."""
         client_request = read_client_request(
             endpoint,
-            await _read_body(request),
+            body,
             served_model_name=self._spec.served_model_name,
             request_id=request_id,
             engine_request_id=_engine_request_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
@@ -144,29 +151,29 @@ class RouterApp:
         )
         with self.admission.admit(len(client_request.prompts)), self._hops.metrics.requests.in_flight.track_inprogress():
             if client_request.stream:
-                return await self._stream(client_request, request)
+                await self._stream(client_request, stream)
+                return None
             return await self._whole(client_request)
 
-    async def _stream(self, client_request: ClientRequest, request: web.Request) -> web.StreamResponse:
+    async def _stream(self, client_request: ClientRequest, stream: EventStream) -> None:
         answer = StreamedAnswer(
             client_request,
-            request,
+            stream,
             model=self._spec.served_model_name,
             metrics=self._hops.metrics.requests,
             clock=time.perf_counter,
-            headers={REQUEST_ID_HEADER: client_request.request_id},
         )
         try:
             async with self._deadline.guard():
-                return await answer.finish(await self._run(client_request, answer))
+                await answer.finish(await self._run(client_request, answer))
         except ConnectionError:
             raise
         except Exception as error:
-            if not answer.has_begun:
+            if not stream.has_begun:
                 raise
             response = error_response(error)
             self._hops.metrics.requests.failed(response.status)
-            return await answer.fail(error_event(error))
+            await stream.fail(error_event(error))
 
     async def _whole(self, client_request: ClientRequest) -> web.Response:
         answer = WholeAnswer(
