@@ -344,3 +344,22 @@ def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
                 f"tensor_parallel_size {engine.tp_size} for {shape.model_type}, which has {shape.num_experts} experts a layer"
             )
             yield Found(f"{engine.role}.tensor_parallel_size", message)
+
+
+@rule(
+    "PD119",
+    "error",
+    fix="Complete the download, or convert the weights to safetensors.",
+    source="The format of safetensors; pickle's own documentation warns of untrusted files.",
+    needs=("weights",),
+)
+def weights_unreadable(context: Context) -> Iterator[Found]:
+    """The weights of the model are missing, damaged, or in a format that is not read.
+
+    Engines read *.safetensors. A file that is cut off or missing would end every rank after its libraries are loaded.
+    Pickles (*.bin, *.pt, *.pth) can run any code when they are opened, so they are never read.
+    """
+    for role, engine in context.engines.items():
+        if role in context.weight_errors:
+            error = context.weight_errors[role]
+            yield Found(engine.where("model"), str(error), error.fix)

@@ -16,7 +16,7 @@ from pdlaunch.platform.facts import Fact, Machine, PortState
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
-Need = Fact | Literal["model", "ports", "imports", "folders", "transport"]
+Need = Fact | Literal["model", "ports", "imports", "folders", "weights", "transport"]
 
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
@@ -125,6 +125,8 @@ class Context:
     """Modules whose import was tried and failed, and why."""
     folder_problems: Mapping[str, str] = field(default_factory=dict)
     """By setting: why its folder cannot be written to."""
+    weight_errors: Mapping[Role, ConfigError] = field(default_factory=dict)
+    """Why the engines of a role could not read their weights."""
     transport: TransportReport | None = None
     missing: Mapping[Need, str] = field(default_factory=dict)
     """Facts that are not known, and why."""

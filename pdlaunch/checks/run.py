@@ -14,6 +14,7 @@ from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.checks.transport_report import TransportReport
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine, PortState
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -56,13 +57,15 @@ def run_checks(
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
     folder_problems: Mapping[str, str] | None = None,
+    weight_errors: Mapping[Role, ConfigError] | None = None,
     transport: TransportReport | None = None,
     family: str = "PD",
 ) -> Report:
     """Apply every rule whose code begins with ``family``.
 
-    ``models``: read from disk when None. ``ports``, ``import_errors``, ``folder_problems``, ``transport``: what was probed; rules
-    that need what is None are listed as not checked. ``serve`` calls with ``family="PD5"`` and ``transport`` after the handshake.
+    ``models``: read from disk when None. ``ports``, ``import_errors``, ``folder_problems``, ``weight_errors``,
+    ``transport``: what was probed; rules that need what is None are listed as not checked. ``serve`` calls with
+    ``family="PD5"`` and ``transport`` after the handshake.
     """
     context = build_context(
         loaded,
@@ -72,6 +75,7 @@ def run_checks(
         ports=ports,
         import_errors=import_errors,
         folder_problems=folder_problems,
+        weight_errors=weight_errors,
         transport=transport,
     )
     rules = [rule for code, rule in all_rules().items() if code.startswith(family)]
@@ -111,6 +115,7 @@ def build_context(
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
     folder_problems: Mapping[str, str] | None = None,
+    weight_errors: Mapping[Role, ConfigError] | None = None,
     transport: TransportReport | None = None,
 ) -> Context:
     """Everything that the rules look at."""
@@ -126,6 +131,8 @@ def build_context(
         missing["imports"] = "libraries are imported only with --probe"
     if folder_problems is None:
         missing["folders"] = "folders were not probed on this machine"
+    if weight_errors is None:
+        missing["weights"] = "files of weights were not looked at"
     if transport is None:
         missing["transport"] = "serve measures it after the handshake"
     return Context(
@@ -138,6 +145,7 @@ def build_context(
         ports=ports or {},
         import_errors=import_errors or {},
         folder_problems=folder_problems or {},
+        weight_errors=weight_errors or {},
         transport=transport,
         missing=missing,
     )

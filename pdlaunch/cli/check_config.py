@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pdlaunch.checks.models import read_weight_errors
 from pdlaunch.checks.run import Report, listeners, run_checks
 from pdlaunch.cli.findings import github_line, github_problem, print_table, problems_json, report_json, safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
@@ -80,6 +81,7 @@ def check_config(
         "ports": _probe_ports(loaded) if is_this else None,
         "import_errors": probe_imports(os.environ) if probe else None,
         "folder_problems": probe_folders(loaded.config) if is_this else None,
+        "weight_errors": read_weight_errors(loaded.config) if is_this else None,
     }
     report = run_checks(loaded, machine, os.environ, **probes)
     if probe and is_this and report.is_ok():

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pdlaunch.checks.models import read_weight_errors
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import place, safe
@@ -35,7 +36,13 @@ def probe_folders(config: LaunchConfig) -> dict[str, str]:
 
 def refuse_errors(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], console: Console) -> None:
     """Print warnings and errors of all rules; raises ``typer.Exit`` when there are errors."""
-    report = run_checks(loaded, machine, environ, folder_problems=probe_folders(loaded.config))
+    report = run_checks(
+        loaded,
+        machine,
+        environ,
+        folder_problems=probe_folders(loaded.config),
+        weight_errors=read_weight_errors(loaded.config),
+    )
     for finding in report.findings:
         if finding.severity != "info":
             print_finding(console, finding)

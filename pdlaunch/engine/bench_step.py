@@ -21,6 +21,7 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
 from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
+from pdlaunch.config.weight_files import weight_files
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.engine.runner import ModelRunner
@@ -82,6 +83,9 @@ def bench_step(
     longer than the model's.
     """
     shape = read_model_shape(model_dir)
+    if load_format != "dummy":
+        # transformers would open pickles too.
+        weight_files(Path(model_dir))
     torch.set_num_threads(num_threads)
     lengths = [prefill_tokens] if isinstance(prefill_tokens, int) else prefill_tokens
     _check(shape, device, max(*lengths, context_tokens + NUM_WARM_UPS + num_steps))
@@ -147,7 +151,7 @@ class _BareModel:
             with self._device:
                 model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=self._dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self._dtype).to(self._device)
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self._dtype, use_safetensors=True).to(self._device)
         self._model = model.eval()
 
     @torch.inference_mode()

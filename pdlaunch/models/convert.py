@@ -12,19 +12,25 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pdlaunch.config.aliases import ResolvedModel, resolve_model
+from pdlaunch.config.damage import DOWNLOAD_AGAIN, damaged
+from pdlaunch.config.gguf_file import check_gguf
 from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.errors import ConfigError
 
 Progress = Callable[[str, float | None], None]
 Converter = Callable[[Path, Path, Progress], None]
 """(source file, target directory, progress)"""
+
+MAX_REASON = 300
+"""Characters of what a library says."""
 
 LARGE_FILE_BYTES = 1024**3
 """GGUF files from this size on are written as bfloat16, smaller ones as float32."""
@@ -58,45 +64,72 @@ def _convert_into_place(resolved: ResolvedModel, progress: Progress, convert: Co
 
 
 def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
-    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of ``source`` into ``target``."""
-    progress("loading libraries", 0.0)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of ``source`` into ``target``.
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    Raises ConfigError, whatever is wrong with the file.
+    """
+    check_gguf(source)
+    progress("loading libraries", 0.0)
     try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         progress("reading the configuration", 0.1)
         config = AutoConfig.from_pretrained(**where)
         config.save_pretrained(target)
         read_model_shape(target)
-        progress("reading weights", 0.3)
-        model = AutoModelForCausalLM.from_pretrained(
+        progress("reading the tokenizer", 0.2)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        progress("reading weights", 0.4)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             **where,
             config=config,
             dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **_dequantizing(),
         )
-        progress("reading the tokenizer", 0.7)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"{source} cannot be converted: {error}",
-            field="model",
-            value=str(source),
-            fix="pip install 'pdlaunch[gguf]', or name another model.",
-        ) from error
+        _refuse_misfits(source, loaded)
+        _refuse_non_finite(source, model.named_parameters())
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise _not_converted(source, error, "pip install 'pdlaunch[gguf]'") from error
+    except Exception as error:
+        # The libraries raise what they happen to meet: struct.error, bare Exception, IndexError.
+        raise _not_converted(source, error, f"Name another model if others read this file well. {DOWNLOAD_AGAIN}") from error
     if isinstance(config.eos_token_id, int):
         # The configuration's is right; transformers before 5.18 takes the token that begins a text for the one that ends it.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    progress("writing", 0.85)
+    progress("writing", 0.9)
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)
     progress("converted", 1.0)
+
+
+def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
+    reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+    return ConfigError(f"{source} cannot be converted: {reason}", field="model", value=str(source), fix=fix)
+
+
+def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
+    """transformers makes up the weights that are missing or have another shape, and only warns of it."""
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Mismatched ones come with their shapes.
+        names = sorted(item if isinstance(item, str) else str(item[0]) for item in loaded.get(kind, ()))
+        if names:
+            what = f"{len(names)} {kind.removesuffix('_keys')}, {names[0]} among them"
+            raise damaged(source, f"its weights do not fit its configuration: {what}")
+
+
+def _refuse_non_finite(source: Path, weights: Iterable[tuple[str, Any]]) -> None:
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise damaged(source, f"weight {name} holds numbers that are not finite")
 
 
 def _dequantizing() -> dict[str, Any]:
@@ -124,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pdlaunch.models.convert", description=__doc__)
     parser.add_argument("model", help="alias or .gguf file")
     parser.add_argument("--if-needed", action="store_true", help="say nothing when the model is in the cache already")
+    parser.add_argument("--traceback", action="store_true", help="print where an error came from before the error")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -135,8 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         was_ready = resolve_model(options.model).ready
         directory = ensure_converted(options.model, show)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n" + (f"fix: {error.fix}\n" if error.fix else ""))
+    except Exception as error:
+        if options.traceback:
+            traceback.print_exc()
+        fix = error.fix if isinstance(error, ConfigError) else None
+        sys.stderr.write(f"error: {str(error) or type(error).__name__}\n" + (f"fix: {fix}\n" if fix else ""))
         return 1
     if not (was_ready and options.if_needed):
         sys.stdout.write(f"{directory}\n")

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.weight_files import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.attention import ATTENTION_NAME, register_attention
 from pdlaunch.models.stacked_weights import StackedPlaces
 from pdlaunch.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
-from pdlaunch.models.weights import Cut, dummy_tensor, read_tensors, weight_files
+from pdlaunch.models.weights import Cut, dummy_tensor, read_tensors
 
 Progress = Callable[[str, float | None], None]
 

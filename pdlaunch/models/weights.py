@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pdlaunch.errors import ConfigError
+from pdlaunch.config.weight_files import weight_files
 
 Cut = tuple[int, slice]
 
@@ -27,25 +27,6 @@ _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
 _PIECES_PER_TENSOR = 3
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The checkpoint's safetensors files. Raises ConfigError when there are none."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        files = [model_dir / name for name in sorted(names)]
-    else:
-        files = sorted(model_dir.glob("model*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise ConfigError(
-            f"{model_dir} has no {', '.join(missing) or 'model*.safetensors'}",
-            field="model",
-            value=str(model_dir),
-            fix="Complete the download; checkpoints in other formats have to be saved as safetensors first.",
-        )
-    return files
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:

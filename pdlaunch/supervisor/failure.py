@@ -47,8 +47,8 @@ def _tail(log: Path) -> list[str]:
 
 
 def _relevant(lines: Sequence[str]) -> list[str]:
-    """The last traceback, shortened to where it was raised, or the last lines."""
-    starts = [index for index, line in enumerate(lines) if line.startswith("Traceback")]
+    """The last error in words, or traceback, shortened to where it was raised; without either the last lines."""
+    starts = [index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))]
     relevant = list(lines[starts[-1] :] if starts else lines[-10:])
     return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
 

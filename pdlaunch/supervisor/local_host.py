@@ -147,19 +147,20 @@ class LocalHost:
         """A conversion prints lines such as ``[ 40%] reading weights``; the last one is its progress."""
         events = []
         for name, before in self._conversions.items():
-            line = _last_line(self._children.log_path(name))
+            line = _last_stage(self._children.log_path(name))
             if line != before:
                 self._conversions[name] = line
                 events.append(MessageReceived(name, _read_progress(line)))
         return events
 
 
-def _last_line(log: Path) -> str:
+def _last_stage(log: Path) -> str:
+    """Its last line such as ``[ 40%] reading weights``; what libraries and errors say is no progress."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    return lines[-1].strip() if lines else ""
+    return next((line.strip() for line in reversed(lines) if line.startswith("[")), "")
 
 
 def _read_progress(line: str) -> Progress:

@@ -189,7 +189,7 @@ def _conversion(machine: Machine, index: int, source: str) -> ProcessSpec:
         name=name,
         kind="convert",
         unit=name,
-        command=_python("pdlaunch.process.guarded", "pdlaunch.models.convert", source, "--if-needed"),
+        command=_python("pdlaunch.process.guarded", "pdlaunch.models.convert", source, "--if-needed", "--traceback"),
         environment={"PYTHONUNBUFFERED": "1"},
         cpus=machine.cpus,
     )

@@ -82,6 +82,10 @@ CASES: dict[str, Case] = {
         [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
         [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
     ),
+    "PD119": Case(
+        [on(CPU, weight_errors={"decode": ConfigError("only pickles", fix="convert them")})],
+        [on(CPU, prefill__replicas=0, weight_errors={"prefill": ConfigError("only pickles")})],
+    ),
     "PD201": Case(
         [
             on(GPU, enable_sleep_mode=True, enable_cumem_allocator=False),

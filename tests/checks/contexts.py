@@ -9,8 +9,9 @@ from pdlaunch.checks.run import build_context
 from pdlaunch.checks.transport_report import PairTransport, TransportReport
 from pdlaunch.config.fields import all_fields
 from pdlaunch.config.model_shape import ModelShape
-from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Availability, Gpu, Libraries, Limits, Machine, NixlInstall, PortState, SharedMemory
 
 GIB = 1024**3
@@ -86,6 +87,7 @@ def on(
     ports: Mapping[tuple[str, int], PortState] | None = None,
     import_errors: Mapping[str, str] | None = None,
     folder_problems: Mapping[str, str] | None = None,
+    weight_errors: Mapping[Role, ConfigError] | None = None,
     pairs: tuple[PairTransport, ...] = (),
     changes: Mapping[str, Any] | None = None,
     **config: Any,
@@ -113,6 +115,7 @@ def on(
         ports=ports or {},
         import_errors=import_errors or {},
         folder_problems=folder_problems or {},
+        weight_errors=weight_errors or {},
         transport=TransportReport(pairs),
     )
     return replace(context, **changes) if changes else context

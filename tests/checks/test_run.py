@@ -23,7 +23,7 @@ def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, **giv
 
 
 def test_a_clean_set_up():
-    report = check(ports={}, import_errors={}, folder_problems={}, transport=TransportReport(()))
+    report = check(ports={}, import_errors={}, folder_problems={}, weight_errors={}, transport=TransportReport(()))
     assert report.findings == ()
     assert report.not_checked == ()
     assert report.is_ok(strict=True)

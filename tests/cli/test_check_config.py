@@ -11,6 +11,7 @@ from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
 from tests.checks.contexts import CPU, GIB, GPU
+from tests.config.model_files import EMPTY_SAFETENSORS, tiny_gguf
 
 MODEL = {
     "model_type": "llama",
@@ -31,6 +32,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     return folder
 
 
@@ -107,6 +109,53 @@ class TestExitCodes:
         result = check(*arguments)
         assert result.exit_code == 2
         assert result.stderr
+
+
+class TestModelFiles:
+    def findings(self, check, *arguments, **environ):
+        report = json.loads(check(*arguments, "--format", "json", **environ).stdout)
+        return [(item["rule"], item["where"], item["message"], item["fix"]) for item in report["findings"]]
+
+    def test_pickles_alone(self, check, model):
+        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        result = check()
+        assert result.exit_code == 1
+        ((code, where, message, fix),) = self.findings(check)
+        assert (code, where) == ("PD119", "model (PDLAUNCH_MODEL)")
+        assert "only as pickles (pytorch_model.bin)" in message
+        assert "safetensors" in fix
+
+    def test_weights_that_are_cut_off_or_missing(self, check, model):
+        (model / "model.safetensors").write_bytes(EMPTY_SAFETENSORS[:9])
+        ((code, _, message, fix),) = self.findings(check)
+        assert code == "PD119"
+        assert "model.safetensors is damaged: it is cut off" in message
+        assert "Download the file again" in fix
+        (model / "model.safetensors").unlink()
+        ((code, _, message, _),) = self.findings(check)
+        assert code == "PD119"
+        assert "has no model*.safetensors" in message
+
+    def test_nobody_reads_the_weights_of_dummies_or_of_another_machine(self, check, model):
+        (model / "model.safetensors").unlink()
+        assert "PD119" not in {item[0] for item in self.findings(check, PDLAUNCH_LOAD_FORMAT="dummy")}
+        result = check("--assume-platform", "cpu", "--format", "json")
+        assert result.exit_code == 0
+        assert "PD119" in {item["rule"] for item in json.loads(result.stdout)["resolved"]["not_checked"]}
+
+    @pytest.mark.parametrize("length", [0, 4, 600, 20_000])
+    def test_a_damaged_gguf(self, check, tmp_path, length):
+        file = tmp_path / "cut.gguf"
+        file.write_bytes(tiny_gguf().encode()[:length])
+        result = check("--model", file)
+        assert result.exit_code == 1
+        ((code, _, message, fix),) = self.findings(check, "--model", file)
+        assert code == "PD103"
+        assert f"{file} is damaged: " in message
+        assert "Download the file again" in fix
+
+    def test_a_whole_gguf(self, check, tmp_path):
+        assert check("--model", tiny_gguf().write(tmp_path / "whole.gguf")).exit_code == 0
 
 
 class TestJson:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from pdlaunch.cli.app import build_app
 from pdlaunch.errors import ConfigError
 from pdlaunch.supervisor.launch import check_platform
+from tests.config.model_files import EMPTY_SAFETENSORS
 
 MODEL = {
     "model_type": "llama",
@@ -28,6 +29,7 @@ def model(tmp_path: Path) -> str:
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     return str(folder)
 
 

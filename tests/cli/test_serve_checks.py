@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import typer
@@ -16,6 +18,8 @@ from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import Phase
 from pdlaunch.supervisor.status import LaunchStatus
+from tests.cli.test_check_config import MODEL
+from tests.config.model_files import tiny_gguf
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)
 FIRST, SECOND = "0000:19:00.0", "0000:3b:00.0"
@@ -57,6 +61,26 @@ def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
     assert "error PD2" in text
     assert "cumem allocator is not supported on the current platform" in text
     assert "fix: " in text
+
+
+@pytest.mark.parametrize("kind", ["damaged .gguf", "pickles"])
+def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    if kind == "pickles":
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(MODEL))
+        (model / "pytorch_model.bin").write_bytes(b"PK")
+    else:
+        model.write_bytes(tiny_gguf().encode()[:-1])
+    console = Console(file=io.StringIO(), width=500)
+    with pytest.raises(typer.Exit) as raised:
+        refuse_errors(load_config(None, {}, {"model": str(model)}), CPU, {}, console)
+    assert raised.value.exit_code == 1
+    assert isinstance(console.file, io.StringIO)
+    problem, fix, *_, end = console.file.getvalue().splitlines()
+    assert problem.startswith("error PD119 model" if kind == "pickles" else "error PD103 model")
+    assert fix.startswith("  fix: Convert them to safetensors" if kind == "pickles" else "  fix: Download the file again")
+    assert end.startswith("not started: ")
 
 
 @pytest.mark.parametrize(

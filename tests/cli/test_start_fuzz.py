@@ -24,6 +24,7 @@ from pdlaunch.errors import StartupError
 from pdlaunch.supervisor.launch import Outcome, PlannedLaunch
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
+from tests.config.model_files import EMPTY_SAFETENSORS
 
 COMMANDS = (
     ("serve",),
@@ -102,6 +103,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "tiny").mkdir()
     (folder / "tiny" / "config.json").write_text(json.dumps(MODEL))
+    (folder / "tiny" / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     (folder / "kv").mkdir()
     (folder / "deploy.yaml").write_text("block_size: 32\n")
     started = Started()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from pdlaunch.config.aliases import resolve_model
+from pdlaunch.config.damage import DOWNLOAD_AGAIN
+from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.weight_files import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.convert import Progress, ensure_converted, main
+from tests.config.model_files import tiny_gguf
 
 
 @pytest.fixture
@@ -81,11 +86,71 @@ def test_what_a_killed_conversion_left_is_removed(source: str) -> None:
     assert [entry.name for entry in target.parent.iterdir() if entry.is_dir()] == [target.name]
 
 
-def test_command_names_the_error(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_in_the_header_is_told_before_a_library_is_loaded(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([source]) == 1
     captured = capsys.readouterr()
-    assert "cannot be converted" in captured.err
-    assert "[ 10%] reading the configuration" in captured.out
+    assert captured.err.startswith(f"error: {source} is damaged: it says that it is GGUF version")
+    assert captured.err.endswith(f"\nfix: {DOWNLOAD_AGAIN}\n")
+    assert captured.out == ""
+
+
+def test_a_whole_file_is_converted(source: str) -> None:
+    tiny_gguf().write(Path(source))
+    directory = ensure_converted(source, quiet)
+    assert read_model_shape(directory).num_layers == 2
+    assert (directory / "tokenizer.json").is_file()
+    assert weight_files(directory)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny_gguf()
+    shape, numbers = made.tensors["blk.1.ffn_up.weight"]
+    made.tensors["blk.1.ffn_up.weight"] = shape, [*numbers[:-1], math.inf]
+    made.write(Path(source))
+    assert main([source]) == 1
+    error = capsys.readouterr().err
+    assert "weight model.layers.1.mlp.up_proj.weight holds numbers that are not finite" in error
+    assert DOWNLOAD_AGAIN in error
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "said"),
+    [
+        ("blk.1.ffn_up.weight", None, "1 missing, model.layers.1.mlp.up_proj.weight among them"),
+        ("blk.1.attn_q.weight", (32, 16), "1 mismatched, model.layers.1.self_attn.q_proj.weight among them"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_made_up(
+    name: str, instead: tuple[int, int] | None, said: str, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_gguf()
+    made.tensors.pop(name)
+    if instead is not None:
+        made.tensors[name] = instead, [0.0] * (instead[0] * instead[1])
+    made.write(Path(source))
+    assert main([source]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_whatever_a_library_raises_is_one_line_with_a_fix(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny_gguf()
+    made.values["tokenizer.ggml.merges"] = ["no such", "tokens here"]
+    made.write(Path(source))
+    assert main([source]) == 1
+    quietly = capsys.readouterr().err
+    assert "Traceback" not in quietly
+    assert quietly.startswith(f"error: {source} cannot be converted: ")
+    assert [line.split(": ")[0] for line in quietly.splitlines()] == ["error", "fix"]
+    assert main([source, "--traceback"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_an_unknown_architecture_is_told_as_such(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny_gguf()
+    made.values["general.architecture"] = "walrus"
+    made.write(Path(source))
+    assert main([source]) == 1
+    assert "architecture walrus is not supported" in capsys.readouterr().err
 
 
 def test_command_says_nothing_when_there_is_nothing_to_do(

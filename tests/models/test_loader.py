@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
 from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.weight_files import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.loader import load_model, reload_model
 from pdlaunch.models.stacked_weights import join
 from pdlaunch.models.tensor_parallel import Shard, plan_cuts
-from pdlaunch.models.weights import digest_model, read_tensors, weight_files
+from pdlaunch.models.weights import digest_model, read_tensors
 from tests.models.tiny import COMMON, CONFIGS, save_tiny_model
 
 

@@ -27,6 +27,13 @@ def test_a_long_traceback_is_cut_to_its_end(tmp_path: Path) -> None:
     assert not any("old error" in line for line in report)
 
 
+def test_an_error_in_words_comes_instead_of_its_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("\n".join([*TRACEBACK, "error: x.gguf is damaged", "fix: get another"]))
+    report = Failure("it died").report(log)
+    assert report == ["it died", "  error: x.gguf is damaged", "  fix: get another", f"log: {log}"]
+
+
 def test_without_a_log_there_is_no_line_for_it(tmp_path: Path) -> None:
     assert Failure("it died").report(None) == ["it died"]
     assert Failure("it died").report(tmp_path / "none.log") == ["it died", f"log: {tmp_path / 'none.log'}"]

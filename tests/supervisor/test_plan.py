@@ -79,7 +79,8 @@ def test_secrets_are_masked_where_the_plan_is_shown() -> None:
 
 def test_conversions_are_guarded_children() -> None:
     planned = plan(config(), CPU, {}, conversions=("smollm2",))
-    assert planned.conversions[0].command[3:] == ("pdlaunch.process.guarded", "pdlaunch.models.convert", "smollm2", "--if-needed")
+    command = ("pdlaunch.process.guarded", "pdlaunch.models.convert", "smollm2", "--if-needed", "--traceback")
+    assert planned.conversions[0].command[3:] == command
 
 
 @pytest.mark.parametrize(

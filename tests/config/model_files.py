@@ -1,0 +1,107 @@
+"""Files of models, made byte by byte so that any of their bytes can be wrong."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
+"""A whole file without a tensor."""
+
+ALIGNMENT = 32
+_UINT32, _FLOAT32, _STRING, _LIST = 4, 6, 8, 9
+_F32 = 0
+
+Value = int | float | str | Sequence[str]
+
+
+@dataclass
+class Gguf:
+    """What a .gguf file holds, before it is written."""
+
+    values: dict[str, Value]
+    tensors: dict[str, tuple[tuple[int, ...], Sequence[float]]]
+    """By name: dimensions, rows last, and numbers."""
+    version: int = 3
+    num_values: int | None = None
+    """Instead of the true number."""
+    num_tensors: int | None = None
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    """Of tensors, instead of F32."""
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    """Of tensors, instead of the true ones."""
+
+    def encode(self) -> bytes:
+        num_values = len(self.values) if self.num_values is None else self.num_values
+        num_tensors = len(self.tensors) if self.num_tensors is None else self.num_tensors
+        head = b"GGUF" + struct.pack("<IQQ", self.version, num_tensors, num_values)
+        head += b"".join(_string(key) + _value(value) for key, value in self.values.items())
+        data = b""
+        for name, (dimensions, numbers) in self.tensors.items():
+            offset = self.offsets.get(name, len(data))
+            shape = struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
+            head += _string(name) + shape + struct.pack("<IQ", self.kinds.get(name, _F32), offset)
+            data += _padded(struct.pack(f"<{len(numbers)}f", *numbers))
+        return _padded(head) + data
+
+    def write(self, path: Path) -> Path:
+        path.write_bytes(self.encode())
+        return path
+
+
+def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
+    """A Llama of two heads that knows single letters, as transformers can read it."""
+    tokens = [chr(code) for code in range(33, 127)]
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (width, len(tokens)), "output_norm.weight": (width,)}
+    for layer in range(num_layers):
+        shapes |= {f"blk.{layer}.{name}.weight": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.{layer}.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{layer}.{name}.weight": (width, inner) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"blk.{layer}.ffn_down.weight"] = (inner, width)
+    values: dict[str, Value] = {
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "llama.block_count": num_layers,
+        "llama.context_length": 128,
+        "llama.embedding_length": width,
+        "llama.feed_forward_length": inner,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    numbers = {name: [0.01 * (1 + index % 7) for index in range(_product(shape))] for name, shape in shapes.items()}
+    return Gguf(values, {name: (shapes[name], numbers[name]) for name in shapes})
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1] if len(shape) == 2 else shape[0]
+
+
+def _string(text: str) -> bytes:
+    content = text.encode()
+    return struct.pack("<Q", len(content)) + content
+
+
+def _value(value: Value) -> bytes:
+    match value:
+        case int():
+            return struct.pack("<II", _UINT32, value)
+        case float():
+            return struct.pack("<If", _FLOAT32, value)
+        case str():
+            return struct.pack("<I", _STRING) + _string(value)
+        case _:
+            return struct.pack("<IIQ", _LIST, _STRING, len(value)) + b"".join(map(_string, value))
+
+
+def _padded(content: bytes) -> bytes:
+    return content + b"\0" * (-len(content) % ALIGNMENT)

@@ -1,0 +1,92 @@
+"""Directories whose weights are missing, damaged or pickles."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.config.weight_files import INDEX, weight_files
+from pdlaunch.errors import ConfigError
+from tests.config.model_files import EMPTY_SAFETENSORS
+
+
+def safetensors(entries: dict[str, object], data: bytes) -> bytes:
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+GOOD = safetensors({"__metadata__": {"format": "pt"}, "a": ENTRY, "b": ENTRY | {"data_offsets": [8, 16]}}, b"x" * 16)
+
+
+def refused(folder: Path) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        weight_files(folder)
+    assert caught.value.field == "model"
+    assert caught.value.fix
+    return caught.value
+
+
+def test_whole_files_are_found(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_pickles_alone_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "a.pt"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+    error = refused(tmp_path)
+    assert "only as pickles (a.pt, consolidated.00.pth, pytorch_model.bin)" in str(error)
+    assert "save_pretrained" in str(error.fix)
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    assert weight_files(tmp_path)
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    assert "has no model*.safetensors" in str(refused(tmp_path))
+
+
+def test_missing_shards_are_named_with_the_index(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"w{n}": name for n, name in enumerate(names)}}))
+    (tmp_path / names[0]).write_bytes(GOOD)
+    text = str(refused(tmp_path))
+    assert f"has no {names[1]}, {names[2]}, {names[3]} and 1 more, which {INDEX} names" in text
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"weight_map": 1}', b'{"weight_map": {"a": 5}}', b"\xff"])
+def test_a_damaged_index_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_bytes(text)
+    assert f"{INDEX} is damaged: it cannot be read" in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (GOOD[:5], "it is no safetensors file"),
+        (GOOD[:20], "it is cut off within its header: byte 20 of"),
+        (GOOD[:-1], "it is cut off: "),
+        (GOOD + b"x", "it has 1 bytes more than its header knows of"),
+        (struct.pack("<Q", 2**60) + GOOD[8:], "it is no safetensors file but unknown content"),
+        (b"PK\x03\x04" + b"x" * 100, "it is no safetensors file but a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is no safetensors file but a Git LFS pointer"),
+        (GOOD[:9] + b"\xff" + GOOD[10:], "its header cannot be read"),
+        (safetensors({"a": 5}, b""), "its header cannot be read"),
+        (safetensors({"a": ENTRY | {"data_offsets": [0]}}, b""), "its header cannot be read"),
+        (safetensors({"a": ENTRY | {"data_offsets": ["0", 8]}}, b""), "its header"),
+        (safetensors({"a": ENTRY | {"data_offsets": [4, 12]}}, b"x" * 12), "a tensor from 4 to 12 where one begins at 0"),
+        (safetensors({"a": ENTRY | {"data_offsets": [0, -8]}}, b""), "a tensor from 0 to -8 where one begins at 0"),
+    ],
+)
+def test_a_damaged_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    text = str(refused(tmp_path))
+    assert text.startswith(f"{file} is damaged: ")
+    assert said in text
