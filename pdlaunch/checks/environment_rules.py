@@ -197,7 +197,7 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
 @rule(
     "PD409",
     "warning",
-    fix="Use connector nixl on machines that others have accounts on, or give the deployment a network namespace of its own.",
+    fix="Use connector nixl, which listens nowhere, or give the deployment a network namespace of its own.",
     source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
 )
 def mooncake_sockets(context: Context) -> Iterator[Found]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pdlaunch.checks.context import Context, Engine
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.checks.ucx import common_transports, ucx_transports
 from pdlaunch.config.model_shape import ModelShape
 
 _LAYOUT = "pdlaunch's KV layout and handshake."
@@ -224,27 +223,6 @@ def devices_differ(context: Context) -> Iterator[Found]:
     if (pair := context.pair()) is not None and pair[0].device != pair[1].device:
         message = f"prefill runs on {pair[0].device}, decode on {pair[1].device}"
         yield Found(_differing_place(*pair, "device"), message)
-
-
-@rule(
-    "PD312",
-    "error",
-    fix="Set UCX_TLS once, in env at the top level.",
-    source="UCX_TLS, UCX 1.19.",
-)
-def transports_differ(context: Context) -> Iterator[Found]:
-    """The UCX transports of prefill and decode have nothing in common.
-
-    UCX then finds no path between the two: the handshake fails with `no usable transports`.
-    """
-    if (pair := context.pair()) is None:
-        return
-    prefill, decode = pair
-    if prefill.environ.get("UCX_TLS") == decode.environ.get("UCX_TLS"):
-        return
-    if not common_transports(ucx_transports(prefill.environ), ucx_transports(decode.environ)):
-        values = [ascii(engine.environ.get("UCX_TLS", "all")) for engine in pair]
-        yield Found("environment UCX_TLS", f"UCX_TLS of prefill is {values[0]}, of decode {values[1]}")
 
 
 @rule(

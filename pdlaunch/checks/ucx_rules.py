@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context
+from pdlaunch.checks.context import Context, Engine
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.checks.ucx import CUDA, RDMA, SHARED_MEMORY, TCP, setting, ucx_transports
+from pdlaunch.config.ucx import CUDA, RDMA, local_transports, setting, ucx_transports
 
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
@@ -25,7 +25,7 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
     UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
     """
     for engine in context.on("cuda"):
-        if _uses_ucx(context) and not ucx_transports(engine.environ) & CUDA:
+        if _uses_ucx(context) and not CUDA.intersection(_transports(engine)):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} runs on GPUs",
@@ -42,31 +42,29 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
 def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves out cuda_ipc.
 
-    GPUs of one host then exchange blocks through host memory or the network instead of NVLink.
+    GPUs of one host then exchange blocks through host memory instead of NVLink.
     """
     for engine in context.on("cuda"):
-        transports = ucx_transports(engine.environ)
-        if _uses_ucx(context) and transports & CUDA and "cuda_ipc" not in transports:
+        transports = _transports(engine)
+        if _uses_ucx(context) and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no cuda_ipc")
 
 
 @rule(
     "PD432",
     "warning",
-    fix="Add sm to UCX_TLS, or unset it.",
-    source=_UCX,
+    fix="Add cma to UCX_TLS, or unset it.",
+    source="NIXL 1.5.1, measured: without CMA a READ needs the holder's process, and never ends when that dies in its middle.",
 )
-def ucx_without_shared_memory(context: Context) -> Iterator[Found]:
-    """UCX_TLS leaves out shared memory between processes of one host.
+def ucx_without_cma(context: Context) -> Iterator[Found]:
+    """UCX_TLS leaves out CMA between processes of one host.
 
-    Blocks in host memory then go through TCP, several times slower, or there is no path at all.
+    The prefill rank then copies its blocks into shared memory, piece by piece, and the decode rank out of it again.
     """
-    for engine in context.engines.values():
-        transports = ucx_transports(engine.environ)
-        if _uses_ucx(context) and not transports & (SHARED_MEMORY | CUDA) and transports & (TCP | RDMA):
-            yield Found(
-                context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no shared-memory transport"
-            )
+    for engine in context.on("cpu"):
+        transports = _transports(engine)
+        if _uses_ucx(context) and "posix" in transports and "cma" not in transports:
+            yield Found(context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no cma")
 
 
 @rule(
@@ -76,16 +74,16 @@ def ucx_without_shared_memory(context: Context) -> Iterator[Found]:
     source=_UCX,
 )
 def ucx_without_path(context: Context) -> Iterator[Found]:
-    """UCX_TLS leaves no transport between processes.
+    """UCX_TLS leaves no transport between processes of one host.
 
-    UCX then finds no path from prefill to decode: the handshake fails with `no usable transports`.
+    All ranks are on this host, so pdlaunch leaves out whatever would listen on the network without authentication (tcp, RDMA) or
+    open memory to other users (sysv, knem). posix has to be there: UCX finds its peers through it.
     """
     for engine in context.engines.values():
-        between = ucx_transports(engine.environ) & (SHARED_MEMORY | RDMA | TCP | {"cuda_ipc"})
-        if _uses_ucx(context) and not between:
+        if _uses_ucx(context) and "posix" not in _transports(engine):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} names nothing that connects two processes",
+                f"UCX_TLS {setting(engine.environ)} leaves nothing that connects two processes of this host; posix is missing",
             )
 
 
@@ -152,6 +150,11 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         if _uses_ucx(context) and _is_on(engine.environ.get(_MNNVL)):
             yield Found(context.where_variable(engine, _MNNVL), f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here")
+
+
+def _transports(engine: Engine) -> tuple[str, ...]:
+    """What the ranks of an engine really use."""
+    return local_transports(engine.environ, engine.device)
 
 
 def _uses_ucx(context: Context) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from pdlaunch.config.models import KVTransferSettings, MooncakeProtocol
+from pdlaunch.config.ucx import local_transports
 
 _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
     "tcp": {"MC_FORCE_TCP": "1"},
@@ -12,14 +16,27 @@ _MOONCAKE_TRANSPORT: dict[MooncakeProtocol, dict[str, str]] = {
 """Mooncake picks a transport by what it finds, whatever it was told."""
 
 
-def connector_environment(settings: KVTransferSettings) -> dict[str, str]:
-    """What a rank's environment must hold before the connector is opened; what the user has set takes precedence."""
+def connector_environment(
+    settings: KVTransferSettings, environ: Mapping[str, str], device: Literal["cpu", "cuda"]
+) -> dict[str, str]:
+    """Return what a rank's environment must hold before the connector is opened.
+
+    Args:
+        environ: the user's, whose values take precedence; its UCX_TLS is narrowed to transports without a listener.
+        device: of the rank.
+    """
+    defaults = _defaults(settings)
+    variables = {name: environ.get(name, value) for name, value in defaults.items()}
+    if settings.connector == "nixl":
+        # A name that UCX does not know stands for none: UCX takes an empty UCX_TLS for all.
+        variables["UCX_TLS"] = ",".join(local_transports(environ, device)) or "none"
+    return variables
+
+
+def _defaults(settings: KVTransferSettings) -> dict[str, str]:
     match settings.connector:
         case "nixl":
-            # A UCX worker listens on a TCP socket of every network device it may use. All engines of a launch are on one host, so
-            # loopback is enough, and nothing listens elsewhere. Shared memory, CMA and CUDA IPC are no network devices.
             return {
-                "UCX_NET_DEVICES": "lo",
                 # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
                 "UCX_MODULES": "^ib",
                 "UCX_WARN_UNUSED_ENV_VARS": "n",

@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from pdlaunch.config.connector_environment import connector_environment
-from pdlaunch.config.models import EngineSettings, KVTransferSettings, LaunchConfig, Role
+from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 
@@ -135,7 +135,6 @@ def _each_rank(config: LaunchConfig) -> Iterator[tuple[Role, int, int]]:
 def _rank(placement: Placement, environ: Mapping[str, str], role: Role, index: int, tp_rank: int) -> ProcessSpec:
     engine = f"{role}-{index}"
     name = f"{engine}/rank-{tp_rank}"
-    settings = placement.config.engine_settings(role)
     devices = placement.device_indices(role, index)
     num_threads = placement.num_threads(role)
     return ProcessSpec(
@@ -147,7 +146,7 @@ def _rank(placement: Placement, environ: Mapping[str, str], role: Role, index: i
         tp_rank=tp_rank,
         tp_size=placement.config.role(role).tensor_parallel_size,
         command=_python("pdlaunch.engine", "--name", name),
-        environment=_rank_environment(settings, placement.config.kv_transfer, environ, num_threads),
+        environment=_rank_environment(placement, role, environ),
         ports={"side_channel": 0},
         devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
         num_threads=num_threads,
@@ -204,19 +203,19 @@ def _light_environment() -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _rank_environment(
-    settings: EngineSettings, kv_transfer: KVTransferSettings, environ: Mapping[str, str], num_threads: int
-) -> dict[str, str]:
-    """Threads as planned; the rest unless the user's environment says otherwise; the engine's ``env`` over all."""
-    # Models are folders by now; a rank that asks a hub would only wait for a time-out.
-    defaults = {"HF_HUB_OFFLINE": "1", **connector_environment(kv_transfer)}
+def _rank_environment(placement: Placement, role: Role, environ: Mapping[str, str]) -> dict[str, str]:
+    """Threads as planned, then what the user has set, the engine's ``env`` first; what the connector needs is last."""
+    env = placement.config.engine_settings(role).env
+    num_threads = placement.num_threads(role)
     return {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
-        **{name: environ.get(name, value) for name, value in defaults.items()},
-        **settings.env,
+        # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+        "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
+        **env,
+        **connector_environment(placement.config.kv_transfer, {**environ, **env}, placement.device(role)),
     }
 
 

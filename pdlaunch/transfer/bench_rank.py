@@ -212,7 +212,8 @@ class Rank:
 def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
     torch.set_num_threads(1)
-    os.environ.update({**connector_environment(_spec_of(options).kv_transfer), **os.environ})
+    device = torch.device(options.device).type
+    os.environ.update(connector_environment(options.kv_transfer, os.environ, "cuda" if device == "cuda" else "cpu"))
     try:
         rank = Rank(options)
         while True:

@@ -14,6 +14,9 @@ question, until one tells of the lease. The holder states the checksums by a mes
 A lease has held throughout the READ when the READ is over before the lease can be: the holder says how many seconds are left when
 it answers, which is after it was asked, and never ends it before while the pull is open. So nobody has to be asked afterwards.
 
+Checksums prove the bytes, whatever became of the holder meanwhile. Without them a READ counts only once the holder has answered
+a heartbeat that was sent after its end: the libraries may call a READ from the memory of a dead process done.
+
 A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it is over and writes no more.
 So other branches, and other ranks, need not pull again what they have proven.
 """
@@ -94,6 +97,8 @@ class Branch:
         """Seconds between two."""
         self._next_heartbeat_s = float("inf")
         self._awaits_heartbeat = False
+        self._last_heartbeat_s = self._last_answered_s = 0.0
+        """Clock times at which the last heartbeat, and the last one that was answered, were sent."""
         self._failure: PullFailed | None = None
         """Of an answer; ``advance`` is the one place for failures."""
         self._given_up = False
@@ -228,6 +233,7 @@ class Branch:
         """The next is due as long after this one, or after its answer."""
         now_s = self._puller.clock()
         self._next_heartbeat_s, self._awaits_heartbeat = now_s + self._heartbeat_s, True
+        self._last_heartbeat_s = now_s
         self._ask_about(Heartbeat, partial(self._on_reply, now_s))
 
     def _ask_about(self, kind: type[StateChecksums | Heartbeat | PullEnd], on_reply: Callable[[ToPuller], None]) -> None:
@@ -281,6 +287,7 @@ class Branch:
                     self._read()
             case HeartbeatReply():
                 self._awaits_heartbeat = False
+                self._last_answered_s = max(self._last_answered_s, asked_s)
                 if self.stage in (Stage.READING, Stage.VERIFYING, Stage.PROVEN):
                     self._held_until_s = asked_s + reply.lease_s
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
@@ -315,6 +322,10 @@ class Branch:
 
     def _has_held(self) -> bool:
         """The lease, throughout the READ. False: not known yet. Raises PullFailed."""
+        if self._puller.hasher is None and self._last_answered_s < self._reads.ended_s:
+            if self._last_heartbeat_s < self._reads.ended_s:
+                self._next_heartbeat_s = self._puller.clock()
+            return False
         if self._reads.ended_s < self._held_until_s:
             return True
         if self._command.awaits and (self._awaits_heartbeat or self._next_heartbeat_s <= self._puller.clock()):

@@ -82,7 +82,9 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
     config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
     agent.agent = bindings.nixlAgent(name, config)
-    agent.create_backend(BACKEND)
+    # With error handling UCX insists on a transport that listens on TCP, where it takes writes to any address from anybody.
+    # Without it nobody is told of a peer's death: see ``Connector.reports_deaths``.
+    agent.create_backend(BACKEND, {"ucx_error_handling_mode": "none"})
     return agent
 
 

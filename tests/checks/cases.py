@@ -230,13 +230,6 @@ CASES: dict[str, Case] = {
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
     "PD311": Case([on(GPU, prefill__device="cpu")], [on(GPU, device="cpu")]),
-    "PD312": Case(
-        [
-            on(CPU, prefill__env={"UCX_TLS": "tcp"}, decode__env={"UCX_TLS": "sm,self"}),
-            on(CPU, prefill__env={"UCX_TLS": "tcp"}, decode__env={"UCX_TLS": "^tcp"}),
-        ],
-        [on(CPU, prefill__env={"UCX_TLS": "tcp"}), on(CPU, prefill__env={"UCX_TLS": "tcp,sm"}, decode__env={"UCX_TLS": "shm"})],
-    ),
     "PD313": Case(
         [on(GPU, prefill__enable_cumem_allocator=True), on(GPU, decode__enable_sleep_mode=True)],
         [on(GPU, enable_cumem_allocator=True), on(CPU, prefill__enable_cumem_allocator=True)],
@@ -311,8 +304,8 @@ CASES: dict[str, Case] = {
         [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"}), on(CPU, environ={"UCX_TLS": "tcp"})],
     ),
     "PD431": Case([on(GPU, environ={"UCX_TLS": "rc,cuda_copy"})], [on(GPU, environ={"UCX_TLS": "^tcp"})]),
-    "PD432": Case([on(CPU, environ={"UCX_TLS": "tcp"})], [on(CPU, environ={"UCX_TLS": "sm"}), on(CPU)]),
-    "PD433": Case([on(CPU, environ={"UCX_TLS": "self"})], [on(CPU, environ={"UCX_TLS": "tcp"})]),
+    "PD432": Case([on(CPU, environ={"UCX_TLS": "posix"})], [on(CPU, environ={"UCX_TLS": "tcp,sm"}), on(CPU)]),
+    "PD433": Case([on(CPU, environ={"UCX_TLS": "tcp"})], [on(CPU, environ={"UCX_TLS": "posix"})]),
     "PD434": Case(
         [on(machine(rdma_devices=("mlx5_0",)), environ={"UCX_TLS": "tcp,sm"}, changes={"hosts": ("a", "b")})],
         [

@@ -227,8 +227,8 @@ class TestTable:
 
     def test_a_variable_of_the_file_is_shown_there(self, check, file):
         path = file("env: {UCX_TLS: tcp}\n")
-        assert f"PD432 env.UCX_TLS ({path}:1:16)" in check(path, columns="300").stdout
-        assert "PD432 environment UCX_TLS" in check(columns="300", UCX_TLS="tcp").stdout
+        assert f"PD433 env.UCX_TLS ({path}:1:16)" in check(path, columns="300").stdout
+        assert "PD433 environment UCX_TLS" in check(columns="300", UCX_TLS="tcp").stdout
 
     def test_the_fix_and_the_way_to_more(self, check):
         output = check("--max-model-len", 1000, columns="200").stdout

@@ -61,11 +61,17 @@ def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected
 
 
 def test_the_user_s_environment_and_the_engine_s_env_win() -> None:
-    planned = plan(config(env={"UCX_MODULES": "all"}), CPU, {"UCX_NET_DEVICES": "eth0", "UCX_MODULES": "x"})
+    planned = plan(config(env={"UCX_MODULES": "all"}), CPU, {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"})
     environment = planned.processes[0].environment
-    assert environment["UCX_NET_DEVICES"] == "eth0"
+    assert environment["NIXL_LOG_LEVEL"] == "INFO"
     assert environment["UCX_MODULES"] == "all"
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_no_rank_of_nixl_listens_whatever_ucx_tls_says() -> None:
+    planned = plan(config(env={"UCX_TLS": "all"}, decode={"env": {"UCX_TLS": "tcp,cma,posix"}}), CPU, {"UCX_TLS": "tcp"})
+    transports = {p.name: p.environment.get("UCX_TLS") for p in planned.processes if p.kind == "rank"}
+    assert transports == {"prefill-0/rank-0": "posix,cma,self", "decode-0/rank-0": "posix,cma"}
 
 
 def test_secrets_are_masked_where_the_plan_is_shown() -> None:

@@ -73,7 +73,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.transfer.faulty_connector import FaultyConnector
     from pdlaunch.transfer.worker import TransferWorker
 
-    os.environ.update(connector_environment(options.spec.kv_transfer) | dict(options.environment))
+    environ = dict(options.environment)
+    on = "cpu" if options.device == "cpu" else "cuda"
+    os.environ.update(environ | connector_environment(options.spec.kv_transfer, environ, on))
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim
@@ -109,12 +111,11 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     def stop_and_start_read(peer: Any, read: Any) -> Any:
         """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece.
 
-        Or kills it just after that.
+        Or kills it before the READ is posted.
         """
         if doomed:
-            handle = start_read(peer, read)
-            os.kill(doomed.pop(), signal.SIGKILL)
-            return handle
+            kill_process(doomed.pop())
+            return start_read(peer, read)
         if not victims:
             return start_read(peer, read)
         stop_process(victims.pop())
@@ -159,9 +160,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "stop_before_read": victims.append,
-        "kill_after_post": doomed.append,
+        "kill_before_read": doomed.append,
         "go_on_reading": going_on.set,
         "open_listeners": open_listeners,
+        "listening": listening,
+        "shared_memory": shared_memory,
+        "address": lambda: (os.getpid(), kv_cache.data_ptr()),
         "cpu_seconds": lambda: os.times().user + os.times().system,
         "close": lambda: worker.close(timeout_s=5),
         "suspend": worker.suspend,
@@ -198,6 +202,13 @@ def stop_process(pid: int) -> None:
         time.sleep(0.001)
 
 
+def kill_process(pid: int) -> None:
+    """SIGKILL, until the process has died; its parent may not have reaped it."""
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists() and state_of(Path(f"/proc/{pid}")) not in "ZX":
+        time.sleep(0.001)
+
+
 def state_of(task: Path) -> str:
     """One letter; the name before it is in brackets and may hold anything."""
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
@@ -221,6 +232,22 @@ def open_listeners() -> list[str]:
         for listener in tcp_sockets.listeners()
         if listener.address != "127.0.0.1" and tcp_sockets.bound_device(listener) != "lo"
     ]
+
+
+def listening() -> tuple[set[int], list[str]]:
+    """Ports of TCP sockets that listen, and paths of Unix sockets that do; abstract ones begin with @."""
+    inodes = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
+    rows = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]]
+    accepts = 0x10000  # __SO_ACCEPTCON, the flag of a socket that listens
+    unix = [row[7] for row in rows if int(row[3], 16) & accepts and f"socket:[{row[6]}]" in inodes]
+    return {listener.port for listener in tcp_sockets.listeners()}, unix
+
+
+def shared_memory() -> tuple[set[int], int]:
+    """Permissions of the POSIX segments that this process has open, and the number of SysV segments that it has made."""
+    posix = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and str(fd.readlink()).startswith("/dev/shm/")]
+    sysv = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    return {fd.stat().st_mode & 0o777 for fd in posix}, sum(int(row[4]) == os.getpid() for row in sysv)
 
 
 class RankHandle:
@@ -288,6 +315,10 @@ class RankHandle:
 
     def report(self, kind: type) -> Any:
         return self.wait("report", kind)
+
+    def has_seen(self, kind: type) -> bool:
+        """One of these events came before those that were waited for, and was kept."""
+        return any(channel == "event" and isinstance(value, kind) for channel, value in self._seen)
 
     def wait(self, channel: str, kind: type = object, timeout_s: float = TIMEOUT_S) -> Any:
         """The next message of this kind; others are kept for later."""

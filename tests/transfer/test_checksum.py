@@ -6,11 +6,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.engine_id import draw_engine_id
 from pdlaunch.transfer.handshake import describe_groups
-from tests.transfer.fakes import layout_of, random_cache, spec_of
+from tests.transfer.fakes import layout_of, random_cache
 
 
 def test_one_checksum_a_block_and_head_over_its_bytes():
@@ -54,10 +53,6 @@ def test_engine_ids_are_32_hex_digits_and_differ():
     drawn = draw_engine_id()
     assert len(bytes.fromhex(drawn)) == 16
     assert drawn != draw_engine_id()
-
-
-def test_ucx_stays_on_loopback():
-    assert connector_environment(spec_of().kv_transfer)["UCX_NET_DEVICES"] == "lo"
 
 
 def test_groups_are_described_in_one_line():

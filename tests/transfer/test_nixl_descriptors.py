@@ -52,8 +52,9 @@ class CountingAgent:
         self.transfers: list[Transfer] = []
         self.agent: Any = None
 
-    def create_backend(self, backend: str) -> None:
+    def create_backend(self, backend: str, parameters: dict[str, str]) -> None:
         assert backend == "UCX"
+        assert parameters == {"ucx_error_handling_mode": "none"}
 
     def register_memory(self, tensor: torch.Tensor) -> int:
         self.num_registrations += 1

@@ -105,7 +105,7 @@ def lease(holder: RankHandle, request_id: str, prompt: list[int], block_ids: lis
 @pytest.fixture
 def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
     """Two prefill ranks and a decode rank whose READs need the holder to run (TCP)."""
-    keys, environment = new_launch_keys(), (("UCX_TLS", "tcp"),)
+    keys, environment = new_launch_keys(), (("UCX_TLS", "posix,self"),)
     started = [
         RankHandle(RankOptions(spec_of(role, name=name, path="nixl"), keys, engine_id, environment=environment, **SHAPE))
         for role, name, engine_id in (

@@ -6,6 +6,7 @@ Source: the help text in libucp of UCX 1.19, as NIXL 1.5.1 ships it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 SHARED_MEMORY = frozenset({"posix", "sysv", "xpmem", "cma", "knem"})
 CUDA = frozenset({"cuda_copy", "cuda_ipc", "gdr_copy"})
@@ -34,6 +35,20 @@ _GROUPS: Mapping[str, frozenset[str]] = {
 }
 
 
+_LOCAL = ("posix", "cma", "self")
+_LOCAL_CUDA = ("cuda_ipc", "cuda_copy")
+
+
+def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
+    """Return the transports of a rank whose peers are all on its host: of those that UCX_TLS names, what opens no door.
+
+    Network transports listen without authentication; ``sysv`` segments admit the user's whole group (mode 0660), ``knem``
+    regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA and CUDA IPC ask for the same user.
+    """
+    allowed = ucx_transports(environ)
+    return tuple(name for name in ((*_LOCAL_CUDA, *_LOCAL) if device == "cuda" else _LOCAL) if name in allowed)
+
+
 def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
     """Transports that UCX may use; all when UCX_TLS is not set. Names it does not know are kept as they are."""
     value = environ.get("UCX_TLS", "all").strip() or "all"
@@ -41,11 +56,6 @@ def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
     names = {name.strip().lstrip("\\") for name in value.removeprefix("^").split(",") if name.strip()}
     listed = frozenset[str]().union(*(_GROUPS.get(name, frozenset({name})) for name in names))
     return ALL - listed if excluded else listed
-
-
-def common_transports(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
-    """What can carry bytes between two processes: ``self`` and the copies inside a process cannot."""
-    return (left & right) - {"self", "cuda_copy", "gdr_copy"}
 
 
 def setting(environ: Mapping[str, str]) -> str:

@@ -1,0 +1,148 @@
+"""Another user of this machine against ranks that move KV blocks: their memory can be neither read nor written to."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import encodings.idna  # noqa: F401 - sockets want it, and another user cannot import it
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.protocol.transfer import PullFinished
+from tests.transfer.fakes import spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+
+NOBODY = 65534
+NUM_BYTES = 16
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture(params=["nixl", "p2p", "auto"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RankHandle, RankHandle]]:
+    keys = new_launch_keys()
+    holder, puller = (
+        RankHandle(RankOptions(spec_of(role, name=f"{role}-0", path=request.param), keys, role[0] * 32))
+        for role in ("prefill", "decode")
+    )
+    try:
+        puller.call("registry", [holder.entry()])
+        puller.report(PairReady)
+        yield holder, puller
+    finally:
+        holder.stop()
+        puller.stop()
+
+
+def as_nobody(act: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What ``act`` returns in a process of another user."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            answer = act()
+        except BaseException as error:
+            answer = {"failed": repr(error)}
+        finally:
+            os.write(writing, msgspec.json.encode(answer))
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(pid, 0)
+    return msgspec.json.decode(answer, type=dict[str, str])
+
+
+class IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+def touch_memory(call: str, pid: int, address: int) -> str:
+    """``process_vm_readv`` or ``process_vm_writev``, as CMA does; the name of its error, "" for none."""
+    content = ctypes.create_string_buffer(b"x" * NUM_BYTES, NUM_BYTES)
+    here = IoVec(ctypes.cast(content, ctypes.c_void_p), NUM_BYTES)
+    there = IoVec(address, NUM_BYTES)
+    libc = ctypes.CDLL(None, use_errno=True)
+    moved = getattr(libc, call)(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    return "" if moved >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def open_files(pid: int, names: list[str]) -> str:
+    """The errors of opening these files of a process, "" among them where one opens."""
+    errors = set()
+    for name in names:
+        try:
+            with open(f"/proc/{pid}/{name}", "rb"):  # noqa: PTH123 - as plain as it gets
+                errors.add("")
+        except OSError as error:
+            errors.add(errno.errorcode[error.errno or 0])
+    return ",".join(sorted(errors))
+
+
+def connect_to_unix(path: str) -> str:
+    """What a stranger gets out of a Unix socket: nothing is "", after 32 bytes of a token that is wrong."""
+    try:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.settimeout(20)
+            stranger.connect(path.replace("@", "\0", 1))
+            stranger.sendall(bytes(32))
+            _, descriptors, _, _ = socket.recv_fds(stranger, 65536, 16)
+            return f"{len(descriptors)} descriptors" if descriptors else ""
+    except OSError:
+        return ""
+
+
+def write_as_ucx(port: int, address: int) -> str:
+    """What UCX's TCP transport takes from anybody: a connection request, then a PUT to an address."""
+    with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)) as stranger:
+        own = stranger.getsockname()[1]
+        name = struct.pack("<H", socket.AF_INET) + struct.pack(">H", own) + socket.inet_aton("127.0.0.1") + bytes(8)
+        request = struct.pack("<IBQ", 1, 0, 7) + name
+        put = struct.pack("<QQI", address, NUM_BYTES, 0)
+        stranger.sendall(struct.pack("<Q", 0xCAFEBABE12345678) + struct.pack("<BI", 32, len(request)) + request)
+        stranger.sendall(struct.pack("<BI", 33, len(put)) + put + b"x" * NUM_BYTES)
+    return "sent"
+
+
+def attack(pid: int, address: int, names: list[str], tcp: set[int], unix: list[str]) -> dict[str, str]:
+    return {
+        "read": touch_memory("process_vm_readv", pid, address),
+        "write": touch_memory("process_vm_writev", pid, address),
+        "files": open_files(pid, names),
+        **{f"put {port}": write_as_ucx(port, address) for port in tcp},
+        **{f"unix {path}": connect_to_unix(path) for path in unix},
+    }
+
+
+def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHandle]) -> None:
+    holder, puller = pair
+    for rank in pair:
+        pid, address = rank.call("address")
+        tcp, unix = rank.call("listening")
+        before = rank.call("digest", False)
+        names = ["mem", "maps", *(f"fd/{fd.name}" for fd in Path(f"/proc/{pid}/fd").iterdir())]
+        found = as_nobody(partial(attack, pid, address, names, tcp, unix))
+        assert [found.get(name, found) for name in ("read", "write", "files")] == ["EPERM", "EPERM", "EACCES"]
+        assert {answer for name, answer in found.items() if name.startswith("unix")} <= {""}
+        assert rank.call("digest", False) == before
+    holder.submit(grant("r", [3, 1]))
+    puller.submit(pull("p", holder.remote("r"), [9, 2]))
+    assert puller.event(PullFinished).ok, "the ranks go on as if nothing had happened"
+
+
+def test_this_user_can(pair: tuple[RankHandle, RankHandle]) -> None:
+    """The attack itself works: without a change of user it reads."""
+    pid, address = pair[0].call("address")
+    assert touch_memory("process_vm_readv", pid, address) == ""
+    assert open_files(pid, ["maps"]) == ""
