@@ -28,6 +28,7 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
 from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
 from pdlaunch.router.hops import Hops
+from pdlaunch.router.idempotency import Repeats, read_idempotency_key
 from pdlaunch.router.pool import EngineKey
 from pdlaunch.router.scrape import scrape
 from pdlaunch.router.transcript import Transcript
@@ -57,6 +58,7 @@ class RouterApp:
         self._started = int(time.time())
         self.admission = Admission(spec.max_queued_requests)
         self._deadline = Deadline(spec.request_timeout_s)
+        self._repeats = Repeats()
         self.app = web.Application(
             client_max_size=spec.max_body_bytes,
         )
@@ -134,8 +136,13 @@ class RouterApp:
     async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
         if not self._hops.pool.serving:
             raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
-        stream = ClientStream(request, {REQUEST_ID_HEADER: request_id})
-        return await self._answer(endpoint, request, await _read_body(request), request_id, stream) or stream.response
+        body, headers = await _read_body(request), {REQUEST_ID_HEADER: request_id}
+        answer = partial(self._answer, endpoint, request, body, request_id)
+        key = read_idempotency_key(request.headers)
+        if key is not None:
+            return await self._repeats.answer(key, request, body, headers, answer)
+        stream = ClientStream(request, headers)
+        return await answer(stream) or stream.response
 
     async def _answer(
         self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str, stream: EventStream
