@@ -51,7 +51,7 @@ class HostStep:
         """One step."""
         plan = self._time("schedule", self._scheduler.schedule)
         self._time("apply and pack", lambda: self._pack(plan))
-        tokens = [TokenOutput(token_id=7) for item in plan.scheduled if item.sample]
+        tokens: list[TokenOutput | None] = [TokenOutput(token_id=7) for item in plan.scheduled if item.sample]
         self._time("postprocess", lambda: self._scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens)))
         self._time("encode outputs", lambda: from_rank.encode(Outputs(items=self._scheduler.take_outputs())))
         for item in plan.scheduled:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pdlaunch.engine.latest_tokens import LatestTokens
+from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.models.decoder import Decoder
 from pdlaunch.models.packed import PackedBatch
 from pdlaunch.models.step_inputs import DecodeInputs, Staging
@@ -36,7 +37,7 @@ class _Graph:
     logits: torch.Tensor
     """[num_rows, vocab_size]"""
     likeliest: torch.Tensor
-    """[num_rows]; token ids"""
+    """[num_rows]; ``likeliest_tokens``"""
 
 
 class DecodeGraphs:
@@ -119,12 +120,3 @@ def _capture(
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         logits, likeliest = step()
     return _Graph(inputs, graph, logits, likeliest)
-
-
-def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """``argmax`` of [num_rows, vocab_size], in two stages: one would keep a multiprocessor a row busy for 37 us."""
-    num_rows, vocab_size = logits.shape
-    num_parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if vocab_size % parts == 0)
-    values, places = logits.view(num_rows, num_parts, -1).max(dim=-1)
-    part = values.argmax(dim=-1, keepdim=True)
-    return (places.gather(1, part) + part * (vocab_size // num_parts))[:, 0]

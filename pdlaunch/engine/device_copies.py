@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pdlaunch.models.packed import FloatArray, IntArray
+
 
 class Download:
     """Copies of small tensors of ``device``, begun behind the work that is queued there. On a CPU there is nothing to copy."""
@@ -32,5 +34,13 @@ class Download:
 
 def upload(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[len(values)] on ``device``; the host does not wait for the copy, as it would for that of ``torch.tensor``."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and len(values) else tensor.to(device)
+    return _send(torch.tensor(values, dtype=dtype), device)
+
+
+def upload_array(array: IntArray | FloatArray, device: torch.device) -> torch.Tensor:
+    """The array on ``device``; the host does not wait for the copy. On a CPU it shares the array's memory."""
+    return _send(torch.from_numpy(array), device)
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and len(tensor) else tensor.to(device)

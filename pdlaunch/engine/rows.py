@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pdlaunch.engine.logit_changes import SampleRow, TokenBias, token_bias
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.models.packed import IntArray, PackedBatch
 from pdlaunch.protocol.engine import SamplingParams
@@ -20,12 +21,17 @@ class Row:
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
+    bias: TokenBias | None = None
     clean_block: int = -1
     """Logical index of the block whose slots past the row's last token are known to be zero."""
 
     @property
     def known(self) -> IntArray:
         return self.token_ids[: self.num_tokens]
+
+    def sample_row(self) -> SampleRow:
+        """What its next token depends on."""
+        return SampleRow(self.sampling, self.known, self.num_prompt_tokens, self.bias)
 
     def append(self, position: int, token_ids: list[int]) -> None:
         """Write tokens from ``position`` on; what was known there is the same."""
@@ -109,7 +115,7 @@ class RowTable:
 
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, f"row {new.row} is taken"
-        row = Row(self._token_ids[new.row], 0, new.num_prompt_tokens, new.sampling)
+        row = Row(self._token_ids[new.row], 0, new.num_prompt_tokens, new.sampling, token_bias(new.sampling))
         row.append(0, new.token_ids)
         self._rows[new.row] = row
 

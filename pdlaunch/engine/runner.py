@@ -19,7 +19,7 @@ from pdlaunch.engine.device_copies import Download
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.rows import RowTable
-from pdlaunch.engine.sampler import SampleRow, draw_tokens
+from pdlaunch.engine.sampler import draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
@@ -134,7 +134,8 @@ class ModelRunner:
             step.ended.wait()
         tokens = [] if step.drawn is None else step.drawn.collect()
         for (row, position), token in zip(step.places, tokens, strict=True):
-            row.set(position, token.token_id)
+            if token is not None:
+                row.set(position, token.token_id)
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
     def warm_up(self) -> None:
@@ -235,8 +236,7 @@ class ModelRunner:
         self, step_id: int, logits: torch.Tensor, likeliest: torch.Tensor | None, sampled: list[ScheduledRow]
     ) -> LaunchedStep:
         rows = [self._rows[item.row] for item in sampled]
-        sample_rows = [SampleRow(row.sampling, row.known, row.num_prompt_tokens) for row in rows]
-        drawn = draw_tokens(logits, sample_rows, likeliest)
+        drawn = draw_tokens(logits, [row.sample_row() for row in rows], likeliest)
         if self._latest is not None:
             self._latest.keep(drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids))
         places = [(row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)]

@@ -1,154 +1,95 @@
 """Draw output tokens from logits.
 
-Output token i of a choice is a pure function of its logits and (seed, choice, i): one uniform number comes from a hash of these
-three, and picks the token by the inverse of the cumulative distribution in the order of the vocabulary. No generator keeps a
-state, so that any engine, after any preemption or migration, draws the same.
+Output token i of a choice is a pure function of its logits and (seed, choice, i), so that any engine, after any preemption or
+migration, draws the same. The token with the largest logit plus noise (``noise.py``) is drawn: logits that another batch shape
+rounds differently move the draw only where two tokens are as near to each other as their rounding errors, while a sum over the
+vocabulary (the inverse of the cumulative distribution) moves the borders of all tokens.
 
-Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then logit_bias, min_tokens, penalties, and for
-sampled rows temperature, min_p, top_k, top_p.
+Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then ``logit_changes.py``, and for sampled rows
+temperature, min_p, top_k, top_p. Logits may be infinite. A row with a NaN draws no token.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from pdlaunch.engine.device_copies import Download, upload
-from pdlaunch.models.packed import IntArray
-from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.engine.logit_changes import SampleRow, change_logits
+from pdlaunch.engine.noise import draw_key, gumbel_noise
+from pdlaunch.protocol.engine import TokenOutput
 
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are taken as 0. Source: vLLM."""
 NUCLEUS_GUESS_TOKENS = 256
 """Tokens that are looked at first for top_p (then 16 times as many, and so on): sorting the vocabulary costs 25 times as much."""
 CPU_SLICE_LOGITS = 256 * 1024
+GROUP_TOKENS = 256
+"""A token is drawn from the group of so many neighbours that was drawn before: noise for each token costs 13 times as much.
 
-_SEED_MASK = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What the next token of one row depends on, beside its logits."""
-
-    sampling: SamplingParams
-    token_ids: IntArray
-    """Prompt and output so far."""
-    num_prompt_tokens: int
-
-    @property
-    def output(self) -> IntArray:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.sampling.temperature < GREEDY_BELOW
-
-    @property
-    def takes_the_likeliest(self) -> bool:
-        """Of the logits as they are, and tells no log-probabilities."""
-        return self.is_greedy and self.sampling.num_top_logprobs is None and not self.changes_logits
-
-    @property
-    def changes_logits(self) -> bool:
-        sampling = self.sampling
-        return (
-            bool(sampling.logit_bias)
-            or len(self.output) < sampling.min_tokens
-            or sampling.repetition_penalty != 1.0
-            or sampling.presence_penalty != 0.0
-            or sampling.frequency_penalty != 0.0
-        )
-
-
-def uniform(seed: int, choice: int, index: int) -> float:
-    """The number in [0, 1) that decides output token ``index``: the upper 53 bits of BLAKE2b-64 of three little-endian u64."""
-    message = struct.pack("<QQQ", seed & _SEED_MASK, choice, index)
-    return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+Engines of different versions must draw the same: a change breaks running deployments.
+"""
+LOWEST_LOGPROB = -9999.0
+"""JSON has no minus infinity; the value that OpenAI uses."""
+NO_TOKEN = -1
+"""Drawn from a row with a NaN."""
 
 
 class DrawnTokens:
     """One token a row, on the device, and on their way to the host with the log-probabilities that rows tell."""
 
-    def __init__(self, token_ids: torch.Tensor, rows: list[SampleRow], raw: torch.Tensor | None = None) -> None:
-        """``raw``: [num_rows, vocab_size] float32; None when no row tells log-probabilities."""
-        self.token_ids = token_ids
-        """[num_rows]"""
+    def __init__(self, drawn: torch.Tensor, rows: list[SampleRow], logits: torch.Tensor, *, tells: bool = False) -> None:
+        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were. ``tells``: rows may want log-probabilities."""
+        self._vocab_size = logits.shape[-1]
+        self.token_ids = drawn.clamp(0, self._vocab_size - 1)
+        """[num_rows]; tokens of the vocabulary whatever was drawn, for the device to go on with"""
         num_tops = [row.sampling.num_top_logprobs for row in rows]
         self._num_tops = {index: num_top for index, num_top in enumerate(num_tops) if num_top is not None}
-        told = [] if raw is None or not self._num_tops else _logprobs(raw, token_ids, self._num_tops)
-        self._copy = Download([token_ids, *told], token_ids.device)
+        told = _logprobs(logits, self.token_ids, self._num_tops) if tells and self._num_tops else []
+        self._copy = Download([drawn, *told], drawn.device)
 
-    def collect(self) -> list[TokenOutput]:
-        """In the order of the rows; waits until they are here."""
+    def collect(self) -> list[TokenOutput | None]:
+        """In the order of the rows, None where no token could be drawn; waits until they are here."""
         token_ids, *told = (tensor.tolist() for tensor in self._copy.wait())
         outputs = [TokenOutput(token_id=token_id) for token_id in token_ids]
         for (index, num_top), logprob, values, best in zip(self._num_tops.items(), *(told or [[]] * 3), strict=True):
             pairs = tuple(zip(best[:num_top], values[:num_top], strict=True))
             outputs[index] = TokenOutput(token_id=token_ids[index], logprob=logprob, top_logprobs=pairs)
-        return outputs
+        return [token if 0 <= token.token_id < self._vocab_size else None for token in outputs]
 
 
 def draw_tokens(logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None) -> DrawnTokens:
     """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order.
 
-    ``likeliest``: [num_rows], the logits' argmax, when it is known. On a GPU the host waits for nothing, unless a row has
-    penalties.
+    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the host waits for nothing,
+    unless a row has penalties.
     """
     if all(row.takes_the_likeliest for row in rows):
-        return DrawnTokens(logits.argmax(dim=-1) if likeliest is None else likeliest, rows)
-    raw = logits.float()
-    changed = _change_logits(raw, rows)
-    token_ids = changed.argmax(dim=-1)
+        return DrawnTokens(likeliest_tokens(logits) if likeliest is None else likeliest, rows, logits)
+    changed = change_logits(logits.float(), rows)
+    token_ids = likeliest_tokens(changed)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
     if sampled:
-        token_ids[_indices(sampled, logits)] = _sample_in_slices(changed, sampled, rows)
-    return DrawnTokens(token_ids, rows, raw)
+        places = _indices(sampled, logits)
+        found = _sample_in_slices(changed, sampled, rows)
+        token_ids[places] = torch.where(token_ids[places] == NO_TOKEN, NO_TOKEN, found)
+    return DrawnTokens(token_ids, rows, logits, tells=True)
 
 
-def _logprobs(raw: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]) -> list[torch.Tensor]:
+def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows] of [num_rows, vocab_size]; NO_TOKEN where one of the logits is NaN."""
+    # On a GPU in two stages: one would keep a multiprocessor a row busy for 37 us.
+    num_rows, vocab_size = logits.shape
+    num_parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if vocab_size % parts == 0)
+    values, places = logits.reshape(num_rows, num_parts, -1).max(dim=-1)
+    best, part = values.max(dim=-1, keepdim=True)
+    found = places.gather(1, part) + part * (vocab_size // num_parts)
+    return torch.where(best.isnan(), NO_TOKEN, found)[:, 0]
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]) -> list[torch.Tensor]:
     """Of the rows in ``num_tops``: [n] of the token, [n, k] of the likeliest and [n, k] their ids, k the largest wanted."""
-    rows = _indices([*num_tops], raw)
-    logprobs = raw[rows].log_softmax(dim=-1)
-    top = logprobs.topk(min(max(1, *num_tops.values()), raw.shape[-1]))
+    rows = _indices([*num_tops], logits)
+    logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
+    top = logprobs.topk(min(max(1, *num_tops.values()), logits.shape[-1]))
     return [logprobs.gather(1, token_ids[rows, None])[:, 0], top.values, top.indices]
-
-
-def _change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Biases, forbidden end tokens and penalties; the result shares memory with ``raw`` when no row has any."""
-    if not any(row.changes_logits for row in rows):
-        return raw
-    changed = raw.clone()
-    for logits, row in zip(changed, rows, strict=True):
-        if row.changes_logits:
-            _change_row(logits, row)
-    return changed
-
-
-def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
-    """In place, ``logits``: [vocab_size]."""
-    sampling = row.sampling
-    for token_id, bias in sampling.logit_bias.items():
-        if token_id < len(logits):
-            logits[token_id] += bias
-    if len(row.output) < sampling.min_tokens:
-        forbidden = {*sampling.eos_token_ids, *sampling.stop_token_ids}
-        logits.index_fill_(0, _indices([token_id for token_id in forbidden if token_id < len(logits)], logits), float("-inf"))
-    if sampling.repetition_penalty != 1.0:
-        seen = _to_index(np.unique(row.token_ids), logits)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
-    if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
-        token_ids, counts = np.unique(row.output, return_counts=True)
-        penalty = sampling.frequency_penalty * counts + sampling.presence_penalty
-        logits[_to_index(token_ids, logits)] -= torch.from_numpy(penalty).to(logits)
-
-
-def _to_index(token_ids: IntArray, logits: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(token_ids).to(logits.device)
 
 
 def _sample_in_slices(logits: torch.Tensor, sampled: list[int], rows: list[SampleRow]) -> torch.Tensor:
@@ -159,17 +100,33 @@ def _sample_in_slices(logits: torch.Tensor, sampled: list[int], rows: list[Sampl
 
 
 def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """``logits``: [num_rows, vocab_size]; returns token ids [num_rows]."""
-    scaled = logits / _column([row.sampling.temperature for row in rows], logits)
+    """``logits``: [num_rows, vocab_size], ours to change; returns token ids [num_rows]."""
+    # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
+    scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
+    scaled.div_(_column([row.temperature for row in rows], scaled))
     scaled = _keep_min_p(scaled, rows)
     scaled = _keep_top_k(scaled, rows)
     scaled = _keep_top_p(scaled, rows)
-    cumulated = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    draws = [uniform(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
-    total = cumulated[:, -1:]
-    # The product may round up to the total, which no token's interval holds.
-    target = (_column(draws, cumulated) * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    keys = [draw_key(row.sampling.seed, row.sampling.choice, len(row.output)) for row in rows]
+    return draw_by_noise(scaled, _indices(keys, logits))
+
+
+def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows]. Returns token ids [num_rows].
+
+    First a group of neighbours, by the sum of its weights, then one of them: each token is drawn as its weight says. Groups have
+    the numbers -1, -2, and so on, tokens their ids.
+    """
+    num_rows, vocab_size = scaled.shape
+    padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
+    groups = padded.view(num_rows, -1, GROUP_TOKENS)
+    weights = groups.exp().sum(dim=-1).double().log()
+    numbers = -1 - torch.arange(weights.shape[1], device=scaled.device)
+    group = (weights + gumbel_noise(keys, numbers)).argmax(dim=-1, keepdim=True)
+    neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double()
+    token_ids = group * GROUP_TOKENS + torch.arange(GROUP_TOKENS, device=scaled.device)
+    best = (neighbours + gumbel_noise(keys, token_ids)).argmax(dim=-1, keepdim=True)
+    return token_ids.gather(1, best)[:, 0]
 
 
 def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:

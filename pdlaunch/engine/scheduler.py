@@ -52,6 +52,11 @@ from pdlaunch.protocol.transfer import (
 
 logger = logging.getLogger(__name__)
 
+NAN_LOGITS = (
+    "the model's logits for this request are not numbers (NaN), so that no token can be drawn; look for overflow in its dtype, "
+    "or for damaged weights"
+)
+
 
 class Scheduler:
     """Owns the requests and the KV blocks of an engine; lives in rank 0. Not safe for more than one thread.
@@ -213,15 +218,18 @@ class Scheduler:
         """Account for a step that has run, the oldest in flight; ``output`` is that of rank 0."""
         tokens = iter(output.tokens)
         for item, request in self._in_flight.collect(plan):
-            token = next(tokens) if item.sample else None
+            drawn = next(tokens) if item.sample else None
             if request.phase is Phase.FINISHED:
                 if self._in_flight.is_free(request):
                     self._let_go(request)
                 continue
             request.num_computed += item.num_tokens
             self._register(request)
-            if token is not None:
-                self._take_token(request, token)
+            if drawn is not None:
+                self._take_token(request, drawn)
+            elif item.sample:
+                logger.error("request %s ends: its logits are NaN", request.request_id)
+                self._finish(request, "error", error=NAN_LOGITS)
 
     def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:
         """What the server has to be told since the last call, in order."""

@@ -72,7 +72,8 @@ class StepOutput(Message):
     """Of rank 0: one entry for each scheduled row with ``sample``, in their order."""
 
     step_id: int
-    tokens: list[TokenOutput] = []
+    tokens: list[TokenOutput | None] = []
+    """None: its logits were NaN."""
 
 
 class SleepRank(Message):
