@@ -88,6 +88,8 @@ class FakeRunner:
         self.memory: list[list[KV | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, FakeRow] = {}
         self.num_computed_tokens = 0
+        self.nan_after: int | None = None
+        """Rows whose prompt begins with this token have NaN for logits."""
         self.launched: deque[FakeStep] = deque()
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -173,7 +175,10 @@ class FakeRunner:
                 block_id, slot = self.slot(tables, group, position)
                 assert self.memory[block_id][slot] == (group, row.chain[position]), "a row reads what is not its own"
 
-    def _sample(self, row: FakeRow) -> TokenOutput:
+    def _sample(self, row: FakeRow) -> TokenOutput | None:
+        if row.token_ids[0] == self.nan_after:
+            self._learn(row, 0)
+            return None
         token_id = next_token(row.chain, row.sampling, len(row.token_ids) - row.num_prompt_tokens)
         self._learn(row, token_id)
         return TokenOutput(token_id=token_id, logprob=-0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.logit_changes import SampleRow, token_bias
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.engine.sampler import SampleRow, draw_tokens
+from pdlaunch.engine.sampler import draw_tokens
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams, TokenOutput, ToRank
@@ -236,7 +238,7 @@ def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_drawing_on_a_gpu_makes_nobody_wait() -> None:
     """But for penalties; and draws what the CPU draws."""
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(3)) * 3
+    logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(3)) * 3
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.9, "top_p": 0.8, "num_top_logprobs": 2},
@@ -244,14 +246,24 @@ def test_drawing_on_a_gpu_makes_nobody_wait() -> None:
         {"temperature": 1.0, "min_p": 0.1, "logit_bias": {5: 3.0}},
         {"temperature": 0.7, "min_tokens": 9, "eos_token_ids": (4,), "num_top_logprobs": 0},
         {"temperature": 0.0, "min_tokens": 9},
+        {"temperature": 1e-9, "logit_bias": dict.fromkeys(range(500), -100.0)},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "num_top_logprobs": 1},
     ]
-    rows = [SampleRow(SamplingParams(max_tokens=9, seed=index, **kind), _ids(), 2) for index, kind in enumerate(kinds)]
+    logits[7, 9] = math.nan
+    logits[8, 9] = math.inf
+    params = [SamplingParams(max_tokens=9, seed=index, **kind) for index, kind in enumerate(kinds)]
+    rows = [SampleRow(sampling, _ids(), 2, token_bias(sampling)) for sampling in params]
     expected = draw_tokens(logits, rows).collect()
     on_device = logits.cuda()
     draw_tokens(on_device, rows).collect()
     with refuse_waiting():
         drawn = draw_tokens(on_device, rows)
+    assert expected[7] is None
     for one, other in zip(drawn.collect(), expected, strict=True):
+        if one is None or other is None:
+            assert one is other
+            continue
         assert one.token_id == other.token_id
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert [token_id for token_id, _ in one.top_logprobs] == [token_id for token_id, _ in other.top_logprobs]

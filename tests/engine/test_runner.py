@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepOutput, StepPlan
@@ -221,3 +222,23 @@ def test_cuda_bfloat16_stays_close(name: str, tmp_path: Path) -> None:
         assert [token.token_id for token in tokens] == [17, 17]
         found.append([token.logprob for token in tokens])
     assert found[0] == pytest.approx(found[1], abs=0.15)
+
+
+def test_request_with_nan_draws_nothing_and_harms_no_other_in_its_step(llama: Path, tmp_path: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = float("nan")
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    runner = ModelRunner(make_spec(tmp_path), tp=None, progress=ignore_progress)
+    prompts, sampling = [[3, 7, 4], [3, 5, 4]], SamplingParams(max_tokens=8, temperature=0.0)
+    plan = StepPlan(
+        step_id=0,
+        new_rows=[NewRow(row=i, request_id=str(i), token_ids=prompts[i], num_prompt_tokens=3, sampling=sampling) for i in (0, 1)],
+        new_blocks=[NewBlocks(row=i, group=0, first_block_index=0, block_ids=[i]) for i in (0, 1)],
+        scheduled=[ScheduledRow(row=i, num_computed_tokens=0, num_tokens=3, sample=True) for i in (0, 1)],
+    )
+    sick, well = runner.execute(plan).tokens
+    assert sick is None
+    assert well is not None
+    assert [well.token_id] == greedy(llama, prompts[1:], 1)[0]

@@ -503,3 +503,21 @@ def test_abort_while_pulling_frees_the_blocks_it_shared() -> None:
     engine.scheduler.abort("d")
     engine.scheduler.check_integrity()
     assert engine.scheduler.stats().num_free_blocks == 31
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_request_whose_logits_are_nan_ends_with_an_error_and_others_go_on(runs_ahead: bool) -> None:
+    engine = FakeEngine(runs_ahead=runs_ahead)
+    engine.runners[0].nan_after = 6
+    engine.add("before", [1, 2, 3], max_tokens=8)
+    engine.step()
+    engine.add("sick", [6, 2, 3, 4], max_tokens=8)
+    engine.add("after", [2, 2, 3], max_tokens=8)
+    engine.run()
+    sick = engine.finished["sick"]
+    assert (sick.reason, sick.tokens) == ("error", [])
+    assert sick.error is not None
+    assert "NaN" in sick.error
+    assert engine.token_ids("before") == output([1, 2, 3], 8)
+    assert engine.token_ids("after") == output([2, 2, 3], 8)
+    assert engine.scheduler.stats().num_free_blocks == engine.num_blocks

@@ -90,6 +90,10 @@ def test_chat_fields_that_are_not_served(field, neutral, other):
         ("temperature", -0.1),
         ("temperature", "0.5"),
         ("temperature", float("nan")),
+        ("temperature", 2.1),
+        ("repetition_penalty", float("inf")),
+        ("top_p", -0.0),
+        ("frequency_penalty", -2.1),
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_k", -2),
@@ -103,6 +107,7 @@ def test_chat_fields_that_are_not_served(field, neutral, other):
         ("presence_penalty", 3),
         ("repetition_penalty", 0),
         ("seed", 2**63),
+        ("seed", -(2**63) - 1),
         ("stream", 1),
         ("cache_salt", 5),
         ("stop_token_ids", [-1]),
@@ -111,6 +116,45 @@ def test_chat_fields_that_are_not_served(field, neutral, other):
 def test_values_out_of_range_are_refused(field, value):
     error = refusal(completion, **{field: value})
     assert (error.status, error.param.split("[")[0]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", 2.1, "temperature: must be in [0, 2], got 2.1"),
+        ("temperature", float("nan"), "temperature: must be in [0, 2], got nan"),
+        ("top_p", 0, "top_p: must be in (0, 1], got 0"),
+        ("repetition_penalty", -1e-38, "repetition_penalty: must be in (0, inf), got -1e-38"),
+        ("presence_penalty", 3, "presence_penalty: must be in [-2, 2], got 3"),
+    ],
+)
+def test_refusal_names_field_range_and_value(field, value, message):
+    assert str(refusal(completion, **{field: value})) == message
+
+
+def test_refusal_of_one_bias_names_its_token_and_value():
+    error = str(refusal(completion, logit_bias={"5": 101}))
+    assert "logit_bias" in error
+    assert "100" in error
+    assert error.endswith("got 101")
+
+
+def test_extremes_that_vllm_accepts_are_accepted():
+    for fields in (
+        {"temperature": 0},
+        {"temperature": 5e-324},
+        {"temperature": 2},
+        {"top_p": 5e-324},
+        {"min_p": 1},
+        {"top_k": -1},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1.7e308},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"logit_bias": {"0": -100, "1": 100}},
+        {"seed": -(2**63)},
+        {"logprobs": 20},
+    ):
+        completion(**fields)
 
 
 def test_stop_is_a_string_or_a_list_without_empty_strings():

@@ -6,7 +6,9 @@ import difflib
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from pdlaunch.errors import RequestError
 
@@ -53,7 +55,7 @@ def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
     try:
         return kind.model_validate({name: value for name, value in given.items() if name not in kind.NEUTRAL})
     except ValidationError as error:
-        raise _request_error(error) from None
+        raise _request_error(kind, error) from None
 
 
 def _refuse_unserved(kind: type[RequestBody], name: str, value: object, public: bool) -> None:
@@ -77,9 +79,9 @@ def _same(value: object, neutral: object) -> bool:
     return type(value) is type(neutral) and value == neutral
 
 
-def _request_error(error: ValidationError) -> RequestError:
+def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestError:
     """The first finding of pydantic, with the path to the field as OpenAI writes it: ``messages[0].role``."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
@@ -87,4 +89,27 @@ def _request_error(error: ValidationError) -> RequestError:
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in _OUT_OF_RANGE:
+        name, *inside = first["loc"]
+        bounds = "" if inside else _bounds(kind.model_fields[str(name)])
+        message = f"{bounds or message}, got {str(first['input'])[:100]}"
     return RequestError(f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
+
+
+_OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"})
+
+
+def _bounds(field: FieldInfo) -> str:
+    """``must be in (0, 1]``; empty for a field without bounds."""
+    lower, upper = "", ""
+    for bound in field.metadata:
+        match bound:
+            case Ge(ge=value):
+                lower = f"[{value}"
+            case Gt(gt=value):
+                lower = f"({value}"
+            case Le(le=value):
+                upper = f"{value}]"
+            case Lt(lt=value):
+                upper = f"{value})"
+    return f"must be in {lower or '(-inf'}, {upper or 'inf)'}" if lower or upper else ""

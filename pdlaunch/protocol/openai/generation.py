@@ -16,8 +16,6 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1000
 
-_INT63 = 2**63 - 1
-
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
@@ -81,11 +79,11 @@ class GenerationRequest(RequestBody):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0, lt=2**31)
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
     min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=-_INT63, le=_INT63)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopStrings = []
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_CHOICES)
     include_stop_str_in_output: bool = False
