@@ -311,11 +311,12 @@ def memlock_low(context: Context) -> Iterator[Found]:
 def open_files_low(context: Context) -> Iterator[Found]:
     """Few files may be open.
 
-    Every request, pair of ranks and shared-memory segment takes descriptors. Beyond the limit connections are refused.
+    Every request, pair of ranks and shared-memory segment takes descriptors. Processes raise their soft limit to the hard
+    one, which is what counts. A router that has fewer than it needs serves fewer requests at a time.
     """
     limit = context.machine.limits.num_open_files
     ranks = [engine.num_ranks for engine in context.engines.values()]
-    needed = _FILES_OF_A_PROCESS + 2 * context.config.limits.max_queued_requests + _FILES_OF_A_PAIR * math.prod(ranks)
+    needed = _FILES_OF_A_PROCESS + 4 * context.config.limits.max_queued_requests + _FILES_OF_A_PAIR * math.prod(ranks)
     if limit not in (UNLIMITED, 0) and limit < needed:
         yield Found("limit nofile", f"{limit} files may be open, a process of this set-up can need {needed}")
 

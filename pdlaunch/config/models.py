@@ -174,6 +174,9 @@ class LimitSettings(FrozenModel):
 
     max_body_bytes: ByteSize = Field(parse_size("16MiB"), description="Longest body of an HTTP request.")
     max_queued_requests: int = Field(256, gt=0, description="Requests in flight at the router or an engine; then 429.")
+    max_connections: int = Field(
+        4096, gt=0, description="Open connections at the router or an engine; then idle ones give way to new ones."
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
 
 

@@ -55,13 +55,12 @@ def read_limits() -> Limits:
     """Raises ImportError on systems without resource limits."""
     import resource
 
-    def soft(kind: int) -> int:
-        limit = resource.getrlimit(kind)[0]
+    def known(limit: int) -> int:
         return UNLIMITED if limit == resource.RLIM_INFINITY else limit
 
     return Limits(
-        memlock_bytes=soft(resource.RLIMIT_MEMLOCK),
-        num_open_files=soft(resource.RLIMIT_NOFILE),
+        memlock_bytes=known(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        num_open_files=known(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),  # to which processes raise the soft one
         can_bind_to_device=can_bind_to_loopback(),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
@@ -14,11 +15,12 @@ import threading
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import LimitSettings
 from pdlaunch.protocol.sockets import LaunchKeys
 
 LISTEN_BACKLOG = 1024
 """Connections to the router that wait to be accepted, for as long as no router runs too."""
+MAX_OPEN_FILES = 65_536
+"""As many as any process here needs; some systems allow a billion, which slows down programs that walk over all."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,15 +35,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None
     max_body_bytes: int
     max_queued_requests: int
+    max_connections: int
     request_timeout_s: float
     drain_timeout_s: float
-
-    def limits(self) -> LimitSettings:
-        return LimitSettings(
-            max_body_bytes=self.max_body_bytes,
-            max_queued_requests=self.max_queued_requests,
-            request_timeout_s=self.request_timeout_s,
-        )
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +72,16 @@ def read_bootstrap() -> Bootstrap:
     line = sys.stdin.buffer.readline()
     bootstrap = msgspec.json.decode(line, type=Bootstrap)
     die_with_parent()
+    raise_open_files()
     return bootstrap
+
+
+def raise_open_files() -> None:
+    """Raise the soft limit of descriptors to the hard one: every connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def die_with_parent() -> None:

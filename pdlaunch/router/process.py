@@ -10,9 +10,11 @@ import socket
 import time
 from collections.abc import Sequence
 
+import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
@@ -26,8 +28,8 @@ from pdlaunch.router.pool import EnginePool
 
 logger = logging.getLogger(__name__)
 
-KEEPALIVE_S = 75.0
-"""For a client's idle connection."""
+READER_TIMEOUT_S = 20.0
+"""For a client that takes no byte of its answer."""
 SHUTDOWN_TIMEOUT_S = 1.0
 """For handlers to end when the router stops; draining comes before."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -67,18 +69,12 @@ class RouterProcess:
         return 0
 
     async def _serve(self, control: ControlClient) -> None:
-        spec = self._spec
+        spec = _fit(self._spec)
         client = EngineClient(self._bootstrap.keys.http_token, EngineTimeouts())
         metrics = RouterMetrics(spec.served_model_name)
         hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
         router = RouterApp(spec, hops)
-        runner = web.AppRunner(
-            router.app,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_S,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        )
+        runner = HttpRunner(router.app, max_connections=spec.max_connections, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
         try:
@@ -93,6 +89,7 @@ class RouterProcess:
             )
             await self._first_registry(hops)
             await listen(runner, spec.listeners)
+            runner.drop_stalled_readers(READER_TIMEOUT_S)
             control.send(Ready(info={"url": url}))
             await self._follow(control, hops, router)
         finally:
@@ -121,6 +118,15 @@ class RouterProcess:
                         self._draining.cancel()
                     await router.close()
                     return
+
+
+def _fit(spec: RouterSpec) -> RouterSpec:
+    """The limits that the descriptors of this process allow."""
+    requests = fit_requests(spec.max_queued_requests)
+    connections = fit_connections(spec.max_connections, num_forwarded=requests)
+    if (requests, connections) != (spec.max_queued_requests, spec.max_connections):
+        logger.warning("few descriptors (ulimit -n): at most %d requests and %d connections at a time", requests, connections)
+    return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
 
 
 async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:

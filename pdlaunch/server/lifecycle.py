@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import PdlaunchError, StartupError
+from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
@@ -44,6 +45,8 @@ from pdlaunch.server.served_model import load_served_model
 
 _log = logging.getLogger(__name__)
 
+READER_TIMEOUT_S = 60.0
+"""For who takes no byte of an answer; longer than a router's, which waits for its own client in turn."""
 SHUTDOWN_TIMEOUT_S = 1.0
 """Handlers that still run after Stop get this long; they were drained before."""
 
@@ -74,11 +77,10 @@ class ServerProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._inbox.put_nowait, Stop())
         token = None if _is_loopback(self._spec.http_host) else self._bootstrap.keys.http_token
-        runner = web.AppRunner(
+        runner = HttpRunner(
             make_app(self._service, token=token),
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            max_connections=fit_connections(self._spec.limits.max_connections),
+            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
         try:
             await runner.setup()
@@ -96,11 +98,12 @@ class ServerProcess:
             await runner.cleanup()
             self._control.close()
 
-    async def _bind(self, runner: web.AppRunner) -> str:
+    async def _bind(self, runner: HttpRunner) -> str:
         """Listen; returns the URL. Raises StartupError."""
         host, port = self._spec.http_host, self._spec.http_port
         try:
             await web.TCPSite(runner, host, port).start()
+            runner.drop_stalled_readers(READER_TIMEOUT_S)
         except OSError as error:
             raise StartupError(f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
         return _url(host, runner.addresses[0][1])

@@ -78,6 +78,7 @@ class LaunchBootstraps:
             api_key=None if config.api_key is None else config.api_key.get_secret_value(),
             max_body_bytes=config.limits.max_body_bytes,
             max_queued_requests=config.limits.max_queued_requests,
+            max_connections=config.limits.max_connections,
             request_timeout_s=config.limits.request_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )

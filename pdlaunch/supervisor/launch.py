@@ -18,6 +18,7 @@ from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.platform.facts import Machine
+from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.children import Children
@@ -107,6 +108,7 @@ def launch(
         hangs=HangLimits(config.hang_timeout_s, asleep_s=config.startup_timeout_s),
     )
     setup_logging("supervisor", config.log_level, file=log_dir / SUPERVISOR_LOG)
+    raise_open_files()
     keys = new_launch_keys()
     with keep(log_dir), new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")

@@ -275,7 +275,7 @@ CASES: dict[str, Case] = {
         [on(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",)))],
         [on(machine(limits=Limits(8 << 20, 65536))), on(machine(rdma_devices=("mlx5_0",)))],
     ),
-    "PD415": Case([on(machine(limits=Limits(-1, 256)))], [on(machine(limits=Limits(-1, 1024)))]),
+    "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 4096)))]),
     "PD416": Case([on(machine(shm=SharedMemory(64 << 20, 64 << 20)))], [on(machine(shm=SharedMemory(1 << 30, 1 << 30)))]),
     "PD417": Case([on(machine(shm=SharedMemory(GIB, GIB, ("ucx_shm_posix_1",))))], [on(CPU)]),
     "PD418": Case(

@@ -27,6 +27,7 @@ SPEC = RouterSpec(
     api_key=None,
     max_body_bytes=100_000,
     max_queued_requests=16,
+    max_connections=1000,
     request_timeout_s=20.0,
     drain_timeout_s=5.0,
 )

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from pdlaunch.http import connections
+from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
+from pdlaunch.process.bootstrap import raise_open_files
+
+REQUEST = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def healthy(http: web.Request) -> web.StreamResponse:
+    return web.Response(text="ok")
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    handler: Handler = healthy, *, max_connections: int = 100, idle_timeout_s: float = 60.0, reader_timeout_s: float = 60.0
+) -> AsyncIterator[int]:
+    app = web.Application()
+    app.add_routes([web.get("/health", healthy), web.get("/work", handler)])
+    runner = HttpRunner(app, max_connections=max_connections, shutdown_timeout_s=0.1, idle_timeout_s=idle_timeout_s)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    runner.drop_stalled_readers(reader_timeout_s)
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def connected(port: int, number: int) -> AsyncIterator[list[Connection]]:
+    made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(number)]
+    try:
+        yield made
+    finally:
+        for _, writer in made:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def ask(connection: Connection, request: bytes = REQUEST) -> int:
+    reader, writer = connection
+    writer.write(request)
+    return int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+
+
+async def num_open(connections: list[Connection]) -> int:
+    """Connections that the server has not closed."""
+    for reader, _ in connections:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            await asyncio.wait_for(reader.read(1), 0.01)
+    return sum(not reader.at_eof() and reader.exception() is None for reader, _ in connections)
+
+
+async def test_connections_that_say_nothing_or_half_a_header_are_closed() -> None:
+    async with serving(idle_timeout_s=0.2) as port, connected(port, 3) as (silent, half, kept):
+        half[1].write(REQUEST[:20])
+        assert await ask(kept) == 200
+        for reader, _ in (silent, half):
+            assert await reader.read() == b""
+        assert await kept[0].read() == b"ok"
+
+
+def test_all_that_is_half_spoken_ends_within_30_s() -> None:
+    assert connections.IDLE_TIMEOUT_S + connections.LINGERING_S <= 30
+
+
+async def test_idle_connections_give_way_to_new_ones() -> None:
+    async with serving(max_connections=8) as port, connected(port, 40) as idle, connected(port, 1) as (fresh,):
+        assert await ask(fresh) == 200
+        assert await num_open([*idle, fresh]) <= 8
+
+
+async def test_connections_at_work_do_not_give_way_and_who_finds_no_other_is_told() -> None:
+    go, all_work = asyncio.Event(), asyncio.Event()
+    working: list[web.Request] = []
+
+    async def work(http: web.Request) -> web.StreamResponse:
+        working.append(http)
+        if len(working) == 4:
+            all_work.set()
+        await go.wait()
+        return web.Response(text="done")
+
+    async with serving(work, max_connections=4) as port, connected(port, 4) as busy:
+        for _, writer in busy:
+            writer.write(REQUEST.replace(b"/health", b"/work"))
+        await all_work.wait()
+        async with connected(port, 3) as refused:
+            for reader, writer in refused:
+                writer.write(REQUEST)
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503")
+                assert b"Retry-After: 1" in head
+                assert json.loads(body)["error"]["code"] == "too_many_connections"
+        go.set()
+        for reader, _ in busy:
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+
+
+async def test_a_reader_that_does_not_read_loses_its_place() -> None:
+    gone = asyncio.Event()
+
+    async def stream(http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(http)
+        try:
+            while True:
+                await response.write(b"x" * 65536)
+        finally:
+            gone.set()
+
+    async with serving(stream, reader_timeout_s=0.5) as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", port))
+            client.sendall(REQUEST.replace(b"/health", b"/work"))
+            await gone.wait()
+
+
+def test_failures_to_accept_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    clock = [100.0]
+    handle = connections.AcceptErrors(lambda: clock[0])
+    loop = asyncio.new_event_loop()
+    error = OSError(24, "Too many open files")
+    with caplog.at_level(logging.ERROR):
+        for clock[0] in (100.0, 101.0, 159.0, 160.5, 161.0):
+            for _ in range(1000):
+                handle(loop, {"message": "socket.accept() out of system resource", "exception": error})
+        assert [record.message for record in caplog.records] == [
+            f"connections wait: {error}; this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files (ulimit -n)"
+        ] * 2
+        handle(loop, {"message": "something else"})
+        assert caplog.records[-1].message == "something else"
+    loop.close()
+
+
+SMALL_SERVER = """
+import asyncio, logging, resource, sys
+from aiohttp import web
+from pdlaunch.http.connections import HttpRunner
+logging.basicConfig(stream=sys.stderr)
+async def healthy(http):
+    return web.Response(text="ok")
+async def main():
+    app = web.Application()
+    app.add_routes([web.get("/health", healthy)])
+    runner = HttpRunner(app, max_connections=1000, shutdown_timeout_s=0.1, idle_timeout_s=2)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, backlog=200).start()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+asyncio.run(main())
+"""
+
+
+def test_a_server_without_descriptors_serves_again_and_logs_one_line() -> None:
+    """Its cap on connections does not help here: something else has taken the descriptors."""
+    command = [sys.executable, "-c", SMALL_SERVER]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=Path(__file__).parents[2]) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(REQUEST)
+            assert b"200 OK" in client.recv(1000)
+        for one in silent:
+            one.close()
+        _, log = server.communicate()
+    assert log.count("\n") == log.count("Too many open files") == 1
+
+
+def test_descriptors_are_shared_by_clients_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
+    num_requests = fit_requests(256)
+    num_connections = fit_connections(4096, num_forwarded=num_requests)
+    assert num_connections >= num_requests
+    assert num_connections + connections.UPSTREAM_CONNECTIONS * num_requests + connections.RESERVED_DESCRIPTORS <= 512
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (65536, 65536))
+    assert (fit_requests(256), fit_connections(4096, num_forwarded=256)) == (256, 4096)
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"), [((256, 4096), (4096, 4096)), ((1024, 1 << 30), (65536, 1 << 30)), ((90, 90), None)]
+)
+def test_the_soft_limit_of_descriptors_becomes_the_hard_one(
+    limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, new: told.append(new))
+    raise_open_files()
+    assert told == ([] if raised is None else [raised])
