@@ -33,11 +33,16 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors that it inherits: sockets that listen at the address, and belong to the supervisor."""
     served_model_name: str
     api_key: str | None
+    """Clients send it; it opens no command."""
     max_body_bytes: int
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float
     drain_timeout_s: float
+    admin_api_key: str | None = None
+    """Opens the commands over TCP; None: they are taken at the admin socket alone."""
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -14,12 +14,16 @@ from aiohttp import web
 from aiohttp.hdrs import METH_ANY
 
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.bearer import has_bearer
+from pdlaunch.http.guard import Guard
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.router.admin import Admin, Handler
+from pdlaunch.router.admin_socket import came_through_admin_socket
 from pdlaunch.router.admission import Admission
 from pdlaunch.router.answers import ClientStream, EventStream, StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import CHAT, COMPLETIONS, ClientRequest, Endpoint, read_client_request
@@ -45,8 +49,8 @@ MAX_ENGINE_ID_LENGTH = 160
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
 _TRACESTATE_HEADER = "tracestate"
 
-Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
-"""Of a request and its id."""
+KeyCheck = Callable[[web.Request], None]
+"""Raises RequestError for a request without the key."""
 
 
 class RouterApp:
@@ -59,9 +63,11 @@ class RouterApp:
         self.admission = Admission(spec.max_queued_requests)
         self._deadline = Deadline(spec.request_timeout_s)
         self._repeats = Repeats()
+        self._guard = Guard(spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
         self.app = web.Application(
             client_max_size=spec.max_body_bytes,
         )
+        self.app.on_response_prepare.append(self._guard.add_cors_headers)
         self._route("POST", COMPLETIONS.path, self._completions)
         self._route("POST", CHAT.path, self._chat_completions)
         self._route("GET", "/v1/models", self._models)
@@ -71,7 +77,9 @@ class RouterApp:
         self._route("GET", "/health", self._health)
         self._route("GET", "/metrics", self._metrics)
         self._route("GET", "/pdlaunch/status", self._status)
-        self.app.router.add_route("*", "/{path:.*}", partial(self._at_the_door, self._unknown))
+        for method, path, handler in Admin(hops).routes():
+            self._route(method, path, handler, check_key=self._check_admin_key)
+        self._route("*", "/{path:.*}", self._unknown)
 
     async def close(self) -> None:
         """End every running request with an error, and wait ``CLOSE_TIMEOUT_S`` at most for the last to be told."""
@@ -79,20 +87,30 @@ class RouterApp:
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
             logger.warning("%d requests could not be told that the router leaves", self.admission.in_flight)
 
-    def _route(self, method: str, path: str, handler: Handler) -> None:
-        """What answers GET answers HEAD too."""
-        add = self.app.router.add_get if method == "GET" else self.app.router.add_post
-        add(path, partial(self._at_the_door, handler))
+    def _route(self, method: str, path: str, handler: Handler, *, check_key: KeyCheck | None = None) -> None:
+        """Add a route behind the door, by default that of the clients. What answers GET answers HEAD too."""
+        at_the_door = partial(self._at_the_door, handler, check_key or self._check_key)
+        if method == "GET":
+            self.app.router.add_get(path, at_the_door)
+        else:
+            self.app.router.add_route(method, path, at_the_door)
 
-    async def _at_the_door(self, handler: Handler, request: web.Request) -> web.StreamResponse:
-        """Give every request its id, ask for the key, and turn every error into one of the OpenAI form."""
+    async def _at_the_door(self, handler: Handler, check_key: KeyCheck, request: web.Request) -> web.StreamResponse:
+        """Give every request its id, ask for the key, and turn every error into one of the OpenAI form.
+
+        Whoever can open the admin socket needs no key, and is no web page.
+        """
         request_id = _request_id(request)
         with request_logging(request_id):
             try:
                 # The id of a refused request is a new one, as the client's cannot be sent back.
                 read_request_id(request.headers.get(REQUEST_ID_HEADER))
-                self._check_key(request)
-                response = await handler(request, request_id)
+                answer = None
+                if not came_through_admin_socket(request):
+                    answer = self._guard.admit(request)
+                    if answer is None:
+                        check_key(request)
+                response = answer or await handler(request, request_id)
             except asyncio.CancelledError:
                 self._hops.metrics.requests.failed(CLIENT_CLOSED_REQUEST)
                 raise
@@ -110,9 +128,18 @@ class RouterApp:
         key = self._spec.api_key
         if key is None or request.path in _OPEN_PATHS:
             return
-        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        if not secrets.compare_digest(given, f"Bearer {key}".encode()):
+        if not has_bearer(request, [key]):
             raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
+
+    def _check_admin_key(self, request: web.Request) -> None:
+        key = self._spec.admin_api_key
+        if key is None:
+            message = (
+                "commands are taken at the launch's admin socket alone (pdlaunch sleep finds it); set admin_api_key to open this"
+            )
+            raise RequestError(message, status=403, code="admin_api_key_unset")
+        if not has_bearer(request, [key]):
+            raise RequestError("the admin API key is missing or wrong", status=401, code="invalid_admin_api_key")
 
     async def _unknown(self, request: web.Request, request_id: str) -> web.StreamResponse:
         allowed: set[str] = set()

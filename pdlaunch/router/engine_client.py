@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
 from pdlaunch.protocol.openai.sse import DONE_DATA, EventDecoder
@@ -102,6 +103,26 @@ class EngineClient:
         finally:
             # Closing, not releasing: an unfinished answer must not go back into the pool of connections.
             response.close()
+
+    async def call(
+        self,
+        engine: Engine,
+        method: str,
+        path: str,
+        query: Sequence[tuple[str, str]] = (),
+        body: bytes = b"",
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, bytes, str]:
+        """Status, body and content type of any call. Raises EngineFailure when there is no answer."""
+        url = URL(engine.url).with_path(path).with_query(list(query))
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_s, connect=self._timeouts.connect_s)
+            async with self._session.request(method, url, data=body or None, headers=headers, timeout=timeout) as response:
+                return response.status, await response.read(), response.headers.get("Content-Type", response.content_type)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise _broken(engine, error) from error
 
     async def release(self, engine: Engine, request_id: str) -> None:
         """End the lease of a request that nobody will pull; errors are logged, the lease ends by itself."""
@@ -241,7 +262,7 @@ def _discard_result(task: asyncio.Task[Any]) -> None:
         task.result().close()
 
 
-def _broken(engine: Engine, error: aiohttp.ClientError | TimeoutError) -> EngineFailure:
+def _broken(engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError) -> EngineFailure:
     unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     return EngineFailure(engine, repr(error), turned_away=unheard)
 

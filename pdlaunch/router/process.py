@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from aiohttp import web
@@ -18,8 +19,10 @@ from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.hops import Hops, RecoverySettings
@@ -88,6 +91,7 @@ class RouterProcess:
                 )
             )
             await self._first_registry(hops)
+            await self._take_commands(runner, url)
             await listen(runner, spec.listeners)
             runner.drop_stalled_readers(READER_TIMEOUT_S)
             control.send(Ready(info={"url": url}))
@@ -104,6 +108,12 @@ class RouterProcess:
                 hops.update(registry)
             case _:
                 self._inbox.put_nowait(message)
+
+    async def _take_commands(self, runner: web.AppRunner, url: str) -> None:
+        """Listen at the launch's admin socket, and leave the card by which commands find it."""
+        run_dir = Path(self._bootstrap.run_dir)
+        await listen_at_admin_socket(runner, run_dir / ADMIN_SOCKET)
+        LaunchCard(launch_id=self._bootstrap.launch_id, url=url, supervisor_pid=os.getppid()).write(run_dir)
 
     async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp) -> None:
         """Do what the supervisor says until it says Stop; draining does not hold up the registry."""

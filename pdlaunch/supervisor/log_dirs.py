@@ -13,7 +13,7 @@ from pathlib import Path
 from pdlaunch.config.aliases import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.supervisor.file_lock import is_locked, take_lock
+from pdlaunch.process.file_lock import is_locked, take_lock
 
 KEPT_LAUNCHES = 20
 """Folders of the cache that stay, the new one included; those of running launches stay beyond that."""

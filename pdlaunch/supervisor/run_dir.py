@@ -1,4 +1,4 @@
-"""The folder of a launch for sockets and rendezvous files, and what dead launches have left of theirs."""
+"""Makes the folder of a launch, and removes what dead launches have left of theirs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdlaunch.supervisor.file_lock import is_locked, take_lock
+from pdlaunch.process.file_lock import is_locked, take_lock
+from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, own_run_dirs
 
-PREFIX = "pdlaunch-run-"
-MAX_PATH_BYTES = 107
-"""Of a Unix socket's path on Linux."""
-
-_SOCKET_NAME_BYTES = 60
-"""What is kept free for the names of sockets inside."""
-_LOCK = "lock"
 _NEW_FOR_S = 60.0
 
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
     """A fresh folder, mode 0700, removed at the end. A lock in it, which dies with this process, says that it is in use."""
-    base = base or _base()
+    base = base or base_dir()
     remove_stale_run_dirs(base)
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         take_lock(lock)
         yield run_dir
@@ -39,28 +33,15 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:
     """Remove this user's folders whose launch is dead; returns them."""
-    stale = [path for path in base.glob(f"{PREFIX}*") if _is_ours(path) and _is_stale(path)]
+    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return stale
 
 
-def _base() -> Path:
-    """The folder for temporary files, unless it is so deep that sockets in it would have too long a path."""
-    base = Path(tempfile.gettempdir())
-    longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
-    return base if longest <= MAX_PATH_BYTES else Path("/tmp")
-
-
-def _is_ours(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
-    return False
-
-
 def _is_stale(path: Path) -> bool:
     try:
-        return not is_locked(path / _LOCK)
+        return not is_locked(path / LOCK)
     except FileNotFoundError:
         # Its launch died, or is just about to make the lock.
         with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.observe.metrics import render_metrics
-from pdlaunch.protocol.control import Address, Capabilities, Entry, Role
+from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Role
 from pdlaunch.server.metrics import ServerMetrics
 
 EOS = 0
@@ -69,6 +69,8 @@ class FakeEngine:
         self.seen: list[Seen] = []
         self.leases: dict[str, Any] = {}
         self.released: list[str] = []
+        self.commands: list[tuple[str, str, str]] = []
+        self.sleeping = False
         self.release_event = asyncio.Event()
         self.num_aborted = 0
         self.aborted = asyncio.Event()
@@ -109,6 +111,10 @@ class FakeEngine:
                 web.get("/metrics", self._metrics),
                 web.post("/pdlaunch/release", self._release),
                 web.post("/tokenize", self._tokenize),
+                web.post("/sleep", self._fall_asleep),
+                web.post("/wake_up", self._wake_up),
+                web.get("/is_sleeping", self._is_sleeping),
+                web.get("/pdlaunch/integrity", self._integrity),
             ]
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -127,7 +133,7 @@ class FakeEngine:
             self._runner = None
 
     def entries(self, *, ready: bool = True) -> list[Entry]:
-        state = "ready" if ready else "starting"
+        state: ListedState = "sleeping" if self.sleeping else "ready" if ready else "starting"
         server = Entry(
             name=self.name,
             kind="server",
@@ -152,6 +158,24 @@ class FakeEngine:
             state=state,
         )
         return [server, rank]
+
+    async def _fall_asleep(self, request: web.Request) -> web.Response:
+        self.commands.append((self.name, request.path_qs, request.headers["Authorization"]))
+        if self.status is not None:
+            return web.Response(status=self.status, body=self.error_body, content_type="application/json")
+        self.sleeping = True
+        return web.json_response({"is_sleeping": True, "sleeping_tags": ["weights", "kv_cache"], "num_bytes": 7})
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        self.commands.append((self.name, request.path_qs, request.headers["Authorization"]))
+        self.sleeping = False
+        return web.json_response({"is_sleeping": False, "sleeping_tags": [], "num_bytes": 7})
+
+    async def _is_sleeping(self, request: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": self.sleeping, "sleeping_tags": [], "num_bytes": 0})
+
+    async def _integrity(self, request: web.Request) -> web.Response:
+        return web.json_response({"ok": self.healthy, "error": None if self.healthy else "made up", "stats": {"num_blocks": 5}})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

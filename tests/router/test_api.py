@@ -14,6 +14,8 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import expected_tokens, text_of, until
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, completion, expected_text
 
+JSON = {"Content-Type": "application/json"}
+
 
 @pytest.mark.parametrize(
     ("fields", "param"),
@@ -50,7 +52,7 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(stand: Stand, fi
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000])
 async def test_a_body_that_is_no_object_is_400(stand: Stand, raw: bytes) -> None:
     await stand.start(pair())
-    async with stand.session.post("/v1/completions", data=raw) as response:
+    async with stand.session.post("/v1/completions", data=raw, headers=JSON) as response:
         assert response.status == 400
         assert (await response.json())["error"]["code"] == "invalid_json"
 
@@ -64,7 +66,7 @@ async def test_a_large_body_is_413(stand: Stand, chunked: bool) -> None:
         for start in range(0, len(raw), 10_000):
             yield raw[start : start + 10_000]
 
-    async with stand.session.post("/v1/completions", data=pieces() if chunked else raw) as response:
+    async with stand.session.post("/v1/completions", data=pieces() if chunked else raw, headers=JSON) as response:
         assert response.status == 413
         assert (await response.json())["error"]["code"] == "body_too_large"
 

@@ -14,11 +14,13 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
 
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
 
 async def send(stand: Stand, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", stand.port, limit=2**10)
     raw = json.dumps(body).encode()
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+    writer.write(HEAD % len(raw) + raw)
     await writer.drain()
     return reader, writer
 
@@ -111,7 +113,7 @@ async def test_a_client_that_does_not_read_is_left_in_the_end(stand: Stand) -> N
 async def test_with_half_a_body(stand: Stand) -> None:
     await stand.start(pair())
     _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    writer.write(HEAD % 100 + b"{")
     await writer.drain()
     writer.close()
     assert (await stand.post(completion())).status == 200

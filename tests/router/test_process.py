@@ -40,6 +40,7 @@ from tests.router.test_life_of_a_request import completion, expected_text
 MAX_RESIDENT_BYTES = 90 * 1024**2
 """The promise of the project for a router."""
 TIMEOUT_MS = 20_000
+JSON = {"Content-Type": "application/json"}
 
 
 class Supervisor:
@@ -113,7 +114,7 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
 def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=20) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=JSON), timeout=20) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:

@@ -5,7 +5,8 @@ import stat
 import time
 from pathlib import Path
 
-from pdlaunch.supervisor.run_dir import PREFIX, new_run_dir, remove_stale_run_dirs
+from pdlaunch.process.run_dirs import PREFIX
+from pdlaunch.supervisor.run_dir import new_run_dir, remove_stale_run_dirs
 
 
 def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""The folders of running launches: what each is called, what lies in it, and how a launch of this user is found.
+
+::
+
+    pdlaunch-run-XXXXXXXX/   mode 0700, made by the supervisor
+      lock                   held for as long as the launch lives
+      control                socket of the supervisor (ZMQ)
+      admin.sock             mode 0600; the router takes commands here (HTTP)
+      launch.json            a LaunchCard, written by the router when it listens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from pdlaunch.process.file_lock import is_locked
+
+PREFIX = "pdlaunch-run-"
+LOCK = "lock"
+ADMIN_SOCKET = "admin.sock"
+MAX_PATH_BYTES = 107
+"""Of a Unix socket's path on Linux."""
+
+_CARD = "launch.json"
+_SOCKET_NAME_BYTES = 60
+"""What is kept free for the names of sockets inside."""
+
+
+class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells the launches of a user apart."""
+
+    launch_id: str
+    url: str
+    """Of the router, as processes on this host reach it."""
+    supervisor_pid: int
+
+    def write(self, run_dir: Path) -> None:
+        """Leave the card in the launch's folder, whole or not at all."""
+        new = run_dir / f"{_CARD}.{os.getpid()}"
+        new.write_bytes(msgspec.json.encode(self))
+        new.replace(run_dir / _CARD)
+
+
+class RunningLaunch(msgspec.Struct, frozen=True):
+    """A launch of this user that lives."""
+
+    run_dir: Path
+    card: LaunchCard
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.run_dir / ADMIN_SOCKET
+
+
+def base_dir() -> Path:
+    """The folder for temporary files, unless it is so deep that sockets in it would have too long a path."""
+    base = Path(tempfile.gettempdir())
+    longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
+    return base if longest <= MAX_PATH_BYTES else Path("/tmp")
+
+
+def own_run_dirs(base: Path) -> list[Path]:
+    """This user's folders in ``base``, of launches that live and of dead ones; links are left out."""
+    return sorted(path for path in base.glob(f"{PREFIX}*") if _is_ours(path))
+
+
+def running_launches(base: Path | None = None) -> list[RunningLaunch]:
+    """Launches of this user whose router has listened."""
+    found = []
+    for run_dir in own_run_dirs(base or base_dir()):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            if is_locked(run_dir / LOCK):
+                found.append(RunningLaunch(run_dir, msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard)))
+    return found
+
+
+def _is_ours(path: Path) -> bool:
+    """Others may make folders of this name too, to be sent the commands."""
+    with contextlib.suppress(OSError):
+        return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
+    return False

@@ -1,0 +1,141 @@
+"""What may command a launch or look inside its engines: a table of routes that the clients' key does not open.
+
+They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``, where one is set. The engines
+are asked with the launch's own token. ``engine=NAME``, repeated, chooses engines; without it: all that were not given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.control import Role
+from pdlaunch.protocol.openai.errors import error_body
+from pdlaunch.router.engine_client import EngineFailure
+from pdlaunch.router.hops import Hops
+from pdlaunch.router.pool import Engine
+
+AWAKE_TIMEOUT_S = 10.0
+"""For the registry to say what an engine has just said itself."""
+INTEGRITY_TIMEOUT_S = 40.0
+"""Longer than an engine waits for its rank."""
+
+Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
+"""Of a request and its id."""
+Query = Sequence[tuple[str, str]]
+
+
+class AdminRoute(NamedTuple):
+    """One row of the table. ``method``: ``*`` for all."""
+
+    method: str
+    path: str
+    handler: Handler
+
+
+class Outcome(NamedTuple):
+    """What one engine answered."""
+
+    engine: str
+    status: int
+    answer: dict[str, Any]
+
+
+class Admin:
+    """The commands of one router."""
+
+    def __init__(self, hops: Hops) -> None:
+        self._hops = hops
+
+    def routes(self) -> list[AdminRoute]:
+        """All of them; whoever adds a command adds a row."""
+        return [
+            AdminRoute("POST", "/sleep", self._sleep),
+            AdminRoute("POST", "/wake_up", self._wake_up),
+            AdminRoute("GET", "/is_sleeping", self._is_sleeping),
+            AdminRoute("GET", "/pdlaunch/integrity", self._integrity),
+            AdminRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
+        ]
+
+    async def _sleep(self, http: web.Request, request_id: str) -> web.Response:
+        """Prefill engines first: what they hold for decode engines is fetched while those are awake."""
+        return _together([await self._post(engine, http) for engine in self._chosen(http, first="prefill")])
+
+    async def _wake_up(self, http: web.Request, request_id: str) -> web.Response:
+        """Decode engines first: they shake hands with prefill engines as these come back."""
+        outcomes = [await self._post(engine, http) for engine in self._chosen(http, first="decode")]
+        await self._see_awake({outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False})
+        return _together(outcomes)
+
+    async def _is_sleeping(self, http: web.Request, request_id: str) -> web.Response:
+        outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
+        return _together(outcomes, is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes))
+
+    async def _integrity(self, http: web.Request, request_id: str) -> web.Response:
+        """Who owns each KV block of each engine; an engine that cannot be asked is not ok."""
+        outcomes = [
+            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S) for engine in self._chosen(http)
+        ]
+        return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
+
+    async def _one_engine(self, http: web.Request, request_id: str) -> web.Response:
+        """Any call to one engine, its answer as it is once it is whole."""
+        (engine,) = self._named([http.match_info["engine"]])
+        path = f"/{http.match_info['path']}"
+        headers = {REQUEST_ID_HEADER: request_id}
+        status, body, content_type = await self._hops.client.call(
+            engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
+        )
+        return web.Response(status=status, body=body, headers={"Content-Type": content_type})
+
+    async def _post(self, engine: Engine, http: web.Request) -> Outcome:
+        query = [(name, value) for name, value in http.query.items() if name != "engine"]
+        return await self._ask(engine, "POST", http.path, query)
+
+    async def _ask(self, engine: Engine, method: str, path: str, query: Query = (), *, timeout_s: float | None = None) -> Outcome:
+        try:
+            status, body, _ = await self._hops.client.call(engine, method, path, query, timeout_s=timeout_s)
+            answer = msgspec.json.decode(body, type=dict[str, Any])
+        except (EngineFailure, msgspec.DecodeError) as error:
+            failure = OverloadedError(str(error), status=503, code="engine_failed")
+            return Outcome(engine.name, failure.status, error_body(failure))
+        return Outcome(engine.name, status, answer)
+
+    def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
+        """The engines that the query names, those of role ``first`` at first. Raises RequestError."""
+        names = http.query.getall("engine", [])
+        engines = self._named(names) if names else [e for e in self._hops.pool.engines if e.state != "failed"]
+        return sorted(engines, key=lambda engine: (engine.role != first, engine.name))
+
+    def _named(self, names: Iterable[str]) -> list[Engine]:
+        known = {engine.name: engine for engine in self._hops.pool.engines}
+        if unknown := [name for name in names if name not in known]:
+            there = ", ".join(known) or "none yet"
+            raise RequestError(
+                f"there is no engine {unknown[0][:100]}; there are: {there}", param="engine", status=404, code="engine_not_found"
+            )
+        return [known[name] for name in dict.fromkeys(names)]
+
+    async def _see_awake(self, names: set[str]) -> None:
+        """Wait until the registry says so too: requests that follow shall find these engines. Raises OverloadedError."""
+        until_s = self._hops.now_s() + AWAKE_TIMEOUT_S
+        while any(engine.name in names and engine.state == "sleeping" for engine in self._hops.pool.engines):
+            left_s = until_s - self._hops.now_s()
+            if left_s <= 0:
+                raise OverloadedError("the engines are awake, but not yet in the registry", status=503, code="not_listed_yet")
+            await self._hops.registry_change(left_s)
+
+
+def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
+    """One answer of all engines, with the status and the error of the first that failed."""
+    failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
+    body = fields | {"engines": [{"engine": outcome.engine, **outcome.answer} for outcome in outcomes]}
+    if failed is not None:
+        body["error"] = failed.answer.get("error")
+    status = 200 if failed is None else failed.status
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")

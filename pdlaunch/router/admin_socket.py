@@ -1,0 +1,34 @@
+"""The Unix socket on which the router takes commands: who can open it is who may command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from aiohttp import web
+
+BACKLOG = 32
+
+
+async def listen_at_admin_socket(runner: web.AppRunner, path: Path) -> None:
+    """Listen at ``path``. Raises OSError."""
+    await web.SockSite(runner, _bind(path), backlog=BACKLOG).start()
+
+
+def _bind(path: Path) -> socket.socket:
+    """A socket of mode 0600 from its first moment on, in place of what an earlier router has left there."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Linux gives the file the mode of the socket, less the umask.
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(str(path))
+    return listener
+
+
+def came_through_admin_socket(http: web.Request) -> bool:
+    """Tell whether the request's connection is one of the admin socket."""
+    connection = None if http.transport is None else http.transport.get_extra_info("socket")
+    return connection is not None and connection.family == socket.AF_UNIX
