@@ -16,7 +16,7 @@ ProcessKind = Literal["router", "server", "rank"]
 
 
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
-"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is not started again."""
+"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is left alone for a while."""
 
 
 class Address(Message, tag=False):
@@ -61,6 +61,8 @@ class Entry(Message, tag=False):
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
+    reason: str = ""
+    """Why it is ``failed``, and what comes next; for people."""
 
 
 class Register(Message):
@@ -136,7 +138,16 @@ class SleepState(Message):
     state: Literal["awake", "draining", "sleeping"]
 
 
-ToSupervisor = Register | Progress | Ready | Alive | PairReady | PairFailed | Failed | Drained | SleepState
+class Restart(Message):
+    """The router asks, for somebody who may: start an engine anew. It is answered with Restarting."""
+
+    question: int
+    """Comes back with the answer."""
+    name: str
+    """Of the engine, or of one of its processes."""
+
+
+ToSupervisor = Register | Progress | Ready | Alive | PairReady | PairFailed | Failed | Drained | SleepState | Restart
 
 
 class Registry(Message):
@@ -160,7 +171,17 @@ class Stop(Message):
     """Exit now and cleanly."""
 
 
-FromSupervisor = Registry | Drain | Stop
+class Restarting(Message):
+    """Answer to Restart: it has begun, or ``error`` says why not."""
+
+    question: int
+    engine: str = ""
+    incarnation: int = 0
+    """Of the server that is replaced."""
+    error: str = ""
+
+
+FromSupervisor = Registry | Drain | Stop | Restarting
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

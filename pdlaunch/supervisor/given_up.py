@@ -1,25 +1,66 @@
-"""Engines that died too often to be started again."""
+"""Engines that died too often: they are left alone for a while, more and more slowly tried again.
+
+::
+
+    serves ── too many quick deaths ──▶ given up ── after a minute, two, four ... ──▶ on trial ── ready ──▶ serves
+                                           ▲─────────────── one quick death ────────────┘◀───────────────────┘
+
+The count of waits begins anew once an engine has served for long enough.
+"""
 
 from __future__ import annotations
+
+import math
 
 from pdlaunch.config.models import Role
 from pdlaunch.supervisor.instance import Instance
 from pdlaunch.supervisor.plan import ROLES, Plan
+from pdlaunch.supervisor.restarts import RestartPolicy
 
 
 class GivenUp:
-    """Which engines of a launch are given up, and why; ``in`` asks for an engine."""
+    """Which engines of a launch do not serve, why, and when they are tried again; ``in`` asks for one that is not on trial."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, policy: RestartPolicy) -> None:
         self._engines = {role: plan.engines(role) for role in ROLES}
+        self._policy = policy
         self._why: dict[str, str] = {}
+        """Of engines that are given up or on trial."""
+        self._retry_at_s: dict[str, float] = {}
+        self._num_times: dict[str, int] = {}
+        """In a row, without long service between."""
 
     def __contains__(self, engine: str) -> bool:
-        return engine in self._why
+        return engine in self._retry_at_s
 
-    def add(self, cause: Instance, summary: str) -> None:
-        """``cause``: the process whose deaths were too many."""
-        self._why[cause.spec.engine] = summary + (f": {cause.error}" if cause.error else "")
+    @property
+    def due_s(self) -> float:
+        """When the next engine is to be tried again."""
+        return min(self._retry_at_s.values(), default=math.inf)
+
+    def due(self, now_s: float) -> list[str]:
+        return [engine for engine, at_s in self._retry_at_s.items() if now_s >= at_s]
+
+    def add(self, cause: Instance, summary: str, now_s: float) -> float:
+        """Returns how long it is left alone. ``cause``: the process whose deaths were too many."""
+        engine = cause.spec.engine
+        self._why[engine] = summary + (f": {cause.error}" if cause.error else "")
+        self._num_times[engine] = self._num_times.get(engine, 0) + 1
+        delay_s = self._policy.retry_delay_s(self._num_times[engine])
+        self._retry_at_s[engine] = now_s + delay_s
+        return delay_s
+
+    def try_again(self, engine: str) -> None:
+        """It is being started; until it serves it counts for nothing."""
+        del self._retry_at_s[engine]
+
+    def serves(self, engine: str) -> None:
+        """All of its processes are ready."""
+        self._why.pop(engine, None)
+
+    def served_long(self, engine: str) -> None:
+        """Begin the count of waits anew."""
+        self._num_times.pop(engine, None)
 
     def left_of(self, role: Role | None) -> list[str]:
         """The other engines of a role; the router has none."""

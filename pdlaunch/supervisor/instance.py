@@ -26,6 +26,8 @@ class Instance:
     """What it said before it died, else how it died."""
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     """What it last said of itself; only of a process that is ready."""
+    given_up_for: str = ""
+    """Why its engine was given up, when it was last, and when it is tried again."""
     heard_at_s: float = 0.0
     """When its loop last turned, as far as is known."""
     stalled: bool = False
@@ -69,6 +71,7 @@ class Instance:
             address=said.address,
             capabilities=said.capabilities,
             state=self._listed_state(),
+            reason=self.given_up_for if self._is_given_up_server() else "",
         )
 
     def _listed_state(self) -> ListedState:

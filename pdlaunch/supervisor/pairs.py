@@ -16,6 +16,7 @@ class PairBook:
     def __init__(self, plan: Plan) -> None:
         self._engine_of = {rank.name: rank.engine for rank in plan.ranks("prefill")}
         self._due = [(rank.name, engine) for rank in plan.ranks("decode") for engine in plan.engines("prefill")]
+        self._given_up: set[str] = set()
         self._proven: dict[tuple[str, str], PairReady] = {}
         self._errors: dict[tuple[str, str], str] = {}
 
@@ -32,15 +33,19 @@ class PairBook:
             del self._proven[pair]
 
     def give_up(self, engine: str) -> None:
-        """No pair of this engine is due any more."""
-        self._due = [(local, peer) for local, peer in self._due if engine not in (local.partition("/")[0], peer)]
+        """No pair of this engine is due, until it is tried again."""
+        self._given_up.add(engine)
+
+    def try_again(self, engine: str) -> None:
+        self._given_up.discard(engine)
 
     def proven(self) -> list[PairReady]:
         return list(self._proven.values())
 
     def missing(self) -> list[str]:
         """The pairs that are due, each in words with the last error."""
-        return [self._describe(local, engine) for local, engine in self._due if not self._is_connected(local, engine)]
+        due = [(rank, engine) for rank, engine in self._due if self._given_up.isdisjoint((rank.partition("/")[0], engine))]
+        return [self._describe(rank, engine) for rank, engine in due if not self._is_connected(rank, engine)]
 
     def _is_connected(self, local: str, engine: str) -> bool:
         pairs = self._pairs(local, engine)

@@ -16,13 +16,13 @@ class ProcessState(StrEnum):
     DRAINING = "draining"
     """Takes no new work, finishes what runs."""
     EXITED = "exited"
-    """Ended because it was asked to, or a conversion that is done."""
+    """Ended because it was asked to, perhaps to be started anew; or a conversion that is done."""
     FAILED = "failed"
     """Ended by itself, or killed by a stranger."""
     BACKING_OFF = "backing-off"
     """Waits to be started under the next incarnation."""
     GIVEN_UP = "given-up"
-    """Its engine died too often: it is not started again."""
+    """Its engine died too often: it is left alone for a while."""
 
 
 TRANSITIONS: dict[ProcessState, frozenset[ProcessState]] = {
@@ -31,10 +31,10 @@ TRANSITIONS: dict[ProcessState, frozenset[ProcessState]] = {
     ProcessState.STARTING: frozenset({ProcessState.READY, ProcessState.EXITED, ProcessState.FAILED}),
     ProcessState.READY: frozenset({ProcessState.DRAINING, ProcessState.EXITED, ProcessState.FAILED}),
     ProcessState.DRAINING: frozenset({ProcessState.EXITED, ProcessState.FAILED}),
-    ProcessState.FAILED: frozenset({ProcessState.BACKING_OFF, ProcessState.GIVEN_UP}),
+    ProcessState.FAILED: frozenset({ProcessState.BACKING_OFF, ProcessState.GIVEN_UP, ProcessState.STARTING}),
     ProcessState.BACKING_OFF: frozenset({ProcessState.STARTING, ProcessState.EXITED, ProcessState.GIVEN_UP}),
-    ProcessState.GIVEN_UP: frozenset(),
-    ProcessState.EXITED: frozenset(),
+    ProcessState.GIVEN_UP: frozenset({ProcessState.STARTING}),
+    ProcessState.EXITED: frozenset({ProcessState.STARTING}),
 }
 
 ALIVE = frozenset({ProcessState.CONVERTING, ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING})

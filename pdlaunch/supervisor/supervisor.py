@@ -21,9 +21,12 @@ from pdlaunch.protocol.control import (
     Progress,
     Ready,
     Register,
+    Restart,
+    Restarting,
     SleepState,
     ToSupervisor,
 )
+from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.given_up import GivenUp
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
@@ -84,7 +87,8 @@ class Supervisor:
         self._instances = {m.name: m for unit in (*self._conversions, *self._units) for m in unit.members}
         self._registry = RegistryBook()
         self._pairs = PairBook(plan)
-        self._given_up = GivenUp(plan)
+        self._given_up = GivenUp(plan, timing.restarts)
+        self._restarts = EngineRestarts(host, timing.grace, clock, self._spawn)
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = Phase.PREPARING
         self._start_deadline_s = 0.0
@@ -136,6 +140,9 @@ class Supervisor:
         elif self._phase is Phase.READY:
             for instance in self._hangs.look(self._instances.values()):
                 self._on_hang(instance)
+            for engine in self._given_up.due(self._clock()):
+                self._try_again(engine)
+            self._restarts.tick()
             for unit in self._units:
                 self._tick_unit(unit)
         elif self._clock() >= self._start_deadline_s:
@@ -149,7 +156,7 @@ class Supervisor:
         if self._phase is not Phase.READY:
             return self._start_deadline_s
         due = [time_s for unit in self._units for time_s in (unit.deadline_s, unit.respawn_at_s) if time_s is not None]
-        return min([*due, self._hangs.due_s, self._clock() + 60.0])
+        return min([*due, self._hangs.due_s, self._given_up.due_s, self._restarts.due_s, self._clock() + 60.0])
 
     def status(self) -> LaunchStatus:
         router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
@@ -226,6 +233,10 @@ class Supervisor:
             case Drained():
                 if self._shutdown is not None:
                     self._shutdown.drained(name)
+                else:
+                    self._restarts.drained(instance)
+            case Restart():
+                self._host.send(name, self._on_restart(message))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
         if message.name != instance.name or message.incarnation != instance.incarnation or not instance.alive:
@@ -245,6 +256,8 @@ class Supervisor:
             unit.deadline_s = None
             if unit.incarnation > 1:
                 self._note(f"{unit.name} is ready again (incarnation {unit.incarnation})")
+            if all(other.ready for other in self._units_of(unit.engine)):
+                self._given_up.serves(unit.engine)
 
     def _on_failed(self, instance: Instance, error: str) -> None:
         instance.error = error
@@ -277,6 +290,9 @@ class Supervisor:
             return
         if self._shutdown is not None:
             instance.move(ProcessState.EXITED)
+        elif instance.spec.engine in self._restarts:
+            self._pairs.forget(instance.name)
+            self._restarts.exited(instance)
         elif instance.spec.kind == "convert" and event.returncode == 0:
             self._on_converted(instance)
         else:
@@ -329,7 +345,11 @@ class Supervisor:
         now_s = self._clock()
         worked_until_s = cause.heard_at_s if cause.stalled else now_s
         ready_for_s = None if unit.ready_since_s is None else worked_until_s - unit.ready_since_s
-        unit.num_quick_deaths = unit.num_quick_deaths + 1 if policy.is_quick(ready_for_s) else 1
+        if policy.is_quick(ready_for_s):
+            unit.num_quick_deaths += 1
+        else:
+            unit.num_quick_deaths = 1
+            self._given_up.served_long(unit.engine)
         unit.deadline_s = None
         delay_s = policy.delay_s(unit.num_quick_deaths)
         if delay_s is None:
@@ -341,17 +361,24 @@ class Supervisor:
         self._note(f"{unit.name} starts again in {delay_s:g} s")
 
     def _give_up(self, unit: Unit, cause: Instance) -> None:
-        """An engine that always dies leaves the others of its role alone with the work; without one the launch is over."""
+        """An engine that always dies leaves the others of its role alone with the work; without one the launch is over.
+
+        Deaths by SIGKILL count as well: it is what the kernel sends to a process that takes too much memory.
+        """
         times = f"{unit.num_quick_deaths} times in a row, each within {self._timing.restarts.quick_s:g} s of its start"
         summary = f"{unit.name} died {times}"
-        self._given_up.add(cause, summary)
+        delay_s = self._given_up.add(cause, summary, self._clock())
         left = self._given_up.left_of(cause.spec.role)
         if not left:
             self._fail(Failure(summary, process=cause.name, said=cause.error or "", details=self._given_up.details(cause)))
             return
-        self._note(f"{summary}: {unit.engine} is given up, {', '.join(left)} serves on")
+        self._note(f"{summary}: {unit.engine} is given up and tried again in {delay_s:g} s, {', '.join(left)} serves on")
         self._pairs.give_up(unit.engine)
-        for other in [other for other in self._units if other.engine == unit.engine]:
+        for other in self._units_of(unit.engine):
+            for member in other.members:
+                member.given_up_for = (
+                    f"{summary}" + (f": {cause.error}" if cause.error else "") + f"; tried again {delay_s:g} s later"
+                )
             other.deadline_s = other.respawn_at_s = None
             other.cause = other.cause or cause
             if other.alive:
@@ -363,6 +390,45 @@ class Supervisor:
         for member in unit.members:
             member.registration = None
             member.move(ProcessState.GIVEN_UP)
+
+    def _try_again(self, engine: str) -> None:
+        """One quick death of each unit is enough to give it up again, for longer."""
+        units = self._units_of(engine)
+        if any(unit.alive for unit in units):
+            return
+        self._note(f"{engine} is tried again")
+        self._given_up.try_again(engine)
+        self._pairs.try_again(engine)
+        for unit in units:
+            unit.num_quick_deaths = self._timing.restarts.max_quick_deaths - 1
+            self._spawn(unit)
+
+    def _on_restart(self, message: Restart) -> Restarting:
+        """Start an engine anew, as somebody has asked: with what runs finished first, and whatever became of it before."""
+        engine = self._engine_of(message.name)
+        if engine is None:
+            known = ", ".join(dict.fromkeys(unit.engine for unit in self._units if unit.engine))
+            return Restarting(question=message.question, error=f"there is no engine {message.name[:100]}; there are: {known}")
+        if self._phase is not Phase.READY or self._shutdown is not None:
+            return Restarting(question=message.question, error=f"{engine} cannot be restarted now: the launch is {self.phase}")
+        units = self._units_of(engine)
+        incarnation = next(unit.incarnation for unit in units if unit.name == engine)
+        if engine not in self._restarts:
+            self._note(f"{engine} is restarted, as was asked")
+            if engine in self._given_up:
+                self._given_up.try_again(engine)
+            self._given_up.served_long(engine)
+            self._pairs.try_again(engine)
+            self._restarts.begin(engine, units)
+        return Restarting(question=message.question, engine=engine, incarnation=incarnation)
+
+    def _engine_of(self, name: str) -> str | None:
+        """``name``: of an engine, or of one of its processes."""
+        instance = self._instances.get(name)
+        return None if instance is None else instance.spec.engine or None
+
+    def _units_of(self, engine: str) -> list[Unit]:
+        return [unit for unit in self._units if unit.engine == engine]
 
     def _tick_unit(self, unit: Unit) -> None:
         now_s = self._clock()

@@ -1,0 +1,112 @@
+"""Engines that are started anew because somebody asked: they finish what runs, are stopped, and start again.
+
+::
+
+    begin ── serves ──▶ draining ── nothing runs, or drain_s is over ──▶ stopping ── all processes ended ──▶ started
+        └── serves not ────────────────────────────────────────────────────▲
+
+A draining server is listed as such: routers give it no new work. What still runs when it is stopped goes on at another engine.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pdlaunch.protocol.control import Drain, Stop
+from pdlaunch.supervisor.host import Host
+from pdlaunch.supervisor.instance import Instance, Unit
+from pdlaunch.supervisor.shutdown import Grace
+from pdlaunch.supervisor.states import ProcessState
+
+
+@dataclass(slots=True)
+class _Restart:
+    units: Sequence[Unit]
+    drained_at_s: float | None = None
+    """When it is stopped whatever runs; None: it is being stopped."""
+
+
+class EngineRestarts:
+    """Restarts that are under way; ``in`` asks for an engine. ``start``: spawns a unit."""
+
+    def __init__(self, host: Host, grace: Grace, clock: Callable[[], float], start: Callable[[Unit], None]) -> None:
+        self._host = host
+        self._grace = grace
+        self._clock = clock
+        self._start = start
+        self._restarts: dict[str, _Restart] = {}
+
+    def __contains__(self, engine: str) -> bool:
+        return engine in self._restarts
+
+    @property
+    def due_s(self) -> float:
+        """When ``tick`` has something to do."""
+        return min((r.drained_at_s for r in self._restarts.values() if r.drained_at_s is not None), default=math.inf)
+
+    def begin(self, engine: str, units: Sequence[Unit]) -> None:
+        """``units``: of the engine. Their deaths before this do not count any more. Once is as good as twice."""
+        if engine in self._restarts:
+            return
+        restart = self._restarts[engine] = _Restart(units)
+        serves = all(unit.ready for unit in units)
+        for unit in units:
+            unit.num_quick_deaths = 0
+            unit.respawn_at_s = unit.deadline_s = None
+        if not serves or self._grace.drain_s <= 0:
+            self._stop(engine, restart)
+            return
+        restart.drained_at_s = self._clock() + self._grace.drain_s
+        for server in [member for member in _members(units) if member.spec.kind == "server"]:
+            server.move(ProcessState.DRAINING)
+            self._host.send(server.name, Drain(timeout_s=self._grace.drain_s))
+
+    def drained(self, instance: Instance) -> None:
+        """Its server has nothing to do any more."""
+        restart = self._restarts.get(instance.spec.engine)
+        if restart is not None and restart.drained_at_s is not None:
+            self._stop(instance.spec.engine, restart)
+
+    def exited(self, instance: Instance) -> None:
+        """A process of an engine that is restarted has ended, asked or not."""
+        engine = instance.spec.engine
+        restart = self._restarts[engine]
+        instance.registration = None
+        instance.move(ProcessState.EXITED)
+        if restart.drained_at_s is not None:
+            self._stop(engine, restart)
+        else:
+            self._start_if_stopped(engine, restart)
+
+    def tick(self) -> None:
+        for engine, restart in list(self._restarts.items()):
+            if restart.drained_at_s is not None and self._clock() >= restart.drained_at_s:
+                self._stop(engine, restart)
+
+    def _stop(self, engine: str, restart: _Restart) -> None:
+        """What is ready listens to Stop; what still starts may be busy loading. Who does not leave in time is killed."""
+        restart.drained_at_s = None
+        for unit in restart.units:
+            for member in unit.members:
+                if not member.alive:
+                    continue
+                unit.deadline_s = self._clock() + self._grace.stop_s
+                member.registration = None
+                if member.state is ProcessState.STARTING:
+                    self._host.signal(member.name, signal.SIGTERM)
+                else:
+                    self._host.send(member.name, Stop())
+        self._start_if_stopped(engine, restart)
+
+    def _start_if_stopped(self, engine: str, restart: _Restart) -> None:
+        if not any(unit.alive for unit in restart.units):
+            del self._restarts[engine]
+            for unit in restart.units:
+                self._start(unit)
+
+
+def _members(units: Sequence[Unit]) -> list[Instance]:
+    return [member for unit in units for member in unit.members]
