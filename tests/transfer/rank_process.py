@@ -105,17 +105,21 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     if (faults := read_fault_plan(os.environ)) is not None:
         connector = FaultyConnector(connector, faults)
     victims: list[int] = []
-    doomed: list[int] = []
+    doomed_before: list[int] = []
+    doomed_after: list[int] = []
     start_read = connector.start_read
 
     def stop_and_start_read(peer: Any, read: Any) -> Any:
         """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece.
 
-        Or kills it before the READ is posted.
+        Or kills it, before that or just after.
         """
-        if doomed:
-            kill_process(doomed.pop())
-            return start_read(peer, read)
+        if doomed_before:
+            kill_process(doomed_before.pop())
+        if doomed_after:
+            handle = start_read(peer, read)
+            os.kill(doomed_after.pop(), signal.SIGKILL)
+            return handle
         if not victims:
             return start_read(peer, read)
         stop_process(victims.pop())
@@ -160,7 +164,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
         "flip": lambda block_id, head: flip_byte(kv_cache, block_id, head),
         "stop_before_read": victims.append,
-        "kill_before_read": doomed.append,
+        "kill_before_read": doomed_before.append,
+        "kill_after_post": doomed_after.append,
         "go_on_reading": going_on.set,
         "open_listeners": open_listeners,
         "listening": listening,
