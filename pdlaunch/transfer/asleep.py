@@ -20,6 +20,7 @@ class AsleepLoop:
 
     connected = False
     idle = quiet = True
+    reads_pending = False
 
     def __init__(self, socket: HolderSocket, identity: RankIdentity, entries: Sequence[Entry]) -> None:
         self._socket = socket

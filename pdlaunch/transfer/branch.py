@@ -145,7 +145,7 @@ class Branch:
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.without_traceback()
         if self.stage is Stage.ENDED:
             return
         if self._link.status in ("lost", "incompatible"):
@@ -153,7 +153,8 @@ class Branch:
         try:
             self._read()
         except ReadFailed as failure:
-            self._try_again(failure)
+            if not self._try_again(failure):
+                raise
         if self._link.status == "ready":
             self._ask()
         else:
@@ -263,9 +264,10 @@ class Branch:
         try:
             self._handle_reply(asked_s, reply)
         except ReadFailed as failure:
-            self._retry_or_fail(failure)
+            if not self._try_again(failure):
+                self._failure = failure.without_traceback()
         except PullFailed as failure:
-            self._failure = failure
+            self._failure = failure.without_traceback()
 
     def _handle_reply(self, asked_s: float, reply: ToPuller) -> None:
         match reply:
@@ -343,18 +345,13 @@ class Branch:
             self._reads.forget()
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
 
-    def _retry_or_fail(self, failure: ReadFailed) -> None:
-        try:
-            self._try_again(failure)
-        except PullFailed as final:
-            self._failure = final
-
-    def _try_again(self, failure: ReadFailed) -> None:
-        """The READ is over and writes no more: begin anew, as often as is allowed. Raises the failure else."""
+    def _try_again(self, failure: ReadFailed) -> bool:
+        """Begin anew, as the READ is over and writes no more. False: that has been done as often as is allowed."""
         if self.num_retries + 1 >= self._command.num_attempts:
-            raise failure
+            return False
         self.num_retries += 1
         logger.warning("pull %s begins anew: %s", self._command.pull_id, failure)
         self._reads.wait()
         self.stage = Stage.CONNECTING
         self._next_begin_s = self._next_heartbeat_s = self._next_checksums_s = float("inf")
+        return True

@@ -137,6 +137,7 @@ class FaultyConnector(Connector):
 
     def close(self) -> None:
         self._inner.close()
+        del self._bytes
 
     def wait_unmapped(self, timeout_s: float) -> bool:
         return self._inner.wait_unmapped(timeout_s)

@@ -79,13 +79,13 @@ class FileConnector(PushingConnector):
     def _stop(self) -> None:
         """The files stay: they are there to be looked at."""
 
-    def _write(self, job: PushJob) -> None:
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
         if job.blocks:
-            kv_cache = self._memory.kv_cache
+            kv_cache = memory.kv_cache
             blocks = torch.tensor(job.blocks, device=kv_cache.device)
             data = kv_cache[:, job.heads.start : job.heads.stop].index_select(0, blocks).cpu()
         else:
-            data = self._memory.scratch.cpu()
+            data = memory.scratch.cpu()
         self._store.write(job.target.decode("ascii", "replace"), data)
 
     def _settle(self, read: PendingRead) -> ReadState:

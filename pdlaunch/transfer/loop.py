@@ -180,6 +180,11 @@ class TransferLoop:
         return self.idle and not self._peers.all()
 
     @property
+    def reads_pending(self) -> bool:
+        """READs may still write to memory of this rank, also after ``close``."""
+        return any(peer.youngest_read_s is not None for peer in self._peers.all())
+
+    @property
     def connected(self) -> bool:
         """Every rank of the registry that shakes hands at once has done so, in either direction, or cannot."""
         if any(peer.connecting for peer in self._peers.peers.values()):

@@ -73,7 +73,7 @@ class MooncakeConnector(PushingConnector):
         """Nothing is kept of a peer that writes."""
 
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        addresses, piece_bytes = self._pieces(read.local_blocks, read.local_heads)
+        addresses, piece_bytes = _pieces(self._memory, read.local_blocks, read.local_heads)
         return self._pending(addresses, piece_bytes, read)
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
@@ -96,15 +96,15 @@ class MooncakeConnector(PushingConnector):
         for tensor in (self._memory.kv_cache, self._memory.scratch):
             self._engine.unregister_memory(tensor.data_ptr())
 
-    def _write(self, job: PushJob) -> None:
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
         try:
             target = _decoder.decode(job.target)
         except msgspec.MsgspecError as error:
             raise TransferError(f"the target of a write cannot be read: {error}") from None
         if job.blocks:
-            sources, piece_bytes = self._pieces(job.blocks, job.heads)
+            sources, piece_bytes = _pieces(memory, job.blocks, job.heads)
         else:
-            sources, piece_bytes = [self._memory.scratch.data_ptr()], self._memory.scratch.numel()
+            sources, piece_bytes = [memory.scratch.data_ptr()], memory.scratch.numel()
         if (len(target.addresses), target.piece_bytes) != (len(sources), piece_bytes):
             raise TransferError(
                 f"{len(sources)} x {piece_bytes} bytes do not fit the target's {len(target.addresses)} x {target.piece_bytes}"
@@ -162,11 +162,12 @@ class MooncakeConnector(PushingConnector):
         target = msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
         return cast(ReadHandle, PendingRead(target, read, landing))
 
-    def _pieces(self, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
-        """Address of each block's heads, and their bytes: the heads of a block are neighbours."""
-        layout, base = self._memory.layout, self._memory.kv_cache.data_ptr()
-        first = base + heads.start * layout.head_bytes
-        return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
+
+def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
+    """Address of each block's heads, and their bytes: the heads of a block are neighbours."""
+    layout, base = memory.layout, memory.kv_cache.data_ptr()
+    first = base + heads.start * layout.head_bytes
+    return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
 
 
 def _merge(sources: Sequence[int], targets: Sequence[int], piece_bytes: int) -> Iterator[tuple[int, int, int]]:

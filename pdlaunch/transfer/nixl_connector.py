@@ -208,6 +208,7 @@ class NixlConnector(Connector):
             self._quietly(prepared.release)
         for registration in self._registrations:
             self._quietly(partial(self._agent.deregister_memory, registration))
+        del self._memory
 
     def _make_agent(self) -> Any:
         api, bindings = self._load()

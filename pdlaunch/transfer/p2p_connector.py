@@ -93,13 +93,10 @@ class P2PConnector(Connector):
         self._binding.bind()
         try:
             self._exports = _export_all(memory)
-        except NotShareable as error:
-            raise TransferError(f"{self.agent_name} cannot share its memory: {error}") from error
-        try:
             fds = [export.fd for export in self._exports if export.fd is not None]
             self._server = FdServer([*fds, *memory.files.values()])
             self._copiers = list(self._new_copiers(memory))
-        except (OSError, TransferError) as error:
+        except (NotShareable, OSError, TransferError) as error:
             self.close()
             raise TransferError(f"{self.agent_name} cannot share its memory: {error}") from error
         kv_cache, scratch = (export.range for export in self._exports)
@@ -200,6 +197,7 @@ class P2PConnector(Connector):
         for copier in self._copiers:
             copier.close()
         self._exports, self._copiers = [], []
+        del self._memory
 
     def wait_unmapped(self, timeout_s: float) -> bool:
         return self._server is None or self._server.wait_unused(timeout_s)

@@ -68,7 +68,7 @@ class PushingConnector(Connector):
         return cast(PendingRead, handle).target
 
     def start_push(self, job: PushJob) -> PushHandle:
-        return cast(PushHandle, self._senders.submit(self._write, job))
+        return cast(PushHandle, self._senders.submit(self._write, self._memory, job))
 
     def poll_push(self, handle: PushHandle) -> str | None:
         future = cast("Future[None]", handle)
@@ -94,6 +94,7 @@ class PushingConnector(Connector):
     def close(self) -> None:
         self._senders.shutdown(wait=False, cancel_futures=True)
         self._stop()
+        del self._memory
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
@@ -104,8 +105,8 @@ class PushingConnector(Connector):
         """Let go of it. Never raises."""
 
     @abstractmethod
-    def _write(self, job: PushJob) -> None:
-        """In a thread of the pool, at the holder: returns when all bytes have landed. Raises TransferError."""
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
+        """Write from this rank's memory, in a thread of the pool; returns when all bytes have landed. Raises TransferError."""
 
     @abstractmethod
     def _settle(self, read: PendingRead) -> ReadState:

@@ -22,6 +22,10 @@ class PullFailed(TransferError):
         self.verification = verification
         self.late = late
 
+    def without_traceback(self) -> PullFailed:
+        """Return a copy to keep: the frames of a traceback would keep alive all that their functions saw."""
+        return PullFailed(str(self), verification=self.verification, late=self.late)
+
 
 @dataclass(frozen=True, slots=True)
 class Share:

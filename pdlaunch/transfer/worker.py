@@ -60,14 +60,16 @@ class _Suspend:
     """Let go of the memory; ``done`` when that is so, or given up at ``deadline_s``."""
 
     deadline_s: float
-    done: Future[None]
+    done: Future[str]
+    """Its result says why it failed; empty when it did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Resume:
     """Open the connector again."""
 
-    done: Future[None]
+    done: Future[str]
+    """As that of ``_Suspend``."""
 
 
 _Item = Sequence[TransferCommand] | _NewRegistry | _Stop | _Suspend | _Resume
@@ -117,7 +119,8 @@ class TransferWorker:
         self._connector = connector
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
-        self._error: Exception | None = None
+        self._error: str | None = None
+        """Why the thread has died. Its exception is not kept: the traceback would keep the KV cache alive."""
         self._started = threading.Event()
         self._clock = clock
         self._suspension: _Suspend | None = None
@@ -164,7 +167,7 @@ class TransferWorker:
     def take_events(self) -> list[TransferEvent]:
         """What has happened since the last call. Raises TransferError when the thread has died: the rank cannot go on."""
         if self._error is not None:
-            raise TransferError(f"the transfer thread has died: {self._error}") from self._error
+            raise TransferError(f"the transfer thread has died: {self._error}")
         events = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -176,14 +179,14 @@ class TransferWorker:
         if not self._started.wait(timeout_s):
             raise TransferError(f"the connector did not start within {timeout_s:g} s")
         if self._error is not None:
-            raise TransferError(f"the connector cannot start: {self._error}") from self._error
+            raise TransferError(f"the connector cannot start: {self._error}")
 
     def suspend(self, timeout_s: float) -> None:
         """Let peers and registered memory go; peers are told that this rank is asleep. Waits until nothing can use the memory.
 
         Raises TransferError when that does not come true within ``timeout_s``; then everything is as before.
         """
-        done: Future[None] = Future()
+        done: Future[str] = Future()
         self._put(_Suspend(self._clock() + timeout_s, done))
         self._await(done, timeout_s + CONFIRMATION_S)
 
@@ -192,7 +195,7 @@ class TransferWorker:
 
         Raises TransferError when the connector does not open.
         """
-        done: Future[None] = Future()
+        done: Future[str] = Future()
         self._put(_Resume(done))
         self._await(done, timeout_s)
 
@@ -212,11 +215,13 @@ class TransferWorker:
         if self._thread.is_alive():
             logger.warning("the transfer thread did not end within %g s", timeout_s)
 
-    def _await(self, done: Future[None], timeout_s: float) -> None:
+    def _await(self, done: Future[str], timeout_s: float) -> None:
         try:
-            done.result(timeout_s)
+            error = done.result(timeout_s)
         except TimeoutError:
             raise TransferError(f"the transfer thread did not answer within {timeout_s:g} s") from None
+        if error:
+            raise TransferError(error)
 
     def _put(self, item: _Item) -> None:
         self._inbox.put(item)
@@ -232,16 +237,21 @@ class TransferWorker:
             try:
                 self._turn_until_stopped(setup)
             finally:
-                self._loop.close()
+                self._close_loop()
         except zmq.ContextTerminated:
             return
         except Exception as error:
             logger.exception("the transfer thread has died")
-            self._error = error
+            self._error = str(error)
             self._wake_engine()
         finally:
             self._started.set()
             self._close_sockets()
+
+    def _close_loop(self) -> None:
+        self._loop.close()
+        if not self._loop.reads_pending:
+            del self._loop  # which refers to the KV cache, and to this worker; a READ that is pending may still write to it
 
     def _turn_until_stopped(self, setup: dict[str, Any]) -> None:
         while self._execute_inbox(setup):
@@ -287,28 +297,28 @@ class TransferWorker:
             loop.close()
             self._loop = AsleepLoop(setup["holder_socket"], setup["identity"], loop.entries)
             self._suspension = None
-            suspension.done.set_result(None)
+            suspension.done.set_result("")
         elif self._clock() >= suspension.deadline_s:
             loop.stay()
             self._suspension = None
-            suspension.done.set_exception(TransferError("a transfer of KV blocks of this rank has not ended"))
+            suspension.done.set_result("a transfer of KV blocks of this rank has not ended")
 
     def _look_for_peers(self) -> None:
         if not self._connected and self._loop.connected:
             self._connected = True
             self._wake_engine()
 
-    def _resume(self, done: Future[None], setup: dict[str, Any]) -> None:
+    def _resume(self, done: Future[str], setup: dict[str, Any]) -> None:
         entries = self._loop.entries
         if isinstance(self._loop, AsleepLoop):
             try:
                 self._loop = TransferLoop(**setup)
             except TransferError as error:
-                done.set_exception(error)
+                done.set_result(str(error))
                 return
             self._loop.update_registry(entries)
             self._connected = False
-        done.set_result(None)
+        done.set_result("")
 
     def _alert(self, num_bytes: int) -> None:
         """Somebody who sleeps would notice the end of a short pull late."""

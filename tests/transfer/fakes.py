@@ -14,6 +14,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
 from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.scratch import PATTERN_BYTES
 
 
 @dataclass
@@ -91,22 +92,32 @@ class Fabric:
     def land(self) -> None:
         """Let the stalled READs write: they cannot be taken back."""
         for read in self.reads:
-            if read.state == "pending":
-                read.copy()
-                read.state = "done"
+            read.land()
 
     def kill(self) -> None:
         """The peer dies: stalled READs end without writing more."""
         for read in self.reads:
-            if read.state == "pending":
-                read.state = "failed"
+            read.fail()
 
 
-@dataclass(eq=False)
 class FakeRead:
-    copy: Callable[[], None]
-    state: ReadState = "pending"
-    released: bool = False
+    """Refers to memory only as long as it may write."""
+
+    def __init__(self, copy: Callable[[], object]) -> None:
+        self.state: ReadState = "pending"
+        self.released = False
+        self._copy: Callable[[], object] | None = copy
+
+    def land(self) -> None:
+        """All bytes arrive, unless it is over."""
+        if self._copy is not None:
+            self._copy()
+            self.state, self._copy = "done", None
+
+    def fail(self) -> None:
+        """It ends without writing more, unless it is over."""
+        if self._copy is not None:
+            self.state, self._copy = "failed", None
 
 
 class FakeConnector(Connector):
@@ -120,6 +131,7 @@ class FakeConnector(Connector):
         self.fabric = fabric
         self.peers: list[str] = []
         self.added: list[str] = []
+        self.block_reads: list[BlockRead] = []
 
     def open(self, memory: LocalMemory) -> None:
         self.memory = memory
@@ -147,6 +159,7 @@ class FakeConnector(Connector):
         return self.fabric.agents[peer].files.get(name)  # type: ignore[index]
 
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        self.block_reads.append(read)
         remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]
         local = self.memory.kv_cache
 
@@ -158,9 +171,9 @@ class FakeConnector(Connector):
         return self._start(copy)
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        remote = self.fabric.agents[peer].scratch  # type: ignore[index]
+        remote = self.fabric.agents[peer].scratch.view(-1, PATTERN_BYTES)[0]  # type: ignore[index]
         landing = torch.zeros_like(remote)
-        return self._start(lambda: landing.copy_(remote)), landing  # type: ignore[arg-type, return-value]
+        return self._start(lambda: landing.copy_(remote)), landing
 
     def poll(self, handle: ReadHandle) -> ReadState:
         assert not handle.released  # type: ignore[attr-defined]
@@ -178,16 +191,16 @@ class FakeConnector(Connector):
         handle.released = True  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        assert not self.peers
+        assert not self.peers or any(read.state == "pending" for read in self.fabric.reads)
+        del self.memory, self.fabric.agents[self.agent_name]
 
-    def _start(self, copy: Callable[[], None]) -> ReadHandle:
+    def _start(self, copy: Callable[[], object]) -> ReadHandle:
         read = FakeRead(copy)
         self.fabric.reads.append(read)
         if self.fabric.failing:
-            read.state = "failed"
+            read.fail()
         elif not self.fabric.stalled:
-            copy()
-            read.state = "done"
+            read.land()
         return read  # type: ignore[return-value]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from pdlaunch.protocol.side_channel import (
     PullEnd,
     StateChecksums,
     ToHolder,
-    ToPuller,
 )
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
@@ -30,65 +29,58 @@ from pdlaunch.protocol.transfer import (
     WithdrawBlocks,
 )
 from pdlaunch.transfer.branch import REPEAT_S
-from pdlaunch.transfer.connector import BlockRead, PeerHandle, ReadHandle
 from pdlaunch.transfer.early import GRANT_LAG_S, LONGEST_WAIT_S, EarlyQuestions
 from pdlaunch.transfer.holder import Holder
-from tests.transfer.fakes import FakeChannel
+from tests.transfer.fakes import FakeChannel, FakeClock
 from tests.transfer.rank_process import grant, hashes, pull
 from tests.transfer.test_pull import HolderRank, World
 
 TOKENS = [FirstToken(token_id=7)]
 
 
+class PatientChannel(FakeChannel):
+    """Questions may wait for their answers."""
+
+    def __init__(self, holder: Holder, clock: FakeClock) -> None:
+        super().__init__(holder.answer)
+        self._early = EarlyQuestions(holder.is_early, clock)
+
+    def send(self, message: ToHolder | None) -> None:
+        """None: only time has gone by."""
+        if message is not None:
+            self.sent.append(message)
+        due = self._early.sift([] if message is None else [(b"reader", message)])
+        answers = [answer for _, question in due if (answer := self.answer(question)) is not None]
+        if not self.mute:
+            self.inbox += answers
+
+
 class PatientWorld(World):
     """A world whose holders let questions wait, as their transfer threads do."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.reads: list[list[int]] = []
+    @property
+    def reads(self) -> list[Sequence[int]]:
         """Blocks of this rank, by READ."""
-        start_read = self.connector.start_read
-
-        def noted(peer: PeerHandle, read: BlockRead) -> ReadHandle:
-            self.reads.append(list(read.local_blocks))
-            return start_read(peer, read)
-
-        self.connector.start_read = noted  # type: ignore[method-assign]
+        return [read.local_blocks for read in self.connector.block_reads]
 
     def open_channel(self, endpoint: str) -> FakeChannel:
         holder = self.holders[endpoint]
-        early = EarlyQuestions(holder.holder.is_early, self.clock)
-        channel = FakeChannel(lambda message: None)
-        channel.send = _sender(channel, early, holder.holder.answer)  # type: ignore[method-assign]
-        holder.channels.append(channel)
-        return channel
+        holder.channels.append(PatientChannel(holder.holder, self.clock))
+        return holder.channel
 
     def turn(self, times: int = 6) -> None:
         for _ in range(times):
             for holder in self.holders.values():
                 for channel in holder.channels:
-                    channel.send(None)  # type: ignore[arg-type]
+                    channel.send(None)
             super().turn(1)
 
 
-def _sender(
-    channel: FakeChannel, early: EarlyQuestions, answer: Callable[[ToHolder], ToPuller]
-) -> Callable[[ToHolder | None], None]:
-    def send(message: ToHolder | None) -> None:
-        """None: only time has gone by."""
-        if message is not None:
-            channel.sent.append(message)
-        due = early.sift([] if message is None else [(b"reader", message)])
-        answers = [answer(question) for _, question in due]
-        if not channel.mute:
-            channel.inbox += answers
-
-    return send
-
-
 @pytest.fixture
-def world() -> PatientWorld:
-    return PatientWorld()
+def world() -> Iterator[PatientWorld]:
+    world = PatientWorld()
+    yield world
+    world.close()
 
 
 @pytest.fixture

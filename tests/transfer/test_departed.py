@@ -84,8 +84,10 @@ class ShareRank(MortalRank):
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
 
 
 @pytest.fixture

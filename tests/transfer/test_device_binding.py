@@ -60,7 +60,7 @@ class BuildingConnector(PushingConnector):
 
     def _stop(self) -> None: ...
 
-    def _write(self, job: PushJob) -> None:
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
         self.all_write.wait(10)
         self.written_from.append(getattr(self.cuda.local, "device", None))
 

@@ -300,11 +300,11 @@ def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
     puller, holder = both("a"), both("b")
     peer = puller.rank.add(holder.rank)
     puller.paths.use_path(peer, "fake/memory")
-    holder.paths.close()
-    assert holder.paths.wait_unmapped(TIMEOUT_S), "what is not used is unmapped"
     assert read(puller.rank, peer, [1], [2]) == "done"
     assert not puller.paths.outlives(peer)
     assert puller.paths.peer_file(peer, "ledger") is None
+    holder.paths.close()
+    assert holder.paths.wait_unmapped(TIMEOUT_S), "what is not used is unmapped"
     puller.paths.remove_peer(peer)
     assert puller.fake.peers == []
     holder.paths.open(holder.rank.memory)

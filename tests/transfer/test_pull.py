@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +32,7 @@ from pdlaunch.transfer.holder_link import Puller
 from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.pull_table import PullTable
-from pdlaunch.transfer.scratch import scratch_pattern
+from pdlaunch.transfer.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
 from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
 
@@ -95,8 +97,9 @@ class HolderRank:
 
 
 def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
-    scratch = torch.frombuffer(bytearray(scratch_pattern(agent_name)), dtype=torch.uint8)
-    return LocalMemory(kv_cache, scratch, layout)
+    """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody writes to them."""
+    row = torch.frombuffer(bytearray(scratch_pattern(agent_name, PATTERN_BYTES)), dtype=torch.uint8)
+    return LocalMemory(kv_cache, row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES), layout)
 
 
 @dataclass
@@ -116,6 +119,7 @@ class World:
         self.kv_cache = random_cache(layout, 16, seed=99)
         self.connector = FakeConnector("decode-0/rank-0#1", self.fabric)
         self.connector.open(local_memory(self.connector.agent_name, self.kv_cache, layout))
+        weak = weakref.proxy(self)  # peers that refer to the world would be a cycle, which keeps its tensors
         setup = PeerSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
             compatibility=compatibility_of(
@@ -128,7 +132,7 @@ class World:
             ),
             head_bytes=layout.head_bytes,
             connector=self.connector,
-            open_channel=self.open_channel,
+            open_channel=lambda endpoint: weak.open_channel(endpoint),
             handshake_timeout_s=5.0,
             clock=self.clock,
             report=self.reports.append,
@@ -137,6 +141,10 @@ class World:
         hasher = BlockHasher(self.kv_cache, layout) if self.verify else None
         puller = Puller("d" * 32, 0, 0, layout.head_bytes, hasher, self.clock, self.events.append, lambda _: None)
         self.pulls = PullTable(puller, self.peers)
+
+    def close(self) -> None:
+        """Let go of what was asked and has no answer."""
+        self.peers.lose_all("the world is closed")
 
     def open_channel(self, endpoint: str) -> FakeChannel:
         holder = self.holders.get(endpoint)
@@ -177,8 +185,10 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
 
 
 @pytest.fixture

@@ -186,6 +186,7 @@ class History:
         assert self.holder.holder.num_leases == 0
         assert all(read.released for read in self.world.fabric.reads)
         assert len(self.world.connector.peers) <= 1
+        self.world.close()
 
 
 OUTCOMES = ("ok", "failed", "late", "drained", "pulled", "expired", "released")

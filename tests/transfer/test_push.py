@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToHolder
 from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connector import ReadHandle
+from pdlaunch.transfer.holder import Holder
 from pdlaunch.transfer.path_choice import NUM_WARM_READS
 from tests.transfer import test_pull
 from tests.transfer.fakes import FakeChannel, FakeConnector
@@ -27,10 +29,25 @@ class WritingConnector(FakeConnector):
 
     def end_read(self, handle: Any, *, error: str) -> None:
         if error:
-            handle.state = "failed"
+            handle.fail()
         else:
-            handle.copy()
-            handle.state = "done"
+            handle.land()
+
+
+class PushChannel(FakeChannel):
+    def __init__(self, holder: Holder, asked: list[tuple[FakeChannel, Push]]) -> None:
+        super().__init__(holder.answer)
+        self._asked = asked
+
+    def send(self, message: ToHolder) -> None:
+        if not isinstance(message, Push):
+            super().send(message)
+            return
+        self.sent.append(message)
+        if message.block_ids:
+            self._asked.append((self, message))
+        else:
+            self.inbox.append(PushEnded(call_id=message.call_id, ok=True))
 
 
 class PushWorld(World):
@@ -42,19 +59,9 @@ class PushWorld(World):
         super().__post_init__()
 
     def open_channel(self, endpoint: str) -> FakeChannel:
-        channel = super().open_channel(endpoint)
-        holder_answers = channel.answer
-
-        def answer(message: ToHolder) -> ToPuller | None:
-            if not isinstance(message, Push):
-                return holder_answers(message)
-            if not message.block_ids:
-                return PushEnded(call_id=message.call_id, ok=True)
-            self.asked.append((channel, message))
-            return None
-
-        channel.answer = answer
-        return channel
+        holder = self.holders[endpoint]
+        holder.channels.append(PushChannel(holder.holder, self.asked))
+        return holder.channel
 
     def turn(self, times: int = 2 * (1 + NUM_WARM_READS)) -> None:
         """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have ended in the next."""
@@ -67,9 +74,11 @@ class PushWorld(World):
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> PushWorld:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushWorld]:
     monkeypatch.setattr(test_pull, "FakeConnector", WritingConnector)
-    return PushWorld()
+    world = PushWorld()
+    yield world
+    world.close()
 
 
 def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 import pytest
 
@@ -12,8 +14,10 @@ from tests.transfer.test_pull import HolderRank, World
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
 
 
 def refused(world: World, holder: HolderRank, **remote: str) -> str:

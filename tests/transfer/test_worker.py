@@ -39,7 +39,7 @@ class Rank:
         self.kv_cache = random_cache(layout, 16, seed=len(role))
         self.role = role
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wakes = wakes = queue.SimpleQueue[None]()
         self.worker = TransferWorker(
             context=context,
             spec=spec_of(role, name=f"{role}-0"),
@@ -53,7 +53,7 @@ class Rank:
             total_kv_heads=3,
             first_kv_head=0,
             connector=connector,
-            wake=lambda: self._wakes.put(None),
+            wake=lambda: wakes.put(None),
             report=self.reports.put,
             clock=clock,
         )
