@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.errors import PdlaunchError
 
-_MUST_BE_ZERO = (
+MUST_BE_ZERO = (
     "num_running",
     "num_waiting",
     "num_waiting_for_kv",
@@ -66,7 +66,7 @@ async def _left(session: aiohttp.ClientSession, url: str, headers: dict[str, str
             left.append(f"{engine}: {report.get('error')}")
             continue
         stats = report["stats"]
-        left += [f"{engine}: {name} is {stats[name]}" for name in _MUST_BE_ZERO if stats[name]]
+        left += [f"{engine}: {name} is {stats[name]}" for name in MUST_BE_ZERO if stats[name]]
         if stats["num_free_blocks"] != stats["num_blocks"]:
             left.append(f"{engine}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free")
     return left

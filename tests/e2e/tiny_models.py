@@ -32,11 +32,12 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: int = 512) -> Path:
+def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: int = 512, vocab_size: int = VOCAB_SIZE) -> Path:
     """Write config, weights and tokenizer of a tiny random model; returns its directory."""
     directory = folder / family
     torch.manual_seed(seed)
-    config: PretrainedConfig = AutoConfig.for_model(family, **COMMON, **FAMILIES[family], max_position_embeddings=max_model_len)
+    sizes = COMMON | {"vocab_size": vocab_size, "max_position_embeddings": max_model_len}
+    config: PretrainedConfig = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Larger weights than the default: greedy answers then vary instead of repeating one token.
     with torch.no_grad():
@@ -44,15 +45,15 @@ def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: 
             if parameter.dim() > 1:
                 parameter.mul_(4)
     model.save_pretrained(directory)
-    make_tokenizer().save(str(directory / "tokenizer.json"))
+    make_tokenizer(vocab_size).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}')
     return directory
 
 
-def make_tokenizer() -> Tokenizer:
-    """One token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """One token for each byte; tokens past those are read, never written."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<{index}>" for index in range(VOCAB_SIZE, vocab_size))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

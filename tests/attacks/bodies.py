@@ -1,0 +1,140 @@
+"""Huge bodies that the limit of bytes lets in, alone and several at once, beside a small request; and bodies that never end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.attacks.bystander import Bystander
+from tests.attacks.target import VOCAB_SIZE, Answer, Target
+from tests.attacks.verdict import Verdict
+
+BODY_BYTES = 16 * 2**20 - 4096
+"""Just under the default of limits.max_body_bytes."""
+OTHERS_LIMIT_S = 15.0
+"""For a small request beside them, on two busy cores."""
+AT_ONCE = 8
+NUM_UNFINISHED = 60
+ANSWER_LIMIT_S = 180.0
+UNFINISHED_LIMIT_S = 120.0
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+MESSAGE = b'{"role":"user","content":"a"}'
+TEXT_PART = b'{"type":"text","text":"a"}'
+TO_THE_CHAT = b'{"max_tokens":2,"messages":['
+
+
+def fill(start: bytes, piece: bytes, end: bytes) -> bytes:
+    """As many pieces as the limit leaves room for."""
+    return start + piece * ((BODY_BYTES - len(start) - len(end)) // len(piece)) + end
+
+
+BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "valid messages": (CHAT, lambda: fill(TO_THE_CHAT, MESSAGE + b",", MESSAGE + b"]}")),
+    "lists for messages": (CHAT, lambda: fill(TO_THE_CHAT, b"[],", b"[]]}")),
+    "parts of one message": (
+        CHAT,
+        lambda: fill(TO_THE_CHAT + b'{"role":"user","content":[', TEXT_PART + b",", TEXT_PART + b"]}]}"),
+    ),
+    "a long prompt": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"ab cd ", b'"}')),
+    "a prompt of one word": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"a", b'"}')),
+    "token ids": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":[', b"1,", b"1]}")),
+    "many prompts": (COMPLETIONS, lambda: fill(b'{"max_tokens":1,"prompt":[', b'"' + b"a b " * 4000 + b'",', b'"a"]}')),
+    "stop strings": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"a","stop":[', b'"b",', b'"c"]}')),
+    "logit_bias": (
+        COMPLETIONS,
+        lambda: (
+            b'{"prompt":"a","max_tokens":40,"n":16,"ignore_eos":true,"logit_bias":{'
+            + b",".join(b'"%d":1' % token for token in range(VOCAB_SIZE))
+            + b"}}"
+        ),
+    ),
+    "an unknown field": (COMPLETIONS, lambda: fill(b'{"prompt":"a","max_tokens":2,"', b"k", b'":1}')),
+    "unknown fields": (
+        COMPLETIONS,
+        lambda: b'{"prompt":"a","max_tokens":2,' + b",".join(b'"k%d":1' % number for number in range(10**6)) + b"}",
+    ),
+    "a model's name": (COMPLETIONS, lambda: fill(b'{"prompt":"a","max_tokens":2,"model":"', b"k", b'"}')),
+    "tokenize": ("/tokenize", lambda: fill(b'{"return_token_strs":true,"prompt":"', b"ab cd ", b'"}')),
+    "detokenize": ("/detokenize", lambda: fill(b'{"tokens":[', b"1,", b"1]}")),
+    "a template's own code": (
+        CHAT,
+        lambda: TO_THE_CHAT + b'{"role":"user","content":"{% for i in range(10**9) %}x{% endfor %}"}]}',
+    ),
+    "chat_template_kwargs": (
+        CHAT,
+        lambda: TO_THE_CHAT + MESSAGE + b'],"chat_template_kwargs":{"messages":1,"a":' + b"[" * 200 + b"]" * 200 + b"}}",
+    ),
+}
+SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids", "tokenize", "detokenize", "logit_bias")
+"""Sent ``AT_ONCE`` as well."""
+
+
+def bodies(target: Target, verdict: Verdict) -> None:
+    """Each body once, then some of them several at a time, then bodies that never end."""
+    before = target.memory()
+    for what, (path, make) in BODIES.items():
+        content = make()
+        send(target, verdict, what, path, content, num_times=1)
+        if what in SEVERAL:
+            send(target, verdict, what, path, content, num_times=AT_ONCE)
+    unfinished(target, verdict)
+    target.settle(verdict, before, "bodies")
+    now = target.memory()
+    verdict.row("memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before))
+
+
+def send(target: Target, verdict: Verdict, what: str, path: str, content: bytes, *, num_times: int) -> None:
+    """Answers, seconds, and what a bystander noticed."""
+    how = f"{num_times} x {what}: {len(content)} bytes to {path}, {content[:80]!r}..{content[-40:]!r}"
+    start_s = time.monotonic()
+
+    def one(_: int) -> Answer:
+        return target.send("router", path, content, timeout_s=ANSWER_LIMIT_S)
+
+    with Bystander(target) as bystander, ThreadPoolExecutor(num_times) as pool:
+        answers = list(pool.map(one, range(num_times)))
+        seconds = time.monotonic() - start_s
+    for answer in answers:
+        target.judge(verdict, answer, how)
+    bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
+    statuses = dict(Counter(answer.status for answer in answers))
+    verdict.row(f"{num_times} x {what}", f"{statuses} in {seconds:.1f} s", bystander.said(), bystander.said_of_memory())
+
+
+def unfinished(target: Target, verdict: Verdict) -> None:
+    """Bodies of which the last part never comes: they cost memory only within the budget, and are refused in time."""
+    address = urllib.parse.urlsplit(target.router)
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {BODY_BYTES}\r\n\r\n"
+    part = head.encode() + b'{"prompt":"' + b"a" * (BODY_BYTES - 2**20)
+    statuses: Counter[str] = Counter()
+
+    def one(_: int) -> None:
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = stack.enter_context(
+                    socket.create_connection((address.hostname or "", address.port or 0), timeout=120)
+                )
+                connection.sendall(part)
+                statuses[connection.recv(64).partition(b"\r\n")[0].decode(errors="replace") or "closed"] += 1
+            except OSError as error:
+                statuses[type(error).__name__] += 1
+
+    start_s = time.monotonic()
+    with Bystander(target) as bystander, ThreadPoolExecutor(NUM_UNFINISHED) as pool:
+        list(pool.map(one, range(NUM_UNFINISHED)))
+    how = f"{NUM_UNFINISHED} bodies of {len(part)} of {BODY_BYTES} bytes that never end"
+    if statuses["TimeoutError"]:
+        verdict.broke("a body that never ends is given up in 120 s", f"{how}: {dict(statuses)}")
+    bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
+    target.check_alive(verdict, how)
+    ended = f"{dict(statuses)} in {time.monotonic() - start_s:.1f} s"
+    verdict.row(f"{NUM_UNFINISHED} x unfinished", ended, bystander.said(), bystander.said_of_memory())

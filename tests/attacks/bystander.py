@@ -1,0 +1,79 @@
+"""A client that asks small questions while others attack: its answers must stay right and come in time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from types import TracebackType
+
+from tests.attacks.target import Answer, Target
+from tests.attacks.verdict import Verdict
+
+PAUSE_S = 0.2
+BODY = {"prompt": "What do others notice?", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+class Bystander:
+    """Asks from a thread of its own as long as the block runs, and watches how much memory the processes take meanwhile."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work), threading.Thread(target=self._watch)]
+        self._expected: str | None = None
+        self.answers: list[Answer] = []
+        self.num_wrong = 0
+        self.peak: dict[str, float] = {}
+
+    def __enter__(self) -> Bystander:
+        self._expected = _text(self._ask())
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def slowest_s(self) -> float:
+        return max((answer.seconds for answer in self.answers), default=0.0)
+
+    def judge(self, verdict: Verdict, how: str, *, limit_s: float) -> None:
+        """Its answers are right, and none took longer than ``limit_s``."""
+        for answer in self.answers:
+            if promise := answer.broken_promise():
+                verdict.broke(f"others are served: {promise}", how)
+        if self.num_wrong:
+            verdict.broke("others get the right tokens", f"{how}: {self.num_wrong} of {len(self.answers)} answers are wrong")
+        if self.slowest_s > limit_s:
+            verdict.broke(f"others are served within {limit_s:g} s", f"{how}: the slowest took {self.slowest_s:.1f} s")
+
+    def said(self) -> str:
+        statuses = sorted({answer.status for answer in self.answers})
+        return f"others {len(self.answers)} asked, {statuses}, slowest {self.slowest_s:.2f} s"
+
+    def said_of_memory(self) -> str:
+        return "peak MiB " + " ".join(f"{name} {size:.0f}" for name, size in sorted(self.peak.items()))
+
+    def _ask(self) -> Answer:
+        return self._target.ask("router", "/v1/completions", BODY, timeout_s=180)
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            answer = self._ask()
+            self.answers.append(answer)
+            self.num_wrong += answer.status == 200 and _text(answer) != self._expected
+            self._stop.wait(PAUSE_S)
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            for name, size in self._target.memory().items():
+                self.peak[name] = max(self.peak.get(name, 0.0), size)
+            time.sleep(PAUSE_S)
+
+
+def _text(answer: Answer) -> str | None:
+    return json.loads(answer.body)["choices"][0]["text"] if answer.status == 200 else None

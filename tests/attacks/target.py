@@ -1,0 +1,233 @@
+"""The deployment under attack: how it is started, asked and looked at, and which promises every attack checks."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.books import MUST_BE_ZERO
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.smoke import engines_of
+from pdlaunch.config.fields import all_fields
+from pdlaunch.errors import PdlaunchError
+from tests.attacks.verdict import Verdict
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import make_tiny_model
+
+ENGINE_KEY = "attackers-know-this-one"
+"""So that attacks get past the door of the engines; ``sockets`` tries without."""
+VOCAB_SIZE = 49152
+MAX_MODEL_LEN = 2048
+MOST_GROWTH = 1.2
+"""Of a process's resident memory, after an attack."""
+CALM_S = 60.0
+RESTART_S = 120.0
+SERVED = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
+
+
+class DeploymentLostError(Exception):
+    """The attack has ended the deployment, which ends the attack too; with the last words of the deployment."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back; ``status`` 0: nothing did, ``body`` says why."""
+
+    status: int
+    body: bytes
+    seconds: float
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def broken_promise(self) -> str | None:
+        """What no request may lead to."""
+        if self.status == 0:
+            return f"a request is answered: {self.body.decode()}"
+        if self.status >= 500 and not (self.status == 503 and "retry-after" in self.headers):
+            return f"no 5xx but 503 with Retry-After: {self.status}"
+        if b"Traceback (most recent" in self.body or b'File "/' in self.body:
+            return "an answer shows no traceback"
+        if self.status == 200 and (b":NaN" in self.body or b": NaN" in self.body or b"Infinity" in self.body):
+            return "an answer is JSON: NaN or Infinity"
+        return None
+
+
+class Target:
+    """A running deployment that is attacked."""
+
+    def __init__(self, deployment: Deployment, engine_key: str | None) -> None:
+        self.deployment = deployment
+        self.engine_key = engine_key
+        self.router = deployment.url
+        self._living: dict[str, psutil.Process] = {}
+        self._urls: dict[str, str] = {}
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find the processes and addresses that there are now."""
+        self._living = self.deployment.processes()
+        self._urls = {"router": self.router, **{engine["name"]: engine["url"] for engine in engines_of(Api(self.router))}}
+
+    @property
+    def names(self) -> list[str]:
+        """The router and the engines."""
+        return list(self._urls)
+
+    def url(self, who: str) -> str:
+        return self._urls[who]
+
+    def send(
+        self,
+        who: str,
+        path: str,
+        body: bytes | None,
+        *,
+        method: str = "POST",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+        with_key: bool = True,
+    ) -> Answer:
+        """One request over a connection of its own; never raises for what the other side does."""
+        address = urllib.parse.urlsplit(self.url(who)).netloc
+        own = {"Content-Type": "application/json"} if body is not None else {}
+        if with_key and who != "router" and self.engine_key is not None:
+            own["Authorization"] = f"Bearer {self.engine_key}"
+        connection = http.client.HTTPConnection(address, timeout=timeout_s)
+        start_s = time.monotonic()
+        try:
+            connection.request(method, path, body, own | dict(headers or {}))
+            response = connection.getresponse()
+            content = response.read()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, content, time.monotonic() - start_s, found)
+        except (OSError, http.client.HTTPException) as error:
+            return Answer(0, f"{type(error).__name__}: {error}"[:200].encode(), time.monotonic() - start_s)
+        finally:
+            connection.close()
+
+    def ask(self, who: str, path: str, body: object, **options: Any) -> Answer:
+        """``send`` with a JSON body."""
+        return self.send(who, path, json.dumps(body).encode(), **options)
+
+    def judge(self, verdict: Verdict, answer: Answer, request: str) -> None:
+        """Check what one answer promises, and that every process has survived it."""
+        if promise := answer.broken_promise():
+            verdict.broke(promise, f"{request} -> {answer.status} after {answer.seconds:.1f} s {answer.body[:200]!r}")
+        self.check_alive(verdict, request)
+
+    def check_alive(self, verdict: Verdict, request: str) -> None:
+        """No process died; waits until dead ones are replaced."""
+        dead = [name for name, process in self._living.items() if not _lives(process)]
+        if dead:
+            verdict.broke(f"no process dies: {', '.join(dead)}", request)
+            deadline_s = time.monotonic() + RESTART_S
+            while not self._is_whole():
+                if time.monotonic() > deadline_s or self.deployment.process.poll() is not None:
+                    raise DeploymentLostError(self.deployment.output()[-600:])
+                time.sleep(0.2)
+            self.look_again()
+
+    def memory(self) -> dict[str, float]:
+        """MiB resident, by process."""
+        found = {}
+        for name, process in self._living.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[name] = process.memory_info().rss / 2**20
+        return found
+
+    def num_descriptors(self) -> dict[str, int]:
+        return {name: process.num_fds() for name, process in self._living.items() if _lives(process)}
+
+    def processes(self) -> dict[str, psutil.Process]:
+        return dict(self._living)
+
+    def grown(self, before: Mapping[str, float]) -> list[str]:
+        """Processes that hold over ``MOST_GROWTH`` of what they held before."""
+        now = self.memory()
+        return [
+            f"{name} {before[name]:.0f} -> {now[name]:.0f} MiB"
+            for name in before
+            if name in now and now[name] > before[name] * MOST_GROWTH
+        ]
+
+    def left(self) -> list[str]:
+        """What the engines' books hold that should be empty, and what is wrong with them."""
+        found = []
+        for name in self.names[1:]:
+            answer = self.send(name, "/pdlaunch/integrity", None, method="GET")
+            try:
+                report = json.loads(answer.body)
+                stats = report.get("stats", {})
+            except ValueError:
+                report, stats = {"error": f"{answer.status} {answer.body[:100]!r}"}, {}
+            if not report.get("ok"):
+                found.append(f"{name}: {report.get('error')}")
+                continue
+            found += [f"{name}: {key} is {stats[key]}" for key in MUST_BE_ZERO if stats[key]]
+            if stats["num_free_blocks"] != stats["num_blocks"]:
+                found.append(f"{name}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free")
+        return found
+
+    def settle(self, verdict: Verdict, before: Mapping[str, float], how: str) -> None:
+        """After an attack: processes live, books are empty and right, memory is back; each within ``CALM_S``."""
+        self.check_alive(verdict, how)
+        deadline_s = time.monotonic() + CALM_S
+        while (self.left() or self.grown(before)) and time.monotonic() < deadline_s:
+            time.sleep(1)
+        for problem in self.left():
+            verdict.broke("every block is given back", f"{how}: {problem}")
+        for problem in self.grown(before):
+            verdict.broke("memory comes back to within 20 %", f"{how}: {problem}")
+
+    def _is_whole(self) -> bool:
+        try:
+            return all(engine["state"] == "ready" for engine in engines_of(Api(self.router, timeout_s=5)))
+        except PdlaunchError:
+            return False
+
+
+def warm_up(target: Target, num_requests: int = 30) -> None:
+    """Let every process allocate what it keeps anyway, so that growth afterwards is the attack's."""
+    for number in range(num_requests):
+        fields = {"stream": number % 2 == 0, "logprobs": 5, "n": 1 + number % 3, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
+        body = {"prompt": f"{number} " + "warm up " * (number * 8), "max_tokens": 24, **fields}
+        for who in target.names:
+            target.ask(who, "/v1/completions", body)
+        target.ask("router", "/tokenize", {"prompt": "warm up " * 1000})
+
+
+def engine_key_settings() -> dict[str, str]:
+    """Environment that sets the engines' key."""
+    return {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY} if "engine_api_key" in all_fields() else {}
+
+
+def make_model(folder: Path) -> Path:
+    """A tiny random Llama with as many tokens as the demo model."""
+    return make_tiny_model("llama", folder, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
+
+
+@contextlib.contextmanager
+def attacked(model: Path, *arguments: str) -> Iterator[Target]:
+    """One prefill and one decode engine, warmed up."""
+    command = ("--model", str(model), *SERVED, *arguments)
+    settings = engine_key_settings()
+    with running_deployment(command, environ=clean_environ() | settings) as deployment:
+        target = Target(deployment, ENGINE_KEY if settings else None)
+        warm_up(target)
+        yield target
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
