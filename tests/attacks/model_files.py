@@ -47,11 +47,9 @@ def judge(verdict: Verdict, what: str, command: list[str], folder: Path) -> None
     if seconds > LIMIT_S:
         verdict.broke(f"a damaged file ends within {LIMIT_S:g} s", f"{what}: {name} took {seconds:.1f} s")
     reason = next((line.strip() for line in said.splitlines() if "damaged" in line or "has " in line), "")
-    verdict.row(
-        f"{what}, {name.split()[-1] if 'check-config' in name else 'convert'}",
-        f"{result.returncode} in {seconds:.1f} s",
-        reason.rpartition("damaged: ")[2][:90],
-    )
+    which = "check-config" if "check-config" in name else "convert"
+    ended = f"{result.returncode} in {seconds:.1f} s"
+    verdict.row(f"{what}, {which}", ended, reason.rpartition("damaged: ")[2][:90])
 
 
 def damaged_gguf(folder: Path, source: random.Random) -> Iterator[tuple[str, Path]]:
