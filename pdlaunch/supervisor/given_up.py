@@ -50,6 +50,10 @@ class GivenUp:
         self._retry_at_s[engine] = now_s + delay_s
         return delay_s
 
+    def postpone(self, engine: str, at_s: float) -> None:
+        """What is left of it has not died yet."""
+        self._retry_at_s[engine] = at_s
+
     def try_again(self, engine: str) -> None:
         """It is being started; until it serves it counts for nothing."""
         del self._retry_at_s[engine]

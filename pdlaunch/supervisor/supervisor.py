@@ -395,6 +395,7 @@ class Supervisor:
         """One quick death of each unit is enough to give it up again, for longer."""
         units = self._units_of(engine)
         if any(unit.alive for unit in units):
+            self._given_up.postpone(engine, self._clock() + 1.0)
             return
         self._note(f"{engine} is tried again")
         self._given_up.try_again(engine)

@@ -141,6 +141,7 @@ def test_it_is_not_tried_again_before_all_of_it_is_dead() -> None:
     crash_loop(world, "decode-0")
     world.pass_time(100)
     assert "decode-0" not in world.host.running
+    assert world.supervisor.next_deadline_s() > world.clock.now_s
     world.exit("decode-0/rank-0", -9)
     world.pass_time(1)
     assert world.host.running.keys() >= {"decode-0", "decode-0/rank-0"}
