@@ -14,14 +14,17 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
-from pdlaunch.protocol.control import Role
+from pdlaunch.protocol.control import Restarting, Role
 from pdlaunch.protocol.openai.errors import error_body
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.hops import Hops
 from pdlaunch.router.pool import Engine
+from pdlaunch.router.supervisor_link import SupervisorLink
 
 AWAKE_TIMEOUT_S = 10.0
 """For the registry to say what an engine has just said itself."""
+RESTART_TIMEOUT_S = 850.0
+"""For an engine to serve again; a little less than `pdlaunch restart` waits."""
 INTEGRITY_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
 
@@ -49,8 +52,9 @@ class Outcome(NamedTuple):
 class Admin:
     """The commands of one router."""
 
-    def __init__(self, hops: Hops) -> None:
+    def __init__(self, hops: Hops, supervisor: SupervisorLink) -> None:
         self._hops = hops
+        self._supervisor = supervisor
 
     def routes(self) -> list[AdminRoute]:
         """All of them; whoever adds a command adds a row."""
@@ -58,6 +62,7 @@ class Admin:
             AdminRoute("POST", "/sleep", self._sleep),
             AdminRoute("POST", "/wake_up", self._wake_up),
             AdminRoute("GET", "/is_sleeping", self._is_sleeping),
+            AdminRoute("POST", "/pdlaunch/restart", self._restart),
             AdminRoute("GET", "/pdlaunch/integrity", self._integrity),
             AdminRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
@@ -75,6 +80,38 @@ class Admin:
     async def _is_sleeping(self, http: web.Request, request_id: str) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
         return _together(outcomes, is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes))
+
+    async def _restart(self, http: web.Request, request_id: str) -> web.Response:
+        """Start engines anew, one after the other, so that others serve meanwhile; answered when they serve again.
+
+        Unlike the other commands it knows an engine by the names of its processes too, and means none without a name.
+        """
+        names = http.query.getall("engine", [])
+        if not names:
+            raise RequestError("name what to restart: engine=NAME", param="engine", code="missing_engine")
+        return _together([await self._restart_one(name) for name in dict.fromkeys(names)])
+
+    async def _restart_one(self, name: str) -> Outcome:
+        begun = await self._supervisor.restart(name)
+        if begun.error:
+            status, code = (409, "not_now") if begun.engine else (404, "engine_not_found")
+            return Outcome(name, status, error_body(RequestError(begun.error, param="engine", status=status, code=code)))
+        until_s = self._hops.now_s() + RESTART_TIMEOUT_S
+        while (successor := self._successor(begun)) is None:
+            left_s = until_s - self._hops.now_s()
+            if left_s <= 0:
+                message = f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
+                return Outcome(begun.engine, 503, error_body(OverloadedError(message, status=503, code="not_ready")))
+            await self._hops.registry_change(left_s)
+        if successor.state == "failed":
+            error = OverloadedError(f"{begun.engine} is given up again: {successor.reason}", status=503, code="engine_failed")
+            return Outcome(begun.engine, error.status, error_body(error))
+        return Outcome(begun.engine, 200, {"incarnation": successor.processes[0]})
+
+    def _successor(self, begun: Restarting) -> Engine | None:
+        """The engine once it serves again, or is given up again."""
+        engines = [e for e in self._hops.pool.engines if e.name == begun.engine and e.processes[0] > begun.incarnation]
+        return next((engine for engine in engines if engine.ready or engine.state == "failed"), None)
 
     async def _integrity(self, http: web.Request, request_id: str) -> web.Response:
         """Who owns each KV block of each engine; an engine that cannot be asked is not ok."""

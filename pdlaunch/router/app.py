@@ -35,6 +35,7 @@ from pdlaunch.router.hops import Hops
 from pdlaunch.router.idempotency import Repeats, read_idempotency_key
 from pdlaunch.router.pool import EngineKey
 from pdlaunch.router.scrape import scrape
+from pdlaunch.router.supervisor_link import SupervisorLink
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ KeyCheck = Callable[[web.Request], None]
 class RouterApp:
     """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
 
-    def __init__(self, spec: RouterSpec, hops: Hops) -> None:
+    def __init__(self, spec: RouterSpec, hops: Hops, supervisor: SupervisorLink) -> None:
         self._spec = spec
         self._hops = hops
         self._started = int(time.time())
@@ -77,7 +78,7 @@ class RouterApp:
         self._route("GET", "/health", self._health)
         self._route("GET", "/metrics", self._metrics)
         self._route("GET", "/pdlaunch/status", self._status)
-        for method, path, handler in Admin(hops).routes():
+        for method, path, handler in Admin(hops, supervisor).routes():
             self._route(method, path, handler, check_key=self._check_admin_key)
         self._route("*", "/{path:.*}", self._unknown)
 
@@ -277,7 +278,14 @@ class RouterApp:
     async def _status(self, request: web.Request, request_id: str) -> web.Response:
         """The engines and where they answer, for `pdlaunch smoke` and people."""
         engines = [
-            {"name": engine.name, "role": engine.role, "url": engine.url, "state": engine.state, "streams": engine.num_streams}
+            {
+                "name": engine.name,
+                "role": engine.role,
+                "url": engine.url,
+                "state": engine.state,
+                "reason": engine.reason,
+                "streams": engine.num_streams,
+            }
             for engine in self._hops.pool.engines
         ]
         return _json({"engines": engines})

@@ -57,6 +57,8 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     ready: bool
     state: str
     """For people: ``ready``, or the ``ListedState`` that says why not."""
+    reason: str = ""
+    """Why it has ``failed``, and what comes next."""
     lender: Lender | None = None
     """None: it has no ranks of ours."""
     times_ready: int = 0
@@ -184,6 +186,7 @@ class EnginePool:
         engine.role = server.role
         engine.lender = _find_lender(by_rank)
         engine.capabilities = server.capabilities
+        engine.reason = server.reason
         engine.state = "ready" if ready else _why_not_ready(server, ranks)
         return engine
 

@@ -20,7 +20,7 @@ from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Stop
+from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Restarting, Stop
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -28,6 +28,7 @@ from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
+from pdlaunch.router.supervisor_link import SupervisorLink
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class RouterProcess:
         client = EngineClient(self._bootstrap.keys.http_token, EngineTimeouts())
         metrics = RouterMetrics(spec.served_model_name)
         hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
-        router = RouterApp(spec, hops)
+        link = SupervisorLink(control.send)
+        router = RouterApp(spec, hops, link)
         runner = HttpRunner(router.app, max_connections=spec.max_connections, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
@@ -95,7 +97,7 @@ class RouterProcess:
             await listen(runner, spec.listeners)
             runner.drop_stalled_readers(READER_TIMEOUT_S)
             control.send(Ready(info={"url": url}))
-            await self._follow(control, hops, router)
+            await self._follow(control, hops, router, link)
         finally:
             heartbeat.cancel()
             await runner.cleanup()
@@ -115,12 +117,14 @@ class RouterProcess:
         await listen_at_admin_socket(runner, run_dir / ADMIN_SOCKET)
         LaunchCard(launch_id=self._bootstrap.launch_id, url=url, supervisor_pid=os.getppid()).write(run_dir)
 
-    async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp) -> None:
+    async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp, link: SupervisorLink) -> None:
         """Do what the supervisor says until it says Stop; draining does not hold up the registry."""
         while True:
             match await self._inbox.get():
                 case Registry() as registry:
                     hops.update(registry)
+                case Restarting() as answer:
+                    link.answered(answer)
                 case Drain(timeout_s=timeout_s):
                     self._draining = asyncio.ensure_future(_drain(router, control, timeout_s))
                 case Stop():

@@ -11,13 +11,14 @@ import pytest
 from aiohttp import web
 
 from pdlaunch.process.bootstrap import RouterSpec
-from pdlaunch.protocol.control import Registry
+from pdlaunch.protocol.control import Registry, Restart
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
 from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import listen
+from pdlaunch.router.supervisor_link import SupervisorLink
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -56,7 +57,9 @@ class Stand:
         self.pool = EnginePool(time.monotonic)
         client = EngineClient("launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s))
         self.hops = Hops(self.pool, client, self.metrics, RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01))
-        self.router = RouterApp(spec, self.hops)
+        self.asked: list[Restart] = []
+        self.link = SupervisorLink(self.asked.append)
+        self.router = RouterApp(spec, self.hops, self.link)
         self.runner = web.AppRunner(self.router.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self.runner.setup()
         listener = socket.create_server((spec.host, spec.port))

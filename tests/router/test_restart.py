@@ -1,0 +1,105 @@
+"""``POST /pdlaunch/restart`` at the router; the supervisor is the test."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pdlaunch.protocol.control import Registry, Restarting
+from pdlaunch.router import admin, supervisor_link
+from tests.router.conftest import Stand
+from tests.router.fake_engine import until
+from tests.router.test_admin import AdminStand, admin_stand
+
+__all__ = ["admin_stand"]
+
+
+def restart(stand: AdminStand, *names: str) -> asyncio.Task[tuple[int, Any]]:
+    query = "&".join(f"engine={name}" for name in names)
+    return asyncio.create_task(stand.call("POST", f"/pdlaunch/restart?{query}"))
+
+
+async def asked(stand: Stand, number: int = 1) -> int:
+    """The question that is to be answered."""
+    await until(lambda: len(stand.asked) == number)
+    return stand.asked[-1].question
+
+
+async def test_it_is_answered_when_the_new_engine_serves(admin_stand: AdminStand) -> None:
+    stand, decode = admin_stand.stand, admin_stand.stand.engines["decode-0"]
+    answer = restart(admin_stand, "decode-0/rank-0")
+    question = await asked(stand)
+    assert stand.asked[0].name == "decode-0/rank-0"
+    stand.link.answered(Restarting(question=question, engine="decode-0", incarnation=1))
+    stand.publish()
+    stand.publish(without=["decode-0"])
+    decode.incarnation = 2
+    stand.publish(starting=["decode-0"])
+    await asyncio.sleep(0)
+    assert not answer.done()
+    stand.publish()
+    assert await answer == (200, {"engines": [{"engine": "decode-0", "incarnation": 2}]})
+
+
+async def test_several_are_restarted_one_after_the_other(admin_stand: AdminStand) -> None:
+    stand = admin_stand.stand
+    answer = restart(admin_stand, "decode-0", "prefill-1")
+    for number, name in enumerate(("decode-0", "prefill-1"), start=1):
+        question = await asked(stand, number)
+        assert [message.name for message in stand.asked][-1] == name
+        stand.link.answered(Restarting(question=question, engine=name, incarnation=1))
+        stand.engines[name].incarnation = 2
+        stand.publish()
+    assert (await answer)[0] == 200
+
+
+async def test_one_that_is_given_up_again_is_an_error(admin_stand: AdminStand) -> None:
+    stand = admin_stand.stand
+    answer = restart(admin_stand, "decode-0")
+    stand.link.answered(Restarting(question=await asked(stand), engine="decode-0", incarnation=1))
+    (server, _) = stand.engines["decode-0"].entries()
+    server.incarnation, server.state, server.reason = 6, "failed", "died 5 times: disk full"
+    stand.hops.update(Registry(version=99, entries=[server]))
+    status, body = await answer
+    assert (status, body["error"]["message"]) == (503, "decode-0 is given up again: died 5 times: disk full")
+    (engine,) = (await admin_stand.call("GET", "/pdlaunch/status"))[1]["engines"]
+    assert (engine["state"], engine["reason"]) == ("failed", "died 5 times: disk full")
+
+
+@pytest.mark.parametrize(("engine", "status"), [("", 404), ("decode-0", 409)])
+async def test_a_refusal_of_the_supervisor_is_passed_on(admin_stand: AdminStand, engine: str, status: int) -> None:
+    answer = restart(admin_stand, "decode-7")
+    question = await asked(admin_stand.stand)
+    admin_stand.stand.link.answered(Restarting(question=question, engine=engine, error="no, because"))
+    assert (await answer)[0] == status
+    assert (await answer)[1]["error"]["message"] == "no, because"
+
+
+async def test_without_a_name_nothing_is_restarted(admin_stand: AdminStand) -> None:
+    status, body = await restart(admin_stand)
+    assert (status, body["error"]["param"]) == (400, "engine")
+    assert not admin_stand.stand.asked
+
+
+async def test_a_supervisor_that_does_not_answer_is_503(admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_link, "ANSWER_TIMEOUT_S", 0.01)
+    status, body = await restart(admin_stand, "decode-0")
+    assert (status, body["error"]["code"]) == (503, "no_answer")
+    admin_stand.stand.link.answered(Restarting(question=admin_stand.stand.asked[0].question, engine="decode-0"))
+
+
+async def test_an_engine_that_does_not_come_back_is_503(admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "RESTART_TIMEOUT_S", 0.01)
+    answer = restart(admin_stand, "decode-0")
+    admin_stand.stand.link.answered(Restarting(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1))
+    assert (await answer)[1]["error"]["code"] == "not_ready"
+
+
+async def test_the_clients_key_does_not_open_it(admin_stand: AdminStand) -> None:
+    for key in ("of-the-clients", "wrong"):
+        headers = {"Authorization": f"Bearer {key}"}
+        async with admin_stand.stand.session.post("/pdlaunch/restart?engine=decode-0", headers=headers) as response:
+            assert response.status == 401
+    assert not admin_stand.stand.asked
