@@ -24,11 +24,14 @@ def main() -> None:
     code = 0
     try:
         rank.run()
+    except PdlaunchError as error:
+        code = 1
+        logger.error("rank failed: %s", error)
+        rank.control.send(Failed(error=str(error)))
     except BaseException as error:
         code = 1
         logger.exception("rank failed")
-        text = str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"
-        rank.control.send(Failed(error=text))
+        rank.control.send(Failed(error=f"{type(error).__name__}: {error}"))
     rank.close()
     logging.shutdown()
     os._exit(code)

@@ -36,8 +36,8 @@ class ServerLink:
                 return messages
             try:
                 message = to_rank.decode(frame)
-            except ProtocolError:
-                logger.exception("dropped a message from the server")
+            except ProtocolError as error:
+                logger.error("dropped a message from the server: %s", error)
                 continue
             if isinstance(message, Hello):
                 self._server = identity

@@ -63,9 +63,13 @@ class RouterProcess:
             loop.add_signal_handler(name, self._inbox.put_nowait, Stop())
         try:
             await self._serve(control)
+        except PdlaunchError as error:
+            logger.error("router failed: %s", error)
+            control.send(Failed(error=str(error)))
+            return 1
         except Exception as error:
             logger.exception("router failed")
-            control.send(Failed(error=str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"))
+            control.send(Failed(error=f"{type(error).__name__}: {error}"))
             return 1
         finally:
             control.close()

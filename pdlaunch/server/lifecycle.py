@@ -127,9 +127,12 @@ class ServerProcess:
             self._service.loaded = await asyncio.to_thread(
                 load_served_model, self._spec, lambda text: self._control.send(Progress(text=text))
             )
+        except PdlaunchError as error:
+            self._inbox.put_nowait(error)
+            return
         except Exception as error:
             _log.exception("loading failed")
-            self._inbox.put_nowait(error if isinstance(error, PdlaunchError) else StartupError(f"loading failed: {error!r}"))
+            self._inbox.put_nowait(StartupError(f"loading failed: {error!r}"))
             return
         self._control.send(Progress(text="waiting for rank 0"))
         await self._service.welcomed.wait()

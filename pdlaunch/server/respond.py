@@ -89,7 +89,10 @@ class Answerer:
             if not response.prepared:
                 raise
             self.broke_off = True
-            _log.log(logging.WARNING if isinstance(error, RequestError) else logging.ERROR, "stream failed", exc_info=error)
+            if isinstance(error, RequestError):
+                _log.warning("stream failed: %s", error)
+            else:
+                _log.error("stream failed", exc_info=error)
             await self._say_last(response, error)
         await response.write_eof()
         return response

@@ -15,11 +15,11 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pdlaunch.protocol.control import Drain, Stop
+from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
 from pdlaunch.supervisor.host import Host
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.states import ProcessState
+from pdlaunch.supervisor.states import Phase, ProcessState
 
 
 @dataclass(slots=True)
@@ -30,13 +30,27 @@ class _Restart:
 
 
 class EngineRestarts:
-    """Restarts that are under way; ``in`` asks for an engine. ``start``: spawns a unit."""
+    """Restarts that are under way; ``in`` asks for an engine.
 
-    def __init__(self, host: Host, grace: Grace, clock: Callable[[], float], start: Callable[[Unit], None]) -> None:
+    ``units``: of the launch. ``start``: spawns one. ``forgive``: is told of an engine before it is restarted.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        grace: Grace,
+        clock: Callable[[], float],
+        units: Sequence[Unit],
+        *,
+        start: Callable[[Unit], None],
+        forgive: Callable[[str], None],
+    ) -> None:
         self._host = host
         self._grace = grace
         self._clock = clock
+        self._units = units
         self._start = start
+        self._forgive = forgive
         self._restarts: dict[str, _Restart] = {}
 
     def __contains__(self, engine: str) -> bool:
@@ -47,10 +61,26 @@ class EngineRestarts:
         """When ``tick`` has something to do."""
         return min((r.drained_at_s for r in self._restarts.values() if r.drained_at_s is not None), default=math.inf)
 
-    def begin(self, engine: str, units: Sequence[Unit]) -> None:
-        """``units``: of the engine. Their deaths before this do not count any more. Once is as good as twice."""
-        if engine in self._restarts:
-            return
+    def ask(self, message: Restart, phase: Phase) -> Restarting:
+        """Begin a restart, unless the launch is in another phase than READY; once is as good as twice."""
+        named = (unit for unit in self._units for member in unit.members if member.name == message.name)
+        engine = next((unit.engine for unit in named), "")
+        if not engine:
+            known = ", ".join(dict.fromkeys(unit.engine for unit in self._units if unit.engine))
+            return Restarting(question=message.question, error=f"there is no engine {message.name[:100]}; there are: {known}")
+        if phase is not Phase.READY:
+            return Restarting(
+                question=message.question, engine=engine, error=f"{engine} cannot be restarted: the launch is {phase}"
+            )
+        units = [unit for unit in self._units if unit.engine == engine]
+        incarnation = next(unit.incarnation for unit in units if unit.name == engine)
+        if engine not in self._restarts:
+            self._forgive(engine)
+            self._begin(engine, units)
+        return Restarting(question=message.question, engine=engine, incarnation=incarnation)
+
+    def _begin(self, engine: str, units: Sequence[Unit]) -> None:
+        """Deaths before this do not count any more."""
         restart = self._restarts[engine] = _Restart(units)
         serves = all(unit.ready for unit in units)
         for unit in units:

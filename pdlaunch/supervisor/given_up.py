@@ -62,6 +62,11 @@ class GivenUp:
         """All of its processes are ready."""
         self._why.pop(engine, None)
 
+    def forgive(self, engine: str) -> None:
+        """It is started as if it had never been given up, but counts for nothing until it serves."""
+        self._retry_at_s.pop(engine, None)
+        self.served_long(engine)
+
     def served_long(self, engine: str) -> None:
         """Begin the count of waits anew."""
         self._num_times.pop(engine, None)

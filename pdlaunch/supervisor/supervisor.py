@@ -22,7 +22,6 @@ from pdlaunch.protocol.control import (
     Ready,
     Register,
     Restart,
-    Restarting,
     SleepState,
     ToSupervisor,
 )
@@ -88,7 +87,7 @@ class Supervisor:
         self._registry = RegistryBook()
         self._pairs = PairBook(plan)
         self._given_up = GivenUp(plan, timing.restarts)
-        self._restarts = EngineRestarts(host, timing.grace, clock, self._spawn)
+        self._restarts = EngineRestarts(host, timing.grace, clock, self._units, start=self._spawn, forgive=self._forgive)
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = Phase.PREPARING
         self._start_deadline_s = 0.0
@@ -236,7 +235,7 @@ class Supervisor:
                 else:
                     self._restarts.drained(instance)
             case Restart():
-                self._host.send(name, self._on_restart(message))
+                self._host.send(name, self._restarts.ask(message, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
         if message.name != instance.name or message.incarnation != instance.incarnation or not instance.alive:
@@ -404,29 +403,11 @@ class Supervisor:
             unit.num_quick_deaths = self._timing.restarts.max_quick_deaths - 1
             self._spawn(unit)
 
-    def _on_restart(self, message: Restart) -> Restarting:
-        """Start an engine anew, as somebody has asked: with what runs finished first, and whatever became of it before."""
-        engine = self._engine_of(message.name)
-        if engine is None:
-            known = ", ".join(dict.fromkeys(unit.engine for unit in self._units if unit.engine))
-            return Restarting(question=message.question, error=f"there is no engine {message.name[:100]}; there are: {known}")
-        if self._phase is not Phase.READY or self._shutdown is not None:
-            return Restarting(question=message.question, error=f"{engine} cannot be restarted now: the launch is {self.phase}")
-        units = self._units_of(engine)
-        incarnation = next(unit.incarnation for unit in units if unit.name == engine)
-        if engine not in self._restarts:
-            self._note(f"{engine} is restarted, as was asked")
-            if engine in self._given_up:
-                self._given_up.try_again(engine)
-            self._given_up.served_long(engine)
-            self._pairs.try_again(engine)
-            self._restarts.begin(engine, units)
-        return Restarting(question=message.question, engine=engine, incarnation=incarnation)
-
-    def _engine_of(self, name: str) -> str | None:
-        """``name``: of an engine, or of one of its processes."""
-        instance = self._instances.get(name)
-        return None if instance is None else instance.spec.engine or None
+    def _forgive(self, engine: str) -> None:
+        """It is restarted, whatever it has done before."""
+        self._note(f"{engine} is restarted, as was asked")
+        self._given_up.forgive(engine)
+        self._pairs.try_again(engine)
 
     def _units_of(self, engine: str) -> list[Unit]:
         return [unit for unit in self._units if unit.engine == engine]
