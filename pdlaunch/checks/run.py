@@ -12,6 +12,7 @@ from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.resolved import resolved_values
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.checks.transport_report import TransportReport
+from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.errors import ConfigError
@@ -102,8 +103,13 @@ def why_not(rule: Rule, context: Context) -> str | None:
 
 
 def listeners(config: LaunchConfig) -> tuple[Listener, ...]:
-    """Addresses of the launch with a fixed port; engines choose free ones and register them."""
-    return (Listener("router", config.host, config.port, "port"),)
+    """Addresses of the launch with a fixed port; engines without one choose free ones and register them."""
+    engines = [
+        Listener(f"{role}-{index}", ENGINE_HOST, port, f"{role}.port")
+        for role in ROLES
+        for index, port in enumerate(config.role(role).ports())
+    ]
+    return (Listener("router", config.host, config.port, "port"), *engines)
 
 
 def build_context(

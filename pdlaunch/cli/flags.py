@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pdlaunch.config.names import FLAG_PATHS
+from pdlaunch.config.fields import is_secret
+from pdlaunch.config.names import FLAG_PATHS, VARIABLE_PREFIX
 
 ConfigArgument = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the deployment.")]
 
@@ -73,6 +74,10 @@ _FLAGS = (
     _Flag("host", str, "Address of the router (127.0.0.1).", panel="Deployment"),
     _Flag("port", int, "Port of the router, 0 for a free one (8000).", panel="Deployment"),
     _Flag("api-key", str, "Key that clients must send; PDLAUNCH_API_KEY keeps it out of ps.", "KEY", "Deployment"),
+    _Flag("admin-api-key", str, "Key that opens commands over HTTP; or PDLAUNCH_ADMIN_API_KEY.", "KEY", "Deployment"),
+    _Flag("engine-api-key", str, "Key that opens the engines; or PDLAUNCH_ENGINE_API_KEY.", "KEY", "Deployment"),
+    _Flag("allowed-hosts", str, "More names of this deployment in URLs, with commas; * for any.", "NAMES", "Deployment"),
+    _Flag("cors-origins", str, "Origins of web pages that may use it, with commas; * for any.", "URLS", "Deployment"),
     _Flag("log-dir", str, "Folder of the log files (a new one a launch).", "DIR", "Deployment"),
     _Flag("startup-timeout", float, "Seconds from command to ready (600).", "S", "Deployment"),
     _Flag("drain-timeout", float, "Seconds that running requests get at the end (30).", "S", "Deployment"),
@@ -100,15 +105,15 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def to_command_line(flags: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of a ``serve`` with these flags (by dotted config path); the API key stays out of ``ps``."""
+    """Arguments and environment of a ``serve`` with these flags (by dotted config path); keys stay out of ``ps``."""
     arguments: list[str] = []
     environ: dict[str, str] = {}
     for flag in _FLAGS:
         value = flags.get(FLAG_PATHS[flag.name])
         if value is None:
             continue
-        if flag.name == "api-key":
-            environ["PDLAUNCH_API_KEY"] = str(value)
+        if is_secret(FLAG_PATHS[flag.name]):
+            environ[f"{VARIABLE_PREFIX}{flag.parameter.upper()}"] = str(value)
         elif flag.kind is bool:
             arguments.append(f"--{flag.name}" if value else f"--no-{flag.name}")
         else:

@@ -31,7 +31,7 @@ from pdlaunch.supervisor.launch import (
 )
 from pdlaunch.supervisor.log_dirs import new_launch_id, new_log_dir
 from pdlaunch.supervisor.plan import Plan
-from pdlaunch.supervisor.ports import listening
+from pdlaunch.supervisor.ports import check_engine_ports, listening
 from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
 
@@ -74,6 +74,7 @@ def serve(
         if dry_run:
             print_plan(planned.plan, output)
             return
+        check_engine_ports(loaded.config)
         with listening(loaded.config.host, loaded.config.port) as listeners:
             outcome = _serve(loaded, planned, lifeline, listeners)
     except ConfigError as error:

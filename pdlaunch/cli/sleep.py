@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli.bench_output import print_errors
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.sleep import SleepOutcome, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
 
@@ -32,33 +33,42 @@ class Tag(StrEnum):
     KV_CACHE = "kv_cache"
 
 
-UrlOption = Annotated[str, typer.Option(help="The deployment's router.", envvar="PDLAUNCH_URL")]
-KeyOption = Annotated[str | None, typer.Option(help="The deployment's API key.", envvar="PDLAUNCH_API_KEY", metavar="KEY")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(help="The deployment's router; needed where several of yours run, or another's.", envvar="PDLAUNCH_URL"),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Its admin_api_key; not needed for your own on this machine.", envvar="PDLAUNCH_ADMIN_API_KEY", metavar="KEY"
+    ),
+]
 EngineOption = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; may be repeated.", metavar="NAME")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def sleep(
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     level: Annotated[
         int, typer.Option(min=1, max=2, help="1 keeps the weights in host memory; 2 drops them, they are loaded again.")
     ] = 1,
     mode: Annotated[Mode, typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse.")] = Mode.WAIT,
     engine: EngineOption = None,
-    api_key: KeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Engines give their device memory back and serve nothing until `pdlaunch wake`; needs enable_sleep_mode."""
-    _show("given back", lambda: sleep_engines(url, api_key, level=level, mode=mode.value, names=engine or ()))
+    _show("given back", lambda: sleep_engines(admin_api(url, admin_api_key), level=level, mode=mode.value, names=engine or ()))
 
 
 def wake(
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = None,
     tag: Annotated[list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")] = None,
     engine: EngineOption = None,
-    api_key: KeyOption = None,
+    admin_api_key: KeyOption = None,
 ) -> None:
     """Engines that sleep take their device memory again and serve."""
-    _show("taken", lambda: wake_engines(url, api_key, tags=[str(name) for name in tag or ()], names=engine or ()))
+    _show(
+        "taken", lambda: wake_engines(admin_api(url, admin_api_key), tags=[str(name) for name in tag or ()], names=engine or ())
+    )
 
 
 def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import http.client
 import json
+import socket
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from pdlaunch.errors import PdlaunchError
 
 
 class Api:
-    """One HTTP server of a deployment. Raises PdlaunchError when it cannot be reached in ``timeout_s``."""
+    """One HTTP server of a deployment. Raises PdlaunchError when it cannot be reached in ``timeout_s``.
 
-    def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` then only ends in what paths are added to.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, timeout_s: float = 120.0, *, socket_path: Path | None = None
+    ) -> None:
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._timeout_s = timeout_s
+        self._socket_path = socket_path
+
+    def engine(self, name: str) -> Api:
+        """One engine behind this router, which passes everything on to it; for those who may command the launch."""
+        url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
+        return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and JSON body, also of an error."""
-        status, content = self._call(path, json.dumps(body).encode())
-        return status, json.loads(content)
+        return self._read_object(path, *self._call(path, json.dumps(body).encode()))
 
     def post_text(self, path: str, body: dict[str, Any]) -> str:
         """The whole body as text, for streams of events."""
@@ -32,6 +46,10 @@ class Api:
         """Status and text."""
         status, content = self._call(path, None)
         return status, content.decode()
+
+    def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Status and JSON body, also of an error."""
+        return self._read_object(path, *self._call(path, None))
 
     def metrics(self) -> dict[str, float]:
         """Samples of ``/metrics``, summed over their labels."""
@@ -43,17 +61,61 @@ class Api:
                 totals[name] = totals.get(name, 0.0) + float(value)
         return totals
 
+    def _read_object(self, path: str, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise PdlaunchError(f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch does")
+        return status, answer
+
     def _call(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
+            with _opener(self._socket_path).open(request, timeout=self._timeout_s) as response:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read()
-        except OSError as error:
-            raise PdlaunchError(f"{self.url}{path} cannot be reached: {_reason(error)}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise PdlaunchError(f"{self._shown(path)} cannot be reached: {_reason(error)}") from error
+
+    def _shown(self, path: str) -> str:
+        shown = path.partition("?")[0]
+        return f"{self.url}{shown}" if self._socket_path is None else f"{shown} at {self._socket_path}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, host: str, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class _UnixHandler(urllib.request.HTTPHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        connection: Any = functools.partial(_UnixConnection, self._path)
+        return self.do_open(connection, request)
+
+
+@functools.cache
+def _opener(socket_path: Path | None) -> urllib.request.OpenerDirector:
+    """A Unix socket is reached through no proxy, whatever the environment says."""
+    if socket_path is None:
+        return urllib.request.build_opener()
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _UnixHandler(socket_path))
 
 
 def check_url(url: str) -> None:
@@ -67,7 +129,7 @@ def check_url(url: str) -> None:
         raise PdlaunchError(f"{url} is no URL of a deployment; write http://host:port")
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | http.client.HTTPException) -> str:
     """In words, without the layers that it came through."""
     cause = getattr(error, "reason", error)
     return getattr(cause, "strerror", None) or str(cause)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
 
 MUST_BE_ZERO = (
@@ -22,46 +21,38 @@ MUST_BE_ZERO = (
 _POLL_S = 0.2
 
 
-async def engine_urls(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[str, list[str]]:
-    """By role, the engines behind a router that were not given up. Raises PdlaunchError."""
-    async with session.get(url + "/pdlaunch/status", headers=headers) as response:
-        if response.status != 200:
-            raise PdlaunchError(f"{url} does not tell its engines: HTTP {response.status}")
-        urls: dict[str, list[str]] = {"prefill": [], "decode": []}
-        for engine in (await response.json())["engines"]:
-            if engine["state"] != "failed":
-                urls[engine["role"]].append(engine["url"])
-        return urls
-
-
-async def await_idle(session: aiohttp.ClientSession, url: str, headers: dict[str, str], *, timeout_s: float) -> list[str]:
+def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
     """Wait until every engine holds nothing any more; returns what is left, or wrong with its books, after ``timeout_s``."""
     deadline_s = time.monotonic() + timeout_s
     while True:
-        left = await _left(session, url, headers)
+        left = _left(admin)
         if not left or time.monotonic() > deadline_s:
             return left
-        await asyncio.sleep(_POLL_S)
+        time.sleep(_POLL_S)
 
 
-async def engine_totals(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[str, float]:
+def engine_totals(admin: Api) -> dict[str, float]:
     """Counters of ``EngineStats``, summed over the engines that live now, and those of the router."""
     totals: dict[str, float] = {}
-    for report in (await _reports(session, url, headers)).values():
+    for report in _reports(admin):
         for name, value in report.get("stats", {}).items():
             if not name.startswith("num_"):
                 totals[name] = round(totals.get(name, 0) + value, 3)
-    async with session.get(url + "/metrics", headers=headers) as response:
-        for family in text_string_to_metric_families(await response.text()):
-            if family.name.startswith("pdlaunch_router_") and family.type == "counter":
-                name = family.name.removeprefix("pdlaunch_")
-                totals[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+    for family in text_string_to_metric_families(admin.get("/metrics")[1]):
+        if family.name.startswith("pdlaunch_router_") and family.type == "counter":
+            name = family.name.removeprefix("pdlaunch_")
+            totals[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
     return totals
 
 
-async def _left(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> list[str]:
+def _left(admin: Api) -> list[str]:
+    try:
+        reports = _reports(admin)
+    except PdlaunchError as error:
+        return [str(error)]
     left = []
-    for engine, report in (await _reports(session, url, headers)).items():
+    for report in reports:
+        engine = report["engine"]
         if not report.get("ok"):
             left.append(f"{engine}: {report.get('error')}")
             continue
@@ -72,14 +63,10 @@ async def _left(session: aiohttp.ClientSession, url: str, headers: dict[str, str
     return left
 
 
-async def _reports(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """By URL, what ``/pdlaunch/integrity`` says; an engine that cannot be asked is one that is not ok."""
-    reports: dict[str, dict[str, Any]] = {}
-    urls = await engine_urls(session, url, headers)
-    for engine in urls["prefill"] + urls["decode"]:
-        try:
-            async with session.get(engine + "/pdlaunch/integrity") as response:
-                reports[engine] = await response.json()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            reports[engine] = {"ok": False, "error": repr(error)}
+def _reports(admin: Api) -> list[dict[str, Any]]:
+    """What the integrity check says of each engine that was not given up. Raises PdlaunchError."""
+    status, answer = admin.get_object("/pdlaunch/integrity")
+    if "engines" not in answer:
+        raise PdlaunchError(f"the router does not tell its engines: HTTP {status}: {answer}")
+    reports: list[dict[str, Any]] = answer["engines"]
     return reports

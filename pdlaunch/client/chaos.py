@@ -48,7 +48,7 @@ def smoke_under_chaos(deployment: Deployment, seed: int, *, api_key: str | None,
 
 async def _load_and_kill(deployment: Deployment, options: SoakOptions) -> SoakReport:
     async with soak_session(options) as session:
-        cases = await make_cases(session, options)
+        cases = await make_cases(options)
         load = asyncio.create_task(run_load(session, options, cases))
         await asyncio.sleep(random.Random(options.seed).uniform(0.5, 2))
         await _kill_a_rank(deployment)

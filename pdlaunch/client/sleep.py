@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 
-from pdlaunch.client.api import Api, check_url
-from pdlaunch.client.smoke import engines_of
+from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
-
-CALL_TIMEOUT_S = 900.0
-"""Longer than an engine waits for what runs."""
-ROUTER_TIMEOUT_S = 10.0
-ROUTER_POLL_S = 0.02
 
 
 class SleepOutcome(msgspec.Struct, frozen=True):
@@ -28,40 +22,30 @@ class SleepOutcome(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def sleep_engines(url: str, api_key: str | None, *, level: int, mode: str, names: Sequence[str] = ()) -> list[SleepOutcome]:
-    """Prefill engines first: what they hold for decode engines is fetched while those are awake. Raises PdlaunchError."""
-    engines = _engines(url, api_key, names, first="prefill")
-    return [_call(engine, f"/sleep?level={level}&mode={mode}") for engine in engines]
+def sleep_engines(admin: Api, *, level: int, mode: str, names: Sequence[str] = ()) -> list[SleepOutcome]:
+    """Engines of these names, all without; one after the other. Raises PdlaunchError."""
+    return _command(admin, "/sleep", [("level", str(level)), ("mode", mode)], names)
 
 
-def wake_engines(url: str, api_key: str | None, *, tags: Sequence[str] = (), names: Sequence[str] = ()) -> list[SleepOutcome]:
-    """Decode engines first: they shake hands with prefill engines as these come back. ``tags``: none are all."""
-    query = f"?tags={','.join(tags)}" if tags else ""
-    outcomes = [_call(engine, f"/wake_up{query}") for engine in _engines(url, api_key, names, first="decode")]
-    _await_router(Api(url, api_key), {outcome.engine for outcome in outcomes if not (outcome.is_sleeping or outcome.error)})
-    return outcomes
+def wake_engines(admin: Api, *, tags: Sequence[str] = (), names: Sequence[str] = ()) -> list[SleepOutcome]:
+    """Returns when the router uses them again. ``tags``: none are all. Raises PdlaunchError."""
+    return _command(admin, "/wake_up", [("tags", tag) for tag in tags], names)
 
 
-def _await_router(router: Api, awake: set[str]) -> None:
-    """The router hears of it a moment later than we do: requests that follow shall find these engines."""
-    deadline_s = time.monotonic() + ROUTER_TIMEOUT_S
-    while any(engine["name"] in awake and engine["state"] == "sleeping" for engine in engines_of(router)):
-        if time.monotonic() > deadline_s:
-            raise PdlaunchError(f"{router.url} does not see within {ROUTER_TIMEOUT_S:g} s that its engines are awake")
-        time.sleep(ROUTER_POLL_S)
+def _command(admin: Api, path: str, query: list[tuple[str, str]], names: Sequence[str]) -> list[SleepOutcome]:
+    pairs = [*query, *(("engine", name) for name in names)]
+    status, answer = admin.post(f"{path}?{urlencode(pairs)}" if pairs else path, {})
+    if "engines" not in answer:
+        raise PdlaunchError(f"{path} was refused: {_message(answer) or f'HTTP {status}'}")
+    return [_outcome(engine) for engine in answer["engines"]]
 
 
-def _engines(url: str, api_key: str | None, names: Sequence[str], first: Literal["prefill", "decode"]) -> list[dict[str, Any]]:
-    check_url(url)
-    engines = {engine["name"]: engine for engine in engines_of(Api(url, api_key))}
-    if unknown := [name for name in names if name not in engines]:
-        raise PdlaunchError(f"{url} has no engine {unknown[0]}; there are {', '.join(sorted(engines))}")
-    wanted = [engine for name, engine in engines.items() if not names or name in names]
-    return sorted(wanted, key=lambda engine: (engine["role"] != first, engine["name"]))
+def _outcome(answer: dict[str, Any]) -> SleepOutcome:
+    if "error" in answer:
+        return SleepOutcome(answer["engine"], False, error=_message(answer) or "it does not say why")
+    return SleepOutcome(answer["engine"], answer["is_sleeping"], answer["num_bytes"])
 
 
-def _call(engine: dict[str, Any], path: str) -> SleepOutcome:
-    status, answer = Api(engine["url"], timeout_s=CALL_TIMEOUT_S).post(path, {})
-    if status != 200:
-        return SleepOutcome(engine["name"], engine["state"] == "sleeping", error=answer["error"]["message"])
-    return SleepOutcome(engine["name"], answer["is_sleeping"], answer["num_bytes"])
+def _message(answer: dict[str, Any]) -> str:
+    error = answer.get("error")
+    return str(error.get("message", "")) if isinstance(error, dict) else ""

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
 
@@ -53,11 +54,11 @@ class _Failure(Exception):
 
 
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
-    """Run all checks against a running deployment. ``exact``: it computes in float32, so tokens must be equal."""
-    router = Api(url, api_key)
-    engines = engines_of(router)
-    decode = [Api(engine["url"]) for engine in engines if engine["role"] == "decode"]
-    prefill = [Api(engine["url"]) for engine in engines if engine["role"] == "prefill"]
+    """Run all checks against a running launch of this user. ``exact``: it computes in float32, so tokens must be equal."""
+    router, admin = Api(url, api_key), admin_api(url)
+    engines = engines_of(admin)
+    decode = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "decode"]
+    prefill = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "prefill"]
     if not (decode or prefill):
         return [Check("the deployment has engines", 0.0, "it lists none that lives")]
     alone = (decode or prefill)[0]
@@ -69,9 +70,7 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
         checks.append(_check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before)))
-    checks.append(
-        _check("nothing is left running, leased or quarantined", partial(_idle, [Api(engine["url"]) for engine in engines]))
-    )
+    checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, [*prefill, *decode])))
     return checks
 
 

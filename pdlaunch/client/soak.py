@@ -18,8 +18,10 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.answers import Answer, collect_stream, difference, read_answer
-from pdlaunch.client.books import await_idle, engine_totals, engine_urls
+from pdlaunch.client.books import await_idle, engine_totals
+from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 
 _PATH = "/v1/completions"
@@ -100,28 +102,31 @@ class SoakReport(msgspec.Struct, kw_only=True):
 async def soak(options: SoakOptions) -> SoakReport:
     """Reference answers, load, books. Raises PdlaunchError when the deployment gives no reference."""
     async with soak_session(options) as session:
-        return await run_load(session, options, await make_cases(session, options))
+        return await run_load(session, options, await make_cases(options))
 
 
 def soak_session(options: SoakOptions) -> aiohttp.ClientSession:
-    """A client session for ``make_cases`` and ``run_load``; each request has a connection of its own, as of many clients."""
+    """A client session for ``run_load``; each request has a connection of its own, as of many clients."""
     timeout = aiohttp.ClientTimeout(total=options.request_timeout_s)
     return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
 
-async def make_cases(session: aiohttp.ClientSession, options: SoakOptions) -> list[Case]:
+async def make_cases(options: SoakOptions) -> list[Case]:
     """Random requests with the answers of one engine that is alone with them. Raises PdlaunchError."""
-    engine_url = (await engine_urls(session, options.url, options.headers()))["decode"][0]
+    admin = admin_api(options.url)
+    name = next(engine["name"] for engine in await asyncio.to_thread(engines_of, admin) if engine["role"] == "decode")
     source = random.Random(options.seed)
     prefixes = [_tokens(source, options, options.longest_prompt_tokens) for _ in range(3)]
     bodies = [_random_body(source, options, prefixes) for _ in range(options.num_cases)]
     gate = asyncio.Semaphore(_REFERENCE_CONCURRENCY)
 
     async def ask(body: dict[str, Any]) -> Case:
-        async with gate, session.post(engine_url + _PATH, json=body | {"cache_salt": "reference", "stream": False}) as response:
-            if response.status != 200:
-                raise PdlaunchError(f"{engine_url} gives no reference: HTTP {response.status}: {await response.text()}")
-            return Case(body, read_answer(await response.json()))
+        alone = body | {"cache_salt": "reference", "stream": False}
+        async with gate:
+            status, answer = await asyncio.to_thread(admin.engine(name).post, _PATH, alone)
+        if status != 200:
+            raise PdlaunchError(f"{name} gives no reference: HTTP {status}: {answer}")
+        return Case(body, read_answer(answer))
 
     return list(await asyncio.gather(*map(ask, bodies)))
 
@@ -130,13 +135,13 @@ async def run_load(
     session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case], *, stop: asyncio.Event | None = None
 ) -> SoakReport:
     """Send every request, or those until ``stop``, then read the engines' books."""
-    load, headers = _Load(session, options, cases, stop or asyncio.Event()), options.headers()
+    load, admin = _Load(session, options, cases, stop or asyncio.Event()), admin_api(options.url)
     start_s = time.monotonic()
     await asyncio.gather(*(load.work() for _ in range(options.concurrency)))
     report = load.report
     report.seconds = round(time.monotonic() - start_s, 2)
-    report.left = await await_idle(session, options.url, headers, timeout_s=options.idle_timeout_s)
-    report.totals = await engine_totals(session, options.url, headers)
+    report.left = await asyncio.to_thread(await_idle, admin, timeout_s=options.idle_timeout_s)
+    report.totals = await asyncio.to_thread(engine_totals, admin)
     return report
 
 

@@ -6,6 +6,9 @@ from typing import Literal
 
 from pdlaunch.config.models import FrozenModel, KVOffloadSettings, KVTransferSettings, LimitSettings, LoadFormat, Role
 
+ENGINE_HOST = "127.0.0.1"
+"""Where engines listen for their router."""
+
 
 class EngineSpec(FrozenModel):
     """One engine: a server process and ``tensor_parallel_size`` ranks. No field is left to be derived."""
@@ -39,6 +42,8 @@ class EngineSpec(FrozenModel):
     enforce_eager: bool = False
     async_scheduling: bool = False
     """Prepare a step while the one before runs."""
-    http_host: str = "127.0.0.1"
+    http_host: str = ENGINE_HOST
     http_port: int = 0
     """0: a free port, registered with the supervisor."""
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()

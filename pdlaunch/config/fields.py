@@ -21,10 +21,11 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECA
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A setting. ``is_mapping``: its entries are settings of their own (``env.UCX_TLS``)."""
+    """A setting. ``is_mapping``: its entries are settings of their own (``env.UCX_TLS``); ``is_list``: one value of several."""
 
     path: str
     is_mapping: bool
+    is_list: bool
     is_secret: bool
     info: FieldInfo
 
@@ -71,7 +72,7 @@ def _walk(model: type[FrozenModel], prefix: str) -> list[Field]:
             found += _walk(section, f"{prefix}{name}.")
         else:
             kinds = _kinds(info.annotation)
-            found.append(Field(f"{prefix}{name}", dict in kinds, SecretStr in kinds, info))
+            found.append(Field(f"{prefix}{name}", dict in kinds, tuple in kinds, SecretStr in kinds, info))
     return found
 
 
@@ -90,6 +91,6 @@ def _section(info: FieldInfo) -> type[FrozenModel] | None:
 def _kinds(annotation: Any) -> set[Any]:
     """The alternatives of a type such as ``dict[str, str] | None``, without their parameters."""
     origin = get_origin(annotation)
-    if origin is None or origin is dict:
+    if origin is None or origin in (dict, tuple):
         return {origin or annotation}
     return {kind for part in get_args(annotation) for kind in _kinds(part)}

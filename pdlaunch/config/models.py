@@ -7,11 +7,12 @@ setting for that role.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.sizes import parse_size
 
 Role = Literal["prefill", "decode"]
@@ -31,6 +32,7 @@ OptionalSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type
 
 DEFAULT_MODEL = "smollm2"
 MIN_HANG_TIMEOUT_S = 5.0
+MAX_PORT = 65535
 
 
 class FrozenModel(BaseModel):
@@ -84,6 +86,9 @@ class RoleSettings(FrozenModel):
 
     replicas: int = Field(1, ge=0, le=1024, description="Number of engines.")
     tensor_parallel_size: int = Field(1, gt=0, le=1024, description="Ranks of one engine.")
+    port: int = Field(
+        0, ge=0, le=65535, description="Port of the first engine, one more for each other; needs engine_api_key. 0: free ones."
+    )
 
     model: str | None = Field(None, min_length=1)
     load_format: LoadFormat | None = None
@@ -104,9 +109,13 @@ class RoleSettings(FrozenModel):
     num_threads: int | None = Field(None, gt=0)
     env: dict[str, str] | None = None
 
+    def ports(self) -> range:
+        """Fixed ports of the engines, in their order; empty when they take free ones."""
+        return range(self.port, self.port + self.replicas) if self.port else range(0)
+
     def over(self, settings: EngineSettings) -> EngineSettings:
         """The engine settings of this role: ``settings`` with what this section sets."""
-        own = self.model_dump(exclude={"replicas", "tensor_parallel_size"}, exclude_none=True)
+        own = self.model_dump(exclude={"replicas", "tensor_parallel_size", "port"}, exclude_none=True)
         if "env" in own:
             own["env"] = settings.env | own["env"]
         own["kv_offload"] = settings.kv_offload.model_dump() | own["kv_offload"]
@@ -190,6 +199,18 @@ class LaunchConfig(EngineSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: SecretStr | None = Field(None, min_length=1, description="Clients must send it as a bearer token.")
+    admin_api_key: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="Opens sleep, wake_up and other commands over HTTP, which are else taken at a local socket.",
+    )
+    engine_api_key: SecretStr | None = Field(
+        None, min_length=1, description="Opens the engines to another router; without it they are open to the launch's own alone."
+    )
+    allowed_hosts: HostNames = Field(
+        (), description="More names that clients may call the router or an engine by (Host header); `*` for any."
+    )
+    cors_origins: Origins = Field((), description="Origins whose web pages may use the router or an engine; `*` for any.")
     log_dir: str | None = Field(
         None, description="Folder of the log files; a new one a launch when unset, of which the latest 20 are kept."
     )
@@ -208,6 +229,36 @@ class LaunchConfig(EngineSettings):
         if 0 < value < MIN_HANG_TIMEOUT_S:
             raise ValueError(f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, within which a process speaks several times")
         return value
+
+    @model_validator(mode="after")
+    def _has_a_key_for_each_door(self) -> Self:
+        """Who holds one key shall not open what another is for."""
+        seen: dict[str, str] = {}
+        for name in ("api_key", "admin_api_key", "engine_api_key"):
+            key: SecretStr | None = getattr(self, name)
+            if key is None:
+                continue
+            if (other := seen.setdefault(key.get_secret_value(), name)) != name:
+                raise PydanticCustomError("key", f"must differ from {other}, which other people hold", {"field": name})
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_port_for_each_server(self) -> Self:
+        taken = {self.port: "port"} if self.port else {}
+        for role in get_args(Role):
+            field = {"field": f"{role}.port"}
+            ports = self.role(role).ports()
+            if ports and self.engine_api_key is None:
+                message = "nobody could use it: set engine_api_key, the bearer token that another router sends to the engines"
+                raise PydanticCustomError("port", message, field)
+            if ports and ports[-1] > MAX_PORT:
+                raise PydanticCustomError("port", f"its engines would need ports up to {ports[-1]}; choose a lower one", field)
+            for port in ports:
+                if port in taken:
+                    message = f"port {port} would be that of {taken[port]} too; choose ports {len(ports)} or more apart"
+                    raise PydanticCustomError("port", message, field)
+                taken[port] = f"{role}.port"
+        return self
 
     def role(self, role: Role) -> RoleSettings:
         """The section of ``role``."""

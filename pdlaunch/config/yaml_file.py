@@ -66,8 +66,21 @@ class _Reader:
                 self.read_section(value, path)
             elif all_fields()[path].is_mapping:
                 self._read_mapping(value, path)
+            elif all_fields()[path].is_list and isinstance(value, yaml.SequenceNode):
+                self._read_list(value, path)
             else:
                 self._keep(path, value, self._scalar(value, path))
+
+    def _read_list(self, node: yaml.SequenceNode, path: str) -> None:
+        """A list of texts, as they were written."""
+        found = []
+        for item in node.value:
+            self._count(item)
+            if not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
+                self._problem(item, f"must be a list of texts, without {_kind(item)}", path, None)
+                return
+            found.append(item.value)
+        self._keep(path, node, found)
 
     def _read_mapping(self, node: yaml.Node, parent: str) -> None:
         """A mapping of free names to texts, such as ``env``; numbers and switches count as the text that was written."""
@@ -86,9 +99,7 @@ class _Reader:
             return
         first_lines: dict[str, int] = {}
         for key, value in node.value:
-            self._num_seen += 1
-            if self._num_seen > MAX_VALUES:
-                raise InvalidConfigError([self._make(key, f"more than {MAX_VALUES} fields", None, "remove repeated aliases")])
+            self._count(key)
             if not isinstance(key, yaml.ScalarNode):
                 self._problem(key, f"the name of a field must be a text, not {_kind(key)}", parent or None, None)
                 continue
@@ -102,6 +113,12 @@ class _Reader:
             else:
                 first_lines[name] = key.start_mark.line + 1
                 yield name, path, key, value
+
+    def _count(self, node: yaml.Node) -> None:
+        """One more value has been seen. Raises InvalidConfigError when these are too many."""
+        self._num_seen += 1
+        if self._num_seen > MAX_VALUES:
+            raise InvalidConfigError([self._make(node, f"more than {MAX_VALUES} fields", None, "remove repeated aliases")])
 
     def _scalar(self, node: yaml.Node, path: str) -> object:
         """The value of a scalar node, or the node itself where that is a problem (which is noted)."""

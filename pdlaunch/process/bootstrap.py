@@ -59,6 +59,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     engine_json: str | None = None
     """``EngineSpec`` of servers and ranks."""
+    engine_api_key: str | None = None
+    """Of servers: what another router sends, besides the launch's token."""
     router: RouterSpec | None = None
     tp_rank: int = 0
     rendezvous: str = ""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, PdlaunchError, RequestError
+from pdlaunch.http.bearer import has_bearer
+from pdlaunch.http.guard import Guard
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
@@ -41,13 +43,17 @@ INTEGRITY_TIMEOUT_S = 30.0
 _OPEN_PATHS = frozenset({"/health"})
 
 
-def make_app(service: EngineService, *, token: str | None) -> web.Application:
-    """All routes. ``token``: what clients must send as bearer, except to /health; None asks for nothing."""
+def make_app(service: EngineService, *, keys: Collection[str]) -> web.Application:
+    """All routes. ``keys``: one of them must be sent as bearer, except to /health; the guard looks before."""
+    spec = service.spec
+    guard = Guard(spec.http_host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
     endpoints = _Endpoints(service)
     generate = GenerateHandler(service)
     app = web.Application(
-        client_max_size=service.spec.limits.max_body_bytes, middlewares=[_answer_errors(service), _authenticate(token)]
+        client_max_size=service.spec.limits.max_body_bytes,
+        middlewares=[_answer_errors(service), _admit(guard), _authenticate(keys)],
     )
+    app.on_response_prepare.append(guard.add_cors_headers)
     app.add_routes(
         [
             web.post("/v1/completions", _with_call(generate.completions)),
@@ -208,13 +214,20 @@ def _failure(error: Exception) -> web.Response:
             return _error_response(error)
 
 
-def _authenticate(token: str | None) -> Any:
+def _admit(guard: Guard) -> Any:
+    @web.middleware
+    async def admit(http: web.Request, handler: Handler) -> web.StreamResponse:
+        return guard.admit(http) or await handler(http)
+
+    return admit
+
+
+def _authenticate(keys: Collection[str]) -> Any:
     @web.middleware
     async def authenticate(http: web.Request, handler: Handler) -> web.StreamResponse:
-        if token is not None and http.path not in _OPEN_PATHS:
-            scheme, _, given = http.headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), token.encode()):
-                raise RequestError("the launch's token is needed as bearer", status=401, code="invalid_api_key")
+        if http.path not in _OPEN_PATHS and not has_bearer(http, keys):
+            message = "engines take requests from the launch's router; others send engine_api_key as bearer, where it is set"
+            raise RequestError(message, status=401, code="invalid_api_key")
         return await handler(http)
 
     return authenticate

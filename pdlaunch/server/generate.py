@@ -14,7 +14,6 @@ from typing import Any
 
 from aiohttp import web
 
-from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import parse_request, read_json_object
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
@@ -32,9 +31,6 @@ _log = logging.getLogger(__name__)
 
 async def read_body(http: web.Request) -> dict[str, Any]:
     """The JSON object that was sent. Raises RequestError; web.HTTPRequestEntityTooLarge beyond the application's limit."""
-    if http.content_type != "application/json":
-        # Also keeps web pages from posting here: a browser asks first before it sends this type elsewhere.
-        raise RequestError("Content-Type must be application/json", status=415, code="unsupported_media_type")
     return read_json_object(await http.read())
 
 

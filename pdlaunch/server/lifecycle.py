@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -76,9 +75,9 @@ class ServerProcess:
         """Serve until Stop or a signal. Raises PdlaunchError when the start fails, after the supervisor was told."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._inbox.put_nowait, Stop())
-        token = None if _is_loopback(self._spec.http_host) else self._bootstrap.keys.http_token
+        keys = [self._bootstrap.keys.http_token, self._bootstrap.engine_api_key]
         runner = HttpRunner(
-            make_app(self._service, token=token),
+            make_app(self._service, keys=[key for key in keys if key is not None]),
             max_connections=fit_connections(self._spec.limits.max_connections),
             shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         )
@@ -185,13 +184,6 @@ class ServerProcess:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _url(host: str, port: int) -> str:

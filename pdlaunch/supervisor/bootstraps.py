@@ -6,6 +6,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig, Role
@@ -60,6 +62,7 @@ class LaunchBootstraps:
             keys=self._keys,
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
+            engine_api_key=_plain(self._config.engine_api_key) if spec.kind == "server" else None,
             engine_json=None if engine is None else engine.model_dump_json(),
             router=self._router() if spec.kind == "router" else None,
             tp_rank=spec.tp_rank,
@@ -75,10 +78,17 @@ class LaunchBootstraps:
             port=int(self._listeners[0].getsockname()[1]),
             listeners=tuple(listener.fileno() for listener in self._listeners),
             served_model_name=served_model_name(config),
-            api_key=None if config.api_key is None else config.api_key.get_secret_value(),
+            api_key=_plain(config.api_key),
+            admin_api_key=_plain(config.admin_api_key),
+            allowed_hosts=config.allowed_hosts,
+            cors_origins=config.cors_origins,
             max_body_bytes=config.limits.max_body_bytes,
             max_queued_requests=config.limits.max_queued_requests,
             max_connections=config.limits.max_connections,
             request_timeout_s=config.limits.request_timeout_s,
             drain_timeout_s=config.drain_timeout_s,
         )
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

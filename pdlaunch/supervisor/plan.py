@@ -165,7 +165,7 @@ def _server(config: LaunchConfig, machine: Machine, role: Role, index: int) -> P
         tp_size=config.role(role).tensor_parallel_size,
         command=_python("pdlaunch.server", "--name", engine),
         environment=_light_environment(),
-        ports={"http": 0},
+        ports={"http": config.role(role).port and config.role(role).port + index},
         cpus=machine.cpus,
     )
 

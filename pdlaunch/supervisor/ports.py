@@ -9,9 +9,12 @@ from typing import Any
 
 import psutil
 
+from pdlaunch.config.engine_spec import ENGINE_HOST
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
 from pdlaunch.platform.ports import probe_port
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
+from pdlaunch.supervisor.plan import ROLES
 
 _ATTEMPTS = 16
 """To find a port that is free at every address of a host."""
@@ -29,6 +32,18 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
     finally:
         for listener in listeners:
             listener.close()
+
+
+def check_engine_ports(config: LaunchConfig) -> None:
+    """Raises StartupError naming the setting when a fixed port of an engine is not free; its server listens there later."""
+    for role in ROLES:
+        for port in config.role(role).ports():
+            state = probe_port(ENGINE_HOST, port)
+            if state is not None and state.problem:
+                reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
+                raise StartupError(
+                    f"port {port} of {ENGINE_HOST} cannot be used: {reason}; free it, or choose other ones with {role}.port"
+                )
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -78,6 +78,9 @@ def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, 
         limits=config.limits,
         enforce_eager=settings.enforce_eager,
         async_scheduling=settings.async_scheduling and not on_cpu,
+        http_port=config.role(role).port and config.role(role).port + index,
+        allowed_hosts=config.allowed_hosts,
+        cors_origins=config.cors_origins,
     )
 
 

@@ -1,47 +1,58 @@
-"""``pdlaunch sleep`` and ``wake`` against HTTP servers that answer as router and engines do."""
+"""``pdlaunch sleep`` and ``wake`` against an HTTP server that answers as a router does."""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
+from pdlaunch.process import run_dirs
+from pdlaunch.process.run_dirs import LaunchCard
+from pdlaunch.supervisor.run_dir import new_run_dir
 
 GIB = 1024**3
+ENGINES = ("prefill-0", "decode-0")
 
 
-class Deployment:
-    """One server that is router and both engines, by path prefix."""
+@pytest.fixture(autouse=True)
+def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the launches of this user are looked for."""
+    monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
+    return tmp_path
+
+
+class Router:
+    """Takes commands over TCP."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
+        self.calls: list[tuple[str, str | None]] = []
         self.refusal: str | None = None
-        deployment = self
+        self.page: bytes | None = None
+        router = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                names = ("decode-0", "prefill-0")
-                engines = [
-                    {"name": name, "role": name.split("-")[0], "url": f"{deployment.url}/{name}", "state": "ready"}
-                    for name in names
-                ]
-                self.answer(200, {"engines": engines})
-
             def do_POST(self) -> None:
-                deployment.calls.append(self.path)
-                if deployment.refusal and self.path.startswith("/prefill-0"):
-                    self.answer(409, {"error": {"message": deployment.refusal}})
+                router.calls.append((self.path, self.headers["Authorization"]))
+                sleeping = self.path.startswith("/sleep")
+                outcome = {"is_sleeping": sleeping, "sleeping_tags": [], "num_bytes": 3 * GIB}
+                engines: list[dict[str, object]] = [{"engine": name} | outcome for name in ENGINES]
+                error = {"error": {"message": router.refusal}}
+                if "engine=decode-7" in self.path:
+                    self.answer(404, {"error": {"message": "there is no engine decode-7"}})
+                elif router.refusal:
+                    self.answer(409, {"engines": [{"engine": "prefill-0"} | error, engines[1]]} | error)
                 else:
-                    sleeping = "/sleep" in self.path
-                    self.answer(200, {"is_sleeping": sleeping, "sleeping_tags": [], "num_bytes": 3 * GIB})
+                    self.answer(200, {"engines": engines})
 
-            def answer(self, status: int, body: dict) -> None:
-                payload = json.dumps(body).encode()
+            def answer(self, status: int, body: dict[str, object]) -> None:
+                payload = router.page or json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
@@ -52,59 +63,69 @@ class Deployment:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.address = ("--url", self.url, "--admin-api-key", "of-the-admin")
 
 
 @pytest.fixture
-def deployment() -> Iterator[Deployment]:
-    deployment = Deployment()
-    thread = threading.Thread(target=deployment.server.serve_forever, kwargs={"poll_interval": 0.01})
+def router() -> Iterator[Router]:
+    router = Router()
+    thread = threading.Thread(target=router.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield deployment
-    deployment.server.shutdown()
+    yield router
+    router.server.shutdown()
     thread.join()
-    deployment.server.server_close()
+    router.server.server_close()
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(build_app(arguments), arguments)
+def run(*arguments: str, **environ: str) -> tuple[int, str]:
+    result = CliRunner(env=environ).invoke(build_app(arguments), arguments)
     return result.exit_code, result.output
 
 
-def test_prefill_sleeps_first_and_decode_wakes_first(deployment: Deployment) -> None:
-    code, output = run("sleep", "--url", deployment.url, "--level", "2", "--mode", "refuse")
+def test_all_engines_of_a_router_whose_key_is_known(router: Router) -> None:
+    code, output = run("sleep", *router.address, "--level", "2", "--mode", "refuse")
     assert code == 0
     assert "3.00 GiB" in output
     assert "sleeping" in output
-    code, output = run("wake", "--url", deployment.url, "--tag", "weights", "--tag", "kv_cache")
+    code, output = run(
+        "wake", "--url", router.url, "--tag", "weights", "--tag", "kv_cache", PDLAUNCH_ADMIN_API_KEY="of-the-admin"
+    )
     assert code == 0
     assert "awake" in output
-    assert deployment.calls == [
-        "/prefill-0/sleep?level=2&mode=refuse",
-        "/decode-0/sleep?level=2&mode=refuse",
-        "/decode-0/wake_up?tags=weights,kv_cache",
-        "/prefill-0/wake_up?tags=weights,kv_cache",
+    assert router.calls == [
+        ("/sleep?level=2&mode=refuse", "Bearer of-the-admin"),
+        ("/wake_up?tags=weights&tags=kv_cache", "Bearer of-the-admin"),
     ]
 
 
-def test_one_engine_alone(deployment: Deployment) -> None:
-    assert run("sleep", "--url", deployment.url, "--engine", "decode-0")[0] == 0
-    assert deployment.calls == ["/decode-0/sleep?level=1&mode=wait"]
-    code, output = run("sleep", "--url", deployment.url, "--engine", "decode-7")
+def test_engines_by_name(router: Router) -> None:
+    assert run("sleep", *router.address, "--engine", "decode-0", "--engine", "prefill-0")[0] == 0
+    assert router.calls[0][0] == "/sleep?level=1&mode=wait&engine=decode-0&engine=prefill-0"
+    code, output = run("sleep", *router.address, "--engine", "decode-7")
     assert code == 1
-    assert "has no engine decode-7" in output
+    assert "there is no engine decode-7" in output
 
 
-def test_a_refusal_is_shown_and_fails(deployment: Deployment) -> None:
-    deployment.refusal = "enable_sleep_mode is off"
-    code, output = run("sleep", "--url", deployment.url)
+def test_a_refusal_is_shown_beside_what_the_others_say_and_fails(router: Router) -> None:
+    router.refusal = "enable_sleep_mode is off"
+    code, output = run("sleep", *router.address)
     assert code == 1
     assert "enable_sleep_mode is off" in output
+    assert "3.00 GiB" in output
+
+
+def test_a_server_of_another_kind_is_named(router: Router) -> None:
+    router.page = b"<html>"
+    code, output = run("wake", *router.address)
+    assert code == 1
+    assert output == f"error: {router.url}/wake_up answers HTTP 200, but not as a deployment of pdlaunch does\n"
 
 
 def test_nobody_there() -> None:
-    code, output = run("wake", "--url", "http://127.0.0.1:1")
-    assert code == 1
-    assert output == "error: http://127.0.0.1:1/pdlaunch/status cannot be reached: Connection refused\n"
+    assert run("wake", "--url", "http://127.0.0.1:1", "--admin-api-key", "x") == (
+        1,
+        "error: http://127.0.0.1:1/wake_up cannot be reached: Connection refused\n",
+    )
 
 
 def test_no_url() -> None:
@@ -112,3 +133,19 @@ def test_no_url() -> None:
         1,
         "error: localhost:8000 is no URL of a deployment; write http://host:port\n",
     )
+
+
+@pytest.mark.parametrize("command", ["sleep", "wake"])
+def test_which_launch_is_meant_must_be_clear(command: str, launches: Path) -> None:
+    code, output = run(command)
+    assert code == 1
+    assert "no launch of yours runs here" in output
+    with new_run_dir(launches) as first, new_run_dir(launches) as second:
+        for run_dir, port in ((first, 1), (second, 2)):
+            LaunchCard(launch_id="id", url=f"http://127.0.0.1:{port}", supervisor_pid=os.getpid()).write(run_dir)
+        code, output = run(command)
+        assert code == 1
+        assert "choose one with --url: http://127.0.0.1:1, http://127.0.0.1:2" in output
+        code, output = run(command, "--url", "http://localhost:2")
+        assert code == 1
+        assert f"at {second}/admin.sock cannot be reached" in output

@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.smoke import engines_of, leftovers
 
 
-def complete(url: str, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
-    """Token ids of a greedy completion of exactly ``num_tokens``."""
+def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
+    """Token ids of a greedy completion of exactly ``num_tokens``, of a router or one engine."""
+    api = url if isinstance(url, Api) else Api(url)
     body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    status, answer = Api(url).post("/v1/completions", body | fields)
+    status, answer = api.post("/v1/completions", body | fields)
     assert status == 200, answer
     return answer["choices"][0]["token_ids"]
 
@@ -45,8 +47,10 @@ def _token_ids(lines: Iterable[bytes]) -> Iterator[int]:
                 yield from choice["token_ids"]
 
 
-def engine_apis(url: str) -> list[Api]:
-    return [Api(engine["url"]) for engine in engines_of(Api(url))]
+def engine_apis(url: str, role: str | None = None) -> list[Api]:
+    """The engines of a launch, or those of one role, each alone."""
+    admin = admin_api(url)
+    return [admin.engine(engine["name"]) for engine in engines_of(admin) if role in (None, engine["role"])]
 
 
 def engine_total(url: str, name: str) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment, running_deployment
@@ -94,7 +95,7 @@ async def load_with_kills(
         stop.set()
 
     async with soak_session(options) as session:
-        cases = await make_cases(session, options)
+        cases = await make_cases(options)
         killer = asyncio.create_task(kill_all())
         report = await run_load(session, options, cases, stop=stop)
         await end(killer)
@@ -109,8 +110,7 @@ async def load_with_kills(
 
 def counters_of(deployment: Deployment, engine: str) -> dict[str, float]:
     """What a rank has counted, which dies with it."""
-    (url,) = (known["url"] for known in engines_of(Api(deployment.url)) if known["name"] == engine)
-    stats = json.loads(Api(url).get("/pdlaunch/integrity")[1])["stats"]
+    stats = json.loads(admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1])["stats"]
     return {name: value for name, value in stats.items() if not name.startswith("num_")}
 
 
@@ -145,12 +145,7 @@ def _is_back(deployment: Deployment, name: str, old_pid: int) -> bool:
 
 def left_over(deployment: Deployment) -> list[str]:
     """What the engines' books hold once everything has ended."""
-
-    async def wait() -> list[str]:
-        async with soak_session(SoakOptions(url=deployment.url)) as session:
-            return await await_idle(session, deployment.url, {}, timeout_s=180)
-
-    return asyncio.run(wait())
+    return await_idle(admin_api(deployment.url), timeout_s=180)
 
 
 def num_migrations(deployment: Deployment) -> float:

@@ -12,11 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.smoke import engines_of
 from pdlaunch.client.soak import SoakOptions, soak
-from tests.e2e.api import complete, streamed
+from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, load_with_kills, num_migrations
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
@@ -68,10 +66,7 @@ def test_kv_transfer_params_of_any_kind_are_answered(tp_deployment: Deployment, 
     """Right tokens or 400, and the engine lives on."""
     source = random.Random(5)
     expected = greedy(tiny_model, [PROMPT], 4)[0]
-    (prefill,), (decode,) = (
-        [Api(engine["url"]) for engine in engines_of(Api(tp_deployment.url)) if engine["role"] == role]
-        for role in ("prefill", "decode")
-    )
+    (prefill,), (decode,) = (engine_apis(tp_deployment.url, role) for role in ("prefill", "decode"))
     body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     _, handed = prefill.post("/v1/completions", body | {"max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}})
     statuses = set()
@@ -132,7 +127,7 @@ def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
 
 def kill_in_the_middle_of_a_stream(deployment: Deployment, name: str) -> None:
     """The stream's end is seconds away when its first tokens have come; it is left once another engine goes on with it."""
-    alone, *_ = (Api(engine["url"]) for engine in engines_of(Api(deployment.url)) if engine["role"] == "prefill")
+    alone, *_ = engine_apis(deployment.url, "prefill")
     before = num_migrations(deployment)
     with streamed(deployment.url, PROMPT, LONG_OUTPUT_TOKENS) as token_ids:
         found = list(islice(token_ids, 5))
@@ -140,4 +135,4 @@ def kill_in_the_middle_of_a_stream(deployment: Deployment, name: str) -> None:
         while num_migrations(deployment) == before:
             found.append(next(token_ids))
         found += islice(token_ids, 50)
-    assert found == complete(alone.url, PROMPT, len(found), cache_salt="reference")
+    assert found == complete(alone, PROMPT, len(found), cache_salt="reference")

@@ -10,7 +10,7 @@ import psutil
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
-from tests.e2e.api import complete, count_now, idle
+from tests.e2e.api import complete, count_now, engine_apis, idle
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import TINY
 from tests.e2e.tiny_models import greedy, make_tiny_model
@@ -42,12 +42,12 @@ def test_the_death_of_a_prefill_rank_after_its_answer_costs_nothing(tmp_path: Pa
         await_true(lambda: state_of(deployment, "prefill-0") != "ready", "the supervisor sees the death")
 
         # The answer of the dead is as good as that of the living.
-        assert complete(decode.url, PROMPT, NUM_TOKENS, kv_transfer_params=handed) == expected
+        assert complete(decode, PROMPT, NUM_TOKENS, kv_transfer_params=handed) == expected
         assert counts(decode) == {"transfers": 1, "departed_transfers": 1, "recomputed_requests": 0, "verification_failures": 0}
         assert left_behind <= kv_files(reader)
 
         # Bytes that are not those of the answer are found, and computed again.
-        assert complete(decode.url, SPOILED_PROMPT, NUM_TOKENS, kv_transfer_params=spoiled) == spoiled_expected
+        assert complete(decode, SPOILED_PROMPT, NUM_TOKENS, kv_transfer_params=spoiled) == spoiled_expected
         found = counts(decode)
         assert (found["transfers"], found["recomputed_requests"]) == (1, 1)
         assert found["verification_failures"] > 0
@@ -58,7 +58,7 @@ def test_the_death_of_a_prefill_rank_after_its_answer_costs_nothing(tmp_path: Pa
 
 
 def api_of(deployment: Deployment, role: str) -> Api:
-    return next(Api(engine["url"]) for engine in engines_of(Api(deployment.url)) if engine["role"] == role)
+    return engine_apis(deployment.url, role)[0]
 
 
 def state_of(deployment: Deployment, name: str) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.smoke import engines_of
 from tests.e2e.api import complete_all, count_now, engine_apis, idle, total_now
 from tests.e2e.faults import faulty_deployment
 from tests.e2e.tiny_models import VOCAB_SIZE, greedy, make_tiny_model
@@ -39,8 +38,8 @@ def tiered_deployment(model: Path, *arguments: str, decode_cache: str = SMALL_CA
 
 
 def engine_of(deployment: Deployment, role: str) -> Api:
-    (url,) = (engine["url"] for engine in engines_of(Api(deployment.url)) if engine["role"] == role)
-    return Api(url)
+    (api,) = engine_apis(deployment.url, role)
+    return api
 
 
 def complete_together(api: Api, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
@@ -47,7 +48,8 @@ def expected(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def engines(deployment: Deployment) -> dict[str, Api]:
-    return {engine["name"]: Api(engine["url"]) for engine in engines_of(Api(deployment.url))}
+    admin = admin_api(deployment.url)
+    return {engine["name"]: admin.engine(engine["name"]) for engine in engines_of(admin)}
 
 
 def test_every_engine_takes_its_part(two_by_two: Deployment, prompts: list[list[int]], expected: list[list[int]]) -> None:
@@ -96,7 +98,7 @@ def test_a_seeded_sample_is_the_same_wherever_it_runs(two_by_two: Deployment, pr
     fields = {"temperature": 0.9, "top_p": 0.95, "seed": 77}
     through_pairs = complete_all(two_by_two.url, prompts, NUM_TOKENS, concurrency=6, **fields)
     for api in engines(two_by_two).values():
-        assert [complete(api.url, prompt, NUM_TOKENS, **fields) for prompt in prompts[:4]] == through_pairs[:4]
+        assert [complete(api, prompt, NUM_TOKENS, **fields) for prompt in prompts[:4]] == through_pairs[:4]
     assert len({tuple(tokens) for tokens in through_pairs}) == len(prompts)
 
 

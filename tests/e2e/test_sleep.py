@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.sleep import sleep_engines, wake_engines
-from pdlaunch.client.smoke import engines_of
+from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
@@ -31,7 +32,7 @@ def complete(router: Api, salt: str) -> tuple[int, dict[str, Any]]:
 
 
 def pulled_bytes(router: Api) -> float:
-    return sum(Api(engine["url"]).metrics()["pdlaunch_kv_transfer_bytes_total"] for engine in engines_of(router))
+    return sum(api.metrics()["pdlaunch_kv_transfer_bytes_total"] for api in engine_apis(router.url))
 
 
 def free_bytes() -> int:
@@ -53,7 +54,7 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
         settled_bytes, settled_fds = 0, {}
         for cycle, level in enumerate((1, 2) * 5):
             awake_bytes = free_bytes()
-            outcomes = sleep_engines(deployment.url, None, level=level, mode="wait")
+            outcomes = sleep_engines(admin_api(deployment.url), level=level, mode="wait")
             assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [(True, None)] * 2
             wanted_bytes = 0.95 * sum(outcome.num_bytes for outcome in outcomes)
             assert wanted_bytes > 2**32
@@ -62,7 +63,7 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
                 lambda awake=awake_bytes, wanted=wanted_bytes: free_bytes() - awake >= wanted, "the memory is given back", 30
             )
             assert complete(router, "asleep")[0] == 503
-            assert not any(outcome.error for outcome in wake_engines(deployment.url, None))
+            assert not any(outcome.error for outcome in wake_engines(admin_api(deployment.url)))
             before = pulled_bytes(router)
             status, answer = complete(router, f"cycle {cycle}")
             assert status == 200, answer

@@ -10,7 +10,7 @@ import torch
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import running_deployment
-from pdlaunch.client.smoke import engines_of
+from tests.e2e.api import engine_apis
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tokenizer
 from tests.e2e.waiting import await_true
@@ -38,7 +38,7 @@ def complete(router: Api, prompt: list[int]) -> tuple[int, dict[str, Any]]:
 
 
 def total(router: Api, metric: str) -> float:
-    return sum(Api(engine["url"]).metrics()[metric] for engine in engines_of(router))
+    return sum(api.metrics()[metric] for api in engine_apis(router.url))
 
 
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(1, 2), (2, 1), (2, 2)])

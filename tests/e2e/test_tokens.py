@@ -10,9 +10,8 @@ import pytest
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
-from pdlaunch.client.smoke import engines_of
 from pdlaunch.models.convert import ensure_converted
-from tests.e2e.api import complete, complete_all, count_now
+from tests.e2e.api import complete, complete_all, count_now, engine_apis
 from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model
 
@@ -59,21 +58,21 @@ def test_demo_model_with_different_numbers_of_ranks(demo_prompts: list[list[int]
     prompts, expected = zip(*(pair for pair in pairs if len(pair[0]) in FEW_LENGTHS), strict=True)
     with running_deployment((*DEMO_ARGUMENTS, "--prefill-tp", "3"), environ=clean_environ()) as deployment:
         assert complete_all(deployment.url, list(prompts), NUM_TOKENS, concurrency=4) == list(expected)
-        urls = {engine["role"]: engine["url"] for engine in engines_of(Api(deployment.url))}
+        apis = {role: engine_apis(deployment.url, role)[0] for role in ("prefill", "decode")}
         with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda prompt: complete_in_turn(urls["decode"], urls["prefill"], prompt), prompts)
+            answers = pool.map(lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), prompts)
             assert tuple(answers) == expected
-        for url in urls.values():
-            assert count_now(Api(url), "transfers") >= len(prompts)
-            assert count_now(Api(url), "transfer_failures") == 0
+        for api in apis.values():
+            assert count_now(api, "transfers") >= len(prompts)
+            assert count_now(api, "transfer_failures") == 0
 
 
-def complete_in_turn(first_url: str, then_url: str, prompt: list[int]) -> list[int]:
+def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:
     """What a router does: the first engine computes the prompt, the second one pulls and goes on. A salt keeps caches out."""
     body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True, "cache_salt": "in turn"}
-    status, answer = Api(first_url).post("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
+    status, answer = first.post("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
     assert status == 200, answer
-    return complete(then_url, prompt, NUM_TOKENS, cache_salt="in turn", kv_transfer_params=answer["kv_transfer_params"])
+    return complete(then, prompt, NUM_TOKENS, cache_salt="in turn", kv_transfer_params=answer["kv_transfer_params"])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

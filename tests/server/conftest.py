@@ -29,6 +29,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CORPUS = ["hello world, the quick brown fox stops here", "prefill and decode are two engines"] * 4
+TOKEN = "launch-token"
+OTHER_ROUTERS_KEY = "of-another-router"
 END_TOKEN = "<|im_end|>"
 
 
@@ -158,7 +160,7 @@ class Engine:
 async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) -> AsyncIterator[object]:
     runners: list[tuple[web.AppRunner, EngineService, aiohttp.ClientSession]] = []
 
-    async def make(token: str | None = None, clock: Callable[[], float] = time.monotonic, **changes: object) -> Engine:
+    async def make(clock: Callable[[], float] = time.monotonic, **changes: object) -> Engine:
         spec = engine_spec(model_dir, **changes)
         service = EngineService(spec, CollectorRegistry())
         service.loaded = load_served_model(spec, lambda text: None)
@@ -173,10 +175,12 @@ async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) ->
             on_sleep=service.sleep.on_reply,
         )
         await service.use_link(link)
-        runner = web.AppRunner(make_app(service, token=token), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(
+            make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY]), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        session = aiohttp.ClientSession()
+        session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"})
         runners.append((runner, service, session))
         await service.welcomed.wait()
         host, port = runner.addresses[0][:2]

@@ -116,16 +116,3 @@ async def test_draining_ends_at_its_timeout(engine: Engine, rank: FakeRank):
     running.cancel()
     await rank.wait_for(AbortRequest)
     await asyncio.gather(running, return_exceptions=True)
-
-
-async def test_the_launch_s_token_is_asked_for(make_engine):
-    engine = await make_engine(token="secret")
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
-        status, answer, _ = await engine.post("/v1/completions", {"prompt": "x"}, **headers)
-        assert (status, answer["error"]["type"]) == (401, "authentication_error")
-    status, _, _ = await engine.post("/v1/completions", {"prompt": "x"}, Authorization="Bearer secret")
-    assert status == 200
-    async with engine.session.get(engine.url + "/health") as response:
-        assert response.status == 200
-    async with engine.session.get(engine.url + "/metrics") as response:
-        assert response.status == 401

@@ -8,7 +8,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.server.conftest import END_TOKEN, Engine
+from tests.server.conftest import END_TOKEN, TOKEN, Engine
 from tests.server.fake_rank import FakeRank
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -16,7 +16,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest_asyncio.fixture
 async def client(engine: Engine) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=engine.url + "/v1", api_key=TOKEN, max_retries=0) as client:
         yield client
 
 

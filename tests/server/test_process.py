@@ -56,7 +56,7 @@ class FakeSupervisor:
         self._version = 0
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self, model_dir: Path, **changes: object) -> None:
+    async def start(self, model_dir: Path, *, engine_api_key: str | None = None, **changes: object) -> None:
         bootstrap = Bootstrap(
             name="prefill-0",
             incarnation=3,
@@ -64,6 +64,7 @@ class FakeSupervisor:
             keys=self.keys,
             run_dir=str(self._folder),
             log_level="debug",
+            engine_api_key=engine_api_key,
             engine_json=engine_spec(model_dir, **changes).model_dump_json(),
         )
         command = [sys.executable, "-m", "pdlaunch.server", "--name", "prefill-0"]
@@ -140,9 +141,9 @@ async def health_becomes(url: str, status: int) -> None:
     pytest.fail(f"/health never answered {status}")
 
 
-async def complete(url: str, **headers: str) -> tuple[int, dict]:
+async def complete(url: str, key: str) -> tuple[int, dict]:
     async with (
-        aiohttp.ClientSession(headers=headers) as session,
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session,
         session.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}) as response,
     ):
         return response.status, await response.json()
@@ -154,7 +155,7 @@ async def test_a_servers_life(supervisor: FakeSupervisor, own_rank: FakeRank, to
     assert isinstance(register, Register)
     assert (register.name, register.incarnation) == ("prefill-0", 3)
     assert register.capabilities.gives_first_token
-    url = register.address.http
+    url, token = register.address.http, supervisor.keys.http_token
     assert await get_status(url + "/health") == 503
 
     await supervisor.show_rank(own_rank)
@@ -162,25 +163,25 @@ async def test_a_servers_life(supervisor: FakeSupervisor, own_rank: FakeRank, to
     (hello,) = await own_rank.wait_for(Hello)
     assert hello.server_incarnation == 3
     assert await get_status(url + "/health") == 200
-    assert (await complete(url))[0] == 200
+    assert (await complete(url, token))[0] == 200
     assert psutil.Process(register.pid).memory_info().rss < 150 * 1024**2
 
     own_rank.script = silent
-    lost = asyncio.create_task(complete(url))
+    lost = asyncio.create_task(complete(url, token))
     await own_rank.wait_for(AddRequest, 2)
     other = FakeRank(supervisor.context, tokenizer)
     await supervisor.show_rank(other, incarnation=2)
     assert (await lost)[0] == 503
     await other.wait_for(Hello)
     await health_becomes(url, 200)
-    assert (await complete(url))[0] == 200
+    assert (await complete(url, token))[0] == 200
 
     await supervisor.show_rank(None)
     await health_becomes(url, 503)
-    assert (await complete(url))[1]["error"]["code"] == "engine_starting"
+    assert (await complete(url, token))[1]["error"]["code"] == "engine_starting"
     await supervisor.say(Drain(timeout_s=5))
     assert isinstance(await supervisor.next(), Drained)
-    assert (await complete(url))[1]["error"]["code"] == "shutting_down"
+    assert (await complete(url, token))[1]["error"]["code"] == "shutting_down"
     await supervisor.say(Stop())
     assert await supervisor.ended() == 0
     await other.close()
@@ -206,22 +207,19 @@ async def test_a_busy_port_is_named(supervisor: FakeSupervisor, model_dir: Path)
     assert await supervisor.ended() == 1
 
 
-async def test_bound_elsewhere_it_takes_the_launch_s_token_alone_and_shows_no_key(
-    supervisor: FakeSupervisor, own_rank: FakeRank, model_dir: Path
-):
-    # The same address as 127.0.0.1; what does not say so plainly counts as open to others.
-    await supervisor.start(model_dir, http_host="127.1")
+async def test_it_takes_the_keys_of_routers_alone_and_shows_none(supervisor: FakeSupervisor, own_rank: FakeRank, model_dir: Path):
+    await supervisor.start(model_dir, engine_api_key="of-another-router")
     register = await supervisor.next()
     assert isinstance(register, Register)
     await supervisor.show_rank(own_rank)
     assert isinstance(await supervisor.next(), Ready)
-    url = register.address.http.replace("127.1:", "127.0.0.1:")
-    assert (await complete(url))[0] == 401
-    assert (await complete(url, Authorization="Bearer " + supervisor.keys.public))[0] == 401
-    assert (await complete(url, Authorization="Bearer " + supervisor.keys.http_token))[0] == 200
+    url = register.address.http
+    assert (await complete(url, supervisor.keys.public))[0] == 401
+    assert (await complete(url, supervisor.keys.http_token))[0] == 200
+    assert (await complete(url, "of-another-router"))[0] == 200
     process = psutil.Process(register.pid)
     shown = [supervisor.log(), *process.cmdline(), *process.environ().values()]
-    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token):
+    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token, "of-another-router"):
         assert not any(secret in text for text in shown)
 
 

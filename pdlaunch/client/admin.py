@@ -1,0 +1,53 @@
+"""Finds whom to send commands to: the admin socket of a launch of this user, or a router whose admin key is known."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pdlaunch.client.api import Api, check_url
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.process.run_dirs import RunningLaunch, running_launches
+
+CALL_TIMEOUT_S = 900.0
+"""Longer than engines wait for what runs before they sleep."""
+
+
+def admin_api(url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None) -> Api:
+    """The launch that answers at ``url``, or the only one that runs. Raises PdlaunchError when it is not clear or not there.
+
+    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: where to look for launches.
+    """
+    if url is not None:
+        check_url(url)
+    running = running_launches(base)
+    found = [launch for launch in running if url is None or _is_same_address(launch.card.url, url)]
+    if len(found) == 1:
+        return Api("http://launch", timeout_s=CALL_TIMEOUT_S, socket_path=found[0].admin_socket)
+    if url is not None and admin_api_key is not None:
+        return Api(url, admin_api_key, CALL_TIMEOUT_S)
+    raise PdlaunchError(_why_not(url, found, running))
+
+
+def _why_not(url: str | None, found: list[RunningLaunch], running: list[RunningLaunch]) -> str:
+    urls = ", ".join(sorted(launch.card.url for launch in running))
+    if len(found) > 1:
+        return f"several launches of yours run here; choose one with --url: {urls}"
+    if url is None:
+        return "no launch of yours runs here; name another's router with --url and its key with --admin-api-key"
+    others = f"; these do: {urls}" if running else ""
+    return f"no launch of yours listens at {url}, and to command another's its --admin-api-key is needed{others}"
+
+
+def _is_same_address(known: str, given: str) -> bool:
+    """Loopback has many names; other ones must be equal: a launch here is not the one at the same port elsewhere."""
+    ours, theirs = urlsplit(known), urlsplit(given)
+    return ours.port == (theirs.port or 80) and _plain_host(ours.hostname) == _plain_host(theirs.hostname)
+
+
+def _plain_host(host: str | None) -> str:
+    try:
+        return "localhost" if ipaddress.ip_address(host or "").is_loopback else str(host)
+    except ValueError:
+        return host or ""

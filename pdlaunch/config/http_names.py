@@ -1,0 +1,59 @@
+"""Lists of host names and origins, as settings: YAML lists, or texts with commas in flags and variables."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator
+
+ANY = "*"
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+
+
+def _read_list(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _check_host(name: str) -> str:
+    if name != ANY and not _is_address(name.removeprefix("[").removesuffix("]")) and not _HOST_NAME.fullmatch(name):
+        raise ValueError(f"{name[:100]!r} is no host name or address; write it without scheme and port, or {ANY!r} for any")
+    return name
+
+
+def _check_origin(origin: str) -> str:
+    if origin == ANY:
+        return origin
+    try:
+        parts = urlsplit(origin)
+        _ = parts.port  # raises when it is none
+        is_origin = (
+            parts.scheme in ("http", "https") and parts.hostname and f"{parts.scheme}://{parts.netloc}" == origin.rstrip("/")
+        )
+    except ValueError:
+        is_origin = False
+    if not is_origin or "@" in origin:
+        raise ValueError(f"{origin[:100]!r} is no origin; write scheme://host or scheme://host:port, or {ANY!r} for any")
+    return origin
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+HostNames = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_host)], ...],
+    BeforeValidator(_read_list, json_schema_input_type=list[str] | str),
+]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_origin)], ...],
+    BeforeValidator(_read_list, json_schema_input_type=list[str] | str),
+]

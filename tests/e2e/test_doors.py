@@ -1,0 +1,206 @@
+"""Who may open what in a launch with keys: clients, another router, the user who started it, a web page, another user."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.client.admin import admin_api
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, free_port, running_deployment
+from pdlaunch.client.smoke import engines_of, smoke
+from pdlaunch.process.run_dirs import RunningLaunch, running_launches
+from pdlaunch.server.app import make_app
+from pdlaunch.server.engine_service import EngineService
+from tests.e2e.conftest import clean_environ
+from tests.e2e.tiny_models import make_tiny_model
+from tests.server.conftest import engine_spec
+from tests.transfer.test_strangers import as_nobody
+
+CLIENT, OTHER_ROUTER = "of-the-clients", "of-another-router"
+BODY = {"prompt": [5, 6, 7], "max_tokens": 2}
+COMMANDS = [
+    ("POST", "/sleep"),
+    ("POST", "/wake_up"),
+    ("GET", "/is_sleeping"),
+    ("GET", "/pdlaunch/integrity"),
+    ("GET", "/pdlaunch/engines/decode-0/metrics"),
+    ("POST", "/pdlaunch/engines/decode-0/v1/completions"),
+]
+
+
+@dataclass(frozen=True)
+class Doors:
+    deployment: Deployment
+    launch: RunningLaunch
+    prefill_port: int
+
+    @property
+    def router(self) -> str:
+        return self.deployment.url
+
+    @property
+    def engines(self) -> dict[str, str]:
+        return {engine["name"]: engine["url"] for engine in engines_of(admin_api(self.router))}
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    model = make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+    port = free_port()
+    keys = {
+        "PDLAUNCH_API_KEY": CLIENT,
+        "PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER,
+        "PDLAUNCH_PREFILL__PORT": str(port),
+    }
+    arguments = ("--model", str(model), "--kv-cache-memory", "2MiB", "--dtype", "float32")
+    with running_deployment(arguments, environ=clean_environ() | keys) as deployment:
+        (launch,) = (launch for launch in running_launches() if launch.card.url == deployment.url)
+        yield Doors(deployment, launch, port)
+
+
+def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int, str]:
+    """Status and text; ``headers`` with _ for -."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(url, data=data, headers=named, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def bearer(key: str) -> str:
+    return f"Bearer {key}"
+
+
+def engine_routes(folder: Path) -> list[tuple[str, str]]:
+    app = make_app(EngineService(engine_spec(folder), CollectorRegistry()), keys=[])
+    return [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+
+
+def test_no_route_of_an_engine_but_health_opens_without_a_key_or_with_the_clients(doors: Doors, tmp_path: Path) -> None:
+    routes = engine_routes(tmp_path)
+    assert len(routes) > 12
+    for url in doors.engines.values():
+        for method, path in routes:
+            body = BODY if method == "POST" else None
+            for headers in ({}, {"Authorization": bearer(CLIENT)}):
+                assert ask(method, url + path, body, **headers)[0] == (200 if path == "/health" else 401), (path, headers)
+
+
+def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -> None:
+    key = bearer(OTHER_ROUTER)
+    assert doors.engines["prefill-0"] == f"http://127.0.0.1:{doors.prefill_port}"
+    for url in doors.engines.values():
+        assert ask("POST", f"{url}/v1/completions", BODY, Authorization=key)[0] == 200
+    assert ask("POST", f"{doors.router}/v1/completions", BODY, Authorization=key)[0] == 401
+
+
+def test_the_clients_key_opens_no_command(doors: Doors) -> None:
+    for method, path in COMMANDS:
+        for key in (CLIENT, OTHER_ROUTER, ""):
+            status, text = ask(method, doors.router + path, BODY if method == "POST" else None, Authorization=bearer(key))
+            assert status == 403
+            assert "admin_api_key" in text
+
+
+def test_the_admin_socket_is_of_its_user_alone(doors: Doors) -> None:
+    assert stat.S_IMODE(doors.launch.run_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
+    assert doors.launch.admin_socket.stat().st_uid == os.getuid()
+
+
+def connect(path: str) -> dict[str, str]:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(path)
+        except OSError as error:
+            return {"error": type(error).__name__}
+    return {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_cannot_command_it(doors: Doors) -> None:
+    path = str(doors.launch.admin_socket)
+    assert connect(path) == {}
+    assert as_nobody(partial(connect, path)) == {"error": "PermissionError"}
+    doors.launch.run_dir.chmod(0o755)
+    try:
+        assert as_nobody(partial(connect, path)) == {"error": "PermissionError"}
+    finally:
+        doors.launch.run_dir.chmod(0o700)
+
+
+@pytest.mark.parametrize("command", ["sleep", "wake"])
+def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, command: str) -> None:
+    """Engines on a CPU cannot sleep, and say so; on a GPU they do (test_sleep.py)."""
+    arguments = [sys.executable, "-P", "-m", "pdlaunch", command, "--url", doors.router]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=clean_environ() | {"COLUMNS": "200"}, check=False)
+    assert result.returncode == 1, result.stderr
+    for name in ("prefill-0", "decode-0"):
+        assert any(name in line and "enable_sleep_mode is off" in line for line in result.stdout.splitlines()), result.stdout
+
+
+def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
+    admin = admin_api(doors.router)
+    old = doors.deployment.processes()["router"]
+    old.kill()
+    old.wait(30)
+    # The listening socket is the supervisor's: this waits for the next router.
+    assert ask("GET", f"{doors.router}/health")[0] == 200
+    status, answer = admin.get_object("/pdlaunch/integrity")
+    assert (status, answer["ok"]) == (200, True)
+    assert stat.S_IMODE(doors.launch.admin_socket.stat().st_mode) == 0o600
+
+
+def test_status_hands_out_no_key(doors: Doors) -> None:
+    status, text = ask("GET", f"{doors.router}/pdlaunch/status", Authorization=bearer(CLIENT))
+    assert status == 200
+    assert {name for engine in json.loads(text)["engines"] for name in engine} <= {"name", "role", "url", "state", "streams"}
+    assert ask("GET", f"{doors.router}/pdlaunch/status")[0] == 401
+
+
+def test_web_pages_and_foreign_names_are_refused_at_every_server(doors: Doors) -> None:
+    servers = dict.fromkeys(doors.engines.values(), OTHER_ROUTER) | {doors.router: CLIENT}
+    for url, key in servers.items():
+        answer = partial(ask, "POST", f"{url}/v1/completions", Authorization=bearer(key))
+        assert answer(BODY)[0] == 200
+        assert answer(BODY, Content_Type="Application/JSON; charset=utf-8", Host="localhost:1")[0] == 200
+        status, text = answer(BODY, Origin="http://evil.example")
+        assert (status, "cors_origins" in text) == (403, True)
+        status, text = answer(BODY, Host="evil.example")
+        assert (status, "allowed_hosts" in text) == (421, True)
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+            assert answer(BODY, Content_Type=kind)[0] == 415
+        assert ask("POST", f"{url}/sleep", Authorization=bearer(key), Origin="http://evil.example")[0] == 403
+        assert ask("GET", f"{url}/health", Host="probe.example")[0] == 200
+
+
+def test_the_official_client_works(doors: Doors) -> None:
+    with openai.OpenAI(base_url=f"{doors.router}/v1", api_key=CLIENT, max_retries=0) as client:
+        prompt: Any = BODY["prompt"]
+        assert client.completions.create(model="llama", prompt=prompt, max_tokens=2).usage.completion_tokens == 2
+    assert Api(doors.router, CLIENT).metrics()["pdlaunch_router_engines_ready"] == 2
+
+
+def test_smoke_needs_no_other_key_than_that_of_the_clients(doors: Doors) -> None:
+    failures = [check for check in smoke(doors.router, api_key=CLIENT, exact=True) if check.failure]
+    assert failures == []
