@@ -22,8 +22,8 @@ def clean_environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo() -> Iterator[Deployment]:
-    """One prefill and one decode engine with the demo model, float32."""
+    """One prefill and one decode engine with the demo model, float32; they end with the tests of this folder."""
     with running_deployment(DEMO_ARGUMENTS, environ=clean_environ()) as deployment:
         yield deployment

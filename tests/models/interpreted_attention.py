@@ -1,10 +1,13 @@
 """Runs the attention and layer kernels in Triton's interpreter; started by ``test_triton_attention``.
 
+Arguments: ``kernels``, or names of tiny models.
+
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,9 +159,7 @@ def check_fused_decoder(name: str) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-if __name__ == "__main__":
-    np.seterr(all="ignore")
-    torch.set_num_threads(1)
+def check_kernels() -> None:
     for case in CASES:
         check_attention(case)
     check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
@@ -167,5 +168,13 @@ if __name__ == "__main__":
         check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
     check_decode_inputs()
     check_likeliest_tokens()
-    for name in ("llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3"):
-        check_fused_decoder(name)
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    torch.set_num_threads(1)
+    for part in sys.argv[1:]:
+        if part == "kernels":
+            check_kernels()
+        else:
+            check_fused_decoder(part)

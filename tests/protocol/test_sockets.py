@@ -77,14 +77,18 @@ def test_strangers_get_nowhere(secure: SecureContext, plain: zmq.Context[Any], k
     listener.disable_monitor()
 
 
-def test_a_frame_over_the_limit_closes_its_connection_and_no_other(secure: SecureContext, sockets: ExitStack):
+def test_a_frame_over_the_limit_closes_its_connection_and_no_other(
+    secure: SecureContext, sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+):
+    """A frame of the true limit would be there several times over."""
+    monkeypatch.setattr("pdlaunch.protocol.sockets.MAX_FRAME_BYTES", MAX_FRAME_BYTES // 64)
     listener, endpoint = listen(secure, sockets)
     friend = sockets.enter_context(secure.connect(zmq.DEALER, endpoint, identity=b"friend"))
     friend.send(b"before")
     assert listener.recv_multipart() == [b"friend", b"before"]
     greedy = sockets.enter_context(secure.connect(zmq.DEALER, endpoint, identity=b"greedy"))
     monitor = sockets.enter_context(greedy.get_monitor_socket(zmq.EVENT_DISCONNECTED))
-    greedy.send(b"x" * (MAX_FRAME_BYTES + 1), copy=False)
+    greedy.send(b"x" * (MAX_FRAME_BYTES // 64 + 1), copy=False)
     assert monitor.poll(TIMEOUT_MS)
     friend.send(b"after")
     assert listener.recv_multipart() == [b"friend", b"after"]
