@@ -37,7 +37,6 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
     launch_id: str
     url: str
     """Of the router, as processes on this host reach it."""
-    supervisor_pid: int
 
     def write(self, run_dir: Path) -> None:
         """Leave the card in the launch's folder, whole or not at all."""

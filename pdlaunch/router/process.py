@@ -119,7 +119,7 @@ class RouterProcess:
         """Listen at the launch's admin socket, and leave the card by which commands find it."""
         run_dir = Path(self._bootstrap.run_dir)
         await listen_at_admin_socket(runner, run_dir / ADMIN_SOCKET)
-        LaunchCard(launch_id=self._bootstrap.launch_id, url=url, supervisor_pid=os.getppid()).write(run_dir)
+        LaunchCard(launch_id=self._bootstrap.launch_id, url=url).write(run_dir)
 
     async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp, link: SupervisorLink) -> None:
         """Do what the supervisor says until it says Stop; draining does not hold up the registry."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -142,7 +141,7 @@ def test_which_launch_is_meant_must_be_clear(command: str, launches: Path) -> No
     assert "no launch of yours runs here" in output
     with new_run_dir(launches) as first, new_run_dir(launches) as second:
         for run_dir, port in ((first, 1), (second, 2)):
-            LaunchCard(launch_id="id", url=f"http://127.0.0.1:{port}", supervisor_pid=os.getpid()).write(run_dir)
+            LaunchCard(launch_id="id", url=f"http://127.0.0.1:{port}").write(run_dir)
         code, output = run(command)
         assert code == 1
         assert "choose one with --url: http://127.0.0.1:1, http://127.0.0.1:2" in output

@@ -29,7 +29,7 @@ class Launches:
 
     def add(self, url: str) -> Path:
         run_dir = self._stack.enter_context(new_run_dir(self.base))
-        LaunchCard(launch_id="id", url=url, supervisor_pid=os.getpid()).write(run_dir)
+        LaunchCard(launch_id="id", url=url).write(run_dir)
         return run_dir
 
     def why_not(self, url: str | None = None) -> str:
@@ -76,7 +76,7 @@ def test_a_dead_launch_and_one_that_has_not_listened_yet_are_no_launches(launche
     dead = tmp_path / f"{PREFIX}dead"
     dead.mkdir()
     (dead / "lock").touch()
-    LaunchCard(launch_id="id", url="http://127.0.0.1:8000", supervisor_pid=1).write(dead)
+    LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(dead)
     assert running_launches(tmp_path) == []
     with new_run_dir(tmp_path):
         assert running_launches(tmp_path) == []

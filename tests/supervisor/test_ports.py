@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
-from pdlaunch.supervisor.ports import listening
+from pdlaunch.supervisor.ports import check_engine_ports, listening
 
 HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
 
@@ -31,6 +32,15 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
             listening("127.0.0.1", port),
         ):
             pass
+
+
+def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
+    with listening("127.0.0.1", 0) as (listener,):
+        port = listener.getsockname()[1]
+        config = LaunchConfig.model_validate({"port": 0, "engine_api_key": "k", "decode": {"port": port - 1, "replicas": 2}})
+        with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
+            check_engine_ports(config)
+    check_engine_ports(LaunchConfig())
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])
