@@ -211,6 +211,24 @@ def mooncake_sockets(context: Context) -> Iterator[Found]:
 
 
 @rule(
+    "PD425",
+    "warning",
+    fix="Use one rank an engine, or give the deployment a network namespace of its own.",
+    source="Listening sockets of torch 2.13's gloo (measured).",
+)
+def gloo_sockets(context: Context) -> Iterator[Found]:
+    """Gloo's sockets admit every process of this machine.
+
+    The ranks of a tensor parallel group on a CPU exchange activations over TCP. Each listens on a port of the loopback device
+    without authentication: a process of this machine that is there while a group is formed could take a rank's place.
+    """
+    for engine in context.on("cpu"):
+        if engine.tp_size > 1:
+            place = f"{engine.role}.tensor_parallel_size"
+            yield Found(place, f"each of {engine.tp_size} ranks listens without authentication on this machine's loopback device")
+
+
+@rule(
     "PD410",
     "error",
     fix="Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU option.",

@@ -299,6 +299,7 @@ CASES: dict[str, Case] = {
         [on(CPU, changes={"hosts": ("a", "b")}), on(CPU, changes={"hosts": ("a", "b"), "side_channel_host": "0.0.0.0"})],
         [on(CPU), on(CPU, changes={"hosts": ("a", "b"), "side_channel_host": "10.0.0.1"})],
     ),
+    "PD425": Case([on(CPU, prefill__tensor_parallel_size=3)], [on(CPU), on(GPU, prefill__tensor_parallel_size=2)]),
     "PD430": Case(
         [on(GPU, environ={"UCX_TLS": "rc,sm,tcp"}), on(GPU, environ={"UCX_TLS": "^cuda"})],
         [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"}), on(CPU, environ={"UCX_TLS": "tcp"})],

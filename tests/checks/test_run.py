@@ -37,7 +37,7 @@ def test_what_was_not_probed_is_listed():
 
 def test_errors_come_first():
     report = check(flags={"kv_transfer.verify": False, "load_format": "dummy", "prefill.tensor_parallel_size": 2})
-    assert [finding.severity for finding in report.findings] == ["error", "error", "warning", "warning", "info"]
+    assert [finding.severity for finding in report.findings] == ["error", "error", "warning", "warning", "warning", "info"]
     assert {finding.rule for finding in report.errors} == {"PD104", "PD105"}
 
 

@@ -16,6 +16,7 @@ from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, load_with_kills, num_migrations
+from tests.e2e.listening import unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
 FAULTS = {"seed": 3, "rate": 0.2, "slow_s": 0.1, "lost_s": 2, "lease_rate": 0.1}
@@ -54,6 +55,11 @@ def test_all_listeners_are_on_loopback(tp_deployment: Deployment) -> None:
     assert set().union(*listeners.values()) == {"127.0.0.1"}
     assert len(children) == 7
     assert all(listeners[child.pid] for child in children)
+
+
+def test_gloo_alone_listens_without_asking_who_comes(tp_deployment: Deployment) -> None:
+    """NIXL does not: with UCX's TCP transport each of the ranks would. Gloo is what PD425 warns of."""
+    assert unlocked_ports(tp_deployment) == {f"prefill-0/rank-{tp_rank}": 1 for tp_rank in range(3)}
 
 
 def listening_hosts(process: psutil.Process) -> set[str]:

@@ -1,0 +1,48 @@
+"""What listens in a launch, and which of it asks nobody who he is."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+from pdlaunch.client.deployment import Deployment
+
+TIMEOUT_S = 20.0
+ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03"
+"""Signature and major version; the mechanism of the other side comes back. Source: ZMTP 3.0, 23/ZMTP."""
+
+
+def unlocked_ports(deployment: Deployment) -> dict[str, int]:
+    """Number of TCP ports of each process that speak neither HTTP, which has its own tests, nor ZMQ with CURVE."""
+    processes = {name: psutil.Process(process.pid) for name, process in deployment.processes().items()}
+    processes["supervisor"] = psutil.Process(deployment.process.pid)
+    found = {}
+    for name, process in processes.items():
+        ports = [each.laddr.port for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
+        if count := sum(not (speaks_http(port) or speaks_curve(port)) for port in ports):
+            found[name] = count
+    return found
+
+
+def speaks_http(port: int) -> bool:
+    return exchange(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 ")
+
+
+def speaks_curve(port: int) -> bool:
+    """The greeting names the only mechanism that the socket takes."""
+    return exchange(port, ZMQ_GREETING)[12:32].rstrip(b"\0") == b"CURVE"
+
+
+def exchange(port: int, message: bytes) -> bytes:
+    """The first bytes of the answer; empty when there is none for two seconds, as from a port that waits for more."""
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as stranger:
+        try:
+            stranger.sendall(message)
+            stranger.settimeout(2)
+            answer = b""
+            while len(answer) < 64 and (chunk := stranger.recv(64 - len(answer))):
+                answer += chunk
+        except OSError:
+            pass
+        return answer
