@@ -6,6 +6,7 @@ PdlaunchError
 │   └── UnsupportedModelError   the user: pdlaunch cannot serve this model; names the reason
 ├── StartupError            the user: a process or a pair of engines did not come up; names the root cause
 ├── RequestError            the caller of the API: answered with HTTP 400 (or ``status``), names the parameter
+│   ├── KillsEngineError    us: engines crash of this request, it is not tried again (HTTP 500)
 │   └── OverloadedError     the caller of the API: try again after ``retry_after_s`` (HTTP 429 or 503)
 ├── TransferError           nobody: a KV block could not be moved or proven; the engine pulls again or recomputes
 │   ├── HandshakeError      the user: two engines do not fit; names the field and both values
@@ -60,6 +61,13 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, *, status: int = 429, retry_after_s: int = 1, code: str | None = None) -> None:
         super().__init__(message, status=status, code=code)
         self.retry_after_s = retry_after_s
+
+
+class KillsEngineError(RequestError):
+    """Ranks died of the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=500, code="request_kills_engine")
 
 
 class TransferError(PdlaunchError):

@@ -46,6 +46,10 @@ class StepsInFlight:
             request.num_unknown -= item.sample
             yield item, request
 
+    def marks(self) -> list[int]:
+        """Of all requests in these steps, for the record that outlives the rank."""
+        return [request.mark for _, requests in self._steps for request in requests]
+
     def keep(self, request: Request) -> bool:
         """A request ends: whether its row and blocks have to wait for ``is_free``."""
         if request.num_in_flight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -62,10 +62,11 @@ class Leader:
         offload: OffloadWorker | None = None,
         wait_for_ranks: Callable[[float], None] | None = None,
         announce: Callable[[SleepState], None] = lambda _: None,
+        record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``wait_for_ranks``: up to so many seconds, for news of their transfers; None where they do not write leases down.
-        ``announce``: tells the supervisor whether peers may read this rank's memory.
+        ``announce``: tells the supervisor whether peers may read this rank's memory. ``record``: notes for whom steps run.
         """
         self._welcome = Welcome(
             engine_id=engine_id,
@@ -87,6 +88,7 @@ class Leader:
         self._running: tuple[StepPlan, LaunchedStep] | None = None
         self._held = HeldAnswers(holds=wait_for_ranks is not None)
         self._wait_for_ranks = wait_for_ranks
+        self._record = record
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
             RankSleeper(runner, transfer, announce, peers_timeout_s=spec.kv_transfer.handshake_timeout_s, clock=clock),
@@ -237,6 +239,8 @@ class Leader:
             self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
+        # Before any rank begins the step, and when one has been collected.
+        self._record(self._scheduler.marks_in_flight())
         if _is_empty(plan):
             return
         if self._followers is not None:

@@ -6,6 +6,7 @@ import enum
 
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.hashing import BlockHasher
+from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, FinishReason
 
 
@@ -41,6 +42,7 @@ class Request:
         "arrival",
         "block_hasher",
         "is_announced",
+        "is_suspect",
         "load_id",
         "may_load",
         "message",
@@ -95,12 +97,19 @@ class Request:
         self.num_host_tokens = 0
         """Prompt tokens that came from host memory."""
         self.load_id: int | None = None
+        self.is_suspect = message.is_suspect
+        """Until a step has drawn a token for it here."""
         self.is_announced = False
         """Decode engines may read its blocks while they are computed, until a lease takes over or they are withdrawn."""
 
     @property
     def request_id(self) -> str:
         return self.message.request_id
+
+    @property
+    def mark(self) -> int:
+        """What stands for it in the record of steps."""
+        return self.message.origin | (SUSPECT_BIT if self.is_suspect else 0)
 
     @property
     def num_output_tokens(self) -> int:

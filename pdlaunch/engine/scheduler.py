@@ -176,13 +176,16 @@ class Scheduler:
         """Choose what follows the one step in flight, whatever tokens that one draws. None: it has to be collected first.
 
         So it is when prompts are to be computed: beside such a step planning costs nothing, and later arrivals can still join it.
-        And when a request would have to give blocks up for others, or draws from its output.
+        And when a request would have to give blocks up for others, draws from its output, or is a suspect.
         """
         assert len(self._in_flight) == 1
+        arrived = self._queues.waiting if self._builder.has_free_row else []
+        if any(request.is_suspect for queue in (self._queues.running, arrived) for request in queue):
+            # What dies with two steps in flight, died of either.
+            return None
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
         if any(request.num_to_schedule > 1 or request.draws_from_its_output for request in going_on):
             return None
-        arrived = self._queues.waiting if self._builder.has_free_row else []
         if any(request.num_remaining > 1 and not request.wants_pull for request in arrived):
             return None
         return self._schedule() if self._blocks.have_room_for_one_more(going_on) else None
@@ -230,6 +233,10 @@ class Scheduler:
             elif item.sample:
                 logger.error("request %s ends: its logits are NaN", request.request_id)
                 self._finish(request, "error", error=NAN_LOGITS)
+
+    def marks_in_flight(self) -> list[int]:
+        """What ``StepRecord`` is to hold while the steps in flight run."""
+        return self._in_flight.marks()
 
     def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:
         """What the server has to be told since the last call, in order."""
@@ -318,10 +325,14 @@ class Scheduler:
                 self.register_begun()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
-            if not request.wants_pull and step.budget and self._builder.has_free_row:
+            if not request.wants_pull and step.budget and self._builder.has_free_row and not self._has_to_be_apart(request):
                 lacks_blocks |= not self._admit(request, step)
         if lacks_blocks and not self._queues.running and not self._in_flight:
             self._break_standstill(step)
+
+    def _has_to_be_apart(self, request: Request) -> bool:
+        """Two suspects are never in one step: who survives a step is none any more."""
+        return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
     def _admit(self, request: Request, step: StepDraft) -> bool:
         """Seat a request and schedule its first chunk. False: it lacks blocks. True also when it had better wait a step."""
@@ -464,6 +475,7 @@ class Scheduler:
 
     def _take_token(self, request: Request, token: TokenOutput) -> None:
         request.token_ids.append(token.token_id)
+        request.is_suspect = False
         self._totals.counts.generation_tokens += 1
         if not self._finish_if_complete(request, token.token_id, token):
             self._builder.add_sampled(request)

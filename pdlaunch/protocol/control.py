@@ -161,6 +161,18 @@ class Registry(Message):
     """The paths between ranks that are proven now."""
 
 
+class Suspects(Message):
+    """To the router: a rank of an engine has died by itself, and what of its last step it may have died of.
+
+    Sent before the registry without that rank.
+    """
+
+    origins: list[int]
+    """``AddRequest.origin`` of the requests in the last step."""
+    repeated: list[int]
+    """Those of them that were suspects already, with no other suspect beside them: one at most."""
+
+
 class Drain(Message):
     """Take no new work; say Drained when the running work is done, at the latest after ``timeout_s``."""
 
@@ -181,7 +193,7 @@ class Restarting(Message):
     error: str = ""
 
 
-FromSupervisor = Registry | Drain | Stop | Restarting
+FromSupervisor = Registry | Suspects | Drain | Stop | Restarting
 
 to_supervisor: Codec[ToSupervisor] = Codec(ToSupervisor)
 from_supervisor: Codec[FromSupervisor] = Codec(FromSupervisor)

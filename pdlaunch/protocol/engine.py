@@ -71,6 +71,10 @@ class AddRequest(Message):
     is_awaited: bool = False
     """With do_remote_decode: a decode engine knows the id and may ask for the blocks before there is a lease."""
     cache_salt: str = ""
+    origin: int = 0
+    """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it has none."""
+    is_suspect: bool = False
+    """A rank that died by itself computed it: no other suspect is to be in a step with it, until it has survived one."""
     traceparent: str | None = None
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from pdlaunch.errors import RequestError
+from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, read_json_object
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
 from pdlaunch.protocol.openai.errors import model_not_found
@@ -98,6 +99,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Estimate of the prompt's length."""
     request_id: str
     headers: dict[str, str]
+    origin: int
+    """A number of its own, by which engines and the supervisor speak of it."""
 
     def prefill_body(self, *, knows_whole_request: bool, lease_id: str = "") -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
@@ -191,13 +194,14 @@ def read_client_request(
         prompts=[
             PromptRequest(
                 endpoint=endpoint,
+                origin=(origin := secrets.randbelow(2**63 - 1) + 1),
                 body=one if fields.seed is not None else one | {"seed": draw_seed()},
                 index=index,
                 num_choices=fields.n or 1,
                 max_tokens=max_tokens,
                 prompt_tokens=_estimate_tokens(one.get("messages") if endpoint.is_chat else one.get("prompt")),
                 request_id=engine_request_id if len(bodies) == 1 else f"{engine_request_id}-{index}",
-                headers=headers,
+                headers=headers | {ORIGIN_HEADER: format_origin(origin)},
             )
             for index, one in enumerate(bodies)
         ],

@@ -46,13 +46,16 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 class EngineFailure(PdlaunchError):
     """An engine did not do its work; another one may.
 
-    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even begin.
+    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even begin. ``code``: of its error.
     """
 
-    def __init__(self, engine: Engine, reason: str, *, may_return: bool = True, turned_away: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, reason: str, *, may_return: bool = True, turned_away: bool = False, code: object = None
+    ) -> None:
         super().__init__(f"engine {engine.name}: {reason}")
         self.may_return = may_return
         self.turned_away = turned_away
+        self.code = code
 
 
 class EngineRefusal(PdlaunchError):
@@ -253,7 +256,7 @@ class EngineStream:
         if fields.get("type") in _CLIENT_ERROR_TYPES:
             raise EngineRefusal(self._engine, status=400, body=data, content_type="application/json", retry_after=None)
         message = f"error in its stream: {fields.get('message', error)}"
-        raise EngineFailure(self._engine, message, may_return=fields.get("type") != "server_error")
+        raise EngineFailure(self._engine, message, may_return=fields.get("type") != "server_error", code=fields.get("code"))
 
 
 def _discard_result(task: asyncio.Task[Any]) -> None:
@@ -267,6 +270,13 @@ def _broken(engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueErr
     return EngineFailure(engine, repr(error), turned_away=unheard)
 
 
+def _error_code(body: bytes) -> object:
+    try:
+        return msgspec.json.decode(body)["error"]["code"]
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return None
+
+
 async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
@@ -278,7 +288,7 @@ async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> No
         text = body[:200].decode(errors="replace")
         message = f"answered {response.status}: {text}"
         may_return = response.status in (502, 503, 504)
-        raise EngineFailure(engine, message, may_return=may_return, turned_away=response.status == 503)
+        raise EngineFailure(engine, message, may_return=may_return, turned_away=response.status == 503, code=_error_code(body))
     raise EngineRefusal(
         engine,
         status=response.status,

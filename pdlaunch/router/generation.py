@@ -22,6 +22,7 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.openai.errors import RANK_LOST
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode, tell_decode
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
@@ -71,15 +72,16 @@ class Generation:
 
     async def run(self) -> None:
         """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends both hops."""
-        try:
-            await self._prefill()
-            if self._early is not None:
-                await self._decode_early(self._early)
-            while not self.transcript.is_done:
-                await self._decode()
-        finally:
-            self._drop_early()
-            self._release_untaken_lease()
+        with self._hops.suspects.watch(self._prompt.origin):
+            try:
+                await self._prefill()
+                if self._early is not None:
+                    await self._decode_early(self._early)
+                while not self.transcript.is_done:
+                    await self._decode()
+            finally:
+                self._drop_early()
+                self._release_untaken_lease()
 
     async def _prefill(self) -> None:
         """Hand the prompt to a prefill engine; where none can do it, the decode engine will do all."""
@@ -96,6 +98,7 @@ class Generation:
                 handover = await self._ask_prefill(engine)
             except (EngineFailure, EngineRefusal) as failure:
                 self._note(engine, "prefill", failure)
+                await self._hear_cause(engine, failure)
                 if self.transcript.has_tokens:
                     # The first token is told: decode goes on after it, from a prompt that it computes itself.
                     return
@@ -105,7 +108,7 @@ class Generation:
         self._hops.metrics.fell_back()
 
     async def _ask_prefill(self, engine: Engine) -> Handover:
-        early = self._early = tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
+        early = self._early = None if self._is_suspect else tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
         try:
             with engine.working(prompt_tokens=self._prompt.prompt_tokens):
                 work = self._await_prefill(engine) if early is None else self._stream_prefill(engine, early.lease_id)
@@ -170,6 +173,7 @@ class Generation:
         except (EngineFailure, EngineRefusal) as failure:
             logger.info("told of the prompt in vain: %s", failure)
             self._drop_early()
+            await self._hear_cause(early.engine, failure)
             return
         self._num_decode_attempts += 1
         try:
@@ -200,9 +204,20 @@ class Generation:
             if self.transcript.is_done:
                 return
             self._note(engine, "decode", failure)
+            await self._hear_cause(engine, failure)
             self._num_decode_failures += isinstance(failure, EngineFailure) and not self._is_still_away(engine, failure)
             if self._num_decode_failures == self._hops.recovery.max_attempts or not self._can_go_on():
                 raise
+
+    async def _hear_cause(self, engine: Engine, failure: EngineFailure | EngineRefusal) -> None:
+        """Know whether the engine died of this request before another one gets it. Raises KillsEngineError if so again."""
+        if isinstance(failure, EngineFailure) and failure.code == RANK_LOST:
+            await self._hops.news_of_death(engine)
+        self._hops.suspects.check(self._prompt.origin)
+
+    @property
+    def _is_suspect(self) -> bool:
+        return bool(self._hops.suspects.header(self._prompt.origin))
 
     def _is_still_away(self, engine: Engine, failure: EngineFailure) -> bool:
         """An engine that turns a request away again has survived it."""
@@ -340,7 +355,7 @@ class Generation:
     def _headers(self, attempt: int) -> dict[str, str]:
         """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
         request_id = self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
-        return self._prompt.headers | {REQUEST_ID_HEADER: request_id}
+        return self._prompt.headers | self._hops.suspects.header(self._prompt.origin) | {REQUEST_ID_HEADER: request_id}
 
 
 @contextlib.contextmanager

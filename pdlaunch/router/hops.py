@@ -12,8 +12,11 @@ from pdlaunch.protocol.control import Registry
 from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import Engine, EnginePool
+from pdlaunch.router.suspects import SuspectBook
 
 CLOSE_TIMEOUT_S = 2.0
+DEATH_NEWS_S = 1.0
+"""For the supervisor to tell of a death that it has told an engine's server of."""
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +40,7 @@ class Hops:
         self.client = client
         self.metrics = metrics
         self.recovery = recovery
+        self.suspects = SuspectBook()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -49,6 +53,12 @@ class Hops:
         for engine in self.pool.engines:
             if engine.ready and engine.max_model_len is None:
                 self.spawn(self._learn_max_model_len(engine))
+
+    async def news_of_death(self, engine: Engine) -> None:
+        """Return when the registry knows of the death that an engine's server has spoken of: usually it does already."""
+        deadline_s = self.now_s() + DEATH_NEWS_S
+        while self.pool.lists(engine) and (left_s := deadline_s - self.now_s()) > 0:
+            await self.registry_change(left_s)
 
     async def registry_change(self, timeout_s: float) -> None:
         """Return at the next change of the registry, at the latest after ``timeout_s``."""

@@ -107,6 +107,10 @@ class EnginePool:
         """By name."""
         return [self._engines[name] for name in sorted(self._engines)]
 
+    def lists(self, engine: Engine) -> bool:
+        """The registry says nothing of the engine's death, or of other processes in its place."""
+        return self._engines.get(engine.name) is engine and engine.ready
+
     def update(self, registry: Registry) -> None:
         """Take over a registry; an engine whose processes are the same keeps its counts."""
         found: dict[str, Engine] = {}

@@ -20,7 +20,19 @@ from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
-from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, Ready, Register, Registry, Restarting, Stop
+from pdlaunch.protocol.control import (
+    Address,
+    Drain,
+    Drained,
+    Failed,
+    FromSupervisor,
+    Ready,
+    Register,
+    Registry,
+    Restarting,
+    Stop,
+    Suspects,
+)
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
@@ -129,6 +141,8 @@ class RouterProcess:
                     hops.update(registry)
                 case Restarting() as answer:
                     link.answered(answer)
+                case Suspects() as suspects:
+                    hops.suspects.take(suspects)
                 case Drain(timeout_s=timeout_s):
                     self._draining = asyncio.ensure_future(_drain(router, control, timeout_s))
                 case Stop():

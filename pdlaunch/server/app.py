@@ -16,7 +16,14 @@ from pdlaunch.http.bearer import has_bearer
 from pdlaunch.http.guard import Guard
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
-from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
+from pdlaunch.observe.trace import (
+    ORIGIN_HEADER,
+    REQUEST_ID_HEADER,
+    TRACEPARENT_HEADER,
+    read_origin,
+    read_request_id,
+    read_traceparent,
+)
 from pdlaunch.protocol.openai.body import parse_request
 from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status, model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
@@ -158,10 +165,13 @@ def _with_call(handler: CallHandler) -> Handler:
 
     async def handle(http: web.Request) -> web.StreamResponse:
         request_id = read_request_id(http.headers.get(REQUEST_ID_HEADER))
+        origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
         call = Call(
             request_id=request_id,
             rank_id=f"{request_id}-{secrets.token_hex(4)}",
             traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
+            origin=origin,
+            is_suspect=is_suspect,
         )
         with request_logging(request_id):
             try:

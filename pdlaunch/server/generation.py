@@ -9,6 +9,7 @@ from typing import Any
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
 from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.openai.errors import RANK_LOST
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.server.choice import Choice, Delta
 from pdlaunch.server.handover import hand_over
@@ -99,7 +100,7 @@ class Generation:
         delta: Delta | None
         match event:
             case RankLost():
-                raise OverloadedError("the engine is restarting", status=503, code="engine_restarting")
+                raise OverloadedError("the engine is restarting", status=503, code=RANK_LOST)
             case Tokens(tokens=tokens):
                 delta = choice.take(tokens)
             case FirstTokens(tokens=tokens):

@@ -36,6 +36,10 @@ class Call:
     rank_id: str
     """The same with a random end: a client may use its id twice at once."""
     traceparent: str | None
+    origin: int = 0
+    """Of the prompt at the router; 0: unknown."""
+    is_suspect: bool = False
+    """A rank may have died of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,8 @@ def _choice(
         remote_kv=transfer.remote_kv,
         awaits_lease=transfer.awaits_lease,
         cache_salt=request.cache_salt,
+        origin=call.origin,
+        is_suspect=call.is_suspect,
         traceparent=call.traceparent,
     )
     text = TextStream(

@@ -6,9 +6,14 @@ import signal
 from dataclasses import dataclass
 from typing import Protocol
 
+from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
 from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.status import LaunchStatus
+
+_OWN_SIGNALS = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,11 @@ class ProcessExited:
     incarnation: int
     returncode: int
     """Negative: the signal that killed it."""
+
+    @property
+    def by_itself(self) -> bool:
+        """Nobody else has ended it, neither a person nor the kernel for lack of memory."""
+        return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
 
     def how(self) -> str:
         if self.returncode >= 0:
@@ -60,6 +70,9 @@ class Host(Protocol):
 
     def signal(self, name: str, signal_number: int) -> None:
         """Send a signal to the process and all that it has started; ignored when it is gone."""
+
+    def last_step(self, engine: str) -> LastStep:
+        """What the ranks of an engine computed when one of them died."""
 
     def send(self, name: str, message: FromSupervisor) -> None:
         """Queue a message; lost when the process is not connected."""

@@ -16,6 +16,7 @@ import zmq
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.step_record import LastStep, read_step_record, record_path
 from pdlaunch.protocol.control import FromSupervisor, Progress, from_supervisor, to_supervisor
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.host import Event, MessageReceived, ProcessExited, StopRequested
@@ -65,6 +66,7 @@ class LocalHost:
         self._listeners = listeners
         self._stillborn: list[ProcessExited] = []
         self._conversions: dict[str, str] = {}
+        self._step_records: dict[str, Path] = {}
 
     def prepare(self) -> None:
         self._bootstraps.prepare()
@@ -77,6 +79,7 @@ class LocalHost:
         else:
             bootstrap = self._bootstraps.make(spec, incarnation)
             line = msgspec.json.encode(bootstrap) + b"\n"
+            self._step_records[spec.engine] = record_path(bootstrap.run_dir, spec.engine)
             inherited = () if bootstrap.router is None else bootstrap.router.listeners
         stillborn = self._children.spawn(spec, incarnation, line, inherited)
         if stillborn is not None:
@@ -87,6 +90,9 @@ class LocalHost:
 
     def signal(self, name: str, signal_number: int) -> None:
         self._children.signal(name, signal_number)
+
+    def last_step(self, engine: str) -> LastStep:
+        return read_step_record(self._step_records[engine])
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])
@@ -106,7 +112,8 @@ class LocalHost:
         return [
             *(StopRequested(number) for number in self._signals.take()),
             *self._feel_lifeline(ready),
-            *(gone for gone in exits if gone.returncode < 0),
+            # Ranks that were killed before those that died of it.
+            *sorted((gone for gone in exits if gone.returncode < 0), key=lambda gone: gone.by_itself),
             *self._receive(),
             *self._conversion_progress(),
             *(gone for gone in exits if gone.returncode >= 0),

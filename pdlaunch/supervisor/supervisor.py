@@ -23,6 +23,7 @@ from pdlaunch.protocol.control import (
     Register,
     Restart,
     SleepState,
+    Suspects,
     ToSupervisor,
 )
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
@@ -295,15 +296,16 @@ class Supervisor:
         elif instance.spec.kind == "convert" and event.returncode == 0:
             self._on_converted(instance)
         else:
-            self._on_death(instance, event.how())
+            self._on_death(instance, event)
 
     def _on_converted(self, instance: Instance) -> None:
         instance.move(ProcessState.EXITED)
         if all(m.state is ProcessState.EXITED for unit in self._conversions for m in unit.members):
             self._start_processes()
 
-    def _on_death(self, instance: Instance, how: str) -> None:
+    def _on_death(self, instance: Instance, event: ProcessExited) -> None:
         """A process ended that should live: fail a launch that is not ready yet, else restart the unit."""
+        how = event.how()
         said = instance.error or ""
         instance.error = said or how
         instance.move(ProcessState.FAILED)
@@ -315,6 +317,8 @@ class Supervisor:
         if unit.cause is None:
             unit.cause = instance
             self._note(f"{instance.name} {how}" + (f": {said}" if said else ""))
+            if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
+                self._tell_suspects(unit)
             self._kill(unit)
         if unit.alive:
             return
@@ -322,6 +326,13 @@ class Supervisor:
             self._bury(unit)
         else:
             self._back_off(unit, unit.cause)
+
+    def _tell_suspects(self, unit: Unit) -> None:
+        """The router has to know what a rank may have died of before it gives that to the next one."""
+        step = self._host.last_step(unit.engine)
+        if step.origins:
+            router = next(instance.name for instance in self._instances.values() if instance.spec.kind == "router")
+            self._host.send(router, Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects)))
 
     def _on_hang(self, instance: Instance) -> None:
         """Nothing that it holds is of use to anybody before it is dead: SIGKILL reaches a stopped process too."""

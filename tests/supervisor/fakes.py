@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.control import (
     Address,
     Alive,
@@ -61,6 +62,7 @@ class FakeHost:
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
     prepare_error: PdlaunchError | None = None
     listens: bool = True
+    last_steps: dict[str, LastStep] = field(default_factory=dict)
 
     def prepare(self) -> None:
         if self.prepare_error is not None:
@@ -73,6 +75,9 @@ class FakeHost:
 
     def signal(self, name: str, signal_number: int) -> None:
         self.signals.append((name, signal_number))
+
+    def last_step(self, engine: str) -> LastStep:
+        return self.last_steps.get(engine, LastStep())
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self.sent.append((name, message))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.errors import KillsEngineError, OverloadedError, RequestError
+
+RANK_LOST = "engine_restarting"
+"""The code of an engine whose rank died while it computed the request."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -25,7 +28,9 @@ def error_status(error: BaseException) -> int:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """``Retry-After`` where trying again helps."""
+    """``Retry-After`` where trying again helps; what keeps OpenAI's clients from it where it does harm."""
+    if isinstance(error, KillsEngineError):
+        return {"X-Should-Retry": "false"}
     return {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else {}
 
 
