@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdlaunch.config.models import KVTransferSettings
@@ -71,6 +71,7 @@ def make_leader(
     clock: Callable[[], float] = time.monotonic,
     *,
     wait_for_ranks: Callable[[float], None] | None = None,
+    record: Callable[[Sequence[int]], None] = lambda _: None,
     **changes: object,
 ) -> Leader:
     scheduler = make_scheduler()
@@ -84,6 +85,7 @@ def make_leader(
         server=recorder,
         followers=None,
         wait_for_ranks=wait_for_ranks,
+        record=record,
         clock=clock,
     )
 

@@ -1,0 +1,94 @@
+"""Requests that a rank may have died of: never two in a step, none while another step runs, until they have survived one."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdlaunch.engine.step import StepPlan
+from pdlaunch.process.step_record import SUSPECT_BIT
+from pdlaunch.protocol.engine import AddRequest, SamplingParams
+from tests.engine.fake_engine import FakeEngine, remote_kv
+from tests.engine.test_leader import Recorder, make_leader
+from tests.engine.test_scheduler import output
+
+PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5, 5]}
+
+
+def suspects_in(engine: FakeEngine) -> list[int]:
+    """Origins of the suspects of the steps in flight."""
+    return [mark - SUSPECT_BIT for mark in engine.scheduler.marks_in_flight() if mark & SUSPECT_BIT]
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_two_suspects_are_never_in_flight_together_and_all_are_answered(runs_ahead: bool) -> None:
+    engine = FakeEngine(runs_ahead=runs_ahead, max_num_batched_tokens=4)
+    engine.add("innocent", PROMPTS["innocent"], max_tokens=20, origin=9)
+    engine.step()
+    for origin, name in enumerate("abc", 1):
+        engine.add(name, PROMPTS[name], max_tokens=6, origin=origin, is_suspect=True)
+    seen: set[int] = set()
+    launch = engine._launch
+
+    def watch(plan: StepPlan) -> None:
+        found = suspects_in(engine)
+        assert len(found) <= 1
+        assert not found or len(engine.in_flight) == 0, "another step runs"
+        seen.update(found)
+        launch(plan)
+
+    engine._launch = watch  # type: ignore[method-assign]
+    engine.run()
+    assert seen == {1, 2, 3}
+    for name, prompt in PROMPTS.items():
+        assert engine.token_ids(name) == output(prompt, 20 if name == "innocent" else 6)
+
+
+def test_suspect_that_has_survived_a_step_is_none_any_more() -> None:
+    engine = FakeEngine()
+    engine.add("a", PROMPTS["a"], max_tokens=6, origin=1, is_suspect=True)
+    engine.add("b", PROMPTS["b"], max_tokens=6, origin=2, is_suspect=True)
+    first = engine.step()
+    second = engine.step()
+    assert [len(plan.scheduled) for plan in (first, second)] == [1, 2]
+
+
+def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
+    engine = FakeEngine(max_num_batched_tokens=8)
+    engine.add("a", PROMPTS["b"] * 3, max_tokens=2, is_suspect=True, origin=1)
+    engine.add("b", PROMPTS["b"], max_tokens=2, is_suspect=True, origin=2)
+    engine.step()
+    engine.add("innocent", PROMPTS["c"], max_tokens=2)
+    plan = engine.step()
+    assert [len(row.token_ids) for row in plan.new_rows] == [len(PROMPTS["c"])]
+
+
+def test_pulled_suspects_wait_with_their_blocks() -> None:
+    engine = FakeEngine(num_blocks=8)
+    for origin, name in enumerate("ab", 1):
+        engine.add(name, PROMPTS["b"], max_tokens=3, origin=origin, is_suspect=True, remote_kv=remote_kv(name, 5), output=[1])
+    engine.step()
+    for pull in list(engine.pulls):
+        engine.end_pull(pull)
+    plans = engine.run()
+    assert max(len(plan.scheduled) for plan in plans) <= 2
+    assert len(plans[0].scheduled) == 1
+    assert set(engine.finished) == {"a", "b"}
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead: bool) -> None:
+    order: list[object] = []
+
+    class Steps(Recorder):
+        def launch(self, plan: StepPlan) -> StepPlan:
+            order.append("launch")
+            return plan
+
+    sampling = SamplingParams(max_tokens=2)
+    requests = [AddRequest(request_id=str(n), prompt_token_ids=[1, n], sampling=sampling, origin=n) for n in (4, 5)]
+    leader = make_leader(Steps([*requests]), record=order.append, async_scheduling=runs_ahead)
+    for _ in range(6):
+        leader.turn()
+    noted = [order[place - 1] for place, item in enumerate(order) if item == "launch"]
+    assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
+    assert order[-1] == []
