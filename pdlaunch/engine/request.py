@@ -45,6 +45,7 @@ class Request:
         "is_suspect",
         "load_id",
         "may_load",
+        "mark",
         "message",
         "num_cached_tokens",
         "num_computed",
@@ -99,17 +100,14 @@ class Request:
         self.load_id: int | None = None
         self.is_suspect = message.is_suspect
         """Until a step has drawn a token for it here."""
+        self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
+        """What stands for it in the record of steps."""
         self.is_announced = False
         """Decode engines may read its blocks while they are computed, until a lease takes over or they are withdrawn."""
 
     @property
     def request_id(self) -> str:
         return self.message.request_id
-
-    @property
-    def mark(self) -> int:
-        """What stands for it in the record of steps."""
-        return self.message.origin | (SUSPECT_BIT if self.is_suspect else 0)
 
     @property
     def num_output_tokens(self) -> int:
@@ -148,6 +146,11 @@ class Request:
         The lease that it awaits brings an output token.
         """
         return self.num_prompt_tokens - (self.num_output_tokens == 0 and not self.message.awaits_lease)
+
+    def survive(self) -> None:
+        """A step has drawn a token for it: no rank died of that one."""
+        self.is_suspect = False
+        self.mark = self.message.origin
 
     def prompt_hashes(self) -> list[bytes]:
         """What proves a hand-over of the prompt; 32 bytes a block."""

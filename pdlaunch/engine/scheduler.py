@@ -475,7 +475,8 @@ class Scheduler:
 
     def _take_token(self, request: Request, token: TokenOutput) -> None:
         request.token_ids.append(token.token_id)
-        request.is_suspect = False
+        if request.is_suspect:
+            request.survive()
         self._totals.counts.generation_tokens += 1
         if not self._finish_if_complete(request, token.token_id, token):
             self._builder.add_sampled(request)

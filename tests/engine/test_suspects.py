@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pdlaunch.engine.step import StepPlan
@@ -77,7 +79,7 @@ def test_pulled_suspects_wait_with_their_blocks() -> None:
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead: bool) -> None:
-    order: list[object] = []
+    order: list[Any] = []
 
     class Steps(Recorder):
         def launch(self, plan: StepPlan) -> StepPlan:
@@ -89,6 +91,6 @@ def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead:
     leader = make_leader(Steps([*requests]), record=order.append, async_scheduling=runs_ahead)
     for _ in range(6):
         leader.turn()
-    noted = [order[place - 1] for place, item in enumerate(order) if item == "launch"]
+    noted = [sorted(set(order[place - 1])) for place, item in enumerate(order) if item == "launch"]
     assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
     assert order[-1] == []
