@@ -83,6 +83,19 @@ async def test_only_the_admin_key_opens_commands_over_tcp(admin_stand: AdminStan
         assert response.status == 200
 
 
+async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStand) -> None:
+    rows = admin.Admin(admin_stand.stand.hops, admin_stand.stand.link).routes()
+    assert {path.partition("?")[0] for _, path in COMMANDS[:4]} <= {row.path for row in rows}
+    for row in rows:
+        path = row.path.replace("{engine}", "decode-0").replace("{path:.*}", "metrics")
+        for key in ("", "of-the-clients", "launch-token"):
+            headers = {"Authorization": f"Bearer {key}"}
+            method = "DELETE" if row.method == "*" else row.method
+            async with admin_stand.stand.session.request(method, path, headers=headers) as response:
+                assert response.status == 401, row.path
+    assert not admin_stand.commands
+
+
 @pytest.mark.parametrize(("method", "path"), COMMANDS)
 async def test_without_an_admin_key_tcp_takes_no_commands(stand: Stand, method: str, path: str) -> None:
     await stand.start(pairs(1), spec=msgspec.structs.replace(SPEC, api_key="of-the-clients"))
