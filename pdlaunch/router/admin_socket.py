@@ -12,9 +12,15 @@ from aiohttp import web
 BACKLOG = 32
 
 
-async def listen_at_admin_socket(runner: web.AppRunner, path: Path) -> None:
-    """Listen at ``path``. Raises OSError."""
+async def listen_at_admin_socket(app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0) -> web.AppRunner:
+    """Listen at ``path``; the caller cleans the runner up. Raises OSError.
+
+    It is another runner than that of the public address: who takes all connections there locks nobody out here.
+    """
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s)
+    await runner.setup()
     await web.SockSite(runner, _bind(path), backlog=BACKLOG).start()
+    return runner
 
 
 def _bind(path: Path) -> socket.socket:

@@ -96,6 +96,7 @@ class RouterProcess:
         link = SupervisorLink(control.send)
         router = RouterApp(spec, hops, link)
         runner = HttpRunner(router.app, max_connections=spec.max_connections, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
+        runners: list[web.AppRunner] = [runner]
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
         try:
@@ -109,14 +110,14 @@ class RouterProcess:
                 )
             )
             await self._first_registry(hops)
-            await self._take_commands(runner, url)
+            runners.append(await self._take_commands(router, url))
             await listen(runner, spec.listeners)
             runner.drop_stalled_readers(READER_TIMEOUT_S)
             control.send(Ready(info={"url": url}))
             await self._follow(control, hops, router, link)
         finally:
             heartbeat.cancel()
-            await runner.cleanup()
+            await asyncio.gather(*(each.cleanup() for each in runners))
             await hops.close()
 
     async def _first_registry(self, hops: Hops) -> None:
@@ -127,11 +128,12 @@ class RouterProcess:
             case _:
                 self._inbox.put_nowait(message)
 
-    async def _take_commands(self, runner: web.AppRunner, url: str) -> None:
+    async def _take_commands(self, router: RouterApp, url: str) -> web.AppRunner:
         """Listen at the launch's admin socket, and leave the card by which commands find it."""
         run_dir = Path(self._bootstrap.run_dir)
-        await listen_at_admin_socket(runner, run_dir / ADMIN_SOCKET)
+        runner = await listen_at_admin_socket(router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
         LaunchCard(launch_id=self._bootstrap.launch_id, url=url).write(run_dir)
+        return runner
 
     async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp, link: SupervisorLink) -> None:
         """Do what the supervisor says until it says Stop; draining does not hold up the registry."""

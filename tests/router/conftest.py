@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from aiohttp import web
 
+from pdlaunch.http.connections import HttpRunner
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.control import Registry, Restart
 from pdlaunch.router.app import RouterApp
@@ -60,7 +60,7 @@ class Stand:
         self.asked: list[Restart] = []
         self.link = SupervisorLink(self.asked.append)
         self.router = RouterApp(spec, self.hops, self.link)
-        self.runner = web.AppRunner(self.router.app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        self.runner = HttpRunner(self.router.app, max_connections=spec.max_connections, shutdown_timeout_s=0.1)
         await self.runner.setup()
         listener = socket.create_server((spec.host, spec.port))
         self.port = port = listener.getsockname()[1]

@@ -50,9 +50,10 @@ class AdminStand:
 async def admin_stand(stand: Stand, tmp_path: Path) -> AsyncIterator[AdminStand]:
     engines = pairs(2)
     await stand.start(engines, spec=KEYS)
-    await listen_at_admin_socket(stand.runner, tmp_path / "admin.sock")
+    runner = await listen_at_admin_socket(stand.router.app, tmp_path / "admin.sock")
     async with aiohttp.ClientSession("http://pdlaunch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))) as session:
         yield AdminStand(stand, engines, session)
+    await runner.cleanup()
 
 
 async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(stand: Stand, tmp_path: Path) -> None:
@@ -61,11 +62,12 @@ async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(stand: Sta
     path.touch()
     umask = os.umask(0)
     try:
-        await listen_at_admin_socket(stand.runner, path)
+        runner = await listen_at_admin_socket(stand.router.app, path)
     finally:
         os.umask(umask)
     assert stat.S_ISSOCK(path.stat().st_mode)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    await runner.cleanup()
 
 
 @pytest.mark.parametrize(("method", "path"), COMMANDS)
@@ -214,3 +216,23 @@ async def test_a_web_page_commands_nothing(stand: Stand) -> None:
     streamed = await stand.post(completion(stream=True), headers=client)
     assert (streamed.status, streamed.headers["Access-Control-Allow-Origin"]) == (200, "https://chat.example")
     assert streamed.events()
+
+
+async def test_connections_of_strangers_lock_nobody_out(stand: Stand, tmp_path: Path) -> None:
+    """Those of the public address are all busy."""
+    engines = pairs(1)
+    engines[1].hold_after = 0
+    await stand.start(engines, spec=msgspec.structs.replace(SPEC, max_connections=1))
+    runner = await listen_at_admin_socket(stand.router.app, tmp_path / "admin.sock")
+    running = asyncio.create_task(stand.post(completion()))
+    await engines[1].holding.wait()
+    async with aiohttp.ClientSession() as stranger, stranger.get(f"{stand.url}/health") as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "too_many_connections")
+    async with (
+        aiohttp.ClientSession("http://launch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))) as session,
+        session.get("/is_sleeping") as response,
+    ):
+        assert response.status == 200
+    engines[1].go.set()
+    assert (await running).status == 200
+    await runner.cleanup()
