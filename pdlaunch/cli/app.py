@@ -33,6 +33,7 @@ COMMANDS = (
     Command("smoke", "pdlaunch.cli.smoke:smoke_command", "Start a deployment, check what it promises, stop it; for CI."),
     Command("sleep", "pdlaunch.cli.sleep:sleep", "Have a deployment's engines give their device memory back."),
     Command("wake", "pdlaunch.cli.sleep:wake", "Wake the engines of a deployment up."),
+    Command("restart", "pdlaunch.cli.restart:restart", "Have engines of a deployment started anew."),
     Command(
         "bench",
         "pdlaunch.cli.bench:app",

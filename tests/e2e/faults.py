@@ -143,6 +143,12 @@ def _is_back(deployment: Deployment, name: str, old_pid: int) -> bool:
         return False
 
 
+def tracebacks(deployment: Deployment) -> dict[str, int]:
+    """How many there are in which log: expected deaths and restarts are one line each."""
+    counts = {path.name: path.read_text(errors="replace").count("Traceback") for path in deployment.log_dir.iterdir()}
+    return {name: count for name, count in counts.items() if count}
+
+
 def left_over(deployment: Deployment) -> list[str]:
     """What the engines' books hold once everything has ended."""
     return await_idle(admin_api(deployment.url), timeout_s=180)

@@ -15,7 +15,7 @@ import pytest
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed
-from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, load_with_kills, num_migrations
+from tests.e2e.faults import SHORT_DEADLINES, faulty_deployment, left_over, load_with_kills, num_migrations, tracebacks
 from tests.e2e.listening import unlocked_ports
 from tests.e2e.tiny_models import greedy, make_tiny_model
 
@@ -129,6 +129,7 @@ def test_killed_ranks_lose_no_request_of_a_hybrid_model(tmp_path: Path) -> None:
         kill_in_the_middle_of_a_stream(deployment, "decode-0/rank-0")
         assert left_over(deployment) == []
         assert set(deployment.processes()) == {"router", "prefill-0", "decode-0", "prefill-0/rank-0", "decode-0/rank-0"}
+        assert tracebacks(deployment) == {}
 
 
 def kill_in_the_middle_of_a_stream(deployment: Deployment, name: str) -> None:

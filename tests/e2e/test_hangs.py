@@ -10,7 +10,7 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import engines_of
 from tests.e2e.api import complete, streamed
-from tests.e2e.faults import faulty_deployment, left_over, num_migrations
+from tests.e2e.faults import faulty_deployment, left_over, num_migrations, tracebacks
 from tests.e2e.tiny_models import make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -41,6 +41,7 @@ def test_stopped_ranks_are_restarted_and_their_requests_go_on(tmp_path: Path) ->
         restarted = {name for name, process in deployment.processes().items() if process.pid != processes[name].pid}
         assert restarted == set(RANKS)
         assert all(f"{name} hung" in deployment.output() for name in RANKS)
+        assert tracebacks(deployment) == {}
 
 
 def states(deployment: Deployment) -> dict[str, str]:

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -17,9 +18,9 @@ import pytest
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.errors import PdlaunchError
-from tests.e2e.api import complete, requests_in_flight
+from tests.e2e.api import complete, requests_in_flight, streamed
 from tests.e2e.conftest import clean_environ
-from tests.e2e.faults import paused
+from tests.e2e.faults import paused, tracebacks
 from tests.e2e.tiny_models import greedy, make_tiny_model
 from tests.e2e.waiting import await_true
 
@@ -74,6 +75,34 @@ def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deploymen
     assert complete(deployment.url, PROMPT, 16) == expected
     others = [other for other in before if other != name]
     assert {other: deployment.processes()[other].pid for other in others} == {other: before[other].pid for other in others}
+    assert tracebacks(deployment) == {}
+
+
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0/rank-0"])
+def test_a_restart_loses_no_request(deployment: Deployment, expected: list[int], name: str) -> None:
+    engine = name.partition("/")[0]
+    before = deployment.processes()
+    with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
+        found = list(islice(token_ids, 5))
+        restart = pool.submit(command, "restart", name, "--url", deployment.url)
+        others = [pool.submit(ask_until, restart, deployment.url) for _ in range(2)]
+        found += token_ids
+        result = restart.result()
+        assert [set(map(tuple, other.result())) for other in others] == [{tuple(expected)}] * 2
+    assert (result.returncode, result.stdout) == (0, f"{engine} serves again\n"), result.stderr
+    assert (len(found), found[:16]) == (400, expected)
+    assert complete(deployment.url, PROMPT, 16) == expected
+    after = deployment.processes()
+    assert {each for each in before if after[each].pid != before[each].pid} == {engine, f"{engine}/rank-0"}
+    assert tracebacks(deployment) == {}
+
+
+def ask_until(restart: Future[subprocess.CompletedProcess[str]], url: str) -> list[list[int]]:
+    """Answers that were given until it was over."""
+    answers = [complete(url, PROMPT, 16)]
+    while not restart.done():
+        answers.append(complete(url, PROMPT, 16))
+    return answers
 
 
 def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Deployment, expected: list[int]) -> None:
@@ -90,9 +119,13 @@ def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Dep
     assert deployment.process.wait(60) == 0
 
 
-def serve(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pdlaunch", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False)
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("serve", *arguments)
+
+
+def command(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pdlaunch", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False)
 
 
 def test_a_busy_port_is_named_before_anything_starts(tiny_model: Path) -> None:

@@ -66,17 +66,21 @@ class KillOnce(FakeObserver):
 
 
 class InterruptWhenGivenUp(FakeObserver):
-    """Presses Ctrl-C once an engine is given up, with all of its processes."""
+    """Presses Ctrl-C once an engine is given up, with all of its processes, for the second time."""
 
     def __init__(self, engine: str) -> None:
         super().__init__()
         self.engine = engine
         self.serving: set[str] = set()
+        self._given_up: set[int] = set()
+        """Incarnations of its server."""
 
     def changed(self, status: LaunchStatus) -> None:
         states = {process.name: process.state for process in status.processes}
         engine = {state for name, state in states.items() if name.partition("/")[0] == self.engine}
-        if engine == {ProcessState.GIVEN_UP} and not self.serving:
+        if engine == {ProcessState.GIVEN_UP}:
+            self._given_up |= {process.incarnation for process in status.processes if process.name == self.engine}
+        if len(self._given_up) == 2 and not self.serving:
             self.serving = {name for name, state in states.items() if state is ProcessState.READY}
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -219,13 +223,13 @@ def visit(port: int, over: threading.Event) -> int:
     return num_connected
 
 
-def test_an_engine_that_always_dies_is_given_up_and_the_others_serve_on(tmp_path: Path) -> None:
+def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others_serve(tmp_path: Path) -> None:
     observer = InterruptWhenGivenUp("decode-0")
-    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3))
+    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01))
     outcome = run_plan(real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing)
     assert outcome.exit_code == 0
     assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
-    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 2
+    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 3
 
 
 def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
