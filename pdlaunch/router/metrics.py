@@ -22,7 +22,7 @@ class RouterMetrics:
         self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix="pdlaunch_router_")
         self._engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
         self._engines = Gauge(
-            "pdlaunch_router_engines", "Engines by state; failed ones are not started again.", ("state",), registry=registry
+            "pdlaunch_router_engines", "Engines by state; failed ones are left alone for a while.", ("state",), registry=registry
         )
         self.in_flight = Gauge("pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry)
         self._engine_failures = Counter(
