@@ -182,11 +182,27 @@ class LimitSettings(FrozenModel):
     """Where the API says no."""
 
     max_body_bytes: ByteSize = Field(parse_size("16MiB"), description="Longest body of an HTTP request.")
+    max_body_bytes_in_flight: ByteSize | None = Field(
+        None, description="Bytes that the bodies of all requests in flight may hold; then 503. Eight of the longest when unset."
+    )
     max_queued_requests: int = Field(256, gt=0, description="Requests in flight at the router or an engine; then 429.")
     max_connections: int = Field(
         4096, gt=0, description="Open connections at the router or an engine; then idle ones give way to new ones."
     )
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
+
+    @model_validator(mode="after")
+    def _longest_body_fits(self) -> Self:
+        # A part of the room is left to small bodies, so the longest one needs more than its own length.
+        if self.body_budget_bytes < 2 * self.max_body_bytes:
+            message = f"must be at least twice max_body_bytes, which is {self.max_body_bytes}"
+            raise PydanticCustomError("budget", message, {"field": "max_body_bytes_in_flight"})
+        return self
+
+    @property
+    def body_budget_bytes(self) -> int:
+        """Bytes that the bodies of all requests in flight may hold."""
+        return 8 * self.max_body_bytes if self.max_body_bytes_in_flight is None else self.max_body_bytes_in_flight
 
 
 class LaunchConfig(EngineSettings):

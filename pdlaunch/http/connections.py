@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pdlaunch.errors import OverloadedError
+from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.openai.errors import error_body
 
 IDLE_TIMEOUT_S = 20.0
@@ -56,7 +56,12 @@ class HttpRunner(web.AppRunner):
         shutdown_timeout_s: float,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> None:
-        options: dict[str, Any] = {"access_log": None, "keepalive_timeout": idle_timeout_s, "lingering_time": LINGERING_S}
+        options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": idle_timeout_s,
+            "lingering_time": LINGERING_S,
+            "auto_decompress": False,  # ``bodies.read_body`` does it within bounds, and tells what is broken
+        }
         super().__init__(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **options)
         self._max_connections = max_connections
         self._options = options
@@ -122,6 +127,18 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._open_connections.discard(self)
         super().connection_lost(exc)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP in the form of all errors, without a traceback in the log for each."""
+        if status >= 500:
+            return super().handle_error(request, status, exc, message)
+        _logger.debug("no valid HTTP from %s: %s", request.remote, message)
+        error = RequestError(f"the request is no valid HTTP: {message}", status=status, code="invalid_http")
+        response = web.Response(status=status, body=msgspec.json.encode(error_body(error)), content_type="application/json")
+        response.force_close()
+        return response
 
     @property
     def is_idle(self) -> bool:

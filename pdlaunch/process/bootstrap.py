@@ -35,6 +35,8 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None
     """Clients send it; it opens no command."""
     max_body_bytes: int
+    body_budget_bytes: int
+    """For all bodies in flight."""
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float

@@ -17,7 +17,9 @@ async def listen_at_admin_socket(app: web.Application, path: Path, *, shutdown_t
 
     It is another runner than that of the public address: who takes all connections there locks nobody out here.
     """
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s, auto_decompress=False
+    )
     await runner.setup()
     await web.SockSite(runner, _bind(path), backlog=BACKLOG).start()
     return runner

@@ -15,7 +15,9 @@ from aiohttp.hdrs import METH_ANY
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.bearer import has_bearer
+from pdlaunch.http.bodies import BodyBudget, read_body
 from pdlaunch.http.guard import Guard
+from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
@@ -32,7 +34,7 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
 from pdlaunch.router.generation import RETRY_AFTER_S, Generation, Sink
 from pdlaunch.router.hops import Hops
-from pdlaunch.router.idempotency import Repeats, read_idempotency_key
+from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.pool import EngineKey
 from pdlaunch.router.scrape import scrape
 from pdlaunch.router.supervisor_link import SupervisorLink
@@ -40,8 +42,6 @@ from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-BODY_TIMEOUT_S = 60.0
-"""For a client to send its body."""
 CLOSE_TIMEOUT_S = 1.0
 """For clients to read that the router leaves."""
 CLIENT_CLOSED_REQUEST = 499
@@ -64,10 +64,10 @@ class RouterApp:
         self.admission = Admission(spec.max_queued_requests)
         self._deadline = Deadline(spec.request_timeout_s)
         self._repeats = Repeats()
+        self._bodies = BodyBudget(spec.body_budget_bytes)
+        self._inputs = LargeInputs()
         self._guard = Guard(spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
-        self.app = web.Application(
-            client_max_size=spec.max_body_bytes,
-        )
+        self.app = web.Application(client_max_size=spec.max_body_bytes)
         self.app.on_response_prepare.append(self._guard.add_cors_headers)
         self._route("POST", COMPLETIONS.path, self._completions)
         self._route("POST", CHAT.path, self._chat_completions)
@@ -164,11 +164,18 @@ class RouterApp:
     async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
         if not self._hops.pool.serving:
             raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
-        body, headers = await _read_body(request), {REQUEST_ID_HEADER: request_id}
+        with self._bodies.hold() as hold:
+            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+            return await self._answered(endpoint, request, body, request_id)
+
+    async def _answered(self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str) -> web.StreamResponse:
+        """Answer a request whose body is here; what was answered before under its key is told again."""
+        headers = {REQUEST_ID_HEADER: request_id}
         answer = partial(self._answer, endpoint, request, body, request_id)
         key = read_idempotency_key(request.headers)
         if key is not None:
-            return await self._repeats.answer(key, request, body, headers, answer)
+            # The run may outlive this client, and its body with it.
+            return await self._repeats.answer(key, request, body, headers, partial(self._hold_and, len(body), answer))
         stream = ClientStream(request, headers)
         return await answer(stream) or stream.response
 
@@ -176,19 +183,27 @@ class RouterApp:
         self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str, stream: EventStream
     ) -> web.Response | None:
         """The whole answer, or None when ``stream`` was told all of it."""
-        client_request = read_client_request(
-            endpoint,
-            body,
-            served_model_name=self._spec.served_model_name,
-            request_id=request_id,
-            engine_request_id=_engine_request_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
-            headers=_headers_to_pass(request),
+        client_request = await self._inputs.run(
+            len(body) >= LARGE_BODY_BYTES,
+            partial(
+                read_client_request,
+                endpoint,
+                body,
+                served_model_name=self._spec.served_model_name,
+                request_id=request_id,
+                engine_request_id=_engine_request_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
+                headers=_headers_to_pass(request),
+            ),
         )
         with self.admission.admit(len(client_request.prompts)), self._hops.metrics.requests.in_flight.track_inprogress():
             if client_request.stream:
                 await self._stream(client_request, stream)
                 return None
             return await self._whole(client_request)
+
+    async def _hold_and(self, num_bytes: int, answer: Work, stream: EventStream) -> web.Response | None:
+        with self._bodies.hold(num_bytes):
+            return await answer(stream)
 
     async def _stream(self, client_request: ClientRequest, stream: EventStream) -> None:
         answer = StreamedAnswer(
@@ -234,7 +249,13 @@ class RouterApp:
 
     async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
         """Any engine can answer; the first that does."""
-        body, pool = await _read_body(request), self._hops.pool
+        with self._bodies.hold() as hold:
+            body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
+            with self.admission.admit(1):
+                return await self._ask_any(request, body, request_id)
+
+    async def _ask_any(self, request: web.Request, body: bytes, request_id: str) -> web.Response:
+        pool = self._hops.pool
         tried: set[EngineKey] = set()
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
@@ -296,20 +317,6 @@ class RouterApp:
         self._hops.metrics.show_engines([engine.state for engine in self._hops.pool.engines])
         page = await scrape(self._hops.metrics.text(), self._hops.client, self._hops.pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
-
-
-async def _read_body(request: web.Request) -> bytes:
-    """The body within the application's limit of size; refused at once where its length is announced."""
-    limit = request.app._client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=request.content_length)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise RequestError(f"the body was not sent within {BODY_TIMEOUT_S:g} s", status=408) from None
-    except web.RequestPayloadError as error:
-        raise RequestError(f"the body cannot be read: {error}") from None
 
 
 def _request_id(request: web.Request) -> str:

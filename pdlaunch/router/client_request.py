@@ -14,7 +14,7 @@ import msgspec
 
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
-from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, read_json_object
+from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, TOKEN_IDS, check_num_values, read_json_object
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.generation import MAX_CHOICES
@@ -34,8 +34,10 @@ REMOTE_DECODE: dict[str, Any] = {
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
-_TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
-"""How one prompt of token ids begins; the engines look at the rest."""
+_PROMPTS = re.compile(rb'\s*\[\s*["\[]')
+"""How several prompts begin."""
+_TEXTS = ("messages", "prompt")
+"""Members that can be very long: they go to the engines as they are written, and the engines look at what is in them."""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -126,10 +128,11 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(body)
 
     @property
-    def wanted_token_ids(self) -> msgspec.Raw | list[int] | None:
+    def wanted_token_ids(self) -> msgspec.Raw | None:
         """The prompt's token ids, if they are known here and the client wants them back."""
         prompt = self.body.get("prompt")
-        return prompt if isinstance(prompt, msgspec.Raw | list) and self.body.get("return_token_ids") else None
+        is_known = isinstance(prompt, msgspec.Raw) and TOKEN_IDS.match(prompt) and self.body.get("return_token_ids")
+        return prompt if is_known else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
         """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""
@@ -209,15 +212,14 @@ def read_client_request(
 
 
 def _read_body(raw: bytes) -> dict[str, Any]:
-    """A client's body; the token ids of one prompt, which can be very many, stay as they are written. Raises RequestError."""
+    """A client's body; of messages and prompts only their text. Raises RequestError."""
+    check_num_values(raw)
     try:
         members = _members_decoder.decode(raw)
     except (ValueError, RecursionError):
         return read_json_object(raw)
-    if not _TOKEN_IDS.match(members.get("prompt", b"")):
-        return read_json_object(raw)
-    prompt = members.pop("prompt")
-    return read_json_object(msgspec.json.encode(members)) | {"prompt": prompt}
+    texts = {name: members.pop(name) for name in _TEXTS if name in members}
+    return read_json_object(msgspec.json.encode(members)) | texts
 
 
 def _read_fields(body: dict[str, Any]) -> ClientFields:
@@ -240,19 +242,18 @@ def _check_limits(fields: ClientFields) -> int | None:
     return limit
 
 
-def _split_prompts(prompt: object) -> list[object]:
+def _split_prompts(prompt: msgspec.Raw | None) -> list[msgspec.Raw | None]:
     """One entry a prompt; what is in them is checked by the engine."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > MAX_PROMPTS:
-            raise RequestError(f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt", code="invalid_value")
-        return prompt
-    return [prompt]
+    if prompt is None or not _PROMPTS.match(prompt):
+        return [prompt]
+    prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt", code="invalid_value")
+    return list(prompts)
 
 
-def _estimate_tokens(prompt: object) -> int:
-    if isinstance(prompt, msgspec.Raw):
-        return 1 + bytes(prompt).count(b",")
-    if isinstance(prompt, str):
-        return 1 + len(prompt) // CHARACTERS_PER_TOKEN
-    messages = prompt if isinstance(prompt, list) else []
-    return 1 + sum(len(str(message)) for message in messages) // CHARACTERS_PER_TOKEN
+def _estimate_tokens(text: msgspec.Raw | None) -> int:
+    if text is None:
+        return 1
+    raw = bytes(text)
+    return 1 + (raw.count(b",") if TOKEN_IDS.match(raw) else len(raw) // CHARACTERS_PER_TOKEN)

@@ -48,6 +48,8 @@ def _explained(error: BaseException) -> BaseException:
         return RequestError(str(error), status=502, code="engine_failed")
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return RequestError(f"the body is too large: {error.text}", status=413, code="body_too_large")
+    if isinstance(error, web.RequestPayloadError):
+        return RequestError(f"the body cannot be read: {error}", code="invalid_body")
     if not isinstance(error, RequestError):
         logger.error("request failed", exc_info=error)
     return error

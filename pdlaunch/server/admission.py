@@ -42,9 +42,9 @@ class Admission:
         self._idle.set()
 
     @contextlib.contextmanager
-    def admit(self) -> Iterator[Ticket]:
+    def admit(self, *, even_asleep: bool = False) -> Iterator[Ticket]:
         """Hold a place for a request; raises OverloadedError (503 while closed, 429 when full)."""
-        self.check_open()
+        self.check_open(even_asleep=even_asleep)
         ticket = Ticket(self)
         ticket.grow(1, "n")
         self._idle.clear()
@@ -55,13 +55,13 @@ class Admission:
             if self.in_flight == 0:
                 self._idle.set()
 
-    def check_open(self) -> None:
-        """Raises OverloadedError (503) while the engine drains or sleeps."""
+    def check_open(self, *, even_asleep: bool = False) -> None:
+        """Raises OverloadedError (503) while the engine drains or sleeps; ``even_asleep``: what needs no rank."""
         if self.draining:
             raise OverloadedError(
                 "the engine is shutting down", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="shutting_down"
             )
-        if self.asleep:
+        if self.asleep and not even_asleep:
             raise OverloadedError("the engine sleeps", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="engine_sleeping")
 
     async def drain(self, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from aiohttp import web
 from pdlaunch.errors import OverloadedError, PdlaunchError, RequestError
 from pdlaunch.http.bearer import has_bearer
 from pdlaunch.http.guard import Guard
+from pdlaunch.http.large_inputs import LARGE_TEXT_BYTES
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.observe.trace import (
@@ -24,21 +26,16 @@ from pdlaunch.observe.trace import (
     read_request_id,
     read_traceparent,
 )
-from pdlaunch.protocol.openai.body import parse_request
+from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status, model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
-from pdlaunch.protocol.openai.tokenize import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeChatRequest,
-    TokenizeCompletionRequest,
-    TokenizeResponse,
-)
+from pdlaunch.server.deadline import Deadline
 from pdlaunch.server.engine_service import EngineService
-from pdlaunch.server.generate import GenerateHandler, read_body
+from pdlaunch.server.generate import GenerateHandler
 from pdlaunch.server.prepare import Call
-from pdlaunch.server.prompts import chat_prompt
+from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import read_sleep_query, read_tags
+from pdlaunch.server.tokenize import detokenize, tokenize
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     endpoints = _Endpoints(service)
     generate = GenerateHandler(service)
     app = web.Application(
-        client_max_size=service.spec.limits.max_body_bytes,
+        client_max_size=service.max_body_bytes,
         middlewares=[_answer_errors(service), _admit(guard), _authenticate(keys)],
     )
     app.on_response_prepare.append(guard.add_cors_headers)
@@ -97,25 +94,18 @@ class _Endpoints:
         return _json(self._card())
 
     async def tokenize(self, http: web.Request) -> web.Response:
-        model = self._service.model
-        body = await read_body(http)
-        request: TokenizeCompletionRequest | TokenizeChatRequest
-        if "messages" in body:
-            request = parse_request(TokenizeChatRequest, body, public=True)
-            tokens = await chat_prompt(request, model)
-        else:
-            request = parse_request(TokenizeCompletionRequest, body, public=True)
-            tokens = await model.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens)
-        model.check_name(request.model)
-        pieces = [model.tokenizer.token_piece(token) for token in tokens] if request.return_token_strs else None
-        return _json(TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=tokens, token_strs=pieces))
+        return await self._convert(http, tokenize)
 
     async def detokenize(self, http: web.Request) -> web.Response:
-        model = self._service.model
-        request = parse_request(DetokenizeRequest, await read_body(http), public=True)
-        model.check_name(request.model)
-        model.check_token_ids(request.tokens, "tokens")
-        return _json(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False)))
+        return await self._convert(http, detokenize)
+
+    async def _convert(self, http: web.Request, convert: Callable[[bytes, ServedModel], bytes]) -> web.Response:
+        """Text to token ids or back; takes a place as requests that generate do."""
+        service = self._service
+        with service.admission.admit(even_asleep=True):
+            async with Deadline(service.spec.limits.request_timeout_s).guard(), service.read(http) as raw:
+                answer = await service.inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(convert, raw, service.model))
+        return web.Response(body=answer, content_type="application/json")
 
     async def health(self, http: web.Request) -> web.Response:
         self._service.check_health()
@@ -126,7 +116,8 @@ class _Endpoints:
 
     async def release(self, http: web.Request) -> web.Response:
         """End the lease of a remote prefill, by the request's id or by its remote_request_id."""
-        request_id = (await read_body(http)).get("request_id")
+        async with self._service.read(http) as raw:
+            request_id = read_json_object(raw).get("request_id")
         if not isinstance(request_id, str):
             raise RequestError("request_id must be a string", param="request_id")
         rank_id = self._service.leases.take(request_id)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pdlaunch.errors import ConfigError, RequestError
 
+RENDER_TIMEOUT_S = 10.0
+MAX_REASON_CHARS = 500
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
@@ -37,22 +40,46 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        max_chars: int,
     ) -> str:
-        """The prompt's text. ``variables``: chat_template_kwargs of the request. Raises RequestError."""
+        """The prompt's text, up to ``max_chars``. ``variables``: chat_template_kwargs of the request. Raises RequestError."""
         for name in variables or {}:
             if name in _OWN_NAMES:
                 raise RequestError(f"{name} has a field of its own", param=f"chat_template_kwargs.{name}")
         try:
-            text = self._template.render(
+            pieces = self._template.generate(
                 **self._special_tokens | dict(variables or {}),
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
+            text = _join(pieces, max_chars)
+        except RequestError:
+            raise
         except Exception as error:  # a template may raise anything: the messages do not fit it
-            raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from None
+            reason = str(error)[:MAX_REASON_CHARS]
+            raise RequestError(f"the model's chat template refuses the messages: {reason}", param="messages") from None
         return _cut_after(text, messages[-1]["content"]) if continue_final_message else text
+
+
+def _join(pieces: Iterator[str], max_chars: int) -> str:
+    """Render a template piece by piece, within bounds. Raises RequestError."""
+    rendered: list[str] = []
+    num_chars = 0
+    end_at_s = time.monotonic() + RENDER_TIMEOUT_S
+    for piece in pieces:
+        rendered.append(piece)
+        num_chars += len(piece)
+        if num_chars > max_chars:
+            raise RequestError(
+                f"the messages, rendered by the model's chat template, have more than {max_chars} characters",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if time.monotonic() > end_at_s:
+            raise RequestError(f"the model's chat template takes more than {RENDER_TIMEOUT_S:g} s", param="messages")
+    return "".join(rendered)
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:

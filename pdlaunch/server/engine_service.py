@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 
+from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import OverloadedError
+from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.server.admission import Admission
 from pdlaunch.server.metrics import ServerMetrics
@@ -27,6 +32,10 @@ class EngineService:
     def __init__(self, spec: EngineSpec, registry: CollectorRegistry, *, rank_silence_s: float = RANK_SILENCE_S) -> None:
         self.spec = spec
         self.admission = Admission(spec.limits.max_queued_requests)
+        self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
+        # Room for what a router lets in, and for one of the longest that it makes of it.
+        self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
+        self.inputs = LargeInputs()
         self.metrics = ServerMetrics(registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name)
         self.leases = LeaseBook()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
@@ -62,6 +71,12 @@ class EngineService:
         if self.loaded is None:
             raise _starting()
         self.live_link()
+
+    @contextlib.asynccontextmanager
+    async def read(self, http: web.Request) -> AsyncIterator[bytes]:
+        """The body of a request, whose room is held while the block runs. Raises RequestError."""
+        with self.bodies.hold() as hold:
+            yield await read_body(http, hold, max_bytes=self.max_body_bytes)
 
     async def use_link(self, link: RankLink | None) -> None:
         """Replace the link; requests of the old one get RankLost. Ready again with the new rank's Welcome."""

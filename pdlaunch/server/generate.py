@@ -10,28 +10,24 @@ A client that goes away cancels the handler, and leaving the handler aborts what
 from __future__ import annotations
 
 import logging
-from typing import Any
+from functools import partial
 
 from aiohttp import web
 
-from pdlaunch.protocol.openai.body import parse_request, read_json_object
+from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.server.admission import Ticket
 from pdlaunch.server.deadline import Deadline
 from pdlaunch.server.engine_service import EngineService
 from pdlaunch.server.generation import Generation
 from pdlaunch.server.metrics import RequestClock
 from pdlaunch.server.prepare import Call, Prepared, prepare
-from pdlaunch.server.prompts import chat_prompt, completion_prompts
+from pdlaunch.server.prompts import chat_prompt, completion_prompts, read_chat, read_completion
 from pdlaunch.server.render import ChatRenderer, CompletionRenderer, Renderer
 from pdlaunch.server.respond import Answerer
 
 _log = logging.getLogger(__name__)
-
-
-async def read_body(http: web.Request) -> dict[str, Any]:
-    """The JSON object that was sent. Raises RequestError; web.HTTPRequestEntityTooLarge beyond the application's limit."""
-    return read_json_object(await http.read())
 
 
 class GenerateHandler:
@@ -44,12 +40,9 @@ class GenerateHandler:
         with self._service.admission.admit() as ticket:
             deadline = Deadline(self._service.spec.limits.request_timeout_s)
             async with deadline.guard():
-                request = parse_request(CompletionRequest, await read_body(http), public=False)
-                model = self._service.model
-                model.check_name(request.model)
-                prompts = await completion_prompts(request, model)
+                request, prompts = await self._read_completion(http, ticket)
+            model = self._service.model
             prepared = prepare(call, request, prompts, model, prompt_param="prompt")
-            ticket.grow(len(prepared.choices), "n" if len(prompts) == 1 else "prompt")
             renderer = CompletionRenderer(request, call.request_id, model.name, model.tokenizer, prompts)
             return await self._run(http, call, prepared, renderer, deadline)
 
@@ -57,14 +50,30 @@ class GenerateHandler:
         with self._service.admission.admit() as ticket:
             deadline = Deadline(self._service.spec.limits.request_timeout_s)
             async with deadline.guard():
-                request = parse_request(ChatCompletionRequest, await read_body(http), public=False)
-                model = self._service.model
-                model.check_name(request.model)
-                prompt = await chat_prompt(request, model)
+                request, prompt = await self._read_chat(http, ticket)
+            model = self._service.model
             prepared = prepare(call, request, [prompt], model, prompt_param="messages")
-            ticket.grow(len(prepared.choices), "n")
             renderer = ChatRenderer(request, call.request_id, model.name, model.tokenizer, [prompt])
             return await self._run(http, call, prepared, renderer, deadline)
+
+    async def _read_completion(self, http: web.Request, ticket: Ticket) -> tuple[CompletionRequest, list[list[int]]]:
+        """The request, which has all its places then, and the token ids of its prompts. Raises RequestError."""
+        async with self._service.read(http) as raw:
+            inputs, model = self._service.inputs, self._service.model
+            request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_completion, raw, model))
+            num_prompts = len(request.prompts)
+            ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
+            prompts = await inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model))
+            return request, prompts
+
+    async def _read_chat(self, http: web.Request, ticket: Ticket) -> tuple[ChatCompletionRequest, list[int]]:
+        """The same of a chat, which has one prompt."""
+        async with self._service.read(http) as raw:
+            inputs, model = self._service.inputs, self._service.model
+            request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_chat, raw, model))
+            ticket.grow(request.n, "n")
+            prompt = await inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model))
+            return request, prompt
 
     async def _run(
         self, http: web.Request, call: Call, prepared: Prepared, renderer: Renderer, deadline: Deadline

@@ -1,30 +1,70 @@
-"""Prompts of a request as token ids."""
+"""Prompts of a request as token ids; what cannot fit is refused before work is done for it. All of it runs in threads too."""
 
 from __future__ import annotations
 
 from pdlaunch.errors import RequestError
+from pdlaunch.protocol.openai.body import num_token_ids, parse_request, read_json_object
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 from pdlaunch.protocol.openai.tokenize import TokenizeChatRequest
 from pdlaunch.server.served_model import ServedModel
 
+PROBED_CHARS_PER_TOKEN = 16
+"""Text of the whole context has a third of it."""
 
-async def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """One list a prompt; token ids are taken as they are."""
+
+def read_completion(raw: bytes, model: ServedModel) -> CompletionRequest:
+    """Check a body; raises RequestError."""
+    num_tokens = num_token_ids(raw, "prompt") if len(raw) > model.max_model_len else 0
+    if num_tokens >= model.max_model_len:
+        raise model.too_long(f"has {num_tokens} tokens", "prompt")
+    request = parse_request(CompletionRequest, read_json_object(raw), public=False)
+    model.check_name(request.model)
+    return request
+
+
+def read_chat(raw: bytes, model: ServedModel) -> ChatCompletionRequest:
+    """Check a body; raises RequestError."""
+    request = parse_request(ChatCompletionRequest, read_json_object(raw), public=False)
+    model.check_name(request.model)
+    return request
+
+
+def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    """One list a prompt; token ids are taken as they are. Raises RequestError."""
     return [
-        await model.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens) if isinstance(prompt, str) else prompt
+        _encode(prompt, model, "prompt", request.add_special_tokens) if isinstance(prompt, str) else prompt
         for prompt in request.prompts
     ]
 
 
-async def chat_prompt(request: ChatCompletionRequest | TokenizeChatRequest, model: ServedModel) -> list[int]:
+def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> list[int]:
     """The messages, rendered by the model's chat template. Raises RequestError."""
+    text = render_chat(request, model, max_chars=model.max_prompt_chars)
+    return _encode(text, model, "messages", request.add_special_tokens)
+
+
+def render_chat(request: ChatCompletionRequest | TokenizeChatRequest, model: ServedModel, *, max_chars: int) -> str:
+    """The text of a chat's prompt. Raises RequestError."""
     if model.chat_template is None:
         raise RequestError(f"the model {model.name!r} has no chat template; use /v1/completions", param="messages")
-    text = model.chat_template.render(
+    return model.chat_template.render(
         [message.for_template() for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         variables=request.chat_template_kwargs,
+        max_chars=max_chars,
     )
-    return await model.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+
+
+def _encode(text: str, model: ServedModel, param: str, add_special_tokens: bool) -> list[int]:
+    """Tokenizing takes 100 bytes a character: of a very long text a part is tried first."""
+    if len(text) > model.max_prompt_chars:
+        raise model.too_long(f"has {len(text)} characters, of which at most {model.max_prompt_chars} can fit", param)
+    num_probed = PROBED_CHARS_PER_TOKEN * model.max_model_len
+    if len(text) > 2 * num_probed:
+        num_tokens = len(model.tokenizer.encode(text[:num_probed], add_special_tokens=False))
+        # Where the text was cut, tokens differ from those of all of it, by far fewer than the context has.
+        if num_tokens > 2 * model.max_model_len:
+            raise model.too_long(f"has more than {num_tokens // 2} tokens", param)
+    return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -12,6 +12,9 @@ from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.server.chat_template import ChatTemplate, load_chat_template
 from pdlaunch.server.tokenizer import TextTokenizer
 
+UNBOUNDED_PROMPT_CHARS = 2**26
+"""Longest text of a prompt where the tokenizer sets no bound."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -25,6 +28,21 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
+
+    @property
+    def max_prompt_chars(self) -> int:
+        """Longest text that can fit the context; for a chat, as it is rendered."""
+        per_token = self.tokenizer.max_chars_per_token
+        return UNBOUNDED_PROMPT_CHARS if per_token is None else self.max_model_len * per_token
+
+    def too_long(self, finding: str, param: str) -> RequestError:
+        """The refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
+        return RequestError(
+            f"the prompt {finding}; this model's maximum context length is {self.max_model_len} tokens, one of which is for the "
+            "answer",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def check_name(self, given: str | None) -> None:
         """No name means this model. Raises RequestError (404)."""
@@ -42,12 +60,7 @@ class ServedModel:
         if num_prompt_tokens == 0:
             raise RequestError("the prompt has no tokens", param=param)
         if num_prompt_tokens >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {num_prompt_tokens} tokens; this model's maximum context length is {self.max_model_len} tokens, "
-                "one of which is for the answer",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self.too_long(f"has {num_prompt_tokens} tokens", param)
         remaining = self.max_model_len - num_prompt_tokens
         if wanted is not None and wanted > remaining:
             raise RequestError(

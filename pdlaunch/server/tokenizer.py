@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from pathlib import Path
@@ -10,9 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pdlaunch.errors import ConfigError
-
-LONG_TEXT_CHARS = 4096
-"""From here on text is encoded in a thread, so that other requests' streams do not wait."""
+from pdlaunch.server.token_length import max_chars_per_token
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -25,7 +22,10 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
-        self._byte_of_char = _byte_alphabet() if _is_byte_level(tokenizer) else None
+        alphabet = _byte_alphabet()
+        self._byte_of_char = alphabet if _is_byte_level(tokenizer) else None
+        self.max_chars_per_token = max_chars_per_token(tokenizer, "".join(alphabet))
+        """None: nothing is known."""
 
     @classmethod
     def load(cls, model_dir: str | Path) -> TextTokenizer:
@@ -38,11 +38,12 @@ class TextTokenizer:
                 f"{path} cannot be read: {error}", field="model", value=str(model_dir), fix="The model needs a tokenizer.json."
             ) from None
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; special tokens that stand in it as text are recognised."""
-        if len(text) < LONG_TEXT_CHARS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
+        return token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8. Unknown ids give no text."""
@@ -65,12 +66,6 @@ class TextTokenizer:
         """The token as the vocabulary spells it."""
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece or ""
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        token_ids: list[int] = encoding.ids
-        return token_ids
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:

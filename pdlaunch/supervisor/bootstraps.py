@@ -83,6 +83,7 @@ class LaunchBootstraps:
             allowed_hosts=config.allowed_hosts,
             cors_origins=config.cors_origins,
             max_body_bytes=config.limits.max_body_bytes,
+            body_budget_bytes=config.limits.body_budget_bytes,
             max_queued_requests=config.limits.max_queued_requests,
             max_connections=config.limits.max_connections,
             request_timeout_s=config.limits.request_timeout_s,

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings, LimitSettings
+from pdlaunch.http.connections import HttpRunner
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
@@ -175,9 +176,8 @@ async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) ->
             on_sleep=service.sleep.on_reply,
         )
         await service.use_link(link)
-        runner = web.AppRunner(
-            make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY]), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
-        )
+        app = make_app(service, keys=[TOKEN, OTHER_ROUTERS_KEY])
+        runner = HttpRunner(app, max_connections=100, shutdown_timeout_s=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"})

@@ -52,7 +52,7 @@ class FakeRank:
         self._task = asyncio.create_task(self._run())
 
     def ids(self, text: str) -> list[int]:
-        return self._tokenizer._encode(text, False)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def says(self, text: str | list[int], *, ends: bool = False, num_cached_tokens: int = 0, step: int = 1) -> Script:
         """A script: the tokens of ``text``, again and again up to max_tokens, ``step`` of them a message.

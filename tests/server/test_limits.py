@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 
 import pytest
 
@@ -10,6 +11,8 @@ from pdlaunch.config.models import LimitSettings
 from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished
 from tests.server.conftest import Engine
 from tests.server.fake_rank import FakeRank, silent
+
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,9 @@ async def test_bodies_that_are_no_request(engine: Engine, path: str):
 
 async def test_a_large_body_is_a_413(make_engine):
     engine = await make_engine(limits=LimitSettings(max_body_bytes=1000))
-    status, error = await engine.refusal(prompt="x" * 1000)
-    assert (status, error["code"]) == (413, "body_too_large")
+    body = io.BytesIO(b'{"prompt": "' + b"x" * engine.service.max_body_bytes)
+    async with engine.session.post(engine.url + "/v1/completions", data=body, headers=JSON) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (413, "body_too_large")
 
 
 async def test_unknown_paths_and_methods_have_the_same_form(engine: Engine):

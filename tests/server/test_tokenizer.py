@@ -9,19 +9,14 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import ConfigError
 from pdlaunch.server.logprobs import token_name
-from pdlaunch.server.tokenizer import LONG_TEXT_CHARS, TextTokenizer
+from pdlaunch.server.tokenizer import TextTokenizer
 from tests.server.test_text_stream import BYTE_LEVEL, METASPACE
 
 
 @given(st.text())
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text):
-    token_ids = BYTE_LEVEL._encode(text, False)
+    token_ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
     assert b"".join(map(BYTE_LEVEL.token_bytes, token_ids)) == text.encode()
-
-
-async def test_long_texts_encode_alike_in_a_thread():
-    text = "hello wörld " * LONG_TEXT_CHARS
-    assert await BYTE_LEVEL.encode(text, add_special_tokens=True) == BYTE_LEVEL._encode(text, True)
 
 
 def test_bytes_of_other_vocabularies():
@@ -32,7 +27,7 @@ def test_bytes_of_other_vocabularies():
 
 
 def test_ids_beyond_the_tokenizer_give_no_text():
-    assert BYTE_LEVEL.decode([500, *BYTE_LEVEL._encode("a", False)], skip_special_tokens=True) == "a"
+    assert BYTE_LEVEL.decode([500, *BYTE_LEVEL.encode("a", add_special_tokens=False)], skip_special_tokens=True) == "a"
 
 
 def test_partial_characters_have_a_name():
@@ -49,4 +44,4 @@ def test_a_files_own_truncation_does_not_cut_prompts(model_dir: Path, tmp_path: 
     content = json.loads((model_dir / "tokenizer.json").read_text())
     content["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert len(TextTokenizer.load(tmp_path)._encode("hello hello hello hello", True)) > 2
+    assert len(TextTokenizer.load(tmp_path).encode("hello hello hello hello", add_special_tokens=True)) > 2

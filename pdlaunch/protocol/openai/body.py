@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -12,8 +13,13 @@ from pydantic.fields import FieldInfo
 
 from pdlaunch.errors import RequestError
 
+MAX_VALUES = 100_000
+"""Strings, lists and objects of a body: what Python makes of them is far larger than their text."""
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
+
+TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
+"""How a list of token ids begins."""
 
 R = TypeVar("R", bound="RequestBody")
 
@@ -32,8 +38,13 @@ class RequestBody(BaseModel):
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
+class _Resume(msgspec.Struct):
+    resume: msgspec.Raw = msgspec.Raw()
+
+
 def read_json_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``; raises RequestError for anything else."""
+    check_num_values(raw)
     try:
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -41,6 +52,42 @@ def read_json_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     return body
+
+
+def check_num_values(raw: bytes) -> None:
+    """Refuse a body of very many values before it is parsed. Raises RequestError.
+
+    ``resume``, which only routers may send, grows with the answer that is to go on.
+    """
+    if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_VALUES:
+        return
+    try:
+        resume = msgspec.json.decode(raw, type=_Resume).resume
+    except (ValueError, RecursionError):
+        resume = msgspec.Raw()
+    if _num_values(raw) - _num_values(bytes(resume)) > MAX_VALUES:
+        message = f"the body has more than {MAX_VALUES} strings, lists and objects"
+        raise RequestError(message, code="too_many_values")
+
+
+def _num_values(raw: bytes) -> int:
+    """Strings, lists and objects of a JSON text; at the speed of memory, 0.1 s for 16 MiB."""
+    text = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
+    num_strings = text.count(b'"') // 2
+    if num_strings > MAX_VALUES:
+        return num_strings
+    outside = b"".join(text.split(b'"')[::2])
+    return num_strings + outside.count(b"[") + outside.count(b"{")
+
+
+def num_token_ids(raw: bytes, member: str) -> int:
+    """Length of a member that is one list of token ids, without parsing it; 0 when it is something else. Raises RequestError."""
+    check_num_values(raw)
+    try:
+        value = bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(member, b""))
+    except (ValueError, RecursionError):
+        return 0
+    return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0
 
 
 def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.body import RequestBody
 from pdlaunch.protocol.openai.generation import MAX_LOGPROBS, GenerationRequest
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+"""Of all messages together."""
 
 
 class TextPart(RequestBody):
@@ -26,7 +30,7 @@ class ChatMessage(RequestBody):
     """One message; ``null`` members of an answer that a client sends back are tolerated."""
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)] = []
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
     name: str | None = None
     tool_calls: list[Any] = Field([], max_length=0)
     annotations: list[Any] = Field([], max_length=0)
@@ -42,6 +46,17 @@ class ChatMessage(RequestBody):
         """What a chat template sees."""
         message = {"role": self.role, "content": self.text()}
         return message if self.name is None else message | {"name": self.name}
+
+
+def _check_parts(messages: list[ChatMessage]) -> list[ChatMessage]:
+    num_parts = sum(len(message.content) for message in messages)
+    # A message of text alone has one part.
+    if num_parts - len(messages) > MAX_PARTS:
+        raise ValueError(f"{num_parts} parts of content; at most {MAX_PARTS} are accepted")
+    return messages
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_parts)]
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -65,7 +80,7 @@ class ChatCompletionRequest(GenerationRequest):
         "web_search_options": (),
     }
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True

@@ -51,5 +51,5 @@ def error_body(error: BaseException) -> dict[str, Any]:
 def model_not_found(given: str, served: str) -> RequestError:
     """The answer to a model name that nobody serves."""
     return RequestError(
-        f"the model {given!r} does not exist; served here: {served!r}", param="model", status=404, code="model_not_found"
+        f"the model {given[:100]!r} does not exist; served here: {served!r}", param="model", status=404, code="model_not_found"
     )

@@ -15,6 +15,8 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1000
+MAX_LOGIT_BIAS = 1024
+"""Entries of ``logit_bias``; OpenAI takes 300, vLLM any number."""
 
 
 def _as_list(value: object) -> object:
@@ -25,6 +27,8 @@ def _int_keys(value: object) -> object:
     """JSON has no integer keys: ``{"15043": -100}``."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"{len(value)} entries; at most {MAX_LOGIT_BIAS} are accepted")
     try:
         return {int(key): bias for key, bias in value.items()}
     except (TypeError, ValueError):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from pydantic import Field
 
 from pdlaunch.protocol.openai.body import RequestBody
-from pdlaunch.protocol.openai.chat import ChatMessage
+from pdlaunch.protocol.openai.chat import Messages
 from pdlaunch.protocol.openai.generation import TokenId
 
 
@@ -25,7 +24,7 @@ class TokenizeChatRequest(RequestBody):
     """Messages, rendered by the chat template, to token ids."""
 
     model: str | None = None
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Messages
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

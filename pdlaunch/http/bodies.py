@@ -1,0 +1,124 @@
+"""Bodies of requests on their way in: how long one may be, how long it may take, and how much all of them may hold.
+
+A body counts from its first byte: with the length that its header states, or with what it has come to once it is decompressed,
+whichever is more. A router holds it until the request is answered, because another engine may be asked; an engine until it has
+read token ids from it.
+
+Who finds no room is answered 503 at once instead of being made to wait: its client knows better whether to try again, and
+bodies that wait would hold connections. Small bodies find room when large ones do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+from aiohttp import hdrs, web
+
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.content_encoding import content_decoder
+from pdlaunch.http.memory import MemoryReturn
+from pdlaunch.protocol.openai.generation import MAX_CHOICES
+
+BODY_TIMEOUT_S = 60.0
+"""For all of a body."""
+BODY_SILENCE_S = 15.0
+"""For the next piece of it."""
+SMALL_BODY_BYTES = 256 * 1024
+LARGE_SHARE = 3 / 4
+"""Of the budget, for bodies that are not small."""
+ROUTER_ADDS_BYTES = 1024**2
+"""To a body that it sends on: kv_transfer_params with block ids and first tokens, a seed."""
+RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
+
+
+class BodyBudget:
+    """Bytes of bodies in flight in one process; belongs to the event loop."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held_bytes = 0
+        self._memory_return = MemoryReturn()
+
+    @contextlib.contextmanager
+    def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
+        """Hold room for a body while the block runs. Raises OverloadedError (503)."""
+        hold = Hold(self)
+        hold.grow_to(num_bytes)
+        try:
+            yield hold
+        finally:
+            self.held_bytes -= hold.num_bytes
+            self._memory_return.after(hold.num_bytes)
+
+
+class Hold:
+    """The room of one body."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Never shrinks. Raises OverloadedError (503) when all bodies together have become too long."""
+        more = max(0, num_bytes - self.num_bytes)
+        budget = self._budget
+        share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
+        if more and budget.held_bytes + more > budget.max_bytes * share:
+            raise OverloadedError(
+                f"requests in flight hold {budget.held_bytes} bytes; there is no room for another body of {num_bytes} bytes "
+                f"(limits.max_body_bytes_in_flight is {budget.max_bytes})",
+                status=503,
+                code="too_many_bytes_in_flight",
+            )
+        budget.held_bytes += more
+        self.num_bytes += more
+
+
+async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
+    """Read the body, decompressed: aiohttp has left it as it is (``HttpRunner``).
+
+    Raises RequestError (400, 408, 413, 415), OverloadedError (503).
+    """
+    stated = http.content_length or 0
+    _check_length(stated, max_bytes)
+    hold.grow_to(stated)
+    decoder = content_decoder(http.headers.get(hdrs.CONTENT_ENCODING, ""))
+    pieces: list[bytes] = []
+    num_bytes = 0
+    now_s = asyncio.get_running_loop().time
+    end_at_s = now_s() + BODY_TIMEOUT_S
+    try:
+        async with asyncio.timeout_at(now_s() + BODY_SILENCE_S) as timeout:
+            while sent := await http.content.readany():
+                timeout.reschedule(min(end_at_s, now_s() + BODY_SILENCE_S))
+                for piece in decoder.feed(sent):
+                    num_bytes += len(piece)
+                    _check_length(num_bytes, max_bytes)
+                    hold.grow_to(num_bytes)
+                    pieces.append(piece)
+        decoder.check_end()
+        return b"".join(pieces)
+    except TimeoutError:
+        raise RequestError(
+            f"{num_bytes} bytes of the body came; it must be there within {BODY_TIMEOUT_S:g} s, without pauses of "
+            f"{BODY_SILENCE_S:g} s",
+            status=408,
+            code="body_timeout",
+        ) from None
+    except web.RequestPayloadError as error:
+        raise RequestError(f"the body cannot be read: {error}", code="invalid_body") from None
+
+
+def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
+    """Longest body that a router may send to an engine: a client's, and what the router adds.
+
+    To continue an answer elsewhere it adds all of its tokens so far, for each choice.
+    """
+    return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
+
+
+def _check_length(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise RequestError(f"the body is longer than {max_bytes} bytes", status=413, code="body_too_large")

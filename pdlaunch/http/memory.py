@@ -1,0 +1,33 @@
+"""Memory goes back to the system after large requests: malloc keeps what it got, and a process would stay as large as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+
+LARGE_BYTES = 1024**2
+DELAY_S = 1.0
+"""From the end of a large request on: its last objects are gone by then, and others' ends with it."""
+
+
+class MemoryReturn:
+    """Asks malloc to return what is free, at most once in ``DELAY_S``; belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._due: asyncio.TimerHandle | None = None
+
+    def after(self, num_bytes: int) -> None:
+        """A request that has held ``num_bytes`` is over."""
+        if num_bytes >= LARGE_BYTES and self._due is None:
+            self._due = asyncio.get_running_loop().call_later(DELAY_S, self._run)
+
+    def _run(self) -> None:
+        self._due = None
+        # In a thread: it takes milliseconds for each 100 MiB.
+        asyncio.get_running_loop().run_in_executor(None, trim)
+
+
+def trim() -> None:
+    """Return free memory of malloc to the system; does nothing where the C library is not glibc."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

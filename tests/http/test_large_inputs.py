@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from pdlaunch.http import large_inputs, memory
+from pdlaunch.http.large_inputs import LargeInputs
+from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.protocol.control import Alive
+
+
+async def test_small_inputs_are_worked_at_in_place() -> None:
+    assert await LargeInputs().run(False, threading.get_ident) == threading.get_ident()
+    assert await LargeInputs().run(True, threading.get_ident) != threading.get_ident()
+
+
+async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
+    """Work in Python alone, which never lets go of the interpreter by itself, until three beats have been sent."""
+    beats: list[Alive] = []
+
+    def work() -> int:
+        while len(beats) < 3:
+            sum(range(1000))
+        return len(beats)
+
+    heartbeat = asyncio.create_task(Heartbeat(beats.append, 0.01).run())
+    assert await LargeInputs().run(True, work) >= 3
+    heartbeat.cancel()
+
+
+async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
+    inputs, lock = LargeInputs(), threading.Lock()
+    running, most = 0, 0
+
+    def work() -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+
+    await asyncio.gather(*[inputs.run(True, work) for _ in range(8)])
+    assert most == large_inputs.NUM_THREADS
+
+
+async def test_memory_goes_back_once_after_large_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[float] = []
+    monkeypatch.setattr(memory, "DELAY_S", 0.01)
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
+    memory_return = memory.MemoryReturn()
+    memory_return.after(memory.LARGE_BYTES - 1)
+    await asyncio.sleep(0.05)
+    assert not trimmed
+    for _ in range(5):
+        memory_return.after(memory.LARGE_BYTES)
+    while not trimmed:  # noqa: ASYNC110 - a thread sets it
+        await asyncio.sleep(0.01)
+    assert trimmed == [1]
+
+
+def test_malloc_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Glibc:
+        malloc_trim = staticmethod(asked.append)
+
+    libraries: list[Any] = [Glibc, object()]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libraries.pop(0))
+    memory.trim()
+    memory.trim()
+    assert asked == [0]
