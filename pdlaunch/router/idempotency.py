@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from pdlaunch.errors import RequestError
+from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.router.answers import ClientStream, EventStream
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,10 @@ MAX_KEPT = 1024
 MAX_ANSWER_BYTES = 4 * 1024**2
 MAX_BYTES = 32 * 1024**2
 """Of all answers, those that are still being made too."""
+MAX_READERS = 8
+"""Of one answer at a time: what each of them has not read yet is kept for it alone."""
 WINDOW_BYTES = 64 * 1024
-"""What the readers of an answer that is too long to be kept may be behind."""
+"""What the readers of an answer that is too long to be kept may be behind, and what a reader is sent at a time."""
 _EVENT_OVERHEAD_BYTES = 64
 
 Work = Callable[[EventStream], Awaitable[web.Response | None]]
@@ -123,10 +125,16 @@ class Recording:
         await self.end()
 
     async def repeat(self, request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
-        """Tell a client all of the answer. Raises what its making raised, or RequestError when its beginning is forgotten."""
+        """Tell a client all of the answer.
+
+        Raises what its making raised, RequestError when its beginning is forgotten, OverloadedError when many are told already.
+        """
         if not self.kept:
             message = "the answer is too long to be repeated; wait for the first request, or ask with another key"
             raise RequestError(message, status=409, param=IDEMPOTENCY_KEY_HEADER, code="answer_too_long_to_repeat")
+        if len(self._readers) >= MAX_READERS:
+            message = f"{MAX_READERS} connections are being told this answer; read it there, or ask again"
+            raise OverloadedError(message, code="too_many_repeats")
         reader = _Reader()
         self._readers.add(reader)
         try:
@@ -144,7 +152,7 @@ class Recording:
 
     async def _stream_to(self, reader: _Reader, stream: ClientStream) -> web.StreamResponse:
         while True:
-            events = self._events[reader.position - self._num_forgotten :]
+            events = _first(self._events, reader.position - self._num_forgotten)
             if events:
                 await stream.write(b"".join(events))
                 reader.position += len(events)
@@ -179,6 +187,16 @@ class Recording:
     def _tell(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _first(events: list[bytes], start: int) -> list[bytes]:
+    """The events from ``start`` on that fill a window; one at least, if there is one."""
+    end = start
+    num_bytes = 0
+    while end < len(events) and num_bytes < WINDOW_BYTES:
+        num_bytes += len(events[end])
+        end += 1
+    return events[start:end]
 
 
 class Repeats:

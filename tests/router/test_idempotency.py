@@ -227,6 +227,32 @@ async def test_answers_have_a_budget_of_bytes(stand: Stand, monkeypatch: pytest.
     assert (await ask(stand, "19", stream=True)).headers["Idempotent-Replayed"]
 
 
+async def test_an_answer_has_a_bounded_number_of_readers(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them may leave megabytes unread, and they cost no engine any work."""
+    monkeypatch.setattr(idempotency, "MAX_READERS", 2)
+    prefill, decode = pair()
+    decode.hold_after = 1
+    await stand.start([prefill, decode])
+    readers = [asyncio.ensure_future(ask(stand, "a")) for _ in range(2)]
+    await decode.holding.wait()
+    (recording,) = stand.router._repeats._recordings.values()
+    await until(lambda: len(recording._readers) == 2)
+    refused = await ask(stand, "a")
+    assert (refused.status, refused.json()["error"]["code"]) == (429, "too_many_repeats")
+    assert int(refused.headers["Retry-After"]) > 0
+    decode.go.set()
+    assert [(await reader).status for reader in readers] == [200, 200]
+    assert (await ask(stand, "a")).status == 200
+
+
+async def test_a_long_answer_is_repeated_in_pieces(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idempotency, "WINDOW_BYTES", 300)
+    await stand.start(pair())
+    first, again = await ask(stand, "a", max_tokens=20, stream=True), await ask(stand, "a", max_tokens=20, stream=True)
+    assert len(first.raw) > 3000
+    assert first.raw == again.raw
+
+
 async def long_answer(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine whose answers are too long to be kept."""
     prefill, decode = pair()
