@@ -105,7 +105,7 @@ def why_not(rule: Rule, context: Context) -> str | None:
 def listeners(config: LaunchConfig) -> tuple[Listener, ...]:
     """Addresses of the launch with a fixed port; engines without one choose free ones and register them."""
     engines = [
-        Listener(f"{role}-{index}", ENGINE_HOST, port, f"{role}.port")
+        Listener(f"server of {role}-{index}", ENGINE_HOST, port, f"{role}.port")
         for role in ROLES
         for index, port in enumerate(config.role(role).ports())
     ]

@@ -293,6 +293,15 @@ def test_a_busy_port_is_named(check, monkeypatch):
     assert "port 9000" in result.stdout
 
 
+def test_a_busy_port_of_an_engine_is_named(check, file, monkeypatch):
+    path = file("engine_api_key: k\ndecode: {port: 9100, replicas: 2}\n")
+    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState("busy" if port == 9101 else None))
+    result = check(path, columns="200")
+    assert result.exit_code == 1
+    assert "PD420" in result.stdout
+    assert "port 9101 of 127.0.0.1 for the server of decode-1 is busy" in result.stdout
+
+
 def test_a_host_that_is_not_resolved_in_time_is_not_checked(check, monkeypatch):
     monkeypatch.setattr(module, "probe_port", lambda host, port: None)
     result = check()

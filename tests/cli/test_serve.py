@@ -134,6 +134,16 @@ def test_a_busy_port_ends_with_code_1_before_anything_starts(model: str) -> None
     assert f"port {port}" in result.output
 
 
+def test_a_busy_port_of_an_engine_ends_with_code_1_before_anything_starts(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        monkeypatch.setenv("PDLAUNCH_PREFILL__PORT", str(port))
+        result = serve("--model", model, "--port", "0", "--engine-api-key", "of-another-router")
+    assert result.exit_code == 1
+    assert f"port {port}" in result.output
+    assert "prefill.port" in result.output
+
+
 def test_other_systems_are_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError) as raised:
         check_platform("darwin")

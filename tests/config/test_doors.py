@@ -62,8 +62,8 @@ def test_ports_of_engines_need_a_key_of_their_own() -> None:
     assert list(config.prefill.ports()) == [9000, 9001]
     assert list(config.decode.ports()) == []
     assert [(item.name, item.port, item.where) for item in listeners(config)][1:] == [
-        ("prefill-0", 9000, "prefill.port"),
-        ("prefill-1", 9001, "prefill.port"),
+        ("server of prefill-0", 9000, "prefill.port"),
+        ("server of prefill-1", 9001, "prefill.port"),
     ]
 
 
