@@ -26,9 +26,9 @@ from pdlaunch.protocol.control import (
     Suspects,
     ToSupervisor,
 )
+from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.failure import Failure
-from pdlaunch.supervisor.given_up import GivenUp
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.host import Event, Host, MessageReceived, Observer, ProcessExited, StopRequested
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
@@ -87,8 +87,18 @@ class Supervisor:
         self._instances = {m.name: m for unit in (*self._conversions, *self._units) for m in unit.members}
         self._registry = RegistryBook()
         self._pairs = PairBook(plan)
-        self._given_up = GivenUp(plan, timing.restarts)
-        self._restarts = EngineRestarts(host, timing.grace, clock, self._units, start=self._spawn, forgive=self._forgive)
+        self._deaths = Deaths(
+            plan,
+            host,
+            self._units,
+            self._pairs,
+            timing.restarts,
+            clock,
+            start=self._spawn,
+            fail=self._fail,
+            note=self._note,
+        )
+        self._restarts = EngineRestarts(host, timing.grace, clock, self._units, start=self._spawn, forgive=self._deaths.forgive)
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = Phase.PREPARING
         self._start_deadline_s = 0.0
@@ -140,11 +150,8 @@ class Supervisor:
         elif self._phase is Phase.READY:
             for instance in self._hangs.look(self._instances.values()):
                 self._on_hang(instance)
-            for engine in self._given_up.due(self._clock()):
-                self._try_again(engine)
             self._restarts.tick()
-            for unit in self._units:
-                self._tick_unit(unit)
+            self._deaths.tick()
         elif self._clock() >= self._start_deadline_s:
             self._fail(self._timeout_failure())
         self._settle()
@@ -155,8 +162,7 @@ class Supervisor:
             return self._shutdown.deadline_s
         if self._phase is not Phase.READY:
             return self._start_deadline_s
-        due = [time_s for unit in self._units for time_s in (unit.deadline_s, unit.respawn_at_s) if time_s is not None]
-        return min([*due, self._hangs.due_s, self._given_up.due_s, self._restarts.due_s, self._clock() + 60.0])
+        return min(self._hangs.due_s, self._restarts.due_s, self._deaths.due_s, self._clock() + 60.0)
 
     def status(self) -> LaunchStatus:
         router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
@@ -256,8 +262,7 @@ class Supervisor:
             unit.deadline_s = None
             if unit.incarnation > 1:
                 self._note(f"{unit.name} is ready again (incarnation {unit.incarnation})")
-            if all(other.ready for other in self._units_of(unit.engine)):
-                self._given_up.serves(unit.engine)
+            self._deaths.ready(unit)
 
     def _on_failed(self, instance: Instance, error: str) -> None:
         instance.error = error
@@ -319,13 +324,9 @@ class Supervisor:
             self._note(f"{instance.name} {how}" + (f": {said}" if said else ""))
             if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
                 self._tell_suspects(unit)
-            self._kill(unit)
-        if unit.alive:
-            return
-        if unit.engine in self._given_up:
-            self._bury(unit)
-        else:
-            self._back_off(unit, unit.cause)
+            self._deaths.kill(unit)
+        if not unit.alive:
+            self._deaths.died(unit, unit.cause)
 
     def _tell_suspects(self, unit: Unit) -> None:
         """The router has to know what a rank may have died of before it gives that to the next one."""
@@ -341,96 +342,7 @@ class Supervisor:
             unit.cause = instance
             instance.error = f"hung: its loop did not turn for {self._clock() - instance.heard_at_s:.0f} s (hang_timeout_s)"
             self._note(f"{instance.name} {instance.error}: killed")
-            self._kill(unit)
-
-    def _kill(self, unit: Unit) -> None:
-        """The rest of a unit goes with its first death, and leaves the registry at once."""
-        for member in unit.members:
-            if member.alive:
-                member.registration = None
-                self._host.signal(member.name, signal.SIGKILL)
-
-    def _back_off(self, unit: Unit, cause: Instance) -> None:
-        policy = self._timing.restarts
-        now_s = self._clock()
-        worked_until_s = cause.heard_at_s if cause.stalled else now_s
-        ready_for_s = None if unit.ready_since_s is None else worked_until_s - unit.ready_since_s
-        if policy.is_quick(ready_for_s):
-            unit.num_quick_deaths += 1
-        else:
-            unit.num_quick_deaths = 1
-            self._given_up.served_long(unit.engine)
-        unit.deadline_s = None
-        delay_s = policy.delay_s(unit.num_quick_deaths)
-        if delay_s is None:
-            self._give_up(unit, cause)
-            return
-        for member in unit.members:
-            member.move(ProcessState.BACKING_OFF)
-        unit.respawn_at_s = now_s + delay_s
-        self._note(f"{unit.name} starts again in {delay_s:g} s")
-
-    def _give_up(self, unit: Unit, cause: Instance) -> None:
-        """An engine that always dies leaves the others of its role alone with the work; without one the launch is over.
-
-        Deaths by SIGKILL count as well: it is what the kernel sends to a process that takes too much memory.
-        """
-        times = f"{unit.num_quick_deaths} times in a row, each within {self._timing.restarts.quick_s:g} s of its start"
-        summary = f"{unit.name} died {times}"
-        delay_s = self._given_up.add(cause, summary, self._clock())
-        left = self._given_up.left_of(cause.spec.role)
-        if not left:
-            self._fail(Failure(summary, process=cause.name, said=cause.error or "", details=self._given_up.details(cause)))
-            return
-        self._note(f"{summary}: {unit.engine} is given up and tried again in {delay_s:g} s, {', '.join(left)} serves on")
-        self._pairs.give_up(unit.engine)
-        for other in self._units_of(unit.engine):
-            for member in other.members:
-                member.given_up_for = (
-                    f"{summary}" + (f": {cause.error}" if cause.error else "") + f"; tried again {delay_s:g} s later"
-                )
-            other.deadline_s = other.respawn_at_s = None
-            other.cause = other.cause or cause
-            if other.alive:
-                self._kill(other)
-            else:
-                self._bury(other)
-
-    def _bury(self, unit: Unit) -> None:
-        for member in unit.members:
-            member.registration = None
-            member.move(ProcessState.GIVEN_UP)
-
-    def _try_again(self, engine: str) -> None:
-        """One quick death of each unit is enough to give it up again, for longer."""
-        units = self._units_of(engine)
-        if any(unit.alive for unit in units):
-            self._given_up.postpone(engine, self._clock() + 1.0)
-            return
-        self._note(f"{engine} is tried again")
-        self._given_up.try_again(engine)
-        self._pairs.try_again(engine)
-        for unit in units:
-            unit.num_quick_deaths = self._timing.restarts.max_quick_deaths - 1
-            self._spawn(unit)
-
-    def _forgive(self, engine: str) -> None:
-        """It is restarted, whatever it has done before."""
-        self._note(f"{engine} is restarted, as was asked")
-        self._given_up.forgive(engine)
-        self._pairs.try_again(engine)
-
-    def _units_of(self, engine: str) -> list[Unit]:
-        return [unit for unit in self._units if unit.engine == engine]
-
-    def _tick_unit(self, unit: Unit) -> None:
-        now_s = self._clock()
-        if unit.respawn_at_s is not None and now_s >= unit.respawn_at_s:
-            self._spawn(unit)
-        elif unit.deadline_s is not None and now_s >= unit.deadline_s:
-            unit.deadline_s = None
-            self._note(f"{unit.name} neither became ready nor left in time: killed")
-            self._kill(unit)
+            self._deaths.kill(unit)
 
     # Ending
 

@@ -54,6 +54,7 @@ def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(world: Wo
     assert world.listed("decode-0") == "ready"
     assert world.supervisor.failure is None
     assert not world.host.signals
+    assert world.observer.notes[0] == "decode-0 is restarted, as was asked"
 
 
 def test_what_still_runs_after_the_drain_is_not_waited_for(world: World) -> None:
