@@ -1,7 +1,7 @@
 """Noise that decides sampled tokens: a pure function of (seed, choice, index, number), the same on a CPU and on a GPU.
 
 The host hashes (seed, choice, index) to a key a row, the device hashes key and number (SplitMix64) to a uniform number, of which
-it makes Gumbel noise. No generator keeps a state.
+it makes the time that passes until the first of rare events. No generator keeps a state.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def draw_key(seed: int, choice: int, index: int) -> int:
 
 def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64. Returns float64 [num_rows, n] in (0, 1)."""
-    mixed = keys[:, None] + (numbers + 1) * _INCREMENT
+    mixed = keys[:, None] + numbers * _INCREMENT
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ _shift_right(mixed, 27)) * _SECOND_FACTOR
     mixed = mixed ^ _shift_right(mixed, 31)
     return (_shift_right(mixed, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
 
 
-def gumbel_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The number with the largest log-weight plus noise is drawn as its weight says. Arguments as of ``uniform_noise``."""
-    return -(-uniform_noise(keys, numbers).log()).log()
+def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The number with the largest weight divided by its noise is drawn as its weight says. Arguments as of ``uniform_noise``."""
+    return -uniform_noise(keys, numbers).log()
 
 
 def _shift_right(numbers: torch.Tensor, num_bits: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Draw output tokens from logits.
 
 Output token i of a choice is a pure function of its logits and (seed, choice, i), so that any engine, after any preemption or
-migration, draws the same. The token with the largest logit plus noise (``noise.py``) is drawn: logits that another batch shape
-rounds differently move the draw only where two tokens are as near to each other as their rounding errors, while a sum over the
-vocabulary (the inverse of the cumulative distribution) moves the borders of all tokens.
+migration, draws the same. The token whose weight divided by noise (``noise.py``) is largest is drawn: logits that another batch
+shape rounds differently move the draw only where two tokens are as near to each other as their rounding errors, while a sum over
+the vocabulary (the inverse of the cumulative distribution) moves the borders of all tokens.
 
 Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then ``logit_changes.py``, and for sampled rows
 temperature, min_p, top_k, top_p. Logits may be infinite. A row with a NaN draws no token.
@@ -15,7 +15,7 @@ import torch
 
 from pdlaunch.engine.device_copies import Download, upload
 from pdlaunch.engine.logit_changes import SampleRow, change_logits
-from pdlaunch.engine.noise import draw_key, gumbel_noise
+from pdlaunch.engine.noise import draw_key, exponential_noise
 from pdlaunch.protocol.engine import TokenOutput
 
 NUCLEUS_GUESS_TOKENS = 256
@@ -120,12 +120,12 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
     groups = padded.view(num_rows, -1, GROUP_TOKENS)
-    weights = groups.exp().sum(dim=-1).double().log()
-    numbers = -1 - torch.arange(weights.shape[1], device=scaled.device)
-    group = (weights + gumbel_noise(keys, numbers)).argmax(dim=-1, keepdim=True)
-    neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double()
+    weights = groups.exp().sum(dim=-1).double()
+    numbers = torch.arange(-1, -1 - weights.shape[1], -1, device=scaled.device)
+    group = (weights / exponential_noise(keys, numbers)).argmax(dim=-1, keepdim=True)
+    neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double().exp()
     token_ids = group * GROUP_TOKENS + torch.arange(GROUP_TOKENS, device=scaled.device)
-    best = (neighbours + gumbel_noise(keys, token_ids)).argmax(dim=-1, keepdim=True)
+    best = (neighbours / exponential_noise(keys, token_ids)).argmax(dim=-1, keepdim=True)
     return token_ids.gather(1, best)[:, 0]
 
 

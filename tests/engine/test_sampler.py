@@ -40,7 +40,7 @@ def draw_one(logits: torch.Tensor, one: SampleRow) -> int:
 
 def gumbel(key: int, number: int) -> float:
     """The noise in Python's integers and floats."""
-    mixed = (key + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (key + number * 0x9E3779B97F4A7C15) % 2**64
     mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
     mixed ^= mixed >> 31
