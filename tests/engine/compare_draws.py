@@ -66,6 +66,11 @@ def by_inverse(values: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulated, uniforms * cumulated[-1], right=True)
 
 
+def tell(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(model_dir: str) -> None:
     torch.set_num_threads(1)
     spec = make_spec(model_dir, kv_cache_memory_bytes=2**28, max_num_batched_tokens=512)
@@ -75,8 +80,8 @@ def main(model_dir: str) -> None:
     source = torch.Generator().manual_seed(5)
     keys = torch.randint(-(2**63), 2**63 - 1, (NUM_SEEDS,), generator=source)
     uniforms = torch.rand(NUM_SEEDS, dtype=torch.float64, generator=source)
-    print("| parameters | beside each alone | logits differ by up to | inverse, of a million | noise, of a million |")
-    print("|---|---|---|---|---|")
+    tell("| parameters | beside each alone | logits differ by up to | inverse, of a million | noise, of a million |")
+    tell("|---|---|---|---|---|")
     for kind in KINDS:
         for name, contexts in shapes.items():
             both = sorted(alone.keys() & contexts.keys())
@@ -87,7 +92,7 @@ def main(model_dir: str) -> None:
                 for way, draws in enumerate(([by_inverse(v, uniforms) for v in pair], [by_noise(v, keys) for v in pair])):
                     moved[way] += int((draws[0] != draws[1]).sum())
             shares = [f"{1e6 * number / (len(both) * NUM_SEEDS):,.0f}" for number in moved]
-            print(f"| {kind or 'none'} | {name} | {rounding:.1e} | {shares[0]} | {shares[1]} |", flush=True)
+            tell(f"| {kind or 'none'} | {name} | {rounding:.1e} | {shares[0]} | {shares[1]} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""A request of which real ranks die: it fails after two deaths, and all that were beside it are answered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.e2e.api import complete, streamed
+from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import left_over
+from tests.e2e.test_hangs import states
+from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
+
+ROOT = Path(__file__).parents[2]
+POISON = 199
+PROMPTS = [list(range(40 + index, 100)) for index in range(4)]
+NUM_TOKENS = 600
+
+SICK_RUNNER = f"""
+import importlib.abc, importlib.util, os, signal, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    '''Makes the runner of a rank crash in a step with token {POISON}, as a bug in a kernel would.'''
+
+    def find_spec(self, name, path, target=None):
+        if name != "pdlaunch.engine.runner":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            module.ModelRunner.launch = crash_in(module.ModelRunner.launch)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+def crash_in(launch):
+    def crash(self, plan):
+        if any({POISON} in row.token_ids for row in plan.new_rows):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return launch(self, plan)
+    return crash
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    """One prefill and one decode engine whose ranks have a bug."""
+    (tmp_path / "sitecustomize.py").write_text(SICK_RUNNER)
+    model = make_tiny_model("llama", tmp_path, max_model_len=1024)
+    environ = clean_environ() | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    arguments = ("--model", str(model), "--dtype", "float32", "--kv-cache-memory", "4MiB")
+    with running_deployment(arguments, environ=environ) as deployment:
+        yield deployment
+
+
+def test_request_that_kills_fails_and_innocent_ones_are_answered(deployment: Deployment) -> None:
+    expected = [complete(deployment.url, prompt, NUM_TOKENS, cache_salt="reference") for prompt in PROMPTS]
+    body = {"prompt": [*range(40, 90), POISON], "max_tokens": 5, "temperature": 0}
+    with ThreadPoolExecutor(len(PROMPTS)) as pool, streamed(deployment.url, PROMPTS[0], NUM_TOKENS) as token_ids:
+        found = list(islice(token_ids, 3))
+        others = [pool.submit(complete, deployment.url, prompt, NUM_TOKENS, cache_salt="new") for prompt in PROMPTS[1:]]
+        status, answer = Api(deployment.url).post("/v1/completions", body)
+        found += token_ids
+        assert [found, *(other.result() for other in others)] == expected
+    assert (status, answer["error"]["code"]) == (500, "request_kills_engine")
+    assert deployment.output().count("was killed by SIGSEGV") == 2
+    await_true(lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"}, "both engines are back")
+    assert complete(deployment.url, PROMPTS[0], 8) == expected[0][:8]
+    assert left_over(deployment) == []
