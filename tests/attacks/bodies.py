@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.attacks.bystander import Bystander
-from tests.attacks.target import VOCAB_SIZE, Answer, Target
+from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Answer, Target
 from tests.attacks.verdict import Verdict
 
 BODY_BYTES = 16 * 2**20 - 4096
@@ -23,7 +23,7 @@ NUM_UNFINISHED = 60
 ANSWER_LIMIT_S = 180.0
 UNFINISHED_LIMIT_S = 120.0
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 
 
 MESSAGE = b'{"role":"user","content":"a"}'

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from types import TracebackType
 
-from tests.attacks.target import Answer, Target
+from tests.attacks.target import COMPLETIONS, SMALL_BODY, Answer, Target, text_of
 from tests.attacks.verdict import Verdict
 
 PAUSE_S = 0.2
-BODY = {"prompt": "What do others notice?", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
 
 class Bystander:
@@ -21,13 +19,11 @@ class Bystander:
         self._target = target
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._work), threading.Thread(target=self._watch)]
-        self._expected: str | None = None
         self.answers: list[Answer] = []
         self.num_wrong = 0
         self.peak: dict[str, float] = {}
 
     def __enter__(self) -> Bystander:
-        self._expected = _text(self._ask())
         for thread in self._threads:
             thread.start()
         return self
@@ -58,14 +54,11 @@ class Bystander:
     def said_of_memory(self) -> str:
         return "peak MiB " + " ".join(f"{name} {size:.0f}" for name, size in sorted(self.peak.items()))
 
-    def _ask(self) -> Answer:
-        return self._target.ask("router", "/v1/completions", BODY, timeout_s=180)
-
     def _work(self) -> None:
         while not self._stop.is_set():
-            answer = self._ask()
+            answer = self._target.ask("router", COMPLETIONS, SMALL_BODY, timeout_s=180)
             self.answers.append(answer)
-            self.num_wrong += answer.status == 200 and _text(answer) != self._expected
+            self.num_wrong += answer.status == 200 and text_of(answer) != self._target.reference
             self._stop.wait(PAUSE_S)
 
     def _watch(self) -> None:
@@ -73,7 +66,3 @@ class Bystander:
             for name, size in self._target.memory().items():
                 self.peak[name] = max(self.peak.get(name, 0.0), size)
             time.sleep(PAUSE_S)
-
-
-def _text(answer: Answer) -> str | None:
-    return json.loads(answer.body)["choices"][0]["text"] if answer.status == 200 else None

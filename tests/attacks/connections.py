@@ -92,18 +92,18 @@ def deaf(target: Target, verdict: Verdict) -> None:
     """Readers that never read: their requests end after a bound, and others are served meanwhile."""
     fields = {"max_tokens": 1500, "stream": True, "logprobs": 20, "n": 4, "ignore_eos": True, "return_token_ids": True}
     how = f"{NUM_DEAF} streams that nobody reads, {json.dumps(fields)}"
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, Bystander(target) as bystander:
+        start_s = time.monotonic()
         for number in range(NUM_DEAF):
             connection = stack.enter_context(_connected(target, receive_bytes=2048))
             with contextlib.suppress(OSError):
                 connection.sendall(_request(target, {"prompt": f"reader {number}", **fields}))
-        start_s = time.monotonic()
-        with Bystander(target) as bystander:
-            while time.monotonic() < start_s + DEAF_LIMIT_S and not (time.monotonic() > start_s + 5 and not target.left()):
-                time.sleep(1)
-        seconds, left = time.monotonic() - start_s, target.left()
-        if left:
-            verdict.broke("a reader that does not read loses its place", f"{how}: after {seconds:.0f} s {left[:4]}")
+        time.sleep(5)
+        while (left := target.left()) and time.monotonic() < start_s + DEAF_LIMIT_S:
+            time.sleep(1)
+        seconds = time.monotonic() - start_s
+    if left:
+        verdict.broke("a reader that does not read loses its place", f"{how}: after {seconds:.0f} s {left[:4]}")
     bystander.judge(verdict, how, limit_s=DEAF_LIMIT_S / 2)
     target.check_alive(verdict, how)
     verdict.row(

@@ -12,10 +12,10 @@ from typing import Any
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 from pdlaunch.protocol.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
-from tests.attacks.target import VOCAB_SIZE, Target
+from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Target
 from tests.attacks.verdict import Verdict
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 FORMS = {
     COMPLETIONS: CompletionRequest,
     CHAT: ChatCompletionRequest,

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tests.attacks.target import Target
+from tests.attacks.target import COMPLETIONS as PATH
+from tests.attacks.target import Target, text_of
 from tests.attacks.verdict import Verdict
 
-PATH = "/v1/completions"
 PROMPT = "Words that fill some blocks with keys and values: " + "one two three four five six seven eight " * 4
 
 COMMANDS = ("/pdlaunch/release", "/sleep?level=9", "/sleep?level=x", "/sleep?level=1&mode=nonsense", "/wake_up?tags=nonsense")
@@ -117,7 +117,7 @@ def steal(target: Target, verdict: Verdict, prefill: str, decode: str) -> None:
     handed = {name: value for name, value in hand_over(target, verdict, prefill).items() if name != "pdlaunch"}
     stolen = target.ask(decode, PATH, other | {"kv_transfer_params": handed})
     target.judge(verdict, stolen, "another prompt under a lease")
-    if stolen.status == 200 and _text(stolen.body) != _text(honest.body):
+    if stolen.status == 200 and text_of(stolen) != text_of(honest):
         verdict.broke("no answer is made from another prompt's blocks", f"{other} under a lease of {PROMPT[:60]!r}..")
     verdict.row("another prompt under a lease", stolen.status, "answered from its own tokens")
 
@@ -155,8 +155,3 @@ def listener() -> Iterator[tuple[int, Any]]:
         threading.Thread(target=accept, daemon=True).start()
         yield server.getsockname()[1], lambda: len(found)
         server.shutdown(socket.SHUT_RDWR)
-
-
-def _text(body: bytes) -> str:
-    text: str = json.loads(body)["choices"][0]["text"]
-    return text

@@ -12,7 +12,8 @@ import socket
 import sys
 
 UCX_MAGIC = bytes.fromhex("78563412bebafeca")
-ZMQ_GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + b"\0" * 31
+ZMQ_GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00"
+"""Up to the version: who hears more would hang up over the mechanism, and what it said would be lost."""
 FIRST_WORDS = {"zmq": ZMQ_GREETING, "ucx": UCX_MAGIC, "http": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"}
 OF_A_PROCESS = ("environ", "mem", "maps", "fd/0")
 PATHS = (

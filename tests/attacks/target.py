@@ -22,8 +22,12 @@ from pdlaunch.config.fields import all_fields
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import SHORT_DEADLINES
 from tests.e2e.tiny_models import make_tiny_model
 
+COMPLETIONS = "/v1/completions"
+SMALL_BODY = {"prompt": "What do others notice?", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+"""What bystanders ask."""
 ENGINE_KEY = "attackers-know-this-one"
 """So that attacks get past the door of the engines; ``sockets`` tries without."""
 VOCAB_SIZE = 49152
@@ -68,6 +72,8 @@ class Target:
         self.deployment = deployment
         self.engine_key = engine_key
         self.router = deployment.url
+        self.reference = ""
+        """The answer to ``SMALL_BODY``, taken before any attack."""
         self._living: dict[str, psutil.Process] = {}
         self._urls: dict[str, str] = {}
         self.look_again()
@@ -195,13 +201,19 @@ class Target:
             return False
 
 
+def text_of(answer: Answer) -> str:
+    """Of the first choice of a completion; empty when it failed."""
+    text: str = json.loads(answer.body)["choices"][0]["text"] if answer.status == 200 else ""
+    return text
+
+
 def warm_up(target: Target, num_requests: int = 30) -> None:
     """Let every process allocate what it keeps anyway, so that growth afterwards is the attack's."""
     for number in range(num_requests):
         fields = {"stream": number % 2 == 0, "logprobs": 5, "n": 1 + number % 3, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
         body = {"prompt": f"{number} " + "warm up " * (number * 8), "max_tokens": 24, **fields}
         for who in target.names:
-            target.ask(who, "/v1/completions", body)
+            target.ask(who, COMPLETIONS, body)
         target.ask("router", "/tokenize", {"prompt": "warm up " * 1000})
 
 
@@ -220,9 +232,10 @@ def attacked(model: Path, *arguments: str) -> Iterator[Target]:
     """One prefill and one decode engine, warmed up."""
     command = ("--model", str(model), *SERVED, *arguments)
     settings = engine_key_settings()
-    with running_deployment(command, environ=clean_environ() | settings) as deployment:
+    with running_deployment(command, environ=clean_environ() | SHORT_DEADLINES | settings) as deployment:
         target = Target(deployment, ENGINE_KEY if settings else None)
         warm_up(target)
+        target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
         yield target
 
 
