@@ -42,6 +42,9 @@ kills: install  ## kill -9 and SIGSTOP of processes under load: what the clients
 cancels: install  ## 1,000 clients that go away at random moments; every block must come back
 	$(BIN)/python -m tests.e2e.reliability cancels $(ARGS)
 
+attack: install  ## Attack a deployment of its own as strangers would (ARGS="fuzz --requests 500" for one attack)
+	$(BIN)/python -m tests.attacks $(ARGS)
+
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,4 +62,4 @@ rules: $(STAMP)  ## Write docs/rules.md from the registry of rules
 clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
-.PHONY: help install serve test soak kills cancels lint types format rules clean
+.PHONY: help install serve test soak kills cancels attack lint types format rules clean

@@ -16,7 +16,7 @@ from tests.attacks.bystander import Bystander
 from tests.attacks.target import CALM_S, Target
 from tests.attacks.verdict import Verdict
 
-NUM_SILENT, NUM_HALF, NUM_KEPT = 300, 100, 50
+NUM_OF_KIND = {"never spoke": 300, "half a header": 100, "a header that drips": 50, "half a body": 100}
 SILENCE_LIMIT_S = 45.0
 """Silent and half-spoken connections are closed within 30 s; the rest is for the machine."""
 NUM_LEAVERS = 300
@@ -62,12 +62,12 @@ def silent(target: Target, verdict: Verdict) -> None:
     """Connections that never say a whole request are closed; one that has asked may stay for the next."""
     half = f"POST /v1/completions HTTP/1.1\r\nHost: {urllib.parse.urlsplit(target.router).netloc}\r\nX-A: "
     with contextlib.ExitStack() as stack:
-        kinds: dict[str, list[socket.socket]] = {"never spoke": [], "half a header": [], "half a body": []}
-        for kind, number in zip(kinds, (NUM_SILENT, NUM_HALF, NUM_HALF), strict=True):
+        kinds: dict[str, list[socket.socket]] = {kind: [] for kind in NUM_OF_KIND}
+        for kind, number in NUM_OF_KIND.items():
             for _ in range(number):
                 with contextlib.suppress(OSError):
                     kinds[kind].append(stack.enter_context(_connected(target)))
-        for connection in kinds["half a header"]:
+        for connection in kinds["half a header"] + kinds["a header that drips"]:
             with contextlib.suppress(OSError):
                 connection.sendall(half.encode())
         for connection in kinds["half a body"]:
@@ -76,16 +76,19 @@ def silent(target: Target, verdict: Verdict) -> None:
         start_s = time.monotonic()
         with Bystander(target) as bystander:
             while any(map(_open, kinds.values())) and time.monotonic() < start_s + SILENCE_LIMIT_S:
+                for connection in kinds["a header that drips"]:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b"a")
                 time.sleep(1)
         seconds = time.monotonic() - start_s
         left = {kind: len(_open(opened)) for kind, opened in kinds.items()}
-    how = f"{NUM_SILENT} silent, {NUM_HALF} with half a header, {NUM_HALF} with half a body"
+    how = f"connections by kind: {NUM_OF_KIND}"
     for kind, number in left.items():
         if number:
             verdict.broke(f"connections are closed within 30 s: {kind}", f"{how}: {number} are open after {seconds:.0f} s")
     bystander.judge(verdict, how, limit_s=SILENCE_LIMIT_S / 3)
     target.check_alive(verdict, how)
-    verdict.row(f"{NUM_SILENT + 2 * NUM_HALF} silent or half-spoken", f"open after {seconds:.0f} s: {left}", bystander.said())
+    verdict.row(f"{sum(NUM_OF_KIND.values())} silent or half-spoken", f"open after {seconds:.0f} s: {left}", bystander.said())
 
 
 def deaf(target: Target, verdict: Verdict) -> None:

@@ -1,0 +1,80 @@
+"""Attacks that could not fail would prove nothing: what they take for a broken promise, without a deployment."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from tests.attacks.fuzz import FORMS, choose, single_fields
+from tests.attacks.sockets import judge_port
+from tests.attacks.stranger import PATHS
+from tests.attacks.target import Answer
+from tests.attacks.verdict import Verdict
+
+REFUSED = {f"{method} {path}": 401 for method, path in PATHS}
+CURVE = (b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE").hex()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "promise"),
+    [
+        (200, {}, b"{}", None),
+        (400, {}, b"{}", None),
+        (503, {"retry-after": "1"}, b"{}", None),
+        (503, {}, b"{}", "no 5xx but 503 with Retry-After: 503"),
+        (500, {"retry-after": "1"}, b"{}", "no 5xx but 503 with Retry-After: 500"),
+        (504, {}, b"{}", "no 5xx but 503 with Retry-After: 504"),
+        (0, {}, b"TimeoutError: ", "a request is answered: TimeoutError: "),
+        (400, {}, b"Traceback (most recent call last):", "an answer shows no traceback"),
+        (200, {}, b'{"logprob": NaN}', "an answer is JSON: NaN or Infinity"),
+    ],
+)
+def test_answers_are_judged(status: int, headers: dict[str, str], body: bytes, promise: str | None) -> None:
+    assert Answer(status, body, 0.1, headers).broken_promise() == promise
+
+
+@pytest.mark.parametrize(
+    ("found", "broken"),
+    [
+        ({"statuses": REFUSED}, 0),
+        ({"statuses": REFUSED | {"GET /metrics": 200}}, 1),
+        ({"statuses": REFUSED | {"POST /v1/completions": 400, "POST /sleep?level=9": 400}}, 2),
+        ({"zmq": CURVE, "http": ""}, 0),
+        ({"zmq": CURVE.replace(b"CURVE".hex(), b"NULL\0".hex()), "http": ""}, 1),
+        ({"zmq": "", "ucx": "", "http": ""}, 1),
+        ({"error": "ConnectionResetError"}, 1),
+    ],
+)
+def test_ports_are_judged(found: dict[str, Any], broken: int, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = Verdict("sockets")
+    judge_port(verdict, "decode-0/rank-0", {"port": 1} | found, is_router=False)
+    assert len(verdict.broken) == broken
+    assert verdict.conclude() == (1 if broken else 0)
+
+
+def test_a_router_without_a_key_serves_and_does_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = Verdict("sockets")
+    judge_port(verdict, "router", {"port": 1, "statuses": REFUSED | {"POST /v1/completions": 200}}, is_router=True)
+    assert not verdict.broken
+    judge_port(verdict, "router", {"port": 1, "statuses": REFUSED | {"POST /pdlaunch/release": 200}}, is_router=True)
+    assert verdict.broken
+
+
+def test_every_field_is_attacked() -> None:
+    bodies: dict[str, set[str]] = {path: set() for path in FORMS}
+    for case in single_fields("router"):
+        if not case.what.endswith("raw"):
+            bodies[case.path] |= json.loads(case.body).keys()
+    for path, form in FORMS.items():
+        assert form.model_fields.keys() <= bodies[path]
+
+
+def test_a_seed_chooses_the_same_requests() -> None:
+    def chosen(seed: int) -> list[str]:
+        return [str(case) for case in choose(random.Random(seed), ["router", "decode-0"], 40)]
+
+    assert len(chosen(1)) == 40
+    assert chosen(1) == chosen(1) != chosen(2)
