@@ -29,12 +29,28 @@ class _LineFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
+class _LogFile(logging.FileHandler):
+    """Loses the lines that a full disk does not take, and says so once on standard error."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._has_complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging calls
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_complained:
+            self._has_complained = True
+            sys.stderr.write(f"log lines are lost: {self.baseFilename} cannot be written: {error.strerror or error}\n")
+
+
 def setup_logging(process: str, level: str, *, file: Path | None = None, stream: TextIO | None = None) -> logging.Handler:
     """Send all records of this process to ``file``, else ``stream``, else standard error; replaces earlier handlers.
 
     ``level``: debug, info, warning or error, of pdlaunch's own loggers; libraries speak from warning on.
     """
-    handler = logging.StreamHandler(stream or sys.stderr) if file is None else logging.FileHandler(file, encoding="utf-8")
+    handler = logging.StreamHandler(stream or sys.stderr) if file is None else _LogFile(file)
     handler.setFormatter(_LineFormatter(process))
     root = logging.getLogger()
     for old in root.handlers[:]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from tests.attacks.target import Target
+from tests.attacks.target import COMPLETIONS, SMALL_BODY, Target
 from tests.attacks.verdict import Verdict
 
 STRANGER_UID = 65534
@@ -52,7 +52,28 @@ def sockets(target: Target, verdict: Verdict) -> None:
             judge_port(verdict, name, found, is_router=found["port"] == router_port)
         elif is_other and (found["got"].startswith("read") or found["got"] == "connected"):
             verdict.broke("other users get nothing", f"{found}")
+    foreign_pages(target, verdict)
     verdict.row("sockets in files, shared memory", f"{len(asked['unix'])} and {len(asked['files'])}")
+
+
+def foreign_pages(target: Target, verdict: Verdict) -> None:
+    """What a web page of somebody else could have a browser send: another Host, its own Origin, a form instead of JSON."""
+    body = json.dumps(SMALL_BODY).encode()
+    forged: tuple[dict[str, str], ...] = (
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example:80"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Content-Type": "text/plain"},
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        {"Content-Type": ""},
+    )
+    for who in target.names:
+        for headers in forged:
+            answer = target.send(who, COMPLETIONS, body, headers=headers)
+            if not 400 <= answer.status < 500 or "access-control-allow-origin" in answer.headers:
+                verdict.broke("pages of others get nothing", f"{who} {headers}: {answer.status} {answer.headers}")
+    verdict.row("pages of others", f"{len(forged)} forged requests each to {len(target.names)} servers")
 
 
 def judge_port(verdict: Verdict, name: str, found: dict[str, Any], *, is_router: bool) -> None:

@@ -20,7 +20,7 @@ import psutil
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import free_port
 from pdlaunch.errors import PdlaunchError
-from tests.attacks.target import SERVED, engine_key_settings
+from tests.attacks.target import SERVED
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
 
@@ -118,7 +118,7 @@ def launched(
         output, log_dir = Path(folder) / "output", logs or Path(folder) / "logs"
         serve = [sys.executable, "-P", "-m", "pdlaunch", "serve", "--model", str(model), *SERVED]
         command = [*one.prefix, *serve, "--port", str(port), "--log-dir", str(log_dir)]
-        environ = clean_environ() | engine_key_settings() | {"PDLAUNCH_CACHE": str(Path(folder) / "cache")} | one.environ
+        environ = clean_environ() | {"PDLAUNCH_CACHE": str(Path(folder) / "cache")} | one.environ
         with output.open("wb") as sink:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environ, start_new_session=True

@@ -18,7 +18,6 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.books import MUST_BE_ZERO
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
-from pdlaunch.config.fields import all_fields
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.verdict import Verdict
 from tests.e2e.conftest import clean_environ
@@ -30,6 +29,7 @@ SMALL_BODY = {"prompt": "What do others notice?", "max_tokens": 4, "temperature"
 """What bystanders ask."""
 ENGINE_KEY = "attackers-know-this-one"
 """So that attacks get past the door of the engines; ``sockets`` tries without."""
+ENGINE_KEY_SETTING = {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY}
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 2048
 MOST_GROWTH = 1.2
@@ -68,9 +68,8 @@ class Answer:
 class Target:
     """A running deployment that is attacked."""
 
-    def __init__(self, deployment: Deployment, engine_key: str | None) -> None:
+    def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
-        self.engine_key = engine_key
         self.router = deployment.url
         self.reference = ""
         """The answer to ``SMALL_BODY``, taken before any attack."""
@@ -100,13 +99,12 @@ class Target:
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
-        with_key: bool = True,
     ) -> Answer:
         """One request over a connection of its own; never raises for what the other side does."""
         address = urllib.parse.urlsplit(self.url(who)).netloc
         own = {"Content-Type": "application/json"} if body is not None else {}
-        if with_key and who != "router" and self.engine_key is not None:
-            own["Authorization"] = f"Bearer {self.engine_key}"
+        if who != "router":
+            own["Authorization"] = f"Bearer {ENGINE_KEY}"
         connection = http.client.HTTPConnection(address, timeout=timeout_s)
         start_s = time.monotonic()
         try:
@@ -217,11 +215,6 @@ def warm_up(target: Target, num_requests: int = 30) -> None:
         target.ask("router", "/tokenize", {"prompt": "warm up " * 1000})
 
 
-def engine_key_settings() -> dict[str, str]:
-    """Environment that sets the engines' key."""
-    return {"PDLAUNCH_ENGINE_API_KEY": ENGINE_KEY} if "engine_api_key" in all_fields() else {}
-
-
 def make_model(folder: Path) -> Path:
     """A tiny random Llama with as many tokens as the demo model."""
     return make_tiny_model("llama", folder, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
@@ -231,9 +224,8 @@ def make_model(folder: Path) -> Path:
 def attacked(model: Path, *arguments: str) -> Iterator[Target]:
     """One prefill and one decode engine, warmed up."""
     command = ("--model", str(model), *SERVED, *arguments)
-    settings = engine_key_settings()
-    with running_deployment(command, environ=clean_environ() | SHORT_DEADLINES | settings) as deployment:
-        target = Target(deployment, ENGINE_KEY if settings else None)
+    with running_deployment(command, environ=clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING) as deployment:
+        target = Target(deployment)
         warm_up(target)
         target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
         yield target

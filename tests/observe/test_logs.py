@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,16 @@ def test_a_line_has_time_level_process_and_request():
     logging.getLogger("library").info("not shown")
     line = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.server \[r1\] hello 5\n"
     assert re.fullmatch(line, stream.getvalue())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told_once_and_stops_nobody(capsys):
+    handler = setup_logging("supervisor", "info", file=Path("/dev/full"))
+    for number in range(3):
+        logging.getLogger("pdlaunch.supervisor").info("line %d", number)
+    with contextlib.suppress(OSError):
+        handler.close()
+    assert capsys.readouterr().err == "log lines are lost: /dev/full cannot be written: No space left on device\n"
 
 
 def test_exceptions_come_with_their_traceback():
