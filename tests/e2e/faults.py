@@ -80,7 +80,10 @@ async def load_with_kills(
     pause_s: tuple[float, float],
     signal_number: int = signal.SIGKILL,
 ) -> tuple[SoakReport, list[Kill]]:
-    """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request."""
+    """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request.
+
+    Those whose names are joined by ``+`` are killed at once.
+    """
     stop = asyncio.Event()
     kills: list[Kill] = []
     buried: Counter[str] = Counter()
@@ -88,8 +91,8 @@ async def load_with_kills(
     async def kill_all() -> None:
         for name in processes:
             await asyncio.sleep(source.uniform(*pause_s))
-            if "/rank-" in name:
-                buried.update(await asyncio.to_thread(counters_of, deployment, name.partition("/")[0]))
+            for rank in [each for each in name.split("+") if "/rank-" in each]:
+                buried.update(await asyncio.to_thread(counters_of, deployment, rank.partition("/")[0]))
             kills.append(await kill_and_wait(deployment, name, signal_number))
         await asyncio.sleep(pause_s[0])
         stop.set()
@@ -122,20 +125,22 @@ async def end(killer: asyncio.Task[None]) -> None:
 
 
 async def kill_and_wait(deployment: Deployment, name: str, signal_number: int, timeout_s: float = 300.0) -> Kill:
-    """Kill a process, or stop it for good, and wait until its successor is ready."""
-    old = deployment.processes()[name]
+    """Kill a process or several, or stop them for good, and wait until their successors are ready."""
+    processes = deployment.processes()
+    old = {each: processes[each] for each in name.split("+")}
     killed_s = time.monotonic()
-    old.send_signal(signal_number)
+    for process in old.values():
+        process.send_signal(signal_number)
     while time.monotonic() < killed_s + timeout_s:
         await asyncio.sleep(0.05)
-        if await asyncio.to_thread(_is_back, deployment, name, old.pid):
+        if await asyncio.to_thread(_are_back, deployment, {each: process.pid for each, process in old.items()}):
             return Kill(name, killed_s, time.monotonic() - killed_s)
     raise AssertionError(f"{name} did not come back within {timeout_s:g} s:\n{deployment.output()}")
 
 
-def _is_back(deployment: Deployment, name: str, old_pid: int) -> bool:
-    new = deployment.processes().get(name)
-    if new is None or new.pid == old_pid:
+def _are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
+    new = deployment.processes()
+    if any(name not in new or new[name].pid == pid for name, pid in old_pids.items()):
         return False
     try:
         return all(engine["state"] == "ready" for engine in engines_of(Api(deployment.url, timeout_s=5)))
