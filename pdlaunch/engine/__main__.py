@@ -19,19 +19,19 @@ def main() -> None:
     setup_logging(bootstrap.name, bootstrap.log_level)
     # Imported here so that the parent guard is up during the seconds that torch takes.
     from pdlaunch.engine.rank import RankProcess
+    from pdlaunch.models.tensor_parallel import says_that_a_rank_is_gone
 
     rank = RankProcess(bootstrap)
     code = 0
     try:
         rank.run()
-    except PdlaunchError as error:
-        code = 1
-        logger.error("rank failed: %s", error)
-        rank.control.send(Failed(error=str(error)))
     except BaseException as error:
         code = 1
-        logger.exception("rank failed")
-        rank.control.send(Failed(error=f"{type(error).__name__}: {error}"))
+        text = str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"
+        # A traceback is for what nobody expected.
+        expected = isinstance(error, PdlaunchError) or says_that_a_rank_is_gone(error)
+        logger.error("rank failed: %s", text, exc_info=not expected)
+        rank.control.send(Failed(error=text))
     rank.close()
     logging.shutdown()
     os._exit(code)

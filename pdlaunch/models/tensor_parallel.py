@@ -22,6 +22,7 @@ from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
 
 RENDEZVOUS_TIMEOUT_S = 300.0
 LOOPBACK_INTERFACE = "lo"
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class TPGroup:
@@ -104,6 +105,14 @@ def init_tp_group(
     except (RuntimeError, ValueError) as error:
         raise StartupError(f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}") from error
     return TPGroup(tp_rank, tp_size, device, dist.group.WORLD)
+
+
+def says_that_a_rank_is_gone(error: BaseException) -> bool:
+    """Tell whether a collective failed because another rank has died, which the supervisor sees by itself.
+
+    Source: torch 2.13's gloo has no class of its own for it.
+    """
+    return isinstance(error, RuntimeError) and "gloo" in str(error) and any(text in str(error) for text in _GONE)
 
 
 @dataclass(frozen=True, slots=True)

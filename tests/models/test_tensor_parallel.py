@@ -14,7 +14,7 @@ import torch
 
 from pdlaunch.config.model_shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
-from pdlaunch.models.tensor_parallel import Shard, TPGroup, init_tp_group, plan_cuts
+from pdlaunch.models.tensor_parallel import Shard, TPGroup, init_tp_group, plan_cuts, says_that_a_rank_is_gone
 from tests.models.tiny import CONFIGS, greedy, save_tiny_model
 
 NUM_TOKENS = 6
@@ -217,6 +217,26 @@ def test_one_rank_needs_no_group() -> None:
 def test_other_kinds_of_rendezvous_are_refused() -> None:
     with pytest.raises(ConfigError, match="file://"):
         init_tp_group("tcp://127.0.0.1:29500", 0, 2, "cpu")
+
+
+def test_a_rank_that_dies_is_told_from_other_failures(tmp_path: Path) -> None:
+    code = f"""
+import os, sys, torch
+from pdlaunch.models.tensor_parallel import init_tp_group, says_that_a_rank_is_gone
+group = init_tp_group("file://{tmp_path}/rendezvous", int(sys.argv[1]), 2, "cpu")
+group.least(1)
+if sys.argv[1] == "1":
+    os._exit(0)
+try:
+    group.least(1)
+    group.least(1)
+except RuntimeError as error:
+    print(says_that_a_rank_is_gone(error), flush=True)
+os._exit(0)
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["True\n", ""]
+    assert not says_that_a_rank_is_gone(RuntimeError("out of memory"))
 
 
 def test_missing_rank_ends_in_an_error(tmp_path: Path) -> None:
