@@ -59,8 +59,11 @@ def render_chat(request: ChatCompletionRequest | TokenizeChatRequest, model: Ser
 
 def _encode(text: str, model: ServedModel, param: str, add_special_tokens: bool) -> list[int]:
     """Tokenizing takes 100 bytes a character: of a very long text a part is tried first."""
-    if len(text) > model.max_prompt_chars:
-        raise model.too_long(f"has {len(text)} characters, of which at most {model.max_prompt_chars} can fit", param)
+    length = model.tokenizer.token_length
+    if length is not None and len(text) > model.max_prompt_chars:
+        num_tokens = length.fewest_tokens(text)
+        if num_tokens >= model.max_model_len:
+            raise model.too_long(f"has {len(text)} characters, which are {num_tokens} tokens or more", param)
     num_probed = PROBED_CHARS_PER_TOKEN * model.max_model_len
     if len(text) > 2 * num_probed:
         num_tokens = len(model.tokenizer.encode(text[:num_probed], add_special_tokens=False))

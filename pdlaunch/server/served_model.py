@@ -31,9 +31,9 @@ class ServedModel:
 
     @property
     def max_prompt_chars(self) -> int:
-        """Longest text that can fit the context; for a chat, as it is rendered."""
-        per_token = self.tokenizer.max_chars_per_token
-        return UNBOUNDED_PROMPT_CHARS if per_token is None else self.max_model_len * per_token
+        """Longest text of a prompt that is accepted without looking closer."""
+        length = self.tokenizer.token_length
+        return UNBOUNDED_PROMPT_CHARS if length is None else self.max_model_len * length.max_chars
 
     def too_long(self, finding: str, param: str) -> RequestError:
         """The refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""

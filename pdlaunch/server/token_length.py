@@ -1,13 +1,16 @@
 """How many characters of a text one token can stand for at most, worked out once from what a tokenizer is made of.
 
 A text of more characters than that for each token of the context does not fit, and need not be tokenized to know it. This holds
-where no character of a text is lost: byte-level BPE, and BPE over whole characters that falls back to bytes. Of other tokenizers,
-and of added tokens that swallow the blanks around them, nothing is promised.
+where it is known which characters of a text are lost: for byte-level BPE, whose vocabulary may lack bytes, and for BPE over whole
+characters that falls back to bytes. Of other tokenizers, and of added tokens that swallow the blanks around them, nothing is
+promised.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,26 +22,46 @@ _KEEPING_NORMALIZERS = {"NFC", "NFKC", "NFD", "NFKD", "Prepend", "Replace", "Low
 _KEEPING_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split"}
 
 
-def max_chars_per_token(tokenizer: Tokenizer, byte_alphabet: str) -> int | None:
-    """The bound, or None when there is none. ``byte_alphabet``: how a byte-level vocabulary writes the 256 bytes."""
+@dataclass(frozen=True, slots=True)
+class TokenLength:
+    """The longest token of a tokenizer."""
+
+    max_chars: int
+    """Of a text as it was sent."""
+    lost_chars: str = ""
+    """Characters of which no token says anything."""
+
+    def fewest_tokens(self, text: str) -> int:
+        """No fewer tokens than these can stand for ``text``."""
+        return -(-(len(text) - sum(map(text.count, self.lost_chars))) // self.max_chars)
+
+
+def token_length(tokenizer: Tokenizer, byte_alphabet: Mapping[str, int]) -> TokenLength | None:
+    """The bound, or None when there is none. ``byte_alphabet``: how byte-level vocabularies write the 256 bytes."""
     added = tokenizer.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip for token in added):
-        return None
     normalizers = _parts(tokenizer.normalizer, "normalizers")
     pre_tokenizers = _parts(tokenizer.pre_tokenizer, "pretokenizers")
-    if not (all(map(_keeps_normalized, normalizers)) and all(map(_keeps_split, pre_tokenizers))):
+    model = tokenizer.model
+    if not (
+        type(model).__name__ == "BPE"
+        and all(map(_keeps_normalized, normalizers))
+        and all(map(_keeps_split, pre_tokenizers))
+        and not any(token.lstrip or token.rstrip for token in added)
+    ):
         return None
     vocabulary = tokenizer.get_vocab()
-    is_byte_level = any(part["type"] == "ByteLevel" for part in (*normalizers, *pre_tokenizers))
-    bytes_written = list(byte_alphabet) if is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-    model = tokenizer.model
-    if type(model).__name__ != "BPE" or not (is_byte_level or model.byte_fallback):
-        return None
-    if not all(name in vocabulary for name in bytes_written):
+    lost = ""
+    if any(part["type"] == "ByteLevel" for part in (*normalizers, *pre_tokenizers)):
+        # A character beyond ASCII keeps the bytes after its first one, as long as the vocabulary has all of those.
+        missing = [byte for name, byte in byte_alphabet.items() if name not in vocabulary]
+        lost = "".join(chr(byte) for byte in missing if byte < 0x80)
+        if not all(byte < 0x80 or byte >= 0xC0 for byte in missing):
+            return None
+    elif not (model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))):
         return None
     longest = max(map(len, (*vocabulary, *(token.content for token in added))))
     composes = any(part["type"] in ("NFC", "NFKC") for part in normalizers)
-    return longest * (COMPOSED_CHARS if composes else 1)
+    return TokenLength(longest * (COMPOSED_CHARS if composes else 1), lost)
 
 
 def _parts(component: Any, name: str) -> list[dict[str, Any]]:

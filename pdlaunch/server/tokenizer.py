@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.server.token_length import max_chars_per_token
+from pdlaunch.server.token_length import token_length
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -24,8 +24,8 @@ class TextTokenizer:
         self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
         alphabet = _byte_alphabet()
         self._byte_of_char = alphabet if _is_byte_level(tokenizer) else None
-        self.max_chars_per_token = max_chars_per_token(tokenizer, "".join(alphabet))
-        """None: nothing is known."""
+        self.token_length = token_length(tokenizer, alphabet)
+        """None: nothing is known of it."""
 
     @classmethod
     def load(cls, model_dir: str | Path) -> TextTokenizer:
