@@ -14,6 +14,7 @@ from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
+TEXT = {"type": "text", "text": "hi"}
 
 
 def completion(public: bool = False, **fields) -> CompletionRequest:
@@ -255,3 +256,26 @@ def test_any_body_is_a_request_or_a_request_error(kind, data):
     body = data.draw(required) | data.draw(st.dictionaries(names, json, max_size=5))
     with contextlib.suppress(RequestError):
         assert parse_request(kind, body, public=False).n >= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "param", "numbers"),
+    [
+        (completion, {"logit_bias": {str(index): 1 for index in range(1025)}}, "logit_bias", ("1025", "1024")),
+        (completion, {"stop": ["x"] * 33}, "stop", ("33", "32")),
+        (completion, {"stop": ["x" * 1001]}, "stop[0]", ("1000",)),
+        (completion, {"prompt": ["x"] * 1025}, "prompt", ("1024",)),
+        (chat, {"messages": USER * 4097}, "messages", ("4097", "4096")),
+        (chat, {"messages": [{"role": "user", "content": [TEXT] * 4097}]}, "messages[0].content", ("4097", "4096")),
+        (chat, {"messages": [{"role": "user", "content": [TEXT] * 2050}] * 2}, "messages", ("4100", "4096")),
+    ],
+)
+def test_what_is_too_many_is_refused_with_both_numbers(make, fields, param, numbers):
+    error = refusal(make, **fields)
+    assert error.param == param
+    assert all(number in str(error) for number in numbers)
+
+
+def test_as_many_as_are_allowed_are_accepted():
+    assert len(completion(logit_bias={str(index): 1 for index in range(1024)}, stop=["x" * 1000] * 32).stop) == 32
+    assert len(chat(messages=USER * 4096).messages) == 4096

@@ -79,3 +79,15 @@ def test_where_a_template_is_found(tmp_path: Path):
     template = load_chat_template(tmp_path)
     assert template is not None
     assert template.render(HELLO, add_generation_prompt=True, max_chars=100) == "file"
+
+
+def test_rendering_ends_at_its_longest_text():
+    with pytest.raises(RequestError, match="more than 1000 characters") as raised:
+        render("{% for i in range(100000) %}xxxxx{% endfor %}", max_chars=1000)
+    assert (raised.value.param, raised.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_rendering_ends_at_its_longest_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pdlaunch.server.chat_template.RENDER_TIMEOUT_S", -1.0)
+    with pytest.raises(RequestError, match="takes more than"):
+        render("{% for message in messages %}x{% endfor %}")

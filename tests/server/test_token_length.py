@@ -130,5 +130,5 @@ def test_a_long_text_of_few_tokens_is_served(model_dir: Path) -> None:
 def test_a_list_of_token_ids_that_cannot_fit_is_not_parsed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = served(model_dir)
     monkeypatch.setattr("pdlaunch.server.prompts.read_json_object", None)
-    with pytest.raises(RequestError, match="has 1000000 tokens; .* is 100 tokens"):
+    with pytest.raises(RequestError, match=r"has 1000000 tokens; .* is 100 tokens"):
         read_completion(b'{"prompt": [' + b",".join([b"5"] * 1_000_000) + b"]}", model)
