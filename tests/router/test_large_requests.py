@@ -1,0 +1,174 @@
+"""Large requests at the router: what is refused, what reaches the engines, and what they hold meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import io
+import json
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from pdlaunch.http.bodies import SMALL_BODY_BYTES, max_engine_body_bytes
+from pdlaunch.http.large_inputs import LARGE_BODY_BYTES
+from pdlaunch.protocol.openai.generation import MAX_CHOICES
+from pdlaunch.router.client_request import COMPLETIONS, ClientRequest, read_client_request
+from tests.router.conftest import SPEC, Stand, pair
+from tests.router.fake_engine import FakeEngine, until
+from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
+
+LARGE_MODEL_LEN = 2**22
+LARGE = msgspec.structs.replace(SPEC, max_body_bytes=2**21, body_budget_bytes=2**22)
+
+
+def large_pair() -> list[FakeEngine]:
+    return [FakeEngine(f"{role}-0", role, max_model_len=LARGE_MODEL_LEN) for role in ("prefill", "decode")]
+
+
+async def post(stand: Stand, path: str, raw: bytes, **headers: str) -> tuple[int, dict[str, Any], str | None]:
+    headers = {"Content-Type": "application/json"} | headers
+    async with stand.session.post(path, data=io.BytesIO(raw), headers=headers) as response:
+        return response.status, await response.json(), response.headers.get("Retry-After")
+
+
+@contextlib.asynccontextmanager
+async def unfinished(stand: Stand, length: int) -> AsyncIterator[None]:
+    """A body of which nothing is sent."""
+    _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    )
+    writer.write(head.encode())
+    try:
+        yield
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: str) -> None:
+    await stand.start(pair(), spec=LARGE)
+    for item, number in ((b"[],", 200_000), (b'{"role":"user","content":"a"},', 30_000), (b'"ab",', 200_000)):
+        status, answer, _ = await post(stand, path, b'{"messages": [' + item * number + b"{}]}")
+        assert (status, answer["error"]["code"]) == (400, "too_many_values")
+    assert not any(engine.seen for engine in stand.engines.values())
+
+
+async def test_messages_and_prompts_reach_engines_as_they_were_written(stand: Stand) -> None:
+    """Nothing is made of them here, not even of numbers that would be written otherwise."""
+    await stand.start(pair())
+    raw = json.dumps(chat()).replace(json.dumps(MESSAGES), '[{"role": "user", "content": "h\\u00e9 \\/", "x": 1e2}]')
+    assert (await post(stand, CHAT, raw.encode()))[0] == 200
+    (seen,) = stand.engines["prefill-0"].seen
+    assert seen.body["messages"] == [{"role": "user", "content": "hé /", "x": 1e2}]
+    for prompt in ("a\\u00e9b", ["two", "prompts"], [[5, 6], [7]], [5, 6]):
+        stand.engines["prefill-0"].seen.clear()
+        assert (await stand.post(completion(prompt=prompt))).status == 200
+        several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        assert sorted(str(seen.body["prompt"]) for seen in stand.engines["prefill-0"].seen) == sorted(map(str, several))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_broken_compression_is_a_400(stand: Stand, path: str, encoding: str) -> None:
+    await stand.start(pair())
+    status, answer, _ = await post(stand, path, b"{}", **{"Content-Encoding": encoding})
+    assert (status, answer["error"]["code"]) == (400, "invalid_body")
+
+
+async def test_a_bomb_counts_by_what_it_comes_to(stand: Stand) -> None:
+    await stand.start(pair())
+    bomb = gzip.compress(json.dumps(completion(prompt="x" * SPEC.max_body_bytes)).encode())
+    assert len(bomb) < 2000
+    status, answer, _ = await post(stand, "/v1/completions", bomb, **{"Content-Encoding": "gzip"})
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> None:
+    await stand.start(pair(), spec=LARGE)
+    async with unfinished(stand, 2**20), unfinished(stand, 2**20), unfinished(stand, 2**20):
+        await until(lambda: stand.router._bodies.held_bytes == 3 * 2**20)
+        status, answer, retry_after = await post(stand, "/v1/completions", b"x" * 2**20)
+        assert (status, answer["error"]["code"], retry_after) == (503, "too_many_bytes_in_flight", "1")
+        assert (await stand.post(completion())).json()["choices"][0]["text"] == expected_text("hello", 6)
+    await until(lambda: stand.router._bodies.held_bytes == 0)
+
+
+async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
+    """Another engine may be asked meanwhile. A run with a key goes on when its client leaves, and holds it on."""
+    await stand.start(large_pair(), spec=LARGE)
+    decode = stand.engines["decode-0"]
+    decode.hold_after = 1
+    body = completion(prompt="x" * SMALL_BODY_BYTES)
+    asked = asyncio.create_task(stand.session.post("/v1/completions", json=body, headers={"Idempotency-Key": "k"}))
+    await decode.holding.wait()
+    assert stand.router._bodies.held_bytes > 2 * SMALL_BODY_BYTES
+    asked.cancel()
+    await until(lambda: stand.router._bodies.held_bytes < 2 * SMALL_BODY_BYTES)
+    assert stand.router._bodies.held_bytes > SMALL_BODY_BYTES
+    decode.go.set()
+    await until(lambda: stand.router._bodies.held_bytes == 0)
+
+
+async def test_small_requests_are_served_while_large_ones_are_read(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    await stand.start(large_pair(), spec=LARGE)
+    go, run = threading.Event(), stand.router._inputs.run
+    waiting = asyncio.Event()
+
+    async def held(is_large: bool, work: Callable[[], ClientRequest]) -> ClientRequest:
+        if not is_large:
+            return await run(False, work)
+        waiting.set()
+        return await run(True, lambda: (go.wait(), work())[1])
+
+    monkeypatch.setattr(stand.router._inputs, "run", held)
+    large = asyncio.create_task(stand.post(completion(prompt="x" * LARGE_BODY_BYTES)))
+    await waiting.wait()
+    assert (await stand.post(completion())).status == 200
+    assert not large.done()
+    go.set()
+    assert (await large).status == 200
+
+
+async def test_tokenize_takes_a_place_of_the_router(stand: Stand) -> None:
+    await stand.start(pair(), spec=msgspec.structs.replace(SPEC, max_queued_requests=1))
+    with stand.router.admission.admit(1):
+        for path in ("/tokenize", "/detokenize"):
+            status, answer, retry_after = await post(stand, path, b'{"prompt": "a"}')
+            assert (status, answer["error"]["code"], retry_after) == (429, "too_many_requests", "1")
+    assert (await post(stand, "/tokenize", b'{"prompt": "a"}'))[0] == 200
+
+
+@pytest.mark.parametrize("text", ["x", "é", "\\n", '\\"', "\\u00e9", " "])
+def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> None:
+    max_model_len = 100
+    head, tail = f'{{"n": {MAX_CHOICES}, "prompt": "', '"}'
+    number = (LARGE_BODY_BYTES - len(head) - len(tail)) // len(text.encode())
+    raw = (head + text * number + tail).encode()
+    request = read_client_request(
+        COMPLETIONS, raw, served_model_name="tiny", request_id="r", engine_request_id="r", headers={}, draw_seed=lambda: 2**63 - 1
+    )
+    (prompt,) = request.prompts
+    resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}
+    limit = max_engine_body_bytes(len(raw), max_model_len)
+    assert len(raw) < len(prompt.prefill_body(knows_whole_request=True, lease_id="l" * 200)) <= limit
+    assert len(raw) < len(prompt.decode_body({"resume": resume})) <= limit
+
+
+async def test_what_is_no_http_is_refused_without_a_traceback(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    await stand.start(pair())
+    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
+        writer.write(garbage + b"\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert b" 400 " in head.splitlines()[0]
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+        writer.close()
+        await writer.wait_closed()
+    assert not caplog.records
