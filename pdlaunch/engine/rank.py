@@ -31,7 +31,7 @@ from pdlaunch.platform.timer_slack import sleep_precisely
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
-from pdlaunch.process.step_record import StepRecord, record_path
+from pdlaunch.process.step_record import StepRecord
 from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import GrantLease, LeaseGranted, TransferEvent
@@ -130,7 +130,7 @@ class RankProcess:
             offload=offload,
             wait_for_ranks=self._waits_for(followers) if transfer.lends else None,
             announce=self._control.send,
-            record=StepRecord(record_path(self._bootstrap.run_dir, spec.name), 2 * spec.max_num_seqs).write,
+            record=StepRecord(self._bootstrap.step_record).write,
         )
         sleep_precisely()
         poller = self._poller(server.socket)

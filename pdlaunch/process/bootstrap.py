@@ -68,6 +68,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group."""
     launch_id: str = ""
+    step_record: int = -1
+    """Of rank 0: the inherited descriptor of its ``StepRecord``."""
     heartbeat_s: float = 0.0
     """How often its main loop says Alive; 0: nobody listens."""
 

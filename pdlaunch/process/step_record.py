@@ -1,6 +1,7 @@
-"""Which requests a rank computes, in a file that outlives it: who reads it knows the last step of a rank that died by itself.
+"""Which requests a rank computes, in memory that outlives it: who reads it knows the last step of a rank that died by itself.
 
-Rank 0 of an engine writes it before each step, through mapped memory and without a system call; the supervisor reads it.
+The supervisor makes it for each rank 0 and keeps it mapped; the rank inherits the descriptor and writes before each step, without
+a system call. It is memory without a file, so that neither a full nor a slow disk holds up a step.
 
     words of 64 bits   number of requests │ request, its top bit: it is a suspect │ ..
 
@@ -10,14 +11,17 @@ A request stands here with the number that the router gave it (``origin``); thos
 from __future__ import annotations
 
 import mmap
+import os
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 SUSPECT_BIT = 1 << 63
+MAX_REQUESTS = 8191
+"""More are never in a step; if they were, the first would be known."""
 _WORD_BYTES = 8
+_NUM_BYTES = (1 + MAX_REQUESTS) * _WORD_BYTES
 
 
 class LastStep(msgspec.Struct, frozen=True):
@@ -28,33 +32,31 @@ class LastStep(msgspec.Struct, frozen=True):
     """Those of ``origins`` that a rank had died of before, perhaps: there was one of them at most."""
 
 
-def record_path(run_dir: str | Path, engine: str) -> Path:
-    """The file of an engine's present incarnation."""
-    return Path(run_dir) / f"{engine}.step"
+def new_step_record() -> tuple[int, mmap.mmap]:
+    """A descriptor for the rank, which the caller closes, and what is seen through it here."""
+    descriptor = os.memfd_create("pdlaunch-step")
+    os.ftruncate(descriptor, _NUM_BYTES)
+    return descriptor, mmap.mmap(descriptor, _NUM_BYTES, prot=mmap.PROT_READ)
 
 
 class StepRecord:
-    """The file as its rank writes it. ``max_requests``: most that are in flight at once."""
+    """The record as its rank writes it. ``descriptor``: closed here; negative: nobody reads it."""
 
-    def __init__(self, path: Path, max_requests: int) -> None:
-        with path.open("wb") as file:
-            file.truncate((1 + max_requests) * _WORD_BYTES)
-        with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
-        self._words = memoryview(self._map).cast("Q")
+    def __init__(self, descriptor: int) -> None:
+        self._words = memoryview(mmap.mmap(descriptor, _NUM_BYTES)).cast("Q")
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def write(self, marks: Sequence[int]) -> None:
         """``marks``: the origin of each request in flight, with ``SUSPECT_BIT`` for a suspect."""
-        self._words[1 : 1 + len(marks)] = array("Q", marks)
-        self._words[0] = len(marks)
+        known = array("Q", marks[:MAX_REQUESTS])
+        self._words[1 : 1 + len(known)] = known
+        self._words[0] = len(known)
 
 
-def read_step_record(path: Path) -> LastStep:
-    """What was written last; nothing where there is no such file."""
-    try:
-        words = array("Q", path.read_bytes())
-    except OSError:
-        return LastStep()
+def read_step_record(record: mmap.mmap) -> LastStep:
+    """What was written last."""
+    words = array("Q", record[:])
     marks = [mark for mark in words[1 : 1 + words[0]] if mark]
     return LastStep(
         frozenset(mark & ~SUSPECT_BIT for mark in marks),

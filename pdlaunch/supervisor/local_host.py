@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import mmap
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ import zmq
 
 from pdlaunch.errors import ProtocolError
 from pdlaunch.process.bootstrap import Bootstrap
-from pdlaunch.process.step_record import LastStep, read_step_record, record_path
+from pdlaunch.process.step_record import LastStep, new_step_record, read_step_record
 from pdlaunch.protocol.control import FromSupervisor, Progress, from_supervisor, to_supervisor
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.host import Event, MessageReceived, ProcessExited, StopRequested
@@ -66,33 +68,46 @@ class LocalHost:
         self._listeners = listeners
         self._stillborn: list[ProcessExited] = []
         self._conversions: dict[str, str] = {}
-        self._step_records: dict[str, Path] = {}
+        self._step_records: dict[str, mmap.mmap] = {}
 
     def prepare(self) -> None:
         self._bootstraps.prepare()
 
     def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
-        inherited: tuple[int, ...] = ()
         if spec.kind == "convert":
             self._conversions[spec.name] = ""
-            line = b""
+            stillborn = self._children.spawn(spec, incarnation, b"")
         else:
             bootstrap = self._bootstraps.make(spec, incarnation)
-            line = msgspec.json.encode(bootstrap) + b"\n"
-            self._step_records[spec.engine] = record_path(bootstrap.run_dir, spec.engine)
-            inherited = () if bootstrap.router is None else bootstrap.router.listeners
-        stillborn = self._children.spawn(spec, incarnation, line, inherited)
+            with self._new_step_record(spec) as step_record:
+                inherited = [*step_record, *(() if bootstrap.router is None else bootstrap.router.listeners)]
+                for descriptor in step_record:
+                    bootstrap = msgspec.structs.replace(bootstrap, step_record=descriptor)
+                stillborn = self._children.spawn(spec, incarnation, msgspec.json.encode(bootstrap) + b"\n", inherited)
         if stillborn is not None:
             self._stillborn.append(stillborn)
             return
         pidfd = next(fd for fd, name in self._children.pidfds().items() if name == spec.name)
         self._poller.register(pidfd, zmq.POLLIN)
 
+    @contextlib.contextmanager
+    def _new_step_record(self, spec: ProcessSpec) -> Iterator[list[int]]:
+        """The descriptor that a rank 0 is to inherit; that of its predecessor is of no more use."""
+        if spec.kind != "rank" or spec.tp_rank > 0:
+            yield []
+            return
+        descriptor, self._step_records[spec.engine] = new_step_record()
+        try:
+            yield [descriptor]
+        finally:
+            os.close(descriptor)
+
     def signal(self, name: str, signal_number: int) -> None:
         self._children.signal(name, signal_number)
 
     def last_step(self, engine: str) -> LastStep:
-        return read_step_record(self._step_records[engine])
+        record = self._step_records.get(engine)
+        return LastStep() if record is None else read_step_record(record)
 
     def send(self, name: str, message: FromSupervisor) -> None:
         self._control.send_multipart([name.encode(), from_supervisor.encode(message)])

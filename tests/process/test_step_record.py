@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
-from pdlaunch.process.step_record import SUSPECT_BIT, LastStep, StepRecord, read_step_record, record_path
+from pdlaunch.process.step_record import MAX_REQUESTS, SUSPECT_BIT, LastStep, StepRecord, new_step_record, read_step_record
 
 
-def test_last_step_is_what_was_written_last(tmp_path: Path) -> None:
-    path = record_path(tmp_path, "decode-0")
-    record = StepRecord(path, 4)
-    assert read_step_record(path) == LastStep()
+def test_last_step_is_what_was_written_last() -> None:
+    descriptor, seen = new_step_record()
+    record = StepRecord(descriptor)
+    assert read_step_record(seen) == LastStep()
     record.write([7, 2**63 - 1, 5 | SUSPECT_BIT, 0])
-    assert read_step_record(path) == LastStep(frozenset({7, 2**63 - 1, 5}), frozenset({5}))
+    assert read_step_record(seen) == LastStep(frozenset({7, 2**63 - 1, 5}), frozenset({5}))
     record.write([8])
-    assert read_step_record(path) == LastStep(frozenset({8}))
+    assert read_step_record(seen) == LastStep(frozenset({8}))
     record.write([])
-    assert read_step_record(path) == LastStep()
+    assert read_step_record(seen) == LastStep()
 
 
-def test_choices_of_one_request_are_one_origin_and_a_suspect_if_one_of_them_is(tmp_path: Path) -> None:
-    path = record_path(tmp_path, "decode-0")
-    StepRecord(path, 4).write([7, 7 | SUSPECT_BIT, 7])
-    assert read_step_record(path) == LastStep(frozenset({7}), frozenset({7}))
+def test_choices_of_one_request_are_one_origin_and_a_suspect_if_one_of_them_is() -> None:
+    descriptor, seen = new_step_record()
+    StepRecord(descriptor).write([7, 7 | SUSPECT_BIT, 7])
+    assert read_step_record(seen) == LastStep(frozenset({7}), frozenset({7}))
 
 
-def test_outlives_its_process(tmp_path: Path) -> None:
-    path = record_path(tmp_path, "decode-0")
+def test_outlives_its_process() -> None:
+    descriptor, seen = new_step_record()
     code = (
-        "import os, signal, sys, pathlib; from pdlaunch.process.step_record import StepRecord;"
-        "StepRecord(pathlib.Path(sys.argv[1]), 3).write([3, 4]); os.kill(os.getpid(), signal.SIGSEGV)"
+        "import os, signal, sys; from pdlaunch.process.step_record import StepRecord;"
+        "StepRecord(int(sys.argv[1])).write([3, 4]); os.kill(os.getpid(), signal.SIGSEGV)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -11
-    assert read_step_record(path) == LastStep(frozenset({3, 4}))
+    try:
+        done = subprocess.run([sys.executable, "-c", code, str(descriptor)], pass_fds=[descriptor])
+    finally:
+        os.close(descriptor)
+    assert done.returncode == -11
+    assert read_step_record(seen) == LastStep(frozenset({3, 4}))
 
 
-def test_new_incarnation_begins_without_the_steps_of_the_one_before(tmp_path: Path) -> None:
-    path = record_path(tmp_path, "decode-0")
-    StepRecord(path, 4).write([7])
-    StepRecord(path, 4)
-    assert read_step_record(path) == LastStep()
+def test_more_requests_than_it_holds_do_no_harm() -> None:
+    descriptor, seen = new_step_record()
+    StepRecord(descriptor).write(range(1, 2 * MAX_REQUESTS))
+    assert len(read_step_record(seen).origins) == MAX_REQUESTS
 
 
-def test_engine_that_has_written_nothing(tmp_path: Path) -> None:
-    assert read_step_record(record_path(tmp_path, "decode-0")) == LastStep()
+def test_rank_that_nobody_watches_writes_all_the_same() -> None:
+    StepRecord(-1).write([1, 2])
