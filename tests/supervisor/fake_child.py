@@ -10,7 +10,20 @@ import sys
 
 from pdlaunch.process.bootstrap import read_bootstrap
 from pdlaunch.process.control_client import ControlClient
-from pdlaunch.protocol.control import Address, Drain, Drained, Failed, FromSupervisor, PairReady, Ready, Register, Registry, Stop
+from pdlaunch.process.step_record import SUSPECT_BIT, StepRecord
+from pdlaunch.protocol.control import (
+    Address,
+    Drain,
+    Drained,
+    Failed,
+    FromSupervisor,
+    PairReady,
+    Ready,
+    Register,
+    Registry,
+    Stop,
+    Suspects,
+)
 from pdlaunch.protocol.sockets import SecureContext
 
 
@@ -37,6 +50,11 @@ def main(words: set[str]) -> int:
         match inbox.get():
             case Registry(serving=True) if "die" in words:
                 return 1
+            case Registry(serving=True) if "crash-in-a-step" in words and bootstrap.incarnation == 1:
+                StepRecord(bootstrap.step_record).write([7, 5 | SUSPECT_BIT])
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case Suspects(origins=origins, repeated=repeated):
+                sys.stdout.write(f"suspects {origins} repeated {repeated}\n")
             case Registry() as registry if bootstrap.name.startswith("decode") and "rank" in bootstrap.name:
                 for entry in registry.entries:
                     key = (entry.name, entry.incarnation)

@@ -43,9 +43,11 @@ class InterruptWhenReady(FakeObserver):
 class KillOnce(FakeObserver):
     """Kills one process when the launch serves, and presses Ctrl-C when all is well again."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, kills: bool = True) -> None:
+        """``kills=False``: it dies by itself."""
         super().__init__()
         self.name = name
+        self.kills = kills
         self.before: dict[str, int | None] = {}
         self.after: dict[str, int | None] = {}
 
@@ -53,7 +55,8 @@ class KillOnce(FakeObserver):
         self.before = {process.name: process.pid for process in status.processes}
         pid = self.before[self.name]
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        if self.kills:
+            os.kill(pid, signal.SIGKILL)
 
     def changed(self, status: LaunchStatus) -> None:
         if not self.before or self.after:
@@ -230,6 +233,14 @@ def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others
     assert outcome.exit_code == 0
     assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
     assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 3
+
+
+def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
+    observer = KillOnce("decode-0/rank-0", kills=False)
+    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01))
+    outcome = run_plan(real_plan({"decode-0/rank-0": "crash-in-a-step"}, num_prefill=0), observer, tmp_path, timing)
+    assert outcome.exit_code == 0
+    assert (tmp_path / "router.log").read_text().count("suspects [5, 7] repeated [5]\n") == 1
 
 
 def test_a_command_that_does_not_exist_is_a_failure_like_any_other(tmp_path: Path) -> None:
