@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 
-LARGE_BYTES = 1024**2
+LARGE_BYTES = 64 * 1024
+"""Of a body; tokenizing its text takes a hundred times as much."""
 DELAY_S = 1.0
 """From the end of a large request on: its last objects are gone by then, and others' ends with it."""
 
