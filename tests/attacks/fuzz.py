@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pdlaunch.protocol.openai.body import RequestBody
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 from pdlaunch.protocol.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
@@ -16,7 +17,7 @@ from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Target
 from tests.attacks.verdict import Verdict
 
 CHAT = "/v1/chat/completions"
-FORMS = {
+FORMS: dict[str, type[RequestBody]] = {
     COMPLETIONS: CompletionRequest,
     CHAT: ChatCompletionRequest,
     "/tokenize": TokenizeCompletionRequest,

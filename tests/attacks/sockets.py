@@ -28,7 +28,7 @@ def sockets(target: Target, verdict: Verdict) -> None:
     listening = dict(tcp_listeners(target))
     is_other = False
     router_port = int(target.router.rpartition(":")[2])
-    asked = {
+    asked: dict[str, list[Any]] = {
         "tcp": sorted(listening),
         "unix": sorted(unix_sockets(target)),
         "files": sorted(shared_files(target)),
@@ -43,14 +43,12 @@ def sockets(target: Target, verdict: Verdict) -> None:
             verdict.broke("sockets listen on loopback", f"{name} listens on {address}:{port}")
     for found in stranger(asked):
         if "uid" in found:
-            verdict.row(
-                "stranger", f"user id {found['uid']}" + ("" if found["uid"] != os.getuid() else ", as no other can be had")
-            )
             is_other = found["uid"] != os.getuid()
+            verdict.row("stranger", f"user id {found['uid']}" + ("" if is_other else ", as no other can be had"))
         elif "port" in found:
             name = listening[found["port"]][0]
             judge_port(verdict, name, found, is_router=found["port"] == router_port)
-        elif is_other and (found["got"].startswith("read") or found["got"] == "connected"):
+        elif is_other and found["got"].startswith(("read", "let in")):
             verdict.broke("other users get nothing", f"{found}")
     foreign_pages(target, verdict)
     verdict.row("sockets in files, shared memory", f"{len(asked['unix'])} and {len(asked['files'])}")
@@ -107,11 +105,9 @@ def tcp_listeners(target: Target) -> Iterator[tuple[int, tuple[str, str]]]:
 def unix_sockets(target: Target) -> set[str]:
     """Paths of the launch's Unix sockets; abstract ones begin with @."""
     supervisor = psutil.Process(target.deployment.process.pid)
-    found = set()
+    found: set[str] = set()
     for process in (supervisor, *target.processes().values()):
-        for connection in process.net_connections(kind="unix"):
-            if isinstance(connection.laddr, str) and connection.laddr:
-                found.add(connection.laddr)
+        found |= {str(connection.laddr) for connection in process.net_connections(kind="unix") if connection.laddr}
     return found
 
 

@@ -54,13 +54,23 @@ def try_http(port: int) -> dict[str, int]:
 
 
 def try_unix(path: str) -> str:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(2)
-        try:
-            connection.connect(path)
-        except OSError as error:
-            return type(error).__name__
-        return "connected"
+    """Whether somebody listens to us there; a socket in no folder is open to all, and whoever accepts has to ask who we are."""
+    refusal = ""
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind) as connection:
+            connection.settimeout(2)
+            try:
+                # A name that begins with @ is in no folder.
+                connection.connect("\0" + path[1:] if path.startswith("@") else path)
+                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                answer = connection.recv(64)
+            except TimeoutError:
+                return "let in"
+            except OSError as error:
+                refusal = type(error).__name__
+                continue
+            return f"let in, answered {answer.hex()}" if answer else "closed"
+    return refusal
 
 
 def try_file(path: str) -> str:
@@ -76,10 +86,10 @@ def main() -> None:
     print(json.dumps({"uid": os.getuid()}))
     for port in asked["tcp"]:
         try:
-            answer = {name: speaks(port, first) for name, first in FIRST_WORDS.items()}
+            answer: dict[str, object] = {name: speaks(port, first) for name, first in FIRST_WORDS.items()}
         except OSError as error:
             answer = {"error": type(error).__name__}
-        if bytes.fromhex(answer.get("http", "")).startswith(b"HTTP/1."):
+        if bytes.fromhex(str(answer.get("http", ""))).startswith(b"HTTP/1."):
             answer["statuses"] = try_http(port)
         print(json.dumps({"port": port, **answer}))
     for path in asked["unix"]:

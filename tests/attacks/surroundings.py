@@ -208,7 +208,8 @@ def many_connections(verdict: Verdict, model: Path) -> None:
         for _ in range(NUM_IDLE):
             with contextlib.suppress(OSError):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2))
-        start_s, statuses = time.monotonic(), []
+        start_s = time.monotonic()
+        statuses: list[int] = []
         while time.monotonic() < start_s + 45 and statuses[-3:] != [200] * 3:
             statuses.append(complete(launch.api))
             time.sleep(1)
