@@ -31,7 +31,8 @@ def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ _shift_right(mixed, 27)) * _SECOND_FACTOR
     mixed = mixed ^ _shift_right(mixed, 31)
-    return (_shift_right(mixed, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
+    # From the middle of the lowest interval on; both steps are exact.
+    return (mixed >> (64 - _UNIFORM_BITS)).double() * 2.0**-_UNIFORM_BITS + (0.5 + 2.0 ** -(_UNIFORM_BITS + 1))
 
 
 def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -115,18 +115,17 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows]. Returns token ids [num_rows].
 
     First a group of neighbours, by the sum of its weights, then one of them: each token is drawn as its weight says. Groups have
-    the numbers -1, -2, and so on, tokens their ids.
+    the numbers up to -1, places in a group those from 0 on, as one group alone is looked into.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
     groups = padded.view(num_rows, -1, GROUP_TOKENS)
-    weights = groups.exp().sum(dim=-1).double()
-    numbers = torch.arange(-1, -1 - weights.shape[1], -1, device=scaled.device)
-    group = (weights / exponential_noise(keys, numbers)).argmax(dim=-1, keepdim=True)
-    neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double().exp()
-    token_ids = group * GROUP_TOKENS + torch.arange(GROUP_TOKENS, device=scaled.device)
-    best = (neighbours / exponential_noise(keys, token_ids)).argmax(dim=-1, keepdim=True)
-    return token_ids.gather(1, best)[:, 0]
+    num_groups = groups.shape[1]
+    noise = exponential_noise(keys, torch.arange(-num_groups, GROUP_TOKENS, device=scaled.device))
+    group = (groups.exp().sum(dim=-1).double() / noise[:, :num_groups]).argmax(dim=-1, keepdim=True)
+    neighbours = groups.gather(1, group[:, :, None].expand(-1, -1, GROUP_TOKENS))[:, 0].double()
+    place = (neighbours.exp() / noise[:, num_groups:]).argmax(dim=-1, keepdim=True)
+    return (group * GROUP_TOKENS + place)[:, 0]
 
 
 def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:

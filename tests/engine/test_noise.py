@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.noise import draw_key, exponential_noise, uniform_noise
 
-PINNED = [0.184627267139, 0.641815423124, 0.940032018256, 0.462526909075, 0.928594958041]
+PINNED = [0.684627267139, 0.141815423124, 0.440032018256, 0.962526909075, 0.428594958041]
 
 
 def test_is_pinned() -> None:

@@ -44,7 +44,8 @@ def gumbel(key: int, number: int) -> float:
     mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
     mixed ^= mixed >> 31
-    return -math.log(-math.log(((mixed >> 12) + 0.5) / 2**52))
+    signed = mixed - 2**64 if mixed >= 2**63 else mixed
+    return -math.log(-math.log(((signed >> 12) + 0.5) / 2**52 + 0.5))
 
 
 def reference(logits: list[float], one: SampleRow) -> int:
@@ -80,8 +81,8 @@ def reference(logits: list[float], one: SampleRow) -> int:
     key = draw_key(sampling.seed, sampling.choice, len(output))
     groups = [range(start, min(start + GROUP_TOKENS, len(weights))) for start in range(0, len(weights), GROUP_TOKENS)]
     sums = [sum(weights[token_id] for token_id in group) for group in groups]
-    group = groups[max(range(len(groups)), key=lambda number: log(sums[number]) + gumbel(key, -1 - number))]
-    return max(group, key=lambda token_id: log(weights[token_id]) + gumbel(key, token_id))
+    group = groups[max(range(len(groups)), key=lambda number: log(sums[number]) + gumbel(key, number - len(groups)))]
+    return max(group, key=lambda token_id: log(weights[token_id]) + gumbel(key, token_id - group.start))
 
 
 def log(weight: float) -> float:
