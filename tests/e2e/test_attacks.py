@@ -1,0 +1,9 @@
+"""A short ``make attack``: real processes, strangers at all of their doors."""
+
+from __future__ import annotations
+
+from tests.attacks.__main__ import main
+
+
+def test_a_short_attack_breaks_no_promise() -> None:
+    assert main(["sockets", "fuzz", "kvfuzz", "--requests", "300"]) == 0
