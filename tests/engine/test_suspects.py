@@ -94,3 +94,13 @@ def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead:
     noted = [sorted(set(order[place - 1])) for place, item in enumerate(order) if item == "launch"]
     assert noted == [[4, 5], [4, 5], []], "the last launch computes nothing and frees the rows"
     assert order[-1] == []
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_choices_of_one_suspect_are_apart_too(runs_ahead: bool) -> None:
+    engine = FakeEngine(runs_ahead=runs_ahead)
+    for choice in range(3):
+        engine.add(f"a/{choice}", PROMPTS["b"], max_tokens=4, origin=1, is_suspect=True)
+    plans = engine.run()
+    assert [len(plan.scheduled) for plan in plans if plan.scheduled][:3] == [1, 2, 3]
+    assert all(engine.token_ids(f"a/{choice}") == output(PROMPTS["b"], 4) for choice in range(3))
