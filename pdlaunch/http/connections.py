@@ -19,6 +19,7 @@ import logging
 import resource
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,8 @@ class _Front:
         self._server = server
         self._limit = limit
         self._options = options
-        self._open: set[_Connection] = set()
+        # Weak: a connection that could not be set up is never told that it is lost.
+        self._open = weakref.WeakSet[_Connection]()
 
     def __call__(self) -> asyncio.Protocol:
         if len(self._open) >= self._limit and not self._close_idle():
@@ -120,7 +122,7 @@ class _Front:
 class _Connection(web.RequestHandler):
     """A connection that is counted; what it looks at is aiohttp's own state, which has no public name."""
 
-    def __init__(self, open_connections: set[_Connection], server: web.Server, **options: Any) -> None:
+    def __init__(self, open_connections: weakref.WeakSet[_Connection], server: web.Server, **options: Any) -> None:
         super().__init__(server, **options)
         self._open_connections = open_connections
 

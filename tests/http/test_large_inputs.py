@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -34,7 +33,7 @@ async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
 
 
 async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
-    inputs, lock = LargeInputs(), threading.Lock()
+    inputs, lock, together = LargeInputs(), threading.Lock(), threading.Barrier(large_inputs.NUM_THREADS)
     running, most = 0, 0
 
     def work() -> None:
@@ -42,7 +41,7 @@ async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.02)
+        together.wait(timeout=60)
         with lock:
             running -= 1
 

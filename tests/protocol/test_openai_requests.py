@@ -262,6 +262,7 @@ def test_any_body_is_a_request_or_a_request_error(kind, data):
     ("make", "fields", "param", "numbers"),
     [
         (completion, {"logit_bias": {str(index): 1 for index in range(1025)}}, "logit_bias", ("1025", "1024")),
+        (completion, {"user": "x" * 1025}, "user", ("1024",)),
         (completion, {"stop": ["x"] * 33}, "stop", ("33", "32")),
         (completion, {"stop": ["x" * 1001]}, "stop[0]", ("1000",)),
         (completion, {"prompt": ["x"] * 1025}, "prompt", ("1024",)),

@@ -13,6 +13,7 @@ from pdlaunch.protocol.openai.resume import Resume, read_resume
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_LABEL_LENGTH = 1024
 MAX_STOP_STRINGS = 32
 MAX_STOP_LENGTH = 1000
 MAX_LOGIT_BIAS = 1024
@@ -101,9 +102,9 @@ class GenerationRequest(RequestBody):
     stream_options: StreamOptions | None = None
     cache_salt: str = Field("", max_length=1024)
     return_token_ids: bool = False
-    user: str = ""
-    safety_identifier: str = ""
-    prompt_cache_key: str = ""
+    user: str = Field("", max_length=MAX_LABEL_LENGTH)
+    safety_identifier: str = Field("", max_length=MAX_LABEL_LENGTH)
+    prompt_cache_key: str = Field("", max_length=MAX_LABEL_LENGTH)
     kv_transfer_params: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
 
