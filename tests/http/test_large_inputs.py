@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -50,9 +51,9 @@ async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
 
 
 async def test_memory_goes_back_once_after_large_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    trimmed: list[float] = []
+    trimmed: list[bool] = []
     monkeypatch.setattr(memory, "DELAY_S", 0.01)
-    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(1))
+    monkeypatch.setattr(memory, "trim", trimmed.append)
     memory_return = memory.MemoryReturn()
     memory_return.after(memory.LARGE_BYTES - 1)
     await asyncio.sleep(0.05)
@@ -61,7 +62,11 @@ async def test_memory_goes_back_once_after_large_requests(monkeypatch: pytest.Mo
         memory_return.after(memory.LARGE_BYTES)
     while not trimmed:  # noqa: ASYNC110 - a thread sets it
         await asyncio.sleep(0.01)
-    assert trimmed == [1]
+    assert trimmed == [False]
+    memory_return.after(memory.COLLECT_BYTES)
+    while len(trimmed) < 2:  # noqa: ASYNC110 - a thread sets it
+        await asyncio.sleep(0.01)
+    assert trimmed == [False, True]
 
 
 def test_malloc_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +80,16 @@ def test_malloc_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> Non
     memory.trim()
     memory.trim()
     assert asked == [0]
+
+
+def test_what_errors_hold_in_cycles_goes_too() -> None:
+    class Body:
+        """Stands for a body that a frame of a traceback holds."""
+
+    body = Body()
+    gone = weakref.ref(body)
+    cycle: list[object] = [body]
+    cycle.append(cycle)
+    del body, cycle
+    memory.trim(collect=True)
+    assert gone() is None
