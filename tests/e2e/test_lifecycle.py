@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
@@ -37,8 +39,9 @@ def expected(tiny_model: Path) -> list[int]:
     return greedy(tiny_model, [PROMPT], 16)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="class")
 def deployment(tiny_model: Path) -> Iterator[Deployment]:
+    """A launch for each test, and one for all tests of a class."""
     arguments = ("--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--drain-timeout", "120")
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         yield deployment
@@ -58,47 +61,51 @@ def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None
     assert not alive
 
 
-@pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"])
-def test_a_killed_process_comes_back_and_its_peers_find_it(deployment: Deployment, expected: list[int], name: str) -> None:
-    assert complete(deployment.url, PROMPT, 16) == expected
-    before = deployment.processes()
-    before[name].kill()
-    if name == "router":
-        # Who comes while there is none waits for the next one.
-        before[name].wait()
+class TestRestarts:
+    """One after another in one launch."""
+
+    @pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"])
+    def test_a_killed_process_comes_back_and_its_peers_find_it(
+        self, deployment: Deployment, expected: list[int], name: str
+    ) -> None:
         assert complete(deployment.url, PROMPT, 16) == expected
-    await_true(lambda: deployment.processes().get(name, before[name]).pid != before[name].pid, f"restart of {name}")
+        before = deployment.processes()
+        before[name].kill()
+        if name == "router":
+            # Who comes while there is none waits for the next one.
+            before[name].wait()
+            assert complete(deployment.url, PROMPT, 16) == expected
+        await_true(lambda: deployment.processes().get(name, before[name]).pid != before[name].pid, f"restart of {name}")
 
-    def works() -> bool:
-        try:
-            return Api(deployment.url).post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
-        except PdlaunchError:
-            return False
+        def works() -> bool:
+            try:
+                return Api(deployment.url).post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+            except PdlaunchError:
+                return False
 
-    await_true(works, "an answer after the restart")
-    assert complete(deployment.url, PROMPT, 16) == expected
-    others = [other for other in before if other != name]
-    assert {other: deployment.processes()[other].pid for other in others} == {other: before[other].pid for other in others}
-    assert tracebacks(deployment) == {}
+        await_true(works, "an answer after the restart")
+        assert complete(deployment.url, PROMPT, 16) == expected
+        others = [other for other in before if other != name]
+        assert {other: deployment.processes()[other].pid for other in others} == {other: before[other].pid for other in others}
+        assert tracebacks(deployment) == {}
 
-
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0/rank-0"])
-def test_a_restart_loses_no_request(deployment: Deployment, expected: list[int], name: str) -> None:
-    engine = name.partition("/")[0]
-    before = deployment.processes()
-    with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
-        found = list(islice(token_ids, 5))
-        restart = pool.submit(command, "restart", name, "--url", deployment.url)
-        others = [pool.submit(ask_until, restart, deployment.url) for _ in range(2)]
-        found += token_ids
-        result = restart.result()
-        assert [set(map(tuple, other.result())) for other in others] == [{tuple(expected)}] * 2
-    assert (result.returncode, result.stdout) == (0, f"{engine} serves again\n"), result.stderr
-    assert (len(found), found[:16]) == (400, expected)
-    assert complete(deployment.url, PROMPT, 16) == expected
-    after = deployment.processes()
-    assert {each for each in before if after[each].pid != before[each].pid} == {engine, f"{engine}/rank-0"}
-    assert tracebacks(deployment) == {}
+    @pytest.mark.parametrize("name", ["decode-0", "prefill-0/rank-0"])
+    def test_a_restart_loses_no_request(self, deployment: Deployment, expected: list[int], name: str) -> None:
+        engine = name.partition("/")[0]
+        before = deployment.processes()
+        with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
+            found = list(islice(token_ids, 5))
+            restart = pool.submit(command, "restart", name, "--url", deployment.url)
+            others = [pool.submit(ask_until, restart, deployment.url) for _ in range(2)]
+            found += token_ids
+            result = restart.result()
+            assert [set(map(tuple, other.result())) for other in others] == [{tuple(expected)}] * 2
+        assert (result.returncode, result.stdout) == (0, f"{engine} serves again\n"), result.stderr
+        assert (len(found), found[:16]) == (400, expected)
+        assert complete(deployment.url, PROMPT, 16) == expected
+        after = deployment.processes()
+        assert {each for each in before if after[each].pid != before[each].pid} == {engine, f"{engine}/rank-0"}
+        assert tracebacks(deployment) == {}
 
 
 def ask_until(restart: Future[subprocess.CompletedProcess[str]], url: str) -> list[list[int]]:
@@ -146,7 +153,8 @@ def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -
     for file in tiny_model.iterdir():
         if file.suffix == ".json":
             (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"not a safetensors file")
+    # The file is whole, so that no check before the start finds it: a rank does.
+    save_file({"other": torch.zeros(1)}, broken / "model.safetensors")
     result = serve("--model", str(broken), "--log-dir", str(tmp_path / "logs"), "--port", "0")
     assert result.returncode == 1
     report = result.stderr.strip().splitlines()
