@@ -77,7 +77,7 @@ class _Reader:
         for item in node.value:
             self._count(item)
             if not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
-                self._problem(item, f"must be a list of texts, without {_kind(item)}", path, None)
+                self._problem(item, f"must be a list of texts; one of its entries is {_kind(item)}", path, None)
                 return
             found.append(item.value)
         self._keep(path, node, found)

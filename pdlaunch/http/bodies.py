@@ -45,12 +45,14 @@ class BodyBudget:
     def hold(self, num_bytes: int = 0) -> Iterator[Hold]:
         """Hold room for a body while the block runs. Raises OverloadedError (503)."""
         hold = Hold(self)
-        hold.grow_to(num_bytes)
-        try:
+        with hold.shared():
+            hold.grow_to(num_bytes)
             yield hold
-        finally:
-            self.held_bytes -= hold.num_bytes
-            self._memory_return.after(hold.num_bytes)
+
+    def give_back(self, num_bytes: int) -> None:
+        """A body is needed no more."""
+        self.held_bytes -= num_bytes
+        self._memory_return.after(num_bytes)
 
 
 class Hold:
@@ -58,7 +60,20 @@ class Hold:
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
+        self._num_users = 0
         self.num_bytes = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Keep the room while the block runs, which may outlive others that need the same body: the last one gives it back."""
+        self._num_users += 1
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            if not self._num_users:
+                self._budget.give_back(self.num_bytes)
+                self.num_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
         """Never shrinks. Raises OverloadedError (503) when all bodies together have become too long."""

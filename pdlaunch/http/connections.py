@@ -88,8 +88,6 @@ class HttpRunner(web.AppRunner):
             server = site._server
             assert isinstance(server, asyncio.Server)
             for listener in server.sockets:
-                if listener.family == socket.AF_UNIX:  # has no such option, and only the launch's own user behind it
-                    continue
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
 
 

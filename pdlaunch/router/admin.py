@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
@@ -125,6 +125,8 @@ class Admin:
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{http.match_info['path']}"
         headers = {REQUEST_ID_HEADER: request_id}
+        if encoding := http.headers.get(hdrs.CONTENT_ENCODING):
+            headers[hdrs.CONTENT_ENCODING] = encoding
         status, body, content_type = await self._hops.client.call(
             engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
         )

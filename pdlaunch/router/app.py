@@ -15,7 +15,7 @@ from aiohttp.hdrs import METH_ANY
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.bearer import has_bearer
-from pdlaunch.http.bodies import BodyBudget, read_body
+from pdlaunch.http.bodies import BodyBudget, Hold, read_body
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.observe.logs import request_logging
@@ -166,16 +166,18 @@ class RouterApp:
             raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
-            return await self._answered(endpoint, request, body, request_id)
+            return await self._answered(endpoint, request, body, hold, request_id)
 
-    async def _answered(self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str) -> web.StreamResponse:
+    async def _answered(
+        self, endpoint: Endpoint, request: web.Request, body: bytes, hold: Hold, request_id: str
+    ) -> web.StreamResponse:
         """Answer a request whose body is here; what was answered before under its key is told again."""
         headers = {REQUEST_ID_HEADER: request_id}
         answer = partial(self._answer, endpoint, request, body, request_id)
         key = read_idempotency_key(request.headers)
         if key is not None:
             # The run may outlive this client, and its body with it.
-            return await self._repeats.answer(key, request, body, headers, partial(self._hold_and, len(body), answer))
+            return await self._repeats.answer(key, request, body, headers, partial(_keep_and, hold, len(body), answer))
         stream = ClientStream(request, headers)
         return await answer(stream) or stream.response
 
@@ -200,10 +202,6 @@ class RouterApp:
                 await self._stream(client_request, stream)
                 return None
             return await self._whole(client_request)
-
-    async def _hold_and(self, num_bytes: int, answer: Work, stream: EventStream) -> web.Response | None:
-        with self._bodies.hold(num_bytes):
-            return await answer(stream)
 
     async def _stream(self, client_request: ClientRequest, stream: EventStream) -> None:
         answer = StreamedAnswer(
@@ -317,6 +315,13 @@ class RouterApp:
         self._hops.metrics.show_engines([engine.state for engine in self._hops.pool.engines])
         page = await scrape(self._hops.metrics.text(), self._hops.client, self._hops.pool.engines)
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+
+async def _keep_and(hold: Hold, num_bytes: int, answer: Work, stream: EventStream) -> web.Response | None:
+    """Answer with the room of the body kept; a client that left at once has given it back already."""
+    with hold.shared():
+        hold.grow_to(num_bytes)
+        return await answer(stream)
 
 
 def _request_id(request: web.Request) -> str:

@@ -134,22 +134,6 @@ async def test_a_reader_that_does_not_read_loses_its_place() -> None:
             await gone.wait()
 
 
-async def test_a_unix_socket_beside_the_others_has_no_such_bound(tmp_path: Path) -> None:
-    runner = HttpRunner(web.Application(), max_connections=10, shutdown_timeout_s=0.1)
-    await runner.setup()
-    await web.UnixSite(runner, str(tmp_path / "admin")).start()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    runner.drop_stalled_readers(5.0)
-    bounds = [
-        listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-        for site in runner.sites
-        for listener in site._server.sockets  # type: ignore[attr-defined]
-        if listener.family != socket.AF_UNIX
-    ]
-    await runner.cleanup()
-    assert bounds == [5000]
-
-
 def test_failures_to_accept_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clock = [100.0]
     handle = connections.AcceptErrors(lambda: clock[0])
