@@ -56,6 +56,11 @@ class EngineRestarts:
     def __contains__(self, engine: str) -> bool:
         return engine in self._restarts
 
+    def is_draining(self, engine: str) -> bool:
+        """It still works at what runs, and none of its processes has been told to end."""
+        restart = self._restarts.get(engine)
+        return restart is not None and restart.drained_at_s is not None
+
     @property
     def due_s(self) -> float:
         """When ``tick`` has something to do."""
@@ -96,9 +101,9 @@ class EngineRestarts:
 
     def drained(self, instance: Instance) -> None:
         """Its server has nothing to do any more."""
-        restart = self._restarts.get(instance.spec.engine)
-        if restart is not None and restart.drained_at_s is not None:
-            self._stop(instance.spec.engine, restart)
+        engine = instance.spec.engine
+        if self.is_draining(engine):
+            self._stop(engine, self._restarts[engine])
 
     def exited(self, instance: Instance) -> None:
         """A process of an engine that is restarted has ended, asked or not."""
@@ -106,7 +111,7 @@ class EngineRestarts:
         restart = self._restarts[engine]
         instance.registration = None
         instance.move(ProcessState.EXITED)
-        if restart.drained_at_s is not None:
+        if self.is_draining(engine):
             self._stop(engine, restart)
         else:
             self._start_if_stopped(engine, restart)

@@ -297,6 +297,9 @@ class Supervisor:
             instance.move(ProcessState.EXITED)
         elif instance.spec.engine in self._restarts:
             self._pairs.forget(instance.name)
+            if self._restarts.is_draining(instance.spec.engine):
+                # It still computes, and nobody has told it to end.
+                self._tell_death(instance, event)
             self._restarts.exited(instance)
         elif instance.spec.kind == "convert" and event.returncode == 0:
             self._on_converted(instance)
@@ -310,23 +313,28 @@ class Supervisor:
 
     def _on_death(self, instance: Instance, event: ProcessExited) -> None:
         """A process ended that should live: fail a launch that is not ready yet, else restart the unit."""
-        how = event.how()
-        said = instance.error or ""
-        instance.error = said or how
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
         if self._phase is not Phase.READY:
+            said, how = instance.error or "", event.how()
+            instance.error = said or how
             self._fail(Failure(f"{instance.name} {how} before it was ready", process=instance.name, said=said))
             return
         unit = self._unit_of[instance.name]
         if unit.cause is None:
             unit.cause = instance
-            self._note(f"{instance.name} {how}" + (f": {said}" if said else ""))
-            if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
-                self._tell_suspects(unit)
+            self._tell_death(instance, event)
             self._deaths.kill(unit)
+        instance.error = instance.error or event.how()
         if not unit.alive:
             self._deaths.died(unit, unit.cause)
+
+    def _tell_death(self, instance: Instance, event: ProcessExited) -> None:
+        """Tell people of the first death of a unit, and the router of what a rank may have died of."""
+        unit = self._unit_of[instance.name]
+        self._note(f"{instance.name} {event.how()}" + (f": {instance.error}" if instance.error else ""))
+        if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
+            self._tell_suspects(unit)
 
     def _tell_suspects(self, unit: Unit) -> None:
         """The router has to know what a rank may have died of before it gives that to the next one."""

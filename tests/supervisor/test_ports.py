@@ -37,7 +37,7 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
 def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         port = listener.getsockname()[1]
-        config = LaunchConfig.model_validate({"port": 0, "engine_api_key": "k", "decode": {"port": port - 1, "replicas": 2}})
+        config = LaunchConfig.model_validate({"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}})
         with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
             check_engine_ports(config)
     check_engine_ports(LaunchConfig())

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from pdlaunch.process.step_record import LastStep
-from pdlaunch.protocol.control import Registry, Suspects
+from pdlaunch.protocol.control import Registry, Restart, Suspects
 from pdlaunch.supervisor.hangs import HangLimits
 from pdlaunch.supervisor.supervisor import Timing
 from tests.supervisor.fakes import World, make_plan
@@ -80,6 +80,23 @@ def test_rank_that_dies_while_it_starts_again_has_computed_nothing() -> None:
     world.pass_time(1)
     world.exit("decode-0/rank-0", 1)
     assert len(told(world)) == 1
+
+
+def test_rank_that_dies_while_its_engine_is_drained_for_a_restart_makes_suspects_once() -> None:
+    world = ready_world(tp_size=2)
+    world.say("router", Restart(question=1, name="decode-0"))
+    world.exit("decode-0/rank-1", -signal.SIGSEGV)
+    world.exit("decode-0/rank-0", 1)
+    assert told(world) == [Suspects(origins=[5, 7], repeated=[5])]
+    assert any("decode-0/rank-1 was killed by SIGSEGV" in note for note in world.observer.notes)
+
+
+def test_rank_that_was_told_to_end_makes_no_suspects() -> None:
+    world = ready_world()
+    world.say("router", Restart(question=1, name="decode-0"))
+    world.pass_time(60)
+    world.exit("decode-0/rank-0", 1)
+    assert told(world) == []
 
 
 def test_idle_rank_makes_no_suspects() -> None:
