@@ -59,6 +59,14 @@ def test_last():
     kept.clear()
 """
 
+TEXTS = """
+from hypothesis import given, strategies
+
+@given(strategies.text())
+def test_of_any_text(text):
+    assert len(text) >= 0
+"""
+
 
 def run_pytest(tmp_path: Path, code: str, option: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "test_example.py").write_text(code)
@@ -90,3 +98,10 @@ def test_a_run_that_needs_too_much_fails(tmp_path: Path) -> None:
     assert "5 passed" in done.stdout
     assert "160 MiB are allowed" in done.stdout
     assert run_pytest(tmp_path, MANY, "memory_limit_mib=400").returncode == 0
+
+
+def test_the_table_of_characters_is_no_test_s_doing(tmp_path: Path) -> None:
+    """In a folder that has none yet, as in a fresh clone."""
+    done = run_pytest(tmp_path, TEXTS, "memory_growth_limit_mib=64")
+    assert done.returncode == 0, done.stdout
+    assert list(tmp_path.glob(".hypothesis/unicode_data/*/*"))
