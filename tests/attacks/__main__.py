@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("attacks", nargs="*", metavar="ATTACK", help="all when none is named")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help=f"of fuzz ({NUM_REQUESTS})")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log-dir", help="where the logs of the attacked deployment stay; else they go with it")
     options = parser.parse_args(arguments)
     names = options.attacks or list(ATTACKS)
     if unknown := set(names) - set(ATTACKS):
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         if chosen := [name for name in ON_A_LAUNCH if name in names]:
-            with attacked(model) as target:
+            with attacked(model, log_dir=options.log_dir) as target:
                 for name in chosen:
                     code |= run(name, partial(on_launch, name, target, options.requests, options.seed))
         if "files" in names:

@@ -132,7 +132,8 @@ class Target:
         """No process died; waits until dead ones are replaced."""
         dead = [name for name, process in self._living.items() if not _lives(process)]
         if dead:
-            verdict.broke(f"no process dies: {', '.join(dead)}", request)
+            time.sleep(1)  # for the supervisor's words
+            verdict.broke(f"no process dies: {', '.join(dead)}", f"{request}; {self.deployment.output()[-300:]!r}")
             deadline_s = time.monotonic() + RESTART_S
             while not self._is_whole():
                 if time.monotonic() > deadline_s or self.deployment.process.poll() is not None:
@@ -193,10 +194,12 @@ class Target:
             verdict.broke("memory comes back to within 20 %", f"{how}: {problem}")
 
     def _is_whole(self) -> bool:
+        """Every engine that there was is ready again; one that restarts is not even listed."""
         try:
-            return all(engine["state"] == "ready" for engine in engines_of(Api(self.router, timeout_s=5)))
+            engines = engines_of(Api(self.router, timeout_s=5))
         except PdlaunchError:
             return False
+        return set(self.names[1:]) <= {engine["name"] for engine in engines if engine["state"] == "ready"}
 
 
 def text_of(answer: Answer) -> str:
@@ -221,10 +224,11 @@ def make_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def attacked(model: Path, *arguments: str) -> Iterator[Target]:
-    """One prefill and one decode engine, warmed up."""
+def attacked(model: Path, *arguments: str, log_dir: str | None = None) -> Iterator[Target]:
+    """One prefill and one decode engine, warmed up. ``log_dir``: where their logs stay."""
     command = ("--model", str(model), *SERVED, *arguments)
-    with running_deployment(command, environ=clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING) as deployment:
+    environ = clean_environ() | SHORT_DEADLINES | ENGINE_KEY_SETTING
+    with running_deployment(command, environ=environ, log_dir=log_dir) as deployment:
         target = Target(deployment)
         warm_up(target)
         target.reference = text_of(target.ask("router", COMPLETIONS, SMALL_BODY))
