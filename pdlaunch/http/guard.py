@@ -19,11 +19,10 @@ from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
+from pdlaunch.config.http_names import ANY
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
 
-ANY = "*"
-"""As an entry of ``allowed_hosts`` or ``cors_origins`` it admits everything."""
 HOST_FREE_PATHS = frozenset({"/health"})
 PREFLIGHT_MAX_AGE_S = 600
 _WILDCARDS = frozenset({"", "0.0.0.0", "::"})

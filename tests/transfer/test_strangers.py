@@ -19,6 +19,7 @@ import pytest
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import PullFinished
+from tests.e2e.listening import speaks_curve
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
@@ -139,6 +140,12 @@ def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHan
     holder.submit(grant("r", [3, 1]))
     puller.submit(pull("p", holder.remote("r"), [9, 2]))
     assert puller.event(PullFinished).ok, "the ranks go on as if nothing had happened"
+
+
+def test_no_socket_listens_without_asking_who_comes(pair: tuple[RankHandle, RankHandle]) -> None:
+    for rank in pair:
+        tcp, _ = rank.call("listening")
+        assert [speaks_curve(port) for port in tcp] == [True]
 
 
 def test_this_user_can(pair: tuple[RankHandle, RankHandle]) -> None:
