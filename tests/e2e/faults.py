@@ -143,7 +143,9 @@ def _are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
     if any(name not in new or new[name].pid == pid for name, pid in old_pids.items()):
         return False
     try:
-        return all(engine["state"] == "ready" for engine in engines_of(Api(deployment.url, timeout_s=5)))
+        states = {engine["name"]: engine["state"] for engine in engines_of(Api(deployment.url, timeout_s=5))}
+        # An engine whose server and ranks are dead is not listed at all.
+        return states.keys() >= {name.partition("/")[0] for name in old_pids} - {"router"} and set(states.values()) == {"ready"}
     except PdlaunchError:
         return False
 
