@@ -6,6 +6,7 @@ import functools
 import http.client
 import json
 import socket
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pdlaunch.errors import PdlaunchError
+
+ROUTER_RETURN_S = 5.0
+"""A launch starts a router that has died again within that time, unless it dies again and again."""
+_POLL_S = 0.05
 
 
 class Api:
@@ -95,9 +100,19 @@ class _UnixConnection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        """Connect, or wait for the next router while one that has died is being replaced."""
+        until_s = time.monotonic() + ROUTER_RETURN_S
+        while True:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(self.timeout)
+            try:
+                self.sock.connect(str(self._path))
+                return
+            except ConnectionRefusedError:
+                self.sock.close()
+                if time.monotonic() >= until_s:
+                    raise
+                time.sleep(_POLL_S)
 
 
 class _UnixHandler(urllib.request.HTTPHandler):

@@ -13,6 +13,7 @@ from socketserver import UnixStreamServer
 
 import pytest
 
+from pdlaunch.client import api as api_module
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
@@ -110,7 +111,14 @@ def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     api = Api("http://launch", socket_path=path, timeout_s=20)
     with pytest.raises(PdlaunchError, match=rf"/x at {path} cannot be reached: No such file or directory"):
         api.get("/x")
-    with Server(str(path), Handler) as server:
+    with Server(str(path), Handler, bind_and_activate=False) as server:
+        # As while a router is replaced: its socket is there, and nobody listens.
+        server.server_bind()
+        with monkeypatch.context() as patch:
+            patch.setattr(api_module, "ROUTER_RETURN_S", 0.0)
+            with pytest.raises(PdlaunchError, match="Connection refused"):
+                api.get("/x")
+        monkeypatch.setattr(api_module.time, "sleep", lambda _: server.server_activate())
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         assert api.get_object("/metrics?a=b") == (200, {"path": "/metrics?a=b"})
