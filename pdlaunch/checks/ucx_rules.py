@@ -153,7 +153,7 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
 
 
 def _transports(engine: Engine) -> tuple[str, ...]:
-    """What the ranks of an engine really use."""
+    """Return the transports that the ranks of an engine really use."""
     return local_transports(engine.environ, engine.device)
 
 

@@ -64,7 +64,7 @@ def _left(admin: Api) -> list[str]:
 
 
 def _reports(admin: Api) -> list[dict[str, Any]]:
-    """What the integrity check says of each engine that was not given up. Raises PdlaunchError."""
+    """Ask for the integrity check of each engine that was not given up. Raises PdlaunchError."""
     status, answer = admin.get_object("/pdlaunch/integrity")
     if "engines" not in answer:
         raise PdlaunchError(f"the router does not tell its engines: HTTP {status}: {answer}")

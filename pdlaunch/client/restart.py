@@ -10,7 +10,7 @@ from pdlaunch.client.api import Api
 
 
 class RestartOutcome(msgspec.Struct, frozen=True):
-    """What became of one engine."""
+    """Tells what became of one engine."""
 
     engine: str
     error: str | None = None

@@ -57,7 +57,7 @@ Value = int | float | str | _List
 
 
 class _DamageError(Exception):
-    """What is wrong, in words."""
+    """Says what is wrong with a file."""
 
 
 @dataclass(frozen=True, slots=True)

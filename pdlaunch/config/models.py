@@ -248,7 +248,7 @@ class LaunchConfig(EngineSettings):
 
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:
-        """Who holds one key shall not open what another is for."""
+        """Keys differ, so that nobody opens with one what another is for."""
         seen: dict[str, str] = {}
         for name in ("api_key", "admin_api_key", "engine_api_key"):
             key: SecretStr | None = getattr(self, name)

@@ -47,7 +47,7 @@ class StepsInFlight:
             yield item, request
 
     def marks(self) -> list[int]:
-        """Of all requests in these steps, for the record that outlives the rank."""
+        """Return the marks of all requests in these steps, for the record that outlives the rank."""
         return [request.mark for _, requests in self._steps for request in requests]
 
     def keep(self, request: Request) -> bool:

@@ -1,4 +1,4 @@
-"""What a request's parameters do to its logits before a token is drawn: logit_bias, min_tokens, penalties, in vLLM's order.
+"""Change logits as a request wants it before a token is drawn: logit_bias, min_tokens, penalties, in vLLM's order.
 
 Whatever the parameters are, no NaN comes of logits that are none.
 """
@@ -28,7 +28,7 @@ class TokenBias:
 
 
 def token_bias(sampling: SamplingParams) -> TokenBias | None:
-    """None: the request has no logit_bias."""
+    """Return the arrays of a request; None when it has no logit_bias."""
     bias = sampling.logit_bias
     if not bias:
         return None
@@ -39,7 +39,7 @@ def token_bias(sampling: SamplingParams) -> TokenBias | None:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What the next token of one row depends on, beside its logits."""
+    """Holds what the next token of one row depends on, beside its logits."""
 
     sampling: SamplingParams
     token_ids: IntArray
@@ -62,7 +62,7 @@ class SampleRow:
 
     @property
     def takes_the_likeliest(self) -> bool:
-        """Of the logits as they are, and tells no log-probabilities."""
+        """It takes the likeliest of the logits as they are, and tells no log-probabilities."""
         return self.is_greedy and self.sampling.num_top_logprobs is None and not self.changes_logits
 
     @property
@@ -71,7 +71,7 @@ class SampleRow:
 
     @property
     def changes_apart(self) -> bool:
-        """By something that depends on its tokens, and is worked out for this row alone."""
+        """It changes logits by what depends on its tokens, and is worked out for this row alone."""
         sampling = self.sampling
         return (
             len(self.output) < sampling.min_tokens

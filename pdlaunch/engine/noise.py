@@ -20,7 +20,7 @@ _UNIFORM_BITS = 52
 
 
 def draw_key(seed: int, choice: int, index: int) -> int:
-    """What decides output token ``index`` of a choice: BLAKE2b-64 of three little-endian u64, as a signed number."""
+    """Return what decides output token ``index`` of a choice: BLAKE2b-64 of three little-endian u64, as a signed number."""
     message = struct.pack("<QQQ", seed & _SEED_MASK, choice, index)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little", signed=True)
 
@@ -41,5 +41,5 @@ def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor
 
 
 def _shift_right(numbers: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """As of unsigned 64-bit numbers, which torch has no shifts for."""
+    """Shift as if the numbers were unsigned, for which torch has no operation."""
     return (numbers >> num_bits) & ((1 << (64 - num_bits)) - 1)

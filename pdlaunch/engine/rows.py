@@ -30,7 +30,7 @@ class Row:
         return self.token_ids[: self.num_tokens]
 
     def sample_row(self) -> SampleRow:
-        """What its next token depends on."""
+        """Return what its next token depends on."""
         return SampleRow(self.sampling, self.known, self.num_prompt_tokens, self.bias)
 
     def append(self, position: int, token_ids: list[int]) -> None:

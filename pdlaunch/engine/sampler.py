@@ -85,7 +85,7 @@ def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]) -> list[torch.Tensor]:
-    """Of the rows in ``num_tops``: [n] of the token, [n, k] of the likeliest and [n, k] their ids, k the largest wanted."""
+    """Return of the rows in ``num_tops`` [n] of the token, [n, k] of the likeliest, [n, k] their ids; k is the largest wanted."""
     rows = _indices([*num_tops], logits)
     logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
     top = logprobs.topk(min(max(1, *num_tops.values()), logits.shape[-1]))

@@ -235,7 +235,7 @@ class Scheduler:
                 self._finish(request, "error", error=NAN_LOGITS)
 
     def marks_in_flight(self) -> list[int]:
-        """What ``StepRecord`` is to hold while the steps in flight run."""
+        """Return what ``StepRecord`` is to hold while the steps in flight run."""
         return self._in_flight.marks()
 
     def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:

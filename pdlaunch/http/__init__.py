@@ -1,1 +1,1 @@
-"""What routers and engines' servers share as HTTP servers: who may speak to them, and how much."""
+"""The room of what routers and engines' servers share: it decides who may speak to them, and how much."""

@@ -77,7 +77,7 @@ class HttpRunner(web.AppRunner):
 
     @property
     def server(self) -> web.Server | None:
-        """What sites make connections with."""
+        """Return what sites make connections with."""
         return self._front  # type: ignore[return-value] # sites only call it
 
     def drop_stalled_readers(self, timeout_s: float) -> None:

@@ -32,7 +32,7 @@ _SOCKET_NAME_BYTES = 60
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What tells the launches of a user apart."""
+    """Tells the launches of a user apart."""
 
     launch_id: str
     url: str

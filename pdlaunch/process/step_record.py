@@ -25,11 +25,11 @@ _NUM_BYTES = (1 + MAX_REQUESTS) * _WORD_BYTES
 
 
 class LastStep(msgspec.Struct, frozen=True):
-    """What a rank computed when it died."""
+    """Names the requests that a rank computed when it died."""
 
     origins: frozenset[int] = frozenset()
     suspects: frozenset[int] = frozenset()
-    """Those of ``origins`` that a rank had died of before, perhaps: there was one of them at most."""
+    """Requests among ``origins`` that were suspects already: one at most."""
 
 
 def new_step_record() -> tuple[int, mmap.mmap]:
@@ -55,7 +55,7 @@ class StepRecord:
 
 
 def read_step_record(record: mmap.mmap) -> LastStep:
-    """What was written last."""
+    """Return what was written last."""
     words = array("Q", record[:])
     marks = [mark for mark in words[1 : 1 + words[0]] if mark]
     return LastStep(

@@ -170,7 +170,7 @@ class Suspects(Message):
     origins: list[int]
     """``AddRequest.origin`` of the requests in the last step."""
     repeated: list[int]
-    """Those of them that were suspects already, with no other suspect beside them: one at most."""
+    """Requests among ``origins`` that were suspects already: one at most, as a step never has two."""
 
 
 class Drain(Message):

@@ -1,4 +1,4 @@
-"""What may command a launch or look inside its engines: a table of routes that the clients' key does not open.
+"""Routes that command a launch or look inside its engines: a table; the clients' key opens none of them.
 
 They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``, where one is set. The engines
 are asked with the launch's own token. ``engine=NAME``, repeated, chooses engines; without it: all that were not given up.
@@ -42,7 +42,7 @@ class AdminRoute(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one engine answered."""
+    """Holds what one engine answered."""
 
     engine: str
     status: int
@@ -114,7 +114,7 @@ class Admin:
         return next((engine for engine in engines if engine.ready or engine.state == "failed"), None)
 
     async def _integrity(self, http: web.Request, request_id: str) -> web.Response:
-        """Who owns each KV block of each engine; an engine that cannot be asked is not ok."""
+        """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
         outcomes = [
             await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S) for engine in self._chosen(http)
         ]

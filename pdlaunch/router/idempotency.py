@@ -46,7 +46,7 @@ Work = Callable[[EventStream], Awaitable[web.Response | None]]
 
 
 def read_idempotency_key(headers: Mapping[str, str]) -> str | None:
-    """None without one. Raises RequestError."""
+    """Return the key of a request, None without one. Raises RequestError."""
     key = headers.get(IDEMPOTENCY_KEY_HEADER)
     if key is not None and not 1 <= len(key) <= MAX_KEY_LENGTH:
         message = f"{IDEMPOTENCY_KEY_HEADER} has {len(key)} characters; use 1 to {MAX_KEY_LENGTH}"

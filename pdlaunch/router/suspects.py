@@ -15,7 +15,7 @@ from pdlaunch.protocol.control import Suspects
 
 
 class SuspectBook:
-    """What is known against the requests that run; others are not remembered."""
+    """Remembers what is known against the requests that run, and nothing of others."""
 
     def __init__(self) -> None:
         self._num_deaths: dict[int, int] = {}
@@ -37,7 +37,7 @@ class SuspectBook:
                 self._num_deaths[origin] = 2 if origin in news.repeated else max(1, self._num_deaths[origin])
 
     def header(self, origin: int) -> dict[str, str]:
-        """What tells an engine of it; empty when there is nothing against it."""
+        """Return the header that tells an engine of it; empty when there is nothing against it."""
         return {ORIGIN_HEADER: format_origin(origin, is_suspect=True)} if self._num_deaths[origin] else {}
 
     def check(self, origin: int) -> None:

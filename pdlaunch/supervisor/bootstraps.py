@@ -52,7 +52,7 @@ class LaunchBootstraps:
         self._engines = resolve_engines(self._config, self._machine, self._models)
 
     def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        """For one incarnation."""
+        """Make the bootstrap of one incarnation."""
         engine = self._engines.get(spec.engine)
         rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(

@@ -1,4 +1,4 @@
-"""What becomes of a unit that has died: it is started again, given up, or tried again later."""
+"""Decides what becomes of a unit that has died: it is started again, given up, or tried again later."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class EngineRestarts:
                 self._stop(engine, restart)
 
     def _stop(self, engine: str, restart: _Restart) -> None:
-        """What is ready listens to Stop; what still starts may be busy loading. Who does not leave in time is killed."""
+        """Ready processes listen to Stop; those that still start may be busy loading. Stragglers are killed."""
         restart.drained_at_s = None
         for unit in restart.units:
             for member in unit.members:

@@ -51,7 +51,7 @@ class GivenUp:
         return delay_s
 
     def postpone(self, engine: str, at_s: float) -> None:
-        """What is left of it has not died yet."""
+        """Wait longer, as processes of it have not died yet."""
         self._retry_at_s[engine] = at_s
 
     def try_again(self, engine: str) -> None:

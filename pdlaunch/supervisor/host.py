@@ -72,7 +72,7 @@ class Host(Protocol):
         """Send a signal to the process and all that it has started; ignored when it is gone."""
 
     def last_step(self, engine: str) -> LastStep:
-        """What the ranks of an engine computed when one of them died."""
+        """Return what the ranks of an engine computed when one of them died."""
 
     def send(self, name: str, message: FromSupervisor) -> None:
         """Queue a message; lost when the process is not connected."""

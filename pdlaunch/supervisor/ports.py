@@ -58,7 +58,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
-    """As servers do: a port whose last connections are fading away is free, and IPv6 does not take IPv4's port."""
+    """Listen as servers do: a port whose last connections are fading away is free, and IPv6 does not take IPv4's port."""
     with contextlib.ExitStack() as undo:
         sockets: list[socket.socket] = []
         for family, (address, port, *rest) in addresses:
@@ -80,7 +80,7 @@ def _port_of(sockets: list[socket.socket]) -> int:
 
 
 def _explain(host: str, port: int, error: Exception) -> str:
-    """What is wrong with an address, who holds a busy port where that can be seen, and what to do."""
+    """Say what is wrong with an address, who holds a busy port where that can be seen, and what to do."""
     state = probe_port(host, port)
     match state.problem if state is not None else None:
         case "busy":
