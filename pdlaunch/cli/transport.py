@@ -97,8 +97,8 @@ class _StopWhenReady:
 
 
 def _rehearsal(config: LaunchConfig) -> LaunchConfig:
-    """The same processes, memory and connector; no weights are read, and the public port stays free."""
-    role = {"load_format": "dummy"}
+    """The same processes, memory and connector; no weights are read, and fixed ports stay free."""
+    role = {"load_format": "dummy", "port": 0}
     changes = {
         "prefill": config.prefill.model_copy(update=role),
         "decode": config.decode.model_copy(update=role),

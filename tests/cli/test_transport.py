@@ -1,0 +1,30 @@
+"""The rehearsal of ``check-config --probe``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from pdlaunch.cli import transport
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.platform.probe import probe_machine
+from pdlaunch.supervisor.launch import Outcome, PlannedLaunch
+
+
+def test_it_takes_no_fixed_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deployment that runs may have them."""
+    planned: list[PlannedLaunch] = []
+
+    def launch(plan: PlannedLaunch, *_: Any, **__: Any) -> Outcome:
+        planned.append(plan)
+        return Outcome(None, ("no launch",), was_ready=False, stop_signal=None)
+
+    monkeypatch.setattr(transport, "launch", launch)
+    ports = {"port": 9000, "prefill": {"port": 9001}, "decode": {"port": 9002}}
+    config = LaunchConfig.model_validate({"engine_api_key": "k", "device": "cpu", **ports})
+    report = transport.probe_transport(config, probe_machine(), os.environ)
+    assert report.pairs[0].error == "no launch"
+    (plan,) = planned
+    assert (plan.config.port, plan.config.prefill.port, plan.config.decode.port) == (0, 0, 0)
