@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import socket
 import subprocess
 import sys
@@ -91,6 +92,10 @@ class Supervisor:
         self.send(Registry(version=0, entries=[], serving=False))
         return registered
 
+    def has_clients_waiting(self) -> bool:
+        """Somebody has connected whom no router has accepted."""
+        return bool(select.select([self._listener], [], [], 0)[0])
+
     def send(self, message: FromSupervisor) -> None:
         self._socket.send_multipart([b"router", from_supervisor.encode(message)])
 
@@ -170,6 +175,23 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
             await engine.stop()
     supervisor.send(Stop())
     assert await asyncio.to_thread(child.wait, 20) == 0
+
+
+async def test_a_client_that_came_before_the_registry_is_heard_after_it(supervisor: Supervisor) -> None:
+    """It waited for this router, and shall not hear that the deployment is starting."""
+    supervisor.start()
+    registered = await asyncio.to_thread(supervisor.receive)
+    assert isinstance(registered, Register)
+    asked = asyncio.ensure_future(asyncio.to_thread(fetch, f"{registered.address.http}/health"))
+    while not supervisor.has_clients_waiting():  # noqa: ASYNC110 - the kernel tells nobody
+        await asyncio.sleep(0.01)
+    engine = FakeEngine("decode-0", "decode")
+    await engine.start()
+    try:
+        supervisor.send(Registry(version=1, entries=engine.entries()))
+        assert (await asked)[1] == {"status": "ok", "engines": {"decode-0": "ready"}}
+    finally:
+        await engine.stop()
 
 
 @pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])

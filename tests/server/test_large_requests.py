@@ -108,6 +108,28 @@ async def test_small_requests_are_served_while_large_ones_are_worked_at(engine: 
         assert (status, error["code"]) == (400, "context_length_exceeded")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hello " * 1000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello " * 1000}]}),
+        ("/tokenize", {"prompt": "hello " * 1000}),
+        ("/detokenize", {"tokens": [5] * 3000}),
+    ],
+)
+async def test_texts_of_middle_size_are_tokenized_in_threads(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+):
+    """Such bodies are parsed on the event loop."""
+    threads = HeldThreads(engine.service, monkeypatch)
+    asked = asyncio.create_task(engine.post(path, body))
+    await threads.wait_for(1)
+    await engine.complete()
+    assert not asked.done()
+    threads.go.set()
+    await asked
+
+
 async def test_bodies_hold_room_until_they_are_token_ids(make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     engine = await make_engine(limits=LimitSettings(max_body_bytes=1000, max_queued_requests=100))
     threads = HeldThreads(engine.service, monkeypatch)
