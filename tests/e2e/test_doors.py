@@ -174,7 +174,8 @@ def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
 def test_status_hands_out_no_key(doors: Doors) -> None:
     status, text = ask("GET", f"{doors.router}/pdlaunch/status", Authorization=bearer(CLIENT))
     assert status == 200
-    assert {name for engine in json.loads(text)["engines"] for name in engine} <= {"name", "role", "url", "state", "streams"}
+    names = {name for engine in json.loads(text)["engines"] for name in engine}
+    assert names == {"name", "role", "url", "state", "reason", "streams"}
     assert ask("GET", f"{doors.router}/pdlaunch/status")[0] == 401
 
 
