@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ def demo_prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def demo_answers(demo_prompts: list[list[int]]) -> list[list[int]]:
-    return greedy(ensure_converted("smollm2", lambda stage, share: None), demo_prompts, NUM_TOKENS)
+    directory = ensure_converted("smollm2", lambda stage, share: None)
+    # Its weights would take 540 MiB of this process.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(greedy, directory, demo_prompts, NUM_TOKENS).result()
 
 
 def test_demo_model_cold_then_from_prefix_cache_then_in_a_batch(
