@@ -95,11 +95,11 @@ async def load_with_kills(
                 buried.update(await asyncio.to_thread(counters_of, deployment, rank.partition("/")[0]))
             kills.append(await kill_and_wait(deployment, name, signal_number))
         await asyncio.sleep(pause_s[0])
-        stop.set()
 
     async with soak_session(options) as session:
         cases = await make_cases(options)
         killer = asyncio.create_task(kill_all())
+        killer.add_done_callback(lambda _: stop.set())  # a kill that went wrong ends the load, too
         report = await run_load(session, options, cases, stop=stop)
         await end(killer)
     report.totals = {name: round(value + buried[name], 3) for name, value in report.totals.items()}
@@ -142,10 +142,15 @@ def _are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
     new = deployment.processes()
     if any(name not in new or new[name].pid == pid for name, pid in old_pids.items()):
         return False
+    engines = {name.partition("/")[0] for name in old_pids} - {"router"}
     try:
         states = {engine["name"]: engine["state"] for engine in engines_of(Api(deployment.url, timeout_s=5))}
         # An engine whose server and ranks are dead is not listed at all.
-        return states.keys() >= {name.partition("/")[0] for name in old_pids} - {"router"} and set(states.values()) == {"ready"}
+        if not (states.keys() >= engines and set(states.values()) == {"ready"}):
+            return False
+        # A router that is new itself has yet to hear that an engine's ranks are gone.
+        admin = admin_api(deployment.url)
+        return all(admin.engine(engine).get("/pdlaunch/integrity")[0] == 200 for engine in engines)
     except PdlaunchError:
         return False
 

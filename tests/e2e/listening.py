@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
@@ -17,12 +19,15 @@ def unlocked_ports(deployment: Deployment) -> dict[str, int]:
     """Number of TCP ports of each process that speak neither HTTP, which has its own tests, nor ZMQ with CURVE."""
     processes = {name: psutil.Process(process.pid) for name, process in deployment.processes().items()}
     processes["supervisor"] = psutil.Process(deployment.process.pid)
-    found = {}
-    for name, process in processes.items():
-        ports = [each.laddr.port for each in process.net_connections(kind="tcp") if each.status == psutil.CONN_LISTEN]
-        if count := sum(not (speaks_http(port) or speaks_curve(port)) for port in ports):
-            found[name] = count
-    return found
+    ports = [
+        (name, each.laddr.port)
+        for name, process in processes.items()
+        for each in process.net_connections(kind="tcp")
+        if each.status == psutil.CONN_LISTEN
+    ]
+    with ThreadPoolExecutor(len(ports)) as pool:
+        is_locked = pool.map(lambda item: speaks_http(item[1]) or speaks_curve(item[1]), ports)
+    return dict(Counter(name for (name, _), locked in zip(ports, is_locked, strict=True) if not locked))
 
 
 def speaks_http(port: int) -> bool:
