@@ -78,7 +78,13 @@ SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids",
 
 
 def bodies(target: Target, verdict: Verdict) -> None:
-    """Each body once, then some of them several at a time, then bodies that never end."""
+    """Each body once, then some of them several at a time, then bodies that never end.
+
+    Memory is counted from the first long bodies on: threads and heaps that these bring about stay.
+    """
+    for what in ("valid messages", "a long prompt", "tokenize"):
+        path, make = BODIES[what]
+        send(target, verdict, f"{what}, first", path, make(), num_times=AT_ONCE)
     before = target.memory()
     for what, (path, make) in BODIES.items():
         content = make()
