@@ -20,6 +20,7 @@ OTHERS_LIMIT_S = 15.0
 """For a small request beside them, on two busy cores."""
 AT_ONCE = 8
 NUM_UNFINISHED = 60
+CALM_ROUNDS = 12
 ANSWER_LIMIT_S = 180.0
 UNFINISHED_LIMIT_S = 120.0
 
@@ -80,21 +81,34 @@ SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids",
 def bodies(target: Target, verdict: Verdict) -> None:
     """Each body once, then some of them several at a time, then bodies that never end.
 
-    Memory is counted from the first long bodies on: threads and heaps that these bring about stay.
+    Memory is counted from the second round on: threads and heaps that the first long bodies bring about stay.
     """
-    for what in ("valid messages", "a long prompt", "tokenize"):
-        path, make = BODIES[what]
-        send(target, verdict, f"{what}, first", path, make(), num_times=AT_ONCE)
-    before = target.memory()
+    one_round(target, verdict)
+    before = calm_memory(target)
+    one_round(target, verdict)
+    unfinished(target, verdict)
+    target.settle(verdict, before, "bodies")
+    now = target.memory()
+    verdict.row("memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before))
+
+
+def one_round(target: Target, verdict: Verdict) -> None:
     for what, (path, make) in BODIES.items():
         content = make()
         send(target, verdict, what, path, content, num_times=1)
         if what in SEVERAL:
             send(target, verdict, what, path, content, num_times=AT_ONCE)
-    unfinished(target, verdict)
-    target.settle(verdict, before, "bodies")
+
+
+def calm_memory(target: Target) -> dict[str, float]:
+    """What each process holds, in MiB, once none gives any back."""
     now = target.memory()
-    verdict.row("memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before))
+    for _ in range(CALM_ROUNDS):
+        time.sleep(5)
+        before, now = now, target.memory()
+        if all(now.get(name, 0) > before[name] - 1 for name in before):
+            break
+    return now
 
 
 def send(target: Target, verdict: Verdict, what: str, path: str, content: bytes, *, num_times: int) -> None:
