@@ -7,7 +7,7 @@ from typing import Literal
 from pdlaunch.config.models import FrozenModel, KVOffloadSettings, KVTransferSettings, LimitSettings, LoadFormat, Role
 
 ENGINE_HOST = "127.0.0.1"
-"""Where engines listen for their router."""
+"""Engines listen here for their router."""
 
 
 class EngineSpec(FrozenModel):

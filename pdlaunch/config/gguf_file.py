@@ -65,7 +65,7 @@ class _Tensor:
     dimensions: tuple[int, ...]
     """Rows last: the reverse of the order in PyTorch."""
     start: int
-    """Of its data, from the start of all data."""
+    """Offset of its data in bytes, from the start of all data."""
     num_bytes: int
 
 

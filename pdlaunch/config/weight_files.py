@@ -73,7 +73,7 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _data_bytes(path: Path, header: bytes) -> int:
-    """Where the last tensor ends; tensors lie behind each other without gaps."""
+    """Return where the last tensor ends, in bytes; tensors lie behind each other without gaps."""
     try:
         entries: dict[str, Any] = json.loads(header)
         places = sorted(tuple(entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__")

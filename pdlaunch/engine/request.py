@@ -101,7 +101,7 @@ class Request:
         self.is_suspect = message.is_suspect
         """Until a step has drawn a token for it here."""
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
-        """What stands for it in the record of steps."""
+        """The number that stands for the request in the record of steps."""
         self.is_announced = False
         """Decode engines may read its blocks while they are computed, until a lease takes over or they are withdrawn."""
 

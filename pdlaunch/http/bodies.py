@@ -22,14 +22,14 @@ from pdlaunch.http.memory import MemoryReturn
 from pdlaunch.protocol.openai.generation import MAX_CHOICES
 
 BODY_TIMEOUT_S = 60.0
-"""For all of a body."""
+"""Seconds within which a whole body must have come."""
 BODY_SILENCE_S = 15.0
-"""For the next piece of it."""
+"""Seconds within which the next piece of a body must come."""
 SMALL_BODY_BYTES = 256 * 1024
 LARGE_SHARE = 3 / 4
-"""Of the budget, for bodies that are not small."""
+"""Bodies that are not small get this share of the budget; the rest is left to small ones."""
 ROUTER_ADDS_BYTES = 1024**2
-"""To a body that it sends on: kv_transfer_params with block ids and first tokens, a seed."""
+"""A router adds at most this to a body that it sends on: kv_transfer_params with block ids and first tokens, a seed."""
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 
 

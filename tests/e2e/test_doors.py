@@ -29,19 +29,12 @@ from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
+from tests.router.test_admin import COMMANDS
 from tests.server.conftest import engine_spec
 from tests.transfer.test_strangers import as_nobody
 
 CLIENT, OTHER_ROUTER = "of-the-clients", "of-another-router"
 BODY = {"prompt": [5, 6, 7], "max_tokens": 2}
-COMMANDS = [
-    ("POST", "/sleep"),
-    ("POST", "/wake_up"),
-    ("GET", "/is_sleeping"),
-    ("GET", "/pdlaunch/integrity"),
-    ("GET", "/pdlaunch/engines/decode-0/metrics"),
-    ("POST", "/pdlaunch/engines/decode-0/v1/completions"),
-]
 
 
 @dataclass(frozen=True)
