@@ -1,4 +1,6 @@
-"""Stream a chat from a running deployment with the official openai client: `python examples/chat.py`."""
+"""Stream a chat from a running deployment with the official openai client: `python
+examples/chat.py`.
+"""
 
 from openai import OpenAI
 

@@ -27,10 +27,18 @@ class PdlaunchError(Exception):
 class ConfigError(PdlaunchError, ValueError):
     """A setting is wrong.
 
-    ``field`` is the dotted path in the config file, ``value`` what was found there (never a secret), ``fix`` what to do.
+    ``field`` is the dotted path in the config file, ``value`` what was found there (never a
+    secret), ``fix`` what to do.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, value: object = None, fix: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        fix: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.field = field
         self.value = value
@@ -46,9 +54,13 @@ class StartupError(PdlaunchError):
 
 
 class RequestError(PdlaunchError, ValueError):
-    """A request to the API cannot be served as it was sent; becomes an error body in OpenAI's format."""
+    """A request to the API cannot be served as it was sent; becomes an error body in OpenAI's
+    format.
+    """
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
@@ -58,7 +70,9 @@ class RequestError(PdlaunchError, ValueError):
 class OverloadedError(RequestError):
     """The engine or the router has no room for the request now."""
 
-    def __init__(self, message: str, *, status: int = 429, retry_after_s: int = 1, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, status: int = 429, retry_after_s: int = 1, code: str | None = None
+    ) -> None:
         super().__init__(message, status=status, code=code)
         self.retry_after_s = retry_after_s
 
@@ -87,7 +101,9 @@ class VerificationError(TransferError):
 
 
 class TransferSpecError(TransferError, ValueError):
-    """A transfer between device and host names groups, blocks and chunks that do not fit each other; nothing is copied."""
+    """A transfer between device and host names groups, blocks and chunks that do not fit each
+    other; nothing is copied.
+    """
 
 
 class MemoryPoolError(PdlaunchError):

@@ -1,4 +1,6 @@
-"""Runs a module of tests of Triton kernels in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Runs a module of tests of Triton kernels in Triton's interpreter, which must be chosen before
+Triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 120) -> None:
     """Run ``module`` as a program, and fail with its last words if it fails.
 
-    ``parts``: arguments of as many processes of it, which run at the same time; without any it runs once.
+    ``parts``: arguments of as many processes of it, which run at the same time; without any it runs
+    once.
     """
     processes = [
         subprocess.Popen(
@@ -34,4 +37,6 @@ def run_interpreted(module: str, *parts: Sequence[str], timeout_s: float = 120) 
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0] * len(processes), [errors[-2000:] for errors in ended]
+    assert [process.returncode for process in processes] == [0] * len(processes), [
+        errors[-2000:] for errors in ended
+    ]

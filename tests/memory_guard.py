@@ -1,8 +1,10 @@
-"""A pytest plugin that holds the suite to its memory: one limit for the whole process, one for what each test adds.
+"""A pytest plugin that holds the suite to its memory: one limit for the whole process, one for what
+each test adds.
 
-A test is judged by the peak from its setup to its teardown, so that memory which is freed in time counts as well. Loading a big
-library is not the test's doing: the test in which one is imported for the first time is not judged, nor are tests on a GPU, which
-load CUDA's libraries. Hypothesis works out a table of all characters once a clone, in 200 MiB: before the first test.
+A test is judged by the peak from its setup to its teardown, so that memory which is freed in time
+counts as well. Loading a big library is not the test's doing: the test in which one is imported for
+the first time is not judged, nor are tests on a GPU, which load CUDA's libraries. Hypothesis works
+out a table of all characters once a clone, in 200 MiB: before the first test.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import pytest
 MIB = 1024**2
 HEAVY_LIBRARIES = ("torch", "transformers", "triton", "nixl", "mooncake")
 TRIM_BYTES = 32 * MIB
-"""By how much memory may grow before free memory of the allocator is given back; what lies there hides as much growth."""
+"""By how much memory may grow before free memory of the allocator is given back; what lies there
+hides as much growth.
+"""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -26,13 +30,18 @@ _RESET_PEAK = "5"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("memory_limit_mib", "resident memory of the pytest process", default="2048")
-    parser.addini("memory_growth_limit_mib", "resident memory that one test may add at its peak", default="200")
+    parser.addini(
+        "memory_growth_limit_mib",
+        "resident memory that one test may add at its peak",
+        default="200",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if sys.platform == "linux":
         limit_bytes, growth_limit_bytes = (
-            int(config.getini(name)) * MIB for name in ("memory_limit_mib", "memory_growth_limit_mib")
+            int(config.getini(name)) * MIB
+            for name in ("memory_limit_mib", "memory_growth_limit_mib")
         )
         config.pluginmanager.register(MemoryGuard(limit_bytes, growth_limit_bytes), "memory_guard")
 
@@ -81,7 +90,10 @@ class MemoryGuard:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         peak_bytes = self._peak()
-        text = f"peak memory of the pytest process: {peak_bytes // MIB} MiB, {self._limit_bytes // MIB} MiB are allowed"
+        text = (
+            f"peak memory of the pytest process: {peak_bytes // MIB} MiB, "
+            f"{self._limit_bytes // MIB} MiB are allowed"
+        )
         if peak_bytes > self._limit_bytes:
             terminalreporter.section("memory", red=True)
             terminalreporter.write_line(f"FAILED: {text}", red=True)

@@ -1,4 +1,6 @@
-"""Holds the table of docs/architecture.md: which room may import which, and that light processes stay light."""
+"""Holds the table of docs/architecture.md: which room may import which, and that light processes
+stay light.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,16 @@ def read_table() -> Table:
     """Room -> what it may import, in the order of docs/architecture.md."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     table: Table = {}
-    for room, allowed in re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]* \| ([^|]*) \|$", text, re.MULTILINE):
+    for room, allowed in re.findall(
+        r"^\| `(\w+)(?:/|\.py)` \| [^|]* \| ([^|]*) \|$", text, re.MULTILINE
+    ):
         words = tuple(word.strip() for word in allowed.split(","))
         above = "all above but "
-        table[room] = (*(set(table) - {words[0].removeprefix(above)}), *HEAVY) if words[0].startswith(above) else words
+        table[room] = (
+            (*(set(table) - {words[0].removeprefix(above)}), *HEAVY)
+            if words[0].startswith(above)
+            else words
+        )
     return table
 
 
@@ -35,7 +43,11 @@ TABLE = read_table()
 
 
 def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if not (path.parent == PACKAGE and path.stem in ENTRY_FILES))
+    return sorted(
+        path
+        for path in PACKAGE.rglob("*.py")
+        if not (path.parent == PACKAGE and path.stem in ENTRY_FILES)
+    )
 
 
 def room_of(source: Path) -> str:
@@ -49,7 +61,11 @@ def imports_of(source: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}:{node.lineno}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "pdlaunch" else [str(node.module)]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "pdlaunch"
+                else [str(node.module)]
+            )
             yield from ((node.lineno, name) for name in names)
 
 
@@ -88,10 +104,19 @@ def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     files = [source for source in sources() if not source.stem.startswith("bench_")]
     imported = {name.partition(".")[0] for source in files for _, name in imports_of(source)}
     called = {
-        node.attr for source in files for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Attribute)
+        node.attr
+        for source in files
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Attribute)
     }
     assert not imported & {"pickle", "marshal", "shelve", "multiprocessing"}
-    assert not called & {"recv_pyobj", "broadcast_object_list", "all_gather_object", "gather_object", "recv_object_list"}
+    assert not called & {
+        "recv_pyobj",
+        "broadcast_object_list",
+        "all_gather_object",
+        "gather_object",
+        "recv_object_list",
+    }
 
 
 def test_the_table_has_no_cycles() -> None:
@@ -111,12 +136,24 @@ def test_the_table_has_no_cycles() -> None:
         "import pdlaunch.router.__main__",
         "import pdlaunch.server.__main__",
         "import sys; sys.argv = ['pdlaunch', '--help']; from pdlaunch.cli import main; main()",
-        "import sys; sys.argv = ['pdlaunch', 'serve', '--dry-run', '--format', 'json']; from pdlaunch.cli import main; main()",
+        (
+            "import sys; sys.argv = ['pdlaunch', 'serve', '--dry-run', '--format', 'json']; from "
+            "pdlaunch.cli import main; main()"
+        ),
     ],
 )
 def test_light_processes_import_neither_torch_nor_transformers(statement: str) -> None:
-    report = "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules, file=sys.stderr)); "
-    result = subprocess.run([sys.executable, "-c", report + statement], capture_output=True, text=True, cwd=ROOT, check=False)
+    report = (
+        "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules, "
+        "file=sys.stderr)); "
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", report + statement],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     loaded = next(line for line in result.stderr.splitlines() if line.startswith("LOADED")).split()
     assert not set(HEAVY) & set(loaded)

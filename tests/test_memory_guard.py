@@ -71,9 +71,22 @@ def test_of_any_text(text):
 def run_pytest(tmp_path: Path, code: str, option: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "test_example.py").write_text(code)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.memory_guard", "-rEF", "-o", option, "--rootdir", ".", "test_example.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.memory_guard",
+            "-rEF",
+            "-o",
+            option,
+            "--rootdir",
+            ".",
+            "test_example.py",
+        ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         timeout=120,
@@ -81,11 +94,22 @@ def run_pytest(tmp_path: Path, code: str, option: str) -> subprocess.CompletedPr
 
 
 def test_a_test_that_adds_too_much_fails(tmp_path: Path) -> None:
-    """Whatever becomes of the memory, and whoever had it before; the first import of a library is not the test's doing."""
+    """Whatever becomes of the memory, and whoever had it before; the first import of a library is
+    not the test's doing.
+    """
     (tmp_path / "triton.py").write_text("data = b'x' * (100 << 20)")
     done = run_pytest(tmp_path, GREEDY, "memory_growth_limit_mib=64")
-    failed = [line.partition("::")[2].split()[0] for line in done.stdout.splitlines() if line.startswith("ERROR test_example")]
-    assert failed == ["test_that_keeps_it", "test_that_frees_it", "test_with_a_fixture", "test_that_takes_it"], done.stdout
+    failed = [
+        line.partition("::")[2].split()[0]
+        for line in done.stdout.splitlines()
+        if line.startswith("ERROR test_example")
+    ]
+    assert failed == [
+        "test_that_keeps_it",
+        "test_that_frees_it",
+        "test_with_a_fixture",
+        "test_that_takes_it",
+    ], done.stdout
     assert done.returncode == 1
     assert "test_example.py::test_that_keeps_it added 100 MiB" in done.stdout
     assert "64 MiB are allowed" in done.stdout

@@ -35,13 +35,17 @@ def no_engine(context: Context) -> Iterator[Found]:
 def role_without_peer(context: Context) -> Iterator[Found]:
     """A role has engines, but the other role has none.
 
-    Prefill hands its KV blocks to decode: without a peer nothing is handed over, and one role does the work of both.
+    Prefill hands its KV blocks to decode: without a peer nothing is handed over, and one role does
+    the work of both.
     """
     if len(context.engines) == 1:
         (present,) = context.engines
         absent = next(role for role in ROLES if role != present)
         count = context.engines[present].replicas
-        yield Found(f"{absent}.replicas", f"{count} {present} engine{'' if count == 1 else 's'}, but no {absent} engine")
+        yield Found(
+            f"{absent}.replicas",
+            f"{count} {present} engine{'' if count == 1 else 's'}, but no {absent} engine",
+        )
 
 
 @rule(
@@ -70,15 +74,22 @@ def model_unusable(context: Context) -> Iterator[Found]:
 def tp_splits_heads(context: Context) -> Iterator[Found]:
     """tensor_parallel_size does not divide the attention heads of the model.
 
-    Tensor parallelism gives every rank the same number of attention heads, and an equal part of the inner size.
+    Tensor parallelism gives every rank the same number of attention heads, and an equal part of the
+    inner size.
     """
     for engine, shape in context.shapes():
-        numbers = {"attention heads": shape.num_attention_heads, "intermediate_size": shape.intermediate_size}
+        numbers = {
+            "attention heads": shape.num_attention_heads,
+            "intermediate_size": shape.intermediate_size,
+        }
         for name, number in numbers.items():
             if number % engine.tp_size:
                 yield Found(
                     f"{engine.role}.tensor_parallel_size",
-                    f"tensor_parallel_size {engine.tp_size} does not divide the model's {number} {name}",
+                    (
+                        f"tensor_parallel_size {engine.tp_size} does not divide the model's "
+                        f"{number} {name}"
+                    ),
                 )
 
 
@@ -92,13 +103,17 @@ def tp_splits_heads(context: Context) -> Iterator[Found]:
 def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
     """tensor_parallel_size does not fit the KV heads of the model.
 
-    A rank holds whole KV heads. They are shared out evenly, or each is replicated on equally many ranks; nothing else
-    works.
+    A rank holds whole KV heads. They are shared out evenly, or each is replicated on equally many
+    ranks; nothing else works.
     """
     for engine, shape in context.shapes():
         heads, size = shape.num_kv_heads, engine.tp_size
         if heads % size and size % heads:
-            sizes = [str(n) for n in range(1, heads + 1) if heads % n == 0 and shape.num_attention_heads % n == 0]
+            sizes = [
+                str(n)
+                for n in range(1, heads + 1)
+                if heads % n == 0 and shape.num_attention_heads % n == 0
+            ]
             yield Found(
                 f"{engine.role}.tensor_parallel_size",
                 f"tensor_parallel_size {size} does not fit the model's {heads} KV heads",
@@ -122,28 +137,41 @@ def max_len_over_model(context: Context) -> Iterator[Found]:
         wanted, limit = engine.settings.max_model_len, shape.max_position_embeddings
         if wanted is not None and wanted > limit:
             message = f"max_model_len {wanted} is over the model's {limit} positions"
-            yield Found(engine.where("max_model_len"), message, f"set it to {limit} or less, or leave it out")
+            yield Found(
+                engine.where("max_model_len"),
+                message,
+                f"set it to {limit} or less, or leave it out",
+            )
 
 
 @rule(
     "PD107",
     "error",
     fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
-    source="vLLM: after its lease the late read succeeds, and decode answers wrong text with HTTP 200 (measured).",
+    source=(
+        "vLLM: after its lease the late read succeeds, and decode answers wrong text with HTTP 200 "
+        "(measured)."
+    ),
 )
 def lease_too_short(context: Context) -> Iterator[Found]:
     """The lease on prefill's blocks is shorter than the longest transfer.
 
-    When a lease ends, prefill gives the blocks to other requests. Heartbeats extend it while a pull runs; when they do
-    not get through, a pull that is still allowed to go on reads what belongs to somebody else, and the prompt is computed
-    again.
+    When a lease ends, prefill gives the blocks to other requests. Heartbeats extend it while a pull
+    runs; when they do not get through, a pull that is still allowed to go on reads what belongs to
+    somebody else, and the prompt is computed again.
     """
     transfer = context.config.kv_transfer
     if context.pair() and transfer.lease_s <= transfer.pull_timeout_s:
         yield Found(
             "kv_transfer.lease_s",
-            f"blocks are leased for {transfer.lease_s:g} s, but a pull may take {transfer.pull_timeout_s:g} s",
-            f"set lease_s above {transfer.pull_timeout_s:g}, or pull_timeout_s below {transfer.lease_s:g}",
+            (
+                f"blocks are leased for {transfer.lease_s:g} s, but a pull may take "
+                f"{transfer.pull_timeout_s:g} s"
+            ),
+            (
+                f"set lease_s above {transfer.pull_timeout_s:g}, or pull_timeout_s below "
+                f"{transfer.lease_s:g}"
+            ),
         )
 
 
@@ -162,7 +190,9 @@ def block_size_not_allowed(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         size = engine.settings.block_size
         if size % CUDA_BLOCK_STEP_TOKENS:
-            message = f"block_size {size} is no multiple of {CUDA_BLOCK_STEP_TOKENS}, which CUDA needs"
+            message = (
+                f"block_size {size} is no multiple of {CUDA_BLOCK_STEP_TOKENS}, which CUDA needs"
+            )
             rounded = max(1, round(size / CUDA_BLOCK_STEP_TOKENS)) * CUDA_BLOCK_STEP_TOKENS
             yield Found(engine.where("block_size"), message, f"set it to {rounded}")
 
@@ -177,12 +207,16 @@ def block_size_not_allowed(context: Context) -> Iterator[Found]:
 def block_longer_than_request(context: Context) -> Iterator[Found]:
     """A KV block is longer than the longest request.
 
-    Only whole blocks are cached, leased and handed over in full: with one block a request the prefix cache finds nothing.
+    Only whole blocks are cached, leased and handed over in full: with one block a request the
+    prefix cache finds nothing.
     """
     for engine in context.engines.values():
         longest = engine.max_model_len
         if longest is not None and engine.settings.block_size > longest:
-            message = f"block_size {engine.settings.block_size} is over the longest request of {longest} tokens"
+            message = (
+                f"block_size {engine.settings.block_size} is over the longest request of {longest} "
+                "tokens"
+            )
             yield Found(engine.where("block_size"), message)
 
 
@@ -195,8 +229,8 @@ def block_longer_than_request(context: Context) -> Iterator[Found]:
 def budget_below_batch(context: Context) -> Iterator[Found]:
     """The token budget of a step is smaller than the largest batch.
 
-    A decode step computes one token for every running request: requests beyond the budget wait, whatever max_num_seqs
-    says.
+    A decode step computes one token for every running request: requests beyond the budget wait,
+    whatever max_num_seqs says.
     """
     for engine in context.engines.values():
         budget, batch = engine.max_num_batched_tokens, engine.settings.max_num_seqs
@@ -214,10 +248,14 @@ def budget_below_batch(context: Context) -> Iterator[Found]:
 def not_verified(context: Context) -> Iterator[Found]:
     """Pulled KV blocks are not verified.
 
-    Without checksums a block that was overwritten while it was read is used, and the answer is wrong with HTTP 200.
+    Without checksums a block that was overwritten while it was read is used, and the answer is
+    wrong with HTTP 200.
     """
     if context.pair() and not context.config.kv_transfer.verify:
-        yield Found("kv_transfer.verify", "kv_transfer.verify is off: wrong KV blocks would be used unnoticed")
+        yield Found(
+            "kv_transfer.verify",
+            "kv_transfer.verify is off: wrong KV blocks would be used unnoticed",
+        )
 
 
 @rule(
@@ -229,7 +267,8 @@ def not_verified(context: Context) -> Iterator[Found]:
 def open_without_key(context: Context) -> Iterator[Found]:
     """The API listens beyond this machine without a key.
 
-    Whoever reaches the port can use the engines, and read what the prefix cache tells by its timing.
+    Whoever reaches the port can use the engines, and read what the prefix cache tells by its
+    timing.
     """
     config = context.config
     if config.api_key is None and not config.host.startswith(_LOOPBACK):
@@ -245,8 +284,8 @@ def open_without_key(context: Context) -> Iterator[Found]:
 def request_shorter_than_pulls(context: Context) -> Iterator[Found]:
     """A request ends before a failed transfer can be made good.
 
-    Decode recomputes the prompt after its pull has failed. A request that may live no longer than a pull may take
-    never gets there.
+    Decode recomputes the prompt after its pull has failed. A request that may live no longer than a
+    pull may take never gets there.
     """
     transfer, limit = context.config.kv_transfer, context.config.limits.request_timeout_s
     if context.pair() and limit <= transfer.pull_timeout_s:
@@ -270,9 +309,18 @@ def without_effect(context: Context) -> Iterator[Found]:
         if not context.given(where):
             continue
         if engine.device == "cpu":
-            yield Found(where, "gpu_memory_utilization does nothing on a CPU; kv_cache_memory sizes the KV cache")
+            yield Found(
+                where,
+                "gpu_memory_utilization does nothing on a CPU; kv_cache_memory sizes the KV cache",
+            )
         elif engine.settings.kv_cache_memory is not None:
-            yield Found(where, "gpu_memory_utilization does nothing beside kv_cache_memory, which sizes the KV cache")
+            yield Found(
+                where,
+                (
+                    "gpu_memory_utilization does nothing beside kv_cache_memory, which sizes the "
+                    "KV cache"
+                ),
+            )
 
 
 @rule(
@@ -289,9 +337,18 @@ def too_many_threads(context: Context) -> Iterator[Found]:
     engines = [engine for engine in context.on("cpu") if engine.settings.num_threads is not None]
     threads = sum(engine.num_ranks * (engine.settings.num_threads or 0) for engine in engines)
     cores = len(context.machine.cpus)
-    if engines and threads > cores and any((engine.settings.num_threads or 0) > 1 for engine in engines):
-        shares = " + ".join(f"{engine.num_ranks} {engine.role} ranks x {engine.settings.num_threads}" for engine in engines)
-        yield Found(engines[0].where("num_threads"), f"{shares} = {threads} threads on {cores} cores")
+    if (
+        engines
+        and threads > cores
+        and any((engine.settings.num_threads or 0) > 1 for engine in engines)
+    ):
+        shares = " + ".join(
+            f"{engine.num_ranks} {engine.role} ranks x {engine.settings.num_threads}"
+            for engine in engines
+        )
+        yield Found(
+            engines[0].where("num_threads"), f"{shares} = {threads} threads on {cores} cores"
+        )
 
 
 @rule(
@@ -305,9 +362,15 @@ def startup_shorter_than_handshake(context: Context) -> Iterator[Found]:
 
     The start is given up before a slow handshake has had its time, and the reason is lost.
     """
-    start, handshake = context.config.startup_timeout_s, context.config.kv_transfer.handshake_timeout_s
+    start, handshake = (
+        context.config.startup_timeout_s,
+        context.config.kv_transfer.handshake_timeout_s,
+    )
     if context.pair() and start <= handshake:
-        yield Found("startup_timeout_s", f"startup_timeout_s {start:g} is not over handshake_timeout_s {handshake:g}")
+        yield Found(
+            "startup_timeout_s",
+            f"startup_timeout_s {start:g} is not over handshake_timeout_s {handshake:g}",
+        )
 
 
 @rule(
@@ -323,7 +386,9 @@ def dummy_weights(context: Context) -> Iterator[Found]:
     """
     for engine in context.engines.values():
         if engine.settings.load_format == "dummy":
-            yield Found(engine.where("load_format"), "load_format is dummy: the answers have no meaning")
+            yield Found(
+                engine.where("load_format"), "load_format is dummy: the answers have no meaning"
+            )
 
 
 @rule(
@@ -341,7 +406,8 @@ def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
     for engine, shape in context.shapes():
         if shape.num_experts and engine.tp_size > 1:
             message = (
-                f"tensor_parallel_size {engine.tp_size} for {shape.model_type}, which has {shape.num_experts} experts a layer"
+                f"tensor_parallel_size {engine.tp_size} for {shape.model_type}, which has "
+                f"{shape.num_experts} experts a layer"
             )
             yield Found(f"{engine.role}.tensor_parallel_size", message)
 
@@ -356,8 +422,9 @@ def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
 def weights_unreadable(context: Context) -> Iterator[Found]:
     """The weights of the model are missing, damaged, or in a format that is not read.
 
-    Engines read *.safetensors. A file that is cut off or missing would end every rank after its libraries are loaded.
-    Pickles (*.bin, *.pt, *.pth) can run any code when they are opened, so they are never read.
+    Engines read *.safetensors. A file that is cut off or missing would end every rank after its
+    libraries are loaded. Pickles (*.bin, *.pt, *.pth) can run any code when they are opened, so
+    they are never read.
     """
     for role, engine in context.engines.items():
         if role in context.weight_errors:

@@ -73,16 +73,22 @@ class Engine:
 
     @property
     def max_model_len(self) -> int | None:
-        return self.settings.max_model_len or (self.shape.max_position_embeddings if self.shape else None)
+        return self.settings.max_model_len or (
+            self.shape.max_position_embeddings if self.shape else None
+        )
 
     @property
     def max_num_batched_tokens(self) -> int:
-        return self.settings.max_num_batched_tokens or (CPU_BATCHED_TOKENS if self.device == "cpu" else CUDA_BATCHED_TOKENS)
+        return self.settings.max_num_batched_tokens or (
+            CPU_BATCHED_TOKENS if self.device == "cpu" else CUDA_BATCHED_TOKENS
+        )
 
     @property
     def kv_cache_bytes(self) -> int | None:
         """Of one rank; None: what the device has left."""
-        return self.settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if self.device == "cpu" else None)
+        return self.settings.kv_cache_memory or (
+            CPU_KV_CACHE_BYTES if self.device == "cpu" else None
+        )
 
     @property
     def host_tier_bytes(self) -> int:
@@ -133,10 +139,16 @@ class Context:
 
     def given(self, path: str) -> bool:
         """The user has set this, be it to its default."""
-        return self.origins[path].kind in ("flag", "environment", "file") if path in self.origins else False
+        return (
+            self.origins[path].kind in ("flag", "environment", "file")
+            if path in self.origins
+            else False
+        )
 
     def where_variable(self, engine: Engine, name: str) -> str:
-        """The setting that gives a variable to an engine's ranks, else the environment of this command."""
+        """The setting that gives a variable to an engine's ranks, else the environment of this
+        command.
+        """
         paths = (f"{engine.role}.env.{name}", f"env.{name}")
         return next((path for path in paths if self.given(path)), f"environment {name}")
 
@@ -151,4 +163,6 @@ class Context:
 
     def shapes(self) -> Iterator[tuple[Engine, ModelShape]]:
         """Engines whose model is known."""
-        return ((engine, engine.shape) for engine in self.engines.values() if engine.shape is not None)
+        return (
+            (engine, engine.shape) for engine in self.engines.values() if engine.shape is not None
+        )

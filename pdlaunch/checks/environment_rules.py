@@ -45,7 +45,10 @@ def packages_missing(context: Context) -> Iterator[Found]:
 
     The ranks compute with them.
     """
-    for name, version in (("torch", context.machine.libraries.torch), ("transformers", context.machine.libraries.transformers)):
+    for name, version in (
+        ("torch", context.machine.libraries.torch),
+        ("transformers", context.machine.libraries.transformers),
+    ):
         if version is None:
             yield Found(f"package {name}", f"{name} is not installed for this Python")
 
@@ -68,7 +71,11 @@ def nixl_missing(context: Context) -> Iterator[Found]:
     if nixl.version is None:
         yield Found("package nixl", "nixl is not installed for this Python")
     elif not nixl.backends:
-        yield Found("package nixl", f"nixl {nixl.version} has no build beside it", "pip install nixl-cu12, or nixl-cu13")
+        yield Found(
+            "package nixl",
+            f"nixl {nixl.version} has no build beside it",
+            "pip install nixl-cu12, or nixl-cu13",
+        )
 
 
 @rule(
@@ -81,24 +88,33 @@ def nixl_missing(context: Context) -> Iterator[Found]:
 def ucx_plugin_missing(context: Context) -> Iterator[Found]:
     """The UCX plugin of NIXL is not there.
 
-    NIXL loads its backends from plugin files beside it, or from NIXL_PLUGIN_DIR. Without UCX no agent can be made.
+    NIXL loads its backends from plugin files beside it, or from NIXL_PLUGIN_DIR. Without UCX no
+    agent can be made.
     """
     build = _nixl_build(context.machine.libraries)
-    if _uses(context, "nixl") and build is not None and build not in context.machine.libraries.nixl.backends_with_ucx:
+    if (
+        _uses(context, "nixl")
+        and build is not None
+        and build not in context.machine.libraries.nixl.backends_with_ucx
+    ):
         yield Found(f"package nixl-{build}", f"libplugin_UCX.so of nixl-{build} is not found")
 
 
 @rule(
     "PD404",
     "error",
-    fix="Read the error; often a CUDA library of another generation stands first in LD_LIBRARY_PATH.",
+    fix=(
+        "Read the error; often a CUDA library of another generation stands first in "
+        "LD_LIBRARY_PATH."
+    ),
     source="The import, tried in a process of its own.",
     needs=("imports",),
 )
 def import_fails(context: Context) -> Iterator[Found]:
     """NIXL cannot be imported.
 
-    A shared library that it needs is missing or of another version; every rank would end with this error.
+    A shared library that it needs is missing or of another version; every rank would end with this
+    error.
     """
     for module, error in context.import_errors.items():
         if module != "nixl" or _uses(context, "nixl"):
@@ -115,8 +131,8 @@ def import_fails(context: Context) -> Iterator[Found]:
 def cuda_generations_mixed(context: Context) -> Iterator[Found]:
     """torch and NIXL are built for different CUDA generations.
 
-    NIXL loads the build for torch's CUDA generation; with another one, two CUDA runtimes of different generations meet in
-    one process, and the import fails or copies end in errors.
+    NIXL loads the build for torch's CUDA generation; with another one, two CUDA runtimes of
+    different generations meet in one process, and the import fails or copies end in errors.
     """
     libraries = context.machine.libraries
     if libraries.torch_cuda is None or not libraries.nixl.backends or not _uses(context, "nixl"):
@@ -124,7 +140,10 @@ def cuda_generations_mixed(context: Context) -> Iterator[Found]:
     wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
     if wanted not in libraries.nixl.backends:
         there = ", ".join(f"nixl-{name}" for name in sorted(libraries.nixl.backends))
-        message = f"torch {libraries.torch} is built for CUDA {libraries.torch_cuda}, NIXL is there as {there}"
+        message = (
+            f"torch {libraries.torch} is built for CUDA {libraries.torch_cuda}, NIXL is there as "
+            f"{there}"
+        )
         yield Found("package nixl", message, f"pip install nixl-{wanted}")
 
 
@@ -162,7 +181,9 @@ def driver_too_old(context: Context) -> Iterator[Found]:
     if driver is None or built is None or not any(True for _ in context.on("cuda")):
         return
     if int(built.partition(".")[0]) > driver[0]:
-        message = f"torch is built for CUDA {built}, the driver runs up to CUDA {driver[0]}.{driver[1]}"
+        message = (
+            f"torch is built for CUDA {built}, the driver runs up to CUDA {driver[0]}.{driver[1]}"
+        )
         yield Found("CUDA driver", message)
 
 
@@ -170,7 +191,9 @@ def driver_too_old(context: Context) -> Iterator[Found]:
     "PD408",
     "error",
     fix="On Debian and Ubuntu: apt-get install libibverbs1",
-    source="mooncake-transfer-engine: works over tcp on a CPU once libibverbs1 is there (measured).",
+    source=(
+        "mooncake-transfer-engine: works over tcp on a CPU once libibverbs1 is there (measured)."
+    ),
     needs=("libraries",),
 )
 def mooncake_libraries(context: Context) -> Iterator[Found]:
@@ -182,12 +205,22 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
     if not _uses(context, "mooncake"):
         return
     if not libraries.mooncake:
-        yield Found("package mooncake", "mooncake is not installed for this Python", "pip install mooncake-transfer-engine")
-    elif libraries.mooncake_version is not None and _numbers(libraries.mooncake_version) < OLDEST_MOONCAKE:
+        yield Found(
+            "package mooncake",
+            "mooncake is not installed for this Python",
+            "pip install mooncake-transfer-engine",
+        )
+    elif (
+        libraries.mooncake_version is not None
+        and _numbers(libraries.mooncake_version) < OLDEST_MOONCAKE
+    ):
         oldest = ".".join(map(str, OLDEST_MOONCAKE))
         yield Found(
             "package mooncake",
-            f"mooncake is {libraries.mooncake_version}; {oldest} is the oldest whose writes over TCP are acknowledged",
+            (
+                f"mooncake is {libraries.mooncake_version}; {oldest} is the oldest whose writes "
+                "over TCP are acknowledged"
+            ),
             f"pip install 'mooncake-transfer-engine>={oldest}'",
         )
     for name in libraries.missing_for_mooncake:
@@ -197,17 +230,24 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
 @rule(
     "PD409",
     "warning",
-    fix="Use connector nixl, which listens nowhere, or give the deployment a network namespace of its own.",
+    fix=(
+        "Use connector nixl, which listens nowhere, or give the deployment a network namespace of "
+        "its own."
+    ),
     source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
 )
 def mooncake_sockets(context: Context) -> Iterator[Found]:
     """Mooncake's sockets admit every process of this machine.
 
-    Each rank listens on two ports without authentication. pdlaunch binds them to the loopback device, so that no other host
-    reaches them; a process of this machine could still read and write KV blocks.
+    Each rank listens on two ports without authentication. pdlaunch binds them to the loopback
+    device, so that no other host reaches them; a process of this machine could still read and write
+    KV blocks.
     """
     if _uses(context, "mooncake"):
-        yield Found("kv_transfer.connector", "mooncake listens without authentication on this machine's loopback device")
+        yield Found(
+            "kv_transfer.connector",
+            "mooncake listens without authentication on this machine's loopback device",
+        )
 
 
 @rule(
@@ -219,19 +259,28 @@ def mooncake_sockets(context: Context) -> Iterator[Found]:
 def gloo_sockets(context: Context) -> Iterator[Found]:
     """Gloo's sockets admit every process of this machine.
 
-    The ranks of a tensor parallel group on a CPU exchange activations over TCP. Each listens on a port of the loopback device
-    without authentication: a process of this machine that is there while a group is formed could take a rank's place.
+    The ranks of a tensor parallel group on a CPU exchange activations over TCP. Each listens on a
+    port of the loopback device without authentication: a process of this machine that is there
+    while a group is formed could take a rank's place.
     """
     for engine in context.on("cpu"):
         if engine.tp_size > 1:
             place = f"{engine.role}.tensor_parallel_size"
-            yield Found(place, f"each of {engine.tp_size} ranks listens without authentication on this machine's loopback device")
+            yield Found(
+                place,
+                (
+                    f"each of {engine.tp_size} ranks listens without authentication on this "
+                    "machine's loopback device"
+                ),
+            )
 
 
 @rule(
     "PD410",
     "error",
-    fix="Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU option.",
+    fix=(
+        "Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU option."
+    ),
     source="cuInit and cuDeviceGetCount.",
     needs=("gpus",),
 )
@@ -242,7 +291,10 @@ def no_gpu(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cuda"):
         if not context.machine.gpus:
-            yield Found(engine.where("device"), f"device is cuda, but no CUDA device is visible: {context.machine.cumem.reason}")
+            yield Found(
+                engine.where("device"),
+                f"device is cuda, but no CUDA device is visible: {context.machine.cumem.reason}",
+            )
 
 
 @rule(
@@ -255,13 +307,18 @@ def no_gpu(context: Context) -> Iterator[Found]:
 def too_few_gpus(context: Context) -> Iterator[Found]:
     """There are fewer GPUs than one engine has ranks.
 
-    Two ranks of one engine on a device would wait for each other in collective operations that need a device each.
+    Two ranks of one engine on a device would wait for each other in collective operations that need
+    a device each.
     """
     there = len(context.machine.gpus)
     for engine in context.on("cuda"):
         if there and engine.tp_size > there:
-            message = f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"
-            yield Found(f"{engine.role}.tensor_parallel_size", message, f"set it to {there} or less")
+            message = (
+                f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"
+            )
+            yield Found(
+                f"{engine.role}.tensor_parallel_size", message, f"set it to {there} or less"
+            )
 
 
 @rule(
@@ -284,12 +341,16 @@ def too_few_cores(context: Context) -> Iterator[Found]:
     "PD413",
     "warning",
     fix="Set dtype: auto or float32.",
-    source="SmolLM2-135M on an AVX2 machine: 2.8 s for 128 tokens in bfloat16, 0.4 s in float32 (measured).",
+    source=(
+        "SmolLM2-135M on an AVX2 machine: 2.8 s for 128 tokens in bfloat16, 0.4 s in float32 "
+        "(measured)."
+    ),
 )
 def emulated_dtype(context: Context) -> Iterator[Found]:
     """A 16-bit dtype is computed on a CPU that emulates it.
 
-    Prefill takes six times as long as in float32, and greedy answers depend on the shape of the batch.
+    Prefill takes six times as long as in float32, and greedy answers depend on the shape of the
+    batch.
     """
     for engine in context.on("cpu"):
         dtype = engine.settings.dtype
@@ -307,7 +368,8 @@ def emulated_dtype(context: Context) -> Iterator[Found]:
 def memlock_low(context: Context) -> Iterator[Found]:
     """Little memory may be locked, and RDMA needs locked memory.
 
-    Registering the KV cache with an RDMA device locks it. Beyond the limit registration fails, or falls back to TCP.
+    Registering the KV cache with an RDMA device locks it. Beyond the limit registration fails, or
+    falls back to TCP.
     """
     limit = context.machine.limits.memlock_bytes
     if limit == UNLIMITED or not context.machine.rdma_devices or context.pair() is None:
@@ -316,7 +378,10 @@ def memlock_low(context: Context) -> Iterator[Found]:
         needed = footprint(engine)
         if needed is not None and needed.kv_bytes(engine) > limit:
             cache = format_size(needed.kv_bytes(engine))
-            yield Found("limit memlock", f"{format_size(limit)} may be locked, the KV cache of a rank has {cache}")
+            yield Found(
+                "limit memlock",
+                f"{format_size(limit)} may be locked, the KV cache of a rank has {cache}",
+            )
 
 
 @rule(
@@ -329,14 +394,21 @@ def memlock_low(context: Context) -> Iterator[Found]:
 def open_files_low(context: Context) -> Iterator[Found]:
     """Few files may be open.
 
-    Every request, pair of ranks and shared-memory segment takes descriptors. Processes raise their soft limit to the hard
-    one, which is what counts. A router that has fewer than it needs serves fewer requests at a time.
+    Every request, pair of ranks and shared-memory segment takes descriptors. Processes raise their
+    soft limit to the hard one, which is what counts. A router that has fewer than it needs serves
+    fewer requests at a time.
     """
     limit = context.machine.limits.num_open_files
     ranks = [engine.num_ranks for engine in context.engines.values()]
-    needed = _FILES_OF_A_PROCESS + 4 * context.config.limits.max_queued_requests + _FILES_OF_A_PAIR * math.prod(ranks)
+    needed = (
+        _FILES_OF_A_PROCESS
+        + 4 * context.config.limits.max_queued_requests
+        + _FILES_OF_A_PAIR * math.prod(ranks)
+    )
     if limit not in (UNLIMITED, 0) and limit < needed:
-        yield Found("limit nofile", f"{limit} files may be open, a process of this set-up can need {needed}")
+        yield Found(
+            "limit nofile", f"{limit} files may be open, a process of this set-up can need {needed}"
+        )
 
 
 @rule(
@@ -349,12 +421,17 @@ def open_files_low(context: Context) -> Iterator[Found]:
 def shm_small(context: Context) -> Iterator[Found]:
     """There is little shared memory.
 
-    UCX, torch and NCCL exchange data through /dev/shm; containers give it 64 MB unless told otherwise. A full one ends
-    processes with a bus error.
+    UCX, torch and NCCL exchange data through /dev/shm; containers give it 64 MB unless told
+    otherwise. A full one ends processes with a bus error.
     """
     shm = context.machine.shm
-    if shm.free_bytes < MIN_SHM_BYTES and sum(engine.num_ranks for engine in context.engines.values()) > 1:
-        yield Found("/dev/shm", f"{format_size(shm.free_bytes)} of {format_size(shm.total_bytes)} are free")
+    if (
+        shm.free_bytes < MIN_SHM_BYTES
+        and sum(engine.num_ranks for engine in context.engines.values()) > 1
+    ):
+        yield Found(
+            "/dev/shm", f"{format_size(shm.free_bytes)} of {format_size(shm.total_bytes)} are free"
+        )
 
 
 @rule(
@@ -385,8 +462,8 @@ def shm_stale(context: Context) -> Iterator[Found]:
 def mooncake_device_binding(context: Context) -> Iterator[Found]:
     """Mooncake's sockets cannot be closed to other hosts.
 
-    It listens on all addresses, and the kernel does not let this user bind sockets to the loopback device: the ranks refuse to
-    start.
+    It listens on all addresses, and the kernel does not let this user bind sockets to the loopback
+    device: the ranks refuse to start.
     """
     if _uses(context, "mooncake") and not context.machine.limits.can_bind_to_device:
         yield Found("kv_transfer.connector", "the sockets of mooncake would be open to every host")
@@ -395,14 +472,18 @@ def mooncake_device_binding(context: Context) -> Iterator[Found]:
 @rule(
     "PD419",
     "error",
-    fix="Name a folder that the user of the launch may write to, or may create (--kv-file-directory).",
+    fix=(
+        "Name a folder that the user of the launch may write to, or may create "
+        "(--kv-file-directory)."
+    ),
     source="access(2); the ranks make the folder at their start.",
     needs=("folders",),
 )
 def folder_not_writable(context: Context) -> Iterator[Found]:
     """The folder of connector file cannot be written to.
 
-    The ranks put their KV blocks there and would refuse to start. This machine is checked; the folder belongs on all hosts.
+    The ranks put their KV blocks there and would refuse to start. This machine is checked; the
+    folder belongs on all hosts.
     """
     for where, problem in context.folder_problems.items():
         yield Found(where, problem)
@@ -423,4 +504,6 @@ def _nixl_build(libraries: Libraries) -> str | None:
     if libraries.torch_cuda is not None:
         wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
         return wanted if wanted in libraries.nixl.backends else None
-    return next((name for name in ("cu13", "cu12", "rocm") if name in libraries.nixl.backends), None)
+    return next(
+        (name for name in ("cu13", "cu12", "rocm") if name in libraries.nixl.backends), None
+    )

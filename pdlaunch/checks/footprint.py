@@ -20,7 +20,9 @@ class Footprint:
 
     weight_bytes: int
     activation_bytes: int
-    """Estimate for the largest step: hidden and inner states, and float32 logits of every running request."""
+    """Estimate for the largest step: hidden and inner states, and float32 logits of every running
+    request.
+    """
     block_bytes: int
     num_blocks_for_longest: int
     """KV blocks that one request of max_model_len needs, all groups together."""
@@ -35,7 +37,9 @@ class Footprint:
         return self.num_blocks_for_longest * self.block_bytes
 
     def kv_bytes(self, engine: Engine) -> int:
-        """What the rank will take for its KV cache; where it takes what is left, the least it needs."""
+        """What the rank will take for its KV cache; where it takes what is left, the least it
+        needs.
+        """
         return self.min_kv_bytes if engine.kv_cache_bytes is None else engine.kv_cache_bytes
 
     def total_bytes(self, engine: Engine) -> int:
@@ -44,8 +48,10 @@ class Footprint:
     def arithmetic(self, engine: Engine) -> str:
         """``weights 1.2 GiB + activations 30 MiB + KV cache 1 GiB = 2.2 GiB``"""
         return (
-            f"weights {format_size(self.weight_bytes)} + activations {format_size(self.activation_bytes)}"
-            f" + KV cache {format_size(self.kv_bytes(engine))} = {format_size(self.total_bytes(engine))}"
+            f"weights {format_size(self.weight_bytes)} + activations "
+            f"{format_size(self.activation_bytes)}"
+            f" + KV cache {format_size(self.kv_bytes(engine))} = "
+            f"{format_size(self.total_bytes(engine))}"
         )
 
 
@@ -59,7 +65,8 @@ def footprint(engine: Engine) -> Footprint | None:
     inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // engine.tp_size
     return Footprint(
         weight_bytes=_weights_of_rank(shape, engine.tp_size) * size,
-        activation_bytes=batched * inner * size + min(engine.settings.max_num_seqs, batched) * shape.vocab_size * 4,
+        activation_bytes=batched * inner * size
+        + min(engine.settings.max_num_seqs, batched) * shape.vocab_size * 4,
         block_bytes=_block_bytes(shape, engine.tp_size, engine.settings.block_size, size),
         num_blocks_for_longest=_num_blocks(shape, longest, engine.settings.block_size),
     )
@@ -88,7 +95,9 @@ def ranks_by_gpu(context: Context) -> dict[int, Mapping[Engine, int]]:
     first = 0
     for engine in context.on("cuda") if num_gpus else ():
         for gpu in range(num_gpus):
-            count = _num_dealt(first + engine.num_ranks, num_gpus, gpu) - _num_dealt(first, num_gpus, gpu)
+            count = _num_dealt(first + engine.num_ranks, num_gpus, gpu) - _num_dealt(
+                first, num_gpus, gpu
+            )
             if count:
                 dealt[context.machine.gpus[gpu].index][engine] = count
         first += engine.num_ranks
@@ -101,9 +110,13 @@ def _num_dealt(num_ranks: int, num_gpus: int, gpu: int) -> int:
 
 
 def _weights_of_rank(shape: ModelShape, tp_size: int) -> int:
-    """Linear layers are cut; embeddings and norms are whole on every rank, KV projections where heads are replicated."""
+    """Linear layers are cut; embeddings and norms are whole on every rank, KV projections where
+    heads are replicated.
+    """
     query, kv = shape.num_attention_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    cut = shape.num_layers * (2 * shape.hidden_size * query + 3 * shape.hidden_size * shape.intermediate_size)
+    cut = shape.num_layers * (
+        2 * shape.hidden_size * query + 3 * shape.hidden_size * shape.intermediate_size
+    )
     kv_cut = shape.num_layers * 2 * shape.hidden_size * kv
     whole = shape.num_parameters - cut - kv_cut
     return whole + cut // tp_size + kv_cut // min(tp_size, shape.num_kv_heads)
@@ -117,12 +130,16 @@ def _block_bytes(shape: ModelShape, tp_size: int, block_size: int, dtype_bytes: 
 
 
 def _num_blocks(shape: ModelShape, num_tokens: int, block_size: int) -> int:
-    """As ``KVCacheManager.min_blocks``: full groups keep every block, sliding ones those that a window can touch."""
+    """As ``KVCacheManager.min_blocks``: full groups keep every block, sliding ones those that a
+    window can touch.
+    """
     kinds = Counter(shape.layer_windows)
     layers = min(kinds.values())
     whole = -(-num_tokens // block_size)
     blocks = 0
     for window, count in kinds.items():
         groups = -(-count // layers)
-        blocks += groups * (whole if window is None else min(whole, (window - 1 + block_size - 1) // block_size + 1))
+        blocks += groups * (
+            whole if window is None else min(whole, (window - 1 + block_size - 1) // block_size + 1)
+        )
     return blocks

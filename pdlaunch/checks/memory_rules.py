@@ -24,7 +24,8 @@ _TORCH = "Compared with the installed torch 2.13.0 (libc10), and with torch 2.11
 def sleep_without_allocator(context: Context) -> Iterator[Found]:
     """Sleep mode is on, and the CuMem allocator that it needs is off.
 
-    Sleep frees the physical memory behind weights and KV cache and keeps the addresses; only CuMem pools can.
+    Sleep frees the physical memory behind weights and KV cache and keeps the addresses; only CuMem
+    pools can.
     """
     for engine in context.engines.values():
         if contradicts(engine.settings):
@@ -42,8 +43,8 @@ def sleep_without_allocator(context: Context) -> Iterator[Found]:
 def allocator_unsupported(context: Context) -> Iterator[Found]:
     """The CuMem allocator is not supported on the current platform.
 
-    It needs a CUDA driver with virtual memory management on every device. It is never silently left out: what relies on
-    it (sleep, sharing with peers) would fail later.
+    It needs a CUDA driver with virtual memory management on every device. It is never silently left
+    out: what relies on it (sleep, sharing with peers) would fail later.
     """
     for engine in context.engines.values():
         if engine.settings.enable_cumem_allocator and (reason := _no_cumem(context, engine)):
@@ -61,11 +62,15 @@ def allocator_unsupported(context: Context) -> Iterator[Found]:
 def sleep_unsupported(context: Context) -> Iterator[Found]:
     """Sleep mode is not supported on the current platform.
 
-    Sleep mode needs the CuMem allocator, and that a CUDA driver with virtual memory management on every device.
+    Sleep mode needs the CuMem allocator, and that a CUDA driver with virtual memory management on
+    every device.
     """
     for engine in context.engines.values():
         if engine.settings.enable_sleep_mode and (reason := _no_cumem(context, engine)):
-            message = f"sleep mode is not supported on the current platform: cumem allocator is not supported: {reason}"
+            message = (
+                "sleep mode is not supported on the current platform: cumem allocator is not "
+                f"supported: {reason}"
+            )
             yield Found(engine.where("enable_sleep_mode"), message)
 
 
@@ -86,11 +91,13 @@ def _no_cumem(context: Context, engine: Engine) -> str | None:
 def expandable_segments(context: Context) -> Iterator[Found]:
     """A KV connector is used together with torch's expandable_segments.
 
-    Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at 0.6 GB/s instead of 392 GB/s
-    between two NVLink GPUs, without an error. CuMem pools switch expandable segments off for their own allocations. The
-    setting is read as torch does: PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF, the first
-    that is set (even if empty) alone, contrary to a comment in torch's header; white space does not count, the last of
-    repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses them (PD205).
+    Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at 0.6 GB/s
+    instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools switch expandable
+    segments off for their own allocations. The setting is read as torch does:
+    PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF, the first that is
+    set (even if empty) alone, contrary to a comment in torch's header; white space does not count,
+    the last of repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses
+    them (PD205).
     """
     for engine in context.engines.values() if context.pair() else ():
         setting = read_expandable_segments(engine.environ)
@@ -104,7 +111,10 @@ def expandable_segments(context: Context) -> Iterator[Found]:
                 context.where_variable(engine, setting.variable),
                 f"{setting.variable} switches expandable_segments on, which connector "
                 f"{context.config.kv_transfer.connector} cannot move fast",
-                f"take expandable_segments out of {setting.variable}, or use --enable-cumem-allocator or --enable-sleep-mode",
+                (
+                    f"take expandable_segments out of {setting.variable}, or use "
+                    "--enable-cumem-allocator or --enable-sleep-mode"
+                ),
             )
 
 
@@ -117,7 +127,8 @@ def expandable_segments(context: Context) -> Iterator[Found]:
 def allocator_value_refused(context: Context) -> Iterator[Found]:
     """torch refuses the value of expandable_segments.
 
-    torch reads `True` and `False` only. With `true` or `1` the process ends with a ValueError when it first allocates.
+    torch reads `True` and `False` only. With `true` or `1` the process ends with a ValueError when
+    it first allocates.
     """
     for engine in context.engines.values():
         setting = read_expandable_segments(engine.environ)
@@ -135,23 +146,31 @@ def allocator_value_refused(context: Context) -> Iterator[Found]:
 def several_allocator_variables(context: Context) -> Iterator[Found]:
     """Several variables configure torch's allocator, and torch reads one of them.
 
-    The order is PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF; the others are ignored as a
-    whole, not merged.
+    The order is PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF; the
+    others are ignored as a whole, not merged.
     """
     for engine in context.engines.values():
         setting = read_expandable_segments(engine.environ)
-        values = {engine.environ[name] for name in (setting.variable, *setting.ignored) if name is not None}
+        values = {
+            engine.environ[name]
+            for name in (setting.variable, *setting.ignored)
+            if name is not None
+        }
         if len(values) > 1:
             ignored = " and ".join(setting.ignored)
             yield Found(
-                context.where_variable(engine, setting.ignored[0]), f"torch reads {setting.variable} and ignores {ignored}"
+                context.where_variable(engine, setting.ignored[0]),
+                f"torch reads {setting.variable} and ignores {ignored}",
             )
 
 
 @rule(
     "PD207",
     "error",
-    fix="Use more ranks, a smaller dtype, a smaller max_model_len or kv_cache_memory, or a larger gpu_memory_utilization.",
+    fix=(
+        "Use more ranks, a smaller dtype, a smaller max_model_len or kv_cache_memory, or a larger "
+        "gpu_memory_utilization."
+    ),
     source="The model's config.json and the driver.",
     needs=("model", "gpus", "gpu_memory"),
 )
@@ -169,8 +188,15 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
             share = engine.settings.gpu_memory_utilization
             budget = memory if engine.settings.kv_cache_memory else int(memory * share)
             if needed.total_bytes(engine) > budget:
-                what = format_size(memory) if budget == memory else f"{share:g} x {format_size(memory)} = {format_size(budget)}"
-                message = f"a {engine.role} rank needs {needed.arithmetic(engine)}, GPU {index} gives {what}"
+                what = (
+                    format_size(memory)
+                    if budget == memory
+                    else f"{share:g} x {format_size(memory)} = {format_size(budget)}"
+                )
+                message = (
+                    f"a {engine.role} rank needs {needed.arithmetic(engine)}, GPU {index} gives "
+                    f"{what}"
+                )
                 yield Found(f"{engine.role}.tensor_parallel_size", message)
 
 
@@ -184,8 +210,8 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
 def kv_cache_too_small(context: Context) -> Iterator[Found]:
     """The KV cache cannot hold one request of max_model_len, or none at all.
 
-    A request that needs more blocks than there are can never run: it is refused although it is within max_model_len. A rank whose
-    KV cache holds no request does not start.
+    A request that needs more blocks than there are can never run: it is refused although it is
+    within max_model_len. A rank whose KV cache holds no request does not start.
     """
     for engine in context.engines.values():
         if engine.settings.max_model_len is not None or _holds_nothing(engine):
@@ -202,7 +228,8 @@ def kv_cache_too_small(context: Context) -> Iterator[Found]:
 def kv_cache_below_model(context: Context) -> Iterator[Found]:
     """The KV cache cannot hold a request as long as the model allows.
 
-    With max_model_len left to the model, longer requests than the KV cache holds are refused one by one.
+    With max_model_len left to the model, longer requests than the KV cache holds are refused one by
+    one.
     """
     for engine in context.engines.values():
         if engine.settings.max_model_len is None and not _holds_nothing(engine):
@@ -218,7 +245,9 @@ def _holds_nothing(engine: Engine) -> bool:
 
 
 def _within_model(engine: Engine) -> Engine:
-    """The engine once PD106 is heeded: no advice is about lengths that the model was not made for."""
+    """The engine once PD106 is heeded: no advice is about lengths that the model was not made
+    for.
+    """
     longest = engine.settings.max_model_len
     if engine.shape is None or longest is None or longest <= engine.shape.max_position_embeddings:
         return engine
@@ -232,19 +261,28 @@ def _too_small(engine: Engine) -> Iterator[Found]:
         return
     fits = longest_request_tokens(engine, kv_bytes)
     message = (
-        f"a request of {engine.max_model_len} tokens needs {needed.num_blocks_for_longest} blocks x "
-        f"{format_size(needed.block_bytes)} = {format_size(needed.min_kv_bytes)} on each {engine.role} rank, kv_cache_memory is "
+        f"a request of {engine.max_model_len} tokens needs {needed.num_blocks_for_longest} blocks "
+        "x "
+        f"{format_size(needed.block_bytes)} = {format_size(needed.min_kv_bytes)} on each "
+        f"{engine.role} rank, kv_cache_memory is "
         f"{format_size(kv_bytes)} ({kv_bytes // needed.block_bytes} blocks)"
     )
     way_out = f"set max_model_len to {fits} or less, or " if fits else ""
     least = -(-needed.min_kv_bytes // 1024**2)
-    yield Found(engine.where("kv_cache_memory"), message, f"{way_out}set kv_cache_memory to {least}MiB or more")
+    yield Found(
+        engine.where("kv_cache_memory"),
+        message,
+        f"{way_out}set kv_cache_memory to {least}MiB or more",
+    )
 
 
 @rule(
     "PD210",
     "error",
-    fix="Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, or use fewer engines.",
+    fix=(
+        "Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, or "
+        "use fewer engines."
+    ),
     source="How ranks are placed: in turn over all GPUs.",
     needs=("gpus", "model", "gpu_memory"),
 )
@@ -260,10 +298,17 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
         wants = {engine: _wanted_bytes(engine, memory) for engine in ranks}
         total = sum(count * wants[engine] for engine, count in ranks.items())
         if total > memory:
-            parts = " + ".join(f"{count} {engine.role} x {format_size(wants[engine])}" for engine, count in ranks.items())
+            parts = " + ".join(
+                f"{count} {engine.role} x {format_size(wants[engine])}"
+                for engine, count in ranks.items()
+            )
             message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
             share = min(0.9, 0.95 / sum(ranks.values()))
-            yield Found("gpu_memory_utilization", message, f"set gpu_memory_utilization to {share:.2f} or less")
+            yield Found(
+                "gpu_memory_utilization",
+                message,
+                f"set gpu_memory_utilization to {share:.2f} or less",
+            )
 
 
 def _wanted_bytes(engine: Engine, memory: int) -> int:
@@ -288,7 +333,13 @@ def gpu_shared(context: Context) -> Iterator[Found]:
     shared = [index for index, ranks in ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
     if shared:
         num_ranks = sum(engine.num_ranks for engine in context.on("cuda"))
-        yield Found("device", f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs: {len(shared)} of them are shared")
+        yield Found(
+            "device",
+            (
+                f"{num_ranks} ranks on {len(context.machine.gpus)} GPUs: {len(shared)} of them are "
+                "shared"
+            ),
+        )
 
 
 @rule(
@@ -303,27 +354,42 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
 
     The kernel would end a process in the middle of loading, or under load.
     """
-    needs = {engine: needed for engine in context.on("cpu") if (needed := footprint(engine)) is not None}
+    needs = {
+        engine: needed for engine in context.on("cpu") if (needed := footprint(engine)) is not None
+    }
     total = sum(engine.num_ranks * needed.total_bytes(engine) for engine, needed in needs.items())
     if total > context.machine.memory_bytes:
-        parts = "; ".join(f"{e.num_ranks} {e.role} ranks: {needed.arithmetic(e)} each" for e, needed in needs.items())
-        message = f"{parts}; together {format_size(total)} of {format_size(context.machine.memory_bytes)}"
+        parts = "; ".join(
+            f"{e.num_ranks} {e.role} ranks: {needed.arithmetic(e)} each"
+            for e, needed in needs.items()
+        )
+        message = (
+            f"{parts}; together {format_size(total)} of {format_size(context.machine.memory_bytes)}"
+        )
         yield Found(next(iter(needs)).where("kv_cache_memory"), message)
 
 
 @rule(
     "PD213",
     "warning",
-    fix="Let kv_transfer.path be auto or p2p, switch the CuMem allocator off, or give the host an IMEX channel.",
-    source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s, HTTP 200.",
+    fix=(
+        "Let kv_transfer.path be auto or p2p, switch the CuMem allocator off, or give the host an "
+        "IMEX channel."
+    ),
+    source=(
+        "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 "
+        "GB/s, HTTP 200."
+    ),
     needs=("gpus",),
 )
 def cumem_without_fabric(context: Context) -> Iterator[Found]:
-    """The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric handles.
+    """The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric
+    handles.
 
-    Without an IMEX channel the driver does not export CuMem allocations as fabric handles, and NIXL/UCX falls back to
-    copying through the host: 0.6 GB/s instead of 392 GB/s (the silent cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The
-    path p2p maps such memory by its POSIX file descriptors instead.
+    Without an IMEX channel the driver does not export CuMem allocations as fabric handles, and
+    NIXL/UCX falls back to copying through the host: 0.6 GB/s instead of 392 GB/s (the silent
+    cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file
+    descriptors instead.
     """
     if (
         not context.pair()
@@ -334,6 +400,7 @@ def cumem_without_fabric(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         if not contradicts(engine.settings) and memory_options(engine.settings).cumem_allocator:
             message = (
-                f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s on hosts without fabric handles"
+                f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s "
+                "on hosts without fabric handles"
             )
             yield Found(engine.where("enable_cumem_allocator"), message)

@@ -19,7 +19,9 @@ def read_models(config: LaunchConfig) -> dict[Role, Model]:
 
 
 def read_weight_errors(config: LaunchConfig) -> dict[Role, ConfigError]:
-    """By role, what is wrong with the weights that its engines will read; models that are converted first have none yet."""
+    """By role, what is wrong with the weights that its engines will read; models that are converted
+    first have none yet.
+    """
     errors: dict[Role, ConfigError] = {}
     for role in ROLES:
         settings = config.engine_settings(role)
@@ -49,4 +51,6 @@ def _read(name: str) -> Model:
         return Model(error=error)
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Model(error=ConfigError(f"model {name!a} cannot be read: {reason}", field="model", value=name))
+        return Model(
+            error=ConfigError(f"model {name!a} cannot be read: {reason}", field="model", value=name)
+        )

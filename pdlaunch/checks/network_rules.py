@@ -26,7 +26,10 @@ def port_busy(context: Context) -> Iterator[Found]:
     """
     for listener, state in _states(context):
         if state.problem == "busy":
-            yield Found(listener.where, f"port {listener.port} of {listener.host} for the {listener.name} is busy")
+            yield Found(
+                listener.where,
+                f"port {listener.port} of {listener.host} for the {listener.name} is busy",
+            )
 
 
 @rule(
@@ -43,7 +46,9 @@ def port_privileged(context: Context) -> Iterator[Found]:
     """
     for listener, state in _states(context):
         if state.problem == "privileged":
-            yield Found(listener.where, f"port {listener.port} for the {listener.name} needs privileges")
+            yield Found(
+                listener.where, f"port {listener.port} for the {listener.name} needs privileges"
+            )
 
 
 @rule(
@@ -60,7 +65,9 @@ def host_not_here(context: Context) -> Iterator[Found]:
     """
     for listener, state in _states(context):
         if state.problem in ("not here", "unknown host", "other"):
-            yield Found("host", f"the {listener.name} cannot listen on {listener.host!a}: {state.detail}")
+            yield Found(
+                "host", f"the {listener.name} cannot listen on {listener.host!a}: {state.detail}"
+            )
 
 
 @rule(
@@ -78,8 +85,16 @@ def ports_twice(context: Context) -> Iterator[Found]:
     counts = Counter((listener.host, listener.port) for listener in fixed)
     for (host, port), count in counts.items():
         if count > 1:
-            names = " and ".join(listener.name for listener in fixed if (listener.host, listener.port) == (host, port))
-            where = next(listener.where for listener in fixed if (listener.host, listener.port) == (host, port))
+            names = " and ".join(
+                listener.name
+                for listener in fixed
+                if (listener.host, listener.port) == (host, port)
+            )
+            where = next(
+                listener.where
+                for listener in fixed
+                if (listener.host, listener.port) == (host, port)
+            )
             yield Found(where, f"{names} are all to listen on {host}:{port}")
 
 
@@ -92,8 +107,8 @@ def ports_twice(context: Context) -> Iterator[Found]:
 def side_channel_unreachable(context: Context) -> Iterator[Found]:
     """Peers on other hosts cannot reach the side channel.
 
-    A rank tells its peers where to ask for blocks. localhost and 0.0.0.0 mean the peer's own machine there: every pull
-    fails.
+    A rank tells its peers where to ask for blocks. localhost and 0.0.0.0 mean the peer's own
+    machine there: every pull fails.
     """
     if len(context.hosts) > 1 and context.side_channel_host.startswith(_UNREACHABLE):
         message = f"ranks on {len(context.hosts)} hosts are told to ask {context.side_channel_host}"

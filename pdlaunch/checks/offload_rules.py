@@ -22,7 +22,8 @@ SETTING = "kv_offload.host_memory"
 def tier_without_prefix_cache(context: Context) -> Iterator[Found]:
     """The host tier is of no use without the prefix cache.
 
-    Blocks are kept and found under the hashes that prefix caching computes; without them no block would ever come back.
+    Blocks are kept and found under the hashes that prefix caching computes; without them no block
+    would ever come back.
     """
     for engine in _with_tier(context):
         if not engine.settings.enable_prefix_caching:
@@ -40,43 +41,63 @@ def tier_without_prefix_cache(context: Context) -> Iterator[Found]:
 def tiers_exceed_memory(context: Context) -> Iterator[Found]:
     """The host tiers need more memory than the machine has.
 
-    Every rank takes kv_offload.host_memory at its start, page-locked beside a GPU; engines on the CPU need their own memory too.
+    Every rank takes kv_offload.host_memory at its start, page-locked beside a GPU; engines on the
+    CPU need their own memory too.
     """
     tiers = {engine: engine.num_ranks * engine.host_tier_bytes for engine in _with_tier(context)}
     others = sum(
-        engine.num_ranks * needed.total_bytes(engine) for engine in context.on("cpu") if (needed := footprint(engine)) is not None
+        engine.num_ranks * needed.total_bytes(engine)
+        for engine in context.on("cpu")
+        if (needed := footprint(engine)) is not None
     )
     total = sum(tiers.values()) + others
     if tiers and total > context.machine.memory_bytes:
-        parts = " + ".join(f"{engine.num_ranks} {engine.role} ranks x {_size(engine)}" for engine in tiers)
+        parts = " + ".join(
+            f"{engine.num_ranks} {engine.role} ranks x {_size(engine)}" for engine in tiers
+        )
         rest = f" + {format_size(others)} for engines on the CPU" if others else ""
-        message = f"{parts}{rest} = {format_size(total)} of {format_size(context.machine.memory_bytes)}"
+        message = (
+            f"{parts}{rest} = {format_size(total)} of {format_size(context.machine.memory_bytes)}"
+        )
         yield Found(next(iter(tiers)).where(SETTING), message)
 
 
 @rule(
     "PD222",
     "warning",
-    fix="Raise the limit (ulimit -l unlimited; --ulimit memlock=-1 for a container), or lower kv_offload.host_memory.",
-    source="setrlimit(2), RLIMIT_MEMLOCK; CUDA drivers differ in whether they count what they register.",
+    fix=(
+        "Raise the limit (ulimit -l unlimited; --ulimit memlock=-1 for a container), or lower "
+        "kv_offload.host_memory."
+    ),
+    source=(
+        "setrlimit(2), RLIMIT_MEMLOCK; CUDA drivers differ in whether they count what they "
+        "register."
+    ),
     needs=("limits",),
 )
 def tier_over_locked_memory(context: Context) -> Iterator[Found]:
     """The host tier of a rank beside a GPU is larger than the limit of locked memory.
 
-    Its memory is page-locked, so that copies run at the speed of PCIe. Where the limit is enforced, the rank ends at its start.
+    Its memory is page-locked, so that copies run at the speed of PCIe. Where the limit is enforced,
+    the rank ends at its start.
     """
     limit = context.machine.limits.memlock_bytes
     for engine in _with_tier(context):
         if engine.device == "cuda" and limit != UNLIMITED and engine.host_tier_bytes > limit:
-            yield Found(engine.where(SETTING), f"{_size(engine)} is over RLIMIT_MEMLOCK, {format_size(limit)}")
+            yield Found(
+                engine.where(SETTING),
+                f"{_size(engine)} is over RLIMIT_MEMLOCK, {format_size(limit)}",
+            )
 
 
 @rule(
     "PD223",
     "warning",
     fix="Give the host tier several times the size of the KV cache, or remove kv_offload.",
-    source="Blocks are copied to the host as soon as they are full, so the tier holds what the device holds, and more if it can.",
+    source=(
+        "Blocks are copied to the host as soon as they are full, so the tier holds what the device "
+        "holds, and more if it can."
+    ),
 )
 def tier_smaller_than_cache(context: Context) -> Iterator[Found]:
     """The host tier is not larger than the KV cache of the device.
@@ -85,7 +106,10 @@ def tier_smaller_than_cache(context: Context) -> Iterator[Found]:
     """
     for engine in _with_tier(context):
         if engine.kv_cache_bytes is not None and engine.host_tier_bytes <= engine.kv_cache_bytes:
-            message = f"{SETTING} {_size(engine)} is not over the KV cache of a rank, {format_size(engine.kv_cache_bytes)}"
+            message = (
+                f"{SETTING} {_size(engine)} is not over the KV cache of a rank, "
+                f"{format_size(engine.kv_cache_bytes)}"
+            )
             yield Found(engine.where(SETTING), message)
 
 
@@ -104,7 +128,10 @@ def tier_holds_no_block(context: Context) -> Iterator[Found]:
     for engine in _with_tier(context):
         needed = footprint(engine)
         if needed is not None and engine.host_tier_bytes < needed.host_block_bytes:
-            message = f"{SETTING} {_size(engine)} holds no block of {format_size(needed.host_block_bytes)}"
+            message = (
+                f"{SETTING} {_size(engine)} holds no block of "
+                f"{format_size(needed.host_block_bytes)}"
+            )
             yield Found(engine.where(SETTING), message)
 
 

@@ -28,7 +28,15 @@ def models_differ(context: Context) -> Iterator[Found]:
     KV blocks are numbers inside one model: to another model they mean nothing.
     """
     for prefill, decode in _shapes(context):
-        names = ("architecture", "model_type", "num_layers", "num_attention_heads", "hidden_size", "vocab_size", "num_parameters")
+        names = (
+            "architecture",
+            "model_type",
+            "num_layers",
+            "num_attention_heads",
+            "hidden_size",
+            "vocab_size",
+            "num_parameters",
+        )
         if differing := _differing(prefill, decode, names):
             yield Found("decode.model", f"prefill and decode differ in {differing}")
 
@@ -43,15 +51,22 @@ def models_differ(context: Context) -> Iterator[Found]:
 def model_paths_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode load their model from different folders.
 
-    The form is the same, but a fine-tuned or newer revision has other weights: the handshake compares their content and
-    refuses the pair, after both engines have loaded.
+    The form is the same, but a fine-tuned or newer revision has other weights: the handshake
+    compares their content and refuses the pair, after both engines have loaded.
     """
     if (pair := context.pair()) is None:
         return
     prefill, decode = pair
     same_form = prefill.shape == decode.shape
-    if same_form and prefill.model.path and decode.model.path and not _same_folder(prefill.model.path, decode.model.path):
-        yield Found("decode.model", f"prefill serves {prefill.model.path}, decode {decode.model.path}")
+    if (
+        same_form
+        and prefill.model.path
+        and decode.model.path
+        and not _same_folder(prefill.model.path, decode.model.path)
+    ):
+        yield Found(
+            "decode.model", f"prefill serves {prefill.model.path}, decode {decode.model.path}"
+        )
 
 
 @rule(
@@ -102,12 +117,22 @@ def block_sizes_differ(context: Context) -> Iterator[Found]:
 def groups_differ(context: Context) -> Iterator[Found]:
     """The layers of prefill and decode form different KV cache groups.
 
-    A block holds the layers of one group: with other windows a block of one side has no counterpart on the other.
+    A block holds the layers of one group: with other windows a block of one side has no counterpart
+    on the other.
     """
     for prefill, decode in _shapes(context):
-        if prefill.num_layers == decode.num_layers and prefill.layer_windows != decode.layer_windows:
-            windows = [sorted({str(window) for window in shape.layer_windows}) for shape in (prefill, decode)]
-            message = f"layer windows of prefill are {', '.join(windows[0])}, of decode {', '.join(windows[1])}"
+        if (
+            prefill.num_layers == decode.num_layers
+            and prefill.layer_windows != decode.layer_windows
+        ):
+            windows = [
+                sorted({str(window) for window in shape.layer_windows})
+                for shape in (prefill, decode)
+            ]
+            message = (
+                f"layer windows of prefill are {', '.join(windows[0])}, of decode "
+                f"{', '.join(windows[1])}"
+            )
             yield Found("decode.model", f"{message}, or are given to other layers")
 
 
@@ -132,19 +157,25 @@ def kv_heads_differ(context: Context) -> Iterator[Found]:
     "PD307",
     "warning",
     fix="Choose sizes of which one divides the other.",
-    source="NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces move at 296 GB/s (measured).",
+    source=(
+        "NIXL 1.5.1 between two H200s: 64 KiB pieces move at 10.4 GB/s where 8 MiB pieces move at "
+        "296 GB/s (measured)."
+    ),
 )
 def tp_sizes_cross(context: Context) -> Iterator[Found]:
     """The tensor-parallel sizes of prefill and decode do not divide each other.
 
-    Every decode rank then reads pieces of several prefill ranks, with a transfer and a lease for each: more and smaller
-    reads.
+    Every decode rank then reads pieces of several prefill ranks, with a transfer and a lease for
+    each: more and smaller reads.
     """
     if (pair := context.pair()) is None:
         return
     prefill, decode = pair[0].tp_size, pair[1].tp_size
     if prefill % decode and decode % prefill:
-        message = f"prefill has {prefill} ranks an engine, decode {decode}: each decode rank reads from several prefill ranks"
+        message = (
+            f"prefill has {prefill} ranks an engine, decode {decode}: each decode rank reads from "
+            "several prefill ranks"
+        )
         yield Found("decode.tensor_parallel_size", message)
 
 
@@ -157,8 +188,8 @@ def tp_sizes_cross(context: Context) -> Iterator[Found]:
 def tp_direction(context: Context) -> Iterator[Found]:
     """Prefill has more ranks an engine than decode.
 
-    Every decode rank pulls from several prefill ranks, and decode, which is bound by memory bandwidth, is the narrow
-    side.
+    Every decode rank pulls from several prefill ranks, and decode, which is bound by memory
+    bandwidth, is the narrow side.
     """
     if (pair := context.pair()) is None:
         return
@@ -178,12 +209,17 @@ def tp_direction(context: Context) -> Iterator[Found]:
 def lengths_differ(context: Context) -> Iterator[Found]:
     """Prefill accepts longer requests than decode.
 
-    Prefill computes a prompt that decode then refuses: the work is lost and the client gets an error late.
+    Prefill computes a prompt that decode then refuses: the work is lost and the client gets an
+    error late.
     """
     if (pair := context.pair()) is None:
         return
     prefill, decode = pair
-    if prefill.max_model_len and decode.max_model_len and prefill.max_model_len > decode.max_model_len:
+    if (
+        prefill.max_model_len
+        and decode.max_model_len
+        and prefill.max_model_len > decode.max_model_len
+    ):
         message = f"prefill takes {prefill.max_model_len} tokens, decode {decode.max_model_len}"
         yield Found(_differing_place(prefill, decode, "max_model_len"), message)
 
@@ -217,8 +253,8 @@ def load_formats_differ(context: Context) -> Iterator[Found]:
 def devices_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode run on different kinds of device.
 
-    KV blocks cross between GPU memory and host memory, and both sides round differently: greedy answers can differ from
-    those of one engine alone.
+    KV blocks cross between GPU memory and host memory, and both sides round differently: greedy
+    answers can differ from those of one engine alone.
     """
     if (pair := context.pair()) is not None and pair[0].device != pair[1].device:
         message = f"prefill runs on {pair[0].device}, decode on {pair[1].device}"
@@ -229,7 +265,9 @@ def devices_differ(context: Context) -> Iterator[Found]:
     "PD313",
     "error",
     fix="Set enable_cumem_allocator and enable_sleep_mode once, at the top level.",
-    source="Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory 392 GB/s.",
+    source=(
+        "Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory 392 GB/s."
+    ),
     needs=("gpus",),
 )
 def allocators_differ(context: Context) -> Iterator[Found]:
@@ -240,10 +278,16 @@ def allocators_differ(context: Context) -> Iterator[Found]:
     pair = context.pair()
     if pair is None or any(engine.device != "cuda" for engine in pair):
         return
-    wanted = [engine.settings.enable_cumem_allocator or engine.settings.enable_sleep_mode for engine in pair]
+    wanted = [
+        engine.settings.enable_cumem_allocator or engine.settings.enable_sleep_mode
+        for engine in pair
+    ]
     if wanted[0] != wanted[1]:
         with_cumem = pair[0].role if wanted[0] else pair[1].role
-        yield Found(_differing_place(*pair, "enable_cumem_allocator"), f"only {with_cumem} uses the CuMem allocator")
+        yield Found(
+            _differing_place(*pair, "enable_cumem_allocator"),
+            f"only {with_cumem} uses the CuMem allocator",
+        )
 
 
 def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:

@@ -37,7 +37,9 @@ def all_rules() -> dict[str, Rule]:
         network_rules,
         transport_rules,
     )
-    rules = [value for module in modules for value in vars(module).values() if isinstance(value, Rule)]
+    rules = [
+        value for module in modules for value in vars(module).values() if isinstance(value, Rule)
+    ]
     by_code = {rule.code: rule for rule in sorted(rules, key=lambda rule: rule.code)}
     assert len(by_code) == len(rules), "two rules share a code"
     return by_code

@@ -12,19 +12,26 @@ from pdlaunch.config.sources import LoadedConfig
 
 
 def resolved_values(context: Context) -> dict[str, Any]:
-    """The configuration, what is derived for each role, and the machine it was judged for; no secrets."""
+    """The configuration, what is derived for each role, and the machine it was judged for; no
+    secrets.
+    """
     machine = context.machine
     return {
         "config": shown_config(LoadedConfig(context.config, context.origins)),
         "engines": {role: _engine(engine) for role, engine in context.engines.items()},
-        "host_tier_bytes": sum(engine.num_ranks * engine.host_tier_bytes for engine in context.engines.values()),
+        "host_tier_bytes": sum(
+            engine.num_ranks * engine.host_tier_bytes for engine in context.engines.values()
+        ),
         "machine": {
             "system": machine.system,
             "cpus": len(machine.cpus),
             "memory_bytes": machine.memory_bytes,
             "native_bf16": machine.has_native_bf16,
             "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
-            "cumem_allocator": {"available": machine.cumem.available, "reason": machine.cumem.reason},
+            "cumem_allocator": {
+                "available": machine.cumem.available,
+                "reason": machine.cumem.reason,
+            },
         },
     }
 

@@ -31,7 +31,9 @@ class Found:
     """One thing that a rule has found."""
 
     where: str
-    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder, a package)."""
+    """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder,
+    a package).
+    """
     message: str
     """What is wrong here, with the values."""
     fix: str | None = None
@@ -48,7 +50,9 @@ class Finding:
     message: str
     fix: str
     origin: str = ""
-    """Where the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``; empty for defaults and machine facts."""
+    """Where the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``; empty for
+    defaults and machine facts.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,10 @@ class Report:
 
     def is_ok(self, *, strict: bool = False) -> bool:
         """No errors; with ``strict`` no warnings either."""
-        return not any(finding.severity == "error" or (strict and finding.severity == "warning") for finding in self.findings)
+        return not any(
+            finding.severity == "error" or (strict and finding.severity == "warning")
+            for finding in self.findings
+        )
 
 
 def run_checks(
@@ -64,9 +67,9 @@ def run_checks(
 ) -> Report:
     """Apply every rule whose code begins with ``family``.
 
-    ``models``: read from disk when None. ``ports``, ``import_errors``, ``folder_problems``, ``weight_errors``,
-    ``transport``: what was probed; rules that need what is None are listed as not checked. ``serve`` calls with
-    ``family="PD5"`` and ``transport`` after the handshake.
+    ``models``: read from disk when None. ``ports``, ``import_errors``, ``folder_problems``,
+    ``weight_errors``, ``transport``: what was probed; rules that need what is None are listed as
+    not checked. ``serve`` calls with ``family="PD5"`` and ``transport`` after the handshake.
     """
     context = build_context(
         loaded,
@@ -82,7 +85,11 @@ def run_checks(
     rules = [rule for code, rule in all_rules().items() if code.startswith(family)]
     findings = [finding for rule in rules for finding in apply_rule(rule, context)]
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
-    not_checked = [NotChecked(rule.code, rule.title, reason) for rule in rules if (reason := why_not(rule, context))]
+    not_checked = [
+        NotChecked(rule.code, rule.title, reason)
+        for rule in rules
+        if (reason := why_not(rule, context))
+    ]
     return Report(tuple(findings), tuple(not_checked), resolved_values(context))
 
 
@@ -92,7 +99,14 @@ def apply_rule(rule: Rule, context: Context) -> list[Finding]:
         return []
     found = dict.fromkeys(rule.check(context))
     return [
-        Finding(rule.code, rule.severity, item.where, item.message, item.fix or rule.fix, _origin(context, item.where))
+        Finding(
+            rule.code,
+            rule.severity,
+            item.where,
+            item.message,
+            item.fix or rule.fix,
+            _origin(context, item.where),
+        )
         for item in found
     ]
 
@@ -103,7 +117,9 @@ def why_not(rule: Rule, context: Context) -> str | None:
 
 
 def listeners(config: LaunchConfig) -> tuple[Listener, ...]:
-    """Addresses of the launch with a fixed port; engines without one choose free ones and register them."""
+    """Addresses of the launch with a fixed port; engines without one choose free ones and register
+    them.
+    """
     engines = [
         Listener(f"server of {role}-{index}", ENGINE_HOST, port, f"{role}.port")
         for role in ROLES
@@ -126,7 +142,11 @@ def build_context(
 ) -> Context:
     """Everything that the rules look at."""
     config = loaded.config
-    engines = {role: _engine(config, role, machine, environ, models[role]) for role in ROLES if config.role(role).replicas}
+    engines = {
+        role: _engine(config, role, machine, environ, models[role])
+        for role in ROLES
+        if config.role(role).replicas
+    }
     missing: dict[Need, str] = {fact: reason for fact, reason in machine.unknown.items()}  # noqa: C416
     pending = [engine.model.pending for engine in engines.values() if engine.model.pending]
     if pending:
@@ -157,9 +177,13 @@ def build_context(
     )
 
 
-def _engine(config: LaunchConfig, role: Role, machine: Machine, environ: Mapping[str, str], model: Model) -> Engine:
+def _engine(
+    config: LaunchConfig, role: Role, machine: Machine, environ: Mapping[str, str], model: Model
+) -> Engine:
     section, settings = config.role(role), config.engine_settings(role)
-    overrides = {name for name in EngineSettings.model_fields if getattr(section, name, None) is not None} - {"kv_offload"}
+    overrides = {
+        name for name in EngineSettings.model_fields if getattr(section, name, None) is not None
+    } - {"kv_offload"}
     overrides |= {f"kv_offload.{name}" for name, value in section.kv_offload if value is not None}
     wanted = settings.device
     return Engine(

@@ -1,4 +1,6 @@
-"""What was measured between the ranks of a launch; filled after the handshake, judged by the PD5xx rules."""
+"""What was measured between the ranks of a launch; filled after the handshake, judged by the PD5xx
+rules.
+"""
 
 from __future__ import annotations
 

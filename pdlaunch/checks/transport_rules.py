@@ -19,7 +19,10 @@ _UNMAPPABLE = ("cumem", "expandable_segments")
 @rule(
     "PD501",
     "error",
-    fix="Read the error and the logs of both ranks; `pdlaunch check-config` lists what commonly closes a path.",
+    fix=(
+        "Read the error and the logs of both ranks; `pdlaunch check-config` lists what commonly "
+        "closes a path."
+    ),
     source="The READ at the end of the handshake.",
     needs=("transport",),
 )
@@ -53,20 +56,29 @@ def bytes_differ(context: Context) -> Iterator[Found]:
 @rule(
     "PD503",
     "warning",
-    fix="Let kv_transfer.path be auto or p2p; switch expandable_segments off; or give the host an IMEX channel (fabric handles).",
-    source="Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s.",
+    fix=(
+        "Let kv_transfer.path be auto or p2p; switch expandable_segments off; or give the host an "
+        "IMEX channel (fabric handles)."
+    ),
+    source=(
+        "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s."
+    ),
     needs=("transport",),
 )
 def cliff(context: Context) -> Iterator[Found]:
     """The 0.6 GB/s cliff: KV blocks in memory that a peer cannot map.
 
-    CuMem pools and expandable segments without fabric handles cannot be opened by a peer through CUDA IPC. NIXL/UCX then
-    copies through the host in small pieces, with no error: 0.6 GB/s instead of 392 GB/s. The path p2p maps CuMem memory by
-    its own handles, at full speed; the finding says why it is not in use. Only the path in use is judged.
+    CuMem pools and expandable segments without fabric handles cannot be opened by a peer through
+    CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: 0.6 GB/s instead
+    of 392 GB/s. The path p2p maps CuMem memory by its own handles, at full speed; the finding says
+    why it is not in use. Only the path in use is judged.
     """
     for pair in _pairs(context):
         if _is_cliff(pair):
-            message = f"{pair.path} moves {pair.gigabytes_per_s:.2f} GB/s out of {pair.allocator} memory: the 0.6 GB/s cliff"
+            message = (
+                f"{pair.path} moves {pair.gigabytes_per_s:.2f} GB/s out of {pair.allocator} "
+                "memory: the 0.6 GB/s cliff"
+            )
             yield Found(_name(pair), message + _reasons(context, pair))
 
 
@@ -76,24 +88,34 @@ def cliff(context: Context) -> Iterator[Found]:
     fix="Let kv_transfer.path be auto, so that ranks of one host use P2P; with path nixl take larger blocks; look at UCX_TLS, at "
     "the placement of the ranks (NUMA node, PCIe switch), and at what else uses the link.",
     source="The READ at the end of the handshake against what the link should give. Between GPUs: 75 % of what the wires of "
-    "their NVLinks carry, 80 % with PCIe, as NVML tells them (P2P between two H200s: 340 to 394 of 478 GB/s). On a CPU: a share "
+    "their NVLinks carry, 80 % with PCIe, as NVML tells them (P2P between two H200s: 340 to 394 of "
+    "478 GB/s). On a CPU: a share "
     "of a plain copy.",
     needs=("transport",),
 )
 def pair_slow(context: Context) -> Iterator[Found]:
     """A pair of ranks is far slower than its link.
 
-    Time to first token on decode grows with every byte of the prompt's KV cache. Only the path in use is judged: with
-    kv_transfer.path auto it is the fastest of those that can be used, and the finding says what the others gave, or why they
-    cannot be used. Far slower is less than half of what a good path over the link gives. Two GPUs of a host are judged with the
-    connector nixl, where NVML knows their NVLinks, or their PCIe slots at one CPU; not MIG devices, nor ranks whose env gives
-    GPUs other numbers.
+    Time to first token on decode grows with every byte of the prompt's KV cache. Only the path in
+    use is judged: with kv_transfer.path auto it is the fastest of those that can be used, and the
+    finding says what the others gave, or why they cannot be used. Far slower is less than half of
+    what a good path over the link gives. Two GPUs of a host are judged with the connector nixl,
+    where NVML knows their NVLinks, or their PCIe slots at one CPU; not MIG devices, nor ranks whose
+    env gives GPUs other numbers.
     """
     for pair in _pairs(context):
         speed, expected = pair.gigabytes_per_s, pair.expected_gigabytes_per_s
-        if speed is not None and expected is not None and speed < SLOW_SHARE * expected and not _is_cliff(pair):
+        if (
+            speed is not None
+            and expected is not None
+            and speed < SLOW_SHARE * expected
+            and not _is_cliff(pair)
+        ):
             link = f" of {pair.link}" if pair.link else ""
-            message = f"{pair.path} moves {speed:.3g} GB/s where {expected:.3g} GB/s are expected{link} ({pair.allocator} memory)"
+            message = (
+                f"{pair.path} moves {speed:.3g} GB/s where {expected:.3g} GB/s are expected{link} "
+                f"({pair.allocator} memory)"
+            )
             yield Found(_name(pair), message + _reasons(context, pair))
 
 
@@ -101,17 +123,24 @@ def pair_slow(context: Context) -> Iterator[Found]:
     "PD505",
     "info",
     fix="Nothing to fix; compare it with what the link should give.",
-    source="The READs at the end of the handshake: up to 16 MiB of a CPU's memory, 128 MiB of a GPU's, in block-sized pieces.",
+    source=(
+        "The READs at the end of the handshake: up to 16 MiB of a CPU's memory, 128 MiB of a "
+        "GPU's, in block-sized pieces."
+    ),
     needs=("transport",),
 )
 def pair_speed(context: Context) -> Iterator[Found]:
     """How fast KV blocks move between a pair of ranks.
 
-    The time that a prompt's KV cache takes from prefill to decode is its size divided by this figure.
+    The time that a prompt's KV cache takes from prefill to decode is its size divided by this
+    figure.
     """
     for pair in _pairs(context):
         if pair.error is None and pair.gigabytes_per_s is not None:
-            yield Found(_name(pair), f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s ({pair.allocator} memory)")
+            yield Found(
+                _name(pair),
+                f"{pair.path} moves {pair.gigabytes_per_s:.3g} GB/s ({pair.allocator} memory)",
+            )
 
 
 def _pairs(context: Context) -> tuple[PairTransport, ...]:
@@ -130,10 +159,18 @@ def _reasons(context: Context, pair: PairTransport) -> str:
         untried = "P2P" if settings.path == "nixl" else "NIXL"
         reasons.append(f"kv_transfer.path is {settings.path}: {untried} was not tried")
     if pair.path.startswith("nixl"):
-        values = {engine.environ["UCX_TLS"] for engine in context.engines.values() if "UCX_TLS" in engine.environ}
+        values = {
+            engine.environ["UCX_TLS"]
+            for engine in context.engines.values()
+            if "UCX_TLS" in engine.environ
+        }
         reasons += [f"UCX_TLS is {value}" for value in sorted(values)]
     return "".join(f"; {reason}" for reason in reasons)
 
 
 def _is_cliff(pair: PairTransport) -> bool:
-    return pair.allocator in _UNMAPPABLE and pair.gigabytes_per_s is not None and pair.gigabytes_per_s < CLIFF_GIGABYTES_PER_S
+    return (
+        pair.allocator in _UNMAPPABLE
+        and pair.gigabytes_per_s is not None
+        and pair.gigabytes_per_s < CLIFF_GIGABYTES_PER_S
+    )

@@ -28,7 +28,10 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
         if _uses_ucx(context) and not CUDA.intersection(_transports(engine)):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} runs on GPUs",
+                (
+                    f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} "
+                    "runs on GPUs"
+                ),
             )
 
 
@@ -47,24 +50,34 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         transports = _transports(engine)
         if _uses_ucx(context) and "cuda_copy" in transports and "cuda_ipc" not in transports:
-            yield Found(context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no cuda_ipc")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                f"UCX_TLS {setting(engine.environ)} has no cuda_ipc",
+            )
 
 
 @rule(
     "PD432",
     "warning",
     fix="Add cma to UCX_TLS, or unset it.",
-    source="NIXL 1.5.1, measured: without CMA a READ needs the holder's process, and never ends when that dies in its middle.",
+    source=(
+        "NIXL 1.5.1, measured: without CMA a READ needs the holder's process, and never ends when "
+        "that dies in its middle."
+    ),
 )
 def ucx_without_cma(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves out CMA between processes of one host.
 
-    The prefill rank then copies its blocks into shared memory, piece by piece, and the decode rank out of it again.
+    The prefill rank then copies its blocks into shared memory, piece by piece, and the decode rank
+    out of it again.
     """
     for engine in context.on("cpu"):
         transports = _transports(engine)
         if _uses_ucx(context) and "posix" in transports and "cma" not in transports:
-            yield Found(context.where_variable(engine, "UCX_TLS"), f"UCX_TLS {setting(engine.environ)} has no cma")
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                f"UCX_TLS {setting(engine.environ)} has no cma",
+            )
 
 
 @rule(
@@ -76,14 +89,18 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
 def ucx_without_path(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves no transport between processes of one host.
 
-    All ranks are on this host, so pdlaunch leaves out whatever would listen on the network without authentication (tcp, RDMA) or
-    open memory to other users (sysv, knem). posix has to be there: UCX finds its peers through it.
+    All ranks are on this host, so pdlaunch leaves out whatever would listen on the network without
+    authentication (tcp, RDMA) or open memory to other users (sysv, knem). posix has to be there:
+    UCX finds its peers through it.
     """
     for engine in context.engines.values():
         if _uses_ucx(context) and "posix" not in _transports(engine):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} leaves nothing that connects two processes of this host; posix is missing",
+                (
+                    f"UCX_TLS {setting(engine.environ)} leaves nothing that connects two processes "
+                    "of this host; posix is missing"
+                ),
             )
 
 
@@ -120,14 +137,15 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
 def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     """Multi-node NVLink is switched off on a machine that has it.
 
-    GB-series machines with an IMEX channel exchange memory over NVLink, also between hosts. With the switch off, UCX
-    takes the network, or copies fabric-handle memory through the host.
+    GB-series machines with an IMEX channel exchange memory over NVLink, also between hosts. With
+    the switch off, UCX takes the network, or copies fabric-handle memory through the host.
     """
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
     for engine in context.on("cuda") if has_fabric else ():
         if _uses_ucx(context) and _is_off(engine.environ.get(_MNNVL)):
             yield Found(
-                context.where_variable(engine, _MNNVL), f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles"
+                context.where_variable(engine, _MNNVL),
+                f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles",
             )
 
 
@@ -135,21 +153,27 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     "PD436",
     "warning",
     fix=f"Unset {_MNNVL}, or start the IMEX service and give this container its channel.",
-    source="Measured on two H200s without an IMEX channel: no difference with UCX_CUDA_IPC_ENABLE_MNNVL=y.",
+    source=(
+        "Measured on two H200s without an IMEX channel: no difference with "
+        "UCX_CUDA_IPC_ENABLE_MNNVL=y."
+    ),
     needs=("gpus",),
 )
 def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     """Multi-node NVLink is demanded on a machine without fabric handles.
 
-    Without an IMEX channel there are no fabric handles. With the switch on, UCX says nothing and moves CuMem memory at
-    0.6 GB/s.
+    Without an IMEX channel there are no fabric handles. With the switch on, UCX says nothing and
+    moves CuMem memory at 0.6 GB/s.
     """
     gpus = context.machine.gpus
     if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
         return
     for engine in context.on("cuda"):
         if _uses_ucx(context) and _is_on(engine.environ.get(_MNNVL)):
-            yield Found(context.where_variable(engine, _MNNVL), f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here")
+            yield Found(
+                context.where_variable(engine, _MNNVL),
+                f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
+            )
 
 
 def _transports(engine: Engine) -> tuple[str, ...]:

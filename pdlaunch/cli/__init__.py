@@ -8,7 +8,9 @@ EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Entry point of the ``pdlaunch`` script; imports inside, so that Ctrl-C ends them as quietly as a command."""
+    """Entry point of the ``pdlaunch`` script; imports inside, so that Ctrl-C ends them as quietly
+    as a command.
+    """
     signals = EndSignals()
     signals.install()
     try:

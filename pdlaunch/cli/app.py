@@ -14,7 +14,9 @@ import typer
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command and where it lives: ``module:attribute``, a function or (``is_group``) a ``typer.Typer``."""
+    """A command and where it lives: ``module:attribute``, a function or (``is_group``) a
+    ``typer.Typer``.
+    """
 
     name: str
     target: str
@@ -27,36 +29,72 @@ class Command:
 
 
 COMMANDS = (
-    Command("serve", "pdlaunch.cli.serve:serve", "Start prefill and decode engines behind one router."),
-    Command("check-config", "pdlaunch.cli.check_config:check_config", "Find what is wrong with a set-up before it runs."),
-    Command("explain", "pdlaunch.cli.explain:explain", "Show why a rule of check-config exists and how to fix its findings."),
-    Command("smoke", "pdlaunch.cli.smoke:smoke_command", "Start a deployment, check what it promises, stop it; for CI."),
-    Command("sleep", "pdlaunch.cli.sleep:sleep", "Have a deployment's engines give their device memory back."),
+    Command(
+        "serve", "pdlaunch.cli.serve:serve", "Start prefill and decode engines behind one router."
+    ),
+    Command(
+        "check-config",
+        "pdlaunch.cli.check_config:check_config",
+        "Find what is wrong with a set-up before it runs.",
+    ),
+    Command(
+        "explain",
+        "pdlaunch.cli.explain:explain",
+        "Show why a rule of check-config exists and how to fix its findings.",
+    ),
+    Command(
+        "smoke",
+        "pdlaunch.cli.smoke:smoke_command",
+        "Start a deployment, check what it promises, stop it; for CI.",
+    ),
+    Command(
+        "sleep",
+        "pdlaunch.cli.sleep:sleep",
+        "Have a deployment's engines give their device memory back.",
+    ),
     Command("wake", "pdlaunch.cli.sleep:wake", "Wake the engines of a deployment up."),
-    Command("restart", "pdlaunch.cli.restart:restart", "Have engines of a deployment started anew."),
+    Command(
+        "restart", "pdlaunch.cli.restart:restart", "Have engines of a deployment started anew."
+    ),
     Command(
         "bench",
         "pdlaunch.cli.bench:app",
         "Measure a deployment, or one part of it beside what the machine allows.",
         is_group=True,
     ),
-    Command("config", "pdlaunch.cli.config_cmd:app", "Show the resolved configuration or its JSON schema.", is_group=True),
+    Command(
+        "config",
+        "pdlaunch.cli.config_cmd:app",
+        "Show the resolved configuration or its JSON schema.",
+        is_group=True,
+    ),
 )
 
 _COMPLETION_VARIABLE = "_PDLAUNCH_COMPLETE"
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
-    """The typer app for these arguments: the command they name is imported, the others are only listed."""
+    """The typer app for these arguments: the command they name is imported, the others are only
+    listed.
+    """
     app = typer.Typer(
-        name="pdlaunch", help=_summary(), no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+        name="pdlaunch",
+        help=_summary(),
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     for command in commands:
-        loaded = command.load() if command.name == called or _COMPLETION_VARIABLE in os.environ else None
+        loaded = (
+            command.load() if command.name == called or _COMPLETION_VARIABLE in os.environ else None
+        )
         if command.is_group:
-            app.add_typer(loaded or typer.Typer(callback=_placeholder), name=command.name, help=command.summary)
+            app.add_typer(
+                loaded or typer.Typer(callback=_placeholder),
+                name=command.name,
+                help=command.summary,
+            )
         else:
             app.command(command.name, help=command.summary)(loaded or _placeholder)
     return app
@@ -80,7 +118,9 @@ def _print_version(wanted: bool) -> None:
 
 
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     pass
 

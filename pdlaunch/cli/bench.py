@@ -10,7 +10,14 @@ import typer
 
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_serve import serve
-from pdlaunch.cli.bench_values import read_name, read_names, read_numbers, read_pairs, read_size, read_sizes
+from pdlaunch.cli.bench_values import (
+    read_name,
+    read_names,
+    read_numbers,
+    read_pairs,
+    read_size,
+    read_sizes,
+)
 from pdlaunch.cli.measuring import STDERR, run_module
 from pdlaunch.config.aliases import resolve_model
 from pdlaunch.config.models import ConnectorName, KVPath, MooncakeProtocol
@@ -92,20 +99,36 @@ class Weights(StrEnum):
 
 @app.command("step")
 def step(
-    model: Annotated[str, typer.Option(help="Alias or directory in Hugging Face layout.")] = "smollm2",
-    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, one or several.")] = "1,16",
-    context_tokens: Annotated[int, typer.Option(min=1, help="Tokens each row has before the step.")] = 144,
-    prefill_tokens: Annotated[str, typer.Option(help="Prompt lengths of the prefill rows, one or several.")] = "128",
-    num_steps: Annotated[int, typer.Option(min=1, help="Steps measured; the median is shown.")] = 20,
+    model: Annotated[
+        str, typer.Option(help="Alias or directory in Hugging Face layout.")
+    ] = "smollm2",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Rows decoded together, one or several.")
+    ] = "1,16",
+    context_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens each row has before the step.")
+    ] = 144,
+    prefill_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths of the prefill rows, one or several.")
+    ] = "128",
+    num_steps: Annotated[
+        int, typer.Option(min=1, help="Steps measured; the median is shown.")
+    ] = 20,
     dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
-    load_format: Annotated[Weights, typer.Option(help="`dummy` makes weights up; only config.json is needed.")] = Weights.AUTO,
-    enforce_eager: Annotated[bool, typer.Option(help="On a GPU, decode without CUDA graphs.")] = False,
+    load_format: Annotated[
+        Weights, typer.Option(help="`dummy` makes weights up; only config.json is needed.")
+    ] = Weights.AUTO,
+    enforce_eager: Annotated[
+        bool, typer.Option(help="On a GPU, decode without CUDA graphs.")
+    ] = False,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """The engine's step beside the same model run by transformers alone, and the floor that memory sets."""
+    """The engine's step beside the same model run by transformers alone, and the floor that memory
+    sets.
+    """
     arguments = {
         "model_dir": _model_dir(model),
         "batch_sizes": read_numbers(batch_sizes, "--batch-sizes"),
@@ -123,21 +146,31 @@ def step(
     rows = _measure("pdlaunch.engine.bench_step", arguments, {"OMP_NUM_THREADS": str(num_threads)})
     _print(rows, output, _STEP_HEADINGS)
     if output is Format.TABLE:
-        typer.echo(f"memory floor: bytes that a step must move, at the {rows[0]['memory_gb_per_s']:g} GB/s measured in this run")
+        typer.echo(
+            f"memory floor: bytes that a step must move, at the {rows[0]['memory_gb_per_s']:g} "
+            "GB/s measured in this run"
+        )
 
 
 @app.command("offload")
 def offload(
-    block_sizes: Annotated[str, typer.Option(help="Bytes of a KV block, one or several; multiples of 4KiB.")] = (
-        "4KiB,16KiB,64KiB,256KiB,1MiB"
-    ),
+    block_sizes: Annotated[
+        str, typer.Option(help="Bytes of a KV block, one or several; multiples of 4KiB.")
+    ] = ("4KiB,16KiB,64KiB,256KiB,1MiB"),
     memory: Annotated[
-        str | None, typer.Option(help="Copied in each direction (1GiB; 32MiB on a CPU); host memory takes twice as much.")
+        str | None,
+        typer.Option(
+            help="Copied in each direction (1GiB; 32MiB on a CPU); host memory takes twice as much."
+        ),
     ] = None,
-    device: Annotated[Device | None, typer.Option(help="Where the KV cache lies (cuda if there is one).")] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where the KV cache lies (cuda if there is one).")
+    ] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Copies of scattered blocks between device and host memory, beside one copy of everything in the same run."""
+    """Copies of scattered blocks between device and host memory, beside one copy of everything in
+    the same run.
+    """
     arguments: dict[str, object] = {"block_sizes": read_sizes(block_sizes, "--block-sizes")}
     if memory is not None:
         arguments["num_bytes"] = read_size(memory, "--memory")
@@ -159,25 +192,39 @@ def _offload_sizes(row: dict[str, Any]) -> dict[str, str]:
 
 @app.command("transfer")
 def transfer(
-    connectors: Annotated[str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")] = "nixl",
-    path: Annotated[str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")] = _AUTO,
-    tp_pairs: Annotated[str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")] = "1x1",
+    connectors: Annotated[
+        str, typer.Option(help=f"{', '.join(_CONNECTORS)}: one or several.")
+    ] = "nixl",
+    path: Annotated[
+        str, typer.Option(help=f"{', '.join(_PATHS)}: one or several, of connector nixl.")
+    ] = _AUTO,
+    tp_pairs: Annotated[
+        str, typer.Option(help="TP sizes of prefill and decode, one or several: 1x1,1x3,3x1.")
+    ] = "1x1",
     num_blocks: Annotated[str, typer.Option(help="Blocks of one pull, one or several.")] = "16,128",
-    num_repeats: Annotated[int, typer.Option(min=1, help="Pulls measured; the median is shown.")] = 10,
+    num_repeats: Annotated[
+        int, typer.Option(min=1, help="Pulls measured; the median is shown.")
+    ] = 10,
     num_layers: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 30,
     num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 3,
     head_dim: Annotated[int, typer.Option(min=1, help="Of the model (that of smollm2).")] = 64,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
-    enable_cumem_allocator: Annotated[bool, typer.Option(help="KV caches on a GPU lie in CuMem pools.")] = False,
-    mooncake_protocol: Annotated[str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")] = "tcp",
+    enable_cumem_allocator: Annotated[
+        bool, typer.Option(help="KV caches on a GPU lie in CuMem pools.")
+    ] = False,
+    mooncake_protocol: Annotated[
+        str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")
+    ] = "tcp",
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Gigabytes a second from prefill to decode ranks, beside the connector's library by itself."""
     names = read_names(connectors, _CONNECTORS, "--connectors")
     if path != _AUTO and "nixl" not in names:
-        raise typer.BadParameter(f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'")
+        raise typer.BadParameter(
+            f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'"
+        )
     arguments = {
         "connectors": names,
         "paths": read_names(path, _PATHS, "--path"),
@@ -191,7 +238,9 @@ def transfer(
         "dtype": dtype,
         "device": device,
         "enable_cumem_allocator": enable_cumem_allocator,
-        "mooncake_protocol": read_name(mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"),
+        "mooncake_protocol": read_name(
+            mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"
+        ),
     }
     _print(_measure("pdlaunch.transfer.bench_transfer", arguments), output, _TRANSFER_HEADINGS)
 
@@ -209,7 +258,9 @@ def _model_dir(model: str) -> str:
     return str(resolved.cache_dir)
 
 
-def _measure(module: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
+def _measure(
+    module: str, arguments: dict[str, object], environ: dict[str, str] | None = None
+) -> Any:
     """What ``python -m module JSON`` prints."""
     return json.loads(run_module(module, json.dumps(arguments), environ))
 

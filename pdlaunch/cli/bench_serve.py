@@ -63,41 +63,77 @@ _TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 @with_serve_flags
 def serve(
     config: ConfigArgument = None,
-    url: Annotated[str | None, typer.Option(help="A running deployment; without it one is started.")] = None,
-    input_tokens: Annotated[str, typer.Option(help="Prompt length, one or several: 128,2000,8000.")] = "128",
+    url: Annotated[
+        str | None, typer.Option(help="A running deployment; without it one is started.")
+    ] = None,
+    input_tokens: Annotated[
+        str, typer.Option(help="Prompt length, one or several: 128,2000,8000.")
+    ] = "128",
     output_tokens: Annotated[int, typer.Option(min=1, help="Output length.")] = 32,
     concurrency: Annotated[
-        str | None, typer.Option(help="Requests at a time, one or several (1,4,16; 4 with --multi-turn).")
+        str | None,
+        typer.Option(help="Requests at a time, one or several (1,4,16; 4 with --multi-turn)."),
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(min=1, help="For each length and concurrency (four rounds, at least 8).")
+        int | None,
+        typer.Option(min=1, help="For each length and concurrency (four rounds, at least 8)."),
     ] = None,
     max_token_id: Annotated[
-        int, typer.Option(min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this.")
+        int,
+        typer.Option(
+            min=FIRST_TOKEN_ID + 1, help="Prompts are random token ids from 100 up to this."
+        ),
     ] = 30_000,
-    seed: Annotated[int | None, typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches."),
+    ] = None,
     bare_gb_per_s: Annotated[
-        str | None, typer.Option(help="Bare transfer of these prompts, of `bench transfer`: shows the goal of the gap.")
+        str | None,
+        typer.Option(
+            help="Bare transfer of these prompts, of `bench transfer`: shows the goal of the gap."
+        ),
     ] = None,
     step_ms: Annotated[
-        str | None, typer.Option(help="Decode step at these concurrencies, of `bench step`: shows the share of what it allows.")
+        str | None,
+        typer.Option(
+            help=(
+                "Decode step at these concurrencies, of `bench step`: shows the share of what it "
+                "allows."
+            )
+        ),
     ] = None,
-    multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Chats that send all that was said before.")] = False,
-    conversations: Annotated[int | None, typer.Option(min=1, help="Chats (16).", show_default=False)] = None,
-    turns: Annotated[int | None, typer.Option(min=1, help="Messages of each chat (4).", show_default=False)] = None,
+    multi_turn: Annotated[
+        bool, typer.Option("--multi-turn", help="Chats that send all that was said before.")
+    ] = False,
+    conversations: Annotated[
+        int | None, typer.Option(min=1, help="Chats (16).", show_default=False)
+    ] = None,
+    turns: Annotated[
+        int | None, typer.Option(min=1, help="Messages of each chat (4).", show_default=False)
+    ] = None,
     turn_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of a message after the first, which has --input-tokens (32).")
+        int | None,
+        typer.Option(
+            min=1, help="Length of a message after the first, which has --input-tokens (32)."
+        ),
     ] = None,
     output: FormatOption = Format.TABLE,
     *,
     flags: dict[str, object],
 ) -> None:
-    """Time to first token, gap to the second, inter-token latency and throughput of a deployment, as its clients see them."""
+    """Time to first token, gap to the second, inter-token latency and throughput of a deployment,
+    as its clients see them.
+    """
     lengths = read_numbers(input_tokens, "--input-tokens")
     numbers = read_numbers(concurrency or ("4" if multi_turn else "1,4,16"), "--concurrency")
     options: BenchOptions | MultiTurnOptions
     if multi_turn:
-        of_rows = {"--num-requests": num_requests, "--bare-gb-per-s": bare_gb_per_s, "--step-ms": step_ms}
+        of_rows = {
+            "--num-requests": num_requests,
+            "--bare-gb-per-s": bare_gb_per_s,
+            "--step-ms": step_ms,
+        }
         _refuse(of_rows, "not for --multi-turn")
         if len(lengths) + len(numbers) > 2:
             raise typer.BadParameter("--multi-turn takes one --input-tokens and one --concurrency")
@@ -112,7 +148,10 @@ def serve(
             seed=seed,
         )
     else:
-        _refuse({"--conversations": conversations, "--turns": turns, "--turn-tokens": turn_tokens}, "only for --multi-turn")
+        _refuse(
+            {"--conversations": conversations, "--turns": turns, "--turn-tokens": turn_tokens},
+            "only for --multi-turn",
+        )
         options = BenchOptions(
             input_tokens=lengths,
             output_tokens=output_tokens,
@@ -124,7 +163,9 @@ def serve(
             step_ms=read_decimals(step_ms, numbers, "--step-ms"),
         )
     if url is not None:
-        own = {"CONFIG": config} | {flag_name(path): value for path, value in flags.items() if path != "api_key"}
+        own = {"CONFIG": config} | {
+            flag_name(path): value for path, value in flags.items() if path != "api_key"
+        }
         _refuse(own, "for a deployment that is started here, not for one at --url")
     else:
         refuse_address(flags)
@@ -132,9 +173,15 @@ def serve(
 
 
 def _measure(
-    options: BenchOptions | MultiTurnOptions, url: str | None, config: Path | None, flags: dict[str, object], output: Format
+    options: BenchOptions | MultiTurnOptions,
+    url: str | None,
+    config: Path | None,
+    flags: dict[str, object],
+    output: Format,
 ) -> int:
-    """Returns the exit code: 0 only if nothing went wrong. What was measured before an error or Ctrl-C is shown."""
+    """Returns the exit code: 0 only if nothing went wrong. What was measured before an error or
+    Ctrl-C is shown.
+    """
     rows: list[BenchRow] = []
     chats: MultiTurnReport | None = None
     start_s: float | None = None
@@ -142,8 +189,15 @@ def _measure(
     try:
         launch_config = load_config(config, os.environ, flags).config
         key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
-        running = contextlib.nullcontext() if url is not None else own_deployment(config, flags, launch_config)
-        with Console(stderr=True).status("starting the deployment") as status, running as deployment:
+        running = (
+            contextlib.nullcontext()
+            if url is not None
+            else own_deployment(config, flags, launch_config)
+        )
+        with (
+            Console(stderr=True).status("starting the deployment") as status,
+            running as deployment,
+        ):
             start_s = None if deployment is None else deployment.start_s
             target = url if deployment is None else deployment.url
             match msgspec.structs.replace(options, url=target, api_key=key):
@@ -175,7 +229,11 @@ def _show_rows(rows: Sequence[BenchRow], output: Format) -> int:
     if output is Format.JSON:
         print_json(found)
     else:
-        limits = {name: text for name, text in _LIMIT_HEADINGS.items() if any(row[name] is not None for row in found)}
+        limits = {
+            name: text
+            for name, text in _LIMIT_HEADINGS.items()
+            if any(row[name] is not None for row in found)
+        }
         print_table(found, _HEADINGS | limits)
     print_errors([error for row in rows for error in row.errors])
     return int(any(row.num_errors for row in rows))
@@ -189,7 +247,10 @@ def _show_chats(report: MultiTurnReport, output: Format) -> int:
         print_table(turns, _TURN_HEADINGS)
         if tiers:
             print_table(tiers, _TIER_HEADINGS)
-        typer.echo(f"{report.num_conversations} conversations of {report.working_set_tokens} tokens in all, --seed {report.seed}")
+        typer.echo(
+            f"{report.num_conversations} conversations of {report.working_set_tokens} tokens in "
+            f"all, --seed {report.seed}"
+        )
     print_errors([error for row in report.turns for error in row.errors])
     return int(any(row.num_errors for row in report.turns))
 

@@ -34,7 +34,9 @@ def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[in
         numbers *= len(keys)
     if len(numbers) != len(keys) or not all(0 < number < math.inf for number in numbers):
         wanted = ",".join(map(str, keys))
-        raise _refused(option, f"{text!r} is neither a positive number nor a list of one for each of {wanted}")
+        raise _refused(
+            option, f"{text!r} is neither a positive number nor a list of one for each of {wanted}"
+        )
     return dict(zip(keys, numbers, strict=True))
 
 
@@ -43,7 +45,9 @@ def read_sizes(text: str, option: str) -> list[int]:
     try:
         sizes = [parse_size(part) for part in text.split(",")]
     except ValueError as error:
-        raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB: {error}") from None
+        raise _refused(
+            option, f"{text!r} is not a list of sizes such as 4KiB,1MiB: {error}"
+        ) from None
     if min(sizes) < 1:
         raise _refused(option, f"{text!r} is not a list of sizes such as 4KiB,1MiB")
     return sizes

@@ -14,7 +14,14 @@ from rich.text import Text
 
 from pdlaunch.checks.models import read_weight_errors
 from pdlaunch.checks.run import Report, listeners, run_checks
-from pdlaunch.cli.findings import github_line, github_problem, print_table, problems_json, report_json, safe
+from pdlaunch.cli.findings import (
+    github_line,
+    github_problem,
+    print_table,
+    problems_json,
+    report_json,
+    safe,
+)
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.preflight import probe_folders
 from pdlaunch.config.models import LaunchConfig
@@ -50,30 +57,45 @@ class Platform(StrEnum):
 @with_serve_flags
 def check_config(
     config: ConfigArgument = None,
-    output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = Format.TABLE,
+    output: Annotated[
+        Format, typer.Option("--format", help="How findings are printed.")
+    ] = Format.TABLE,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     probe: Annotated[
         bool,
         typer.Option(
-            "--probe", help="Also start the planned processes and move bytes between them (with random weights; takes a launch)."
+            "--probe",
+            help=(
+                "Also start the planned processes and move bytes between them (with random "
+                "weights; takes a launch)."
+            ),
         ),
     ] = False,
     assume_platform: Annotated[
-        Platform | None, typer.Option("--assume-platform", help="Check for such a machine instead of this one.")
+        Platform | None,
+        typer.Option("--assume-platform", help="Check for such a machine instead of this one."),
     ] = None,
     assume_gpus: Annotated[
-        int | None, typer.Option("--assume-gpus", metavar="N", min=1, max=MAX_ASSUMED_GPUS, help="Number of its GPUs.")
+        int | None,
+        typer.Option(
+            "--assume-gpus", metavar="N", min=1, max=MAX_ASSUMED_GPUS, help="Number of its GPUs."
+        ),
     ] = None,
     assume_gpu_memory: Annotated[
-        str | None, typer.Option("--assume-gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB.")
+        str | None,
+        typer.Option("--assume-gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB."),
     ] = None,
     *,
     flags: dict[str, object],
 ) -> None:
-    """Check a deployment without starting it. Exit code 0: clean, 1: findings, 2: unusable input."""
+    """Check a deployment without starting it. Exit code 0: clean, 1: findings, 2: unusable
+    input.
+    """
     try:
         loaded = load_config(config, os.environ, flags)
-        machine = assumed_machine(probe_machine(), loaded.config, assume_platform, assume_gpus, assume_gpu_memory)
+        machine = assumed_machine(
+            probe_machine(), loaded.config, assume_platform, assume_gpus, assume_gpu_memory
+        )
     except ConfigError as error:
         _refuse(error, output, config)
     is_this = assume_platform is None and assume_gpus is None and assume_gpu_memory is None
@@ -85,7 +107,8 @@ def check_config(
     }
     report = run_checks(loaded, machine, os.environ, **probes)
     if probe and is_this and report.is_ok():
-        # Only a set-up without errors can start. Imported here: it takes what starting processes takes.
+        # Only a set-up without errors can start. Imported here: it takes what starting processes
+        # takes.
         from pdlaunch.cli.transport import probe_transport
 
         transport = probe_transport(loaded.config, machine, os.environ)
@@ -96,16 +119,28 @@ def check_config(
 
 
 def assumed_machine(
-    machine: Machine, config: LaunchConfig, platform: Platform | None, num_gpus: int | None, gpu_memory: str | None
+    machine: Machine,
+    config: LaunchConfig,
+    platform: Platform | None,
+    num_gpus: int | None,
+    gpu_memory: str | None,
 ) -> Machine:
-    """``machine``, or what is assumed instead. Raises ConfigError for assumptions that contradict each other."""
+    """``machine``, or what is assumed instead. Raises ConfigError for assumptions that contradict
+    each other.
+    """
     if platform is None and num_gpus is None and gpu_memory is None:
         return machine
     if platform is Platform.CPU:
         if num_gpus is not None or gpu_memory is not None:
-            raise ConfigError("--assume-platform cpu has no GPUs", fix="leave out --assume-gpus and --assume-gpu-memory")
+            raise ConfigError(
+                "--assume-platform cpu has no GPUs",
+                fix="leave out --assume-gpus and --assume-gpu-memory",
+            )
         return assume(machine, num_gpus=0, gpu_memory_bytes=None)
-    num_ranks = sum(section.replicas * section.tensor_parallel_size for section in (config.prefill, config.decode))
+    num_ranks = sum(
+        section.replicas * section.tensor_parallel_size
+        for section in (config.prefill, config.decode)
+    )
     gpus = num_gpus or len(machine.gpus) or min(max(num_ranks, 1), MAX_ASSUMED_GPUS)
     return assume(machine, num_gpus=gpus, gpu_memory_bytes=_memory_bytes(gpu_memory))
 
@@ -124,7 +159,10 @@ def _memory_bytes(text: str | None) -> int | None:
 
 def _probe_ports(loaded: LoadedConfig) -> dict[tuple[str, int], PortState] | None:
     """None when a host's name could not be resolved in time."""
-    states = {(item.host, item.port): probe_port(item.host, item.port) for item in listeners(loaded.config)}
+    states = {
+        (item.host, item.port): probe_port(item.host, item.port)
+        for item in listeners(loaded.config)
+    }
     known = {address: state for address, state in states.items() if state is not None}
     return known if len(known) == len(states) else None
 
@@ -142,7 +180,11 @@ def _print(report: Report, output: Format, *, ok: bool) -> None:
 
 def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
     """What makes the input unusable: on stderr, and on stdout in the form of ``output``."""
-    found = error.problems if isinstance(error, InvalidConfigError) else (Problem(str(error), error.field, fix=error.fix),)
+    found = (
+        error.problems
+        if isinstance(error, InvalidConfigError)
+        else (Problem(str(error), error.field, fix=error.fix),)
+    )
     if output is Format.JSON:
         typer.echo(problems_json(found))
     elif output is Format.GITHUB:

@@ -47,15 +47,21 @@ def schema() -> None:
 @with_serve_flags
 def show(
     config: ConfigArgument = None,
-    output: Annotated[Format, typer.Option("--format", help="How the values are printed.")] = Format.TABLE,
+    output: Annotated[
+        Format, typer.Option("--format", help="How the values are printed.")
+    ] = Format.TABLE,
     *,
     flags: dict[str, object],
 ) -> None:
-    """Print every setting, its value, and where it comes from: flag, environment, file, default or derived."""
+    """Print every setting, its value, and where it comes from: flag, environment, file, default or
+    derived.
+    """
     try:
         values = shown_values(load_config(config, os.environ, flags))
     except ConfigError as error:
-        Console(file=sys.stderr, soft_wrap=True).print(Text(f"error: {safe(str(error))}", style="red"))
+        Console(file=sys.stderr, soft_wrap=True).print(
+            Text(f"error: {safe(str(error))}", style="red")
+        )
         raise typer.Exit(EXIT_UNUSABLE) from None
     if output is Format.JSON:
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
@@ -72,7 +78,14 @@ def _print_table(console: Console, values: list[ShownValue]) -> None:
     for heading in ("setting", "value", "origin"):
         table.add_column(heading, overflow="fold")
     for item in values:
-        origin = f"{item.origin.kind} ({item.origin.detail})" if item.origin.detail else item.origin.kind
+        origin = (
+            f"{item.origin.kind} ({item.origin.detail})" if item.origin.detail else item.origin.kind
+        )
         style = "dim" if item.origin.kind == "default" else ""
-        table.add_row(item.path, Text(safe(json.dumps(item.value, ensure_ascii=False))), Text(safe(origin)), style=style)
+        table.add_row(
+            item.path,
+            Text(safe(json.dumps(item.value, ensure_ascii=False))),
+            Text(safe(origin)),
+            style=style,
+        )
     console.print(table)

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does, so that it stops what it has started on its way out."""
+"""SIGTERM and SIGHUP end a command as Ctrl-C does, so that it stops what it has started on its way
+out.
+"""
 
 from __future__ import annotations
 

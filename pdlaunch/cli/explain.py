@@ -19,7 +19,10 @@ EXIT_UNKNOWN = 2
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(metavar="CODE", help="A rule such as PD204; all are listed without it.")] = None,
+    code: Annotated[
+        str | None,
+        typer.Argument(metavar="CODE", help="A rule such as PD204; all are listed without it."),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/rules.md.")] = False,
 ) -> None:
     """Show a rule, or list all of them."""
@@ -33,7 +36,9 @@ def explain(
     else:
         match = nearest(code.upper().replace("O", "0"), rules)  # no code has the letter
         hint = f"; did you mean {match}?" if match else "; `pdlaunch explain` lists all"
-        Console(file=sys.stderr).print(Text(f"error: there is no rule {safe(shown_name(code))}{hint}", style="red"))
+        Console(file=sys.stderr).print(
+            Text(f"error: there is no rule {safe(shown_name(code))}{hint}", style="red")
+        )
         raise typer.Exit(EXIT_UNKNOWN)
 
 
@@ -42,7 +47,10 @@ def rules_markdown(rules: dict[str, Rule]) -> str:
     lines = [
         "# Rules of `pdlaunch check-config`",
         "",
-        "Made by `make rules` from the registry in `pdlaunch/checks`; `pdlaunch explain CODE` shows one of them.",
+        (
+            "Made by `make rules` from the registry in `pdlaunch/checks`; `pdlaunch explain CODE` "
+            "shows one of them."
+        ),
         "Errors keep `serve` from starting; with `--strict` warnings fail a check too.",
     ]
     title = ""

@@ -20,7 +20,9 @@ _GAP = "  "
 
 
 def safe(text: str) -> str:
-    """Text that every terminal and pipe can take: lone surrogates and control characters escaped."""
+    """Text that every terminal and pipe can take: lone surrogates and control characters
+    escaped.
+    """
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
 
@@ -35,11 +37,18 @@ def print_table(console: Console, report: Report, *, ok: bool) -> None:
     for severity in SEVERITIES:
         found = [finding for finding in report.findings if finding.severity == severity]
         if found:
-            console.print(Text(f"{severity}s" if len(found) > 1 else severity, style=f"bold {_STYLES[severity]}"))
+            console.print(
+                Text(
+                    f"{severity}s" if len(found) > 1 else severity,
+                    style=f"bold {_STYLES[severity]}",
+                )
+            )
             console.print(Group(*(_FindingView(finding) for finding in found)))
     if report.not_checked:
         console.print(Text("not checked", style="bold"))
-        console.print(Padding(Group(*_not_checked_lines(report.not_checked)), (0, 0, 0, 2), expand=False))
+        console.print(
+            Padding(Group(*_not_checked_lines(report.not_checked)), (0, 0, 0, 2), expand=False)
+        )
     counts = ", ".join(_count(report, severity) for severity in SEVERITIES)
     verdict = "ok" if ok else "not ok"
     console.print(Text(f"{verdict}: {counts}", style="bold green" if ok else "bold red"))
@@ -55,7 +64,9 @@ class _FindingView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         finding, style = self._finding, _STYLES[self._finding.severity]
-        head = Text(f"  {finding.rule} ", style=f"bold {style}") + Text(safe(place(finding)), style="bold")
+        head = Text(f"  {finding.rule} ", style=f"bold {style}") + Text(
+            safe(place(finding)), style="bold"
+        )
         message = Text(safe(finding.message), style="default")
         rest: list[RenderableType] = []
         if head.cell_len + len(_GAP) + message.cell_len <= options.max_width:
@@ -93,7 +104,14 @@ def report_json(report: Report, *, ok: bool) -> str:
         }
         for finding in report.findings
     ]
-    return json.dumps({"ok": ok, "findings": findings, "resolved": {**report.resolved, "not_checked": not_checked}}, indent=2)
+    return json.dumps(
+        {
+            "ok": ok,
+            "findings": findings,
+            "resolved": {**report.resolved, "not_checked": not_checked},
+        },
+        indent=2,
+    )
 
 
 def problems_json(problems: Iterable[Problem]) -> str:
@@ -115,7 +133,11 @@ def github_line(finding: Finding) -> str:
     """A workflow command; findings of settings that stand in a file are shown at their line."""
     file, line, column = _split_origin(finding.origin)
     properties = {"file": file, "line": line, "col": column, "title": finding.rule}
-    return _command(_GITHUB_LEVELS[finding.severity], properties, f"{finding.where}: {finding.message}. Fix: {finding.fix}")
+    return _command(
+        _GITHUB_LEVELS[finding.severity],
+        properties,
+        f"{finding.where}: {finding.message}. Fix: {finding.fix}",
+    )
 
 
 def github_problem(problem: Problem, file: str | None) -> str:
@@ -131,7 +153,9 @@ def github_problem(problem: Problem, file: str | None) -> str:
 
 
 def _command(level: str, properties: dict[str, str | None], message: str) -> str:
-    given = ",".join(f"{name}={_escape(value, ':,')}" for name, value in properties.items() if value)
+    given = ",".join(
+        f"{name}={_escape(value, ':,')}" for name, value in properties.items() if value
+    )
     return f"::{level} {given}::{_escape(message)}"
 
 
@@ -146,4 +170,8 @@ def _escape(text: str, more: str = "") -> str:
 def _split_origin(origin: str) -> tuple[str | None, str | None, str | None]:
     file, _, position = origin.rpartition(":")
     file, _, line = file.rpartition(":")
-    return (file, line, position) if file and line.isdigit() and position.isdigit() else (None, None, None)
+    return (
+        (file, line, position)
+        if file and line.isdigit() and position.isdigit()
+        else (None, None, None)
+    )

@@ -1,4 +1,6 @@
-"""What ``serve`` shows: a live table while it starts, one panel when it is ready, plain lines for the rest."""
+"""What ``serve`` shows: a live table while it starts, one panel when it is ready, plain lines for
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class PlainView:
     def ready(self, status: LaunchStatus) -> None:
         self._print("ready")
         for label, text in self._summary(status):
-            self._console.print(Text(f"  {label:<10} {text.replace(CONTINUATION, ' ')}"), soft_wrap=True)
+            self._console.print(
+                Text(f"  {label:<10} {text.replace(CONTINUATION, ' ')}"), soft_wrap=True
+            )
 
     def note(self, text: str) -> None:
         self._print(text)
@@ -90,7 +94,9 @@ class PlainView:
 
 
 class LiveView:
-    """A table that follows every process until the deployment is ready or has failed; then lines, as ``PlainView``."""
+    """A table that follows every process until the deployment is ready or has failed; then lines,
+    as ``PlainView``.
+    """
 
     def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
         self._console = console
@@ -100,7 +106,11 @@ class LiveView:
         self._start_s = clock()
         self._status: LaunchStatus | None = None
         self._live: Live | None = Live(
-            get_renderable=self._render, console=console, refresh_per_second=8, transient=True, vertical_overflow="crop"
+            get_renderable=self._render,
+            console=console,
+            refresh_per_second=8,
+            transient=True,
+            vertical_overflow="crop",
         )
         self._live.start()
 
@@ -128,29 +138,50 @@ class LiveView:
         return render_status(self._status, self._clock() - self._start_s, *self._console.size)
 
 
-def make_view(console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic) -> PlainView | LiveView:
+def make_view(
+    console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic
+) -> PlainView | LiveView:
     """The live table where the terminal can show one, else lines."""
-    fits = console.is_terminal and not console.is_dumb_terminal and console.height >= 4 and console.width >= 20
+    fits = (
+        console.is_terminal
+        and not console.is_dumb_terminal
+        and console.height >= 4
+        and console.width >= 20
+    )
     return LiveView(console, summary, clock) if fits else PlainView(console, summary, clock)
 
 
-def render_status(status: LaunchStatus, elapsed_s: float, columns: int, rows: int) -> RenderableType:
+def render_status(
+    status: LaunchStatus, elapsed_s: float, columns: int, rows: int
+) -> RenderableType:
     """The table, cut to ``rows``: what is not ready comes first when there is no room for all."""
     counts = Counter(process.state for process in status.processes)
-    head = Text(f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of {len(status.processes)} ready")
+    head = Text(
+        f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of "
+        f"{len(status.processes)} ready"
+    )
     if status.num_missing_pairs and not counts.keys() - {ProcessState.READY, ProcessState.EXITED}:
-        head.append(f" · {status.num_missing_pairs} {'pair' if status.num_missing_pairs == 1 else 'pairs'} to connect")
+        head.append(
+            f" · {status.num_missing_pairs} {'pair' if status.num_missing_pairs == 1 else 'pairs'} "
+            "to connect"
+        )
     head.truncate(columns, overflow="ellipsis")
     room = max(1, rows - 2)
     processes = list(status.processes)
     if len(processes) > room:
-        processes = sorted(processes, key=lambda process: process.state is ProcessState.READY)[: room - 1]
+        processes = sorted(processes, key=lambda process: process.state is ProcessState.READY)[
+            : room - 1
+        ]
     table = Table.grid(padding=(0, 2, 0, 0), expand=False)
     table.add_column(no_wrap=True, overflow="ellipsis")
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
     for process in processes:
-        table.add_row(process.name, Text(process.state, style=_STYLES[process.state]), _progress(process, columns))
+        table.add_row(
+            process.name,
+            Text(process.state, style=_STYLES[process.state]),
+            _progress(process, columns),
+        )
     hidden = len(status.processes) - len(processes)
     return Group(head, table, *([Text(f"… and {hidden} more", style="dim")] if hidden else []))
 
@@ -162,15 +193,23 @@ def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
     grid.add_column(overflow="fold")
     for label, text in rows:
         grid.add_row(label, Text(text))
-    return Panel(grid, title="pdlaunch is ready", border_style="green", box=box.HORIZONTALS, padding=0)
+    return Panel(
+        grid, title="pdlaunch is ready", border_style="green", box=box.HORIZONTALS, padding=0
+    )
 
 
-def ready_rows(status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool) -> list[tuple[str, str]]:
+def ready_rows(
+    status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool
+) -> list[tuple[str, str]]:
     """Where, how to try it, what runs, how fast its pairs are, where to read more."""
     key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    # A prompt of one word: a narrow terminal breaks lines at spaces, which JSON allows between its parts alone.
+    # A prompt of one word: a narrow terminal breaks lines at spaces, which JSON allows between its
+    # parts alone.
     body = f'{{"model": "{model}", "prompt": "Hello"}}'
-    curl = f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: application/json'{CONTINUATION}-d '{body}'"
+    curl = (
+        f"curl {status.url}/v1/completions{key}{CONTINUATION}-H 'Content-Type: "
+        f"application/json'{CONTINUATION}-d '{body}'"
+    )
     return [
         ("URL", status.url),
         ("try", curl),
@@ -208,7 +247,8 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
             engines[role].add(engine)
             ranks[role] += 1
     return " + ".join(
-        f"{len(names)} {role}" + (f" (tp {ranks[role] // len(names)})" if ranks[role] > len(names) else "")
+        f"{len(names)} {role}"
+        + (f" (tp {ranks[role] // len(names)})" if ranks[role] > len(names) else "")
         for role, names in engines.items()
         if names
     )

@@ -1,4 +1,6 @@
-"""Modules that measure run in processes of their own: torch stays out of the command's, which they do not outlive."""
+"""Modules that measure run in processes of their own: torch stays out of the command's, which they
+do not outlive.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,26 @@ STDERR = 2
 """File descriptor."""
 
 
-def run_module(module: str, argument: str, environ: Mapping[str, str] | None = None, *, stdout: int = subprocess.PIPE) -> bytes:
-    """What ``python -m module argument`` writes to the pipe; its errors are on stderr. Raises ``typer.Exit`` when it fails."""
+def run_module(
+    module: str,
+    argument: str,
+    environ: Mapping[str, str] | None = None,
+    *,
+    stdout: int = subprocess.PIPE,
+) -> bytes:
+    """What ``python -m module argument`` writes to the pipe; its errors are on stderr. Raises
+    ``typer.Exit`` when it fails.
+    """
     # -P: a folder named pdlaunch where the user stands is not the installed one.
     command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, argument]
-    # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of its own.
+    # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of
+    # its own.
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=stdout, env=os.environ | (environ or {}), start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        env=os.environ | (environ or {}),
+        start_new_session=True,
     ) as process:
         # Standard input stays open: its end is the end of the process.
         found = b"" if process.stdout is None else process.stdout.read()

@@ -19,19 +19,27 @@ def refuse_address(flags: Mapping[str, object]) -> None:
     """Raises typer's BadParameter for flags that would change nothing."""
     given = [flag_name(path) for path in ("host", "port") if path in flags]
     if given:
-        raise typer.BadParameter(f"{', '.join(given)}: what is started here listens on a free port of 127.0.0.1")
+        raise typer.BadParameter(
+            f"{', '.join(given)}: what is started here listens on a free port of 127.0.0.1"
+        )
 
 
 @contextmanager
 def own_deployment(
-    file: Path | None, flags: Mapping[str, object], config: LaunchConfig, environ: Mapping[str, str] | None = None
+    file: Path | None,
+    flags: Mapping[str, object],
+    config: LaunchConfig,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Deployment]:
-    """What ``serve FILE`` with these flags starts, until the block ends; ``config`` is what they come to.
+    """What ``serve FILE`` with these flags starts, until the block ends; ``config`` is what they
+    come to.
 
     ``environ``: more variables. Raises StartupError.
     """
     arguments, secrets = to_command_line(flags)
     with running_deployment(
-        [*([str(file)] if file else []), *arguments], environ={**os.environ, **secrets, **(environ or {})}, log_dir=config.log_dir
+        [*([str(file)] if file else []), *arguments],
+        environ={**os.environ, **secrets, **(environ or {})},
+        log_dir=config.log_dir,
     ) as deployment:
         yield deployment

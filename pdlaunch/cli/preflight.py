@@ -1,4 +1,6 @@
-"""The rules of ``check-config`` inside ``serve``: before anything starts, and on the measured pairs once all is ready."""
+"""The rules of ``check-config`` inside ``serve``: before anything starts, and on the measured pairs
+once all is ready.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def probe_folders(config: LaunchConfig) -> dict[str, str]:
     return {} if problem is None else {"kv_transfer.file_directory": problem}
 
 
-def refuse_errors(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], console: Console) -> None:
+def refuse_errors(
+    loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], console: Console
+) -> None:
     """Print warnings and errors of all rules; raises ``typer.Exit`` when there are errors."""
     report = run_checks(
         loaded,
@@ -47,7 +51,12 @@ def refuse_errors(loaded: LoadedConfig, machine: Machine, environ: Mapping[str, 
         if finding.severity != "info":
             print_finding(console, finding)
     if not report.is_ok():
-        console.print(Text(f"not started: {len(report.errors)} error(s); `pdlaunch explain CODE` says why", style="red"))
+        console.print(
+            Text(
+                f"not started: {len(report.errors)} error(s); `pdlaunch explain CODE` says why",
+                style="red",
+            )
+        )
         raise typer.Exit(EXIT_FINDINGS)
 
 

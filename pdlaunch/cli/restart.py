@@ -16,11 +16,16 @@ from pdlaunch.errors import PdlaunchError
 
 
 def restart(
-    name: Annotated[list[str], typer.Argument(help="An engine, or one of its processes: decode-0, decode-0/rank-1.")],
+    name: Annotated[
+        list[str],
+        typer.Argument(help="An engine, or one of its processes: decode-0, decode-0/rank-1."),
+    ],
     url: UrlOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Engines finish what runs, stop and start anew, one after the other; one that was given up starts at once."""
+    """Engines finish what runs, stop and start anew, one after the other; one that was given up
+    starts at once.
+    """
     console = Console()
     failed = False
     try:
@@ -31,7 +36,9 @@ def restart(
                 console.print(Text(f"{outcome.engine} serves again"), soft_wrap=True)
             else:
                 failed = True
-                console.print(Text(f"{outcome.engine}: {outcome.error}", style="red"), soft_wrap=True)
+                console.print(
+                    Text(f"{outcome.engine}: {outcome.error}", style="red"), soft_wrap=True
+                )
     except PdlaunchError as error:
         print_errors([error])
         raise typer.Exit(1) from None

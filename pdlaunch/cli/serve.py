@@ -51,10 +51,17 @@ class Format(StrEnum):
 @with_serve_flags
 def serve(
     config: ConfigArgument = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every process that would start, and start none.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print every process that would start, and start none."),
+    ] = False,
     output: Annotated[Format, typer.Option("--format", help="Of --dry-run.")] = Format.TABLE,
     stop_on_stdin_eof: Annotated[
-        bool, typer.Option("--stop-on-stdin-eof", help="Stop when standard input ends: it never outlives who holds the pipe.")
+        bool,
+        typer.Option(
+            "--stop-on-stdin-eof",
+            help="Stop when standard input ends: it never outlives who holds the pipe.",
+        ),
     ] = False,
     *,
     flags: dict[str, object],
@@ -63,7 +70,10 @@ def serve(
     errors = Console(stderr=True, soft_wrap=True)
     try:
         if output is not Format.TABLE and not dry_run:
-            raise ConfigError(f"--format {output} is how --dry-run prints the plan; add --dry-run or leave --format out")
+            raise ConfigError(
+                f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
+                "--format out"
+            )
         lifeline = _standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
         machine = probe_machine()
@@ -95,7 +105,12 @@ def _standard_input() -> int:
     return STDIN
 
 
-def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None, listeners: Sequence[socket.socket]) -> Outcome:
+def _serve(
+    loaded: LoadedConfig,
+    planned: PlannedLaunch,
+    lifeline: int | None,
+    listeners: Sequence[socket.socket],
+) -> Outcome:
     config = planned.config
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
@@ -113,7 +128,9 @@ def _serve(loaded: LoadedConfig, planned: PlannedLaunch, lifeline: int | None, l
 
     view = make_view(SteadyConsole(), summary)
     try:
-        outcome = launch(planned, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline)
+        outcome = launch(
+            planned, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline
+        )
         view.note("stopped")
     finally:
         view.close()
@@ -148,9 +165,13 @@ def print_plan(plan: Plan, output: Format) -> None:
         table.add_column(heading, overflow="fold")
     for process in processes:
         ports = ", ".join(f"{name} {port or 'free'}" for name, port in process.ports.items())
-        table.add_row(process.name, process.host, " ".join(process.devices), str(process.num_threads), ports)
+        table.add_row(
+            process.name, process.host, " ".join(process.devices), str(process.num_threads), ports
+        )
     console.print(table)
     for process in processes:
-        environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in process.environment.items())
+        environment = " ".join(
+            f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
+        )
         console.print(Text(process.name, style="bold"))
         console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"), soft_wrap=True)

@@ -1,4 +1,6 @@
-"""``pdlaunch sleep`` and ``pdlaunch wake``: engines of a running deployment give their device memory back, and take it again."""
+"""``pdlaunch sleep`` and ``pdlaunch wake``: engines of a running deployment give their device
+memory back, and take it again.
+"""
 
 from __future__ import annotations
 
@@ -35,39 +37,69 @@ class Tag(StrEnum):
 
 UrlOption = Annotated[
     str | None,
-    typer.Option(help="The deployment's router; needed where several of yours run, or another's.", envvar="PDLAUNCH_URL"),
+    typer.Option(
+        help="The deployment's router; needed where several of yours run, or another's.",
+        envvar="PDLAUNCH_URL",
+    ),
 ]
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        help="Its admin_api_key; not needed for your own on this machine.", envvar="PDLAUNCH_ADMIN_API_KEY", metavar="KEY"
+        help="Its admin_api_key; not needed for your own on this machine.",
+        envvar="PDLAUNCH_ADMIN_API_KEY",
+        metavar="KEY",
     ),
 ]
-EngineOption = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; may be repeated.", metavar="NAME")]
+EngineOption = Annotated[
+    list[str] | None,
+    typer.Option("--engine", help="Only this engine; may be repeated.", metavar="NAME"),
+]
 
 
 def sleep(
     url: UrlOption = None,
     level: Annotated[
-        int, typer.Option(min=1, max=2, help="1 keeps the weights in host memory; 2 drops them, they are loaded again.")
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="1 keeps the weights in host memory; 2 drops them, they are loaded again.",
+        ),
     ] = 1,
-    mode: Annotated[Mode, typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse.")] = Mode.WAIT,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse."),
+    ] = Mode.WAIT,
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Engines give their device memory back and serve nothing until `pdlaunch wake`; needs enable_sleep_mode."""
-    _show("given back", lambda: sleep_engines(admin_api(url, admin_api_key), level=level, mode=mode.value, names=engine or ()))
+    """Engines give their device memory back and serve nothing until `pdlaunch wake`; needs
+    enable_sleep_mode.
+    """
+    _show(
+        "given back",
+        lambda: sleep_engines(
+            admin_api(url, admin_api_key), level=level, mode=mode.value, names=engine or ()
+        ),
+    )
 
 
 def wake(
     url: UrlOption = None,
-    tag: Annotated[list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")] = None,
+    tag: Annotated[
+        list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")
+    ] = None,
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
     """Engines that sleep take their device memory again and serve."""
     _show(
-        "taken", lambda: wake_engines(admin_api(url, admin_api_key), tags=[str(name) for name in tag or ()], names=engine or ())
+        "taken",
+        lambda: wake_engines(
+            admin_api(url, admin_api_key),
+            tags=[str(name) for name in tag or ()],
+            names=engine or (),
+        ),
     )
 
 
@@ -80,8 +112,16 @@ def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
         raise typer.Exit(1) from None
     table = Table("engine", "state", what)
     for outcome in outcomes:
-        state = Text(outcome.error, style="red") if outcome.error else Text("sleeping" if outcome.is_sleeping else "awake")
-        table.add_row(Text(outcome.engine), state, "" if outcome.error else f"{outcome.num_bytes / GIB:.2f} GiB")
+        state = (
+            Text(outcome.error, style="red")
+            if outcome.error
+            else Text("sleeping" if outcome.is_sleeping else "awake")
+        )
+        table.add_row(
+            Text(outcome.engine),
+            state,
+            "" if outcome.error else f"{outcome.num_bytes / GIB:.2f} GiB",
+        )
     Console().print(table)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)

@@ -29,15 +29,23 @@ from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
 @with_serve_flags
 def smoke_command(
     config: ConfigArgument = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False)] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False),
+    ] = None,
     chaos: Annotated[
         int | None,
-        typer.Option(help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.", metavar="SEED"),
+        typer.Option(
+            help="Inject faults into the KV transfers, drawn from this seed, and kill a rank.",
+            metavar="SEED",
+        ),
     ] = None,
     *,
     flags: dict[str, object],
 ) -> None:
-    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it; exit 0 or 1."""
+    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it;
+    exit 0 or 1.
+    """
     refuse_address(flags)
     console = Console()
     try:
@@ -61,19 +69,32 @@ def smoke_command(
                 checks += smoke_under_chaos(deployment, chaos, api_key=key, exact=exact)
             checks.append(_stop(deployment, children))
     except PdlaunchError as error:
-        checks.append(Check("the deployment can be checked" if checks else "the deployment gets ready", 0.0, str(error)))
+        checks.append(
+            Check(
+                "the deployment can be checked" if checks else "the deployment gets ready",
+                0.0,
+                str(error),
+            )
+        )
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         raise typer.Exit(EXIT_INTERRUPTED) from None
     for check in checks:
         mark, style = ("ok", "green") if check.failure is None else ("FAILED", "bold red")
-        console.print(Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"), soft_wrap=True)
+        console.print(
+            Text.assemble((f"{mark:>6}", style), f"  {check.name} ({check.seconds:.1f} s)"),
+            soft_wrap=True,
+        )
         if check.failure is not None:
             console.print(Text(f"        {check.failure}"), soft_wrap=True)
     is_written = junit is None or _write(checks, junit)
     num_failed = sum(check.failure is not None for check in checks)
     console.print(
-        Text(f"smoke: {num_failed} of {len(checks)} checks failed" if num_failed else f"smoke: {len(checks)} checks passed")
+        Text(
+            f"smoke: {num_failed} of {len(checks)} checks failed"
+            if num_failed
+            else f"smoke: {len(checks)} checks passed"
+        )
     )
     raise typer.Exit(0 if is_written and not num_failed else 1)
 
@@ -93,8 +114,14 @@ def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
     start_s = time.monotonic()
     try:
         code = deployment.stop()
-        left = [str(child) for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        left = [
+            str(child)
+            for child in children
+            if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+        ]
         failure = f"exit code {code}" if code else f"still running: {left}" if left else None
     except PdlaunchError as error:
         failure = str(error)
-    return Check("the deployment stops and leaves no process", round(time.monotonic() - start_s, 3), failure)
+    return Check(
+        "the deployment stops and leaves no process", round(time.monotonic() - start_s, 3), failure
+    )

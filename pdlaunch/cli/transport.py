@@ -1,4 +1,6 @@
-"""The path of every pair of ranks: measured by the handshakes of a launch, judged by the PD5xx rules."""
+"""The path of every pair of ranks: measured by the handshakes of a launch, judged by the PD5xx
+rules.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.status import LaunchStatus
 
 HOST_SHARE = 1 / 64
-"""Of a plain copy, that a READ between two processes of a host should reach. On a quiet machine 2.0 GB/s were measured beside a
-plain copy of 33 (16 MiB, which its cache holds), on a loaded one 0.3 to 0.8: less than half of this share is no load any more."""
+"""Of a plain copy, that a READ between two processes of a host should reach. On a quiet machine 2.0
+GB/s were measured beside a plain copy of 33 (16 MiB, which its cache holds), on a loaded one 0.3 to
+0.8: less than half of this share is no load any more."""
 LINK_SHARES: Mapping[LinkKind, float] = {"NVLink": 0.75, "PCIe": 0.8}
-"""Of what the wires between two GPUs carry, that a good path reaches. Measured between two H200s with 18 NVLinks (478 GB/s): P2P
-0.71 to 0.82, NIXL 0.52 to 0.63; over PCIe 5.0 x16, to the host, 0.87. A GPU's scratch is 128 MiB, a third of a millisecond even
-at that speed: starting a READ takes little of it."""
+"""Of what the wires between two GPUs carry, that a good path reaches. Measured between two H200s
+with 18 NVLinks (478 GB/s): P2P 0.71 to 0.82, NIXL 0.52 to 0.63; over PCIe 5.0 x16, to the host,
+0.87. A GPU's scratch is 128 MiB, a third of a millisecond even at that speed: starting a READ takes
+little of it."""
 
 
 def transport_report(
@@ -48,17 +52,24 @@ def transport_report(
                 path=pair.path,
                 allocator=allocator,
                 gigabytes_per_s=pair.gigabytes_per_s,
-                expected_gigabytes_per_s=host_speed if link is None else LINK_SHARES[link.kind] * link.gigabytes_per_s,
+                expected_gigabytes_per_s=host_speed
+                if link is None
+                else LINK_SHARES[link.kind] * link.gigabytes_per_s,
                 link="" if link is None else link.text,
                 other_paths=pair.other_paths,
             )
-            for pair, link in zip(pairs, gpu_links(config, machine, environ, pairs, read_links), strict=True)
+            for pair, link in zip(
+                pairs, gpu_links(config, machine, environ, pairs, read_links), strict=True
+            )
         )
     )
 
 
-def probe_transport(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> TransportReport:
-    """Start the planned processes with random weights, let every pair shake hands and move bytes, stop them.
+def probe_transport(
+    config: LaunchConfig, machine: Machine, environ: Mapping[str, str]
+) -> TransportReport:
+    """Start the planned processes with random weights, let every pair shake hands and move bytes,
+    stop them.
 
     What keeps them from getting ready is the error of a pair in the report. Raises ConfigError.
     """
@@ -70,12 +81,16 @@ def probe_transport(config: LaunchConfig, machine: Machine, environ: Mapping[str
         listening(rehearsal.host, rehearsal.port) as listeners,
     ):
         observer = _StopWhenReady()
-        outcome = launch(planned, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir))
+        outcome = launch(
+            planned, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir)
+        )
     if observer.status is not None:
         return transport_report(config, machine, environ, observer.status)
     reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"
     connector = config.kv_transfer.connector
-    broken = PairTransport("decode", "prefill", connector, _allocator(config, machine, environ), error=reason)
+    broken = PairTransport(
+        "decode", "prefill", connector, _allocator(config, machine, environ), error=reason
+    )
     return TransportReport((broken,))
 
 
@@ -116,4 +131,8 @@ def _allocator(config: LaunchConfig, machine: Machine, environ: Mapping[str, str
         return "host"
     if memory_options(settings).cumem_allocator:
         return "cumem"
-    return "expandable_segments" if read_expandable_segments({**environ, **settings.env}).enabled else "cuda"
+    return (
+        "expandable_segments"
+        if read_expandable_segments({**environ, **settings.env}).enabled
+        else "cuda"
+    )

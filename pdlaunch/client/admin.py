@@ -1,4 +1,6 @@
-"""Finds whom to send commands to: the admin socket of a launch of this user, or a router whose admin key is known."""
+"""Finds whom to send commands to: the admin socket of a launch of this user, or a router whose
+admin key is known.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,14 @@ CALL_TIMEOUT_S = 900.0
 """Longer than engines wait for what runs before they sleep."""
 
 
-def admin_api(url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None) -> Api:
-    """The launch that answers at ``url``, or the only one that runs. Raises PdlaunchError when it is not clear or not there.
+def admin_api(
+    url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
+) -> Api:
+    """The launch that answers at ``url``, or the only one that runs. Raises PdlaunchError when it
+    is not clear or not there.
 
-    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: where to look for launches.
+    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: where
+    to look for launches.
     """
     if url is not None:
         check_url(url)
@@ -35,15 +41,25 @@ def _why_not(url: str | None, found: list[RunningLaunch], running: list[RunningL
     if len(found) > 1:
         return f"several launches of yours run here; choose one with --url: {urls}"
     if url is None:
-        return "no launch of yours runs here; name another's router with --url and its key with --admin-api-key"
+        return (
+            "no launch of yours runs here; name another's router with --url and its key with "
+            "--admin-api-key"
+        )
     others = f"; these do: {urls}" if running else ""
-    return f"no launch of yours listens at {url}, and to command another's its --admin-api-key is needed{others}"
+    return (
+        f"no launch of yours listens at {url}, and to command another's its --admin-api-key is "
+        f"needed{others}"
+    )
 
 
 def _is_same_address(known: str, given: str) -> bool:
-    """Loopback has many names; other ones must be equal: a launch here is not the one at the same port elsewhere."""
+    """Loopback has many names; other ones must be equal: a launch here is not the one at the same
+    port elsewhere.
+    """
     ours, theirs = urlsplit(known), urlsplit(given)
-    return ours.port == (theirs.port or 80) and _plain_host(ours.hostname) == _plain_host(theirs.hostname)
+    return ours.port == (theirs.port or 80) and _plain_host(ours.hostname) == _plain_host(
+        theirs.hostname
+    )
 
 
 def _plain_host(host: str | None) -> str:

@@ -42,7 +42,9 @@ def read_answer(body: dict[str, Any]) -> Answer:
 
 
 async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | None:
-    """Add the events of a stream; returns the message of an error event. Raises ProtocolError when it has no proper end."""
+    """Add the events of a stream; returns the message of an error event. Raises ProtocolError when
+    it has no proper end.
+    """
     async for line in lines:
         if not line.startswith(b"data:"):
             continue
@@ -58,18 +60,29 @@ async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | N
 
 
 def difference(found: Answer, expected: Answer, *, is_whole: bool) -> str:
-    """What is not as expected; empty: nothing. Of an answer that is not whole only what is there is compared."""
+    """What is not as expected; empty: nothing. Of an answer that is not whole only what is there is
+    compared.
+    """
     if is_whole and found.choices.keys() != expected.choices.keys():
         return f"choices {sorted(found.choices)} instead of {sorted(expected.choices)}"
     for index, choice in found.choices.items():
         wanted = expected.choices[index]
         if not is_whole:
             wanted = _begin_of(wanted, choice)
-        if (choice.token_ids, choice.text, choice.finish_reason) != (wanted.token_ids, wanted.text, wanted.finish_reason):
+        if (choice.token_ids, choice.text, choice.finish_reason) != (
+            wanted.token_ids,
+            wanted.text,
+            wanted.finish_reason,
+        ):
             return f"choice {index}: {choice} instead of {wanted}"
         if len(choice.logprobs) != len(wanted.logprobs):
-            return f"choice {index}: {len(choice.logprobs)} logprobs instead of {len(wanted.logprobs)}"
-        if any(abs(ours - theirs) > LOGPROB_TOLERANCE for ours, theirs in zip(choice.logprobs, wanted.logprobs, strict=True)):
+            return (
+                f"choice {index}: {len(choice.logprobs)} logprobs instead of {len(wanted.logprobs)}"
+            )
+        if any(
+            abs(ours - theirs) > LOGPROB_TOLERANCE
+            for ours, theirs in zip(choice.logprobs, wanted.logprobs, strict=True)
+        ):
             return f"choice {index}: logprobs {choice.logprobs} instead of {wanted.logprobs}"
     return ""
 

@@ -21,13 +21,20 @@ _POLL_S = 0.05
 
 
 class Api:
-    """One HTTP server of a deployment. Raises PdlaunchError when it cannot be reached in ``timeout_s``.
+    """One HTTP server of a deployment. Raises PdlaunchError when it cannot be reached in
+    ``timeout_s``.
 
-    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` then only ends in what paths are added to.
+    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` then only ends in
+    what paths are added to.
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, timeout_s: float = 120.0, *, socket_path: Path | None = None
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        *,
+        socket_path: Path | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._api_key = api_key
@@ -35,7 +42,9 @@ class Api:
         self._socket_path = socket_path
 
     def engine(self, name: str) -> Api:
-        """One engine behind this router, which passes everything on to it; for those who may command the launch."""
+        """One engine behind this router, which passes everything on to it; for those who may
+        command the launch.
+        """
         url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
         return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
 
@@ -72,7 +81,10 @@ class Api:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise PdlaunchError(f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch does")
+            raise PdlaunchError(
+                f"{self._shown(path)} answers HTTP {status}, but not as a deployment of pdlaunch "
+                "does"
+            )
         return status, answer
 
     def _call(self, path: str, body: bytes | None) -> tuple[int, bytes]:
@@ -87,11 +99,15 @@ class Api:
             with error:
                 return error.code, error.read()
         except (OSError, http.client.HTTPException) as error:
-            raise PdlaunchError(f"{self._shown(path)} cannot be reached: {_reason(error)}") from error
+            raise PdlaunchError(
+                f"{self._shown(path)} cannot be reached: {_reason(error)}"
+            ) from error
 
     def _shown(self, path: str) -> str:
         shown = path.partition("?")[0]
-        return f"{self.url}{shown}" if self._socket_path is None else f"{shown} at {self._socket_path}"
+        return (
+            f"{self.url}{shown}" if self._socket_path is None else f"{shown} at {self._socket_path}"
+        )
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -137,7 +153,12 @@ def check_url(url: str) -> None:
     """Raises PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
     try:
         parts = urllib.parse.urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and parts.path in ("", "/")
+        is_usable = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and parts.path in ("", "/")
+        )
     except ValueError:
         is_usable = False
     if not is_usable:

@@ -1,13 +1,15 @@
-"""``pdlaunch bench serve --multi-turn``: chats whose every turn sends all that was said before, and what prefix caches are worth.
+"""``pdlaunch bench serve --multi-turn``: chats whose every turn sends all that was said before, and
+what prefix caches are worth.
 
 ::
 
     turn 1   [first message             ]-> output          all conversations, then
     turn 2   [first message][output][new]-> output          all conversations, then ..
 
-Each conversation waits for all others between two of its turns, so that its blocks are the ones not used for longest: where the
-working set (``working_set_tokens``) is larger than a cache, that cache has lost them. There is no time to think. What a
-conversation says depends on the seed and its number alone; what is answered is sent back as the token ids that came.
+Each conversation waits for all others between two of its turns, so that its blocks are the ones not
+used for longest: where the working set (``working_set_tokens``) is larger than a cache, that cache
+has lost them. There is no time to think. What a conversation says depends on the seed and its
+number alone; what is answered is sent back as the token ids that came.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms_p99: float | None
     itl_ms_median: float | None
     cached_share: float | None
-    """Of the prompt tokens: those that the engine of the first token did not compute, as the answers say."""
+    """Of the prompt tokens: those that the engine of the first token did not compute, as the
+    answers say.
+    """
     output_tokens_per_s: float
     errors: list[str] = []
 
@@ -97,9 +101,14 @@ class _Conversation:
         options = self._options
         num_tokens = options.turn_tokens if self.history else options.first_tokens
         self.history += draw_tokens(self._source, options.max_token_id, num_tokens)
-        completion = await complete(target.session, target.model, self.history, options.output_tokens)
+        completion = await complete(
+            target.session, target.model, self.history, options.output_tokens
+        )
         if completion.error is None and len(completion.token_ids) != options.output_tokens:
-            completion.error = "the answer does not tell its token ids (return_token_ids), so that nobody can go on from it"
+            completion.error = (
+                "the answer does not tell its token ids (return_token_ids), so that nobody can go "
+                "on from it"
+            )
         self.has_failed = completion.error is not None
         self.history += completion.token_ids
         return completion
@@ -108,21 +117,28 @@ class _Conversation:
 async def bench_multi_turn(options: MultiTurnOptions, progress: Progress) -> MultiTurnReport:
     """Every turn of all conversations, one turn after the other.
 
-    Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes no prompt as long as the last.
+    Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes
+    no prompt as long as the last.
     """
     seed = options.seed if options.seed is not None else time.time_ns() % 2**32
     async with open_target(options.url, options.api_key, options.request_timeout_s) as target:
         target.check_length(options.longest_prompt_tokens, options.output_tokens)
         progress("warming up")
-        tokens = draw_tokens(random.Random(f"{seed}/warm-up"), options.max_token_id, options.first_tokens)
+        tokens = draw_tokens(
+            random.Random(f"{seed}/warm-up"), options.max_token_id, options.first_tokens
+        )
         await warm_up(target, tokens, options.output_tokens)
-        conversations = [_Conversation(options, seed, number) for number in range(options.num_conversations)]
+        conversations = [
+            _Conversation(options, seed, number) for number in range(options.num_conversations)
+        ]
         before = await read_counters(target.session)
         turns: list[TurnRow] = []
         while conversations and len(turns) < options.num_turns:
             progress(f"turn {len(turns) + 1} of {options.num_turns}")
             turns.append(await _run_turn(target, options, len(turns), conversations))
-            conversations = [conversation for conversation in conversations if not conversation.has_failed]
+            conversations = [
+                conversation for conversation in conversations if not conversation.has_failed
+            ]
         tiers = tier_rows(await _counted(target, before, turns))
     return MultiTurnReport(
         num_conversations=options.num_conversations,
@@ -133,7 +149,12 @@ async def bench_multi_turn(options: MultiTurnOptions, progress: Progress) -> Mul
     )
 
 
-async def _run_turn(target: BenchTarget, options: MultiTurnOptions, turn: int, conversations: Sequence[_Conversation]) -> TurnRow:
+async def _run_turn(
+    target: BenchTarget,
+    options: MultiTurnOptions,
+    turn: int,
+    conversations: Sequence[_Conversation],
+) -> TurnRow:
     waiting, done = iter(conversations), list[TimedCompletion]()
     start_s = time.perf_counter()
     await asyncio.gather(*(_work(target, waiting, done) for _ in range(options.concurrency)))
@@ -141,7 +162,11 @@ async def _run_turn(target: BenchTarget, options: MultiTurnOptions, turn: int, c
     prompt_tokens = options.first_tokens + turn * (options.output_tokens + options.turn_tokens)
     good = [completion for completion in done if completion.error is None]
     ttft_s = [completion.ttft_s for completion in good]
-    cached = [completion.num_cached_tokens for completion in good if completion.num_cached_tokens is not None]
+    cached = [
+        completion.num_cached_tokens
+        for completion in good
+        if completion.num_cached_tokens is not None
+    ]
     return TurnRow(
         turn=turn + 1,
         prompt_tokens=prompt_tokens,
@@ -150,21 +175,31 @@ async def _run_turn(target: BenchTarget, options: MultiTurnOptions, turn: int, c
         seconds=round(seconds, 3),
         ttft_ms_median=milliseconds(ttft_s, 0.5),
         ttft_ms_p99=milliseconds(ttft_s, 0.99),
-        itl_ms_median=milliseconds([gap_s for completion in good for gap_s in completion.inter_token_s], 0.5),
+        itl_ms_median=milliseconds(
+            [gap_s for completion in good for gap_s in completion.inter_token_s], 0.5
+        ),
         cached_share=round(sum(cached) / (len(cached) * prompt_tokens), 3) if cached else None,
         output_tokens_per_s=round(sum(completion.num_tokens for completion in good) / seconds, 1),
         errors=count_errors(done),
     )
 
 
-async def _work(target: BenchTarget, waiting: Iterator[_Conversation], done: list[TimedCompletion]) -> None:
+async def _work(
+    target: BenchTarget, waiting: Iterator[_Conversation], done: list[TimedCompletion]
+) -> None:
     for conversation in waiting:
         done.append(await conversation.say(target))  # noqa: PERF401 - workers share the iterator, one conversation each at a time
 
 
-async def _counted(target: BenchTarget, before: EngineCounters, turns: Sequence[TurnRow]) -> EngineCounters:
-    """What the engines counted since ``before``, once every prompt that was answered is among it."""
-    num_prompt_tokens = sum(row.prompt_tokens * (row.num_requests - row.num_errors) for row in turns)
+async def _counted(
+    target: BenchTarget, before: EngineCounters, turns: Sequence[TurnRow]
+) -> EngineCounters:
+    """What the engines counted since ``before``, once every prompt that was answered is among
+    it.
+    """
+    num_prompt_tokens = sum(
+        row.prompt_tokens * (row.num_requests - row.num_errors) for row in turns
+    )
 
     def is_complete(counters: EngineCounters) -> bool:
         queries = counters.since(before).of_role("prefill", "prefix_cache_queries")

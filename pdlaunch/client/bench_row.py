@@ -35,8 +35,8 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms_median: float | None
     """Of each request: (last token - first token) / (tokens - 1)."""
     together_share: float | None
-    """Of the tokens after the first: those that came in one read with the one before, 0 ms apart. Where it is not small, look
-    at TPOT instead of ITL."""
+    """Of the tokens after the first: those that came in one read with the one before, 0 ms apart.
+    Where it is not small, look at TPOT instead of ITL."""
     output_tokens_per_s: float
     pull_ms_mean: float | None
     """Of the engines' own pulls of KV blocks, as they count them."""
@@ -62,7 +62,9 @@ def summarise(
     bare_gb_per_s: float | None,
     step_ms: float | None,
 ) -> BenchRow:
-    """``counted``: by the engines meanwhile. ``bare_gb_per_s``: of ``bench transfer``; ``step_ms``: of ``bench step``."""
+    """``counted``: by the engines meanwhile. ``bare_gb_per_s``: of ``bench transfer``; ``step_ms``:
+    of ``bench step``.
+    """
     good = [completion for completion in done if completion.error is None]
     several = [completion for completion in good if len(completion.token_times_s) > 1]
     gaps_s = [completion.first_gap_s for completion in several]
@@ -84,15 +86,23 @@ def summarise(
         itl_ms_median=itl_ms,
         itl_ms_p99=milliseconds(itl_s, 0.99),
         tpot_ms_median=milliseconds(
-            [(item.token_times_s[-1] - item.token_times_s[0]) / (item.num_tokens - 1) for item in several], 0.5
+            [
+                (item.token_times_s[-1] - item.token_times_s[0]) / (item.num_tokens - 1)
+                for item in several
+            ],
+            0.5,
         ),
         together_share=_together_share(several),
         output_tokens_per_s=round(tokens_per_s, 1),
-        pull_ms_mean=_mean(counted.total("kv_transfer_seconds"), counted.total("kv_transfers"), 1e3),
+        pull_ms_mean=_mean(
+            counted.total("kv_transfer_seconds"), counted.total("kv_transfers"), 1e3
+        ),
         kv_megabytes_mean=kv_megabytes,
         first_gap_goal_ms=_gap_goal_ms(itl_ms, kv_megabytes, bare_gb_per_s),
         step_output_tokens_per_s=None if step_tokens_per_s is None else round(step_tokens_per_s, 1),
-        of_step_share=None if step_tokens_per_s is None else round(tokens_per_s / step_tokens_per_s, 3),
+        of_step_share=None
+        if step_tokens_per_s is None
+        else round(tokens_per_s / step_tokens_per_s, 3),
         errors=count_errors(done),
     )
 
@@ -114,7 +124,11 @@ def count_errors(done: Collection[TimedCompletion]) -> list[str]:
 
 
 def _together_share(several: Sequence[TimedCompletion]) -> float | None:
-    is_together = [late == early for completion in several for early, late in pairwise(completion.token_times_s)]
+    is_together = [
+        late == early
+        for completion in several
+        for early, late in pairwise(completion.token_times_s)
+    ]
     return round(sum(is_together) / len(is_together), 4) if is_together else None
 
 
@@ -122,7 +136,9 @@ def _mean(total: float | None, count: float | None, scale: float) -> float | Non
     return round(total / count * scale, 3) if total is not None and count else None
 
 
-def _gap_goal_ms(itl_ms: float | None, kv_megabytes: float | None, bare_gb_per_s: float | None) -> float | None:
+def _gap_goal_ms(
+    itl_ms: float | None, kv_megabytes: float | None, bare_gb_per_s: float | None
+) -> float | None:
     """Megabytes over gigabytes a second are milliseconds."""
     if itl_ms is None or kv_megabytes is None or bare_gb_per_s is None:
         return None

@@ -1,6 +1,8 @@
-"""``pdlaunch bench serve``: drive a running deployment through its public API and measure what a client sees.
+"""``pdlaunch bench serve``: drive a running deployment through its public API and measure what a
+client sees.
 
-Prompts are random token ids, different in every run, so that no prefix cache helps; ``ignore_eos`` fixes the output length.
+Prompts are random token ids, different in every run, so that no prefix cache helps; ``ignore_eos``
+fixes the output length.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ async def bench_serve(options: BenchOptions, progress: Progress) -> AsyncIterato
             target.check_length(input_tokens, options.output_tokens)
         for input_tokens in options.input_tokens:
             progress(f"warming up with a prompt of {input_tokens} tokens")
-            await warm_up(target, draw_tokens(rng, options.max_token_id, input_tokens), options.output_tokens)
+            await warm_up(
+                target, draw_tokens(rng, options.max_token_id, input_tokens), options.output_tokens
+            )
         for input_tokens in options.input_tokens:
             for concurrency in options.concurrencies:
                 progress(f"prompts of {input_tokens} tokens, {concurrency} at once")
@@ -66,7 +70,9 @@ async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int
     """One request. Raises PdlaunchError with what the deployment has against it."""
     error = (await complete(target.session, target.model, prompt, output_tokens)).error
     if error is not None:
-        raise PdlaunchError(f"the deployment does not take a request of {len(prompt)} prompt tokens: {error}")
+        raise PdlaunchError(
+            f"the deployment does not take a request of {len(prompt)} prompt tokens: {error}"
+        )
 
 
 def draw_tokens(rng: random.Random, max_token_id: int, num_tokens: int) -> list[int]:
@@ -74,14 +80,22 @@ def draw_tokens(rng: random.Random, max_token_id: int, num_tokens: int) -> list[
     return rng.choices(range(FIRST_TOKEN_ID, max_token_id), k=num_tokens)
 
 
-async def _run(target: BenchTarget, options: BenchOptions, input_tokens: int, concurrency: int, rng: random.Random) -> BenchRow:
+async def _run(
+    target: BenchTarget,
+    options: BenchOptions,
+    input_tokens: int,
+    concurrency: int,
+    rng: random.Random,
+) -> BenchRow:
     num_requests = options.num_requests or max(8, 4 * concurrency)
     prompts = [draw_tokens(rng, options.max_token_id, input_tokens) for _ in range(num_requests)]
     done: list[TimedCompletion] = []
 
     async def worker() -> None:
         while prompts:
-            done.append(await complete(target.session, target.model, prompts.pop(), options.output_tokens))
+            done.append(
+                await complete(target.session, target.model, prompts.pop(), options.output_tokens)
+            )
 
     before = await read_counters(target.session)
     start_s = time.perf_counter()
@@ -98,7 +112,9 @@ async def _run(target: BenchTarget, options: BenchOptions, input_tokens: int, co
     )
 
 
-async def _counted(target: BenchTarget, before: EngineCounters, done: Sequence[TimedCompletion]) -> EngineCounters:
+async def _counted(
+    target: BenchTarget, before: EngineCounters, done: Sequence[TimedCompletion]
+) -> EngineCounters:
     """What the engines counted since ``before``; a request of several tokens needs one pull."""
     num_pulls = sum(completion.error is None and completion.num_tokens > 1 for completion in done)
 

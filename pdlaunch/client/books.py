@@ -22,7 +22,9 @@ _POLL_S = 0.2
 
 
 def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
-    """Wait until every engine holds nothing any more; returns what is left, or wrong with its books, after ``timeout_s``."""
+    """Wait until every engine holds nothing any more; returns what is left, or wrong with its
+    books, after ``timeout_s``.
+    """
     deadline_s = time.monotonic() + timeout_s
     while True:
         left = _left(admin)
@@ -32,7 +34,9 @@ def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
 
 
 def engine_totals(admin: Api) -> dict[str, float]:
-    """Counters of ``EngineStats``, summed over the engines that live now, and those of the router."""
+    """Counters of ``EngineStats``, summed over the engines that live now, and those of the
+    router.
+    """
     totals: dict[str, float] = {}
     for report in _reports(admin):
         for name, value in report.get("stats", {}).items():
@@ -41,7 +45,9 @@ def engine_totals(admin: Api) -> dict[str, float]:
     for family in text_string_to_metric_families(admin.get("/metrics")[1]):
         if family.name.startswith("pdlaunch_router_") and family.type == "counter":
             name = family.name.removeprefix("pdlaunch_")
-            totals[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+            totals[name] = sum(
+                sample.value for sample in family.samples if sample.name.endswith("_total")
+            )
     return totals
 
 
@@ -59,7 +65,9 @@ def _left(admin: Api) -> list[str]:
         stats = report["stats"]
         left += [f"{engine}: {name} is {stats[name]}" for name in MUST_BE_ZERO if stats[name]]
         if stats["num_free_blocks"] != stats["num_blocks"]:
-            left.append(f"{engine}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free")
+            left.append(
+                f"{engine}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free"
+            )
     return left
 
 

@@ -1,4 +1,6 @@
-"""``pdlaunch smoke --chaos SEED``: the same promise while transfers fail, bytes change, leases end early and a rank dies."""
+"""``pdlaunch smoke --chaos SEED``: the same promise while transfers fail, bytes change, leases end
+early and a rank dies.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,46 @@ _POLL_S = 0.2
 
 
 def chaos_environment(seed: int) -> dict[str, str]:
-    """Settings of a deployment whose transfers are faulty, as variables: ranks read the plan in their environment."""
+    """Settings of a deployment whose transfers are faulty, as variables: ranks read the plan in
+    their environment.
+    """
     return {"PDLAUNCH_ENV__PDLAUNCH_CHAOS": json.dumps({"seed": seed, "rate": RATE})}
 
 
-def smoke_under_chaos(deployment: Deployment, seed: int, *, api_key: str | None, exact: bool) -> list[Check]:
-    """Load with known answers and one ``kill -9``. ``exact``: it computes in float32; else greedy answers may differ."""
+def smoke_under_chaos(
+    deployment: Deployment, seed: int, *, api_key: str | None, exact: bool
+) -> list[Check]:
+    """Load with known answers and one ``kill -9``. ``exact``: it computes in float32; else greedy
+    answers may differ.
+    """
     start_s = time.monotonic()
     options = SoakOptions(
-        url=deployment.url, api_key=api_key, seed=seed, num_requests=NUM_REQUESTS, concurrency=4, num_cases=16, max_token_id=200
+        url=deployment.url,
+        api_key=api_key,
+        seed=seed,
+        num_requests=NUM_REQUESTS,
+        concurrency=4,
+        num_cases=16,
+        max_token_id=200,
     )
     report = asyncio.run(_load_and_kill(deployment, options))
     seconds = round(time.monotonic() - start_s, 3)
     wrong = ("wrong",) if exact else ()
-    answers = [f"{report.outcomes[kind]} {kind}" for kind in (*wrong, "broken", "stuck", "error") if report.outcomes[kind]]
-    faults = sum(report.totals[name] for name in ("transfer_failures", "leases_expired", "router_engine_failures"))
+    answers = [
+        f"{report.outcomes[kind]} {kind}"
+        for kind in (*wrong, "broken", "stuck", "error")
+        if report.outcomes[kind]
+    ]
+    faults = sum(
+        report.totals[name]
+        for name in ("transfer_failures", "leases_expired", "router_engine_failures")
+    )
     return [
         Check(
-            f"{report.num_requests} requests under faults end with {'the tokens of one engine alone' if exact else 'an answer'}",
+            (
+                f"{report.num_requests} requests under faults end with "
+                f"{'the tokens of one engine alone' if exact else 'an answer'}"
+            ),
             seconds,
             "; ".join([*answers, *report.details]) if answers else None,
         ),
@@ -57,7 +81,11 @@ async def _load_and_kill(deployment: Deployment, options: SoakOptions) -> SoakRe
 
 async def _kill_a_rank(deployment: Deployment) -> None:
     """Of a decode engine, and wait until its successor is there."""
-    ranks = {name: process for name, process in deployment.processes().items() if name.endswith("/rank-0")}
+    ranks = {
+        name: process
+        for name, process in deployment.processes().items()
+        if name.endswith("/rank-0")
+    }
     name = max(ranks, key=lambda name: name.startswith("decode"))
     ranks[name].kill()
     deadline_s = time.monotonic() + _RESTART_TIMEOUT_S

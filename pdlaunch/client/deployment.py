@@ -1,6 +1,8 @@
-"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests.
+"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and
+tests.
 
-It ends with the block that started it, and by itself when this process is gone: it holds the other end of a pipe of ours.
+It ends with the block that started it, and by itself when this process is gone: it holds the other
+end of a pipe of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ _STOP_TIMEOUT_S = 60.0
 class Deployment:
     """A running ``pdlaunch serve``; ``url`` answers when ``running_deployment`` has yielded it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log_dir: Path, output: Path, start_s: float) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        url: str,
+        log_dir: Path,
+        output: Path,
+        start_s: float,
+    ) -> None:
         self.process = process
         self.url = url
         self.log_dir = log_dir
@@ -54,7 +63,8 @@ class Deployment:
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         """SIGTERM, then wait; returns the exit code. Raises PdlaunchError after killing it.
 
-        Ctrl-C meanwhile is passed on, so that it waits no longer for requests, and raised when it has ended.
+        Ctrl-C meanwhile is passed on, so that it waits no longer for requests, and raised when it
+        has ended.
         """
         interrupt: KeyboardInterrupt | None = None
         with self.process:
@@ -66,7 +76,9 @@ class Deployment:
                     interrupt = again
                 except subprocess.TimeoutExpired:
                     self.process.kill()
-                    raise PdlaunchError(f"pdlaunch serve did not stop within {timeout_s:g} s and was killed") from interrupt
+                    raise PdlaunchError(
+                        f"pdlaunch serve did not stop within {timeout_s:g} s and was killed"
+                    ) from interrupt
         if interrupt is not None:
             raise interrupt
         return self.process.returncode
@@ -80,10 +92,11 @@ def running_deployment(
     log_dir: str | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[Deployment]:
-    """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is healthy, stop it at the end.
+    """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is
+    healthy, stop it at the end.
 
-    ``log_dir``: of its log files, which else are gone when the block ends. Raises StartupError with what it printed when it ends
-    or does not get healthy in time.
+    ``log_dir``: of its log files, which else are gone when the block ends. Raises StartupError with
+    what it printed when it ends or does not get healthy in time.
     """
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
         output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
@@ -119,7 +132,10 @@ def free_port() -> int:
 def _await_health(deployment: Deployment, deadline_s: float) -> None:
     while time.monotonic() < deadline_s:
         if deployment.process.poll() is not None:
-            raise StartupError(f"pdlaunch serve ended with code {deployment.process.returncode}:\n{deployment.output()}")
+            raise StartupError(
+                "pdlaunch serve ended with code "
+                f"{deployment.process.returncode}:\n{deployment.output()}"
+            )
         if _healthy(deployment.url):
             return
         time.sleep(_POLL_S)

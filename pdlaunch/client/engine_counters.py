@@ -1,4 +1,6 @@
-"""What a deployment's engines count, from the router's ``/metrics``; whatever is not there is None, as of other servers."""
+"""What a deployment's engines count, from the router's ``/metrics``; whatever is not there is None,
+as of other servers.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,19 @@ async def read_counters(session: aiohttp.ClientSession) -> EngineCounters:
     """As of now; nothing where there is no such page."""
     try:
         async with session.get("/metrics") as response:
-            return parse_counters(await response.text()) if response.status == 200 else EngineCounters()
+            return (
+                parse_counters(await response.text())
+                if response.status == 200
+                else EngineCounters()
+            )
     except (aiohttp.ClientError, TimeoutError, ValueError):
         return EngineCounters()
 
 
 async def counters_when(
-    session: aiohttp.ClientSession, is_complete: Callable[[EngineCounters], bool], patience_s: float = _PATIENCE_S
+    session: aiohttp.ClientSession,
+    is_complete: Callable[[EngineCounters], bool],
+    patience_s: float = _PATIENCE_S,
 ) -> EngineCounters:
     """The counters when all that is awaited was counted, or as they are after ``patience_s``."""
     deadline_s = time.monotonic() + patience_s

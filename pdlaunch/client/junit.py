@@ -19,7 +19,13 @@ def write_junit(checks: Sequence[Check], path: Path) -> None:
         time=f"{sum(check.seconds for check in checks):.3f}",
     )
     for check in checks:
-        case = ET.SubElement(suite, "testcase", classname="pdlaunch.smoke", name=check.name, time=f"{check.seconds:.3f}")
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname="pdlaunch.smoke",
+            name=check.name,
+            time=f"{check.seconds:.3f}",
+        )
         if check.failure is not None:
             ET.SubElement(case, "failure", message=check.failure)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,9 @@ class RestartOutcome(msgspec.Struct, frozen=True):
 
 
 def restart_engine(admin: Api, name: str) -> RestartOutcome:
-    """``name``: of an engine or one of its processes. Returns when it serves again, or why not. Raises PdlaunchError."""
+    """``name``: of an engine or one of its processes. Returns when it serves again, or why not.
+    Raises PdlaunchError.
+    """
     status, answer = admin.post(f"/pdlaunch/restart?{urlencode({'engine': name})}", {})
     if status == 200:
         return RestartOutcome(answer["engines"][0]["engine"])

@@ -22,17 +22,23 @@ class SleepOutcome(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def sleep_engines(admin: Api, *, level: int, mode: str, names: Sequence[str] = ()) -> list[SleepOutcome]:
+def sleep_engines(
+    admin: Api, *, level: int, mode: str, names: Sequence[str] = ()
+) -> list[SleepOutcome]:
     """Engines of these names, all without; one after the other. Raises PdlaunchError."""
     return _command(admin, "/sleep", [("level", str(level)), ("mode", mode)], names)
 
 
-def wake_engines(admin: Api, *, tags: Sequence[str] = (), names: Sequence[str] = ()) -> list[SleepOutcome]:
+def wake_engines(
+    admin: Api, *, tags: Sequence[str] = (), names: Sequence[str] = ()
+) -> list[SleepOutcome]:
     """Returns when the router uses them again. ``tags``: none are all. Raises PdlaunchError."""
     return _command(admin, "/wake_up", [("tags", tag) for tag in tags], names)
 
 
-def _command(admin: Api, path: str, query: list[tuple[str, str]], names: Sequence[str]) -> list[SleepOutcome]:
+def _command(
+    admin: Api, path: str, query: list[tuple[str, str]], names: Sequence[str]
+) -> list[SleepOutcome]:
     pairs = [*query, *(("engine", name) for name in names)]
     status, answer = admin.post(f"{path}?{urlencode(pairs)}" if pairs else path, {})
     if "engines" not in answer:
@@ -42,7 +48,9 @@ def _command(admin: Api, path: str, query: list[tuple[str, str]], names: Sequenc
 
 def _outcome(answer: dict[str, Any]) -> SleepOutcome:
     if "error" in answer:
-        return SleepOutcome(answer["engine"], False, error=_message(answer) or "it does not say why")
+        return SleepOutcome(
+            answer["engine"], False, error=_message(answer) or "it does not say why"
+        )
     return SleepOutcome(answer["engine"], answer["is_sleeping"], answer["num_bytes"])
 
 

@@ -1,8 +1,9 @@
-"""``pdlaunch smoke``: does a deployment do what it promises? Every check has a name and, when it fails, a reason.
+"""``pdlaunch smoke``: does a deployment do what it promises? Every check has a name and, when it
+fails, a reason.
 
-The same prompts go through prefill and decode (the public router) and through one engine alone. In float32 the tokens must be
-equal; in other dtypes the log-probabilities of the common prefix, and of the first token that differs, must lie within
-``LOGPROB_TOLERANCE``.
+The same prompts go through prefill and decode (the public router) and through one engine alone. In
+float32 the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of
+the first token that differs, must lie within ``LOGPROB_TOLERANCE``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
 
 LOGPROB_TOLERANCE = 0.25
-"""Nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few hundredths, rarely by a tenth."""
+"""Nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few hundredths,
+rarely by a tenth.
+"""
 
 NUM_TOKENS = 12
 _IDLE_TIMEOUT_S = 20.0
@@ -36,8 +39,14 @@ _PROMPTS = (
     "Hello",
     "The capital of France is",
     "Water boils at one hundred degrees, and freezes at",
-    "In the beginning there was a small machine that wanted to learn how to count. It began with one, then two, then",
-    "List of prime numbers: 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89,",
+    (
+        "In the beginning there was a small machine that wanted to learn how to count. It began "
+        "with one, then two, then"
+    ),
+    (
+        "List of prime numbers: 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, "
+        "61, 67, 71, 73, 79, 83, 89,"
+    ),
 )
 
 
@@ -54,7 +63,9 @@ class _Failure(Exception):
 
 
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
-    """Run all checks against a running launch of this user. ``exact``: it computes in float32, so tokens must be equal."""
+    """Run all checks against a running launch of this user. ``exact``: it computes in float32, so
+    tokens must be equal.
+    """
     router, admin = Api(url, api_key), admin_api(url)
     engines = engines_of(admin)
     decode = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "decode"]
@@ -64,13 +75,22 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     alone = (decode or prefill)[0]
     pulled_before = _pulled_bytes(decode)
     checks = [
-        _check(f"prefill/decode equals one engine alone, prompt {index}", partial(_compare, router, alone, prompt, exact=exact))
+        _check(
+            f"prefill/decode equals one engine alone, prompt {index}",
+            partial(_compare, router, alone, prompt, exact=exact),
+        )
         for index, prompt in enumerate(_PROMPTS)
     ]
     checks.append(_check("streamed text equals the whole answer", partial(_compare_stream, router)))
     if prefill and decode:
-        checks.append(_check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before)))
-    checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, [*prefill, *decode])))
+        checks.append(
+            _check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before))
+        )
+    checks.append(
+        _check(
+            "nothing is left running, leased or quarantined", partial(_idle, [*prefill, *decode])
+        )
+    )
     return checks
 
 
@@ -85,7 +105,9 @@ def _check(name: str, run: Callable[[], None]) -> Check:
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
-    """Name, role, url and state of each engine behind a router, those left out that were given up."""
+    """Name, role, url and state of each engine behind a router, those left out that were given
+    up.
+    """
     status, text = router.get("/pdlaunch/status")
     if status != 200:
         raise PdlaunchError(f"{router.url} does not tell its engines: HTTP {status}: {text[:200]}")
@@ -94,7 +116,9 @@ def engines_of(router: Api) -> list[dict[str, Any]]:
 
 
 def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
-    """``prompt`` twice through the pair (the second time from prefix caches) and once through an engine alone."""
+    """``prompt`` twice through the pair (the second time from prefix caches) and once through an
+    engine alone.
+    """
     alone = _complete(engine, prompt, cache_salt="alone")
     for _ in range(2):
         _equal(_complete(router, prompt), alone, exact=exact)
@@ -102,7 +126,13 @@ def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
     """(token id, logprob) of a greedy completion."""
-    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "logprobs": 1,
+        "return_token_ids": True,
+    }
     status, answer = api.post("/v1/completions", body | fields)
     if status != 200:
         raise _Failure(f"HTTP {status}: {answer}")
@@ -114,7 +144,10 @@ def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exa
     pair_ids, alone_ids = [token for token, _ in pair], [token for token, _ in alone]
     if exact:
         if pair_ids != alone_ids:
-            raise _Failure(f"tokens differ: {pair_ids} through prefill and decode, {alone_ids} through one engine")
+            raise _Failure(
+                f"tokens differ: {pair_ids} through prefill and decode, {alone_ids} through one "
+                "engine"
+            )
         return
     for (token, logprob), (other, other_logprob) in zip(pair, alone, strict=False):
         if abs(logprob - other_logprob) > LOGPROB_TOLERANCE:
@@ -122,7 +155,10 @@ def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exa
         if token != other:
             return
     if len(pair) != len(alone):
-        raise _Failure(f"one answer is longer: {pair_ids} through prefill and decode, {alone_ids} through one engine")
+        raise _Failure(
+            f"one answer is longer: {pair_ids} through prefill and decode, {alone_ids} through one "
+            "engine"
+        )
 
 
 def _compare_stream(router: Api) -> None:
@@ -149,7 +185,9 @@ def _moved(engines: list[Api], before: float) -> None:
     deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
     while _pulled_bytes(engines) <= before:
         if time.monotonic() > deadline_s:
-            raise _Failure("no KV byte was pulled: every prompt was recomputed by the decode engines")
+            raise _Failure(
+                "no KV byte was pulled: every prompt was recomputed by the decode engines"
+            )
         time.sleep(0.2)
 
 
@@ -162,7 +200,11 @@ def leftovers(engine: Api) -> dict[str, float]:
 def _idle(engines: list[Api]) -> None:
     deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
     while True:
-        left = {f"{engine.url} {name}": value for engine in engines for name, value in leftovers(engine).items()}
+        left = {
+            f"{engine.url} {name}": value
+            for engine in engines
+            for name, value in leftovers(engine).items()
+        }
         busy = {name: value for name, value in left.items() if value}
         if not busy:
             _prove_books(engines)

@@ -1,8 +1,10 @@
-"""Load with known answers: every answer of a deployment must be that of one engine alone, or a clear error.
+"""Load with known answers: every answer of a deployment must be that of one engine alone, or a
+clear error.
 
-One engine alone moves no KV blocks, so it gives the reference, before the load begins. The load then mixes streams and whole
-answers, greedy and seeded ones, choices, log-probabilities, shared prefixes and clients that go away. ``pdlaunch smoke --chaos``
-and ``make soak`` run it against deployments whose transfers are faulty and whose processes die.
+One engine alone moves no KV blocks, so it gives the reference, before the load begins. The load
+then mixes streams and whole answers, greedy and seeded ones, choices, log-probabilities, shared
+prefixes and clients that go away. ``pdlaunch smoke --chaos`` and ``make soak`` run it against
+deployments whose transfers are faulty and whose processes die.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     cancel_share: float = 0.15
     """Clients that mean to go away in the middle; some have their answer before."""
     num_cancels: int | None = None
-    """The load ends before its last request once so many clients have gone away without their whole answer."""
+    """The load ends before its last request once so many clients have gone away without their whole
+    answer.
+    """
     requests_a_salt: int = 16
     """Requests in a row that can share prefixes; fewer mean more pulls."""
     request_timeout_s: float = 120.0
@@ -81,7 +85,9 @@ class SoakReport(msgspec.Struct, kw_only=True):
     num_requests: int = 0
     sent: list[SentRequest] = []
     outcomes: Counter[str] = msgspec.field(default_factory=Counter)
-    """``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end, or no reason), ``stuck``."""
+    """``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end, or no
+    reason), ``stuck``.
+    """
     details: list[str] = []
     """The first few of whatever is not equal or cancelled."""
     left: list[str] = []
@@ -95,26 +101,42 @@ class SoakReport(msgspec.Struct, kw_only=True):
     @property
     def failures(self) -> list[str]:
         """Why this soak has failed; errors that say why are none of it."""
-        found = [f"{self.outcomes[kind]} {kind}" for kind in ("wrong", "broken", "stuck") if self.outcomes[kind]]
+        found = [
+            f"{self.outcomes[kind]} {kind}"
+            for kind in ("wrong", "broken", "stuck")
+            if self.outcomes[kind]
+        ]
         return [*found, *(self.details if found else []), *self.left]
 
 
 async def soak(options: SoakOptions) -> SoakReport:
-    """Reference answers, load, books. Raises PdlaunchError when the deployment gives no reference."""
+    """Reference answers, load, books. Raises PdlaunchError when the deployment gives no
+    reference.
+    """
     async with soak_session(options) as session:
         return await run_load(session, options, await make_cases(options))
 
 
 def soak_session(options: SoakOptions) -> aiohttp.ClientSession:
-    """A client session for ``run_load``; each request has a connection of its own, as of many clients."""
+    """A client session for ``run_load``; each request has a connection of its own, as of many
+    clients.
+    """
     timeout = aiohttp.ClientTimeout(total=options.request_timeout_s)
-    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+    return aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    )
 
 
 async def make_cases(options: SoakOptions) -> list[Case]:
-    """Random requests with the answers of one engine that is alone with them. Raises PdlaunchError."""
+    """Random requests with the answers of one engine that is alone with them. Raises
+    PdlaunchError.
+    """
     admin = admin_api(options.url)
-    name = next(engine["name"] for engine in await asyncio.to_thread(engines_of, admin) if engine["role"] == "decode")
+    name = next(
+        engine["name"]
+        for engine in await asyncio.to_thread(engines_of, admin)
+        if engine["role"] == "decode"
+    )
     source = random.Random(options.seed)
     prefixes = [_tokens(source, options, options.longest_prompt_tokens) for _ in range(3)]
     bodies = [_random_body(source, options, prefixes) for _ in range(options.num_cases)]
@@ -132,7 +154,11 @@ async def make_cases(options: SoakOptions) -> list[Case]:
 
 
 async def run_load(
-    session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case], *, stop: asyncio.Event | None = None
+    session: aiohttp.ClientSession,
+    options: SoakOptions,
+    cases: Sequence[Case],
+    *,
+    stop: asyncio.Event | None = None,
 ) -> SoakReport:
     """Send every request, or those until ``stop``, then read the engines' books."""
     load, admin = _Load(session, options, cases, stop or asyncio.Event()), admin_api(options.url)
@@ -148,7 +174,13 @@ async def run_load(
 class _Load:
     """The requests of one soak, drawn one after the other by all workers."""
 
-    def __init__(self, session: aiohttp.ClientSession, options: SoakOptions, cases: Sequence[Case], stop: asyncio.Event) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        options: SoakOptions,
+        cases: Sequence[Case],
+        stop: asyncio.Event,
+    ) -> None:
         self._stop = stop
         self.report = SoakReport()
         self._session = session
@@ -176,7 +208,9 @@ class _Load:
             return True
         return report.num_requests >= options.num_requests or self._stop.is_set()
 
-    async def _account(self, number: int, answer: Answer, case: Case, salt: str, patience_s: float | None) -> None:
+    async def _account(
+        self, number: int, answer: Answer, case: Case, salt: str, patience_s: float | None
+    ) -> None:
         report, start_s = self.report, time.monotonic()
         outcome, detail = await self._send(answer, case, salt, patience_s)
         end_s = time.monotonic()
@@ -187,9 +221,13 @@ class _Load:
         if outcome in ("equal", "error"):
             report.longest_s = round(max(report.longest_s, end_s - start_s), 2)
         if outcome not in ("equal", "cancelled") and len(report.details) < 20:
-            report.details.append(f"request {number}: {outcome} after {end_s - start_s:.1f} s: {detail}")
+            report.details.append(
+                f"request {number}: {outcome} after {end_s - start_s:.1f} s: {detail}"
+            )
 
-    async def _send(self, answer: Answer, case: Case, salt: str, patience_s: float | None) -> tuple[str, str]:
+    async def _send(
+        self, answer: Answer, case: Case, salt: str, patience_s: float | None
+    ) -> tuple[str, str]:
         """How a request ended; ``patience_s``: its client goes away after so long."""
         try:
             async with asyncio.timeout(patience_s):
@@ -207,7 +245,9 @@ class _Load:
 
     async def _ask(self, body: dict[str, Any], answer: Answer) -> str | None:
         """Fill ``answer`` as it comes; returns the error that the deployment gave instead."""
-        async with self._session.post(self._options.url + _PATH, json=body, headers=self._headers) as response:
+        async with self._session.post(
+            self._options.url + _PATH, json=body, headers=self._headers
+        ) as response:
             if response.status != 200:
                 error = (await response.json())["error"]
                 return f"HTTP {response.status}: {error['message']}"
@@ -217,10 +257,14 @@ class _Load:
             return None
 
 
-def _random_body(source: random.Random, options: SoakOptions, prefixes: Sequence[list[int]]) -> dict[str, Any]:
+def _random_body(
+    source: random.Random, options: SoakOptions, prefixes: Sequence[list[int]]
+) -> dict[str, Any]:
     num_prompt_tokens = source.randint(1, options.longest_prompt_tokens)
     num_shared = source.choice([0, num_prompt_tokens // 2, num_prompt_tokens - 1])
-    prompt = source.choice(prefixes)[:num_shared] + _tokens(source, options, num_prompt_tokens - num_shared)
+    prompt = source.choice(prefixes)[:num_shared] + _tokens(
+        source, options, num_prompt_tokens - num_shared
+    )
     body = {
         "prompt": prompt,
         "max_tokens": source.randint(1, options.longest_output_tokens),

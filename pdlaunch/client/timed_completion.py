@@ -20,7 +20,9 @@ class TimedCompletion(msgspec.Struct):
     start_s: float
     """Just before the request is written."""
     token_times_s: list[float] = []
-    """Of each output token: when the bytes that tell of it were read. Tokens that came in one read have the same."""
+    """Of each output token: when the bytes that tell of it were read. Tokens that came in one read
+    have the same.
+    """
     token_ids: list[int] = []
     """Empty where the deployment does not tell them."""
     num_tokens: int = 0
@@ -36,7 +38,9 @@ class TimedCompletion(msgspec.Struct):
 
     @property
     def first_gap_s(self) -> float:
-        """From the first token to the second; with prefill and decode apart the KV blocks move in it."""
+        """From the first token to the second; with prefill and decode apart the KV blocks move in
+        it.
+        """
         return self.token_times_s[1] - self.token_times_s[0]
 
     @property
@@ -69,7 +73,9 @@ class _Event(msgspec.Struct):
 _event_decoder = msgspec.json.Decoder(_Event)
 
 
-async def complete(session: aiohttp.ClientSession, model: str, prompt: Sequence[int], output_tokens: int) -> TimedCompletion:
+async def complete(
+    session: aiohttp.ClientSession, model: str, prompt: Sequence[int], output_tokens: int
+) -> TimedCompletion:
     """Ask for exactly ``output_tokens`` greedy tokens; whatever goes wrong stands in ``error``."""
     body = msgspec.json.encode(
         {
@@ -86,7 +92,9 @@ async def complete(session: aiohttp.ClientSession, model: str, prompt: Sequence[
     )
     completion = TimedCompletion(start_s=time.perf_counter())
     try:
-        async with session.post("/v1/completions", data=body, headers={"Content-Type": "application/json"}) as response:
+        async with session.post(
+            "/v1/completions", data=body, headers={"Content-Type": "application/json"}
+        ) as response:
             if response.status != 200:
                 completion.error = await read_refusal(response)
             else:
@@ -101,11 +109,14 @@ async def complete(session: aiohttp.ClientSession, model: str, prompt: Sequence[
 
 
 async def read_stream(
-    pieces: AsyncIterable[bytes], completion: TimedCompletion, clock: Callable[[], float] = time.perf_counter
+    pieces: AsyncIterable[bytes],
+    completion: TimedCompletion,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Server-sent events, in the pieces in which they were read.
 
-    All events of one piece get its time, and not that of our own work on the events before them. Raises msgspec.MsgspecError.
+    All events of one piece get its time, and not that of our own work on the events before them.
+    Raises msgspec.MsgspecError.
     """
     rest = b""
     async for piece in pieces:

@@ -1,6 +1,8 @@
-"""From what the user calls a model to a directory in Hugging Face layout; no torch, nothing is converted here.
+"""From what the user calls a model to a directory in Hugging Face layout; no torch, nothing is
+converted here.
 
-An alias or a .gguf file is converted once (``pdlaunch.models.convert``) into the cache; ``ready`` says whether that was done.
+An alias or a .gguf file is converted once (``pdlaunch.models.convert``) into the cache; ``ready``
+says whether that was done.
 """
 
 from __future__ import annotations
@@ -46,14 +48,18 @@ class ResolvedModel:
 
 
 def resolve_model(model: str) -> ResolvedModel:
-    """Find a model by alias, directory or .gguf file. Raises ConfigError (field ``model``) with the way out."""
+    """Find a model by alias, directory or .gguf file. Raises ConfigError (field ``model``) with the
+    way out.
+    """
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
     if (source / "config.json").is_file():
         return ResolvedModel(model, source, source.resolve(), ready=True)
     if source.suffix == ".gguf" and source.is_file():
         cache_dir = cache_root() / "models" / f"{source.stem}-{_content_key(source)}"
         return ResolvedModel(model, source, cache_dir, ready=(cache_dir / "config.json").is_file())
-    raise ConfigError(_why_not_found(model, source), field="model", value=model, fix=_how_to_find(source))
+    raise ConfigError(
+        _why_not_found(model, source), field="model", value=model, fix=_how_to_find(source)
+    )
 
 
 def cache_root() -> Path:
@@ -65,10 +71,14 @@ def cache_root() -> Path:
 
 
 def _find_alias(name: str) -> Path:
-    """The .gguf file in the alias's package, which is not imported: it would ask for packages that need a compiler."""
+    """The .gguf file in the alias's package, which is not imported: it would ask for packages that
+    need a compiler.
+    """
     alias = ALIASES[name]
     spec = importlib.util.find_spec(alias.package)
-    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or []]
+    folders = (
+        [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or []]
+    )
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
         raise ConfigError(
@@ -81,7 +91,9 @@ def _find_alias(name: str) -> Path:
 
 
 def _content_key(path: Path) -> str:
-    """Short hash over size and pieces spread over the file: a supervisor asks at every start, so not over all of it."""
+    """Short hash over size and pieces spread over the file: a supervisor asks at every start, so
+    not over all of it.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
     with path.open("rb") as file:
@@ -100,6 +112,15 @@ def _why_not_found(model: str, source: Path) -> str:
 
 
 def _how_to_find(source: Path) -> str:
-    hint = f"Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, or a .gguf file."
-    looks_like_hub_name = not source.exists() and len(source.parts) == 2 and not source.is_absolute()
-    return f"{hint} Models are not downloaded: `hf download {source} --local-dir DIR` first." if looks_like_hub_name else hint
+    hint = (
+        f"Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, or a .gguf "
+        "file."
+    )
+    looks_like_hub_name = (
+        not source.exists() and len(source.parts) == 2 and not source.is_absolute()
+    )
+    return (
+        f"{hint} Models are not downloaded: `hf download {source} --local-dir DIR` first."
+        if looks_like_hub_name
+        else hint
+    )

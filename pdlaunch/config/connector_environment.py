@@ -21,9 +21,8 @@ def connector_environment(
 ) -> dict[str, str]:
     """Return what a rank's environment must hold before the connector is opened.
 
-    Args:
-        environ: the user's, whose values take precedence; its UCX_TLS is narrowed to transports without a listener.
-        device: of the rank.
+    Args: environ: the user's, whose values take precedence; its UCX_TLS is narrowed to transports
+        without a listener. device: of the rank.
     """
     defaults = _defaults(settings)
     variables = {name: environ.get(name, value) for name, value in defaults.items()}
@@ -43,7 +42,8 @@ def _defaults(settings: KVTransferSettings) -> dict[str, str]:
                 "NIXL_LOG_LEVEL": "WARN",
             }
         case "mooncake":
-            # A call that gives up by its own time-out leaves its write under way: only the transport's time-outs end one.
+            # A call that gives up by its own time-out leaves its write under way: only the
+            # transport's time-outs end one.
             return {
                 "MC_TCP_BIND_ADDRESS": "127.0.0.1",
                 "MC_TRANSFER_TIMEOUT": "3600",

@@ -6,10 +6,15 @@ from pathlib import Path
 
 from pdlaunch.errors import ConfigError
 
-DOWNLOAD_AGAIN = "Download the file again, and compare its size and SHA-256 with those at its source."
+DOWNLOAD_AGAIN = (
+    "Download the file again, and compare its size and SHA-256 with those at its source."
+)
 
 _OTHER_CONTENT = (
-    (b"version https://git-lfs", "a Git LFS pointer: the file itself was never fetched (`git lfs pull`)"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer: the file itself was never fetched (`git lfs pull`)",
+    ),
     (b"PK\x03\x04", "a zip archive, as PyTorch's pickles are"),
     (b"\x80", "a pickle"),
     (b"<", "an HTML or XML page, as servers send instead of a file"),

@@ -1,17 +1,28 @@
-"""What one engine is once everything has been resolved; the supervisor writes it, the engine's processes read it."""
+"""What one engine is once everything has been resolved; the supervisor writes it, the engine's
+processes read it.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pdlaunch.config.models import FrozenModel, KVOffloadSettings, KVTransferSettings, LimitSettings, LoadFormat, Role
+from pdlaunch.config.models import (
+    FrozenModel,
+    KVOffloadSettings,
+    KVTransferSettings,
+    LimitSettings,
+    LoadFormat,
+    Role,
+)
 
 ENGINE_HOST = "127.0.0.1"
 """Engines listen here for their router."""
 
 
 class EngineSpec(FrozenModel):
-    """One engine: a server process and ``tensor_parallel_size`` ranks. No field is left to be derived."""
+    """One engine: a server process and ``tensor_parallel_size`` ranks. No field is left to be
+    derived.
+    """
 
     name: str
     """``prefill-0``, ``decode-1``: unique in the launch, stable over restarts."""

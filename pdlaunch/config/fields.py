@@ -1,4 +1,6 @@
-"""The dotted paths of ``LaunchConfig`` and what stands behind each; derived from the models, nothing is listed twice."""
+"""The dotted paths of ``LaunchConfig`` and what stands behind each; derived from the models,
+nothing is listed twice.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECA
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A setting. ``is_mapping``: its entries are settings of their own (``env.UCX_TLS``); ``is_list``: one value of several."""
+    """A setting. ``is_mapping``: its entries are settings of their own (``env.UCX_TLS``);
+    ``is_list``: one value of several.
+    """
 
     path: str
     is_mapping: bool
@@ -38,12 +42,16 @@ def all_fields() -> Mapping[str, Field]:
 
 @functools.cache
 def sections() -> Mapping[str, type[FrozenModel]]:
-    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``, ``prefill.kv_offload``, ..."""
+    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``,
+    ``prefill.kv_offload``, ...
+    """
     return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, ""))}
 
 
 def is_secret(path: str) -> bool:
-    """The value at this path must not be shown: API keys, and environment variables that look like one."""
+    """The value at this path must not be shown: API keys, and environment variables that look like
+    one.
+    """
     field = all_fields().get(path)
     if field is not None:
         return field.is_secret
@@ -72,11 +80,15 @@ def _walk(model: type[FrozenModel], prefix: str) -> list[Field]:
             found += _walk(section, f"{prefix}{name}.")
         else:
             kinds = _kinds(info.annotation)
-            found.append(Field(f"{prefix}{name}", dict in kinds, tuple in kinds, SecretStr in kinds, info))
+            found.append(
+                Field(f"{prefix}{name}", dict in kinds, tuple in kinds, SecretStr in kinds, info)
+            )
     return found
 
 
-def _walk_sections(model: type[FrozenModel], prefix: str) -> Iterator[tuple[str, type[FrozenModel]]]:
+def _walk_sections(
+    model: type[FrozenModel], prefix: str
+) -> Iterator[tuple[str, type[FrozenModel]]]:
     for name, info in model.model_fields.items():
         if section := _section(info):
             yield f"{prefix}{name}", section
@@ -85,7 +97,9 @@ def _walk_sections(model: type[FrozenModel], prefix: str) -> Iterator[tuple[str,
 
 def _section(info: FieldInfo) -> type[FrozenModel] | None:
     annotation = info.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, FrozenModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, FrozenModel) else None
+    )
 
 
 def _kinds(annotation: Any) -> set[Any]:

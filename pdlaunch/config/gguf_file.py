@@ -1,12 +1,13 @@
-"""Finds what is damaged in a .gguf file from its header and its length, without torch, gguf or a look at the weights.
+"""Finds what is damaged in a .gguf file from its header and its length, without torch, gguf or a
+look at the weights.
 
 ::
 
     magic | version | number of tensors, of values | values | tensor infos | padding | data of the tensors
     0       4         8                              24
 
-A bit that is flipped inside a number or a text that stays plausible cannot be seen here: the format has no checksum.
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A bit that is flipped inside a number or a text that stays plausible cannot be seen here: the format
+has no checksum. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -27,20 +28,67 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 MAX_STRINGS = 2**22
-"""In one list: several times the largest vocabularies; a hostile count must not keep anybody busy."""
+"""In one list: several times the largest vocabularies; a hostile count must not keep anybody
+busy.
+"""
 
 _DEFAULT_ALIGNMENT = 32
 _MIN_VALUE_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 """By type of a value."""
 _STRING, _LIST = 8, 9
 
 _BLOCKS: Mapping[int, tuple[int, int]] = {
-    **{0: (1, 4), 1: (1, 2), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 30: (1, 2)},
-    **{2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 20: (32, 18), 39: (32, 17)},
-    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292)},
-    **{16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 21: (256, 110), 22: (256, 82), 23: (256, 136)},
+    **{
+        0: (1, 4),
+        1: (1, 2),
+        24: (1, 1),
+        25: (1, 2),
+        26: (1, 4),
+        27: (1, 8),
+        28: (1, 8),
+        30: (1, 2),
+    },
+    **{
+        2: (32, 18),
+        3: (32, 20),
+        6: (32, 22),
+        7: (32, 24),
+        8: (32, 34),
+        9: (32, 40),
+        20: (32, 18),
+        39: (32, 17),
+    },
+    **{
+        10: (256, 84),
+        11: (256, 110),
+        12: (256, 144),
+        13: (256, 176),
+        14: (256, 210),
+        15: (256, 292),
+    },
+    **{
+        16: (256, 66),
+        17: (256, 74),
+        18: (256, 98),
+        19: (256, 50),
+        21: (256, 110),
+        22: (256, 82),
+        23: (256, 136),
+    },
     **{29: (256, 56), 34: (256, 54), 35: (256, 66), 40: (64, 36), 41: (128, 18)},
 }
 """By type of a tensor: elements and bytes of a block. Source: GGML_QUANT_SIZES of gguf-py 0.19."""
@@ -110,12 +158,16 @@ class _Reader:
     def _advance(self, num_bytes: int, what: str) -> None:
         end = self.position + num_bytes
         if end > self._size:
-            raise _DamageError(f"{what} would end at byte {end}, the file ends at byte {self._size}")
+            raise _DamageError(
+                f"{what} would end at byte {end}, the file ends at byte {self._size}"
+            )
         self.position = end
 
 
 def check_gguf(path: Path) -> None:
-    """Read the header. Raises ConfigError (field ``model``) for a file that is damaged or not complete."""
+    """Read the header. Raises ConfigError (field ``model``) for a file that is damaged or not
+    complete.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -127,18 +179,25 @@ def check_gguf(path: Path) -> None:
     except _DamageError as error:
         raise damaged(path, str(error)) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}", field="model", value=str(path)) from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}", field="model", value=str(path)
+        ) from None
 
 
 def _refuse_other_content(head: bytes) -> None:
     if not head.startswith(MAGIC):
-        raise _DamageError(f"it is no GGUF file but {describe_content(head)}" if head else "it is empty")
+        raise _DamageError(
+            f"it is no GGUF file but {describe_content(head)}" if head else "it is empty"
+        )
 
 
 def _check_header(reader: _Reader, size: int) -> None:
     version = reader.count("I", "the version")
     if version not in VERSIONS:
-        raise _DamageError(f"it says that it is GGUF version {version}, known are versions {' and '.join(map(str, VERSIONS))}")
+        raise _DamageError(
+            f"it says that it is GGUF version {version}, known are versions "
+            f"{' and '.join(map(str, VERSIONS))}"
+        )
     num_tensors = reader.count("Q", "the number of tensors")
     num_values = reader.count("Q", "the number of values")
     reader.check_room(num_values, _MIN_VALUE_BYTES, "values")
@@ -159,7 +218,9 @@ def _read_values(reader: _Reader, num_values: int) -> dict[str, Value]:
         key = reader.string(f"the key of value {index} of {num_values}")
         if key in values:
             raise _DamageError(f"value {key!a} is there twice")
-        values[key] = _read_value(reader, reader.count("I", f"the type of {key!a}"), f"value {key!a}")
+        values[key] = _read_value(
+            reader, reader.count("I", f"the type of {key!a}"), f"value {key!a}"
+        )
     return values
 
 
@@ -207,14 +268,18 @@ def _read_tensor(reader: _Reader, what: str, alignment: int) -> _Tensor:
     if 0 in dimensions or dimensions[0] % block:
         raise _DamageError(f"{what} has the impossible shape {dimensions} for blocks of {block}")
     if start % alignment:
-        raise _DamageError(f"{what} begins at {start}, which is no multiple of the alignment {alignment}")
+        raise _DamageError(
+            f"{what} begins at {start}, which is no multiple of the alignment {alignment}"
+        )
     return _Tensor(dimensions, start, math.prod(dimensions) // block * block_bytes)
 
 
 def _refuse_parts(values: Mapping[str, Value]) -> None:
     parts = values.get("split.count", 1)
     if isinstance(parts, int) and parts > 1:
-        raise _DamageError(f"it is one of {parts} parts of a model; join them with `llama-gguf-split --merge`")
+        raise _DamageError(
+            f"it is one of {parts} parts of a model; join them with `llama-gguf-split --merge`"
+        )
 
 
 def _check_places(tensors: Mapping[str, _Tensor], *, data_start: int, size: int) -> None:
@@ -222,17 +287,22 @@ def _check_places(tensors: Mapping[str, _Tensor], *, data_start: int, size: int)
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start < end:
-            raise _DamageError(f"tensor {name!a} begins at {tensor.start}, within the one before it")
+            raise _DamageError(
+                f"tensor {name!a} begins at {tensor.start}, within the one before it"
+            )
         end = tensor.start + tensor.num_bytes
         if data_start + end > size:
             raise _DamageError(
-                f"it is cut off: tensor {name!a} ends at byte {data_start + end} ({format_size(data_start + end)}),"
+                f"it is cut off: tensor {name!a} ends at byte {data_start + end} "
+                f"({format_size(data_start + end)}),"
                 f" the file at byte {size} ({format_size(size)})"
             )
 
 
 def _check_model(values: Mapping[str, Value], tensors: Mapping[str, _Tensor]) -> None:
-    """The sizes in the values are those of the tensors: whoever believes a wrong one allocates without an end."""
+    """The sizes in the values are those of the tensors: whoever believes a wrong one allocates
+    without an end.
+    """
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):
         raise _DamageError("it has no general.architecture")
@@ -241,8 +311,17 @@ def _check_model(values: Mapping[str, Value], tensors: Mapping[str, _Tensor]) ->
         raise _DamageError("it has no table of embeddings (token_embd.weight)")
     width, vocabulary = embeddings.dimensions
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
-    inner = {t.dimensions[1] for name, t in tensors.items() if ".ffn_up" in name and len(t.dimensions) > 1}
-    found = {"embedding_length": {width}, "block_count": {len(layers)}, "feed_forward_length": inner, "vocab_size": {vocabulary}}
+    inner = {
+        t.dimensions[1]
+        for name, t in tensors.items()
+        if ".ffn_up" in name and len(t.dimensions) > 1
+    }
+    found = {
+        "embedding_length": {width},
+        "block_count": {len(layers)},
+        "feed_forward_length": inner,
+        "vocab_size": {vocabulary},
+    }
     for name, sizes in found.items():
         value = values.get(f"{architecture}.{name}")
         if isinstance(value, int) and sizes and value not in sizes:
@@ -251,4 +330,6 @@ def _check_model(values: Mapping[str, Value], tensors: Mapping[str, _Tensor]) ->
     if isinstance(tokens, _List) and tokens.length > vocabulary:
         raise _DamageError(f"it has {tokens.length} tokens, but embeddings of {vocabulary}")
     if layers != {str(index) for index in range(len(layers))}:
-        raise _DamageError(f"it has {len(layers)} layers, but not those from 0 to {len(layers) - 1}")
+        raise _DamageError(
+            f"it has {len(layers)} layers, but not those from 0 to {len(layers) - 1}"
+        )

@@ -1,4 +1,6 @@
-"""Lists of host names and origins, as settings: YAML lists, or texts with commas in flags and variables."""
+"""Lists of host names and origins, as settings: YAML lists, or texts with commas in flags and
+variables.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,15 @@ def _read_list(value: object) -> object:
 
 
 def _check_host(name: str) -> str:
-    if name != ANY and not _is_address(name.removeprefix("[").removesuffix("]")) and not _HOST_NAME.fullmatch(name):
-        raise ValueError(f"{name[:100]!r} is no host name or address; write it without scheme and port, or {ANY!r} for any")
+    if (
+        name != ANY
+        and not _is_address(name.removeprefix("[").removesuffix("]"))
+        and not _HOST_NAME.fullmatch(name)
+    ):
+        raise ValueError(
+            f"{name[:100]!r} is no host name or address; write it without scheme and port, or "
+            f"{ANY!r} for any"
+        )
     return name
 
 
@@ -33,12 +42,17 @@ def _check_origin(origin: str) -> str:
         parts = urlsplit(origin)
         _ = parts.port  # raises when it is none
         is_origin = (
-            parts.scheme in ("http", "https") and parts.hostname and f"{parts.scheme}://{parts.netloc}" == origin.rstrip("/")
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and f"{parts.scheme}://{parts.netloc}" == origin.rstrip("/")
         )
     except ValueError:
         is_origin = False
     if not is_origin or "@" in origin:
-        raise ValueError(f"{origin[:100]!r} is no origin; write scheme://host or scheme://host:port, or {ANY!r} for any")
+        raise ValueError(
+            f"{origin[:100]!r} is no origin; write scheme://host or scheme://host:port, or {ANY!r} "
+            "for any"
+        )
     return origin
 
 

@@ -30,11 +30,18 @@ def memory_options(settings: EngineSettings) -> MemoryOptions:
     """
     if contradicts(settings):
         raise ConfigError(
-            "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false switches off",
+            (
+                "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false "
+                "switches off"
+            ),
             field="enable_cumem_allocator",
             value=False,
             fix="remove enable_cumem_allocator, or switch enable_sleep_mode off",
         )
     if settings.enable_sleep_mode and settings.enable_cumem_allocator is None:
-        return MemoryOptions(True, True, "enable_sleep_mode frees and restores memory of the CuMem allocator: it is turned on")
+        return MemoryOptions(
+            True,
+            True,
+            "enable_sleep_mode frees and restores memory of the CuMem allocator: it is turned on",
+        )
     return MemoryOptions(settings.enable_cumem_allocator is True, settings.enable_sleep_mode)

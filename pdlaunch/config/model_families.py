@@ -1,7 +1,8 @@
 """The model families that pdlaunch serves: what a config.json of theirs means where it is silent.
 
-transformers writes only what differs from a family's defaults, so that these belong to the meaning of the file.
-Source: the configuration classes of transformers 5; ``tests/config/test_model_shape.py`` compares.
+transformers writes only what differs from a family's defaults, so that these belong to the meaning
+of the file. Source: the configuration classes of transformers 5;
+``tests/config/test_model_shape.py`` compares.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ class Family:
     """One ``model_type``."""
 
     defaults: Mapping[str, Any]
-    """Of the fields that ``model_shape`` reads; others are not looked at. ``head_dim`` None: hidden_size // heads."""
+    """Of the fields that ``model_shape`` reads; others are not looked at. ``head_dim`` None:
+    hidden_size // heads.
+    """
     layer_windows: Callable[[Config], Windows]
     """From the config with defaults filled in: the window of each layer."""
     qkv_bias: bool = False
@@ -32,7 +35,9 @@ class Family:
     has_sinks: bool = False
     """Each query head has an attention sink."""
     has_experts: bool = False
-    """num_local_experts experts with biases instead of one inner layer, num_experts_per_tok of them for a token."""
+    """num_local_experts experts with biases instead of one inner layer, num_experts_per_tok of them
+    for a token.
+    """
 
 
 def _no_windows(config: Config) -> Windows:
@@ -43,13 +48,19 @@ def _no_windows(config: Config) -> Windows:
 def _windows_of_types(config: Config, layer_types: list[str], window: int | None) -> Windows:
     for unknown in set(layer_types) - {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(
-            f"layers of type {unknown!r} cannot be served: only full and sliding-window attention keep a paged KV cache here",
+            (
+                f"layers of type {unknown!r} cannot be served: only full and sliding-window "
+                "attention keep a paged KV cache here"
+            ),
             field="model",
             value=unknown,
         )
     if len(layer_types) != config["num_hidden_layers"]:
         raise UnsupportedModelError(
-            f"layer_types names {len(layer_types)} layers, num_hidden_layers is {config['num_hidden_layers']}",
+            (
+                f"layer_types names {len(layer_types)} layers, num_hidden_layers is "
+                f"{config['num_hidden_layers']}"
+            ),
             field="model",
             fix="Correct config.json of the model.",
         )
@@ -57,13 +68,20 @@ def _windows_of_types(config: Config, layer_types: list[str], window: int | None
         raise UnsupportedModelError(
             "layer_types has sliding_attention, but config.json switches the sliding window off",
             field="model",
-            fix="Correct config.json: set sliding_window (and use_sliding_window where the family has it).",
+            fix=(
+                "Correct config.json: set sliding_window (and use_sliding_window where the family "
+                "has it)."
+            ),
         )
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+    return tuple(
+        window if layer_type == "sliding_attention" else None for layer_type in layer_types
+    )
 
 
 def _qwen_windows(config: Config) -> Windows:
-    """Layers from max_window_layers on slide, if use_sliding_window says so and layer_types is silent."""
+    """Layers from max_window_layers on slide, if use_sliding_window says so and layer_types is
+    silent.
+    """
     window = config["sliding_window"] if config["use_sliding_window"] else None
     if config["layer_types"] is not None:
         return _windows_of_types(config, config["layer_types"], window)
@@ -75,9 +93,15 @@ def _mistral_windows(config: Config) -> Windows:
     """One window for all layers; the model does not look at layer_types."""
     windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
     layer_types = config.get("layer_types")
-    if layer_types is not None and _windows_of_types(config, layer_types, config["sliding_window"]) != windows:
+    if (
+        layer_types is not None
+        and _windows_of_types(config, layer_types, config["sliding_window"]) != windows
+    ):
         raise UnsupportedModelError(
-            "mistral with layer_types of more than one kind: the mistral model gives all layers one window",
+            (
+                "mistral with layer_types of more than one kind: the mistral model gives all "
+                "layers one window"
+            ),
             field="model",
             fix="Use a model whose config.json has another model_type, or no layer_types.",
         )
@@ -90,18 +114,23 @@ def _gemma3_windows(config: Config) -> Windows:
     if layer_types is None:
         pattern = config["sliding_window_pattern"]
         layer_types = [
-            "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(config["num_hidden_layers"])
+            "sliding_attention" if (layer + 1) % pattern else "full_attention"
+            for layer in range(config["num_hidden_layers"])
         ]
     return _windows_of_types(config, layer_types, config["sliding_window"])
 
 
 def _smollm3_windows(config: Config) -> Windows:
-    """Layers without rotary embedding slide, if use_sliding_window says so and layer_types is silent."""
+    """Layers without rotary embedding slide, if use_sliding_window says so and layer_types is
+    silent.
+    """
     window = config["sliding_window"]
     if config["layer_types"] is not None:
         return _windows_of_types(config, config["layer_types"], window)
     num_layers, interval = config["num_hidden_layers"], config["no_rope_layer_interval"]
-    has_rope = config["no_rope_layers"] or [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    has_rope = config["no_rope_layers"] or [
+        int((layer + 1) % interval != 0) for layer in range(num_layers)
+    ]
     slides = config["use_sliding_window"]
     return tuple(window if slides and not has_rope[layer] else None for layer in range(num_layers))
 
@@ -110,7 +139,10 @@ def _gpt_oss_windows(config: Config) -> Windows:
     """Every other layer slides, from the first one on, if layer_types is silent."""
     layer_types = config["layer_types"]
     if layer_types is None:
-        layer_types = [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
+        layer_types = [
+            ("sliding_attention", "full_attention")[layer % 2]
+            for layer in range(config["num_hidden_layers"])
+        ]
     return _windows_of_types(config, layer_types, config["sliding_window"])
 
 
@@ -210,7 +242,11 @@ def supported_families() -> dict[str, Family]:
     return {
         "llama": Family(llama | biases, _no_windows),
         "qwen2": Family(qwen2 | _QWEN_WINDOW_DEFAULTS, _qwen_windows, qkv_bias=True),
-        "qwen3": Family(qwen2 | _QWEN_WINDOW_DEFAULTS | {"head_dim": 128, "attention_bias": False}, _qwen_windows, qk_norm=True),
+        "qwen3": Family(
+            qwen2 | _QWEN_WINDOW_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+            _qwen_windows,
+            qk_norm=True,
+        ),
         "mistral": Family(mistral, _mistral_windows),
         "gemma3_text": Family(gemma3, _gemma3_windows, qk_norm=True, norms_per_layer=4),
         "smollm3": Family(smollm3, _smollm3_windows),

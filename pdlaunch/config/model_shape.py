@@ -25,7 +25,9 @@ class ModelShape:
     architecture: str
     """First of ``architectures``; empty when the file has none."""
     model_type: str
-    """Of the language model: ``gemma3_text`` also where the file describes a multimodal ``gemma3``."""
+    """Of the language model: ``gemma3_text`` also where the file describes a multimodal
+    ``gemma3``.
+    """
     num_layers: int
     num_attention_heads: int
     num_kv_heads: int
@@ -57,7 +59,8 @@ class ModelShape:
 def read_model_shape(model_dir: str | Path) -> ModelShape:
     """Read ``config.json`` (and ``generation_config.json``) of a directory in Hugging Face layout.
 
-    Raises ConfigError when the file is missing or broken, UnsupportedModelError when the model cannot be served.
+    Raises ConfigError when the file is missing or broken, UnsupportedModelError when the model
+    cannot be served.
     """
     directory = Path(model_dir)
     outer = _read_json(directory / "config.json")
@@ -73,13 +76,24 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             value=config.get("model_type"),
         )
     generation = directory / "generation_config.json"
-    return _shape(outer, config, families[model_type], _read_json(generation) if generation.is_file() else {})
+    return _shape(
+        outer, config, families[model_type], _read_json(generation) if generation.is_file() else {}
+    )
 
 
-def _shape(outer: dict[str, Any], config: dict[str, Any], family: Family, generation: dict[str, Any]) -> ModelShape:
+def _shape(
+    outer: dict[str, Any], config: dict[str, Any], family: Family, generation: dict[str, Any]
+) -> ModelShape:
     config = dict(family.defaults) | config
-    hidden_size, num_heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
-    num_kv_heads = num_heads if config.get("num_key_value_heads") is None else _positive(config, "num_key_value_heads")
+    hidden_size, num_heads = (
+        _positive(config, "hidden_size"),
+        _positive(config, "num_attention_heads"),
+    )
+    num_kv_heads = (
+        num_heads
+        if config.get("num_key_value_heads") is None
+        else _positive(config, "num_key_value_heads")
+    )
     if num_heads % num_kv_heads:
         raise ConfigError(
             f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}",
@@ -91,7 +105,9 @@ def _shape(outer: dict[str, Any], config: dict[str, Any], family: Family, genera
         "num_layers": _positive(config, "num_hidden_layers"),
         "num_attention_heads": num_heads,
         "num_kv_heads": num_kv_heads,
-        "head_dim": hidden_size // num_heads if config.get("head_dim") is None else _positive(config, "head_dim"),
+        "head_dim": hidden_size // num_heads
+        if config.get("head_dim") is None
+        else _positive(config, "head_dim"),
         "hidden_size": hidden_size,
         "intermediate_size": _positive(config, "intermediate_size"),
         "vocab_size": _positive(config, "vocab_size"),
@@ -150,15 +166,22 @@ def _count_parameters(
         layer += 2 * intermediate_size + hidden_size
     layer += num_attention_heads if family.has_sinks else 0
     if family.has_experts:
-        layer += _positive(config, "num_local_experts") * (_expert_parameters(hidden_size, intermediate_size) + hidden_size + 1)
+        layer += _positive(config, "num_local_experts") * (
+            _expert_parameters(hidden_size, intermediate_size) + hidden_size + 1
+        )
     else:
         layer += 3 * hidden_size * intermediate_size
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
     return num_layers * layer + embeddings + hidden_size
 
 
-def _count_idle_parameters(config: dict[str, Any], *, num_layers: int, hidden_size: int, intermediate_size: int, **_: int) -> int:
-    num_experts, num_used = _positive(config, "num_local_experts"), _positive(config, "num_experts_per_tok")
+def _count_idle_parameters(
+    config: dict[str, Any], *, num_layers: int, hidden_size: int, intermediate_size: int, **_: int
+) -> int:
+    num_experts, num_used = (
+        _positive(config, "num_local_experts"),
+        _positive(config, "num_experts_per_tok"),
+    )
     if num_used > num_experts:
         raise ConfigError(
             f"config.json: num_experts_per_tok {num_used} is over num_local_experts {num_experts}",
@@ -166,7 +189,9 @@ def _count_idle_parameters(config: dict[str, Any], *, num_layers: int, hidden_si
             value=num_used,
             fix="Correct config.json of the model.",
         )
-    return num_layers * (num_experts - num_used) * _expert_parameters(hidden_size, intermediate_size)
+    return (
+        num_layers * (num_experts - num_used) * _expert_parameters(hidden_size, intermediate_size)
+    )
 
 
 def _expert_parameters(hidden_size: int, intermediate_size: int) -> int:
@@ -188,20 +213,33 @@ def _language_model(outer: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     for reason in _reasons_against(config):
-        raise _unsupported(f"model_type {config.get('model_type')!r} cannot be served: {reason}", value=config.get("model_type"))
+        raise _unsupported(
+            f"model_type {config.get('model_type')!r} cannot be served: {reason}",
+            value=config.get("model_type"),
+        )
 
 
 def _reasons_against(config: dict[str, Any]) -> list[str]:
     reasons = {
         "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
-        "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get("kv_lora_rank"),
-        "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": _has_recurrent_layers(config),
-        "mixture of experts (MoE) is only supported in gpt_oss": config.get("model_type") != "gpt_oss" and _has_experts(config),
+        "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get(
+            "kv_lora_rank"
+        ),
+        "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": _has_recurrent_layers(
+            config
+        ),
+        "mixture of experts (MoE) is only supported in gpt_oss": config.get("model_type")
+        != "gpt_oss"
+        and _has_experts(config),
         "quantized checkpoints (quantization_config) are not supported; a .gguf file is dequantized": config.get(
             "quantization_config"
         ),
-        "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get("attn_logit_softcapping"),
-        "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get("use_bidirectional_attention"),
+        "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get(
+            "attn_logit_softcapping"
+        ),
+        "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get(
+            "use_bidirectional_attention"
+        ),
         "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, longrope)": _has_moving_rope(
             config
         ),
@@ -222,18 +260,30 @@ def _has_recurrent_layers(config: dict[str, Any]) -> bool:
     kinds = {"linear_attention", "mamba", "recurrent", "conv"}
     layer_types = config.get("layer_types")
     types = {str(kind) for kind in layer_types} if isinstance(layer_types, list) else set()
-    return "mamba" in str(config.get("model_type")) or any(config.get(key) for key in keys) or bool(kinds & types)
+    return (
+        "mamba" in str(config.get("model_type"))
+        or any(config.get(key) for key in keys)
+        or bool(kinds & types)
+    )
 
 
 def _has_experts(config: dict[str, Any]) -> bool:
-    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"))
+    return any(
+        config.get(key)
+        for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+    )
 
 
 def _has_moving_rope(config: dict[str, Any]) -> bool:
     found = [config.get("rope_scaling"), config.get("rope_parameters")]
     settings = [item for item in found if isinstance(item, dict)]
-    settings += [nested for item in settings for nested in item.values() if isinstance(nested, dict)]
-    return any(item.get("rope_type", item.get("type")) in ("dynamic", "longrope", "su") for item in settings)
+    settings += [
+        nested for item in settings for nested in item.values() if isinstance(nested, dict)
+    ]
+    return any(
+        item.get("rope_type", item.get("type")) in ("dynamic", "longrope", "su")
+        for item in settings
+    )
 
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
@@ -282,12 +332,17 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error}",
             field="model",
             value=str(path.parent),
-            fix="Name a directory in Hugging Face layout: config.json, tokenizer.json, *.safetensors.",
+            fix=(
+                "Name a directory in Hugging Face layout: config.json, tokenizer.json, "
+                "*.safetensors."
+            ),
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object", field="model", value=str(path.parent))
     return content
 
 
-def _unsupported(message: str, *, fix: str | None = None, value: object = None) -> UnsupportedModelError:
+def _unsupported(
+    message: str, *, fix: str | None = None, value: object = None
+) -> UnsupportedModelError:
     return UnsupportedModelError(message, field="model", value=value, fix=fix)

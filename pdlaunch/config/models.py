@@ -1,15 +1,23 @@
 """The only knobs of pdlaunch: frozen pydantic models, unknown fields refused.
 
-``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into (``config.sources``). Its top level
-holds what every engine shares; ``prefill`` and ``decode`` say how many engines of a role there are and may override any engine
-setting for that role.
+``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
+(``config.sources``). Its top level holds what every engine shares; ``prefill`` and ``decode`` say
+how many engines of a role there are and may override any engine setting for that role.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.http_names import HostNames, Origins
@@ -24,10 +32,16 @@ KVPath = Literal["auto", "nixl", "p2p"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 OffloadPolicy = Literal["arc", "lru"]
 
-ByteSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)]
-"""A number of bytes; ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) and plain integers are read."""
+ByteSize = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)
+]
+"""A number of bytes; ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) and plain integers are
+read.
+"""
 
-OptionalSize = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)]
+OptionalSize = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)
+]
 """The same, and 0 for none."""
 
 DEFAULT_MODEL = "smollm2"
@@ -38,14 +52,21 @@ MAX_PORT = 65535
 class FrozenModel(BaseModel):
     """Base of every config model: frozen, unknown fields refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class KVOffloadSettings(FrozenModel):
     """The host tier: KV blocks stay in the machine's memory when the device needs the room."""
 
-    host_memory: OptionalSize = Field(0, description="Host memory of one rank for KV blocks; 0: no host tier.")
-    policy: OffloadPolicy = Field("arc", description="What leaves first: `arc` withstands long documents read once, `lru` not.")
+    host_memory: OptionalSize = Field(
+        0, description="Host memory of one rank for KV blocks; 0: no host tier."
+    )
+    policy: OffloadPolicy = Field(
+        "arc",
+        description="What leaves first: `arc` withstands long documents read once, `lru` not.",
+    )
 
 
 class RoleKVOffloadSettings(FrozenModel):
@@ -58,27 +79,59 @@ class RoleKVOffloadSettings(FrozenModel):
 class EngineSettings(FrozenModel):
     """What an engine is; top level of the file, and overridable for a role."""
 
-    model: str = Field(DEFAULT_MODEL, min_length=1, description="Alias, directory in Hugging Face layout, or .gguf file.")
-    served_model_name: str | None = Field(None, description="Name in the API; the model's own name when unset.")
-    load_format: LoadFormat = Field("auto", description="`dummy` gives random weights (benchmarks).")
-    dtype: DType = Field("auto", description="`auto` is the checkpoint's dtype, float32 on a CPU without native bf16.")
-    max_model_len: int | None = Field(None, gt=0, description="Longest prompt plus output in tokens; the model's when unset.")
+    model: str = Field(
+        DEFAULT_MODEL,
+        min_length=1,
+        description="Alias, directory in Hugging Face layout, or .gguf file.",
+    )
+    served_model_name: str | None = Field(
+        None, description="Name in the API; the model's own name when unset."
+    )
+    load_format: LoadFormat = Field(
+        "auto", description="`dummy` gives random weights (benchmarks)."
+    )
+    dtype: DType = Field(
+        "auto",
+        description="`auto` is the checkpoint's dtype, float32 on a CPU without native bf16.",
+    )
+    max_model_len: int | None = Field(
+        None, gt=0, description="Longest prompt plus output in tokens; the model's when unset."
+    )
     block_size: int = Field(16, gt=0, description="Tokens in a KV block.")
     kv_cache_memory: ByteSize | None = Field(
-        None, description="KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
+        None,
+        description=(
+            "KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
+        ),
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of the device memory an engine may use.")
-    enable_prefix_caching: bool = Field(True, description="Keep KV blocks of prompts for requests that begin alike.")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the device memory an engine may use."
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Keep KV blocks of prompts for requests that begin alike."
+    )
     kv_offload: KVOffloadSettings = KVOffloadSettings()
-    enable_cumem_allocator: bool | None = Field(None, description="Allocate weights and KV cache from CuMem pools.")
-    enable_sleep_mode: bool = Field(False, description="Sleep and wake engines; turns the CuMem allocator on.")
+    enable_cumem_allocator: bool | None = Field(
+        None, description="Allocate weights and KV cache from CuMem pools."
+    )
+    enable_sleep_mode: bool = Field(
+        False, description="Sleep and wake engines; turns the CuMem allocator on."
+    )
     enforce_eager: bool = Field(False, description="Run decode steps on a GPU without CUDA graphs.")
-    async_scheduling: bool = Field(True, description="Prepare the next step of a GPU on the CPU while one runs.")
+    async_scheduling: bool = Field(
+        True, description="Prepare the next step of a GPU on the CPU while one runs."
+    )
     max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
-    max_num_batched_tokens: int | None = Field(None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU.")
+    max_num_batched_tokens: int | None = Field(
+        None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU."
+    )
     device: Device = Field("auto", description="auto: GPUs where there are any, else the CPU.")
-    num_threads: int | None = Field(None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset.")
-    env: dict[str, str] = Field(default_factory=dict, description="Extra environment of the engine's ranks.")
+    num_threads: int | None = Field(
+        None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset."
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Extra environment of the engine's ranks."
+    )
 
 
 class RoleSettings(FrozenModel):
@@ -87,7 +140,12 @@ class RoleSettings(FrozenModel):
     replicas: int = Field(1, ge=0, le=1024, description="Number of engines.")
     tensor_parallel_size: int = Field(1, gt=0, le=1024, description="Ranks of one engine.")
     port: int = Field(
-        0, ge=0, le=65535, description="Port of the first engine, one more for each other; needs engine_api_key. 0: free ones."
+        0,
+        ge=0,
+        le=65535,
+        description=(
+            "Port of the first engine, one more for each other; needs engine_api_key. 0: free ones."
+        ),
     )
 
     model: str | None = Field(None, min_length=1)
@@ -115,7 +173,9 @@ class RoleSettings(FrozenModel):
 
     def over(self, settings: EngineSettings) -> EngineSettings:
         """The engine settings of this role: ``settings`` with what this section sets."""
-        own = self.model_dump(exclude={"replicas", "tensor_parallel_size", "port"}, exclude_none=True)
+        own = self.model_dump(
+            exclude={"replicas", "tensor_parallel_size", "port"}, exclude_none=True
+        )
         if "env" in own:
             own["env"] = settings.env | own["env"]
         own["kv_offload"] = settings.kv_offload.model_dump() | own["kv_offload"]
@@ -124,38 +184,72 @@ class RoleSettings(FrozenModel):
 
 
 def _read_switch(value: object) -> object:
-    """YAML reads ``on`` and ``off`` as booleans already; flags and environment bring them as words."""
+    """YAML reads ``on`` and ``off`` as booleans already; flags and environment bring them as
+    words.
+    """
     if isinstance(value, str) and value.lower() in ("on", "off"):
         return value.lower() == "on"
     return value
 
 
-Switch = Annotated[bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])]
+Switch = Annotated[
+    bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])
+]
 
 
 class KVTransferSettings(FrozenModel):
     """How KV blocks get from prefill to decode."""
 
-    connector: ConnectorName = Field("nixl", description="What moves KV blocks from prefill to decode ranks.")
+    connector: ConnectorName = Field(
+        "nixl", description="What moves KV blocks from prefill to decode ranks."
+    )
     path: KVPath = Field(
         "auto",
         description="What carries KV blocks with connector nixl: NIXL, or copies from mapped memory of ranks of a host (p2p); "
         "`auto` is what is faster at the handshake, for each pair.",
     )
     verify: Switch = Field(
-        True, description="Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' clocks."
+        True,
+        description=(
+            "Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' "
+            "clocks."
+        ),
     )
-    on_failure: Literal["recompute", "fail"] = Field("recompute", description="What decode does when a pull fails for good.")
-    lease_s: float = Field(30.0, gt=0, description="Seconds prefill keeps blocks for a decode engine that says nothing.")
-    pull_timeout_s: float = Field(20.0, gt=0, description="Seconds a decode engine waits for one pull.")
-    pull_attempts: int = Field(2, ge=1, description="READs of a rank's blocks that may fail before the prompt is recomputed.")
-    handshake_timeout_s: float = Field(20.0, gt=0, description="Seconds for the handshake of one pair.")
-    num_sender_threads: int = Field(2, ge=1, le=64, description="Threads of a rank that write to its readers (mooncake, file).")
-    mooncake_protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
-    mooncake_devices: str = Field("", description="RDMA devices that Mooncake may use, with commas between them; all when empty.")
-    file_directory: str | None = Field(None, min_length=1, description="Shared folder of the file connector, which needs one.")
+    on_failure: Literal["recompute", "fail"] = Field(
+        "recompute", description="What decode does when a pull fails for good."
+    )
+    lease_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds prefill keeps blocks for a decode engine that says nothing.",
+    )
+    pull_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds a decode engine waits for one pull."
+    )
+    pull_attempts: int = Field(
+        2,
+        ge=1,
+        description="READs of a rank's blocks that may fail before the prompt is recomputed.",
+    )
+    handshake_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds for the handshake of one pair."
+    )
+    num_sender_threads: int = Field(
+        2, ge=1, le=64, description="Threads of a rank that write to its readers (mooncake, file)."
+    )
+    mooncake_protocol: MooncakeProtocol = Field(
+        "tcp", description="What Mooncake moves KV blocks over."
+    )
+    mooncake_devices: str = Field(
+        "",
+        description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
+    )
+    file_directory: str | None = Field(
+        None, min_length=1, description="Shared folder of the file connector, which needs one."
+    )
     file_size_limit: ByteSize = Field(
-        parse_size("10GiB"), description="Size of that folder; what was written first is deleted first."
+        parse_size("10GiB"),
+        description="Size of that folder; what was written first is deleted first.",
     )
 
     @model_validator(mode="after")
@@ -181,19 +275,32 @@ class KVTransferSettings(FrozenModel):
 class LimitSettings(FrozenModel):
     """Where the API says no."""
 
-    max_body_bytes: ByteSize = Field(parse_size("16MiB"), description="Longest body of an HTTP request.")
-    max_body_bytes_in_flight: ByteSize | None = Field(
-        None, description="Bytes that the bodies of all requests in flight may hold; then 503. Eight of the longest when unset."
+    max_body_bytes: ByteSize = Field(
+        parse_size("16MiB"), description="Longest body of an HTTP request."
     )
-    max_queued_requests: int = Field(256, gt=0, description="Requests in flight at the router or an engine; then 429.")
+    max_body_bytes_in_flight: ByteSize | None = Field(
+        None,
+        description=(
+            "Bytes that the bodies of all requests in flight may hold; then 503. Eight of the "
+            "longest when unset."
+        ),
+    )
+    max_queued_requests: int = Field(
+        256, gt=0, description="Requests in flight at the router or an engine; then 429."
+    )
     max_connections: int = Field(
-        4096, gt=0, description="Open connections at the router or an engine; then idle ones give way to new ones."
+        4096,
+        gt=0,
+        description=(
+            "Open connections at the router or an engine; then idle ones give way to new ones."
+        ),
     )
     request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
 
     @model_validator(mode="after")
     def _longest_body_fits(self) -> Self:
-        # A part of the room is left to small bodies, so the longest one needs more than its own length.
+        # A part of the room is left to small bodies, so the longest one needs more than its own
+        # length.
         if self.body_budget_bytes < 2 * self.max_body_bytes:
             message = f"must be at least twice max_body_bytes, which is {self.max_body_bytes}"
             raise PydanticCustomError("budget", message, {"field": "max_body_bytes_in_flight"})
@@ -202,7 +309,11 @@ class LimitSettings(FrozenModel):
     @property
     def body_budget_bytes(self) -> int:
         """Bytes that the bodies of all requests in flight may hold."""
-        return 8 * self.max_body_bytes if self.max_body_bytes_in_flight is None else self.max_body_bytes_in_flight
+        return (
+            8 * self.max_body_bytes
+            if self.max_body_bytes_in_flight is None
+            else self.max_body_bytes_in_flight
+        )
 
 
 class LaunchConfig(EngineSettings):
@@ -214,36 +325,66 @@ class LaunchConfig(EngineSettings):
     limits: LimitSettings = LimitSettings()
     host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
-    api_key: SecretStr | None = Field(None, min_length=1, description="Clients must send it as a bearer token.")
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="Clients must send it as a bearer token."
+    )
     admin_api_key: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Opens sleep, wake_up and other commands over HTTP, which are else taken at a local socket.",
+        description=(
+            "Opens sleep, wake_up and other commands over HTTP, which are else taken at a local "
+            "socket."
+        ),
     )
     engine_api_key: SecretStr | None = Field(
-        None, min_length=1, description="Opens the engines to another router; without it they are open to the launch's own alone."
+        None,
+        min_length=1,
+        description=(
+            "Opens the engines to another router; without it they are open to the launch's own "
+            "alone."
+        ),
     )
     allowed_hosts: HostNames = Field(
-        (), description="More names that clients may call the router or an engine by (Host header); `*` for any."
+        (),
+        description=(
+            "More names that clients may call the router or an engine by (Host header); `*` for "
+            "any."
+        ),
     )
-    cors_origins: Origins = Field((), description="Origins whose web pages may use the router or an engine; `*` for any.")
+    cors_origins: Origins = Field(
+        (), description="Origins whose web pages may use the router or an engine; `*` for any."
+    )
     log_dir: str | None = Field(
-        None, description="Folder of the log files; a new one a launch when unset, of which the latest 20 are kept."
+        None,
+        description=(
+            "Folder of the log files; a new one a launch when unset, of which the latest 20 are "
+            "kept."
+        ),
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages that are kept.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe messages that are kept."
+    )
     startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
-    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C."
+    )
     hang_timeout_s: float = Field(
         60.0,
         ge=0,
-        description="Seconds without a turn of its loop after which a process is restarted; longer than any step. 0: never.",
+        description=(
+            "Seconds without a turn of its loop after which a process is restarted; longer than "
+            "any step. 0: never."
+        ),
     )
 
     @field_validator("hang_timeout_s")
     @classmethod
     def _leaves_time_for_heartbeats(cls, value: float) -> float:
         if 0 < value < MIN_HANG_TIMEOUT_S:
-            raise ValueError(f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, within which a process speaks several times")
+            raise ValueError(
+                f"must be 0 (off) or at least {MIN_HANG_TIMEOUT_S:g} s, within which a process "
+                "speaks several times"
+            )
         return value
 
     @model_validator(mode="after")
@@ -255,7 +396,9 @@ class LaunchConfig(EngineSettings):
             if key is None:
                 continue
             if (other := seen.setdefault(key.get_secret_value(), name)) != name:
-                raise PydanticCustomError("key", f"must differ from {other}, which other people hold", {"field": name})
+                raise PydanticCustomError(
+                    "key", f"must differ from {other}, which other people hold", {"field": name}
+                )
         return self
 
     @model_validator(mode="after")
@@ -265,13 +408,23 @@ class LaunchConfig(EngineSettings):
             field = {"field": f"{role}.port"}
             ports = self.role(role).ports()
             if ports and self.engine_api_key is None:
-                message = "nobody could use it: set engine_api_key, the bearer token that another router sends to the engines"
+                message = (
+                    "nobody could use it: set engine_api_key, the bearer token that another router "
+                    "sends to the engines"
+                )
                 raise PydanticCustomError("port", message, field)
             if ports and ports[-1] > MAX_PORT:
-                raise PydanticCustomError("port", f"its engines would need ports up to {ports[-1]}; choose a lower one", field)
+                raise PydanticCustomError(
+                    "port",
+                    f"its engines would need ports up to {ports[-1]}; choose a lower one",
+                    field,
+                )
             for port in ports:
                 if port in taken:
-                    message = f"port {port} would be that of {taken[port]} too; choose ports {len(ports)} or more apart"
+                    message = (
+                        f"port {port} would be that of {taken[port]} too; choose ports "
+                        f"{len(ports)} or more apart"
+                    )
                     raise PydanticCustomError("port", message, field)
                 taken[port] = f"{role}.port"
         return self

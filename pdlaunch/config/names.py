@@ -50,7 +50,9 @@ def flag_name(path: str) -> str:
 
 
 def variable_paths() -> dict[str, str]:
-    """``PDLAUNCH_*`` variables by name: each path with ``__`` between its parts, and each flag's name."""
+    """``PDLAUNCH_*`` variables by name: each path with ``__`` between its parts, and each flag's
+    name.
+    """
     names = {_variable(path.replace(".", "__")): path for path in all_fields()}
     return names | {_variable(flag.replace("-", "_")): path for flag, path in FLAG_PATHS.items()}
 

@@ -35,18 +35,26 @@ class Problem:
 
 
 class InvalidConfigError(ConfigError):
-    """A configuration that cannot be used; ``problems`` holds every one that was found, in the order of the sources."""
+    """A configuration that cannot be used; ``problems`` holds every one that was found, in the
+    order of the sources.
+    """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems
         first = problems[0]
-        super().__init__("\n".join(map(str, problems)), field=first.field, value=first.value, fix=first.fix)
+        super().__init__(
+            "\n".join(map(str, problems)), field=first.field, value=first.value, fix=first.fix
+        )
         self.problems = tuple(problems)
 
 
 def shown(value: object) -> str:
     """A value in a message: quoted, escaped and short, whatever bytes it holds."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**MAX_SHOWN_CHARACTERS:
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) > 10**MAX_SHOWN_CHARACTERS
+    ):
         return "a very large number"
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."

@@ -21,11 +21,15 @@ class ShownValue:
 
 
 def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
-    """Every setting in the order of the models; a role's own settings only where something gives them."""
+    """Every setting in the order of the models; a role's own settings only where something gives
+    them.
+    """
     return [
         ShownValue(path, value, origin)
         for path, value, origin in _values(loaded)
-        if value is not None or origin.kind != "default" or not path.startswith(("prefill.", "decode."))
+        if value is not None
+        or origin.kind != "default"
+        or not path.startswith(("prefill.", "decode."))
     ]
 
 
@@ -46,7 +50,11 @@ def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
         value: Any = loaded.config
         for name in path.split("."):
             value = getattr(value, name)
-        entries = {f"{path}.{name}": entry for name, entry in value.items()} if field.is_mapping and value else {path: value}
+        entries = (
+            {f"{path}.{name}": entry for name, entry in value.items()}
+            if field.is_mapping and value
+            else {path: value}
+        )
         for entry_path, entry in entries.items():
             origin = loaded.origins.get(entry_path, Origin("default"))
             if is_secret(entry_path) and entry is not None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_BINARY = {letter + suffix: 1024**power for power, letter in enumerate("kmgt", start=1) for suffix in ("ib", "i")}
+_BINARY = {
+    letter + suffix: 1024**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix in ("ib", "i")
+}
 _DECIMAL = {letter + "b": 1000**power for power, letter in enumerate("kmgt", start=1)}
 _UNITS = {"": 1, "b": 1} | _BINARY | _DECIMAL
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:
-    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number; upper and lower case are the same.
+    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number; upper and lower
+    case are the same.
 
-    ``4G`` is refused: tools disagree about it. Raises ValueError, which pydantic turns into a finding with the field's name.
+    ``4G`` is refused: tools disagree about it. Raises ValueError, which pydantic turns into a
+    finding with the field's name.
     """
     if isinstance(value, bool):
         raise ValueError("a size such as 4GiB is needed, not a boolean")
@@ -25,7 +31,10 @@ def parse_size(value: object) -> int:
     if match is not None and unit in ("k", "m", "g", "t"):
         letter = "k" if unit == "k" else unit.upper()
         binary, decimal = f"{match[1]}{unit.upper()}iB", f"{match[1]}{letter}B"
-        raise ValueError(f"{value!r:.100} may mean {binary} (powers of 1024) or {decimal} (powers of 1000); write one of them")
+        raise ValueError(
+            f"{value!r:.100} may mean {binary} (powers of 1024) or {decimal} (powers of 1000); "
+            "write one of them"
+        )
     if match is None or unit not in _UNITS:
         raise ValueError(f"{value!r:.100} is not a size; write for example 512MiB or 4GiB")
     return int(Fraction(match[1]) * _UNITS[unit])

@@ -1,4 +1,6 @@
-"""Where settings come from: flags beat ``PDLAUNCH_*`` variables, which beat the file, which beats the defaults."""
+"""Where settings come from: flags beat ``PDLAUNCH_*`` variables, which beat the file, which beats
+the defaults.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ OriginKind = Literal["flag", "environment", "file", "default", "derived"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the value of a setting comes from; ``detail`` names the flag, variable, place in the file or the reason."""
+    """Where the value of a setting comes from; ``detail`` names the flag, variable, place in the
+    file or the reason.
+    """
 
     kind: OriginKind
     detail: str = ""
@@ -55,11 +59,13 @@ class _Given:
     column: int | None = None
 
 
-def load_config(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> LoadedConfig:
+def load_config(
+    path: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]
+) -> LoadedConfig:
     """Merge all sources into one validated configuration.
 
-    ``flags``: values by dotted path (``prefill.replicas``), only those that were given. Raises InvalidConfigError, a
-    ConfigError with every problem of every source.
+    ``flags``: values by dotted path (``prefill.replicas``), only those that were given. Raises
+    InvalidConfigError, a ConfigError with every problem of every source.
     """
     given, problems = _from_file(path)
     for source, found in (_from_environment(environ), _from_flags(flags)):
@@ -71,7 +77,9 @@ def load_config(path: Path | None, environ: Mapping[str, str], flags: Mapping[st
     derived = _derived_origins(config)
     if derived:
         _log.info("%s", next(iter(derived.values())).detail)
-    origins = {path: Origin("default") for path in all_fields()} | {path: item.origin for path, item in given.items()}
+    origins = {path: Origin("default") for path in all_fields()} | {
+        path: item.origin for path, item in given.items()
+    }
     return LoadedConfig(config, MappingProxyType(origins | derived))
 
 
@@ -81,7 +89,10 @@ def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
     values, problems = read_yaml(path)
     given = {
         name: _Given(
-            found.value, Origin("file", f"{shown_name(str(path))}:{found.line}:{found.column}"), found.line, found.column
+            found.value,
+            Origin("file", f"{shown_name(str(path))}:{found.line}:{found.column}"),
+            found.line,
+            found.column,
         )
         for name, found in values.items()
     }
@@ -102,7 +113,9 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
             message = f"gives {path}, and so does {given[path].origin.detail}"
             problems.append(Problem(message, path, fix="unset one of them", where=name))
         elif not environ[name]:
-            problems.append(Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name))
+            problems.append(
+                Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
+            )
         else:
             given[path] = _Given(environ[name], Origin("environment", shown_name(name)))
     return given, problems
@@ -131,7 +144,13 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
             given[path] = _Given(value, Origin("flag", flag_name(path)))
         else:
             match = nearest(path, all_fields())
-            problems.append(Problem("unknown field", shown_name(path), fix=f"did you mean {match}?" if match else None))
+            problems.append(
+                Problem(
+                    "unknown field",
+                    shown_name(path),
+                    fix=f"did you mean {match}?" if match else None,
+                )
+            )
     return given, problems
 
 
@@ -144,7 +163,14 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
         for parent in parents:
             node = node.setdefault(parent, {})
         if isinstance(item.value, bool) and not _takes_bool(path):
-            problems.append(_refused(path, item, "is a switch here, but needs a value", "write it in quotes if it is a text"))
+            problems.append(
+                _refused(
+                    path,
+                    item,
+                    "is a switch here, but needs a value",
+                    "write it in quotes if it is a text",
+                )
+            )
         else:
             node[name] = item.value
     try:
@@ -171,7 +197,10 @@ def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem
         message = "must not be empty"
     fix = None
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        match = nearest(detail["input"], [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()])
+        match = nearest(
+            detail["input"],
+            [part for part in str(detail["ctx"]["expected"]).split("'") if part.isidentifier()],
+        )
         fix = f"did you mean {match}?" if match else None
     return _refused(path, given.get(path), message, fix)
 
@@ -189,11 +218,16 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
 
 
 def _derived_origins(config: LaunchConfig) -> dict[str, Origin]:
-    """Settings that another setting decides: the CuMem allocator where sleep mode needs it and nobody set it."""
+    """Settings that another setting decides: the CuMem allocator where sleep mode needs it and
+    nobody set it.
+    """
     top = _allocator_reason(config)
     if top:
         return {_ALLOCATOR: Origin("derived", top)}
-    roles = {f"{role}.{_ALLOCATOR}": _allocator_reason(config.engine_settings(role)) for role in get_args(Role)}
+    roles = {
+        f"{role}.{_ALLOCATOR}": _allocator_reason(config.engine_settings(role))
+        for role in get_args(Role)
+    }
     return {path: Origin("derived", reason) for path, reason in roles.items() if reason}
 
 

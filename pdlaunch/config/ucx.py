@@ -40,20 +40,30 @@ _LOCAL_CUDA = ("cuda_ipc", "cuda_copy")
 
 
 def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """Return the transports of a rank whose peers are all on its host: of those that UCX_TLS names, what opens no door.
+    """Return the transports of a rank whose peers are all on its host: of those that UCX_TLS names,
+    what opens no door.
 
-    Network transports listen without authentication; ``sysv`` segments admit the user's whole group (mode 0660), ``knem``
-    regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA and CUDA IPC ask for the same user.
+    Network transports listen without authentication; ``sysv`` segments admit the user's whole group
+    (mode 0660), ``knem`` regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA
+    and CUDA IPC ask for the same user.
     """
     allowed = ucx_transports(environ)
-    return tuple(name for name in ((*_LOCAL_CUDA, *_LOCAL) if device == "cuda" else _LOCAL) if name in allowed)
+    return tuple(
+        name
+        for name in ((*_LOCAL_CUDA, *_LOCAL) if device == "cuda" else _LOCAL)
+        if name in allowed
+    )
 
 
 def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
-    """Transports that UCX may use; all when UCX_TLS is not set. Names it does not know are kept as they are."""
+    """Transports that UCX may use; all when UCX_TLS is not set. Names it does not know are kept as
+    they are.
+    """
     value = environ.get("UCX_TLS", "all").strip() or "all"
     excluded = value.startswith("^")
-    names = {name.strip().lstrip("\\") for name in value.removeprefix("^").split(",") if name.strip()}
+    names = {
+        name.strip().lstrip("\\") for name in value.removeprefix("^").split(",") if name.strip()
+    }
     listed = frozenset[str]().union(*(_GROUPS.get(name, frozenset({name})) for name in names))
     return ALL - listed if excluded else listed
 

@@ -1,6 +1,8 @@
-"""Finds the files of weights of a directory in Hugging Face layout, and what is wrong with them; no tensor is read.
+"""Finds the files of weights of a directory in Hugging Face layout, and what is wrong with them; no
+tensor is read.
 
-Source of the format: https://github.com/huggingface/safetensors (length of the header, header in JSON, data of the tensors).
+Source of the format: https://github.com/huggingface/safetensors (length of the header, header in
+JSON, data of the tensors).
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Find the checkpoint's safetensors files. Raises ConfigError (field ``model``) when there are none, or one is damaged."""
+    """Find the checkpoint's safetensors files. Raises ConfigError (field ``model``) when there are
+    none, or one is damaged.
+    """
     index = model_dir / INDEX
-    files = [model_dir / name for name in _names_in(index)] if index.is_file() else sorted(model_dir.glob("model*.safetensors"))
+    files = (
+        [model_dir / name for name in _names_in(index)]
+        if index.is_file()
+        else sorted(model_dir.glob("model*.safetensors"))
+    )
     missing = [file.name for file in files if not file.is_file()]
     if files and not missing:
         for file in files:
@@ -33,21 +41,33 @@ def weight_files(model_dir: Path) -> list[Path]:
     pickles = sorted(file.name for pattern in _PICKLES for file in model_dir.glob(pattern))
     if pickles and not files:
         raise ConfigError(
-            f"{model_dir} has its weights only as pickles ({_shorten(pickles)}), which can run code when they are opened",
+            (
+                f"{model_dir} has its weights only as pickles ({_shorten(pickles)}), which can run "
+                "code when they are opened"
+            ),
             field="model",
             value=str(model_dir),
-            fix="Convert them to safetensors where you trust them: load the model with transformers and save_pretrained(DIR).",
+            fix=(
+                "Convert them to safetensors where you trust them: load the model with "
+                "transformers and save_pretrained(DIR)."
+            ),
         )
     raise ConfigError(
-        f"{model_dir} has no {_shorten(missing) or 'model*.safetensors'}" + (f", which {INDEX} names" if missing else ""),
+        f"{model_dir} has no {_shorten(missing) or 'model*.safetensors'}"
+        + (f", which {INDEX} names" if missing else ""),
         field="model",
         value=str(model_dir),
-        fix="Complete the download; checkpoints in other formats have to be saved as safetensors first.",
+        fix=(
+            "Complete the download; checkpoints in other formats have to be saved as safetensors "
+            "first."
+        ),
     )
 
 
 def _check_safetensors(path: Path) -> None:
-    """Look at the header and the length. Raises ConfigError when the file is cut off or cannot be read."""
+    """Look at the header and the length. Raises ConfigError when the file is cut off or cannot be
+    read.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,16 +78,31 @@ def _check_safetensors(path: Path) -> None:
                 or length > MAX_HEADER_BYTES
                 or head[_LENGTH_BYTES : _LENGTH_BYTES + 1] not in (b"{", b"")
             ):
-                raise damaged(path, f"it is no safetensors file but {describe_content(head)}" if head else "it is empty")
+                raise damaged(
+                    path,
+                    f"it is no safetensors file but {describe_content(head)}"
+                    if head
+                    else "it is empty",
+                )
             file.seek(_LENGTH_BYTES)
             header = file.read(min(length, size))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}", field="model", value=str(path)) from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}", field="model", value=str(path)
+        ) from None
     if len(header) < length:
-        raise damaged(path, f"it is cut off within its header: byte {size} of {_LENGTH_BYTES + length}")
+        raise damaged(
+            path, f"it is cut off within its header: byte {size} of {_LENGTH_BYTES + length}"
+        )
     end = _LENGTH_BYTES + length + _data_bytes(path, header)
     if size < end:
-        raise damaged(path, f"it is cut off: {format_size(size)} ({size} bytes) of {format_size(end)} ({end} bytes) are there")
+        raise damaged(
+            path,
+            (
+                f"it is cut off: {format_size(size)} ({size} bytes) of {format_size(end)} ({end} "
+                "bytes) are there"
+            ),
+        )
     if size > end:
         raise damaged(path, f"it has {size - end} bytes more than its header knows of")
 
@@ -76,16 +111,25 @@ def _data_bytes(path: Path, header: bytes) -> int:
     """Return where the last tensor ends, in bytes; tensors lie behind each other without gaps."""
     try:
         entries: dict[str, Any] = json.loads(header)
-        places = sorted(tuple(entry["data_offsets"]) for name, entry in entries.items() if name != "__metadata__")
+        places = sorted(
+            tuple(entry["data_offsets"])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        )
         end = 0
         for start, stop in places:
             if start != end or stop < start:
-                raise damaged(path, f"its header has a tensor from {start} to {stop} where one begins at {end}")
+                raise damaged(
+                    path,
+                    f"its header has a tensor from {start} to {stop} where one begins at {end}",
+                )
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise damaged(path, f"its header cannot be read ({type(error).__name__}: {error})") from None
+        raise damaged(
+            path, f"its header cannot be read ({type(error).__name__}: {error})"
+        ) from None
     return end
 
 
@@ -97,7 +141,9 @@ def _names_in(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(index, f"it cannot be read ({type(error).__name__}: {error})") from None
     except OSError as error:
-        raise ConfigError(f"{index} cannot be read: {error.strerror or error}", field="model", value=str(index)) from None
+        raise ConfigError(
+            f"{index} cannot be read: {error.strerror or error}", field="model", value=str(index)
+        ) from None
     return names
 
 

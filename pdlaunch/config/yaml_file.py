@@ -1,7 +1,7 @@
 """Read a YAML file into settings by dotted path, each with its line and column.
 
-Whatever bytes the file holds, the result is settings or problems. No message repeats text of the file beyond names of
-fields, so that a misplaced secret does not show.
+Whatever bytes the file holds, the result is settings or problems. No message repeats text of the
+file beyond names of fields, so that a misplaced secret does not show.
 """
 
 from __future__ import annotations
@@ -77,13 +77,20 @@ class _Reader:
         for item in node.value:
             self._count(item)
             if not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
-                self._problem(item, f"must be a list of texts; one of its entries is {_kind(item)}", path, None)
+                self._problem(
+                    item,
+                    f"must be a list of texts; one of its entries is {_kind(item)}",
+                    path,
+                    None,
+                )
                 return
             found.append(item.value)
         self._keep(path, node, found)
 
     def _read_mapping(self, node: yaml.Node, parent: str) -> None:
-        """A mapping of free names to texts, such as ``env``; numbers and switches count as the text that was written."""
+        """A mapping of free names to texts, such as ``env``; numbers and switches count as the text
+        that was written.
+        """
         for name, path, key, value in self._entries(node, parent):
             if not name or "=" in name or "\0" in name:
                 self._problem(key, "not the name of an environment variable", path, None)
@@ -92,21 +99,38 @@ class _Reader:
             else:
                 self._problem(value, "must be a text", path, "write a value, or remove the line")
 
-    def _entries(self, node: yaml.Node, parent: str) -> Iterator[tuple[str, str, yaml.Node, yaml.Node]]:
+    def _entries(
+        self, node: yaml.Node, parent: str
+    ) -> Iterator[tuple[str, str, yaml.Node, yaml.Node]]:
         """Name, dotted path, key node and value node of a mapping's entries; each name once."""
         if not isinstance(node, yaml.MappingNode):
-            self._problem(node, f"must be a mapping of fields, not {_kind(node)}", parent or None, "write `field: value` lines")
+            self._problem(
+                node,
+                f"must be a mapping of fields, not {_kind(node)}",
+                parent or None,
+                "write `field: value` lines",
+            )
             return
         first_lines: dict[str, int] = {}
         for key, value in node.value:
             self._count(key)
             if not isinstance(key, yaml.ScalarNode):
-                self._problem(key, f"the name of a field must be a text, not {_kind(key)}", parent or None, None)
+                self._problem(
+                    key,
+                    f"the name of a field must be a text, not {_kind(key)}",
+                    parent or None,
+                    None,
+                )
                 continue
             name = key.value
             path = f"{parent}.{name}" if parent else name
             if key.tag.endswith(":merge"):
-                self._problem(key, "merge keys are not supported", parent or None, "settings of both roles go to the top level")
+                self._problem(
+                    key,
+                    "merge keys are not supported",
+                    parent or None,
+                    "settings of both roles go to the top level",
+                )
             elif name in first_lines:
                 message = f"given twice, first on line {first_lines[name]}"
                 self._problem(key, message, path, "remove one of them")
@@ -118,10 +142,18 @@ class _Reader:
         """One more value has been seen. Raises InvalidConfigError when these are too many."""
         self._num_seen += 1
         if self._num_seen > MAX_VALUES:
-            raise InvalidConfigError([self._make(node, f"more than {MAX_VALUES} fields", None, "remove repeated aliases")])
+            raise InvalidConfigError(
+                [
+                    self._make(
+                        node, f"more than {MAX_VALUES} fields", None, "remove repeated aliases"
+                    )
+                ]
+            )
 
     def _scalar(self, node: yaml.Node, path: str) -> object:
-        """The value of a scalar node, or the node itself where that is a problem (which is noted)."""
+        """The value of a scalar node, or the node itself where that is a problem (which is
+        noted).
+        """
         if not isinstance(node, yaml.ScalarNode):
             self._problem(node, f"must be a single value, not {_kind(node)}", path, None)
             return node
@@ -131,7 +163,8 @@ class _Reader:
                 return None
             case "bool":
                 return text.lower() in ("yes", "true", "on")
-            # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or refuse.
+            # YAML 1.1 reads 010 as 8 and 1:30 as 90; such texts are left to the field to accept or
+            # refuse.
             case "int" if _DECIMAL.fullmatch(text) and not _LEADING_ZERO.match(text):
                 return int(text)
             case "int" | "float" | "str" | "timestamp":
@@ -142,14 +175,18 @@ class _Reader:
 
     def _keep(self, path: str, node: yaml.Node, value: object) -> None:
         if not isinstance(value, yaml.Node):
-            self.values[path] = FileValue(value, node.start_mark.line + 1, node.start_mark.column + 1)
+            self.values[path] = FileValue(
+                value, node.start_mark.line + 1, node.start_mark.column + 1
+            )
 
     def _problem(self, node: yaml.Node, message: str, path: str | None, fix: str | None) -> None:
         self.problems.append(self._make(node, message, path, fix))
 
     def _make(self, node: yaml.Node, message: str, path: str | None, fix: str | None) -> Problem:
         field = None if path is None else shown_name(path)
-        return _problem_at(self._file, node.start_mark.line, node.start_mark.column, message, field, fix)
+        return _problem_at(
+            self._file, node.start_mark.line, node.start_mark.column, message, field, fix
+        )
 
 
 def _kind(node: yaml.Node) -> str:
@@ -162,7 +199,14 @@ def _kind(node: yaml.Node) -> str:
             return "nothing" if node.tag.endswith(":null") else "a single value"
 
 
-def _problem_at(file: str, line: int, column: int, message: str, field: str | None = None, fix: str | None = None) -> Problem:
+def _problem_at(
+    file: str,
+    line: int,
+    column: int,
+    message: str,
+    field: str | None = None,
+    fix: str | None = None,
+) -> Problem:
     """``line`` and ``column`` count from 0, as YAML's marks do."""
     where = f"{shown_name(file)}:{line + 1}:{column + 1}"
     return Problem(message, field, fix=fix, where=where, line=line + 1, column=column + 1)
@@ -175,7 +219,11 @@ def _read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise _unreadable(path, _reason(error), "check the path") from None
     if len(data) > MAX_FILE_BYTES:
-        raise _unreadable(path, f"larger than {MAX_FILE_BYTES // 1024} KiB", "this is no configuration of pdlaunch")
+        raise _unreadable(
+            path,
+            f"larger than {MAX_FILE_BYTES // 1024} KiB",
+            "this is no configuration of pdlaunch",
+        )
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _unreadable(path, "encoded as UTF-16 or UTF-32", "save the file as UTF-8")
     try:
@@ -196,17 +244,23 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _compose(text: str, path: Path) -> yaml.Node | None:
-    """The node tree of a document; composing (not constructing) builds no objects and keeps the positions."""
+    """The node tree of a document; composing (not constructing) builds no objects and keeps the
+    positions.
+    """
     try:
         root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.reader.ReaderError as error:
-        raise _at_offset(path, text[: error.position], "a character that YAML does not allow", "remove it") from None
+        raise _at_offset(
+            path, text[: error.position], "a character that YAML does not allow", "remove it"
+        ) from None
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(path, error) from None
     except RecursionError:
         raise _unreadable(path, "nested too deeply", "a configuration has two levels") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise _unreadable(path, f"bad YAML ({type(error).__name__})", "check the file with a YAML linter") from None
+        raise _unreadable(
+            path, f"bad YAML ({type(error).__name__})", "check the file with a YAML linter"
+        ) from None
     return root
 
 

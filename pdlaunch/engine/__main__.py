@@ -1,4 +1,6 @@
-"""Entry of a rank process: ``python -m pdlaunch.engine --name prefill-0/rank-0`` with a Bootstrap on standard input."""
+"""Entry of a rank process: ``python -m pdlaunch.engine --name prefill-0/rank-0`` with a Bootstrap
+on standard input.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Run the rank; leaves by ``os._exit``, because a UCX finaliser crashes the interpreter's own exit (NIXL 1.5.1)."""
+    """Run the rank; leaves by ``os._exit``, because a UCX finaliser crashes the interpreter's own
+    exit (NIXL 1.5.1).
+    """
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level)
     # Imported here so that the parent guard is up during the seconds that torch takes.
@@ -27,7 +31,9 @@ def main() -> None:
         rank.run()
     except BaseException as error:
         code = 1
-        text = str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"
+        text = (
+            str(error) if isinstance(error, PdlaunchError) else f"{type(error).__name__}: {error}"
+        )
         # A traceback is for what nobody expected.
         expected = isinstance(error, PdlaunchError) or says_that_a_rank_is_gone(error)
         logger.error("rank failed: %s", text, exc_info=not expected)

@@ -1,4 +1,5 @@
-"""Time what rank 0 does on the CPU for one decode step, with no model: ``python -m pdlaunch.engine.bench_host --batch-size 128``.
+"""Time what rank 0 does on the CPU for one decode step, with no model: ``python -m
+pdlaunch.engine.bench_host --batch-size 128``.
 
 This is what a GPU waits for between two steps unless the engine runs ahead.
 """
@@ -24,7 +25,9 @@ Result = TypeVar("Result")
 
 
 class HostStep:
-    """A scheduler with ``batch_size`` requests that decode; a runner that only keeps rows answers with token 7."""
+    """A scheduler with ``batch_size`` requests that decode; a runner that only keeps rows answers
+    with token 7.
+    """
 
     def __init__(self, batch_size: int, context_tokens: int, num_steps: int) -> None:
         length = context_tokens + num_steps + 8
@@ -40,20 +43,36 @@ class HostStep:
             kv_transfer=KVTransferSettings(),
             local=("bench", "127.0.0.1", 0, 1),
         )
-        self._rows = RowTable(max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1)
+        self._rows = RowTable(
+            max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1
+        )
         self.seconds: dict[str, list[float]] = {}
         sampling = SamplingParams(max_tokens=length)
         for index in range(batch_size):
             prompt = [index + 1] + [5] * (context_tokens - 1)
-            self._scheduler.add(AddRequest(request_id=f"request-{index}/0", prompt_token_ids=prompt, sampling=sampling))
+            self._scheduler.add(
+                AddRequest(
+                    request_id=f"request-{index}/0", prompt_token_ids=prompt, sampling=sampling
+                )
+            )
 
     def run(self) -> None:
         """One step."""
         plan = self._time("schedule", self._scheduler.schedule)
         self._time("apply and pack", lambda: self._pack(plan))
-        tokens: list[TokenOutput | None] = [TokenOutput(token_id=7) for item in plan.scheduled if item.sample]
-        self._time("postprocess", lambda: self._scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens)))
-        self._time("encode outputs", lambda: from_rank.encode(Outputs(items=self._scheduler.take_outputs())))
+        tokens: list[TokenOutput | None] = [
+            TokenOutput(token_id=7) for item in plan.scheduled if item.sample
+        ]
+        self._time(
+            "postprocess",
+            lambda: self._scheduler.postprocess(
+                plan, StepOutput(step_id=plan.step_id, tokens=tokens)
+            ),
+        )
+        self._time(
+            "encode outputs",
+            lambda: from_rank.encode(Outputs(items=self._scheduler.take_outputs())),
+        )
         for item in plan.scheduled:
             row = self._rows[item.row]
             row.append(row.num_tokens, [7])
@@ -80,7 +99,10 @@ def main() -> None:
     for _ in range(arguments.num_steps):
         step.run()
     medians = {what: statistics.median(seconds) * 1e6 for what, seconds in step.seconds.items()}
-    lines = [f"{what:>16}  {median:7.0f} us" for what, median in [*medians.items(), ("together", sum(medians.values()))]]
+    lines = [
+        f"{what:>16}  {median:7.0f} us"
+        for what, median in [*medians.items(), ("together", sum(medians.values()))]
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

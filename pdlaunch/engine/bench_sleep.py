@@ -1,6 +1,8 @@
-"""How much memory a rank gives back when it sleeps, and how fast: ``python -m pdlaunch.engine.bench_sleep --model DIR``.
+"""How much memory a rank gives back when it sleeps, and how fast: ``python -m
+pdlaunch.engine.bench_sleep --model DIR``.
 
-Counted by the driver (``cuMemGetInfo``), against the bytes of weights and KV cache. One line of JSON a cycle.
+Counted by the driver (``cuMemGetInfo``), against the bytes of weights and KV cache. One line of
+JSON a cycle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Time the engine's step beside the same model in bare transformers (``pdlaunch bench step``).
 
-Both run in this process, one after the other, with the same threads. KV caches are filled with random numbers: what a step costs
-does not depend on them. Beside them stands the memory floor of the same run (``memory_floor``).
+Both run in this process, one after the other, with the same threads. KV caches are filled with
+random numbers: what a step costs does not depend on them. Beside them stands the memory floor of
+the same run (``memory_floor``).
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ def bench_step(
 ) -> list[StepTiming]:
     """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
 
-    ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine are launched while the one
-    before runs, and timed from one's tokens to the next one's. ``buffer_bytes``: with which the speed of memory is measured, by
-    default more than caches hold. Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is
+    ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine
+    are launched while the one before runs, and timed from one's tokens to the next one's.
+    ``buffer_bytes``: with which the speed of memory is measured, by default more than caches hold.
+    Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is
     longer than the model's.
     """
     shape = read_model_shape(model_dir)
@@ -94,17 +96,37 @@ def bench_step(
         torch.cuda.empty_cache()
     bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
     bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
-    bare_decode_s = [bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
+    bare_decode_s = [
+        bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
+    ]
     del bare
     decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
     # A prompt that is computed again and again gets one more output token each time.
     longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
-    num_row_blocks = max(max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size))
-    spec = _make_spec(Path(model_dir), shape, dtype, num_threads, block_size, device, max(batch_sizes), longest, num_row_blocks)
-    changes = {"load_format": load_format, "enforce_eager": enforce_eager, "async_scheduling": async_scheduling}
+    num_row_blocks = max(
+        max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size)
+    )
+    spec = _make_spec(
+        Path(model_dir),
+        shape,
+        dtype,
+        num_threads,
+        block_size,
+        device,
+        max(batch_sizes),
+        longest,
+        num_row_blocks,
+    )
+    changes = {
+        "load_format": load_format,
+        "enforce_eager": enforce_eager,
+        "async_scheduling": async_scheduling,
+    }
     engine = _Engine(spec.model_copy(update=changes), decode_reach)
     engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
-    engine_decode_s = [engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes]
+    engine_decode_s = [
+        engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
+    ]
     decode = [
         StepTiming(
             "decode",
@@ -115,21 +137,41 @@ def bench_step(
             decode_bytes(shape, dtype, batch_size=batch_size, context_tokens=context_tokens),
             memory_rate,
         )
-        for batch_size, bare_s, engine_s in zip(batch_sizes, bare_decode_s, engine_decode_s, strict=True)
+        for batch_size, bare_s, engine_s in zip(
+            batch_sizes, bare_decode_s, engine_decode_s, strict=True
+        )
     ]
     prefill = [
-        StepTiming("prefill", 1, num_tokens, bare_s, engine_s, prefill_bytes(shape, dtype, num_tokens=num_tokens), memory_rate)
-        for num_tokens, bare_s, engine_s in zip(lengths, bare_prefill_s, engine_prefill_s, strict=True)
+        StepTiming(
+            "prefill",
+            1,
+            num_tokens,
+            bare_s,
+            engine_s,
+            prefill_bytes(shape, dtype, num_tokens=num_tokens),
+            memory_rate,
+        )
+        for num_tokens, bare_s, engine_s in zip(
+            lengths, bare_prefill_s, engine_prefill_s, strict=True
+        )
     ]
     return [*prefill, *decode]
 
 
 def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
+        raise ConfigError(
+            "device: torch finds no CUDA device here",
+            field="device",
+            value=device,
+            fix="Take --device cpu.",
+        )
     if num_tokens > shape.max_position_embeddings:
         raise ConfigError(
-            f"the steps reach {num_tokens} tokens, but the model takes {shape.max_position_embeddings} (max_position_embeddings)",
+            (
+                f"the steps reach {num_tokens} tokens, but the model takes "
+                f"{shape.max_position_embeddings} (max_position_embeddings)"
+            ),
             field="context_tokens",
             value=num_tokens,
             fix="Take fewer --context-tokens, --prefill-tokens or --num-steps.",
@@ -139,7 +181,9 @@ def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
 class _BareModel:
     """transformers' model with its own attention and cache."""
 
-    def __init__(self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat) -> None:
+    def __init__(
+        self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
@@ -149,9 +193,13 @@ class _BareModel:
         self._device = torch.device(device)
         if load_format == "dummy":
             with self._device:
-                model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=self._dtype)
+                model: Any = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(model_dir), dtype=self._dtype
+                )
         else:
-            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=self._dtype, use_safetensors=True).to(self._device)
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=self._dtype, use_safetensors=True
+            ).to(self._device)
         self._model = model.eval()
 
     @torch.inference_mode()
@@ -159,7 +207,9 @@ class _BareModel:
         token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=self._device)
 
         def step() -> None:
-            self._model(token_ids, past_key_values=self._new_cache(), logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+            self._model(token_ids, past_key_values=self._new_cache(), logits_to_keep=1).logits[
+                :, -1
+            ].argmax(-1).tolist()
 
         return _median_s(step, num_steps)
 
@@ -196,7 +246,12 @@ class _Engine:
 
     def time_prefill(self, num_tokens: int, num_steps: int) -> float:
         self._runner.execute(self._admit(1, num_tokens, num_tokens))
-        plan = StepPlan(step_id=0, scheduled=[ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=True)])
+        plan = StepPlan(
+            step_id=0,
+            scheduled=[
+                ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=True)
+            ],
+        )
         seconds = _median_s(lambda: self._runner.execute(plan), num_steps)
         self._runner.execute(StepPlan(step_id=0, freed_rows=[0]))
         return seconds
@@ -208,7 +263,10 @@ class _Engine:
 
         def step() -> None:
             position = next(computed)
-            rows = [ScheduledRow(row=row, num_computed_tokens=position, num_tokens=1, sample=True) for row in range(batch_size)]
+            rows = [
+                ScheduledRow(row=row, num_computed_tokens=position, num_tokens=1, sample=True)
+                for row in range(batch_size)
+            ]
             launched.append(self._runner.launch(StepPlan(step_id=0, scheduled=rows)))
             if len(launched) > self._spec.async_scheduling:
                 self._runner.collect(launched.popleft())
@@ -223,7 +281,13 @@ class _Engine:
         num_groups, per_row = len(self._runner.layout.groups), -(-reach // self._spec.block_size)
         sampling = SamplingParams(max_tokens=self._spec.max_model_len, temperature=0.0)
         rows = [
-            NewRow(row=row, request_id=str(row), token_ids=[0] * num_tokens, num_prompt_tokens=num_tokens, sampling=sampling)
+            NewRow(
+                row=row,
+                request_id=str(row),
+                token_ids=[0] * num_tokens,
+                num_prompt_tokens=num_tokens,
+                sampling=sampling,
+            )
             for row in range(batch_size)
         ]
         blocks = [
@@ -231,7 +295,9 @@ class _Engine:
                 row=row,
                 group=group,
                 first_block_index=0,
-                block_ids=[(row * num_groups + group) * per_row + index for index in range(per_row)],
+                block_ids=[
+                    (row * num_groups + group) * per_row + index for index in range(per_row)
+                ],
             )
             for row in range(batch_size)
             for group in range(num_groups)
@@ -251,7 +317,9 @@ def _make_spec(
     num_row_blocks: int,
 ) -> EngineSpec:
     groups = make_groups(shape.layer_windows)
-    layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, DTYPE_BYTES[dtype])
+    layout = KVCacheLayout(
+        groups, shape.num_kv_heads, shape.head_dim, block_size, DTYPE_BYTES[dtype]
+    )
     return EngineSpec(
         name="bench-0",
         role="decode",
@@ -294,7 +362,9 @@ def _median_s(step: Callable[[], object], num_steps: int) -> float:
 
 
 def main() -> None:
-    """``python -m pdlaunch.engine.bench_step JSON``: the arguments of ``bench_step`` as an object; prints its rows as JSON."""
+    """``python -m pdlaunch.engine.bench_step JSON``: the arguments of ``bench_step`` as an object;
+    prints its rows as JSON.
+    """
     try:
         timings = bench_step(**json.loads(sys.argv[1]))
     except ConfigError as error:

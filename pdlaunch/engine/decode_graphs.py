@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one launch for a whole step, captured at start for some batch sizes.
 
-A batch takes the smallest graph that holds it; the rows that remain have no context and write nothing. Graphs share their memory:
-the result of a replay is good until the next.
+A batch takes the smallest graph that holds it; the rows that remain have no context and write
+nothing. Graphs share their memory: the result of a replay is good until the next.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """For batches of decode rows, one token each. Captures when it is made, the largest batch first."""
+    """For batches of decode rows, one token each. Captures when it is made, the largest batch
+    first.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,9 @@ class DecodeGraphs:
         latest: LatestTokens | None,
         progress: Progress,
     ) -> None:
-        """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up; None: they are token ids."""
+        """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up;
+        None: they are token ids.
+        """
         layout, device = attention.layout, attention.kv_cache.device
         self._layout = layout
         self._sizes = batch_sizes(max_rows)
@@ -61,12 +65,15 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._graphs = capture_all(
             self._sizes,
-            lambda size: _capture(decoder, attention, DecodeInputs(layout, size, staging), latest, pool),
+            lambda size: _capture(
+                decoder, attention, DecodeInputs(layout, size, staging), latest, pool
+            ),
             progress,
         )
 
     def run(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the next call.
+        """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the
+        next call.
 
         None: not a batch for a graph.
         """
@@ -81,7 +88,9 @@ class DecodeGraphs:
         """Fill in a batch that is not run."""
         one, zero = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         tables = (np.zeros((1, 1), dtype=np.int64),) * len(self._layout.groups)
-        self._graphs[self._sizes[0]].inputs.fill(PackedBatch(zero, zero, zero, np.arange(2), one, tables, num_decode_rows=1))
+        self._graphs[self._sizes[0]].inputs.fill(
+            PackedBatch(zero, zero, zero, np.arange(2), one, tables, num_decode_rows=1)
+        )
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -90,8 +99,12 @@ def batch_sizes(max_rows: int) -> list[int]:
     return [*sizes, *range(SIZE_STEP, max_rows, SIZE_STEP), max_rows]
 
 
-def capture_all(sizes: list[int], capture: Callable[[int], Captured], progress: Progress) -> dict[int, Captured]:
-    """What ``capture`` gives for each size, the largest first, so that smaller graphs find room in its memory."""
+def capture_all(
+    sizes: list[int], capture: Callable[[int], Captured], progress: Progress
+) -> dict[int, Captured]:
+    """What ``capture`` gives for each size, the largest first, so that smaller graphs find room in
+    its memory.
+    """
     captured = {}
     for index, size in enumerate(reversed(sizes)):
         progress(f"capturing CUDA graphs, batch of {size}", index / len(sizes))
@@ -101,7 +114,11 @@ def capture_all(sizes: list[int], capture: Callable[[int], Captured], progress: 
 
 @torch.inference_mode()
 def _capture(
-    decoder: Decoder, attention: TritonAttention, inputs: DecodeInputs, latest: LatestTokens | None, pool: Any
+    decoder: Decoder,
+    attention: TritonAttention,
+    inputs: DecodeInputs,
+    latest: LatestTokens | None,
+    pool: Any,
 ) -> _Graph:
     inputs.buffer.zero_()
     for slots in inputs.slots:

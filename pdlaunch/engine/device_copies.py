@@ -10,7 +10,9 @@ from pdlaunch.models.packed import FloatArray, IntArray
 
 
 class Download:
-    """Copies of small tensors of ``device``, begun behind the work that is queued there. On a CPU there is nothing to copy."""
+    """Copies of small tensors of ``device``, begun behind the work that is queued there. On a CPU
+    there is nothing to copy.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._done: torch.cuda.Event | None = None
@@ -20,7 +22,9 @@ class Download:
             self._done.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors on the host, as they were when the copy was begun; all work queued before it is done."""
+        """The tensors on the host, as they were when the copy was begun; all work queued before it
+        is done.
+        """
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
@@ -29,18 +33,30 @@ class Download:
     def _begin(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu":
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
 
 
-def upload(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[len(values)] on ``device``; the host does not wait for the copy, as it would for that of ``torch.tensor``."""
+def upload(
+    values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[len(values)] on ``device``; the host does not wait for the copy, as it would for that of
+    ``torch.tensor``.
+    """
     return _send(torch.tensor(values, dtype=dtype), device)
 
 
 def upload_array(array: IntArray | FloatArray, device: torch.device) -> torch.Tensor:
-    """The array on ``device``; the host does not wait for the copy. On a CPU it shares the array's memory."""
+    """The array on ``device``; the host does not wait for the copy. On a CPU it shares the array's
+    memory.
+    """
     return _send(torch.from_numpy(array), device)
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and len(tensor) else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and len(tensor)
+        else tensor.to(device)
+    )

@@ -1,7 +1,7 @@
 """Answers that speak of a lease, until every rank has written it down.
 
-An answer that has left promises blocks. Where these can be read after a rank's death, it leaves only when the promise outlives
-the rank too.
+An answer that has left promises blocks. Where these can be read after a rank's death, it leaves
+only when the promise outlives the rank too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def speaks_of_lease(output: Output) -> bool:
 
 
 class HeldAnswers:
-    """Between the scheduler and the server. ``holds``: False where leases die with their rank: nothing waits."""
+    """Between the scheduler and the server. ``holds``: False where leases die with their rank:
+    nothing waits.
+    """
 
     def __init__(self, *, holds: bool) -> None:
         self._holds = holds
@@ -42,7 +44,9 @@ class HeldAnswers:
         return leaving
 
     def release(self, request_id: str) -> None:
-        """The lease is written down by all ranks, or over: its answer may leave. Unknown ids are ignored."""
+        """The lease is written down by all ranks, or over: its answer may leave. Unknown ids are
+        ignored.
+        """
         held = self._held.pop(request_id, None)
         if held is not None:
             self._released.append(held)

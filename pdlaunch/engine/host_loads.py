@@ -1,4 +1,5 @@
-"""The host tier as the scheduler sees it: who waits for blocks from host memory, and which blocks copies hold.
+"""The host tier as the scheduler sees it: who waits for blocks from host memory, and which blocks
+copies hold.
 
     load    find ─▶ start ─▶ in flight ─┬─ ok ──────────────────────▶ the request's
                                         ├─ ok, the rest is pulled ──▶ cached
@@ -35,7 +36,9 @@ class Load:
 
 
 class HostLoads:
-    """Loads and stores in flight and what they own. ``planner`` None: there is no tier, nothing is found or stored."""
+    """Loads and stores in flight and what they own. ``planner`` None: there is no tier, nothing is
+    found or stored.
+    """
 
     def __init__(self, kv: KVCacheManager, planner: OffloadPlanner | None) -> None:
         self._kv = kv
@@ -52,11 +55,15 @@ class HostLoads:
             return None
         hashes, find_on_device = request.block_hasher.block_hashes, self._kv.pool.find
         if request.wants_pull:
-            return self._planner.find_for_pull(hashes, max_blocks, request.num_pulled_tokens, find_on_device)
+            return self._planner.find_for_pull(
+                hashes, max_blocks, request.num_pulled_tokens, find_on_device
+            )
         return self._planner.find(hashes, max_blocks, find_on_device)
 
     def is_waited_for(self, hit: HostHit) -> bool:
-        """Another request waits for a part of it already, which will be in the prefix cache soon."""
+        """Another request waits for a part of it already, which will be in the prefix cache
+        soon.
+        """
         wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
         return any(
             load.request is not None and not wanted.isdisjoint(chunk_ids)
@@ -77,14 +84,18 @@ class HostLoads:
         self._jobs.append(job)
 
     def cancel(self, request: Request) -> None:
-        """The waiting request has ended: its shared blocks are free, those of the load stay with it until it ends."""
+        """The waiting request has ended: its shared blocks are free, those of the load stay with it
+        until it ends.
+        """
         assert request.load_id is not None
         load = self._loads[request.load_id]
         load.request = None
         self._release_hit(load)
 
     def store(self, request: Request, blocks: range) -> None:
-        """Copy these logical blocks out, as far as host memory lacks them; all their tokens are computed."""
+        """Copy these logical blocks out, as far as host memory lacks them; all their tokens are
+        computed.
+        """
         if self._planner is None or not blocks:
             return
         hashes = request.block_hasher.block_hashes
@@ -93,7 +104,9 @@ class HostLoads:
             self._jobs.append(job)
 
     def finish(self, report: JobFinished) -> Load | None:
-        """Move a job's blocks to where they belong now; returns the load, if it was one. Unknown ids are ignored."""
+        """Move a job's blocks to where they belong now; returns the load, if it was one. Unknown
+        ids are ignored.
+        """
         job = None if self._planner is None else self._planner.finish(report)
         if job is None:
             return None
@@ -123,7 +136,9 @@ class HostLoads:
         return jobs
 
     def frees_blocks_soon(self) -> bool:
-        """Blocks wait for nothing but the end of copies: better than to take them from a request."""
+        """Blocks wait for nothing but the end of copies: better than to take them from a
+        request.
+        """
         return self._kv.pool.has_only_held(self.held_ids())
 
     def shared_ids(self) -> Iterator[int]:

@@ -1,4 +1,6 @@
-"""What a rank needs for the host tier: memory and copies on every rank, the books of it on rank 0."""
+"""What a rank needs for the host tier: memory and copies on every rank, the books of it on rank
+0.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ from pdlaunch.transfer.faults import read_fault_plan
 def new_offload_worker(
     spec: EngineSpec, runner: ModelRunner, *, progress: Progress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
-    """Take the rank's host memory; None without ``kv_offload``. Raises ConfigError when it cannot be had."""
+    """Take the rank's host memory; None without ``kv_offload``. Raises ConfigError when it cannot
+    be had.
+    """
     if not spec.kv_offload.host_memory:
         return None
     plan = read_fault_plan(os.environ)
     make_worker = (
         OffloadWorker
         if plan is None
-        else partial(FaultyOffloadWorker, ChunkFaults(plan.of_chunk, plan.copy_delay_s, plan.copies_wait))
+        else partial(
+            FaultyOffloadWorker, ChunkFaults(plan.of_chunk, plan.copy_delay_s, plan.copies_wait)
+        )
     )
     first = runner.first_kv_head
     return make_worker(
@@ -38,19 +44,29 @@ def new_offload_worker(
         heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
         blocks_per_chunk=_blocks_per_chunk(runner),
-        device_hasher=BlockHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
+        device_hasher=BlockHasher(runner.kv_cache, runner.layout)
+        if runner.kv_cache.is_cuda
+        else None,
         progress=progress,
         wake=wake,
     )
 
 
-def new_offload_planner(spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None) -> OffloadPlanner | None:
-    """The books of an engine whose ranks have such workers; empty, as host memory is after a start."""
+def new_offload_planner(
+    spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None
+) -> OffloadPlanner | None:
+    """The books of an engine whose ranks have such workers; empty, as host memory is after a
+    start.
+    """
     if worker is None:
         return None
-    policy: EvictionPolicy[ChunkKey] = LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
+    policy: EvictionPolicy[ChunkKey] = (
+        LRU() if spec.kv_offload.policy == "lru" else ARC(worker.num_chunks)
+    )
     tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
-    return OffloadPlanner(runner.layout.groups, spec.block_size, tier, blocks_per_chunk=_blocks_per_chunk(runner))
+    return OffloadPlanner(
+        runner.layout.groups, spec.block_size, tier, blocks_per_chunk=_blocks_per_chunk(runner)
+    )
 
 
 def _blocks_per_chunk(runner: ModelRunner) -> int:

@@ -3,8 +3,9 @@
     step N     launch ──────────── collect, postprocess
     step N+1                launch ──────────────────── collect, postprocess
 
-A request that ends while a step computes it keeps its row and its blocks: the step still writes to them. They are given back
-when the last such step has been collected; what it drew for the request is dropped.
+A request that ends while a step computes it keeps its row and its blocks: the step still writes to
+them. They are given back when the last such step has been collected; what it drew for the request
+is dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class StepsInFlight:
         return len(self._steps)
 
     def launch(self, plan: StepPlan, requests: list[Request]) -> None:
-        """``requests``: those of ``plan.scheduled``, in their order. A plan that computes nothing is not in flight."""
+        """``requests``: those of ``plan.scheduled``, in their order. A plan that computes nothing
+        is not in flight.
+        """
         if not plan.scheduled:
             return
         self._steps.append((plan, requests))
@@ -36,7 +39,9 @@ class StepsInFlight:
             request.num_unknown += item.sample
 
     def collect(self, plan: StepPlan) -> Iterator[tuple[ScheduledRow, Request]]:
-        """What the oldest step computed, and for whom; each request as it is once this is no longer in flight."""
+        """What the oldest step computed, and for whom; each request as it is once this is no longer
+        in flight.
+        """
         if not plan.scheduled:
             return
         oldest, requests = self._steps.popleft()
@@ -47,7 +52,9 @@ class StepsInFlight:
             yield item, request
 
     def marks(self) -> list[int]:
-        """Return the marks of all requests in these steps, for the record that outlives the rank."""
+        """Return the marks of all requests in these steps, for the record that outlives the
+        rank.
+        """
         return [request.mark for _, requests in self._steps for request in requests]
 
     def keep(self, request: Request) -> bool:
@@ -80,4 +87,6 @@ class StepsInFlight:
             assert request.num_unknown == unknown.get(request, 0)
             assert not request.num_in_flight or request.row is not None
         assert in_flight.keys() <= living | self._ended.keys()
-        assert all(request.phase is Phase.FINISHED and request.num_in_flight for request in self._ended)
+        assert all(
+            request.phase is Phase.FINISHED and request.num_in_flight for request in self._ended
+        )

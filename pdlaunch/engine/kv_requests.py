@@ -20,20 +20,32 @@ from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
-from pdlaunch.protocol.transfer import AnnounceBlocks, CancelPull, GrantLease, PullFinished, StartPull, WithdrawBlocks
+from pdlaunch.protocol.transfer import (
+    AnnounceBlocks,
+    CancelPull,
+    GrantLease,
+    PullFinished,
+    StartPull,
+    WithdrawBlocks,
+)
 
 Source = tuple[str, str]
 """Engine id and request id of a lease at another engine."""
 
 
 class LeaseBook:
-    """Blocks that decode engines may pull: of finished requests, and of running ones that are awaited.
+    """Blocks that decode engines may pull: of finished requests, and of running ones that are
+    awaited.
 
     ``local``: engine_id, host, port and tp_size of this engine.
     """
 
     def __init__(
-        self, kv: KVCacheManager, block_size: int, settings: KVTransferSettings, local: tuple[str, str, int, int]
+        self,
+        kv: KVCacheManager,
+        block_size: int,
+        settings: KVTransferSettings,
+        local: tuple[str, str, int, int],
     ) -> None:
         self._kv = kv
         self._block_size = block_size
@@ -48,7 +60,9 @@ class LeaseBook:
         return request_id in self._block_ids
 
     def announce(self, request: Request) -> AnnounceBlocks:
-        """Let readers begin with the blocks that are complete; the request has those that its next step fills, too."""
+        """Let readers begin with the blocks that are complete; the request has those that its next
+        step fills, too.
+        """
         request.is_announced = True
         return AnnounceBlocks(
             request_id=request.request_id,
@@ -64,7 +78,9 @@ class LeaseBook:
         request.is_announced = False
         return WithdrawBlocks(request_id=request.request_id)
 
-    def grant(self, request: Request, first_token: TokenOutput, finish_reason: str) -> tuple[GrantLease, RemoteKV]:
+    def grant(
+        self, request: Request, first_token: TokenOutput, finish_reason: str
+    ) -> tuple[GrantLease, RemoteKV]:
         """Keep the prompt's blocks of a request that ends now; its other blocks are freed."""
         hashes = request.prompt_hashes()
         request.is_announced = False
@@ -145,19 +161,26 @@ class PullBook:
     def is_waited_for(self, request: Request) -> bool:
         """Another choice of the same prompt waits for a pull from the same lease."""
         source = source_of(request)
-        return any(pull.source == source and pull.request is not None for pull in self._in_flight.values())
+        return any(
+            pull.source == source and pull.request is not None for pull in self._in_flight.values()
+        )
 
     def may_await(self, request: Request, hit: PrefixHit) -> bool:
-        """Prompts that are still being computed have at most half of the blocks, but for a single one: others can be pulled.
+        """Prompts that are still being computed have at most half of the blocks, but for a single
+        one: others can be pulled.
 
-        Else these could wait for each other: a prefill engine whose blocks are leased for what finds no room here.
+        Else these could wait for each other: a prefill engine whose blocks are leased for what
+        finds no room here.
         """
-        num_awaiting = sum(len(ids) for pull in self._in_flight.values() if pull.awaits for ids in pull.block_ids)
+        num_awaiting = sum(
+            len(ids) for pull in self._in_flight.values() if pull.awaits for ids in pull.block_ids
+        )
         num_needed = sum(self._counts(request, hit))
         return not num_awaiting or num_awaiting + num_needed <= self._kv.pool.num_blocks // 2
 
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when there is nothing to wait for.
+        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when
+        there is nothing to wait for.
 
         That is, no block is lacking; a request that awaits its lease needs that in any case.
         """
@@ -170,7 +193,13 @@ class PullBook:
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
         pull_id = self._add(Pull(request, source_of(request), hit, block_ids, awaits))
         request.pull_id = pull_id
-        return self._command(pull_id, request, block_ids, [hit.end(group) for group in range(len(counts))], awaits=awaits)
+        return self._command(
+            pull_id,
+            request,
+            block_ids,
+            [hit.end(group) for group in range(len(counts))],
+            awaits=awaits,
+        )
 
     def tell_holder(self, request: Request) -> StartPull:
         """A pull of nothing: the holder learns that this reader needs the lease no more."""
@@ -180,7 +209,9 @@ class PullBook:
         return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
 
     def cancel(self, request: Request) -> CancelPull:
-        """The waiting request has ended: its shared blocks are free, those of the pull stay with it until it ends."""
+        """The waiting request has ended: its shared blocks are free, those of the pull stay with it
+        until it ends.
+        """
         assert request.pull_id is not None
         pull = self._in_flight[request.pull_id]
         pull.request = None

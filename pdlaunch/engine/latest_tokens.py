@@ -1,6 +1,7 @@
 """Output tokens that the host does not know yet, as input of the next step.
 
-The host writes a number for each input token, the device looks it up in one table at an address that stays:
+The host writes a number for each input token, the device looks it up in one table at an address
+that stays:
 
     number   0   1   2  ..  vocab_size - 1 │ vocab_size + 0      vocab_size + 1  ..
     token    0   1   2  ..  vocab_size - 1 │ drawn first         drawn second        by the latest step that drew any
@@ -20,7 +21,9 @@ class LatestTokens:
         self._table[vocab_size:] = 0
 
     def keep(self, token_ids: torch.Tensor) -> None:
-        """[num_rows]: the tokens that a step draws, in order, behind the work that is queued on the device."""
+        """[num_rows]: the tokens that a step draws, in order, behind the work that is queued on the
+        device.
+        """
         self._table[self._vocab_size : self._vocab_size + len(token_ids)].copy_(token_ids)
 
     def look_up(self, numbers: torch.Tensor) -> torch.Tensor:

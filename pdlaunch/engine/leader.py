@@ -42,11 +42,15 @@ logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
 GRANT_WAIT_S = 0.05
-"""For ranks to write leases down, which usually takes a millisecond; an answer that waits longer waits for the next step too."""
+"""For ranks to write leases down, which usually takes a millisecond; an answer that waits longer
+waits for the next step too.
+"""
 
 
 class Leader:
-    """The step loop of an engine; ``turn`` is one round of it. With ``spec.async_scheduling`` it leaves a step running."""
+    """The step loop of an engine; ``turn`` is one round of it. With ``spec.async_scheduling`` it
+    leaves a step running.
+    """
 
     def __init__(
         self,
@@ -65,8 +69,9 @@ class Leader:
         record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``wait_for_ranks``: up to so many seconds, for news of their transfers; None where they do not write leases down.
-        ``announce``: tells the supervisor whether peers may read this rank's memory. ``record``: notes for whom steps run.
+        """``wait_for_ranks``: up to so many seconds, for news of their transfers; None where they
+        do not write leases down. ``announce``: tells the supervisor whether peers may read this
+        rank's memory. ``record``: notes for whom steps run.
         """
         self._welcome = Welcome(
             engine_id=engine_id,
@@ -91,7 +96,13 @@ class Leader:
         self._record = record
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
-            RankSleeper(runner, transfer, announce, peers_timeout_s=spec.kv_transfer.handshake_timeout_s, clock=clock),
+            RankSleeper(
+                runner,
+                transfer,
+                announce,
+                peers_timeout_s=spec.kv_transfer.handshake_timeout_s,
+                clock=clock,
+            ),
             enabled=spec.enable_sleep_mode,
             num_ranks=spec.tensor_parallel_size,
             tell_ranks=self._tell_followers,
@@ -131,7 +142,8 @@ class Leader:
     def _run(self) -> None:
         """The next step, when the one before has ended."""
         plan = self._scheduler.schedule()
-        # First: an answer must not reach a decode engine before the lease that it speaks of is granted.
+        # First: an answer must not reach a decode engine before the lease that it speaks of is
+        # granted.
         self._submit(plan)
         if self._runs_ahead and all(item.num_tokens == 1 for item in plan.scheduled):
             # Launched at once, and the device is idle.
@@ -145,7 +157,9 @@ class Leader:
         self._scheduler.register_begun()
 
     def _run_ahead(self) -> bool:
-        """Launch the next step while one runs, and collect that one. False: it has to be collected first."""
+        """Launch the next step while one runs, and collect that one. False: it has to be collected
+        first.
+        """
         plan = None if self._running is None else self._scheduler.schedule_ahead()
         if plan is None:
             return False
@@ -174,8 +188,8 @@ class Leader:
         self._scheduler.postprocess(plan, self._runner.collect(launched))
         # Readers of a lease may be waiting for it: before anything is sent.
         self._submit(self._scheduler.hand_over())
-        # At once: neither the next plan nor the transfer thread's work is to hold up what promises no blocks, and what does is
-        # held before the ranks' word of its lease is received.
+        # At once: neither the next plan nor the transfer thread's work is to hold up what promises
+        # no blocks, and what does is held before the ranks' word of its lease is received.
         self._send_released()
 
     def _receive(self) -> None:
@@ -190,9 +204,13 @@ class Leader:
                 self._scheduler.take_outputs()
                 self._held.clear()
                 self._sleep.forget_caller()
-                self._server.send(msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags))
+                self._server.send(
+                    msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)
+                )
             case AddRequest() if not self._sleep.computes:
-                refusal = RequestFinished(request_id=message.request_id, reason="error", error="the engine sleeps")
+                refusal = RequestFinished(
+                    request_id=message.request_id, reason="error", error="the engine sleeps"
+                )
                 self._server.send(Outputs(items=[refusal]))
             case AddRequest():
                 self._scheduler.add(message)
@@ -212,7 +230,9 @@ class Leader:
             self._scheduler.check_integrity()
         except AssertionError as error:
             logger.exception("the books of the KV blocks are wrong")
-            return IntegrityReport(call_id=call_id, error=str(error) or repr(error), stats=self._scheduler.stats())
+            return IntegrityReport(
+                call_id=call_id, error=str(error) or repr(error), stats=self._scheduler.stats()
+            )
         return IntegrityReport(call_id=call_id, error=None, stats=self._scheduler.stats())
 
     def _receive_events(self) -> None:
@@ -259,7 +279,9 @@ class Leader:
             self._server.send(Outputs(items=outputs))
 
     def _await_grants(self, wait_for_ranks: Callable[[float], None]) -> None:
-        """An answer that is held must not wait for a whole step when the ranks need but a moment for its lease."""
+        """An answer that is held must not wait for a whole step when the ranks need but a moment
+        for its lease.
+        """
         deadline_s = self._clock() + GRANT_WAIT_S
         while self._held.waits and (left_s := deadline_s - self._clock()) > 0:
             wait_for_ranks(left_s)

@@ -1,4 +1,5 @@
-"""Change logits as a request wants it before a token is drawn: logit_bias, min_tokens, penalties, in vLLM's order.
+"""Change logits as a request wants it before a token is drawn: logit_bias, min_tokens, penalties,
+in vLLM's order.
 
 Whatever the parameters are, no NaN comes of logits that are none.
 """
@@ -21,7 +22,9 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class TokenBias:
-    """A request's ``logit_bias`` as arrays: made once a request, as it may have an entry for each token."""
+    """A request's ``logit_bias`` as arrays: made once a request, as it may have an entry for each
+    token.
+    """
 
     token_ids: IntArray
     values: FloatArray
@@ -33,7 +36,8 @@ def token_bias(sampling: SamplingParams) -> TokenBias | None:
     if not bias:
         return None
     return TokenBias(
-        np.fromiter(bias.keys(), dtype=np.int64, count=len(bias)), np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        np.fromiter(bias.keys(), dtype=np.int64, count=len(bias)),
+        np.fromiter(bias.values(), dtype=np.float32, count=len(bias)),
     )
 
 
@@ -82,7 +86,9 @@ class SampleRow:
 
 
 def change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """``raw``: [num_rows, vocab_size] float32; the result shares its memory when no row changes any."""
+    """``raw``: [num_rows, vocab_size] float32; the result shares its memory when no row changes
+    any.
+    """
     if not any(row.changes_logits for row in rows):
         return raw
     changed = raw.clone(memory_format=torch.contiguous_format)
@@ -94,7 +100,9 @@ def change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def _add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    """In place, of all rows at once: a request may have an entry for each token, and an operation an entry holds up everybody."""
+    """In place, of all rows at once: a request may have an entry for each token, and an operation
+    an entry holds up everybody.
+    """
     vocab_size = logits.shape[-1]
     biased = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
     if not biased:
@@ -104,7 +112,9 @@ def _add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     known = np.concatenate([bias.token_ids < vocab_size for _, bias in biased])
     if not known.all():
         places, values = places[known], values[known]
-    logits.view(-1).index_add_(0, upload_array(places, logits.device), upload_array(values, logits.device))
+    logits.view(-1).index_add_(
+        0, upload_array(places, logits.device), upload_array(values, logits.device)
+    )
 
 
 def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
@@ -112,15 +122,22 @@ def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
     sampling = row.sampling
     if len(row.output) < sampling.min_tokens:
         forbidden = {*sampling.eos_token_ids, *sampling.stop_token_ids}
-        indices = upload([token_id for token_id in forbidden if token_id < len(logits)], torch.int64, logits.device)
+        indices = upload(
+            [token_id for token_id in forbidden if token_id < len(logits)],
+            torch.int64,
+            logits.device,
+        )
         logits.index_fill_(0, indices, float("-inf"))
     if sampling.repetition_penalty != 1.0:
-        # Within what float32 holds: an infinite factor would make NaN of 0, and 0 of minus infinity.
+        # Within what float32 holds: an infinite factor would make NaN of 0, and 0 of minus
+        # infinity.
         penalty = min(max(sampling.repetition_penalty, _FLOAT32.tiny), _FLOAT32.max)
         seen = upload_array(np.unique(row.token_ids), logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0:
         token_ids, counts = np.unique(row.output, return_counts=True)
-        penalties = (sampling.frequency_penalty * counts + sampling.presence_penalty).astype(np.float32)
+        penalties = (sampling.frequency_penalty * counts + sampling.presence_penalty).astype(
+            np.float32
+        )
         logits[upload_array(token_ids, logits.device)] -= upload_array(penalties, logits.device)

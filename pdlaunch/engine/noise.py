@@ -1,7 +1,9 @@
-"""Noise that decides sampled tokens: a pure function of (seed, choice, index, number), the same on a CPU and on a GPU.
+"""Noise that decides sampled tokens: a pure function of (seed, choice, index, number), the same on
+a CPU and on a GPU.
 
-The host hashes (seed, choice, index) to a key a row, the device hashes key and number (SplitMix64) to a uniform number, of which
-it makes the time that passes until the first of rare events. No generator keeps a state.
+The host hashes (seed, choice, index) to a key a row, the device hashes key and number (SplitMix64)
+to a uniform number, of which it makes the time that passes until the first of rare events. No
+generator keeps a state.
 """
 
 from __future__ import annotations
@@ -16,27 +18,37 @@ _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR = 0x94D049BB133111EB - 2**64
 _UNIFORM_BITS = 52
-"""One fewer than a double holds, so that the middle of each interval can be told from 0 and 1, whose logarithms would not do."""
+"""One fewer than a double holds, so that the middle of each interval can be told from 0 and 1,
+whose logarithms would not do.
+"""
 
 
 def draw_key(seed: int, choice: int, index: int) -> int:
-    """Return what decides output token ``index`` of a choice: BLAKE2b-64 of three little-endian u64, as a signed number."""
+    """Return what decides output token ``index`` of a choice: BLAKE2b-64 of three little-endian
+    u64, as a signed number.
+    """
     message = struct.pack("<QQQ", seed & _SEED_MASK, choice, index)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little", signed=True)
 
 
 def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64. Returns float64 [num_rows, n] in (0, 1)."""
+    """``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64. Returns float64
+    [num_rows, n] in (0, 1).
+    """
     mixed = keys[:, None] + numbers * _INCREMENT
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
     mixed = (mixed ^ _shift_right(mixed, 27)) * _SECOND_FACTOR
     mixed = mixed ^ _shift_right(mixed, 31)
     # From the middle of the lowest interval on; both steps are exact.
-    return (mixed >> (64 - _UNIFORM_BITS)).double() * 2.0**-_UNIFORM_BITS + (0.5 + 2.0 ** -(_UNIFORM_BITS + 1))
+    return (mixed >> (64 - _UNIFORM_BITS)).double() * 2.0**-_UNIFORM_BITS + (
+        0.5 + 2.0 ** -(_UNIFORM_BITS + 1)
+    )
 
 
 def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The number with the largest weight divided by its noise is drawn as its weight says. Arguments as of ``uniform_noise``."""
+    """The number with the largest weight divided by its noise is drawn as its weight says.
+    Arguments as of ``uniform_noise``.
+    """
     return -uniform_noise(keys, numbers).log()
 
 

@@ -30,7 +30,9 @@ class RequestQueues:
         self.by_id[request.request_id] = request
         self.wait(request)
 
-    def wait(self, request: Request, phase: Literal[Phase.WAITING, Phase.READY] = Phase.WAITING) -> None:
+    def wait(
+        self, request: Request, phase: Literal[Phase.WAITING, Phase.READY] = Phase.WAITING
+    ) -> None:
         """What was in neither queue waits for a place in the batch."""
         request.phase = phase
         insort(self.waiting, request, key=_by_arrival)
@@ -72,7 +74,11 @@ class RequestQueues:
 
     def check_integrity(self) -> None:
         """Prove that each request is where its phase says. Raises AssertionError."""
-        places = {Phase.WAITING: self.waiting, Phase.READY: self.waiting, Phase.RUNNING: self.running}
+        places = {
+            Phase.WAITING: self.waiting,
+            Phase.READY: self.waiting,
+            Phase.RUNNING: self.running,
+        }
         for queue in (self.waiting, self.running):
             assert queue == sorted(queue, key=_by_arrival)
         for request in self.by_id.values():
@@ -80,7 +86,9 @@ class RequestQueues:
             assert (request.row is not None) == (request.phase is Phase.RUNNING)
             assert request.tables.end == 0 or request.phase in (Phase.READY, Phase.RUNNING)
             assert not request.is_announced or request.phase is Phase.RUNNING
-        num_apart = sum(request.phase in (Phase.PULLING, Phase.LOADING) for request in self.by_id.values())
+        num_apart = sum(
+            request.phase in (Phase.PULLING, Phase.LOADING) for request in self.by_id.values()
+        )
         assert self.num_waiting_for_kv == num_apart
 
     @staticmethod

@@ -1,7 +1,9 @@
-"""A rank process: one device's share of an engine. Rank 0 (``leader.py``) also schedules and talks to the engine's server.
+"""A rank process: one device's share of an engine. Rank 0 (``leader.py``) also schedules and talks
+to the engine's server.
 
-``start`` brings things up in the order that the handshake needs: TP group, engine_id (drawn by rank 0, broadcast over the group),
-model and KV cache, connector, addresses. Then the loop turns until the supervisor says Stop.
+``start`` brings things up in the order that the handshake needs: TP group, engine_id (drawn by rank
+0, broadcast over the group), model and KV cache, connector, addresses. Then the loop turns until
+the supervisor says Stop.
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.process.step_record import StepRecord
-from pdlaunch.protocol.control import Address, Drain, Drained, FromSupervisor, Progress, Ready, Register, Registry, Stop
+from pdlaunch.protocol.control import (
+    Address,
+    Drain,
+    Drained,
+    FromSupervisor,
+    Progress,
+    Ready,
+    Register,
+    Registry,
+    Stop,
+)
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import GrantLease, LeaseGranted, TransferEvent
 from pdlaunch.transfer.connectors import new_connector
@@ -54,7 +66,9 @@ REHEARSAL_BYTES = 256 * 1024**2
 class RankProcess:
     """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
 
-    def __init__(self, bootstrap: Bootstrap, draw_engine_id: Callable[[], str] = draw_engine_id) -> None:
+    def __init__(
+        self, bootstrap: Bootstrap, draw_engine_id: Callable[[], str] = draw_engine_id
+    ) -> None:
         """``draw_engine_id``: what this host would name the engine; that of rank 0 counts."""
         self._bootstrap = bootstrap
         self._draw_engine_id = draw_engine_id
@@ -62,7 +76,9 @@ class RankProcess:
         self._wakeup = Wakeup()
         self._inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
         self._context = SecureContext(bootstrap.keys)
-        self._control = ControlClient(self._context, bootstrap.control, bootstrap.name, self._on_control)
+        self._control = ControlClient(
+            self._context, bootstrap.control, bootstrap.name, self._on_control
+        )
         self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
@@ -82,7 +98,9 @@ class RankProcess:
         runner.warm_up()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
-        offload = new_offload_worker(self._spec, runner, progress=self._progress, wake=self._wakeup.set)
+        offload = new_offload_worker(
+            self._spec, runner, progress=self._progress, wake=self._wakeup.set
+        )
         if self._bootstrap.tp_rank == 0:
             self._lead(runner, transfer, offload, engine_id)
         else:
@@ -95,9 +113,19 @@ class RankProcess:
         """Send what is queued to the supervisor."""
         self._control.close()
 
-    def _lead(self, runner: ModelRunner, transfer: TransferWorker, offload: OffloadWorker | None, engine_id: str) -> None:
+    def _lead(
+        self,
+        runner: ModelRunner,
+        transfer: TransferWorker,
+        offload: OffloadWorker | None,
+        engine_id: str,
+    ) -> None:
         spec = self._spec
-        followers = LeaderChannel(self._context, spec.tensor_parallel_size) if spec.tensor_parallel_size > 1 else None
+        followers = (
+            LeaderChannel(self._context, spec.tensor_parallel_size)
+            if spec.tensor_parallel_size > 1
+            else None
+        )
         server = ServerLink(self._context)
         address = Address(
             requests=server.endpoint,
@@ -146,11 +174,19 @@ class RankProcess:
             # Routers send requests from now on: a server without its rank 0 would refuse them.
             if leader.ready and server.connected and not said_ready:
                 said_ready = True
-                self._control.send(Ready(info={"num_blocks": str(runner.num_blocks), "dtype": spec.dtype}))
+                self._control.send(
+                    Ready(info={"num_blocks": str(runner.num_blocks), "dtype": spec.dtype})
+                )
         if followers is not None:
             followers.send(Shutdown())
 
-    def _follow(self, runner: ModelRunner, transfer: TransferWorker, offload: OffloadWorker | None, engine_id: str) -> None:
+    def _follow(
+        self,
+        runner: ModelRunner,
+        transfer: TransferWorker,
+        offload: OffloadWorker | None,
+        engine_id: str,
+    ) -> None:
         self._register(engine_id, Address(side_channel=transfer.endpoint))
         tp_rank = self._bootstrap.tp_rank
         leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
@@ -195,8 +231,12 @@ class RankProcess:
         return lambda timeout_s: self._wait(poller, timeout_s)
 
     def _await_grants(self, transfer: TransferWorker, plan: StepPlan) -> list[TransferEvent]:
-        """Transfer events, once the leases of a plan are written down: rank 0 holds their answers until it has heard of that."""
-        granted = {command.request_id for command in plan.commands if isinstance(command, GrantLease)}
+        """Transfer events, once the leases of a plan are written down: rank 0 holds their answers
+        until it has heard of that.
+        """
+        granted = {
+            command.request_id for command in plan.commands if isinstance(command, GrantLease)
+        }
         if not (granted and transfer.lends):
             return []
         events: list[TransferEvent] = []
@@ -213,7 +253,9 @@ class RankProcess:
         self._progress("joining the TP group", None)
         tp_rank, indices = self._bootstrap.tp_rank, self._spec.device_indices
         device = f"cuda:{indices[tp_rank]}" if indices else self._spec.device
-        return init_tp_group(self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device)
+        return init_tp_group(
+            self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device
+        )
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> str:
         """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""
@@ -224,7 +266,9 @@ class RankProcess:
 
     def _new_transfer(self, runner: ModelRunner, engine_id: str) -> TransferWorker:
         faults = read_fault_plan(os.environ)
-        make_worker = TransferWorker if faults is None else partial(FaultyTransferWorker, faults=faults)
+        make_worker = (
+            TransferWorker if faults is None else partial(FaultyTransferWorker, faults=faults)
+        )
         return make_worker(
             context=self._context,
             spec=self._spec,
@@ -237,7 +281,9 @@ class RankProcess:
             model_digest=runner.model_digest,
             total_kv_heads=runner.shape.num_kv_heads,
             first_kv_head=runner.first_kv_head,
-            connector=new_connector(self._spec.kv_transfer, self._bootstrap.name, self._bootstrap.incarnation),
+            connector=new_connector(
+                self._spec.kv_transfer, self._bootstrap.name, self._bootstrap.incarnation
+            ),
             source=runner.kv_memory,
             wake=self._wakeup.set,
             report=self._control.send,
@@ -250,10 +296,16 @@ class RankProcess:
         poller = self._poller()
         while time.monotonic() < deadline_s and not self._stopped:
             for entry in self._registry.entries:
-                if entry.name == name and entry.incarnation == self._bootstrap.incarnation and entry.address.steps:
+                if (
+                    entry.name == name
+                    and entry.incarnation == self._bootstrap.incarnation
+                    and entry.address.steps
+                ):
                     return entry.address.steps
             self._wait(poller, 1.0)
-        raise StartupError(f"{name} did not register its step channel within {GROUP_TIMEOUT_S:.0f} s")
+        raise StartupError(
+            f"{name} did not register its step channel within {GROUP_TIMEOUT_S:.0f} s"
+        )
 
     def _poller(self, *sockets: zmq.Socket[bytes]) -> zmq.Poller:
         poller = zmq.Poller()
@@ -263,7 +315,9 @@ class RankProcess:
         return poller
 
     def _wait_awake(self, poller: zmq.Poller, leader: Leader, transfer: TransferWorker) -> None:
-        """Where a device would wait meanwhile: who sleeps when a pull ends begins the next step 0.3 ms later."""
+        """Where a device would wait meanwhile: who sleeps when a pull ends begins the next step 0.3
+        ms later.
+        """
         if not self._spec.async_scheduling or time.monotonic() >= transfer.awake_until_s:
             return
         if transfer.awaited_bytes >= REHEARSAL_BYTES:
@@ -272,7 +326,9 @@ class RankProcess:
             time.sleep(AWAKE_SLEEP_S)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
-        """Sleep until a socket or another thread has something; handle the supervisor's messages."""
+        """Sleep until a socket or another thread has something; handle the supervisor's
+        messages.
+        """
         poller.poll(int(timeout_s * 1000))
         self._wakeup.clear()
         self._heartbeat.beat()

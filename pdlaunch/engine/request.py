@@ -25,9 +25,13 @@ class Phase(enum.Enum):
     WAITING = "waiting"
     """In the queue; owns no block."""
     LOADING = "loading"
-    """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the load."""
+    """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the
+    load.
+    """
     PULLING = "pulling"
-    """Waits for KV, which may still be computed elsewhere; owns the cached blocks it shares, the others belong to the pull."""
+    """Waits for KV, which may still be computed elsewhere; owns the cached blocks it shares, the
+    others belong to the pull.
+    """
     READY = "ready"
     """In the queue; owns the blocks of its computed tokens."""
     RUNNING = "running"
@@ -36,7 +40,9 @@ class Phase(enum.Enum):
 
 
 class Request:
-    """State of one request. ``token_ids`` is prompt and output; its first ``num_computed`` tokens are in the KV cache."""
+    """State of one request. ``token_ids`` is prompt and output; its first ``num_computed`` tokens
+    are in the KV cache.
+    """
 
     __slots__ = (
         "arrival",
@@ -65,7 +71,14 @@ class Request:
         "wants_pull",
     )
 
-    def __init__(self, message: AddRequest, arrival: int, output_limit: int, tables: BlockTables, hasher: BlockHasher) -> None:
+    def __init__(
+        self,
+        message: AddRequest,
+        arrival: int,
+        output_limit: int,
+        tables: BlockTables,
+        hasher: BlockHasher,
+    ) -> None:
         self.message = message
         self.arrival = arrival
         """Position in the order of arrival; the queue keeps it through preemption."""
@@ -75,9 +88,13 @@ class Request:
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed = 0
         self.num_in_flight = 0
-        """Tokens after the computed ones that launched steps compute; its row and blocks are theirs as long."""
+        """Tokens after the computed ones that launched steps compute; its row and blocks are theirs
+        as long.
+        """
         self.num_unknown = 0
-        """Output tokens that launched steps draw; the host learns of them when it collects these."""
+        """Output tokens that launched steps draw; the host learns of them when it collects
+        these.
+        """
         self.num_cached_tokens: int | None = None
         """Prompt tokens not computed here, when it first had its start; None before."""
         self.phase = Phase.WAITING
@@ -103,7 +120,9 @@ class Request:
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
         self.is_announced = False
-        """Decode engines may read its blocks while they are computed, until a lease takes over or they are withdrawn."""
+        """Decode engines may read its blocks while they are computed, until a lease takes over or
+        they are withdrawn.
+        """
 
     @property
     def request_id(self) -> str:
@@ -131,21 +150,30 @@ class Request:
     @property
     def ends_in_flight(self) -> bool:
         """The steps in flight draw its last token, whichever that is."""
-        return self.num_unknown > 0 and self.num_output_tokens + self.num_unknown >= self.output_limit
+        return (
+            self.num_unknown > 0 and self.num_output_tokens + self.num_unknown >= self.output_limit
+        )
 
     @property
     def draws_from_its_output(self) -> bool:
-        """A token depends on the one before not only through the model: the host has to know that one."""
+        """A token depends on the one before not only through the model: the host has to know that
+        one.
+        """
         sampling = self.message.sampling
-        return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+        return sampling.repetition_penalty != 1.0 or bool(
+            sampling.presence_penalty or sampling.frequency_penalty
+        )
 
     @property
     def num_pulled_tokens(self) -> int:
-        """Tokens that count as computed after a pull: the prompt; without an output token its last one is computed here.
+        """Tokens that count as computed after a pull: the prompt; without an output token its last
+        one is computed here.
 
         The lease that it awaits brings an output token.
         """
-        return self.num_prompt_tokens - (self.num_output_tokens == 0 and not self.message.awaits_lease)
+        return self.num_prompt_tokens - (
+            self.num_output_tokens == 0 and not self.message.awaits_lease
+        )
 
     def survive(self) -> None:
         """A step has drawn a token for it: no rank died of that one."""
@@ -157,7 +185,9 @@ class Request:
         return self.block_hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
-        """Why the request ends now that ``token_id`` is its last token: ``stop``, ``length``, or None when it goes on."""
+        """Why the request ends now that ``token_id`` is its last token: ``stop``, ``length``, or
+        None when it goes on.
+        """
         sampling = self.message.sampling
         if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return "stop"

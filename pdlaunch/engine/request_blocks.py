@@ -1,4 +1,6 @@
-"""The KV blocks of requests: how many there is room for, which ones the prefix cache has, which ones it learns of."""
+"""The KV blocks of requests: how many there is room for, which ones the prefix cache has, which
+ones it learns of.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 
 
 class RequestBlocks:
-    """What the scheduler asks of the KV cache on behalf of one request. ``caches``: prefix caching is on."""
+    """What the scheduler asks of the KV cache on behalf of one request. ``caches``: prefix caching
+    is on.
+    """
 
     def __init__(self, kv: KVCacheManager, block_size: int, *, caches: bool) -> None:
         self._kv = kv
@@ -17,16 +21,25 @@ class RequestBlocks:
         self._caches = caches
 
     def room(self, request: Request) -> int:
-        """Tokens, after the scheduled ones, that fit into the request's blocks and all free ones."""
-        return self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks) - request.num_scheduled
+        """Tokens, after the scheduled ones, that fit into the request's blocks and all free
+        ones.
+        """
+        return (
+            self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks)
+            - request.num_scheduled
+        )
 
     def have_room_for_one_more(self, requests: Iterable[Request]) -> bool:
         """Whether each can have its next token without taking blocks from others."""
-        num_full = sum(request.num_scheduled >= request.tables.end * self._block_size for request in requests)
+        num_full = sum(
+            request.num_scheduled >= request.tables.end * self._block_size for request in requests
+        )
         return num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
 
     def has_room_for(self, request: Request, hit: PrefixHit, num_running: int) -> bool:
-        """All known tokens fit, and one more block for each running request, lest the newcomer be preempted at once."""
+        """All known tokens fit, and one more block for each running request, lest the newcomer be
+        preempted at once.
+        """
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
     def find_prefix(self, request: Request) -> PrefixHit:
@@ -37,14 +50,20 @@ class RequestBlocks:
 
     def find_for_pull(self, request: Request) -> PrefixHit:
         """The cached blocks of the prompt that a pull need not bring."""
-        return self._kv.find_for_pull(request.prompt_hashes(), self._max_pull_hit(request), request.num_pulled_tokens)
+        return self._kv.find_for_pull(
+            request.prompt_hashes(), self._max_pull_hit(request), request.num_pulled_tokens
+        )
 
     def gains_from_sibling(self, request: Request) -> bool:
         """Whether the request could share blocks that another pull of the same prompt brings."""
         return self._max_pull_hit(request) > 0
 
-    def is_computed_elsewhere(self, request: Request, hit: PrefixHit, running: Iterable[Request]) -> bool:
-        """A running request is about to compute at least half of what this one could share and does not find."""
+    def is_computed_elsewhere(
+        self, request: Request, hit: PrefixHit, running: Iterable[Request]
+    ) -> bool:
+        """A running request is about to compute at least half of what this one could share and does
+        not find.
+        """
         max_blocks = self._max_shared(request)
         middle = (hit.end(0) + max_blocks) // 2
         if middle >= max_blocks:
@@ -58,11 +77,15 @@ class RequestBlocks:
         )
 
     def max_loadable(self, request: Request) -> int:
-        """Logical blocks that are worth bringing from host memory; what a pull brings lies behind them."""
+        """Logical blocks that are worth bringing from host memory; what a pull brings lies behind
+        them.
+        """
         return self._max_pull_hit(request) if request.wants_pull else self._max_shared(request)
 
     def register(self, request: Request) -> range:
-        """Let others find the blocks that are full and computed since the last call; returns their logical indices."""
+        """Let others find the blocks that are full and computed since the last call; returns their
+        logical indices.
+        """
         new = range(request.num_registered_blocks, request.num_computed // self._block_size)
         if not self._caches or not new:
             return range(0)

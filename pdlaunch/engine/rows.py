@@ -1,4 +1,6 @@
-"""The runner's memory of requests: a row each, with its tokens, block tables and sampling parameters."""
+"""The runner's memory of requests: a row each, with its tokens, block tables and sampling
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Row:
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """One more token, which ``set`` tells later: until then ``number`` stands for it. Returns its position."""
+        """One more token, which ``set`` tells later: until then ``number`` stands for it. Returns
+        its position.
+        """
         position = self.num_tokens
         self.append(position, [number])
         return position
@@ -54,12 +58,16 @@ class Row:
 class RowTable:
     """All rows of a rank. Block tables: one [max_num_seqs, max_blocks] array a KV cache group."""
 
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int) -> None:
+    def __init__(
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
+    ) -> None:
         self._block_size = block_size
         self._rows: dict[int, Row] = {}
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         max_blocks = -(-max_model_len // block_size)
-        self._block_tables = [np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)]
+        self._block_tables = [
+            np.zeros((max_num_seqs, max_blocks), dtype=np.int64) for _ in range(num_groups)
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,10 +107,12 @@ class RowTable:
         )
 
     def unclean_blocks(self, scheduled: list[ScheduledRow]) -> list[tuple[int, list[int]]]:
-        """Blocks that rows begin to end in with this step: (first slot past the row's end, block id in every group).
+        """Blocks that rows begin to end in with this step: (first slot past the row's end, block id
+        in every group).
 
-        A block may hold anything past the row's end, another request's values or what a broken transfer left. Attention
-        masks these slots, but a NaN would show through; so they have to be made zero once.
+        A block may hold anything past the row's end, another request's values or what a broken
+        transfer left. Attention masks these slots, but a NaN would show through; so they have to be
+        made zero once.
         """
         found = []
         for item in scheduled:
@@ -110,12 +120,20 @@ class RowTable:
             block, offset = divmod(last, self._block_size)
             if row.clean_block != block:
                 row.clean_block = block
-                found.append((offset + 1, [int(table[item.row, block]) for table in self._block_tables]))
+                found.append(
+                    (offset + 1, [int(table[item.row, block]) for table in self._block_tables])
+                )
         return found
 
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, f"row {new.row} is taken"
-        row = Row(self._token_ids[new.row], 0, new.num_prompt_tokens, new.sampling, token_bias(new.sampling))
+        row = Row(
+            self._token_ids[new.row],
+            0,
+            new.num_prompt_tokens,
+            new.sampling,
+            token_bias(new.sampling),
+        )
         row.append(0, new.token_ids)
         self._rows[new.row] = row
 
@@ -124,4 +142,6 @@ class RowTable:
 
     def _set_blocks(self, blocks: NewBlocks) -> None:
         stop = blocks.first_block_index + len(blocks.block_ids)
-        self._block_tables[blocks.group][blocks.row, blocks.first_block_index : stop] = blocks.block_ids
+        self._block_tables[blocks.group][blocks.row, blocks.first_block_index : stop] = (
+            blocks.block_ids
+        )

@@ -1,7 +1,7 @@
 """The model runner of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
 
-``apply -> pack -> attend -> sample`` is launched, what was drawn is collected later. It obeys: which rows, blocks and tokens is
-the scheduler's business.
+``apply -> pack -> attend -> sample`` is launched, what was drawn is collected later. It obeys:
+which rows, blocks and tokens is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -49,12 +49,22 @@ CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 class ModelRunner:
     """Owns the model and the KV cache of one rank. Not safe for more than one thread.
 
-    ``kv_cache: [num_blocks, *layout.block_shape()]``; every block may be used, none is reserved. ``tp``: None for one rank.
-    Raises ConfigError or UnsupportedModelError when the model, its heads or the KV cache do not fit ``spec``.
+    ``kv_cache: [num_blocks, *layout.block_shape()]``; every block may be used, none is reserved.
+    ``tp``: None for one rank. Raises ConfigError or UnsupportedModelError when the model, its heads
+    or the KV cache do not fit ``spec``.
     """
 
-    def __init__(self, spec: EngineSpec, *, tp: TPGroup | None, progress: Progress, pools: MemoryPools | None = None) -> None:
-        """``pools``: where weights and KV cache are allocated; made from ``spec`` when not given."""
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        tp: TPGroup | None,
+        progress: Progress,
+        pools: MemoryPools | None = None,
+    ) -> None:
+        """``pools``: where weights and KV cache are allocated; made from ``spec`` when not
+        given.
+        """
         self._spec = spec
         self._tp = tp
         self._progress = progress
@@ -75,7 +85,9 @@ class ModelRunner:
         is_dummy = spec.load_format == "dummy"
         self.model_digest = digest_model(model_dir, dummy=is_dummy)
         dtype = getattr(torch, spec.dtype)
-        self._pools = pools or open_memory_pools(enabled=spec.enable_cumem_allocator, device=self._device)
+        self._pools = pools or open_memory_pools(
+            enabled=spec.enable_cumem_allocator, device=self._device
+        )
         with self._pools.memory_pool(WEIGHTS):
             self._model = load_model(
                 model_dir,
@@ -91,22 +103,31 @@ class ModelRunner:
         self._weights_lost = False
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
-        self.kv_memory = open_kv_memory(self._pools, self._device, shared=spec.kv_transfer.maps_memory)
+        self.kv_memory = open_kv_memory(
+            self._pools, self._device, shared=spec.kv_transfer.maps_memory
+        )
         self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
-        self._latest = LatestTokens(self.shape.vocab_size, spec.max_num_seqs, self._device) if spec.async_scheduling else None
+        self._latest = (
+            LatestTokens(self.shape.vocab_size, spec.max_num_seqs, self._device)
+            if spec.async_scheduling
+            else None
+        )
         self._attention = self._new_attention()
         self._graphs: DecodeGraphs | None = None
         self._rows = self._new_rows()
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Compute one step. Tokens only come from tp rank 0, which also appends them to its rows. ``commands`` are not for us."""
+        """Compute one step. Tokens only come from tp rank 0, which also appends them to its rows.
+        ``commands`` are not for us.
+        """
         return self.collect(self.launch(plan))
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step, behind the one before; on a CPU it is done when this returns.
 
-        With ``async_scheduling`` it may read tokens that the step before draws and nobody has collected.
+        With ``async_scheduling`` it may read tokens that the step before draws and nobody has
+        collected.
         """
         self._rows.apply(plan)
         if not plan.scheduled:
@@ -118,13 +139,21 @@ class ModelRunner:
         place = {item.row: index for index, item in enumerate(packed)}
         sampled = [item for item in plan.scheduled if item.sample]
         drawn_here = sampled if self._tp_rank == 0 else []
-        logits, likeliest = self._forward(batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in drawn_here])
+        logits, likeliest = self._forward(
+            batch, [int(batch.row_starts[place[item.row] + 1]) - 1 for item in drawn_here]
+        )
         if not sampled:
             return LaunchedStep(plan.step_id, ended=Download([], self._device))
-        return self._draw(plan.step_id, logits, likeliest, sampled) if drawn_here else self._expect(plan.step_id, sampled)
+        return (
+            self._draw(plan.step_id, logits, likeliest, sampled)
+            if drawn_here
+            else self._expect(plan.step_id, sampled)
+        )
 
     def rehearse(self) -> None:
-        """While no step is in flight: what a decode step does first on the host; after a pause it takes thrice as long."""
+        """While no step is in flight: what a decode step does first on the host; after a pause it
+        takes thrice as long.
+        """
         if self._graphs is not None:
             self._graphs.rehearse()
 
@@ -139,20 +168,31 @@ class ModelRunner:
         return StepOutput(step_id=step.step_id, tokens=tokens)
 
     def warm_up(self) -> None:
-        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy initialisation; capture graphs.
+        """Run a chunk of a prompt and a decode step, so that the first request pays for no lazy
+        initialisation; capture graphs.
 
-        Uses row 0 and the first blocks, and leaves both as they were at the start: only to be called before the first step.
+        Uses row 0 and the first blocks, and leaves both as they were at the start: only to be
+        called before the first step.
         """
         assert len(self._rows) == 0
         self._attention.warm_up(self.num_heads, self._spec.max_num_batched_tokens, self._progress)
         self._graphs = self._capture_graphs()
-        num_tokens = min(2 * self._spec.block_size, self._spec.max_model_len - 1, self._spec.max_num_batched_tokens)
+        num_tokens = min(
+            2 * self._spec.block_size,
+            self._spec.max_model_len - 1,
+            self._spec.max_num_batched_tokens,
+        )
         blocks_per_group = -(-(num_tokens + 1) // self._spec.block_size)
         num_blocks = blocks_per_group * len(self.layout.groups)
         if num_tokens < 1 or num_blocks > self.num_blocks:
             return
         blocks = [
-            NewBlocks(row=0, group=group, first_block_index=0, block_ids=[*range(group, num_blocks, len(self.layout.groups))])
+            NewBlocks(
+                row=0,
+                group=group,
+                first_block_index=0,
+                block_ids=[*range(group, num_blocks, len(self.layout.groups))],
+            )
             for group in range(len(self.layout.groups))
         ]
         new_row = NewRow(
@@ -164,7 +204,9 @@ class ModelRunner:
         )
         prompt = ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=False)
         decode = ScheduledRow(row=0, num_computed_tokens=num_tokens, num_tokens=1, sample=True)
-        self.execute(StepPlan(step_id=-1, new_rows=[new_row], new_blocks=blocks, scheduled=[prompt]))
+        self.execute(
+            StepPlan(step_id=-1, new_rows=[new_row], new_blocks=blocks, scheduled=[prompt])
+        )
         self.execute(StepPlan(step_id=-1, scheduled=[decode]))
         self._rows = self._new_rows()
         self.kv_cache[:num_blocks].zero_()
@@ -172,17 +214,20 @@ class ModelRunner:
     @property
     def weight_bytes(self) -> int:
         """Of all parameters, tied ones once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        return sum(
+            parameter.numel() * parameter.element_size() for parameter in self._model.parameters()
+        )
 
     @property
     def sleeping_tags(self) -> frozenset[str]:
         return self._pools.sleeping_tags
 
     def sleep(self, level: int) -> int:
-        """Give the memory of weights and KV cache back; no row may be in use. Returns the bytes given back.
+        """Give the memory of weights and KV cache back; no row may be in use. Returns the bytes
+        given back.
 
-        ``level`` 1 keeps the weights in host memory, 2 reads them again when they wake up. Raises MemoryPoolError; then the
-        runner is awake as before.
+        ``level`` 1 keeps the weights in host memory, 2 reads them again when they wake up. Raises
+        MemoryPoolError; then the runner is awake as before.
         """
         num_bytes = self._pools.sleep(TAGS, keep=(WEIGHTS,) if level == 1 else ())
         self._weights_lost |= level == 2
@@ -191,7 +236,8 @@ class ModelRunner:
         return num_bytes
 
     def wake_up(self, tags: Collection[str]) -> int:
-        """Take the memory of ``tags`` again, weights as they were, the KV cache empty. Returns the bytes taken.
+        """Take the memory of ``tags`` again, weights as they were, the KV cache empty. Returns the
+        bytes taken.
 
         Raises MemoryPoolError when the device has too little memory; then they sleep on.
         """
@@ -212,8 +258,12 @@ class ModelRunner:
             self._weights_lost = False
         return num_bytes
 
-    def _forward(self, batch: PackedBatch, sampled_tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch, and their argmax if it is known."""
+    def _forward(
+        self, batch: PackedBatch, sampled_tokens: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch, and their
+        argmax if it is known.
+        """
         replayed = None if self._graphs is None else self._graphs.run(batch)
         if replayed is not None:
             logits, likeliest = replayed
@@ -222,28 +272,49 @@ class ModelRunner:
             places = self._to_device(np.array(sampled_tokens, dtype=np.int64))
             return logits[places], likeliest[places]
         token_ids, positions, kept = (
-            self._to_device(array) for array in (batch.token_ids, batch.positions, np.array(sampled_tokens, dtype=np.int64))
+            self._to_device(array)
+            for array in (
+                batch.token_ids,
+                batch.positions,
+                np.array(sampled_tokens, dtype=np.int64),
+            )
         )
         if self._latest is not None:
             token_ids = self._latest.look_up(token_ids)
-        return self._decoder.logits(token_ids, positions, kept, self._attention.prepare(batch)), None
+        return self._decoder.logits(
+            token_ids, positions, kept, self._attention.prepare(batch)
+        ), None
 
     def _to_device(self, array: IntArray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+        return (
+            tensor
+            if self._device.type == "cpu"
+            else tensor.pin_memory().to(self._device, non_blocking=True)
+        )
 
     def _draw(
-        self, step_id: int, logits: torch.Tensor, likeliest: torch.Tensor | None, sampled: list[ScheduledRow]
+        self,
+        step_id: int,
+        logits: torch.Tensor,
+        likeliest: torch.Tensor | None,
+        sampled: list[ScheduledRow],
     ) -> LaunchedStep:
         rows = [self._rows[item.row] for item in sampled]
         drawn = draw_tokens(logits, [row.sample_row() for row in rows], likeliest)
         if self._latest is not None:
-            self._latest.keep(drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids))
-        places = [(row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)]
+            self._latest.keep(
+                drawn.token_ids if self._tp is None else self._tp.broadcast(drawn.token_ids)
+            )
+        places = [
+            (row, row.expect(self.shape.vocab_size + index)) for index, row in enumerate(rows)
+        ]
         return LaunchedStep(step_id, drawn, places=places)
 
     def _expect(self, step_id: int, sampled: list[ScheduledRow]) -> LaunchedStep:
-        """On ranks other than 0: the next step may need what rank 0 draws before a plan tells of it."""
+        """On ranks other than 0: the next step may need what rank 0 draws before a plan tells of
+        it.
+        """
         if self._latest is not None:
             assert self._tp is not None
             token_ids = torch.empty(len(sampled), dtype=torch.int64, device=self._device)
@@ -282,7 +353,11 @@ class ModelRunner:
 
     def _capture_graphs(self) -> DecodeGraphs | None:
         """All ranks of a TP group do the same: their sums are in the graphs."""
-        if self._device.type == "cpu" or self._spec.enforce_eager or not self._decoder.can_be_captured:
+        if (
+            self._device.type == "cpu"
+            or self._spec.enforce_eager
+            or not self._decoder.can_be_captured
+        ):
             return None
         from pdlaunch.engine.decode_graphs import DecodeGraphs
         from pdlaunch.models.triton_attention import TritonAttention
@@ -307,14 +382,22 @@ class ModelRunner:
 
     def _count_blocks(self) -> int:
         # Ranks of a TP group share block ids: all have as many as the one with the least memory.
-        cache_bytes = self._cache_bytes() if self._tp is None else self._tp.least(self._cache_bytes())
+        cache_bytes = (
+            self._cache_bytes() if self._tp is None else self._tp.least(self._cache_bytes())
+        )
         num_blocks = cache_bytes // self.layout.block_bytes
         if num_blocks < 1:
             raise ConfigError(
-                f"kv_cache_memory {cache_bytes} bytes holds no block of {self.layout.block_bytes} bytes",
+                (
+                    f"kv_cache_memory {cache_bytes} bytes holds no block of "
+                    f"{self.layout.block_bytes} bytes"
+                ),
                 field="kv_cache_memory",
                 value=cache_bytes,
-                fix=f"Give it at least {self.layout.block_bytes} bytes, or choose a smaller block_size.",
+                fix=(
+                    f"Give it at least {self.layout.block_bytes} bytes, or choose a smaller "
+                    "block_size."
+                ),
             )
         return num_blocks
 

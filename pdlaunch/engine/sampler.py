@@ -1,12 +1,14 @@
 """Draw output tokens from logits.
 
-Output token i of a choice is a pure function of its logits and (seed, choice, i), so that any engine, after any preemption or
-migration, draws the same. The token whose weight divided by noise (``noise.py``) is largest is drawn: logits that another batch
-shape rounds differently move the draw only where two tokens are as near to each other as their rounding errors, while a sum over
-the vocabulary (the inverse of the cumulative distribution) moves the borders of all tokens.
+Output token i of a choice is a pure function of its logits and (seed, choice, i), so that any
+engine, after any preemption or migration, draws the same. The token whose weight divided by noise
+(``noise.py``) is largest is drawn: logits that another batch shape rounds differently move the draw
+only where two tokens are as near to each other as their rounding errors, while a sum over the
+vocabulary (the inverse of the cumulative distribution) moves the borders of all tokens.
 
-Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then ``logit_changes.py``, and for sampled rows
-temperature, min_p, top_k, top_p. Logits may be infinite. A row with a NaN draws no token.
+Order of the steps as in vLLM: log-probabilities are taken from the raw logits; then
+``logit_changes.py``, and for sampled rows temperature, min_p, top_k, top_p. Logits may be infinite.
+A row with a NaN draws no token.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from pdlaunch.engine.noise import draw_key, exponential_noise
 from pdlaunch.protocol.engine import TokenOutput
 
 NUCLEUS_GUESS_TOKENS = 256
-"""Tokens that are looked at first for top_p (then 16 times as many, and so on): sorting the vocabulary costs 25 times as much."""
+"""Tokens that are looked at first for top_p (then 16 times as many, and so on): sorting the
+vocabulary costs 25 times as much.
+"""
 CPU_SLICE_LOGITS = 256 * 1024
 GROUP_TOKENS = 256
-"""A token is drawn from the group of so many neighbours that was drawn before: noise for each token costs 13 times as much.
+"""A token is drawn from the group of so many neighbours that was drawn before: noise for each token
+costs 13 times as much.
 
 Engines of different versions must draw the same: a change breaks running deployments.
 """
@@ -33,36 +38,59 @@ NO_TOKEN = -1
 
 
 class DrawnTokens:
-    """One token a row, on the device, and on their way to the host with the log-probabilities that rows tell."""
+    """One token a row, on the device, and on their way to the host with the log-probabilities that
+    rows tell.
+    """
 
-    def __init__(self, drawn: torch.Tensor, rows: list[SampleRow], logits: torch.Tensor, *, tells: bool = False) -> None:
-        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were. ``tells``: rows may want log-probabilities."""
+    def __init__(
+        self,
+        drawn: torch.Tensor,
+        rows: list[SampleRow],
+        logits: torch.Tensor,
+        *,
+        tells: bool = False,
+    ) -> None:
+        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were. ``tells``: rows
+        may want log-probabilities.
+        """
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
         """[num_rows]; tokens of the vocabulary whatever was drawn, for the device to go on with"""
         num_tops = [row.sampling.num_top_logprobs for row in rows]
-        self._num_tops = {index: num_top for index, num_top in enumerate(num_tops) if num_top is not None}
+        self._num_tops = {
+            index: num_top for index, num_top in enumerate(num_tops) if num_top is not None
+        }
         told = _logprobs(logits, self.token_ids, self._num_tops) if tells and self._num_tops else []
         self._copy = Download([drawn, *told], drawn.device)
 
     def collect(self) -> list[TokenOutput | None]:
-        """In the order of the rows, None where no token could be drawn; waits until they are here."""
+        """In the order of the rows, None where no token could be drawn; waits until they are
+        here.
+        """
         token_ids, *told = (tensor.tolist() for tensor in self._copy.wait())
         outputs = [TokenOutput(token_id=token_id) for token_id in token_ids]
-        for (index, num_top), logprob, values, best in zip(self._num_tops.items(), *(told or [[]] * 3), strict=True):
+        for (index, num_top), logprob, values, best in zip(
+            self._num_tops.items(), *(told or [[]] * 3), strict=True
+        ):
             pairs = tuple(zip(best[:num_top], values[:num_top], strict=True))
-            outputs[index] = TokenOutput(token_id=token_ids[index], logprob=logprob, top_logprobs=pairs)
+            outputs[index] = TokenOutput(
+                token_id=token_ids[index], logprob=logprob, top_logprobs=pairs
+            )
         return [token if 0 <= token.token_id < self._vocab_size else None for token in outputs]
 
 
-def draw_tokens(logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None) -> DrawnTokens:
+def draw_tokens(
+    logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None
+) -> DrawnTokens:
     """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order.
 
-    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the host waits for nothing,
-    unless a row has penalties.
+    ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the
+    host waits for nothing, unless a row has penalties.
     """
     if all(row.takes_the_likeliest for row in rows):
-        return DrawnTokens(likeliest_tokens(logits) if likeliest is None else likeliest, rows, logits)
+        return DrawnTokens(
+            likeliest_tokens(logits) if likeliest is None else likeliest, rows, logits
+        )
     changed = change_logits(logits.float(), rows)
     token_ids = likeliest_tokens(changed)
     sampled = [index for index, row in enumerate(rows) if not row.is_greedy]
@@ -84,19 +112,36 @@ def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(best.isnan(), NO_TOKEN, found)[:, 0]
 
 
-def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]) -> list[torch.Tensor]:
-    """Return of the rows in ``num_tops`` [n] of the token, [n, k] of the likeliest, [n, k] their ids; k is the largest wanted."""
+def _logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]
+) -> list[torch.Tensor]:
+    """Return of the rows in ``num_tops`` [n] of the token, [n, k] of the likeliest, [n, k] their
+    ids; k is the largest wanted.
+    """
     rows = _indices([*num_tops], logits)
     logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
     top = logprobs.topk(min(max(1, *num_tops.values()), logits.shape[-1]))
     return [logprobs.gather(1, token_ids[rows, None])[:, 0], top.values, top.indices]
 
 
-def _sample_in_slices(logits: torch.Tensor, sampled: list[int], rows: list[SampleRow]) -> torch.Tensor:
-    """Token ids of the rows ``sampled``. On a CPU a few rows at once: temporaries that fit the cache are four times as fast."""
-    at_once = max(1, CPU_SLICE_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(sampled)
+def _sample_in_slices(
+    logits: torch.Tensor, sampled: list[int], rows: list[SampleRow]
+) -> torch.Tensor:
+    """Token ids of the rows ``sampled``. On a CPU a few rows at once: temporaries that fit the
+    cache are four times as fast.
+    """
+    at_once = (
+        max(1, CPU_SLICE_LOGITS // logits.shape[-1])
+        if logits.device.type == "cpu"
+        else len(sampled)
+    )
     slices = [sampled[start : start + at_once] for start in range(0, len(sampled), at_once)]
-    return torch.cat([_sample(logits[_indices(part, logits)], [rows[index] for index in part]) for part in slices])
+    return torch.cat(
+        [
+            _sample(logits[_indices(part, logits)], [rows[index] for index in part])
+            for part in slices
+        ]
+    )
 
 
 def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
@@ -112,10 +157,12 @@ def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows]. Returns token ids [num_rows].
+    """``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
+    Returns token ids [num_rows].
 
-    First a group of neighbours, by the sum of its weights, then one of them: each token is drawn as its weight says. Groups have
-    the numbers up to -1, places in a group those from 0 on, as one group alone is looked into.
+    First a group of neighbours, by the sum of its weights, then one of them: each token is drawn as
+    its weight says. Groups have the numbers up to -1, places in a group those from 0 on, as one
+    group alone is looked into.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
@@ -132,26 +179,36 @@ def _keep_min_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     """Drop tokens less likely than min_p times the likeliest."""
     if not any(row.sampling.min_p > 0 for row in rows):
         return logits
-    least = logits.amax(dim=-1, keepdim=True) + _column([row.sampling.min_p for row in rows], logits).log()
+    least = (
+        logits.amax(dim=-1, keepdim=True)
+        + _column([row.sampling.min_p for row in rows], logits).log()
+    )
     return logits.masked_fill(logits < least, float("-inf"))
 
 
 def _keep_top_k(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     """Drop tokens less likely than the k-th; all that tie with it stay, so that no sort decides."""
     vocab_size = logits.shape[-1]
-    kept = [min(row.sampling.top_k, vocab_size) if row.sampling.top_k > 0 else vocab_size for row in rows]
+    kept = [
+        min(row.sampling.top_k, vocab_size) if row.sampling.top_k > 0 else vocab_size
+        for row in rows
+    ]
     limited = [index for index, k in enumerate(kept) if k < vocab_size]
     if not limited:
         return logits
     indices = _indices(limited, logits)
     best = logits[indices].topk(max(kept[index] for index in limited)).values
     least = torch.full_like(logits[:, :1], float("-inf"))
-    least[indices] = best.gather(1, _indices([kept[index] - 1 for index in limited], logits)[:, None])
+    least[indices] = best.gather(
+        1, _indices([kept[index] - 1 for index in limited], logits)[:, None]
+    )
     return logits.masked_fill(logits < least, float("-inf"))
 
 
 def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Keep the likeliest tokens that together have probability top_p; all that tie with the last of them stay."""
+    """Keep the likeliest tokens that together have probability top_p; all that tie with the last of
+    them stay.
+    """
     limited = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
     if not limited:
         return logits
@@ -159,10 +216,14 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     least = torch.zeros_like(probabilities[:, :1])
     if logits.device.type == "cpu":
         for index in limited:
-            least[index] = _nucleus_edge(probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS)
+            least[index] = _nucleus_edge(
+                probabilities[index], rows[index].sampling.top_p, NUCLEUS_GUESS_TOKENS
+            )
     else:
         indices = _indices(limited, logits)
-        least[indices] = nucleus_edges(probabilities[indices], [rows[index].sampling.top_p for index in limited])
+        least[indices] = nucleus_edges(
+            probabilities[indices], [rows[index].sampling.top_p for index in limited]
+        )
     return logits.masked_fill(probabilities < least, float("-inf"))
 
 

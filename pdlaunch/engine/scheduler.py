@@ -1,10 +1,11 @@
 """What an engine computes next: continuous batching under a token budget, over a paged KV cache.
 
-``schedule -> run -> postprocess``. A step holds first the next token of every request that decodes, then chunks of prompts, in
-order of arrival. When blocks run out, the latest arrival gives its own back and computes its tokens again later. Requests of a
-decode engine wait without row and budget while their prompt's blocks are computed elsewhere and pulled, those of any engine while
-blocks come from host memory. A prefix is looked for on the device, then on the host, then at the prefill engine; what is left is
-computed.
+``schedule -> run -> postprocess``. A step holds first the next token of every request that decodes,
+then chunks of prompts, in order of arrival. When blocks run out, the latest arrival gives its own
+back and computes its tokens again later. Requests of a decode engine wait without row and budget
+while their prompt's blocks are computed elsewhere and pulled, those of any engine while blocks come
+from host memory. A prefix is looked for on the device, then on the host, then at the prefill
+engine; what is left is computed.
 """
 
 from __future__ import annotations
@@ -53,17 +54,20 @@ from pdlaunch.protocol.transfer import (
 logger = logging.getLogger(__name__)
 
 NAN_LOGITS = (
-    "the model's logits for this request are not numbers (NaN), so that no token can be drawn; look for overflow in its dtype, "
+    "the model's logits for this request are not numbers (NaN), so that no token can be drawn; "
+    "look for overflow in its dtype, "
     "or for damaged weights"
 )
 
 
 class Scheduler:
-    """Owns the requests and the KV blocks of an engine; lives in rank 0. Not safe for more than one thread.
+    """Owns the requests and the KV blocks of an engine; lives in rank 0. Not safe for more than one
+    thread.
 
-    The caller alternates ``schedule`` and ``postprocess``, and calls the rest in between; with ``schedule_ahead`` it may have a
-    second plan before the first one's step has ended (``in_flight.py``). ``local``: engine_id, host and port of
-    the side channel, and tp_size of this engine, for the leases it hands out.
+    The caller alternates ``schedule`` and ``postprocess``, and calls the rest in between; with
+    ``schedule_ahead`` it may have a second plan before the first one's step has ended
+    (``in_flight.py``). ``local``: engine_id, host and port of the side channel, and tp_size of this
+    engine, for the leases it hands out.
     """
 
     def __init__(
@@ -84,7 +88,9 @@ class Scheduler:
         assert offload is None or enable_prefix_caching
         self._kv = KVCacheManager(groups, num_blocks, block_size)
         self._blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
-        self._intake = Intake(self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest)
+        self._intake = Intake(
+            self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest
+        )
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._settings = kv_transfer
@@ -106,9 +112,13 @@ class Scheduler:
     # Requests come and go
 
     def add(self, message: AddRequest) -> None:
-        """Take a request; what can never be served ends at once. A second request under a living id is dropped."""
+        """Take a request; what can never be served ends at once. A second request under a living id
+        is dropped.
+        """
         if message.request_id in self._queues.by_id:
-            logger.error("request %s is here already; the second one is dropped", message.request_id)
+            logger.error(
+                "request %s is here already; the second one is dropped", message.request_id
+            )
             return
         request = self._intake.new_request(message)
         self._queues.add(request)
@@ -117,7 +127,9 @@ class Scheduler:
             self._finish(request, "error", error=error)
         elif message.do_remote_decode and message.request_id in self._leases:
             error = f"an earlier request {message.request_id} still has a lease; use another id"
-            self._finish(request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id")
+            self._finish(
+                request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id"
+            )
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
 
@@ -129,17 +141,23 @@ class Scheduler:
             self._commands.append(EndLease(request_id=request_id))
 
     def set_readers(self, request_id: str, num_readers: int) -> None:
-        """Fewer choices than announced go on: the lease of a finished request ends sooner. Unknown ids are ignored."""
+        """Fewer choices than announced go on: the lease of a finished request ends sooner. Unknown
+        ids are ignored.
+        """
         if request_id in self._leases:
             self._commands.append(SetLeaseReaders(request_id=request_id, num_readers=num_readers))
 
     def abort_all(self) -> None:
-        """The server has restarted: end every request. Leases stay: their readers know of them already."""
+        """The server has restarted: end every request. Leases stay: their readers know of them
+        already.
+        """
         for request in list(self._queues.by_id.values()):
             self._finish(request, "abort")
 
     def on_transfer_event(self, event: TransferEvent) -> None:
-        """Take what the ranks' connectors report; of a kind exactly one an id, over all TP ranks."""
+        """Take what the ranks' connectors report; of a kind exactly one an id, over all TP
+        ranks.
+        """
         self._may_progress = True
         match event:
             case LeaseEnded():
@@ -151,15 +169,21 @@ class Scheduler:
                 self._pulls.drained(event.pull_id)
 
     def on_job_finished(self, report: JobFinished) -> None:
-        """Take what all TP ranks together report of a job in ``StepPlan.jobs``; exactly one report a job."""
+        """Take what all TP ranks together report of a job in ``StepPlan.jobs``; exactly one report
+        a job.
+        """
         self._may_progress = True
         load = self._host.finish(report)
         if load is None or load.request is None:
             return
         request = load.request
-        self._queues.wait(request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING)
+        self._queues.wait(
+            request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING
+        )
         if not report.ok:
-            logger.warning("load of request %s from host memory failed: %s", request.request_id, report.error)
+            logger.warning(
+                "load of request %s from host memory failed: %s", request.request_id, report.error
+            )
             return
         request.num_host_tokens = load.hit.num_blocks_to_load(0) * self._block_size
         if not request.wants_pull:
@@ -168,30 +192,40 @@ class Scheduler:
     # A step
 
     def schedule(self) -> StepPlan:
-        """Choose what the next step computes, and hand over the commands for the connectors. No step is in flight."""
+        """Choose what the next step computes, and hand over the commands for the connectors. No
+        step is in flight.
+        """
         assert not self._in_flight
         return self._schedule()
 
     def schedule_ahead(self) -> StepPlan | None:
-        """Choose what follows the one step in flight, whatever tokens that one draws. None: it has to be collected first.
+        """Choose what follows the one step in flight, whatever tokens that one draws. None: it has
+        to be collected first.
 
-        So it is when prompts are to be computed: beside such a step planning costs nothing, and later arrivals can still join it.
-        And when a request would have to give blocks up for others, draws from its output, or is a suspect.
+        So it is when prompts are to be computed: beside such a step planning costs nothing, and
+        later arrivals can still join it. And when a request would have to give blocks up for
+        others, draws from its output, or is a suspect.
         """
         assert len(self._in_flight) == 1
         arrived = self._queues.waiting if self._builder.has_free_row else []
-        if any(request.is_suspect for queue in (self._queues.running, arrived) for request in queue):
+        if any(
+            request.is_suspect for queue in (self._queues.running, arrived) for request in queue
+        ):
             # What dies with two steps in flight, died of either.
             return None
         going_on = [request for request in self._queues.running if not request.ends_in_flight]
-        if any(request.num_to_schedule > 1 or request.draws_from_its_output for request in going_on):
+        if any(
+            request.num_to_schedule > 1 or request.draws_from_its_output for request in going_on
+        ):
             return None
         if any(request.num_remaining > 1 and not request.wants_pull for request in arrived):
             return None
         return self._schedule() if self._blocks.have_room_for_one_more(going_on) else None
 
     def hand_over(self) -> StepPlan:
-        """What connectors and the host tier have to hear of before the server hears of ``take_outputs``; computes nothing."""
+        """What connectors and the host tier have to hear of before the server hears of
+        ``take_outputs``; computes nothing.
+        """
         commands, self._commands = self._commands, []
         return StepPlan(step_id=-1, commands=commands, jobs=self._host.take_jobs())
 
@@ -202,14 +236,19 @@ class Scheduler:
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
-        self._commands += [self._leases.announce(request) for request in step.scheduled if request.message.is_awaited]
+        self._commands += [
+            self._leases.announce(request)
+            for request in step.scheduled
+            if request.message.is_awaited
+        ]
         commands, self._commands = self._commands, []
         plan = self._builder.build(step.scheduled, commands, self._host.take_jobs())
         self._in_flight.launch(plan, [*step.scheduled])
         return plan
 
     def register_begun(self) -> None:
-        """Let others find the blocks with which requests have begun; to be called beside a step, as no step needs it.
+        """Let others find the blocks with which requests have begun; to be called beside a step, as
+        no step needs it.
 
         Whatever looks for blocks before that, or takes them back, does it first.
         """
@@ -249,7 +288,9 @@ class Scheduler:
         self._kv.pool.forget_cached()
 
     def has_work(self) -> bool:
-        """Whether ``schedule`` has something to do now; False while all wait for a lease, a pull or a copy to end."""
+        """Whether ``schedule`` has something to do now; False while all wait for a lease, a pull or
+        a copy to end.
+        """
         computes = self._queues.running and not self._stalls
         told = self._commands or self._host.has_jobs or self._builder.has_freed_rows
         return bool(computes or told or self._may_progress or self._in_flight)
@@ -269,7 +310,9 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Prove that every block has the owner that the requests, leases and pulls say, and each request its place."""
+        """Prove that every block has the owner that the requests, leases and pulls say, and each
+        request its place.
+        """
         requests = {*self._queues.by_id.values(), *self._in_flight.ended()}
         owned = [block_id for request in requests for block_id in request.tables.all_ids()]
         self._kv.pool.check_integrity(
@@ -301,7 +344,9 @@ class Scheduler:
             self._schedule_chunk(request, step)
 
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
-        """Add the next tokens of a running request, as many as budget and blocks allow; for one of them others make room."""
+        """Add the next tokens of a running request, as many as budget and blocks allow; for one of
+        them others make room.
+        """
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
         self._kv.release_left(request.tables, request.num_computed)
@@ -316,7 +361,9 @@ class Scheduler:
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: StepDraft) -> None:
-        """Start requests in order of arrival. One that lacks blocks holds back those later ones that would take any."""
+        """Start requests in order of arrival. One that lacks blocks holds back those later ones
+        that would take any.
+        """
         lacks_blocks = False
         for request in self._queues.waiting.copy():
             if lacks_blocks and request.phase is Phase.WAITING:
@@ -325,7 +372,12 @@ class Scheduler:
                 self.register_begun()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
-            if not request.wants_pull and step.budget and self._builder.has_free_row and not self._has_to_be_apart(request):
+            if (
+                not request.wants_pull
+                and step.budget
+                and self._builder.has_free_row
+                and not self._has_to_be_apart(request)
+            ):
                 lacks_blocks |= not self._admit(request, step)
         if lacks_blocks and not self._queues.running and not self._in_flight:
             self._break_standstill(step)
@@ -335,7 +387,9 @@ class Scheduler:
         return request.is_suspect and any(other.is_suspect for other in self._queues.running)
 
     def _admit(self, request: Request, step: StepDraft) -> bool:
-        """Seat a request and schedule its first chunk. False: it lacks blocks. True also when it had better wait a step."""
+        """Seat a request and schedule its first chunk. False: it lacks blocks. True also when it
+        had better wait a step.
+        """
         if request.phase is Phase.WAITING:
             hit = self._blocks.find_prefix(request)
             if self._blocks.is_computed_elsewhere(request, hit, self._queues.running):
@@ -357,9 +411,13 @@ class Scheduler:
         return True
 
     def _start_load(self, request: Request) -> bool:
-        """Have blocks brought from host memory that the device lacks. False: it has none of them."""
+        """Have blocks brought from host memory that the device lacks. False: it has none of
+        them.
+        """
         hit = self._host.find(request, self._blocks.max_loadable(request))
-        if hit is None or not self._blocks.has_room_for(request, hit.device, len(self._queues.running)):
+        if hit is None or not self._blocks.has_room_for(
+            request, hit.device, len(self._queues.running)
+        ):
             return False
         if not self._host.is_waited_for(hit):
             self._host.start(request, hit)
@@ -367,7 +425,9 @@ class Scheduler:
         return True
 
     def _start_pull(self, request: Request) -> bool:
-        """Have the prompt's blocks brought here; those that are cached need not be. False: it lacks blocks."""
+        """Have the prompt's blocks brought here; those that are cached need not be. False: it lacks
+        blocks.
+        """
         if self._blocks.gains_from_sibling(request) and self._pulls.is_waited_for(request):
             # Another choice of the same prompt: its full blocks will be in the cache soon.
             return True
@@ -390,7 +450,9 @@ class Scheduler:
         return True
 
     def _preempt_latest(self, step: StepDraft) -> Request:
-        """Take all blocks from the latest arrival that has any and is not at work with a connector; it starts anew."""
+        """Take all blocks from the latest arrival that has any and is not at work with a connector;
+        it starts anew.
+        """
         assert not self._in_flight
         self.register_begun()
         victim = self._queues.latest_owner()
@@ -408,7 +470,9 @@ class Scheduler:
         return victim
 
     def _break_standstill(self, step: StepDraft) -> None:
-        """Nothing runs and each of the READY ones lacks a block that another one holds: the latest gives way."""
+        """Nothing runs and each of the READY ones lacks a block that another one holds: the latest
+        gives way.
+        """
         if len(self._queues.ready()) > 1:
             self._preempt_latest(step)
 
@@ -448,14 +512,18 @@ class Scheduler:
         self._queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
         request.wants_pull = False
         if event.ok:
-            request.num_remote_tokens = max(0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size)
+            request.num_remote_tokens = max(
+                0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size
+            )
             self._take_pulled(request)
         goes_on = not pull.awaits or self._take_first_token(request, event)
         if goes_on and not event.ok:
             self._do_without(request, event.error)
 
     def _take_first_token(self, request: Request, event: PullFinished) -> bool:
-        """The lease that was awaited has brought it. False: the request has ended, with this token or for lack of it."""
+        """The lease that was awaited has brought it. False: the request has ended, with this token
+        or for lack of it.
+        """
         if not event.first_tokens:
             error = f"the lease on the prompt's KV blocks did not come: {event.error}"
             self._finish(request, "error", error=error, error_param="kv_transfer_params")
@@ -469,7 +537,9 @@ class Scheduler:
         """The prompt's blocks have not come."""
         logger.warning("pull of request %s failed: %s", request.request_id, cause)
         if self._settings.on_failure == "fail":
-            self._finish(request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}")
+            self._finish(
+                request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}"
+            )
         else:
             self._totals.counts.recomputed_requests += 1
 
@@ -482,14 +552,24 @@ class Scheduler:
             self._builder.add_sampled(request)
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
 
-    def _finish_if_complete(self, request: Request, token_id: int, token: TokenOutput | None = None) -> bool:
-        """End the request if its last token is the last one; ``token`` is given when the server does not know it yet."""
+    def _finish_if_complete(
+        self, request: Request, token_id: int, token: TokenOutput | None = None
+    ) -> bool:
+        """End the request if its last token is the last one; ``token`` is given when the server
+        does not know it yet.
+        """
         reason = request.end_of(token_id)
         if reason is None:
             return False
         remote_kv = None if token is None else self._grant_lease(request, token, reason)
-        if remote_kv is not None and token is not None and reason == "length" and request.message.num_readers == 1:
-            # The token need not wait for the lease, as the answer does. With more choices the answer needs them all.
+        if (
+            remote_kv is not None
+            and token is not None
+            and reason == "length"
+            and request.message.num_readers == 1
+        ):
+            # The token need not wait for the lease, as the answer does. With more choices the
+            # answer needs them all.
             self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
             token = None
         self._finish(
@@ -501,11 +581,19 @@ class Scheduler:
         )
         return True
 
-    def _grant_lease(self, request: Request, token: TokenOutput, reason: FinishReason) -> RemoteKV | None:
-        """Other choices may go on although this one has stopped; the server ends a lease that nobody needs."""
+    def _grant_lease(
+        self, request: Request, token: TokenOutput, reason: FinishReason
+    ) -> RemoteKV | None:
+        """Other choices may go on although this one has stopped; the server ends a lease that
+        nobody needs.
+        """
         num_readers = request.message.num_readers
         assert not (request.message.do_remote_decode and request.num_in_flight)
-        if not request.message.do_remote_decode or num_readers < 1 or (reason == "stop" and num_readers == 1):
+        if (
+            not request.message.do_remote_decode
+            or num_readers < 1
+            or (reason == "stop" and num_readers == 1)
+        ):
             return None
         command, remote = self._leases.grant(request, token, reason)
         self._commands.append(command)
@@ -522,14 +610,20 @@ class Scheduler:
         error_param: str | None = None,
         remote_kv: RemoteKV | None = None,
     ) -> None:
-        """Give back what the request holds, unless a step in flight still needs it, and say its last word."""
+        """Give back what the request holds, unless a step in flight still needs it, and say its
+        last word.
+        """
         self._withdraw(request)
         if request.phase is Phase.PULLING:
             self._commands.append(self._pulls.cancel(request))
         elif request.phase is Phase.LOADING:
             self._host.cancel(request)
         # Whoever gives up before there is a lease leaves it to another reader.
-        if request.wants_pull and not request.message.awaits_lease and request.phase is not Phase.PULLING:
+        if (
+            request.wants_pull
+            and not request.message.awaits_lease
+            and request.phase is not Phase.PULLING
+        ):
             self._commands.append(self._pulls.tell_holder(request))
         if not self._in_flight.keep(request):
             self._let_go(request)

@@ -45,7 +45,9 @@ class ServerLink:
                 messages.append(message)
 
     def send(self, message: FromRank) -> None:
-        """Send to the server, if one is there; a server that has gone misses it and says Hello again."""
+        """Send to the server, if one is there; a server that has gone misses it and says Hello
+        again.
+        """
         if self._server is not None:
             self.socket.send_multipart([self._server, from_rank.encode(message)])
 

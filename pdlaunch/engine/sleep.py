@@ -1,4 +1,5 @@
-"""Sleep mode of an engine: rank 0 decides when, every rank lets go of its peers and memory, and takes both back.
+"""Sleep mode of an engine: rank 0 decides when, every rank lets go of its peers and memory, and
+takes both back.
 
 ::
 
@@ -27,7 +28,9 @@ TAGS = ("weights", "kv_cache")
 TRANSFER_TIMEOUT_S = 20.0
 """For the transfer thread to let go of its memory, or to take it again."""
 UNMAP_TIMEOUT_S = 5.0
-"""For peers to hear that this rank sleeps, and to unmap its memory: until then the device does not get it back."""
+"""For peers to hear that this rank sleeps, and to unmap its memory: until then the device does not
+get it back.
+"""
 POLL_S = 0.05
 """Between two looks at whether what still runs has ended, or peers are back."""
 
@@ -57,7 +60,9 @@ class SleepingTransfer(Protocol):
 
 
 class RankSleeper:
-    """One rank falls asleep and wakes up. Its methods may take seconds: the engine has nothing else to do."""
+    """One rank falls asleep and wakes up. Its methods may take seconds: the engine has nothing else
+    to do.
+    """
 
     def __init__(
         self,
@@ -68,7 +73,9 @@ class RankSleeper:
         peers_timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """``announce``: to the supervisor, whose registry tells the peers. ``peers_timeout_s``: for their handshakes."""
+        """``announce``: to the supervisor, whose registry tells the peers. ``peers_timeout_s``: for
+        their handshakes.
+        """
         self._memory = memory
         self._transfer = transfer
         self._announce = announce
@@ -86,7 +93,9 @@ class RankSleeper:
         return self._woken is not None
 
     def sleep(self, level: int) -> SleepReport:
-        """Let peers go, then the memory. An error leaves the rank awake; asleep already is no error."""
+        """Let peers go, then the memory. An error leaves the rank awake; asleep already is no
+        error.
+        """
         if self._memory.sleeping_tags:
             return self._report()
         try:
@@ -95,7 +104,10 @@ class RankSleeper:
             return self._report(error=error)
         self._announce(SleepState(state="sleeping"))
         if not self._transfer.wait_unmapped(UNMAP_TIMEOUT_S):
-            logger.warning("a peer has not unmapped the KV cache within %g s: its memory is free when it has", UNMAP_TIMEOUT_S)
+            logger.warning(
+                "a peer has not unmapped the KV cache within %g s: its memory is free when it has",
+                UNMAP_TIMEOUT_S,
+            )
         try:
             return self._report(self._memory.sleep(level))
         except MemoryPoolError as error:
@@ -103,7 +115,9 @@ class RankSleeper:
             return self._report(error=error)
 
     def wake_up(self, tags: Collection[str]) -> SleepReport | None:
-        """Take memory, and when all is there, the peers. None: ``advance`` reports when they are back."""
+        """Take memory, and when all is there, the peers. None: ``advance`` reports when they are
+        back.
+        """
         was_asleep = bool(self._memory.sleeping_tags)
         try:
             num_bytes = self._memory.wake_up(tags)
@@ -123,17 +137,25 @@ class RankSleeper:
         if not self._transfer.connected:
             if self._clock() < self._deadline_s:
                 return None
-            logger.warning("not every peer has shaken hands within %g s after waking up", self._peers_timeout_s)
+            logger.warning(
+                "not every peer has shaken hands within %g s after waking up", self._peers_timeout_s
+            )
         report, self._woken = self._woken, None
         return report
 
     def _reconnect(self) -> None:
-        """Raises TransferError: without its transfers the rank is of no use, a new one takes its place."""
+        """Raises TransferError: without its transfers the rank is of no use, a new one takes its
+        place.
+        """
         self._transfer.resume(TRANSFER_TIMEOUT_S)
         self._announce(SleepState(state="awake"))
 
     def _report(self, num_bytes: int = 0, error: Exception | None = None) -> SleepReport:
-        return SleepReport(num_bytes=num_bytes, sleeping_tags=self.sleeping_tags, error=None if error is None else str(error))
+        return SleepReport(
+            num_bytes=num_bytes,
+            sleeping_tags=self.sleeping_tags,
+            error=None if error is None else str(error),
+        )
 
 
 class SleepPhase(enum.Enum):
@@ -186,10 +208,16 @@ class SleepCoordinator:
 
     def wait_s(self) -> float:
         """How long nothing is due here."""
-        return POLL_S if self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers else float("inf")
+        return (
+            POLL_S
+            if self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
+            else float("inf")
+        )
 
     def sleep(self, message: Sleep) -> None:
-        """Fall asleep as soon as nothing holds a block; ``advance`` decides, after the turn's step."""
+        """Fall asleep as soon as nothing holds a block; ``advance`` decides, after the turn's
+        step.
+        """
         if error := self._refusal(message):
             self._reply(message, error=error)
         elif self.phase is SleepPhase.ASLEEP:
@@ -201,7 +229,11 @@ class SleepCoordinator:
     def wake_up(self, message: WakeUp) -> None:
         """Wake the pools named, or all."""
         unknown = set(message.tags) - set(TAGS)
-        error = f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}" if unknown else self._refusal(message)
+        error = (
+            f"unknown tags {', '.join(sorted(unknown))}; there are {', '.join(TAGS)}"
+            if unknown
+            else self._refusal(message)
+        )
         if error:
             self._reply(message, error=error)
         elif self.phase is SleepPhase.AWAKE:
@@ -211,7 +243,9 @@ class SleepCoordinator:
             self._wake(message.tags or list(TAGS))
 
     def forget_caller(self) -> None:
-        """The server that asked has restarted. What it asked for goes on, unless it has not begun."""
+        """The server that asked has restarted. What it asked for goes on, unless it has not
+        begun.
+        """
         if self.phase is SleepPhase.DRAINING:
             self._call, self.phase = None, SleepPhase.AWAKE
 
@@ -268,7 +302,9 @@ class SleepCoordinator:
         if isinstance(message, Sleep) and message.level not in (1, 2):
             return f"level is {message.level}; it is 1 or 2"
         if self.phase not in (SleepPhase.AWAKE, SleepPhase.ASLEEP):
-            return f"the engine is busy with another call: {self.phase.name.lower().replace('_', ' ')}"
+            return (
+                f"the engine is busy with another call: {self.phase.name.lower().replace('_', ' ')}"
+            )
         return None
 
     def _finish(self, num_bytes: int = 0, error: str | None = None) -> None:
@@ -279,7 +315,14 @@ class SleepCoordinator:
             self._reply(call, num_bytes, error)
 
     def _reply(self, call: Sleep | WakeUp, num_bytes: int = 0, error: str | None = None) -> None:
-        self._answer(SleepReply(call_id=call.call_id, sleeping_tags=self.sleeping_tags, num_bytes=num_bytes, error=error))
+        self._answer(
+            SleepReply(
+                call_id=call.call_id,
+                sleeping_tags=self.sleeping_tags,
+                num_bytes=num_bytes,
+                error=error,
+            )
+        )
 
 
 def what_holds_blocks(stats: EngineStats) -> str:
@@ -294,5 +337,8 @@ def what_holds_blocks(stats: EngineStats) -> str:
     if stats.num_offload_jobs:
         parts.append(f"{stats.num_offload_jobs} copies between device and host")
     if stats.num_quarantined_blocks:
-        parts.append(f"{stats.num_quarantined_blocks} KV blocks that an abandoned transfer may still write to")
+        parts.append(
+            f"{stats.num_quarantined_blocks} KV blocks that an abandoned transfer may still write "
+            "to"
+        )
     return ", ".join(parts)

@@ -1,7 +1,7 @@
 """One step of the engine: what the scheduler asks of every rank, and what comes back.
 
-The runner keeps a row for each request (its tokens, block tables and sampling state), so that a step carries only what is new.
-Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
+The runner keeps a row for each request (its tokens, block tables and sampling state), so that a
+step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pdlaunch.protocol.wire import Codec, Message
 
 
 class NewRow(Message, tag=False):
-    """A request enters the batch (also again after preemption); block tables of the row start empty."""
+    """A request enters the batch (also again after preemption); block tables of the row start
+    empty.
+    """
 
     row: int
     """0 <= row < max_num_seqs; free until now."""
@@ -35,7 +37,9 @@ class NewBlocks(Message, tag=False):
 
 
 class RowTokens(Message, tag=False):
-    """Tokens appended to a row that the runner has not sampled itself in its last step (other TP ranks, first tokens)."""
+    """Tokens appended to a row that the runner has not sampled itself in its last step (other TP
+    ranks, first tokens).
+    """
 
     row: int
     position: int
@@ -44,7 +48,9 @@ class RowTokens(Message, tag=False):
 
 
 class ScheduledRow(Message, tag=False):
-    """What one row computes in this step: tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+    """What one row computes in this step: tokens [num_computed_tokens, num_computed_tokens +
+    num_tokens).
+    """
 
     row: int
     num_computed_tokens: int
@@ -65,7 +71,9 @@ class StepPlan(Message):
     """Empty: nothing to compute, only commands or jobs."""
     commands: list[TransferCommand] = []
     jobs: list[OffloadJob] = []
-    """Copies between device and host that begin before this step computes: stores of what earlier steps have computed."""
+    """Copies between device and host that begin before this step computes: stores of what earlier
+    steps have computed.
+    """
 
 
 class StepOutput(Message):
@@ -77,13 +85,17 @@ class StepOutput(Message):
 
 
 class SleepRank(Message):
-    """Rank 0 to the other ranks: nothing runs; let peers go and give the memory back. Answered with a SleepReport."""
+    """Rank 0 to the other ranks: nothing runs; let peers go and give the memory back. Answered with
+    a SleepReport.
+    """
 
     level: int
 
 
 class WakeRank(Message):
-    """Rank 0 to the other ranks: take the memory of these tags back. Answered with a SleepReport."""
+    """Rank 0 to the other ranks: take the memory of these tags back. Answered with a
+    SleepReport.
+    """
 
     tags: list[str]
 
@@ -101,7 +113,9 @@ class Shutdown(Message):
 
 
 class StepDone(Message):
-    """A rank other than 0 has finished a step, or has ends of transfers and offload jobs to report (step_id -1)."""
+    """A rank other than 0 has finished a step, or has ends of transfers and offload jobs to report
+    (step_id -1).
+    """
 
     tp_rank: int
     step_id: int

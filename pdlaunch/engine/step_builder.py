@@ -28,7 +28,8 @@ class StepDraft:
 
 
 class StepBuilder:
-    """Seats requests on the rows 0 <= row < ``max_num_seqs`` and remembers what the ranks have been told of each.
+    """Seats requests on the rows 0 <= row < ``max_num_seqs`` and remembers what the ranks have been
+    told of each.
 
     Sampled tokens are sent only when there are ranks (``tp_size`` > 1) that did not sample them.
     """
@@ -56,7 +57,9 @@ class StepBuilder:
         self._seated[request.row] = request
 
     def unseat(self, request: Request) -> None:
-        """Take the request's row back; the ranks hear of it in the next plan, before they hear of the row's next request."""
+        """Take the request's row back; the ranks hear of it in the next plan, before they hear of
+        the row's next request.
+        """
         assert request.row is not None
         self._seated[request.row] = None
         self._free_rows.append(request.row)
@@ -72,7 +75,9 @@ class StepBuilder:
         if self._shares_tokens:
             self._sampled.append(request)
 
-    def build(self, scheduled: dict[Request, int], commands: list[TransferCommand], jobs: list[OffloadJob]) -> StepPlan:
+    def build(
+        self, scheduled: dict[Request, int], commands: list[TransferCommand], jobs: list[OffloadJob]
+    ) -> StepPlan:
         """The plan in which each request computes its number of tokens."""
         plan = StepPlan(
             step_id=self._step_id,
@@ -106,7 +111,11 @@ class StepBuilder:
         """The tokens of the last step, but for rows that have ended since."""
         sampled, self._sampled = self._sampled, []
         return [
-            RowTokens(row=request.row, position=len(request.token_ids) - 1, token_ids=request.token_ids[-1:])
+            RowTokens(
+                row=request.row,
+                position=len(request.token_ids) - 1,
+                token_ids=request.token_ids[-1:],
+            )
             for request in sampled
             if request.row is not None
         ]
@@ -127,4 +136,6 @@ def _add_blocks(plan: StepPlan, request: Request, row: int, start: int) -> None:
     for group, first in enumerate(tables.first):
         begin = max(start, first)
         if block_ids := tables.between(group, begin, tables.end):
-            plan.new_blocks.append(NewBlocks(row=row, group=group, first_block_index=begin, block_ids=block_ids))
+            plan.new_blocks.append(
+                NewBlocks(row=row, group=group, first_block_index=begin, block_ids=block_ids)
+            )

@@ -1,4 +1,6 @@
-"""The step channel of a TP group: rank 0 sends every plan to the other ranks, they report their transfer events back."""
+"""The step channel of a TP group: rank 0 sends every plan to the other ranks, they report their
+transfer events back.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pdlaunch.protocol.sockets import SecureContext
 
 
 class LeaderChannel:
-    """Rank 0's end. A rank is there once it has said anything; ``socket`` is for the poller of the step loop."""
+    """Rank 0's end. A rank is there once it has said anything; ``socket`` is for the poller of the
+    step loop.
+    """
 
     def __init__(self, context: SecureContext, tp_size: int) -> None:
         self.socket, self.endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0")

@@ -1,12 +1,22 @@
-"""Transfer events of all ranks of a TP group become one event each: a block is moved only when every rank has moved its heads."""
+"""Transfer events of all ranks of a TP group become one event each: a block is moved only when
+every rank has moved its heads.
+"""
 
 from __future__ import annotations
 
-from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted, PullDrained, PullFinished, TransferEvent
+from pdlaunch.protocol.transfer import (
+    LeaseEnded,
+    LeaseGranted,
+    PullDrained,
+    PullFinished,
+    TransferEvent,
+)
 
 
 class EventAggregator:
-    """Counts what each rank has reported; ``add`` returns the events that are now true of the whole engine."""
+    """Counts what each rank has reported; ``add`` returns the events that are now true of the whole
+    engine.
+    """
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
@@ -67,7 +77,9 @@ class EventAggregator:
 
 
 def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """All ranks' reports as one: right only if all are; one that failed may not have heard of the lease."""
+    """All ranks' reports as one: right only if all are; one that failed may not have heard of the
+    lease.
+    """
     failed = [report for report in reports if not report.ok]
     return PullFinished(
         pull_id=reports[0].pull_id,

@@ -1,11 +1,13 @@
-"""Bodies of requests on their way in: how long one may be, how long it may take, and how much all of them may hold.
+"""Bodies of requests on their way in: how long one may be, how long it may take, and how much all
+of them may hold.
 
-A body counts from its first byte: with the length that its header states, or with what it has come to once it is decompressed,
-whichever is more. A router holds it until the request is answered, because another engine may be asked; an engine until it has
-read token ids from it.
+A body counts from its first byte: with the length that its header states, or with what it has come
+to once it is decompressed, whichever is more. A router holds it until the request is answered,
+because another engine may be asked; an engine until it has read token ids from it.
 
-Who finds no room is answered 503 at once instead of being made to wait: its client knows better whether to try again, and
-bodies that wait would hold connections. Small bodies find room when large ones do not.
+Who finds no room is answered 503 at once instead of being made to wait: its client knows better
+whether to try again, and bodies that wait would hold connections. Small bodies find room when large
+ones do not.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ SMALL_BODY_BYTES = 256 * 1024
 LARGE_SHARE = 3 / 4
 """Bodies that are not small get this share of the budget; the rest is left to small ones."""
 ROUTER_ADDS_BYTES = 1024**2
-"""A router adds at most this to a body that it sends on: kv_transfer_params with block ids and first tokens, a seed."""
+"""A router adds at most this to a body that it sends on: kv_transfer_params with block ids and
+first tokens, a seed.
+"""
 RESUMED_TOKEN_BYTES = len('{"token_id":2147483647},')
 
 
@@ -65,7 +69,9 @@ class Hold:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Keep the room while the block runs, which may outlive others that need the same body: the last one gives it back."""
+        """Keep the room while the block runs, which may outlive others that need the same body: the
+        last one gives it back.
+        """
         self._num_users += 1
         try:
             yield
@@ -76,13 +82,16 @@ class Hold:
                 self.num_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Never shrinks. Raises OverloadedError (503) when all bodies together have become too long."""
+        """Never shrinks. Raises OverloadedError (503) when all bodies together have become too
+        long.
+        """
         more = max(0, num_bytes - self.num_bytes)
         budget = self._budget
         share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
         if more and budget.held_bytes + more > budget.max_bytes * share:
             raise OverloadedError(
-                f"requests in flight hold {budget.held_bytes} bytes; there is no room for another body of {num_bytes} bytes "
+                f"requests in flight hold {budget.held_bytes} bytes; there is no room for another "
+                f"body of {num_bytes} bytes "
                 f"(limits.max_body_bytes_in_flight is {budget.max_bytes})",
                 status=503,
                 code="too_many_bytes_in_flight",
@@ -117,7 +126,8 @@ async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
         return b"".join(pieces)
     except TimeoutError:
         raise RequestError(
-            f"{num_bytes} bytes of the body came; it must be there within {BODY_TIMEOUT_S:g} s, without pauses of "
+            f"{num_bytes} bytes of the body came; it must be there within {BODY_TIMEOUT_S:g} s, "
+            "without pauses of "
             f"{BODY_SILENCE_S:g} s",
             status=408,
             code="body_timeout",
@@ -136,4 +146,6 @@ def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
 
 def _check_length(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
-        raise RequestError(f"the body is longer than {max_bytes} bytes", status=413, code="body_too_large")
+        raise RequestError(
+            f"the body is longer than {max_bytes} bytes", status=413, code="body_too_large"
+        )

@@ -7,8 +7,9 @@
                  of its header; gives way         no byte is dropped
                  to new connections at the cap
 
-The timeout of idle connections is aiohttp's own, which begins with the connection. That of readers is the kernel's: it counts
-from the moment the reader's window is closed, however much is still in buffers.
+The timeout of idle connections is aiohttp's own, which begins with the connection. That of readers
+is the kernel's: it counts from the moment the reader's window is closed, however much is still in
+buffers.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ RESERVED_DESCRIPTORS = 64
 UPSTREAM_CONNECTIONS = 2
 """Of the router to engines for one request: prefill and decode at once."""
 _GIVING_WAY = 16
-"""At the cap this part of the connections, those that idle the longest, is closed at once: a look at all of them costs time."""
+"""At the cap this part of the connections, those that idle the longest, is closed at once: a look
+at all of them costs time.
+"""
 
 _logger = logging.getLogger(__name__)
 
 
 class HttpRunner(web.AppRunner):
-    """Serves an application within ``max_connections``; ``drop_stalled_readers`` once its sites have been started."""
+    """Serves an application within ``max_connections``; ``drop_stalled_readers`` once its sites
+    have been started.
+    """
 
     def __init__(
         self,
@@ -63,7 +68,9 @@ class HttpRunner(web.AppRunner):
             "lingering_time": LINGERING_S,
             "auto_decompress": False,  # ``bodies.read_body`` does it within bounds, and tells what is broken
         }
-        super().__init__(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **options)
+        super().__init__(
+            app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **options
+        )
         self._max_connections = max_connections
         self._options = options
         self._front: _Front | None = None
@@ -81,14 +88,18 @@ class HttpRunner(web.AppRunner):
         return self._front  # type: ignore[return-value] # sites only call it
 
     def drop_stalled_readers(self, timeout_s: float) -> None:
-        """End connections whose peer takes no byte of what was sent for so long; accepted sockets inherit the option."""
+        """End connections whose peer takes no byte of what was sent for so long; accepted sockets
+        inherit the option.
+        """
         if not hasattr(socket, "TCP_USER_TIMEOUT"):
             return
         for site in self.sites:
             server = site._server
             assert isinstance(server, asyncio.Server)
             for listener in server.sockets:
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))
+                listener.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000)
+                )
 
 
 class _Front:
@@ -104,23 +115,31 @@ class _Front:
     def __call__(self) -> asyncio.Protocol:
         if len(self._open) >= self._limit and not self._close_idle():
             return _Refusal()
-        connection = _Connection(self._open, self._server, loop=asyncio.get_running_loop(), **self._options)
+        connection = _Connection(
+            self._open, self._server, loop=asyncio.get_running_loop(), **self._options
+        )
         self._open.add(connection)
         return connection
 
     def _close_idle(self) -> bool:
         """Close those that idle the longest; False when none does."""
         idle = [connection for connection in self._open if connection.is_idle]
-        for connection in heapq.nsmallest(1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_s):
+        for connection in heapq.nsmallest(
+            1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_s
+        ):
             self._open.discard(connection)
             connection.force_close()
         return bool(idle)
 
 
 class _Connection(web.RequestHandler):
-    """A connection that is counted; what it looks at is aiohttp's own state, which has no public name."""
+    """A connection that is counted; what it looks at is aiohttp's own state, which has no public
+    name.
+    """
 
-    def __init__(self, open_connections: weakref.WeakSet[_Connection], server: web.Server, **options: Any) -> None:
+    def __init__(
+        self, open_connections: weakref.WeakSet[_Connection], server: web.Server, **options: Any
+    ) -> None:
         super().__init__(server, **options)
         self._open_connections = open_connections
 
@@ -129,14 +148,26 @@ class _Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what is no HTTP in the form of all errors, without a traceback in the log for each."""
+        """Answer what is no HTTP in the form of all errors, without a traceback in the log for
+        each.
+        """
         if status >= 500:
             return super().handle_error(request, status, exc, message)
         _logger.debug("no valid HTTP from %s: %s", request.remote, message)
-        error = RequestError(f"the request is no valid HTTP: {message}", status=status, code="invalid_http")
-        response = web.Response(status=status, body=msgspec.json.encode(error_body(error)), content_type="application/json")
+        error = RequestError(
+            f"the request is no valid HTTP: {message}", status=status, code="invalid_http"
+        )
+        response = web.Response(
+            status=status,
+            body=msgspec.json.encode(error_body(error)),
+            content_type="application/json",
+        )
         response.force_close()
         return response
 
@@ -155,20 +186,26 @@ class _Refusal(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        error = OverloadedError("all connections of this server are busy", status=503, code="too_many_connections")
+        error = OverloadedError(
+            "all connections of this server are busy", status=503, code="too_many_connections"
+        )
         body = msgspec.json.encode(error_body(error))
         head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: "
+            "close\r\n"
             f"Retry-After: {error.retry_after_s}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         transport.write(head.encode() + body)
-        # Not closed at once: a request that is still to come would reset the connection before the answer is read.
+        # Not closed at once: a request that is still to come would reset the connection before the
+        # answer is read.
         transport.write_eof()
         asyncio.get_running_loop().call_later(REFUSAL_S, transport.abort)
 
 
 class AcceptErrors:
-    """An event loop's exception handler that logs accepts without a descriptor once a minute, not a thousand times a second."""
+    """An event loop's exception handler that logs accepts without a descriptor once a minute, not a
+    thousand times a second.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -180,17 +217,36 @@ class AcceptErrors:
         elif self._clock() >= self._due_s:
             self._due_s = self._clock() + ACCEPT_LOG_INTERVAL_S
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            _logger.error("connections wait: %s; this process may open %d files (ulimit -n)", context.get("exception"), limit)
+            _logger.error(
+                "connections wait: %s; this process may open %d files (ulimit -n)",
+                context.get("exception"),
+                limit,
+            )
 
 
 def fit_requests(max_requests: int) -> int:
-    """Requests that a router's descriptors allow at a time; as many connections that are idle find room beside them."""
-    return max(1, min(max_requests, (_num_descriptors() - RESERVED_DESCRIPTORS) // (2 + UPSTREAM_CONNECTIONS)))
+    """Requests that a router's descriptors allow at a time; as many connections that are idle find
+    room beside them.
+    """
+    return max(
+        1,
+        min(
+            max_requests, (_num_descriptors() - RESERVED_DESCRIPTORS) // (2 + UPSTREAM_CONNECTIONS)
+        ),
+    )
 
 
 def fit_connections(max_connections: int, *, num_forwarded: int = 0) -> int:
-    """Connections of clients that the descriptors allow beside those of ``num_forwarded`` requests to engines."""
-    return max(1, min(max_connections, _num_descriptors() - RESERVED_DESCRIPTORS - UPSTREAM_CONNECTIONS * num_forwarded))
+    """Connections of clients that the descriptors allow beside those of ``num_forwarded`` requests
+    to engines.
+    """
+    return max(
+        1,
+        min(
+            max_connections,
+            _num_descriptors() - RESERVED_DESCRIPTORS - UPSTREAM_CONNECTIONS * num_forwarded,
+        ),
+    )
 
 
 def _num_descriptors() -> int:

@@ -1,4 +1,6 @@
-"""Compressed bodies: gzip and deflate, in pieces of bounded size, so that a small body cannot become a large one unseen."""
+"""Compressed bodies: gzip and deflate, in pieces of bounded size, so that a small body cannot
+become a large one unseen.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from pdlaunch.errors import RequestError
 PIECE_BYTES = 256 * 1024
 _ZLIB, _GZIP, _RAW = zlib.MAX_WBITS, zlib.MAX_WBITS | 16, -zlib.MAX_WBITS
 _CM_DEFLATE = 8
-"""Lower half of the first byte of a zlib header; without it deflate came raw, as some clients send it."""
+"""Lower half of the first byte of a zlib header; without it deflate came raw, as some clients send
+it.
+"""
 
 
 class ContentDecoder:
@@ -42,7 +46,8 @@ class _Inflater(ContentDecoder):
                 raise self._broken(str(error)) from None
             yield piece
             sent = self._stream.unused_data or self._stream.unconsumed_tail
-            # A full piece may leave some of its output inside the stream, of which nothing is left to be sent.
+            # A full piece may leave some of its output inside the stream, of which nothing is left
+            # to be sent.
             has_more = bool(sent) or (len(piece) == PIECE_BYTES and not self._stream.eof)
 
     def check_end(self) -> None:
@@ -63,5 +68,8 @@ def content_decoder(encoding: str) -> ContentDecoder:
         case "deflate":
             return _Inflater("deflate")
         case _:
-            message = f"Content-Encoding {encoding[:100]!r} is not supported; send gzip, deflate or no encoding"
+            message = (
+                f"Content-Encoding {encoding[:100]!r} is not supported; send gzip, deflate or no "
+                "encoding"
+            )
             raise RequestError(message, status=415, code="unsupported_encoding")

@@ -1,14 +1,19 @@
-"""The guard at the door of routers and engines: what a web page of somebody else must not be able to send.
+"""The guard at the door of routers and engines: what a web page of somebody else must not be able
+to send.
 
-A browser lets any page send requests to ``127.0.0.1``, and a page whose own name is made to resolve to it (DNS rebinding) may
-read the answers too. Three checks, before any key is asked for, close this:
+A browser lets any page send requests to ``127.0.0.1``, and a page whose own name is made to resolve
+to it (DNS rebinding) may read the answers too. Three checks, before any key is asked for, close
+this:
 
-- **Host** must be a loopback name or address, the address the connection came in on, the name the server was bound to, or one
-  of ``allowed_hosts``. A rebound page sends its own name.
-- **Origin**, which browsers add to whatever a page sends elsewhere, must be the server's own or one of ``cors_origins``.
-- **Content-Type** of a body must be ``application/json``: other types are what a page may send without asking first.
+- **Host** must be a loopback name or address, the address the connection came in on, the name the
+  server was bound to, or one of ``allowed_hosts``. A rebound page sends its own name.
+- **Origin**, which browsers add to whatever a page sends elsewhere, must be the server's own or one
+  of ``cors_origins``.
+- **Content-Type** of a body must be ``application/json``: other types are what a page may send
+  without asking first.
 
-``/health`` is open to any Host: probes of load balancers send whatever they like, and the answer gives nothing away.
+``/health`` is open to any Host: probes of load balancers send whatever they like, and the answer
+gives nothing away.
 """
 
 from __future__ import annotations
@@ -32,23 +37,37 @@ _EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, Retry-After"
 class Guard:
     """Checks every request of one server. ``bind_host``: what the server was told to listen on."""
 
-    def __init__(self, bind_host: str, *, allowed_hosts: tuple[str, ...] = (), cors_origins: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        bind_host: str,
+        *,
+        allowed_hosts: tuple[str, ...] = (),
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
         own = {bind_host, socket.gethostname()} if bind_host in _WILDCARDS else {bind_host}
         self._hosts = frozenset(_plain(name) for name in {"localhost", *own, *allowed_hosts} - {""})
         self._any_host = ANY in allowed_hosts
         self._origins = frozenset(origin.rstrip("/").lower() for origin in cors_origins)
 
     def admit(self, http: web.Request) -> web.Response | None:
-        """Let the request pass (None), or answer it when it is the preflight of a listed origin. Raises RequestError."""
+        """Let the request pass (None), or answer it when it is the preflight of a listed origin.
+        Raises RequestError.
+        """
         self._check_host(http)
         self._check_origin(http)
-        if self._is_listed(http) and http.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers:
+        if (
+            self._is_listed(http)
+            and http.method == hdrs.METH_OPTIONS
+            and hdrs.ACCESS_CONTROL_REQUEST_METHOD in http.headers
+        ):
             return _preflight_answer(http)
         _check_content_type(http)
         return None
 
     async def add_cors_headers(self, http: web.Request, response: web.StreamResponse) -> None:
-        """Let pages of a listed origin read the answer; a handler for ``Application.on_response_prepare``."""
+        """Let pages of a listed origin read the answer; a handler for
+        ``Application.on_response_prepare``.
+        """
         if self._origins:
             response.headers.add(hdrs.VARY, hdrs.ORIGIN)
         if self._is_listed(http):
@@ -63,7 +82,10 @@ class Guard:
         if host not in self._hosts and not _is_loopback(host) and host != _local_address(http):
             shown = ", ".join(given)[:200]
             raise RequestError(
-                f"Host {shown!r} is none of this server; add its name to the setting allowed_hosts if it is",
+                (
+                    f"Host {shown!r} is none of this server; add its name to the setting "
+                    "allowed_hosts if it is"
+                ),
                 status=421,
                 code="host_not_allowed",
             )
@@ -72,7 +94,10 @@ class Guard:
         if hdrs.ORIGIN in http.headers and not self._is_listed(http) and not _is_same_origin(http):
             shown = http.headers[hdrs.ORIGIN][:200]
             raise RequestError(
-                f"pages of origin {shown!r} may not use this server; add it to the setting cors_origins if they may",
+                (
+                    f"pages of origin {shown!r} may not use this server; add it to the setting "
+                    "cors_origins if they may"
+                ),
                 status=403,
                 code="origin_not_allowed",
             )
@@ -84,7 +109,9 @@ class Guard:
 
 def _check_content_type(http: web.Request) -> None:
     if http.body_exists and http.content_type != "application/json":
-        raise RequestError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+        raise RequestError(
+            "Content-Type must be application/json", status=415, code="unsupported_media_type"
+        )
 
 
 def _preflight_answer(http: web.Request) -> web.Response:
@@ -103,13 +130,18 @@ def _is_same_origin(http: web.Request) -> bool:
     """Host and port decide: behind a proxy that ends TLS the server does not know the scheme."""
     origins, hosts = http.headers.getall(hdrs.ORIGIN), http.headers.getall(hdrs.HOST, [])
     try:
-        return len(origins) == len(hosts) == 1 and urlsplit(origins[0]).netloc.lower() == hosts[0].lower()
+        return (
+            len(origins) == len(hosts) == 1
+            and urlsplit(origins[0]).netloc.lower() == hosts[0].lower()
+        )
     except ValueError:
         return False
 
 
 def _host_name(host_header: str) -> str:
-    """``[::1]:8000`` is ``::1``, ``Example.com.:80`` is ``example.com``; empty when it is malformed."""
+    """``[::1]:8000`` is ``::1``, ``Example.com.:80`` is ``example.com``; empty when it is
+    malformed.
+    """
     try:
         parts = urlsplit(f"//{host_header}")
         _ = parts.port  # raises when it is none
@@ -131,6 +163,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _local_address(http: web.Request) -> str | None:
-    """The address of this machine that the connection came in on: what a server of all addresses goes by."""
+    """The address of this machine that the connection came in on: what a server of all addresses
+    goes by.
+    """
     name = None if http.transport is None else http.transport.get_extra_info("sockname")
     return name[0].partition("%")[0] if isinstance(name, tuple) else None

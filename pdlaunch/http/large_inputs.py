@@ -1,4 +1,6 @@
-"""Large inputs are worked at in threads, so that the event loop turns meanwhile: others are served, and heartbeats go out."""
+"""Large inputs are worked at in threads, so that the event loop turns meanwhile: others are served,
+and heartbeats go out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from typing import TypeVar
 
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_TEXT_BYTES = 4 * 1024
-"""From here on parsing, or tokenizing, takes about a millisecond, and a thread is worth its 0.1 ms."""
+"""From here on parsing, or tokenizing, takes about a millisecond, and a thread is worth its 0.1
+ms.
+"""
 NUM_THREADS = 2
 """What one piece of work needs, in memory above all, is needed so many times at most."""
 

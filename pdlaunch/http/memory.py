@@ -1,4 +1,6 @@
-"""Memory goes back to the system after large requests: malloc keeps what it got, and a process would stay as large as it was."""
+"""Memory goes back to the system after large requests: malloc keeps what it got, and a process
+would stay as large as it was.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,19 @@ import gc
 LARGE_BYTES = 64 * 1024
 """Of a body; tokenizing its text takes a hundred times as much."""
 COLLECT_BYTES = 1024**2
-"""From here on it is worth 50 ms to have the garbage collector look for bodies: errors that were raised hold them in cycles."""
+"""From here on it is worth 50 ms to have the garbage collector look for bodies: errors that were
+raised hold them in cycles.
+"""
 DELAY_S = 1.0
-"""From the end of a large request on: its last objects are gone by then, and others' ends with it."""
+"""From the end of a large request on: its last objects are gone by then, and others' ends with
+it.
+"""
 
 
 class MemoryReturn:
-    """Asks malloc to return what is free, at most once in ``DELAY_S``; belongs to the event loop."""
+    """Asks malloc to return what is free, at most once in ``DELAY_S``; belongs to the event
+    loop.
+    """
 
     def __init__(self) -> None:
         self._due: asyncio.TimerHandle | None = None
@@ -35,7 +43,9 @@ class MemoryReturn:
 
 
 def trim(collect: bool = False) -> None:
-    """Return free memory of malloc to the system, after garbage has been collected; only glibc can."""
+    """Return free memory of malloc to the system, after garbage has been collected; only glibc
+    can.
+    """
     if collect:
         gc.collect()
     if hasattr(library := ctypes.CDLL(None), "malloc_trim"):

@@ -9,11 +9,13 @@
                                                 ├─ drop_pull ───▶ free
                                                 └─ quarantine ──▶ quarantined ─ drain ─▶ free
 
-A copy that reads a block holds it as well: ``hold`` beside its owners, ``unhold`` when it has ended; as long as it is held, the
-block is not free. Pulling means: a transfer writes to it, be it from another engine or from this host's memory.
+A copy that reads a block holds it as well: ``hold`` beside its owners, ``unhold`` when it has
+ended; as long as it is held, the block is not free. Pulling means: a transfer writes to it, be it
+from another engine or from this host's memory.
 
-Cached blocks are free blocks whose content can still be found; the one unused for longest is reused first. Blocks know nothing of
-requests: their owners keep the ids and give each one back exactly once.
+Cached blocks are free blocks whose content can still be found; the one unused for longest is reused
+first. Blocks know nothing of requests: their owners keep the ids and give each one back exactly
+once.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class BlockPool:
         return block_ids
 
     def allocate_for_pull(self, num_blocks: int) -> list[int]:
-        """Take blocks that a transfer may write to until ``finish_pull``, ``drop_pull`` or ``quarantine`` names them."""
+        """Take blocks that a transfer may write to until ``finish_pull``, ``drop_pull`` or
+        ``quarantine`` names them.
+        """
         block_ids = self._take(num_blocks)
         self._pulling.update(block_ids)
         return block_ids
@@ -98,7 +102,9 @@ class BlockPool:
             self._free_if_unowned(block_id)
 
     def hold(self, block_ids: Iterable[int]) -> None:
-        """A copy reads these owned blocks: they keep their content until ``unhold``, whatever becomes of their owners."""
+        """A copy reads these owned blocks: they keep their content until ``unhold``, whatever
+        becomes of their owners.
+        """
         for block_id in block_ids:
             assert not self._is_unowned(block_id)
             self._num_holds[block_id] += 1
@@ -113,7 +119,8 @@ class BlockPool:
     def has_only_held(self, block_ids: Iterable[int]) -> bool:
         """Whether one of these blocks waits for nothing but the end of copies."""
         return any(
-            self._num_holds[block_id] and not (self._num_requests[block_id] or self._num_leases[block_id])
+            self._num_holds[block_id]
+            and not (self._num_requests[block_id] or self._num_leases[block_id])
             for block_id in block_ids
         )
 
@@ -130,7 +137,9 @@ class BlockPool:
             self._free.append(block_id)
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
-        """The transfer was given up, but may still write: nobody gets the blocks before ``drain``."""
+        """The transfer was given up, but may still write: nobody gets the blocks before
+        ``drain``.
+        """
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._quarantined.add(block_id)
@@ -142,7 +151,9 @@ class BlockPool:
             self._free.append(block_id)
 
     def register(self, block_id: int, group: int, block_hash: bytes) -> None:
-        """Make an owned block's content findable; where the cache has the content already, the block stays unregistered."""
+        """Make an owned block's content findable; where the cache has the content already, the
+        block stays unregistered.
+        """
         assert not self._is_unowned(block_id)
         by_hash = self._by_hash[group]
         if self._keys[block_id] is None and block_hash not in by_hash:
@@ -174,10 +185,11 @@ class BlockPool:
         pulling: Iterable[int] = (),
         quarantined: Iterable[int] = (),
     ) -> None:
-        """Prove that every block has exactly one kind of owner, that the owners agree, and that hashes lead to their blocks.
+        """Prove that every block has exactly one kind of owner, that the owners agree, and that
+        hashes lead to their blocks.
 
-        Given are the ids that all requests, leases, copies and transfers hold, an id once for each holder. Raises
-        AssertionError.
+        Given are the ids that all requests, leases, copies and transfers hold, an id once for each
+        holder. Raises AssertionError.
         """
         num_requests, num_leases, num_holds = ([0] * self.num_blocks for _ in range(3))
         for block_id in owned:
@@ -186,25 +198,37 @@ class BlockPool:
             num_leases[block_id] += 1
         for block_id in held:
             num_holds[block_id] += 1
-        assert num_requests == self._num_requests, "the requests' blocks are not those of the pool's counts"
-        assert num_leases == self._num_leases, "the leases' blocks are not those of the pool's counts"
+        assert num_requests == self._num_requests, (
+            "the requests' blocks are not those of the pool's counts"
+        )
+        assert num_leases == self._num_leases, (
+            "the leases' blocks are not those of the pool's counts"
+        )
         assert num_holds == self._num_holds, "the copies' blocks are not those of the pool's counts"
-        assert sorted(pulling) == sorted(self._pulling), "the pulls' blocks are not those of the pool"
-        assert sorted(quarantined) == sorted(self._quarantined), "the quarantined blocks are not those of the pool"
+        assert sorted(pulling) == sorted(self._pulling), (
+            "the pulls' blocks are not those of the pool"
+        )
+        assert sorted(quarantined) == sorted(self._quarantined), (
+            "the quarantined blocks are not those of the pool"
+        )
         self._check_partition()
         self._check_hashes()
 
     def _check_partition(self) -> None:
         in_use = [block_id for block_id in range(self.num_blocks) if not self._is_unowned(block_id)]
         places = [*self._free, *self._cached, *in_use, *self._pulling, *self._quarantined]
-        assert sorted(places) == list(range(self.num_blocks)), "a block is lost or has two kinds of owners"
+        assert sorted(places) == list(range(self.num_blocks)), (
+            "a block is lost or has two kinds of owners"
+        )
         assert self._num_leased_blocks == sum(map(bool, self._num_leases))
 
     def _check_hashes(self) -> None:
         for block_id, key in enumerate(self._keys):
             if key is not None:
                 assert self._by_hash[key[0]][key[1]] == block_id
-                assert block_id in self._cached or not self._is_unowned(block_id), "a hash of a block that may be overwritten"
+                assert block_id in self._cached or not self._is_unowned(block_id), (
+                    "a hash of a block that may be overwritten"
+                )
             else:
                 assert block_id not in self._cached
         assert sum(map(len, self._by_hash)) == sum(key is not None for key in self._keys)
@@ -226,7 +250,9 @@ class BlockPool:
         self._keys[block_id] = None
 
     def _is_unowned(self, block_id: int) -> bool:
-        return not (self._num_requests[block_id] or self._num_leases[block_id] or self._num_holds[block_id])
+        return not (
+            self._num_requests[block_id] or self._num_leases[block_id] or self._num_holds[block_id]
+        )
 
     def _free_if_unowned(self, block_id: int) -> None:
         if not self._is_unowned(block_id):

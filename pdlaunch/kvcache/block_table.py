@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 
 
 class BlockTables:
-    """Which block holds which tokens: logical block i of a group holds tokens [i * block_size, (i + 1) * block_size).
+    """Which block holds which tokens: logical block i of a group holds tokens [i * block_size, (i +
+    1) * block_size).
 
-    All groups end at the same logical block. A sliding group begins later: its earlier blocks have left the window.
+    All groups end at the same logical block. A sliding group begins later: its earlier blocks have
+    left the window.
 
         logical block    0   1   2   3   4
         full group     [ a   b   c   d   e ]     first 0, end 5
@@ -28,7 +30,9 @@ class BlockTables:
         """Number of computed tokens from which on the next block has left a window."""
 
     def append(self, first: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
-        """Add by group the blocks from ``first[group]`` on; a group without blocks yet may begin anywhere."""
+        """Add by group the blocks from ``first[group]`` on; a group without blocks yet may begin
+        anywhere.
+        """
         for group, new_ids in enumerate(block_ids):
             held = self.block_ids[group]
             if not held:
@@ -36,7 +40,10 @@ class BlockTables:
             assert self.first[group] + len(held) == first[group]
             held.extend(new_ids)
         self.end = self.first[0] + len(self.block_ids[0])
-        assert all(start + len(held) == self.end for start, held in zip(self.first, self.block_ids, strict=True))
+        assert all(
+            start + len(held) == self.end
+            for start, held in zip(self.first, self.block_ids, strict=True)
+        )
 
     def between(self, group: int, start: int, end: int) -> list[int]:
         """Blocks of the logical indices [start, end) that the group still holds."""

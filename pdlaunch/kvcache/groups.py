@@ -1,7 +1,8 @@
 """KV cache groups and the shape of a KV block.
 
-A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut into groups of equal size, so
-that one pool of equal-sized blocks serves all groups. Each group has its own block table for every request.
+A model's layers are sorted by what they keep of the past (all tokens, or a sliding window) and cut
+into groups of equal size, so that one pool of equal-sized blocks serves all groups. Each group has
+its own block table for every request.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ class KVCacheGroup:
     """Layers that share block tables."""
 
     layers: tuple[int, ...]
-    """Model layers in the order of their slot in the block; at most ``KVCacheLayout.num_layers_per_block``."""
+    """Model layers in the order of their slot in the block; at most
+    ``KVCacheLayout.num_layers_per_block``.
+    """
     sliding_window: int | None
     """Tokens that attention sees, the current one included; None sees all."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheLayout:
-    """The KV cache of one rank: ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``.
+    """The KV cache of one rank: ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size,
+    head_dim]``.
 
     Block-major, then heads: a block is one contiguous region, and so is one head's share of it.
     """
@@ -54,9 +58,9 @@ class KVCacheLayout:
 def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]:
     """Cut layers into groups of one kind each and of equal size.
 
-    ``layer_windows``: for each layer its sliding window in tokens, or None for full attention. The size of a group is that of the
-    rarest kind (Gemma 3: 4 full and 22 sliding layers give one full group and six sliding ones, the last with two layers).
-    Full groups come first.
+    ``layer_windows``: for each layer its sliding window in tokens, or None for full attention. The
+    size of a group is that of the rarest kind (Gemma 3: 4 full and 22 sliding layers give one full
+    group and six sliding ones, the last with two layers). Full groups come first.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(layer_windows):

@@ -1,4 +1,5 @@
-"""Chained hashes of the token blocks of a request: key of the prefix cache, and proof of a KV hand-over.
+"""Chained hashes of the token blocks of a request: key of the prefix cache, and proof of a KV
+hand-over.
 
     h[-1] = H(model content, adapter, cache_salt)
     h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)
@@ -27,7 +28,9 @@ def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> 
 
 
 class BlockHasher:
-    """The hashes of one request's full blocks; grows with the request, each block is hashed once."""
+    """The hashes of one request's full blocks; grows with the request, each block is hashed
+    once.
+    """
 
     __slots__ = ("_block_size", "_root", "block_hashes")
 
@@ -37,7 +40,9 @@ class BlockHasher:
         self.block_hashes: list[bytes] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are not hashed yet."""
+        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are not hashed
+        yet.
+        """
         start = len(self.block_hashes) * self._block_size
         num_blocks = (len(token_ids) - start) // self._block_size
         if num_blocks > 0:
@@ -45,7 +50,9 @@ class BlockHasher:
             self.block_hashes.extend(_chain(self._last(), token_ids[start:end], self._block_size))
 
     def prompt_hashes(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
-        """The hashes of all blocks of the prompt, the last one possibly partial; what both ends of a hand-over compare."""
+        """The hashes of all blocks of the prompt, the last one possibly partial; what both ends of
+        a hand-over compare.
+        """
         self.extend(token_ids)
         num_full_blocks = num_prompt_tokens // self._block_size
         hashes = self.block_hashes[:num_full_blocks]

@@ -1,8 +1,9 @@
-"""The KV cache of an engine: block tables of all groups from one pool, and the prefix cache over them.
+"""The KV cache of an engine: block tables of all groups from one pool, and the prefix cache over
+them.
 
-A query at token q sees all tokens up to q in a full group, tokens [q - window + 1, q] in a sliding one. A request that has
-computed ``num_computed`` tokens asks next for q = num_computed, and never again for an earlier one: blocks wholly before that
-window are given back.
+A query at token q sees all tokens up to q in a full group, tokens [q - window + 1, q] in a sliding
+one. A request that has computed ``num_computed`` tokens asks next for q = num_computed, and never
+again for an earlier one: blocks wholly before that window are given back.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class PrefixHit:
 
 
 class KVCacheManager:
-    """Finds, gives and takes back the blocks of requests. Sizes in blocks count all groups unless said otherwise."""
+    """Finds, gives and takes back the blocks of requests. Sizes in blocks count all groups unless
+    said otherwise.
+    """
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
         self._windows = [group.sliding_window for group in groups]
@@ -53,18 +56,25 @@ class KVCacheManager:
         return self._num_groups
 
     def first_visible(self, num_computed: int) -> list[int]:
-        """By group: the first logical block that the queries from token ``num_computed`` on can see."""
+        """By group: the first logical block that the queries from token ``num_computed`` on can
+        see.
+        """
         return [self._first_visible(window, num_computed) for window in self._windows]
 
     def min_blocks(self, num_tokens: int) -> int:
         """Blocks without which ``num_tokens`` tokens cannot be computed, even one at a time."""
         num_logical = self.num_logical_blocks(num_tokens)
-        return sum(num_logical if window is None else min(num_logical, self._span(window)) for window in self._windows)
+        return sum(
+            num_logical if window is None else min(num_logical, self._span(window))
+            for window in self._windows
+        )
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
-        """The longest cached prefix of at most ``max_blocks`` logical blocks from which a request can compute on.
+        """The longest cached prefix of at most ``max_blocks`` logical blocks from which a request
+        can compute on.
 
-        Every full group has all its blocks, every sliding group those that the first token after the prefix sees.
+        Every full group has all its blocks, every sliding group those that the first token after
+        the prefix sees.
         """
         length = max_blocks
         for group, window in enumerate(self._windows):
@@ -78,10 +88,19 @@ class KVCacheManager:
                     shorter = self._fit_window(group, window, block_hashes, shorter)
             settled, length = shorter == length, shorter
         first = self.first_visible(length * self._block_size)
-        return PrefixHit(first, [self._find_all(group, block_hashes[start:length]) for group, start in enumerate(first)])
+        return PrefixHit(
+            first,
+            [
+                self._find_all(group, block_hashes[start:length])
+                for group, start in enumerate(first)
+            ],
+        )
 
-    def find_for_pull(self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int) -> PrefixHit:
-        """What a pull need not bring: by group, the cached blocks from the first one visible to token ``num_computed`` on.
+    def find_for_pull(
+        self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int
+    ) -> PrefixHit:
+        """What a pull need not bring: by group, the cached blocks from the first one visible to
+        token ``num_computed`` on.
 
         Groups are independent of each other here: no token before ``num_computed`` is computed.
         """
@@ -93,15 +112,19 @@ class KVCacheManager:
         return PrefixHit(first, block_ids)
 
     def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
-        """Whether a request that begins with ``hit`` can compute ``num_tokens`` tokens without touching ``num_reserved`` blocks.
+        """Whether a request that begins with ``hit`` can compute ``num_tokens`` tokens without
+        touching ``num_reserved`` blocks.
 
-        Sharing takes cached blocks from the free ones. Those of a sliding group come back when they leave the window, but blocks
-        shared with other owners do not: only what is taken from the free ones counts.
+        Sharing takes cached blocks from the free ones. Those of a sliding group come back when they
+        leave the window, but blocks shared with other owners do not: only what is taken from the
+        free ones counts.
         """
         num_logical = self.num_logical_blocks(num_tokens)
         num_needed = 0
         for group, window in enumerate(self._windows):
-            num_taken = self.pool.num_cached_among(hit.block_ids[group]) + num_logical - hit.end(group)
+            num_taken = (
+                self.pool.num_cached_among(hit.block_ids[group]) + num_logical - hit.end(group)
+            )
             num_needed += num_taken if window is None else min(num_taken, self._span(window))
         return num_needed + num_reserved <= self.pool.num_free_blocks
 
@@ -117,7 +140,9 @@ class KVCacheManager:
         return (tables.end + num_takeable_blocks // self._num_groups) * self._block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens in all groups; False, and nothing has changed, when blocks are short."""
+        """Make room for ``num_tokens`` tokens in all groups; False, and nothing has changed, when
+        blocks are short.
+        """
         count = self.num_logical_blocks(num_tokens) - tables.end
         if count <= 0:
             return True
@@ -134,18 +159,30 @@ class KVCacheManager:
             return
         for group, window in enumerate(self._windows):
             if window is not None:
-                self.pool.release(tables.pop_before(group, self._first_visible(window, num_computed)))
+                self.pool.release(
+                    tables.pop_before(group, self._first_visible(window, num_computed))
+                )
         self._plan_release(tables)
 
-    def adopt_pulled(self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]) -> None:
-        """Fill empty ``tables`` with shared blocks (owned already) and the blocks of a pull that has succeeded."""
+    def adopt_pulled(
+        self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]
+    ) -> None:
+        """Fill empty ``tables`` with shared blocks (owned already) and the blocks of a pull that
+        has succeeded.
+        """
         for block_ids in pulled:
             self.pool.finish_pull(block_ids)
-        tables.append(hit.first, [[*held, *new] for held, new in zip(hit.block_ids, pulled, strict=True)])
+        tables.append(
+            hit.first, [[*held, *new] for held, new in zip(hit.block_ids, pulled, strict=True)]
+        )
         self._plan_release(tables)
 
-    def register(self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int) -> None:
-        """Let other requests find the logical blocks [start, end), whose tokens are all computed."""
+    def register(
+        self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
+    ) -> None:
+        """Let other requests find the logical blocks [start, end), whose tokens are all
+        computed.
+        """
         for group in range(self._num_groups):
             begin = max(start, tables.first[group])
             for index, block_id in enumerate(tables.between(group, begin, end), begin):
@@ -161,14 +198,18 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def lease(self, tables: BlockTables, num_tokens: int) -> PrefixHit:
-        """Turn a finished request's blocks into a lease on its first ``num_tokens`` tokens; other blocks are freed.
+        """Turn a finished request's blocks into a lease on its first ``num_tokens`` tokens; other
+        blocks are freed.
 
-        Held is what the last of these tokens sees: a reader without the next token computes that one again.
+        Held is what the last of these tokens sees: a reader without the next token computes that
+        one again.
         """
         end = self.num_logical_blocks(num_tokens)
         first = self.first_visible(num_tokens - 1)
         leased = [tables.between(group, start, end) for group, start in enumerate(first)]
-        assert all(len(block_ids) == end - start for block_ids, start in zip(leased, first, strict=True))
+        assert all(
+            len(block_ids) == end - start for block_ids, start in zip(leased, first, strict=True)
+        )
         for group, block_ids in enumerate(leased):
             self.pool.release(tables.between(group, end, tables.end))
             self.pool.lease(block_ids)
@@ -196,14 +237,20 @@ class KVCacheManager:
         )
 
     def _count_cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> int:
-        """Logical index of the first block from ``start`` on that is not cached, at most ``end``."""
+        """Logical index of the first block from ``start`` on that is not cached, at most
+        ``end``.
+        """
         for index in range(start, end):
             if self.pool.find(group, block_hashes[index]) is None:
                 return index
         return max(start, end)
 
-    def _fit_window(self, group: int, window: int, block_hashes: Sequence[bytes], length: int) -> int:
-        """The longest prefix of at most ``length`` blocks whose visible blocks are all cached for a sliding group."""
+    def _fit_window(
+        self, group: int, window: int, block_hashes: Sequence[bytes], length: int
+    ) -> int:
+        """The longest prefix of at most ``length`` blocks whose visible blocks are all cached for a
+        sliding group.
+        """
         index = length
         while index > self._first_visible(window, length * self._block_size):
             index -= 1

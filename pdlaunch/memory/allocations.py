@@ -1,4 +1,5 @@
-"""Every allocation of the pools: which addresses, which physical memory, which tag, and where its bytes are while it sleeps.
+"""Every allocation of the pools: which addresses, which physical memory, which tag, and where its
+bytes are while it sleeps.
 
 ::
 
@@ -45,11 +46,15 @@ class ExportedHandle:
     num_bytes: int
     kind: HandleKind
     handle: int | bytes
-    """A file descriptor, which the receiver of this object closes, or the 64 bytes of a fabric handle."""
+    """A file descriptor, which the receiver of this object closes, or the 64 bytes of a fabric
+    handle.
+    """
 
 
 class AllocationTable:
-    """Owner of all address ranges and physical memory of the pools. May be called from any thread."""
+    """Owner of all address ranges and physical memory of the pools. May be called from any
+    thread.
+    """
 
     def __init__(self, driver: MemoryDriver) -> None:
         self._driver = driver
@@ -70,29 +75,39 @@ class AllocationTable:
     def num_mapped_bytes(self) -> int:
         """Physical memory that is held now."""
         with self._lock:
-            return sum(found.num_bytes for found in self._allocations.values() if found.handle is not None)
+            return sum(
+                found.num_bytes for found in self._allocations.values() if found.handle is not None
+            )
 
     def allocate(self, num_bytes: int, tag: str) -> int:
         """Addresses with memory behind them. Raises MemoryPoolError; then nothing is held."""
         with self._lock:
             if tag in self._sleeping_tags:
-                raise MemoryPoolError(f"{num_bytes} bytes were asked of the pool {tag!r} while it sleeps")
+                raise MemoryPoolError(
+                    f"{num_bytes} bytes were asked of the pool {tag!r} while it sleeps"
+                )
             pages_bytes = -(-num_bytes // self._driver.page_bytes) * self._driver.page_bytes
             try:
                 address = self._driver.reserve(pages_bytes)
             except DriverRefused as error:
-                raise MemoryPoolError(f"no addresses for {pages_bytes} bytes of {tag!r}: {error}") from error
+                raise MemoryPoolError(
+                    f"no addresses for {pages_bytes} bytes of {tag!r}: {error}"
+                ) from error
             allocation = Allocation(tag, address, pages_bytes, None)
             try:
                 self._back(allocation)
             except DriverRefused as error:
                 self._driver.free_address(address, pages_bytes)
-                raise MemoryPoolError(f"no memory for {pages_bytes} bytes of {tag!r}: {error}") from error
+                raise MemoryPoolError(
+                    f"no memory for {pages_bytes} bytes of {tag!r}: {error}"
+                ) from error
             self._allocations[address] = allocation
             return address
 
     def free(self, address: int) -> None:
-        """Give back an allocation, asleep or awake; nothing uses it any more. Raises DriverRefused."""
+        """Give back an allocation, asleep or awake; nothing uses it any more. Raises
+        DriverRefused.
+        """
         with self._lock:
             allocation = self._allocations.pop(address)
             if allocation.handle is not None:
@@ -102,7 +117,8 @@ class AllocationTable:
             self._driver.free_address(address, allocation.num_bytes)
 
     def sleep(self, tags: Collection[str], keep: Collection[str]) -> int:
-        """Give the physical memory of ``tags`` back; bytes of those in ``keep`` go to host memory. Returns bytes given back.
+        """Give the physical memory of ``tags`` back; bytes of those in ``keep`` go to host memory.
+        Returns bytes given back.
 
         Raises MemoryPoolError when host memory is short; then nothing has changed.
         """
@@ -122,12 +138,17 @@ class AllocationTable:
             return sum(found.num_bytes for found in falling_asleep)
 
     def wake(self, tags: Collection[str]) -> int:
-        """Put memory behind the addresses of ``tags`` again, with their bytes where they were kept. Returns bytes taken.
+        """Put memory behind the addresses of ``tags`` again, with their bytes where they were kept.
+        Returns bytes taken.
 
         Raises MemoryPoolError when the device has too little memory; then all of them sleep on.
         """
         with self._lock:
-            waking = [found for found in self._allocations.values() if found.handle is None and found.tag in tags]
+            waking = [
+                found
+                for found in self._allocations.values()
+                if found.handle is None and found.tag in tags
+            ]
             woken = []
             try:
                 for allocation in waking:
@@ -135,21 +156,27 @@ class AllocationTable:
                     woken.append(allocation)
                 for allocation in waking:
                     if allocation.backup is not None:
-                        self._driver.copy_to_device(allocation.address, allocation.backup, allocation.num_bytes)
+                        self._driver.copy_to_device(
+                            allocation.address, allocation.backup, allocation.num_bytes
+                        )
                 self._driver.synchronize()
             except DriverRefused as error:
                 self._let_copies_end()
                 for allocation in woken:
                     self._unback(allocation)
                 wanted = sum(found.num_bytes for found in waking)
-                raise MemoryPoolError(f"{wanted} bytes of {', '.join(sorted(tags))} cannot wake up: {error}") from error
+                raise MemoryPoolError(
+                    f"{wanted} bytes of {', '.join(sorted(tags))} cannot wake up: {error}"
+                ) from error
             for allocation in waking:
                 self._drop_backup(allocation)
             self._sleeping_tags.difference_update(tags)
             return sum(found.num_bytes for found in waking)
 
     def exported_handle(self, address: int) -> ExportedHandle | None:
-        """Of the awake allocation that holds an address, if there is one. Raises MemoryPoolError."""
+        """Of the awake allocation that holds an address, if there is one. Raises
+        MemoryPoolError.
+        """
         with self._lock:
             for found in self._awake():
                 if found.address <= address < found.address + found.num_bytes:
@@ -157,15 +184,23 @@ class AllocationTable:
             return None
 
     def check_integrity(self) -> None:
-        """Prove that ranges do not overlap and that exactly the awake ones hold memory. Raises AssertionError."""
+        """Prove that ranges do not overlap and that exactly the awake ones hold memory. Raises
+        AssertionError.
+        """
         with self._lock:
             end = 0
             for address, found in sorted(self._allocations.items()):
                 assert address == found.address >= end, "address ranges overlap"
                 assert found.num_bytes > 0, "an empty range"
-                assert found.num_bytes % self._driver.page_bytes == 0, "a range that is no number of pages"
-                assert (found.handle is None) == (found.tag in self._sleeping_tags), "memory and tag do not agree"
-                assert found.backup is None or found.handle is None, "an awake allocation has a backup"
+                assert found.num_bytes % self._driver.page_bytes == 0, (
+                    "a range that is no number of pages"
+                )
+                assert (found.handle is None) == (found.tag in self._sleeping_tags), (
+                    "memory and tag do not agree"
+                )
+                assert found.backup is None or found.handle is None, (
+                    "an awake allocation has a backup"
+                )
                 end = address + found.num_bytes
 
     def _of(self, tag: str | None) -> Iterable[Allocation]:
@@ -196,7 +231,9 @@ class AllocationTable:
             handle = self._driver.export(found.handle)
         except DriverRefused as error:
             raise MemoryPoolError(f"memory of {found.tag!r} cannot be shared: {error}") from error
-        return ExportedHandle(found.tag, found.address, found.num_bytes, self._driver.handle_kind, handle)
+        return ExportedHandle(
+            found.tag, found.address, found.num_bytes, self._driver.handle_kind, handle
+        )
 
     def _unback(self, allocation: Allocation) -> None:
         assert allocation.handle is not None

@@ -1,7 +1,8 @@
 """Switches expandable segments off for a while, whatever else the user has set.
 
-torch keeps one settings string a process; writing one replaces the other, and of repeated keys the last wins. So the user's own
-string is written with one more key, and then as it was. Checked against torch 2.11 and 2.13.
+torch keeps one settings string a process; writing one replaces the other, and of repeated keys the
+last wins. So the user's own string is written with one more key, and then as it was. Checked
+against torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which leaves them to the copy engines.
+"""Many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which leaves
+them to the copy engines.
 
-Multiprocessors stay free. The driver takes about 0.5 us an entry with prepared arrays. Addresses may be those of the process' own
-memory, pinned memory, or memory of a peer that is mapped here.
+Multiprocessors stay free. The driver takes about 0.5 us an entry with prepared arrays. Addresses
+may be those of the process' own memory, pinned memory, or memory of a peer that is mapped here.
 Source: cuda.h of CUDA 12.8 and 13.
 """
 
@@ -44,23 +45,34 @@ class BatchCopies:
     """Needs a driver of CUDA 12.8 or newer. Not for the default stream."""
 
     def __init__(self, num_streams: int, load: Callable[[], ctypes.CDLL] = load_library) -> None:
-        """``num_streams`` share a batch: a copy engine works through its entries one by one, several engines side by side.
+        """``num_streams`` share a batch: a copy engine works through its entries one by one,
+        several engines side by side.
 
         Raises DriverError where the driver is missing or too old.
         """
         library = load()
         self._with_fail_index = not hasattr(library, "cuMemcpyBatchAsync_v2")
         try:
-            self._call = library.cuMemcpyBatchAsync if self._with_fail_index else library.cuMemcpyBatchAsync_v2
+            self._call = (
+                library.cuMemcpyBatchAsync
+                if self._with_fail_index
+                else library.cuMemcpyBatchAsync_v2
+            )
         except AttributeError:
-            raise DriverError("the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8") from None
+            raise DriverError(
+                "the CUDA driver has no cuMemcpyBatchAsync: it is older than CUDA 12.8"
+            ) from None
         self._num_streams = num_streams
         self._attributes = _Attributes(src_access_order=_SRC_ACCESS_ORDER_STREAM)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
         self._helpers: dict[torch.cuda.Stream, list[torch.cuda.Stream]] = {}
 
-    def enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream) -> None:
-        """Copy ``sizes[i]`` bytes from ``sources[i]`` to ``destinations[i]``, in the order of ``main``. Raises TransferError."""
+    def enqueue(
+        self, destinations: Addresses, sources: Addresses, sizes: Addresses, main: torch.cuda.Stream
+    ) -> None:
+        """Copy ``sizes[i]`` bytes from ``sources[i]`` to ``destinations[i]``, in the order of
+        ``main``. Raises TransferError.
+        """
         share = max(1, min(-(-len(sizes) // self._num_streams), ENTRIES_A_CALL))
         starts = range(0, len(sizes), share)
         helpers = self._helpers_of(main)[: max(0, len(starts) - 1)]
@@ -81,7 +93,13 @@ class BatchCopies:
             self._helpers[main] = new
         return self._helpers[main]
 
-    def _enqueue(self, destinations: Addresses, sources: Addresses, sizes: Addresses, stream: torch.cuda.Stream) -> None:
+    def _enqueue(
+        self,
+        destinations: Addresses,
+        sources: Addresses,
+        sizes: Addresses,
+        stream: torch.cuda.Stream,
+    ) -> None:
         # The driver has read the three arrays when the call returns.
         code = self._call(
             ctypes.c_void_p(destinations.ctypes.data),
@@ -95,7 +113,9 @@ class BatchCopies:
             ctypes.c_void_p(stream.cuda_stream),
         )
         if code:
-            raise TransferError(f"cuMemcpyBatchAsync of {len(sizes)} copies failed with CUDA error {code}")
+            raise TransferError(
+                f"cuMemcpyBatchAsync of {len(sizes)} copies failed with CUDA error {code}"
+            )
 
     def _fail_index(self) -> tuple[object, ...]:
         return (ctypes.byref(ctypes.c_size_t()),) if self._with_fail_index else ()

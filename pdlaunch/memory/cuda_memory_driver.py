@@ -19,8 +19,8 @@ _FOR_THIS_CONTEXT = 0
 class CudaMemoryDriver:
     """One CUDA device, whose primary context is current in every thread that calls.
 
-    Memory is made for RDMA where the device can do that, and can be exported: as fabric handle where this process may make them
-    (an IMEX channel is there), else as POSIX file descriptor.
+    Memory is made for RDMA where the device can do that, and can be exported: as fabric handle
+    where this process may make them (an IMEX channel is there), else as POSIX file descriptor.
     """
 
     def __init__(self, device_index: int, bindings: Any = None) -> None:
@@ -65,7 +65,9 @@ class CudaMemoryDriver:
         self._call("cuMemUnmap", address, num_bytes)
 
     def export(self, handle: Handle) -> int | bytes:
-        exported = self._call("cuMemExportToShareableHandle", handle, self._handle_type(self.handle_kind), 0)
+        exported = self._call(
+            "cuMemExportToShareableHandle", handle, self._handle_type(self.handle_kind), 0
+        )
         return bytes(exported.data) if self.handle_kind == "fabric" else int(exported)
 
     def synchronize(self) -> None:
@@ -91,7 +93,9 @@ class CudaMemoryDriver:
         self._call("cuMemcpyHtoDAsync", address, address_of(buffer), num_bytes, 0)
 
     def _choose_handle_kind(self) -> None:
-        """A page of memory tells whether fabric handles are permitted: that the device knows them is not enough."""
+        """A page of memory tells whether fabric handles are permitted: that the device knows them
+        is not enough.
+        """
         if self._attribute("CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED"):
             self._use("fabric")
             try:
@@ -119,12 +123,22 @@ class CudaMemoryDriver:
 
     def _handle_type(self, kind: HandleKind) -> Any:
         kinds = self._driver.CUmemAllocationHandleType
-        return kinds.CU_MEM_HANDLE_TYPE_FABRIC if kind == "fabric" else kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return (
+            kinds.CU_MEM_HANDLE_TYPE_FABRIC
+            if kind == "fabric"
+            else kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        )
 
     def _attribute(self, name: str) -> bool:
         """False also where the driver is too old to know it."""
         try:
-            return bool(self._call("cuDeviceGetAttribute", getattr(self._driver.CUdevice_attribute, name), self._device))
+            return bool(
+                self._call(
+                    "cuDeviceGetAttribute",
+                    getattr(self._driver.CUdevice_attribute, name),
+                    self._device,
+                )
+            )
         except DriverRefused:
             return False
 
@@ -132,7 +146,11 @@ class CudaMemoryDriver:
         """What the call returns beside its code: nothing, one thing, or a tuple."""
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
-            kind = OutOfDeviceMemory if code == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else DriverRefused
+            kind = (
+                OutOfDeviceMemory
+                if code == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+                else DriverRefused
+            )
             raise kind(f"{name}: {code.name}")
         if len(results) > 1:
             return tuple(results)

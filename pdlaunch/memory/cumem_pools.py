@@ -1,10 +1,13 @@
-"""CuMem pools under torch's caching allocator: MemPools whose segments come from an ``AllocationTable``.
+"""CuMem pools under torch's caching allocator: MemPools whose segments come from an
+``AllocationTable``.
 
-A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at once the segments that only
-temporaries have used, and the others when their last tensor is gone and its cache is emptied.
+A MemPool lives while something is allocated under its tag, and is let go then: torch gives back at
+once the segments that only temporaries have used, and the others when their last tensor is gone and
+its cache is emptied.
 
-torch calls back through ctypes for every segment that it takes or gives back, perhaps late in the interpreter's exit. C++ must
-not find a callback that is gone, so callbacks are kept for the life of the process.
+torch calls back through ctypes for every segment that it takes or gives back, perhaps late in the
+interpreter's exit. C++ must not find a callback that is gone, so callbacks are kept for the life of
+the process.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ import torch
 
 from pdlaunch.errors import MemoryPoolError
 from pdlaunch.memory.allocations import AllocationTable, ExportedHandle
-from pdlaunch.memory.allocator_settings import AllocatorSettings, TorchAllocatorSettings, expandable_segments_off
+from pdlaunch.memory.allocator_settings import (
+    AllocatorSettings,
+    TorchAllocatorSettings,
+    expandable_segments_off,
+)
 from pdlaunch.memory.cuda_memory_driver import CudaMemoryDriver
 from pdlaunch.memory.driver import DriverRefused
 from pdlaunch.memory.pools import MemoryPools, NoMemoryPools
@@ -33,7 +40,9 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 
 def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
-    """The pools of a rank. ``enabled``: ``enable_cumem_allocator``. Raises ConfigError, MemoryPoolError."""
+    """The pools of a rank. ``enabled``: ``enable_cumem_allocator``. Raises ConfigError,
+    MemoryPoolError.
+    """
     if not enabled or device.type != "cuda":
         return NoMemoryPools()
     with torch.cuda.device(device):
@@ -50,9 +59,16 @@ class CuMemPools(MemoryPools):
 
     _owner_lock: ClassVar = threading.Lock()
     _owner: ClassVar[CuMemPools | None] = None
-    """Sleeping frees memory that others in this process may know: two owners would pull it away from under each other."""
+    """Sleeping frees memory that others in this process may know: two owners would pull it away
+    from under each other.
+    """
 
-    def __init__(self, table: AllocationTable, device: torch.device, settings: AllocatorSettings | None = None) -> None:
+    def __init__(
+        self,
+        table: AllocationTable,
+        device: torch.device,
+        settings: AllocatorSettings | None = None,
+    ) -> None:
         """Raises MemoryPoolError when this process has pools already."""
         self.table = table
         self._device = device
@@ -62,7 +78,8 @@ class CuMemPools(MemoryPools):
             owner = CuMemPools._owner
             if owner is not None:
                 raise MemoryPoolError(
-                    f"process {os.getpid()} has CuMem pools already, on {owner._device}: close them first, "
+                    f"process {os.getpid()} has CuMem pools already, on {owner._device}: close "
+                    "them first, "
                     f"or give {device} a process of its own"
                 )
             CuMemPools._owner = self
@@ -73,7 +90,10 @@ class CuMemPools(MemoryPools):
         if allocator is None:
             allocator = self._allocators[tag] = _TagAllocator(self.table, tag)
         mem_pool = torch.cuda.MemPool(allocator.allocator)
-        with expandable_segments_off(self._settings), torch.cuda.use_mem_pool(mem_pool, self._device):
+        with (
+            expandable_segments_off(self._settings),
+            torch.cuda.use_mem_pool(mem_pool, self._device),
+        ):
             yield
         del mem_pool
         torch.cuda.empty_cache()
@@ -92,10 +112,14 @@ class CuMemPools(MemoryPools):
         return self.table.exported_handle(address)
 
     def close(self) -> None:
-        """Give everything back, and let others own pools. Raises MemoryPoolError while a tensor lives in one of them."""
+        """Give everything back, and let others own pools. Raises MemoryPoolError while a tensor
+        lives in one of them.
+        """
         torch.cuda.empty_cache()
         if num_bytes := self.table.num_bytes():
-            raise MemoryPoolError(f"{num_bytes} bytes of the CuMem pools are still in use by tensors")
+            raise MemoryPoolError(
+                f"{num_bytes} bytes of the CuMem pools are still in use by tensors"
+            )
         with CuMemPools._owner_lock:
             CuMemPools._owner = None
 
@@ -113,7 +137,9 @@ class _TagAllocator:
         _keep_forever((callbacks, self.allocator))
 
     def _malloc(self, num_bytes: int, device: int, stream: int) -> int | None:
-        """Returns NULL when there is no memory: torch then frees what it can, asks again, and raises OutOfMemoryError."""
+        """Returns NULL when there is no memory: torch then frees what it can, asks again, and
+        raises OutOfMemoryError.
+        """
         try:
             return self._table.allocate(num_bytes, self._tag)
         except Exception as error:

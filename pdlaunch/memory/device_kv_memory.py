@@ -1,7 +1,9 @@
-"""KV memory of a rank on a GPU: from a CuMem pool when there is one, else from torch's own allocator.
+"""KV memory of a rank on a GPU: from a CuMem pool when there is one, else from torch's own
+allocator.
 
-CuMem allocations are shared by their own handles, as they are mapped piece by piece; what torch has allocated with cudaMalloc by
-the handles of CUDA IPC. A tensor lies in one allocation, as expandable segments are off in pools and cannot be shared otherwise.
+CuMem allocations are shared by their own handles, as they are mapped piece by piece; what torch has
+allocated with cudaMalloc by the handles of CUDA IPC. A tensor lies in one allocation, as expandable
+segments are off in pools and cannot be shared otherwise.
 """
 
 from __future__ import annotations
@@ -20,10 +22,15 @@ from pdlaunch.memory.pools import KV_CACHE, MemoryPools
 
 
 class DeviceKVMemory(KVMemory):
-    """``zeros`` for the thread that owns the pools; the others for any thread in which the device's context is current."""
+    """``zeros`` for the thread that owns the pools; the others for any thread in which the device's
+    context is current.
+    """
 
     def __init__(
-        self, pools: MemoryPools, device: torch.device, new_driver: Callable[[int], PeerDriver] = CudaPeerDriver
+        self,
+        pools: MemoryPools,
+        device: torch.device,
+        new_driver: Callable[[int], PeerDriver] = CudaPeerDriver,
     ) -> None:
         """``new_driver``: from the index of the device; called when memory is first shared."""
         self._pools = pools
@@ -42,7 +49,11 @@ class DeviceKVMemory(KVMemory):
             pooled = self._pools.exported_handle(start)
         except MemoryPoolError as error:
             raise NotShareable(str(error)) from error
-        export = self._export_plain(start, num_bytes) if pooled is None else _export_pooled(pooled, start, num_bytes)
+        export = (
+            self._export_plain(start, num_bytes)
+            if pooled is None
+            else _export_pooled(pooled, start, num_bytes)
+        )
         try:
             export.range.check()
         except NotShareable:
@@ -64,7 +75,9 @@ class DeviceKVMemory(KVMemory):
                 case _:
                     raise NotShareable(f"a rank on a GPU cannot map memory of kind {shared.kind}")
         except DriverRefused as error:
-            raise NotShareable(f"the peer's memory ({shared.kind}) cannot be mapped: {error}") from error
+            raise NotShareable(
+                f"the peer's memory ({shared.kind}) cannot be mapped: {error}"
+            ) from error
 
     def _export_plain(self, start: int, num_bytes: int) -> Export:
         driver = self._driver()
@@ -72,7 +85,9 @@ class DeviceKVMemory(KVMemory):
             base, allocation_bytes = driver.allocation_of(start)
             handle = driver.ipc_handle(base)
         except DriverRefused as error:
-            raise NotShareable(f"the KV cache has no handle for peers (expandable_segments?): {error}") from error
+            raise NotShareable(
+                f"the KV cache has no handle for peers (expandable_segments?): {error}"
+            ) from error
         return Export(SharedRange("cuda_ipc", allocation_bytes, start - base, num_bytes, handle))
 
     def _driver(self) -> PeerDriver:
@@ -80,7 +95,9 @@ class DeviceKVMemory(KVMemory):
             try:
                 self._opened = self._new_driver(self._device.index or 0)
             except ConfigError as error:
-                raise NotShareable("the package cuda-bindings is not installed: pip install 'pdlaunch[cuda]'") from error
+                raise NotShareable(
+                    "the package cuda-bindings is not installed: pip install 'pdlaunch[cuda]'"
+                ) from error
             except DriverRefused as error:
                 raise NotShareable(str(error)) from error
         return self._opened
@@ -105,7 +122,8 @@ class HandleMapping(PeerMapping):
             undo.pop_all()
         self.address = self._start + shared.offset_bytes
         self.num_bytes = shared.num_bytes
-        # Measured for descriptors (FACTS: right bytes after kill -9); of fabric handles nobody has tried it.
+        # Measured for descriptors (FACTS: right bytes after kill -9); of fabric handles nobody has
+        # tried it.
         self.outlives_owner = shared.kind == "posix_fd"
 
     def close(self) -> None:

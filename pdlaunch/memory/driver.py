@@ -1,7 +1,7 @@
 """What the pools need of a device's driver: physical memory, addresses, and the map between them.
 
-A page is the driver's granule: sizes are multiples of ``page_bytes``. Physical memory is known by a handle, address ranges by
-their start; one range is mapped to at most one handle.
+A page is the driver's granule: sizes are multiples of ``page_bytes``. Physical memory is known by a
+handle, address ranges by their start; one range is mapped to at most one handle.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class MemoryDriver(Protocol):
     def free_address(self, address: int, num_bytes: int) -> None: ...
 
     def create(self, num_bytes: int) -> Handle:
-        """Physical memory of the device, which lives until it is released, unmapped, and closed by all peers that import it.
+        """Physical memory of the device, which lives until it is released, unmapped, and closed by
+        all peers that import it.
 
         Raises OutOfDeviceMemory.
         """

@@ -1,7 +1,7 @@
 """KV memory of a rank on a CPU: each allocation is a memfd, which peers map for reading.
 
-Seals keep it as large as it is, so that no reader meets the end of the file, and keep readers from writing. The pages live as
-long as anybody maps them: they outlive their owner.
+Seals keep it as large as it is, so that no reader meets the end of the file, and keep readers from
+writing. The pages live as long as anybody maps them: they outlive their owner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pdlaunch.errors import MemoryPoolError
 from pdlaunch.memory.kv_memory import Export, KVMemory, NotShareable, PeerMapping, SharedRange
 
 _F_SEAL_FUTURE_WRITE = 0x0010
-"""Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's ``fcntl``."""
+"""Mappings that exist stay writable, new ones are for reading; Linux 5.1, not in Python's
+``fcntl``.
+"""
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -31,7 +33,9 @@ _PIECE_BYTES = 256 * 1024**2
 
 
 class HostKVMemory(KVMemory):
-    """All pages are taken at once: the first pull into a page would take three times as long. Any thread."""
+    """All pages are taken at once: the first pull into a page would take three times as long. Any
+    thread.
+    """
 
     def __init__(self) -> None:
         self._regions: dict[int, tuple[int, int]] = {}
@@ -49,7 +53,9 @@ class HostKVMemory(KVMemory):
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         except OSError as error:
             os.close(fd)
-            raise MemoryPoolError(f"no {num_bytes} bytes for the KV cache ({error}): lower kv_cache_memory") from error
+            raise MemoryPoolError(
+                f"no {num_bytes} bytes for the KV cache ({error}): lower kv_cache_memory"
+            ) from error
         tensor = torch.frombuffer(pages, dtype=torch.uint8)
         address = tensor.data_ptr()
         self._regions[address] = fd, num_bytes
@@ -61,7 +67,9 @@ class HostKVMemory(KVMemory):
         start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         for address, (fd, allocation_bytes) in self._regions.items():
             if address <= start and start + num_bytes <= address + allocation_bytes:
-                return Export(SharedRange("memfd", allocation_bytes, start - address, num_bytes), os.dup(fd))
+                return Export(
+                    SharedRange("memfd", allocation_bytes, start - address, num_bytes), os.dup(fd)
+                )
         raise NotShareable("the KV cache lies in memory that was not made for sharing")
 
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
@@ -96,8 +104,13 @@ class HostMapping(PeerMapping):
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise NotShareable("the peer's memory is not sealed against shrinking")
             if os.fstat(fd).st_size != shared.allocation_bytes:
-                raise NotShareable(f"the peer's memory has {os.fstat(fd).st_size} bytes, stated are {shared.allocation_bytes}")
-            self._pages = mmap.mmap(fd, shared.allocation_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+                raise NotShareable(
+                    f"the peer's memory has {os.fstat(fd).st_size} bytes, stated are "
+                    f"{shared.allocation_bytes}"
+                )
+            self._pages = mmap.mmap(
+                fd, shared.allocation_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ
+            )
         except OSError as error:
             raise NotShareable(f"the peer's memory cannot be mapped: {error}") from error
         self.address = np.frombuffer(self._pages, dtype=np.uint8).ctypes.data + shared.offset_bytes

@@ -1,7 +1,8 @@
-"""Large host memory that is about to be page-locked: in huge pages, which several threads have put there.
+"""Large host memory that is about to be page-locked: in huge pages, which several threads have put
+there.
 
-Locking faults pages in one after another, on one core: 1.4 to 2.7 GiB/s on an H200's host for memory of the driver's own
-allocator, about 10 GiB/s for memory from here.
+Locking faults pages in one after another, on one core: 1.4 to 2.7 GiB/s on an H200's host for
+memory of the driver's own allocator, about 10 GiB/s for memory from here.
 """
 
 from __future__ import annotations

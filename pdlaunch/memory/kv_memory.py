@@ -1,4 +1,5 @@
-"""Where a rank's KV cache and scratch lie, how a peer on this host gets at them, and how this rank maps those of a peer.
+"""Where a rank's KV cache and scratch lie, how a peer on this host gets at them, and how this rank
+maps those of a peer.
 
 ::
 
@@ -42,10 +43,15 @@ class SharedRange:
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:
-        """Raises NotShareable when it does not lie in its allocation: it comes from another process."""
-        if self.offset_bytes < 0 or not (0 < self.num_bytes <= self.allocation_bytes - self.offset_bytes):
+        """Raises NotShareable when it does not lie in its allocation: it comes from another
+        process.
+        """
+        if self.offset_bytes < 0 or not (
+            0 < self.num_bytes <= self.allocation_bytes - self.offset_bytes
+        ):
             raise NotShareable(
-                f"{self.num_bytes} bytes from {self.offset_bytes} on are not within an allocation of {self.allocation_bytes}"
+                f"{self.num_bytes} bytes from {self.offset_bytes} on are not within an allocation "
+                f"of {self.allocation_bytes}"
             )
 
 
@@ -80,7 +86,9 @@ class KVMemory(ABC):
 
     @abstractmethod
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8, freed with the last tensor that shares it. Raises what the allocator raises."""
+        """[num_bytes] uint8, freed with the last tensor that shares it. Raises what the allocator
+        raises.
+        """
 
     @abstractmethod
     def export(self, tensor: torch.Tensor) -> Export:
@@ -88,7 +96,9 @@ class KVMemory(ABC):
 
     @abstractmethod
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:
-        """Let this rank's device read a peer's range. ``fd`` stays the caller's. Raises NotShareable; then nothing is mapped."""
+        """Let this rank's device read a peer's range. ``fd`` stays the caller's. Raises
+        NotShareable; then nothing is mapped.
+        """
 
 
 class PrivateKVMemory(KVMemory):

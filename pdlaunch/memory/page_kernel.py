@@ -1,5 +1,6 @@
-"""A Triton kernel that copies scattered pages of equal size between memories that this device reaches: its own, pinned host
-memory, or a peer's that is mapped here. A few programs go through all pages, each with tens of KiB in flight.
+"""A Triton kernel that copies scattered pages of equal size between memories that this device
+reaches: its own, pinned host memory, or a peer's that is mapped here. A few programs go through all
+pages, each with tens of KiB in flight.
 
 Import this module only where triton is there.
 """
@@ -17,7 +18,8 @@ KernelShape = tuple[int, int, int]
 """Programs, words of a tile, warps of a program."""
 
 
-# Triton reads annotations: only its own may stand here. It must not compile anew for another number of pages.
+# Triton reads annotations: only its own may stand here. It must not compile anew for another number
+# of pages.
 @triton.jit(do_not_specialize=["num_pages"])  # type: ignore[untyped-decorator]
 def _copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN202
     source,  # noqa: ANN001
@@ -31,10 +33,12 @@ def _copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN202
 ):
     """Copy page i from ``source_units[i]`` to ``destination_units[i]``, counted in 16 bytes.
 
-    Memory is [..] int32. A tile is ROWS pages by COLUMNS words; program p of n takes the tiles p, p + n, p + 2n ...
+    Memory is [..] int32. A tile is ROWS pages by COLUMNS words; program p of n takes the tiles p, p
+    + n, p + 2n ...
     """
-    # Not a constant: ptxas would begin with a part of the content before it asks for all places, and wait for these several
-    # times. Measured on an H200 with pages of 4 KiB in tiles of 32 KiB: 33 instead of 51 GB/s.
+    # Not a constant: ptxas would begin with a part of the content before it asks for all places,
+    # and wait for these several times. Measured on an H200 with pages of 4 KiB in tiles of 32 KiB:
+    # 33 instead of 51 GB/s.
     page_words = page_units * 4
     tiles_per_page = (page_words + COLUMNS - 1) // COLUMNS
     num_tiles = ((num_pages + ROWS - 1) // ROWS) * tiles_per_page
@@ -51,12 +55,19 @@ def _copy_pages(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 def copy_pages(
-    source: torch.Tensor, destination: torch.Tensor, units: torch.Tensor, num_pages: int, page_bytes: int, shape: KernelShape
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    units: torch.Tensor,
+    num_pages: int,
+    page_bytes: int,
+    shape: KernelShape,
 ) -> None:
-    """Enqueue on the current stream: page i from ``units[0, i]`` of ``source`` to ``units[1, i]`` of ``destination``.
+    """Enqueue on the current stream: page i from ``units[0, i]`` of ``source`` to ``units[1, i]``
+    of ``destination``.
 
-    Memories are [..] int32, one of them on the device; units of 16 bytes from their starts, which may lie before or behind the
-    tensor: [2, num_columns] int64 on the device, ``padded_columns(num_pages)``.
+    Memories are [..] int32, one of them on the device; units of 16 bytes from their starts, which
+    may lie before or behind the tensor: [2, num_columns] int64 on the device,
+    ``padded_columns(num_pages)``.
     """
     num_programs, tile_words, num_warps = shape
     columns = min(triton.next_power_of_2(page_bytes // 4), tile_words)
@@ -74,5 +85,7 @@ def copy_pages(
 
 
 def padded_columns(num_pages: int) -> int:
-    """So that both rows are aligned alike in every transfer: another alignment is another compilation."""
+    """So that both rows are aligned alike in every transfer: another alignment is another
+    compilation.
+    """
     return -(-num_pages // UNIT_BYTES) * UNIT_BYTES

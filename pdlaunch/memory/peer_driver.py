@@ -1,6 +1,7 @@
 """What sharing device memory needs of the driver, and the CUDA driver's way of it.
 
-Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process communication).
+Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process
+communication).
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class PeerDriver(Protocol):
-    """One device that maps memory of others. Every method may raise DriverRefused; addresses and sizes are in bytes."""
+    """One device that maps memory of others. Every method may raise DriverRefused; addresses and
+    sizes are in bytes.
+    """
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
-        """Physical memory of a peer, until it is released and unmapped; a descriptor stays the caller's."""
+        """Physical memory of a peer, until it is released and unmapped; a descriptor stays the
+        caller's.
+        """
 
     def reserve(self, num_bytes: int) -> int: ...
 
@@ -38,7 +43,9 @@ class PeerDriver(Protocol):
         """Start and size of the allocation that holds an address."""
 
     def ipc_handle(self, address: int) -> bytes:
-        """64 bytes, of an allocation by its start; refused where it was mapped rather than allocated."""
+        """64 bytes, of an allocation by its start; refused where it was mapped rather than
+        allocated.
+        """
 
     def open_ipc(self, handle: bytes) -> int:
         """Start of a peer's allocation in this process; each call needs one ``close_ipc``."""
@@ -47,7 +54,9 @@ class PeerDriver(Protocol):
 
 
 class CudaPeerDriver(CudaMemoryDriver):
-    """Over ``cuda.bindings``; the device's primary context is current in every thread that calls."""
+    """Over ``cuda.bindings``; the device's primary context is current in every thread that
+    calls.
+    """
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
         kind_of_driver = self._handle_type(kind)

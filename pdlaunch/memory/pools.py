@@ -20,19 +20,23 @@ class MemoryPools(ABC):
 
     @abstractmethod
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
-        """What this thread allocates inside belongs to ``tag``; temporaries too, until they are freed."""
+        """What this thread allocates inside belongs to ``tag``; temporaries too, until they are
+        freed.
+        """
 
     @abstractmethod
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
-        """Give the memory of ``tags`` back to the device; tensors keep their addresses and must not be used.
+        """Give the memory of ``tags`` back to the device; tensors keep their addresses and must not
+        be used.
 
-        Bytes of tags in ``keep`` wait in page-locked host memory. Returns the bytes given back. Raises MemoryPoolError; then
-        nothing has changed.
+        Bytes of tags in ``keep`` wait in page-locked host memory. Returns the bytes given back.
+        Raises MemoryPoolError; then nothing has changed.
         """
 
     @abstractmethod
     def wake_up(self, tags: Collection[str]) -> int:
-        """Take memory for ``tags`` again, at the same addresses; what was not kept is undefined. Returns the bytes taken.
+        """Take memory for ``tags`` again, at the same addresses; what was not kept is undefined.
+        Returns the bytes taken.
 
         Raises MemoryPoolError when the device has too little; then they sleep on.
         """
@@ -43,7 +47,8 @@ class MemoryPools(ABC):
 
     @abstractmethod
     def exported_handle(self, address: int) -> ExportedHandle | None:
-        """That of the awake allocation which holds an address, for a peer that maps it; a descriptor is the caller's to close.
+        """That of the awake allocation which holds an address, for a peer that maps it; a
+        descriptor is the caller's to close.
 
         None when the address is not of these pools. Raises MemoryPoolError.
         """
@@ -56,7 +61,10 @@ class NoMemoryPools(MemoryPools):
         return contextlib.nullcontext()
 
     def sleep(self, tags: Collection[str], keep: Collection[str] = ()) -> int:
-        raise MemoryPoolError("memory that was not allocated from CuMem pools cannot sleep: switch enable_sleep_mode on")
+        raise MemoryPoolError(
+            "memory that was not allocated from CuMem pools cannot sleep: switch enable_sleep_mode "
+            "on"
+        )
 
     def wake_up(self, tags: Collection[str]) -> int:
         raise MemoryPoolError("memory that was not allocated from CuMem pools does not sleep")

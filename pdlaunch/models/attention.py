@@ -1,7 +1,9 @@
-"""Attention over the paged KV cache: the seam between a transformers model and an attention backend.
+"""Attention over the paged KV cache: the seam between a transformers model and an attention
+backend.
 
-The function registered with transformers hands each layer's queries, keys and values to the step that the runner passed to the
-model as ``attention_step``. Backends write keys and values into the KV cache and attend over it.
+The function registered with transformers hands each layer's queries, keys and values to the step
+that the runner passed to the model as ``attention_step``. Backends write keys and values into the
+KV cache and attend over it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pdlaunch.models.packed import PackedBatch
 Progress = Callable[[str, float | None], None]
 
 ATTENTION_NAME = "pdlaunch_paged"
-"""Name under which transformers finds the function. No mask function has that name: transformers then builds no masks."""
+"""Name under which transformers finds the function. No mask function has that name: transformers
+then builds no masks.
+"""
 
 
 class AttentionStep(ABC):
@@ -34,11 +38,13 @@ class AttentionStep(ABC):
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write keys and values of the step's tokens into the KV cache, attend, return [num_tokens, num_heads, head_dim].
+        """Write keys and values of the step's tokens into the KV cache, attend, return [num_tokens,
+        num_heads, head_dim].
 
-        ``query``: [num_heads, num_tokens, head_dim]; ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this
-        rank, rotary embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads). ``sinks``:
-        [num_heads]; a logit of each head that takes its share of the softmax and gives nothing.
+        ``query``: [num_heads, num_tokens, head_dim]; ``key``, ``value``: [num_kv_heads, num_tokens,
+        head_dim]; heads of this rank, rotary embedding applied. Query head h belongs to KV head h
+        // (num_heads / num_kv_heads). ``sinks``: [num_heads]; a logit of each head that takes its
+        share of the softmax and gives nothing.
         """
 
 
@@ -49,11 +55,15 @@ class AttentionBackend(ABC):
     """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:  # noqa: B027 - most have nothing to do
-        """Do once what the first step of each size would have to. ``num_heads``: query heads of this rank."""
+        """Do once what the first step of each size would have to. ``num_heads``: query heads of
+        this rank.
+        """
 
     @abstractmethod
     def prepare(self, batch: PackedBatch) -> AttentionStep:
-        """Compute once what all layers of the step share. A step is used before the next one is prepared."""
+        """Compute once what all layers of the step share. A step is used before the next one is
+        prepared.
+        """
 
 
 def register_attention() -> None:
@@ -76,7 +86,11 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: query [1, num_heads, num_tokens, head_dim], result [1, num_tokens, num_heads, head_dim]."""
+    """As transformers calls it: query [1, num_heads, num_tokens, head_dim], result [1, num_tokens,
+    num_heads, head_dim].
+    """
     if softcap is not None:
         raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")
-    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[None], None
+    return attention_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, s_aux)[
+        None
+    ], None

@@ -1,9 +1,11 @@
-"""Triton kernels of paged attention: write keys and values, decode over splits of the context, chunks of prompts, gather.
+"""Triton kernels of paged attention: write keys and values, decode over splits of the context,
+chunks of prompts, gather.
 
-All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim) in place; ``layer_offset`` is
-the distance of a layer's keys from its block and head, in elements. Sizes of the batch come from the device where a CUDA graph
-may replay the launch: rows past the batch have length 0 and slot -1. Scores are kept times log2(e), for exp2. Import this module
-only where triton is there.
+All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
+in place; ``layer_offset`` is the distance of a layer's keys from its block and head, in elements.
+Sizes of the batch come from the device where a CUDA graph may replay the launch: rows past the
+batch have length 0 and slot -1. Scores are kept times log2(e), for exp2. Import this module only
+where triton is there.
 
 Source: flash-decoding (Dao et al., 2023) for the splits, FlashAttention-2 for the online softmax.
 """
@@ -18,7 +20,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _row_offsets(table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _row_offsets(
+    table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Distance of each position's row of D from the first block's."""
     blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_context, other=0)
     return blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
@@ -26,7 +30,9 @@ def _row_offsets(table, positions, is_context, block_stride, BLOCK_SIZE: tl.cons
 
 @triton.jit
 def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one split: equal shares of the context, at most NUM_SPLITS, each of at least MIN_SPLIT tokens; whole tiles."""
+    """Tokens of one split: equal shares of the context, at most NUM_SPLITS, each of at least
+    MIN_SPLIT tokens; whole tiles.
+    """
     num_splits = tl.minimum(tl.maximum(span // MIN_SPLIT, 1), NUM_SPLITS)
     share = (span + num_splits - 1) // num_splits
     return (share + TILE - 1) // TILE * TILE
@@ -57,7 +63,9 @@ def write_kv(
     PADDED_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``slots``: [num_tokens]; block * B + offset, or -1. Grid: tiles of TOKENS tokens, KV heads."""
+    """``slots``: [num_tokens]; block * B + offset, or -1. Grid: tiles of TOKENS tokens, KV
+    heads.
+    """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     dims = tl.arange(0, PADDED_DIM)
@@ -66,8 +74,12 @@ def write_kv(
     rows = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
     target = kv_cache + head * head_stride + layer_offset + rows[:, None] + dims[None, :]
     places = tokens.to(tl.int64)[:, None]
-    keys = tl.load(key + places * key_token_stride + head * key_head_stride + dims[None, :], mask=mask)
-    values = tl.load(value + places * value_token_stride + head * value_head_stride + dims[None, :], mask=mask)
+    keys = tl.load(
+        key + places * key_token_stride + head * key_head_stride + dims[None, :], mask=mask
+    )
+    values = tl.load(
+        value + places * value_token_stride + head * value_head_stride + dims[None, :], mask=mask
+    )
     tl.store(target, keys, mask=mask)
     tl.store(target + BLOCK_SIZE * HEAD_DIM, values, mask=mask)
 
@@ -99,10 +111,11 @@ def attend_decode(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One split of one row's context for the GROUP query heads of one KV head; the row's query is its last token.
+    """One split of one row's context for the GROUP query heads of one KV head; the row's query is
+    its last token.
 
-    ``tables``: [.., table_stride] int32, of which the batch's rows begin at ``table_row``. Grid: rows, KV heads, splits.
-    Splits that a row does not need write nothing.
+    ``tables``: [.., table_stride] int32, of which the batch's rows begin at ``table_row``. Grid:
+    rows, KV heads, splits. Splits that a row does not need write nothing.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -115,7 +128,10 @@ def attend_decode(
         is_dim, is_member = dims < HEAD_DIM, members < GROUP
         heads = head * GROUP + members
         queries = tl.load(
-            query + row.to(tl.int64) * query_token_stride + heads[:, None] * query_head_stride + dims[None, :],
+            query
+            + row.to(tl.int64) * query_token_stride
+            + heads[:, None] * query_head_stride
+            + dims[None, :],
             mask=is_member[:, None] & is_dim[None, :],
             other=0.0,
         )
@@ -129,23 +145,37 @@ def attend_decode(
             visible = positions < stop
             if WINDOW > 0:
                 visible = visible & (positions >= length - WINDOW)
-            rows = _row_offsets(table, positions, positions < stop, block_stride, BLOCK_SIZE, HEAD_DIM)
-            keys = tl.load(layer + rows[None, :] + dims[:, None], mask=visible[None, :] & is_dim[:, None], other=0.0)
+            rows = _row_offsets(
+                table, positions, positions < stop, block_stride, BLOCK_SIZE, HEAD_DIM
+            )
+            keys = tl.load(
+                layer + rows[None, :] + dims[:, None],
+                mask=visible[None, :] & is_dim[:, None],
+                other=0.0,
+            )
             scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
             scores = tl.where(visible[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, 1))
             weights = tl.exp2(scores - new_best[:, None])
             decay = tl.exp2(best - new_best)
             values = tl.load(
-                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :], mask=visible[:, None] & is_dim[None, :], other=0.0
+                layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
+                mask=visible[:, None] & is_dim[None, :],
+                other=0.0,
             )
-            attended = tl.dot(weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee")
+            attended = tl.dot(
+                weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
+            )
             total = total * decay + tl.sum(weights, 1)
             best = new_best
         place = (row.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * NUM_SPLITS + split
         tl.store(partial_max + place, best, mask=is_member)
         tl.store(partial_sum + place, total, mask=is_member)
-        tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], attended, mask=is_member[:, None] & is_dim[None, :])
+        tl.store(
+            partial + place[:, None] * HEAD_DIM + dims[None, :],
+            attended,
+            mask=is_member[:, None] & is_dim[None, :],
+        )
 
 
 @triton.jit
@@ -164,7 +194,9 @@ def reduce_splits(
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Add up what ``attend_decode`` left. ``result``: [rows, heads, D]. Grid: rows, heads. Rows of length 0 give zeros."""
+    """Add up what ``attend_decode`` left. ``result``: [rows, heads, D]. Grid: rows, heads. Rows of
+    length 0 give zeros.
+    """
     row, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + row)
     span = length - _first_tile(length, WINDOW, TILE)
@@ -184,10 +216,14 @@ def reduce_splits(
     if HAS_SINKS:
         total += tl.exp2(sink - best)
     attended = tl.load(
-        partial + place[:, None] * HEAD_DIM + dims[None, :], mask=used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+        partial + place[:, None] * HEAD_DIM + dims[None, :],
+        mask=used[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
     )
     summed = tl.sum(attended * shares[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(result + line * HEAD_DIM + dims, summed.to(result.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(
+        result + line * HEAD_DIM + dims, summed.to(result.dtype.element_ty), mask=dims < HEAD_DIM
+    )
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -219,10 +255,11 @@ def attend_chunks(
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """TOKENS tokens of a row's chunk for one query head, over everything before them that the KV cache holds.
+    """TOKENS tokens of a row's chunk for one query head, over everything before them that the KV
+    cache holds.
 
-    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``. ``row_starts``: [rows + 1]
-    first token of each row in ``query`` and ``result``.
+    Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``.
+    ``row_starts``: [rows + 1] first token of each row in ``query`` and ``result``.
     """
     row, head = tl.load(tile_rows + tl.program_id(0)), tl.program_id(1)
     token = tl.load(tile_tokens + tl.program_id(0))
@@ -240,7 +277,10 @@ def attend_chunks(
     table = tables + (table_row + row).to(tl.int64) * tl.load(table_stride_at)
     layer = kv_cache + (head // GROUP) * head_stride + layer_offset
     if HAS_SINKS:
-        best = tl.zeros([TOKENS], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        best = (
+            tl.zeros([TOKENS], tl.float32)
+            + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        )
         total = tl.full([TOKENS], 1.0, tl.float32)
     else:
         best = tl.full([TOKENS], float("-inf"), tl.float32)
@@ -257,7 +297,9 @@ def attend_chunks(
             # Blocks before the window may belong to others by now: what lies there is not read.
             held = held & (positions > before + token - WINDOW)
             visible = visible & (positions[None, :] > before + tokens[:, None] - WINDOW)
-        keys = tl.load(layer + rows[None, :] + dims[:, None], mask=held[None, :] & is_dim[:, None], other=0.0)
+        keys = tl.load(
+            layer + rows[None, :] + dims[:, None], mask=held[None, :] & is_dim[:, None], other=0.0
+        )
         scores = tl.dot(queries, keys, input_precision="ieee") * scaling_log2
         scores = tl.where(visible, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
@@ -266,9 +308,13 @@ def attend_chunks(
         weights = tl.exp2(scores - reference[:, None])
         decay = tl.exp2(best - reference)
         values = tl.load(
-            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :], mask=held[:, None] & is_dim[None, :], other=0.0
+            layer + BLOCK_SIZE * HEAD_DIM + rows[:, None] + dims[None, :],
+            mask=held[:, None] & is_dim[None, :],
+            other=0.0,
         )
-        attended = tl.dot(weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee")
+        attended = tl.dot(
+            weights.to(values.dtype), values, attended * decay[:, None], input_precision="ieee"
+        )
         total = total * decay + tl.sum(weights, 1)
         best = new_best
     attended = attended / tl.where(total > 0, total, 1.0)[:, None]
@@ -294,7 +340,9 @@ def gather_kv(
     PADDED_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Copy the tokens in ``slots`` to ``keys`` and ``values``: [num_tokens, H, D]. Grid: tiles of TOKENS tokens, KV heads."""
+    """Copy the tokens in ``slots`` to ``keys`` and ``values``: [num_tokens, H, D]. Grid: tiles of
+    TOKENS tokens, KV heads.
+    """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     dims = tl.arange(0, PADDED_DIM)

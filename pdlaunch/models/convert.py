@@ -1,7 +1,8 @@
 """Convert a GGUF file into a directory in Hugging Face layout, once, into the cache.
 
-``python -m pdlaunch.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading weights``. Launches that need the same
-model at once are safe: one converts under a file lock, and the result appears under its name only when it is complete.
+``python -m pdlaunch.models.convert MODEL`` prints a line for each stage: ``[ 40%] reading
+weights``. Launches that need the same model at once are safe: one converts under a file lock, and
+the result appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ LARGE_FILE_BYTES = 1024**3
 def ensure_converted(model: str, progress: Progress, *, convert: Converter | None = None) -> Path:
     """The directory to serve ``model`` from, converted now if it is not in the cache.
 
-    Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot be served.
+    Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot
+    be served.
     """
     resolved = resolve_model(model)
     if resolved.ready:
@@ -64,7 +66,8 @@ def _convert_into_place(resolved: ResolvedModel, progress: Progress, convert: Co
 
 
 def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
-    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of ``source`` into ``target``.
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of
+    ``source`` into ``target``.
 
     Raises ConfigError, whatever is wrong with the file.
     """
@@ -101,9 +104,12 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
         raise _not_converted(source, error, "pip install 'pdlaunch[gguf]'") from error
     except Exception as error:
         # The libraries raise what they happen to meet: struct.error, bare Exception, IndexError.
-        raise _not_converted(source, error, f"Name another model if others read this file well. {DOWNLOAD_AGAIN}") from error
+        raise _not_converted(
+            source, error, f"Name another model if others read this file well. {DOWNLOAD_AGAIN}"
+        ) from error
     if isinstance(config.eos_token_id, int):
-        # The configuration's is right; transformers before 5.18 takes the token that begins a text for the one that ends it.
+        # The configuration's is right; transformers before 5.18 takes the token that begins a text
+        # for the one that ends it.
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     progress("writing", 0.9)
     tokenizer.save_pretrained(target)
@@ -113,14 +119,20 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
 
 def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
     reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-    return ConfigError(f"{source} cannot be converted: {reason}", field="model", value=str(source), fix=fix)
+    return ConfigError(
+        f"{source} cannot be converted: {reason}", field="model", value=str(source), fix=fix
+    )
 
 
 def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
-    """transformers makes up the weights that are missing or have another shape, and only warns of it."""
+    """transformers makes up the weights that are missing or have another shape, and only warns of
+    it.
+    """
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # Mismatched ones come with their shapes.
-        names = sorted(item if isinstance(item, str) else str(item[0]) for item in loaded.get(kind, ()))
+        names = sorted(
+            item if isinstance(item, str) else str(item[0]) for item in loaded.get(kind, ())
+        )
         if names:
             what = f"{len(names)} {kind.removesuffix('_keys')}, {names[0]} among them"
             raise damaged(source, f"its weights do not fit its configuration: {what}")
@@ -133,7 +145,9 @@ def _refuse_non_finite(source: Path, weights: Iterable[tuple[str, Any]]) -> None
 
 
 def _dequantizing() -> dict[str, Any]:
-    """Asks ``from_pretrained`` for plain weights. transformers before 5.17 gives nothing else, and has no word for it."""
+    """Asks ``from_pretrained`` for plain weights. transformers before 5.17 gives nothing else, and
+    has no word for it.
+    """
     import transformers
 
     config_class = getattr(transformers, "GgufConfig", None)
@@ -153,11 +167,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit code 0 when the directory is there, 1 with the reason on standard error."""
+    """Command line; exit code 0 when the directory is there, 1 with the reason on standard
+    error.
+    """
     parser = argparse.ArgumentParser(prog="python -m pdlaunch.models.convert", description=__doc__)
     parser.add_argument("model", help="alias or .gguf file")
-    parser.add_argument("--if-needed", action="store_true", help="say nothing when the model is in the cache already")
-    parser.add_argument("--traceback", action="store_true", help="print where an error came from before the error")
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="say nothing when the model is in the cache already",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="print where an error came from before the error"
+    )
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -173,7 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.traceback:
             traceback.print_exc()
         fix = error.fix if isinstance(error, ConfigError) else None
-        sys.stderr.write(f"error: {str(error) or type(error).__name__}\n" + (f"fix: {fix}\n" if fix else ""))
+        sys.stderr.write(
+            f"error: {str(error) or type(error).__name__}\n" + (f"fix: {fix}\n" if fix else "")
+        )
         return 1
     if not (was_ready and options.if_needed):
         sys.stdout.write(f"{directory}\n")

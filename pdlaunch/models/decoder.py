@@ -18,13 +18,21 @@ class Decoder(Protocol):
 
     @property
     def can_be_captured(self) -> bool:
-        """A CUDA graph may replay a step: nothing in it waits for the device or depends on values there."""
+        """A CUDA graph may replay a step: nothing in it waits for the device or depends on values
+        there.
+        """
         ...
 
     def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None, step: AttentionStep
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
     ) -> torch.Tensor:
-        """``token_ids``, ``positions``: [num_tokens]; returns [len(kept), vocab_size] of the tokens ``kept``, None keeps all."""
+        """``token_ids``, ``positions``: [num_tokens]; returns [len(kept), vocab_size] of the tokens
+        ``kept``, None keeps all.
+        """
         ...
 
 
@@ -36,10 +44,16 @@ class TransformersDecoder:
 
     @property
     def can_be_captured(self) -> bool:
-        return not (_rotary_types(self._model) & _ROTARY_WITH_STATE or _waits_for_experts(self._model))
+        return not (
+            _rotary_types(self._model) & _ROTARY_WITH_STATE or _waits_for_experts(self._model)
+        )
 
     def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None, step: AttentionStep
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
     ) -> torch.Tensor:
         output = self._model(
             input_ids=token_ids[None],

@@ -1,8 +1,10 @@
-"""The decoder of Llama and its kin, Gemma 3 among them, with fewer, larger operations, on CUDA devices.
+"""The decoder of Llama and its kin, Gemma 3 among them, with fewer, larger operations, on CUDA
+devices.
 
-Takes the weights of a loaded transformers model. Per layer ten launches instead of some forty: norms with the residual's
-addition, queries, keys and values from one product, rotation with the write into the KV cache, gate and up projection from one
-product. Import this module only where triton is there.
+Takes the weights of a loaded transformers model. Per layer ten launches instead of some forty:
+norms with the residual's addition, queries, keys and values from one product, rotation with the
+write into the KV cache, gate and up projection from one product. Import this module only where
+triton is there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ ACTIVATIONS = {
     "SmolLM3ForCausalLM": "silu",
     "Gemma3ForCausalLM": GELU,
 }
-"""Models of exactly this shape: RMS norms, rotation by halves or none, ``down(activation(gate(x)) * up(x))``."""
+"""Models of exactly this shape: RMS norms, rotation by halves or none, ``down(activation(gate(x)) *
+up(x))``.
+"""
 GATE_COLUMNS = 1024
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, [num_tokens, D] each."""
@@ -105,7 +109,9 @@ class Layer:
             rotary=rotary if getattr(attention, "use_rope", True) else None,
             output=attention.o_proj,
             output_norm=Norm.of(layer.post_attention_layernorm) if is_gemma else None,
-            middle_norm=Norm.of(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm),
+            middle_norm=Norm.of(
+                layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm
+            ),
             gate_and_up=Stacked.of(mlp.gate_proj, mlp.up_proj),
             down=mlp.down_proj,
             down_norm=Norm.of(layer.post_feedforward_layernorm) if is_gemma else None,
@@ -130,7 +136,11 @@ class FusedDecoder:
         return self._plain.can_be_captured
 
     def logits(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor | None, step: AttentionStep
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor | None,
+        step: AttentionStep,
     ) -> torch.Tensor:
         assert isinstance(step, TritonStep)
         residual = self._embed(token_ids)
@@ -140,7 +150,9 @@ class FusedDecoder:
         for index, layer in enumerate(self._layers):
             normed = _normalize(hidden, residual, layer.input_norm, hidden_norm)
             rotary = None if layer.rotary is None else rotaries[layer.rotary]
-            attended = step.rotate_and_attend(index, layer.qkv(normed), rotary, self._scaling, layer.head_norms)
+            attended = step.rotate_and_attend(
+                index, layer.qkv(normed), rotary, self._scaling, layer.head_norms
+            )
             hidden = layer.output(attended.flatten(1))
             normed = _normalize(hidden, residual, layer.middle_norm, layer.output_norm)
             hidden = layer.down(_multiply_gated(layer.gate_and_up(normed), is_gelu=self._is_gelu))
@@ -151,7 +163,9 @@ class FusedDecoder:
         logits: torch.Tensor = self._head(_normalize(hidden, residual, self._norm, hidden_norm))
         return logits
 
-    def _rotaries(self, hidden: torch.Tensor, positions: torch.Tensor) -> dict[tuple[str, ...], Rotary]:
+    def _rotaries(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> dict[tuple[str, ...], Rotary]:
         found: dict[tuple[str, ...], Rotary] = {}
         for layer in self._layers:
             if layer.rotary is not None and layer.rotary not in found:
@@ -162,13 +176,18 @@ class FusedDecoder:
 
 def can_fuse(model: Any) -> bool:
     """Whether ``FusedDecoder`` computes what ``model`` does."""
-    name, is_capped = type(model).__name__, getattr(model.config, "final_logit_softcapping", None) is not None
+    name, is_capped = (
+        type(model).__name__,
+        getattr(model.config, "final_logit_softcapping", None) is not None,
+    )
     return name in ACTIVATIONS and ACTIVATIONS[name] == _activation(model) and not is_capped
 
 
 def _activation(model: Any) -> str | None:
     config = model.config
-    name: str | None = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    name: str | None = getattr(config, "hidden_activation", None) or getattr(
+        config, "hidden_act", None
+    )
     return name
 
 
@@ -179,8 +198,12 @@ def _head_norms(attention: Any) -> HeadNorms | None:
     return HeadNorms(query.weight, key.weight, query.epsilon, query.offset)
 
 
-def _normalize(hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None) -> torch.Tensor:
-    """``residual += hidden``, or what ``hidden_norm`` makes of it, in place; returns its norm. All [num_tokens, size]."""
+def _normalize(
+    hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None
+) -> torch.Tensor:
+    """``residual += hidden``, or what ``hidden_norm`` makes of it, in place; returns its norm. All
+    [num_tokens, size].
+    """
     result = torch.empty_like(residual)
     size = residual.shape[1]
     if len(residual):

@@ -8,6 +8,12 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory
 
 
-def allocate_kv_cache(layout: KVCacheLayout, num_blocks: int, dtype: torch.dtype, memory: KVMemory) -> torch.Tensor:
+def allocate_kv_cache(
+    layout: KVCacheLayout, num_blocks: int, dtype: torch.dtype, memory: KVMemory
+) -> torch.Tensor:
     """``[num_blocks, *layout.block_shape()]`` of zeros."""
-    return memory.zeros(num_blocks * layout.block_bytes).view(dtype).view(num_blocks, *layout.block_shape())
+    return (
+        memory.zeros(num_blocks * layout.block_bytes)
+        .view(dtype)
+        .view(num_blocks, *layout.block_shape())
+    )

@@ -1,4 +1,5 @@
-"""Triton kernels of a decoder layer's small operations, each one pass over memory. Import only where triton is there.
+"""Triton kernels of a decoder layer's small operations, each one pass over memory. Import only
+where triton is there.
 
 They compute in float32 and round once; transformers' own code rounds after every operation.
 """
@@ -40,15 +41,18 @@ def rotate_and_write(
 ):
     """Normalize and rotate queries and keys in place, write keys and values into the KV cache.
 
-    ``projected``: [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * D]. Grid: tiles of TOKENS tokens, heads of all three kinds. The
-    two halves of a head are a pair of vectors that the angle of the token's position turns.
+    ``projected``: [num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * D]. Grid: tiles of TOKENS tokens,
+    heads of all three kinds. The two halves of a head are a pair of vectors that the angle of the
+    token's position turns.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     half: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, PADDED_HALF)
     mask = (tokens < num_tokens)[:, None] & (dims < half)[None, :]
-    place = projected + tokens.to(tl.int64)[:, None] * token_stride + head * HEAD_DIM + dims[None, :]
+    place = (
+        projected + tokens.to(tl.int64)[:, None] * token_stride + head * HEAD_DIM + dims[None, :]
+    )
     first = tl.load(place, mask=mask, other=0.0)
     second = tl.load(place + half, mask=mask, other=0.0)
     if head < NUM_HEADS + NUM_KV_HEADS:
@@ -58,7 +62,10 @@ def rotate_and_write(
             weights = tl.load(norm + dims, mask=dims < half, other=0.0).to(tl.float32)
             more_weights = tl.load(norm + half + dims, mask=dims < half, other=0.0).to(tl.float32)
             scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(y * y, 1)) / HEAD_DIM + epsilon)[:, None]
-            x, y = x * scale * (weights + NORM_OFFSET)[None, :], y * scale * (more_weights + NORM_OFFSET)[None, :]
+            x, y = (
+                x * scale * (weights + NORM_OFFSET)[None, :],
+                y * scale * (more_weights + NORM_OFFSET)[None, :],
+            )
         if ROTATES:
             angle = tokens.to(tl.int64)[:, None] * rotary_stride + dims[None, :]
             cosine = tl.load(cosines + angle, mask=mask, other=0.0).to(tl.float32)
@@ -93,9 +100,11 @@ def add_and_normalize(
     NORMALIZES_HIDDEN: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
 ):
-    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE]. Grid: tokens.
+    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE].
+    Grid: tokens.
 
-    NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is added, with weights of its own. NORM_OFFSET is added to all weights.
+    NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is added, with weights of its own. NORM_OFFSET is
+    added to all weights.
     """
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
     mask = tl.arange(0, PADDED_SIZE) < SIZE
@@ -103,19 +112,32 @@ def add_and_normalize(
     if ADDS:
         added = tl.load(hidden + places, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZES_HIDDEN:
-            hidden_factors = tl.load(hidden_weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0).to(tl.float32)
-            added = added * tl.rsqrt(tl.sum(added * added, 0) / SIZE + epsilon) * (hidden_factors + NORM_OFFSET)
+            hidden_factors = tl.load(
+                hidden_weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0
+            ).to(tl.float32)
+            added = (
+                added
+                * tl.rsqrt(tl.sum(added * added, 0) / SIZE + epsilon)
+                * (hidden_factors + NORM_OFFSET)
+            )
         content = (content.to(tl.float32) + added).to(content.dtype)
         tl.store(residual + places, content, mask=mask)
     values = content.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 0) / SIZE + epsilon)
     factors = tl.load(weights + tl.arange(0, PADDED_SIZE), mask=mask, other=0.0).to(tl.float32)
-    tl.store(result + places, (values * scale * (factors + NORM_OFFSET)).to(result.dtype.element_ty), mask=mask)
+    tl.store(
+        result + places,
+        (values * scale * (factors + NORM_OFFSET)).to(result.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
-def multiply_gated(gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr):
-    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of COLUMNS columns.
+def multiply_gated(
+    gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr
+):
+    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of
+    COLUMNS columns.
 
     IS_GELU: GELU by its approximation with tanh, as 0.5 * (1 + tanh(x)) is sigmoid(2 * x).
     """
@@ -123,7 +145,13 @@ def multiply_gated(gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexp
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = columns < SIZE
     gate = tl.load(gate_and_up + token * 2 * SIZE + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_and_up + token * 2 * SIZE + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_and_up + token * 2 * SIZE + SIZE + columns, mask=mask, other=0.0).to(
+        tl.float32
+    )
     # The constant is 2 * sqrt(2 / pi).
     opening = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if IS_GELU else gate
-    tl.store(result + token * SIZE + columns, (gate * tl.sigmoid(opening) * up).to(result.dtype.element_ty), mask=mask)
+    tl.store(
+        result + token * SIZE + columns,
+        (gate * tl.sigmoid(opening) * up).to(result.dtype.element_ty),
+        mask=mask,
+    )

@@ -1,6 +1,8 @@
-"""Build a transformers model whose attention is ours, with the weights that this rank holds and no others.
+"""Build a transformers model whose attention is ours, with the weights that this rank holds and no
+others.
 
-The model is built without memory (meta device), then each weight is read, cut, converted and put in place.
+The model is built without memory (meta device), then each weight is read, cut, converted and put in
+place.
 """
 
 from __future__ import annotations
@@ -34,25 +36,38 @@ def load_model(
     progress: Progress,
     stacked: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode, called with ``use_cache=False`` and ``attention_step``.
+    """A causal language model in evaluation mode, called with ``use_cache=False`` and
+    ``attention_step``.
 
-    ``shape``: of ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up weights, only config.json is
-    read. ``stacked``: weights lie in memory as ``StackedPlaces`` says.
+    ``shape``: of ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up
+    weights, only config.json is read. ``stacked``: weights lie in memory as ``StackedPlaces`` says.
 
-    Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide by the ranks.
+    Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide
+    by the ranks.
     """
     progress("loading libraries", None)
     register_attention()
     model: Any = _build_empty(model_dir, dtype)
     cuts = _cuts(model, shape, tp)
-    weights = _dummy_weights(model, cuts, device) if dummy else read_tensors(weight_files(model_dir), cuts)
+    weights = (
+        _dummy_weights(model, cuts, device)
+        if dummy
+        else read_tensors(weight_files(model_dir), cuts)
+    )
 
-    shapes = {name: _shape_of_part(parameter.shape, cuts.get(name)) for name, parameter in model.named_parameters()}
+    shapes = {
+        name: _shape_of_part(parameter.shape, cuts.get(name))
+        for name, parameter in model.named_parameters()
+    }
     places = StackedPlaces(shapes if stacked else {}, dtype, device)
 
     def assign(name: str, tensor: torch.Tensor) -> None:
         place = places.place(name)
-        _assign(model, name, tensor.to(device=device, dtype=dtype) if place is None else place.copy_(tensor))
+        _assign(
+            model,
+            name,
+            tensor.to(device=device, dtype=dtype) if place is None else place.copy_(tensor),
+        )
 
     _fill(model, weights, cuts, assign, progress)
     model.tie_weights()
@@ -73,16 +88,24 @@ def reload_model(
     tp: TPGroup | None,
     progress: Progress,
 ) -> None:
-    """Write what ``load_model`` has loaded into the same tensors again; their content is lost, their addresses stay.
+    """Write what ``load_model`` has loaded into the same tensors again; their content is lost,
+    their addresses stay.
 
     Raises ConfigError when the checkpoint is not the same any more.
     """
     blank = _build_empty(model_dir, dtype)
     cuts = _cuts(blank, shape, tp)
     device = next(model.parameters()).device
-    weights = _dummy_weights(blank, cuts, device) if dummy else read_tensors(weight_files(model_dir), cuts)
+    weights = (
+        _dummy_weights(blank, cuts, device)
+        if dummy
+        else read_tensors(weight_files(model_dir), cuts)
+    )
     _fill(blank, weights, cuts, lambda name, tensor: _overwrite(model, name, tensor), progress)
-    _initialize([module for module in model.modules() if any(True for _ in module.buffers(recurse=False))], model)
+    _initialize(
+        [module for module in model.modules() if any(True for _ in module.buffers(recurse=False))],
+        model,
+    )
 
 
 def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
@@ -90,7 +113,9 @@ def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
 
     config = AutoConfig.from_pretrained(model_dir).get_text_config()
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME
+        )
     return model
 
 
@@ -110,15 +135,23 @@ def _fill(
 ) -> None:
     """``put`` each weight in its place; tied ones once."""
     tied = set(model.all_tied_weights_keys)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters() if name not in tied}
+    expected = {
+        name: parameter.shape for name, parameter in model.named_parameters() if name not in tied
+    }
     seen: set[str] = set()
     for name, tensor in weights:
         if name in tied:
             continue
         if name not in expected:
-            raise _misfit(f"has a weight {name}, which {type(model).__name__} with this config.json does not know")
+            raise _misfit(
+                f"has a weight {name}, which {type(model).__name__} with this config.json does not "
+                "know"
+            )
         if tensor.shape != _shape_of_part(expected[name], cuts.get(name)):
-            raise _misfit(f"has {name} of shape {tuple(tensor.shape)}, config.json means {tuple(expected[name])}")
+            raise _misfit(
+                f"has {name} of shape {tuple(tensor.shape)}, config.json means "
+                f"{tuple(expected[name])}"
+            )
         put(name, tensor)
         seen.add(name)
         progress("loading weights", len(seen) / len(expected))
@@ -130,7 +163,9 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     """Give memory to what no checkpoint holds (rotary frequencies, scales), and its content."""
     blank = []
     for module in model.modules():
-        buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        buffers = {
+            name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
+        }
         for name, buffer in buffers.items():
             setattr(module, name, torch.empty_like(buffer, device=device))
         if buffers:
@@ -139,14 +174,18 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _initialize(modules: list[nn.Module], model: Any) -> None:
-    """Buffers are computed in place from the configuration by the model's own initialisation, which spares the parameters."""
+    """Buffers are computed in place from the configuration by the model's own initialisation, which
+    spares the parameters.
+    """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in modules:
         model._init_weights(module)
 
 
-def _dummy_weights(model: Any, cuts: dict[str, Cut], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def _dummy_weights(
+    model: Any, cuts: dict[str, Cut], device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Norms get what the model's own initialisation gives them, all else random numbers."""
     tied = set(model.all_tied_weights_keys)
     for module_name, module in model.named_modules():
@@ -156,10 +195,19 @@ def _dummy_weights(model: Any, cuts: dict[str, Cut], device: torch.device) -> It
             for name, parameter in own.items():
                 if names[name] not in tied:
                     full_name = names[name]
-                    yield full_name, dummy_tensor(full_name, parameter.shape, parameter.dtype, device, cuts.get(full_name))
+                    yield (
+                        full_name,
+                        dummy_tensor(
+                            full_name, parameter.shape, parameter.dtype, device, cuts.get(full_name)
+                        ),
+                    )
         else:
             for name, parameter in own.items():
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+                setattr(
+                    module,
+                    name,
+                    nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False),
+                )
             model._init_weights(module)
             yield from ((names[name], getattr(module, name).data) for name in own)
 
@@ -175,7 +223,9 @@ def _shape_of_part(shape: torch.Size, cut: Cut | None) -> torch.Size:
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     module_name, _, parameter_name = name.rpartition(".")
-    setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor, requires_grad=False))
+    setattr(
+        model.get_submodule(module_name), parameter_name, nn.Parameter(tensor, requires_grad=False)
+    )
 
 
 def _overwrite(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -184,4 +234,8 @@ def _overwrite(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _misfit(what: str) -> ConfigError:
-    return ConfigError(f"the checkpoint {what}", field="model", fix="Take config.json and weights from the same model.")
+    return ConfigError(
+        f"the checkpoint {what}",
+        field="model",
+        fix="Take config.json and weights from the same model.",
+    )

@@ -1,4 +1,6 @@
-"""The tokens of one step, packed without padding: what the runner builds and attention backends read."""
+"""The tokens of one step, packed without padding: what the runner builds and attention backends
+read.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class PackedBatch:
     context_lengths: IntArray
     """[num_rows]; tokens of the row that the KV cache holds after this step"""
     block_tables: tuple[IntArray, ...]
-    """By KV cache group: [num_rows, max_blocks]; entries past the context or before the window may be stale"""
+    """By KV cache group: [num_rows, max_blocks]; entries past the context or before the window may
+    be stale
+    """
     num_decode_rows: int
     """Leading rows of exactly one token."""
 

@@ -1,4 +1,6 @@
-"""Attention of whole prompts and of chunks over contiguous keys and values, by libraries that come with torch."""
+"""Attention of whole prompts and of chunks over contiguous keys and values, by libraries that come
+with torch.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ CUDNN_CAPABILITY = 9
 CUDNN_PLANNED_TOKENS = 8192
 """Longer prompts pay for their plan with the first of their length."""
 CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of it: cuDNN takes 45 ms to plan for a length that it has not met."""
+"""Prompts are padded to multiples of it: cuDNN takes 45 ms to plan for a length that it has not
+met.
+"""
 
 
-def attend_whole_prompts(lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Prompts of these lengths, one after another in ``stacked``. Padding comes after all that a token sees."""
+def attend_whole_prompts(
+    lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float
+) -> torch.Tensor:
+    """Prompts of these lengths, one after another in ``stacked``. Padding comes after all that a
+    token sees.
+    """
     results, start = [], 0
     for length in lengths:
         heads = stacked[start : start + length]
@@ -39,12 +47,17 @@ def attend_whole_prompts(lengths: tuple[int, ...], stacked: torch.Tensor, num_he
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
     """Causal attention of one prompt: [num_tokens, num_heads, D].
 
-    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. Always laid out like this: cuDNN plans by strides too.
+    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. Always laid out like this:
+    cuDNN plans by strides too.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
-    query, key, value = torch.split(heads.transpose(0, 1)[None], [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    query, key, value = torch.split(
+        heads.transpose(0, 1)[None], [num_heads, num_kv_heads, num_kv_heads], dim=1
+    )
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        attended = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
     return attended[0].transpose(0, 1)
 
 

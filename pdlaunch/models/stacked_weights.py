@@ -1,6 +1,8 @@
-"""Weights of layers with the same input lie side by side in memory, so that one product computes them together.
+"""Weights of layers with the same input lie side by side in memory, so that one product computes
+them together.
 
-They are put there while loading: stacking afterwards would leave the memory of the single weights with the allocator.
+They are put there while loading: stacking afterwards would leave the memory of the single weights
+with the allocator.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class StackedPlaces:
-    """Where weights and biases of stacked layers go. Memory of a stack is allocated with its first member."""
+    """Where weights and biases of stacked layers go. Memory of a stack is allocated with its first
+    member.
+    """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """``shapes``: of all parameters by name, as this rank holds them."""
         self._shapes = shapes
         self._dtype = dtype
@@ -24,7 +30,9 @@ class StackedPlaces:
         self._stacks: dict[tuple[str, ...], torch.Tensor] = {}
 
     def place(self, name: str) -> torch.Tensor | None:
-        """A contiguous part of the stack, with anything in it. None: this parameter stands alone."""
+        """A contiguous part of the stack, with anything in it. None: this parameter stands
+        alone.
+        """
         members = self._members(name)
         if not members:
             return None
@@ -46,13 +54,18 @@ class StackedPlaces:
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor of which ``parts`` are neighbours along dimension 0, in their order, in place. None: they are not."""
+    """The tensor of which ``parts`` are neighbours along dimension 0, in their order, in place.
+    None: they are not.
+    """
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != end or part.shape[1:] != first.shape[1:] or not part.is_contiguous():
             return None
         end += part.numel() * part.element_size()
     size = (sum(len(part) for part in parts), *first.shape[1:])
-    if first.storage_offset() * first.element_size() + end - first.data_ptr() > first.untyped_storage().nbytes():
+    if (
+        first.storage_offset() * first.element_size() + end - first.data_ptr()
+        > first.untyped_storage().nbytes()
+    ):
         return None
     return first.detach().as_strided(size, first.stride())

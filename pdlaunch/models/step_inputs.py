@@ -1,4 +1,6 @@
-"""What the kernels of one step read beside the KV cache: integers, put together on the host and copied to the device at once."""
+"""What the kernels of one step read beside the KV cache: integers, put together on the host and
+copied to the device at once.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,24 @@ from pdlaunch.models.packed import IntArray, PackedBatch
 Int32Array = npt.NDArray[np.int32]
 
 ALIGNMENT = 4
-"""Arrays begin at multiples of 16 bytes: Triton compiles a kernel again for a pointer that does not."""
+"""Arrays begin at multiples of 16 bytes: Triton compiles a kernel again for a pointer that does
+not.
+"""
 
 
 def upload(arrays: Sequence[IntArray | Int32Array], device: torch.device) -> list[torch.Tensor]:
-    """int32 copies of ``arrays`` on ``device``, flat, from one transfer that the host does not wait for."""
+    """int32 copies of ``arrays`` on ``device``, flat, from one transfer that the host does not wait
+    for.
+    """
     starts = np.concatenate([[0], np.cumsum([_aligned(array.size) for array in arrays])])
     host = _host_buffer(int(starts[-1]), device)
     content = host.numpy()
     for start, array in zip(starts[:-1], arrays, strict=True):
         content[start : start + array.size] = array.reshape(-1)
     copied = host.to(device, non_blocking=True)
-    return [copied[start : start + array.size] for start, array in zip(starts[:-1], arrays, strict=True)]
+    return [
+        copied[start : start + array.size] for start, array in zip(starts[:-1], arrays, strict=True)
+    ]
 
 
 def slots_of(tables: tuple[IntArray, ...], batch: PackedBatch, block_size: int) -> list[IntArray]:
@@ -36,7 +44,9 @@ def slots_of(tables: tuple[IntArray, ...], batch: PackedBatch, block_size: int) 
 
 
 class Staging:
-    """Integers on the device at an address that stays, and the pinned host memory that they are copied from."""
+    """Integers on the device at an address that stays, and the pinned host memory that they are
+    copied from.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = torch.zeros(size, dtype=torch.int32, device=device)
@@ -59,10 +69,12 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """Inputs of decode steps of up to ``num_rows`` rows, at addresses that stay: a CUDA graph reads them.
+    """Inputs of decode steps of up to ``num_rows`` rows, at addresses that stay: a CUDA graph reads
+    them.
 
-    One buffer: ``| stride | lengths | token_ids | positions | slots of each group | tables of each group |``. Block tables are as
-    wide as the step's longest context asks for, so that only their used part is copied.
+    One buffer: ``| stride | lengths | token_ids | positions | slots of each group | tables of each
+    group |``. Block tables are as wide as the step's longest context asks for, so that only their
+    used part is copied.
     """
 
     layout: KVCacheLayout
@@ -78,7 +90,9 @@ class DecodeInputs:
     def buffer_size(layout: KVCacheLayout, num_rows: int, max_blocks: int) -> int:
         """Integers that ``num_rows`` rows with block tables of ``max_blocks`` need."""
         num_groups = len(layout.groups)
-        return ALIGNMENT + (3 + num_groups) * _aligned(num_rows) + num_groups * num_rows * max_blocks
+        return (
+            ALIGNMENT + (3 + num_groups) * _aligned(num_rows) + num_groups * num_rows * max_blocks
+        )
 
     @property
     def table_stride_at(self) -> torch.Tensor:
@@ -111,18 +125,24 @@ class DecodeInputs:
         return self.buffer[self._tables_start :]
 
     def fill(self, batch: PackedBatch) -> None:
-        """Copy a batch of decode rows, at most ``num_rows``, behind the work that is queued on the device."""
+        """Copy a batch of decode rows, at most ``num_rows``, behind the work that is queued on the
+        device.
+        """
         stride = max(table.shape[1] for table in batch.block_tables)
         used = self._tables_start + len(batch.block_tables) * self.num_rows * stride
         content = self.staging.host()
         content[: self._tables_start] = 0
         content[0] = stride
         slots = slots_of(batch.block_tables, batch, self.layout.block_size)
-        for index, line in enumerate((batch.context_lengths, batch.token_ids, batch.positions, *slots)):
+        for index, line in enumerate(
+            (batch.context_lengths, batch.token_ids, batch.positions, *slots)
+        ):
             start = ALIGNMENT + index * _aligned(self.num_rows)
             content[start : start + len(line)] = line
             content[start + len(line) : start + self.num_rows] = -1 if index >= 3 else 0
-        tables = content[self._tables_start : used].reshape(len(batch.block_tables), self.num_rows, stride)
+        tables = content[self._tables_start : used].reshape(
+            len(batch.block_tables), self.num_rows, stride
+        )
         for target, table in zip(tables, batch.block_tables, strict=True):
             target[: batch.num_rows] = table
         self.staging.send(used)
@@ -141,5 +161,7 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """torch keeps pinned memory until the copies that were queued from it are done, then gives it out again."""
+    """torch keeps pinned memory until the copies that were queued from it are done, then gives it
+    out again.
+    """
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -1,7 +1,9 @@
-"""Tensor parallelism: the group of ranks, and how a model's linear layers are cut by transformers' own plan.
+"""Tensor parallelism: the group of ranks, and how a model's linear layers are cut by transformers'
+own plan.
 
-``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs and add up over the group.
-Embedding and output layers are whole on every rank. A KV head is on several ranks when there are more ranks than KV heads.
+``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs
+and add up over the group. Embedding and output layers are whole on every rank. A KV head is on
+several ranks when there are more ranks than KV heads.
 """
 
 from __future__ import annotations
@@ -28,14 +30,18 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 class TPGroup:
     """The ranks of one engine; collective calls must be made by all of them in the same order."""
 
-    def __init__(self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None
+    ) -> None:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
         self._device = torch.device(device)
         self._group = group
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA graph can hold it."""
+        """Add up ``tensor`` over the ranks, in place and in the order of the current stream; a CUDA
+        graph can hold it.
+        """
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
@@ -55,7 +61,9 @@ class TPGroup:
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's ``data`` on every rank; what the others pass is not looked at. Raw bytes, nothing is unpickled."""
+        """Rank 0's ``data`` on every rank; what the others pass is not looked at. Raw bytes,
+        nothing is unpickled.
+        """
         if self._group is None:
             assert data is not None
             return data
@@ -69,25 +77,38 @@ class TPGroup:
         return bytes(payload.cpu().numpy())
 
     def close(self) -> None:
-        """Leave the group. On CUDA only once all graphs that hold its sums are gone: NCCL waits for them."""
+        """Leave the group. On CUDA only once all graphs that hold its sums are gone: NCCL waits for
+        them.
+        """
         if self._group is not None:
             dist.destroy_process_group()
             self._group = None
 
 
 def init_tp_group(
-    rendezvous: str, tp_rank: int, tp_size: int, device: str, *, timeout_s: float = RENDEZVOUS_TIMEOUT_S
+    rendezvous: str,
+    tp_rank: int,
+    tp_size: int,
+    device: str,
+    *,
+    timeout_s: float = RENDEZVOUS_TIMEOUT_S,
 ) -> TPGroup:
-    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that no earlier group has used.
+    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that no earlier group
+    has used.
 
-    A file store listens nowhere, and the group's own sockets are bound to loopback (unless GLOO_SOCKET_IFNAME or
-    NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's ``cuda:N``. ``timeout_s`` also bounds every collective.
-    Raises StartupError when the others do not come, ConfigError for another kind of rendezvous.
+    A file store listens nowhere, and the group's own sockets are bound to loopback (unless
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
+    ``cuda:N``. ``timeout_s`` also bounds every collective. Raises StartupError when the others do
+    not come, ConfigError for another kind of rendezvous.
     """
     if tp_size == 1:
         return TPGroup(tp_rank, tp_size, device, None)
     if not rendezvous.startswith("file:///"):
-        raise ConfigError(f"rendezvous must be a file:///path URL, found {rendezvous!r}", field="rendezvous", value=rendezvous)
+        raise ConfigError(
+            f"rendezvous must be a file:///path URL, found {rendezvous!r}",
+            field="rendezvous",
+            value=rendezvous,
+        )
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, LOOPBACK_INTERFACE)
     if device.startswith("cuda:"):
@@ -103,16 +124,23 @@ def init_tp_group(
             device_id=torch.device(device) if device.startswith("cuda:") else None,
         )
     except (RuntimeError, ValueError) as error:
-        raise StartupError(f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}") from error
+        raise StartupError(
+            f"tp_rank {tp_rank} of {tp_size} did not meet its group at {rendezvous}: {error}"
+        ) from error
     return TPGroup(tp_rank, tp_size, device, dist.group.WORLD)
 
 
 def says_that_a_rank_is_gone(error: BaseException) -> bool:
-    """Tell whether a collective failed because another rank has died, which the supervisor sees by itself.
+    """Tell whether a collective failed because another rank has died, which the supervisor sees by
+    itself.
 
     Source: torch 2.13's gloo has no class of its own for it.
     """
-    return isinstance(error, RuntimeError) and "gloo" in str(error) and any(text in str(error) for text in _GONE)
+    return (
+        isinstance(error, RuntimeError)
+        and "gloo" in str(error)
+        and any(text in str(error) for text in _GONE)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +152,16 @@ class Shard:
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when the heads, the inner size or experts cannot be cut into ``tp_size`` parts."""
+        """Raises ConfigError when the heads, the inner size or experts cannot be cut into
+        ``tp_size`` parts.
+        """
         shape, size = self.shape, self.tp_size
         if shape.num_experts and size > 1:
             raise ConfigError(
-                f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type {shape.model_type!r} runs on one rank",
+                (
+                    f"tensor_parallel_size {size}: experts (MoE) cannot be cut, model_type "
+                    f"{shape.model_type!r} runs on one rank"
+                ),
                 field="tensor_parallel_size",
                 value=size,
                 fix="Set tensor_parallel_size to 1.",
@@ -153,16 +186,22 @@ class Shard:
         return self.tp_rank * self.shape.num_kv_heads // self.tp_size
 
     def share(self, module_name: str, size: int) -> slice:
-        """Of a cut dimension of ``size``: what this rank holds. Ranks that share a KV head hold the same keys and values."""
+        """Of a cut dimension of ``size``: what this rank holds. Ranks that share a KV head hold the
+        same keys and values.
+        """
         if module_name.endswith((".k_proj", ".v_proj")):
             head_dim = size // self.shape.num_kv_heads
-            return slice(self.first_kv_head * head_dim, (self.first_kv_head + self.num_kv_heads) * head_dim)
+            return slice(
+                self.first_kv_head * head_dim, (self.first_kv_head + self.num_kv_heads) * head_dim
+            )
         part = size // self.tp_size
         return slice(self.tp_rank * part, (self.tp_rank + 1) * part)
 
 
 class RowwiseLinear(nn.Module):
-    """A linear layer whose inputs are spread over the ranks. The bias is added once, after the sum."""
+    """A linear layer whose inputs are spread over the ranks. The bias is added once, after the
+    sum.
+    """
 
     def __init__(self, layer: nn.Linear, tp: TPGroup) -> None:
         super().__init__()
@@ -171,30 +210,39 @@ class RowwiseLinear(nn.Module):
         self._tp = tp
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """``inputs``: [..., in_features / tp_size]; returns [..., out_features], the same on every rank."""
+        """``inputs``: [..., in_features / tp_size]; returns [..., out_features], the same on every
+        rank.
+        """
         result = self._tp.all_reduce(linear(inputs, self.weight))
         return result if self.bias is None else result + self.bias
 
 
-def plan_cuts(model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard) -> dict[str, tuple[int, slice]]:
+def plan_cuts(
+    model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard
+) -> dict[str, tuple[int, slice]]:
     """Which parameters of ``model`` are cut: name -> (dimension, what this rank holds of it).
 
-    ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``. Raises UnsupportedModelError
-    when there is none or it asks for something other than cut linear layers and embeddings.
+    ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
+    Raises UnsupportedModelError when there is none or it asks for something other than cut linear
+    layers and embeddings.
 
-    Attention sinks go with their query heads. Embeddings stay whole whatever the plan says: cutting them is optional, and only
-    transformers 5.15 to 5.20 ask for it, where the output layer is tied to them (``embedding_rowwise``). The rank's memory then
-    does not depend on the version.
+    Attention sinks go with their query heads. Embeddings stay whole whatever the plan says: cutting
+    them is optional, and only transformers 5.15 to 5.20 ask for it, where the output layer is tied
+    to them (``embedding_rowwise``). The rank's memory then does not depend on the version.
     """
     if not plan:
-        raise UnsupportedModelError(f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no tensor-parallel plan in transformers", field="model"
+        )
     cuts: dict[str, tuple[int, slice]] = {}
     for name, module in model.named_modules():
         style = _style(name.removeprefix(f"{base_prefix}."), plan)
         if style is None or style.startswith("replicated") or isinstance(module, nn.Embedding):
             continue
         if style not in ("colwise", "rowwise") or not isinstance(module, nn.Linear):
-            raise UnsupportedModelError(f"tensor parallelism cannot cut {name} ({style})", field="model")
+            raise UnsupportedModelError(
+                f"tensor parallelism cannot cut {name} ({style})", field="model"
+            )
         size = module.out_features if style == "colwise" else module.in_features
         cut = (0 if style == "colwise" else 1, shard.share(name, size))
         cuts[f"{name}.weight"] = cut

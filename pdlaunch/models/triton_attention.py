@@ -1,9 +1,11 @@
-"""Paged attention on CUDA devices with Triton kernels, and torch's varlen flash attention for prompts in 16 bits.
+"""Paged attention on CUDA devices with Triton kernels, and torch's varlen flash attention for
+prompts in 16 bits.
 
-Decode reads the KV cache in place, in splits of the context. Whole prompts go through cuDNN where it is faster; other chunks
-through flash attention, with what lies before them gathered into contiguous memory; in float32, and where heads have sinks,
-through a Triton kernel. Nothing past a row's context or before its window is ever read: the KV cache may hold anything there.
-Import this module only where triton is there.
+Decode reads the KV cache in place, in splits of the context. Whole prompts go through cuDNN where
+it is faster; other chunks through flash attention, with what lies before them gathered into
+contiguous memory; in float32, and where heads have sinks, through a Triton kernel. Nothing past a
+row's context or before its window is ever read: the KV cache may hold anything there. Import this
+module only where triton is there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ import triton
 
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.models.attention import AttentionBackend, AttentionStep
-from pdlaunch.models.attention_kernels import attend_chunks, attend_decode, gather_kv, reduce_splits, write_kv
+from pdlaunch.models.attention_kernels import (
+    attend_chunks,
+    attend_decode,
+    gather_kv,
+    reduce_splits,
+    write_kv,
+)
 from pdlaunch.models.layer_kernels import rotate_and_write
 from pdlaunch.models.packed import IntArray, PackedBatch
 from pdlaunch.models.prompt_attention import (
@@ -51,15 +59,23 @@ class TritonAttention(AttentionBackend):
         self.layout = layout
         self.kv_cache = kv_cache
         self.place = {
-            layer: (index, slot) for index, group in enumerate(layout.groups) for slot, layer in enumerate(group.layers)
+            layer: (index, slot)
+            for index, group in enumerate(layout.groups)
+            for slot, layer in enumerate(group.layers)
         }
         self.padded_dim = max(MIN_DOT, triton.next_power_of_2(layout.head_dim))
         is_large = self.padded_dim * layout.dtype_bytes > 256
         self.tile = 32
         self.chunk_tokens = 16 if is_large else 64
-        is_half = kv_cache.is_cuda and kv_cache.dtype in (torch.float16, torch.bfloat16) and layout.head_dim % 8 == 0
+        is_half = (
+            kv_cache.is_cuda
+            and kv_cache.dtype in (torch.float16, torch.bfloat16)
+            and layout.head_dim % 8 == 0
+        )
         self.flash = varlen_flash() if is_half and layout.head_dim <= FLASH_MAX_HEAD_DIM else None
-        self.has_cudnn = is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
+        self.has_cudnn = (
+            is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
+        )
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:
         """Let cuDNN plan for the lengths that prompts of up to ``max_tokens`` are padded to."""
@@ -69,7 +85,9 @@ class TritonAttention(AttentionBackend):
         longest = min(max_tokens, CUDNN_PLANNED_TOKENS)
         for num_tokens in range(CUDNN_STEP_TOKENS, longest + CUDNN_STEP_TOKENS, CUDNN_STEP_TOKENS):
             progress("preparing prefill attention", num_tokens / (longest + CUDNN_STEP_TOKENS))
-            heads = self.kv_cache.new_zeros((num_tokens, num_heads + 2 * layout.num_kv_heads, layout.head_dim))
+            heads = self.kv_cache.new_zeros(
+                (num_tokens, num_heads + 2 * layout.num_kv_heads, layout.head_dim)
+            )
             attend_with_cudnn(heads, num_heads, 1.0)
 
     def prepare(self, batch: PackedBatch) -> TritonStep:
@@ -95,7 +113,9 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self, tensors)
 
     def decode_step(self, inputs: DecodeInputs) -> TritonStep:
-        """A step over ``inputs`` that can be captured and replayed for whatever ``inputs`` are filled with."""
+        """A step over ``inputs`` that can be captured and replayed for whatever ``inputs`` are
+        filled with.
+        """
         tensors = StepTensors(
             slots=inputs.slots,
             lengths=inputs.lengths,
@@ -115,7 +135,9 @@ class TritonAttention(AttentionBackend):
         return [starts, batch.row_starts, tile_rows, tile_tokens]
 
     def _gathered(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
-        """By group: slots of all that the chunks see, and where each chunk's begin. Empty when there is nothing before any."""
+        """By group: slots of all that the chunks see, and where each chunk's begin. Empty when
+        there is nothing before any.
+        """
         rows = np.arange(batch.num_decode_rows, batch.num_rows)
         lengths = batch.context_lengths[rows]
         before = lengths - np.diff(batch.row_starts)[rows]
@@ -136,7 +158,12 @@ class TritonAttention(AttentionBackend):
         positions = np.arange(starts[-1]) - starts[row] + first[row]
         return table[row, positions // size] * size + positions % size, starts
 
-    def _chunks(self, batch: PackedBatch, uploaded: list[torch.Tensor], gathered: list[tuple[IntArray, IntArray]]) -> Chunks:
+    def _chunks(
+        self,
+        batch: PackedBatch,
+        uploaded: list[torch.Tensor],
+        gathered: list[tuple[IntArray, IntArray]],
+    ) -> Chunks:
         starts, row_starts, tile_rows, tile_tokens, *pairs = uploaded
         prefixes = tuple(
             Prefix(pairs[2 * index], pairs[2 * index + 1], int(np.diff(group_starts).max()))
@@ -173,7 +200,14 @@ class TritonStep(AttentionStep):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._write(layer, key, value)
-        return self._attend(layer, query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), scaling, sinks=sinks)
+        return self._attend(
+            layer,
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            scaling,
+            sinks=sinks,
+        )
 
     def rotate_and_attend(
         self,
@@ -183,10 +217,11 @@ class TritonStep(AttentionStep):
         scaling: float,
         norms: HeadNorms | None = None,
     ) -> torch.Tensor:
-        """As ``attend``, from queries, keys and values side by side: [num_tokens, (num_heads + 2 * H) * D], overwritten.
+        """As ``attend``, from queries, keys and values side by side: [num_tokens, (num_heads + 2 *
+        H) * D], overwritten.
 
-        ``rotary``: cosines and sines, [num_tokens, D] each; None: a layer without. ``norms`` are applied before the
-        rotation.
+        ``rotary``: cosines and sines, [num_tokens, D] each; None: a layer without. ``norms`` are
+        applied before the rotation.
         """
         layout = self._backend.layout
         num_tokens, head_dim, num_kv_heads = len(projected), layout.head_dim, layout.num_kv_heads
@@ -256,7 +291,9 @@ class TritonStep(AttentionStep):
         sinks: torch.Tensor | None = None,
         stacked: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All [num_tokens, heads, D]; keys and values are in the KV cache already. ``stacked``: all three along dimension 1."""
+        """All [num_tokens, heads, D]; keys and values are in the KV cache already. ``stacked``: all
+        three along dimension 1.
+        """
         num_rows, chunks = self._tensors.num_decode_rows, self._tensors.chunks
         has_flash = self._backend.flash is not None and sinks is None
         if chunks is not None and has_flash and not num_rows:
@@ -281,13 +318,20 @@ class TritonStep(AttentionStep):
         return result
 
     def _attend_decode(
-        self, layer: int, query: torch.Tensor, result: torch.Tensor, scaling: float, sinks: torch.Tensor | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        result: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         backend, layout = self._backend, self._backend.layout
         num_rows, num_heads, head_dim = query.shape
         plan = SplitPlan.of(num_rows, layout.num_kv_heads)
         share = num_heads // layout.num_kv_heads
-        partials = query.new_empty((num_rows * num_heads * plan.num_splits, head_dim), dtype=torch.float32)
+        partials = query.new_empty(
+            (num_rows * num_heads * plan.num_splits, head_dim), dtype=torch.float32
+        )
         scales = query.new_empty((2, len(partials)), dtype=torch.float32)
         window = layout.groups[backend.place[layer][0]].sliding_window or 0
         attend_decode[(num_rows, layout.num_kv_heads, plan.num_splits)](

@@ -1,4 +1,6 @@
-"""What a step of ``TritonAttention`` reads on the device, and how decode cuts contexts into splits."""
+"""What a step of ``TritonAttention`` reads on the device, and how decode cuts contexts into
+splits.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class SplitPlan:
 
     @staticmethod
     def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
-        """Many splits for few rows; rows that fill the device alone are cut only where they are long."""
+        """Many splits for few rows; rows that fill the device alone are cut only where they are
+        long.
+        """
         wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
         min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
         return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
@@ -68,7 +72,9 @@ class Chunks:
     prefixes: tuple[Prefix, ...] | None
     """By group; None: no chunk has anything before it."""
     lengths: tuple[int, ...]
-    """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else empty."""
+    """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else
+    empty.
+    """
 
 
 @dataclass(frozen=True, slots=True)

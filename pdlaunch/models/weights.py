@@ -1,4 +1,6 @@
-"""Weights of a directory in Hugging Face layout: read piece by piece, made up for ``load_format: dummy``, and hashed."""
+"""Weights of a directory in Hugging Face layout: read piece by piece, made up for ``load_format:
+dummy``, and hashed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ _WRAPPED_PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
 )
 """Where multimodal checkpoints keep the language model."""
-_IGNORED_PREFIXES = ("model.vision_tower.", "vision_tower.", "model.multi_modal_projector.", "multi_modal_projector.")
+_IGNORED_PREFIXES = (
+    "model.vision_tower.",
+    "vision_tower.",
+    "model.multi_modal_projector.",
+    "multi_modal_projector.",
+)
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _IGNORED_CONFIG_KEYS = ("transformers_version", "_name_or_path", "_model_name_or_path")
 _PIECE_BYTES = 1024
@@ -30,7 +37,9 @@ _PIECES_PER_TENSOR = 3
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the language model with its name in the model, one at a time; of cut ones only this rank's part."""
+    """Every tensor of the language model with its name in the model, one at a time; of cut ones
+    only this rank's part.
+    """
     for file in files:
         with safe_open(file, framework="pt") as checkpoint:
             for key in checkpoint.keys():  # noqa: SIM118 - not a mapping
@@ -38,18 +47,31 @@ def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str,
                 if name is None:
                     continue
                 cut = cuts.get(name)
-                yield name, checkpoint.get_tensor(key) if cut is None else _part(checkpoint.get_slice(key), cut)
+                yield (
+                    name,
+                    checkpoint.get_tensor(key)
+                    if cut is None
+                    else _part(checkpoint.get_slice(key), cut),
+                )
 
 
-def dummy_tensor(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, cut: Cut | None) -> torch.Tensor:
-    """Small random numbers that depend on the name alone, so that every rank of every engine draws the same model."""
+def dummy_tensor(
+    name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, cut: Cut | None
+) -> torch.Tensor:
+    """Small random numbers that depend on the name alone, so that every rank of every engine draws
+    the same model.
+    """
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    whole = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, DUMMY_STD, generator=generator)
+    whole = torch.empty(shape, dtype=dtype, device=device).normal_(
+        0.0, DUMMY_STD, generator=generator
+    )
     return whole if cut is None else _part(whole, cut).clone()
 
 
 def digest_model(model_dir: Path, *, dummy: bool) -> str:
-    """SHA-256 (hex) over config.json and, of each file of weights, its size, header and pieces of every tensor."""
+    """SHA-256 (hex) over config.json and, of each file of weights, its size, header and pieces of
+    every tensor.
+    """
     config = json.loads((model_dir / "config.json").read_text("utf-8"))
     kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
@@ -63,17 +85,26 @@ def digest_model(model_dir: Path, *, dummy: bool) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """Size, header, then the start, middle and end of every tensor. Source: the safetensors format (length, JSON, tensors)."""
+    """Size, header, then the start, middle and end of every tensor. Source: the safetensors format
+    (length, JSON, tensors).
+    """
     yield path.stat().st_size.to_bytes(8, "little")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        tensors = {
+            name: entry for name, entry in json.loads(header).items() if name != "__metadata__"
+        }
         for entry in tensors.values():
             start, stop = entry["data_offsets"]
             for piece in range(_PIECES_PER_TENSOR):
-                file.seek(8 + length + start + piece * max(stop - start - _PIECE_BYTES, 0) // (_PIECES_PER_TENSOR - 1))
+                file.seek(
+                    8
+                    + length
+                    + start
+                    + piece * max(stop - start - _PIECE_BYTES, 0) // (_PIECES_PER_TENSOR - 1)
+                )
                 yield file.read(min(_PIECE_BYTES, stop - start))
 
 
@@ -87,6 +118,8 @@ def _name_in_model(key: str) -> str | None:
 
 
 def _part(source: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """``source``: a tensor, or a slice object of safetensors, which reads only what is asked for."""
+    """``source``: a tensor, or a slice object of safetensors, which reads only what is asked
+    for.
+    """
     dimension, share = cut
     return source[share] if dimension == 0 else source[:, share]

@@ -1,4 +1,6 @@
-"""Logging of a process: one line a record, to standard error or a file, with the request it belongs to."""
+"""Logging of a process: one line a record, to standard error or a file, with the request it belongs
+to.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ class _LineFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        time = (
+            datetime.fromtimestamp(record.created, UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z")
+        )
         request_id = _current_request.get()
         place = f"{record.name} [{request_id}]" if request_id else record.name
         line = f"{time} {record.levelname} {self._process} {place} {record.getMessage()}"
@@ -42,13 +48,20 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._has_complained:
             self._has_complained = True
-            sys.stderr.write(f"log lines are lost: {self.baseFilename} cannot be written: {error.strerror or error}\n")
+            sys.stderr.write(
+                f"log lines are lost: {self.baseFilename} cannot be written: "
+                f"{error.strerror or error}\n"
+            )
 
 
-def setup_logging(process: str, level: str, *, file: Path | None = None, stream: TextIO | None = None) -> logging.Handler:
-    """Send all records of this process to ``file``, else ``stream``, else standard error; replaces earlier handlers.
+def setup_logging(
+    process: str, level: str, *, file: Path | None = None, stream: TextIO | None = None
+) -> logging.Handler:
+    """Send all records of this process to ``file``, else ``stream``, else standard error; replaces
+    earlier handlers.
 
-    ``level``: debug, info, warning or error, of pdlaunch's own loggers; libraries speak from warning on.
+    ``level``: debug, info, warning or error, of pdlaunch's own loggers; libraries speak from
+    warning on.
     """
     handler = logging.StreamHandler(stream or sys.stderr) if file is None else _LogFile(file)
     handler.setFormatter(_LineFormatter(process))

@@ -1,8 +1,8 @@
 """Prometheus metrics that the router and the engines' servers share, in an injected registry.
 
-Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with ``pdlaunch_router_``: a request that the
-router serves is two or more at engines, and no sum may add them up. Building blocks: label names are fixed at construction, as
-are their values.
+Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with
+``pdlaunch_router_``: a request that the router serves is two or more at engines, and no sum may add
+them up. Building blocks: label names are fixed at construction, as are their values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,81 @@ from prometheus_client.registry import Collector
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-TTFT_BUCKETS_S = (0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
-INTER_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+TTFT_BUCKETS_S = (
+    0.01,
+    0.02,
+    0.04,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+)
+INTER_TOKEN_BUCKETS_S = (
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+REQUEST_BUCKETS_S = (
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+)
+TOKEN_BUCKETS = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    50,
+    100,
+    200,
+    500,
+    1000,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+)
 
 
 def render_metrics(registry: Collector) -> bytes:
@@ -27,30 +98,54 @@ def render_metrics(registry: Collector) -> bytes:
 
 
 class RequestMetrics:
-    """What the client of an HTTP process sees: requests, tokens, times. ``prefix``: of the names, by the kind of process."""
+    """What the client of an HTTP process sees: requests, tokens, times. ``prefix``: of the names,
+    by the kind of process.
+    """
 
-    def __init__(self, registry: CollectorRegistry, labels: Mapping[str, str], prefix: str = "pdlaunch_") -> None:
+    def __init__(
+        self, registry: CollectorRegistry, labels: Mapping[str, str], prefix: str = "pdlaunch_"
+    ) -> None:
         names, values = tuple(labels), tuple(labels.values())
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"{prefix}{name}", text, names, registry=registry, buckets=buckets).labels(*values)
+            return Histogram(
+                f"{prefix}{name}", text, names, registry=registry, buckets=buckets
+            ).labels(*values)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"{prefix}{name}", text, names, registry=registry).labels(*values)
 
         self._values = values
         self._finished = Counter(
-            f"{prefix}request_success", "Finished requests by reason.", (*names, "finished_reason"), registry=registry
+            f"{prefix}request_success",
+            "Finished requests by reason.",
+            (*names, "finished_reason"),
+            registry=registry,
         )
-        self._failed = Counter(f"{prefix}request_errors", "Refused or failed requests.", (*names, "status"), registry=registry)
+        self._failed = Counter(
+            f"{prefix}request_errors",
+            "Refused or failed requests.",
+            (*names, "status"),
+            registry=registry,
+        )
         self.in_flight: Gauge = Gauge(
             f"{prefix}http_requests_in_flight", "Requests being answered.", names, registry=registry
         ).labels(*values)
-        self.time_to_first_token = histogram("time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S)
-        self.inter_token = histogram("inter_token_latency_seconds", "Between output tokens.", INTER_TOKEN_BUCKETS_S)
-        self.request_time = histogram("e2e_request_latency_seconds", "Request to last token.", REQUEST_BUCKETS_S)
-        self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
-        self.output_length = histogram("request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS)
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS_S
+        )
+        self.inter_token = histogram(
+            "inter_token_latency_seconds", "Between output tokens.", INTER_TOKEN_BUCKETS_S
+        )
+        self.request_time = histogram(
+            "e2e_request_latency_seconds", "Request to last token.", REQUEST_BUCKETS_S
+        )
+        self.prompt_length = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS
+        )
+        self.output_length = histogram(
+            "request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self.generation_tokens = counter("generation_tokens", "Output tokens sent to clients.")
 

@@ -1,4 +1,6 @@
-"""Pages by ``cuMemcpyBatchAsync``, which leaves them to the copy engines: the method for blocks of 32 KiB and more."""
+"""Pages by ``cuMemcpyBatchAsync``, which leaves them to the copy engines: the method for blocks of
+32 KiB and more.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,15 @@ from pdlaunch.offload.spec import Direction
 from pdlaunch.platform.cuda_driver import load_library
 
 NUM_STREAMS = 3
-"""Measured on an H200, one stream and three: blocks of 64 KiB 39 and 46 GB/s, 256 KiB 49 and 52 GB/s."""
+"""Measured on an H200, one stream and three: blocks of 64 KiB 39 and 46 GB/s, 256 KiB 49 and 52
+GB/s.
+"""
 
 
 class BatchCopy(CopyMethod):
-    """Needs a driver of CUDA 12.8 or newer; ``load`` raises DriverError where there is none. Not for the default stream."""
+    """Needs a driver of CUDA 12.8 or newer; ``load`` raises DriverError where there is none. Not
+    for the default stream.
+    """
 
     name = "batch"
 

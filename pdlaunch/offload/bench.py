@@ -1,4 +1,6 @@
-"""What ``pdlaunch bench offload`` measures: block copies between device and host next to the contiguous limit of the same run."""
+"""What ``pdlaunch bench offload`` measures: block copies between device and host next to the
+contiguous limit of the same run.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,19 @@ from pdlaunch.offload.bench_traffic import DecodeLikeStep, Traffic
 from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.measure import CudaTrial, Trial
-from pdlaunch.offload.method_choice import Candidates, MethodRates, MethodTable, cuda_candidates, measure_methods
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, DIRECTIONS, Direction, choose_blocks_per_chunk
+from pdlaunch.offload.method_choice import (
+    Candidates,
+    MethodRates,
+    MethodTable,
+    cuda_candidates,
+    measure_methods,
+)
+from pdlaunch.offload.spec import (
+    CHUNK_ALIGNMENT_BYTES,
+    DIRECTIONS,
+    Direction,
+    choose_blocks_per_chunk,
+)
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
@@ -27,7 +40,9 @@ DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
 _WAYS: tuple[tuple[Direction, ...], ...] = (("load",), ("store",), ("load", "store"))
 """As ``Speeds`` has them."""
 _BYTES_BESIDE_DECODE = 1024**3
-"""In each direction, before the steps begin and again meanwhile: together enough to last longer than they do."""
+"""In each direction, before the steps begin and again meanwhile: together enough to last longer
+than they do.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +68,9 @@ class OffloadRow:
     handler: Speeds
     """By the handler, with the chosen methods."""
     decode_slowdown: Speeds | None
-    """Share by which a decode-like step takes longer meanwhile; None where it could not be measured."""
+    """Share by which a decode-like step takes longer meanwhile; None where it could not be
+    measured.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +92,20 @@ def bench_offload(
     num_bytes: int | None = None,
     progress: Progress = lambda _text, _share: None,
 ) -> OffloadReport:
-    """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is one, unless given.
+    """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is
+    one, unless given.
 
-    Block sizes are multiples of 4 KiB. Takes host memory of twice ``num_bytes``, and two to three seconds a block size on a GPU.
-    Raises ConfigError for sizes that cannot be measured and for a device that is not there.
+    Block sizes are multiples of 4 KiB. Takes host memory of twice ``num_bytes``, and two to three
+    seconds a block size on a GPU. Raises ConfigError for sizes that cannot be measured and for a
+    device that is not there.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if num_bytes is None:
         num_bytes = DEFAULT_BYTES[target.type]
     _check(target, block_sizes, num_bytes)
-    bench = _CudaBench(target, num_bytes) if target.type == "cuda" else _HostBench(target, num_bytes)
+    bench = (
+        _CudaBench(target, num_bytes) if target.type == "cuda" else _HostBench(target, num_bytes)
+    )
     limit = bench.contiguous()
     rows = []
     for index, block_bytes in enumerate(block_sizes):
@@ -95,7 +116,12 @@ def bench_offload(
 
 def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: torch finds no CUDA device here", field="device", value=str(device), fix="Take --device cpu.")
+        raise ConfigError(
+            "device: torch finds no CUDA device here",
+            field="device",
+            value=str(device),
+            fix="Take --device cpu.",
+        )
     for size in block_sizes:
         if size < 1 or size % CHUNK_ALIGNMENT_BYTES:
             raise ConfigError(
@@ -114,7 +140,9 @@ def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> 
 
 
 class _Bench(ABC):
-    """Host memory is allocated anew for each block size, in the chunks of an engine with such blocks."""
+    """Host memory is allocated anew for each block size, in the chunks of an engine with such
+    blocks.
+    """
 
     device_name: str
 
@@ -139,12 +167,18 @@ class _Bench(ABC):
         host = self._host_memory(self._num_bytes)
         trial = self.trial(host, 1)
         copy = TorchCopy()
-        h2d, d2h, both = trial.alone(copy, "load"), trial.alone(copy, "store"), trial.both(copy, copy)
+        h2d, d2h, both = (
+            trial.alone(copy, "load"),
+            trial.alone(copy, "store"),
+            trial.both(copy, copy),
+        )
         host.close()
         return Speeds(h2d / 1e9, d2h / 1e9, both / 1e9)
 
     def row(self, block_bytes: int) -> OffloadRow:
-        blocks_per_chunk = min(choose_blocks_per_chunk(block_bytes, self._device.type), self._num_bytes // block_bytes)
+        blocks_per_chunk = min(
+            choose_blocks_per_chunk(block_bytes, self._device.type), self._num_bytes // block_bytes
+        )
         host = self._host_memory(blocks_per_chunk * block_bytes)
         trial = self.trial(host, blocks_per_chunk)
         rates = measure_methods(self.candidates(), trial.alone, trial.both)
@@ -153,13 +187,19 @@ class _Bench(ABC):
         traffic = Traffic(trial.pages, host, table, blocks_per_chunk=blocks_per_chunk)
         try:
             h2d, d2h, both = (
-                len(directions) * trial.num_bytes / min(traffic.run(directions) for _ in range(3)) / 1e9 for directions in _WAYS
+                len(directions)
+                * trial.num_bytes
+                / min(traffic.run(directions) for _ in range(3))
+                / 1e9
+                for directions in _WAYS
             )
             slowdown = self.decode_slowdown(traffic)
         finally:
             traffic.close()
             host.close()
-        return OffloadRow(block_bytes, host.chunk_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown)
+        return OffloadRow(
+            block_bytes, host.chunk_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown
+        )
 
     def _host_memory(self, chunk_bytes: int) -> HostMemory:
         num_chunks = 2 * (self._num_bytes // chunk_bytes)
@@ -176,7 +216,9 @@ class _CudaBench(_Bench):
 
     def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
         page_bytes = host.chunk_bytes // blocks_per_chunk
-        return CudaTrial(page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk)
+        return CudaTrial(
+            page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
+        )
 
     def candidates(self) -> Candidates:
         return cuda_candidates()
@@ -206,7 +248,9 @@ class _HostBench(_Bench):
 
     def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
         page_bytes = host.chunk_bytes // blocks_per_chunk
-        return Trial(page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk)
+        return Trial(
+            page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
+        )
 
     def candidates(self) -> Candidates:
         return {"load": [HostCopy()], "store": [HostCopy()]}
@@ -216,19 +260,27 @@ class _HostBench(_Bench):
 
 
 def _speeds(rates: MethodRates) -> Speeds:
-    load, store = (rates.alone[direction][rates.best_alone(direction)] / 1e9 for direction in DIRECTIONS[::-1])
+    load, store = (
+        rates.alone[direction][rates.best_alone(direction)] / 1e9 for direction in DIRECTIONS[::-1]
+    )
     return Speeds(load, store, rates.both[rates.best_pair()] / 1e9)
 
 
 def main() -> None:
-    """``python -m pdlaunch.offload.bench JSON``: the arguments of ``bench_offload`` as an object; prints its report as JSON."""
+    """``python -m pdlaunch.offload.bench JSON``: the arguments of ``bench_offload`` as an object;
+    prints its report as JSON.
+    """
     # Each direction has one thread of the handler; the limit gets no more.
     torch.set_num_threads(1)
     try:
         report = bench_offload(**json.loads(sys.argv[1]))
     except ConfigError as error:
         sys.exit(f"error: {error}\nfix: {error.fix}")
-    head = {"device": report.device, "num_bytes": report.num_bytes, "limit": _figures(report.limit, "gb_per_s")}
+    head = {
+        "device": report.device,
+        "num_bytes": report.num_bytes,
+        "limit": _figures(report.limit, "gb_per_s"),
+    }
     sys.stdout.write(json.dumps(head | {"rows": list(map(_row_figures, report.rows))}) + "\n")
 
 
@@ -243,14 +295,26 @@ def _row_figures(row: OffloadRow) -> dict[str, Any]:
         "both_methods": f"{load.name} {store.name}",
         **_figures(row.methods, "gb_per_s"),
         **{f"handler_{name}": figure for name, figure in _figures(row.handler, "gb_per_s").items()},
-        **({} if row.decode_slowdown is None else _figures(row.decode_slowdown, "decode_slowdown_share", 3)),
-        "alone": {way: {method.name: round(rate / 1e9, 2) for method, rate in rates.alone[way].items()} for way in DIRECTIONS},
-        "pairs": {f"{load.name} {store.name}": round(rate / 1e9, 2) for (load, store), rate in rates.both.items()},
+        **(
+            {}
+            if row.decode_slowdown is None
+            else _figures(row.decode_slowdown, "decode_slowdown_share", 3)
+        ),
+        "alone": {
+            way: {method.name: round(rate / 1e9, 2) for method, rate in rates.alone[way].items()}
+            for way in DIRECTIONS
+        },
+        "pairs": {
+            f"{load.name} {store.name}": round(rate / 1e9, 2)
+            for (load, store), rate in rates.both.items()
+        },
     }
 
 
 def _figures(speeds: Speeds, unit: str, digits: int = 2) -> dict[str, float]:
-    return {f"{name}_{unit}": round(getattr(speeds, name), digits) for name in ("h2d", "d2h", "both")}
+    return {
+        f"{name}_{unit}": round(getattr(speeds, name), digits) for name in ("h2d", "d2h", "both")
+    }
 
 
 if __name__ == "__main__":

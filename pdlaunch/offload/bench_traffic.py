@@ -1,4 +1,6 @@
-"""What ``pdlaunch bench offload`` lets run at once: a step as decoding has them, and transfers in both directions."""
+"""What ``pdlaunch bench offload`` lets run at once: a step as decoding has them, and transfers in
+both directions.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,14 @@ from pdlaunch.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
 
 
 class DecodeLikeStep:
-    """What a decode step does to a GPU: reads many weight matrices once, for few tokens, in one CUDA graph."""
+    """What a decode step does to a GPU: reads many weight matrices once, for few tokens, in one
+    CUDA graph.
+    """
 
     def __init__(self, device: torch.device, *, num_layers: int = 24, num_tokens: int = 32) -> None:
-        weights = [torch.randn(4096, 14336, dtype=torch.bfloat16, device=device) for _ in range(num_layers)]
+        weights = [
+            torch.randn(4096, 14336, dtype=torch.bfloat16, device=device) for _ in range(num_layers)
+        ]
         inputs = torch.randn(num_tokens, 4096, dtype=torch.bfloat16, device=device)
         torch.mm(inputs, weights[0])
         torch.cuda.synchronize(device)
@@ -34,7 +40,9 @@ class DecodeLikeStep:
         self._graph.replay()
 
     def seconds(self, num_steps: int = 20, meanwhile: Callable[[], None] = lambda: None) -> float:
-        """Median time of a step, one after another on the current stream; ``meanwhile`` is called when they have begun."""
+        """Median time of a step, one after another on the current stream; ``meanwhile`` is called
+        when they have begun.
+        """
         events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
         events[0].record()
         for event in events[1:]:
@@ -47,14 +55,19 @@ class DecodeLikeStep:
 
 
 class Traffic:
-    """Transfers through the handler: one half of ``pages`` is stored, the other loaded, in random order.
+    """Transfers through the handler: one half of ``pages`` is stored, the other loaded, in random
+    order.
 
     Chunks of ``blocks_per_chunk`` pages, in random order too, of all of ``host``.
     """
 
-    def __init__(self, pages: Pages, host: HostMemory, table: MethodTable, *, blocks_per_chunk: int) -> None:
+    def __init__(
+        self, pages: Pages, host: HostMemory, table: MethodTable, *, blocks_per_chunk: int
+    ) -> None:
         self._finished = threading.Semaphore(0)
-        self._handler = OffloadHandler([[pages]], host, blocks_per_chunk, choose=table.choose, wake=self._finished.release)
+        self._handler = OffloadHandler(
+            [[pages]], host, blocks_per_chunk, choose=table.choose, wake=self._finished.release
+        )
         half = len(pages) // 2
         num_chunks = half // blocks_per_chunk
         num_jobs = min(max(1, half * pages.shape[1] // JOB_BYTES), num_chunks)
@@ -64,7 +77,13 @@ class Traffic:
         for index, direction in enumerate(DIRECTIONS):
             blocks = index * half + random.permutation(half).reshape(num_chunks, blocks_per_chunk)
             own_chunks = chunks[index * num_chunks : (index + 1) * num_chunks]
-            self._jobs[direction] = list(zip(np.array_split(blocks, num_jobs), np.array_split(own_chunks, num_jobs), strict=True))
+            self._jobs[direction] = list(
+                zip(
+                    np.array_split(blocks, num_jobs),
+                    np.array_split(own_chunks, num_jobs),
+                    strict=True,
+                )
+            )
         self._num_submitted = 0
         self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 

@@ -1,8 +1,9 @@
-"""What really lies in a rank's host chunks, and the proof of it: xxh3_64 of each (block, KV head), taken when it was stored.
+"""What really lies in a rank's host chunks, and the proof of it: xxh3_64 of each (block, KV head),
+taken when it was stored.
 
-On the CPU host memory is hashed, beside the copy of a load. On a GPU blocks are, where they lie: those that have been stored, and
-those that a load has brought back.
-The scheduler's tier and this record agree unless something went wrong; a load that finds them different is refused.
+On the CPU host memory is hashed, beside the copy of a load. On a GPU blocks are, where they lie:
+those that have been stored, and those that a load has brought back. The scheduler's tier and this
+record agree unless something went wrong; a load that finds them different is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ class ChunkContent:
 
     def digests_between(self, start: int, stop: int) -> Digests | None:
         """Of the slots [start, stop)."""
-        return None if self.digests is None else self.digests[start - self.first_slot : stop - self.first_slot]
+        return (
+            None
+            if self.digests is None
+            else self.digests[start - self.first_slot : stop - self.first_slot]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,9 @@ class Checksums(Protocol):
 
 
 class DeviceHasher(Protocol):
-    """Computes checksums of blocks of the KV cache where they lie; ``transfer.checksum.BlockHasher`` does."""
+    """Computes checksums of blocks of the KV cache where they lie;
+    ``transfer.checksum.BlockHasher`` does.
+    """
 
     def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
         """Of complete blocks and these heads of the rank."""
@@ -73,7 +80,9 @@ class BlockHasher:
         self._device = device
         self._executor = executor
 
-    def submit(self, slots: Sequence[Slots], block_ids: Sequence[int]) -> list[Future[list[Digests]]]:
+    def submit(
+        self, slots: Sequence[Slots], block_ids: Sequence[int]
+    ) -> list[Future[list[Digests]]]:
         """Digests by chunk, in order. ``block_ids``: those in the slots, one after another."""
         return [self._executor.submit(_by_chunk, slots, self._device.start(block_ids, slice(None)))]
 
@@ -86,8 +95,17 @@ def _by_chunk(slots: Sequence[Slots], checksums: Checksums) -> list[Digests]:
 class ChunkHasher:
     """Computes checksums of host memory on other threads, which do not hold the GIL meanwhile."""
 
-    def __init__(self, host: HostMemory, block_bytes: int, head_bytes: int, executor: Executor, num_parts: int) -> None:
-        """A block's ``head_bytes`` of each head follow each other. One transfer is shared out to ``num_parts`` tasks."""
+    def __init__(
+        self,
+        host: HostMemory,
+        block_bytes: int,
+        head_bytes: int,
+        executor: Executor,
+        num_parts: int,
+    ) -> None:
+        """A block's ``head_bytes`` of each head follow each other. One transfer is shared out to
+        ``num_parts`` tasks.
+        """
         assert block_bytes % head_bytes == 0
         self._host = host
         self._block_bytes = block_bytes
@@ -98,7 +116,10 @@ class ChunkHasher:
     def submit(self, slots: Sequence[Slots]) -> list[Future[list[Digests]]]:
         """Digests by chunk, in order; those of all parts together."""
         parts = np.array_split(np.arange(len(slots)), min(self._num_parts, len(slots)) or 1)
-        return [self._executor.submit(self._hash_all, [slots[index] for index in part]) for part in parts]
+        return [
+            self._executor.submit(self._hash_all, [slots[index] for index in part])
+            for part in parts
+        ]
 
     def _hash_all(self, slots: Sequence[Slots]) -> list[Digests]:
         return [self._hash(item) for item in slots]

@@ -1,4 +1,6 @@
-"""From a transfer's blocks to copies of pages: which bytes of which tensor lie where in host memory."""
+"""From a transfer's blocks to copies of pages: which bytes of which tensor lie where in host
+memory.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class PageCopies:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of maximal length: pages that are neighbours on both sides are one run. All [num_runs]."""
+    """Copies of maximal length: pages that are neighbours on both sides are one run. All
+    [num_runs].
+    """
 
     device_offsets: IntArray
     """From the start of the tensor, in bytes."""
@@ -68,9 +72,14 @@ def shape_of(group: Sequence[Pages]) -> GroupShape:
 
 
 def plan_copies(
-    spans: Sequence[GroupSpan], layout: ChunkLayout, groups: Sequence[Sequence[Pages]], host: HostMemory
+    spans: Sequence[GroupSpan],
+    layout: ChunkLayout,
+    groups: Sequence[Sequence[Pages]],
+    host: HostMemory,
 ) -> list[PageCopies]:
-    """One entry a group and tensor. In a chunk's block the pages of the group's tensors follow each other."""
+    """One entry a group and tensor. In a chunk's block the pages of the group's tensors follow each
+    other.
+    """
     copies = []
     for span in spans:
         chunk_ids, offsets = layout.places(span)
@@ -86,7 +95,9 @@ def merge_runs(copies: PageCopies) -> Runs:
     device = copies.block_ids * page_bytes
     pieces = copies.host.piece_of(copies.chunk_ids)
     host = copies.host.offsets(copies.chunk_ids) + copies.chunk_offsets
-    breaks = (np.diff(device) != page_bytes) | (np.diff(host) != page_bytes) | (np.diff(pieces) != 0)
+    breaks = (
+        (np.diff(device) != page_bytes) | (np.diff(host) != page_bytes) | (np.diff(pieces) != 0)
+    )
     starts = np.flatnonzero(np.concatenate(([True], breaks)))
     num_pages = np.diff(np.append(starts, len(device)))
     return Runs(device[starts], pieces[starts], host[starts], num_pages * page_bytes)

@@ -1,4 +1,6 @@
-"""How bytes get from device to host and back: the interface, and the two methods that need nothing but torch."""
+"""How bytes get from device to host and back: the interface, and the two methods that need nothing
+but torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pdlaunch.offload.spec import Direction
 
 
 class CopyMethod(ABC):
-    """Copies pages. On CUDA it only enqueues, on the current stream, and keeps alive what the copy still reads."""
+    """Copies pages. On CUDA it only enqueues, on the current stream, and keeps alive what the copy
+    still reads.
+    """
 
     name: str
     """For people: ``batch``, ``kernel/4``."""
@@ -44,7 +48,9 @@ class HostCopy(CopyMethod):
 
 
 class TorchCopy(CopyMethod):
-    """One torch copy a run: slow for small blocks (12 GB/s at 64 KiB), there where nothing else is."""
+    """One torch copy a run: slow for small blocks (12 GB/s at 64 KiB), there where nothing else
+    is.
+    """
 
     name = "torch"
 
@@ -64,5 +70,10 @@ def _pairs(copies: PageCopies) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     device = copies.device.view(-1)
     runs = merge_runs(copies)
     columns = (runs.device_offsets, runs.host_pieces, runs.host_offsets, runs.sizes)
-    for at_device, piece, at_host, size in zip(*(column.tolist() for column in columns), strict=True):
-        yield device[at_device : at_device + size], copies.host.pieces[piece][at_host : at_host + size]
+    for at_device, piece, at_host, size in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        yield (
+            device[at_device : at_device + size],
+            copies.host.pieces[piece][at_host : at_host + size],
+        )

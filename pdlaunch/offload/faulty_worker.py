@@ -1,4 +1,6 @@
-"""A host tier that is slow and whose memory goes bad, for tests and ``pdlaunch smoke --chaos`` only."""
+"""A host tier that is slow and whose memory goes bad, for tests and ``pdlaunch smoke --chaos``
+only.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class ChunkFaults(NamedTuple):
     """What goes wrong. Each function takes a number that counts up, so that a plan decides."""
 
     corrupt: Callable[[int], random.Random | None]
-    """Of a stored chunk: what place and value of its wrong byte are drawn from; None: it stays as it is."""
+    """Of a stored chunk: what place and value of its wrong byte are drawn from; None: it stays as
+    it is.
+    """
     delay_s: Callable[[int], float]
     """Of a copy: how much later its end is reported."""
     copies_wait: Callable[[], bool] = lambda: False
@@ -29,7 +33,9 @@ class ChunkFaults(NamedTuple):
 
 
 class FaultyOffloadWorker(OffloadWorker):
-    """Reports the ends of copies late, and changes a byte of some chunks once their checksums are taken."""
+    """Reports the ends of copies late, and changes a byte of some chunks once their checksums are
+    taken.
+    """
 
     def __init__(self, faults: ChunkFaults, **setup: Any) -> None:
         super().__init__(**setup)

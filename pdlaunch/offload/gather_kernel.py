@@ -1,6 +1,7 @@
 """Scattered pages between the device's memory and pinned host memory, which it maps, by a kernel.
 
-PCIe is filled from a small part of the multiprocessors, the rest computes. Import this module only where triton is there.
+PCIe is filled from a small part of the multiprocessors, the rest computes. Import this module only
+where triton is there.
 """
 
 from __future__ import annotations
@@ -14,16 +15,27 @@ from pdlaunch.offload.copy_methods import CopyMethod
 from pdlaunch.offload.spec import Direction
 
 LOAD_KERNELS: tuple[KernelShape, ...] = ((5, 8192, 8), (10, 4096, 4))
-"""160 KiB in flight fill the link of an H200; with 256 KiB decoding loses 7 % instead of 5 %. By programs, fewest first."""
-STORE_KERNELS: tuple[KernelShape, ...] = ((2, 8192, 8), (3, 4096, 4), (4, 2048, 4), (4, 4096, 4), (8, 2048, 4))
-"""Stores as fast as the link make loads wait for its upstream way, and with much in flight everybody: a decode step took twice as
-long beside 256 KiB of writes. So the least that fills the link, and what stays a little below it: both depend on page size and
-host. Figures: docs/performance.md.
+"""160 KiB in flight fill the link of an H200; with 256 KiB decoding loses 7 % instead of 5 %. By
+programs, fewest first.
+"""
+STORE_KERNELS: tuple[KernelShape, ...] = (
+    (2, 8192, 8),
+    (3, 4096, 4),
+    (4, 2048, 4),
+    (4, 4096, 4),
+    (8, 2048, 4),
+)
+"""Stores as fast as the link make loads wait for its upstream way, and with much in flight
+everybody: a decode step took twice as long beside 256 KiB of writes. So the least that fills the
+link, and what stays a little below it: both depend on page size and host. Figures:
+docs/performance.md.
 """
 
 
 class GatherKernel(CopyMethod):
-    """``num_programs`` programs copy; each occupies at most one multiprocessor and has ``tile_words`` words in flight."""
+    """``num_programs`` programs copy; each occupies at most one multiprocessor and has
+    ``tile_words`` words in flight.
+    """
 
     def __init__(self, num_programs: int, tile_words: int, num_warps: int) -> None:
         self.name = f"kernel/{num_programs}x{tile_words // 256}KiB"
@@ -37,14 +49,30 @@ class GatherKernel(CopyMethod):
 
     def copy(self, copies: PageCopies, direction: Direction) -> None:
         target = copies.device.device
-        device, host = copies.device.view(-1).view(torch.int32), copies.host.pieces[0].view(torch.int32)
+        device, host = (
+            copies.device.view(-1).view(torch.int32),
+            copies.host.pieces[0].view(torch.int32),
+        )
         num_pages = len(copies.block_ids)
-        units = torch.empty((2, padded_columns(num_pages)), dtype=torch.int64, pin_memory=target.type == "cuda")
+        units = torch.empty(
+            (2, padded_columns(num_pages)), dtype=torch.int64, pin_memory=target.type == "cuda"
+        )
         source_units, destination_units = units.numpy()[:, :num_pages]
-        at_host, at_device = (destination_units, source_units) if direction == "store" else (source_units, destination_units)
+        at_host, at_device = (
+            (destination_units, source_units)
+            if direction == "store"
+            else (source_units, destination_units)
+        )
         np.multiply(copies.block_ids, copies.page_bytes // UNIT_BYTES, out=at_device)
         # Pieces of host memory are told apart by their distance from the first: it may be negative.
         np.floor_divide(copies.host_addresses() - host.data_ptr(), UNIT_BYTES, out=at_host)
         source, destination = (device, host) if direction == "store" else (host, device)
         # Torch keeps pinned memory until the copy on this stream has read it.
-        copy_pages(source, destination, units.to(target, non_blocking=True), num_pages, copies.page_bytes, self._shape)
+        copy_pages(
+            source,
+            destination,
+            units.to(target, non_blocking=True),
+            num_pages,
+            copies.page_bytes,
+            self._shape,
+        )

@@ -1,7 +1,9 @@
-"""The transfer handler: checks a transfer, turns it into copies and runs them, each direction on its own.
+"""The transfer handler: checks a transfer, turns it into copies and runs them, each direction on
+its own.
 
-``transfer_async`` and ``get_finished`` return at once. A block or chunk that a transfer names belongs to it until its result is
-out: nobody else writes to what is read, or touches what is written.
+``transfer_async`` and ``get_finished`` return at once. A block or chunk that a transfer names
+belongs to it until its result is out: nobody else writes to what is read, or touches what is
+written.
 """
 
 from __future__ import annotations
@@ -19,17 +21,23 @@ from pdlaunch.offload.spec import DIRECTIONS, ChunkLayout, Direction, TransferSp
 
 
 def chunk_layout(groups: Sequence[Sequence[torch.Tensor]], blocks_per_chunk: int) -> ChunkLayout:
-    """How the blocks of these groups lie in host chunks; groups as ``OffloadHandler`` takes them."""
+    """How the blocks of these groups lie in host chunks; groups as ``OffloadHandler`` takes
+    them.
+    """
     assert blocks_per_chunk > 0
-    return ChunkLayout(tuple(shape_of([as_pages(tensor) for tensor in group]) for group in groups), blocks_per_chunk)
+    return ChunkLayout(
+        tuple(shape_of([as_pages(tensor) for tensor in group]) for group in groups),
+        blocks_per_chunk,
+    )
 
 
 class OffloadHandler:
     """Moves blocks between the tensors of the KV cache groups and host memory.
 
-    ``groups``: by group its tensors, each [num_blocks, ...] contiguous; groups may share tensors. All on one device.
-    ``host``: chunks laid out as ``chunk_layout(groups, blocks_per_chunk)`` says. ``choose``: the copy method.
-    ``wake`` is called, from another thread, after each result. Not safe for more than one calling thread.
+    ``groups``: by group its tensors, each [num_blocks, ...] contiguous; groups may share tensors.
+    All on one device. ``host``: chunks laid out as ``chunk_layout(groups, blocks_per_chunk)`` says.
+    ``choose``: the copy method. ``wake`` is called, from another thread, after each result. Not
+    safe for more than one calling thread.
     """
 
     def __init__(
@@ -42,21 +50,28 @@ class OffloadHandler:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._layout = chunk_layout(groups, blocks_per_chunk)
-        self._groups: list[list[Pages]] = [[as_pages(tensor) for tensor in group] for group in groups]
+        self._groups: list[list[Pages]] = [
+            [as_pages(tensor) for tensor in group] for group in groups
+        ]
         assert host.chunk_bytes == self._layout.chunk_bytes
         self._host = host
         self._wake = wake
         self._results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
-        self._lanes = {direction: self._make_lane(direction, choose, self._report) for direction in DIRECTIONS}
+        self._lanes = {
+            direction: self._make_lane(direction, choose, self._report) for direction in DIRECTIONS
+        }
 
     def transfer_async(self, job_id: int, spec: TransferSpec) -> None:
-        """Queue a transfer behind those of its direction, and behind what the current CUDA stream holds.
+        """Queue a transfer behind those of its direction, and behind what the current CUDA stream
+        holds.
 
-        Raises TransferSpecError, and nothing is copied, when the spec does not fit the KV cache. Whatever fails later is told by
-        ``get_finished``. A transfer of no blocks finishes too.
+        Raises TransferSpecError, and nothing is copied, when the spec does not fit the KV cache.
+        Whatever fails later is told by ``get_finished``. A transfer of no blocks finishes too.
         """
         spans = self._layout.split(spec, self._host.num_chunks)
-        self._lanes[spec.direction].submit(job_id, plan_copies(spans, self._layout, self._groups, self._host))
+        self._lanes[spec.direction].submit(
+            job_id, plan_copies(spans, self._layout, self._groups, self._host)
+        )
 
     def get_finished(self) -> list[TransferResult]:
         """Transfers that have ended since the last call, each once."""
@@ -67,7 +82,9 @@ class OffloadHandler:
         return finished
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """End both directions after what is queued. False: a copy still runs, and host memory must stay."""
+        """End both directions after what is queued. False: a copy still runs, and host memory must
+        stay.
+        """
         ended = [lane.close(timeout_s) for lane in self._lanes.values()]
         return all(ended)
 

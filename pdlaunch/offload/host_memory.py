@@ -1,7 +1,9 @@
-"""The host's share of the KV cache: chunks in pieces of about 1 GiB, allocated once at start, pinned beside a GPU.
+"""The host's share of the KV cache: chunks in pieces of about 1 GiB, allocated once at start,
+pinned beside a GPU.
 
-A piece is anonymous memory in huge pages, touched by several threads and then registered: 0.1 s a GiB on an H200's host, where
-the driver's allocator took 0.37 s and scattered copies of 4 KiB were slower (44 instead of 48 GB/s).
+A piece is anonymous memory in huge pages, touched by several threads and then registered: 0.1 s a
+GiB on an H200's host, where the driver's allocator took 0.37 s and scattered copies of 4 KiB were
+slower (44 instead of 48 GB/s).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def unregister_pages(address: int) -> None:
 
 
 class HostMemory:
-    """``num_chunks`` chunks of ``chunk_bytes``; chunk i lies in piece i // chunks_per_piece. ``progress`` hears of each piece.
+    """``num_chunks`` chunks of ``chunk_bytes``; chunk i lies in piece i // chunks_per_piece.
+    ``progress`` hears of each piece.
 
     Raises ConfigError when the machine has less memory than asked for, or does not pin it.
     """
@@ -61,7 +64,9 @@ class HostMemory:
         self.piece_addresses = np.array([piece.data_ptr() for piece in self.pieces], dtype=np.int64)
         every_chunk = np.arange(num_chunks, dtype=np.int64)
         # 8 bytes a chunk spare each transfer two divisions a block.
-        self._chunk_addresses = self.piece_addresses[self.piece_of(every_chunk)] + self.offsets(every_chunk)
+        self._chunk_addresses = self.piece_addresses[self.piece_of(every_chunk)] + self.offsets(
+            every_chunk
+        )
 
     def addresses(self, chunk_ids: IntArray) -> IntArray:
         """Address of the first byte of each chunk."""

@@ -1,6 +1,8 @@
-"""What the scheduler asks of the offload worker of every rank, and what comes back. Plain values that a message can carry.
+"""What the scheduler asks of the offload worker of every rank, and what comes back. Plain values
+that a message can carry.
 
-Ownership: the blocks and chunks of a job belong to it from the moment it is made until all ranks have reported it.
+Ownership: the blocks and chunks of a job belong to it from the moment it is made until all ranks
+have reported it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from pdlaunch.offload.spec import Direction, TransferSpec
 
 @dataclass(frozen=True, slots=True)
 class OffloadJob:
-    """One transfer, the same for all ranks: each moves its own heads of the blocks. Fields as in ``TransferSpec``."""
+    """One transfer, the same for all ranks: each moves its own heads of the blocks. Fields as in
+    ``TransferSpec``.
+    """
 
     job_id: int
     direction: Direction
@@ -25,7 +29,9 @@ class OffloadJob:
 
     @property
     def spec(self) -> TransferSpec:
-        return TransferSpec(self.direction, self.block_ids, self.group_sizes, self.block_indices, self.chunk_ids)
+        return TransferSpec(
+            self.direction, self.block_ids, self.group_sizes, self.block_indices, self.chunk_ids
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,9 @@ class JobFinished:
 
 
 class JobMerger:
-    """Reports of all ranks become one: a block is moved only when every rank has moved its heads."""
+    """Reports of all ranks become one: a block is moved only when every rank has moved its
+    heads.
+    """
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
@@ -61,7 +69,9 @@ class JobMerger:
             job_id=report.job_id,
             ok=all(one.ok for one in reports),
             error="; ".join(sorted({one.error for one in reports if one.error})),
-            failed_chunk_ids=sorted({chunk_id for one in reports for chunk_id in one.failed_chunk_ids}),
+            failed_chunk_ids=sorted(
+                {chunk_id for one in reports for chunk_id in one.failed_chunk_ids}
+            ),
             num_bytes=sum(one.num_bytes for one in reports),
             seconds=max(one.seconds for one in reports),
         )

@@ -1,7 +1,8 @@
 """A lane carries the transfers of one direction, in their order, and says when each has ended.
 
-Between two CPU tensors the lane's thread copies. On CUDA the submitting thread enqueues on the lane's stream, behind what the
-current stream holds, and the thread only waits for the event after the copy. Either way nobody else ever waits.
+Between two CPU tensors the lane's thread copies. On CUDA the submitting thread enqueues on the
+lane's stream, behind what the current stream holds, and the thread only waits for the event after
+the copy. Either way nobody else ever waits.
 """
 
 from __future__ import annotations
@@ -40,19 +41,28 @@ Report = Callable[[TransferResult], None]
 
 
 class Lane(ABC):
-    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in their order.
+    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in
+    their order.
 
     ``other_is_busy``: whether the lane of the other direction copies.
     """
 
-    def __init__(self, direction: Direction, choose: ChooseMethod, report: Report, other_is_busy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        direction: Direction,
+        choose: ChooseMethod,
+        report: Report,
+        other_is_busy: Callable[[], bool],
+    ) -> None:
         self._direction = direction
         self._choose = choose
         self._report = report
         self._other_is_busy = other_is_busy
         # Each is written by one thread.
         self._num_submitted = self._num_ended = 0
-        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], float]] | None] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[tuple[int, int, Callable[[], float]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._run, name=f"offload-{direction}", daemon=True)
         self._thread.start()
 
@@ -63,7 +73,9 @@ class Lane(ABC):
 
     @abstractmethod
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
-        """Begin to copy; the result, called by the lane's thread, returns seconds when all is copied. May raise."""
+        """Begin to copy; the result, called by the lane's thread, returns seconds when all is
+        copied. May raise.
+        """
 
     def submit(self, job_id: int, copies: Sequence[PageCopies]) -> None:
         """Queue one transfer. What goes wrong is reported."""
@@ -87,7 +99,9 @@ class Lane(ABC):
             try:
                 result = TransferResult(job_id, self._direction, True, num_bytes, end())
             except Exception as error:  # Whatever it is, the blocks must not be used and their owner must hear of it.
-                result = TransferResult(job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}")
+                result = TransferResult(
+                    job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}"
+                )
             self._num_ended += 1
             self._report(result)
 
@@ -112,7 +126,12 @@ class CudaLane(Lane):
     """Between a CUDA device and pinned memory, on a stream of its own."""
 
     def __init__(
-        self, direction: Direction, choose: ChooseMethod, report: Report, other_is_busy: Callable[[], bool], device: torch.device
+        self,
+        direction: Direction,
+        choose: ChooseMethod,
+        report: Report,
+        other_is_busy: Callable[[], bool],
+        device: torch.device,
     ) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -128,7 +147,9 @@ class CudaLane(Lane):
             try:
                 self._copy_all(copies)
             except (RuntimeError, TransferError) as error:
-                return _failing(error, first=self._stream.synchronize)  # a part of it may be on its way
+                return _failing(
+                    error, first=self._stream.synchronize
+                )  # a part of it may be on its way
             end.record(self._stream)
 
         def wait() -> float:

@@ -15,38 +15,61 @@ from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import Direction, IntArray
 
 JOB_BYTES = 64 * 1024**2
-"""What one call copies: the next is prepared meanwhile, so that only the first one's preparation is seen."""
+"""What one call copies: the next is prepared meanwhile, so that only the first one's preparation is
+seen.
+"""
 _SEED = 6
 
 
 def scattered_copies(pages: Pages, host: HostMemory, chunk_ids: IntArray) -> list[PageCopies]:
-    """All of ``pages``, in random order, to or from these chunks, an equal number of pages each; in jobs of whole chunks."""
+    """All of ``pages``, in random order, to or from these chunks, an equal number of pages each; in
+    jobs of whole chunks.
+    """
     num_jobs = min(max(1, pages.numel() // JOB_BYTES), len(chunk_ids))
     blocks_per_chunk = len(pages) // len(chunk_ids)
     orders = np.random.default_rng(_SEED).permutation(len(pages)).reshape(-1, blocks_per_chunk)
     offsets = np.arange(blocks_per_chunk, dtype=np.int64) * pages.shape[1]
     return [
-        PageCopies(pages, order.ravel(), host, np.repeat(chunks, blocks_per_chunk), np.tile(offsets, len(chunks)))
-        for order, chunks in zip(np.array_split(orders, num_jobs), np.array_split(chunk_ids, num_jobs), strict=True)
+        PageCopies(
+            pages,
+            order.ravel(),
+            host,
+            np.repeat(chunks, blocks_per_chunk),
+            np.tile(offsets, len(chunks)),
+        )
+        for order, chunks in zip(
+            np.array_split(orders, num_jobs), np.array_split(chunk_ids, num_jobs), strict=True
+        )
     ]
 
 
 class Trial:
-    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory, half for each direction.
+    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory,
+    half for each direction.
 
     ``blocks_per_chunk`` pages, one after another, fill a chunk.
     """
 
     def __init__(
-        self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int, *, blocks_per_chunk: int = 1
+        self,
+        page_bytes: int,
+        host: HostMemory,
+        device: torch.device,
+        num_bytes: int,
+        *,
+        blocks_per_chunk: int = 1,
     ) -> None:
         num_chunks = max(1, min(num_bytes // (blocks_per_chunk * page_bytes), host.num_chunks // 2))
         num_pages = num_chunks * blocks_per_chunk
-        self.pages = torch.randint(0, 256, (2 * num_pages, page_bytes), dtype=torch.uint8, device=device)
+        self.pages = torch.randint(
+            0, 256, (2 * num_pages, page_bytes), dtype=torch.uint8, device=device
+        )
         chunk_ids = np.random.default_rng(_SEED).permutation(host.num_chunks)
         self._copies: dict[Direction, Sequence[PageCopies]] = {
             "load": scattered_copies(self.pages[:num_pages], host, chunk_ids[:num_chunks]),
-            "store": scattered_copies(self.pages[num_pages:], host, chunk_ids[num_chunks : 2 * num_chunks]),
+            "store": scattered_copies(
+                self.pages[num_pages:], host, chunk_ids[num_chunks : 2 * num_chunks]
+            ),
         }
         self.num_bytes = num_pages * page_bytes
         """Copied in each direction."""
@@ -60,7 +83,9 @@ class Trial:
         return self.num_bytes / host_seconds(lambda: self._copy(method, direction))
 
     def both(self, load: CopyMethod, store: CopyMethod) -> float:
-        """Bytes per second of both directions, from the beginning of the first to the end of the last."""
+        """Bytes per second of both directions, from the beginning of the first to the end of the
+        last.
+        """
         return 2 * self.num_bytes / host_seconds(lambda: self._copy_both(load, store))
 
     def _copy(self, method: CopyMethod, direction: Direction) -> None:
@@ -79,7 +104,13 @@ class CudaTrial(Trial):
     """Between a GPU and pinned memory."""
 
     def __init__(
-        self, page_bytes: int, host: HostMemory, device: torch.device, num_bytes: int, *, blocks_per_chunk: int = 1
+        self,
+        page_bytes: int,
+        host: HostMemory,
+        device: torch.device,
+        num_bytes: int,
+        *,
+        blocks_per_chunk: int = 1,
     ) -> None:
         super().__init__(page_bytes, host, device, num_bytes, blocks_per_chunk=blocks_per_chunk)
         self._streams: dict[Direction, torch.cuda.Stream] = {
@@ -106,7 +137,9 @@ class CudaTrial(Trial):
 
 
 def cuda_seconds(enqueue: Callable[[], object], *, repeats: int = 5) -> float:
-    """Median time from begin to end of what ``enqueue`` puts on the current stream, submitting included; warmed up once."""
+    """Median time from begin to end of what ``enqueue`` puts on the current stream, submitting
+    included; warmed up once.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     times: list[float] = []
     with torch.cuda.stream(stream):

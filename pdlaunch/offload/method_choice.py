@@ -1,9 +1,10 @@
 """Which copy methods to use for which page size, decided by measuring them at start.
 
-Both directions share PCIe: a read asks upstream for what comes downstream, behind the stores that fill the upstream way. A store
-that is as fast as the link leaves a load half of its speed, so a direction is copied differently when the other one copies too:
-there pairs of a load and a store method are compared. A multiprocessor that copies does not compute: of what is nearly as good
-as the best, that which takes the fewest is chosen.
+Both directions share PCIe: a read asks upstream for what comes downstream, behind the stores that
+fill the upstream way. A store that is as fast as the link leaves a load half of its speed, so a
+direction is copied differently when the other one copies too: there pairs of a load and a store
+method are compared. A multiprocessor that copies does not compute: of what is nearly as good as the
+best, that which takes the fewest is chosen.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class MethodRates:
 
 
 class MethodTable:
-    """The chosen methods. ``fallback`` is used for page sizes that were not measured or are not supported."""
+    """The chosen methods. ``fallback`` is used for page sizes that were not measured or are not
+    supported.
+    """
 
     def __init__(self, fallback: CopyMethod) -> None:
         self._fallback = fallback
@@ -109,8 +112,15 @@ def measure_methods(
 
     ``alone`` and ``both`` (load, store) return bytes per second.
     """
-    rates = {direction: {method: alone(method, direction) for method in candidates[direction]} for direction in DIRECTIONS}
-    pairs = {(load, store): both(load, store) for load in _hopeful(rates["load"]) for store in _hopeful(rates["store"])}
+    rates = {
+        direction: {method: alone(method, direction) for method in candidates[direction]}
+        for direction in DIRECTIONS
+    }
+    pairs = {
+        (load, store): both(load, store)
+        for load in _hopeful(rates["load"])
+        for store in _hopeful(rates["store"])
+    }
     return MethodRates(rates, pairs)
 
 
@@ -143,7 +153,10 @@ def choose_cuda_methods(
         if host.num_chunks < 2:
             break
         trial = CudaTrial(page_bytes, host, device, trial_bytes, blocks_per_chunk=blocks_per_chunk)
-        able = {direction: [method for method in offered[direction] if trial.supports(method)] for direction in DIRECTIONS}
+        able = {
+            direction: [method for method in offered[direction] if trial.supports(method)]
+            for direction in DIRECTIONS
+        }
         if all(able.values()):
             rates = measure_methods(able, trial.alone, trial.both)
             table.set(page_bytes, rates)
@@ -156,6 +169,7 @@ def _describe(rates: MethodRates) -> str:
     pair = rates.best_pair()
     return (
         f"load by {load.name} {rates.alone['load'][load] / 1e9:.1f} GB/s, store by {store.name} "
-        f"{rates.alone['store'][store] / 1e9:.1f} GB/s, both at once by {pair[0].name} and {pair[1].name} "
+        f"{rates.alone['store'][store] / 1e9:.1f} GB/s, both at once by {pair[0].name} and "
+        f"{pair[1].name} "
         f"{rates.both[pair] / 1e9:.1f} GB/s"
     )

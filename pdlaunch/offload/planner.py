@@ -1,15 +1,19 @@
-"""The scheduler's side of the host tier: finds prefixes on device and host together, and makes the jobs that move blocks.
+"""The scheduler's side of the host tier: finds prefixes on device and host together, and makes the
+jobs that move blocks.
 
-``find -> begin_load -> finish`` brings a prefix back, ``begin_stores -> finish`` copies computed blocks out. Of each group, a
-prefix is a run of blocks on the device and then a run of blocks on the host::
+``find -> begin_load -> finish`` brings a prefix back, ``begin_stores -> finish`` copies computed
+blocks out. Of each group, a prefix is a run of blocks on the device and then a run of blocks on the
+host::
 
     logical block      0   1   2   3   4   5   6
     full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
     sliding group            . [ d   h   h   h ]      only what the first token after the prefix sees
 
-Before a pull the groups are independent of each other: each may end where it will, the pull brings the rest.
+Before a pull the groups are independent of each other: each may end where it will, the pull brings
+the rest.
 
-A host chunk is found by the hash of its last block, so only chunks that a request fills are stored and found.
+A host chunk is found by the hash of its last block, so only chunks that a request fills are stored
+and found.
 """
 
 from __future__ import annotations
@@ -59,7 +63,14 @@ class _Run:
 class OffloadPlanner:
     """Owns the jobs in flight and the tier. Not safe for more than one thread."""
 
-    def __init__(self, groups: Sequence[KVCacheGroup], block_size: int, tier: HostTier, *, blocks_per_chunk: int = 1) -> None:
+    def __init__(
+        self,
+        groups: Sequence[KVCacheGroup],
+        block_size: int,
+        tier: HostTier,
+        *,
+        blocks_per_chunk: int = 1,
+    ) -> None:
         """``block_size`` in tokens; ``blocks_per_chunk`` as in every rank's worker."""
         self._windows = [group.sliding_window for group in groups]
         self._block_size = block_size
@@ -76,10 +87,14 @@ class OffloadPlanner:
 
     # Loads
 
-    def find(self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindOnDevice) -> HostHit | None:
-        """The longest prefix of at most ``max_blocks`` blocks on device and host; None when the host adds nothing to it.
+    def find(
+        self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindOnDevice
+    ) -> HostHit | None:
+        """The longest prefix of at most ``max_blocks`` blocks on device and host; None when the
+        host adds nothing to it.
 
-        Never shorter than what the device alone has. Nothing is pinned before ``begin_load``, which must follow at once or never.
+        Never shorter than what the device alone has. Nothing is pinned before ``begin_load``, which
+        must follow at once or never.
         """
         length = min(max_blocks, len(block_hashes))
         settled = False
@@ -88,25 +103,41 @@ class OffloadPlanner:
             for group in range(len(self._windows)):
                 fitting = self._fit(group, block_hashes, fitting, find_on_device)
             settled, length = fitting == length, fitting
-        first = [self._first_visible(group, length * self._block_size) for group in range(len(self._windows))]
+        first = [
+            self._first_visible(group, length * self._block_size)
+            for group in range(len(self._windows))
+        ]
         return self._hit(block_hashes, first, [length] * len(first), find_on_device)
 
     def find_for_pull(
-        self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int, find_on_device: FindOnDevice
+        self,
+        block_hashes: Sequence[bytes],
+        max_blocks: int,
+        num_computed: int,
+        find_on_device: FindOnDevice,
     ) -> HostHit | None:
-        """What a pull need not bring: by group, the blocks from the first one visible to token ``num_computed`` on.
+        """What a pull need not bring: by group, the blocks from the first one visible to token
+        ``num_computed`` on.
 
-        Of the first ``max_blocks``; None when the host adds nothing to what the device has. Nothing is pinned, as by ``find``.
+        Of the first ``max_blocks``; None when the host adds nothing to what the device has. Nothing
+        is pinned, as by ``find``.
         """
         limit = min(max_blocks, len(block_hashes))
         first = [self._first_visible(group, num_computed) for group in range(len(self._windows))]
-        ends = [self._end(group, block_hashes, start, limit, find_on_device) for group, start in enumerate(first)]
+        ends = [
+            self._end(group, block_hashes, start, limit, find_on_device)
+            for group, start in enumerate(first)
+        ]
         return self._hit(block_hashes, first, ends, find_on_device)
 
-    def begin_load(self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]) -> OffloadJob:
-        """Load what ``find`` has found on the host. ``block_ids``: by group ``hit.num_blocks_to_load(group)`` device blocks.
+    def begin_load(
+        self, hit: HostHit, block_ids: Sequence[Sequence[int]], block_hashes: Sequence[bytes]
+    ) -> OffloadJob:
+        """Load what ``find`` has found on the host. ``block_ids``: by group
+        ``hit.num_blocks_to_load(group)`` device blocks.
 
-        The blocks belong to the job until ``finish``; the caller shares those of ``hit.device`` itself.
+        The blocks belong to the job until ``finish``; the caller shares those of ``hit.device``
+        itself.
         """
         groups = range(len(self._windows))
         assert all(len(block_ids[group]) == hit.num_blocks_to_load(group) for group in groups)
@@ -130,20 +161,31 @@ class OffloadPlanner:
 
     # Stores
 
-    def begin_stores(self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int) -> list[OffloadJob]:
-        """Store the chunks that became full with the logical blocks [start, end), as far as the tier does not have them.
+    def begin_stores(
+        self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
+    ) -> list[OffloadJob]:
+        """Store the chunks that became full with the logical blocks [start, end), as far as the
+        tier does not have them.
 
-        All tokens of these blocks are computed. The blocks of each job must keep content and owner until ``finish``: the caller
-        takes one more share of ``job.block_ids``.
+        All tokens of these blocks are computed. The blocks of each job must keep content and owner
+        until ``finish``: the caller takes one more share of ``job.block_ids``.
         """
-        runs = [list(self._new_runs(group, tables, block_hashes, start, end)) for group in range(len(self._windows))]
+        runs = [
+            list(self._new_runs(group, tables, block_hashes, start, end))
+            for group in range(len(self._windows))
+        ]
         num_jobs = max(map(len, runs), default=0)
-        return [self._store_job([of_group[place : place + 1] for of_group in runs]) for place in range(num_jobs)]
+        return [
+            self._store_job([of_group[place : place + 1] for of_group in runs])
+            for place in range(num_jobs)
+        ]
 
     # Both
 
     def finish(self, report: JobFinished) -> OffloadJob | None:
-        """Account for a job that all ranks have ended; its blocks are the caller's again. None when the id is unknown."""
+        """Account for a job that all ranks have ended; its blocks are the caller's again. None when
+        the id is unknown.
+        """
         job = self._jobs.pop(report.job_id, None)
         if job is None:
             return None
@@ -175,24 +217,42 @@ class OffloadPlanner:
         """Prove that the tier's chunks in flight are those of the jobs. Raises AssertionError."""
         jobs = list(self._jobs.values())
         self._tier.check_integrity(
-            storing=[chunk_id for job in jobs if job.direction == "store" for chunk_id in job.chunk_ids],
-            loading=[chunk_id for job in jobs if job.direction == "load" for chunk_id in job.chunk_ids],
+            storing=[
+                chunk_id for job in jobs if job.direction == "store" for chunk_id in job.chunk_ids
+            ],
+            loading=[
+                chunk_id for job in jobs if job.direction == "load" for chunk_id in job.chunk_ids
+            ],
         )
 
     # Finding
 
-    def _fit(self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice) -> int:
-        """The longest prefix of at most ``length`` blocks whose visible blocks the group has; others are not looked at."""
+    def _fit(
+        self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice
+    ) -> int:
+        """The longest prefix of at most ``length`` blocks whose visible blocks the group has;
+        others are not looked at.
+        """
         while True:
             first = self._first_visible(group, length * self._block_size)
             index = self._end(group, block_hashes, first, length, find_on_device)
-            # A block that lacks here is visible from every length between: the next one to try ends before it.
+            # A block that lacks here is visible from every length between: the next one to try ends
+            # before it.
             if index == length or self._windows[group] is None:
                 return index
             length = index
 
-    def _end(self, group: int, block_hashes: Sequence[bytes], start: int, limit: int, find_on_device: FindOnDevice) -> int:
-        """Where the group's run of blocks on the device, and then on the host, ends; at most ``limit``."""
+    def _end(
+        self,
+        group: int,
+        block_hashes: Sequence[bytes],
+        start: int,
+        limit: int,
+        find_on_device: FindOnDevice,
+    ) -> int:
+        """Where the group's run of blocks on the device, and then on the host, ends; at most
+        ``limit``.
+        """
         index = start
         while index < limit and find_on_device(group, block_hashes[index]) is not None:
             index += 1
@@ -201,19 +261,30 @@ class OffloadPlanner:
         return index
 
     def _hit(
-        self, block_hashes: Sequence[bytes], first: list[int], ends: list[int], find_on_device: FindOnDevice
+        self,
+        block_hashes: Sequence[bytes],
+        first: list[int],
+        ends: list[int],
+        find_on_device: FindOnDevice,
     ) -> HostHit | None:
-        """The blocks [first, ends) of each group, which are all there; None when all are on the device."""
+        """The blocks [first, ends) of each group, which are all there; None when all are on the
+        device.
+        """
         device = PrefixHit(
             first,
             [
-                _until_none(find_on_device(group, block_hash) for block_hash in block_hashes[start:end])
+                _until_none(
+                    find_on_device(group, block_hash) for block_hash in block_hashes[start:end]
+                )
                 for group, (start, end) in enumerate(zip(first, ends, strict=True))
             ],
         )
         if all(device.end(group) >= end for group, end in enumerate(ends)):
             return None
-        chunk_ids = [self._chunks_between(group, block_hashes, device.end(group), end) for group, end in enumerate(ends)]
+        chunk_ids = [
+            self._chunks_between(group, block_hashes, device.end(group), end)
+            for group, end in enumerate(ends)
+        ]
         return HostHit(device, chunk_ids, ends)
 
     def _first_visible(self, group: int, num_computed: int) -> int:
@@ -230,7 +301,9 @@ class OffloadPlanner:
             return None
         return self._tier.find(group, self._chunk_hash(block_hashes, chunk), slot)
 
-    def _chunks_between(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> list[int]:
+    def _chunks_between(
+        self, group: int, block_hashes: Sequence[bytes], start: int, end: int
+    ) -> list[int]:
         found = [
             self._find_chunk(group, block_hashes, max(start, chunk * self._blocks_per_chunk))
             for chunk in self._chunk_range(start, end)
@@ -247,13 +320,17 @@ class OffloadPlanner:
     def _chunk_hash(self, block_hashes: Sequence[bytes], chunk: int) -> bytes:
         return block_hashes[(chunk + 1) * self._blocks_per_chunk - 1]
 
-    def _new_runs(self, group: int, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int) -> Iterator[_Run]:
+    def _new_runs(
+        self, group: int, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
+    ) -> Iterator[_Run]:
         size = self._blocks_per_chunk
         run: _Run | None = None
         for chunk in range(start // size, end // size):
             first, last = max(tables.first[group], chunk * size), (chunk + 1) * size
             chunk_hash = self._chunk_hash(block_hashes, chunk)
-            chunk_id = self._tier.begin_store(group, chunk_hash, first % size) if first < last else None
+            chunk_id = (
+                self._tier.begin_store(group, chunk_hash, first % size) if first < last else None
+            )
             if chunk_id is None:
                 if run is not None:
                     yield run
@@ -289,11 +366,23 @@ class OffloadPlanner:
         chunk_ids: list[int],
         chunk_hashes: list[bytes],
     ) -> OffloadJob:
-        job = OffloadJob(self._num_jobs, direction, block_ids, group_sizes, block_indices, chunk_ids, chunk_hashes)
+        job = OffloadJob(
+            self._num_jobs,
+            direction,
+            block_ids,
+            group_sizes,
+            block_indices,
+            chunk_ids,
+            chunk_hashes,
+        )
         self._num_jobs += 1
         self._jobs[job.job_id] = job
         return job
 
 
 def _until_none(block_ids: Iterable[int | None]) -> list[int]:
-    return [block_id for block_id in takewhile(lambda block_id: block_id is not None, block_ids) if block_id is not None]
+    return [
+        block_id
+        for block_id in takewhile(lambda block_id: block_id is not None, block_ids)
+        if block_id is not None
+    ]

@@ -1,10 +1,12 @@
 """Which host chunk to give up first. A policy orders keys; the tier says which of them may go.
 
-``LRU`` gives up what was unused for longest: a few long documents that nobody asks for again push out everything. ``ARC`` keeps
-apart what was used once and what was used more often, and learns from its own mistakes how much room each deserves.
+``LRU`` gives up what was unused for longest: a few long documents that nobody asks for again push
+out everything. ``ARC`` keeps apart what was used once and what was used more often, and learns from
+its own mistakes how much room each deserves.
 
-Hit rates of ``python -m tests.offload.policy_trace`` (multi-turn chats; 4,000 blocks of room), which also knows S3-FIFO, 2Q,
-SLRU and SIEVE; ARC is the only one that loses next to nothing to LRU where there is no scan::
+Hit rates of ``python -m tests.offload.policy_trace`` (multi-turn chats; 4,000 blocks of room),
+which also knows S3-FIFO, 2Q, SLRU and SIEVE; ARC is the only one that loses next to nothing to LRU
+where there is no scan::
 
                         lru     arc     s3-fifo
     chats only          58.8%   58.0%   52.9%
@@ -83,7 +85,8 @@ class ARC(EvictionPolicy[Key]):
     once    keys that were not used since they came        gone_once    keys that left it lately, without content
     often   keys that were, or that came back              gone_often
 
-    A key that comes back from ``gone_once`` says that ``once`` was too small, and the other way round: ``target`` follows.
+    A key that comes back from ``gone_once`` says that ``once`` was too small, and the other way
+    round: ``target`` follows.
     """
 
     def __init__(self, capacity: int) -> None:

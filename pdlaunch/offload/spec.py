@@ -1,7 +1,8 @@
-"""What a transfer between device and host names, and where each of its blocks lies in host memory. No torch.
+"""What a transfer between device and host names, and where each of its blocks lies in host memory.
+No torch.
 
-A host chunk holds ``blocks_per_chunk`` device blocks of one group, consecutive in the request. A transfer may begin and end
-inside a chunk. Two groups, two blocks a chunk::
+A host chunk holds ``blocks_per_chunk`` device blocks of one group, consecutive in the request. A
+transfer may begin and end inside a chunk. Two groups, two blocks a chunk::
 
     block_ids      [ 7  4  9 | 3  8 ]      group_sizes  [3, 2]
     block_indices  [ 1       | 6    ]      logical index of each group's first block
@@ -32,13 +33,19 @@ CHUNK_ALIGNMENT_BYTES = 4096
 """Chunks begin on pages of the machine; pages in them keep the alignment they have in the block."""
 
 LONG_RUN_BYTES = 256 * 1024
-"""What copy engines want to find in one piece on the host. Measured on an H200, D2H: 64 KiB 49 GB/s, these 53, 1 MiB 54."""
+"""What copy engines want to find in one piece on the host. Measured on an H200, D2H: 64 KiB 49
+GB/s, these 53, 1 MiB 54.
+"""
 MOST_BLOCKS_PER_CHUNK = 16
-"""A prefix is found by whole chunks: the longer they are, the less of a prompt is found. Kernels win nothing from longer ones."""
+"""A prefix is found by whole chunks: the longer they are, the less of a prompt is found. Kernels
+win nothing from longer ones.
+"""
 
 
 def choose_blocks_per_chunk(block_bytes: int, device_type: str) -> int:
-    """How many blocks of a rank share a host chunk beside a device of this type; all ranks of an engine have equal blocks."""
+    """How many blocks of a rank share a host chunk beside a device of this type; all ranks of an
+    engine have equal blocks.
+    """
     if device_type != "cuda":
         return 1
     return max(1, min(MOST_BLOCKS_PER_CHUNK, LONG_RUN_BYTES // block_bytes))
@@ -54,7 +61,9 @@ class TransferSpec:
     group_sizes: Sequence[int]
     """By group: number of its blocks."""
     block_indices: Sequence[int]
-    """By group: logical index within the request of its first block; of no meaning where the group is empty."""
+    """By group: logical index within the request of its first block; of no meaning where the group
+    is empty.
+    """
     chunk_ids: Sequence[int] | IntArray
     """Host chunks, ceil((size + skip) / blocks_per_chunk) of each group."""
 
@@ -85,7 +94,8 @@ class GroupSpan:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
-    """How chunks lie in host memory: one pool of equal chunks for all groups, a chunk's blocks one after another.
+    """How chunks lie in host memory: one pool of equal chunks for all groups, a chunk's blocks one
+    after another.
 
     A group with smaller blocks than others leaves the end of its chunks unused.
     """
@@ -100,21 +110,31 @@ class ChunkLayout:
 
     def num_chunks_used(self, size: int, block_index: int) -> int:
         """Chunks that ``size`` blocks from logical ``block_index`` on touch."""
-        return -(-(size + block_index % self.blocks_per_chunk) // self.blocks_per_chunk) if size else 0
+        return (
+            -(-(size + block_index % self.blocks_per_chunk) // self.blocks_per_chunk) if size else 0
+        )
 
     def places(self, span: GroupSpan) -> tuple[IntArray, IntArray]:
         """Of each block of the span: its chunk, and its first byte in the chunk."""
         used = slice(span.skip, span.skip + len(span.block_ids))
-        offsets = np.arange(self.blocks_per_chunk, dtype=np.int64) * self.groups[span.group].block_bytes
-        return np.repeat(span.chunk_ids, self.blocks_per_chunk)[used], np.tile(offsets, len(span.chunk_ids))[used]
+        offsets = (
+            np.arange(self.blocks_per_chunk, dtype=np.int64) * self.groups[span.group].block_bytes
+        )
+        return np.repeat(span.chunk_ids, self.blocks_per_chunk)[used], np.tile(
+            offsets, len(span.chunk_ids)
+        )[used]
 
     def split(self, spec: TransferSpec, num_chunks: int) -> list[GroupSpan]:
-        """The spans of the groups that are not empty. Raises TransferSpecError naming the group and both numbers."""
+        """The spans of the groups that are not empty. Raises TransferSpecError naming the group and
+        both numbers.
+        """
         self._check_lengths(spec)
         block_ids = _Ids("block_ids", spec.block_ids)
         chunk_ids = _Ids("chunk_ids", spec.chunk_ids)
         spans = []
-        for group, (size, block_index) in enumerate(zip(spec.group_sizes, spec.block_indices, strict=True)):
+        for group, (size, block_index) in enumerate(
+            zip(spec.group_sizes, spec.block_indices, strict=True)
+        ):
             if size:
                 blocks = block_ids.take(group, size, self.groups[group].num_blocks)
                 chunks = chunk_ids.take(group, self.num_chunks_used(size, block_index), num_chunks)
@@ -126,12 +146,18 @@ class ChunkLayout:
 
     def _check_lengths(self, spec: TransferSpec) -> None:
         if spec.direction not in DIRECTIONS:
-            raise TransferSpecError(f"direction is {spec.direction!r}; it must be 'store' or 'load'")
-        for name, values in (("group_sizes", spec.group_sizes), ("block_indices", spec.block_indices)):
+            raise TransferSpecError(
+                f"direction is {spec.direction!r}; it must be 'store' or 'load'"
+            )
+        for name, values in (
+            ("group_sizes", spec.group_sizes),
+            ("block_indices", spec.block_indices),
+        ):
             if len(values) != len(self.groups):
                 group = min(len(values), len(self.groups))
                 raise TransferSpecError(
-                    f"{name} has {len(values)} entries, the KV cache has {len(self.groups)} groups: wrong from group {group} on"
+                    f"{name} has {len(values)} entries, the KV cache has {len(self.groups)} "
+                    f"groups: wrong from group {group} on"
                 )
             for group, value in enumerate(values):
                 if value < 0:
@@ -150,22 +176,29 @@ class _Ids:
         """The group's ids; each must be in [0, limit) and none may stand twice."""
         left = len(self._ids) - self._taken
         if left < count:
-            raise TransferSpecError(f"group {group} needs {count} {self._name}, {left} are left for it")
+            raise TransferSpecError(
+                f"group {group} needs {count} {self._name}, {left} are left for it"
+            )
         ids = self._ids[self._taken : self._taken + count]
         self._taken += count
         ordered = np.sort(ids)
         if count and (ordered[0] < 0 or ordered[-1] >= limit):
             wrong = ids[(ids < 0) | (ids >= limit)][0]
-            raise TransferSpecError(f"group {group}: {wrong} in {self._name} is not an id, ids are below {limit}")
+            raise TransferSpecError(
+                f"group {group}: {wrong} in {self._name} is not an id, ids are below {limit}"
+            )
         twice = _first_twice(ordered)
         if twice is not None:
-            raise TransferSpecError(f"group {group}: {twice} stands 2 times in {self._name}, once is allowed")
+            raise TransferSpecError(
+                f"group {group}: {twice} stands 2 times in {self._name}, once is allowed"
+            )
         return ids
 
     def check_end(self, num_groups: int) -> None:
         if self._taken != len(self._ids):
             raise TransferSpecError(
-                f"{self._name} has {len(self._ids)} entries, the groups up to group {num_groups - 1} need {self._taken}"
+                f"{self._name} has {len(self._ids)} entries, the groups up to group "
+                f"{num_groups - 1} need {self._taken}"
             )
 
 

@@ -1,11 +1,13 @@
-"""What the host tier holds: chunks by content, which are in use, and which leave when room is short. No torch, no copies.
+"""What the host tier holds: chunks by content, which are in use, and which leave when room is
+short. No torch, no copies.
 
     free ── begin_store ──▶ storing ─┬─ finish_store(ok) ──▶ resident ── evict ──▶ free
                                      └─ failed ────────────▶ free
     resident ── begin_load: pins + 1 ──▶ resident ── finish_load: pins - 1; a chunk that failed is found no more,
                                                      and free when its last pin is gone
 
-Only resident chunks are found. Storing and pinned chunks are in flight: a copy reads or writes them, so they never leave.
+Only resident chunks are found. Storing and pinned chunks are in flight: a copy reads or writes
+them, so they never leave.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ class _Chunk:
 class HostTier:
     """Decides over ``num_chunks`` chunks of host memory; ids are 0 <= id < num_chunks.
 
-    ``heads``: what its chunks hold of each block. Above ``high_water`` (a share of all chunks) a store makes room down to
-    ``low_water``, so that bursts find free chunks while others are in flight. ``policy``: ARC unless given.
+    ``heads``: what its chunks hold of each block. Above ``high_water`` (a share of all chunks) a
+    store makes room down to ``low_water``, so that bursts find free chunks while others are in
+    flight. ``policy``: ARC unless given.
     """
 
     def __init__(
@@ -83,7 +86,9 @@ class HostTier:
         return len(self._chunks)
 
     def find(self, group: int, block_hash: bytes, slot: int = 0) -> int | None:
-        """The resident chunk with this last block, if it holds ``slot``; stays where it is until ``begin_load``."""
+        """The resident chunk with this last block, if it holds ``slot``; stays where it is until
+        ``begin_load``.
+        """
         chunk_id = self._by_key.get(ChunkKey(group, block_hash, self._heads))
         if chunk_id is None:
             return None
@@ -91,7 +96,8 @@ class HostTier:
         return chunk_id if chunk.is_resident and slot >= chunk.first_slot else None
 
     def begin_store(self, group: int, block_hash: bytes, first_slot: int = 0) -> int | None:
-        """A chunk to write to until ``finish_store``. None: it is there already, is being stored, or there is no room.
+        """A chunk to write to until ``finish_store``. None: it is there already, is being stored,
+        or there is no room.
 
         A resident chunk that lacks slots which this one has is replaced once nobody loads it.
         """
@@ -144,30 +150,44 @@ class HostTier:
 
     def clear(self) -> int:
         """Give up all chunks that are not in flight; how many those are."""
-        chunk_ids = [chunk_id for chunk_id, chunk in self._chunks.items() if chunk.is_resident and not chunk.pins]
+        chunk_ids = [
+            chunk_id
+            for chunk_id, chunk in self._chunks.items()
+            if chunk.is_resident and not chunk.pins
+        ]
         for chunk_id in chunk_ids:
             self._forget(self._chunks[chunk_id])
             self._release(chunk_id)
         return len(chunk_ids)
 
     def check_integrity(self, *, storing: Iterable[int] = (), loading: Iterable[int] = ()) -> None:
-        """Prove that every chunk is free or used once, pinned as often as ``loading`` says, and found only when resident.
+        """Prove that every chunk is free or used once, pinned as often as ``loading`` says, and
+        found only when resident.
 
-        Given are the chunk ids of all stores and loads in flight, an id once for each load. Raises AssertionError.
+        Given are the chunk ids of all stores and loads in flight, an id once for each load. Raises
+        AssertionError.
         """
         pins = dict.fromkeys(range(self.num_chunks), 0)
         for chunk_id in loading:
             pins[chunk_id] += 1
-        assert sorted([*self._free, *self._chunks]) == list(range(self.num_chunks)), "a chunk is lost or twice used"
+        assert sorted([*self._free, *self._chunks]) == list(range(self.num_chunks)), (
+            "a chunk is lost or twice used"
+        )
         in_store = [chunk_id for chunk_id, chunk in self._chunks.items() if not chunk.is_resident]
         assert sorted(in_store) == sorted(storing), "the stores in flight are not those of the tier"
         for chunk_id, chunk in self._chunks.items():
             assert chunk.pins == pins[chunk_id], "the pins are not those of the loads"
             assert chunk.is_failed or self._by_key[chunk.key] == chunk_id
             assert not chunk.is_failed or chunk.pins, "a failed chunk that nobody loads is not free"
-        findable = {chunk.key for chunk in self._chunks.values() if chunk.is_resident and not chunk.is_failed}
+        findable = {
+            chunk.key
+            for chunk in self._chunks.values()
+            if chunk.is_resident and not chunk.is_failed
+        }
         assert len(self._by_key) == len(findable) + len(in_store)
-        assert sorted(self._policy) == sorted(findable), "the policy orders other chunks than those that can be found"
+        assert sorted(self._policy) == sorted(findable), (
+            "the policy orders other chunks than those that can be found"
+        )
 
     def _may_store(self, key: ChunkKey, first_slot: int) -> bool:
         chunk_id = self._by_key.get(key)

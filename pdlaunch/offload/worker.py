@@ -1,4 +1,5 @@
-"""The host tier of one rank: executes jobs, proves what it loads, reports. The step loop calls it and never waits.
+"""The host tier of one rank: executes jobs, proves what it loads, reports. The step loop calls it
+and never waits.
 
 store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
 load    recorded? ──▶ copy, checksums ──▶ equal to those recorded? ──▶ JobFinished
@@ -15,7 +16,14 @@ import torch
 
 from pdlaunch.errors import ConfigError, TransferSpecError
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.offload.contents import BlockHasher, ChunkContent, ChunkHasher, DeviceHasher, Digests, Slots
+from pdlaunch.offload.contents import (
+    BlockHasher,
+    ChunkContent,
+    ChunkHasher,
+    DeviceHasher,
+    Digests,
+    Slots,
+)
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
@@ -44,17 +52,23 @@ class _Pending:
 
     def digests(self) -> list[Digests] | None:
         """By chunk; None when nothing is verified."""
-        return [digests for future in self.hashing for digests in future.result()] if self.hashing else None
+        return (
+            [digests for future in self.hashing for digests in future.result()]
+            if self.hashing
+            else None
+        )
 
 
 class OffloadWorker:
-    """Host memory of one rank and the copies between it and the rank's KV cache. All methods are for one thread.
+    """Host memory of one rank and the copies between it and the rank's KV cache. All methods are
+    for one thread.
 
-    ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous, shared by all groups; outlives the
-    worker. ``heads``: the model's KV heads that this rank holds. ``num_hash_threads`` compute checksums; half of the cores, at
-    most 8, unless given (measured: 512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``device_hasher`` computes
-    them instead. ``wake`` is called from other threads when ``take_finished`` may have something. Raises ConfigError when
-    ``host_memory_bytes`` hold no chunk, or cannot be had.
+    ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous,
+    shared by all groups; outlives the worker. ``heads``: the model's KV heads that this rank holds.
+    ``num_hash_threads`` compute checksums; half of the cores, at most 8, unless given (measured:
+    512 MiB take 44 ms on 2 threads and 18 ms on 6, the copy 10 ms). ``device_hasher`` computes them
+    instead. ``wake`` is called from other threads when ``take_finished`` may have something. Raises
+    ConfigError when ``host_memory_bytes`` hold no chunk, or cannot be had.
     """
 
     def __init__(
@@ -79,15 +93,29 @@ class OffloadWorker:
         self._heads = heads
         self._blocks_per_chunk = blocks_per_chunk
         self._wake = wake
-        self._host = HostMemory(self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress)
-        methods = _choose_methods(layout.block_bytes, blocks_per_chunk, self._host, kv_cache.device, progress)
-        self._handler = OffloadHandler(groups, self._host, blocks_per_chunk, choose=methods.choose, wake=wake)
+        self._host = HostMemory(
+            self.num_chunks, chunk_bytes, pin=kv_cache.device.type == "cuda", progress=progress
+        )
+        methods = _choose_methods(
+            layout.block_bytes, blocks_per_chunk, self._host, kv_cache.device, progress
+        )
+        self._handler = OffloadHandler(
+            groups, self._host, blocks_per_chunk, choose=methods.choose, wake=wake
+        )
         num_threads = num_hash_threads or max(1, min(MOST_HASH_THREADS, len(usable_cpus()) // 2))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="offload-hash")
         self._hasher = (
-            ChunkHasher(self._host, layout.block_bytes, layout.head_bytes, self._threads, num_threads) if verify else None
+            ChunkHasher(
+                self._host, layout.block_bytes, layout.head_bytes, self._threads, num_threads
+            )
+            if verify
+            else None
         )
-        self._block_hasher = BlockHasher(device_hasher, self._threads) if verify and device_hasher is not None else None
+        self._block_hasher = (
+            BlockHasher(device_hasher, self._threads)
+            if verify and device_hasher is not None
+            else None
+        )
         self._contents: dict[int, ChunkContent] = {}
         self._pending: dict[int, _Pending] = {}
         self._refused: list[JobFinished] = []
@@ -98,7 +126,9 @@ class OffloadWorker:
         return len(self._pending) + len(self._refused)
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
-        """Start jobs behind what the current CUDA stream holds. Whatever is wrong with one, its end is told."""
+        """Start jobs behind what the current CUDA stream holds. Whatever is wrong with one, its end
+        is told.
+        """
         for job in jobs:
             try:
                 self._start(job)
@@ -117,12 +147,16 @@ class OffloadWorker:
         return refused + [self._finish(pending) for pending in ended]
 
     def checksums(self, chunk_id: int) -> Digests | None:
-        """What a chunk's blocks were stored with, from its first filled slot on; None where there are none."""
+        """What a chunk's blocks were stored with, from its first filled slot on; None where there
+        are none.
+        """
         content = self._contents.get(chunk_id)
         return None if content is None else content.digests
 
     def chunk(self, chunk_id: int) -> torch.Tensor:
-        """[chunk_bytes] uint8: a chunk's memory, ``block_bytes`` a block; not to be used but for tests."""
+        """[chunk_bytes] uint8: a chunk's memory, ``block_bytes`` a block; not to be used but for
+        tests.
+        """
         return self._host.chunk(chunk_id)
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -152,21 +186,35 @@ class OffloadWorker:
             self._hash(pending)
 
     def _slots(self, job: OffloadJob) -> Iterator[Slots]:
-        """The job's chunks in order. Raises TransferSpecError where their number is not that of the hashes."""
+        """The job's chunks in order. Raises TransferSpecError where their number is not that of the
+        hashes.
+        """
         chunks = iter(zip(job.chunk_ids, job.chunk_hashes, strict=False))
         if len(job.chunk_ids) != len(job.chunk_hashes):
-            raise TransferSpecError(f"the job has {len(job.chunk_ids)} chunk_ids and {len(job.chunk_hashes)} chunk_hashes")
+            raise TransferSpecError(
+                f"the job has {len(job.chunk_ids)} chunk_ids and {len(job.chunk_hashes)} "
+                "chunk_hashes"
+            )
         size = self._blocks_per_chunk
-        for group, (num_blocks, first) in enumerate(zip(job.group_sizes, job.block_indices, strict=False)):
+        for group, (num_blocks, first) in enumerate(
+            zip(job.group_sizes, job.block_indices, strict=False)
+        ):
             end = first + num_blocks
             for chunk in range(first // size, -(-end // size) if num_blocks else 0):
                 chunk_id, chunk_hash = next(chunks, (-1, b""))
                 start, stop = max(first, chunk * size), min(end, (chunk + 1) * size)
-                yield Slots(ChunkKey(group, chunk_hash, self._heads), chunk_id, start - chunk * size, stop - chunk * size)
+                yield Slots(
+                    ChunkKey(group, chunk_hash, self._heads),
+                    chunk_id,
+                    start - chunk * size,
+                    stop - chunk * size,
+                )
 
     def _holds(self, slots: Slots) -> bool:
         content = self._contents.get(slots.chunk_id)
-        return content is not None and content.key == slots.key and content.first_slot <= slots.start
+        return (
+            content is not None and content.key == slots.key and content.first_slot <= slots.start
+        )
 
     def _refuse(self, job: OffloadJob, error: str, failed_chunk_ids: list[int]) -> None:
         self._refused.append(JobFinished(job.job_id, False, error, failed_chunk_ids))
@@ -199,12 +247,19 @@ class OffloadWorker:
             self._record(pending.slots, digests)
         elif digests is not None:
             wrong = self._wrong_chunks(pending.slots, digests)
-        error = f"the checksums of host chunks {wrong} are not those of the blocks that were stored there" if wrong else ""
+        error = (
+            f"the checksums of host chunks {wrong} are not those of the blocks that were stored "
+            "there"
+            if wrong
+            else ""
+        )
         return JobFinished(job.job_id, not wrong, error, wrong, copied.num_bytes, copied.seconds)
 
     def _record(self, slots: Sequence[Slots], digests: Sequence[Digests] | None) -> None:
         for index, item in enumerate(slots):
-            self._contents[item.chunk_id] = ChunkContent(item.key, item.start, None if digests is None else digests[index])
+            self._contents[item.chunk_id] = ChunkContent(
+                item.key, item.start, None if digests is None else digests[index]
+            )
 
     def _wrong_chunks(self, slots: Sequence[Slots], digests: Sequence[Digests]) -> list[int]:
         wrong = []
@@ -219,7 +274,10 @@ def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:
     num_chunks = host_memory_bytes // chunk_bytes
     if num_chunks < 1:
         raise ConfigError(
-            f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} bytes",
+            (
+                f"kv_offload.host_memory {host_memory_bytes} bytes holds no chunk of {chunk_bytes} "
+                "bytes"
+            ),
             field="kv_offload.host_memory",
             value=host_memory_bytes,
             fix=f"Give it at least {chunk_bytes} bytes for each rank.",
@@ -228,7 +286,11 @@ def _count_chunks(host_memory_bytes: int, chunk_bytes: int) -> int:
 
 
 def _choose_methods(
-    page_bytes: int, blocks_per_chunk: int, host: HostMemory, device: torch.device, progress: Progress
+    page_bytes: int,
+    blocks_per_chunk: int,
+    host: HostMemory,
+    device: torch.device,
+    progress: Progress,
 ) -> MethodTable:
     if device.type != "cuda":
         return host_methods()

@@ -1,8 +1,10 @@
-"""What torch's allocator will do with `expandable_segments`, read from the environment as torch reads it.
+"""What torch's allocator will do with `expandable_segments`, read from the environment as torch
+reads it.
 
-Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``) and 2.11.0 on an H200: the first of PYTORCH_CUDA_ALLOC_CONF,
-PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, be it empty, is read alone. A comment in its header states the
-opposite order. White space does not count, the last of repeated keys wins, and only ``True`` and ``False`` are values.
+Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``) and 2.11.0 on an H200: the
+first of PYTORCH_CUDA_ALLOC_CONF, PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, be it
+empty, is read alone. A comment in its header states the opposite order. White space does not count,
+the last of repeated keys wins, and only ``True`` and ``False`` are values.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def read_expandable_segments(environ: Mapping[str, str]) -> ExpandableSegments:
 
 
 def _values(conf: str) -> list[str]:
-    """Each value of the key, in order. Walks the tokens as torch does: key, separator, value or list, separator."""
+    """Each value of the key, in order. Walks the tokens as torch does: key, separator, value or
+    list, separator.
+    """
     tokens = _TOKEN.findall(_SPACE.sub("", conf))
     found = []
     position = 0

@@ -43,7 +43,9 @@ def load_library(name: str = LIBRARY) -> ctypes.CDLL:
         raise DriverError(f"no CUDA driver: {error}") from None
 
 
-def read_driver(load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS) -> Driver:
+def read_driver(
+    load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS
+) -> Driver:
     """Version and devices. Raises DriverError naming the call that failed."""
     calls = _Calls(load())
     calls("cuInit", 0)

@@ -1,4 +1,6 @@
-"""Whether memory can be allocated from CuMem pools: a CUDA driver, and virtual memory management on every device."""
+"""Whether memory can be allocated from CuMem pools: a CUDA driver, and virtual memory management on
+every device.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def probe_cumem(read: Callable[[], Driver] = read_driver) -> Availability:
     except DriverError as error:
         return Availability(False, str(error))
     except Exception as error:  # A broken driver can fail in any way; the answer is still no.
-        return Availability(False, f"the probe of the CUDA driver failed: {type(error).__name__}: {error}")
+        return Availability(
+            False, f"the probe of the CUDA driver failed: {type(error).__name__}: {error}"
+        )
 
 
 def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
@@ -33,5 +37,7 @@ def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
     without = [str(gpu.index) for gpu in driver.gpus if not gpu.has_virtual_memory]
     if without:
         devices = ", ".join(without)
-        return Availability(False, f"cuDeviceGetAttribute: no virtual memory management on device {devices}")
+        return Availability(
+            False, f"cuDeviceGetAttribute: no virtual memory management on device {devices}"
+        )
     return Availability(True, "cuDeviceGetAttribute: virtual memory management on every device")

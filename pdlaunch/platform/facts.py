@@ -32,7 +32,9 @@ class Gpu:
     has_virtual_memory: bool | None = None
     """The driver can reserve, create and map memory (``cuMem*``) on it."""
     has_fabric_handles: bool | None = None
-    """Allocations can be exported as fabric handles: the device says so and an IMEX channel is there."""
+    """Allocations can be exported as fabric handles: the device says so and an IMEX channel is
+    there.
+    """
     pci_bus_id: str | None = None
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
 
@@ -105,7 +107,9 @@ class PortState:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine, or one that is assumed. ``unknown``: facts that could not be probed, and why."""
+    """This machine, or one that is assumed. ``unknown``: facts that could not be probed, and
+    why.
+    """
 
     system: str = "Linux"
     architecture: str = "x86_64"

@@ -1,7 +1,8 @@
-"""What joins two GPUs of this host, as NVML tells it through ctypes: NVLink or PCIe, and how much its wires carry. Without torch;
-creates no CUDA context.
+"""What joins two GPUs of this host, as NVML tells it through ctypes: NVLink or PCIe, and how much
+its wires carry. Without torch; creates no CUDA context.
 
-Sources: nvml.h of CUDA 12 and 13 (numbers, layouts); PCI Express base specification (speeds and encodings).
+Sources: nvml.h of CUDA 12 and 13 (numbers, layouts); PCI Express base specification (speeds and
+encodings).
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def load_nvml(name: str = LIBRARY) -> ctypes.CDLL:
         raise NvmlError(f"no NVML: {error}") from None
 
 
-def read_gpu_links(pairs: Iterable[BusPair], load: Callable[[], ctypes.CDLL] = load_nvml) -> dict[BusPair, GpuLink]:
+def read_gpu_links(
+    pairs: Iterable[BusPair], load: Callable[[], ctypes.CDLL] = load_nvml
+) -> dict[BusPair, GpuLink]:
     """The links of those pairs about which NVML knows all that it takes; never raises."""
     wanted = dict.fromkeys(pairs)
     if not wanted:
@@ -94,7 +97,9 @@ class NvLink:
     gigabytes_per_s: float
     """One way."""
     peer: tuple[int, int, int] | None
-    """PCI domain, bus and device of the GPU at its other end; None: a switch, which leads to every GPU."""
+    """PCI domain, bus and device of the GPU at its other end; None: a switch, which leads to every
+    GPU.
+    """
 
 
 class Nvml:
@@ -105,7 +110,9 @@ class Nvml:
         self._nvlinks: dict[str, list[NvLink]] = {}
 
     def link(self, first: str, second: str) -> GpuLink | None:
-        """None: they are one GPU, cannot read each other, or nobody says what their link carries."""
+        """None: they are one GPU, cannot read each other, or nobody says what their link
+        carries.
+        """
         if first == second:
             return None
         if self._can(_P2P_NVLINK, first, second):
@@ -123,7 +130,9 @@ class Nvml:
         return self._nvlinks[bus_id]
 
     def pcie(self, bus_id: str) -> tuple[int, int]:
-        """Generation and number of lanes that GPU and slot both have; an idle GPU drives less of it."""
+        """Generation and number of lanes that GPU and slot both have; an idle GPU drives less of
+        it.
+        """
         device = self._device(bus_id)
         return (
             self._calls.read_uint("nvmlDeviceGetMaxPcieLinkGeneration", device),
@@ -132,7 +141,9 @@ class Nvml:
 
     def _nvlink_between(self, first: str, second: str) -> GpuLink | None:
         ends = self._nvlinks_to(first, second), self._nvlinks_to(second, first)
-        speed, count = min((sum(link.gigabytes_per_s for link in links), len(links)) for links in ends)
+        speed, count = min(
+            (sum(link.gigabytes_per_s for link in links), len(links)) for links in ends
+        )
         return GpuLink("NVLink", speed, f"{count} NVLinks with {speed:.3g} GB/s") if speed else None
 
     def _nvlinks_to(self, bus_id: str, peer: str) -> list[NvLink]:
@@ -142,7 +153,11 @@ class Nvml:
         (generation, lanes), other = self.pcie(first), self.pcie(second)
         generation, lanes = min(generation, other[0]), min(lanes, other[1])
         speed = lanes * _LANE_GIGABYTES_PER_S.get(generation, 0.0)
-        return GpuLink("PCIe", speed, f"PCIe {generation}.0 x{lanes} with {speed:.3g} GB/s") if speed else None
+        return (
+            GpuLink("PCIe", speed, f"PCIe {generation}.0 x{lanes} with {speed:.3g} GB/s")
+            if speed
+            else None
+        )
 
     def _active(self, device: ctypes.c_void_p) -> Iterator[int]:
         for number in range(MOST_LINKS):
@@ -154,12 +169,17 @@ class Nvml:
                 yield number
 
     def _nvlink(self, device: ctypes.c_void_p, number: int) -> NvLink | None:
-        # In a virtual machine the other end can be out of sight: a switch, which is not given to it as the GPUs are.
+        # In a virtual machine the other end can be out of sight: a switch, which is not given to it
+        # as the GPUs are.
         remote = self._calls.find_uint("nvmlDeviceGetNvLinkRemoteDeviceType", device, number)
         if remote == _REMOTE_CPU:
             return None
-        speed = self._field(device, _FIELD_LINK_SPEED, number) or self._field(device, _FIELD_COMMON_SPEED, 0)
-        return NvLink(speed / 1000, self._remote_address(device, number) if remote == _REMOTE_GPU else None)
+        speed = self._field(device, _FIELD_LINK_SPEED, number) or self._field(
+            device, _FIELD_COMMON_SPEED, 0
+        )
+        return NvLink(
+            speed / 1000, self._remote_address(device, number) if remote == _REMOTE_GPU else None
+        )
 
     def _remote_address(self, device: ctypes.c_void_p, number: int) -> tuple[int, int, int]:
         pci = _PciInfo()
@@ -173,11 +193,18 @@ class Nvml:
         return int(value.unsigned) if value.code == 0 and value.value_type == _UNSIGNED_INT else 0
 
     def _can(self, way: int, first: str, second: str) -> bool:
-        return self._calls.find_uint("nvmlDeviceGetP2PStatus", self._device(first), self._device(second), way) == _P2P_OK
+        return (
+            self._calls.find_uint(
+                "nvmlDeviceGetP2PStatus", self._device(first), self._device(second), way
+            )
+            == _P2P_OK
+        )
 
     def _on_one_cpu(self, first: str, second: str) -> bool:
         """What a link between two sockets leaves of PCIe is not known here."""
-        ancestor = self._calls.read_uint("nvmlDeviceGetTopologyCommonAncestor", self._device(first), self._device(second))
+        ancestor = self._calls.read_uint(
+            "nvmlDeviceGetTopologyCommonAncestor", self._device(first), self._device(second)
+        )
         return ancestor <= _SAME_CPU
 
     def _device(self, bus_id: str) -> ctypes.c_void_p:

@@ -17,7 +17,9 @@ os._exit(0)
 _PROGRAMS: Mapping[str, str] = {"nixl": _NIXL}
 
 
-def probe_imports(environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S) -> dict[str, str]:
+def probe_imports(
+    environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S
+) -> dict[str, str]:
     """Modules that cannot be imported and used, and why; never raises."""
     errors = {name: _try(program, environ, timeout_s) for name, program in _PROGRAMS.items()}
     return {name: error for name, error in errors.items() if error is not None}

@@ -29,12 +29,18 @@ def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
         nixl=_find_nixl(environ),
         mooncake=mooncake is not None,
         mooncake_version=_mooncake_version(mooncake) if mooncake else None,
-        missing_for_mooncake=tuple(name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)),
+        missing_for_mooncake=tuple(
+            name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)
+        ),
     )
 
 
 def _find_nixl(environ: Mapping[str, str]) -> NixlInstall:
-    backends = {name: version for name in _NIXL_BACKENDS if (version := _version(f"nixl_{name}")) is not None}
+    backends = {
+        name: version
+        for name in _NIXL_BACKENDS
+        if (version := _version(f"nixl_{name}")) is not None
+    }
     with_ucx = frozenset(name for name in backends if _has_ucx(f"nixl_{name}", environ))
     return NixlInstall(_version("nixl"), backends, with_ucx)
 
@@ -44,7 +50,10 @@ def _has_ucx(module: str, environ: Mapping[str, str]) -> bool:
     package = _folder(module)
     if package is None:
         return False
-    folders = [package.parent / f".{module}.mesonpy.libs" / "plugins", package.parent / f"{module}.libs" / "nixl"]
+    folders = [
+        package.parent / f".{module}.mesonpy.libs" / "plugins",
+        package.parent / f"{module}.libs" / "nixl",
+    ]
     if own := environ.get("NIXL_PLUGIN_DIR"):
         folders = [Path(own)]
     return any((folder / _UCX_PLUGIN).is_file() for folder in folders)
@@ -60,7 +69,9 @@ def _version(module: str) -> str | None:
 
 
 def _mooncake_version(package: Path) -> str | None:
-    """Of whichever build is installed: ``mooncake_transfer_engine``, with ``_non_cuda`` or a CUDA version behind it."""
+    """Of whichever build is installed: ``mooncake_transfer_engine``, with ``_non_cuda`` or a CUDA
+    version behind it.
+    """
     found = sorted(package.parent.glob("mooncake_transfer_engine*-*.dist-info"))
     return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else None
 

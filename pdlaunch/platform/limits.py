@@ -14,7 +14,10 @@ from pdlaunch.platform.tcp_sockets import can_bind_to_loopback
 SHM_FOLDER = Path("/dev/shm")
 
 _STALE_NAMES = re.compile(r"(ucx_shm_posix_|ucx|nccl-|psm_|torch_|sem\.mp-|pdlaunch)")
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -29,14 +32,18 @@ def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """The CPU has instructions that multiply bfloat16 (x86: AVX-512 BF16 or AMX; ARM: BF16)."""
     try:
         with cpuinfo.open(encoding="utf-8", errors="replace") as file:
-            flags = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+            flags = next(
+                (line for line in file if line.lower().startswith(("flags", "features"))), ""
+            )
     except OSError:
         return False
     return not _BF16_FLAGS.isdisjoint(flags.split())
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the control group where that is less. Raises OSError, ValueError where it is not known."""
+    """Memory of the machine, or of the control group where that is less. Raises OSError, ValueError
+    where it is not known.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([total, *_cgroup_limits()])
 
@@ -60,7 +67,9 @@ def read_limits() -> Limits:
 
     return Limits(
         memlock_bytes=known(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
-        num_open_files=known(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),  # to which processes raise the soft one
+        num_open_files=known(
+            resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        ),  # to which processes raise the soft one
         can_bind_to_device=can_bind_to_loopback(),
     )
 
@@ -70,7 +79,9 @@ def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:
     stats = os.statvfs(folder)
     candidates = [path for path in folder.iterdir() if _STALE_NAMES.match(path.name)]
     used = _mapped_files(folder) if candidates else frozenset[str]()
-    stale = tuple(sorted(path.name for path in candidates if str(path) not in used and _is_ours(path)))
+    stale = tuple(
+        sorted(path.name for path in candidates if str(path) not in used and _is_ours(path))
+    )
     return SharedMemory(stats.f_frsize * stats.f_blocks, stats.f_frsize * stats.f_bavail, stale)
 
 
@@ -84,7 +95,11 @@ def _is_ours(path: Path) -> bool:
 
 def _mapped_files(folder: Path) -> frozenset[str]:
     """Files of the folder that some visible process has mapped or open."""
-    used = (path for process in Path("/proc").glob("[0-9]*") for path in (*_mapped(process), *_open(process)))
+    used = (
+        path
+        for process in Path("/proc").glob("[0-9]*")
+        for path in (*_mapped(process), *_open(process))
+    )
     return frozenset(path for path in used if path.startswith(str(folder)))
 
 

@@ -1,4 +1,6 @@
-"""How fast this machine copies memory now: the yardstick for KV transfers between processes of one host."""
+"""How fast this machine copies memory now: the yardstick for KV transfers between processes of one
+host.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ _PROBLEMS = {errno.EADDRINUSE: "busy", errno.EACCES: "privileged", errno.EADDRNO
 
 
 def probe_port(host: str, port: int) -> PortState | None:
-    """Never raises; port 0 (a free one) only asks for the host. None: the name of the host was not resolved in time."""
+    """Never raises; port 0 (a free one) only asks for the host. None: the name of the host was not
+    resolved in time.
+    """
     found = _resolve(host, port)
     if found is None or isinstance(found, PortState):
         return found
@@ -53,7 +55,11 @@ def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
 
     def ask() -> None:
         try:
-            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)))
+            answers.put(
+                list(
+                    socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+                )
+            )
         except (OSError, UnicodeError, ValueError) as error:
             answers.put(PortState("unknown host", str(error)))
 

@@ -1,4 +1,6 @@
-"""``probe_machine()``: every fact about this machine in well under a second; what cannot be found out is named."""
+"""``probe_machine()``: every fact about this machine in well under a second; what cannot be found
+out is named.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from pdlaunch.platform.cuda_driver import Driver, DriverError, read_driver
 from pdlaunch.platform.cumem import judge_cumem, probe_cumem
 from pdlaunch.platform.facts import UNLIMITED, Fact, Gpu, Libraries, Limits, Machine, SharedMemory
 from pdlaunch.platform.libraries import find_libraries
-from pdlaunch.platform.limits import has_native_bf16, memory_bytes, read_limits, read_shared_memory, usable_cpus
+from pdlaunch.platform.limits import (
+    has_native_bf16,
+    memory_bytes,
+    read_limits,
+    read_shared_memory,
+    usable_cpus,
+)
 
 T = TypeVar("T")
 
@@ -46,7 +54,9 @@ def assume(machine: Machine, *, num_gpus: int, gpu_memory_bytes: int | None) -> 
     Everything that only a probe on the real machine can tell is unknown.
     """
     reason = "the platform is assumed"
-    unknown: dict[Fact, str] = dict.fromkeys(("limits", "shm", "libraries", "rdma", "memory"), reason)
+    unknown: dict[Fact, str] = dict.fromkeys(
+        ("limits", "shm", "libraries", "rdma", "memory"), reason
+    )
     if num_gpus:
         unknown["cumem"] = reason
     if num_gpus and gpu_memory_bytes is None:
@@ -56,7 +66,11 @@ def assume(machine: Machine, *, num_gpus: int, gpu_memory_bytes: int | None) -> 
         system="Linux",
         gpus=tuple(Gpu(index, "assumed GPU", gpu_memory_bytes) for index in range(num_gpus)),
         driver_cuda=None,
-        cumem=replace(machine.cumem, available=bool(num_gpus), reason="--assume-platform cpu" if not num_gpus else reason),
+        cumem=replace(
+            machine.cumem,
+            available=bool(num_gpus),
+            reason="--assume-platform cpu" if not num_gpus else reason,
+        ),
         unknown=unknown,
     )
 
@@ -70,7 +84,9 @@ class _Probes:
     def ask(self, fact: Fact, probe: Callable[[], T], otherwise: T) -> T:
         try:
             return probe()
-        except Exception as error:  # Whatever a machine does to a probe: the fact is unknown, nothing else fails.
+        except (
+            Exception
+        ) as error:  # Whatever a machine does to a probe: the fact is unknown, nothing else fails.
             self.unknown[fact] = f"{type(error).__name__}: {error}"
             return otherwise
 
@@ -84,4 +100,6 @@ def _read_driver() -> Driver | None:
 
 
 def _rdma_devices() -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in RDMA_FOLDER.iterdir())) if RDMA_FOLDER.is_dir() else ()
+    return (
+        tuple(sorted(path.name for path in RDMA_FOLDER.iterdir())) if RDMA_FOLDER.is_dir() else ()
+    )

@@ -1,4 +1,6 @@
-"""Listening sockets that a library has opened in this process, and what the kernel still holds for them."""
+"""Listening sockets that a library has opened in this process, and what the kernel still holds for
+them.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ def listeners() -> frozenset[Listener]:
 
 
 def bind_to_loopback(listener: Listener) -> None:
-    """Packets from other hosts reach the socket no more, whatever address it listens on. Raises OSError.
+    """Packets from other hosts reach the socket no more, whatever address it listens on. Raises
+    OSError.
 
-    Source: SO_BINDTODEVICE in socket(7); since Linux 5.7 without a capability, for sockets that have no device yet.
+    Source: SO_BINDTODEVICE in socket(7); since Linux 5.7 without a capability, for sockets that
+    have no device yet.
     """
     with socket.socket(fileno=os.dup(listener.fd)) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LOOPBACK_DEVICE.encode())
@@ -48,7 +52,11 @@ def bind_to_loopback(listener: Listener) -> None:
 def bound_device(listener: Listener) -> str:
     """Name of the device that a socket is bound to; empty: any."""
     with socket.socket(fileno=os.dup(listener.fd)) as listening:
-        return listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0").decode()
+        return (
+            listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+            .rstrip(b"\0")
+            .decode()
+        )
 
 
 def can_bind_to_loopback() -> bool:
@@ -64,11 +72,13 @@ def can_bind_to_loopback() -> bool:
 def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
     """Whether a connection to ``port`` on this host holds bytes that its receiver has not read.
 
-    Bytes wait at the receiver's end or, when that is full, at the sender's; both ends are in the tables of one host, and those of
-    processes that have ended stay there until the bytes have left.
+    Bytes wait at the receiver's end or, when that is full, at the sender's; both ends are in the
+    tables of one host, and those of processes that have ended stay there until the bytes have left.
     """
     for local_port, remote_port, state, sending, receiving in _connections(tables):
-        if state != _LISTENING and ((local_port == port and receiving > 0) or (remote_port == port and sending > 0)):
+        if state != _LISTENING and (
+            (local_port == port and receiving > 0) or (remote_port == port and sending > 0)
+        ):
             return True
     return False
 

@@ -9,7 +9,8 @@ SLACK_NS = 1000
 
 
 def sleep_precisely() -> None:
-    """Short sleeps of the calling thread end on time, and not up to 50 us later; no harm where the kernel refuses.
+    """Short sleeps of the calling thread end on time, and not up to 50 us later; no harm where the
+    kernel refuses.
 
     Source: prctl(2), PR_SET_TIMERSLACK.
     """

@@ -1,6 +1,7 @@
 """What a child process is given, and how: one line of JSON on its standard input.
 
-Secrets so never stand in argv or environment. Standard input stays open: its end means that the supervisor is gone.
+Secrets so never stand in argv or environment. Standard input stays open: its end means that the
+supervisor is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pdlaunch.protocol.sockets import LaunchKeys
 LISTEN_BACKLOG = 1024
 """Connections to the router that wait to be accepted, for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
-"""As many as any process here needs; some systems allow a billion, which slows down programs that walk over all."""
+"""As many as any process here needs; some systems allow a billion, which slows down programs that
+walk over all.
+"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,7 +33,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     listeners: tuple[int, ...] = ()
-    """Descriptors that it inherits: sockets that listen at the address, and belong to the supervisor."""
+    """Descriptors that it inherits: sockets that listen at the address, and belong to the
+    supervisor.
+    """
     served_model_name: str
     api_key: str | None
     """Clients send it; it opens no command."""
@@ -79,7 +84,9 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_bootstrap() -> Bootstrap:
-    """Read the first line of standard input, then make sure that this process does not outlive the supervisor."""
+    """Read the first line of standard input, then make sure that this process does not outlive the
+    supervisor.
+    """
     line = sys.stdin.buffer.readline()
     bootstrap = msgspec.json.decode(line, type=Bootstrap)
     die_with_parent()
@@ -96,14 +103,17 @@ def raise_open_files() -> None:
 
 
 def die_with_parent() -> None:
-    """Two ropes: the kernel's parent-death signal, and the end of standard input (covers the time before the first)."""
+    """Two ropes: the kernel's parent-death signal, and the end of standard input (covers the time
+    before the first).
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     descriptor = sys.stdin.fileno()
 
     def watch() -> None:
-        # Past the buffer of sys.stdin, whose lock, held by a thread that waits, would abort the interpreter's exit.
+        # Past the buffer of sys.stdin, whose lock, held by a thread that waits, would abort the
+        # interpreter's exit.
         while os.read(descriptor, 4096):
             pass
         # The children of this process go too, where it leads a group of its own.

@@ -14,18 +14,27 @@ from pdlaunch.protocol.sockets import SecureContext
 
 
 class ControlClient:
-    """Sends to the supervisor from any thread, and calls ``on_message`` in its own thread for what comes back.
+    """Sends to the supervisor from any thread, and calls ``on_message`` in its own thread for what
+    comes back.
 
     An event loop passes ``lambda message: loop.call_soon_threadsafe(handle, message)``.
     """
 
-    def __init__(self, context: SecureContext, endpoint: str, name: str, on_message: Callable[[FromSupervisor], None]) -> None:
+    def __init__(
+        self,
+        context: SecureContext,
+        endpoint: str,
+        name: str,
+        on_message: Callable[[FromSupervisor], None],
+    ) -> None:
         self._context = context
         self._on_message = on_message
         self._outbox: queue.SimpleQueue[ToSupervisor | None] = queue.SimpleQueue()
         self._wake, self._woken = context.pair("control-wake")
         self._wake_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, args=(endpoint, name), name="control", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(endpoint, name), name="control", daemon=True
+        )
         self._thread.start()
 
     def send(self, message: ToSupervisor) -> None:

@@ -1,4 +1,6 @@
-"""Locks on files that die with their process: they tell the folders of launches that run from those that are left over."""
+"""Locks on files that die with their process: they tell the folders of launches that run from those
+that are left over.
+"""
 
 from __future__ import annotations
 

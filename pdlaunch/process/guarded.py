@@ -1,4 +1,6 @@
-"""``python -m pdlaunch.process.guarded MODULE ...`` runs a module that knows nothing of the supervisor, and dies with it."""
+"""``python -m pdlaunch.process.guarded MODULE ...`` runs a module that knows nothing of the
+supervisor, and dies with it.
+"""
 
 from __future__ import annotations
 

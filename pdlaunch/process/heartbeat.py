@@ -1,4 +1,6 @@
-"""How a process shows that its main loop turns: a thread of its own would go on while the loop hangs."""
+"""How a process shows that its main loop turns: a thread of its own would go on while the loop
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from pdlaunch.protocol.control import Alive
 class Heartbeat:
     """Says Alive every ``interval_s``, never when that is 0."""
 
-    def __init__(self, send: Callable[[Alive], None], interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        send: Callable[[Alive], None],
+        interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._send = send
         self._interval_s = interval_s
         self._clock = clock

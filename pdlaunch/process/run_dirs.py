@@ -1,4 +1,5 @@
-"""The folders of running launches: what each is called, what lies in it, and how a launch of this user is found.
+"""The folders of running launches: what each is called, what lies in it, and how a launch of this
+user is found.
 
 ::
 
@@ -57,14 +58,18 @@ class RunningLaunch(msgspec.Struct, frozen=True):
 
 
 def base_dir() -> Path:
-    """The folder for temporary files, unless it is so deep that sockets in it would have too long a path."""
+    """The folder for temporary files, unless it is so deep that sockets in it would have too long a
+    path.
+    """
     base = Path(tempfile.gettempdir())
     longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
     return base if longest <= MAX_PATH_BYTES else Path("/tmp")
 
 
 def own_run_dirs(base: Path) -> list[Path]:
-    """This user's folders in ``base``, of launches that live and of dead ones; links are left out."""
+    """This user's folders in ``base``, of launches that live and of dead ones; links are left
+    out.
+    """
     return sorted(path for path in base.glob(f"{PREFIX}*") if _is_ours(path))
 
 
@@ -74,7 +79,12 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
     for run_dir in own_run_dirs(base or base_dir()):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             if is_locked(run_dir / LOCK):
-                found.append(RunningLaunch(run_dir, msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard)))
+                found.append(
+                    RunningLaunch(
+                        run_dir,
+                        msgspec.json.decode((run_dir / _CARD).read_bytes(), type=LaunchCard),
+                    )
+                )
     return found
 
 

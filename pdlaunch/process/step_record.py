@@ -1,11 +1,14 @@
-"""Which requests a rank computes, in memory that outlives it: who reads it knows the last step of a rank that died by itself.
+"""Which requests a rank computes, in memory that outlives it: who reads it knows the last step of a
+rank that died by itself.
 
-The supervisor makes it for each rank 0 and keeps it mapped; the rank inherits the descriptor and writes before each step, without
-a system call. It is memory without a file, so that neither a full nor a slow disk holds up a step.
+The supervisor makes it for each rank 0 and keeps it mapped; the rank inherits the descriptor and
+writes before each step, without a system call. It is memory without a file, so that neither a full
+nor a slow disk holds up a step.
 
     words of 64 bits   number of requests │ request, its top bit: it is a suspect │ ..
 
-A request stands here with the number that the router gave it (``origin``); those of other routers have none and are left out.
+A request stands here with the number that the router gave it (``origin``); those of other routers
+have none and are left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The control channel: every process (ZMQ DEALER) to the supervisor (ROUTER), and the registry back.
+"""The control channel: every process (ZMQ DEALER) to the supervisor (ROUTER), and the registry
+back.
 
-A process registers its addresses, reports its state and receives the whole registry, with a growing version, on every change.
+A process registers its addresses, reports its state and receives the whole registry, with a growing
+version, on every change.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ ProcessKind = Literal["router", "server", "rank"]
 
 
 ListedState = Literal["starting", "ready", "draining", "sleeping", "stalled", "failed"]
-"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is left alone for a while."""
+"""``stalled``: ready, but silent for long; ``failed``: a server whose engine died too often and is
+left alone for a while.
+"""
 
 
 class Address(Message, tag=False):
@@ -42,11 +46,15 @@ class Capabilities(Message, tag=False):
     gives_first_token: bool = False
     """Answers do_remote_decode with the first token under the ``pdlaunch`` key."""
     awaits_lease: bool = False
-    """Takes a prompt whose blocks a prefill engine is still computing, and names leases as it is told."""
+    """Takes a prompt whose blocks a prefill engine is still computing, and names leases as it is
+    told.
+    """
 
 
 class Entry(Message, tag=False):
-    """One living process in the registry, or the server of an engine that was given up: it has no address."""
+    """One living process in the registry, or the server of an engine that was given up: it has no
+    address.
+    """
 
     name: str
     """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
@@ -94,7 +102,9 @@ class Alive(Message):
 
 
 class PairReady(Message):
-    """A decode rank has proven the path to a prefill rank: handshake done and a small READ verified."""
+    """A decode rank has proven the path to a prefill rank: handshake done and a small READ
+    verified.
+    """
 
     local: str
     peer: str
@@ -129,17 +139,21 @@ class Drained(Message):
 
 
 class SleepState(Message):
-    """A process that is ready cannot work for a while: the registry shows it, routers and peers keep away.
+    """A process that is ready cannot work for a while: the registry shows it, routers and peers
+    keep away.
 
-    A server says ``draining`` when it takes no new work, ``sleeping`` when the engine sleeps; a rank says ``sleeping`` when its
-    memory cannot be read by peers any more. Both say ``awake`` when they are ready again.
+    A server says ``draining`` when it takes no new work, ``sleeping`` when the engine sleeps; a
+    rank says ``sleeping`` when its memory cannot be read by peers any more. Both say ``awake`` when
+    they are ready again.
     """
 
     state: Literal["awake", "draining", "sleeping"]
 
 
 class Restart(Message):
-    """The router asks, for somebody who may: start an engine anew. It is answered with Restarting."""
+    """The router asks, for somebody who may: start an engine anew. It is answered with
+    Restarting.
+    """
 
     question: int
     """Comes back with the answer."""
@@ -147,7 +161,18 @@ class Restart(Message):
     """Of the engine, or of one of its processes."""
 
 
-ToSupervisor = Register | Progress | Ready | Alive | PairReady | PairFailed | Failed | Drained | SleepState | Restart
+ToSupervisor = (
+    Register
+    | Progress
+    | Ready
+    | Alive
+    | PairReady
+    | PairFailed
+    | Failed
+    | Drained
+    | SleepState
+    | Restart
+)
 
 
 class Registry(Message):
@@ -156,13 +181,16 @@ class Registry(Message):
     version: int
     entries: list[Entry]
     serving: bool = True
-    """The launch has been ready: every process, and every pair of engines. Before that the router takes no request."""
+    """The launch has been ready: every process, and every pair of engines. Before that the router
+    takes no request.
+    """
     pairs: list[PairReady] = []
     """The paths between ranks that are proven now."""
 
 
 class Suspects(Message):
-    """To the router: a rank of an engine has died by itself, and what of its last step it may have died of.
+    """To the router: a rank of an engine has died by itself, and what of its last step it may have
+    died of.
 
     Sent before the registry without that rank.
     """
@@ -170,11 +198,15 @@ class Suspects(Message):
     origins: list[int]
     """``AddRequest.origin`` of the requests in the last step."""
     repeated: list[int]
-    """Requests among ``origins`` that were suspects already: one at most, as a step never has two."""
+    """Requests among ``origins`` that were suspects already: one at most, as a step never has
+    two.
+    """
 
 
 class Drain(Message):
-    """Take no new work; say Drained when the running work is done, at the latest after ``timeout_s``."""
+    """Take no new work; say Drained when the running work is done, at the latest after
+    ``timeout_s``.
+    """
 
     timeout_s: float
 

@@ -1,7 +1,8 @@
-"""Messages between an engine's server and its rank 0 (ZMQ DEALER in the server, ROUTER in the rank).
+"""Messages between an engine's server and its rank 0 (ZMQ DEALER in the server, ROUTER in the
+rank).
 
-A request is one prompt and one choice; the server splits ``n`` choices and lists of prompts. Each request ends in exactly one
-``RequestFinished``.
+A request is one prompt and one choice; the server splits ``n`` choices and lists of prompts. Each
+request ends in exactly one ``RequestFinished``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(Message, tag=False):
-    """How output tokens are drawn. Output token ``i`` is a pure function of the logits and (seed, choice, i)."""
+    """How output tokens are drawn. Output token ``i`` is a pure function of the logits and (seed,
+    choice, i).
+    """
 
     max_tokens: int
     min_tokens: int = 0
@@ -31,7 +34,9 @@ class SamplingParams(Message, tag=False):
     stop_token_ids: tuple[int, ...] = ()
     """End the request; the model's own end tokens are among them unless ignore_eos."""
     eos_token_ids: tuple[int, ...] = ()
-    """The model's end tokens; masked out while fewer than min_tokens are there, as are stop_token_ids."""
+    """The model's end tokens; masked out while fewer than min_tokens are there, as are
+    stop_token_ids.
+    """
     seed: int = 0
     """64 bits; the server or router draws one when the client gave none."""
     choice: int = 0
@@ -51,7 +56,11 @@ class TokenOutput(Message, tag=False):
 
 def output_of(first_token: FirstToken) -> TokenOutput:
     """The output token that a prefill engine has drawn."""
-    return TokenOutput(token_id=first_token.token_id, logprob=first_token.logprob, top_logprobs=tuple(first_token.top_logprobs))
+    return TokenOutput(
+        token_id=first_token.token_id,
+        logprob=first_token.logprob,
+        top_logprobs=tuple(first_token.top_logprobs),
+    )
 
 
 class AddRequest(Message):
@@ -59,7 +68,9 @@ class AddRequest(Message):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output: list[TokenOutput] = []
-    """Tokens that this choice has already (from prefill, or before a migration); they count as output and are not sent again."""
+    """Tokens that this choice has already (from prefill, or before a migration); they count as
+    output and are not sent again.
+    """
     do_remote_decode: bool = False
     """Keep the KV blocks under a lease after the last token and answer with kv_transfer_params."""
     num_readers: int = 1
@@ -67,19 +78,29 @@ class AddRequest(Message):
     remote_kv: RemoteKV | None = None
     """Pull the prompt's KV blocks from there."""
     awaits_lease: bool = False
-    """They may still be computed there: the pull waits for the lease, which brings the first token."""
+    """They may still be computed there: the pull waits for the lease, which brings the first
+    token.
+    """
     is_awaited: bool = False
-    """With do_remote_decode: a decode engine knows the id and may ask for the blocks before there is a lease."""
+    """With do_remote_decode: a decode engine knows the id and may ask for the blocks before there
+    is a lease.
+    """
     cache_salt: str = ""
     origin: int = 0
-    """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it has none."""
+    """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it
+    has none.
+    """
     is_suspect: bool = False
-    """A rank that died by itself computed it: no other suspect is to be in a step with it, until it has survived one."""
+    """A rank that died by itself computed it: no other suspect is to be in a step with it, until it
+    has survived one.
+    """
     traceparent: str | None = None
 
 
 class AbortRequest(Message):
-    """Drop the request; it ends with reason ``abort``. Unknown ids are ignored. Also ends the lease of a finished request."""
+    """Drop the request; it ends with reason ``abort``. Unknown ids are ignored. Also ends the lease
+    of a finished request.
+    """
 
     request_id: str
 
@@ -91,7 +112,8 @@ class Hello(Message):
 
 
 class SetReaders(Message):
-    """Fewer choices than ``num_readers`` go on after their first token: the lease ends when this many have pulled.
+    """Fewer choices than ``num_readers`` go on after their first token: the lease ends when this
+    many have pulled.
 
     Sent before the prefill engine's answer. Unknown ids are ignored.
     """
@@ -101,13 +123,16 @@ class SetReaders(Message):
 
 
 class CheckIntegrity(Message):
-    """Prove that every KV block has the owner that the engine's books say; answered with one IntegrityReport."""
+    """Prove that every KV block has the owner that the engine's books say; answered with one
+    IntegrityReport.
+    """
 
     call_id: int
 
 
 class Sleep(Message):
-    """Give the memory of weights and KV cache back; no new request comes after it. Answered with one SleepReply.
+    """Give the memory of weights and KV cache back; no new request comes after it. Answered with
+    one SleepReply.
 
     The engine falls asleep when no request, lease or transfer holds a block any more.
     """
@@ -120,7 +145,9 @@ class Sleep(Message):
 
 
 class WakeUp(Message):
-    """Take the memory back; answered with one SleepReply when the engine can serve again, or still lacks other tags."""
+    """Take the memory back; answered with one SleepReply when the engine can serve again, or still
+    lacks other tags.
+    """
 
     call_id: int
     tags: list[str] = []
@@ -138,7 +165,9 @@ class Tokens(Message):
 
 
 class FirstTokens(Message):
-    """Output of a request with ``awaits_lease`` that another engine has drawn and told the client of."""
+    """Output of a request with ``awaits_lease`` that another engine has drawn and told the client
+    of.
+    """
 
     request_id: str
     tokens: list[TokenOutput]
@@ -158,7 +187,9 @@ class RequestFinished(Message):
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
     remote_kv: RemoteKV | None = None
-    """With do_remote_decode: where the leased blocks can be pulled from; None when nothing is left to decode."""
+    """With do_remote_decode: where the leased blocks can be pulled from; None when nothing is left
+    to decode.
+    """
 
 
 class Welcome(Message):
@@ -180,7 +211,8 @@ class Outputs(Message):
 
 
 class EngineStats(Message):
-    """Sent about once a second, news or not, unless a step takes longer: silence means that the rank hangs.
+    """Sent about once a second, news or not, unless a step takes longer: silence means that the
+    rank hangs.
 
     Values are totals since the rank started unless named ``num_``.
     """

@@ -1,7 +1,7 @@
 """``kv_transfer_params``: vLLM's wire form for the KV hand-over, plus one key of ours.
 
-What a prefill engine answers and a decode engine is given. The routers of vLLM pass it on unread; ours reads and completes the
-``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
+What a prefill engine answers and a decode engine is given. The routers of vLLM pass it on unread;
+ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
 """
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
     lease_id: Annotated[str, msgspec.Meta(max_length=250)] = ""
-    """To prefill: what the lease shall be called, never used before; the router needs to know it in advance."""
+    """To prefill: what the lease shall be called, never used before; the router needs to know it in
+    advance.
+    """
     awaits_lease: bool = False
-    """To decode: prefill still computes the prompt. Its lease brings the first token, which the client is told by others."""
+    """To decode: prefill still computes the prompt. Its lease brings the first token, which the
+    client is told by others.
+    """
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
@@ -102,7 +106,8 @@ class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
 def from_wire(params: object) -> KVTransferParams:
     """Read the ``kv_transfer_params`` of a request to an engine.
 
-    Keys that other versions of vLLM add are ignored; those used here are checked. Raises RequestError naming the key.
+    Keys that other versions of vLLM add are ignored; those used here are checked. Raises
+    RequestError naming the key.
     """
     if not isinstance(params, dict):
         raise RequestError("kv_transfer_params must be an object", param="kv_transfer_params")
@@ -111,17 +116,22 @@ def from_wire(params: object) -> KVTransferParams:
     for key in ("do_remote_decode", "do_remote_prefill"):
         value = params.get(key)
         if value is not None and not isinstance(value, bool):
-            raise RequestError(f"{key} must be true, false or null", param=f"kv_transfer_params.{key}")
+            raise RequestError(
+                f"{key} must be true, false or null", param=f"kv_transfer_params.{key}"
+            )
         flags[key] = bool(value)
     if flags["do_remote_decode"] and flags["do_remote_prefill"]:
         raise RequestError(
-            "do_remote_decode and do_remote_prefill exclude each other", param="kv_transfer_params.do_remote_decode"
+            "do_remote_decode and do_remote_prefill exclude each other",
+            param="kv_transfer_params.do_remote_decode",
         )
     remote = _read_remote(params) if flags["do_remote_prefill"] else None
     return KVTransferParams(
         do_remote_decode=flags["do_remote_decode"],
         remote_kv=remote,
-        pdlaunch=None if pdlaunch is None else _convert(pdlaunch, PdlaunchParams, "kv_transfer_params.pdlaunch"),
+        pdlaunch=None
+        if pdlaunch is None
+        else _convert(pdlaunch, PdlaunchParams, "kv_transfer_params.pdlaunch"),
     )
 
 
@@ -147,7 +157,9 @@ def _read_remote(params: dict[str, Any]) -> RemoteKV:
             raise RequestError(f"{key} is missing", param=f"kv_transfer_params.{key}")
     remote = _convert(found, RemoteKV, "kv_transfer_params")
     if sum(map(len, remote.block_ids)) > MAX_LISTED_BLOCKS:
-        raise RequestError(f"more than {MAX_LISTED_BLOCKS} block ids", param="kv_transfer_params.remote_block_ids")
+        raise RequestError(
+            f"more than {MAX_LISTED_BLOCKS} block ids", param="kv_transfer_params.remote_block_ids"
+        )
     return remote
 
 

@@ -1,7 +1,8 @@
-"""The side channel between ranks of different engines (ZMQ DEALER of the puller, ROUTER of the rank that holds the blocks).
+"""The side channel between ranks of different engines (ZMQ DEALER of the puller, ROUTER of the rank
+that holds the blocks).
 
-``handshake`` once a pair and incarnation, then for each pull ``pull_begin+ -> state_checksums -> heartbeat* -> pull_end``.
-Seconds are remaining seconds: clocks differ between hosts.
+``handshake`` once a pair and incarnation, then for each pull ``pull_begin+ -> state_checksums ->
+heartbeat* -> pull_end``. Seconds are remaining seconds: clocks differ between hosts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Compatibility(Message, tag=False):
     protocol_version: int
     pdlaunch_version: str
     model_digest: str
-    """SHA-256 over the model's content (config, tensor names and shapes, samples of the weights)."""
+    """SHA-256 over the model's content (config, tensor names and shapes, samples of the
+    weights).
+    """
     dtype: str
     kv_dtype: str
     block_size: int
@@ -90,10 +93,12 @@ class HandshakeReply(Message):
 
 
 class PullBegin(Message):
-    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again before it ends.
+    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again
+    before it ends.
 
-    With ``awaits`` it may be asked while the prompt is computed; the answer waits until more is known than the reader knows, and
-    only the one that tells of the lease begins the reader's share of it.
+    With ``awaits`` it may be asked while the prompt is computed; the answer waits until more is
+    known than the reader knows, and only the one that tells of the lease begins the reader's share
+    of it.
     """
 
     call_id: int
@@ -114,14 +119,20 @@ class GroupBlocks(Message, tag=False):
     """One KV cache group of a leased request."""
 
     first_block_index: int
-    """Logical index within the request of the first block below; earlier ones have left the window."""
+    """Logical index within the request of the first block below; earlier ones have left the
+    window.
+    """
     block_ids: list[int]
     checksums: bytes | None
-    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off or they are stated later."""
+    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off or
+    they are stated later.
+    """
 
 
 class PullReply(Message):
-    """The blocks of a request: all of a lease, or, to who awaits one, those that the computation has so far."""
+    """The blocks of a request: all of a lease, or, to who awaits one, those that the computation
+    has so far.
+    """
 
     call_id: int
     num_tokens: int
@@ -133,17 +144,25 @@ class PullReply(Message):
     """0 without a lease."""
     first_tokens: list[FirstToken] = []
     leased: bool = True
-    """Else blocks may be taken back at any time: what was read of them counts once a lease of this ``generation`` is there."""
+    """Else blocks may be taken back at any time: what was read of them counts once a lease of this
+    ``generation`` is there.
+    """
     num_ready_blocks: Count = 0
-    """Without a lease: logical blocks, from the beginning of the prompt, that nothing writes to any more."""
+    """Without a lease: logical blocks, from the beginning of the prompt, that nothing writes to any
+    more.
+    """
     generation: Count = 0
-    """Of the computation that the blocks are of: those of another one may have been another request's in between."""
+    """Of the computation that the blocks are of: those of another one may have been another
+    request's in between.
+    """
     version: Count = 0
     """Without a lease: changes with every other field."""
 
 
 class StateChecksums(Message):
-    """Ask for the checksums of all blocks of a lease, of which the reader has begun a pull; the answer waits for them."""
+    """Ask for the checksums of all blocks of a lease, of which the reader has begun a pull; the
+    answer waits for them.
+    """
 
     call_id: int
     engine_id: Id
@@ -189,7 +208,9 @@ class PullEndReply(Message):
 
 
 class Push(Message):
-    """Ask a rank whose connector writes to its readers to write blocks of a lease; without block ids: its scratch."""
+    """Ask a rank whose connector writes to its readers to write blocks of a lease; without block
+    ids: its scratch.
+    """
 
     call_id: int
     engine_id: Id
@@ -221,7 +242,15 @@ class Refused(Message):
 
 
 ToHolder = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | Push
-ToPuller = HandshakeReply | PullReply | ChecksumsReply | HeartbeatReply | PullEndReply | PushEnded | Refused
+ToPuller = (
+    HandshakeReply
+    | PullReply
+    | ChecksumsReply
+    | HeartbeatReply
+    | PullEndReply
+    | PushEnded
+    | Refused
+)
 
 to_holder: Codec[ToHolder] = Codec(ToHolder)
 to_puller: Codec[ToPuller] = Codec(ToPuller)

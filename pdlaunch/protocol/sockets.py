@@ -1,7 +1,7 @@
 """ZMQ sockets that only processes of the same launch can use.
 
-Every socket speaks CURVE with the launch's key pair, and an authenticator admits that key alone: CURVE without an allow-list lets
-any fresh key in.
+Every socket speaks CURVE with the launch's key pair, and an authenticator admits that key alone:
+CURVE without an allow-list lets any fresh key in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
-    """The CURVE key pair (Z85) that all processes of one launch share, and the token of their HTTP ports."""
+    """The CURVE key pair (Z85) that all processes of one launch share, and the token of their HTTP
+    ports.
+    """
 
     public: str
     secret: str
@@ -45,10 +47,11 @@ class _OneKey:
 
 
 class SecureContext:
-    """A ZMQ context whose TCP and IPC sockets are closed to strangers. One a process; ``close`` ends its threads.
+    """A ZMQ context whose TCP and IPC sockets are closed to strangers. One a process; ``close``
+    ends its threads.
 
-    Sockets belong to the thread that made them. ``socket_class`` as in ``zmq.Context.socket``: pass ``zmq.asyncio.Socket`` for an
-    event loop.
+    Sockets belong to the thread that made them. ``socket_class`` as in ``zmq.Context.socket``: pass
+    ``zmq.asyncio.Socket`` for an event loop.
     """
 
     LINGER_MS: ClassVar[int] = 500
@@ -59,9 +62,13 @@ class SecureContext:
         self.zmq: zmq.Context[Any] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.zmq)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OneKey(keys.public))
+        self._authenticator.configure_curve_callback(
+            domain="*", credentials_provider=_OneKey(keys.public)
+        )
 
-    def listen(self, kind: int, endpoint: str, *, socket_class: type | None = None) -> tuple[Any, str]:
+    def listen(
+        self, kind: int, endpoint: str, *, socket_class: type | None = None
+    ) -> tuple[Any, str]:
         """Bind a socket; returns it and where it can be reached.
 
         ``endpoint``: ``tcp://127.0.0.1:0`` picks a free port, ``ipc:///path`` a file.
@@ -75,8 +82,17 @@ class SecureContext:
         socket.bind(endpoint)
         return socket, socket.last_endpoint.decode()
 
-    def connect(self, kind: int, endpoint: str, *, identity: bytes | None = None, socket_class: type | None = None) -> Any:
-        """Connect a socket; ZMQ connects again by itself when the peer comes back at the same endpoint."""
+    def connect(
+        self,
+        kind: int,
+        endpoint: str,
+        *,
+        identity: bytes | None = None,
+        socket_class: type | None = None,
+    ) -> Any:
+        """Connect a socket; ZMQ connects again by itself when the peer comes back at the same
+        endpoint.
+        """
         socket = self._socket(kind, socket_class)
         socket.curve_serverkey = self._keys.public.encode()
         socket.curve_secretkey = self._keys.secret.encode()
@@ -104,6 +120,7 @@ class SecureContext:
         socket = self.zmq.socket(kind, socket_class=socket_class)
         socket.linger = self.LINGER_MS
         socket.maxmsgsize = MAX_FRAME_BYTES
-        # At a high-water mark (1000 messages) a ROUTER drops messages without a word: tokens would be missing.
+        # At a high-water mark (1000 messages) a ROUTER drops messages without a word: tokens would
+        # be missing.
         socket.sndhwm = socket.rcvhwm = 0
         return socket

@@ -1,7 +1,8 @@
 """What the scheduler asks of the connector on every rank, and what the connector reports back.
 
-Block ids are the engine's own. Ownership: blocks named in ``GrantLease`` belong to the lease until ``LeaseEnded``; blocks named
-in ``StartPull`` belong to the transfer until ``PullFinished``, or ``PullDrained`` where that said ``in_flight``.
+Block ids are the engine's own. Ownership: blocks named in ``GrantLease`` belong to the lease until
+``LeaseEnded``; blocks named in ``StartPull`` belong to the transfer until ``PullFinished``, or
+``PullDrained`` where that said ``in_flight``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from pdlaunch.protocol.wire import Message
 
 
 class AnnounceBlocks(Message):
-    """Prefill: a request that a decode engine awaits has these blocks so far; nothing writes to the first of them any more.
+    """Prefill: a request that a decode engine awaits has these blocks so far; nothing writes to the
+    first of them any more.
 
     The request keeps them until it is granted a lease, or until ``WithdrawBlocks``.
     """
@@ -29,7 +31,9 @@ class AnnounceBlocks(Message):
 
 
 class WithdrawBlocks(Message):
-    """Prefill: announced blocks go back to the engine, which may give them to others. There may be a new announcement later."""
+    """Prefill: announced blocks go back to the engine, which may give them to others. There may be
+    a new announcement later.
+    """
 
     request_id: str
 
@@ -55,14 +59,18 @@ class EndLease(Message):
 
 
 class SetLeaseReaders(Message):
-    """Prefill: fewer readers than ``num_readers`` of the grant will come; the lease ends when this many have pulled."""
+    """Prefill: fewer readers than ``num_readers`` of the grant will come; the lease ends when this
+    many have pulled.
+    """
 
     request_id: str
     num_readers: int
 
 
 class StartPull(Message):
-    """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished`` or ``PullDrained``."""
+    """Decode: pull a prompt's blocks. ``block_ids`` belong to the transfer until ``PullFinished``
+    or ``PullDrained``.
+    """
 
     pull_id: str
     request_id: str
@@ -70,7 +78,9 @@ class StartPull(Message):
     block_ids: list[list[int]]
     """By group: destination of the blocks from first_block_index on."""
     first_block_index: list[int]
-    """Logical index of the first block to pull; earlier ones are in the prefix cache or out of the window."""
+    """Logical index of the first block to pull; earlier ones are in the prefix cache or out of the
+    window.
+    """
     block_hashes: list[bytes]
     """What this engine computed for its own prompt, all blocks; compared with the holder's."""
     num_tokens: int
@@ -78,7 +88,9 @@ class StartPull(Message):
     num_attempts: int = 1
     """READs that one holder rank's share may take, when they fail or bring wrong bytes."""
     awaits: bool = False
-    """The prompt may still be computed there: ``timeout_s`` counts from when its lease is known. ``block_ids`` may be empty."""
+    """The prompt may still be computed there: ``timeout_s`` counts from when its lease is known.
+    ``block_ids`` may be empty.
+    """
 
 
 class CancelPull(Message):
@@ -87,17 +99,29 @@ class CancelPull(Message):
     pull_id: str
 
 
-TransferCommand = AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders | StartPull | CancelPull
+TransferCommand = (
+    AnnounceBlocks
+    | WithdrawBlocks
+    | GrantLease
+    | EndLease
+    | SetLeaseReaders
+    | StartPull
+    | CancelPull
+)
 
 
 class LeaseGranted(Message):
-    """Prefill: this rank has written the lease down: its death costs the reader nothing any more. Only of ranks with a ledger."""
+    """Prefill: this rank has written the lease down: its death costs the reader nothing any more.
+    Only of ranks with a ledger.
+    """
 
     request_id: str
 
 
 class LeaseEnded(Message):
-    """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have said so."""
+    """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have
+    said so.
+    """
 
     request_id: str
     reason: str
@@ -126,7 +150,9 @@ class PullFinished(Message):
     departed: bool = False
     """A holder died before the pull had ended; what it has left was enough."""
     first_tokens: list[FirstToken] = []
-    """What the lease says of them, also of a pull that failed after it was known; empty when none was."""
+    """What the lease says of them, also of a pull that failed after it was known; empty when none
+    was.
+    """
 
 
 class PullDrained(Message):

@@ -15,7 +15,9 @@ M = TypeVar("M")
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every message between processes; the class name is its tag in the union of its channel."""
+    """Base of every message between processes; the class name is its tag in the union of its
+    channel.
+    """
 
 
 class Codec(Generic[M]):

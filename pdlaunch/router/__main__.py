@@ -1,4 +1,6 @@
-"""Entry of the router process: ``python -m pdlaunch.router --name router`` with a Bootstrap on standard input."""
+"""Entry of the router process: ``python -m pdlaunch.router --name router`` with a Bootstrap on
+standard input.
+"""
 
 from __future__ import annotations
 

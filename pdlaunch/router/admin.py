@@ -1,7 +1,9 @@
-"""Routes that command a launch or look inside its engines: a table; the clients' key opens none of them.
+"""Routes that command a launch or look inside its engines: a table; the clients' key opens none of
+them.
 
-They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``, where one is set. The engines
-are asked with the launch's own token. ``engine=NAME``, repeated, chooses engines; without it: all that were not given up.
+They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``,
+where one is set. The engines are asked with the launch's own token. ``engine=NAME``, repeated,
+chooses engines; without it: all that were not given up.
 """
 
 from __future__ import annotations
@@ -68,55 +70,90 @@ class Admin:
         ]
 
     async def _sleep(self, http: web.Request, request_id: str) -> web.Response:
-        """Prefill engines first: what they hold for decode engines is fetched while those are awake."""
-        return _together([await self._post(engine, http) for engine in self._chosen(http, first="prefill")])
+        """Prefill engines first: what they hold for decode engines is fetched while those are
+        awake.
+        """
+        return _together(
+            [await self._post(engine, http) for engine in self._chosen(http, first="prefill")]
+        )
 
     async def _wake_up(self, http: web.Request, request_id: str) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
         outcomes = [await self._post(engine, http) for engine in self._chosen(http, first="decode")]
-        await self._see_awake({outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False})
+        await self._see_awake(
+            {outcome.engine for outcome in outcomes if outcome.answer.get("is_sleeping") is False}
+        )
         return _together(outcomes)
 
     async def _is_sleeping(self, http: web.Request, request_id: str) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
-        return _together(outcomes, is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes))
+        return _together(
+            outcomes,
+            is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes),
+        )
 
     async def _restart(self, http: web.Request, request_id: str) -> web.Response:
-        """Start engines anew, one after the other, so that others serve meanwhile; answered when they serve again.
+        """Start engines anew, one after the other, so that others serve meanwhile; answered when
+        they serve again.
 
-        Unlike the other commands it knows an engine by the names of its processes too, and means none without a name.
+        Unlike the other commands it knows an engine by the names of its processes too, and means
+        none without a name.
         """
         names = http.query.getall("engine", [])
         if not names:
-            raise RequestError("name what to restart: engine=NAME", param="engine", code="missing_engine")
+            raise RequestError(
+                "name what to restart: engine=NAME", param="engine", code="missing_engine"
+            )
         return _together([await self._restart_one(name) for name in dict.fromkeys(names)])
 
     async def _restart_one(self, name: str) -> Outcome:
         begun = await self._supervisor.restart(name)
         if begun.error:
             status, code = (409, "not_now") if begun.engine else (404, "engine_not_found")
-            return Outcome(name, status, error_body(RequestError(begun.error, param="engine", status=status, code=code)))
+            return Outcome(
+                name,
+                status,
+                error_body(RequestError(begun.error, param="engine", status=status, code=code)),
+            )
         until_s = self._hops.now_s() + RESTART_TIMEOUT_S
         while (successor := self._successor(begun)) is None:
             left_s = until_s - self._hops.now_s()
             if left_s <= 0:
-                message = f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was restarted; see its log"
-                return Outcome(begun.engine, 503, error_body(OverloadedError(message, status=503, code="not_ready")))
+                message = (
+                    f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was "
+                    "restarted; see its log"
+                )
+                return Outcome(
+                    begun.engine,
+                    503,
+                    error_body(OverloadedError(message, status=503, code="not_ready")),
+                )
             await self._hops.registry_change(left_s)
         if successor.state == "failed":
-            error = OverloadedError(f"{begun.engine} is given up again: {successor.reason}", status=503, code="engine_failed")
+            error = OverloadedError(
+                f"{begun.engine} is given up again: {successor.reason}",
+                status=503,
+                code="engine_failed",
+            )
             return Outcome(begun.engine, error.status, error_body(error))
         return Outcome(begun.engine, 200, {"incarnation": successor.processes[0]})
 
     def _successor(self, begun: Restarting) -> Engine | None:
         """The engine once it serves again, or is given up again."""
-        engines = [e for e in self._hops.pool.engines if e.name == begun.engine and e.processes[0] > begun.incarnation]
-        return next((engine for engine in engines if engine.ready or engine.state == "failed"), None)
+        engines = [
+            e
+            for e in self._hops.pool.engines
+            if e.name == begun.engine and e.processes[0] > begun.incarnation
+        ]
+        return next(
+            (engine for engine in engines if engine.ready or engine.state == "failed"), None
+        )
 
     async def _integrity(self, http: web.Request, request_id: str) -> web.Response:
         """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
         outcomes = [
-            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S) for engine in self._chosen(http)
+            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S)
+            for engine in self._chosen(http)
         ]
         return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
@@ -136,9 +173,19 @@ class Admin:
         query = [(name, value) for name, value in http.query.items() if name != "engine"]
         return await self._ask(engine, "POST", http.path, query)
 
-    async def _ask(self, engine: Engine, method: str, path: str, query: Query = (), *, timeout_s: float | None = None) -> Outcome:
+    async def _ask(
+        self,
+        engine: Engine,
+        method: str,
+        path: str,
+        query: Query = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> Outcome:
         try:
-            status, body, _ = await self._hops.client.call(engine, method, path, query, timeout_s=timeout_s)
+            status, body, _ = await self._hops.client.call(
+                engine, method, path, query, timeout_s=timeout_s
+            )
             answer = msgspec.json.decode(body, type=dict[str, Any])
         except (EngineFailure, msgspec.DecodeError) as error:
             failure = OverloadedError(str(error), status=503, code="engine_failed")
@@ -146,9 +193,15 @@ class Admin:
         return Outcome(engine.name, status, answer)
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
-        """The engines that the query names, those of role ``first`` at first. Raises RequestError."""
+        """The engines that the query names, those of role ``first`` at first. Raises
+        RequestError.
+        """
         names = http.query.getall("engine", [])
-        engines = self._named(names) if names else [e for e in self._hops.pool.engines if e.state != "failed"]
+        engines = (
+            self._named(names)
+            if names
+            else [e for e in self._hops.pool.engines if e.state != "failed"]
+        )
         return sorted(engines, key=lambda engine: (engine.role != first, engine.name))
 
     def _named(self, names: Iterable[str]) -> list[Engine]:
@@ -156,25 +209,41 @@ class Admin:
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
             raise RequestError(
-                f"there is no engine {unknown[0][:100]}; there are: {there}", param="engine", status=404, code="engine_not_found"
+                f"there is no engine {unknown[0][:100]}; there are: {there}",
+                param="engine",
+                status=404,
+                code="engine_not_found",
             )
         return [known[name] for name in dict.fromkeys(names)]
 
     async def _see_awake(self, names: set[str]) -> None:
-        """Wait until the registry says so too: requests that follow shall find these engines. Raises OverloadedError."""
+        """Wait until the registry says so too: requests that follow shall find these engines.
+        Raises OverloadedError.
+        """
         until_s = self._hops.now_s() + AWAKE_TIMEOUT_S
-        while any(engine.name in names and engine.state == "sleeping" for engine in self._hops.pool.engines):
+        while any(
+            engine.name in names and engine.state == "sleeping"
+            for engine in self._hops.pool.engines
+        ):
             left_s = until_s - self._hops.now_s()
             if left_s <= 0:
-                raise OverloadedError("the engines are awake, but not yet in the registry", status=503, code="not_listed_yet")
+                raise OverloadedError(
+                    "the engines are awake, but not yet in the registry",
+                    status=503,
+                    code="not_listed_yet",
+                )
             await self._hops.registry_change(left_s)
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
     """One answer of all engines, with the status and the error of the first that failed."""
     failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
-    body = fields | {"engines": [{"engine": outcome.engine, **outcome.answer} for outcome in outcomes]}
+    body = fields | {
+        "engines": [{"engine": outcome.engine, **outcome.answer} for outcome in outcomes]
+    }
     if failed is not None:
         body["error"] = failed.answer.get("error")
     status = 200 if failed is None else failed.status
-    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
+    return web.Response(
+        status=status, body=msgspec.json.encode(body), content_type="application/json"
+    )

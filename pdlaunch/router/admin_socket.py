@@ -12,13 +12,20 @@ from aiohttp import web
 BACKLOG = 32
 
 
-async def listen_at_admin_socket(app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0) -> web.AppRunner:
+async def listen_at_admin_socket(
+    app: web.Application, path: Path, *, shutdown_timeout_s: float = 0.0
+) -> web.AppRunner:
     """Listen at ``path``; the caller cleans the runner up. Raises OSError.
 
-    It is another runner than that of the public address: who takes all connections there locks nobody out here.
+    It is another runner than that of the public address: who takes all connections there locks
+    nobody out here.
     """
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=shutdown_timeout_s, auto_decompress=False
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+        auto_decompress=False,
     )
     await runner.setup()
     await web.SockSite(runner, _bind(path), backlog=BACKLOG).start()
@@ -26,7 +33,9 @@ async def listen_at_admin_socket(app: web.Application, path: Path, *, shutdown_t
 
 
 def _bind(path: Path) -> socket.socket:
-    """A socket of mode 0600 from its first moment on, in place of what an earlier router has left there."""
+    """A socket of mode 0600 from its first moment on, in place of what an earlier router has left
+    there.
+    """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

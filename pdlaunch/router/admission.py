@@ -24,16 +24,27 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self, num_prompts: int) -> Iterator[None]:
-        """Hold ``num_prompts`` places while the block runs. Raises OverloadedError, or RequestError when it never can."""
+        """Hold ``num_prompts`` places while the block runs. Raises OverloadedError, or RequestError
+        when it never can.
+        """
         if self.is_draining:
             raise shutting_down()
         if num_prompts > self._max_in_flight:
             raise RequestError(
-                f"prompt: {num_prompts} prompts, but at most {self._max_in_flight} requests are served at a time", param="prompt"
+                (
+                    f"prompt: {num_prompts} prompts, but at most {self._max_in_flight} requests "
+                    "are served at a time"
+                ),
+                param="prompt",
             )
         if self.in_flight + num_prompts > self._max_in_flight:
-            message = f"{self.in_flight} requests are in flight; at most {self._max_in_flight} are served at a time"
-            raise OverloadedError(message, retry_after_s=BUSY_RETRY_AFTER_S, code="too_many_requests")
+            message = (
+                f"{self.in_flight} requests are in flight; at most {self._max_in_flight} are "
+                "served at a time"
+            )
+            raise OverloadedError(
+                message, retry_after_s=BUSY_RETRY_AFTER_S, code="too_many_requests"
+            )
         self.in_flight += num_prompts
         self._idle.clear()
         try:
@@ -44,7 +55,9 @@ class Admission:
                 self._idle.set()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Close the door and wait until nothing is in flight; False when ``timeout_s`` was too short."""
+        """Close the door and wait until nothing is in flight; False when ``timeout_s`` was too
+        short.
+        """
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -54,4 +67,9 @@ class Admission:
 
 def shutting_down() -> OverloadedError:
     """What those hear whom this router will not serve any more."""
-    return OverloadedError("the deployment is shutting down", status=503, retry_after_s=DRAINING_RETRY_AFTER_S, code="draining")
+    return OverloadedError(
+        "the deployment is shutting down",
+        status=503,
+        retry_after_s=DRAINING_RETRY_AFTER_S,
+        code="draining",
+    )

@@ -1,7 +1,7 @@
 """From the chunks of all prompts to what the client is sent: a stream of events, or one answer.
 
-Ids, model and creation time are the router's own, so that they do not change with the engine. The choices of prompt ``p`` are
-numbered ``p * n`` to ``p * n + n - 1``.
+Ids, model and creation time are the router's own, so that they do not change with the engine. The
+choices of prompt ``p`` are numbered ``p * n`` to ``p * n + n - 1``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ _HEAD = ("id", "object", "created", "model", "choices")
 class Answer:
     """What both forms share; a ``Sink`` for the generations of one request."""
 
-    def __init__(self, request: ClientRequest, *, model: str, metrics: RequestMetrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        request: ClientRequest,
+        *,
+        model: str,
+        metrics: RequestMetrics,
+        clock: Callable[[], float],
+    ) -> None:
         self._request = request
         self._metrics = metrics
         self._clock = clock
@@ -82,10 +89,14 @@ class EventStream(Protocol):
 
     @property
     def has_begun(self) -> bool:
-        """The client has been told that all is well; an error can have no status of its own any more."""
+        """The client has been told that all is well; an error can have no status of its own any
+        more.
+        """
 
     async def write(self, event: bytes) -> None:
-        """Send one event, and wait while the reader is behind. Raises ConnectionError when nobody reads."""
+        """Send one event, and wait while the reader is behind. Raises ConnectionError when nobody
+        reads.
+        """
 
     async def end(self) -> None:
         """The answer is whole."""
@@ -101,7 +112,11 @@ class ClientStream:
         self._http_request = http_request
         self._preparing = asyncio.Lock()
         self.response = web.StreamResponse(
-            headers={"Content-Type": f"{CONTENT_TYPE}; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers={
+                "Content-Type": f"{CONTENT_TYPE}; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
             | headers
         )
 
@@ -168,7 +183,14 @@ class StreamedAnswer(Answer):
 class WholeAnswer(Answer):
     """One JSON object, put together from the chunks."""
 
-    def __init__(self, request: ClientRequest, *, model: str, metrics: RequestMetrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        request: ClientRequest,
+        *,
+        model: str,
+        metrics: RequestMetrics,
+        clock: Callable[[], float],
+    ) -> None:
         super().__init__(request, model=model, metrics=metrics, clock=clock)
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
@@ -187,13 +209,21 @@ class WholeAnswer(Answer):
         choices = [self._choices[index] for index in sorted(self._choices)]
         if self._request.endpoint.is_chat:
             choices = [_as_message(choice) for choice in choices]
-        return self._extra | self._head(self._request.endpoint.answer_object) | {"choices": choices, "usage": usage}
+        return (
+            self._extra
+            | self._head(self._request.endpoint.answer_object)
+            | {"choices": choices, "usage": usage}
+        )
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:
     """The sum over all prompts of a request."""
     usages = [transcript.usage() for transcript in transcripts]
-    cached = [usage.prompt_tokens_details.cached_tokens or 0 for usage in usages if usage.prompt_tokens_details is not None]
+    cached = [
+        usage.prompt_tokens_details.cached_tokens or 0
+        for usage in usages
+        if usage.prompt_tokens_details is not None
+    ]
     return Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
@@ -203,7 +233,8 @@ def total_usage(transcripts: Iterable[Transcript]) -> Usage:
 
 
 def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
-    """Add a chunk's choice, or a part of it, to what is there: texts and lists grow, objects merge, the rest is replaced.
+    """Add a chunk's choice, or a part of it, to what is there: texts and lists grow, objects merge,
+    the rest is replaced.
 
     List members that carry an ``index`` (tool calls) merge with the one of the same index.
     """
@@ -211,7 +242,11 @@ def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
         there = target.get(name)
         if there is None or value is None:
             target[name] = there if value is None else value
-        elif isinstance(value, str) and isinstance(there, str) and name not in ("role", "finish_reason", "type", "id"):
+        elif (
+            isinstance(value, str)
+            and isinstance(there, str)
+            and name not in ("role", "finish_reason", "type", "id")
+        ):
             target[name] = there + value
         elif isinstance(value, dict) and isinstance(there, dict):
             merge(there, value)
@@ -224,7 +259,9 @@ def merge(target: dict[str, Any], news: dict[str, Any]) -> None:
 def _merge_lists(target: list[Any], news: list[Any]) -> None:
     for item in news:
         index = item.get("index") if isinstance(item, dict) else None
-        twin = next((old for old in target if index is not None and old.get("index") == index), None)
+        twin = next(
+            (old for old in target if index is not None and old.get("index") == index), None
+        )
         if twin is None:
             target.append(item)
         else:

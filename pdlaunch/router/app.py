@@ -20,7 +20,12 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
-from pdlaunch.observe.trace import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_request_id, read_traceparent
+from pdlaunch.observe.trace import (
+    REQUEST_ID_HEADER,
+    TRACEPARENT_HEADER,
+    read_request_id,
+    read_traceparent,
+)
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
@@ -28,7 +33,13 @@ from pdlaunch.router.admin import Admin, Handler
 from pdlaunch.router.admin_socket import came_through_admin_socket
 from pdlaunch.router.admission import Admission
 from pdlaunch.router.answers import ClientStream, EventStream, StreamedAnswer, WholeAnswer
-from pdlaunch.router.client_request import CHAT, COMPLETIONS, ClientRequest, Endpoint, read_client_request
+from pdlaunch.router.client_request import (
+    CHAT,
+    COMPLETIONS,
+    ClientRequest,
+    Endpoint,
+    read_client_request,
+)
 from pdlaunch.router.deadline import Deadline
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.failures import error_event, error_response
@@ -55,7 +66,9 @@ KeyCheck = Callable[[web.Request], None]
 
 
 class RouterApp:
-    """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
+    """Handlers of all endpoints; ``app`` is what aiohttp serves, with ``handler_cancellation``
+    on.
+    """
 
     def __init__(self, spec: RouterSpec, hops: Hops, supervisor: SupervisorLink) -> None:
         self._spec = spec
@@ -66,7 +79,9 @@ class RouterApp:
         self._repeats = Repeats()
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
-        self._guard = Guard(spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
+        self._guard = Guard(
+            spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
+        )
         self.app = web.Application(client_max_size=spec.max_body_bytes)
         self.app.on_response_prepare.append(self._guard.add_cors_headers)
         self._route("POST", COMPLETIONS.path, self._completions)
@@ -83,21 +98,32 @@ class RouterApp:
         self._route("*", "/{path:.*}", self._unknown)
 
     async def close(self) -> None:
-        """End every running request with an error, and wait ``CLOSE_TIMEOUT_S`` at most for the last to be told."""
+        """End every running request with an error, and wait ``CLOSE_TIMEOUT_S`` at most for the
+        last to be told.
+        """
         self._deadline.close()
         if not await self.admission.drain(CLOSE_TIMEOUT_S):
-            logger.warning("%d requests could not be told that the router leaves", self.admission.in_flight)
+            logger.warning(
+                "%d requests could not be told that the router leaves", self.admission.in_flight
+            )
 
-    def _route(self, method: str, path: str, handler: Handler, *, check_key: KeyCheck | None = None) -> None:
-        """Add a route behind the door, by default that of the clients. What answers GET answers HEAD too."""
+    def _route(
+        self, method: str, path: str, handler: Handler, *, check_key: KeyCheck | None = None
+    ) -> None:
+        """Add a route behind the door, by default that of the clients. What answers GET answers
+        HEAD too.
+        """
         at_the_door = partial(self._at_the_door, handler, check_key or self._check_key)
         if method == "GET":
             self.app.router.add_get(path, at_the_door)
         else:
             self.app.router.add_route(method, path, at_the_door)
 
-    async def _at_the_door(self, handler: Handler, check_key: KeyCheck, request: web.Request) -> web.StreamResponse:
-        """Give every request its id, ask for the key, and turn every error into one of the OpenAI form.
+    async def _at_the_door(
+        self, handler: Handler, check_key: KeyCheck, request: web.Request
+    ) -> web.StreamResponse:
+        """Give every request its id, ask for the key, and turn every error into one of the OpenAI
+        form.
 
         Whoever can open the admin socket needs no key, and is no web page.
         """
@@ -130,17 +156,22 @@ class RouterApp:
         if key is None or request.path in _OPEN_PATHS:
             return
         if not has_bearer(request, [key]):
-            raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
+            raise RequestError(
+                "the API key is missing or wrong", status=401, code="invalid_api_key"
+            )
 
     def _check_admin_key(self, request: web.Request) -> None:
         key = self._spec.admin_api_key
         if key is None:
             message = (
-                "commands are taken at the launch's admin socket alone (pdlaunch sleep finds it); set admin_api_key to open this"
+                "commands are taken at the launch's admin socket alone (pdlaunch sleep finds it); "
+                "set admin_api_key to open this"
             )
             raise RequestError(message, status=403, code="admin_api_key_unset")
         if not has_bearer(request, [key]):
-            raise RequestError("the admin API key is missing or wrong", status=401, code="invalid_admin_api_key")
+            raise RequestError(
+                "the admin API key is missing or wrong", status=401, code="invalid_admin_api_key"
+            )
 
     async def _unknown(self, request: web.Request, request_id: str) -> web.StreamResponse:
         allowed: set[str] = set()
@@ -161,9 +192,16 @@ class RouterApp:
     async def _chat_completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
         return await self._generate(CHAT, request, request_id)
 
-    async def _generate(self, endpoint: Endpoint, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def _generate(
+        self, endpoint: Endpoint, request: web.Request, request_id: str
+    ) -> web.StreamResponse:
         if not self._hops.pool.serving:
-            raise OverloadedError("the deployment is starting", status=503, retry_after_s=RETRY_AFTER_S, code="starting")
+            raise OverloadedError(
+                "the deployment is starting",
+                status=503,
+                retry_after_s=RETRY_AFTER_S,
+                code="starting",
+            )
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
             return await self._answered(endpoint, request, body, hold, request_id)
@@ -171,18 +209,27 @@ class RouterApp:
     async def _answered(
         self, endpoint: Endpoint, request: web.Request, body: bytes, hold: Hold, request_id: str
     ) -> web.StreamResponse:
-        """Answer a request whose body is here; what was answered before under its key is told again."""
+        """Answer a request whose body is here; what was answered before under its key is told
+        again.
+        """
         headers = {REQUEST_ID_HEADER: request_id}
         answer = partial(self._answer, endpoint, request, body, request_id)
         key = read_idempotency_key(request.headers)
         if key is not None:
             # The run may outlive this client, and its body with it.
-            return await self._repeats.answer(key, request, body, headers, partial(_keep_and, hold, len(body), answer))
+            return await self._repeats.answer(
+                key, request, body, headers, partial(_keep_and, hold, len(body), answer)
+            )
         stream = ClientStream(request, headers)
         return await answer(stream) or stream.response
 
     async def _answer(
-        self, endpoint: Endpoint, request: web.Request, body: bytes, request_id: str, stream: EventStream
+        self,
+        endpoint: Endpoint,
+        request: web.Request,
+        body: bytes,
+        request_id: str,
+        stream: EventStream,
     ) -> web.Response | None:
         """The whole answer, or None when ``stream`` was told all of it."""
         client_request = await self._inputs.run(
@@ -193,11 +240,16 @@ class RouterApp:
                 body,
                 served_model_name=self._spec.served_model_name,
                 request_id=request_id,
-                engine_request_id=_engine_request_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
+                engine_request_id=_engine_request_id(
+                    request_id, is_own=REQUEST_ID_HEADER not in request.headers
+                ),
                 headers=_headers_to_pass(request),
             ),
         )
-        with self.admission.admit(len(client_request.prompts)), self._hops.metrics.requests.in_flight.track_inprogress():
+        with (
+            self.admission.admit(len(client_request.prompts)),
+            self._hops.metrics.requests.in_flight.track_inprogress(),
+        ):
             if client_request.stream:
                 await self._stream(client_request, stream)
                 return None
@@ -257,14 +309,18 @@ class RouterApp:
         tried: set[EngineKey] = set()
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
-                headers = _headers_to_pass(request) | {REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)}
+                headers = _headers_to_pass(request) | {
+                    REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)
+                }
                 async with self._deadline.guard():
                     answer = await self._hops.client.ask(engine, request.path, body, headers)
                 return web.Response(body=answer, content_type="application/json")
             except EngineFailure:
                 pool.failed(engine)
                 tried.add(engine.key)
-        raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
+        raise OverloadedError(
+            "no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready"
+        )
 
     async def _models(self, request: web.Request, request_id: str) -> web.Response:
         return _json(ModelList(data=[self._model_card()]))
@@ -288,7 +344,13 @@ class RouterApp:
         """200 once the launch is ready, while some engine can serve and the door is open."""
         pool = self._hops.pool
         engines = pool.engines
-        status = "starting" if not pool.serving else "ok" if any(engine.ready for engine in engines) else "unavailable"
+        status = (
+            "starting"
+            if not pool.serving
+            else "ok"
+            if any(engine.ready for engine in engines)
+            else "unavailable"
+        )
         if self.admission.is_draining:
             status = "draining"
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
@@ -317,8 +379,12 @@ class RouterApp:
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
-async def _keep_and(hold: Hold, num_bytes: int, answer: Work, stream: EventStream) -> web.Response | None:
-    """Answer with the room of the body kept; a client that left at once has given it back already."""
+async def _keep_and(
+    hold: Hold, num_bytes: int, answer: Work, stream: EventStream
+) -> web.Response | None:
+    """Answer with the room of the body kept; a client that left at once has given it back
+    already.
+    """
     with hold.shared():
         hold.grow_to(num_bytes)
         return await answer(stream)
@@ -341,8 +407,12 @@ def _headers_to_pass(request: web.Request) -> dict[str, str]:
     if traceparent is None:
         return {}
     tracestate = request.headers.get(_TRACESTATE_HEADER)
-    return {TRACEPARENT_HEADER: traceparent} | ({} if tracestate is None else {_TRACESTATE_HEADER: tracestate})
+    return {TRACEPARENT_HEADER: traceparent} | (
+        {} if tracestate is None else {_TRACESTATE_HEADER: tracestate}
+    )
 
 
 def _json(payload: object, *, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(payload), content_type="application/json")
+    return web.Response(
+        status=status, body=msgspec.json.encode(payload), content_type="application/json"
+    )

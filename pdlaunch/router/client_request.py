@@ -14,7 +14,12 @@ import msgspec
 
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
-from pdlaunch.protocol.openai.body import INTERNAL_FIELDS, TOKEN_IDS, check_num_values, read_json_object
+from pdlaunch.protocol.openai.body import (
+    INTERNAL_FIELDS,
+    TOKEN_IDS,
+    check_num_values,
+    read_json_object,
+)
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.generation import MAX_CHOICES
@@ -37,7 +42,9 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """How several prompts begin."""
 _TEXTS = ("messages", "prompt")
-"""Members that can be very long: they go to the engines as they are written, and the engines look at what is in them."""
+"""Members that can be very long: they go to the engines as they are written, and the engines look
+at what is in them.
+"""
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -107,16 +114,19 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     def prefill_body(self, *, knows_whole_request: bool, lease_id: str = "") -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
 
-        With a ``lease_id`` that is what it is called, and the answer is a stream: the lease may come after the token.
+        With a ``lease_id`` that is what it is called, and the answer is a stream: the lease may
+        come after the token.
 
-        ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those of the whole request, and
-        needs them to tell where the first token's text may end; others refuse them.
+        ``knows_whole_request``: the engine takes fields that contradict ``max_tokens=1`` for those
+        of the whole request, and needs them to tell where the first token's text may end; others
+        refuse them.
         """
         body = self.body | {
             "stream": bool(lease_id),
             "max_tokens": 1,
             "return_token_ids": True,
-            "kv_transfer_params": REMOTE_DECODE | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
+            "kv_transfer_params": REMOTE_DECODE
+            | ({"pdlaunch": {"lease_id": lease_id}} if lease_id else {}),
         }
         body.pop("stream_options", None)
         if lease_id:
@@ -131,12 +141,20 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     def wanted_token_ids(self) -> msgspec.Raw | None:
         """The prompt's token ids, if they are known here and the client wants them back."""
         prompt = self.body.get("prompt")
-        is_known = isinstance(prompt, msgspec.Raw) and TOKEN_IDS.match(prompt) and self.body.get("return_token_ids")
+        is_known = (
+            isinstance(prompt, msgspec.Raw)
+            and TOKEN_IDS.match(prompt)
+            and self.body.get("return_token_ids")
+        )
         return prompt if is_known else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
         """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""
-        stream = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        stream = {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
         return msgspec.json.encode(self.body | stream | extra)
 
 
@@ -154,7 +172,9 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def include_usage(self) -> bool:
-        return self.fields.stream_options is not None and bool(self.fields.stream_options.include_usage)
+        return self.fields.stream_options is not None and bool(
+            self.fields.stream_options.include_usage
+        )
 
     @property
     def continuous_usage(self) -> bool:
@@ -181,15 +201,25 @@ def read_client_request(
     headers: dict[str, str],
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
-    """Check and split a client's body. ``headers`` go to the engines with it. Raises RequestError."""
+    """Check and split a client's body. ``headers`` go to the engines with it. Raises
+    RequestError.
+    """
     body = _read_body(raw)
     for name in sorted(INTERNAL_FIELDS & body.keys()):
-        raise RequestError(f"{name} is set by pdlaunch itself; leave it out", param=name, code="unsupported_parameter")
+        raise RequestError(
+            f"{name} is set by pdlaunch itself; leave it out",
+            param=name,
+            code="unsupported_parameter",
+        )
     fields = _read_fields(body)
     if fields.model is not None and fields.model != served_model_name:
         raise model_not_found(fields.model, served_model_name)
     max_tokens = _check_limits(fields)
-    bodies = [body] if endpoint.is_chat else [body | {"prompt": prompt} for prompt in _split_prompts(body.get("prompt"))]
+    bodies = (
+        [body]
+        if endpoint.is_chat
+        else [body | {"prompt": prompt} for prompt in _split_prompts(body.get("prompt"))]
+    )
     return ClientRequest(
         endpoint=endpoint,
         request_id=request_id,
@@ -202,8 +232,12 @@ def read_client_request(
                 index=index,
                 num_choices=fields.n or 1,
                 max_tokens=max_tokens,
-                prompt_tokens=_estimate_tokens(one.get("messages") if endpoint.is_chat else one.get("prompt")),
-                request_id=engine_request_id if len(bodies) == 1 else f"{engine_request_id}-{index}",
+                prompt_tokens=_estimate_tokens(
+                    one.get("messages") if endpoint.is_chat else one.get("prompt")
+                ),
+                request_id=engine_request_id
+                if len(bodies) == 1
+                else f"{engine_request_id}-{index}",
                 headers=headers | {ORIGIN_HEADER: format_origin(origin)},
             )
             for index, one in enumerate(bodies)
@@ -228,14 +262,20 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`") or None
-        raise RequestError(f"{field}: {text}" if field else text, param=field, code="invalid_value") from None
+        raise RequestError(
+            f"{field}: {text}" if field else text, param=field, code="invalid_value"
+        ) from None
 
 
 def _check_limits(fields: ClientFields) -> int | None:
     """The client's limit of output tokens, which prefill does not get to see."""
     if fields.stream_options is not None and not fields.stream:
-        raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
-    limit = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+        raise RequestError(
+            "stream_options needs stream: true", param="stream_options", code="invalid_value"
+        )
+    limit = (
+        fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+    )
     if limit is not None and (fields.min_tokens or 0) > limit:
         message = f"min_tokens {fields.min_tokens} is more than max_tokens {limit}"
         raise RequestError(message, param="min_tokens", code="invalid_value")
@@ -248,7 +288,11 @@ def _split_prompts(prompt: msgspec.Raw | None) -> list[msgspec.Raw | None]:
         return [prompt]
     prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])
     if len(prompts) > MAX_PROMPTS:
-        raise RequestError(f"prompt: at most {MAX_PROMPTS} prompts in one request", param="prompt", code="invalid_value")
+        raise RequestError(
+            f"prompt: at most {MAX_PROMPTS} prompts in one request",
+            param="prompt",
+            code="invalid_value",
+        )
     return list(prompts)
 
 

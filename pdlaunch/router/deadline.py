@@ -12,7 +12,9 @@ from pdlaunch.router.generation import RETRY_AFTER_S
 
 
 class Deadline:
-    """Ends what runs under ``guard`` with an error that its client can act on; belongs to the event loop."""
+    """Ends what runs under ``guard`` with an error that its client can act on; belongs to the event
+    loop.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -44,4 +46,6 @@ class Deadline:
 
     def _too_late(self) -> OverloadedError:
         message = f"the request was not answered within {self._limit_s:g} s"
-        return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout")
+        return OverloadedError(
+            message, status=503, retry_after_s=RETRY_AFTER_S, code="request_timeout"
+        )

@@ -1,7 +1,7 @@
 """HTTP from the router to engines: ask for an answer, open a stream, end a lease.
 
-Whatever goes wrong becomes one of two errors: an EngineFailure, after which another engine may be asked, or an EngineRefusal,
-which is the engine's answer to the client.
+Whatever goes wrong becomes one of two errors: an EngineFailure, after which another engine may be
+asked, or an EngineRefusal, which is the engine's answer to the client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ Chunk = dict[str, Any]
 """A chunk of an engine's stream; members that the router does not know are passed on."""
 
 KEEPALIVE_S = 2.0
-"""Shorter than any engine's own, so that no request is sent into a connection that is being closed."""
+"""Shorter than any engine's own, so that no request is sent into a connection that is being
+closed.
+"""
 _CLIENT_ERROR_TYPES = frozenset({"invalid_request_error", "BadRequestError", "NotFoundError"})
 
 
@@ -46,11 +48,18 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 class EngineFailure(PdlaunchError):
     """An engine did not do its work; another one may.
 
-    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even begin. ``code``: of its error.
+    ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
+    begin. ``code``: of its error.
     """
 
     def __init__(
-        self, engine: Engine, reason: str, *, may_return: bool = True, turned_away: bool = False, code: object = None
+        self,
+        engine: Engine,
+        reason: str,
+        *,
+        may_return: bool = True,
+        turned_away: bool = False,
+        code: object = None,
     ) -> None:
         super().__init__(f"engine {engine.name}: {reason}")
         self.may_return = may_return
@@ -61,7 +70,15 @@ class EngineFailure(PdlaunchError):
 class EngineRefusal(PdlaunchError):
     """An engine's answer that is no 200, for the client as it is."""
 
-    def __init__(self, engine: Engine, *, status: int, body: bytes, content_type: str, retry_after: str | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        status: int,
+        body: bytes,
+        content_type: str,
+        retry_after: str | None,
+    ) -> None:
         super().__init__(f"engine {engine.name} answered {status}")
         self.status = status
         self.body = body
@@ -75,7 +92,9 @@ class EngineRefusal(PdlaunchError):
 
 
 class EngineClient:
-    """The router's client side; one a process. ``http_token``: the launch's own, which engines ask for."""
+    """The router's client side; one a process. ``http_token``: the launch's own, which engines ask
+    for.
+    """
 
     def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
         self._timeouts = timeouts
@@ -95,8 +114,11 @@ class EngineClient:
         return await self._while_alive(engine, self._ask(engine, path, body, headers))
 
     @contextlib.asynccontextmanager
-    async def stream(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> AsyncIterator[EngineStream]:
-        """A stream that the engine has begun (status 200); leaving the block early aborts it at the engine.
+    async def stream(
+        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+    ) -> AsyncIterator[EngineStream]:
+        """A stream that the engine has begun (status 200); leaving the block early aborts it at the
+        engine.
 
         Raises EngineFailure, EngineRefusal, from the block too.
         """
@@ -104,7 +126,8 @@ class EngineClient:
         try:
             yield EngineStream(engine, response, self)
         finally:
-            # Closing, not releasing: an unfinished answer must not go back into the pool of connections.
+            # Closing, not releasing: an unfinished answer must not go back into the pool of
+            # connections.
             response.close()
 
     async def call(
@@ -118,21 +141,33 @@ class EngineClient:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> tuple[int, bytes, str]:
-        """Status, body and content type of any call. Raises EngineFailure when there is no answer."""
+        """Status, body and content type of any call. Raises EngineFailure when there is no
+        answer.
+        """
         url = URL(engine.url).with_path(path).with_query(list(query))
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s, connect=self._timeouts.connect_s)
-            async with self._session.request(method, url, data=body or None, headers=headers, timeout=timeout) as response:
-                return response.status, await response.read(), response.headers.get("Content-Type", response.content_type)
+            async with self._session.request(
+                method, url, data=body or None, headers=headers, timeout=timeout
+            ) as response:
+                return (
+                    response.status,
+                    await response.read(),
+                    response.headers.get("Content-Type", response.content_type),
+                )
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _broken(engine, error) from error
 
     async def release(self, engine: Engine, request_id: str) -> None:
-        """End the lease of a request that nobody will pull; errors are logged, the lease ends by itself."""
+        """End the lease of a request that nobody will pull; errors are logged, the lease ends by
+        itself.
+        """
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             body = msgspec.json.encode({"request_id": request_id})
-            async with self._session.post(engine.url + "/pdlaunch/release", data=body, timeout=timeout) as response:
+            async with self._session.post(
+                engine.url + "/pdlaunch/release", data=body, timeout=timeout
+            ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             logger.warning("%s: lease of %s not released: %r", engine.name, request_id, error)
@@ -153,12 +188,21 @@ class EngineClient:
             async with self._session.get(engine.url + "/v1/models", timeout=timeout) as response:
                 length = msgspec.json.decode(await response.read())["data"][0]["max_model_len"]
                 return int(length)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError, LookupError, TypeError, ValueError) as error:
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+            msgspec.DecodeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             logger.info("%s does not tell its max_model_len: %r", engine.name, error)
             return None
 
     async def read_metrics(self, engine: Engine) -> str | None:
-        """The engine's /metrics; None when it has no address yet or does not answer in ``metrics_s``."""
+        """The engine's /metrics; None when it has no address yet or does not answer in
+        ``metrics_s``.
+        """
         if not engine.url:
             return None
         try:
@@ -170,7 +214,9 @@ class EngineClient:
             return None
 
     async def read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
-        """The next bytes of a stream, empty at its end; raises EngineFailure when the engine has died or hangs."""
+        """The next bytes of a stream, empty at its end; raises EngineFailure when the engine has
+        died or hangs.
+        """
         while True:
             try:
                 async with asyncio.timeout(self._timeouts.stall_s):
@@ -182,13 +228,17 @@ class EngineClient:
 
     async def _ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
         try:
-            async with self._session.post(engine.url + path, data=body, headers=headers) as response:
+            async with self._session.post(
+                engine.url + path, data=body, headers=headers
+            ) as response:
                 await _refuse_errors(engine, response)
                 return await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(engine, error) from error
 
-    async def _open(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _open(
+        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
         try:
             response = await self._session.post(engine.url + path, data=body, headers=headers)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -220,7 +270,9 @@ class EngineClient:
 class EngineStream:
     """The chunks of one answer, in order; ends after ``[DONE]`` or at the end of the connection."""
 
-    def __init__(self, engine: Engine, response: aiohttp.ClientResponse, client: EngineClient) -> None:
+    def __init__(
+        self, engine: Engine, response: aiohttp.ClientResponse, client: EngineClient
+    ) -> None:
         self._engine = engine
         self._response = response
         self._client = client
@@ -228,7 +280,9 @@ class EngineStream:
         self._pending: deque[bytes] = deque()
 
     async def next_chunk(self) -> Chunk | None:
-        """The next chunk, None at the end. Raises EngineFailure, EngineRefusal (an error event about the request)."""
+        """The next chunk, None at the end. Raises EngineFailure, EngineRefusal (an error event
+        about the request).
+        """
         while not self._pending:
             received = await self._client.read_some(self._engine, self._response)
             if not received:
@@ -244,7 +298,9 @@ class EngineStream:
         try:
             chunk = msgspec.json.decode(data)
         except msgspec.DecodeError as error:
-            raise EngineFailure(self._engine, f"malformed event: {error}", may_return=False) from error
+            raise EngineFailure(
+                self._engine, f"malformed event: {error}", may_return=False
+            ) from error
         if not isinstance(chunk, dict):
             raise EngineFailure(self._engine, "an event that is no object", may_return=False)
         if "error" in chunk:
@@ -254,18 +310,35 @@ class EngineStream:
     def _raise_error(self, data: bytes, error: object) -> None:
         fields = error if isinstance(error, dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
-            raise EngineRefusal(self._engine, status=400, body=data, content_type="application/json", retry_after=None)
+            raise EngineRefusal(
+                self._engine,
+                status=400,
+                body=data,
+                content_type="application/json",
+                retry_after=None,
+            )
         message = f"error in its stream: {fields.get('message', error)}"
-        raise EngineFailure(self._engine, message, may_return=fields.get("type") != "server_error", code=fields.get("code"))
+        raise EngineFailure(
+            self._engine,
+            message,
+            may_return=fields.get("type") != "server_error",
+            code=fields.get("code"),
+        )
 
 
 def _discard_result(task: asyncio.Task[Any]) -> None:
     """Work that nobody waits for any more may have ended all the same: close what it opened."""
-    if not task.cancelled() and task.exception() is None and isinstance(task.result(), aiohttp.ClientResponse):
+    if (
+        not task.cancelled()
+        and task.exception() is None
+        and isinstance(task.result(), aiohttp.ClientResponse)
+    ):
         task.result().close()
 
 
-def _broken(engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError) -> EngineFailure:
+def _broken(
+    engine: Engine, error: aiohttp.ClientError | TimeoutError | ValueError
+) -> EngineFailure:
     unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     return EngineFailure(engine, repr(error), turned_away=unheard)
 
@@ -288,7 +361,13 @@ async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> No
         text = body[:200].decode(errors="replace")
         message = f"answered {response.status}: {text}"
         may_return = response.status in (502, 503, 504)
-        raise EngineFailure(engine, message, may_return=may_return, turned_away=response.status == 503, code=_error_code(body))
+        raise EngineFailure(
+            engine,
+            message,
+            may_return=may_return,
+            turned_away=response.status == 503,
+            code=_error_code(body),
+        )
     raise EngineRefusal(
         engine,
         status=response.status,

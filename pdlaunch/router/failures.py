@@ -1,4 +1,6 @@
-"""What a client is told when a request fails: before its answer has begun a status, after that an event."""
+"""What a client is told when a request fails: before its answer has begun a status, after that an
+event.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def error_response(error: BaseException) -> web.Response:
     """The answer to a request that failed; an engine's refusal is passed on as it is."""
     if isinstance(error, EngineRefusal):
         headers = {} if error.retry_after is None else {"Retry-After": error.retry_after}
-        return web.Response(status=error.status, body=error.body, content_type=error.content_type, headers=headers)
+        return web.Response(
+            status=error.status, body=error.body, content_type=error.content_type, headers=headers
+        )
     error = _explained(error)
     return web.Response(
         status=error_status(error),
@@ -44,10 +48,14 @@ def _explained(error: BaseException) -> BaseException:
     """An error of the API where the failure has a name that a client can act on."""
     if isinstance(error, EngineFailure):
         if error.may_return:
-            return OverloadedError(str(error), status=503, retry_after_s=RETRY_AFTER_S, code="engine_failed")
+            return OverloadedError(
+                str(error), status=503, retry_after_s=RETRY_AFTER_S, code="engine_failed"
+            )
         return RequestError(str(error), status=502, code="engine_failed")
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return RequestError(f"the body is too large: {error.text}", status=413, code="body_too_large")
+        return RequestError(
+            f"the body is too large: {error.text}", status=413, code="body_too_large"
+        )
     if isinstance(error, web.RequestPayloadError):
         return RequestError(f"the body cannot be read: {error}", code="invalid_body")
     if not isinstance(error, RequestError):

@@ -6,9 +6,10 @@
          └ kv_transfer_params ──> decode ── chunks ──> client
                                      └ died: another engine with `resume` = the tokens so far ──> client
 
-A request that only one engine can or need serve goes there at once. Where both can, prefill's answer is a stream, and decode has
-been told of the prompt meanwhile (``early_decode.py``). All that is sent to the client went through the transcript, so that
-nothing is told twice whichever engine says it.
+A request that only one engine can or need serve goes there at once. Where both can, prefill's
+answer is a stream, and decode has been told of the prompt meanwhile (``early_decode.py``). All that
+is sent to the client went through the transcript, so that nothing is told twice whichever engine
+says it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Generation:
         self._turned_away_by: set[EngineKey] = set()
 
     async def run(self) -> None:
-        """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends both hops."""
+        """Answer the prompt. Raises RequestError, EngineRefusal or EngineFailure; cancelling ends
+        both hops.
+        """
         with self._hops.suspects.watch(self._prompt.origin):
             try:
                 await self._prefill()
@@ -84,7 +87,9 @@ class Generation:
                 self._release_untaken_lease()
 
     async def _prefill(self) -> None:
-        """Hand the prompt to a prefill engine; where none can do it, the decode engine will do all."""
+        """Hand the prompt to a prefill engine; where none can do it, the decode engine will do
+        all.
+        """
         pool = self._hops.pool
         if self._prompt.max_tokens == 1:
             return
@@ -100,7 +105,8 @@ class Generation:
                 self._note(engine, "prefill", failure)
                 await self._hear_cause(engine, failure)
                 if self.transcript.has_tokens:
-                    # The first token is told: decode goes on after it, from a prompt that it computes itself.
+                    # The first token is told: decode goes on after it, from a prompt that it
+                    # computes itself.
                     return
             else:
                 await self._begin_answer(handover)
@@ -108,15 +114,24 @@ class Generation:
         self._hops.metrics.fell_back()
 
     async def _ask_prefill(self, engine: Engine) -> Handover:
-        early = self._early = None if self._is_suspect else tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
+        early = self._early = (
+            None
+            if self._is_suspect
+            else tell_decode(self._prompt, engine, self._hops.pool, self._hops.client)
+        )
         try:
             with engine.working(prompt_tokens=self._prompt.prompt_tokens):
-                work = self._await_prefill(engine) if early is None else self._stream_prefill(engine, early.lease_id)
+                work = (
+                    self._await_prefill(engine)
+                    if early is None
+                    else self._stream_prefill(engine, early.lease_id)
+                )
                 handover = await work
         except BaseException as error:
             self._drop_early()
             if not isinstance(error, EngineFailure | EngineRefusal):
-                # The answer may be on its way, and the lease that it speaks of would wait for its deadline.
+                # The answer may be on its way, and the lease that it speaks of would wait for its
+                # deadline.
                 self._release(engine, self._prompt.request_id)
             raise
         self._hops.pool.succeeded(engine)
@@ -124,9 +139,15 @@ class Generation:
 
     async def _stream_prefill(self, engine: Engine, lease_id: str) -> Handover:
         """The client is told the first token when it is there, and its lease may come later."""
-        prompt, answer, prompt_token_ids = self._prompt, HandoverStream(engine), self._prompt.wanted_token_ids
+        prompt, answer, prompt_token_ids = (
+            self._prompt,
+            HandoverStream(engine),
+            self._prompt.wanted_token_ids,
+        )
         body = prompt.prefill_body(knows_whole_request=True, lease_id=lease_id)
-        async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt=0)) as stream:
+        async with self._hops.client.stream(
+            engine, prompt.endpoint.path, body, self._headers(attempt=0)
+        ) as stream:
             while (chunk := await stream.next_chunk()) is not None:
                 with _malformed_is_failure(engine):
                     answer.take(chunk)
@@ -142,7 +163,9 @@ class Generation:
     async def _await_prefill(self, engine: Engine) -> Handover:
         prompt = self._prompt
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
-        raw = await self._hops.client.ask(engine, prompt.endpoint.path, body, self._headers(attempt=0))
+        raw = await self._hops.client.ask(
+            engine, prompt.endpoint.path, body, self._headers(attempt=0)
+        )
         with _malformed_is_failure(engine):
             handover = read_handover(engine, raw, is_chat=prompt.endpoint.is_chat)
         for chunk in handover.chunks:
@@ -157,7 +180,8 @@ class Generation:
         if not handover.is_final:
             self._refuse_too_long(handover.num_prompt_tokens)
         self._first_token_sent = (handover.is_final or self.transcript.has_tokens) or (
-            handover.has_first_tokens and self._hops.pool.has_ready("decode", needs=_takes_first_token)
+            handover.has_first_tokens
+            and self._hops.pool.has_ready("decode", needs=_takes_first_token)
         )
         if self._first_token_sent:
             for chunk in handover.chunks:
@@ -167,7 +191,9 @@ class Generation:
             self._drop_early()
 
     async def _decode_early(self, early: EarlyDecode) -> None:
-        """Stream from the engine that knows the prompt already; one that has nothing to say leaves it to ``_decode``."""
+        """Stream from the engine that knows the prompt already; one that has nothing to say leaves
+        it to ``_decode``.
+        """
         try:
             stream = await early.stream()
         except (EngineFailure, EngineRefusal) as failure:
@@ -205,12 +231,19 @@ class Generation:
                 return
             self._note(engine, "decode", failure)
             await self._hear_cause(engine, failure)
-            self._num_decode_failures += isinstance(failure, EngineFailure) and not self._is_still_away(engine, failure)
-            if self._num_decode_failures == self._hops.recovery.max_attempts or not self._can_go_on():
+            self._num_decode_failures += isinstance(
+                failure, EngineFailure
+            ) and not self._is_still_away(engine, failure)
+            if (
+                self._num_decode_failures == self._hops.recovery.max_attempts
+                or not self._can_go_on()
+            ):
                 raise
 
     async def _hear_cause(self, engine: Engine, failure: EngineFailure | EngineRefusal) -> None:
-        """Know whether the engine died of this request before another one gets it. Raises KillsEngineError if so again."""
+        """Know whether the engine died of this request before another one gets it. Raises
+        KillsEngineError if so again.
+        """
         if isinstance(failure, EngineFailure) and failure.code == RANK_LOST:
             await self._hops.news_of_death(engine)
         self._hops.suspects.check(self._prompt.origin)
@@ -234,11 +267,15 @@ class Generation:
         pulls = bool(extra.get("kv_transfer_params", {}).get("do_remote_prefill"))
         body = prompt.decode_body(extra)
         with engine.working(prompt_tokens=prompt.prompt_tokens, num_streams=prompt.num_choices):
-            async with self._hops.client.stream(engine, prompt.endpoint.path, body, self._headers(attempt)) as stream:
+            async with self._hops.client.stream(
+                engine, prompt.endpoint.path, body, self._headers(attempt)
+            ) as stream:
                 await self._relay(engine, stream, pulls=pulls)
 
     async def _relay(self, engine: Engine, stream: EngineStream, *, pulls: bool) -> None:
-        """Tell the client all that the engine says. ``pulls``: it says nothing before the lease is of no more use."""
+        """Tell the client all that the engine says. ``pulls``: it says nothing before the lease is
+        of no more use.
+        """
         while (chunk := await stream.next_chunk()) is not None:
             self._decode_has_answered = True
             self._lease_taken |= pulls
@@ -279,7 +316,9 @@ class Generation:
         return _takes_first_token(engine) or not self._first_token_sent
 
     async def _next_engine(self) -> Engine:
-        """The engine for the next attempt; after a failure one is waited for. Raises what failed last, or OverloadedError."""
+        """The engine for the next attempt; after a failure one is waited for. Raises what failed
+        last, or OverloadedError.
+        """
         hops = self._hops
         role: Hop = "prefill" if self._prompt.max_tokens == 1 else "decode"
         since_s = hops.now_s() if self._trouble_since_s is None else self._trouble_since_s
@@ -290,7 +329,12 @@ class Generation:
                 return engine
             left_s = deadline_s - hops.now_s()
             if self._failure is None and self._handover is None:
-                raise OverloadedError("no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")
+                raise OverloadedError(
+                    "no engine is ready",
+                    status=503,
+                    retry_after_s=RETRY_AFTER_S,
+                    code="no_engine_ready",
+                )
             if isinstance(self._failure, EngineRefusal):
                 await self._wait_for_room(self._failure, left_s)
             elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
@@ -299,7 +343,9 @@ class Generation:
                 await self._wait_for_return(left_s)
 
     async def _wait_for_return(self, left_s: float) -> None:
-        """For news of the registry, or until who failed may be asked again: the registry need not know that it was away."""
+        """For news of the registry, or until who failed may be asked again: the registry need not
+        know that it was away.
+        """
         hops = self._hops
         retry_in_s = max(0.0, self._retry_at_s - hops.now_s()) if self._tried else left_s
         await hops.registry_change(min(left_s, retry_in_s))
@@ -307,7 +353,9 @@ class Generation:
             self._tried.clear()
 
     async def _wait_for_room(self, busy: EngineRefusal, left_s: float) -> None:
-        """All engines are busy: what a client without an answer is told; one whose answer has begun waits."""
+        """All engines are busy: what a client without an answer is told; one whose answer has begun
+        waits.
+        """
         if left_s <= 0 or not self.transcript.has_tokens:
             raise busy
         await self._hops.registry_change(min(left_s, self._hops.recovery.busy_wait_s))
@@ -323,19 +371,24 @@ class Generation:
             self._hops.metrics.engine_failed(engine.name, hop)
             now_s = self._hops.now_s()
             self._retry_at_s = now_s + self._hops.recovery.retry_wait_s
-            self._trouble_since_s = now_s if self._trouble_since_s is None else self._trouble_since_s
+            self._trouble_since_s = (
+                now_s if self._trouble_since_s is None else self._trouble_since_s
+            )
         else:
             self._trouble_since_s = None
         self._tried.add(engine.key)
         self._failure = failure
 
     def _refuse_too_long(self, num_prompt_tokens: int) -> None:
-        """Prefill saw ``max_tokens=1``; decode would refuse the client's own when its answer has begun."""
+        """Prefill saw ``max_tokens=1``; decode would refuse the client's own when its answer has
+        begun.
+        """
         limit, max_tokens = self._hops.pool.max_model_len("decode"), self._prompt.max_tokens
         if limit is None or max_tokens is None or num_prompt_tokens + max_tokens <= limit:
             return
         raise RequestError(
-            f"the prompt's {num_prompt_tokens} tokens and max_tokens={max_tokens} exceed this model's maximum context "
+            f"the prompt's {num_prompt_tokens} tokens and max_tokens={max_tokens} exceed this "
+            "model's maximum context "
             f"length of {limit} tokens",
             param="max_tokens",
             code="context_length_exceeded",
@@ -354,8 +407,14 @@ class Generation:
 
     def _headers(self, attempt: int) -> dict[str, str]:
         """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
-        request_id = self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
-        return self._prompt.headers | self._hops.suspects.header(self._prompt.origin) | {REQUEST_ID_HEADER: request_id}
+        request_id = (
+            self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
+        )
+        return (
+            self._prompt.headers
+            | self._hops.suspects.header(self._prompt.origin)
+            | {REQUEST_ID_HEADER: request_id}
+        )
 
 
 @contextlib.contextmanager
@@ -377,5 +436,8 @@ def _refuse_broken(engine: Engine, chunk: Chunk) -> None:
 
 def _nobody_left() -> OverloadedError:
     return OverloadedError(
-        "no engine can go on with this request", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready"
+        "no engine can go on with this request",
+        status=503,
+        retry_after_s=RETRY_AFTER_S,
+        code="no_engine_ready",
     )

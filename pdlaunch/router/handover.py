@@ -37,9 +37,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         return request_id if isinstance(request_id, str) else None
 
     def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
-        """The ``kv_transfer_params`` for ``engine``; None: it computes the prompt as if it were the first.
+        """The ``kv_transfer_params`` for ``engine``; None: it computes the prompt as if it were the
+        first.
 
-        Blocks are handed to decode engines; others stand in for them (this one too) with the first tokens alone.
+        Blocks are handed to decode engines; others stand in for them (this one too) with the first
+        tokens alone.
         """
         if self.params is None or (engine.role != "decode" and not first_token_sent):
             return None
@@ -54,7 +56,8 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 class HandoverStream:
     """Reads the answer of a prefill engine, of one choice, chunk by chunk.
 
-    Its methods raise LookupError, TypeError or AttributeError when the chunks are not of the OpenAI form.
+    Its methods raise LookupError, TypeError or AttributeError when the chunks are not of the OpenAI
+    form.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -66,7 +69,9 @@ class HandoverStream:
         self.num_prompt_tokens = 0
 
     def take(self, chunk: Chunk) -> None:
-        """Note what ``chunk`` says, and leave in it what is for the client, whose answer goes on after ``length``."""
+        """Note what ``chunk`` says, and leave in it what is for the client, whose answer goes on
+        after ``length``.
+        """
         self.num_prompt_tokens = chunk["usage"]["prompt_tokens"]
         if "kv_transfer_params" in chunk:
             self._params = chunk.pop("kv_transfer_params")
@@ -97,7 +102,8 @@ class HandoverStream:
 def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
     """Read a prefill engine's answer.
 
-    Raises msgspec.DecodeError, LookupError, TypeError or AttributeError when it is not of the OpenAI form.
+    Raises msgspec.DecodeError, LookupError, TypeError or AttributeError when it is not of the
+    OpenAI form.
     """
     answer: dict[str, Any] = msgspec.json.decode(raw)
     params = answer.get("kv_transfer_params") or None

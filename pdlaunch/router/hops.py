@@ -1,4 +1,6 @@
-"""What every request of the router shares: the pool, the client side, the counters, and news of the registry."""
+"""What every request of the router shares: the pool, the client side, the counters, and news of the
+registry.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float = 60.0
     """For an engine to come, or to come back, after a failure."""
     retry_wait_s: float = 1.0
-    """Before an engine that failed and that the registry still calls ready is asked again, where there is no other."""
+    """Before an engine that failed and that the registry still calls ready is asked again, where
+    there is no other.
+    """
     busy_wait_s: float = 1.0
     """Before a busy engine is asked again."""
 
@@ -35,7 +39,13 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
 class Hops:
     """Shared by all requests of the process; lives in its event loop."""
 
-    def __init__(self, pool: EnginePool, client: EngineClient, metrics: RouterMetrics, recovery: RecoverySettings) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        client: EngineClient,
+        metrics: RouterMetrics,
+        recovery: RecoverySettings,
+    ) -> None:
         self.pool = pool
         self.client = client
         self.metrics = metrics
@@ -55,7 +65,9 @@ class Hops:
                 self.spawn(self._learn_max_model_len(engine))
 
     async def news_of_death(self, engine: Engine) -> None:
-        """Return when the registry knows of the death that an engine's server has spoken of: usually it does already."""
+        """Return when the registry knows of the death that an engine's server has spoken of:
+        usually it does already.
+        """
         deadline_s = self.now_s() + DEATH_NEWS_S
         while self.pool.lists(engine) and (left_s := deadline_s - self.now_s()) > 0:
             await self.registry_change(left_s)

@@ -1,12 +1,14 @@
-"""``Idempotency-Key``: a request that is sent again is not run again, and its client is told the same answer.
+"""``Idempotency-Key``: a request that is sent again is not run again, and its client is told the
+same answer.
 
 ::
 
     first request ──▶ run ── events ──▶ Recording ──▶ its client
     the same again ───────────────────────┴─────────▶ whoever asks again: while it runs, and for KEEP_S after its end
 
-A key belongs to the API key that it came with and to one request. The run goes on when its client goes away. Only answers that
-succeeded are kept; what failed runs again. All of it is this process's memory: a router that is killed has forgotten it.
+A key belongs to the API key that it came with and to one request. The run goes on when its client
+goes away. Only answers that succeeded are kept; what failed runs again. All of it is this process's
+memory: a router that is killed has forgotten it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ MAX_BYTES = 32 * 1024**2
 MAX_READERS = 8
 """Of one answer at a time: what each of them has not read yet is kept for it alone."""
 WINDOW_BYTES = 64 * 1024
-"""What the readers of an answer that is too long to be kept may be behind, and what a reader is sent at a time."""
+"""What the readers of an answer that is too long to be kept may be behind, and what a reader is
+sent at a time.
+"""
 _EVENT_OVERHEAD_BYTES = 64
 
 Work = Callable[[EventStream], Awaitable[web.Response | None]]
@@ -62,12 +66,16 @@ class _Reader:
 
 
 class Recording:
-    """One answer as far as it is known: an ``EventStream`` for who makes it, repeated to any number of clients.
+    """One answer as far as it is known: an ``EventStream`` for who makes it, repeated to any number
+    of clients.
 
-    ``account``: adds to, or takes from, the bytes of all recordings; says whether this one can be kept.
+    ``account``: adds to, or takes from, the bytes of all recordings; says whether this one can be
+    kept.
     """
 
-    def __init__(self, name: bytes, content: bytes, account: Callable[[Recording, int], bool]) -> None:
+    def __init__(
+        self, name: bytes, content: bytes, account: Callable[[Recording, int], bool]
+    ) -> None:
         self.name = name
         self.content = content
         self.num_bytes = 0
@@ -99,7 +107,9 @@ class Recording:
         self._tell()
         while not self.kept and self.num_bytes > WINDOW_BYTES:
             if not self._readers:
-                raise ConnectionResetError("its client is gone, and the answer is too long to be kept")
+                raise ConnectionResetError(
+                    "its client is gone, and the answer is too long to be kept"
+                )
             await self._changed.wait()
 
     async def end(self) -> None:
@@ -127,13 +137,21 @@ class Recording:
     async def repeat(self, request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
         """Tell a client all of the answer.
 
-        Raises what its making raised, RequestError when its beginning is forgotten, OverloadedError when many are told already.
+        Raises what its making raised, RequestError when its beginning is forgotten, OverloadedError
+        when many are told already.
         """
         if not self.kept:
-            message = "the answer is too long to be repeated; wait for the first request, or ask with another key"
-            raise RequestError(message, status=409, param=IDEMPOTENCY_KEY_HEADER, code="answer_too_long_to_repeat")
+            message = (
+                "the answer is too long to be repeated; wait for the first request, or ask with "
+                "another key"
+            )
+            raise RequestError(
+                message, status=409, param=IDEMPOTENCY_KEY_HEADER, code="answer_too_long_to_repeat"
+            )
         if len(self._readers) >= MAX_READERS:
-            message = f"{MAX_READERS} connections are being told this answer; read it there, or ask again"
+            message = (
+                f"{MAX_READERS} connections are being told this answer; read it there, or ask again"
+            )
             raise OverloadedError(message, code="too_many_repeats")
         reader = _Reader()
         self._readers.add(reader)
@@ -144,7 +162,12 @@ class Recording:
                 raise self._error
             if self._response is not None:
                 made = self._response
-                return web.Response(status=made.status, body=made.body, content_type=made.content_type, headers=headers)
+                return web.Response(
+                    status=made.status,
+                    body=made.body,
+                    content_type=made.content_type,
+                    headers=headers,
+                )
             return await self._stream_to(reader, ClientStream(request, headers))
         finally:
             self._readers.discard(reader)
@@ -217,13 +240,20 @@ class Repeats:
         """
         self._drop_expired()
         content = _digest(request.path, body)
-        name = _digest(request.headers.get("Authorization", ""), key.encode(errors="surrogateescape"))
+        name = _digest(
+            request.headers.get("Authorization", ""), key.encode(errors="surrogateescape")
+        )
         recording = self._recordings.get(name)
         if recording is None:
             recording = self._begin(name, content, work)
         elif recording.content != content:
-            message = f"{IDEMPOTENCY_KEY_HEADER} was used for another request; a request that differs needs a key of its own"
-            raise RequestError(message, status=422, param=IDEMPOTENCY_KEY_HEADER, code="idempotency_key_reused")
+            message = (
+                f"{IDEMPOTENCY_KEY_HEADER} was used for another request; a request that differs "
+                "needs a key of its own"
+            )
+            raise RequestError(
+                message, status=422, param=IDEMPOTENCY_KEY_HEADER, code="idempotency_key_reused"
+            )
         else:
             self._recordings.move_to_end(name)
             headers = headers | {REPLAYED_HEADER: "true"}
@@ -258,7 +288,9 @@ class Repeats:
     def _make_room(self) -> bool:
         """Drop answers that are over, until the others fit; False when they do not."""
         if self._is_full():
-            for recording in [each for each in self._recordings.values() if each.ended_at_s is not None]:
+            for recording in [
+                each for each in self._recordings.values() if each.ended_at_s is not None
+            ]:
                 if self._is_full():
                     self._drop(recording)
         return self._num_bytes <= MAX_BYTES

@@ -19,31 +19,55 @@ class RouterMetrics:
 
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = RequestMetrics(registry, {"model_name": served_model_name}, prefix="pdlaunch_router_")
-        self._engines_ready = Gauge("pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry)
-        self._engines = Gauge(
-            "pdlaunch_router_engines", "Engines by state; failed ones are left alone for a while.", ("state",), registry=registry
+        self.requests = RequestMetrics(
+            registry, {"model_name": served_model_name}, prefix="pdlaunch_router_"
         )
-        self.in_flight = Gauge("pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry)
+        self._engines_ready = Gauge(
+            "pdlaunch_router_engines_ready", "Engines that can be given work.", registry=registry
+        )
+        self._engines = Gauge(
+            "pdlaunch_router_engines",
+            "Engines by state; failed ones are left alone for a while.",
+            ("state",),
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry
+        )
         self._engine_failures = Counter(
-            "pdlaunch_router_engine_failures", "Hops that an engine failed.", ("engine", "hop"), registry=registry
+            "pdlaunch_router_engine_failures",
+            "Hops that an engine failed.",
+            ("engine", "hop"),
+            registry=registry,
         )
         self._retries = Counter(
-            "pdlaunch_router_retries", "Hops asked again, of another engine or of one that is back.", ("hop",), registry=registry
+            "pdlaunch_router_retries",
+            "Hops asked again, of another engine or of one that is back.",
+            ("hop",),
+            registry=registry,
         )
         self._fallbacks = Counter(
-            "pdlaunch_router_fallbacks", "Requests that one engine did alone, though two were wanted.", registry=registry
+            "pdlaunch_router_fallbacks",
+            "Requests that one engine did alone, though two were wanted.",
+            registry=registry,
         )
         self._migrations = Counter(
-            "pdlaunch_router_migrations", "Answers continued by another engine from the tokens so far.", registry=registry
+            "pdlaunch_router_migrations",
+            "Answers continued by another engine from the tokens so far.",
+            registry=registry,
         )
         self._early_decodes = Counter(
             "pdlaunch_router_early_decodes",
-            "Decode engines told of a prompt while prefill computed it: whose answer was used, or whose was not wanted.",
+            (
+                "Decode engines told of a prompt while prefill computed it: whose answer was used, "
+                "or whose was not wanted."
+            ),
             ("outcome",),
             registry=registry,
         )
-        self._releases = Counter("pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry)
+        self._releases = Counter(
+            "pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry
+        )
         self._pairs = Gauge(
             "pdlaunch_pair_gigabytes_per_second",
             "What the handshake has measured between two ranks, over the path that is in use.",

@@ -1,7 +1,9 @@
-"""Which engine gets the next piece of work. Pure: told of the registry and of outcomes, asks nobody.
+"""Which engine gets the next piece of work. Pure: told of the registry and of outcomes, asks
+nobody.
 
-The least outstanding work wins among the ready engines of the wanted role: prompt tokens for prefill, active streams for decode.
-A role is a preference; an engine that failed a moment ago is the last choice.
+The least outstanding work wins among the ready engines of the wanted role: prompt tokens for
+prefill, active streams for decode. A role is a preference; an engine that failed a moment ago is
+the last choice.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from pdlaunch.protocol.kv_params import RemoteKV
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
 MAX_DOUBLINGS = 10
-"""Past the longest back-off, and no number that overflows, however often an engine fails in a row."""
+"""Past the longest back-off, and no number that overflows, however often an engine fails in a
+row.
+"""
 
 Processes = tuple[int, ...]
 """Incarnations of an engine's server and ranks."""
 EngineKey = tuple[str, Processes, int]
-"""Name, processes, how often these got ready: a restart makes it another engine, and so does its return from sleep or a stall."""
+"""Name, processes, how often these got ready: a restart makes it another engine, and so does its
+return from sleep or a stall.
+"""
 
 
 class Lender(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,19 +122,30 @@ class EnginePool:
         found: dict[str, Engine] = {}
         for server in registry.entries:
             if server.kind == "server":
-                ranks = [entry for entry in registry.entries if entry.kind == "rank" and entry.engine == server.name]
+                ranks = [
+                    entry
+                    for entry in registry.entries
+                    if entry.kind == "rank" and entry.engine == server.name
+                ]
                 found[server.name] = self._renew(server, ranks)
         self._engines = found
         self.serving = registry.serving
 
     def has_ready(self, role: Role, *, needs: Callable[[Engine], bool] | None = None) -> bool:
         """Some engine of this role can be given work."""
-        return any(engine.ready and engine.role == role and (needs is None or needs(engine)) for engine in self._engines.values())
+        return any(
+            engine.ready and engine.role == role and (needs is None or needs(engine))
+            for engine in self._engines.values()
+        )
 
     def max_model_len(self, role: Role) -> int | None:
         """The shortest of the role's engines, as far as they have told it."""
         return min(
-            (engine.max_model_len for engine in self._engines.values() if engine.role == role and engine.max_model_len),
+            (
+                engine.max_model_len
+                for engine in self._engines.values()
+                if engine.role == role and engine.max_model_len
+            ),
             default=None,
         )
 
@@ -195,14 +212,20 @@ class EnginePool:
         return engine
 
     def _is_ready(self, server: Entry, ranks: list[Entry]) -> bool:
-        """An engine kind without ranks of ours is as ready as its server; one that has shown ranks needs all of them."""
+        """An engine kind without ranks of ours is as ready as its server; one that has shown ranks
+        needs all of them.
+        """
         if ranks:
             self._with_ranks.add(server.name)
         if server.state != "ready" or not server.address.http:
             return False
         if server.name not in self._with_ranks:
             return True
-        return bool(ranks) and len(ranks) == ranks[0].tp_size and all(entry.state == "ready" for entry in ranks)
+        return (
+            bool(ranks)
+            and len(ranks) == ranks[0].tp_size
+            and all(entry.state == "ready" for entry in ranks)
+        )
 
 
 def _find_lender(by_rank: list[Entry]) -> Lender | None:
@@ -212,7 +235,11 @@ def _find_lender(by_rank: list[Entry]) -> Lender | None:
     host, _, port = leader.address.side_channel.removeprefix("tcp://").rpartition(":")
     if not port.isdecimal():
         return None
-    return Lender(engine_id=leader.engine_id, host=host, port=int(port), tp_size=leader.tp_size) if host else None
+    return (
+        Lender(engine_id=leader.engine_id, host=host, port=int(port), tp_size=leader.tp_size)
+        if host
+        else None
+    )
 
 
 def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
@@ -223,5 +250,9 @@ def _why_not_ready(server: Entry, ranks: list[Entry]) -> ListedState:
 
 def _rank(engine: Engine, role: Role, now_s: float) -> tuple[bool, bool, int, int, int]:
     """Smallest is best; engines of equal work take turns."""
-    work = (engine.prompt_tokens, engine.num_streams) if role == "prefill" else (engine.num_streams, engine.prompt_tokens)
+    work = (
+        (engine.prompt_tokens, engine.num_streams)
+        if role == "prefill"
+        else (engine.num_streams, engine.prompt_tokens)
+    )
     return (engine.avoid_until_s > now_s, engine.role != role, *work, engine.num_picks)

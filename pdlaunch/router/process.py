@@ -1,4 +1,6 @@
-"""The router as a child of the supervisor: listens, registers, follows the registry, drains and stops."""
+"""The router as a child of the supervisor: listens, registers, follows the registry, drains and
+stops.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ class RouterProcess:
         hops = Hops(EnginePool(time.monotonic), client, metrics, RecoverySettings())
         link = SupervisorLink(control.send)
         router = RouterApp(spec, hops, link)
-        runner = HttpRunner(router.app, max_connections=spec.max_connections, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
+        runner = HttpRunner(
+            router.app, max_connections=spec.max_connections, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S
+        )
         runners: list[web.AppRunner] = [runner]
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
@@ -121,7 +125,9 @@ class RouterProcess:
             await hops.close()
 
     async def _first_registry(self, hops: Hops) -> None:
-        """Know the engines before the first client is heard: those who waited for this router shall not hear that all starts."""
+        """Know the engines before the first client is heard: those who waited for this router shall
+        not hear that all starts.
+        """
         match message := await self._inbox.get():
             case Registry() as registry:
                 hops.update(registry)
@@ -131,12 +137,18 @@ class RouterProcess:
     async def _take_commands(self, router: RouterApp, url: str) -> web.AppRunner:
         """Listen at the launch's admin socket, and leave the card by which commands find it."""
         run_dir = Path(self._bootstrap.run_dir)
-        runner = await listen_at_admin_socket(router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S)
+        runner = await listen_at_admin_socket(
+            router.app, run_dir / ADMIN_SOCKET, shutdown_timeout_s=SHUTDOWN_TIMEOUT_S
+        )
         LaunchCard(launch_id=self._bootstrap.launch_id, url=url).write(run_dir)
         return runner
 
-    async def _follow(self, control: ControlClient, hops: Hops, router: RouterApp, link: SupervisorLink) -> None:
-        """Do what the supervisor says until it says Stop; draining does not hold up the registry."""
+    async def _follow(
+        self, control: ControlClient, hops: Hops, router: RouterApp, link: SupervisorLink
+    ) -> None:
+        """Do what the supervisor says until it says Stop; draining does not hold up the
+        registry.
+        """
         while True:
             match await self._inbox.get():
                 case Registry() as registry:
@@ -159,7 +171,11 @@ def _fit(spec: RouterSpec) -> RouterSpec:
     requests = fit_requests(spec.max_queued_requests)
     connections = fit_connections(spec.max_connections, num_forwarded=requests)
     if (requests, connections) != (spec.max_queued_requests, spec.max_connections):
-        logger.warning("few descriptors (ulimit -n): at most %d requests and %d connections at a time", requests, connections)
+        logger.warning(
+            "few descriptors (ulimit -n): at most %d requests and %d connections at a time",
+            requests,
+            connections,
+        )
     return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
 
 
@@ -174,12 +190,16 @@ async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
 async def _drain(router: RouterApp, control: ControlClient, timeout_s: float) -> None:
     """Let what runs finish; what still runs then is told that the router leaves."""
     if not await router.admission.drain(timeout_s):
-        logger.warning("%d requests still run after %g s of draining", router.admission.in_flight, timeout_s)
+        logger.warning(
+            "%d requests still run after %g s of draining", router.admission.in_flight, timeout_s
+        )
         await router.close()
     control.send(Drained())
 
 
-def _deliver(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[FromSupervisor], message: FromSupervisor) -> None:
+def _deliver(
+    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[FromSupervisor], message: FromSupervisor
+) -> None:
     """From the control thread into the loop; what comes after the loop's end is of no use."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(inbox.put_nowait, message)

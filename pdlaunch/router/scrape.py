@@ -1,4 +1,6 @@
-"""All metrics of a deployment on one page: the router's own and what every engine's ``/metrics`` says."""
+"""All metrics of a deployment on one page: the router's own and what every engine's ``/metrics``
+says.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,19 @@ class MetricFamilies:
     def add(self, page: str, *, engine: str | None = None) -> None:
         """Add a page in Prometheus's text format, its samples labelled with ``engine``.
 
-        Without an engine of its own no sample can be mistaken for another page's. Raises ValueError for a malformed page, of
-        which nothing is added.
+        Without an engine of its own no sample can be mistaken for another page's. Raises ValueError
+        for a malformed page, of which nothing is added.
         """
         label = {} if engine is None else {"engine": engine}
         for family in list(text_string_to_metric_families(page)):
-            known = self._families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            known = self._families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
             # A page has one type a family; whoever comes with another one is left out.
             if known.type == family.type:
-                known.samples += [sample._replace(labels=sample.labels | label) for sample in family.samples]
+                known.samples += [
+                    sample._replace(labels=sample.labels | label) for sample in family.samples
+                ]
 
     def collect(self) -> Iterator[Metric]:
         """As prometheus_client wants a collector to."""
@@ -41,7 +47,9 @@ class MetricFamilies:
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
-    """``own_page`` and the pages of all engines, merged; an engine that does not answer in time is missing."""
+    """``own_page`` and the pages of all engines, merged; an engine that does not answer in time is
+    missing.
+    """
     families = MetricFamilies()
     families.add(own_page.decode())
     pages = await asyncio.gather(*(client.read_metrics(engine) for engine in engines))

@@ -23,7 +23,9 @@ class SupervisorLink:
         self._asked: dict[int, asyncio.Future[Restarting]] = {}
 
     async def restart(self, name: str) -> Restarting:
-        """Have an engine started anew; returns when that has begun, or was refused. Raises OverloadedError."""
+        """Have an engine started anew; returns when that has begun, or was refused. Raises
+        OverloadedError.
+        """
         question = next(self._numbers)
         answer: asyncio.Future[Restarting] = asyncio.get_running_loop().create_future()
         self._asked[question] = answer

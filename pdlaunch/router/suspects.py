@@ -1,7 +1,8 @@
-"""Requests that a rank may have died of: they are given to the next engine with a mark, and once more at most.
+"""Requests that a rank may have died of: they are given to the next engine with a mark, and once
+more at most.
 
-A rank that dies by itself makes the requests of its last step suspects. An engine never has two suspects in a step, so that one
-whose step ends with a death again is the cause.
+A rank that dies by itself makes the requests of its last step suspects. An engine never has two
+suspects in a step, so that one whose step ends with a death again is the cause.
 """
 
 from __future__ import annotations
@@ -34,13 +35,22 @@ class SuspectBook:
         """A rank has died."""
         for origin in news.origins:
             if origin in self._num_deaths:
-                self._num_deaths[origin] = 2 if origin in news.repeated else max(1, self._num_deaths[origin])
+                self._num_deaths[origin] = (
+                    2 if origin in news.repeated else max(1, self._num_deaths[origin])
+                )
 
     def header(self, origin: int) -> dict[str, str]:
         """Return the header that tells an engine of it; empty when there is nothing against it."""
-        return {ORIGIN_HEADER: format_origin(origin, is_suspect=True)} if self._num_deaths[origin] else {}
+        return (
+            {ORIGIN_HEADER: format_origin(origin, is_suspect=True)}
+            if self._num_deaths[origin]
+            else {}
+        )
 
     def check(self, origin: int) -> None:
         """Raises KillsEngineError when a second rank has died of the request."""
         if self._num_deaths[origin] > 1:
-            raise KillsEngineError("this request made an engine crash twice, the second time alone; it is not tried again")
+            raise KillsEngineError(
+                "this request made an engine crash twice, the second time alone; it is not tried "
+                "again"
+            )

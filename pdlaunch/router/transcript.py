@@ -1,7 +1,7 @@
 """What the client has been told of one prompt's answer, and what of an engine's chunk is new to it.
 
-Engines change in the middle of an answer (prefill to decode, decode to its successor): roles that were sent, choices that are
-over and the prompt's tokens are not told twice.
+Engines change in the middle of an answer (prefill to decode, decode to its successor): roles that
+were sent, choices that are over and the prompt's tokens are not told twice.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class Transcript:
         return not self._has_untold_tokens
 
     def admit(self, chunk: Chunk) -> bool:
-        """Note what ``chunk`` says and take out of it what is not new; False when nothing is left for the client.
+        """Note what ``chunk`` says and take out of it what is not new; False when nothing is left
+        for the client.
 
-        Raises IndexError, TypeError, KeyError or AttributeError when the chunk is not of the OpenAI form.
+        Raises IndexError, TypeError, KeyError or AttributeError when the chunk is not of the OpenAI
+        form.
         """
         self._note_usage(chunk.pop("usage", None))
         if "prompt_token_ids" in chunk and self._has_prompt_token_ids:
@@ -72,8 +74,12 @@ class Transcript:
         return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
 
     def usage(self) -> Usage:
-        """Tokens of the prompt as the first engine counted them, and of the output as they went by."""
-        completion_tokens = self._usage.completion_tokens if self._has_untold_tokens else self.num_tokens
+        """Tokens of the prompt as the first engine counted them, and of the output as they went
+        by.
+        """
+        completion_tokens = (
+            self._usage.completion_tokens if self._has_untold_tokens else self.num_tokens
+        )
         return Usage(
             prompt_tokens=self._usage.prompt_tokens,
             completion_tokens=completion_tokens,
@@ -82,7 +88,9 @@ class Transcript:
         )
 
     def _note_usage(self, usage: dict[str, Any] | None) -> None:
-        """The first engine knows what its prefix cache held; the second one found all of the prompt computed."""
+        """The first engine knows what its prefix cache held; the second one found all of the prompt
+        computed.
+        """
         if usage is None:
             return
         if not self._has_usage:
@@ -90,7 +98,9 @@ class Transcript:
             self._usage.prompt_tokens = usage["prompt_tokens"]
             details = usage.get("prompt_tokens_details")
             if details is not None:
-                self._usage.prompt_tokens_details = PromptTokensDetails(details.get("cached_tokens"))
+                self._usage.prompt_tokens_details = PromptTokensDetails(
+                    details.get("cached_tokens")
+                )
         self._usage.completion_tokens = usage.get("completion_tokens") or 0
 
     def _admit_choice(self, choice: dict[str, Any]) -> bool:
@@ -101,11 +111,24 @@ class Transcript:
         told.token_ids.extend(token_ids)
         told.finish_reason = choice.get("finish_reason")
         delta = choice.get("delta")
-        has_news = _admit_prompt_token_ids(choice, told) if delta is None else _admit_role(delta, told)
-        has_text = bool(choice["text"]) if delta is None else any(value for name, value in delta.items() if name != "role")
-        # Text that was held back comes without tokens of its own; text of which no token was ever told cannot be resumed.
+        has_news = (
+            _admit_prompt_token_ids(choice, told) if delta is None else _admit_role(delta, told)
+        )
+        has_text = (
+            bool(choice["text"])
+            if delta is None
+            else any(value for name, value in delta.items() if name != "role")
+        )
+        # Text that was held back comes without tokens of its own; text of which no token was ever
+        # told cannot be resumed.
         self._has_untold_tokens |= has_text and not told.token_ids
-        return has_news or has_text or bool(token_ids) or bool(choice.get("logprobs")) or told.finish_reason is not None
+        return (
+            has_news
+            or has_text
+            or bool(token_ids)
+            or bool(choice.get("logprobs"))
+            or told.finish_reason is not None
+        )
 
 
 def _admit_role(delta: dict[str, Any], told: ChoiceTranscript) -> bool:
@@ -135,16 +158,31 @@ def _resumed(choice: ChoiceTranscript) -> list[dict[str, Any]]:
     return tokens
 
 
-def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]) -> list[Chunk]:
-    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their finish_reason is left out."""
-    head = {name: value for name, value in answer.items() if name not in ("choices", "kv_transfer_params", "object")}
+def chunks_of_answer(
+    answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
+) -> list[Chunk]:
+    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their
+    finish_reason is left out.
+    """
+    head = {
+        name: value
+        for name, value in answer.items()
+        if name not in ("choices", "kv_transfer_params", "object")
+    }
     usage = head.pop("usage", None)
     chunks: list[Chunk] = [] if usage is None else [head | {"choices": [], "usage": usage}]
     for choice in answer["choices"]:
         if is_chat:
             message = choice.pop("message")
-            chunks.append(head | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]})
-            choice["delta"] = {name: value for name, value in message.items() if name != "role" and value not in (None, [])}
+            chunks.append(
+                head
+                | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]}
+            )
+            choice["delta"] = {
+                name: value
+                for name, value in message.items()
+                if name != "role" and value not in (None, [])
+            }
         if choice["index"] in open_choices:
             choice["finish_reason"] = None
         chunks.append(head | {"choices": [choice]})
@@ -152,4 +190,9 @@ def chunks_of_answer(answer: dict[str, Any], *, is_chat: bool, open_choices: Col
 
 
 def _role_choice(index: int, role: str) -> dict[str, Any]:
-    return {"index": index, "delta": {"role": role, "content": ""}, "logprobs": None, "finish_reason": None}
+    return {
+        "index": index,
+        "delta": {"role": role, "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }

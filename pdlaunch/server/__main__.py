@@ -1,4 +1,6 @@
-"""``python -m pdlaunch.server --name NAME``: the HTTP server of one engine, started by the supervisor."""
+"""``python -m pdlaunch.server --name NAME``: the HTTP server of one engine, started by the
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ _log = logging.getLogger("pdlaunch.server")
 def main() -> int:
     """Run until the supervisor says Stop; 1 when the start failed."""
     parser = argparse.ArgumentParser(prog="pdlaunch.server", description=__doc__)
-    parser.add_argument("--name", required=True, help="for people who look at the process list; the bootstrap has it too")
+    parser.add_argument(
+        "--name",
+        required=True,
+        help="for people who look at the process list; the bootstrap has it too",
+    )
     parser.parse_args()
     bootstrap = read_bootstrap()
     setup_logging(bootstrap.name, bootstrap.log_level)
@@ -49,5 +55,6 @@ if __name__ == "__main__":
     status = main()
     logging.shutdown()
     sys.stdout.flush()
-    # The guard thread sits in a read of standard input, which the interpreter's own way out cannot end.
+    # The guard thread sits in a read of standard input, which the interpreter's own way out cannot
+    # end.
     os._exit(status)

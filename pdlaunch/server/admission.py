@@ -22,7 +22,9 @@ class Ticket:
         """Raises OverloadedError (429), or RequestError when the request alone is too large."""
         limit = self._admission.limit
         if size > limit:
-            raise RequestError(f"{size} choices in one request; at most {limit} are accepted", param=param)
+            raise RequestError(
+                f"{size} choices in one request; at most {limit} are accepted", param=param
+            )
         if self._admission.in_flight + size - self.size > limit:
             raise OverloadedError(f"more than {limit} requests in flight", code="too_many_requests")
         self._admission.in_flight += size - self.size
@@ -56,13 +58,23 @@ class Admission:
                 self._idle.set()
 
     def check_open(self, *, even_asleep: bool = False) -> None:
-        """Raises OverloadedError (503) while the engine drains or sleeps; ``even_asleep``: what needs no rank."""
+        """Raises OverloadedError (503) while the engine drains or sleeps; ``even_asleep``: what
+        needs no rank.
+        """
         if self.draining:
             raise OverloadedError(
-                "the engine is shutting down", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="shutting_down"
+                "the engine is shutting down",
+                status=503,
+                retry_after_s=DRAIN_RETRY_AFTER_S,
+                code="shutting_down",
             )
         if self.asleep and not even_asleep:
-            raise OverloadedError("the engine sleeps", status=503, retry_after_s=DRAIN_RETRY_AFTER_S, code="engine_sleeping")
+            raise OverloadedError(
+                "the engine sleeps",
+                status=503,
+                retry_after_s=DRAIN_RETRY_AFTER_S,
+                code="engine_sleeping",
+            )
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse what comes, wait for what runs, at most ``timeout_s``."""

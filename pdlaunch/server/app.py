@@ -48,7 +48,9 @@ _OPEN_PATHS = frozenset({"/health"})
 
 
 def make_app(service: EngineService, *, keys: Collection[str]) -> web.Application:
-    """All routes. ``keys``: one of them must be sent as bearer, except to /health; the guard looks before."""
+    """All routes. ``keys``: one of them must be sent as bearer, except to /health; the guard looks
+    before.
+    """
     spec = service.spec
     guard = Guard(spec.http_host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
     endpoints = _Endpoints(service)
@@ -99,12 +101,19 @@ class _Endpoints:
     async def detokenize(self, http: web.Request) -> web.Response:
         return await self._convert(http, detokenize)
 
-    async def _convert(self, http: web.Request, convert: Callable[[bytes, ServedModel], bytes]) -> web.Response:
+    async def _convert(
+        self, http: web.Request, convert: Callable[[bytes, ServedModel], bytes]
+    ) -> web.Response:
         """Text to token ids or back; takes a place as requests that generate do."""
         service = self._service
         with service.admission.admit(even_asleep=True):
-            async with Deadline(service.spec.limits.request_timeout_s).guard(), service.read(http) as raw:
-                answer = await service.inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(convert, raw, service.model))
+            async with (
+                Deadline(service.spec.limits.request_timeout_s).guard(),
+                service.read(http) as raw,
+            ):
+                answer = await service.inputs.run(
+                    len(raw) >= LARGE_TEXT_BYTES, partial(convert, raw, service.model)
+                )
         return web.Response(body=answer, content_type="application/json")
 
     async def health(self, http: web.Request) -> web.Response:
@@ -112,7 +121,10 @@ class _Endpoints:
         return _json({"status": "ok"})
 
     async def metrics(self, http: web.Request) -> web.Response:
-        return web.Response(body=render_metrics(self._service.metrics.registry), headers={"Content-Type": METRICS_CONTENT_TYPE})
+        return web.Response(
+            body=render_metrics(self._service.metrics.registry),
+            headers={"Content-Type": METRICS_CONTENT_TYPE},
+        )
 
     async def release(self, http: web.Request) -> web.Response:
         """End the lease of a remote prefill, by the request's id or by its remote_request_id."""
@@ -126,12 +138,16 @@ class _Endpoints:
         return _json({"released": rank_id is not None})
 
     async def integrity(self, http: web.Request) -> web.Response:
-        """Who owns each KV block, proven by rank 0: 200 with ``ok``, what is wrong in ``error``, and the counts of the moment."""
+        """Who owns each KV block, proven by rank 0: 200 with ``ok``, what is wrong in ``error``,
+        and the counts of the moment.
+        """
         try:
             async with asyncio.timeout(INTEGRITY_TIMEOUT_S):
                 report = await self._service.link.check_integrity()
         except TimeoutError:
-            raise OverloadedError("rank 0 did not answer in time", status=503, code="engine_stalled") from None
+            raise OverloadedError(
+                "rank 0 did not answer in time", status=503, code="engine_stalled"
+            ) from None
         stats = msgspec.structs.asdict(report.stats)
         return _json({"ok": report.error is None, "error": report.error, "stats": stats})
 
@@ -140,7 +156,9 @@ class _Endpoints:
         return _json(await self._service.sleep.fall_asleep(read_sleep_query(http.query)))
 
     async def wake_up(self, http: web.Request) -> web.Response:
-        """``tags=weights&tags=kv_cache``, all without; answers when the engine serves again, or still lacks the other tags."""
+        """``tags=weights&tags=kv_cache``, all without; answers when the engine serves again, or
+        still lacks the other tags.
+        """
         return _json(await self._service.sleep.wake_up(read_tags(http.query)))
 
     async def is_sleeping(self, http: web.Request) -> web.Response:
@@ -148,7 +166,9 @@ class _Endpoints:
 
     def _card(self) -> ModelCard:
         spec = self._service.spec
-        return ModelCard(id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len)
+        return ModelCard(
+            id=spec.served_model_name, root=spec.model_dir, max_model_len=spec.max_model_len
+        )
 
 
 def _with_call(handler: CallHandler) -> Handler:
@@ -201,7 +221,9 @@ def _failure(error: Exception) -> web.Response:
         case PdlaunchError():
             return _error_response(error)
         case web.HTTPRequestEntityTooLarge():
-            return _error_response(RequestError("the body is too large", status=413, code="body_too_large"))
+            return _error_response(
+                RequestError("the body is too large", status=413, code="body_too_large")
+            )
         case web.HTTPException():
             refusal = _error_response(RequestError(error.reason, status=error.status))
             if isinstance(error, web.HTTPMethodNotAllowed):
@@ -227,7 +249,10 @@ def _authenticate(keys: Collection[str]) -> Any:
     @web.middleware
     async def authenticate(http: web.Request, handler: Handler) -> web.StreamResponse:
         if http.path not in _OPEN_PATHS and not has_bearer(http, keys):
-            message = "engines take requests from the launch's router; others send engine_api_key as bearer, where it is set"
+            message = (
+                "engines take requests from the launch's router; others send engine_api_key as "
+                "bearer, where it is set"
+            )
             raise RequestError(message, status=401, code="invalid_api_key")
         return await handler(http)
 

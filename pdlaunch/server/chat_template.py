@@ -1,4 +1,6 @@
-"""Chat templates: Jinja from the model's folder, rendered in a sandbox with the names that transformers offers."""
+"""Chat templates: Jinja from the model's folder, rendered in a sandbox with the names that
+transformers offers.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,18 @@ from pdlaunch.errors import ConfigError, RequestError
 
 RENDER_TIMEOUT_S = 10.0
 MAX_REASON_CHARS = 500
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_OWN_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
 
 
 class ChatTemplate:
@@ -30,7 +42,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
-            raise ConfigError(f"the model's chat template is broken: {error}", field="model") from None
+            raise ConfigError(
+                f"the model's chat template is broken: {error}", field="model"
+            ) from None
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -42,10 +56,14 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int,
     ) -> str:
-        """The prompt's text, up to ``max_chars``. ``variables``: chat_template_kwargs of the request. Raises RequestError."""
+        """The prompt's text, up to ``max_chars``. ``variables``: chat_template_kwargs of the
+        request. Raises RequestError.
+        """
         for name in variables or {}:
             if name in _OWN_NAMES:
-                raise RequestError(f"{name} has a field of its own", param=f"chat_template_kwargs.{name}")
+                raise RequestError(
+                    f"{name} has a field of its own", param=f"chat_template_kwargs.{name}"
+                )
         try:
             pieces = self._template.generate(
                 **self._special_tokens | dict(variables or {}),
@@ -59,7 +77,9 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template may raise anything: the messages do not fit it
             reason = str(error)[:MAX_REASON_CHARS]
-            raise RequestError(f"the model's chat template refuses the messages: {reason}", param="messages") from None
+            raise RequestError(
+                f"the model's chat template refuses the messages: {reason}", param="messages"
+            ) from None
         return _cut_after(text, messages[-1]["content"]) if continue_final_message else text
 
 
@@ -73,27 +93,42 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
         num_chars += len(piece)
         if num_chars > max_chars:
             raise RequestError(
-                f"the messages, rendered by the model's chat template, have more than {max_chars} characters",
+                (
+                    "the messages, rendered by the model's chat template, have more than "
+                    f"{max_chars} characters"
+                ),
                 param="messages",
                 code="context_length_exceeded",
             )
         if time.monotonic() > end_at_s:
-            raise RequestError(f"the model's chat template takes more than {RENDER_TIMEOUT_S:g} s", param="messages")
+            raise RequestError(
+                f"the model's chat template takes more than {RENDER_TIMEOUT_S:g} s",
+                param="messages",
+            )
     return "".join(rendered)
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
-    """The template of a model: chat_template.jinja, else tokenizer_config.json; None when it has none. Raises ConfigError."""
+    """The template of a model: chat_template.jinja, else tokenizer_config.json; None when it has
+    none. Raises ConfigError.
+    """
     directory = Path(model_dir)
     settings = _read_settings(directory / "tokenizer_config.json")
     file = directory / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.is_file() else _named_template(settings.get("chat_template"))
+    source = (
+        file.read_text("utf-8")
+        if file.is_file()
+        else _named_template(settings.get("chat_template"))
+    )
     return None if source is None else ChatTemplate(source, _special_tokens(settings))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag], autoescape=False
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[loopcontrols, _GenerationTag],
+        autoescape=False,
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
@@ -102,7 +137,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it is only its content."""
+    """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it
+    is only its content.
+    """
 
     tags = {"generation"}
 
@@ -119,7 +156,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> NoReturn:
@@ -130,15 +169,21 @@ def _cut_after(text: str, content: str) -> str:
     """The text up to the end of the last message's content, so that the model goes on with it."""
     start = text.rfind(content.strip())
     if start < 0:
-        raise RequestError("the chat template changes the last message", param="continue_final_message")
+        raise RequestError(
+            "the chat template changes the last message", param="continue_final_message"
+        )
     end = start + len(content.strip())
-    return text[:end] + (content[len(content.rstrip()) :] if text[start:].startswith(content.lstrip()) else "")
+    return text[:end] + (
+        content[len(content.rstrip()) :] if text[start:].startswith(content.lstrip()) else ""
+    )
 
 
 def _named_template(templates: object) -> str | None:
     """Of a list of ``{"name", "template"}`` the one named default."""
     if isinstance(templates, list):
-        named = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
+        named = {
+            item.get("name"): item.get("template") for item in templates if isinstance(item, dict)
+        }
         templates = named.get("default")
     return templates if isinstance(templates, str) else None
 

@@ -20,7 +20,9 @@ class Delta:
     """By token: characters of the output before it."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    """The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own end token."""
+    """The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own
+    end token.
+    """
 
     def add(self, other: Delta) -> None:
         """Append what came later."""
@@ -35,9 +37,17 @@ class Choice:
     """The state of one choice, fed with tokens in order; ends with a ``finish_reason``, once."""
 
     def __init__(
-        self, index: int, request: AddRequest, text: TextStream, *, include_stop: bool = False, goes_on_elsewhere: bool = False
+        self,
+        index: int,
+        request: AddRequest,
+        text: TextStream,
+        *,
+        include_stop: bool = False,
+        goes_on_elsewhere: bool = False,
     ) -> None:
-        """``goes_on_elsewhere``: another engine continues at ``length``, so held back text stays held back."""
+        """``goes_on_elsewhere``: another engine continues at ``length``, so held back text stays
+        held back.
+        """
         self.index = index
         self.request = request
         self.num_tokens = 0
@@ -56,7 +66,11 @@ class Choice:
         assert not self.is_over()
         delta = Delta(self.index)
         tokens = list(tokens)
-        stop_token = tokens.pop() if tokens and finished is not None and finished.stop_token_id is not None else None
+        stop_token = (
+            tokens.pop()
+            if tokens and finished is not None and finished.stop_token_id is not None
+            else None
+        )
         for token in tokens:
             self._add(delta, token)
             if self.is_over():
@@ -67,10 +81,14 @@ class Choice:
             self._end(delta, finished.reason)
         return self._signed(delta)
 
-    def replay(self, tokens: Sequence[TokenOutput], finish_reason: str | None) -> tuple[Delta, Delta]:
-        """Feed tokens that exist already; ``finish_reason`` is set where somebody knows that the last one ended the choice.
+    def replay(
+        self, tokens: Sequence[TokenOutput], finish_reason: str | None
+    ) -> tuple[Delta, Delta]:
+        """Feed tokens that exist already; ``finish_reason`` is set where somebody knows that the
+        last one ended the choice.
 
-        Returns what a stream has emitted for the tokens while the choice went on, and what its end adds, if it is over.
+        Returns what a stream has emitted for the tokens while the choice went on, and what its end
+        adds, if it is over.
         """
         sampling = self.request.sampling
         last = tokens[-1]
@@ -88,11 +106,15 @@ class Choice:
         return known, end
 
     def pass_over(self, tokens: Sequence[TokenOutput]) -> Delta | None:
-        """Feed tokens that the client has already been told of; what there is to add, if they end the choice."""
+        """Feed tokens that the client has already been told of; what there is to add, if they end
+        the choice.
+        """
         _, end = self.replay(tokens, None)
         if not self.is_over():
             return None
-        return Delta(self.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason)
+        return Delta(
+            self.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason
+        )
 
     def _add(self, delta: Delta, token: TokenOutput) -> None:
         self._count(delta, token)

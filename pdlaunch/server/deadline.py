@@ -24,5 +24,7 @@ class Deadline:
                 yield
         except TimeoutError:
             raise OverloadedError(
-                f"the request was not finished within {self._timeout_s:g} s", status=503, code="request_timeout"
+                f"the request was not finished within {self._timeout_s:g} s",
+                status=503,
+                code="request_timeout",
             ) from None

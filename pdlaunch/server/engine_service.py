@@ -1,4 +1,6 @@
-"""What the HTTP handlers of one engine share: the model, the link to rank 0, limits, leases, metrics."""
+"""What the HTTP handlers of one engine share: the model, the link to rank 0, limits, leases,
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,30 @@ from pdlaunch.server.sleep import SleepDesk
 
 MAX_REMEMBERED_LEASES = 4096
 RANK_SILENCE_S = 30.0
-"""Rank 0 speaks every second between its steps; one that says nothing for so long is taken to hang."""
+"""Rank 0 speaks every second between its steps; one that says nothing for so long is taken to
+hang.
+"""
 
 
 class EngineService:
     """One engine as its HTTP handlers see it; belongs to the event loop."""
 
-    def __init__(self, spec: EngineSpec, registry: CollectorRegistry, *, rank_silence_s: float = RANK_SILENCE_S) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        registry: CollectorRegistry,
+        *,
+        rank_silence_s: float = RANK_SILENCE_S,
+    ) -> None:
         self.spec = spec
         self.admission = Admission(spec.limits.max_queued_requests)
         self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
         # Room for what a router lets in, and for one of the longest that it makes of it.
         self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
         self.inputs = LargeInputs()
-        self.metrics = ServerMetrics(registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name)
+        self.metrics = ServerMetrics(
+            registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
+        )
         self.leases = LeaseBook()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
@@ -53,16 +65,24 @@ class EngineService:
 
     @property
     def link(self) -> RankLink:
-        """The link to a rank that has said Welcome. Raises OverloadedError (503) while there is none."""
+        """The link to a rank that has said Welcome. Raises OverloadedError (503) while there is
+        none.
+        """
         if self._link is None or not self.welcomed.is_set():
             raise _starting()
         return self._link
 
     def live_link(self) -> RankLink:
-        """The link to a rank that can be given work. Raises OverloadedError (503) while there is none."""
+        """The link to a rank that can be given work. Raises OverloadedError (503) while there is
+        none.
+        """
         link = self.link
         if link.silence_s >= self._rank_silence_s:
-            raise OverloadedError(f"rank 0 has been silent for {link.silence_s:.0f} s", status=503, code="engine_stalled")
+            raise OverloadedError(
+                f"rank 0 has been silent for {link.silence_s:.0f} s",
+                status=503,
+                code="engine_stalled",
+            )
         return link
 
     def check_health(self) -> None:
@@ -79,14 +99,18 @@ class EngineService:
             yield await read_body(http, hold, max_bytes=self.max_body_bytes)
 
     async def use_link(self, link: RankLink | None) -> None:
-        """Replace the link; requests of the old one get RankLost. Ready again with the new rank's Welcome."""
+        """Replace the link; requests of the old one get RankLost. Ready again with the new rank's
+        Welcome.
+        """
         old, self._link = self._link, link
         self.welcomed.clear()
         if old is not None:
             await old.close()
 
     def on_welcome(self, welcome: Welcome) -> None:
-        self.metrics.engine.stats = EngineStats(num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks)
+        self.metrics.engine.stats = EngineStats(
+            num_blocks=welcome.num_blocks, num_free_blocks=welcome.num_blocks
+        )
         self.sleep.on_welcome(welcome)
         self.welcomed.set()
 
@@ -95,7 +119,9 @@ class EngineService:
 
 
 class LeaseBook:
-    """Which leases were handed out, by the client's request id and by the id in ``kv_transfer_params``."""
+    """Which leases were handed out, by the client's request id and by the id in
+    ``kv_transfer_params``.
+    """
 
     def __init__(self) -> None:
         self._rank_ids: OrderedDict[str, str] = OrderedDict()

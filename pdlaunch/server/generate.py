@@ -43,7 +43,9 @@ class GenerateHandler:
                 request, prompts = await self._read_completion(http, ticket)
             model = self._service.model
             prepared = prepare(call, request, prompts, model, prompt_param="prompt")
-            renderer = CompletionRenderer(request, call.request_id, model.name, model.tokenizer, prompts)
+            renderer = CompletionRenderer(
+                request, call.request_id, model.name, model.tokenizer, prompts
+            )
             return await self._run(http, call, prepared, renderer, deadline)
 
     async def chat(self, http: web.Request, call: Call) -> web.StreamResponse:
@@ -56,29 +58,48 @@ class GenerateHandler:
             renderer = ChatRenderer(request, call.request_id, model.name, model.tokenizer, [prompt])
             return await self._run(http, call, prepared, renderer, deadline)
 
-    async def _read_completion(self, http: web.Request, ticket: Ticket) -> tuple[CompletionRequest, list[list[int]]]:
-        """The request, which has all its places then, and the token ids of its prompts. Raises RequestError."""
+    async def _read_completion(
+        self, http: web.Request, ticket: Ticket
+    ) -> tuple[CompletionRequest, list[list[int]]]:
+        """The request, which has all its places then, and the token ids of its prompts. Raises
+        RequestError.
+        """
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
-            request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_completion, raw, model))
+            request = await inputs.run(
+                len(raw) >= LARGE_BODY_BYTES, partial(read_completion, raw, model)
+            )
             num_prompts = len(request.prompts)
             ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
-            prompts = await inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model))
+            prompts = await inputs.run(
+                len(raw) >= LARGE_TEXT_BYTES, partial(completion_prompts, request, model)
+            )
             return request, prompts
 
-    async def _read_chat(self, http: web.Request, ticket: Ticket) -> tuple[ChatCompletionRequest, list[int]]:
+    async def _read_chat(
+        self, http: web.Request, ticket: Ticket
+    ) -> tuple[ChatCompletionRequest, list[int]]:
         """The same of a chat, which has one prompt."""
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
             request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_chat, raw, model))
             ticket.grow(request.n, "n")
-            prompt = await inputs.run(len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model))
+            prompt = await inputs.run(
+                len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model)
+            )
             return request, prompt
 
     async def _run(
-        self, http: web.Request, call: Call, prepared: Prepared, renderer: Renderer, deadline: Deadline
+        self,
+        http: web.Request,
+        call: Call,
+        prepared: Prepared,
+        renderer: Renderer,
+        deadline: Deadline,
     ) -> web.StreamResponse:
-        """Whatever is not finished on the way out is aborted; so is a lease whose answer could not be written."""
+        """Whatever is not finished on the way out is aborted; so is a lease whose answer could not
+        be written.
+        """
         metrics = self._service.metrics.requests
         clock = RequestClock(metrics)
         if call.traceparent is not None:
@@ -111,4 +132,7 @@ class GenerateHandler:
 def _summary(prepared: Prepared) -> str:
     num_output = sum(choice.num_tokens for choice in prepared.choices)
     reasons = ",".join(str(choice.finish_reason) for choice in prepared.choices)
-    return f"prompt_tokens={prepared.num_prompt_tokens} completion_tokens={num_output} finish_reason={reasons}"
+    return (
+        f"prompt_tokens={prepared.num_prompt_tokens} completion_tokens={num_output} "
+        f"finish_reason={reasons}"
+    )

@@ -19,8 +19,9 @@ from pdlaunch.server.rank_link import RankEvent, RankLink, RankLost
 class Generation:
     """Runs the choices of one HTTP request.
 
-    Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts together.
-    ``on_first_tokens``: the prompt has been computed elsewhere, what was waited for is there.
+    Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts
+    together. ``on_first_tokens``: the prompt has been computed elsewhere, what was waited for is
+    there.
     """
 
     def __init__(
@@ -34,14 +35,18 @@ class Generation:
         self._link = link
         self._on_first_tokens = on_first_tokens
         self.choices = list(choices)
-        self._running = {choice.request.request_id: choice for choice in choices if choice.finish_reason is None}
+        self._running = {
+            choice.request.request_id: choice for choice in choices if choice.finish_reason is None
+        }
         self._submitted: set[str] = set()
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._num_prompt_tokens = num_prompt_tokens
         self._remote_kv: RemoteKV | None = None
 
     def start(self) -> None:
-        """Raises RequestError when one of the ids is in use: then that request is somebody else's, and is left alone."""
+        """Raises RequestError when one of the ids is in use: then that request is somebody else's,
+        and is left alone.
+        """
         for request_id, choice in self._running.items():
             self._link.submit(choice.request, self._events.put_nowait)
             self._submitted.add(request_id)
@@ -52,7 +57,8 @@ class Generation:
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What is new, until every choice has ended; all that has arrived comes at once.
 
-        Raises OverloadedError (503) when the rank is lost, RequestError (500) when it failed; then abort is up to the caller.
+        Raises OverloadedError (503) when the rank is lost, RequestError (500) when it failed; then
+        abort is up to the caller.
         """
         while self._running:
             events = [await self._events.get()]
@@ -69,18 +75,28 @@ class Generation:
         self._running = {}
 
     def release(self) -> None:
-        """End the lease of a remote prefill that nobody will pull, also when it has not been granted yet."""
+        """End the lease of a remote prefill that nobody will pull, also when it has not been
+        granted yet.
+        """
         if (lease_id := self.choices[0].request.request_id) in self._submitted:
             self._link.abort(lease_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each choice."""
+        """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each
+        choice.
+        """
         return hand_over(self._link, self.choices, deltas, self._remote_kv)
 
     def usage(self) -> Usage:
-        """Tokens so far; cached tokens are those of each prompt's first choice that reported any."""
+        """Tokens so far; cached tokens are those of each prompt's first choice that reported
+        any.
+        """
         completion = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(choice.num_cached_tokens for choice in self.choices if choice.request.sampling.choice == 0)
+        cached = sum(
+            choice.num_cached_tokens
+            for choice in self.choices
+            if choice.request.sampling.choice == 0
+        )
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=completion,
@@ -89,7 +105,9 @@ class Generation:
         )
 
     def _give_up_lease(self, choice: Choice) -> None:
-        """The holder waits for this reader, which needs no blocks: the rank tells it so for a request that comes and goes."""
+        """The holder waits for this reader, which needs no blocks: the rank tells it so for a
+        request that comes and goes.
+        """
         self._link.submit(choice.request, lambda _: None)
         self._link.abort(choice.request.request_id)
 
@@ -117,7 +135,9 @@ class Generation:
             self._submitted.discard(event.request_id)  # rank 0 has nothing of ours under this id
             if event.error is not None and event.error_param is not None:
                 raise RequestError(event.error, param=event.error_param)
-            raise RequestError(event.error or "the engine aborted the request", status=500, code="engine_error")
+            raise RequestError(
+                event.error or "the engine aborted the request", status=500, code="engine_error"
+            )
         choice.num_cached_tokens = event.num_cached_tokens
         self._remote_kv = event.remote_kv or self._remote_kv
         return choice.take(event.tokens, event)

@@ -16,9 +16,11 @@ from pdlaunch.server.rank_link import RankLink
 def hand_over(
     link: RankLink, choices: Sequence[Choice], deltas: Sequence[Delta], remote: RemoteKV | None
 ) -> dict[str, Any] | None:
-    """``kv_transfer_params`` of the answer; None when every choice ended with its first token, and then the lease ends too.
+    """``kv_transfer_params`` of the answer; None when every choice ended with its first token, and
+    then the lease ends too.
 
-    Without leased blocks the decode engine gets the first tokens alone and computes the prompt itself.
+    Without leased blocks the decode engine gets the first tokens alone and computes the prompt
+    itself.
     """
     lease_id = choices[0].request.request_id
     num_open = sum(choice.finish_reason != "stop" for choice in choices)
@@ -29,7 +31,11 @@ def hand_over(
         link.send(SetReaders(request_id=lease_id, num_readers=num_open))
     first_tokens = PdlaunchParams(first_tokens=[_first_token(delta) for delta in deltas])
     if remote is None:
-        return {"do_remote_prefill": False, "do_remote_decode": False, "pdlaunch": msgspec.to_builtins(first_tokens)}
+        return {
+            "do_remote_prefill": False,
+            "do_remote_decode": False,
+            "pdlaunch": msgspec.to_builtins(first_tokens),
+        }
     return to_wire(remote, first_tokens)
 
 

@@ -45,7 +45,9 @@ from pdlaunch.server.served_model import load_served_model
 _log = logging.getLogger(__name__)
 
 READER_TIMEOUT_S = 60.0
-"""For who takes no byte of an answer; longer than a router's, which waits for its own client in turn."""
+"""For who takes no byte of an answer; longer than a router's, which waits for its own client in
+turn.
+"""
 SHUTDOWN_TIMEOUT_S = 1.0
 """Handlers that still run after Stop get this long; they were drained before."""
 
@@ -72,7 +74,9 @@ class ServerProcess:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Serve until Stop or a signal. Raises PdlaunchError when the start fails, after the supervisor was told."""
+        """Serve until Stop or a signal. Raises PdlaunchError when the start fails, after the
+        supervisor was told.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._inbox.put_nowait, Stop())
         keys = [self._bootstrap.keys.http_token, self._bootstrap.engine_api_key]
@@ -104,7 +108,9 @@ class ServerProcess:
             await web.TCPSite(runner, host, port).start()
             runner.drop_stalled_readers(READER_TIMEOUT_S)
         except OSError as error:
-            raise StartupError(f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
+            raise StartupError(
+                f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
+            ) from None
         return _url(host, runner.addresses[0][1])
 
     def _register(self, url: str) -> None:
@@ -115,7 +121,10 @@ class ServerProcess:
                 pid=os.getpid(),
                 address=Address(http=url),
                 capabilities=Capabilities(
-                    verifies=self._spec.kv_transfer.verify, resumes=True, gives_first_token=True, awaits_lease=True
+                    verifies=self._spec.kv_transfer.verify,
+                    resumes=True,
+                    gives_first_token=True,
+                    awaits_lease=True,
                 ),
             )
         )
@@ -187,7 +196,9 @@ class ServerProcess:
 
 
 def _url(host: str, port: int) -> str:
-    """Where this machine's processes reach the server; a wildcard address is reached over loopback."""
+    """Where this machine's processes reach the server; a wildcard address is reached over
+    loopback.
+    """
     if host in ("", "0.0.0.0", "::"):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,11 +1,13 @@
 """From a checked request to the choices that rank 0 works on, and what is already known of them.
 
-Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``, or what a router that names the
-lease wants (``lease_id``).
+Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``, or
+what a router that names the lease wants (``lease_id``).
 
-- Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a lease for all.
-- Decode side: every choice starts with the token that prefill has drawn (``pdlaunch.first_tokens``), or without one when the
-  router does not pass them on; with ``awaits_lease`` the lease brings it later.
+- Prefill side of a hand-over: one token a choice; the first choice puts the prompt's blocks under a
+  lease for all.
+- Decode side: every choice starts with the token that prefill has drawn
+  (``pdlaunch.first_tokens``), or without one when the router does not pass them on; with
+  ``awaits_lease`` the lease brings it later.
 - ``resume``: every choice starts with the tokens that it has.
 """
 
@@ -69,17 +71,27 @@ class Prepared:
 
 
 def prepare(
-    call: Call, request: GenerationRequest, prompts: Sequence[list[int]], model: ServedModel, *, prompt_param: str
+    call: Call,
+    request: GenerationRequest,
+    prompts: Sequence[list[int]],
+    model: ServedModel,
+    *,
+    prompt_param: str,
 ) -> Prepared:
     """Split a request into choices. Raises RequestError."""
     transfer = request.kv_transfer()
     known = _known(request, transfer)
-    if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(prompts) > 1:
+    if (known is not None or transfer.remote_kv is not None or transfer.do_remote_decode) and len(
+        prompts
+    ) > 1:
         raise RequestError("one prompt only with kv_transfer_params or resume", param="prompt")
     if transfer.do_remote_decode:
         _check_remote_prefill(request, may_stream=bool(transfer.lease_id))
     if transfer.awaits_lease and (request.n > 1 or known is not None or transfer.remote_kv is None):
-        raise RequestError("one choice only, of which nothing is known, with awaits_lease", param="kv_transfer_params.pdlaunch")
+        raise RequestError(
+            "one choice only, of which nothing is known, with awaits_lease",
+            param="kv_transfer_params.pdlaunch",
+        )
     _check_ids(request, transfer, model)
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     choices: list[Choice] = []
@@ -88,12 +100,25 @@ def prepare(
         model.check_token_ids(prompt, prompt_param)
         limit = _limit(request, model, len(prompt), prompt_param)
         for number in range(request.n):
-            choice = _choice(call, request, transfer, model, prompt, _sampling(request, model, limit, seed, number), len(choices))
+            choice = _choice(
+                call,
+                request,
+                transfer,
+                model,
+                prompt,
+                _sampling(request, model, limit, seed, number),
+                len(choices),
+            )
             choices.append(choice)
             if known is not None:
                 deltas += _replay(choice, known[number])
     # Who asks for a stream of a remote prefill is a router that has the token ids that it sent.
-    is_told = transfer.do_remote_decode and request.stream and isinstance(request, CompletionRequest) and request.has_token_ids
+    is_told = (
+        transfer.do_remote_decode
+        and request.stream
+        and isinstance(request, CompletionRequest)
+        and request.has_token_ids
+    )
     continues = transfer.awaits_lease or is_told or bool(known and known[0].sent)
     return Prepared(choices, deltas, list(prompts), continues, transfer.do_remote_decode)
 
@@ -108,13 +133,16 @@ def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known
         return None
     if len(pdlaunch.first_tokens) != request.n:
         raise RequestError(
-            f"{len(pdlaunch.first_tokens)} first tokens for n={request.n}", param="kv_transfer_params.pdlaunch.first_tokens"
+            f"{len(pdlaunch.first_tokens)} first tokens for n={request.n}",
+            param="kv_transfer_params.pdlaunch.first_tokens",
         )
     return [_known_tokens([token], pdlaunch.first_token_sent) for token in pdlaunch.first_tokens]
 
 
 def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
-    return Known([output_of(token) for token in tokens], tokens[-1].finish_reason if tokens else None, sent)
+    return Known(
+        [output_of(token) for token in tokens], tokens[-1].finish_reason if tokens else None, sent
+    )
 
 
 def _check_remote_prefill(request: GenerationRequest, *, may_stream: bool) -> None:
@@ -135,22 +163,34 @@ def _check_ids(request: GenerationRequest, transfer: KVTransferParams, model: Se
         tokens = [token for choice in resume.choices for token in choice]
         model.check_token_ids(_ids_of(tokens), "resume")
     if transfer.pdlaunch is not None:
-        model.check_token_ids(_ids_of(transfer.pdlaunch.first_tokens), "kv_transfer_params.pdlaunch.first_tokens")
+        model.check_token_ids(
+            _ids_of(transfer.pdlaunch.first_tokens), "kv_transfer_params.pdlaunch.first_tokens"
+        )
 
 
 def _ids_of(tokens: Sequence[FirstToken]) -> list[int]:
-    return [token_id for token in tokens for token_id in (token.token_id, *dict(token.top_logprobs))]
+    return [
+        token_id for token in tokens for token_id in (token.token_id, *dict(token.top_logprobs))
+    ]
 
 
-def _limit(request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str) -> int:
-    """Output tokens of a choice: as asked; else what remains, for completions at most 16 as OpenAI has it."""
+def _limit(
+    request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str
+) -> int:
+    """Output tokens of a choice: as asked; else what remains, for completions at most 16 as OpenAI
+    has it.
+    """
     remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
     if request.token_limit is not None:
         return request.token_limit
-    return min(remaining, DEFAULT_MAX_TOKENS) if isinstance(request, CompletionRequest) else remaining
+    return (
+        min(remaining, DEFAULT_MAX_TOKENS) if isinstance(request, CompletionRequest) else remaining
+    )
 
 
-def _sampling(request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int) -> SamplingParams:
+def _sampling(
+    request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int
+) -> SamplingParams:
     end_tokens = () if request.ignore_eos else model.eos_token_ids
     return SamplingParams(
         max_tokens=limit,
@@ -196,7 +236,9 @@ def _choice(
         traceparent=call.traceparent,
     )
     text = TextStream(
-        IncrementalDetokenizer(model.tokenizer, prompt, skip_special_tokens=request.skip_special_tokens),
+        IncrementalDetokenizer(
+            model.tokenizer, prompt, skip_special_tokens=request.skip_special_tokens
+        ),
         stop=request.stop,
         min_tokens=request.min_tokens,
         include_stop=request.include_stop_str_in_output,
@@ -217,11 +259,15 @@ def _replay(choice: Choice, known: Known) -> list[Delta]:
     seen, end = choice.replay(known.tokens, known.finish_reason)
     choice.request.output = known.tokens
     if known.finish_reason is not None:
-        choice.request.remote_kv = None  # the holder knows that it has ended, and does not wait for it
+        choice.request.remote_kv = (
+            None  # the holder knows that it has ended, and does not wait for it
+        )
     if not known.sent:
         seen.add(end)
         return [seen]
     # Whoever said that the choice is over has told the client so.
     if known.finish_reason is not None or not choice.is_over():
         return []
-    return [Delta(choice.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason)]
+    return [
+        Delta(choice.index, end.text, finish_reason=end.finish_reason, stop_reason=end.stop_reason)
+    ]

@@ -1,4 +1,6 @@
-"""Prompts of a request as token ids; what cannot fit is refused before work is done for it. All of it runs in threads too."""
+"""Prompts of a request as token ids; what cannot fit is refused before work is done for it. All of
+it runs in threads too.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def read_chat(raw: bytes, model: ServedModel) -> ChatCompletionRequest:
 def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
     """One list a prompt; token ids are taken as they are. Raises RequestError."""
     return [
-        _encode(prompt, model, "prompt", request.add_special_tokens) if isinstance(prompt, str) else prompt
+        _encode(prompt, model, "prompt", request.add_special_tokens)
+        if isinstance(prompt, str)
+        else prompt
         for prompt in request.prompts
     ]
 
@@ -44,10 +48,14 @@ def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> list[int]
     return _encode(text, model, "messages", request.add_special_tokens)
 
 
-def render_chat(request: ChatCompletionRequest | TokenizeChatRequest, model: ServedModel, *, max_chars: int) -> str:
+def render_chat(
+    request: ChatCompletionRequest | TokenizeChatRequest, model: ServedModel, *, max_chars: int
+) -> str:
     """The text of a chat's prompt. Raises RequestError."""
     if model.chat_template is None:
-        raise RequestError(f"the model {model.name!r} has no chat template; use /v1/completions", param="messages")
+        raise RequestError(
+            f"the model {model.name!r} has no chat template; use /v1/completions", param="messages"
+        )
     return model.chat_template.render(
         [message.for_template() for message in request.messages],
         add_generation_prompt=request.add_generation_prompt,
@@ -63,11 +71,14 @@ def _encode(text: str, model: ServedModel, param: str, add_special_tokens: bool)
     if length is not None and len(text) > model.max_prompt_chars:
         num_tokens = length.fewest_tokens(text)
         if num_tokens >= model.max_model_len:
-            raise model.too_long(f"has {len(text)} characters, which are {num_tokens} tokens or more", param)
+            raise model.too_long(
+                f"has {len(text)} characters, which are {num_tokens} tokens or more", param
+            )
     num_probed = PROBED_CHARS_PER_TOKEN * model.max_model_len
     if len(text) > 2 * num_probed:
         num_tokens = len(model.tokenizer.encode(text[:num_probed], add_special_tokens=False))
-        # Where the text was cut, tokens differ from those of all of it, by far fewer than the context has.
+        # Where the text was cut, tokens differ from those of all of it, by far fewer than the
+        # context has.
         if num_tokens > 2 * model.max_model_len:
             raise model.too_long(f"has more than {num_tokens // 2} tokens", param)
     return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -52,7 +52,8 @@ Sink = Callable[[RankEvent], None]
 
 
 class RankLink:
-    """Requests out, events back; every submitted request ends with one RequestFinished or RankLost unless it is aborted.
+    """Requests out, events back; every submitted request ends with one RequestFinished or RankLost
+    unless it is aborted.
 
     Belongs to the event loop that made it. Another incarnation of the rank gets another link.
     """
@@ -69,7 +70,9 @@ class RankLink:
         on_sleep: Callable[[SleepReply], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._socket: Any = context.connect(zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket)
+        self._socket: Any = context.connect(
+            zmq.DEALER, endpoint, identity=identity.encode(), socket_class=zmq.asyncio.Socket
+        )
         self._on_welcome = on_welcome
         self._on_stats = on_stats
         self._on_sleep = on_sleep
@@ -88,7 +91,9 @@ class RankLink:
         return self._clock() - self._heard_at_s
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
-        """Start a request; ``sink`` is called from the event loop with whatever comes back. Raises RequestError."""
+        """Start a request; ``sink`` is called from the event loop with whatever comes back. Raises
+        RequestError.
+        """
         if request.request_id in self._sinks:
             raise RequestError(
                 f"a request {request.request_id} is under way; give each lease an id of its own",
@@ -105,14 +110,16 @@ class RankLink:
     def send(self, message: ToRank) -> None:
         """Queue any message; after the end of the connection nobody hears it.
 
-        Encodes it here, so that one that cannot be encoded is its sender's error alone. A socket without a high-water mark takes
-        all at once: there is nothing to wait for.
+        Encodes it here, so that one that cannot be encoded is its sender's error alone. A socket
+        without a high-water mark takes all at once: there is nothing to wait for.
         """
         if not self._socket.closed:
             self._socket.send(to_rank.encode(message))
 
     async def check_integrity(self) -> IntegrityReport:
-        """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone meanwhile."""
+        """Have the rank prove who owns each KV block. Raises OverloadedError when it is gone
+        meanwhile.
+        """
         call_id = next(self._call_ids)
         answer: asyncio.Future[IntegrityReport] = asyncio.get_running_loop().create_future()
         self._checks[call_id] = answer
@@ -123,11 +130,17 @@ class RankLink:
             del self._checks[call_id]
 
     async def sleep(self, level: int, timeout_s: float) -> SleepReply:
-        """Have the engine fall asleep, at the latest ``timeout_s`` from now. Raises OverloadedError when the rank is lost."""
-        return await self._call_sleep(lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s))
+        """Have the engine fall asleep, at the latest ``timeout_s`` from now. Raises OverloadedError
+        when the rank is lost.
+        """
+        return await self._call_sleep(
+            lambda call_id: Sleep(call_id=call_id, level=level, timeout_s=timeout_s)
+        )
 
     async def wake_up(self, tags: list[str]) -> SleepReply:
-        """Have the engine wake these pools up, or all. Raises OverloadedError when the rank is lost."""
+        """Have the engine wake these pools up, or all. Raises OverloadedError when the rank is
+        lost.
+        """
         return await self._call_sleep(lambda call_id: WakeUp(call_id=call_id, tags=tags))
 
     async def _call_sleep(self, build: Callable[[int], ToRank]) -> SleepReply:
@@ -186,7 +199,9 @@ class RankLink:
     def _deliver(self, item: Tokens | FirstTokens | RequestFinished) -> None:
         """Items of requests that were aborted meanwhile are dropped."""
         finished = isinstance(item, RequestFinished)
-        sink = self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)
+        sink = (
+            self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)
+        )
         if sink is not None:
             sink(item)
 

@@ -60,16 +60,24 @@ class Renderer(ABC):
         """A chunk of the stream."""
 
     @abstractmethod
-    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
-        """The last chunk of a stream with include_usage, or of a remote prefill's; it has no choices."""
+    def usage_chunk(
+        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
+    ) -> object:
+        """The last chunk of a stream with include_usage, or of a remote prefill's; it has no
+        choices.
+        """
 
     @abstractmethod
-    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+    def answer(
+        self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None
+    ) -> object:
         """The whole answer; ``deltas``: everything of each choice."""
 
     def token_ids(self, delta: Delta) -> list[int] | UnsetType:
         """With return_token_ids those that belong to the delta's text."""
-        return [token.token_id for token in delta.tokens] if self.request.return_token_ids else UNSET
+        return (
+            [token.token_id for token in delta.tokens] if self.request.return_token_ids else UNSET
+        )
 
 
 class CompletionRenderer(Renderer):
@@ -80,7 +88,9 @@ class CompletionRenderer(Renderer):
     def opening(self, usage: Usage | UnsetType) -> list[object]:
         if not self.request.return_token_ids:
             return []
-        choices = [self._choice(Delta(index * self.request.n)) for index in range(len(self.prompts))]
+        choices = [
+            self._choice(Delta(index * self.request.n)) for index in range(len(self.prompts))
+        ]
         for choice, prompt in zip(choices, self.prompts, strict=True):
             choice.prompt_token_ids = prompt
         return [self._completion(choices, usage)]
@@ -88,12 +98,16 @@ class CompletionRenderer(Renderer):
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
         return self._completion([self._choice(delta)], usage)
 
-    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
+    def usage_chunk(
+        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
+    ) -> object:
         completion = self._completion([], usage)
         completion.kv_transfer_params = kv_transfer_params
         return completion
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+    def answer(
+        self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None
+    ) -> object:
         choices = [self._choice(delta) for delta in deltas]
         if self.request.return_token_ids:
             for choice in choices:
@@ -102,8 +116,12 @@ class CompletionRenderer(Renderer):
         completion.kv_transfer_params = kv_transfer_params
         return completion
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType = UNSET) -> Completion:
-        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType = UNSET
+    ) -> Completion:
+        return Completion(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
+        )
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         return CompletionChoice(
@@ -117,7 +135,11 @@ class CompletionRenderer(Renderer):
 
     def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
         num_top = self.request.num_top_logprobs
-        return completion_logprobs(delta, self.tokenizer, num_top) if num_top is not None and delta.tokens else None
+        return (
+            completion_logprobs(delta, self.tokenizer, num_top)
+            if num_top is not None and delta.tokens
+            else None
+        )
 
 
 class ChatRenderer(Renderer):
@@ -126,7 +148,10 @@ class ChatRenderer(Renderer):
     PREFIX = "chatcmpl-"
 
     def opening(self, usage: Usage | UnsetType) -> list[object]:
-        choices = [ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")) for index in range(self.request.n)]
+        choices = [
+            ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
+            for index in range(self.request.n)
+        ]
         chunk = self._chunk(choices, usage)
         if self.request.return_token_ids:
             (chunk.prompt_token_ids,) = self.prompts
@@ -135,7 +160,9 @@ class ChatRenderer(Renderer):
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
         choice = ChatChunkChoice(
             index=delta.index,
-            delta=ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta(),
+            delta=ChatDelta(content=delta.text)
+            if delta.text or not delta.finish_reason
+            else ChatDelta(),
             logprobs=self._logprobs(delta),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
@@ -143,12 +170,16 @@ class ChatRenderer(Renderer):
         )
         return self._chunk([choice], usage)
 
-    def usage_chunk(self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET) -> object:
+    def usage_chunk(
+        self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
+    ) -> object:
         chunk = self._chunk([], usage)
         chunk.kv_transfer_params = kv_transfer_params
         return chunk
 
-    def answer(self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None) -> object:
+    def answer(
+        self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None
+    ) -> object:
         completion = ChatCompletion(id=self.id, created=self.created, model=self.model, usage=usage)
         completion.choices = [self._choice(delta) for delta in deltas]
         completion.kv_transfer_params = kv_transfer_params
@@ -157,7 +188,9 @@ class ChatRenderer(Renderer):
         return completion
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType = UNSET) -> ChatChunk:
-        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+        return ChatChunk(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
+        )
 
     def _choice(self, delta: Delta) -> ChatChoice:
         return ChatChoice(
@@ -171,4 +204,8 @@ class ChatRenderer(Renderer):
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         num_top = self.request.num_top_logprobs
-        return chat_logprobs(delta, self.tokenizer, num_top) if num_top is not None and delta.tokens else None
+        return (
+            chat_logprobs(delta, self.tokenizer, num_top)
+            if num_top is not None and delta.tokens
+            else None
+        )

@@ -54,15 +54,22 @@ class Answerer:
         """A stream has ended with an error."""
 
     async def answer(self) -> web.StreamResponse:
-        """One JSON body. Raises RequestError, or ConnectionError when the client did not take it."""
+        """One JSON body. Raises RequestError, or ConnectionError when the client did not take
+        it.
+        """
         async with self._deadline.guard():
             deltas = await self._collect()
             params: dict[str, Any] | UnsetType | None = UNSET
             if self._prepared.is_remote_prefill:
                 params = self._generation.hand_over(deltas)
-            body = msgspec.json.encode(self._renderer.answer(deltas, self._generation.usage(), params))
-            response = web.Response(body=body, content_type="application/json", headers=self._headers)
-            # Written here and not after the handler's return, so that its caller knows when nobody took the answer.
+            body = msgspec.json.encode(
+                self._renderer.answer(deltas, self._generation.usage(), params)
+            )
+            response = web.Response(
+                body=body, content_type="application/json", headers=self._headers
+            )
+            # Written here and not after the handler's return, so that its caller knows when nobody
+            # took the answer.
             await response.prepare(self._http)
             await response.write_eof()
         return response
@@ -70,7 +77,8 @@ class Answerer:
     async def stream(self) -> web.StreamResponse:
         """Server-sent events. Raises RequestError before the first one; later errors are events."""
         response = web.StreamResponse(
-            headers=self._headers | {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            headers=self._headers
+            | {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         try:
             async with self._deadline.guard():
@@ -80,7 +88,8 @@ class Answerer:
                     await response.write(events)
                 if not response.prepared:
                     await response.prepare(self._http)
-                # At once, so that who reads the last event has the end too, and can use the connection again.
+                # At once, so that who reads the last event has the end too, and can use the
+                # connection again.
                 await response.write_eof(self._last_events())
                 return response
         except ConnectionError:
@@ -152,11 +161,15 @@ class Answerer:
         return self._generation.usage() if self._renderer.request.continuous_usage else UNSET
 
     def _is_shown(self, delta: Delta) -> bool:
-        """Tokens whose text is held back make a chunk only where the client asked for more than text."""
+        """Tokens whose text is held back make a chunk only where the client asked for more than
+        text.
+        """
         request = self._renderer.request
         if delta.text or delta.finish_reason is not None:
             return True
-        return bool(delta.tokens) and (request.return_token_ids or request.num_top_logprobs is not None)
+        return bool(delta.tokens) and (
+            request.return_token_ids or request.num_top_logprobs is not None
+        )
 
     async def _say_last(self, response: web.StreamResponse, error: Exception) -> None:
         with contextlib.suppress(TimeoutError):

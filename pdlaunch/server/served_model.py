@@ -38,7 +38,8 @@ class ServedModel:
     def too_long(self, finding: str, param: str) -> RequestError:
         """The refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
         return RequestError(
-            f"the prompt {finding}; this model's maximum context length is {self.max_model_len} tokens, one of which is for the "
+            f"the prompt {finding}; this model's maximum context length is {self.max_model_len} "
+            "tokens, one of which is for the "
             "answer",
             param=param,
             code="context_length_exceeded",
@@ -53,10 +54,14 @@ class ServedModel:
         """Raises RequestError for ids that the model does not have."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
-            raise RequestError(f"token id {highest} is not below the vocabulary's {self.vocab_size}", param=param)
+            raise RequestError(
+                f"token id {highest} is not below the vocabulary's {self.vocab_size}", param=param
+            )
 
     def remaining_tokens(self, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
-        """How many tokens may follow a prompt; raises RequestError when the prompt, or it and ``wanted``, are too long."""
+        """How many tokens may follow a prompt; raises RequestError when the prompt, or it and
+        ``wanted``, are too long.
+        """
         if num_prompt_tokens == 0:
             raise RequestError("the prompt has no tokens", param=param)
         if num_prompt_tokens >= self.max_model_len:
@@ -64,7 +69,8 @@ class ServedModel:
         remaining = self.max_model_len - num_prompt_tokens
         if wanted is not None and wanted > remaining:
             raise RequestError(
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this model's maximum context length of "
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens={wanted} exceed this "
+                "model's maximum context length of "
                 f"{self.max_model_len} tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
@@ -73,7 +79,9 @@ class ServedModel:
 
 
 def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> ServedModel:
-    """Read what the server needs from the model's folder; takes up to seconds. Raises ConfigError."""
+    """Read what the server needs from the model's folder; takes up to seconds. Raises
+    ConfigError.
+    """
     progress("reading the tokenizer")
     shape = read_model_shape(spec.model_dir)
     return ServedModel(

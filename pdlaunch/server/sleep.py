@@ -50,30 +50,46 @@ def read_sleep_query(query: Mapping[str, str]) -> SleepQuery:
     _check_names(query, ("level", "mode"))
     level, mode = query.get("level", "1"), query.get("mode", "wait")
     if level not in ("1", "2"):
-        raise RequestError("level must be 1 (weights wait in host memory) or 2 (weights are loaded again)", param="level")
+        raise RequestError(
+            "level must be 1 (weights wait in host memory) or 2 (weights are loaded again)",
+            param="level",
+        )
     if mode not in ("wait", "refuse"):
-        raise RequestError("mode must be wait (for what runs) or refuse (while something runs)", param="mode")
+        raise RequestError(
+            "mode must be wait (for what runs) or refuse (while something runs)", param="mode"
+        )
     return SleepQuery(int(level), waits=mode == "wait")
 
 
 def read_tags(query: Any) -> list[str]:
-    """``tags`` of POST /wake_up, repeated or with commas, without repetitions. Raises RequestError."""
+    """``tags`` of POST /wake_up, repeated or with commas, without repetitions. Raises
+    RequestError.
+    """
     _check_names(query, ("tags",))
     tags = [tag for value in query.getall("tags", []) for tag in value.split(",")]
     if unknown := [tag for tag in tags if tag not in TAGS]:
-        raise RequestError(f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(TAGS)}", param="tags")
+        raise RequestError(
+            f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(TAGS)}", param="tags"
+        )
     return list(dict.fromkeys(tags))
 
 
 def _check_names(query: Mapping[str, str], known: tuple[str, ...]) -> None:
     if unknown := [name for name in query if name not in known]:
-        raise RequestError(f"unknown query parameter {unknown[0]!r:.50}; there are {', '.join(known)}", param="query")
+        raise RequestError(
+            f"unknown query parameter {unknown[0]!r:.50}; there are {', '.join(known)}",
+            param="query",
+        )
 
 
 class SleepDesk:
-    """One call at a time. ``announce`` tells the supervisor, whose registry makes routers keep away."""
+    """One call at a time. ``announce`` tells the supervisor, whose registry makes routers keep
+    away.
+    """
 
-    def __init__(self, spec: EngineSpec, admission: Admission, link: Callable[[], RankLink]) -> None:
+    def __init__(
+        self, spec: EngineSpec, admission: Admission, link: Callable[[], RankLink]
+    ) -> None:
         self._enabled = spec.enable_sleep_mode
         self._timeout_s = spec.limits.request_timeout_s
         self._admission = admission
@@ -88,7 +104,9 @@ class SleepDesk:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
 
     def on_welcome(self, welcome: Welcome) -> None:
-        """A rank 0 says how it is: it may have slept through a restart of this server, or have been restarted itself."""
+        """A rank 0 says how it is: it may have slept through a restart of this server, or have been
+        restarted itself.
+        """
         self._settle(welcome.sleeping_tags)
 
     def on_reply(self, reply: SleepReply) -> None:
@@ -96,7 +114,9 @@ class SleepDesk:
         self._settle(reply.sleeping_tags)
 
     async def fall_asleep(self, query: SleepQuery) -> SleepStatus:
-        """Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller does not wait."""
+        """Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
+        does not wait.
+        """
         self._check_enabled()
         return await self._to_the_end(self._fall_asleep(query))
 
@@ -111,7 +131,9 @@ class SleepDesk:
                 return self.status()
             link = self._link()
             if not query.waits and self._admission.in_flight:
-                raise _conflict(f"{self._admission.in_flight} requests are in flight; mode=wait waits for them")
+                raise _conflict(
+                    f"{self._admission.in_flight} requests are in flight; mode=wait waits for them"
+                )
             reply = None
             try:
                 self._settle(self._tags, draining=True)
@@ -146,7 +168,9 @@ class SleepDesk:
 
     def _check_enabled(self) -> None:
         if not self._enabled:
-            raise RequestError("this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off")
+            raise RequestError(
+                "this engine cannot sleep: enable_sleep_mode is off", code="sleep_mode_off"
+            )
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)

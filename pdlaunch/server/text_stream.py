@@ -1,8 +1,8 @@
 """Output tokens of one choice to the text that a stream emits.
 
-The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop strings: another engine that is fed
-the same tokens is at the same place. Three things hold text back: half UTF-8 characters, text that may begin a stop string, and
-nothing else.
+The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop
+strings: another engine that is fed the same tokens is at the same place. Three things hold text
+back: half UTF-8 characters, text that may begin a stop string, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ _REPLACEMENT = "�"
 _NUM_PROMPT_TOKENS = 6
 """Context that decides on a leading space; more is never needed."""
 _MAX_HELD_TOKENS = 24
-"""A run of tokens that are no text at all is emitted from here on; real characters end far earlier."""
+"""A run of tokens that are no text at all is emitted from here on; real characters end far
+earlier.
+"""
 
 
 class IncrementalDetokenizer:
@@ -27,11 +29,17 @@ class IncrementalDetokenizer:
                       ^start    ^read
         text          [ prefix | stable | � ]     ``emitted`` characters of stable were given out
 
-    The text of a token depends on the few before it, so the window ``tokens[start:]`` is decoded again for each token and
-    moves on when it ends in a whole character.
+    The text of a token depends on the few before it, so the window ``tokens[start:]`` is decoded
+    again for each token and moves on when it ends in a whole character.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window = list(prompt_token_ids[-_NUM_PROMPT_TOKENS:])
@@ -92,7 +100,9 @@ class TextStream:
         """The stop string that was found; the choice is over."""
 
     def push(self, token_id: int) -> str:
-        """Text to emit after one more token; text of earlier tokens than ``min_tokens`` is not searched."""
+        """Text to emit after one more token; text of earlier tokens than ``min_tokens`` is not
+        searched.
+        """
         assert self.stop_string is None
         self._num_tokens += 1
         return self._take(self._detokenizer.push(token_id))
@@ -120,7 +130,9 @@ class TextStream:
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Where the earliest stop string begins, and which; of two at one place the shorter one, which was complete first."""
+    """Where the earliest stop string begins, and which; of two at one place the shorter one, which
+    was complete first.
+    """
     found = [(start, len(stop), stop) for stop in stops if (start := text.find(stop)) >= 0]
     return (min(found)[0], min(found)[2]) if found else None
 

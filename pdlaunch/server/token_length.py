@@ -1,8 +1,10 @@
-"""How many characters of a text one token can stand for at most, worked out once from what a tokenizer is made of.
+"""How many characters of a text one token can stand for at most, worked out once from what a
+tokenizer is made of.
 
-A text of more characters than that for each token of the context does not fit, and need not be tokenized to know it. This holds
-where it is known which characters of a text are lost: for byte-level BPE, whose vocabulary may lack bytes, and for BPE over whole
-characters that falls back to bytes. Of other tokenizers, and of added tokens that swallow the blanks around them, nothing is
+A text of more characters than that for each token of the context does not fit, and need not be
+tokenized to know it. This holds where it is known which characters of a text are lost: for
+byte-level BPE, whose vocabulary may lack bytes, and for BPE over whole characters that falls back
+to bytes. Of other tokenizers, and of added tokens that swallow the blanks around them, nothing is
 promised.
 """
 
@@ -16,9 +18,20 @@ from typing import Any
 from tokenizers import Tokenizer
 
 COMPOSED_CHARS = 4
-"""Characters that NFC and NFKC make one of, at most: no canonical decomposition is longer (Unicode's stability policy)."""
+"""Characters that NFC and NFKC make one of, at most: no canonical decomposition is longer
+(Unicode's stability policy).
+"""
 
-_KEEPING_NORMALIZERS = {"NFC", "NFKC", "NFD", "NFKD", "Prepend", "Replace", "Lowercase", "ByteLevel"}
+_KEEPING_NORMALIZERS = {
+    "NFC",
+    "NFKC",
+    "NFD",
+    "NFKD",
+    "Prepend",
+    "Replace",
+    "Lowercase",
+    "ByteLevel",
+}
 _KEEPING_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "Split"}
 
 
@@ -37,7 +50,9 @@ class TokenLength:
 
 
 def token_length(tokenizer: Tokenizer, byte_alphabet: Mapping[str, int]) -> TokenLength | None:
-    """The bound, or None when there is none. ``byte_alphabet``: how byte-level vocabularies write the 256 bytes."""
+    """The bound, or None when there is none. ``byte_alphabet``: how byte-level vocabularies write
+    the 256 bytes.
+    """
     added = tokenizer.get_added_tokens_decoder().values()
     normalizers = _parts(tokenizer.normalizer, "normalizers")
     pre_tokenizers = _parts(tokenizer.pre_tokenizer, "pretokenizers")
@@ -52,7 +67,8 @@ def token_length(tokenizer: Tokenizer, byte_alphabet: Mapping[str, int]) -> Toke
     vocabulary = tokenizer.get_vocab()
     lost = ""
     if any(part["type"] == "ByteLevel" for part in (*normalizers, *pre_tokenizers)):
-        # A character beyond ASCII keeps the bytes after its first one, as long as the vocabulary has all of those.
+        # A character beyond ASCII keeps the bytes after its first one, as long as the vocabulary
+        # has all of those.
         missing = [byte for name, byte in byte_alphabet.items() if name not in vocabulary]
         lost = "".join(chr(byte) for byte in missing if byte < 0x80)
         if not all(byte < 0x80 or byte >= 0xC0 for byte in missing):

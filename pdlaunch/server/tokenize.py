@@ -1,4 +1,6 @@
-"""/tokenize and /detokenize: from the bytes of a body to the answer. All of it runs in threads too."""
+"""/tokenize and /detokenize: from the bytes of a body to the answer. All of it runs in threads
+too.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,20 @@ def tokenize(raw: bytes, model: ServedModel) -> bytes:
         request = parse_request(TokenizeCompletionRequest, body, public=True)
         text = request.prompt
         if len(text) > max_chars:
-            raise RequestError(f"prompt has {len(text)} characters; at most {max_chars} are tokenized at a time", param="prompt")
+            raise RequestError(
+                f"prompt has {len(text)} characters; at most {max_chars} are tokenized at a time",
+                param="prompt",
+            )
     model.check_name(request.model)
     tokens = model.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
-    pieces = [model.tokenizer.token_piece(token) for token in tokens] if request.return_token_strs else None
-    answer = TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=tokens, token_strs=pieces)
+    pieces = (
+        [model.tokenizer.token_piece(token) for token in tokens]
+        if request.return_token_strs
+        else None
+    )
+    answer = TokenizeResponse(
+        count=len(tokens), max_model_len=model.max_model_len, tokens=tokens, token_strs=pieces
+    )
     return msgspec.json.encode(answer)
 
 
@@ -46,8 +57,13 @@ def detokenize(raw: bytes, model: ServedModel) -> bytes:
     """The body of the answer. Raises RequestError."""
     num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, model.max_model_len)
     if num_ids > max_ids:
-        raise RequestError(f"tokens has {num_ids} token ids; at most {max_ids} are detokenized at a time", param="tokens")
+        raise RequestError(
+            f"tokens has {num_ids} token ids; at most {max_ids} are detokenized at a time",
+            param="tokens",
+        )
     request = parse_request(DetokenizeRequest, read_json_object(raw), public=True)
     model.check_name(request.model)
     model.check_token_ids(request.tokens, "tokens")
-    return msgspec.json.encode(DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False)))
+    return msgspec.json.encode(
+        DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False))
+    )

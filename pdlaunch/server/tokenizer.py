@@ -1,4 +1,6 @@
-"""Text to token ids and back, with the ``tokenizers`` library alone: transformers would bring torch into the process."""
+"""Text to token ids and back, with the ``tokenizers`` library alone: transformers would bring torch
+into the process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        self._added = {
+            token_id: token.content
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
         alphabet = _byte_alphabet()
         self._byte_of_char = alphabet if _is_byte_level(tokenizer) else None
         self.token_length = token_length(tokenizer, alphabet)
@@ -35,23 +40,32 @@ class TextTokenizer:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(
-                f"{path} cannot be read: {error}", field="model", value=str(model_dir), fix="The model needs a tokenizer.json."
+                f"{path} cannot be read: {error}",
+                field="model",
+                value=str(model_dir),
+                fix="The model needs a tokenizer.json.",
             ) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``; special tokens that stand in it as text are recognised."""
         # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
         token_ids: list[int] = encoding.ids
         return token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8. Unknown ids give no text."""
+        """The text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8. Unknown ids
+        give no text.
+        """
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for within a text; empty for ids that the tokenizer does not know."""
+        """The bytes that a token stands for within a text; empty for ids that the tokenizer does
+        not know.
+        """
         if token_id in self._added:
             return self._added[token_id].encode()
         piece: str | None = self._tokenizer.id_to_token(token_id)
@@ -73,7 +87,10 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
     if decoder is None:
         return False
     settings = json.loads(decoder.__getstate__())
-    return "ByteLevel" in [settings["type"], *(part["type"] for part in settings.get("decoders", []))]
+    return "ByteLevel" in [
+        settings["type"],
+        *(part["type"] for part in settings.get("decoders", [])),
+    ]
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -20,7 +20,8 @@ from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
 
 
 class LaunchBootstraps:
-    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first ``make``.
+    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first
+    ``make``.
 
     ``listeners``: the open sockets of the public address, one or more, all of one port.
     """

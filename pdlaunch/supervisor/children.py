@@ -30,9 +30,11 @@ class _Child:
 
 
 class Children:
-    """The processes that live. Each leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
+    """The processes that live. Each leads its own session, so that Ctrl-C at the terminal reaches
+    the supervisor alone.
 
-    Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by thread.
+    Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by
+    thread.
     """
 
     CLOSE_TIMEOUT_S = 5.0
@@ -48,7 +50,8 @@ class Children:
     def spawn(
         self, spec: ProcessSpec, incarnation: int, first_line: bytes, inherited: Sequence[int] = ()
     ) -> ProcessExited | None:
-        """Start a process and give it ``first_line``; returns its end when it cannot even be started.
+        """Start a process and give it ``first_line``; returns its end when it cannot even be
+        started.
 
         ``inherited``: descriptors of ours that it gets under the same numbers.
 
@@ -70,7 +73,9 @@ class Children:
         return None
 
     def _open_log(self, name: str) -> IO[bytes]:
-        """Appends; a folder that somebody has removed is made again, and a launch whose disk is full goes on without logs."""
+        """Appends; a folder that somebody has removed is made again, and a launch whose disk is
+        full goes on without logs.
+        """
         try:
             self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.log_path(name).open("ab", buffering=0)
@@ -79,7 +84,9 @@ class Children:
             return Path(os.devnull).open("ab", buffering=0)
 
     @staticmethod
-    def _popen(spec: ProcessSpec, incarnation: int, log: IO[bytes], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+    def _popen(
+        spec: ProcessSpec, incarnation: int, log: IO[bytes], inherited: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
         if incarnation > 1:
             with contextlib.suppress(OSError):
                 log.write(f"--- incarnation {incarnation}\n".encode())
@@ -88,7 +95,8 @@ class Children:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name not in _HIDDEN_VARIABLES} | spec.environment,
+            env={name: value for name, value in os.environ.items() if name not in _HIDDEN_VARIABLES}
+            | spec.environment,
             start_new_session=True,
             bufsize=0,
             pass_fds=inherited,
@@ -101,7 +109,8 @@ class Children:
     def reap(self, name: str) -> ProcessExited:
         """Bury a process that has ended, and kill what it has left behind in its group.
 
-        The group is killed first: until the process is waited for, nobody else can be given its number.
+        The group is killed first: until the process is waited for, nobody else can be given its
+        number.
         """
         child = self._children.pop(name)
         with contextlib.suppress(ProcessLookupError):
@@ -120,7 +129,9 @@ class Children:
                 os.killpg(child.process.pid, signal_number)
 
     def close(self) -> None:
-        """Kill and bury whatever is left; for the way out after an error. At most ``CLOSE_TIMEOUT_S`` a process."""
+        """Kill and bury whatever is left; for the way out after an error. At most
+        ``CLOSE_TIMEOUT_S`` a process.
+        """
         for name in list(self._children):
             self.signal(name, signal.SIGKILL)
         for name, child in list(self._children.items()):

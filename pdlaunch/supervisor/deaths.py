@@ -1,4 +1,6 @@
-"""Decides what becomes of a unit that has died: it is started again, given up, or tried again later."""
+"""Decides what becomes of a unit that has died: it is started again, given up, or tried again
+later.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from pdlaunch.supervisor.states import ProcessState
 
 
 class Deaths:
-    """Acts on units of a launch that serves. ``start``: spawns one; ``fail``: ends the launch; ``note``: tells people."""
+    """Acts on units of a launch that serves. ``start``: spawns one; ``fail``: ends the launch;
+    ``note``: tells people.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,12 @@ class Deaths:
     @property
     def due_s(self) -> float:
         """When ``tick`` has something to do."""
-        times_s = [time_s for unit in self._units for time_s in (unit.deadline_s, unit.respawn_at_s) if time_s is not None]
+        times_s = [
+            time_s
+            for unit in self._units
+            for time_s in (unit.deadline_s, unit.respawn_at_s)
+            if time_s is not None
+        ]
         return min([*times_s, self._given_up.due_s])
 
     def died(self, unit: Unit, cause: Instance) -> None:
@@ -98,23 +107,40 @@ class Deaths:
         self._note(f"{unit.name} starts again in {delay_s:g} s")
 
     def _give_up(self, unit: Unit, cause: Instance) -> None:
-        """An engine that always dies leaves the others of its role alone with the work; without one the launch is over.
+        """An engine that always dies leaves the others of its role alone with the work; without one
+        the launch is over.
 
-        Deaths by SIGKILL count as well: it is what the kernel sends to a process that takes too much memory.
+        Deaths by SIGKILL count as well: it is what the kernel sends to a process that takes too
+        much memory.
         """
-        times = f"{unit.num_quick_deaths} times in a row, each within {self._policy.quick_s:g} s of its start"
+        times = (
+            f"{unit.num_quick_deaths} times in a row, each within {self._policy.quick_s:g} s of "
+            "its start"
+        )
         summary = f"{unit.name} died {times}"
         delay_s = self._given_up.add(cause, summary, self._clock())
         left = self._given_up.left_of(cause.spec.role)
         if not left:
-            self._fail(Failure(summary, process=cause.name, said=cause.error or "", details=self._given_up.details(cause)))
+            self._fail(
+                Failure(
+                    summary,
+                    process=cause.name,
+                    said=cause.error or "",
+                    details=self._given_up.details(cause),
+                )
+            )
             return
-        self._note(f"{summary}: {unit.engine} is given up and tried again in {delay_s:g} s, {', '.join(left)} serves on")
+        self._note(
+            f"{summary}: {unit.engine} is given up and tried again in {delay_s:g} s, "
+            f"{', '.join(left)} serves on"
+        )
         self._pairs.give_up(unit.engine)
         for other in self._units_of(unit.engine):
             for member in other.members:
                 member.given_up_for = (
-                    f"{summary}" + (f": {cause.error}" if cause.error else "") + f"; tried again {delay_s:g} s later"
+                    f"{summary}"
+                    + (f": {cause.error}" if cause.error else "")
+                    + f"; tried again {delay_s:g} s later"
                 )
             other.deadline_s = other.respawn_at_s = None
             other.cause = other.cause or cause

@@ -1,11 +1,13 @@
-"""Engines that are started anew because somebody asked: they finish what runs, are stopped, and start again.
+"""Engines that are started anew because somebody asked: they finish what runs, are stopped, and
+start again.
 
 ::
 
     begin ── serves ──▶ draining ── nothing runs, or drain_s is over ──▶ stopping ── all processes ended ──▶ started
         └── serves not ────────────────────────────────────────────────────▲
 
-A draining server is listed as such: routers give it no new work. What still runs when it is stopped goes on at another engine.
+A draining server is listed as such: routers give it no new work. What still runs when it is stopped
+goes on at another engine.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class _Restart:
 class EngineRestarts:
     """Restarts that are under way; ``in`` asks for an engine.
 
-    ``units``: of the launch. ``start``: spawns one. ``forgive``: is told of an engine before it is restarted.
+    ``units``: of the launch. ``start``: spawns one. ``forgive``: is told of an engine before it is
+    restarted.
     """
 
     def __init__(
@@ -64,18 +67,30 @@ class EngineRestarts:
     @property
     def due_s(self) -> float:
         """When ``tick`` has something to do."""
-        return min((r.drained_at_s for r in self._restarts.values() if r.drained_at_s is not None), default=math.inf)
+        return min(
+            (r.drained_at_s for r in self._restarts.values() if r.drained_at_s is not None),
+            default=math.inf,
+        )
 
     def ask(self, message: Restart, phase: Phase) -> Restarting:
-        """Begin a restart, unless the launch is in another phase than READY; once is as good as twice."""
-        named = (unit for unit in self._units for member in unit.members if member.name == message.name)
+        """Begin a restart, unless the launch is in another phase than READY; once is as good as
+        twice.
+        """
+        named = (
+            unit for unit in self._units for member in unit.members if member.name == message.name
+        )
         engine = next((unit.engine for unit in named), "")
         if not engine:
             known = ", ".join(dict.fromkeys(unit.engine for unit in self._units if unit.engine))
-            return Restarting(question=message.question, error=f"there is no engine {message.name[:100]}; there are: {known}")
+            return Restarting(
+                question=message.question,
+                error=f"there is no engine {message.name[:100]}; there are: {known}",
+            )
         if phase is not Phase.READY:
             return Restarting(
-                question=message.question, engine=engine, error=f"{engine} cannot be restarted: the launch is {phase}"
+                question=message.question,
+                engine=engine,
+                error=f"{engine} cannot be restarted: the launch is {phase}",
             )
         units = [unit for unit in self._units if unit.engine == engine]
         incarnation = next(unit.incarnation for unit in units if unit.name == engine)
@@ -122,7 +137,9 @@ class EngineRestarts:
                 self._stop(engine, restart)
 
     def _stop(self, engine: str, restart: _Restart) -> None:
-        """Ready processes listen to Stop; those that still start may be busy loading. Stragglers are killed."""
+        """Ready processes listen to Stop; those that still start may be busy loading. Stragglers
+        are killed.
+        """
         restart.drained_at_s = None
         for unit in restart.units:
             for member in unit.members:

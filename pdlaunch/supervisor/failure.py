@@ -28,11 +28,16 @@ class Failure:
     cause: PdlaunchError | None = None
 
     def report(self, log: Path | None) -> list[str]:
-        """At most ``MAX_LINES`` lines: what failed, why, and where to read on. ``log``: of the process."""
+        """At most ``MAX_LINES`` lines: what failed, why, and where to read on. ``log``: of the
+        process.
+        """
         lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
         if log is not None:
             reason = self.said.strip().splitlines() or _relevant(_tail(log))
-            lines += [*(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))), f"log: {log}"]
+            lines += [
+                *(f"  {line}" for line in _cut(reason, MAX_LINES - 1 - len(lines))),
+                f"log: {log}",
+            ]
         return [line[:MAX_WIDTH] for line in lines]
 
 
@@ -47,8 +52,12 @@ def _tail(log: Path) -> list[str]:
 
 
 def _relevant(lines: Sequence[str]) -> list[str]:
-    """The last error in words, or traceback, shortened to where it was raised; without either the last lines."""
-    starts = [index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))]
+    """The last error in words, or traceback, shortened to where it was raised; without either the
+    last lines.
+    """
+    starts = [
+        index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
+    ]
     relevant = list(lines[starts[-1] :] if starts else lines[-10:])
     return relevant if len(relevant) <= 12 else ["…", *relevant[-11:]]
 

@@ -19,7 +19,9 @@ from pdlaunch.supervisor.restarts import RestartPolicy
 
 
 class GivenUp:
-    """Which engines of a launch do not serve, why, and when they are tried again; ``in`` asks for one that is not on trial."""
+    """Which engines of a launch do not serve, why, and when they are tried again; ``in`` asks for
+    one that is not on trial.
+    """
 
     def __init__(self, plan: Plan, policy: RestartPolicy) -> None:
         self._engines = {role: plan.engines(role) for role in ROLES}
@@ -63,7 +65,9 @@ class GivenUp:
         self._why.pop(engine, None)
 
     def forgive(self, engine: str) -> None:
-        """It is started as if it had never been given up, but counts for nothing until it serves."""
+        """It is started as if it had never been given up, but counts for nothing until it
+        serves.
+        """
         self._retry_at_s.pop(engine, None)
         self.served_long(engine)
 
@@ -73,10 +77,20 @@ class GivenUp:
 
     def left_of(self, role: Role | None) -> list[str]:
         """The other engines of a role; the router has none."""
-        return [] if role is None else [engine for engine in self._engines[role] if engine not in self._why]
+        return (
+            []
+            if role is None
+            else [engine for engine in self._engines[role] if engine not in self._why]
+        )
 
     def details(self, last: Instance) -> list[str]:
-        """For the report of a launch whose ``last`` engine of a role is gone: what became of the others."""
+        """For the report of a launch whose ``last`` engine of a role is gone: what became of the
+        others.
+        """
         role = last.spec.role
-        others = [engine for engine in self._engines[role] if engine != last.spec.engine] if role is not None else []
+        others = (
+            [engine for engine in self._engines[role] if engine != last.spec.engine]
+            if role is not None
+            else []
+        )
         return [f"  before that, {self._why[engine]}" for engine in others]

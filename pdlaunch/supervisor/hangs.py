@@ -1,7 +1,7 @@
 """Which processes hang: they are ready, and their main loop has not turned for too long.
 
-The supervisor may have been stopped itself (Ctrl-Z, a frozen container). Then nobody could be heard, and everyone gets all of the
-time again.
+The supervisor may have been stopped itself (Ctrl-Z, a frozen container). Then nobody could be
+heard, and everyone gets all of the time again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class HangLimits:
     """Of one that sleeps: it may be loading its weights again."""
 
     def of(self, instance: Instance) -> float:
-        return self.timeout_s if instance.sleep_state == "awake" else max(self.timeout_s, self.asleep_s)
+        return (
+            self.timeout_s
+            if instance.sleep_state == "awake"
+            else max(self.timeout_s, self.asleep_s)
+        )
 
 
 class HangWatch:
@@ -54,7 +58,9 @@ class HangWatch:
         instance.stalled = False
 
     def look(self, instances: Iterable[Instance]) -> list[Instance]:
-        """Mark what was silent for half of its time as stalled; returns what was so for all of it, the longest first."""
+        """Mark what was silent for half of its time as stalled; returns what was so for all of it,
+        the longest first.
+        """
         now_s = self._clock()
         if now_s < self.due_s:
             return []
@@ -65,5 +71,9 @@ class HangWatch:
             if overslept:
                 self.heard(instance)
             instance.stalled = now_s - instance.heard_at_s >= self._limits.of(instance) / 2
-        hanging = [instance for instance in watched if now_s - instance.heard_at_s >= self._limits.of(instance)]
+        hanging = [
+            instance
+            for instance in watched
+            if now_s - instance.heard_at_s >= self._limits.of(instance)
+        ]
         return sorted(hanging, key=lambda instance: instance.heard_at_s)

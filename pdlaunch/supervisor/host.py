@@ -1,4 +1,6 @@
-"""What the supervisor sees of the world (events) and does to it (``Host``); tests put fakes in its place."""
+"""What the supervisor sees of the world (events) and does to it (``Host``); tests put fakes in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.status import LaunchStatus
 
 _OWN_SIGNALS = frozenset(
-    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+    {
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    }
 )
 
 
@@ -63,10 +73,14 @@ class Host(Protocol):
     """Where processes run. No method blocks."""
 
     def prepare(self) -> None:
-        """All models are in place: work out what servers, ranks and router are given. Raises PdlaunchError."""
+        """All models are in place: work out what servers, ranks and router are given. Raises
+        PdlaunchError.
+        """
 
     def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
-        """Start a process; its end arrives as ``ProcessExited``. Raises OSError when the system refuses."""
+        """Start a process; its end arrives as ``ProcessExited``. Raises OSError when the system
+        refuses.
+        """
 
     def signal(self, name: str, signal_number: int) -> None:
         """Send a signal to the process and all that it has started; ignored when it is gone."""
@@ -78,7 +92,9 @@ class Host(Protocol):
         """Queue a message; lost when the process is not connected."""
 
     def close_listeners(self) -> None:
-        """No router will accept a connection any more: let them be refused; once is as good as twice."""
+        """No router will accept a connection any more: let them be refused; once is as good as
+        twice.
+        """
 
 
 class Observer(Protocol):

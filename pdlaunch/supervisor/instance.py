@@ -1,4 +1,6 @@
-"""What runs of a plan: instances of process specs, and the units in which they live and die together."""
+"""What runs of a plan: instances of process specs, and the units in which they live and die
+together.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,14 @@ class Instance:
         self.info = {}
 
     def entry(self) -> Entry | None:
-        """Its line of the registry; None while it is not reachable. Of an engine that was given up the server's line stays."""
-        said = Register(name=self.name, incarnation=self.incarnation, pid=0) if self._is_given_up_server() else self.registration
+        """Its line of the registry; None while it is not reachable. Of an engine that was given up
+        the server's line stays.
+        """
+        said = (
+            Register(name=self.name, incarnation=self.incarnation, pid=0)
+            if self._is_given_up_server()
+            else self.registration
+        )
         if said is None or self.spec.kind == "convert" or self.state not in _LISTED:
             return None
         return Entry(
@@ -95,7 +103,9 @@ _LISTED: Mapping[ProcessState, ListedState] = {
 
 @dataclass(slots=True)
 class Unit:
-    """Processes that start, die and are restarted together: the router, a server, or the ranks of one engine."""
+    """Processes that start, die and are restarted together: the router, a server, or the ranks of
+    one engine.
+    """
 
     name: str
     members: list[Instance]

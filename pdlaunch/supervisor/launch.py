@@ -61,7 +61,9 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 + signal: stopped before it was ready."""
+        """0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 + signal:
+        stopped before it was ready.
+        """
         if self.failure is not None:
             return 2 if isinstance(self.failure.cause, ConfigError) else 1
         if self.survivors:
@@ -69,10 +71,14 @@ class Outcome:
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
 
-def plan_launch(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> PlannedLaunch:
+def plan_launch(
+    config: LaunchConfig, machine: Machine, environ: Mapping[str, str]
+) -> PlannedLaunch:
     """Find the models and plan the processes; starts nothing. Raises ConfigError."""
     models = resolve_models(config)
-    planned = plan(config, machine, environ, tuple({m.model: None for m in models.values() if not m.ready}))
+    planned = plan(
+        config, machine, environ, tuple({m.model: None for m in models.values() if not m.ready})
+    )
     if not planned.conversions:
         resolve_engines(config, machine, models)
     return PlannedLaunch(config, machine, models, planned)
@@ -98,8 +104,8 @@ def launch(
 ) -> Outcome:
     """Start everything, serve until told to stop, stop everything; ``check_platform`` comes before.
 
-    ``listeners``: of the public address (``ports.listen``); closed when no more connections are taken, at the latest at the end.
-    ``lifeline``: a descriptor whose end is a request to stop.
+    ``listeners``: of the public address (``ports.listen``); closed when no more connections are
+    taken, at the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
     """
     config = planned.config
     timing = Timing(
@@ -110,7 +116,11 @@ def launch(
     setup_logging("supervisor", config.log_level, file=log_dir / SUPERVISOR_LOG)
     raise_open_files()
     keys = new_launch_keys()
-    with keep(log_dir), new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
+    with (
+        keep(log_dir),
+        new_run_dir() as run_dir,
+        contextlib.closing(SecureContext(keys)) as context,
+    ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = LaunchBootstraps(
             config,
@@ -122,7 +132,9 @@ def launch(
             launch_id=launch_id,
             listeners=listeners,
         )
-        return supervise(planned.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners)
+        return supervise(
+            planned.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners
+        )
 
 
 def supervise(
@@ -141,8 +153,18 @@ def supervise(
         supervisor = Supervisor(plan, host, observer, timing, time.monotonic)
         run(supervisor, host, time.monotonic)
         failure = supervisor.failure
-        log = children.log_path(failure.process) if failure is not None and failure.process is not None else None
+        log = (
+            children.log_path(failure.process)
+            if failure is not None and failure.process is not None
+            else None
+        )
         report = () if failure is None else tuple(failure.report(log))
         for line in report:
             logger.error("%s", line)
-        return Outcome(failure, report, supervisor.was_ready, supervisor.stop_signal, tuple(supervisor.survivors()))
+        return Outcome(
+            failure,
+            report,
+            supervisor.was_ready,
+            supervisor.stop_signal,
+            tuple(supervisor.survivors()),
+        )

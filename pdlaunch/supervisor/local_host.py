@@ -1,4 +1,6 @@
-"""This machine as the supervisor's host: child processes, the control channel and signals in one poll."""
+"""This machine as the supervisor's host: child processes, the control channel and signals in one
+poll.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ class Bootstraps(Protocol):
 class LocalHost:
     """``Host`` and ``EventSource`` of a launch whose processes all run here.
 
-    ``control``: bound ROUTER socket. ``lifeline``: a descriptor whose end asks for a stop, as its writer is then gone.
-    ``listeners``: sockets of the public address, which each router inherits.
+    ``control``: bound ROUTER socket. ``lifeline``: a descriptor whose end asks for a stop, as its
+    writer is then gone. ``listeners``: sockets of the public address, which each router inherits.
     """
 
     CONVERSION_POLL_S = 0.25
@@ -80,10 +82,15 @@ class LocalHost:
         else:
             bootstrap = self._bootstraps.make(spec, incarnation)
             with self._new_step_record(spec) as step_record:
-                inherited = [*step_record, *(() if bootstrap.router is None else bootstrap.router.listeners)]
+                inherited = [
+                    *step_record,
+                    *(() if bootstrap.router is None else bootstrap.router.listeners),
+                ]
                 for descriptor in step_record:
                     bootstrap = msgspec.structs.replace(bootstrap, step_record=descriptor)
-                stillborn = self._children.spawn(spec, incarnation, msgspec.json.encode(bootstrap) + b"\n", inherited)
+                stillborn = self._children.spawn(
+                    spec, incarnation, msgspec.json.encode(bootstrap) + b"\n", inherited
+                )
         if stillborn is not None:
             self._stillborn.append(stillborn)
             return
@@ -122,13 +129,17 @@ class LocalHost:
             timeout_s = 0.0
         if self._conversions:
             timeout_s = min(self.CONVERSION_POLL_S, math.inf if timeout_s is None else timeout_s)
-        ready: dict[Any, int] = dict(self._poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)))
+        ready: dict[Any, int] = dict(
+            self._poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1000))
+        )
         exits = [*self._take_stillborn(), *self._reap(ready)]
         return [
             *(StopRequested(number) for number in self._signals.take()),
             *self._feel_lifeline(ready),
             # Ranks that were killed before those that died of it.
-            *sorted((gone for gone in exits if gone.returncode < 0), key=lambda gone: gone.by_itself),
+            *sorted(
+                (gone for gone in exits if gone.returncode < 0), key=lambda gone: gone.by_itself
+            ),
             *self._receive(),
             *self._conversion_progress(),
             *(gone for gone in exits if gone.returncode >= 0),
@@ -166,7 +177,9 @@ class LocalHost:
                 logger.warning("malformed message from %r", identity[:80])
 
     def _conversion_progress(self) -> list[MessageReceived]:
-        """A conversion prints lines such as ``[ 40%] reading weights``; the last one is its progress."""
+        """A conversion prints lines such as ``[ 40%] reading weights``; the last one is its
+        progress.
+        """
         events = []
         for name, before in self._conversions.items():
             line = _last_stage(self._children.log_path(name))
@@ -177,7 +190,9 @@ class LocalHost:
 
 
 def _last_stage(log: Path) -> str:
-    """Its last line such as ``[ 40%] reading weights``; what libraries and errors say is no progress."""
+    """Its last line such as ``[ 40%] reading weights``; what libraries and errors say is no
+    progress.
+    """
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:

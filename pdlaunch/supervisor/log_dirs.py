@@ -16,7 +16,9 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.process.file_lock import is_locked, take_lock
 
 KEPT_LAUNCHES = 20
-"""Folders of the cache that stay, the new one included; those of running launches stay beyond that."""
+"""Folders of the cache that stay, the new one included; those of running launches stay beyond
+that.
+"""
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
 
@@ -27,8 +29,12 @@ def new_launch_id() -> str:
 
 
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
-    """The folder of the log files, made now: as configured, else a new one in the cache. Raises ConfigError."""
-    log_dir = Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
+    """The folder of the log files, made now: as configured, else a new one in the cache. Raises
+    ConfigError.
+    """
+    log_dir = (
+        Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
+    )
     try:
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (log_dir / SUPERVISOR_LOG).touch()
@@ -56,7 +62,11 @@ def keep(log_dir: Path) -> Iterator[None]:
 
 def prune(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     """Remove all but the latest log folders of launches that have ended; returns them."""
-    launches = sorted(path for path in folder.iterdir() if _LAUNCH_ID.fullmatch(path.name) and not path.is_symlink())
+    launches = sorted(
+        path
+        for path in folder.iterdir()
+        if _LAUNCH_ID.fullmatch(path.name) and not path.is_symlink()
+    )
     old = [path for path in launches[:-num_kept] if not _is_kept(path)]
     for path in old:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""What joins the GPUs of each pair of ranks: from the plan, which says where they run, and from NVML."""
+"""What joins the GPUs of each pair of ranks: from the plan, which says where they run, and from
+NVML.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,15 @@ _RENUMBERING = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
 def gpu_links(
-    config: LaunchConfig, machine: Machine, environ: Mapping[str, str], pairs: Sequence[PairReady], read: ReadLinks
+    config: LaunchConfig,
+    machine: Machine,
+    environ: Mapping[str, str],
+    pairs: Sequence[PairReady],
+    read: ReadLinks,
 ) -> list[GpuLink | None]:
-    """Of each pair. None: not two GPUs of this host, or the connector does not use what joins them, or it is not known."""
+    """Of each pair. None: not two GPUs of this host, or the connector does not use what joins them,
+    or it is not known.
+    """
     if config.kv_transfer.connector != "nixl":
         return [None] * len(pairs)
     bus_ids = _bus_ids(config, machine, environ)
@@ -36,11 +44,16 @@ def _place(bus_ids: Mapping[str, str], pair: PairReady) -> BusPair | None:
 
 def _bus_ids(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> dict[str, str]:
     """PCI address of each rank's GPU, where it is known."""
-    addresses = {f"cuda:{gpu.index}": gpu.pci_bus_id for gpu in machine.gpus if gpu.pci_bus_id is not None and not gpu.is_slice}
+    addresses = {
+        f"cuda:{gpu.index}": gpu.pci_bus_id
+        for gpu in machine.gpus
+        if gpu.pci_bus_id is not None and not gpu.is_slice
+    }
     planned = plan(config, machine, environ)
     ranks = [rank for role in ROLES for rank in planned.ranks(role)]
     return {
         rank.name: addresses[rank.devices[0]]
         for rank in ranks
-        if rank.devices[0] in addresses and not any(name in rank.environment for name in _RENUMBERING)
+        if rank.devices[0] in addresses
+        and not any(name in rank.environment for name in _RENUMBERING)
     }

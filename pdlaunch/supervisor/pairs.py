@@ -9,13 +9,18 @@ from pdlaunch.supervisor.plan import Plan
 class PairBook:
     """The pairs of a launch.
 
-    With different TP sizes only some ranks of two engines talk to each other, and the decode side knows which: each pair tells
-    with how many ranks of that engine. No pairs are due while a role has no engine.
+    With different TP sizes only some ranks of two engines talk to each other, and the decode side
+    knows which: each pair tells with how many ranks of that engine. No pairs are due while a role
+    has no engine.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._engine_of = {rank.name: rank.engine for rank in plan.ranks("prefill")}
-        self._due = [(rank.name, engine) for rank in plan.ranks("decode") for engine in plan.engines("prefill")]
+        self._due = [
+            (rank.name, engine)
+            for rank in plan.ranks("decode")
+            for engine in plan.engines("prefill")
+        ]
         self._given_up: set[str] = set()
         self._proven: dict[tuple[str, str], PairReady] = {}
         self._errors: dict[tuple[str, str], str] = {}
@@ -44,20 +49,38 @@ class PairBook:
 
     def missing(self) -> list[str]:
         """The pairs that are due, each in words with the last error."""
-        due = [(rank, engine) for rank, engine in self._due if self._given_up.isdisjoint((rank.partition("/")[0], engine))]
-        return [self._describe(rank, engine) for rank, engine in due if not self._is_connected(rank, engine)]
+        due = [
+            (rank, engine)
+            for rank, engine in self._due
+            if self._given_up.isdisjoint((rank.partition("/")[0], engine))
+        ]
+        return [
+            self._describe(rank, engine)
+            for rank, engine in due
+            if not self._is_connected(rank, engine)
+        ]
 
     def _is_connected(self, local: str, engine: str) -> bool:
         pairs = self._pairs(local, engine)
         return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
 
     def _pairs(self, local: str, engine: str) -> list[PairReady]:
-        return [pair for pair in self._proven.values() if pair.local == local and self._engine_of.get(pair.peer) == engine]
+        return [
+            pair
+            for pair in self._proven.values()
+            if pair.local == local and self._engine_of.get(pair.peer) == engine
+        ]
 
     def _describe(self, local: str, engine: str) -> str:
         errors = [
-            error for (l_name, peer), error in self._errors.items() if l_name == local and self._engine_of.get(peer) == engine
+            error
+            for (l_name, peer), error in self._errors.items()
+            if l_name == local and self._engine_of.get(peer) == engine
         ]
         pairs = self._pairs(local, engine)
-        what = f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of" if pairs else "no path to"
+        what = (
+            f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of"
+            if pairs
+            else "no path to"
+        )
         return f"{local} has {what} {engine}" + (f": {errors[-1]}" if errors else "")

@@ -1,4 +1,6 @@
-"""``plan(config, machine) -> Plan``: every process of a launch, before anything is started or read from the model."""
+"""``plan(config, machine) -> Plan``: every process of a launch, before anything is started or read
+from the model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One process as planned; what runs is an ``instance.Instance`` of it."""
 
     name: str
-    """``router``, ``prefill-0`` (its server), ``prefill-0/rank-0``, ``convert-0``: unique, stable over restarts."""
+    """``router``, ``prefill-0`` (its server), ``prefill-0/rank-0``, ``convert-0``: unique, stable
+    over restarts.
+    """
     kind: Literal["convert", "router", "server", "rank"]
     unit: str
     """Processes of one unit start, die and are restarted together, under one incarnation."""
@@ -39,7 +43,9 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     """``cpu`` or ``cuda:N``."""
     num_threads: int = 1
     cpus: tuple[int, ...] = ()
-    """Cores that it may run on. All of them: a rank that is pinned would queue behind servers and router while cores idle."""
+    """Cores that it may run on. All of them: a rank that is pinned would queue behind servers and
+    router while cores idle.
+    """
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,15 +66,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return [p for p in self.processes if p.kind == "rank" and p.role == role]
 
 
-def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], conversions: Sequence[str] = ()) -> Plan:
-    """Every process of ``config`` on ``machine``; ranks come first, because they take longest to start.
+def plan(
+    config: LaunchConfig,
+    machine: Machine,
+    environ: Mapping[str, str],
+    conversions: Sequence[str] = (),
+) -> Plan:
+    """Every process of ``config`` on ``machine``; ranks come first, because they take longest to
+    start.
 
-    ``environ``: the supervisor's own; ``conversions``: the models that must be converted first. Raises ConfigError when there is
-    no engine, or not the device for one.
+    ``environ``: the supervisor's own; ``conversions``: the models that must be converted first.
+    Raises ConfigError when there is no engine, or not the device for one.
     """
     placement = Placement(config, machine)
-    ranks = [_rank(placement, environ, role, index, tp_rank) for role, index, tp_rank in _each_rank(config)]
-    servers = [_server(config, machine, role, index) for role in ROLES for index in range(config.role(role).replicas)]
+    ranks = [
+        _rank(placement, environ, role, index, tp_rank)
+        for role, index, tp_rank in _each_rank(config)
+    ]
+    servers = [
+        _server(config, machine, role, index)
+        for role in ROLES
+        for index in range(config.role(role).replicas)
+    ]
     if not ranks:
         raise ConfigError(
             "there is no engine to start",
@@ -77,13 +96,17 @@ def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str], con
             fix="set prefill.replicas and decode.replicas to 1 or more",
         )
     return Plan(
-        conversions=tuple(_conversion(machine, index, source) for index, source in enumerate(conversions)),
+        conversions=tuple(
+            _conversion(machine, index, source) for index, source in enumerate(conversions)
+        ),
         processes=(*ranks, *servers, _router(config, machine)),
     )
 
 
 class Placement:
-    """Which device and how many threads each rank gets: GPUs round-robin over all ranks, cores shared evenly."""
+    """Which device and how many threads each rank gets: GPUs round-robin over all ranks, cores
+    shared evenly.
+    """
 
     def __init__(self, config: LaunchConfig, machine: Machine) -> None:
         self.config = config
@@ -98,12 +121,18 @@ class Placement:
             return "cpu"
         if not len(self.machine.gpus):
             raise ConfigError(
-                "no CUDA device was found", field="device", value=wanted, fix="set device: cpu, or check nvidia-smi"
+                "no CUDA device was found",
+                field="device",
+                value=wanted,
+                fix="set device: cpu, or check nvidia-smi",
             )
         tp_size = self.config.role(role).tensor_parallel_size
         if tp_size > len(self.machine.gpus):
             raise ConfigError(
-                f"an engine of {tp_size} ranks needs {tp_size} GPUs, this machine has {len(self.machine.gpus)}",
+                (
+                    f"an engine of {tp_size} ranks needs {tp_size} GPUs, this machine has "
+                    f"{len(self.machine.gpus)}"
+                ),
                 field=f"{role}.tensor_parallel_size",
                 value=tp_size,
                 fix=f"set it to {len(self.machine.gpus)} or less",
@@ -132,7 +161,9 @@ def _each_rank(config: LaunchConfig) -> Iterator[tuple[Role, int, int]]:
                 yield role, index, tp_rank
 
 
-def _rank(placement: Placement, environ: Mapping[str, str], role: Role, index: int, tp_rank: int) -> ProcessSpec:
+def _rank(
+    placement: Placement, environ: Mapping[str, str], role: Role, index: int, tp_rank: int
+) -> ProcessSpec:
     engine = f"{role}-{index}"
     name = f"{engine}/rank-{tp_rank}"
     devices = placement.device_indices(role, index)
@@ -188,23 +219,39 @@ def _conversion(machine: Machine, index: int, source: str) -> ProcessSpec:
         name=name,
         kind="convert",
         unit=name,
-        command=_python("pdlaunch.process.guarded", "pdlaunch.models.convert", source, "--if-needed", "--traceback"),
+        command=_python(
+            "pdlaunch.process.guarded",
+            "pdlaunch.models.convert",
+            source,
+            "--if-needed",
+            "--traceback",
+        ),
         environment={"PYTHONUNBUFFERED": "1"},
         cpus=machine.cpus,
     )
 
 
 def _python(*arguments: str) -> tuple[str, ...]:
-    # -P: files in the current folder must not stand in for modules, as with the `pdlaunch` script itself.
+    # -P: files in the current folder must not stand in for modules, as with the `pdlaunch` script
+    # itself.
     return (sys.executable, "-P", "-m", *arguments)
 
 
 def _light_environment() -> dict[str, str]:
-    return {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
 
 
-def _rank_environment(placement: Placement, role: Role, environ: Mapping[str, str]) -> dict[str, str]:
-    """Threads as planned, then what the user has set, the engine's ``env`` first; what the connector needs is last."""
+def _rank_environment(
+    placement: Placement, role: Role, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Threads as planned, then what the user has set, the engine's ``env`` first; what the
+    connector needs is last.
+    """
     env = placement.config.engine_settings(role).env
     num_threads = placement.num_threads(role)
     return {
@@ -215,13 +262,20 @@ def _rank_environment(placement: Placement, role: Role, environ: Mapping[str, st
         # Models are folders by now; a rank that asks a hub would only wait for a time-out.
         "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
         **env,
-        **connector_environment(placement.config.kv_transfer, {**environ, **env}, placement.device(role)),
+        **connector_environment(
+            placement.config.kv_transfer, {**environ, **env}, placement.device(role)
+        ),
     }
 
 
 def _mask(processes: tuple[ProcessSpec, ...]) -> tuple[ProcessSpec, ...]:
-    return tuple(msgspec.structs.replace(p, environment=_mask_environment(p.environment)) for p in processes)
+    return tuple(
+        msgspec.structs.replace(p, environment=_mask_environment(p.environment)) for p in processes
+    )
 
 
 def _mask_environment(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value if _SECRET_WORDS.isdisjoint(name.upper().split("_")) else "***" for name, value in environment.items()}
+    return {
+        name: value if _SECRET_WORDS.isdisjoint(name.upper().split("_")) else "***"
+        for name, value in environment.items()
+    }

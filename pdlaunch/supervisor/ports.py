@@ -1,4 +1,6 @@
-"""The public address: the supervisor listens there before anything is started, and each router in turn accepts."""
+"""The public address: the supervisor listens there before anything is started, and each router in
+turn accepts.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ _ATTEMPTS = 16
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Listen at ``port`` of all addresses of ``host``, for the block at most; 0 is a free port, the same for all of them.
+    """Listen at ``port`` of all addresses of ``host``, for the block at most; 0 is a free port, the
+    same for all of them.
 
-    No child inherits the sockets by itself. Raises StartupError naming what is wrong with the address.
+    No child inherits the sockets by itself. Raises StartupError naming what is wrong with the
+    address.
     """
     listeners = _listen(host, port)
     try:
@@ -35,21 +39,26 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def check_engine_ports(config: LaunchConfig) -> None:
-    """Raises StartupError naming the setting when a fixed port of an engine is not free; its server listens there later."""
+    """Raises StartupError naming the setting when a fixed port of an engine is not free; its server
+    listens there later.
+    """
     for role in ROLES:
         for port in config.role(role).ports():
             state = probe_port(ENGINE_HOST, port)
             if state is not None and state.problem:
                 reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
                 raise StartupError(
-                    f"port {port} of {ENGINE_HOST} cannot be used: {reason}; free it, or choose other ones with {role}.port"
+                    f"port {port} of {ENGINE_HOST} cannot be used: {reason}; free it, or choose "
+                    f"other ones with {role}.port"
                 )
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            found = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
             return _listen_at({(family, address): None for family, _, _, _, address in found})
         except (OSError, UnicodeError, ValueError) as error:
             if port or attempt == _ATTEMPTS:
@@ -58,7 +67,9 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
-    """Listen as servers do: a port whose last connections are fading away is free, and IPv6 does not take IPv4's port."""
+    """Listen as servers do: a port whose last connections are fading away is free, and IPv6 does
+    not take IPv4's port.
+    """
     with contextlib.ExitStack() as undo:
         sockets: list[socket.socket] = []
         for family, (address, port, *rest) in addresses:
@@ -80,18 +91,26 @@ def _port_of(sockets: list[socket.socket]) -> int:
 
 
 def _explain(host: str, port: int, error: Exception) -> str:
-    """Say what is wrong with an address, who holds a busy port where that can be seen, and what to do."""
+    """Say what is wrong with an address, who holds a busy port where that can be seen, and what to
+    do.
+    """
     state = probe_port(host, port)
     match state.problem if state is not None else None:
         case "busy":
-            return f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one with --port"
+            return (
+                f"port {port} of {host} is busy{_holder(port)}; free it, or choose another one "
+                "with --port"
+            )
         case "privileged":
             return f"port {port} needs privileges; choose one from 1024 on with --port"
         case "not here" | "unknown host":
             return f"host {host} is no address of this machine; choose another one with --host"
         case _:
             reason = getattr(error, "strerror", None) or error
-            return f"cannot listen on {host}:{port}: {reason}; free the port or choose another with --host and --port"
+            return (
+                f"cannot listen on {host}:{port}: {reason}; free the port or choose another with "
+                "--host and --port"
+            )
 
 
 def _holder(port: int) -> str:
@@ -101,7 +120,11 @@ def _holder(port: int) -> str:
     except (psutil.Error, OSError):
         return ""
     for connection in connections:
-        listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+        listens = (
+            connection.status == psutil.CONN_LISTEN
+            and connection.laddr
+            and connection.laddr.port == port
+        )
         if listens and connection.pid:
             try:
                 return f" (held by {psutil.Process(connection.pid).name()}, pid {connection.pid})"

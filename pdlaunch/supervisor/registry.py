@@ -18,11 +18,19 @@ class RegistryBook:
     def current(self) -> Registry:
         return self._current
 
-    def update(self, instances: Iterable[Instance], pairs: Sequence[PairReady] = (), *, serving: bool) -> bool:
-        """Take in the state of all instances, pairs and of the launch; True when the registry has changed and must be sent."""
-        entries: list[Entry] = [entry for instance in instances if (entry := instance.entry()) is not None]
+    def update(
+        self, instances: Iterable[Instance], pairs: Sequence[PairReady] = (), *, serving: bool
+    ) -> bool:
+        """Take in the state of all instances, pairs and of the launch; True when the registry has
+        changed and must be sent.
+        """
+        entries: list[Entry] = [
+            entry for instance in instances if (entry := instance.entry()) is not None
+        ]
         current = self._current
         if (entries, list(pairs), serving) == (current.entries, current.pairs, current.serving):
             return False
-        self._current = Registry(version=current.version + 1, entries=entries, serving=serving, pairs=list(pairs))
+        self._current = Registry(
+            version=current.version + 1, entries=entries, serving=serving, pairs=list(pairs)
+        )
         return True

@@ -1,4 +1,6 @@
-"""From a configuration, a machine and the models' own files to ``EngineSpec``: nothing is left to be derived after this."""
+"""From a configuration, a machine and the models' own files to ``EngineSpec``: nothing is left to
+be derived after this.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,19 @@ CUDA_BATCHED_TOKENS = 8192
 
 
 def resolve_models(config: LaunchConfig) -> dict[Role, ResolvedModel]:
-    """Where the model of each role that has engines comes from. Raises ConfigError when one cannot be found."""
-    return {role: resolve_model(config.engine_settings(role).model) for role in ROLES if config.role(role).replicas}
+    """Where the model of each role that has engines comes from. Raises ConfigError when one cannot
+    be found.
+    """
+    return {
+        role: resolve_model(config.engine_settings(role).model)
+        for role in ROLES
+        if config.role(role).replicas
+    }
 
 
-def resolve_engines(config: LaunchConfig, machine: Machine, models: Mapping[Role, ResolvedModel]) -> dict[str, EngineSpec]:
+def resolve_engines(
+    config: LaunchConfig, machine: Machine, models: Mapping[Role, ResolvedModel]
+) -> dict[str, EngineSpec]:
     """The spec of every engine by name. All models must have been converted. Raises ConfigError."""
     placement = Placement(config, machine)
     specs: dict[str, EngineSpec] = {}
@@ -41,14 +51,18 @@ def resolve_engines(config: LaunchConfig, machine: Machine, models: Mapping[Role
 
 
 def served_model_name(config: LaunchConfig) -> str:
-    """The name in the API: as set, else the alias, or the name of the directory or file without its ending."""
+    """The name in the API: as set, else the alias, or the name of the directory or file without its
+    ending.
+    """
     settings = next(config.engine_settings(role) for role in ROLES if config.role(role).replicas)
     path = Path(settings.model).expanduser()
     own = path.stem if path.suffix == ".gguf" else path.resolve().name
     return settings.served_model_name or own
 
 
-def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, shape: ModelShape) -> EngineSpec:
+def _engine(
+    placement: Placement, role: Role, index: int, model: ResolvedModel, shape: ModelShape
+) -> EngineSpec:
     config, settings = placement.config, placement.config.engine_settings(role)
     device = placement.device(role)
     memory = memory_options(settings)
@@ -69,7 +83,8 @@ def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, 
         enable_cumem_allocator=memory.cumem_allocator,
         enable_sleep_mode=memory.sleep_mode,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens or (CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS),
+        max_num_batched_tokens=settings.max_num_batched_tokens
+        or (CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS),
         device=device,
         device_indices=placement.device_indices(role, index),
         tensor_parallel_size=config.role(role).tensor_parallel_size,
@@ -84,8 +99,12 @@ def _engine(placement: Placement, role: Role, index: int, model: ResolvedModel, 
     )
 
 
-def _dtype(settings: EngineSettings, shape: ModelShape, device: Literal["cpu", "cuda"], machine: Machine) -> DTypeName:
-    """``auto``: the checkpoint's, but float32 where the CPU would emulate a 16-bit type (measured: 6 times slower prefill)."""
+def _dtype(
+    settings: EngineSettings, shape: ModelShape, device: Literal["cpu", "cuda"], machine: Machine
+) -> DTypeName:
+    """``auto``: the checkpoint's, but float32 where the CPU would emulate a 16-bit type (measured:
+    6 times slower prefill).
+    """
     if settings.dtype != "auto":
         return settings.dtype
     if shape.dtype not in DTYPE_BYTES:

@@ -15,7 +15,9 @@ class RestartPolicy:
     first_delay_s: float = 0.5
     max_delay_s: float = 30.0
     quick_s: float = 60.0
-    """A death within this time of being ready, or before it, is a quick one; a later one starts the count anew."""
+    """A death within this time of being ready, or before it, is a quick one; a later one starts the
+    count anew.
+    """
     max_quick_deaths: int = 5
     first_retry_s: float = 60.0
     max_retry_s: float = 900.0
@@ -31,6 +33,8 @@ class RestartPolicy:
         return float(min(self.max_delay_s, self.first_delay_s * 2 ** max(0, num_quick_deaths - 1)))
 
     def retry_delay_s(self, num_times: int) -> float:
-        """Seconds until an engine is tried again that was given up so many times in a row, once at least."""
+        """Seconds until an engine is tried again that was given up so many times in a row, once at
+        least.
+        """
         doublings = min(num_times - 1, _MAX_DOUBLINGS)
         return float(min(self.max_retry_s, self.first_retry_s * 2**doublings))

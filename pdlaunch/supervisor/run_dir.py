@@ -18,7 +18,9 @@ _NEW_FOR_S = 60.0
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
-    """A fresh folder, mode 0700, removed at the end. A lock in it, which dies with this process, says that it is in use."""
+    """A fresh folder, mode 0700, removed at the end. A lock in it, which dies with this process,
+    says that it is in use.
+    """
     base = base or base_dir()
     remove_stale_run_dirs(base)
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))

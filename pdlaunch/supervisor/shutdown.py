@@ -1,4 +1,6 @@
-"""The end of a launch: drain the router, then the engines; stop them in the same order; terminate, kill. All have deadlines."""
+"""The end of a launch: drain the router, then the engines; stop them in the same order; terminate,
+kill. All have deadlines.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Grace:
 class Shutdown:
     """Walks the phases from draining to ``STOPPED``; ``advance`` after every event."""
 
-    def __init__(self, host: Host, instances: Sequence[Instance], grace: Grace, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, host: Host, instances: Sequence[Instance], grace: Grace, clock: Callable[[], float]
+    ) -> None:
         self._host = host
         self._instances = instances
         self._grace = grace
@@ -67,7 +71,9 @@ class Shutdown:
             following = _ORDER[_ORDER.index(self.phase) + 1]
             stopped = self.phase not in _DRAINED_KIND and not self._alive()
             self._enter(Phase.STOPPED if stopped else following)
-        if self.phase not in _DRAINED_KIND or not any(i.spec.kind == "router" for i in self._alive()):
+        if self.phase not in _DRAINED_KIND or not any(
+            i.spec.kind == "router" for i in self._alive()
+        ):
             # No other router follows: who connects now is refused instead of left waiting.
             self._host.close_listeners()
 
@@ -88,10 +94,14 @@ class Shutdown:
                 self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_deadline_s - now_s))
             case Phase.STOPPING_ROUTER:
                 self.deadline_s = now_s + self._grace.router_stop_s
-                self._stop([instance for instance in self._alive() if instance.spec.kind == "router"])
+                self._stop(
+                    [instance for instance in self._alive() if instance.spec.kind == "router"]
+                )
             case Phase.STOPPING:
                 self.deadline_s = now_s + self._grace.stop_s
-                self._stop([instance for instance in self._alive() if instance.spec.kind != "router"])
+                self._stop(
+                    [instance for instance in self._alive() if instance.spec.kind != "router"]
+                )
             case Phase.TERMINATING:
                 self.deadline_s = now_s + self._grace.terminate_s
                 self._signal(signal.SIGTERM)
@@ -109,7 +119,9 @@ class Shutdown:
             self._host.send(instance.name, Drain(timeout_s=timeout_s))
 
     def _stop(self, instances: Sequence[Instance]) -> None:
-        """What is ready listens to Stop; what still starts may be busy loading, and leaves by SIGTERM."""
+        """What is ready listens to Stop; what still starts may be busy loading, and leaves by
+        SIGTERM.
+        """
         for instance in instances:
             if instance.state in _WORKING:
                 self._host.send(instance.name, Stop())
@@ -122,7 +134,11 @@ class Shutdown:
 
     def _undrained(self, kind: str) -> list[Instance]:
         """What still starts has no work to finish."""
-        return [i for i in self._instances if i.spec.kind == kind and i.state in _WORKING and i.name not in self._drained]
+        return [
+            i
+            for i in self._instances
+            if i.spec.kind == kind and i.state in _WORKING and i.name not in self._drained
+        ]
 
     def _alive(self) -> list[Instance]:
         return [instance for instance in self._instances if instance.alive]

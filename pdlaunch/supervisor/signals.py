@@ -13,7 +13,8 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class SignalInbox:
-    """Collects stop signals between ``__enter__`` and ``__exit__``; ``fileno`` becomes readable with each.
+    """Collects stop signals between ``__enter__`` and ``__exit__``; ``fileno`` becomes readable
+    with each.
 
     Only the main thread can have handlers: elsewhere it stays empty.
     """
@@ -28,11 +29,18 @@ class SignalInbox:
 
     def __enter__(self) -> SignalInbox:
         if threading.current_thread() is threading.main_thread():
-            self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            self._wakeup_before = signal.set_wakeup_fd(
+                self._writer.fileno(), warn_on_full_buffer=False
+            )
             self._before = {number: signal.signal(number, self._on_signal) for number in _wanted()}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._before:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -57,4 +65,8 @@ class SignalInbox:
 def _wanted() -> list[int]:
     """The stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
     numbers = [int(getattr(signal, name)) for name in STOP_SIGNALS]
-    return [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+    return [
+        number
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]

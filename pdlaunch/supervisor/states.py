@@ -26,18 +26,30 @@ class ProcessState(StrEnum):
 
 
 TRANSITIONS: dict[ProcessState, frozenset[ProcessState]] = {
-    ProcessState.PLANNED: frozenset({ProcessState.CONVERTING, ProcessState.STARTING, ProcessState.EXITED}),
+    ProcessState.PLANNED: frozenset(
+        {ProcessState.CONVERTING, ProcessState.STARTING, ProcessState.EXITED}
+    ),
     ProcessState.CONVERTING: frozenset({ProcessState.EXITED, ProcessState.FAILED}),
-    ProcessState.STARTING: frozenset({ProcessState.READY, ProcessState.EXITED, ProcessState.FAILED}),
-    ProcessState.READY: frozenset({ProcessState.DRAINING, ProcessState.EXITED, ProcessState.FAILED}),
+    ProcessState.STARTING: frozenset(
+        {ProcessState.READY, ProcessState.EXITED, ProcessState.FAILED}
+    ),
+    ProcessState.READY: frozenset(
+        {ProcessState.DRAINING, ProcessState.EXITED, ProcessState.FAILED}
+    ),
     ProcessState.DRAINING: frozenset({ProcessState.EXITED, ProcessState.FAILED}),
-    ProcessState.FAILED: frozenset({ProcessState.BACKING_OFF, ProcessState.GIVEN_UP, ProcessState.STARTING}),
-    ProcessState.BACKING_OFF: frozenset({ProcessState.STARTING, ProcessState.EXITED, ProcessState.GIVEN_UP}),
+    ProcessState.FAILED: frozenset(
+        {ProcessState.BACKING_OFF, ProcessState.GIVEN_UP, ProcessState.STARTING}
+    ),
+    ProcessState.BACKING_OFF: frozenset(
+        {ProcessState.STARTING, ProcessState.EXITED, ProcessState.GIVEN_UP}
+    ),
     ProcessState.GIVEN_UP: frozenset({ProcessState.STARTING}),
     ProcessState.EXITED: frozenset({ProcessState.STARTING}),
 }
 
-ALIVE = frozenset({ProcessState.CONVERTING, ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING})
+ALIVE = frozenset(
+    {ProcessState.CONVERTING, ProcessState.STARTING, ProcessState.READY, ProcessState.DRAINING}
+)
 """States in which there is an operating system process."""
 
 

@@ -1,6 +1,8 @@
-"""The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events and never waits.
+"""The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events
+and never waits.
 
-``run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due. All state changes happen here or in ``Shutdown``.
+``run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due. All state changes
+happen here or in ``Shutdown``.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
-from pdlaunch.supervisor.host import Event, Host, MessageReceived, Observer, ProcessExited, StopRequested
+from pdlaunch.supervisor.host import (
+    Event,
+    Host,
+    MessageReceived,
+    Observer,
+    ProcessExited,
+    StopRequested,
+)
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.pairs import PairBook
 from pdlaunch.supervisor.plan import Plan
@@ -76,15 +85,21 @@ def run(supervisor: Supervisor, events: EventSource, clock: Callable[[], float])
 class Supervisor:
     """The state of one launch. ``failure`` and ``was_ready`` say how it went."""
 
-    def __init__(self, plan: Plan, host: Host, observer: Observer, timing: Timing, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, plan: Plan, host: Host, observer: Observer, timing: Timing, clock: Callable[[], float]
+    ) -> None:
         self._host = host
         self._observer = observer
         self._timing = timing
         self._clock = clock
         self._conversions = make_units(plan.conversions)
         self._units = make_units(plan.processes)
-        self._unit_of = {m.name: unit for unit in (*self._conversions, *self._units) for m in unit.members}
-        self._instances = {m.name: m for unit in (*self._conversions, *self._units) for m in unit.members}
+        self._unit_of = {
+            m.name: unit for unit in (*self._conversions, *self._units) for m in unit.members
+        }
+        self._instances = {
+            m.name: m for unit in (*self._conversions, *self._units) for m in unit.members
+        }
         self._registry = RegistryBook()
         self._pairs = PairBook(plan)
         self._deaths = Deaths(
@@ -98,7 +113,9 @@ class Supervisor:
             fail=self._fail,
             note=self._note,
         )
-        self._restarts = EngineRestarts(host, timing.grace, clock, self._units, start=self._spawn, forgive=self._deaths.forgive)
+        self._restarts = EngineRestarts(
+            host, timing.grace, clock, self._units, start=self._spawn, forgive=self._deaths.forgive
+        )
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = Phase.PREPARING
         self._start_deadline_s = 0.0
@@ -162,7 +179,9 @@ class Supervisor:
             return self._shutdown.deadline_s
         if self._phase is not Phase.READY:
             return self._start_deadline_s
-        return min(self._hangs.due_s, self._restarts.due_s, self._deaths.due_s, self._clock() + 60.0)
+        return min(
+            self._hangs.due_s, self._restarts.due_s, self._deaths.due_s, self._clock() + 60.0
+        )
 
     def status(self) -> LaunchStatus:
         router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
@@ -171,7 +190,9 @@ class Supervisor:
             processes=tuple(ProcessStatus.of(instance) for instance in self._instances.values()),
             pairs=tuple(self._pairs.proven()),
             num_missing_pairs=len(self._pairs.missing()),
-            url="" if router is None or router.registration is None else router.registration.address.http,
+            url=""
+            if router is None or router.registration is None
+            else router.registration.address.http,
         )
 
     # Starting
@@ -203,7 +224,14 @@ class Supervisor:
         ]
         waiting += [f"  {missing}" for missing in self._pairs.missing()] if not waiting else []
         summary = f"not ready after {self._timing.startup_timeout_s:g} s (startup_timeout_s):"
-        slowest = next((i.name for i in self._instances.values() if i.alive and i.state is not ProcessState.READY), None)
+        slowest = next(
+            (
+                i.name
+                for i in self._instances.values()
+                if i.alive and i.state is not ProcessState.READY
+            ),
+            None,
+        )
         return Failure(summary, process=slowest, details=waiting)
 
     # Messages
@@ -245,8 +273,17 @@ class Supervisor:
                 self._host.send(name, self._restarts.ask(message, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
-        if message.name != instance.name or message.incarnation != instance.incarnation or not instance.alive:
-            logger.warning("%s registered as %s, incarnation %d", instance.name, message.name, message.incarnation)
+        if (
+            message.name != instance.name
+            or message.incarnation != instance.incarnation
+            or not instance.alive
+        ):
+            logger.warning(
+                "%s registered as %s, incarnation %d",
+                instance.name,
+                message.name,
+                message.incarnation,
+            )
             return
         instance.registration = message
         self._host.send(instance.name, self._registry.current)
@@ -273,17 +310,29 @@ class Supervisor:
         if self._phase is Phase.READY:
             self._unit_of[instance.name].deadline_s = self._clock() + FAILED_GRACE_S
         else:
-            self._fail(Failure(f"{instance.name} failed to start", process=instance.name, said=error))
+            self._fail(
+                Failure(f"{instance.name} failed to start", process=instance.name, said=error)
+            )
 
     def _on_pair_ready(self, instance: Instance, pair: PairReady) -> None:
         peer = self._instances.get(pair.peer)
-        if peer is not None and peer.incarnation == pair.peer_incarnation and pair.local == instance.name:
+        if (
+            peer is not None
+            and peer.incarnation == pair.peer_incarnation
+            and pair.local == instance.name
+        ):
             self._pairs.add(pair)
 
     def _on_pair_failed(self, instance: Instance, pair: PairFailed) -> None:
         self._pairs.fail(instance.name, pair.peer, pair.error)
         if pair.fatal and self._shutdown is None and self._phase is not Phase.READY:
-            self._fail(Failure(f"{instance.name} cannot use {pair.peer}", process=instance.name, said=pair.error))
+            self._fail(
+                Failure(
+                    f"{instance.name} cannot use {pair.peer}",
+                    process=instance.name,
+                    said=pair.error,
+                )
+            )
         else:
             self._note(f"{instance.name} cannot reach {pair.peer}: {pair.error}")
 
@@ -312,13 +361,19 @@ class Supervisor:
             self._start_processes()
 
     def _on_death(self, instance: Instance, event: ProcessExited) -> None:
-        """A process ended that should live: fail a launch that is not ready yet, else restart the unit."""
+        """A process ended that should live: fail a launch that is not ready yet, else restart the
+        unit.
+        """
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
         if self._phase is not Phase.READY:
             said, how = instance.error or "", event.how()
             instance.error = said or how
-            self._fail(Failure(f"{instance.name} {how} before it was ready", process=instance.name, said=said))
+            self._fail(
+                Failure(
+                    f"{instance.name} {how} before it was ready", process=instance.name, said=said
+                )
+            )
             return
         unit = self._unit_of[instance.name]
         if unit.cause is None:
@@ -330,25 +385,42 @@ class Supervisor:
             self._deaths.died(unit, unit.cause)
 
     def _tell_death(self, instance: Instance, event: ProcessExited) -> None:
-        """Tell people of the first death of a unit, and the router of what a rank may have died of."""
+        """Tell people of the first death of a unit, and the router of what a rank may have died
+        of.
+        """
         unit = self._unit_of[instance.name]
-        self._note(f"{instance.name} {event.how()}" + (f": {instance.error}" if instance.error else ""))
+        self._note(
+            f"{instance.name} {event.how()}" + (f": {instance.error}" if instance.error else "")
+        )
         if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
             self._tell_suspects(unit)
 
     def _tell_suspects(self, unit: Unit) -> None:
-        """The router has to know what a rank may have died of before it gives that to the next one."""
+        """The router has to know what a rank may have died of before it gives that to the next
+        one.
+        """
         step = self._host.last_step(unit.engine)
         if step.origins:
-            router = next(instance.name for instance in self._instances.values() if instance.spec.kind == "router")
-            self._host.send(router, Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects)))
+            router = next(
+                instance.name
+                for instance in self._instances.values()
+                if instance.spec.kind == "router"
+            )
+            self._host.send(
+                router, Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
+            )
 
     def _on_hang(self, instance: Instance) -> None:
-        """Nothing that it holds is of use to anybody before it is dead: SIGKILL reaches a stopped process too."""
+        """Nothing that it holds is of use to anybody before it is dead: SIGKILL reaches a stopped
+        process too.
+        """
         unit = self._unit_of[instance.name]
         if unit.cause is None:
             unit.cause = instance
-            instance.error = f"hung: its loop did not turn for {self._clock() - instance.heard_at_s:.0f} s (hang_timeout_s)"
+            instance.error = (
+                f"hung: its loop did not turn for {self._clock() - instance.heard_at_s:.0f} s "
+                "(hang_timeout_s)"
+            )
             self._note(f"{instance.name} {instance.error}: killed")
             self._deaths.kill(unit)
 
@@ -368,12 +440,19 @@ class Supervisor:
             return
         self.stop_signal = event.signal_number
         drain = self._phase is Phase.READY and self._timing.grace.drain_s > 0
-        wait = f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips that" if drain else "stopping"
+        wait = (
+            f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips "
+            "that"
+            if drain
+            else "stopping"
+        )
         self._note(f"{reason}: {wait}")
         self._begin_shutdown(drain=drain)
 
     def _begin_shutdown(self, *, drain: bool) -> None:
-        self._shutdown = Shutdown(self._host, list(self._instances.values()), self._timing.grace, self._clock)
+        self._shutdown = Shutdown(
+            self._host, list(self._instances.values()), self._timing.grace, self._clock
+        )
         self._shutdown.begin(drain=drain)
 
     # After every event
@@ -382,12 +461,18 @@ class Supervisor:
         """Tell children and views what has changed, and notice that the launch is ready or over."""
         if self._shutdown is not None:
             self._shutdown.advance()
-        becomes_ready = self.phase is Phase.STARTING and all(unit.ready for unit in self._units) and not self._pairs.missing()
+        becomes_ready = (
+            self.phase is Phase.STARTING
+            and all(unit.ready for unit in self._units)
+            and not self._pairs.missing()
+        )
         if becomes_ready:
             self._phase = Phase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        if self._registry.update(self._instances.values(), self._pairs.proven(), serving=self.was_ready):
+        if self._registry.update(
+            self._instances.values(), self._pairs.proven(), serving=self.was_ready
+        ):
             for entry in self._registry.current.entries:
                 self._host.send(entry.name, self._registry.current)
         self._observer.changed(self.status())

@@ -56,7 +56,10 @@ class Announcements:
             call_id=call_id,
             num_tokens=command.num_tokens,
             block_hashes=command.block_hashes,
-            groups=[GroupBlocks(first_block_index=first, block_ids=ids, checksums=None) for first, ids in pairs],
+            groups=[
+                GroupBlocks(first_block_index=first, block_ids=ids, checksums=None)
+                for first, ids in pairs
+            ],
             lease_s=0.0,
             leased=False,
             num_ready_blocks=command.num_ready_blocks,

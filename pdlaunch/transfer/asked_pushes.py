@@ -27,7 +27,9 @@ class AskedPushes:
         """By call_id."""
 
     def check_channel(self, channel: Channel | None) -> None:
-        """A write must not be asked for over a connection whose answers may be lost. Raises TransferError."""
+        """A write must not be asked for over a connection whose answers may be lost. Raises
+        TransferError.
+        """
         if self._connector.pushes and (channel is None or channel.broken):
             raise TransferError(f"the connection to {self._holder.name} broke")
 
@@ -74,7 +76,9 @@ class AskedPushes:
             self._handles.clear()
 
     def retire(self, channel: Channel) -> None:
-        """Answers about writes that are under way must still arrive; no other channel is opened before they have."""
+        """Answers about writes that are under way must still arrive; no other channel is opened
+        before they have.
+        """
         if self._handles:
             assert self.old_channel is None
             self.old_channel = channel

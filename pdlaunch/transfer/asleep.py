@@ -16,13 +16,17 @@ LONGEST_SLEEP_S = 60.0
 
 
 class AsleepLoop:
-    """Stands in for a ``TransferLoop``: there is no memory, so there are no leases, peers and pulls."""
+    """Stands in for a ``TransferLoop``: there is no memory, so there are no leases, peers and
+    pulls.
+    """
 
     connected = False
     idle = quiet = True
     reads_pending = False
 
-    def __init__(self, socket: HolderSocket, identity: RankIdentity, entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, socket: HolderSocket, identity: RankIdentity, entries: Sequence[Entry]
+    ) -> None:
         self._socket = socket
         self._name = identity.name
         self.entries = entries
@@ -42,7 +46,9 @@ class AsleepLoop:
     def turn(self) -> list[TransferEvent]:
         """Refuse what is asked; who asks tries again later."""
         for identity, message in self._socket.receive():
-            self._socket.send(identity, Refused(call_id=message.call_id, reason=f"{self._name} is asleep"))
+            self._socket.send(
+                identity, Refused(call_id=message.call_id, reason=f"{self._name} is asleep")
+            )
         return []
 
     def register(self, poller: zmq.Poller) -> None:

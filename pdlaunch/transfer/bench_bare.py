@@ -1,4 +1,6 @@
-"""What a connector's library does by itself over the same pieces, in the ranks' own processes: no side channel, no proof."""
+"""What a connector's library does by itself over the same pieces, in the ranks' own processes: no
+side channel, no proof.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,19 @@ class Part:
     piece_bytes: int
 
 
-def parts_of(shape: BenchShape, pair: tuple[int, int], local: list[int], remote: list[int], *, by_head: bool) -> list[Part]:
-    """Pieces of the blocks: one a block where both ranks have the same heads, else one a block and head when ``by_head``."""
+def parts_of(
+    shape: BenchShape, pair: tuple[int, int], local: list[int], remote: list[int], *, by_head: bool
+) -> list[Part]:
+    """Pieces of the blocks: one a block where both ranks have the same heads, else one a block and
+    head when ``by_head``.
+    """
     head_bytes, parts = shape.layout().head_bytes, []
     for reader in range(pair[1]):
         sources = map_sources(
-            num_kv_heads=shape.num_kv_heads, holder_tp_size=pair[0], puller_tp_size=pair[1], puller_tp_rank=reader
+            num_kv_heads=shape.num_kv_heads,
+            holder_tp_size=pair[0],
+            puller_tp_size=pair[1],
+            puller_tp_rank=reader,
         )
         ours = heads_of_rank(shape.num_kv_heads, pair[1], reader)
         for source in sources:
@@ -44,10 +53,16 @@ def parts_of(shape: BenchShape, pair: tuple[int, int], local: list[int], remote:
             num_heads = 1 if by_head and ours != theirs else len(source.heads)
             starts = source.heads[:: max(1, num_heads)]
             local_places, remote_places = (
-                [(block * len(held) + head - held.start) * head_bytes for block in blocks for head in starts]
+                [
+                    (block * len(held) + head - held.start) * head_bytes
+                    for block in blocks
+                    for head in starts
+                ]
                 for blocks, held in ((local, ours), (remote, theirs))
             )
-            parts.append(Part(source.tp_rank, reader, local_places, remote_places, num_heads * head_bytes))
+            parts.append(
+                Part(source.tp_rank, reader, local_places, remote_places, num_heads * head_bytes)
+            )
     return [part for part in parts if part.local]
 
 
@@ -77,10 +92,15 @@ class BareNixl:
 
     def connect(self, addresses: Sequence[Any]) -> None:
         """Get ready to move blocks from or to all ranks of the other side."""
-        self._peers = [(self._agent.add_remote_agent(metadata), base, index) for metadata, base, index in addresses]
+        self._peers = [
+            (self._agent.add_remote_agent(metadata), base, index)
+            for metadata, base, index in addresses
+        ]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds of the slowest READ from one holder, as in pulls; all begin at once, their descriptors being prepared."""
+        """Seconds of the slowest READ from one holder, as in pulls; all begin at once, their
+        descriptors being prepared.
+        """
         reads = [_Read(self._prepare(part)) for part in parts]
         for read in reads:
             read.posted_s = time.perf_counter()
@@ -103,12 +123,16 @@ class BareNixl:
 
     def _prepare(self, part: Part) -> Any:
         name, base, index = self._peers[part.holder]
-        ours = self._descriptors(self._cache.data_ptr(), self._device_index, part.local, part.piece_bytes)
+        ours = self._descriptors(
+            self._cache.data_ptr(), self._device_index, part.local, part.piece_bytes
+        )
         theirs = self._descriptors(base, index, part.remote, part.piece_bytes)
         return self._agent.initialize_xfer("READ", ours, theirs, name)
 
     def _descriptors(self, base: int, device_index: int, places: Sequence[int], size: int) -> Any:
-        return self._agent.get_xfer_descs([(base + place, size, device_index) for place in places], self._kind)
+        return self._agent.get_xfer_descs(
+            [(base + place, size, device_index) for place in places], self._kind
+        )
 
 
 class BareMooncake:
@@ -124,7 +148,9 @@ class BareMooncake:
         self._engine = TransferEngine()
         codes = (
             self._engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""),
-            self._engine.register_memory(self._cache.data_ptr(), self._cache.numel() * self._cache.element_size()),
+            self._engine.register_memory(
+                self._cache.data_ptr(), self._cache.numel() * self._cache.element_size()
+            ),
         )
         if any(codes):
             raise TransferError(f"{name}: Mooncake cannot start: {codes}")
@@ -146,7 +172,9 @@ class BareMooncake:
         ours = [self._cache.data_ptr() + place for place in part.remote]
         theirs = [base + place for place in part.local]
         started_s = time.perf_counter()
-        code = self._engine.batch_transfer_sync_write(segment, ours, theirs, [part.piece_bytes] * len(ours))
+        code = self._engine.batch_transfer_sync_write(
+            segment, ours, theirs, [part.piece_bytes] * len(ours)
+        )
         seconds = time.perf_counter() - started_s
         if code != 0:
             raise TransferError(f"a bare write ended with code {code}")
@@ -154,7 +182,9 @@ class BareMooncake:
 
 
 class BareCopy:
-    """The blocks lie in the reader's process too, on the holders' devices, and are copied as the P2P path does."""
+    """The blocks lie in the reader's process too, on the holders' devices, and are copied as the
+    P2P path does.
+    """
 
     reader_moves = True
     by_head = False
@@ -168,14 +198,19 @@ class BareCopy:
 
     def connect(self, addresses: Sequence[Any]) -> None:
         """Get ready to move blocks from the devices of all ranks of the other side."""
-        self._sources = [torch.empty(shape, dtype=dtype, device=device).normal_() for shape, dtype, device in addresses]
+        self._sources = [
+            torch.empty(shape, dtype=dtype, device=device).normal_()
+            for shape, dtype, device in addresses
+        ]
         if not self._cache.is_cuda:
             self._copier: PieceCopier = HostCopier()
             return
         from pdlaunch.transfer.cuda_copies import new_cuda_copiers
 
         for source in self._sources:
-            self._cache.view(-1)[:1].copy_(source.view(-1)[:1])  # torch then lets the one device use the other's memory
+            self._cache.view(-1)[:1].copy_(
+                source.view(-1)[:1]
+            )  # torch then lets the one device use the other's memory
         torch.cuda.synchronize()
         self._copier = new_cuda_copiers(self._cache)[0]
 
@@ -189,7 +224,10 @@ class BareCopy:
     def _pieces(self, part: Part) -> Pieces:
         ours, theirs = (
             np.array(places, dtype=np.uint64) + np.uint64(cache.data_ptr())
-            for places, cache in ((part.local, self._cache), (part.remote, self._sources[part.holder]))
+            for places, cache in (
+                (part.local, self._cache),
+                (part.remote, self._sources[part.holder]),
+            )
         )
         return Pieces(ours, theirs, part.piece_bytes)
 

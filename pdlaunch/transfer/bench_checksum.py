@@ -1,8 +1,9 @@
-"""How fast a CUDA device computes checksums of KV blocks: ``python -m pdlaunch.transfer.bench_checksum``.
+"""How fast a CUDA device computes checksums of KV blocks: ``python -m
+pdlaunch.transfer.bench_checksum``.
 
-Scattered blocks of an 8B model (32 layers, 8 KV heads of 128, 16 bits). One line of JSON a case: the time from ``start`` to the
-result on the host, and its speed, beside that of a plain read of the same memory. Checked against the xxHash
-library first.
+Scattered blocks of an 8B model (32 layers, 8 KV heads of 128, 16 bits). One line of JSON a case:
+the time from ``start`` to the result on the host, and its speed, beside that of a plain read of the
+same memory. Checked against the xxHash library first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def main() -> None:
     parser.add_argument("--block-sizes", default="16,64")
     options = parser.parse_args()
     for block_size in _numbers(options.block_sizes):
-        layout = KVCacheLayout(make_groups([None] * 32), num_kv_heads=8, head_dim=128, block_size=block_size, dtype_bytes=2)
+        layout = KVCacheLayout(
+            make_groups([None] * 32),
+            num_kv_heads=8,
+            head_dim=128,
+            block_size=block_size,
+            dtype_bytes=2,
+        )
         shape = (CACHE_BYTES // layout.block_bytes, *layout.block_shape())
         kv_cache = torch.randn(shape, dtype=torch.bfloat16, device=options.device)
         hasher = BlockHasher(kv_cache, layout)
@@ -41,7 +48,9 @@ def main() -> None:
         for num_tokens in _numbers(options.tokens):
             for heads in (slice(None), slice(0, 1)):
                 case = _measure(hasher, kv_cache, order[: num_tokens // block_size], heads)
-                sys.stdout.write(json.dumps({"tokens": num_tokens, "block_size": block_size} | case) + "\n")
+                sys.stdout.write(
+                    json.dumps({"tokens": num_tokens, "block_size": block_size} | case) + "\n"
+                )
                 sys.stdout.flush()
 
 
@@ -52,7 +61,9 @@ def _check(hasher: BlockHasher, kv_cache: torch.Tensor, layout: KVCacheLayout) -
         raise SystemExit("the kernel's checksums are not those of the xxHash library")
 
 
-def _measure(hasher: BlockHasher, kv_cache: torch.Tensor, block_ids: list[int], heads: slice) -> dict[str, float]:
+def _measure(
+    hasher: BlockHasher, kv_cache: torch.Tensor, block_ids: list[int], heads: slice
+) -> dict[str, float]:
     num_bytes = kv_cache[0, heads].numel() * kv_cache.element_size() * len(block_ids)
     words = kv_cache.view(-1).view(torch.int64)[: num_bytes // 8]
     hash_s = _median_s(lambda: hasher.checksums(block_ids, heads))

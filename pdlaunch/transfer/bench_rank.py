@@ -1,4 +1,6 @@
-"""A process of ``bench transfer``: a rank with a TransferWorker and a KV cache of random numbers, driven through a pipe."""
+"""A process of ``bench transfer``: a rank with a TransferWorker and a KV cache of random numbers,
+driven through a pipe.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
-from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, PullFinished, StartPull, TransferEvent
+from pdlaunch.protocol.transfer import (
+    GrantLease,
+    LeaseEnded,
+    PullFinished,
+    StartPull,
+    TransferEvent,
+)
 from pdlaunch.transfer.bench_bare import BareKind, Part
 from pdlaunch.transfer.bench_shape import BenchShape
 from pdlaunch.transfer.connectors import new_connector
@@ -88,7 +96,9 @@ class Process:
             found = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
-            raise TransferError(f"a process of the benchmark ended with code {self._process.exitcode}") from None
+            raise TransferError(
+                f"a process of the benchmark ended with code {self._process.exitcode}"
+            ) from None
         if isinstance(found, Exception):
             raise found
         return found
@@ -167,7 +177,9 @@ class Rank:
         return set(paths)
 
     def grant(self, command: GrantLease) -> None:
-        """Returns before the checksums of the lease are there; a pull that is faster waits for them."""
+        """Returns before the checksums of the lease are there; a pull that is faster waits for
+        them.
+        """
         self._worker.submit([command])
 
     def pull(self, command: StartPull) -> PullTimes:
@@ -175,7 +187,9 @@ class Rank:
         self._worker.submit([command])
         while True:
             if not self._woken.wait(PULL_TIMEOUT_S):
-                raise TransferError(f"pull {command.pull_id} did not end within {PULL_TIMEOUT_S:g} s")
+                raise TransferError(
+                    f"pull {command.pull_id} did not end within {PULL_TIMEOUT_S:g} s"
+                )
             self._woken.clear()
             for event in self._worker.take_events():
                 if isinstance(event, PullFinished):
@@ -190,9 +204,13 @@ class Rank:
             events = self._worker.take_events()
 
     def open_bare(self, kind: BareKind) -> Any:
-        """Let a connector's library move blocks of the same KV cache by itself; returns what the other side needs."""
+        """Let a connector's library move blocks of the same KV cache by itself; returns what the
+        other side needs.
+        """
         if self._kv_cache.is_cuda:
-            torch.cuda.set_device(self._kv_cache.device)  # of this thread: libraries take the context that is current
+            torch.cuda.set_device(
+                self._kv_cache.device
+            )  # of this thread: libraries take the context that is current
         self._bare = kind(f"{self._options.name}/bare", self._kv_cache)
         return self._bare.address()
 
@@ -213,7 +231,11 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
     torch.set_num_threads(1)
     device = torch.device(options.device).type
-    os.environ.update(connector_environment(options.kv_transfer, os.environ, "cuda" if device == "cuda" else "cpu"))
+    os.environ.update(
+        connector_environment(
+            options.kv_transfer, os.environ, "cuda" if device == "cuda" else "cpu"
+        )
+    )
     try:
         rank = Rank(options)
         while True:
@@ -251,7 +273,9 @@ def _spec_of(options: RankOptions) -> EngineSpec:
         max_num_seqs=1,
         max_num_batched_tokens=shape.block_size,
         device="cpu" if options.device == "cpu" else "cuda",
-        device_indices=() if options.device == "cpu" else (torch.device(options.device).index or 0,),
+        device_indices=()
+        if options.device == "cpu"
+        else (torch.device(options.device).index or 0,),
         tensor_parallel_size=options.tp_size,
         num_threads=1,
         kv_transfer=options.kv_transfer,

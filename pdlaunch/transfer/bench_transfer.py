@@ -1,9 +1,11 @@
 """Time pulls of KV blocks by connector, TP pair and number of blocks (``pdlaunch bench transfer``).
 
-Every figure is moved bytes over the median time for scattered blocks: of the READs of pulls, of whole pulls (side channel, lease,
-READ) without checksums, and of whole pulls as they are by default. Beside them the connector's library by itself, over the same
-memory in the same processes: one transfer in turns with the pulls, and the same transfer over and over. Transfers in turns find
-caches alike; pages and caches of other processes, and repeats, make small ones up to a third faster or slower.
+Every figure is moved bytes over the median time for scattered blocks: of the READs of pulls, of
+whole pulls (side channel, lease, READ) without checksums, and of whole pulls as they are by
+default. Beside them the connector's library by itself, over the same memory in the same processes:
+one transfer in turns with the pulls, and the same transfer over and over. Transfers in turns find
+caches alike; pages and caches of other processes, and repeats, make small ones up to a third faster
+or slower.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from pdlaunch.transfer.mapping import map_sources
 NUM_WARM_UPS = 2
 LEASE_S = 600.0
 NUM_CACHES = 4
-"""KV caches of all heads that there are at a time: holder and puller, with checksums and without."""
+"""KV caches of all heads that there are at a time: holder and puller, with checksums and
+without.
+"""
 TURN = ("unverified", "pull", "bare", "pull")
 """What is compared follows the same: blocks are as cold for the one as for the other."""
 
@@ -96,18 +100,29 @@ def bench_transfer(
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
     _check(shape, device, max(puller_tp_size for _, puller_tp_size in tp_pairs))
     place = _Place(device, enable_cumem_allocator and device == "cuda")
-    kinds = [(connector, path) for connector in connectors for path in (paths if connector == "nixl" else ("auto",))]
+    kinds = [
+        (connector, path)
+        for connector in connectors
+        for path in (paths if connector == "nixl" else ("auto",))
+    ]
     rows = []
     for connector, path in kinds:
         for pair in tp_pairs:
-            with _settings(connector, path, mooncake_protocol) as settings, contextlib.ExitStack() as stack:
+            with (
+                _settings(connector, path, mooncake_protocol) as settings,
+                contextlib.ExitStack() as stack,
+            ):
                 used, ways, bare = _ways(stack, settings, pair, shape, place)
                 for count in num_blocks:
                     local, remote = _blocks(shape, count)
                     times = _medians(ways, local, remote, num_repeats)
                     if bare is not None:
                         times["bare loop"] = bare.loop(local, remote, num_repeats)
-                    rows.append(_row(connector, used, pair, count, count * shape.layout().block_bytes, times))
+                    rows.append(
+                        _row(
+                            connector, used, pair, count, count * shape.layout().block_bytes, times
+                        )
+                    )
     return rows
 
 
@@ -115,12 +130,25 @@ def _check(shape: BenchShape, device: str, num_pullers: int) -> None:
     """Each puller has blocks for bare copies of its own."""
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("device: torch finds no CUDA device here", field="device", value=device, fix="Take --device cpu.")
+            raise ConfigError(
+                "device: torch finds no CUDA device here",
+                field="device",
+                value=device,
+                fix="Take --device cpu.",
+            )
         return
-    needed_bytes, there_bytes = (NUM_CACHES + num_pullers) * shape.num_blocks * shape.layout().block_bytes, memory_bytes()
+    needed_bytes, there_bytes = (
+        (NUM_CACHES + num_pullers) * shape.num_blocks * shape.layout().block_bytes,
+        memory_bytes(),
+    )
     if needed_bytes > there_bytes:
-        message = f"num_blocks: {shape.num_blocks} need {format_size(needed_bytes)}, this machine has {format_size(there_bytes)}"
-        raise ConfigError(message, field="num_blocks", value=shape.num_blocks, fix="Take smaller --num-blocks.")
+        message = (
+            f"num_blocks: {shape.num_blocks} need {format_size(needed_bytes)}, this machine has "
+            f"{format_size(there_bytes)}"
+        )
+        raise ConfigError(
+            message, field="num_blocks", value=shape.num_blocks, fix="Take smaller --num-blocks."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +160,21 @@ class _Place:
 
 
 def _row(
-    connector: str, path: str, pair: TPPair, num_blocks: int, num_bytes: int, times: Mapping[str, PullTimes]
+    connector: str,
+    path: str,
+    pair: TPPair,
+    num_blocks: int,
+    num_bytes: int,
+    times: Mapping[str, PullTimes],
 ) -> TransferTiming:
-    bare_s, loop_s = (times[name].read_s if name in times else None for name in ("bare", "bare loop"))
-    read_s, unverified_s, pull_s = times["unverified"].read_s, times["unverified"].pull_s, times["pull"].pull_s
+    bare_s, loop_s = (
+        times[name].read_s if name in times else None for name in ("bare", "bare loop")
+    )
+    read_s, unverified_s, pull_s = (
+        times["unverified"].read_s,
+        times["unverified"].pull_s,
+        times["pull"].pull_s,
+    )
     return TransferTiming(
         connector=connector,
         path=path,
@@ -156,7 +195,9 @@ def _row(
 
 
 @contextlib.contextmanager
-def _settings(connector: ConnectorName, path: KVPath, mooncake_protocol: MooncakeProtocol) -> Iterator[KVTransferSettings]:
+def _settings(
+    connector: ConnectorName, path: KVPath, mooncake_protocol: MooncakeProtocol
+) -> Iterator[KVTransferSettings]:
     with tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder:
         yield KVTransferSettings(
             connector=connector,
@@ -168,21 +209,35 @@ def _settings(connector: ConnectorName, path: KVPath, mooncake_protocol: Mooncak
 
 
 def _ways(
-    stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place
+    stack: contextlib.ExitStack,
+    settings: KVTransferSettings,
+    pair: TPPair,
+    shape: BenchShape,
+    place: _Place,
 ) -> tuple[str, dict[str, Way], _Bare | None]:
-    """The path in use, and all kinds at once, to be measured in turns: what else the machine does then hits all alike."""
+    """The path in use, and all kinds at once, to be measured in turns: what else the machine does
+    then hits all alike.
+    """
     unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
     whole = _new_pair(stack, settings, pair, shape, place)
     ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
     used = ", ".join(sorted(unverified.paths | whole.paths))
-    kind = BARE.get("p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector)
+    kind = BARE.get(
+        "p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector
+    )
     if kind is None or not (kind.reader_moves or settings.mooncake_protocol == "tcp"):
         return used, ways, None
     bare = _Bare(kind, unverified, pair, shape)
     return used, {**ways, "bare": bare.move}, bare
 
 
-def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: TPPair, shape: BenchShape, place: _Place) -> _Pair:
+def _new_pair(
+    stack: contextlib.ExitStack,
+    settings: KVTransferSettings,
+    pair: TPPair,
+    shape: BenchShape,
+    place: _Place,
+) -> _Pair:
     keys, engine_ids = new_launch_keys(), (draw_engine_id(), draw_engine_id())
     sides: list[list[Process]] = []
     roles: tuple[Role, Role] = ("prefill", "decode")
@@ -190,7 +245,15 @@ def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: T
         first = pair[0] if sides else 0
         options = [
             RankOptions(
-                role, rank, tp_size, _device(place.device, first + rank), shape, settings, engine_id, keys, place.with_cumem
+                role,
+                rank,
+                tp_size,
+                _device(place.device, first + rank),
+                shape,
+                settings,
+                engine_id,
+                keys,
+                place.with_cumem,
             )
             for rank in range(tp_size)
         ]
@@ -205,7 +268,9 @@ def _new_pair(stack: contextlib.ExitStack, settings: KVTransferSettings, pair: T
 class _Pair:
     """Holder and puller ranks."""
 
-    def __init__(self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: str) -> None:
+    def __init__(
+        self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: str
+    ) -> None:
         """``engine_id``: of the holder."""
         self.holders, self.pullers = holders, pullers
         self._engine_id, self._tp_size = engine_id, len(holders)
@@ -216,7 +281,10 @@ class _Pair:
     def connect(self, num_kv_heads: int) -> None:
         """Every puller shakes hands with every holder."""
         map_sources(
-            num_kv_heads=num_kv_heads, holder_tp_size=self._tp_size, puller_tp_size=len(self.pullers), puller_tp_rank=0
+            num_kv_heads=num_kv_heads,
+            holder_tp_size=self._tp_size,
+            puller_tp_size=len(self.pullers),
+            puller_tp_rank=0,
         )  # refuses what does not fit, before anybody waits for it
         processes = (*self.holders, *self.pullers)
         for process in processes:
@@ -276,8 +344,13 @@ class _Bare:
 
     def __init__(self, kind: BareKind, ranks: _Pair, pair: TPPair, shape: BenchShape) -> None:
         self._kind, self._pair, self._shape = kind, pair, shape
-        holders, pullers = ([rank.call("open_bare", kind) for rank in side] for side in (ranks.holders, ranks.pullers))
-        self._movers, addresses = (ranks.pullers, holders) if kind.reader_moves else (ranks.holders, pullers)
+        holders, pullers = (
+            [rank.call("open_bare", kind) for rank in side]
+            for side in (ranks.holders, ranks.pullers)
+        )
+        self._movers, addresses = (
+            (ranks.pullers, holders) if kind.reader_moves else (ranks.holders, pullers)
+        )
         for mover in self._movers:
             mover.call("connect_bare", addresses)
 
@@ -289,10 +362,14 @@ class _Bare:
         """The same over and over; the median."""
         return self._call("loop_bare", local, remote, num_repeats)
 
-    def _call(self, method: str, local: list[int], remote: list[int], *arguments: object) -> PullTimes:
+    def _call(
+        self, method: str, local: list[int], remote: list[int], *arguments: object
+    ) -> PullTimes:
         parts = parts_of(self._shape, self._pair, local, remote, by_head=self._kind.by_head)
         for tp_rank, mover in enumerate(self._movers):
-            mover.send(method, [part for part in parts if self._mover_of(part) == tp_rank], *arguments)
+            mover.send(
+                method, [part for part in parts if self._mover_of(part) == tp_rank], *arguments
+            )
         seconds: float = max([mover.wait() for mover in self._movers])
         return PullTimes(seconds, seconds)
 
@@ -303,14 +380,18 @@ class _Bare:
 def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
     """Scattered block ids, here and there; the same in every run."""
     source = random.Random(count)
-    return source.sample(range(shape.num_blocks), count), source.sample(range(shape.num_blocks), count)
+    return source.sample(range(shape.num_blocks), count), source.sample(
+        range(shape.num_blocks), count
+    )
 
 
 def _device(device: str, index: int) -> str:
     return device if device == "cpu" else f"cuda:{index % torch.cuda.device_count()}"
 
 
-def _medians(ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int) -> dict[str, PullTimes]:
+def _medians(
+    ways: Mapping[str, Way], local: list[int], remote: list[int], num_repeats: int
+) -> dict[str, PullTimes]:
     times: dict[str, list[PullTimes]] = {name: [] for name in ways}
     turn = TURN if "bare" in ways else tuple(ways)
     for index in range(NUM_WARM_UPS + num_repeats):
@@ -322,11 +403,16 @@ def _medians(ways: Mapping[str, Way], local: list[int], remote: list[int], num_r
 
 
 def _median(times: Sequence[PullTimes]) -> PullTimes:
-    return PullTimes(statistics.median(time.pull_s for time in times), statistics.median(time.read_s for time in times))
+    return PullTimes(
+        statistics.median(time.pull_s for time in times),
+        statistics.median(time.read_s for time in times),
+    )
 
 
 def main() -> None:
-    """``python -m pdlaunch.transfer.bench_transfer '{"num_blocks": [16]}'``: arguments as JSON, rows as JSON on stdout."""
+    """``python -m pdlaunch.transfer.bench_transfer '{"num_blocks": [16]}'``: arguments as JSON,
+    rows as JSON on stdout.
+    """
     import json
     import sys
 

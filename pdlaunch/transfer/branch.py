@@ -1,4 +1,5 @@
-"""The share of a pull that one holder rank has: what is asked of the holder, and the lease. Its READs: ``part_reads.py``.
+"""The share of a pull that one holder rank has: what is asked of the holder, and the lease. Its
+READs: ``part_reads.py``.
 
 ::
 
@@ -8,17 +9,21 @@
        └───────────── READ failed, or wrong bytes: once more ┴────────────────────────┘
     ended, or the pull has failed, here or elsewhere: the holder is told as soon as it can be reached
 
-A pull that awaits its prompt begins while that is computed: each answer tells which blocks are ready, and is followed by the next
-question, until one tells of the lease. The holder states the checksums by a message of their own, while the rest is read.
+A pull that awaits its prompt begins while that is computed: each answer tells which blocks are
+ready, and is followed by the next question, until one tells of the lease. The holder states the
+checksums by a message of their own, while the rest is read.
 
-A lease has held throughout the READ when the READ is over before the lease can be: the holder says how many seconds are left when
-it answers, which is after it was asked, and never ends it before while the pull is open. So nobody has to be asked afterwards.
+A lease has held throughout the READ when the READ is over before the lease can be: the holder says
+how many seconds are left when it answers, which is after it was asked, and never ends it before
+while the pull is open. So nobody has to be asked afterwards.
 
-Checksums prove the bytes, whatever became of the holder meanwhile. Without them a READ counts only once the holder has answered
-a heartbeat that was sent after its end: the libraries may call a READ from the memory of a dead process done.
+Checksums prove the bytes, whatever became of the holder meanwhile. Without them a READ counts only
+once the holder has answered a heartbeat that was sent after its end: the libraries may call a READ
+from the memory of a dead process done.
 
-A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it is over and writes no more.
-So other branches, and other ranks, need not pull again what they have proven.
+A READ that failed or brought wrong bytes is repeated under the same lease, into the same blocks: it
+is over and writes no more. So other branches, and other ranks, need not pull again what they have
+proven.
 """
 
 from __future__ import annotations
@@ -51,7 +56,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEATS_A_LEASE = 4
 REPEAT_S = 5.0
-"""Until a question without an answer is asked again: a connection between two hosts may break unnoticed."""
+"""Until a question without an answer is asked again: a connection between two hosts may break
+unnoticed.
+"""
 
 
 class Stage(Enum):
@@ -64,9 +71,13 @@ class Stage(Enum):
 
 
 class Branch:
-    """Talks to one holder rank and reads from it. The holder learns of the end, however the pull ends."""
+    """Talks to one holder rank and reads from it. The holder learns of the end, however the pull
+    ends.
+    """
 
-    def __init__(self, command: StartPull, source: Source, link: HolderLink, puller: Puller) -> None:
+    def __init__(
+        self, command: StartPull, source: Source, link: HolderLink, puller: Puller
+    ) -> None:
         self.name = link.name
         self.stage = Stage.CONNECTING
         self.num_retries = 0
@@ -82,7 +93,12 @@ class Branch:
         self._link = link
         self._puller = puller
         self._reader = puller.reader(command.pull_id)
-        self._reads = PartReads(command, link, puller, Share(link.name, self._reader, source.heads, puller.first_kv_head))
+        self._reads = PartReads(
+            command,
+            link,
+            puller,
+            Share(link.name, self._reader, source.heads, puller.first_kv_head),
+        )
         self._begun: list[int] = []
         """Calls of pull_begin that have no answer."""
         self._version = 0
@@ -98,7 +114,9 @@ class Branch:
         self._next_heartbeat_s = float("inf")
         self._awaits_heartbeat = False
         self._last_heartbeat_s = self._last_answered_s = 0.0
-        """Clock times at which the last heartbeat, and the last one that was answered, were sent."""
+        """Clock times at which the last heartbeat, and the last one that was answered, were
+        sent.
+        """
         self._failure: PullFailed | None = None
         """Of an answer; ``advance`` is the one place for failures."""
         self._given_up = False
@@ -167,9 +185,11 @@ class Branch:
         self.give_up()
 
     def give_up(self) -> None:
-        """The pull is over: the holder need not wait for this reader any more. Then ``settle`` until nothing is left.
+        """The pull is over: the holder need not wait for this reader any more. Then ``settle``
+        until nothing is left.
 
-        The blocks may belong to somebody else from now on, but for a READ that is in flight: no other may begin.
+        The blocks may belong to somebody else from now on, but for a READ that is in flight: no
+        other may begin.
         """
         self._given_up = True
         self._forget_begun()
@@ -179,7 +199,9 @@ class Branch:
         self.settle()
 
     def settle(self) -> None:
-        """It is over: tell the holder once it can be told, and release the READ once that is over too."""
+        """It is over: tell the holder once it can be told, and release the READ once that is over
+        too.
+        """
         if self._owes_until_s is not None:
             self._settle_end(self._owes_until_s)
         self._reads.settle()
@@ -187,10 +209,15 @@ class Branch:
     def _settle_end(self, owes_until_s: float) -> None:
         status = self._link.status
         if status == "ready":
-            if self.stage is Stage.CONNECTING and (self.lease_known_s is not None or not self._command.awaits):
-                # A reader's share of the lease ends only when it has begun; who gives up before there is one has none.
+            if self.stage is Stage.CONNECTING and (
+                self.lease_known_s is not None or not self._command.awaits
+            ):
+                # A reader's share of the lease ends only when it has begun; who gives up before
+                # there is one has none.
                 self._link.ask(self._begin_message, None)
-            self._ask_about(PullEnd, lambda _: None)  # its ledger is told when the holder dies before it has answered
+            self._ask_about(
+                PullEnd, lambda _: None
+            )  # its ledger is told when the holder dies before it has answered
         if status != "connecting" or self._puller.clock() >= owes_until_s:
             self._owes_until_s = None
 
@@ -216,7 +243,9 @@ class Branch:
             self._heartbeat()
 
     def _begin(self) -> None:
-        """Also to learn more than the last answer has said: the holder answers when there is more."""
+        """Also to learn more than the last answer has said: the holder answers when there is
+        more.
+        """
         now_s = self._puller.clock()
         self.stage, self._next_begin_s = Stage.BEGINNING, now_s + REPEAT_S
         self._begun.append(self._link.ask(self._begin_message, partial(self._on_reply, now_s)))
@@ -237,11 +266,18 @@ class Branch:
         self._last_heartbeat_s = now_s
         self._ask_about(Heartbeat, partial(self._on_reply, now_s))
 
-    def _ask_about(self, kind: type[StateChecksums | Heartbeat | PullEnd], on_reply: Callable[[ToPuller], None]) -> None:
+    def _ask_about(
+        self, kind: type[StateChecksums | Heartbeat | PullEnd], on_reply: Callable[[ToPuller], None]
+    ) -> None:
         """What concerns a pull that has begun."""
         remote, reader = self._command.remote, self._reader
         self._link.ask(
-            lambda call_id: kind(call_id=call_id, engine_id=remote.engine_id, request_id=remote.request_id, reader=reader),
+            lambda call_id: kind(
+                call_id=call_id,
+                engine_id=remote.engine_id,
+                request_id=remote.request_id,
+                reader=reader,
+            ),
             on_reply,
         )
 
@@ -258,7 +294,9 @@ class Branch:
         )
 
     def _on_reply(self, asked_s: float, reply: ToPuller) -> None:
-        """``asked_s``: when the question was sent; the lease has at least the stated seconds from then on."""
+        """``asked_s``: when the question was sent; the lease has at least the stated seconds from
+        then on.
+        """
         if self._given_up or self._failure is not None:
             return
         try:
@@ -294,12 +332,16 @@ class Branch:
                     self._held_until_s = asked_s + reply.lease_s
                     self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
             case Refused():
-                raise PullFailed(f"{self.name} refused: {reply.reason}", late=self.lease_known_s is not None)
+                raise PullFailed(
+                    f"{self.name} refused: {reply.reason}", late=self.lease_known_s is not None
+                )
             case _:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
     def _take_lease(self, asked_s: float, reply: PullReply) -> None:
-        """Read first, all else can wait. An answer that took long says little of how long the lease holds now."""
+        """Read first, all else can wait. An answer that took long says little of how long the lease
+        holds now.
+        """
         now_s = self._puller.clock()
         self.stage, self._next_begin_s = Stage.READING, float("inf")
         self.first_tokens = reply.first_tokens
@@ -330,7 +372,9 @@ class Branch:
             return False
         if self._reads.ended_s < self._held_until_s:
             return True
-        if self._command.awaits and (self._awaits_heartbeat or self._next_heartbeat_s <= self._puller.clock()):
+        if self._command.awaits and (
+            self._awaits_heartbeat or self._next_heartbeat_s <= self._puller.clock()
+        ):
             # The answer was to a question of long before.
             return False
         raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
@@ -346,7 +390,9 @@ class Branch:
             raise ReadFailed(f"{self.name}: {error}", verification=True) from error
 
     def _try_again(self, failure: ReadFailed) -> bool:
-        """Begin anew, as the READ is over and writes no more. False: that has been done as often as is allowed."""
+        """Begin anew, as the READ is over and writes no more. False: that has been done as often as
+        is allowed.
+        """
         if self.num_retries + 1 >= self._command.num_attempts:
             return False
         self.num_retries += 1

@@ -1,8 +1,9 @@
-"""Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of memory.
+"""Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of
+memory.
 
-A head's share of a block is one contiguous region of the KV cache, so that a checksum stays comparable between TP sizes.
-On a GPU a kernel computes them where the blocks lie, bit for bit the same.
-Source: XXH3 of the xxHash library.
+A head's share of a block is one contiguous region of the KV cache, so that a checksum stays
+comparable between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
+same. Source: XXH3 of the xxHash library.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class HashBatch(Protocol):
     def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
         """Of these of the blocks. Waits for nothing on CUDA; computes at once on the CPU.
 
-        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing else orders this behind the
-        work of another stream.
+        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing
+        else orders this behind the work of another stream.
         """
 
 
@@ -84,8 +85,12 @@ class BlockHasher:
     """Reads blocks of one rank's KV cache. Not thread-safe."""
 
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
-        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous. On CUDA: compiles."""
-        self._bytes = kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes)
+        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim],
+        contiguous. On CUDA: compiles.
+        """
+        self._bytes = kv_cache.view(torch.uint8).view(
+            kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
+        )
         self._device_hasher = _new_device_hasher(self._bytes)
 
     def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
@@ -118,5 +123,9 @@ def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> Ch
     """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
     blocks = memory.numpy()
     num_heads = len(range(*heads.indices(blocks.shape[1])))
-    digests = (xxhash.xxh3_64_intdigest(head) for block_id in block_ids for head in blocks[block_id, heads])
-    return np.fromiter(digests, np.uint64, len(block_ids) * num_heads).reshape(len(block_ids), num_heads)
+    digests = (
+        xxhash.xxh3_64_intdigest(head) for block_id in block_ids for head in blocks[block_id, heads]
+    )
+    return np.fromiter(digests, np.uint64, len(block_ids) * num_heads).reshape(
+        len(block_ids), num_heads
+    )

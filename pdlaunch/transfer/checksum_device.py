@@ -1,6 +1,7 @@
 """Checksums computed on a CUDA device: launched on a stream of their own, waited for by asking.
 
-The kernel reads block ids from page-locked host memory and writes checksums there: nothing is copied.
+The kernel reads block ids from page-locked host memory and writes checksums there: nothing is
+copied.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from pdlaunch.transfer.checksum_kernel import constants, hash_regions
 class DeviceChecksums:
     """One launch."""
 
-    def __init__(self, block_ids: torch.Tensor, results: torch.Tensor, ended: torch.cuda.Event) -> None:
-        """``block_ids``: [num_blocks] int64; ``results``: [num_blocks, num_heads] int64; page-locked, good after ``ended``."""
+    def __init__(
+        self, block_ids: torch.Tensor, results: torch.Tensor, ended: torch.cuda.Event
+    ) -> None:
+        """``block_ids``: [num_blocks] int64; ``results``: [num_blocks, num_heads] int64;
+        page-locked, good after ``ended``.
+        """
         self._block_ids = block_ids
         self._results = results
         self._ended = ended
@@ -34,7 +39,9 @@ class DeviceChecksums:
 class PreparedChecksums:
     """Everything but the launch."""
 
-    def __init__(self, hasher: DeviceHasher, ids: torch.Tensor, first_head: int, results: torch.Tensor) -> None:
+    def __init__(
+        self, hasher: DeviceHasher, ids: torch.Tensor, first_head: int, results: torch.Tensor
+    ) -> None:
         """``ids``: [num_blocks] int64, ``results``: [num_blocks, num_heads] int64; page-locked."""
         self._hasher = hasher
         self._ids = ids
@@ -43,14 +50,18 @@ class PreparedChecksums:
 
     def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> DeviceChecksums:
         """Of these of the blocks; waits for nothing."""
-        return self._hasher.launch(self._ids[blocks], self._first_head, self._results[blocks], after)
+        return self._hasher.launch(
+            self._ids[blocks], self._first_head, self._results[blocks], after
+        )
 
 
 class DeviceHasher:
     """Launches kernels over one KV cache, from one thread."""
 
     def __init__(self, memory: torch.Tensor) -> None:
-        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 that the kernel ``supports``. Compiles it."""
+        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 that the kernel ``supports``.
+        Compiles it.
+        """
         self._words = memory.view(torch.int64)
         self._device = memory.device
         self._constants = constants(memory.device)
@@ -68,9 +79,15 @@ class DeviceHasher:
         return PreparedChecksums(self, ids, first_head, results)
 
     def launch(
-        self, ids: torch.Tensor, first_head: int, results: torch.Tensor, after: torch.cuda.Event | None
+        self,
+        ids: torch.Tensor,
+        first_head: int,
+        results: torch.Tensor,
+        after: torch.cuda.Event | None,
     ) -> DeviceChecksums:
-        """The blocks are complete already, or by the event ``after``. Arguments as in ``hash_regions``, page-locked."""
+        """The blocks are complete already, or by the event ``after``. Arguments as in
+        ``hash_regions``, page-locked.
+        """
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
             if after is not None:

@@ -1,14 +1,15 @@
-"""xxh3_64 of many equal regions of device memory: one program of one warp a region, bit for bit what the xxHash library gives.
+"""xxh3_64 of many equal regions of device memory: one program of one warp a region, bit for bit
+what the xxHash library gives.
 
 ::
 
     region   | block of 1,024 bytes | block | ... | what is left: 0 to 15 stripes | .. last 64 bytes |
     block    | 16 stripes of 64 bytes, 8 lanes of 8 bytes each |
 
-The shares of a block's stripes only add up, so a tile of blocks is summed in parallel; from block to block the eight accumulators
-are scrambled, one after another. While a tile is folded, the next one is on its way from memory. Import this module only where
-triton is there.
-Source: the specification of XXH3 for large inputs, and its constants, in xxHash's doc/xxhash_spec.md.
+The shares of a block's stripes only add up, so a tile of blocks is summed in parallel; from block
+to block the eight accumulators are scrambled, one after another. While a tile is folded, the next
+one is on its way from memory. Import this module only where triton is there. Source: the
+specification of XXH3 for large inputs, and its constants, in xxHash's doc/xxhash_spec.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ SMALLEST_BYTES = 241
 UNIT_BYTES = 16
 """Regions are multiples of the widest load of a thread."""
 TILE_BLOCKS = 8
-"""Blocks that a program has on their way: 8 KiB, enough to fill the memory's pipeline with four programs a multiprocessor."""
+"""Blocks that a program has on their way: 8 KiB, enough to fill the memory's pipeline with four
+programs a multiprocessor.
+"""
 
 _SECRET = bytes.fromhex(
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
@@ -35,35 +38,58 @@ _SECRET = bytes.fromhex(
     "8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
 _PRIME32 = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
-_PRIME64 = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
+_PRIME64 = (
+    0x9E3779B185EBCA87,
+    0xC2B2AE3D27D4EB4F,
+    0x165667B19E3779F9,
+    0x85EBCA77C2B2AE63,
+    0x27D4EB2F165667C5,
+)
 _START = (_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME32[0])
 """Of the eight accumulators."""
 _WORDS_AT = {"scramble": 128, "last_stripe": 121, "merge": 11}
-"""First byte of the secret's eight words for each purpose; stripe n of a block takes those from byte 8 n on."""
+"""First byte of the secret's eight words for each purpose; stripe n of a block takes those from
+byte 8 n on.
+"""
 
 
 def constants(device: torch.device) -> torch.Tensor:
-    """[48] int64: the secret's words for stripes (16 + 8, of which the last eight scramble), last stripe, merging; the start."""
+    """[48] int64: the secret's words for stripes (16 + 8, of which the last eight scramble), last
+    stripe, merging; the start.
+    """
     words = [np.frombuffer(_SECRET, dtype="<u8")]
-    words += [np.frombuffer(_SECRET, dtype="<u8", count=8, offset=_WORDS_AT[use]) for use in ("last_stripe", "merge")]
+    words += [
+        np.frombuffer(_SECRET, dtype="<u8", count=8, offset=_WORDS_AT[use])
+        for use in ("last_stripe", "merge")
+    ]
     words.append(np.array(_START, dtype="<u8"))
     return torch.from_numpy(np.concatenate(words).view(np.int64)).to(device)
 
 
 def supports(memory: torch.Tensor) -> bool:
-    """Whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads, head_bytes] uint8, contiguous."""
+    """Whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads, head_bytes]
+    uint8, contiguous.
+    """
     region_bytes = memory.shape[2]
-    return region_bytes >= SMALLEST_BYTES and region_bytes % UNIT_BYTES == 0 and memory.data_ptr() % UNIT_BYTES == 0
+    return (
+        region_bytes >= SMALLEST_BYTES
+        and region_bytes % UNIT_BYTES == 0
+        and memory.data_ptr() % UNIT_BYTES == 0
+    )
 
 
 def hash_regions(
-    memory: torch.Tensor, block_ids: torch.Tensor, first_head: int, results: torch.Tensor, words: torch.Tensor
+    memory: torch.Tensor,
+    block_ids: torch.Tensor,
+    first_head: int,
+    results: torch.Tensor,
+    words: torch.Tensor,
 ) -> None:
     """Launch on the current stream; nothing waits.
 
-    ``memory``: [num_blocks, num_kv_heads, head_bytes / 8] int64; ``block_ids``: [num_chosen] int64; ``results``: [num_chosen,
-    num_heads] int64, the bits of each checksum of the heads from ``first_head`` on. The latter two may be page-locked host
-    memory. ``words``: from ``constants``.
+    ``memory``: [num_blocks, num_kv_heads, head_bytes / 8] int64; ``block_ids``: [num_chosen] int64;
+    ``results``: [num_chosen, num_heads] int64, the bits of each checksum of the heads from
+    ``first_head`` on. The latter two may be page-locked host memory. ``words``: from ``constants``.
     """
     num_chosen, num_heads = results.shape
     assert len(block_ids) == num_chosen
@@ -85,7 +111,8 @@ def hash_regions(
     )
 
 
-# Compiled once for a KV cache, at start: whatever changes from launch to launch must not bring another compilation.
+# Compiled once for a KV cache, at start: whatever changes from launch to launch must not bring
+# another compilation.
 @triton.jit(do_not_specialize=["block_ids", "results", "first_head", "num_heads"])
 def hash_region(
     memory,
@@ -99,7 +126,9 @@ def hash_region(
     LENGTH_START: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Region of block ``block_ids[p // num_heads]`` and head ``first_head + p % num_heads``, for program p."""
+    """Region of block ``block_ids[p // num_heads]`` and head ``first_head + p % num_heads``, for
+    program p.
+    """
     # Stripes and blocks that end where the region ends belong to what is left.
     num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
     num_blocks: tl.constexpr = num_stripes // 16
@@ -109,7 +138,9 @@ def hash_region(
 
     program = tl.program_id(0)
     block_id = tl.load(block_ids + program // num_heads).to(tl.int64)
-    region = memory + (block_id * HEADS_PER_BLOCK + first_head + program % num_heads) * (REGION_BYTES // 8)
+    region = memory + (block_id * HEADS_PER_BLOCK + first_head + program % num_heads) * (
+        REGION_BYTES // 8
+    )
     lanes = tl.arange(0, 4) * 2
     secrets = words + tl.arange(0, 16)[:, None] + lanes[None, :]
     even_secret, odd_secret = _load_word(secrets), _load_word(secrets + 1)
@@ -121,8 +152,12 @@ def hash_region(
     for tile in range(num_tiles):
         current = ahead
         next_word = (tile + 1) * tile_words
-        ahead = tl.load(region + next_word + offsets, mask=offsets < num_stripes * 8 - next_word, other=0)
-        even_sums, odd_sums = _sum_stripes(current, even_secret, odd_secret, TILE_BLOCKS, TILE_BLOCKS * 16)
+        ahead = tl.load(
+            region + next_word + offsets, mask=offsets < num_stripes * 8 - next_word, other=0
+        )
+        even_sums, odd_sums = _sum_stripes(
+            current, even_secret, odd_secret, TILE_BLOCKS, TILE_BLOCKS * 16
+        )
         for block in tl.static_range(TILE_BLOCKS):
             even = _scramble(even + _row(even_sums, block, TILE_BLOCKS), even_key)
             odd = _scramble(odd + _row(odd_sums, block, TILE_BLOCKS), odd_key)
@@ -137,14 +172,19 @@ def hash_region(
     even_word, odd_word = _load_word(last), _load_word(last + 1)
     even += _product(even_word ^ _load_word(words + 24 + lanes)) + odd_word
     odd += _product(odd_word ^ _load_word(words + 25 + lanes)) + even_word
-    tl.store(results + program, _merge(even, odd, words + 32 + lanes, LENGTH_START).to(tl.int64, bitcast=True))
+    tl.store(
+        results + program,
+        _merge(even, odd, words + 32 + lanes, LENGTH_START).to(tl.int64, bitcast=True),
+    )
 
 
 @triton.jit
 def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPES: tl.constexpr):
-    """Shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4] each of even and odd lanes.
+    """Shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4] each of even
+    and odd lanes.
 
-    ``tile``: [BLOCKS * 128]. A lane's product goes to its own accumulator, its word to its neighbour's.
+    ``tile``: [BLOCKS * 128]. A lane's product goes to its own accumulator, its word to its
+    neighbour's.
     """
     pairs = tl.reshape(tile.to(tl.uint64, bitcast=True), (BLOCKS, 16, 4, 2))
     even, odd = tl.split(pairs)
@@ -176,7 +216,9 @@ def _scramble(accumulator, key):
 
 @triton.jit
 def _merge(even, odd, keys, LENGTH_START: tl.constexpr):
-    """The checksum: pairs of accumulators are multiplied to 128 bits, halves folded, all added up, and the bits spread."""
+    """The checksum: pairs of accumulators are multiplied to 128 bits, halves folded, all added up,
+    and the bits spread.
+    """
     first = even ^ _load_word(keys)
     second = odd ^ _load_word(keys + 1)
     result = tl.sum((first * second) ^ tl.umulhi(first, second), axis=0) + LENGTH_START

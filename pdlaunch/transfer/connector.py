@@ -1,7 +1,7 @@
 """The interface of a connector: what moves the bytes of KV blocks between ranks.
 
-A connector is used by one thread only, that of the ``TransferWorker``. It reads whole blocks, or heads of blocks, of a peer into
-local blocks, and it knows nothing of requests, leases or proofs.
+A connector is used by one thread only, that of the ``TransferWorker``. It reads whole blocks, or
+heads of blocks, of a peer into local blocks, and it knows nothing of requests, leases or proofs.
 """
 
 from __future__ import annotations
@@ -34,19 +34,25 @@ class LocalMemory:
     """What a rank lets others read."""
 
     kv_cache: torch.Tensor
-    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the connector."""
+    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
+    connector.
+    """
     scratch: torch.Tensor
     """[num_bytes] uint8; a known pattern that peers read to prove the path."""
     layout: KVCacheLayout
     source: KVMemory = field(default_factory=PrivateKVMemory)
     """What KV cache and scratch were allocated from."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Descriptors of further host memory by name, which peers on this host may have; they outlive the connector."""
+    """Descriptors of further host memory by name, which peers on this host may have; they outlive
+    the connector.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRead:
-    """Which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads ``local_heads`` of ``local_blocks[i]``."""
+    """Which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads ``local_heads``
+    of ``local_blocks[i]``.
+    """
 
     local_blocks: Sequence[int]
     remote_blocks: Sequence[int]
@@ -61,12 +67,16 @@ class BlockRead:
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
     memo: dict[PeerHandle, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a connector has worked out ahead of the READ; of a peer that was removed it is worth nothing."""
+    """What a connector has worked out ahead of the READ; of a peer that was removed it is worth
+    nothing.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class PushJob:
-    """What a holder writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when there are no blocks."""
+    """What a holder writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when there
+    are no blocks.
+    """
 
     target: bytes
     """What the peer's connector has stated."""
@@ -76,7 +86,9 @@ class PushJob:
 
 
 class Connector(ABC):
-    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``; then perhaps ``open`` again."""
+    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``; then
+    perhaps ``open`` again.
+    """
 
     name: str
     """As in the config."""
@@ -85,7 +97,9 @@ class Connector(ABC):
     agent_name: str
     """Unique over ranks and incarnations."""
     pushes: ClassVar[bool] = False
-    """The holder writes: ``start_read`` only gets ready, and the holder is asked over the side channel, with ``push_target``."""
+    """The holder writes: ``start_read`` only gets ready, and the holder is asked over the side
+    channel, with ``push_target``.
+    """
 
     lends: bool = False
     """Peers of this host may map this rank's memory, and have its files."""
@@ -104,10 +118,14 @@ class Connector(ABC):
 
     @abstractmethod
     def remove_peer(self, peer: PeerHandle) -> None:
-        """Forget a peer and its connections; its READs have ended and are released. Never raises."""
+        """Forget a peer and its connections; its READs have ended and are released. Never
+        raises.
+        """
 
     def paths(self, peer: PeerHandle) -> Sequence[str]:
-        """The ways to read this peer, the preferred one first; each is tried with a READ of the scratch."""
+        """The ways to read this peer, the preferred one first; each is tried with a READ of the
+        scratch.
+        """
         return (self.path,)
 
     def use_path(self, peer: PeerHandle, path: str) -> None:
@@ -115,7 +133,9 @@ class Connector(ABC):
         assert path == self.path
 
     def outlives(self, peer: PeerHandle) -> bool:
-        """The peer's memory, and its files, can be read after its process has died, until ``remove_peer``."""
+        """The peer's memory, and its files, can be read after its process has died, until
+        ``remove_peer``.
+        """
         return False
 
     def peer_file(self, peer: PeerHandle, name: str) -> int | None:
@@ -123,19 +143,24 @@ class Connector(ABC):
         return None
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
-        """This READ is likely to be started soon: what can be done for it now will not delay it then. Raises TransferError."""
+        """This READ is likely to be started soon: what can be done for it now will not delay it
+        then. Raises TransferError.
+        """
         return
 
     @abstractmethod
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        """Start to read at least one block and head; may block while the bytes are copied. Raises TransferError.
+        """Start to read at least one block and head; may block while the bytes are copied. Raises
+        TransferError.
 
-        From here until ``poll`` says done or failed the READ may write to the local blocks, whatever else happens.
+        From here until ``poll`` says done or failed the READ may write to the local blocks,
+        whatever else happens.
         """
 
     @abstractmethod
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        """Start to read the peer's scratch into fresh memory, which lives as long as the READ. Raises TransferError.
+        """Start to read the peer's scratch into fresh memory, which lives as long as the READ.
+        Raises TransferError.
 
         In pieces of about the size of a block, where a piece has a cost of its own.
         """
@@ -145,31 +170,42 @@ class Connector(ABC):
         """Where a READ stands. After done or failed it writes no more."""
 
     def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        """Of a READ of blocks that is pending: when its parts are there for good, in their order, where the device can tell."""
+        """Of a READ of blocks that is pending: when its parts are there for good, in their order,
+        where the device can tell.
+        """
         return ()
 
     @abstractmethod
     def read_s(self, handle: ReadHandle) -> float:
-        """Seconds from the post of a READ that is done to its end, as exactly as this connector knows them."""
+        """Seconds from the post of a READ that is done to its end, as exactly as this connector
+        knows them.
+        """
 
     @abstractmethod
     def release(self, handle: ReadHandle) -> None:
         """Free a READ that is done or failed. Never raises."""
 
     def push_target(self, handle: ReadHandle) -> bytes:
-        """Where the holder shall write. Only of a connector that pushes, as all methods down to ``end_read``."""
+        """Where the holder shall write. Only of a connector that pushes, as all methods down to
+        ``end_read``.
+        """
         raise NotImplementedError
 
     def start_push(self, job: PushJob) -> PushHandle:
-        """At the holder: begin to write; never waits. A write that has begun cannot be taken back."""
+        """At the holder: begin to write; never waits. A write that has begun cannot be taken
+        back.
+        """
         raise NotImplementedError
 
     def poll_push(self, handle: PushHandle) -> str | None:
-        """At the holder: None while the write is pending, then "" or why it failed. Done: all bytes have landed."""
+        """At the holder: None while the write is pending, then "" or why it failed. Done: all bytes
+        have landed.
+        """
         raise NotImplementedError
 
     def end_read(self, handle: ReadHandle, *, error: str) -> None:
-        """At the reader: the holder has ended its write, ``error`` is empty when all bytes have landed, or its process has died.
+        """At the reader: the holder has ended its write, ``error`` is empty when all bytes have
+        landed, or its process has died.
 
         ``poll`` then says done or failed as soon as nothing can land any more.
         """
@@ -177,10 +213,14 @@ class Connector(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Deregister and let go of everything. READs that are pending are abandoned: the process is about to exit."""
+        """Deregister and let go of everything. READs that are pending are abandoned: the process is
+        about to exit.
+        """
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """After ``close``: wait until no peer maps this rank's memory; False when that takes longer. Any thread may call."""
+        """After ``close``: wait until no peer maps this rank's memory; False when that takes
+        longer. Any thread may call.
+        """
         return True
 
 

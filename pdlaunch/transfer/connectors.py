@@ -1,4 +1,6 @@
-"""The connector that the configuration names. Libraries are imported when it is opened, not here."""
+"""The connector that the configuration names. Libraries are imported when it is opened, not
+here.
+"""
 
 from __future__ import annotations
 
@@ -46,4 +48,6 @@ def _new_paths(path: KVPath, name: str, incarnation: int) -> Connector:
             return P2PConnector(name, incarnation, binding=new_device_binding())
         case "auto":
             nixl = NixlConnector(name, incarnation)
-            return PathsConnector([nixl, P2PConnector(name, incarnation, binding=new_device_binding())])
+            return PathsConnector(
+                [nixl, P2PConnector(name, incarnation, binding=new_device_binding())]
+            )

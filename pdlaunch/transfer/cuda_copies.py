@@ -1,8 +1,10 @@
-"""Copies from a peer's mapped memory on a GPU: by the copy engines, or by a kernel. Import this module only beside a GPU.
+"""Copies from a peer's mapped memory on a GPU: by the copy engines, or by a kernel. Import this
+module only beside a GPU.
 
-The copy engines leave all multiprocessors to the model, and are as fast as the link for large pieces (H200, NVLink: 394 GB/s at 8
-MiB, 338 at 1 MiB, 104 at 64 KiB, 34 at 16 KiB); for small ones a kernel is. Which one is used is measured at the handshake.
-Copies are enqueued in parts: the first moves while the others are prepared, and what has landed can be used while the rest moves.
+The copy engines leave all multiprocessors to the model, and are as fast as the link for large
+pieces (H200, NVLink: 394 GB/s at 8 MiB, 338 at 1 MiB, 104 at 64 KiB, 34 at 16 KiB); for small ones
+a kernel is. Which one is used is measured at the handshake. Copies are enqueued in parts: the first
+moves while the others are prepared, and what has landed can be used while the rest moves.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class BatchCopier(_CudaCopier):
 class KernelCopier(_CudaCopier):
     """Programs of a kernel; each takes at most one multiprocessor while it copies."""
 
-    def __init__(self, stream: torch.cuda.Stream, anchor: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream, anchor: torch.Tensor, shape: tuple[int, int, int]
+    ) -> None:
         """``anchor``: device memory that addresses are told relative to."""
         super().__init__(stream)
         self.name = f"kernel{shape[0]}"
@@ -87,7 +91,11 @@ class KernelCopier(_CudaCopier):
         from pdlaunch.memory.page_kernel import UNIT_BYTES
 
         addresses = np.concatenate((pieces.sources, pieces.destinations))
-        return not (pieces.piece_bytes % UNIT_BYTES or (addresses % UNIT_BYTES).any() or self._anchor.data_ptr() % UNIT_BYTES)
+        return not (
+            pieces.piece_bytes % UNIT_BYTES
+            or (addresses % UNIT_BYTES).any()
+            or self._anchor.data_ptr() % UNIT_BYTES
+        )
 
     def _prepare(self, pieces: Pieces) -> Callable[[], object]:
         from pdlaunch.memory.page_kernel import copy_pages
@@ -95,11 +103,21 @@ class KernelCopier(_CudaCopier):
         words = self._anchor[: self._anchor.numel() // 4 * 4].view(torch.int32)
         units = relative_units(pieces, words.data_ptr(), pin=words.is_cuda)
         on_device = units.to(words.device, non_blocking=True)
-        return partial(copy_pages, words, words, on_device, len(pieces.sources), pieces.piece_bytes, self._shape)
+        return partial(
+            copy_pages,
+            words,
+            words,
+            on_device,
+            len(pieces.sources),
+            pieces.piece_bytes,
+            self._shape,
+        )
 
 
 class CudaCopy(Copy):
-    def __init__(self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]) -> None:
+    def __init__(
+        self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]
+    ) -> None:
         """``ends``: of the parts, of ``num_pieces`` each, in the order in which they are copied."""
         self._begin, self._end = begin, ends[-1]
         self._landings = list(zip(accumulate(num_pieces), ends, strict=True))
@@ -120,7 +138,9 @@ class CudaCopy(Copy):
 
 
 def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
-    """[2, num_columns] int64: sources and destinations in units of 16 bytes from ``anchor``, before it or behind it."""
+    """[2, num_columns] int64: sources and destinations in units of 16 bytes from ``anchor``, before
+    it or behind it.
+    """
     from pdlaunch.memory.page_kernel import UNIT_BYTES, padded_columns
 
     num_pieces = len(pieces.sources)
@@ -131,7 +151,9 @@ def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
 
 
 def new_cuda_copiers(anchor: torch.Tensor) -> list[PieceCopier]:
-    """What this machine offers, what costs the fewest multiprocessors first. Raises TransferError when that is nothing."""
+    """What this machine offers, what costs the fewest multiprocessors first. Raises TransferError
+    when that is nothing.
+    """
     stream = torch.cuda.Stream(anchor.device, priority=-1)  # type: ignore[no-untyped-call]
     found: list[PieceCopier] = []
     try:
@@ -141,5 +163,7 @@ def new_cuda_copiers(anchor: torch.Tensor) -> list[PieceCopier]:
     if importlib.util.find_spec("triton") is not None:
         found += [KernelCopier(stream, anchor, shape) for shape in KERNELS]
     if not found:
-        raise TransferError("neither a CUDA driver of 12.8 or newer nor Triton is there to copy with")
+        raise TransferError(
+            "neither a CUDA driver of 12.8 or newer nor Triton is there to copy with"
+        )
     return found

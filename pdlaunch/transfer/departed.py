@@ -1,8 +1,10 @@
-"""A holder whose process has died, and whose memory can still be read: its ledger answers in its place.
+"""A holder whose process has died, and whose memory can still be read: its ledger answers in its
+place.
 
-Nobody can use the blocks of its leases for anything else, so a pull of them is as good as from the living: the same questions,
-the same answers, the same proof. Leases end here as they would there, but count only the readers of this rank, and with the last
-of them the memory can go. What others read does not show: a lease that nobody here reads ends ``lease_s`` after the death.
+Nobody can use the blocks of its leases for anything else, so a pull of them is as good as from the
+living: the same questions, the same answers, the same proof. Leases end here as they would there,
+but count only the readers of this rank, and with the last of them the memory can go. What others
+read does not show: a lease that nobody here reads ends ``lease_s`` after the death.
 """
 
 from __future__ import annotations
@@ -34,11 +36,21 @@ logger = logging.getLogger(__name__)
 
 
 class DepartedHolder:
-    """Takes the place of the channel; what is asked before the holder's process is dead waits. The transfer thread owns it."""
+    """Takes the place of the channel; what is asked before the holder's process is dead waits. The
+    transfer thread owns it.
+    """
 
     broken = False
 
-    def __init__(self, name: str, *, process_fd: int, ledger_fd: int, patience_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        process_fd: int,
+        ledger_fd: int,
+        patience_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         """``name``: of the rank. ``process_fd``: its pidfd. Both descriptors must outlive this.
 
         ``patience_s``: for the process to die; the registry has dropped it already.
@@ -111,12 +123,16 @@ class DepartedHolder:
                 case PullBegin():
                     return self._reply(message.call_id, self._lease_of(message))
                 case Heartbeat():
-                    return HeartbeatReply(call_id=message.call_id, lease_s=self._leases.remaining_s(self._lease_of(message)))
+                    return HeartbeatReply(
+                        call_id=message.call_id,
+                        lease_s=self._leases.remaining_s(self._lease_of(message)),
+                    )
                 case PullEnd():
                     return PullEndReply(call_id=message.call_id, held=self._end(message))
                 case StateChecksums():
                     return ChecksumsReply(
-                        call_id=message.call_id, groups=[group.checksums for group in self._lease_of(message).groups]
+                        call_id=message.call_id,
+                        groups=[group.checksums for group in self._lease_of(message).groups],
                     )
                 case Handshake() | Push():
                     return self._refuse(message.call_id, "only its memory is left")
@@ -127,7 +143,8 @@ class DepartedHolder:
         return Refused(call_id=call_id, reason=f"{self._name} has died; {reason}")
 
     def _lease_of(self, message: PullBegin | StateChecksums | Heartbeat | PullEnd) -> Lease:
-        """A pull that began with the living goes on as if it had begun here: a lease in the ledger has held until now.
+        """A pull that began with the living goes on as if it had begun here: a lease in the ledger
+        has held until now.
 
         Raises LeaseError.
         """

@@ -1,4 +1,6 @@
-"""The CUDA device of every thread that touches KV blocks: it is thread-local, and libraries change it under our feet."""
+"""The CUDA device of every thread that touches KV blocks: it is thread-local, and libraries change
+it under our feet.
+"""
 
 from __future__ import annotations
 

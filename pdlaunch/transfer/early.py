@@ -1,8 +1,9 @@
 """Questions about a lease that this rank has not been told of yet.
 
-Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks. A reader may be at one of
-them before its grant is: the question then waits for it, in order, for a while. Who awaits a prompt that is being computed waits
-longer, for the next of its blocks or for the lease; a reader has one such question, the latest.
+Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks.
+A reader may be at one of them before its grant is: the question then waits for it, in order, for a
+while. Who awaits a prompt that is being computed waits longer, for the next of its blocks or for
+the lease; a reader has one such question, the latest.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd, ToHolder
 
 GRANT_LAG_S = 2.0
-"""A rank hears of a lease at most this long after its readers do; later, and for a lease that never was, they are refused."""
+"""A rank hears of a lease at most this long after its readers do; later, and for a lease that never
+was, they are refused.
+"""
 LONGEST_WAIT_S = 60.0
-"""For who awaits a prompt: it may be far from computed. Then the reader is refused, and comes later."""
+"""For who awaits a prompt: it may be far from computed. Then the reader is refused, and comes
+later.
+"""
 MAX_WAITING = 4096
 """Further questions are answered at once."""
 MAX_AWAITING = 1024
@@ -47,18 +52,25 @@ class EarlyQuestions:
         due: list[tuple[bytes, ToHolder]] = []
         for question in questions:
             limit = MAX_AWAITING if _awaits(question.message) else MAX_WAITING
-            if now_s < question.deadline_s and len(self._waiting) < limit and self._is_early(question.message):
+            if (
+                now_s < question.deadline_s
+                and len(self._waiting) < limit
+                and self._is_early(question.message)
+            ):
                 self._waiting.append(question)
             else:
                 due.append((question.identity, question.message))
         return due
 
     def drop_readers(self, is_there: Callable[[str], bool]) -> None:
-        """Who awaited a prompt and is gone shall have no share of its lease. ``is_there``: of a reader, by its name."""
+        """Who awaited a prompt and is gone shall have no share of its lease. ``is_there``: of a
+        reader, by its name.
+        """
         self._waiting = [
             question
             for question in self._waiting
-            if not (isinstance(question.message, PullBegin) and question.message.awaits) or is_there(question.message.reader)
+            if not (isinstance(question.message, PullBegin) and question.message.awaits)
+            or is_there(question.message.reader)
         ]
 
     def next_deadline_s(self) -> float:
@@ -66,10 +78,15 @@ class EarlyQuestions:
         return min((question.deadline_s for question in self._waiting), default=float("inf"))
 
     def _deadline_s(self, message: ToHolder, now_s: float) -> float:
-        """Until when it may wait. One that awaits a prompt goes with the next of its reader, or with the end of the pull."""
+        """Until when it may wait. One that awaits a prompt goes with the next of its reader, or
+        with the end of the pull.
+        """
         if not isinstance(message, PullBegin | PullEnd):
             return now_s + GRANT_LAG_S
-        earlier = next((question for question in self._waiting if _is_awaited_by(message, question.message)), None)
+        earlier = next(
+            (question for question in self._waiting if _is_awaited_by(message, question.message)),
+            None,
+        )
         if earlier is not None:
             self._waiting.remove(earlier)
         if not _awaits(message):

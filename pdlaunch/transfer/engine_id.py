@@ -8,5 +8,7 @@ ENGINE_ID_BYTES = 16
 
 
 def draw_engine_id() -> str:
-    """16 random bytes as 32 hex digits; rank 0's is broadcast over the TP group before a TransferWorker is made."""
+    """16 random bytes as 32 hex digits; rank 0's is broadcast over the TP group before a
+    TransferWorker is made.
+    """
     return secrets.token_hex(ENGINE_ID_BYTES)

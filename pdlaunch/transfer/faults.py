@@ -1,7 +1,9 @@
-"""Which faults are injected into a rank's transfers, and when: for tests and ``pdlaunch smoke --chaos`` only.
+"""Which faults are injected into a rank's transfers, and when: for tests and ``pdlaunch smoke
+--chaos`` only.
 
-A plan comes in the environment of the ranks (the setting ``env``), so that no knob for it exists. Which fault the i-th READ of a
-rank meets is a pure function of (seed, agent, i), which lease is cut short one of (seed, agent, request).
+A plan comes in the environment of the ranks (the setting ``env``), so that no knob for it exists.
+Which fault the i-th READ of a rank meets is a pure function of (seed, agent, i), which lease is cut
+short one of (seed, agent, request).
 """
 
 from __future__ import annotations
@@ -73,12 +75,16 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self._draw(f"probe/{agent}/{index}", self.probe_rate, _PROBE_FAULTS)
 
     def of_chunk(self, index: int) -> random.Random | None:
-        """What the fault of a rank's ``index``-th block in host memory is drawn from; None: it is sound."""
+        """What the fault of a rank's ``index``-th block in host memory is drawn from; None: it is
+        sound.
+        """
         source = random.Random(f"{self.seed}/chunk/{index}")
         return source if source.random() < self.chunk_rate else None
 
     def copy_delay_s(self, index: int) -> float:
-        """By how much the end of a rank's ``index``-th copy between device and host is seen late."""
+        """By how much the end of a rank's ``index``-th copy between device and host is seen
+        late.
+        """
         return random.Random(f"{self.seed}/copy/{index}").uniform(0, self.copy_slow_s)
 
     def copies_wait(self) -> bool:
@@ -87,7 +93,10 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def on_commands(self, agent: str, commands: Sequence[TransferCommand]) -> list[TransferCommand]:
         """Cut some of the leases short."""
-        return [self._on_lease(agent, command) if isinstance(command, GrantLease) else command for command in commands]
+        return [
+            self._on_lease(agent, command) if isinstance(command, GrantLease) else command
+            for command in commands
+        ]
 
     def _on_lease(self, agent: str, command: GrantLease) -> GrantLease:
         source = random.Random(f"{self.seed}/lease/{agent}/{command.request_id}")
@@ -95,7 +104,9 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return command
         return msgspec.structs.replace(command, lease_s=source.uniform(0.001, self.short_lease_s))
 
-    def _draw(self, name: str, rate: float, faults: Sequence[Fault]) -> tuple[Fault | None, random.Random]:
+    def _draw(
+        self, name: str, rate: float, faults: Sequence[Fault]
+    ) -> tuple[Fault | None, random.Random]:
         source = random.Random(f"{self.seed}/{name}")
         return (source.choice(faults) if source.random() < rate else None), source
 

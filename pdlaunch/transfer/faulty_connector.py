@@ -45,9 +45,13 @@ class _Read:
 
 
 class FaultyConnector(Connector):
-    """Passes everything on to ``inner``, but for the faults. Never breaks the contract: after an end nothing is written."""
+    """Passes everything on to ``inner``, but for the faults. Never breaks the contract: after an
+    end nothing is written.
+    """
 
-    def __init__(self, inner: Connector, faults: FaultPlan, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, inner: Connector, faults: FaultPlan, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.name = inner.name
         self.path = inner.path
         self.agent_name = inner.agent_name
@@ -113,7 +117,9 @@ class FaultyConnector(Connector):
     def landings(self, handle: ReadHandle) -> Sequence[Landing]:
         """None of a READ with a fault: its bytes may change up to its end."""
         read = cast(_Read, handle)
-        return () if read.fault is not None or read.inner is None else self._inner.landings(read.inner)
+        return (
+            () if read.fault is not None or read.inner is None else self._inner.landings(read.inner)
+        )
 
     def read_s(self, handle: ReadHandle) -> float:
         return self._inner.read_s(self._true_read(handle))
@@ -145,7 +151,9 @@ class FaultyConnector(Connector):
     @staticmethod
     def _true_read(handle: ReadHandle) -> ReadHandle:
         inner = cast(_Read, handle).inner
-        assert inner is not None  # the READ of a scratch, or where the holder writes: held back or repeated is none of them
+        assert (
+            inner is not None
+        )  # the READ of a scratch, or where the holder writes: held back or repeated is none of them
         return inner
 
     def _begin(self, read: _Read) -> None:
@@ -214,7 +222,9 @@ class FaultyTransferWorker(TransferWorker):
 
 
 def _await_device(memory: torch.Tensor) -> None:
-    """The fault is there before anybody hears of the READ's end: checksums are computed on another stream."""
+    """The fault is there before anybody hears of the READ's end: checksums are computed on another
+    stream.
+    """
     if memory.is_cuda:
         torch.cuda.current_stream(memory.device).synchronize()
 

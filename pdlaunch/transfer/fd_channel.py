@@ -4,9 +4,10 @@
 
     reader: connect ── token ──▶ owner: uid and token right ── descriptors ──▶ reader keeps the connection while it uses them
 
-The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a process of another user, or to one
-that does not know the token: both travel over the side channel, which only ranks of the launch can use. A connection that is
-still open tells the owner that its memory is still mapped, and ends with the reader's process, however that dies.
+The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a
+process of another user, or to one that does not know the token: both travel over the side channel,
+which only ranks of the launch can use. A connection that is still open tells the owner that its
+memory is still mapped, and ends with the reader's process, however that dies.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 TOKEN_BYTES = 32
 MAX_FDS = 64
 TIMEOUT_S = 5.0
-"""For an owner to hand its descriptors over, which takes well under a millisecond unless it was stopped."""
+"""For an owner to hand its descriptors over, which takes well under a millisecond unless it was
+stopped.
+"""
 
 _OK = b"ok"
 _CREDENTIALS = struct.Struct("iII")
@@ -96,7 +99,9 @@ class FdServer:
         except OSError:
             return
         if _uid_of(connection) != os.geteuid():
-            logger.warning("a process of uid %d was refused at the socket of KV memory", _uid_of(connection))
+            logger.warning(
+                "a process of uid %d was refused at the socket of KV memory", _uid_of(connection)
+            )
             connection.close()
             return
         connection.setblocking(False)
@@ -138,7 +143,9 @@ class FdServer:
             self._unused.set()
 
     def _stop_listening(self) -> None:
-        """Connections that have not shown the token stay without answer until the last reader has gone."""
+        """Connections that have not shown the token stay without answer until the last reader has
+        gone.
+        """
         if self._listening:
             self._listening = False
             for opened in (self._listener, self._woken):
@@ -148,7 +155,9 @@ class FdServer:
 
 @dataclass(frozen=True, slots=True)
 class FdConnection:
-    """The reader's side: the descriptors, and the connection that tells the owner they are in use."""
+    """The reader's side: the descriptors, and the connection that tells the owner they are in
+    use.
+    """
 
     fds: list[int]
     connection: socket.socket
@@ -164,7 +173,9 @@ class FdConnection:
         self.connection.close()
 
 
-def fetch_fds(address: str, token: bytes, num_fds: int, timeout_s: float = TIMEOUT_S) -> FdConnection:
+def fetch_fds(
+    address: str, token: bytes, num_fds: int, timeout_s: float = TIMEOUT_S
+) -> FdConnection:
     """Ask an owner for its descriptors, in its order. Raises TransferError; then none is open."""
     connection = _new_socket()
     try:
@@ -182,7 +193,9 @@ def fetch_fds(address: str, token: bytes, num_fds: int, timeout_s: float = TIMEO
 def _receive_fds(connection: socket.socket, num_fds: int) -> list[int]:
     # ``socket.recv_fds`` drops its flags, and the descriptors would be inherited.
     ancillary_bytes = socket.CMSG_SPACE(MAX_FDS * _FD.size)
-    answer, ancillary, flags, _ = connection.recvmsg(len(_OK), ancillary_bytes, socket.MSG_CMSG_CLOEXEC)
+    answer, ancillary, flags, _ = connection.recvmsg(
+        len(_OK), ancillary_bytes, socket.MSG_CMSG_CLOEXEC
+    )
     fds = [
         fd
         for level, kind, data in ancillary
@@ -193,7 +206,9 @@ def _receive_fds(connection: socket.socket, num_fds: int) -> list[int]:
         return fds
     for fd in fds:
         os.close(fd)
-    raise TransferError("refused" if not answer else f"{len(fds)} descriptors came, {num_fds} were expected")
+    raise TransferError(
+        "refused" if not answer else f"{len(fds)} descriptors came, {num_fds} were expected"
+    )
 
 
 def _new_socket() -> socket.socket:

@@ -1,6 +1,8 @@
-"""KV blocks through files in a shared folder, for debugging and offline runs: the holder writes a file, its reader loads it.
+"""KV blocks through files in a shared folder, for debugging and offline runs: the holder writes a
+file, its reader loads it.
 
-Nothing but the reader itself writes to its memory, so a READ whose holder has failed or died is over at once.
+Nothing but the reader itself writes to its memory, so a READ whose holder has failed or died is
+over at once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,14 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, LocalMemory, PeerHandle, PushJob, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    LocalMemory,
+    PeerHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.file_store import FileStore, file_name
 from pdlaunch.transfer.pushing import PendingRead, PushingConnector, parse_agent_metadata
@@ -89,7 +98,9 @@ class FileConnector(PushingConnector):
         self._store.write(job.target.decode("ascii", "replace"), data)
 
     def _settle(self, read: PendingRead) -> ReadState:
-        """Load what the holder has written; what cannot be loaded, or does not fit, is a failed READ."""
+        """Load what the holder has written; what cannot be loaded, or does not fit, is a failed
+        READ.
+        """
         if read.error:
             return "failed"
         try:
@@ -122,7 +133,11 @@ def _await_device(memory: torch.Tensor) -> None:
         torch.cuda.current_stream(memory.device).synchronize()
 
 
-def _check_fits(name: str, found: torch.Tensor, wanted: torch.Tensor, num_rows: int | None = None) -> None:
+def _check_fits(
+    name: str, found: torch.Tensor, wanted: torch.Tensor, num_rows: int | None = None
+) -> None:
     shape = (wanted.shape[0] if num_rows is None else num_rows, *wanted.shape[1:])
     if (tuple(found.shape), found.dtype) != (shape, wanted.dtype):
-        raise TransferError(f"{name} holds {found.dtype} {tuple(found.shape)}, wanted are {wanted.dtype} {shape}")
+        raise TransferError(
+            f"{name} holds {found.dtype} {tuple(found.shape)}, wanted are {wanted.dtype} {shape}"
+        )

@@ -1,6 +1,8 @@
-"""The shared folder of the file connector: one folder a prompt, named by its digest, with one safetensors file a READ in it.
+"""The shared folder of the file connector: one folder a prompt, named by its digest, with one
+safetensors file a READ in it.
 
-Files appear whole or not at all, names cannot leave the folder, and when it grows too big the oldest prompts are deleted.
+Files appear whole or not at all, names cannot leave the folder, and when it grows too big the
+oldest prompts are deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _TENSOR = "blocks"
 
 
 def file_name(digest: str, purpose: str) -> str:
-    """``<digest>/<digest of the purpose>``; digest: 32 to 128 hexadecimal digits. ``purpose``: one holder's share of one READ."""
+    """``<digest>/<digest of the purpose>``; digest: 32 to 128 hexadecimal digits. ``purpose``: one
+    holder's share of one READ.
+    """
     return f"{digest}/{hashlib.sha256(purpose.encode()).hexdigest()}"
 
 
@@ -42,14 +46,19 @@ class FileStore:
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
-            raise TransferError(f"kv_transfer.file_directory {folder} cannot be written to: {error}") from error
+            raise TransferError(
+                f"kv_transfer.file_directory {folder} cannot be written to: {error}"
+            ) from error
 
     def write(self, name: str, blocks: torch.Tensor) -> None:
-        """``blocks``: contiguous, on the host. Deletes what is too much afterwards. Raises TransferError."""
+        """``blocks``: contiguous, on the host. Deletes what is too much afterwards. Raises
+        TransferError.
+        """
         num_bytes = blocks.numel() * blocks.element_size()
         if num_bytes > self._size_limit_bytes:
             raise TransferError(
-                f"{num_bytes} bytes do not fit into kv_transfer.file_directory: file_size_limit is {self._size_limit_bytes}"
+                f"{num_bytes} bytes do not fit into kv_transfer.file_directory: file_size_limit is "
+                f"{self._size_limit_bytes}"
             )
         path = self._path(name)
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

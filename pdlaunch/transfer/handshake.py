@@ -1,4 +1,6 @@
-"""What two ranks must agree on before one reads the other's blocks, and how a disagreement is worded."""
+"""What two ranks must agree on before one reads the other's blocks, and how a disagreement is
+worded.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ class RankIdentity:
 
 
 def compatibility_of(
-    spec: EngineSpec, layout: KVCacheLayout, kv_dtype: torch.dtype, *, model_digest: str, total_kv_heads: int, connector: str
+    spec: EngineSpec,
+    layout: KVCacheLayout,
+    kv_dtype: torch.dtype,
+    *,
+    model_digest: str,
+    total_kv_heads: int,
+    connector: str,
 ) -> Compatibility:
     """Everything that must be equal on both sides."""
     return Compatibility(
@@ -71,7 +79,9 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
 
 def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
     """One line: ``full: 0-5; 512: 6-11``, the window of a group and its layers."""
-    return "; ".join(f"{group.sliding_window or 'full'}: {_ranges(group.layers)}" for group in groups)
+    return "; ".join(
+        f"{group.sliding_window or 'full'}: {_ranges(group.layers)}" for group in groups
+    )
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -92,11 +102,15 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
         if getattr(ours, field) != getattr(theirs, field)
     ]
     if differences:
-        raise HandshakeError(f"{local} and {peer} cannot exchange KV blocks; " + "; ".join(differences))
+        raise HandshakeError(
+            f"{local} and {peer} cannot exchange KV blocks; " + "; ".join(differences)
+        )
 
 
 def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: int) -> None:
-    """Raises HandshakeError when the stated geometry contradicts itself or the agreed shape of a block."""
+    """Raises HandshakeError when the stated geometry contradicts itself or the agreed shape of a
+    block.
+    """
     geometry = reply.geometry
     heads = heads_of_rank(total_kv_heads, reply.tp_size, reply.tp_rank)
     expected = {
@@ -107,7 +121,12 @@ def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: in
     }
     for field, (wanted, found) in expected.items():
         if wanted != found:
-            raise HandshakeError(f"{field}: {reply.rank_name} states {found}, expected are {wanted}")
+            raise HandshakeError(
+                f"{field}: {reply.rank_name} states {found}, expected are {wanted}"
+            )
     sizes = SCRATCH_BYTES, DEVICE_SCRATCH_BYTES
     if geometry.scratch_bytes not in sizes:
-        raise HandshakeError(f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of {sizes}")
+        raise HandshakeError(
+            f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of "
+            f"{sizes}"
+        )

@@ -1,6 +1,7 @@
 """The holder's side of the side channel: answers what pullers ask about this rank's leased blocks.
 
-Whatever is asked, the answer is a message; a question that makes no sense is refused and changes nothing.
+Whatever is asked, the answer is a message; a question that makes no sense is refused and changes
+nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
-from pdlaunch.protocol.transfer import AnnounceBlocks, EndLease, GrantLease, LeaseEnded, SetLeaseReaders, WithdrawBlocks
+from pdlaunch.protocol.transfer import (
+    AnnounceBlocks,
+    EndLease,
+    GrantLease,
+    LeaseEnded,
+    SetLeaseReaders,
+    WithdrawBlocks,
+)
 from pdlaunch.transfer.announced import Announcements
 from pdlaunch.transfer.checksum import BlockHasher, Checksums
 from pdlaunch.transfer.connector import PushJob
@@ -76,9 +84,15 @@ class Holder:
     """Leases of one rank and the answers about them. The transfer thread owns it."""
 
     def __init__(
-        self, card: HolderCard, hasher: BlockHasher | None, clock: Callable[[], float], ledger: Ledger | None = None
+        self,
+        card: HolderCard,
+        hasher: BlockHasher | None,
+        clock: Callable[[], float],
+        ledger: Ledger | None = None,
     ) -> None:
-        """``hasher``: None when ``kv_transfer.verify`` is off. ``ledger``: None where it would die with this process."""
+        """``hasher``: None when ``kv_transfer.verify`` is off. ``ledger``: None where it would die
+        with this process.
+        """
         self._card = card
         self._hasher = hasher
         self._pullers: set[tuple[str, int]] = set()
@@ -107,11 +121,13 @@ class Holder:
         self._announced.end(command.request_id)
 
     def grant(self, command: GrantLease) -> None:
-        """Keep the blocks of a finished request for its readers; their checksums are computed from ``take_granted`` on.
+        """Keep the blocks of a finished request for its readers; their checksums are computed from
+        ``take_granted`` on.
 
         So readers who wait for the lease can be answered first, and read meanwhile.
 
-        Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to them any more.
+        Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to
+        them any more.
         """
         groups = [
             GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
@@ -124,7 +140,8 @@ class Holder:
         self._hashing[command.request_id] = _Hashing(groups, self._clock())
 
     def take_granted(self) -> list[str]:
-        """Requests whose leases have become complete since the last call, each once, whether they live or not.
+        """Requests whose leases have become complete since the last call, each once, whether they
+        live or not.
 
         Has the checksums of new ones computed.
         """
@@ -149,7 +166,10 @@ class Holder:
     def take_ended(self) -> list[LeaseEnded]:
         """Expire what is due; leases that have ended since the last call."""
         self._leases.expire()
-        ended = [LeaseEnded(request_id=request_id, reason=reason) for request_id, reason in self._leases.take_ended()]
+        ended = [
+            LeaseEnded(request_id=request_id, reason=reason)
+            for request_id, reason in self._leases.take_ended()
+        ]
         if self._ledger is not None:
             for event in ended:
                 self._ledger.remove(event.request_id)
@@ -159,12 +179,15 @@ class Holder:
         return self._leases.next_deadline_s()
 
     def is_early(self, message: ToHolder) -> bool:
-        """It asks about a lease of this engine that this rank has never heard of: the grant may be on the way.
+        """It asks about a lease of this engine that this rank has never heard of: the grant may be
+        on the way.
 
         Or for checksums that are being computed.
         """
         match message:
-            case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if message.engine_id == self._card.identity.engine_id:
+            case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if (
+                message.engine_id == self._card.identity.engine_id
+            ):
                 request_id = message.request_id
                 if isinstance(message, StateChecksums) and request_id in self._hashing:
                     return True
@@ -179,18 +202,33 @@ class Holder:
         return message.awaits and self._announced.has_news(message.request_id, message.version)
 
     def job_of(self, message: Push) -> PushJob:
-        """The write that a reader asks for. Raises LeaseError when it may not have what it names."""
+        """The write that a reader asks for. Raises LeaseError when it may not have what it
+        names.
+        """
         identity, num_heads = self._card.identity, self._card.geometry.num_kv_heads
         if message.engine_id != identity.engine_id:
-            raise LeaseError(f"{identity.name} belongs to engine_id {identity.engine_id}, not to {message.engine_id}")
+            raise LeaseError(
+                f"{identity.name} belongs to engine_id {identity.engine_id}, not to "
+                f"{message.engine_id}"
+            )
         if message.block_ids:
             lease = self._leases.opened(message.request_id, message.reader)
             leased = {block_id for group in lease.groups for block_id in group.block_ids}
             if not leased.issuperset(message.block_ids):
-                raise LeaseError(f"{identity.name}: request {message.request_id} has no lease for all of these blocks")
+                raise LeaseError(
+                    f"{identity.name}: request {message.request_id} has no lease for all of these "
+                    "blocks"
+                )
             if not 0 <= message.first_head < message.first_head + message.num_heads <= num_heads:
-                raise LeaseError(f"{identity.name}: there are no {message.num_heads} heads from {message.first_head} on")
-        return PushJob(message.target, message.block_ids, range(message.first_head, message.first_head + message.num_heads))
+                raise LeaseError(
+                    f"{identity.name}: there are no {message.num_heads} heads from "
+                    f"{message.first_head} on"
+                )
+        return PushJob(
+            message.target,
+            message.block_ids,
+            range(message.first_head, message.first_head + message.num_heads),
+        )
 
     def answer(self, message: ToHolder) -> ToPuller:
         """The answer to a puller's message."""
@@ -258,7 +296,9 @@ class Holder:
         self._take_checksums()
         if message.request_id in self._hashing:
             raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
-        return ChecksumsReply(call_id=message.call_id, groups=[group.checksums for group in lease.groups])
+        return ChecksumsReply(
+            call_id=message.call_id, groups=[group.checksums for group in lease.groups]
+        )
 
     def _take_checksums(self) -> None:
         for request_id, hashing in list(self._hashing.items()):
@@ -276,7 +316,9 @@ class Holder:
         self._granted.append(request_id)
 
     def _write_down(self, request_id: str) -> None:
-        """Keep the ledger true of a lease that lives; one that has ended leaves it before the engine hears of that."""
+        """Keep the ledger true of a lease that lives; one that has ended leaves it before the
+        engine hears of that.
+        """
         if request_id in self._hashing:
             return
         lease = self._leases.find(request_id)
@@ -285,5 +327,10 @@ class Holder:
         num_readers = max(lease.num_expected, bool(lease.open_readers))
         if self._ledger.num_readers(request_id) == num_readers:
             return
-        if not self._ledger.write(LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=num_readers)):
-            logger.warning("the ledger is full: request %s cannot be pulled after a death of this rank", request_id)
+        if not self._ledger.write(
+            LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=num_readers)
+        ):
+            logger.warning(
+                "the ledger is full: request %s cannot be pulled after a death of this rank",
+                request_id,
+            )

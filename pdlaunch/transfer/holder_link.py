@@ -37,8 +37,12 @@ class HolderLink(Protocol):
     def reads_early(self) -> bool:
         """A READ needs no lease, as far as the holder is concerned."""
 
-    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> int:
-        """Send what ``build`` makes of a fresh call_id, which is returned; ``on_reply`` gets the answer, if one comes."""
+    def ask(
+        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+    ) -> int:
+        """Send what ``build`` makes of a fresh call_id, which is returned; ``on_reply`` gets the
+        answer, if one comes.
+        """
 
     def forget(self, call_id: int) -> None:
         """Nobody waits for this answer any more."""
@@ -76,7 +80,9 @@ class Puller:
     """A pull reads so many bytes under its lease: its end is near."""
 
     def reader(self, pull_id: str) -> str:
-        """Unique over engines, ranks and choices; of bounded length, whatever the request's id is."""
+        """Unique over engines, ranks and choices; of bounded length, whatever the request's id
+        is.
+        """
         return f"{self.engine_id}/{self.tp_rank}/{hashlib.sha256(pull_id.encode()).hexdigest()}"
 
 

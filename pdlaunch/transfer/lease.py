@@ -7,8 +7,9 @@
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
 
-While a pull is open nothing but the deadline ends a lease: readers count on the seconds that they were told. A lease knows
-nothing of sockets or tensors, and asks the injected clock alone. Deadlines never leave this process.
+While a pull is open nothing but the deadline ends a lease: readers count on the seconds that they
+were told. A lease knows nothing of sockets or tensors, and asks the injected clock alone. Deadlines
+never leave this process.
 """
 
 from __future__ import annotations
@@ -74,13 +75,17 @@ class LeaseTable:
         return len(self._leases)
 
     def grant(self, grant: GrantLease, groups: list[GroupBlocks], *, generation: int = 0) -> None:
-        """Take over the blocks of a finished request. Raises LeaseError when its id has a living lease."""
+        """Take over the blocks of a finished request. Raises LeaseError when its id has a living
+        lease.
+        """
         if grant.request_id in self._leases:
             raise LeaseError(f"request {grant.request_id} has a lease already")
         self._past.pop(grant.request_id, None)
         now = self._clock()
         last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
-        self._leases[grant.request_id] = Lease(grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers, generation)
+        self._leases[grant.request_id] = Lease(
+            grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers, generation
+        )
 
     def state(self, request_id: str, groups: list[GroupBlocks]) -> None:
         """What readers are told of a lease's blocks from now on. Unknown ids are ignored."""
@@ -100,11 +105,15 @@ class LeaseTable:
         self.expire()
         lease = self._leases.get(request_id)
         if lease is None:
-            raise LeaseError(f"request {request_id} has no lease here: it has expired, ended or never was")
+            raise LeaseError(
+                f"request {request_id} has no lease here: it has expired, ended or never was"
+            )
         return lease
 
     def set_readers(self, request_id: str, num_readers: int) -> None:
-        """That many readers come, and no more; the lease ends when all have been here. Unknown ids are ignored."""
+        """That many readers come, and no more; the lease ends when all have been here. Unknown ids
+        are ignored.
+        """
         lease = self._leases.get(request_id)
         if lease is None:
             return
@@ -112,7 +121,9 @@ class LeaseTable:
         self._end_if_done(lease)
 
     def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
-        """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull has ended."""
+        """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull
+        has ended.
+        """
         lease = self.living(request_id)
         if num_pullers < 1:
             raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
@@ -152,7 +163,9 @@ class LeaseTable:
         return True
 
     def cancel(self, request_id: str) -> None:
-        """The request is not wanted any more: its lease ends now, or with the last open pull. Unknown ids are ignored."""
+        """The request is not wanted any more: its lease ends now, or with the last open pull.
+        Unknown ids are ignored.
+        """
         lease = self._leases.get(request_id)
         if lease is None:
             return

@@ -1,13 +1,15 @@
-"""The ledger of a rank: its living leases, in memory that peers can still read after this process has died.
+"""The ledger of a rank: its living leases, in memory that peers can still read after this process
+has died.
 
 ::
 
     | directory: NUM_ENTRIES x (offset, length, checksum) | record | free | record | ...
                                    └────────────────────────▲
 
-The owner writes a record before anyone hears of the lease, and removes it before the engine gets the blocks back: a record that
-is there when the owner has died tells of blocks that nobody has touched since. Nobody reads before that, so there are no locks.
-A record counts once its entry is whole; what was half written at the moment of death does not match its checksum and is nothing.
+The owner writes a record before anyone hears of the lease, and removes it before the engine gets
+the blocks back: a record that is there when the owner has died tells of blocks that nobody has
+touched since. Nobody reads before that, so there are no locks. A record counts once its entry is
+whole; what was half written at the moment of death does not match its checksum and is nothing.
 Source: XXH3 of the xxHash library.
 """
 
@@ -78,7 +80,9 @@ class Ledger:
         return None if entry is None else self._num_readers[entry]
 
     def write(self, record: LedgerRecord) -> bool:
-        """Put a lease down, in place of what was there of it. False, and nothing has changed, when there is no room."""
+        """Put a lease down, in place of what was there of it. False, and nothing has changed, when
+        there is no room.
+        """
         request_id, payload = record.grant.request_id, _encoder.encode(record)
         entry = self._entries.get(request_id)
         offset = self._find_gap(len(payload))
@@ -102,7 +106,9 @@ class Ledger:
             self._free_entries.append(entry)
 
     def check_integrity(self) -> None:
-        """Every entry is free or has one record; records lie apart, behind the directory. For tests."""
+        """Every entry is free or has one record; records lie apart, behind the directory. For
+        tests.
+        """
         assert sorted([*self._free_entries, *self._entries.values()]) == list(range(NUM_ENTRIES))
         assert self._spans.keys() == self._num_readers.keys() == set(self._entries.values())
         end = DIRECTORY_BYTES
@@ -125,18 +131,24 @@ class Ledger:
 
 
 def new_ledger(num_bytes: int = LEDGER_BYTES) -> tuple[Ledger, int]:
-    """An empty ledger, and a read-only file descriptor of its memory to hand to peers; the caller closes it."""
+    """An empty ledger, and a read-only file descriptor of its memory to hand to peers; the caller
+    closes it.
+    """
     fd = os.memfd_create("pdlaunch-ledger", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        return Ledger(mmap.mmap(fd, num_bytes)), os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        return Ledger(mmap.mmap(fd, num_bytes)), os.open(
+            f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC
+        )
     finally:
         os.close(fd)
 
 
 def read_ledger(fd: int) -> list[LedgerRecord]:
-    """The leases that lived when their owner died. ``fd``: of its ledger; the process must be dead. Raises OSError."""
+    """The leases that lived when their owner died. ``fd``: of its ledger; the process must be dead.
+    Raises OSError.
+    """
     num_bytes = os.fstat(fd).st_size
     records = []
     for offset, length, checksum in _ENTRY.iter_unpack(os.pread(fd, DIRECTORY_BYTES, 0)):

@@ -1,4 +1,6 @@
-"""What the transfer thread does: ``receive -> advance -> publish``, once a turn. Single-threaded, with an injected clock."""
+"""What the transfer thread does: ``receive -> advance -> publish``, once a turn. Single-threaded,
+with an injected clock.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ from pdlaunch.transfer.will import new_will
 LONGEST_SLEEP_S = 60.0
 
 SLEEP_SHARE = 1 / 32
-"""Of the age of a READ, or of checksums that a device computes, to sleep between two looks at it: what is short ends without
-delay, what is long with at most this much, and what is stalled costs next to nothing."""
+"""Of the age of a READ, or of checksums that a device computes, to sleep between two looks at it:
+what is short ends without delay, what is long with at most this much, and what is stalled costs
+next to nothing."""
 LONGEST_READ_SLEEP_S = 0.05
 
 
@@ -79,7 +82,9 @@ class TransferLoop:
         alert: Callable[[int], None],
         clock: Callable[[], float],
     ) -> None:
-        """Opens the connector. ``alert``: a pull begins to read so many bytes under its lease. Raises TransferError."""
+        """Opens the connector. ``alert``: a pull begins to read so many bytes under its lease.
+        Raises TransferError.
+        """
         self._clock = clock
         self._engine, self._role = spec.name, spec.role
         self._entries: Sequence[Entry] = ()
@@ -102,8 +107,12 @@ class TransferLoop:
         )
         hasher = BlockHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
         geometry = geometry_of(local, memory.first_kv_head)
-        card = HolderCard(identity, compatibility, geometry, connector.agent_name, connector.agent_metadata())
-        self._holder = Holder(card, hasher, clock, None if self._will is None else self._will.ledger)
+        card = HolderCard(
+            identity, compatibility, geometry, connector.agent_name, connector.agent_metadata()
+        )
+        self._holder = Holder(
+            card, hasher, clock, None if self._will is None else self._will.ledger
+        )
         self._early = EarlyQuestions(self._holder.is_early, clock)
         self._pushes = PushDesk(self._holder, connector, clock)
         setup = PeerSetup(
@@ -116,7 +125,9 @@ class TransferLoop:
             clock=clock,
             report=report,
         )
-        self._peers = new_peer_table(setup, eager=spec.role == "decode", gives_way=memory.kv_cache.device.type != "cpu")
+        self._peers = new_peer_table(
+            setup, eager=spec.role == "decode", gives_way=memory.kv_cache.device.type != "cpu"
+        )
         puller = Puller(
             engine_id=identity.engine_id,
             tp_rank=identity.tp_rank,
@@ -172,11 +183,17 @@ class TransferLoop:
     @property
     def idle(self) -> bool:
         """No lease, no pull of blocks, nothing that is written to a peer."""
-        return not (self._holder.num_leases or self._pulls.hold_blocks or self._pushes.youngest_write_s is not None)
+        return not (
+            self._holder.num_leases
+            or self._pulls.hold_blocks
+            or self._pushes.youngest_write_s is not None
+        )
 
     @property
     def quiet(self) -> bool:
-        """Nothing reads or writes the memory, and nothing can begin to: idle, and no peer is left, not even for a READ."""
+        """Nothing reads or writes the memory, and nothing can begin to: idle, and no peer is left,
+        not even for a READ.
+        """
         return self.idle and not self._peers.all()
 
     @property
@@ -186,7 +203,9 @@ class TransferLoop:
 
     @property
     def connected(self) -> bool:
-        """Every rank of the registry that shakes hands at once has done so, in either direction, or cannot."""
+        """Every rank of the registry that shakes hands at once has done so, in either direction, or
+        cannot.
+        """
         if any(peer.connecting for peer in self._peers.peers.values()):
             return False
         if self._role == "decode":
@@ -194,7 +213,10 @@ class TransferLoop:
         pullers = {
             (entry.name, entry.incarnation)
             for entry in self._entries
-            if entry.kind == "rank" and entry.role == "decode" and entry.engine != self._engine and entry.state == "ready"
+            if entry.kind == "rank"
+            and entry.role == "decode"
+            and entry.engine != self._engine
+            and entry.state == "ready"
         }
         return pullers <= self._holder.pullers
 
@@ -223,7 +245,11 @@ class TransferLoop:
     def sleep_s(self) -> float:
         """How long nothing is due, messages aside."""
         now_s = self._clock()
-        deadlines_s = [now_s + LONGEST_SLEEP_S, self._pulls.next_deadline_s(), self._early.next_deadline_s()]
+        deadlines_s = [
+            now_s + LONGEST_SLEEP_S,
+            self._pulls.next_deadline_s(),
+            self._early.next_deadline_s(),
+        ]
         deadlines_s += [peer.next_deadline_s() for peer in self._peers.all()]
         if (lease_s := self._holder.next_deadline_s()) is not None:
             deadlines_s.append(lease_s)
@@ -235,11 +261,15 @@ class TransferLoop:
         ]
         polled_s = [started_s for started_s in started if started_s is not None]
         if polled_s:
-            deadlines_s.append(now_s + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now_s - max(polled_s))))
+            deadlines_s.append(
+                now_s + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now_s - max(polled_s)))
+            )
         return max(0.0, min(deadlines_s) - now_s)
 
     def close(self) -> None:
-        """Let go of peers and memory; READs that are pending are abandoned, the process is about to exit."""
+        """Let go of peers and memory; READs that are pending are abandoned, the process is about to
+        exit.
+        """
         for peer in self._peers.all():
             peer.lose("this rank is closing")
         self._connector.close()

@@ -1,7 +1,8 @@
 """KV blocks over Mooncake's transfer engine: the holder writes to its readers.
 
-Mooncake has no authentication, and listens on two ports of all network devices. These sockets are bound to the loopback device as
-soon as they exist. A write counts as done when the reader's engine has acknowledged it, which TCP does from 0.3.13 on.
+Mooncake has no authentication, and listens on two ports of all network devices. These sockets are
+bound to the loopback device as soon as they exist. A write counts as done when the reader's engine
+has acknowledged it, which TCP does from 0.3.13 on.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ from pdlaunch.config.models import MooncakeProtocol
 from pdlaunch.errors import TransferError
 from pdlaunch.platform import tcp_sockets
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, LocalMemory, PeerHandle, PushJob, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    LocalMemory,
+    PeerHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-_FIX = "install mooncake-transfer-engine (without CUDA: mooncake-transfer-engine-non-cuda) and Debian's libibverbs1"
+_FIX = (
+    "install mooncake-transfer-engine (without CUDA: mooncake-transfer-engine-non-cuda) and "
+    "Debian's libibverbs1"
+)
 
 
 class _Target(msgspec.Struct, frozen=True):
@@ -41,7 +52,9 @@ _decoder = msgspec.msgpack.Decoder(_Target)
 
 
 class MooncakeConnector(PushingConnector):
-    """Writes through one transfer engine. ``mooncake`` is imported by ``open``, with ``connector_environment`` applied."""
+    """Writes through one transfer engine. ``mooncake`` is imported by ``open``, with
+    ``connector_environment`` applied.
+    """
 
     name = "mooncake"
 
@@ -107,18 +120,27 @@ class MooncakeConnector(PushingConnector):
             sources, piece_bytes = [memory.scratch.data_ptr()], memory.scratch.numel()
         if (len(target.addresses), target.piece_bytes) != (len(sources), piece_bytes):
             raise TransferError(
-                f"{len(sources)} x {piece_bytes} bytes do not fit the target's {len(target.addresses)} x {target.piece_bytes}"
+                f"{len(sources)} x {piece_bytes} bytes do not fit the target's "
+                f"{len(target.addresses)} x {target.piece_bytes}"
             )
         local, remote, lengths = zip(*_merge(sources, target.addresses, piece_bytes), strict=True)
-        code = self._engine.batch_transfer_sync_write(target.segment, list(local), list(remote), list(lengths))
+        code = self._engine.batch_transfer_sync_write(
+            target.segment, list(local), list(remote), list(lengths)
+        )
         if code != 0:
-            raise TransferError(f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}")
+            raise TransferError(
+                f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
+            )
 
     def _settle(self, read: PendingRead) -> ReadState:
-        """A write that failed may have left bytes in the kernel, which this process' engine still puts where they belong."""
+        """A write that failed may have left bytes in the kernel, which this process' engine still
+        puts where they belong.
+        """
         if not read.error:
             return "done"
-        return "pending" if any(map(tcp_sockets.has_bytes_under_way, self._data_ports)) else "failed"
+        return (
+            "pending" if any(map(tcp_sockets.has_bytes_under_way, self._data_ports)) else "failed"
+        )
 
     def _new_engine(self) -> Any:
         try:
@@ -132,7 +154,10 @@ class MooncakeConnector(PushingConnector):
         engine = mooncake.TransferEngine()
         code = engine.initialize(HOST, "P2PHANDSHAKE", protocol, self._devices)
         if code != 0:
-            raise TransferError(f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this rank's log")
+            raise TransferError(
+                f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this "
+                "rank's log"
+            )
         rpc_port = engine.get_rpc_port()
         self._segment = f"{HOST}:{rpc_port}"
         for listener in tcp_sockets.listeners() - before:
@@ -146,7 +171,8 @@ class MooncakeConnector(PushingConnector):
             tcp_sockets.bind_to_loopback(listener)
         except OSError as error:
             raise TransferError(
-                f"Mooncake listens on {listener.address}:{listener.port}, which cannot be bound to the loopback device: {error}; "
+                f"Mooncake listens on {listener.address}:{listener.port}, which cannot be bound to "
+                f"the loopback device: {error}; "
                 f"that needs Linux 5.7 or CAP_NET_RAW"
             ) from error
 
@@ -154,10 +180,16 @@ class MooncakeConnector(PushingConnector):
         num_bytes = tensor.numel() * tensor.element_size()
         code = self._engine.register_memory(tensor.data_ptr(), num_bytes)
         if code != 0:
-            raise TransferError(f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}")
+            raise TransferError(
+                f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}"
+            )
 
     def _pending(
-        self, addresses: list[int], piece_bytes: int, read: BlockRead | None, landing: torch.Tensor | None = None
+        self,
+        addresses: list[int],
+        piece_bytes: int,
+        read: BlockRead | None,
+        landing: torch.Tensor | None = None,
     ) -> ReadHandle:
         target = msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
         return cast(ReadHandle, PendingRead(target, read, landing))
@@ -170,7 +202,9 @@ def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[l
     return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
 
 
-def _merge(sources: Sequence[int], targets: Sequence[int], piece_bytes: int) -> Iterator[tuple[int, int, int]]:
+def _merge(
+    sources: Sequence[int], targets: Sequence[int], piece_bytes: int
+) -> Iterator[tuple[int, int, int]]:
     """Source, target and length; pieces that are neighbours on both sides become one."""
     start, length = 0, piece_bytes
     for index in range(1, len(sources)):
@@ -189,5 +223,7 @@ def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> st
     words = {"SUPPORT_INTRA_NVLINK": "nvlink_intra", "SUPPORT_MNNVL": "nvlink"}
     found = next((word for flag, word in words.items() if build.get(flag)), None)
     if found is None:
-        raise TransferError("kv_transfer.mooncake_protocol nvlink: this build of Mooncake has no NVLink transport")
+        raise TransferError(
+            "kv_transfer.mooncake_protocol nvlink: this build of Mooncake has no NVLink transport"
+        )
     return found

@@ -1,7 +1,7 @@
 """KV blocks over NIXL with its UCX backend.
 
-Descriptors of the KV cache are prepared once for each side: one a block, and one a (block, head) for peers with other heads. A
-READ then names indices only, and NIXL merges neighbours.
+Descriptors of the KV cache are prepared once for each side: one a block, and one a (block, head)
+for peers with other heads. A READ then names indices only, and NIXL merges neighbours.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ BACKEND = "UCX"
 _PYTHON_ERRORS = (RuntimeError, ValueError, ImportError)
 
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
-"""How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here, which spins on a whole core."""
+"""How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here,
+which spins on a whole core.
+"""
 _TIMED_SPIN_S = 0.002
-"""A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it is."""
+"""A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it
+is.
+"""
 
 
 @dataclass(slots=True)
@@ -62,7 +66,9 @@ class _Read:
 
 
 def load_nixl() -> tuple[Any, Any]:
-    """NIXL's Python API and its C++ bindings; importing them takes seconds, and reads the environment."""
+    """NIXL's Python API and its C++ bindings; importing them takes seconds, and reads the
+    environment.
+    """
     from nixl import _api, _bindings
 
     return _api, _bindings
@@ -82,44 +88,62 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
     config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
     agent.agent = bindings.nixlAgent(name, config)
-    # With error handling UCX insists on a transport that listens on TCP, where it takes writes to any address from anybody.
-    # Without it nobody is told of a peer's death: see ``Connector.reports_deaths``.
+    # With error handling UCX insists on a transport that listens on TCP, where it takes writes to
+    # any address from anybody. Without it nobody is told of a peer's death: see
+    # ``Connector.reports_deaths``.
     agent.create_backend(BACKEND, {"ucx_error_handling_mode": "none"})
     return agent
 
 
 class NixlConnector(Connector):
-    """Reads through one NIXL agent. ``open`` loads the library, and must find ``connector_environment`` applied."""
+    """Reads through one NIXL agent. ``open`` loads the library, and must find
+    ``connector_environment`` applied.
+    """
 
     name = "nixl"
     path = f"nixl/{BACKEND}"
 
-    def __init__(self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl) -> None:
+    def __init__(
+        self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl
+    ) -> None:
         """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._load = load
         self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
         self._agent: Any = None
-        """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of it."""
+        """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of
+        it.
+        """
 
     def open(self, memory: LocalMemory) -> None:
         self._kind, self._device_index = memory_kind(memory.kv_cache)
         self._num_heads = memory.layout.num_kv_heads
         self._memory = memory  # registered memory must not be freed
         if self._kind == "VRAM":
-            torch.cuda.set_device(self._device_index)  # of this thread: UCX takes the context that is current
+            torch.cuda.set_device(
+                self._device_index
+            )  # of this thread: UCX takes the context that is current
         try:
-            # NIXL never closes the endpoint of an agent that is removed, which is a socket on both sides; a new agent has none.
+            # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
+            # sides; a new agent has none.
             self._agent = None
             self._agent = self._make_agent()
-            self._registrations = [self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)]
+            self._registrations = [
+                self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)
+            ]
             self._metadata: bytes = self._agent.get_agent_metadata()
             base, num_blocks = memory.kv_cache.data_ptr(), memory.kv_cache.shape[0]
             layout = memory.layout
-            self._local_blocks = self._prepare("", base, layout.block_bytes, num_blocks, self._device_index)
-            self._local_heads = self._prepare("", base, layout.head_bytes, num_blocks * layout.num_kv_heads, self._device_index)
+            self._local_blocks = self._prepare(
+                "", base, layout.block_bytes, num_blocks, self._device_index
+            )
+            self._local_heads = self._prepare(
+                "", base, layout.head_bytes, num_blocks * layout.num_kv_heads, self._device_index
+            )
         except self._backend_errors as error:
-            raise TransferError(f"the NIXL agent {self.agent_name} cannot start: {error}") from error
+            raise TransferError(
+                f"the NIXL agent {self.agent_name} cannot start: {error}"
+            ) from error
 
     def agent_metadata(self) -> bytes:
         return self._metadata
@@ -165,7 +189,9 @@ class NixlConnector(Connector):
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)
         geometry = known.geometry
-        offsets, size = piece_offsets(geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes)
+        offsets, size = piece_offsets(
+            geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes
+        )
         landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
         registration = self._agent.register_memory(landing)
         try:
@@ -177,7 +203,11 @@ class NixlConnector(Connector):
             raise TransferError(f"READ from {known.name} was refused: {error}") from error
         read = _Read(handle, "PROC", landing, registration)
         posted = self._post(known, read)
-        while self._kind == "VRAM" and self.poll(posted) == "pending" and time.perf_counter() < read.posted_s + _TIMED_SPIN_S:
+        while (
+            self._kind == "VRAM"
+            and self.poll(posted) == "pending"
+            and time.perf_counter() < read.posted_s + _TIMED_SPIN_S
+        ):
             continue
         return posted, landing
 
@@ -218,15 +248,23 @@ class NixlConnector(Connector):
     def _describe_peer(self, agent_name: str, geometry: Geometry) -> PeerHandle:
         base, num_blocks, device = geometry.base_address, geometry.num_blocks, geometry.device_index
         blocks = self._prepare(agent_name, base, geometry.block_bytes, num_blocks, device)
-        heads = self._prepare(agent_name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device)
+        heads = self._prepare(
+            agent_name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device
+        )
         return cast(PeerHandle, _Peer(agent_name, device, geometry, blocks, heads))
 
-    def _prepare(self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int) -> Any:
+    def _prepare(
+        self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int
+    ) -> Any:
         pieces = np.array([[base, piece_bytes, device_index, piece_bytes, count]], dtype=np.uint64)
         return self._agent.prep_xfer_dlist(agent_name, pieces, self._kind)
 
-    def _describe(self, base: int, offsets: Sequence[int], num_bytes: int, device_index: int) -> Any:
-        pieces = np.array([(base + offset, num_bytes, device_index) for offset in offsets], dtype=np.uint64)
+    def _describe(
+        self, base: int, offsets: Sequence[int], num_bytes: int, device_index: int
+    ) -> Any:
+        pieces = np.array(
+            [(base + offset, num_bytes, device_index) for offset in offsets], dtype=np.uint64
+        )
         return self._agent.get_xfer_descs(pieces, self._kind)
 
     def _post(self, peer: _Peer, read: _Read) -> ReadHandle:
@@ -244,7 +282,9 @@ class NixlConnector(Connector):
         self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
 
     def _quietly(self, act: Callable[[], object]) -> None:
-        """Backends refuse to let go of what has failed already: nothing more can be done about it."""
+        """Backends refuse to let go of what has failed already: nothing more can be done about
+        it.
+        """
         try:
             act()
         except self._backend_errors:
@@ -252,7 +292,11 @@ class NixlConnector(Connector):
 
 
 def _binding_errors(bindings: Any) -> tuple[type[Exception], ...]:
-    return tuple(kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return tuple(
+        kind
+        for kind in vars(bindings).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    )
 
 
 def _indices(blocks: Sequence[int]) -> npt.NDArray[np.int32]:

@@ -1,7 +1,9 @@
-"""KV blocks straight out of a peer's memory: its allocations are mapped into this process, and copied from.
+"""KV blocks straight out of a peer's memory: its allocations are mapped into this process, and
+copied from.
 
-Only for ranks of one host. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one of cudaMalloc. The owner takes no
-part in a READ, so it goes on when the owner is busy, stopped, or dead.
+Only for ranks of one host. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one of
+cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy, stopped, or
+dead.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from pdlaunch.memory.batch_copies import Addresses
 from pdlaunch.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
 from pdlaunch.platform.host_identity import host_identity
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    Connector,
+    Landing,
+    LocalMemory,
+    PeerHandle,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.fd_channel import FdConnection, FdServer, fetch_fds
 from pdlaunch.transfer.piece_copies import Copy, HostCopier, PieceCopier, Pieces
@@ -34,7 +44,9 @@ class _Card(msgspec.Struct, frozen=True):
 
     host: str
     address: str
-    """Of the socket that hands the descriptors over: of the KV cache, of the scratch, of the files, as far as there are any."""
+    """Of the socket that hands the descriptors over: of the KV cache, of the scratch, of the files,
+    as far as there are any.
+    """
     token: bytes
     kv_cache: SharedRange
     scratch: SharedRange
@@ -78,7 +90,9 @@ class P2PConnector(Connector):
         host: str | None = None,
         new_copiers: Callable[[LocalMemory], Sequence[PieceCopier]] | None = None,
     ) -> None:
-        """``name``: of the rank, ``prefill-0/rank-0``. ``host``: that of this process; ``new_copiers``: those of its device."""
+        """``name``: of the rank, ``prefill-0/rank-0``. ``host``: that of this process;
+        ``new_copiers``: those of its device.
+        """
         self.agent_name = f"{name}#{incarnation}"
         self._binding = binding
         self._host = host_identity() if host is None else host
@@ -100,20 +114,33 @@ class P2PConnector(Connector):
             self.close()
             raise TransferError(f"{self.agent_name} cannot share its memory: {error}") from error
         kv_cache, scratch = (export.range for export in self._exports)
-        card = _Card(self._host, self._server.address, self._server.token, kv_cache, scratch, list(memory.files))
+        card = _Card(
+            self._host,
+            self._server.address,
+            self._server.token,
+            kv_cache,
+            scratch,
+            list(memory.files),
+        )
         self._metadata = msgspec.msgpack.encode(card)
 
     def agent_metadata(self) -> bytes:
         return self._metadata
 
     def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        """Takes about a millisecond; ``fd_channel.TIMEOUT_S`` where the peer was stopped since it answered the handshake."""
+        """Takes about a millisecond; ``fd_channel.TIMEOUT_S`` where the peer was stopped since it
+        answered the handshake.
+        """
         try:
             card = _decoder.decode(metadata)
         except msgspec.MsgspecError as error:
-            raise TransferError(f"the metadata of agent {agent_name} cannot be read: {error}") from None
+            raise TransferError(
+                f"the metadata of agent {agent_name} cannot be read: {error}"
+            ) from None
         if not self._host or card.host != self._host:
-            raise TransferError(f"{agent_name} is not on this host, or in another network namespace")
+            raise TransferError(
+                f"{agent_name} is not on this host, or in another network namespace"
+            )
         _check_sizes(card, geometry)
         num_fds = card.kv_cache.needs_fd + card.scratch.needs_fd + len(card.files)
         connection = fetch_fds(card.address, card.token, num_fds)
@@ -159,19 +186,33 @@ class P2PConnector(Connector):
     def _pieces_of(self, known: _Peer, read: BlockRead) -> Pieces:
         geometry, layout = known.geometry, self._memory.layout
         if not 0 <= min(read.remote_blocks) <= max(read.remote_blocks) < geometry.num_blocks:
-            raise TransferError(f"{known.name} has {geometry.num_blocks} blocks: others were asked for")
+            raise TransferError(
+                f"{known.name} has {geometry.num_blocks} blocks: others were asked for"
+            )
         head_bytes, base = layout.head_bytes, self._memory.kv_cache.data_ptr()
         return Pieces(
-            _addresses(base + read.local_heads.start * head_bytes, read.local_blocks, layout.block_bytes),
-            _addresses(known.kv_cache.address + read.remote_heads.start * head_bytes, read.remote_blocks, geometry.block_bytes),
+            _addresses(
+                base + read.local_heads.start * head_bytes, read.local_blocks, layout.block_bytes
+            ),
+            _addresses(
+                known.kv_cache.address + read.remote_heads.start * head_bytes,
+                read.remote_blocks,
+                geometry.block_bytes,
+            ),
             len(read.local_heads) * head_bytes,
         )
 
     def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
         known = cast(_Peer, peer)
-        offsets, size = piece_offsets(known.scratch.num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes)
+        offsets, size = piece_offsets(
+            known.scratch.num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes
+        )
         landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
-        pieces = Pieces(_addresses(landing.data_ptr(), offsets), _addresses(known.scratch.address, offsets), size)
+        pieces = Pieces(
+            _addresses(landing.data_ptr(), offsets),
+            _addresses(known.scratch.address, offsets),
+            size,
+        )
         copier = self._copier_of(known, path)
         if not copier.supports(pieces):
             raise TransferError(f"pieces of {size} bytes cannot be copied by {copier.name}")
@@ -202,9 +243,13 @@ class P2PConnector(Connector):
     def wait_unmapped(self, timeout_s: float) -> bool:
         return self._server is None or self._server.wait_unused(timeout_s)
 
-    def _map_peer(self, agent_name: str, card: _Card, geometry: Geometry, connection: FdConnection) -> _Peer:
+    def _map_peer(
+        self, agent_name: str, card: _Card, geometry: Geometry, connection: FdConnection
+    ) -> _Peer:
         fds = iter(connection.fds)
-        kv_fd, scratch_fd = (next(fds) if shared.needs_fd else None for shared in (card.kv_cache, card.scratch))
+        kv_fd, scratch_fd = (
+            next(fds) if shared.needs_fd else None for shared in (card.kv_cache, card.scratch)
+        )
         files = dict(zip(card.files, fds, strict=True))
         source = self._memory.source
         kv_cache = source.map(card.kv_cache, kv_fd)
@@ -215,8 +260,19 @@ class P2PConnector(Connector):
             raise
         kept = FdConnection(list(files.values()), connection.connection)
         connection.close_fds(kept.fds)  # mappings hold the memory by themselves
-        logger.info("%s is mapped: %s, %d bytes", agent_name, card.kv_cache.kind, card.kv_cache.num_bytes)
-        return _Peer(agent_name, card.kv_cache.kind, geometry, kv_cache, scratch, files, kept, self._copiers[0])
+        logger.info(
+            "%s is mapped: %s, %d bytes", agent_name, card.kv_cache.kind, card.kv_cache.num_bytes
+        )
+        return _Peer(
+            agent_name,
+            card.kv_cache.kind,
+            geometry,
+            kv_cache,
+            scratch,
+            files,
+            kept,
+            self._copiers[0],
+        )
 
     def _copier_of(self, peer: _Peer, path: str) -> PieceCopier:
         return next(copier for copier in self._copiers if _path_of(peer, copier) == path)

@@ -6,8 +6,9 @@
     before the lease        ├─ next answer ──▶         what prefill has computed is read while it computes the rest
     with it                 ├───────────────▶┤         the rest
 
-One READ at a time: a part goes into blocks that nothing else writes to. What was read before there was a lease counts only if the
-lease is of the same generation: else these blocks went back to the engine in between.
+One READ at a time: a part goes into blocks that nothing else writes to. What was read before there
+was a lease counts only if the lease is of the same generation: else these blocks went back to the
+engine in between.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.checksum import ChecksumArray, Checksums, HashBatch
 from pdlaunch.transfer.connector import Landing, ReadHandle
 from pdlaunch.transfer.holder_link import HolderLink, Puller
-from pdlaunch.transfer.read_plan import PullFailed, ReadPlan, Share, check_hashes, plan_read, stated_checksums
+from pdlaunch.transfer.read_plan import (
+    PullFailed,
+    ReadPlan,
+    Share,
+    check_hashes,
+    plan_read,
+    stated_checksums,
+)
 
 
 class ReadFailed(PullFailed):
@@ -48,7 +56,9 @@ class _Part:
     """Blocks whose checksums were asked for."""
 
     def hash_until(self, num_blocks: int, after: torch.cuda.Event | None = None) -> None:
-        """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the event."""
+        """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the
+        event.
+        """
         if self.batch is not None and num_blocks > self.num_hashed:
             self.found.append(self.batch.start(slice(self.num_hashed, num_blocks), after))
             self.num_hashed = num_blocks
@@ -56,14 +66,21 @@ class _Part:
     def check(self, groups: Sequence[GroupBlocks], geometry: Geometry) -> None:
         """Raises VerificationError that names the first block and head that differ."""
         read = self.plan.read
-        expected = stated_checksums(groups, geometry, self.plan) if self.expected is None else self.expected
+        expected = (
+            stated_checksums(groups, geometry, self.plan)
+            if self.expected is None
+            else self.expected
+        )
         if len(expected) != len(read.local_blocks):
             raise VerificationError("the holder stated no checksums")
-        wrong = np.argwhere(np.concatenate([checksums.result() for checksums in self.found]) != expected)
+        wrong = np.argwhere(
+            np.concatenate([checksums.result() for checksums in self.found]) != expected
+        )
         if len(wrong):
             row, head = wrong[0].tolist()
             raise VerificationError(
-                f"checksum of KV head {read.local_heads[head]} differs: block {read.remote_blocks[row]} there, "
+                f"checksum of KV head {read.local_heads[head]} differs: block "
+                f"{read.remote_blocks[row]} there, "
                 f"block {read.local_blocks[row]} here"
             )
 
@@ -80,9 +97,15 @@ class _Places:
 
 
 def _worth_hashing(landings: Sequence[Landing]) -> list[Landing]:
-    """The last two and every fourth before: a launch takes the host 0.1 to 0.4 ms, and the last one is to find little to do."""
+    """The last two and every fourth before: a launch takes the host 0.1 to 0.4 ms, and the last one
+    is to find little to do.
+    """
     last = len(landings) - 1
-    return [landing for index, landing in enumerate(landings) if index == last or (last - index) % 4 == 1]
+    return [
+        landing
+        for index, landing in enumerate(landings)
+        if index == last or (last - index) % 4 == 1
+    ]
 
 
 def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
@@ -128,7 +151,11 @@ class PartReads:
     @property
     def is_complete(self) -> bool:
         """All blocks of the lease have been read."""
-        return self._lease is not None and self._handle is None and self._next_block >= len(self._command.block_hashes)
+        return (
+            self._lease is not None
+            and self._handle is None
+            and self._next_block >= len(self._command.block_hashes)
+        )
 
     @property
     def lacks_checksums(self) -> bool:
@@ -170,7 +197,9 @@ class PartReads:
             self._current.counts = False
 
     def start(self) -> None:
-        """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed, PullFailed."""
+        """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed,
+        PullFailed.
+        """
         if self._handle is None:
             self._start_next()
 
@@ -225,14 +254,19 @@ class PartReads:
 
     def _part(self, offer: PullReply, blocks: range) -> _Part:
         """What is wanted of ``blocks``, logical indices. Raises PullFailed."""
-        plan, hasher = plan_read(self._command, offer, self._link.geometry, self._share, blocks), self._puller.hasher
+        plan, hasher = (
+            plan_read(self._command, offer, self._link.geometry, self._share, blocks),
+            self._puller.hasher,
+        )
         if hasher is None or plan.is_empty:
             return _Part(plan, None)
         heads = slice(plan.read.local_heads.start, plan.read.local_heads.stop)
         return _Part(plan, hasher.prepare(plan.read.local_blocks, heads))
 
     def _prepare_rest(self) -> None:
-        """While the last blocks are computed: their READ is to begin as soon as there is a lease."""
+        """While the last blocks are computed: their READ is to begin as soon as there is a
+        lease.
+        """
         offer, link = self._offer, self._link
         if offer is None or offer.leased or self._prepared is not None or self._handle is not None:
             return
@@ -275,7 +309,11 @@ class PartReads:
         self._parts.append(part)
 
     def _num_bytes(self, part: _Part) -> int:
-        return len(part.plan.read.local_blocks) * len(part.plan.read.local_heads) * self._puller.head_bytes
+        return (
+            len(part.plan.read.local_blocks)
+            * len(part.plan.read.local_heads)
+            * self._puller.head_bytes
+        )
 
     def _release(self) -> None:
         assert self._handle is not None

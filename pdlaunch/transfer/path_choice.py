@@ -1,4 +1,5 @@
-"""Which path to a peer is the fastest: its scratch is read over each of them, once to prove the path, then to time it.
+"""Which path to a peer is the fastest: its scratch is read over each of them, once to prove the
+path, then to time it.
 
 ::
 
@@ -21,9 +22,13 @@ from pdlaunch.transfer.connector import ReadHandle, ReadState
 NUM_WARM_READS = 3
 """Of which the best counts: a READ of half a millisecond is easily disturbed."""
 STEADY_S = 0.02
-"""Where there is no choice, a READ that takes this long is not repeated: what disturbs it is short beside it."""
+"""Where there is no choice, a READ that takes this long is not repeated: what disturbs it is short
+beside it.
+"""
 NEARLY = 0.95
-"""Share of the best speed that counts as equal: more than the spread of a measurement. Then the connector's preference counts."""
+"""Share of the best speed that counts as equal: more than the spread of a measurement. Then the
+connector's preference counts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,9 @@ class _Running:
 
 
 class PathTrial:
-    """The trial of all paths to one peer. ``advance`` it until it says that it is over; it never waits."""
+    """The trial of all paths to one peer. ``advance`` it until it says that it is over; it never
+    waits.
+    """
 
     def __init__(
         self,
@@ -75,14 +82,17 @@ class PathTrial:
         clock: Callable[[], float],
         timeout_s: float,
     ) -> None:
-        """``is_right``: whether these are the bytes of the peer's scratch. ``timeout_s``: of all paths together."""
+        """``is_right``: whether these are the bytes of the peer's scratch. ``timeout_s``: of all
+        paths together.
+        """
         self.figures: list[PathFigure] = []
         self._reads = reads
         self._paths = deque(paths)
         self._is_right = is_right
         self._clock = clock
         self._steady_s = float("inf") if len(paths) > 1 else STEADY_S
-        # The last word on a single path has whoever waits for the trial; of several, one that hangs must not cost the others.
+        # The last word on a single path has whoever waits for the trial; of several, one that hangs
+        # must not cost the others.
         self._path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else float("inf")
         self._deadline_s = 0.0
         self._running: _Running | None = None
@@ -100,10 +110,16 @@ class PathTrial:
         return True
 
     def best(self) -> PathFigure:
-        """The first of the paths that are nearly as fast as the fastest. Raises TransferError when there is none."""
-        speeds = [figure.gigabytes_per_s for figure in self.figures if figure.gigabytes_per_s is not None]
+        """The first of the paths that are nearly as fast as the fastest. Raises TransferError when
+        there is none.
+        """
+        speeds = [
+            figure.gigabytes_per_s for figure in self.figures if figure.gigabytes_per_s is not None
+        ]
         for figure in self.figures:
-            if figure.gigabytes_per_s is not None and figure.gigabytes_per_s >= NEARLY * max(speeds):
+            if figure.gigabytes_per_s is not None and figure.gigabytes_per_s >= NEARLY * max(
+                speeds
+            ):
                 return figure
         if len(self.figures) == 1:
             raise TransferError(self.figures[0].error)
@@ -148,7 +164,9 @@ class PathTrial:
         if len(self._times_s) < NUM_WARM_READS and max(self._times_s, default=0.0) < self._steady_s:
             self._start(running.path, is_cold=False)
         else:
-            self._end_path(gigabytes_per_s=running.landing.numel() / 1e9 / max(min(self._times_s), 1e-9))
+            self._end_path(
+                gigabytes_per_s=running.landing.numel() / 1e9 / max(min(self._times_s), 1e-9)
+            )
 
     def _end_path(self, *, gigabytes_per_s: float | None = None, error: str = "") -> None:
         self.figures.append(PathFigure(self._paths.popleft(), gigabytes_per_s, error))

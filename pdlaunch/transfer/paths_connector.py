@@ -1,7 +1,8 @@
-"""NIXL and P2P together: each peer is read by whichever the handshake has found to be faster for it.
+"""NIXL and P2P together: each peer is read by whichever the handshake has found to be faster for
+it.
 
-The first connector must open; what the others need may not be there, and a peer may not be in their reach. Why not is an error of
-their paths, which comes out where paths are tried.
+The first connector must open; what the others need may not be there, and a peer may not be in their
+reach. Why not is an error of their paths, which comes out where paths are tried.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import torch
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    Connector,
+    Landing,
+    LocalMemory,
+    PeerHandle,
+    ReadHandle,
+    ReadState,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +95,19 @@ class PathsConnector(Connector):
         try:
             offers = _decoder.decode(metadata)
         except msgspec.MsgspecError as error:
-            raise TransferError(f"the metadata of agent {agent_name} cannot be read: {error}") from None
+            raise TransferError(
+                f"the metadata of agent {agent_name} cannot be read: {error}"
+            ) from None
         peer = _Peer(
-            [_add_side(connector, agent_name, self._offer(connector, offers), geometry) for connector in self._connectors]
+            [
+                _add_side(connector, agent_name, self._offer(connector, offers), geometry)
+                for connector in self._connectors
+            ]
         )
         if all(side.peer is None for side in peer.sides):
-            raise TransferError("; ".join(f"{side.connector.path}: {side.error}" for side in peer.sides))
+            raise TransferError(
+                "; ".join(f"{side.connector.path}: {side.error}" for side in peer.sides)
+            )
         return cast(PeerHandle, peer)
 
     def remove_peer(self, peer: PeerHandle) -> None:
@@ -112,11 +128,19 @@ class PathsConnector(Connector):
 
     def outlives(self, peer: PeerHandle) -> bool:
         chosen = cast(_Peer, peer).chosen
-        return chosen is not None and chosen.peer is not None and chosen.connector.outlives(chosen.peer)
+        return (
+            chosen is not None
+            and chosen.peer is not None
+            and chosen.connector.outlives(chosen.peer)
+        )
 
     def peer_file(self, peer: PeerHandle, name: str) -> int | None:
         chosen = cast(_Peer, peer).chosen
-        return None if chosen is None or chosen.peer is None else chosen.connector.peer_file(chosen.peer, name)
+        return (
+            None
+            if chosen is None or chosen.peer is None
+            else chosen.connector.peer_file(chosen.peer, name)
+        )
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
         side = cast(_Peer, peer).chosen
@@ -165,7 +189,11 @@ class PathsConnector(Connector):
     def _offer(self, connector: Connector, offers: dict[str, _Offer]) -> _Offer:
         """Of the peer, or why either of the two sides has none."""
         own = self._offers[connector.name]
-        return own if own.error else offers.get(connector.name, _Offer(error="the peer does not offer it"))
+        return (
+            own
+            if own.error
+            else offers.get(connector.name, _Offer(error="the peer does not offer it"))
+        )
 
 
 def _add_side(connector: Connector, agent_name: str, offer: _Offer, geometry: Geometry) -> _Side:

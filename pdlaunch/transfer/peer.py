@@ -7,8 +7,8 @@
       any of them ── the engines do not fit ──> incompatible        (final)
       any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
 
-Where a peer's memory outlives it, one that is ready stays so after its death: its ledger answers (``departed``) and READs go on,
-until its last lease has ended.
+Where a peer's memory outlives it, one that is ready stays so after its death: its ledger answers
+(``departed``) and READs go on, until its last lease has ended.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
 MAX_DOUBLINGS = 10
-"""Of the first back-off: past its longest, and no number that overflows, however long a peer is away."""
+"""Of the first back-off: past its longest, and no number that overflows, however long a peer is
+away.
+"""
 
 
 class _State(Enum):
@@ -122,7 +124,9 @@ class Peer:
 
     @property
     def departed(self) -> bool:
-        """Its process is dead, or about to be, and its memory can be read until its leases have ended."""
+        """Its process is dead, or about to be, and its memory can be read until its leases have
+        ended.
+        """
         return self._departed is not None
 
     @property
@@ -145,7 +149,9 @@ class Peer:
             self._start_handshake()
 
     def bury(self, reason: str) -> None:
-        """The registry no longer shows this incarnation: what it leaves is used up, if there is anything; else it is lost."""
+        """The registry no longer shows this incarnation: what it leaves is used up, if there is
+        anything; else it is lost.
+        """
         self._receive()
         departed = self._find_departed()
         if departed is None:
@@ -171,7 +177,9 @@ class Peer:
         self._deadline_s = float("inf")
 
     def reconnect(self) -> None:
-        """A READ has failed: the connection is not to be trusted, make a new one; to the dead there is no other."""
+        """A READ has failed: the connection is not to be trusted, make a new one; to the dead there
+        is no other.
+        """
         if self._state is _State.READY and not self.departed:
             self._retry_later("a READ has failed")
 
@@ -187,7 +195,9 @@ class Peer:
         if self._setup.clock() >= self._deadline_s:
             self._on_deadline()
 
-    def ask(self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None) -> int:
+    def ask(
+        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+    ) -> int:
         call_id = next(self._call_ids)
         message = build(call_id)
         if on_reply is not None:
@@ -233,14 +243,22 @@ class Peer:
     def _find_departed(self) -> DepartedHolder | None:
         """What answers in place of a peer that is ready; None when its memory goes with it."""
         setup = self._setup
-        if self._state is not _State.READY or self._agent is None or not setup.connector.outlives(self._agent):
+        if (
+            self._state is not _State.READY
+            or self._agent is None
+            or not setup.connector.outlives(self._agent)
+        ):
             return None
         process_fd = setup.connector.peer_file(self._agent, PROCESS_FILE)
         ledger_fd = setup.connector.peer_file(self._agent, LEDGER_FILE)
         if process_fd is None or ledger_fd is None:
             return None
         return DepartedHolder(
-            self.name, process_fd=process_fd, ledger_fd=ledger_fd, patience_s=setup.handshake_timeout_s, clock=setup.clock
+            self.name,
+            process_fd=process_fd,
+            ledger_fd=ledger_fd,
+            patience_s=setup.handshake_timeout_s,
+            clock=setup.clock,
         )
 
     def _start_handshake(self) -> None:
@@ -280,7 +298,11 @@ class Peer:
         self._check_identity(reply)
         local = self._setup.identity.name
         compare(self._setup.compatibility, reply.compatibility, local=local, peer=self.name)
-        check_geometry(reply, head_bytes=self._setup.head_bytes, total_kv_heads=self._setup.compatibility.num_kv_heads)
+        check_geometry(
+            reply,
+            head_bytes=self._setup.head_bytes,
+            total_kv_heads=self._setup.compatibility.num_kv_heads,
+        )
         self._geometry = reply.geometry
         connector = self._setup.connector
         self._agent = connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
@@ -295,13 +317,16 @@ class Peer:
         self._try_paths()
 
     def _check_identity(self, reply: HandshakeReply) -> None:
-        """Who answers is who the registry named. A mere restart in between is settled by the next registry."""
+        """Who answers is who the registry named. A mere restart in between is settled by the next
+        registry.
+        """
         expected = self.address.identity
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
             wanted, found = getattr(expected, field), getattr(reply, field)
             if wanted != found:
                 raise TransferError(
-                    f"{field}: the registry shows {wanted!r} for {self.name} at {self.address.endpoint}, "
+                    f"{field}: the registry shows {wanted!r} for {self.name} at "
+                    f"{self.address.endpoint}, "
                     f"{reply.rank_name} answers with {found!r}"
                 )
 
@@ -344,7 +369,12 @@ class Peer:
         self.error = ""
         seconds = setup.clock() - self._asked_s
         logger.info(
-            "%s is ready to be read over %s, %s, after %.3f s; other paths: %s", self.name, best.path, best, seconds, others
+            "%s is ready to be read over %s, %s, after %.3f s; other paths: %s",
+            self.name,
+            best.path,
+            best,
+            seconds,
+            others,
         )
         setup.report(
             PairReady(
@@ -374,7 +404,11 @@ class Peer:
         self._disconnect()
         self._state = _State.INCOMPATIBLE
         self._deadline_s = float("inf")
-        self._setup.report(PairFailed(local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True))
+        self._setup.report(
+            PairFailed(
+                local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True
+            )
+        )
 
     def _retry_later(self, reason: str) -> None:
         self.error = reason
@@ -384,18 +418,24 @@ class Peer:
         self._disconnect()
         self._state = _State.WAITING
         self._deadline_s = self._setup.clock() + backoff_s
-        self._setup.report(PairFailed(local=self._setup.identity.name, peer=self.name, error=reason, fatal=False))
+        self._setup.report(
+            PairFailed(local=self._setup.identity.name, peer=self.name, error=reason, fatal=False)
+        )
 
     def _on_deadline(self) -> None:
         if self._state is _State.WAITING and self._old_agents:
-            # The peer's agent cannot be added twice, and cannot be removed while a READ may still write.
+            # The peer's agent cannot be added twice, and cannot be removed while a READ may still
+            # write.
             self._deadline_s = float("inf")
         elif self._state is _State.WAITING:
             self._start_handshake()
         else:
             doing = "to the handshake" if self._state is _State.ASKING else "to the first READ"
             timeout_s = self._setup.handshake_timeout_s
-            self._retry_later(f"no answer {doing} from {self.name} at {self.address.endpoint} within {timeout_s:g} s")
+            self._retry_later(
+                f"no answer {doing} from {self.name} at {self.address.endpoint} within "
+                f"{timeout_s:g} s"
+            )
 
     def _disconnect(self) -> None:
         """No new use of this connection. Its agent stays only as long as a READ may still write."""

@@ -55,7 +55,9 @@ class PeerSetup:
     report: Callable[[ToSupervisor], None]
 
     def sources(self, holder_tp_size: int) -> tuple[Source, ...]:
-        """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes do not fit."""
+        """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes
+        do not fit.
+        """
         return map_sources(
             num_kv_heads=self.compatibility.num_kv_heads,
             holder_tp_size=holder_tp_size,

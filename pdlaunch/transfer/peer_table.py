@@ -18,13 +18,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PeerTable:
-    """Peers by name. A new incarnation is a new peer; the old one is kept while its memory is of use or a READ may write."""
+    """Peers by name. A new incarnation is a new peer; the old one is kept while its memory is of
+    use or a READ may write.
+    """
 
     setup: PeerSetup
     eager: bool
-    """Shake hands with every prefill rank as soon as the registry shows it, not at the first pull."""
+    """Shake hands with every prefill rank as soon as the registry shows it, not at the first
+    pull.
+    """
     gives_way: bool
-    """KV blocks are in device memory: what a departed peer has left goes as soon as its successor starts."""
+    """KV blocks are in device memory: what a departed peer has left goes as soon as its successor
+    starts.
+    """
     peers: dict[str, Peer]
     """As the registry shows them."""
     gone: list[Peer]
@@ -33,13 +39,22 @@ class PeerTable:
     def update(self, entries: Iterable[Entry]) -> None:
         """The registry has changed."""
         entries = list(entries)
-        ranks = [entry for entry in entries if entry.kind == "rank" and entry.engine != self.setup.identity.engine]
+        ranks = [
+            entry
+            for entry in entries
+            if entry.kind == "rank" and entry.engine != self.setup.identity.engine
+        ]
         leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
         addresses: dict[str, PeerAddress] = {}
         wanted: set[str] = set()
         for entry in ranks:
             leader = leaders.get(entry.engine)
-            if leader is None or not entry.engine_id or not entry.address.side_channel or entry.state == "sleeping":
+            if (
+                leader is None
+                or not entry.engine_id
+                or not entry.address.side_channel
+                or entry.state == "sleeping"
+            ):
                 continue
             if entry.engine_id != leader.engine_id:
                 self._report_disagreement(entry, leader)
@@ -72,22 +87,31 @@ class PeerTable:
     def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
         """The ranks of an engine that this rank pulls from, wanted from now on.
 
-        Raises TransferError when the engine or one of these ranks is neither in the registry nor departed, or does not fit.
+        Raises TransferError when the engine or one of these ranks is neither in the registry nor
+        departed, or does not fit.
         """
         usable = [*self.peers.values(), *(peer for peer in self.gone if peer.departed)]
-        ranks = {peer.address.identity.tp_rank: peer for peer in usable if peer.address.identity.engine_id == engine_id}
+        ranks = {
+            peer.address.identity.tp_rank: peer
+            for peer in usable
+            if peer.address.identity.engine_id == engine_id
+        }
         if not ranks:
             raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
         sources = self.setup.sources(next(iter(ranks.values())).address.identity.tp_size)
         missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
         if missing:
-            raise TransferError(f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry")
+            raise TransferError(
+                f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry"
+            )
         for source in sources:
             ranks[source.tp_rank].want()
         return [(source, ranks[source.tp_rank]) for source in sources]
 
     def _replace(self, addresses: dict[str, PeerAddress], living: set[tuple[str, int]]) -> None:
-        """``living``: name and incarnation of every entry: one that is there has not died, whatever its state."""
+        """``living``: name and incarnation of every entry: one that is there has not died, whatever
+        its state.
+        """
         for name, peer in list(self.peers.items()):
             if addresses.get(name) != peer.address:
                 incarnation = peer.address.identity.incarnation
@@ -105,12 +129,17 @@ class PeerTable:
     def _is_source(self, identity: RankIdentity) -> bool:
         """Pulls of this rank turn to that one; other ranks of this engine may instead."""
         try:
-            return any(source.tp_rank == identity.tp_rank for source in self.setup.sources(identity.tp_size))
+            return any(
+                source.tp_rank == identity.tp_rank
+                for source in self.setup.sources(identity.tp_size)
+            )
         except HandshakeError:
             return False
 
     def _let_successors_in(self, entries: Iterable[Entry]) -> None:
-        """A rank that starts on a device will soon want the memory that a departed one still takes up there."""
+        """A rank that starts on a device will soon want the memory that a departed one still takes
+        up there.
+        """
         if not self.gives_way:
             return
         incarnations = {entry.name: entry.incarnation for entry in entries}
@@ -119,7 +148,9 @@ class PeerTable:
                 peer.give_way()
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
-        """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ for a moment."""
+        """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ
+        for a moment.
+        """
         error = HandshakeError(
             f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
             f"{entry.name} at {entry.address.side_channel} has {entry.engine_id}"

@@ -1,4 +1,6 @@
-"""Copies of scattered pieces of equal size from a peer's mapped memory to this rank's, and the CPU's way to do them."""
+"""Copies of scattered pieces of equal size from a peer's mapped memory to this rank's, and the
+CPU's way to do them.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,19 @@ class Pieces:
         """One after another, in parts of about ``PART_BYTES``."""
         step = max(1, PART_BYTES // self.piece_bytes)
         return [
-            Pieces(self.destinations[start : start + step], self.sources[start : start + step], self.piece_bytes)
+            Pieces(
+                self.destinations[start : start + step],
+                self.sources[start : start + step],
+                self.piece_bytes,
+            )
             for start in range(0, len(self.sources), step)
         ]
 
     @cached_property
     def merged(self) -> tuple[Addresses, Addresses, Addresses]:
-        """Destinations, sources and sizes of the fewest copies: pieces that are neighbours on both sides are one."""
+        """Destinations, sources and sizes of the fewest copies: pieces that are neighbours on both
+        sides are one.
+        """
         size = self.piece_bytes
         breaks = (np.diff(self.destinations) != size) | (np.diff(self.sources) != size)
         starts = np.flatnonzero(np.concatenate(([True], breaks)))
@@ -104,7 +112,9 @@ class HostCopier(PieceCopier):
 
     def _copy(self, pieces: Pieces) -> float:
         begin_s = time.perf_counter()
-        for destination, source, size in zip(*(column.tolist() for column in pieces.merged), strict=True):
+        for destination, source, size in zip(
+            *(column.tolist() for column in pieces.merged), strict=True
+        ):
             self._move(destination, source, size)
         return time.perf_counter() - begin_s
 

@@ -5,8 +5,8 @@
     every branch (holder rank) proven ──> PullFinished(ok), and every holder is told of the end
     any branch fails, time-out, cancel ── all are given up ──> PullFinished
 
-A READ that is still pending when the pull fails goes on to own its destination blocks: the pull says ``in_flight`` and lives
-until the handle has ended, however long that takes.
+A READ that is still pending when the pull fails goes on to own its destination blocks: the pull
+says ``in_flight`` and lives until the handle has ended, however long that takes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ from pdlaunch.transfer.read_plan import PullFailed
 
 
 class Pull:
-    """Drives one ``StartPull``; ends in one PullFinished, and one PullDrained where that said ``in_flight``."""
+    """Drives one ``StartPull``; ends in one PullFinished, and one PullDrained where that said
+    ``in_flight``.
+    """
 
-    def __init__(self, command: StartPull, links: list[tuple[Source, HolderLink]], puller: Puller) -> None:
+    def __init__(
+        self, command: StartPull, links: list[tuple[Source, HolderLink]], puller: Puller
+    ) -> None:
         """``links``: the holder ranks that this rank turns to, from ``map_sources``."""
         self.command = command
         self._puller = puller
         self._branches = [Branch(command, source, link, puller) for source, link in links]
         self._started_s = puller.clock()
         """When the lease was known, where that is awaited."""
-        self._deadline_s = self._started_s + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
+        self._deadline_s = (
+            self._started_s + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
+        )
         self._awaits = command.awaits
         self._finished = False
         self._draining = False
@@ -46,7 +52,9 @@ class Pull:
 
     @property
     def youngest_hashing_s(self) -> float | None:
-        """Clock time at which checksums were asked for, latest, that are still being computed; None: none are."""
+        """Clock time at which checksums were asked for, latest, that are still being computed;
+        None: none are.
+        """
         since_s = [branch.hashing_since_s for branch in self._branches if not self._finished]
         return max((at_s for at_s in since_s if at_s is not None), default=None)
 
@@ -73,12 +81,16 @@ class Pull:
     def _step(self) -> None:
         for branch in self._branches:
             branch.advance()
-        known_s = [branch.lease_known_s for branch in self._branches if branch.lease_known_s is not None]
+        known_s = [
+            branch.lease_known_s for branch in self._branches if branch.lease_known_s is not None
+        ]
         if self._awaits and known_s:
             self._awaits = False
             self._started_s, self._deadline_s = min(known_s), min(known_s) + self.command.timeout_s
         if self._puller.clock() >= self._deadline_s:
-            where = ", ".join(f"{branch.name} is {branch.stage.name.lower()}" for branch in self._branches)
+            where = ", ".join(
+                f"{branch.name} is {branch.stage.name.lower()}" for branch in self._branches
+            )
             raise PullFailed(f"no end within {self._deadline_s - self._started_s:g} s; {where}")
         if all(branch.is_proven for branch in self._branches):
             for branch in self._branches:
@@ -89,9 +101,16 @@ class Pull:
         for branch in self._branches:
             branch.give_up()
         self._draining = any(branch.in_flight for branch in self._branches)
-        self._finish(ok=False, error=str(failure), late=failure.late, verification_failed=failure.verification)
+        self._finish(
+            ok=False,
+            error=str(failure),
+            late=failure.late,
+            verification_failed=failure.verification,
+        )
 
-    def _finish(self, *, ok: bool, error: str = "", late: bool = False, verification_failed: bool = False) -> None:
+    def _finish(
+        self, *, ok: bool, error: str = "", late: bool = False, verification_failed: bool = False
+    ) -> None:
         self._finished = True
         self._puller.emit(
             PullFinished(
@@ -102,11 +121,14 @@ class Pull:
                 num_bytes=sum(branch.num_bytes for branch in self._branches) if ok else 0,
                 seconds=self._puller.clock() - self._started_s,
                 read_s=max(branch.read_s for branch in self._branches) if ok else 0.0,
-                verification_failed=verification_failed or any(branch.verification_failed for branch in self._branches),
+                verification_failed=verification_failed
+                or any(branch.verification_failed for branch in self._branches),
                 late=late,
                 departed=ok and any(branch.departed for branch in self._branches),
                 num_retries=sum(branch.num_retries for branch in self._branches),
-                first_tokens=next((branch.first_tokens for branch in self._branches if branch.first_tokens), []),
+                first_tokens=next(
+                    (branch.first_tokens for branch in self._branches if branch.first_tokens), []
+                ),
             )
         )
 

@@ -22,17 +22,23 @@ class PullTable:
 
     @property
     def hold_blocks(self) -> bool:
-        """Blocks of this rank belong to a pull; else some only have to tell holders of their end."""
+        """Blocks of this rank belong to a pull; else some only have to tell holders of their
+        end.
+        """
         return any(pull.holds_blocks for pull in self._pulls.values())
 
     @property
     def youngest_hashing_s(self) -> float | None:
-        """Clock time at which checksums were asked for, latest, that are still being computed; None: none are."""
+        """Clock time at which checksums were asked for, latest, that are still being computed;
+        None: none are.
+        """
         since_s = [pull.youngest_hashing_s for pull in self._pulls.values()]
         return max((at_s for at_s in since_s if at_s is not None), default=None)
 
     def start(self, command: StartPull) -> None:
-        """Begin a pull. The holder is found in the registry by its engine_id: the request's host and port are not trusted."""
+        """Begin a pull. The holder is found in the registry by its engine_id: the request's host
+        and port are not trusted.
+        """
         assert command.pull_id not in self._pulls
         try:
             links = self._peers.sources_of(command.remote.engine_id)

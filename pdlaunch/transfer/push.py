@@ -1,6 +1,8 @@
-"""Writes that readers have asked this rank for: its connector pushes, and every question gets one answer.
+"""Writes that readers have asked this rank for: its connector pushes, and every question gets one
+answer.
 
-A write that has begun is finished or fails by itself; whoever asked owns the destination until the answer is there.
+A write that has begun is finished or fails by itself; whoever asked owns the destination until the
+answer is there.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class PushDesk:
                 continue
             if error:
                 logger.warning("a write to a reader failed: %s", error)
-            answers.append((write.identity, PushEnded(call_id=write.call_id, ok=not error, error=error)))
+            answers.append(
+                (write.identity, PushEnded(call_id=write.call_id, ok=not error, error=error))
+            )
         self._writes = pending
         return answers

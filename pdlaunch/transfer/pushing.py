@@ -1,4 +1,5 @@
-"""What connectors that write to their readers share: a pool of sender threads at the holder, READs that wait for an answer.
+"""What connectors that write to their readers share: a pool of sender threads at the holder, READs
+that wait for an answer.
 
 ::
 
@@ -46,11 +47,15 @@ class PendingRead:
 
 
 class PushingConnector(Connector):
-    """Base of connectors whose holder writes. ``open`` binds this thread, and each of the pool once, to the KV cache's device."""
+    """Base of connectors whose holder writes. ``open`` binds this thread, and each of the pool
+    once, to the KV cache's device.
+    """
 
     pushes = True
 
-    def __init__(self, name: str, incarnation: int, *, num_sender_threads: int, binding: DeviceBinding) -> None:
+    def __init__(
+        self, name: str, incarnation: int, *, num_sender_threads: int, binding: DeviceBinding
+    ) -> None:
         """``name``: of the rank, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._num_sender_threads = num_sender_threads
@@ -62,7 +67,9 @@ class PushingConnector(Connector):
         self._binding.bind()
         self._start(memory)
         self._binding.bind()
-        self._senders = ThreadPoolExecutor(self._num_sender_threads, "kv-sender", initializer=self._binding.bind)
+        self._senders = ThreadPoolExecutor(
+            self._num_sender_threads, "kv-sender", initializer=self._binding.bind
+        )
 
     def push_target(self, handle: ReadHandle) -> bytes:
         return cast(PendingRead, handle).target
@@ -98,7 +105,9 @@ class PushingConnector(Connector):
 
     @abstractmethod
     def _start(self, memory: LocalMemory) -> None:
-        """Build what moves the bytes; may change this thread's CUDA device. Raises TransferError."""
+        """Build what moves the bytes; may change this thread's CUDA device. Raises
+        TransferError.
+        """
 
     @abstractmethod
     def _stop(self) -> None:
@@ -106,7 +115,9 @@ class PushingConnector(Connector):
 
     @abstractmethod
     def _write(self, memory: LocalMemory, job: PushJob) -> None:
-        """Write from this rank's memory, in a thread of the pool; returns when all bytes have landed. Raises TransferError."""
+        """Write from this rank's memory, in a thread of the pool; returns when all bytes have
+        landed. Raises TransferError.
+        """
 
     @abstractmethod
     def _settle(self, read: PendingRead) -> ReadState:

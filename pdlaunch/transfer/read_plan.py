@@ -1,4 +1,6 @@
-"""What a pull reads from one holder rank: which blocks of the prompt, from where to where, for this very prompt."""
+"""What a pull reads from one holder rank: which blocks of the prompt, from where to where, for this
+very prompt.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class PullFailed(TransferError):
         self.late = late
 
     def without_traceback(self) -> PullFailed:
-        """Return a copy to keep: the frames of a traceback would keep alive all that their functions saw."""
+        """Return a copy to keep: the frames of a traceback would keep alive all that their
+        functions saw.
+        """
         return PullFailed(str(self), verification=self.verification, late=self.late)
 
 
@@ -43,11 +47,15 @@ class Share:
     @property
     def local_heads(self) -> range:
         """Index within this rank."""
-        return range(self.heads.start - self.first_local_head, self.heads.stop - self.first_local_head)
+        return range(
+            self.heads.start - self.first_local_head, self.heads.stop - self.first_local_head
+        )
 
     def remote_heads(self, geometry: Geometry) -> range:
         """Index within the holder's rank."""
-        return range(self.heads.start - geometry.first_kv_head, self.heads.stop - geometry.first_kv_head)
+        return range(
+            self.heads.start - geometry.first_kv_head, self.heads.stop - geometry.first_kv_head
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +77,28 @@ def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
     ours = command.block_hashes
     if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
         pairs = zip(ours, reply.block_hashes, strict=False)
-        first = next((index for index, pair in enumerate(pairs) if pair[0] != pair[1]), len(reply.block_hashes))
+        first = next(
+            (index for index, pair in enumerate(pairs) if pair[0] != pair[1]),
+            len(reply.block_hashes),
+        )
         raise PullFailed(
-            f"{holder}: token hashes of request {command.remote.request_id} differ from block {first} on "
+            f"{holder}: token hashes of request {command.remote.request_id} differ from block "
+            f"{first} on "
             f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
             verification=True,
         )
 
 
-def plan_read(command: StartPull, reply: PullReply, geometry: Geometry, share: Share, blocks: range) -> ReadPlan:
-    """What the pull wants of ``blocks``, logical indices; ``geometry``: the holder's. Raises PullFailed."""
+def plan_read(
+    command: StartPull, reply: PullReply, geometry: Geometry, share: Share, blocks: range
+) -> ReadPlan:
+    """What the pull wants of ``blocks``, logical indices; ``geometry``: the holder's. Raises
+    PullFailed.
+    """
     if len(reply.groups) != len(command.block_ids):
-        raise PullFailed(f"{share.holder} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here")
+        raise PullFailed(
+            f"{share.holder} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here"
+        )
     local: list[int] = []
     remote: list[int] = []
     spans = tuple(_wanted_spans(command, blocks))
@@ -89,7 +107,9 @@ def plan_read(command: StartPull, reply: PullReply, geometry: Geometry, share: S
         start = span.start - group.first_block_index
         found = group.block_ids[start : start + len(span)] if start >= 0 else []
         if len(found) != len(span) or span.stop > len(command.block_hashes):
-            raise PullFailed(f"{share.holder} does not hold all blocks of group {index} from {span.start} on")
+            raise PullFailed(
+                f"{share.holder} does not hold all blocks of group {index} from {span.start} on"
+            )
         local += command.block_ids[index][span.start - first : span.stop - first]
         remote += found
     if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
@@ -107,14 +127,20 @@ def plan_read(command: StartPull, reply: PullReply, geometry: Geometry, share: S
 
 
 def _wanted_spans(command: StartPull, blocks: range) -> Iterator[tuple[int, range]]:
-    for index, (block_ids, first) in enumerate(zip(command.block_ids, command.first_block_index, strict=True)):
+    for index, (block_ids, first) in enumerate(
+        zip(command.block_ids, command.first_block_index, strict=True)
+    ):
         span = range(max(first, blocks.start), min(first + len(block_ids), blocks.stop))
         if span:
             yield index, span
 
 
-def stated_checksums(groups: Sequence[GroupBlocks], geometry: Geometry, plan: ReadPlan) -> ChecksumArray:
-    """What the holder states of a READ's blocks: [num_blocks, num_heads]; fewer rows where it does not state all."""
+def stated_checksums(
+    groups: Sequence[GroupBlocks], geometry: Geometry, plan: ReadPlan
+) -> ChecksumArray:
+    """What the holder states of a READ's blocks: [num_blocks, num_heads]; fewer rows where it does
+    not state all.
+    """
     heads = plan.read.remote_heads
     found = [np.empty((0, len(heads)), np.uint64)]
     for index, span in plan.spans:

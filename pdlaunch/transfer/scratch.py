@@ -1,4 +1,6 @@
-"""The scratch of a rank: memory with a known pattern that peers read in pieces to prove a path and to time it."""
+"""The scratch of a rank: memory with a known pattern that peers read in pieces to prove a path and
+to time it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,13 @@ SCRATCH_BYTES = 16 * PATTERN_BYTES
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
 """Of a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ."""
 LEAST_PIECE_BYTES = 4 * 1024
-"""Of the pieces in which a scratch is read: where blocks are smaller, what a piece costs is nearly all of its time anyway."""
+"""Of the pieces in which a scratch is read: where blocks are smaller, what a piece costs is nearly
+all of its time anyway.
+"""
 COVERING_PIECE_BYTES = 16 * 1024
-"""Pieces of this size on cover the scratch. Of smaller ones there are no more than of these: more would only take longer."""
+"""Pieces of this size on cover the scratch. Of smaller ones there are no more than of these: more
+would only take longer.
+"""
 
 
 def scratch_bytes(device: torch.device) -> int:
@@ -23,7 +29,9 @@ def scratch_bytes(device: torch.device) -> int:
 
 
 def scratch_pattern(agent_name: str, num_bytes: int = SCRATCH_BYTES) -> bytes:
-    """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping shows."""
+    """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping
+    shows.
+    """
     return _row(agent_name) * (num_bytes // PATTERN_BYTES)
 
 
@@ -33,13 +41,17 @@ def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
-    """Whether that agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a multiple of PATTERN_BYTES."""
+    """Whether that agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a
+    multiple of PATTERN_BYTES.
+    """
     row = _row_tensor(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
 
 def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """[num_bytes] uint8 of zeros to read a scratch into, its pages touched: their first use would count as time of the READ."""
+    """[num_bytes] uint8 of zeros to read a scratch into, its pages touched: their first use would
+    count as time of the READ.
+    """
     landing = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(0)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # READs do not wait for what is queued
@@ -47,10 +59,11 @@ def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
-    """Where the pieces to read of a scratch begin, and their size: about that of the smaller block, so that its cost shows.
+    """Where the pieces to read of a scratch begin, and their size: about that of the smaller block,
+    so that its cost shows.
 
-    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none. Together they are the beginning of
-    the scratch, a quarter of it at least.
+    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none.
+    Together they are the beginning of the scratch, a quarter of it at least.
     """
     wanted = min(num_bytes, max(min(block_bytes), LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)

@@ -1,6 +1,7 @@
 """The two ends of the side channel as typed sockets. Each belongs to the transfer thread.
 
-Frames are schema-checked by the codec; what is malformed is dropped, counted and logged, and hurts nobody.
+Frames are schema-checked by the codec; what is malformed is dropped, counted and logged, and hurts
+nobody.
 """
 
 from __future__ import annotations
@@ -57,12 +58,16 @@ class PullerSocket:
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
         """``watched``: notice when the connection breaks."""
         self.socket: Any = context.connect(zmq.DEALER, endpoint)
-        self._monitor: Any = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
+        self._monitor: Any = (
+            self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
+        )
         self._broken = False
 
     @property
     def broken(self) -> bool:
-        """The connection was closed by its other end. On one host that is the end of the peer's process, and no mere pause."""
+        """The connection was closed by its other end. On one host that is the end of the peer's
+        process, and no mere pause.
+        """
         if self._monitor is not None and not self._broken:
             self._broken = bool(self._monitor.poll(0))
         return self._broken

@@ -31,7 +31,9 @@ class Will:
 
 
 def new_will() -> Will | None:
-    """None where the kernel has no such files (before Linux 5.3): then the leases die with this rank."""
+    """None where the kernel has no such files (before Linux 5.3): then the leases die with this
+    rank.
+    """
     try:
         process_fd = os.pidfd_open(os.getpid())
     except OSError as error:

@@ -1,7 +1,7 @@
 """The transfer worker of one rank: one thread that owns the connector and the side channel.
 
-The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a peer. The thread sleeps in
-``poll`` until a socket, a command or a deadline has something for it.
+The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a
+peer. The thread sleeps in ``poll`` until a socket, a command or a deadline has something for it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ _Loop = TransferLoop | AsleepLoop
 
 
 class TransferWorker:
-    """Executes the transfer commands of one rank. All methods may be called from any thread and none but ``close`` waits."""
+    """Executes the transfer commands of one rank. All methods may be called from any thread and
+    none but ``close`` waits.
+    """
 
     def __init__(
         self,
@@ -102,31 +104,45 @@ class TransferWorker:
     ) -> None:
         """Binds the side channel and starts the thread, which opens the connector.
 
-        ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the process' last
-        READ. ``source``: what it was allocated from; None: memory that peers cannot map. ``wake`` is called from the thread when
-        events are there, or when the thread has died; ``report`` for what the supervisor must know of this rank's pairs.
+        ``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous;
+        must outlive the process' last READ. ``source``: what it was allocated from; None: memory
+        that peers cannot map. ``wake`` is called from the thread when events are there, or when the
+        thread has died; ``report`` for what the supervisor must know of this rank's pairs.
         ``connector_environment`` must be applied when ``connector`` needs it.
         """
-        identity = RankIdentity(name, spec.name, engine_id, incarnation, tp_rank, spec.tensor_parallel_size)
+        identity = RankIdentity(
+            name, spec.name, engine_id, incarnation, tp_rank, spec.tensor_parallel_size
+        )
         memory = RankMemory(
-            kv_cache, layout, model_digest, total_kv_heads, first_kv_head, source or PrivateKVMemory(kv_cache.device)
+            kv_cache,
+            layout,
+            model_digest,
+            total_kv_heads,
+            first_kv_head,
+            source or PrivateKVMemory(kv_cache.device),
         )
         assert kv_cache.is_contiguous()
         assert tuple(kv_cache.shape[1:]) == layout.block_shape()
         self.lends = connector.lends
-        """Every lease is written down for the time after this rank's death; LeaseGranted says when."""
+        """Every lease is written down for the time after this rank's death; LeaseGranted says
+        when.
+        """
         self._wake_engine = wake
         self._connector = connector
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
         self._error: str | None = None
-        """Why the thread has died. Its exception is not kept: the traceback would keep the KV cache alive."""
+        """Why the thread has died. Its exception is not kept: the traceback would keep the KV cache
+        alive.
+        """
         self._started = threading.Event()
         self._clock = clock
         self._suspension: _Suspend | None = None
         self._connected = True
         self.awake_until_s = 0.0
-        """Clock time until which the end of a pull is likely to come at any moment; ``wake`` tells when that becomes later."""
+        """Clock time until which the end of a pull is likely to come at any moment; ``wake`` tells
+        when that becomes later.
+        """
         self.awaited_bytes = 0
         """What that pull reads."""
         self._wake_lock = threading.Lock()
@@ -165,7 +181,9 @@ class TransferWorker:
         self._put(_NewRegistry(entries))
 
     def take_events(self) -> list[TransferEvent]:
-        """What has happened since the last call. Raises TransferError when the thread has died: the rank cannot go on."""
+        """What has happened since the last call. Raises TransferError when the thread has died: the
+        rank cannot go on.
+        """
         if self._error is not None:
             raise TransferError(f"the transfer thread has died: {self._error}")
         events = []
@@ -175,23 +193,28 @@ class TransferWorker:
         return events
 
     def wait_started(self, timeout_s: float) -> None:
-        """Wait until the connector is open; peers are answered from then on. Raises TransferError."""
+        """Wait until the connector is open; peers are answered from then on. Raises
+        TransferError.
+        """
         if not self._started.wait(timeout_s):
             raise TransferError(f"the connector did not start within {timeout_s:g} s")
         if self._error is not None:
             raise TransferError(f"the connector cannot start: {self._error}")
 
     def suspend(self, timeout_s: float) -> None:
-        """Let peers and registered memory go; peers are told that this rank is asleep. Waits until nothing can use the memory.
+        """Let peers and registered memory go; peers are told that this rank is asleep. Waits until
+        nothing can use the memory.
 
-        Raises TransferError when that does not come true within ``timeout_s``; then everything is as before.
+        Raises TransferError when that does not come true within ``timeout_s``; then everything is
+        as before.
         """
         done: Future[str] = Future()
         self._put(_Suspend(self._clock() + timeout_s, done))
         self._await(done, timeout_s + CONFIRMATION_S)
 
     def resume(self, timeout_s: float) -> None:
-        """Register the memory anew, and shake hands with the peers of the registry again; see ``connected``.
+        """Register the memory anew, and shake hands with the peers of the registry again; see
+        ``connected``.
 
         Raises TransferError when the connector does not open.
         """
@@ -201,15 +224,21 @@ class TransferWorker:
 
     @property
     def connected(self) -> bool:
-        """Since the last ``resume`` all peers of the registry have shaken hands again; ``wake`` tells when that comes true."""
+        """Since the last ``resume`` all peers of the registry have shaken hands again; ``wake``
+        tells when that comes true.
+        """
         return self._connected
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """While suspended: wait until no peer maps this rank's memory any more; False when that takes longer."""
+        """While suspended: wait until no peer maps this rank's memory any more; False when that
+        takes longer.
+        """
         return self._connector.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """End the thread and let go of memory and sockets; gives up after ``timeout_s``. The process then leaves by os._exit."""
+        """End the thread and let go of memory and sockets; gives up after ``timeout_s``. The
+        process then leaves by os._exit.
+        """
         self._put(_Stop())
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -219,7 +248,9 @@ class TransferWorker:
         try:
             error = done.result(timeout_s)
         except TimeoutError:
-            raise TransferError(f"the transfer thread did not answer within {timeout_s:g} s") from None
+            raise TransferError(
+                f"the transfer thread did not answer within {timeout_s:g} s"
+            ) from None
         if error:
             raise TransferError(error)
 
@@ -258,7 +289,10 @@ class TransferWorker:
             self._publish(self._loop.turn())
             self._advance_suspension(setup)
             self._look_for_peers()
-            sleep_s = min(self._loop.sleep_s(), LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S)
+            sleep_s = min(
+                self._loop.sleep_s(),
+                LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S,
+            )
             if sleep_s < SHORTEST_SLEEP_S:
                 time.sleep(0)  # others may want the interpreter
                 continue
@@ -345,7 +379,9 @@ class TransferWorker:
 
 
 def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
-    """What is ready within ``timeout_s``; less than a millisecond, which ``poll`` does not know, is slept through."""
+    """What is ready within ``timeout_s``; less than a millisecond, which ``poll`` does not know, is
+    slept through.
+    """
     if timeout_s < 0.001:
         time.sleep(timeout_s)
         return poller.poll(0)

@@ -1,1 +1,3 @@
-"""Attacks on a deployment as a stranger or a careless client would make them: ``python -m tests.attacks --help``."""
+"""Attacks on a deployment as a stranger or a careless client would make them: ``python -m
+tests.attacks --help``.
+"""

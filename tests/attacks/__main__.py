@@ -1,8 +1,10 @@
 # ruff: noqa: T201 - a script
-"""Attacks a deployment of its own: ``python -m tests.attacks`` makes all attacks, ``python -m tests.attacks fuzz sockets`` these.
+"""Attacks a deployment of its own: ``python -m tests.attacks`` makes all attacks, ``python -m
+tests.attacks fuzz sockets`` these.
 
-Each attack prints a short table and every promise that was broken, with the request that broke it; the exit code is then 1.
-Nothing listens outside of 127.0.0.1, every loop has an end, and no deployment but its own is touched.
+Each attack prints a short table and every promise that was broken, with the request that broke it;
+the exit code is then 1. Nothing listens outside of 127.0.0.1, every loop has an end, and no
+deployment but its own is touched.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ ATTACKS = {
     "conns": "silent, half-spoken and vanishing connections, readers that never read",
     "dos": "huge but legal bodies beside a small request",
     "files": "damaged model files",
-    "env": "bad surroundings: full disk, few descriptors, no /dev/shm, a taken port, a killed supervisor",
+    "env": (
+        "bad surroundings: full disk, few descriptors, no /dev/shm, a taken port, a killed "
+        "supervisor"
+    ),
 }
 
 
@@ -43,23 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 when a promise was broken."""
     listed = "\n".join(f"  {name:<8} {what}" for name, what in ATTACKS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m tests.attacks", description=f"{__doc__}\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.attacks",
+        description=f"{__doc__}\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("attacks", nargs="*", metavar="ATTACK", help="all when none is named")
-    parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help=f"of fuzz ({NUM_REQUESTS})")
+    parser.add_argument(
+        "--requests", type=int, default=NUM_REQUESTS, help=f"of fuzz ({NUM_REQUESTS})"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--log-dir", help="where the logs of the attacked deployment stay; else they go with it")
+    parser.add_argument(
+        "--log-dir", help="where the logs of the attacked deployment stay; else they go with it"
+    )
     options = parser.parse_args(arguments)
     names = options.attacks or list(ATTACKS)
     if unknown := set(names) - set(ATTACKS):
-        parser.error(f"no such attack: {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
+        parser.error(
+            f"no such attack: {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}"
+        )
     code = 0
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         if chosen := [name for name in ON_A_LAUNCH if name in names]:
             with attacked(model, log_dir=options.log_dir) as target:
                 for name in chosen:
-                    code |= run(name, partial(on_launch, name, target, options.requests, options.seed))
+                    code |= run(
+                        name, partial(on_launch, name, target, options.requests, options.seed)
+                    )
         if "files" in names:
             code |= run("files", partial(model_files, Path(folder), options.seed))
         if "env" in names:

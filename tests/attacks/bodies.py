@@ -1,4 +1,6 @@
-"""Huge bodies that the limit of bytes lets in, alone and several at once, beside a small request; and bodies that never end."""
+"""Huge bodies that the limit of bytes lets in, alone and several at once, beside a small request;
+and bodies that never end.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,21 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "lists for messages": (CHAT, lambda: fill(TO_THE_CHAT, b"[],", b"[]]}")),
     "parts of one message": (
         CHAT,
-        lambda: fill(TO_THE_CHAT + b'{"role":"user","content":[', TEXT_PART + b",", TEXT_PART + b"]}]}"),
+        lambda: fill(
+            TO_THE_CHAT + b'{"role":"user","content":[', TEXT_PART + b",", TEXT_PART + b"]}]}"
+        ),
     ),
     "a long prompt": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"ab cd ", b'"}')),
     "a prompt of one word": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"', b"a", b'"}')),
     "token ids": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":[', b"1,", b"1]}")),
-    "many prompts": (COMPLETIONS, lambda: fill(b'{"max_tokens":1,"prompt":[', b'"' + b"a b " * 4000 + b'",', b'"a"]}')),
-    "stop strings": (COMPLETIONS, lambda: fill(b'{"max_tokens":2,"prompt":"a","stop":[', b'"b",', b'"c"]}')),
+    "many prompts": (
+        COMPLETIONS,
+        lambda: fill(b'{"max_tokens":1,"prompt":[', b'"' + b"a b " * 4000 + b'",', b'"a"]}'),
+    ),
+    "stop strings": (
+        COMPLETIONS,
+        lambda: fill(b'{"max_tokens":2,"prompt":"a","stop":[', b'"b",', b'"c"]}'),
+    ),
     "logit_bias": (
         COMPLETIONS,
         lambda: (
@@ -57,31 +67,62 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
             + b"}}"
         ),
     ),
-    "an unknown field": (COMPLETIONS, lambda: fill(b'{"prompt":"a","max_tokens":2,"', b"k", b'":1}')),
+    "an unknown field": (
+        COMPLETIONS,
+        lambda: fill(b'{"prompt":"a","max_tokens":2,"', b"k", b'":1}'),
+    ),
     "unknown fields": (
         COMPLETIONS,
-        lambda: b'{"prompt":"a","max_tokens":2,' + b",".join(b'"k%d":1' % number for number in range(10**6)) + b"}",
+        lambda: (
+            b'{"prompt":"a","max_tokens":2,'
+            + b",".join(b'"k%d":1' % number for number in range(10**6))
+            + b"}"
+        ),
     ),
-    "a model's name": (COMPLETIONS, lambda: fill(b'{"prompt":"a","max_tokens":2,"model":"', b"k", b'"}')),
-    "tokenize": ("/tokenize", lambda: fill(b'{"return_token_strs":true,"prompt":"', b"ab cd ", b'"}')),
+    "a model's name": (
+        COMPLETIONS,
+        lambda: fill(b'{"prompt":"a","max_tokens":2,"model":"', b"k", b'"}'),
+    ),
+    "tokenize": (
+        "/tokenize",
+        lambda: fill(b'{"return_token_strs":true,"prompt":"', b"ab cd ", b'"}'),
+    ),
     "detokenize": ("/detokenize", lambda: fill(b'{"tokens":[', b"1,", b"1]}")),
     "a template's own code": (
         CHAT,
-        lambda: TO_THE_CHAT + b'{"role":"user","content":"{% for i in range(10**9) %}x{% endfor %}"}]}',
+        lambda: (
+            TO_THE_CHAT + b'{"role":"user","content":"{% for i in range(10**9) %}x{% endfor %}"}]}'
+        ),
     ),
     "chat_template_kwargs": (
         CHAT,
-        lambda: TO_THE_CHAT + MESSAGE + b'],"chat_template_kwargs":{"messages":1,"a":' + b"[" * 200 + b"]" * 200 + b"}}",
+        lambda: (
+            TO_THE_CHAT
+            + MESSAGE
+            + b'],"chat_template_kwargs":{"messages":1,"a":'
+            + b"[" * 200
+            + b"]" * 200
+            + b"}}"
+        ),
     ),
 }
-SEVERAL = ("valid messages", "lists for messages", "a long prompt", "token ids", "tokenize", "detokenize", "logit_bias")
+SEVERAL = (
+    "valid messages",
+    "lists for messages",
+    "a long prompt",
+    "token ids",
+    "tokenize",
+    "detokenize",
+    "logit_bias",
+)
 """Sent ``AT_ONCE`` as well."""
 
 
 def bodies(target: Target, verdict: Verdict) -> None:
     """Each body once, then some of them several at a time, then bodies that never end.
 
-    Memory is counted from the second round on: threads and heaps that the first long bodies bring about stay.
+    Memory is counted from the second round on: threads and heaps that the first long bodies bring
+    about stay.
     """
     one_round(target, verdict)
     before = calm_memory(target)
@@ -89,7 +130,9 @@ def bodies(target: Target, verdict: Verdict) -> None:
     unfinished(target, verdict)
     target.settle(verdict, before, "bodies")
     now = target.memory()
-    verdict.row("memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before))
+    verdict.row(
+        "memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before)
+    )
 
 
 def one_round(target: Target, verdict: Verdict) -> None:
@@ -111,9 +154,13 @@ def calm_memory(target: Target) -> dict[str, float]:
     return now
 
 
-def send(target: Target, verdict: Verdict, what: str, path: str, content: bytes, *, num_times: int) -> None:
+def send(
+    target: Target, verdict: Verdict, what: str, path: str, content: bytes, *, num_times: int
+) -> None:
     """Answers, seconds, and what a bystander noticed."""
-    how = f"{num_times} x {what}: {len(content)} bytes to {path}, {content[:80]!r}..{content[-40:]!r}"
+    how = (
+        f"{num_times} x {what}: {len(content)} bytes to {path}, {content[:80]!r}..{content[-40:]!r}"
+    )
     start_s = time.monotonic()
 
     def one(_: int) -> Answer:
@@ -126,13 +173,23 @@ def send(target: Target, verdict: Verdict, what: str, path: str, content: bytes,
         target.judge(verdict, answer, how)
     bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
     statuses = dict(Counter(answer.status for answer in answers))
-    verdict.row(f"{num_times} x {what}", f"{statuses} in {seconds:.1f} s", bystander.said(), bystander.said_of_memory())
+    verdict.row(
+        f"{num_times} x {what}",
+        f"{statuses} in {seconds:.1f} s",
+        bystander.said(),
+        bystander.said_of_memory(),
+    )
 
 
 def unfinished(target: Target, verdict: Verdict) -> None:
-    """Bodies of which the last part never comes: they cost memory only within the budget, and are refused in time."""
+    """Bodies of which the last part never comes: they cost memory only within the budget, and are
+    refused in time.
+    """
     address = urllib.parse.urlsplit(target.router)
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: "
+        "application/json\r\n"
+    )
     head += f"Content-Length: {BODY_BYTES}\r\n\r\n"
     part = head.encode() + b'{"prompt":"' + b"a" * (BODY_BYTES - 2**20)
     statuses: Counter[str] = Counter()
@@ -141,10 +198,14 @@ def unfinished(target: Target, verdict: Verdict) -> None:
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(
-                    socket.create_connection((address.hostname or "", address.port or 0), timeout=120)
+                    socket.create_connection(
+                        (address.hostname or "", address.port or 0), timeout=120
+                    )
                 )
                 connection.sendall(part)
-                statuses[connection.recv(64).partition(b"\r\n")[0].decode(errors="replace") or "closed"] += 1
+                statuses[
+                    connection.recv(64).partition(b"\r\n")[0].decode(errors="replace") or "closed"
+                ] += 1
             except OSError as error:
                 statuses[type(error).__name__] += 1
 
@@ -157,4 +218,6 @@ def unfinished(target: Target, verdict: Verdict) -> None:
     bystander.judge(verdict, how, limit_s=OTHERS_LIMIT_S)
     target.check_alive(verdict, how)
     ended = f"{dict(statuses)} in {time.monotonic() - start_s:.1f} s"
-    verdict.row(f"{NUM_UNFINISHED} x unfinished", ended, bystander.said(), bystander.said_of_memory())
+    verdict.row(
+        f"{NUM_UNFINISHED} x unfinished", ended, bystander.said(), bystander.said_of_memory()
+    )

@@ -1,4 +1,6 @@
-"""A client that asks small questions while others attack: its answers must stay right and come in time."""
+"""A client that asks small questions while others attack: its answers must stay right and come in
+time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ PAUSE_S = 0.2
 
 
 class Bystander:
-    """Asks from a thread of its own as long as the block runs, and watches how much memory the processes take meanwhile."""
+    """Asks from a thread of its own as long as the block runs, and watches how much memory the
+    processes take meanwhile.
+    """
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -28,7 +32,12 @@ class Bystander:
             thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -43,16 +52,24 @@ class Bystander:
             if promise := answer.broken_promise():
                 verdict.broke(f"others are served: {promise}", how)
         if self.num_wrong:
-            verdict.broke("others get the right tokens", f"{how}: {self.num_wrong} of {len(self.answers)} answers are wrong")
+            verdict.broke(
+                "others get the right tokens",
+                f"{how}: {self.num_wrong} of {len(self.answers)} answers are wrong",
+            )
         if self.slowest_s > limit_s:
-            verdict.broke(f"others are served within {limit_s:g} s", f"{how}: the slowest took {self.slowest_s:.1f} s")
+            verdict.broke(
+                f"others are served within {limit_s:g} s",
+                f"{how}: the slowest took {self.slowest_s:.1f} s",
+            )
 
     def said(self) -> str:
         statuses = sorted({answer.status for answer in self.answers})
         return f"others {len(self.answers)} asked, {statuses}, slowest {self.slowest_s:.2f} s"
 
     def said_of_memory(self) -> str:
-        return "peak MiB " + " ".join(f"{name} {size:.0f}" for name, size in sorted(self.peak.items()))
+        return "peak MiB " + " ".join(
+            f"{name} {size:.0f}" for name, size in sorted(self.peak.items())
+        )
 
     def _work(self) -> None:
         while not self._stop.is_set():

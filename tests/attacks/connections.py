@@ -16,7 +16,12 @@ from tests.attacks.bystander import Bystander
 from tests.attacks.target import CALM_S, Target
 from tests.attacks.verdict import Verdict
 
-NUM_OF_KIND = {"never spoke": 300, "half a header": 100, "a header that drips": 50, "half a body": 100}
+NUM_OF_KIND = {
+    "never spoke": 300,
+    "half a header": 100,
+    "a header that drips": 50,
+    "half a body": 100,
+}
 SILENCE_LIMIT_S = 45.0
 """Silent and half-spoken connections are closed within 30 s; the rest is for the machine."""
 NUM_LEAVERS = 300
@@ -34,7 +39,9 @@ def connections(target: Target, verdict: Verdict, seed: int) -> None:
     deaf(target, verdict)
     target.settle(verdict, before, "connections")
     deadline_s = time.monotonic() + CALM_S
-    while (grown := _grown(descriptors, target.num_descriptors())) and time.monotonic() < deadline_s:
+    while (
+        grown := _grown(descriptors, target.num_descriptors())
+    ) and time.monotonic() < deadline_s:
         time.sleep(1)
     for problem in grown:
         verdict.broke("descriptors are closed", f"connections: {problem}")
@@ -45,9 +52,16 @@ def leavers(target: Target, verdict: Verdict, source: random.Random) -> None:
     patience_s = [source.random() ** 2 * 1.5 for _ in range(NUM_LEAVERS)]
 
     def one(number: int) -> None:
-        fields = {"stream": number % 3 > 0, "n": 1 + number % 4, "ignore_eos": True, "max_tokens": 400}
+        fields = {
+            "stream": number % 3 > 0,
+            "n": 1 + number % 4,
+            "ignore_eos": True,
+            "max_tokens": 400,
+        }
         with _connected(target) as connection, contextlib.suppress(OSError):
-            connection.sendall(_request(target, {"prompt": f"{number} " + "word " * (number % 200), **fields}))
+            connection.sendall(
+                _request(target, {"prompt": f"{number} " + "word " * (number % 200), **fields})
+            )
             connection.settimeout(patience_s[number])
             connection.recv(2**16)
 
@@ -59,8 +73,13 @@ def leavers(target: Target, verdict: Verdict, source: random.Random) -> None:
 
 
 def silent(target: Target, verdict: Verdict) -> None:
-    """Connections that never say a whole request are closed; one that has asked may stay for the next."""
-    half = f"POST /v1/completions HTTP/1.1\r\nHost: {urllib.parse.urlsplit(target.router).netloc}\r\nX-A: "
+    """Connections that never say a whole request are closed; one that has asked may stay for the
+    next.
+    """
+    half = (
+        "POST /v1/completions HTTP/1.1\r\nHost: "
+        f"{urllib.parse.urlsplit(target.router).netloc}\r\nX-A: "
+    )
     with contextlib.ExitStack() as stack:
         kinds: dict[str, list[socket.socket]] = {kind: [] for kind in NUM_OF_KIND}
         for kind, number in NUM_OF_KIND.items():
@@ -85,15 +104,31 @@ def silent(target: Target, verdict: Verdict) -> None:
     how = f"connections by kind: {NUM_OF_KIND}"
     for kind, number in left.items():
         if number:
-            verdict.broke(f"connections are closed within 30 s: {kind}", f"{how}: {number} are open after {seconds:.0f} s")
+            verdict.broke(
+                f"connections are closed within 30 s: {kind}",
+                f"{how}: {number} are open after {seconds:.0f} s",
+            )
     bystander.judge(verdict, how, limit_s=SILENCE_LIMIT_S / 3)
     target.check_alive(verdict, how)
-    verdict.row(f"{sum(NUM_OF_KIND.values())} silent or half-spoken", f"open after {seconds:.0f} s: {left}", bystander.said())
+    verdict.row(
+        f"{sum(NUM_OF_KIND.values())} silent or half-spoken",
+        f"open after {seconds:.0f} s: {left}",
+        bystander.said(),
+    )
 
 
 def deaf(target: Target, verdict: Verdict) -> None:
-    """Readers that never read: their requests end after a bound, and others are served meanwhile."""
-    fields = {"max_tokens": 1500, "stream": True, "logprobs": 20, "n": 4, "ignore_eos": True, "return_token_ids": True}
+    """Readers that never read: their requests end after a bound, and others are served
+    meanwhile.
+    """
+    fields = {
+        "max_tokens": 1500,
+        "stream": True,
+        "logprobs": 20,
+        "n": 4,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     how = f"{NUM_DEAF} streams that nobody reads, {json.dumps(fields)}"
     with contextlib.ExitStack() as stack, Bystander(target) as bystander:
         start_s = time.monotonic()
@@ -106,7 +141,10 @@ def deaf(target: Target, verdict: Verdict) -> None:
             time.sleep(1)
         seconds = time.monotonic() - start_s
     if left:
-        verdict.broke("a reader that does not read loses its place", f"{how}: after {seconds:.0f} s {left[:4]}")
+        verdict.broke(
+            "a reader that does not read loses its place",
+            f"{how}: after {seconds:.0f} s {left[:4]}",
+        )
     bystander.judge(verdict, how, limit_s=DEAF_LIMIT_S / 2)
     target.check_alive(verdict, how)
     verdict.row(
@@ -147,10 +185,14 @@ def _open(opened: Sequence[socket.socket]) -> list[socket.socket]:
 def _is_closed(connection: socket.socket) -> bool:
     poller = select.poll()
     poller.register(connection, select.POLLIN | select.POLLRDHUP)
-    return any(event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in poller.poll(0))
+    return any(
+        event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, event in poller.poll(0)
+    )
 
 
 def _grown(before: dict[str, int], now: dict[str, int]) -> list[str]:
     return [
-        f"{name} {before[name]} -> {now[name]}" for name in before if name in now and now[name] > before[name] + DESCRIPTORS_LEFT
+        f"{name} {before[name]} -> {now[name]}"
+        for name in before
+        if name in now and now[name] > before[name] + DESCRIPTORS_LEFT
     ]

@@ -1,4 +1,6 @@
-"""Every request field with extreme values, alone and in combinations, at the router and at each engine."""
+"""Every request field with extreme values, alone and in combinations, at the router and at each
+engine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from typing import Any
 from pdlaunch.protocol.openai.body import RequestBody
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
-from pdlaunch.protocol.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from pdlaunch.protocol.openai.tokenize import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
 from tests.attacks.target import COMPLETIONS, VOCAB_SIZE, Target
 from tests.attacks.verdict import Verdict
 
@@ -23,7 +29,15 @@ FORMS: dict[str, type[RequestBody]] = {
     "/tokenize": TokenizeCompletionRequest,
     "/detokenize": DetokenizeRequest,
 }
-STRANGE_FIELDS = ("tools", "tool_choice", "guided_json", "unknown", "", "\u0000", "kv_transfer_params.pdlaunch")
+STRANGE_FIELDS = (
+    "tools",
+    "tool_choice",
+    "guided_json",
+    "unknown",
+    "",
+    "\u0000",
+    "kv_transfer_params.pdlaunch",
+)
 BASES: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hello world", "max_tokens": 3, "temperature": 0.7},
     CHAT: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0.7},
@@ -32,11 +46,51 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 NUMBERS: tuple[object, ...] = (
-    *(0, -1, 1, 2, 1.5, -0.0, 5e-324, 1e-320, 1e-300, 1e-38, 1e-10, 1e38, 3.5e38, 1e300, 1.7976931348623157e308),
-    *(2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(2**31), -(2**63), -(2**64)),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        1.5,
+        -0.0,
+        5e-324,
+        1e-320,
+        1e-300,
+        1e-38,
+        1e-10,
+        1e38,
+        3.5e38,
+        1e300,
+        1.7976931348623157e308,
+    ),
+    *(
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**63 - 1,
+        2**63,
+        2**64,
+        10**30,
+        -(2**31),
+        -(2**63),
+        -(2**64),
+    ),
 )
 OTHERS: tuple[object, ...] = (
-    *(None, True, False, "", "a", "1", "\u0000", "\u202e😀𝔘\ufffe", "x" * 5000, "{{ cycler }}", "{% for i in range(9) %}"),
+    *(
+        None,
+        True,
+        False,
+        "",
+        "a",
+        "1",
+        "\u0000",
+        "\u202e😀𝔘\ufffe",
+        "x" * 5000,
+        "{{ cycler }}",
+        "{% for i in range(9) %}",
+    ),
     *(
         [],
         {},
@@ -54,15 +108,63 @@ OTHERS: tuple[object, ...] = (
         ["a"] * 33,
         [0] * 5000,
     ),
-    *({"a": 1}, {"0": 1}, {"-1": 5}, {"1": 1000}, {"1": "x"}, {"1": None}, {"1e2": 1}, {"١": 1}, {" 1": 1}, {"1_0": 1}),
-    *({str(VOCAB_SIZE - 1): -100}, {str(VOCAB_SIZE): 5}, {str(2**31): 5}, {str(token): -100 for token in range(300)}),
-    *([{"role": "user"}], [{"role": "x", "content": 5}], [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50}]),
-    *({"include_usage": True}, {"include_usage": "x"}, {"do_remote_decode": True}, {"choices": [[]]}, {"type": "json_object"}),
+    *(
+        {"a": 1},
+        {"0": 1},
+        {"-1": 5},
+        {"1": 1000},
+        {"1": "x"},
+        {"1": None},
+        {"1e2": 1},
+        {"١": 1},
+        {" 1": 1},
+        {"1_0": 1},
+    ),
+    *(
+        {str(VOCAB_SIZE - 1): -100},
+        {str(VOCAB_SIZE): 5},
+        {str(2**31): 5},
+        {str(token): -100 for token in range(300)},
+    ),
+    *(
+        [{"role": "user"}],
+        [{"role": "x", "content": 5}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50}],
+    ),
+    *(
+        {"include_usage": True},
+        {"include_usage": "x"},
+        {"do_remote_decode": True},
+        {"choices": [[]]},
+        {"type": "json_object"},
+    ),
 )
 """Values that any field may be given."""
 RAW: tuple[bytes, ...] = (
-    *(b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"1e-999", b"00", b"+1", b"0x1", b"1 1", b"tru", b"'a'", b"/*c*/1"),
-    *(b'"\\ud800"', b'"\xff\xfe"', b'"\\u0000"', b"\xef\xbb\xbf1", b"1" * 5000, b"1." + b"1" * 5000, b"1e-" + b"9" * 400),
+    *(
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e999",
+        b"-1e999",
+        b"1e-999",
+        b"00",
+        b"+1",
+        b"0x1",
+        b"1 1",
+        b"tru",
+        b"'a'",
+        b"/*c*/1",
+    ),
+    *(
+        b'"\\ud800"',
+        b'"\xff\xfe"',
+        b'"\\u0000"',
+        b"\xef\xbb\xbf1",
+        b"1" * 5000,
+        b"1." + b"1" * 5000,
+        b"1e-" + b"9" * 400,
+    ),
     *(b"[" * 900 + b"]" * 900, b"[" * 9000 + b"]" * 9000, b'{"a":' * 900 + b"1" + b"}" * 900),
 )
 """JSON that a serializer would not write."""
@@ -96,13 +198,19 @@ LEGAL: dict[str, tuple[object, ...]] = {
 }
 """Values at the edge of what is accepted; combinations of these are what kills."""
 LEGAL_HERE: dict[str, dict[str, tuple[object, ...]]] = {
-    COMPLETIONS: {"logprobs": (None, 0, 1, 20), "prompt": ("a", "", "Hello " * 150, [1, 2, 3], [[5], [6, 7]], ["a", "b"])},
+    COMPLETIONS: {
+        "logprobs": (None, 0, 1, 20),
+        "prompt": ("a", "", "Hello " * 150, [1, 2, 3], [[5], [6, 7]], ["a", "b"]),
+    },
     CHAT: {
         "logprobs": (False, True),
         "top_logprobs": (0, 20),
         "messages": (
             [{"role": "user", "content": "a"}],
-            [{"role": "system", "content": "b" * 500}, {"role": "user", "content": [{"type": "text", "text": "c"}]}],
+            [
+                {"role": "system", "content": "b" * 500},
+                {"role": "user", "content": [{"type": "text", "text": "c"}]},
+            ],
             [{"role": "user", "content": "{{ 1 }}"}] * 40,
         ),
     },
@@ -124,7 +232,9 @@ class Case:
 
 
 def fuzz(target: Target, verdict: Verdict, num_requests: int, seed: int) -> None:
-    """Send that many cases, half of them single fields, one after the other: what dies, died of the last one."""
+    """Send that many cases, half of them single fields, one after the other: what dies, died of the
+    last one.
+    """
     source = random.Random(seed)
     before = target.memory()
     statuses: Counter[tuple[str, int]] = Counter()
@@ -141,15 +251,21 @@ def fuzz(target: Target, verdict: Verdict, num_requests: int, seed: int) -> None
         verdict.row(f"fuzz of {who}", f"{sum(found.values())} requests", f"statuses {found}")
     verdict.row("slowest", f"{slowest_s:.1f} s", slowest[:150])
     now = target.memory()
-    verdict.row("memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before))
+    verdict.row(
+        "memory", *(f"{name} {before[name]:.0f} -> {now.get(name, 0):.0f} MiB" for name in before)
+    )
 
 
 def choose(source: random.Random, names: list[str], num_requests: int) -> Iterator[Case]:
-    """A shuffled mix: half single fields (all of them when there is room), the rest combinations."""
+    """A shuffled mix: half single fields (all of them when there is room), the rest
+    combinations.
+    """
     singles = [case for who in names for case in single_fields(who)]
     source.shuffle(singles)
     singles = singles[: num_requests // 2]
-    cases = singles + [combination(source, source.choice(names)) for _ in range(num_requests - len(singles))]
+    cases = singles + [
+        combination(source, source.choice(names)) for _ in range(num_requests - len(singles))
+    ]
     source.shuffle(cases)
     yield from cases
 
@@ -158,12 +274,19 @@ def single_fields(who: str) -> Iterator[Case]:
     """Each field of each path with each value."""
     for path, form in FORMS.items():
         neutral = getattr(form, "NEUTRAL", {})
-        names = dict.fromkeys([*form.model_fields, *neutral, *STRANGE_FIELDS, *TokenizeChatRequest.model_fields])
+        names = dict.fromkeys(
+            [*form.model_fields, *neutral, *STRANGE_FIELDS, *TokenizeChatRequest.model_fields]
+        )
         for name in names:
             rest = {key: value for key, value in BASES[path].items() if key != name}
             for value in (*NUMBERS, *OTHERS):
                 yield Case(who, path, json.dumps(rest | {name: value}).encode(), name)
-            start = json.dumps(rest).encode()[:-1] + (b", " if rest else b"") + json.dumps(name).encode() + b": "
+            start = (
+                json.dumps(rest).encode()[:-1]
+                + (b", " if rest else b"")
+                + json.dumps(name).encode()
+                + b": "
+            )
             for raw in RAW:
                 yield Case(who, path, start + raw + b"}", f"{name}, raw")
 

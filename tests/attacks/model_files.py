@@ -1,4 +1,6 @@
-"""Damaged model files: each is told in words with the right fix within seconds, by check-config and by the conversion."""
+"""Damaged model files: each is told in words with the right fix within seconds, by check-config and
+by the conversion.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +35,29 @@ def judge(verdict: Verdict, what: str, command: list[str], folder: Path) -> None
     name = " ".join(command[2:4])
     start_s = time.monotonic()
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=6 * LIMIT_S, env=environ, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=6 * LIMIT_S, env=environ, check=False
+        )
     except subprocess.TimeoutExpired:
         verdict.broke("a damaged file ends in time", f"{what}: {name} does not end")
         return
     seconds, said = time.monotonic() - start_s, result.stdout + result.stderr
     if result.returncode not in (1, 2):
-        verdict.broke("a damaged file is refused", f"{what}: {name} ended with {result.returncode}: {said[-300:]}")
+        verdict.broke(
+            "a damaged file is refused",
+            f"{what}: {name} ended with {result.returncode}: {said[-300:]}",
+        )
     if "Traceback" in said:
         verdict.broke("a damaged file is told in words", f"{what}: {name}: {said[-300:]}")
     if "damaged" not in said and "pickles" not in said and "has no" not in said:
         verdict.broke("a damaged file is named as such", f"{what}: {name}: {said[-300:]}")
     if seconds > LIMIT_S:
-        verdict.broke(f"a damaged file ends within {LIMIT_S:g} s", f"{what}: {name} took {seconds:.1f} s")
-    reason = next((line.strip() for line in said.splitlines() if "damaged" in line or "has " in line), "")
+        verdict.broke(
+            f"a damaged file ends within {LIMIT_S:g} s", f"{what}: {name} took {seconds:.1f} s"
+        )
+    reason = next(
+        (line.strip() for line in said.splitlines() if "damaged" in line or "has " in line), ""
+    )
     which = "check-config" if "check-config" in name else "convert"
     ended = f"{result.returncode} in {seconds:.1f} s"
     verdict.row(f"{what}, {which}", ended, reason.rpartition("damaged: ")[2][:90])
@@ -65,7 +76,9 @@ def damaged_gguf(folder: Path, source: random.Random) -> Iterator[tuple[str, Pat
         "key of 2^60 bytes": good[:24] + (2**60).to_bytes(8, "little") + good[32:],
         "version 99": good[:4] + (99).to_bytes(4, "little") + good[8:],
         "a zip archive": b"PK\x03\x04" + source.randbytes(5000),
-        "2^30 layers": good.replace(b"llama.block_count\x04\0\0\0\x02\0\0\0", b"llama.block_count\x04\0\0\0\0\0\0\x40"),
+        "2^30 layers": good.replace(
+            b"llama.block_count\x04\0\0\0\x02\0\0\0", b"llama.block_count\x04\0\0\0\0\0\0\x40"
+        ),
     }
     for number in range(3):
         flipped = bytearray(good)
@@ -80,7 +93,11 @@ def damaged_gguf(folder: Path, source: random.Random) -> Iterator[tuple[str, Pat
 
 
 def damaged_safetensors(folder: Path) -> Iterator[tuple[str, Path]]:
-    contents = {"empty weights": b"", "half of the weights": GOOD_SAFETENSORS[:-8], "header of weights": GOOD_SAFETENSORS[:20]}
+    contents = {
+        "empty weights": b"",
+        "half of the weights": GOOD_SAFETENSORS[:-8],
+        "header of weights": GOOD_SAFETENSORS[:20],
+    }
     for what, content in contents.items():
         model = _directory(folder / what.replace(" ", "-"))
         (model / "model.safetensors").write_bytes(content)

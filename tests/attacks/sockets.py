@@ -1,4 +1,6 @@
-"""All doors of a launch: which sockets listen, what they say to a stranger, and what another user can read."""
+"""All doors of a launch: which sockets listen, what they say to a stranger, and what another user
+can read.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,20 @@ from tests.attacks.verdict import Verdict
 
 STRANGER_UID = 65534
 SHARED_MEMORY = "/dev/shm/"
-ROUTER_OPEN = ("POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "POST /tokenize", "POST /detokenize")
+ROUTER_OPEN = (
+    "POST /v1/completions",
+    "POST /v1/chat/completions",
+    "GET /v1/models",
+    "POST /tokenize",
+    "POST /detokenize",
+)
 """What clients of a router without an API key may do."""
 
 
 def sockets(target: Target, verdict: Verdict) -> None:
-    """Every listening socket answers strangers with a refusal; nothing of the launch can be read by another user."""
+    """Every listening socket answers strangers with a refusal; nothing of the launch can be read by
+    another user.
+    """
     listening = dict(tcp_listeners(target))
     is_other = False
     router_port = int(target.router.rpartition(":")[2])
@@ -44,18 +54,25 @@ def sockets(target: Target, verdict: Verdict) -> None:
     for found in stranger(asked):
         if "uid" in found:
             is_other = found["uid"] != os.getuid()
-            verdict.row("stranger", f"user id {found['uid']}" + ("" if is_other else ", as no other can be had"))
+            verdict.row(
+                "stranger",
+                f"user id {found['uid']}" + ("" if is_other else ", as no other can be had"),
+            )
         elif "port" in found:
             name = listening[found["port"]][0]
             judge_port(verdict, name, found, is_router=found["port"] == router_port)
         elif is_other and found["got"].startswith(("read", "let in")):
             verdict.broke("other users get nothing", f"{found}")
     foreign_pages(target, verdict)
-    verdict.row("sockets in files, shared memory", f"{len(asked['unix'])} and {len(asked['files'])}")
+    verdict.row(
+        "sockets in files, shared memory", f"{len(asked['unix'])} and {len(asked['files'])}"
+    )
 
 
 def foreign_pages(target: Target, verdict: Verdict) -> None:
-    """What a web page of somebody else could have a browser send: another Host, its own Origin, a form instead of JSON."""
+    """What a web page of somebody else could have a browser send: another Host, its own Origin, a
+    form instead of JSON.
+    """
     body = json.dumps(SMALL_BODY).encode()
     forged: tuple[dict[str, str], ...] = (
         {"Host": "evil.example"},
@@ -70,12 +87,19 @@ def foreign_pages(target: Target, verdict: Verdict) -> None:
         for headers in forged:
             answer = target.send(who, COMPLETIONS, body, headers=headers)
             if not 400 <= answer.status < 500 or "access-control-allow-origin" in answer.headers:
-                verdict.broke("pages of others get nothing", f"{who} {headers}: {answer.status} {answer.headers}")
-    verdict.row("pages of others", f"{len(forged)} forged requests each to {len(target.names)} servers")
+                verdict.broke(
+                    "pages of others get nothing",
+                    f"{who} {headers}: {answer.status} {answer.headers}",
+                )
+    verdict.row(
+        "pages of others", f"{len(forged)} forged requests each to {len(target.names)} servers"
+    )
 
 
 def judge_port(verdict: Verdict, name: str, found: dict[str, Any], *, is_router: bool) -> None:
-    """A TCP port speaks HTTP and asks for a key, or ZMQ with CURVE; anything else is a door without a lock."""
+    """A TCP port speaks HTTP and asks for a key, or ZMQ with CURVE; anything else is a door without
+    a lock.
+    """
     port = found["port"]
     if "statuses" in found:
         opened = {
@@ -85,16 +109,25 @@ def judge_port(verdict: Verdict, name: str, found: dict[str, Any], *, is_router:
         }
         harmless = {"GET /metrics", "GET /pdlaunch/status"} if is_router else set()
         for request in sorted(set(opened) - harmless):
-            verdict.broke("engines and commands need a key", f"{name}, port {port}: {request} without a key: {opened[request]}")
-        verdict.row(f"{name}, {port}", "HTTP", f"statuses {sorted(set(found['statuses'].values()))}")
+            verdict.broke(
+                "engines and commands need a key",
+                f"{name}, port {port}: {request} without a key: {opened[request]}",
+            )
+        verdict.row(
+            f"{name}, {port}", "HTTP", f"statuses {sorted(set(found['statuses'].values()))}"
+        )
     elif b"CURVE" in bytes.fromhex(found.get("zmq", "")):
         verdict.row(f"{name}, {port}", "ZMQ with CURVE")
     else:
-        verdict.broke("no socket listens without authentication", f"{name} listens on port {port}: {found}")
+        verdict.broke(
+            "no socket listens without authentication", f"{name} listens on port {port}: {found}"
+        )
 
 
 def tcp_listeners(target: Target) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Port, process and address of all TCP sockets of the launch that listen; the supervisor's count too."""
+    """Port, process and address of all TCP sockets of the launch that listen; the supervisor's
+    count too.
+    """
     supervisor = {"supervisor": psutil.Process(target.deployment.process.pid)}
     for name, process in (supervisor | target.processes()).items():
         for connection in process.net_connections(kind="tcp"):
@@ -107,7 +140,11 @@ def unix_sockets(target: Target) -> set[str]:
     supervisor = psutil.Process(target.deployment.process.pid)
     found: set[str] = set()
     for process in (supervisor, *target.processes().values()):
-        found |= {str(connection.laddr) for connection in process.net_connections(kind="unix") if connection.laddr}
+        found |= {
+            str(connection.laddr)
+            for connection in process.net_connections(kind="unix")
+            if connection.laddr
+        }
     return found
 
 
@@ -129,8 +166,22 @@ def stranger(asked: dict[str, list[Any]]) -> list[dict[str, Any]]:
     code = Path(__file__).with_name("stranger.py").read_text()
     command = [_python(), "-I", "-c", code]
     if os.getuid() == 0 and (setpriv := shutil.which("setpriv")):
-        command = [setpriv, f"--reuid={STRANGER_UID}", f"--regid={STRANGER_UID}", "--clear-groups", *command]
-    result = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=300, check=True, cwd="/")
+        command = [
+            setpriv,
+            f"--reuid={STRANGER_UID}",
+            f"--regid={STRANGER_UID}",
+            "--clear-groups",
+            *command,
+        ]
+    result = subprocess.run(
+        command,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd="/",
+    )
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 

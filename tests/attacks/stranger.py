@@ -1,5 +1,6 @@
 # ruff: noqa: T201 - a script
-"""Run as another user: tries sockets, files and processes of a launch, and prints what it got in, as JSON lines.
+"""Run as another user: tries sockets, files and processes of a launch, and prints what it got in,
+as JSON lines.
 
 It uses nothing but the standard library and nothing of this project.
 Standard input: a JSON object with ``tcp`` (ports), ``unix`` and ``files`` (paths), and ``pids``.
@@ -13,13 +14,34 @@ import sys
 
 UCX_MAGIC = bytes.fromhex("78563412bebafeca")
 ZMQ_GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00"
-"""Up to the version: who hears more would hang up over the mechanism, and what it said would be lost."""
-FIRST_WORDS = {"zmq": ZMQ_GREETING, "ucx": UCX_MAGIC, "http": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"}
+"""Up to the version: who hears more would hang up over the mechanism, and what it said would be
+lost.
+"""
+FIRST_WORDS = {
+    "zmq": ZMQ_GREETING,
+    "ucx": UCX_MAGIC,
+    "http": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+}
 OF_A_PROCESS = ("environ", "mem", "maps", "fd/0")
 PATHS = (
-    *(("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("POST", "/tokenize")),
-    *(("POST", "/detokenize"), ("GET", "/metrics"), ("POST", "/pdlaunch/release"), ("GET", "/pdlaunch/integrity")),
-    *(("POST", "/sleep?level=9"), ("POST", "/wake_up?tags=none"), ("GET", "/is_sleeping"), ("GET", "/pdlaunch/status")),
+    *(
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/v1/models"),
+        ("POST", "/tokenize"),
+    ),
+    *(
+        ("POST", "/detokenize"),
+        ("GET", "/metrics"),
+        ("POST", "/pdlaunch/release"),
+        ("GET", "/pdlaunch/integrity"),
+    ),
+    *(
+        ("POST", "/sleep?level=9"),
+        ("POST", "/wake_up?tags=none"),
+        ("GET", "/is_sleeping"),
+        ("GET", "/pdlaunch/status"),
+    ),
 )
 BODY = b'{"prompt":"a","max_tokens":1,"tokens":[1],"request_id":"x","messages":[{"role":"user","content":"a"}]}'
 
@@ -44,7 +66,12 @@ def try_http(port: int) -> dict[str, int]:
     for method, path in PATHS:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         try:
-            connection.request(method, path, BODY if method == "POST" else None, {"Content-Type": "application/json"})
+            connection.request(
+                method,
+                path,
+                BODY if method == "POST" else None,
+                {"Content-Type": "application/json"},
+            )
             found[f"{method} {path}"] = connection.getresponse().status
         except (OSError, http.client.HTTPException):
             found[f"{method} {path}"] = 0
@@ -54,7 +81,9 @@ def try_http(port: int) -> dict[str, int]:
 
 
 def try_unix(path: str) -> str:
-    """Whether somebody listens to us there; a socket in no folder is open to all, and whoever accepts has to ask who we are."""
+    """Whether somebody listens to us there; a socket in no folder is open to all, and whoever
+    accepts has to ask who we are.
+    """
     refusal = ""
     for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
         with socket.socket(socket.AF_UNIX, kind) as connection:
@@ -86,7 +115,9 @@ def main() -> None:
     print(json.dumps({"uid": os.getuid()}))
     for port in asked["tcp"]:
         try:
-            answer: dict[str, object] = {name: speaks(port, first) for name, first in FIRST_WORDS.items()}
+            answer: dict[str, object] = {
+                name: speaks(port, first) for name, first in FIRST_WORDS.items()
+            }
         except OSError as error:
             answer = {"error": type(error).__name__}
         if bytes.fromhex(str(answer.get("http", ""))).startswith(b"HTTP/1."):
@@ -96,7 +127,11 @@ def main() -> None:
         print(json.dumps({"unix": path, "got": try_unix(path)}))
     for path in [
         *asked["files"],
-        *(f"/proc/{pid}/{name}" for pid in asked["pids"] for name in ("environ", "mem", "maps", "fd/0")),
+        *(
+            f"/proc/{pid}/{name}"
+            for pid in asked["pids"]
+            for name in ("environ", "mem", "maps", "fd/0")
+        ),
     ]:
         print(json.dumps({"file": path, "got": try_file(path)}))
 

@@ -1,4 +1,6 @@
-"""Launches in bad surroundings: each starts and serves, or ends soon with a reason in words; and nothing stays behind."""
+"""Launches in bad surroundings: each starts and serves, or ends soon with a reason in words; and
+nothing stays behind.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +58,24 @@ ALL = (
     Surroundings("4 GiB of addresses", limited("-v", 4 * 2**20)),
     Surroundings("no home", environ={"HOME": "/nonexistent"}, must_start=True),
     Surroundings("/proc for a home", environ={"HOME": "/proc"}),
-    Surroundings("no folder for temporary files", environ={"TMPDIR": "/nonexistent"}, must_start=True),
-    Surroundings("/dev/shm of 1 MiB", mounted("mount -t tmpfs -o size=1m tmpfs /dev/shm"), needs_root=True),
-    Surroundings("/dev/shm is read-only", mounted("mount -t tmpfs -o size=1m,ro tmpfs /dev/shm"), needs_root=True),
+    Surroundings(
+        "no folder for temporary files", environ={"TMPDIR": "/nonexistent"}, must_start=True
+    ),
+    Surroundings(
+        "/dev/shm of 1 MiB", mounted("mount -t tmpfs -o size=1m tmpfs /dev/shm"), needs_root=True
+    ),
+    Surroundings(
+        "/dev/shm is read-only",
+        mounted("mount -t tmpfs -o size=1m,ro tmpfs /dev/shm"),
+        needs_root=True,
+    ),
 )
 
 
 def surroundings(model: Path, verdict: Verdict) -> None:
-    """Each in turn, then a taken port, a full log disk, few descriptors under many connections, and a killed supervisor."""
+    """Each in turn, then a taken port, a full log disk, few descriptors under many connections, and
+    a killed supervisor.
+    """
     for one in ALL:
         if one.needs_root and os.getuid() != 0:
             verdict.row(one.what, "skipped: needs root")
@@ -72,7 +84,9 @@ def surroundings(model: Path, verdict: Verdict) -> None:
             judge_start(verdict, one, launch)
     with (
         socket.create_server(("127.0.0.1", 0)) as holder,
-        launched(verdict, Surroundings("a taken port"), model, port=holder.getsockname()[1]) as launch,
+        launched(
+            verdict, Surroundings("a taken port"), model, port=holder.getsockname()[1]
+        ) as launch,
     ):
         judge_start(verdict, Surroundings("a taken port"), launch)
     full_log_disk(verdict, model)
@@ -110,7 +124,12 @@ class Launch:
 
 @contextlib.contextmanager
 def launched(
-    verdict: Verdict, one: Surroundings, model: Path, *, port: int | None = None, logs: Path | None = None
+    verdict: Verdict,
+    one: Surroundings,
+    model: Path,
+    *,
+    port: int | None = None,
+    logs: Path | None = None,
 ) -> Iterator[Launch]:
     """Start it; at the end stop it, and look for processes that it leaves behind."""
     port = port or free_port()
@@ -121,7 +140,12 @@ def launched(
         environ = clean_environ() | {"PDLAUNCH_CACHE": str(Path(folder) / "cache")} | one.environ
         with output.open("wb") as sink:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                start_new_session=True,
             )
         launch = Launch(process, Api(f"http://127.0.0.1:{port}", timeout_s=10), output, log_dir)
         children: list[psutil.Process] = []
@@ -152,8 +176,12 @@ def judge_start(verdict: Verdict, one: Surroundings, launch: Launch) -> None:
     else:
         seconds = time.monotonic() - start_s
         said = launch.said()
-        reason = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "nothing")
-        verdict.row(one.what, f"ended with {launch.process.poll()} after {seconds:.1f} s", reason[:100])
+        reason = next(
+            (line.strip() for line in reversed(said.splitlines()) if line.strip()), "nothing"
+        )
+        verdict.row(
+            one.what, f"ended with {launch.process.poll()} after {seconds:.1f} s", reason[:100]
+        )
         if launch.process.poll() is None:
             verdict.broke(f"a launch starts or ends within {START_LIMIT_S:g} s", one.what)
         if one.must_start:
@@ -162,9 +190,13 @@ def judge_start(verdict: Verdict, one: Surroundings, launch: Launch) -> None:
         verdict.broke("what goes wrong is told in words", f"{one.what}: {launch.said()[-600:]}")
 
 
-def judge_end(verdict: Verdict, what: str, children: Sequence[psutil.Process], deadline_s: float) -> None:
+def judge_end(
+    verdict: Verdict, what: str, children: Sequence[psutil.Process], deadline_s: float
+) -> None:
     """No process outlives its launch."""
-    while (left := [child for child in children if _lives(child)]) and time.monotonic() < deadline_s:
+    while (
+        left := [child for child in children if _lives(child)]
+    ) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     for child in left:
         verdict.broke("no process outlives its launch", f"{what}: {child}")
@@ -178,7 +210,12 @@ def full_log_disk(verdict: Verdict, model: Path) -> None:
         verdict.row(what, "skipped: needs root")
         return
     with tempfile.TemporaryDirectory() as disk:
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=False).returncode != 0:
+        if (
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=False
+            ).returncode
+            != 0
+        ):
             verdict.row(what, "skipped: nothing can be mounted")
             return
         try:
@@ -193,7 +230,10 @@ def full_log_disk(verdict: Verdict, model: Path) -> None:
                 while complete(launch.api) != 200 and time.monotonic() < deadline_s:
                     time.sleep(0.2)
                 if (status := complete(launch.api)) != 200:
-                    verdict.broke("a full log disk stops no answer", f"{what}: {status} after a rank was killed")
+                    verdict.broke(
+                        "a full log disk stops no answer",
+                        f"{what}: {status} after a rank was killed",
+                    )
         finally:
             subprocess.run(["umount", "--lazy", disk], check=False)
 
@@ -214,11 +254,17 @@ def many_connections(verdict: Verdict, model: Path) -> None:
             statuses.append(complete(launch.api))
             time.sleep(1)
         size = sum(file.stat().st_size for file in launch.logs.rglob("*") if file.is_file())
-        verdict.row(what, f"served again after {time.monotonic() - start_s:.0f} s", f"logs {size / 2**20:.1f} MiB")
+        verdict.row(
+            what,
+            f"served again after {time.monotonic() - start_s:.0f} s",
+            f"logs {size / 2**20:.1f} MiB",
+        )
         if statuses[-3:] != [200] * 3:
             verdict.broke("idle connections stop nobody for more than 30 s", f"{what}: {statuses}")
         if size > MOST_LOG_BYTES:
-            verdict.broke("failures to accept are logged once a minute", f"{what}: {size} bytes of logs")
+            verdict.broke(
+                "failures to accept are logged once a minute", f"{what}: {size} bytes of logs"
+            )
 
 
 def killed_supervisor(verdict: Verdict, model: Path) -> None:

@@ -1,4 +1,6 @@
-"""The deployment under attack: how it is started, asked and looked at, and which promises every attack checks."""
+"""The deployment under attack: how it is started, asked and looked at, and which promises every
+attack checks.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ from tests.e2e.faults import SHORT_DEADLINES
 from tests.e2e.tiny_models import make_tiny_model
 
 COMPLETIONS = "/v1/completions"
-SMALL_BODY = {"prompt": "What do others notice?", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+SMALL_BODY = {
+    "prompt": "What do others notice?",
+    "max_tokens": 4,
+    "temperature": 0,
+    "ignore_eos": True,
+}
 """What bystanders ask."""
 ENGINE_KEY = "attackers-know-this-one"
 """So that attacks get past the door of the engines; ``sockets`` tries without."""
@@ -40,7 +47,9 @@ SERVED = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
 
 
 class DeploymentLostError(Exception):
-    """The attack has ended the deployment, which ends the attack too; with the last words of the deployment."""
+    """The attack has ended the deployment, which ends the attack too; with the last words of the
+    deployment.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,9 @@ class Answer:
             return f"no 5xx but 503 with Retry-After: {self.status}"
         if b"Traceback (most recent" in self.body or b'File "/' in self.body:
             return "an answer shows no traceback"
-        if self.status == 200 and (b":NaN" in self.body or b": NaN" in self.body or b"Infinity" in self.body):
+        if self.status == 200 and (
+            b":NaN" in self.body or b": NaN" in self.body or b"Infinity" in self.body
+        ):
             return "an answer is JSON: NaN or Infinity"
         return None
 
@@ -80,7 +91,10 @@ class Target:
     def look_again(self) -> None:
         """Find the processes and addresses that there are now."""
         self._living = self.deployment.processes()
-        self._urls = {"router": self.router, **{engine["name"]: engine["url"] for engine in engines_of(Api(self.router))}}
+        self._urls = {
+            "router": self.router,
+            **{engine["name"]: engine["url"] for engine in engines_of(Api(self.router))},
+        }
 
     @property
     def names(self) -> list[str]:
@@ -114,7 +128,9 @@ class Target:
             found = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, content, time.monotonic() - start_s, found)
         except (OSError, http.client.HTTPException) as error:
-            return Answer(0, f"{type(error).__name__}: {error}"[:200].encode(), time.monotonic() - start_s)
+            return Answer(
+                0, f"{type(error).__name__}: {error}"[:200].encode(), time.monotonic() - start_s
+            )
         finally:
             connection.close()
 
@@ -125,7 +141,10 @@ class Target:
     def judge(self, verdict: Verdict, answer: Answer, request: str) -> None:
         """Check what one answer promises, and that every process has survived it."""
         if promise := answer.broken_promise():
-            verdict.broke(promise, f"{request} -> {answer.status} after {answer.seconds:.1f} s {answer.body[:200]!r}")
+            verdict.broke(
+                promise,
+                f"{request} -> {answer.status} after {answer.seconds:.1f} s {answer.body[:200]!r}",
+            )
         self.check_alive(verdict, request)
 
     def check_alive(self, verdict: Verdict, request: str) -> None:
@@ -133,7 +152,10 @@ class Target:
         dead = [name for name, process in self._living.items() if not _lives(process)]
         if dead:
             time.sleep(1)  # for the supervisor's words
-            verdict.broke(f"no process dies: {', '.join(dead)}", f"{request}; {self.deployment.output()[-300:]!r}")
+            verdict.broke(
+                f"no process dies: {', '.join(dead)}",
+                f"{request}; {self.deployment.output()[-300:]!r}",
+            )
             deadline_s = time.monotonic() + RESTART_S
             while not self._is_whole():
                 if time.monotonic() > deadline_s or self.deployment.process.poll() is not None:
@@ -150,7 +172,9 @@ class Target:
         return found
 
     def num_descriptors(self) -> dict[str, int]:
-        return {name: process.num_fds() for name, process in self._living.items() if _lives(process)}
+        return {
+            name: process.num_fds() for name, process in self._living.items() if _lives(process)
+        }
 
     def processes(self) -> dict[str, psutil.Process]:
         return dict(self._living)
@@ -179,11 +203,15 @@ class Target:
                 continue
             found += [f"{name}: {key} is {stats[key]}" for key in MUST_BE_ZERO if stats[key]]
             if stats["num_free_blocks"] != stats["num_blocks"]:
-                found.append(f"{name}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free")
+                found.append(
+                    f"{name}: {stats['num_free_blocks']} of {stats['num_blocks']} blocks are free"
+                )
         return found
 
     def settle(self, verdict: Verdict, before: Mapping[str, float], how: str) -> None:
-        """After an attack: processes live, books are empty and right, memory is back; each within ``CALM_S``."""
+        """After an attack: processes live, books are empty and right, memory is back; each within
+        ``CALM_S``.
+        """
         self.check_alive(verdict, how)
         deadline_s = time.monotonic() + CALM_S
         while (self.left() or self.grown(before)) and time.monotonic() < deadline_s:
@@ -199,7 +227,9 @@ class Target:
             engines = engines_of(Api(self.router, timeout_s=5))
         except PdlaunchError:
             return False
-        return set(self.names[1:]) <= {engine["name"] for engine in engines if engine["state"] == "ready"}
+        return set(self.names[1:]) <= {
+            engine["name"] for engine in engines if engine["state"] == "ready"
+        }
 
 
 def text_of(answer: Answer) -> str:
@@ -209,9 +239,18 @@ def text_of(answer: Answer) -> str:
 
 
 def warm_up(target: Target, num_requests: int = 30) -> None:
-    """Let every process allocate what it keeps anyway, so that growth afterwards is the attack's."""
+    """Let every process allocate what it keeps anyway, so that growth afterwards is the
+    attack's.
+    """
     for number in range(num_requests):
-        fields = {"stream": number % 2 == 0, "logprobs": 5, "n": 1 + number % 3, "temperature": 0.7, "top_p": 0.9, "top_k": 40}
+        fields = {
+            "stream": number % 2 == 0,
+            "logprobs": 5,
+            "n": 1 + number % 3,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": 40,
+        }
         body = {"prompt": f"{number} " + "warm up " * (number * 8), "max_tokens": 24, **fields}
         for who in target.names:
             target.ask(who, COMPLETIONS, body)

@@ -1,4 +1,6 @@
-"""Attacks that could not fail would prove nothing: what they take for a broken promise, without a deployment."""
+"""Attacks that could not fail would prove nothing: what they take for a broken promise, without a
+deployment.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ CURVE = (b"\xff" + b"\0" * 8 + b"\x7f\x03\x01CURVE").hex()
         (200, {}, b'{"logprob": NaN}', "an answer is JSON: NaN or Infinity"),
     ],
 )
-def test_answers_are_judged(status: int, headers: dict[str, str], body: bytes, promise: str | None) -> None:
+def test_answers_are_judged(
+    status: int, headers: dict[str, str], body: bytes, promise: str | None
+) -> None:
     assert Answer(status, body, 0.1, headers).broken_promise() == promise
 
 
@@ -48,7 +52,9 @@ def test_answers_are_judged(status: int, headers: dict[str, str], body: bytes, p
         ({"error": "ConnectionResetError"}, 1),
     ],
 )
-def test_ports_are_judged(found: dict[str, Any], broken: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ports_are_judged(
+    found: dict[str, Any], broken: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     verdict = Verdict("sockets")
     judge_port(verdict, "decode-0/rank-0", {"port": 1} | found, is_router=False)
     assert len(verdict.broken) == broken
@@ -57,9 +63,19 @@ def test_ports_are_judged(found: dict[str, Any], broken: int, capsys: pytest.Cap
 
 def test_a_router_without_a_key_serves_and_does_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     verdict = Verdict("sockets")
-    judge_port(verdict, "router", {"port": 1, "statuses": REFUSED | {"POST /v1/completions": 200}}, is_router=True)
+    judge_port(
+        verdict,
+        "router",
+        {"port": 1, "statuses": REFUSED | {"POST /v1/completions": 200}},
+        is_router=True,
+    )
     assert not verdict.broken
-    judge_port(verdict, "router", {"port": 1, "statuses": REFUSED | {"POST /pdlaunch/release": 200}}, is_router=True)
+    judge_port(
+        verdict,
+        "router",
+        {"port": 1, "statuses": REFUSED | {"POST /pdlaunch/release": 200}},
+        is_router=True,
+    )
     assert verdict.broken
 
 

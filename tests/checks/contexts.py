@@ -1,4 +1,6 @@
-"""Contexts for the rules: a healthy CPU machine, a healthy GPU machine, and what a test changes of them."""
+"""Contexts for the rules: a healthy CPU machine, a healthy GPU machine, and what a test changes of
+them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +14,16 @@ from pdlaunch.config.model_shape import ModelShape
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.facts import Availability, Gpu, Libraries, Limits, Machine, NixlInstall, PortState, SharedMemory
+from pdlaunch.platform.facts import (
+    Availability,
+    Gpu,
+    Libraries,
+    Limits,
+    Machine,
+    NixlInstall,
+    PortState,
+    SharedMemory,
+)
 
 GIB = 1024**3
 
@@ -63,7 +74,15 @@ CPU = Machine(
 GPU = replace(
     CPU,
     gpus=tuple(
-        Gpu(index, "NVIDIA H200", 139 * GIB, (9, 0), has_virtual_memory=True, has_fabric_handles=False) for index in range(8)
+        Gpu(
+            index,
+            "NVIDIA H200",
+            139 * GIB,
+            (9, 0),
+            has_virtual_memory=True,
+            has_fabric_handles=False,
+        )
+        for index in range(8)
     ),
     driver_cuda=(13, 0),
     cumem=Availability(True, "virtual memory management on every device"),
@@ -72,7 +91,15 @@ GPU = replace(
 GB200 = replace(
     GPU,
     gpus=tuple(
-        Gpu(index, "NVIDIA GB200", 186 * GIB, (10, 0), has_virtual_memory=True, has_fabric_handles=True) for index in range(4)
+        Gpu(
+            index,
+            "NVIDIA GB200",
+            186 * GIB,
+            (10, 0),
+            has_virtual_memory=True,
+            has_fabric_handles=True,
+        )
+        for index in range(4)
     ),
 )
 
@@ -101,7 +128,10 @@ def on(
             node = node.setdefault(section, {})
         node[name] = value
     given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
-    loaded = LoadedConfig(LaunchConfig.model_validate(tree), {path: Origin("default") for path in all_fields()} | given)
+    loaded = LoadedConfig(
+        LaunchConfig.model_validate(tree),
+        {path: Origin("default") for path in all_fields()} | given,
+    )
     shape = SHAPE if machine.gpus else SMALL_SHAPE
     prefill, decode = shapes or (shape, shape)
     context = build_context(

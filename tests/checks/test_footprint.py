@@ -21,14 +21,20 @@ HYBRID = (512, 512, 512, 512, 512, None) * 4 + (512, 512)
 )
 def test_blocks_are_those_of_the_kv_cache(windows, block_size, max_model_len):
     shape = replace(SMALL_SHAPE, num_layers=len(windows), layer_windows=tuple(windows))
-    engine = on(CPU, shapes=(shape, shape), block_size=block_size, max_model_len=max_model_len, dtype="float32").engines[
-        "prefill"
-    ]
+    engine = on(
+        CPU,
+        shapes=(shape, shape),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        dtype="float32",
+    ).engines["prefill"]
     needed = footprint(engine)
     groups = make_groups(windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, 4)
     assert needed.block_bytes == layout.block_bytes
-    assert needed.num_blocks_for_longest == KVCacheManager(groups, 1, block_size).min_blocks(max_model_len)
+    assert needed.num_blocks_for_longest == KVCacheManager(groups, 1, block_size).min_blocks(
+        max_model_len
+    )
 
 
 @pytest.mark.parametrize("tp_size", [1, 3, 9])
@@ -50,7 +56,11 @@ def test_the_longest_request_is_the_longest_that_fits(kv_mib):
     fits = longest_request_tokens(engine, kv_bytes)
 
     def needs(num_tokens):
-        return footprint(replace(engine, settings=engine.settings.model_copy(update={"max_model_len": num_tokens}))).min_kv_bytes
+        return footprint(
+            replace(
+                engine, settings=engine.settings.model_copy(update={"max_model_len": num_tokens})
+            )
+        ).min_kv_bytes
 
     assert fits == 0 or needs(fits) <= kv_bytes
     assert fits == SHAPE.max_position_embeddings or needs(fits + 16) > kv_bytes
@@ -72,5 +82,8 @@ def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus
     )
     order = ["prefill"] * (prefill[0] * prefill[1]) + ["decode"] * (decode[0] * decode[1])
     expected = {gpu: order[gpu::num_gpus] for gpu in range(num_gpus)}
-    dealt = {gpu: [e.role for e, count in ranks.items() for _ in range(count)] for gpu, ranks in ranks_by_gpu(context).items()}
+    dealt = {
+        gpu: [e.role for e, count in ranks.items() for _ in range(count)]
+        for gpu, ranks in ranks_by_gpu(context).items()
+    }
     assert dealt == expected

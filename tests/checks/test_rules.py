@@ -51,7 +51,11 @@ def test_findings_say_what_and_how(rule):
         for finding in apply_rule(rule, context):
             assert finding.message
             assert finding.fix
-            assert finding.where in all_fields() or " " in finding.where or finding.where in ("system", "/dev/shm")
+            assert (
+                finding.where in all_fields()
+                or " " in finding.where
+                or finding.where in ("system", "/dev/shm")
+            )
 
 
 def test_rules_say_nothing_without_their_facts(rule):

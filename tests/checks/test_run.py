@@ -23,7 +23,13 @@ def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, **giv
 
 
 def test_a_clean_set_up():
-    report = check(ports={}, import_errors={}, folder_problems={}, weight_errors={}, transport=TransportReport(()))
+    report = check(
+        ports={},
+        import_errors={},
+        folder_problems={},
+        weight_errors={},
+        transport=TransportReport(()),
+    )
     assert report.findings == ()
     assert report.not_checked == ()
     assert report.is_ok(strict=True)
@@ -36,8 +42,21 @@ def test_what_was_not_probed_is_listed():
 
 
 def test_errors_come_first():
-    report = check(flags={"kv_transfer.verify": False, "load_format": "dummy", "prefill.tensor_parallel_size": 2})
-    assert [finding.severity for finding in report.findings] == ["error", "error", "warning", "warning", "warning", "info"]
+    report = check(
+        flags={
+            "kv_transfer.verify": False,
+            "load_format": "dummy",
+            "prefill.tensor_parallel_size": 2,
+        }
+    )
+    assert [finding.severity for finding in report.findings] == [
+        "error",
+        "error",
+        "warning",
+        "warning",
+        "warning",
+        "info",
+    ]
     assert {finding.rule for finding in report.errors} == {"PD104", "PD105"}
 
 
@@ -62,8 +81,12 @@ def test_advice_on_the_cache_is_about_lengths_of_the_model():
     report = check(flags={"max_model_len": 100 * limit, "kv_cache_memory": "64MiB"})
     as_the_model = check(flags={"max_model_len": limit, "kv_cache_memory": "64MiB"})
     assert {finding.rule for finding in report.errors} == {"PD106", "PD208"}
-    told, expected = ([found for found in each.errors if found.rule == "PD208"] for each in (report, as_the_model))
-    assert [(found.message, found.fix) for found in told] == [(found.message, found.fix) for found in expected]
+    told, expected = (
+        [found for found in each.errors if found.rule == "PD208"] for each in (report, as_the_model)
+    )
+    assert [(found.message, found.fix) for found in told] == [
+        (found.message, found.fix) for found in expected
+    ]
     enough = check(flags={"max_model_len": limit + 1, "kv_cache_memory": "1GiB"})
     assert [finding.rule for finding in enough.errors] == ["PD106"]
 
@@ -84,7 +107,15 @@ def test_memory_arithmetic_is_shown():
 
 
 def test_one_family_alone():
-    slow = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cumem", 0.6, 392.0, other_paths={"p2p": "not here"})
+    slow = PairTransport(
+        "decode-0/rank-0",
+        "prefill-0/rank-0",
+        "nixl/UCX",
+        "cumem",
+        0.6,
+        392.0,
+        other_paths={"p2p": "not here"},
+    )
     report = check(flags={"max_model_len": 9000}, transport=TransportReport((slow,)), family="PD5")
     (finding,) = (found for found in report.findings if found.severity != "info")
     assert finding.rule == "PD503"
@@ -103,25 +134,42 @@ def test_one_family_alone():
 )
 def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others, reasons):
     slow = PairTransport(
-        "decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 60.0, 359.0, "18 NVLinks with 478 GB/s", other_paths=others
+        "decode-0/rank-0",
+        "prefill-0/rank-0",
+        "nixl/UCX",
+        "cuda",
+        60.0,
+        359.0,
+        "18 NVLinks with 478 GB/s",
+        other_paths=others,
     )
     report = check(flags=flags, environ=environ, transport=TransportReport((slow,)), family="PD5")
     (finding,) = (found for found in report.findings if found.severity != "info")
     assert finding.rule == "PD504"
-    message = "nixl/UCX moves 60 GB/s where 359 GB/s are expected of 18 NVLinks with 478 GB/s (cuda memory)"
+    message = (
+        "nixl/UCX moves 60 GB/s where 359 GB/s are expected of 18 NVLinks with 478 GB/s (cuda "
+        "memory)"
+    )
     assert finding.message == message + reasons
 
 
 def test_the_assumed_platform():
     report = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=80 * GIB), models=BIG_MODELS)
     assert report.findings == ()
-    assert {item.rule for item in report.not_checked if item.reason == "the platform is assumed"} >= {"PD202", "PD405", "PD417"}
-    unknown_memory = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=None), models=BIG_MODELS)
+    assert {
+        item.rule for item in report.not_checked if item.reason == "the platform is assumed"
+    } >= {"PD202", "PD405", "PD417"}
+    unknown_memory = check(
+        machine=assume(CPU, num_gpus=4, gpu_memory_bytes=None), models=BIG_MODELS
+    )
     assert "PD207" in {item.rule for item in unknown_memory.not_checked}
 
 
 def test_an_assumed_cpu_has_no_cumem_allocator():
-    report = check(machine=assume(GPU, num_gpus=0, gpu_memory_bytes=None), flags={"enable_cumem_allocator": True})
+    report = check(
+        machine=assume(GPU, num_gpus=0, gpu_memory_bytes=None),
+        flags={"enable_cumem_allocator": True},
+    )
     (finding,) = report.errors
     assert finding.rule == "PD202"
     assert "cumem allocator is not supported on the current platform" in finding.message
@@ -135,16 +183,25 @@ def test_a_model_that_is_not_converted_yet_is_not_checked():
 
 
 def test_resolved_is_plain_json_without_secrets():
-    environ = {"PDLAUNCH_API_KEY": "hunter2", "PDLAUNCH_ENV__HF_TOKEN": "hunter2", "PDLAUNCH_ENV__UCX_TLS": "sm"}
+    environ = {
+        "PDLAUNCH_API_KEY": "hunter2",
+        "PDLAUNCH_ENV__HF_TOKEN": "hunter2",
+        "PDLAUNCH_ENV__UCX_TLS": "sm",
+    }
     report = check(environ=environ, flags={"enable_sleep_mode": True})
     text = json.dumps(report.resolved)
     assert "hunter2" not in text + repr(report)
     assert report.resolved["config"]["env"] == {"HF_TOKEN": "**********", "UCX_TLS": "sm"}
     assert report.resolved["config"]["enable_cumem_allocator"] is True
-    assert report.resolved["engines"]["decode"]["memory_of_a_rank"]["blocks_for_longest_request"] == 512
+    assert (
+        report.resolved["engines"]["decode"]["memory_of_a_rank"]["blocks_for_longest_request"]
+        == 512
+    )
 
 
-@pytest.mark.parametrize("model", ["/nonexistent", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "org/name"])
+@pytest.mark.parametrize(
+    "model", ["/nonexistent", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "org/name"]
+)
 def test_models_that_cannot_be_read_say_so(model):
     (prefill, decode) = read_models(LaunchConfig(model=model)).values()
     assert prefill is decode

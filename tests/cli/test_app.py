@@ -45,9 +45,18 @@ def test_every_command_is_where_the_table_says(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["typer", "pdlaunch.cli.app", "pdlaunch.cli.check_config", "pdlaunch.platform.probe", "pydantic.type_adapter"]
+    "module",
+    [
+        "typer",
+        "pdlaunch.cli.app",
+        "pdlaunch.cli.check_config",
+        "pdlaunch.platform.probe",
+        "pydantic.type_adapter",
+    ],
 )
-def test_interrupted_while_it_imports_or_works_it_ends_with_130_and_no_traceback(module: str) -> None:
+def test_interrupted_while_it_imports_or_works_it_ends_with_130_and_no_traceback(
+    module: str,
+) -> None:
     code = f"""
 import os, signal, sys
 
@@ -62,5 +71,7 @@ sys.argv = ["pdlaunch", "check-config", "--model", "nowhere"]
 from pdlaunch.cli import main
 main()
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

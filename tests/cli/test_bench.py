@@ -49,7 +49,13 @@ def test_json_has_every_figure(server: FakeOpenAI) -> None:
         (9, 1, 3),
         (9, 2, 3),
     ]
-    assert {"first_gap_ms_median", "first_gap_ms_p99", "itl_ms_median", "ttft_ms_p99", "kv_megabytes_mean"} <= set(rows[0])
+    assert {
+        "first_gap_ms_median",
+        "first_gap_ms_p99",
+        "itl_ms_median",
+        "ttft_ms_p99",
+        "kv_megabytes_mean",
+    } <= set(rows[0])
 
 
 def test_a_table_has_no_escape_codes_in_a_pipe(server: FakeOpenAI) -> None:
@@ -82,13 +88,22 @@ def test_errors_are_shown_and_counted(server: FakeOpenAI, options: tuple[str, ..
     [
         (("--turns", "3"), "--turns: only for --multi-turn"),
         (("--multi-turn", "--num-requests", "3"), "--num-requests: not for --multi-turn"),
-        (("--multi-turn", "--concurrency", "1,2"), "takes one --input-tokens and one --concurrency"),
+        (
+            ("--multi-turn", "--concurrency", "1,2"),
+            "takes one --input-tokens and one --concurrency",
+        ),
         (("--prefill", "2"), "--prefill: for a deployment that is started here"),
         (("--port", "1", "--host", "::1"), "--host, --port: for a deployment that is started here"),
-        (("--step-ms", "1,2"), "'1,2' is neither a positive number nor a list of one for each of 1,4,16"),
+        (
+            ("--step-ms", "1,2"),
+            "'1,2' is neither a positive number nor a list of one for each of 1,4,16",
+        ),
         (("--step-ms", "1,nan,2"), "'1,nan,2' is neither"),
         (("--step-ms", "inf"), "'inf' is neither"),
-        (("--input-tokens", "0"), "Invalid value for '--input-tokens': '0' is not a list of positive numbers"),
+        (
+            ("--input-tokens", "0"),
+            "Invalid value for '--input-tokens': '0' is not a list of positive numbers",
+        ),
         (("--concurrency", "a"), "'a' is not a list of positive numbers"),
         (("--bare-gb-per-s", "0"), "'0' is neither"),
     ],
@@ -112,7 +127,9 @@ def test_a_fix_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "in a shell's background"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_it_can_be_ended_quietly(server: FakeOpenAI, number: signal.Signals, ignored: bool) -> None:
     server.hold = True
     code = f"""
@@ -132,7 +149,10 @@ main()
 
 def test_a_measuring_process_ends_with_the_command() -> None:
     endless = "print('measuring', flush=True); __import__('threading').Event().wait()"
-    code = f"from pdlaunch.cli.measuring import run_module; run_module('timeit', {endless!r}, stdout=1)"
+    code = (
+        f"from pdlaunch.cli.measuring import run_module; run_module('timeit', {endless!r}, "
+        "stdout=1)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"measuring\n"
@@ -143,7 +163,10 @@ def test_a_measuring_process_ends_with_the_command() -> None:
 
 
 def test_rows_are_told_in_words_where_a_table_does_not_fit() -> None:
-    row, headings = {"a": 1.234, "b": None, "c": "x"}, {"a": "first\nms", "b": "second", "c": "the\nlast"}
+    row, headings = (
+        {"a": 1.234, "b": None, "c": "x"},
+        {"a": "first\nms", "b": "second", "c": "the\nlast"},
+    )
     shown = {}
     for width in (12, 80):
         console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
@@ -164,11 +187,16 @@ def test_a_pipe_gets_the_whole_table() -> None:
 
 def test_offload_between_two_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pdlaunch").mkdir()
-    (tmp_path / "pdlaunch" / "__init__.py").write_text("raise AssertionError('this is another pdlaunch')")
+    (tmp_path / "pdlaunch" / "__init__.py").write_text(
+        "raise AssertionError('this is another pdlaunch')"
+    )
     monkeypatch.chdir(tmp_path)
     result = run("offload", "--device", "cpu", "--block-sizes", "4KiB,16KiB", "--memory", "64KiB")
     assert result.exit_code == 0
-    assert all(word in result.stdout for word in ("4 KiB", "16 KiB", "one copy", "memcpy", "64 KiB in each direction"))
+    assert all(
+        word in result.stdout
+        for word in ("4 KiB", "16 KiB", "one copy", "memcpy", "64 KiB in each direction")
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +236,10 @@ def test_a_deployment_that_is_not_there_is_told_in_words() -> None:
     assert result.stderr == f"error: {url} does not answer /v1/models: Connection refused\n"
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost:8000", "http://", "http://[::1", "http://a:99999", "ftp://a"])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000", "localhost:8000", "http://", "http://[::1", "http://a:99999", "ftp://a"],
+)
 def test_what_is_no_url_is_refused(url: str) -> None:
     result = bench(url)
     assert result.exit_code == 1

@@ -47,8 +47,12 @@ def check(model, monkeypatch):
 
     def run(*arguments, columns="80", **environ):
         arguments = ["check-config", *map(str, arguments)]
-        result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ})
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        result = CliRunner().invoke(
+            build_app(arguments), arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ}
+        )
+        assert result.exception is None or isinstance(result.exception, SystemExit), (
+            result.exception
+        )
         return result
 
     return run
@@ -114,7 +118,10 @@ class TestExitCodes:
 class TestModelFiles:
     def findings(self, check, *arguments, **environ):
         report = json.loads(check(*arguments, "--format", "json", **environ).stdout)
-        return [(item["rule"], item["where"], item["message"], item["fix"]) for item in report["findings"]]
+        return [
+            (item["rule"], item["where"], item["message"], item["fix"])
+            for item in report["findings"]
+        ]
 
     def test_pickles_alone(self, check, model):
         (model / "model.safetensors").rename(model / "pytorch_model.bin")
@@ -138,10 +145,14 @@ class TestModelFiles:
 
     def test_nobody_reads_the_weights_of_dummies_or_of_another_machine(self, check, model):
         (model / "model.safetensors").unlink()
-        assert "PD119" not in {item[0] for item in self.findings(check, PDLAUNCH_LOAD_FORMAT="dummy")}
+        assert "PD119" not in {
+            item[0] for item in self.findings(check, PDLAUNCH_LOAD_FORMAT="dummy")
+        }
         result = check("--assume-platform", "cpu", "--format", "json")
         assert result.exit_code == 0
-        assert "PD119" in {item["rule"] for item in json.loads(result.stdout)["resolved"]["not_checked"]}
+        assert "PD119" in {
+            item["rule"] for item in json.loads(result.stdout)["resolved"]["not_checked"]
+        }
 
     @pytest.mark.parametrize("length", [0, 4, 600, 20_000])
     def test_a_damaged_gguf(self, check, tmp_path, length):
@@ -193,7 +204,9 @@ class TestGithub:
     def test_annotations_point_at_the_line(self, check, file):
         path = file("decode:\n  max_model_len: 1000\n")
         (line, *_) = check(path, "--format", "github").stdout.splitlines()
-        assert line.startswith(f"::error file={path},line=2,col=18,title=PD106::decode.max_model_len: ")
+        assert line.startswith(
+            f"::error file={path},line=2,col=18,title=PD106::decode.max_model_len: "
+        )
 
     def test_findings_without_a_file(self, check):
         (line, *_) = check("--max-model-len", 1000, "--format", "github").stdout.splitlines()
@@ -205,7 +218,9 @@ class TestGithub:
         assert line.startswith(f"::error file={path},line=2,col=1,title=configuration::")
 
     def test_warnings_and_infos(self, check, file):
-        lines = check(file("kv_transfer: {verify: off}\nload_format: dummy\n"), "--format", "github").stdout.splitlines()
+        lines = check(
+            file("kv_transfer: {verify: off}\nload_format: dummy\n"), "--format", "github"
+        ).stdout.splitlines()
         assert [line.partition(" ")[0] for line in lines] == ["::warning", "::notice"]
 
 
@@ -214,7 +229,11 @@ class TestTable:
     def test_grouped_by_severity_at_any_width(self, check, file, columns):
         path = file("kv_transfer: {verify: off}\nmax_model_len: 1000\nload_format: dummy\n")
         output = check(path, columns=columns).stdout
-        headings = [line for line in output.splitlines() if line in ("error", "errors", "warning", "info", "not checked")]
+        headings = [
+            line
+            for line in output.splitlines()
+            if line in ("error", "errors", "warning", "info", "not checked")
+        ]
         assert headings == ["error", "warning", "info", "not checked"]
         assert "not ok: 1 error, 1 warning, 1 info" in output
         assert max(len(line) for line in output.splitlines()) <= int(columns)
@@ -223,7 +242,9 @@ class TestTable:
     def test_a_finding_that_needs_several_lines_is_indented(self, check, columns):
         lines = check("--kv-offload-memory", "4TiB", columns=str(columns)).stdout.splitlines()
         start = next(number for number, line in enumerate(lines) if "PD221" in line)
-        assert all(line.startswith(" " * 8) for line in lines[start + 1 : lines.index("not checked")])
+        assert all(
+            line.startswith(" " * 8) for line in lines[start + 1 : lines.index("not checked")]
+        )
 
     def test_a_variable_of_the_file_is_shown_there(self, check, file):
         path = file("env: {UCX_TLS: tcp}\n")
@@ -252,14 +273,22 @@ class TestMemoryOptions:
     @pytest.mark.parametrize("name", ["ENABLE_CUMEM_ALLOCATOR", "ENABLE_SLEEP_MODE"])
     def test_flag_variable_and_file_reach_the_same_field(self, check, file, name):
         flag = f"--{name.lower().replace('_', '-')}"
-        results = [check(flag), check(**{f"PDLAUNCH_{name}": "1"}), check(file(f"{name.lower()}: true\n"))]
+        results = [
+            check(flag),
+            check(**{f"PDLAUNCH_{name}": "1"}),
+            check(file(f"{name.lower()}: true\n")),
+        ]
         assert [result.exit_code for result in results] == [1, 1, 1]
         for result in results:
             assert "cumem allocator is not supported" in " ".join(result.stdout.split())
             assert "no CUDA driver" in " ".join(result.stdout.split())
 
     def test_sleep_mode_without_its_allocator(self, check, file):
-        result = check(file("enable_sleep_mode: true\nenable_cumem_allocator: false\n"), "--assume-platform", "cuda")
+        result = check(
+            file("enable_sleep_mode: true\nenable_cumem_allocator: false\n"),
+            "--assume-platform",
+            "cuda",
+        )
         assert result.exit_code == 1
         assert "PD201" in result.stdout
 
@@ -273,7 +302,9 @@ class TestAssumptions:
         assert "PD207" in result.stdout
 
     def test_fewer_gpus_than_ranks(self, check):
-        assert "PD411" in check("--assume-gpus", "1", "--prefill-tp", "2", "--decode-tp", "2").stdout
+        assert (
+            "PD411" in check("--assume-gpus", "1", "--prefill-tp", "2", "--decode-tp", "2").stdout
+        )
 
     def test_a_cpu_in_place_of_gpus(self, check, monkeypatch):
         monkeypatch.setattr(module, "probe_machine", lambda: GPU)
@@ -283,7 +314,9 @@ class TestAssumptions:
     def test_real_gpus_are_kept_in_number(self, check, monkeypatch):
         monkeypatch.setattr(module, "probe_machine", lambda: replace(GPU, gpus=GPU.gpus[:3]))
         report = json.loads(check("--assume-gpu-memory", "10GiB", "--format", "json").stdout)
-        assert [gpu["memory_bytes"] for gpu in report["resolved"]["machine"]["gpus"]] == [10 * GIB] * 3
+        assert [gpu["memory_bytes"] for gpu in report["resolved"]["machine"]["gpus"]] == [
+            10 * GIB
+        ] * 3
 
 
 def test_a_busy_port_is_named(check, monkeypatch):
@@ -295,7 +328,9 @@ def test_a_busy_port_is_named(check, monkeypatch):
 
 def test_a_busy_port_of_an_engine_is_named(check, file, monkeypatch):
     path = file("engine_api_key: k\ndecode: {port: 9100, replicas: 2}\n")
-    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState("busy" if port == 9101 else None))
+    monkeypatch.setattr(
+        module, "probe_port", lambda host, port: PortState("busy" if port == 9101 else None)
+    )
     result = check(path, columns="200")
     assert result.exit_code == 1
     assert "PD420" in result.stdout
@@ -325,7 +360,9 @@ def test_a_folder_of_another_connector_is_of_no_matter(check, tmp_path):
 
 
 def test_probe_imports_the_libraries(check, monkeypatch):
-    monkeypatch.setattr(module, "probe_imports", lambda environ: {"nixl": "undefined symbol: ucp_init"})
+    monkeypatch.setattr(
+        module, "probe_imports", lambda environ: {"nixl": "undefined symbol: ucp_init"}
+    )
     result = check("--probe")
     assert result.exit_code == 1
     assert "undefined symbol: ucp_init" in result.stdout
@@ -348,6 +385,8 @@ def test_neither_torch_nor_transformers_is_imported(model):
         f"sys.argv = ['pdlaunch', 'check-config', '--model', {str(model)!r}, '--port', '0'];"
         "from pdlaunch.cli import main; main()"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert not {"torch", "transformers", "nixl"} & set(result.stderr.split())

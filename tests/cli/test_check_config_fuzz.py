@@ -11,9 +11,21 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.config.names import FLAG_PATHS
 from tests.config.test_fuzz import yaml_texts
 
-VALUES = st.one_of(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20), st.integers().map(str))
-FLAGS = st.lists(st.tuples(st.sampled_from(sorted(FLAG_PATHS)), VALUES).map(lambda pair: [f"--{pair[0]}", pair[1]]), max_size=3)
-COMMANDS = (["check-config", "--port", "0"], ["check-config", "--format", "json"], ["config", "show"])
+VALUES = st.one_of(
+    st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20),
+    st.integers().map(str),
+)
+FLAGS = st.lists(
+    st.tuples(st.sampled_from(sorted(FLAG_PATHS)), VALUES).map(
+        lambda pair: [f"--{pair[0]}", pair[1]]
+    ),
+    max_size=3,
+)
+COMMANDS = (
+    ["check-config", "--port", "0"],
+    ["check-config", "--format", "json"],
+    ["config", "show"],
+)
 
 few = settings(max_examples=60, deadline=None)
 
@@ -35,7 +47,11 @@ def run(arguments, environ=None):
 
 
 @few
-@given(data=st.one_of(st.binary(max_size=100), yaml_texts().map(lambda text: text.encode("utf-8", "replace"))))
+@given(
+    data=st.one_of(
+        st.binary(max_size=100), yaml_texts().map(lambda text: text.encode("utf-8", "replace"))
+    )
+)
 def test_any_file(path, data):
     path.write_bytes(data)
     for command in COMMANDS:

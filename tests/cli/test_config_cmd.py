@@ -15,8 +15,12 @@ def run(monkeypatch):
 
     def invoke(*arguments, **environ):
         arguments = ["config", *map(str, arguments)]
-        result = CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ})
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        result = CliRunner().invoke(
+            build_app(arguments), arguments, env={"COLUMNS": "200", "NO_COLOR": "1", **environ}
+        )
+        assert result.exception is None or isinstance(result.exception, SystemExit), (
+            result.exception
+        )
         return result
 
     return invoke
@@ -33,9 +37,15 @@ def test_schema_is_json_schema_of_the_file(run):
 def test_show_names_every_origin(run, tmp_path):
     path = tmp_path / "deploy.yaml"
     path.write_text("block_size: 32\nenable_sleep_mode: true\n")
-    values = json.loads(run("show", path, "--port", "9000", "--format", "json", PDLAUNCH_PREFILL_TP="2").stdout)
+    values = json.loads(
+        run("show", path, "--port", "9000", "--format", "json", PDLAUNCH_PREFILL_TP="2").stdout
+    )
     assert values["port"] == {"value": 9000, "origin": "flag", "detail": "--port"}
-    assert values["prefill.tensor_parallel_size"] == {"value": 2, "origin": "environment", "detail": "PDLAUNCH_PREFILL_TP"}
+    assert values["prefill.tensor_parallel_size"] == {
+        "value": 2,
+        "origin": "environment",
+        "detail": "PDLAUNCH_PREFILL_TP",
+    }
     assert values["block_size"] == {"value": 32, "origin": "file", "detail": f"{path}:1:13"}
     assert values["enable_cumem_allocator"]["value"] is True
     assert values["enable_cumem_allocator"]["origin"] == "derived"
@@ -51,7 +61,9 @@ def test_show_as_a_table(run):
 
 @pytest.mark.parametrize("output", ["table", "json"])
 def test_show_hides_secrets(run, output):
-    result = run("show", "--format", output, PDLAUNCH_API_KEY="hunter2", PDLAUNCH_ENV__AWS_SECRET="hunter2")
+    result = run(
+        "show", "--format", output, PDLAUNCH_API_KEY="hunter2", PDLAUNCH_ENV__AWS_SECRET="hunter2"
+    )
     assert result.exit_code == 0
     assert "hunter2" not in result.output
     assert "PDLAUNCH_API_KEY" in result.stdout

@@ -19,7 +19,15 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.mark.parametrize("name", ["demo.yaml", "two_by_two.yaml", "tensor_parallel.yaml"])
 def test_examples_are_clean(name: str) -> None:
-    command = [sys.executable, "-m", "pdlaunch", "check-config", str(EXAMPLES / name), "--assume-platform", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pdlaunch",
+        "check-config",
+        str(EXAMPLES / name),
+        "--assume-platform",
+        "cpu",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -34,7 +42,11 @@ def test_configurations_in_the_documents_can_be_read(document: str, tmp_path: Pa
 
 def test_the_workflow_calls_commands_that_exist() -> None:
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
-    lines = [line for step in workflow["jobs"]["smoke"]["steps"] for line in step.get("run", "").splitlines()]
+    lines = [
+        line
+        for step in workflow["jobs"]["smoke"]["steps"]
+        for line in step.get("run", "").splitlines()
+    ]
     called = [line.split()[1] for line in lines if line.startswith("pdlaunch ")]
     assert called == ["check-config", "smoke"]
     assert set(called) <= {command.name for command in COMMANDS}

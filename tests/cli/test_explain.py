@@ -7,7 +7,9 @@ from pdlaunch.cli.app import build_app
 
 def explain(*arguments):
     arguments = ["explain", *arguments]
-    return CliRunner().invoke(build_app(arguments), arguments, env={"COLUMNS": "80", "NO_COLOR": "1"})
+    return CliRunner().invoke(
+        build_app(arguments), arguments, env={"COLUMNS": "80", "NO_COLOR": "1"}
+    )
 
 
 @pytest.mark.parametrize("code", ["PD204", "pd204"])

@@ -42,7 +42,16 @@ class Router:
                     error = {"error": {"message": "decode-0 is given up again: disk full"}}
                     self.answer(503, {"engines": [{"engine": engine} | error]} | error)
                 else:
-                    self.answer(404, {"error": {"message": f"there is no engine {engine}; there are: prefill-0, decode-0"}})
+                    self.answer(
+                        404,
+                        {
+                            "error": {
+                                "message": (
+                                    f"there is no engine {engine}; there are: prefill-0, decode-0"
+                                )
+                            }
+                        },
+                    )
 
             def answer(self, status: int, body: dict[str, object]) -> None:
                 payload = json.dumps(body).encode()

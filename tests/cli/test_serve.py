@@ -42,11 +42,15 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def serve(*arguments: str, columns: int = 80) -> Result:
     command = ["serve", *arguments]
-    return CliRunner().invoke(build_app(command), command, env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    return CliRunner().invoke(
+        build_app(command), command, env={"COLUMNS": str(columns), "NO_COLOR": "1"}
+    )
 
 
 def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
-    result = serve("--model", model, "--dry-run", "--format", "json", "--prefill", "2", "--decode-tp", "2")
+    result = serve(
+        "--model", model, "--dry-run", "--format", "json", "--prefill", "2", "--decode-tp", "2"
+    )
     assert result.exit_code == 0
     plan = json.loads(result.stdout)
     assert [process["name"] for process in plan["processes"]] == [
@@ -59,7 +63,9 @@ def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
         "decode-0",
         "router",
     ]
-    assert {"host", "command", "environment", "ports", "devices", "cpus"} <= set(plan["processes"][0])
+    assert {"host", "command", "environment", "ports", "devices", "cpus"} <= set(
+        plan["processes"][0]
+    )
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
@@ -85,9 +91,13 @@ def test_dry_run_starts_and_writes_nothing(model: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_flags_beat_environment_beats_file(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_beat_environment_beats_file(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "deploy.yaml"
-    file.write_text(f"model: {model}\nport: 1001\nprefill:\n  replicas: 2\ndecode:\n  replicas: 2\n")
+    file.write_text(
+        f"model: {model}\nport: 1001\nprefill:\n  replicas: 2\ndecode:\n  replicas: 2\n"
+    )
     monkeypatch.setenv("PDLAUNCH_PORT", "1002")
     monkeypatch.setenv("PDLAUNCH_PREFILL", "3")
     result = serve(str(file), "--port", "1003", "--dry-run", "--format", "json")
@@ -101,7 +111,9 @@ def test_flags_beat_environment_beats_file(model: str, tmp_path: Path, monkeypat
 
 def test_secrets_are_never_printed(model: str) -> None:
     for output in ("json", "table"):
-        result = serve("--model", model, "--api-key", "very-secret", "--dry-run", "--format", output)
+        result = serve(
+            "--model", model, "--api-key", "very-secret", "--dry-run", "--format", output
+        )
         assert result.exit_code == 0
         assert "very-secret" not in result.output
 
@@ -118,7 +130,9 @@ def test_secrets_are_never_printed(model: str) -> None:
         (("--enable-sleep-mode", "--no-enable-cumem-allocator"), "fix:"),
     ],
 )
-def test_unusable_input_is_explained_with_code_2(model: str, arguments: tuple[str, ...], expected: str) -> None:
+def test_unusable_input_is_explained_with_code_2(
+    model: str, arguments: tuple[str, ...], expected: str
+) -> None:
     result = serve(*(() if "--model" in arguments else ("--model", model)), *arguments, "--dry-run")
     assert result.exit_code == 2
     assert expected in result.output
@@ -134,7 +148,9 @@ def test_a_busy_port_ends_with_code_1_before_anything_starts(model: str) -> None
     assert f"port {port}" in result.output
 
 
-def test_a_busy_port_of_an_engine_ends_with_code_1_before_anything_starts(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_port_of_an_engine_ends_with_code_1_before_anything_starts(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         monkeypatch.setenv("PDLAUNCH_PREFILL__PORT", str(port))

@@ -37,7 +37,9 @@ def joined_by(link: GpuLink | None) -> ReadLinks:
     return read
 
 
-def measured(speed: float, path: str = "nixl/UCX", other_paths: dict[str, str] | None = None) -> LaunchStatus:
+def measured(
+    speed: float, path: str = "nixl/UCX", other_paths: dict[str, str] | None = None
+) -> LaunchStatus:
     pair = PairReady(
         local="decode-0/rank-0",
         peer="prefill-0/rank-0",
@@ -79,7 +81,11 @@ def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_pat
     assert isinstance(console.file, io.StringIO)
     problem, fix, *_, end = console.file.getvalue().splitlines()
     assert problem.startswith("error PD119 model" if kind == "pickles" else "error PD103 model")
-    assert fix.startswith("  fix: Convert them to safetensors" if kind == "pickles" else "  fix: Download the file again")
+    assert fix.startswith(
+        "  fix: Convert them to safetensors"
+        if kind == "pickles"
+        else "  fix: Download the file again"
+    )
     assert end.startswith("not started: ")
 
 
@@ -130,22 +136,32 @@ def test_pairs_of_gpus_are_judged_by_what_joins_them(
     [
         (Gpu(0, pci_bus_id=FIRST),),
         (Gpu(0), Gpu(1)),
-        (Gpu(0, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=FIRST), Gpu(1, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=SECOND)),
+        (
+            Gpu(0, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=FIRST),
+            Gpu(1, "NVIDIA H200 MIG 1g.18gb", pci_bus_id=SECOND),
+        ),
     ],
     ids=["one GPU for both", "no addresses", "MIG"],
 )
 def test_nothing_is_said_of_gpus_that_nothing_joins(gpus: tuple[Gpu, ...]) -> None:
     machine = replace(GPUS, gpus=gpus)
-    assert judge_pairs(load_config(None, {}, {}), machine, {}, measured(0.6), joined_by(NVLINK)) == ()
+    assert (
+        judge_pairs(load_config(None, {}, {}), machine, {}, measured(0.6), joined_by(NVLINK)) == ()
+    )
 
 
 def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
     loaded = load_config(None, {}, {"kv_transfer.path": "nixl"})
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(60.0), joined_by(NVLINK))
-    assert "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda memory)" in finding.message
+    assert (
+        "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda "
+        "memory)" in finding.message
+    )
     assert "kv_transfer.path is nixl: P2P was not tried" in finding.message
     refused = {"p2p": "cuMemImportFromShareableHandle failed"}
-    (finding,) = judge_pairs(load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK))
+    (finding,) = judge_pairs(
+        load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK)
+    )
     assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
     assert "kv_transfer.path be auto" in finding.fix
 
@@ -153,4 +169,6 @@ def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
 def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
     loaded = load_config(None, {}, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True})
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(0.5), joined_by(NVLINK))
-    assert finding.message.endswith("the 0.6 GB/s cliff; kv_transfer.path is nixl: P2P was not tried")
+    assert finding.message.endswith(
+        "the 0.6 GB/s cliff; kv_transfer.path is nixl: P2P was not tried"
+    )

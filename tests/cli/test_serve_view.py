@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pdlaunch.cli.live import LiveView, PlainView, make_view, ready_rows, render_ready, render_status
+from pdlaunch.cli.live import (
+    LiveView,
+    PlainView,
+    make_view,
+    ready_rows,
+    render_ready,
+    render_status,
+)
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.states import Phase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
@@ -16,9 +23,14 @@ ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
 
 
 def process(
-    name: str, state: ProcessState = ProcessState.STARTING, doing: str = "", fraction: float | None = None
+    name: str,
+    state: ProcessState = ProcessState.STARTING,
+    doing: str = "",
+    fraction: float | None = None,
 ) -> ProcessStatus:
-    return ProcessStatus(name, "rank" if "/" in name else "server", state, 1, doing=doing, fraction=fraction)
+    return ProcessStatus(
+        name, "rank" if "/" in name else "server", state, 1, doing=doing, fraction=fraction
+    )
 
 
 def starting(num_engines: int = 1) -> LaunchStatus:
@@ -36,7 +48,14 @@ def starting(num_engines: int = 1) -> LaunchStatus:
 def serving() -> LaunchStatus:
     processes = tuple(
         process(name, ProcessState.READY)
-        for name in ("prefill-0/rank-0", "decode-0/rank-0", "decode-0/rank-1", "prefill-0", "decode-0", "router")
+        for name in (
+            "prefill-0/rank-0",
+            "decode-0/rank-0",
+            "decode-0/rank-1",
+            "prefill-0",
+            "decode-0",
+            "router",
+        )
     )
     pair = PairReady(
         local="decode-0/rank-0",
@@ -51,7 +70,9 @@ def serving() -> LaunchStatus:
 
 
 def console(columns: int = 80, rows: int = 24, *, terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), width=columns, height=rows, force_terminal=terminal, color_system=None)
+    return Console(
+        file=io.StringIO(), width=columns, height=rows, force_terminal=terminal, color_system=None
+    )
 
 
 def printed(target: Console) -> str:
@@ -93,7 +114,10 @@ def test_plain_lines_tell_each_change_once() -> None:
     view.note("a very long note " * 20)
     view.ready(serving())
     lines = printed(target).splitlines()
-    assert lines[:2] == ["[   0.0 s] prefill-0/rank-0: starting, loading weights 40%", "[   0.0 s] prefill-0: ready"]
+    assert lines[:2] == [
+        "[   0.0 s] prefill-0/rank-0: starting, loading weights 40%",
+        "[   0.0 s] prefill-0: ready",
+    ]
     assert len(lines) == 6
     assert lines[-1] == "  try        curl x -d y"
     assert "\x1b" not in printed(target)
@@ -104,7 +128,11 @@ def test_plain_percentages_come_every_few_seconds() -> None:
     now_s = 0.0
     view = PlainView(target, lambda status: [], lambda: now_s)
     for percent in range(0, 100, 10):
-        view.changed(LaunchStatus(Phase.STARTING, (process("router", doing="loading", fraction=percent / 100),)))
+        view.changed(
+            LaunchStatus(
+                Phase.STARTING, (process("router", doing="loading", fraction=percent / 100),)
+            )
+        )
         now_s += 1.0
     assert [line.rpartition(" ")[2] for line in printed(target).splitlines()] == ["0%", "50%"]
 
@@ -129,7 +157,9 @@ def test_a_terminal_gets_the_table_and_everything_else_lines() -> None:
 
 
 def test_the_panel_says_where_and_what_and_how_fast() -> None:
-    rows = dict(ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=True))
+    rows = dict(
+        ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=True)
+    )
     assert rows["URL"] == "http://127.0.0.1:8000"
     assert rows["topology"] == "1 prefill + 1 decode (tp 2)"
     assert rows["pair"] == "prefill-0/rank-0 → decode-0/rank-0: nixl/UCX, 3.4 GB/s; p2p: not here"
@@ -148,14 +178,26 @@ def test_the_panel_shows_what_was_measured_between_gpus_the_slowest_first() -> N
             other_paths=others,
         )
         for n, path, speed, others in (
-            (0, "p2p/posix_fd/batch1", 391.7, {"p2p/posix_fd/kernel32": "342 GB/s", "nixl/UCX": "0.583 GB/s"}),
+            (
+                0,
+                "p2p/posix_fd/batch1",
+                391.7,
+                {"p2p/posix_fd/kernel32": "342 GB/s", "nixl/UCX": "0.583 GB/s"},
+            ),
             (1, "nixl/UCX", 61.4, {"p2p": "cannot be mapped"}),
         )
     )
-    rows = ready_rows(replace(serving(), pairs=pairs), model="m", connector="nixl", log_dir="/logs", needs_key=False)
+    rows = ready_rows(
+        replace(serving(), pairs=pairs),
+        model="m",
+        connector="nixl",
+        log_dir="/logs",
+        needs_key=False,
+    )
     assert [value for name, value in rows if "→" in value] == [
         "prefill-0/rank-0 → decode-1/rank-0: nixl/UCX, 61.4 GB/s; p2p: cannot be mapped",
-        "prefill-0/rank-0 → decode-0/rank-0: p2p/posix_fd/batch1, 391.7 GB/s; p2p/posix_fd/kernel32: 342 GB/s; "
+        "prefill-0/rank-0 → decode-0/rank-0: p2p/posix_fd/batch1, 391.7 GB/s; "
+        "p2p/posix_fd/kernel32: 342 GB/s; "
         "nixl/UCX: 0.583 GB/s",
     ]
 
@@ -163,7 +205,13 @@ def test_the_panel_shows_what_was_measured_between_gpus_the_slowest_first() -> N
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_the_curl_line_of_the_panel_can_be_copied(columns: int) -> None:
     target = console(columns)
-    target.print(render_ready(ready_rows(serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=False)))
+    target.print(
+        render_ready(
+            ready_rows(
+                serving(), model="smollm2", connector="nixl", log_dir="/logs", needs_key=False
+            )
+        )
+    )
     text = printed(target)
     assert "│" not in text
     body = text.partition("-d '")[2].partition("'")[0]

@@ -46,7 +46,9 @@ class Router:
                 if "engine=decode-7" in self.path:
                     self.answer(404, {"error": {"message": "there is no engine decode-7"}})
                 elif router.refusal:
-                    self.answer(409, {"engines": [{"engine": "prefill-0"} | error, engines[1]]} | error)
+                    self.answer(
+                        409, {"engines": [{"engine": "prefill-0"} | error, engines[1]]} | error
+                    )
                 else:
                     self.answer(200, {"engines": engines})
 
@@ -87,7 +89,14 @@ def test_all_engines_of_a_router_whose_key_is_known(router: Router) -> None:
     assert "3.00 GiB" in output
     assert "sleeping" in output
     code, output = run(
-        "wake", "--url", router.url, "--tag", "weights", "--tag", "kv_cache", PDLAUNCH_ADMIN_API_KEY="of-the-admin"
+        "wake",
+        "--url",
+        router.url,
+        "--tag",
+        "weights",
+        "--tag",
+        "kv_cache",
+        PDLAUNCH_ADMIN_API_KEY="of-the-admin",
     )
     assert code == 0
     assert "awake" in output
@@ -117,7 +126,10 @@ def test_a_server_of_another_kind_is_named(router: Router) -> None:
     router.page = b"<html>"
     code, output = run("wake", *router.address)
     assert code == 1
-    assert output == f"error: {router.url}/wake_up answers HTTP 200, but not as a deployment of pdlaunch does\n"
+    assert (
+        output
+        == f"error: {router.url}/wake_up answers HTTP 200, but not as a deployment of pdlaunch does\n"
+    )
 
 
 def test_nobody_there() -> None:

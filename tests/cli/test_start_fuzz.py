@@ -1,4 +1,6 @@
-"""Whatever the flags of the commands that start something: a clear refusal, or they go on to what would start it."""
+"""Whatever the flags of the commands that start something: a clear refusal, or they go on to what
+would start it.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,22 @@ NAMES = (
     "dummy",
     "debug",
 )
-PLACES = ("127.0.0.1", "::1", "localhost", "http://127.0.0.1:1", "ftp://a", "smollm2", "kv", "[red]")
+PLACES = (
+    "127.0.0.1",
+    "::1",
+    "localhost",
+    "http://127.0.0.1:1",
+    "ftp://a",
+    "smollm2",
+    "kv",
+    "[red]",
+)
 LIKELY = (*NUMBERS, *LISTS, *NAMES, *PLACES)
 # Without slashes: what is written lies in the folder of the test.
 ANYTHING = st.text(st.characters(exclude_characters="\0/", codec="utf-8"), max_size=20)
-VALUES = st.one_of(st.sampled_from(LIKELY), st.sampled_from(LIKELY), ANYTHING, st.integers().map(str))
+VALUES = st.one_of(
+    st.sampled_from(LIKELY), st.sampled_from(LIKELY), ANYTHING, st.integers().map(str)
+)
 
 
 class Started:
@@ -70,11 +83,25 @@ class Started:
         return Outcome(None, (), was_ready=True, stop_signal=None)
 
     @contextmanager
-    def deployment(self, arguments: Sequence[str], *, environ: Mapping[str, str], log_dir: str | None) -> Iterator[Any]:
+    def deployment(
+        self, arguments: Sequence[str], *, environ: Mapping[str, str], log_dir: str | None
+    ) -> Iterator[Any]:
         """As ``running_deployment``: ``serve`` must understand what it would be given."""
         num = self.num
         settings = {name: value for name, value in environ.items() if name.startswith("PDLAUNCH_")}
-        result = invoke(["serve", *arguments, "--host", "127.0.0.1", "--port", "0", "--log-dir", log_dir or "logs"], settings)
+        result = invoke(
+            [
+                "serve",
+                *arguments,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--log-dir",
+                log_dir or "logs",
+            ],
+            settings,
+        )
         assert self.num == num + 1 or result.exit_code in (1, 2), result.stderr
         assert "No such option" not in result.stderr
         assert "unexpected extra argument" not in result.stderr
@@ -109,7 +136,9 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     started = Started()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
+        for name in [
+            name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))
+        ]:
             patch.delenv(name)
         patch.setenv("PDLAUNCH_MODEL", str(folder / "tiny"))
         patch.setenv("PDLAUNCH_CACHE", str(folder / "cache"))
@@ -144,9 +173,13 @@ def command_lines(command: Sequence[str]) -> st.SearchStrategy[list[str]]:
 
     options = st.lists(st.sampled_from(options_of(command)).flatmap(with_value), max_size=4)
     files = st.one_of(
-        st.just([]), st.just([]), st.lists(st.one_of(ANYTHING, st.sampled_from(["tiny", "deploy.yaml"])), max_size=1)
+        st.just([]),
+        st.just([]),
+        st.lists(st.one_of(ANYTHING, st.sampled_from(["tiny", "deploy.yaml"])), max_size=1),
     )
-    return st.tuples(options, files).map(lambda given: [*command, *(word for words in [*given[0], given[1]] for word in words)])
+    return st.tuples(options, files).map(
+        lambda given: [*command, *(word for words in [*given[0], given[1]] for word in words)]
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -1,4 +1,6 @@
-"""A server that streams made-up completions, as a deployment does, and remembers what it was asked."""
+"""A server that streams made-up completions, as a deployment does, and remembers what it was
+asked.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ def event(**content: Any) -> bytes:
 
 
 class FakeOpenAI:
-    """Knobs: ``refusals`` answers the next requests with (status, body); ``refuses_after`` so many requests it is full;
-    ``tells_token_ids``, ``max_model_len``; ``pages`` are what metrics say, one after the other, the last for good; ``broken``
-    replaces the events of a stream; ``hold`` keeps answers back, ``asked`` is set when one was asked for.
+    """Knobs: ``refusals`` answers the next requests with (status, body); ``refuses_after`` so many
+    requests it is full; ``tells_token_ids``, ``max_model_len``; ``pages`` are what metrics say, one
+    after the other, the last for good; ``broken`` replaces the events of a stream; ``hold`` keeps
+    answers back, ``asked`` is set when one was asked for.
     """
 
     def __init__(self) -> None:
@@ -43,7 +46,9 @@ class FakeOpenAI:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_get("/metrics", self._metrics)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -106,6 +111,9 @@ class FakeOpenAI:
                 choice["token_ids"] = [token_id]
             await response.write(event(choices=[choice], usage=None))
             await asyncio.sleep(0)
-        usage = {"completion_tokens": body["max_tokens"], "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) // 2}}
+        usage = {
+            "completion_tokens": body["max_tokens"],
+            "prompt_tokens_details": {"cached_tokens": len(body["prompt"]) // 2},
+        }
         await response.write(event(choices=[], usage=usage) + b"data: [DONE]\n\n")
         return response

@@ -62,18 +62,26 @@ def test_none_is_there(launches: Launches) -> None:
 def test_several_are_told_apart_by_their_url(launches: Launches) -> None:
     first, second = launches.add("http://127.0.0.1:8000"), launches.add("http://[::1]:9000")
     assert "http://127.0.0.1:8000, http://[::1]:9000" in launches.why_not()
-    for url, run_dir in [("http://localhost:8000", first), ("http://127.0.0.1:8000/", first), ("http://localhost:9000", second)]:
+    for url, run_dir in [
+        ("http://localhost:8000", first),
+        ("http://127.0.0.1:8000/", first),
+        ("http://localhost:9000", second),
+    ]:
         assert socket_of(admin_api(url, base=launches.base)) == run_dir / ADMIN_SOCKET
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8001", "http://elsewhere:8000", "http://127.0.0.1"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8001", "http://elsewhere:8000", "http://127.0.0.1"]
+)
 def test_another_s_router_needs_its_key(launches: Launches, url: str) -> None:
     launches.add("http://127.0.0.1:8000")
     assert f"no launch of yours listens at {url}" in launches.why_not(url)
     assert socket_of(admin_api(url, "key", base=launches.base)) is None
 
 
-def test_a_dead_launch_and_one_that_has_not_listened_yet_are_no_launches(launches: Launches, tmp_path: Path) -> None:
+def test_a_dead_launch_and_one_that_has_not_listened_yet_are_no_launches(
+    launches: Launches, tmp_path: Path
+) -> None:
     dead = tmp_path / f"{PREFIX}dead"
     dead.mkdir()
     (dead / "lock").touch()
@@ -109,7 +117,9 @@ def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     path = tmp_path / "admin.sock"
     api = Api("http://launch", socket_path=path, timeout_s=20)
-    with pytest.raises(PdlaunchError, match=rf"/x at {path} cannot be reached: No such file or directory"):
+    with pytest.raises(
+        PdlaunchError, match=rf"/x at {path} cannot be reached: No such file or directory"
+    ):
         api.get("/x")
     with Server(str(path), Handler, bind_and_activate=False) as server:
         # As while a router is replaced: its socket is there, and nobody listens.
@@ -122,7 +132,9 @@ def test_an_api_over_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         assert api.get_object("/metrics?a=b") == (200, {"path": "/metrics?a=b"})
-        assert api.engine("decode-0").get_object("/nothing")[1] == {"path": "/pdlaunch/engines/decode-0/nothing"}
+        assert api.engine("decode-0").get_object("/nothing")[1] == {
+            "path": "/pdlaunch/engines/decode-0/nothing"
+        }
         assert api.get("/nothing")[0] == 404
         server.shutdown()
         thread.join()

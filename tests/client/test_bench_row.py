@@ -31,7 +31,9 @@ pdlaunch_request_prompt_tokens_sum{role="decode"} 9.0
 
 
 def answered(*token_times_s: float) -> TimedCompletion:
-    return TimedCompletion(start_s=0.0, token_times_s=list(token_times_s), num_tokens=len(token_times_s))
+    return TimedCompletion(
+        start_s=0.0, token_times_s=list(token_times_s), num_tokens=len(token_times_s)
+    )
 
 
 def failed(error: str) -> TimedCompletion:
@@ -44,7 +46,13 @@ def row(*done: TimedCompletion, counted: EngineCounters | None = None, **limits:
 
 
 def test_gap_and_inter_token_time_are_apart() -> None:
-    found = row(answered(1.0, 3.0, 3.5, 4.0), answered(2.0, 6.0, 6.0, 7.0), failed("no"), failed("no"), failed("never"))
+    found = row(
+        answered(1.0, 3.0, 3.5, 4.0),
+        answered(2.0, 6.0, 6.0, 7.0),
+        failed("no"),
+        failed("no"),
+        failed("never"),
+    )
     assert (found.num_requests, found.num_errors, found.errors) == (5, 3, ["2 x no", "1 x never"])
     assert (found.ttft_ms_median, found.ttft_ms_p99) == (1500, 2000)
     assert (found.first_gap_ms_median, found.first_gap_ms_p99) == (3000, 4000)
@@ -55,7 +63,9 @@ def test_gap_and_inter_token_time_are_apart() -> None:
 
 
 def test_limits_from_other_benchmarks() -> None:
-    counted = EngineCounters({"decode": {"kv_transfers": 4, "kv_transfer_bytes": 80e6, "kv_transfer_seconds": 0.2}})
+    counted = EngineCounters(
+        {"decode": {"kv_transfers": 4, "kv_transfer_bytes": 80e6, "kv_transfer_seconds": 0.2}}
+    )
     found = row(answered(1.0, 2.0, 2.1, 2.2), counted=counted, bare_gb_per_s=0.5, step_ms=50.0)
     assert (found.kv_megabytes_mean, found.pull_ms_mean) == (20.0, 50.0)
     # 20 MB at 0.5 GB/s take 40 ms.
@@ -64,23 +74,41 @@ def test_limits_from_other_benchmarks() -> None:
 
 
 def test_of_nothing_nothing_is_said() -> None:
-    found = row(failed("no"), answered(1.0), counted=EngineCounters({"decode": {"kv_transfers": 0, "kv_transfer_bytes": 0}}))
+    found = row(
+        failed("no"),
+        answered(1.0),
+        counted=EngineCounters({"decode": {"kv_transfers": 0, "kv_transfer_bytes": 0}}),
+    )
     assert found.ttft_ms_median == 1000
-    unknown = ("first_gap_ms_median", "itl_ms_p99", "tpot_ms_median", "together_share", "kv_megabytes_mean", "first_gap_goal_ms")
+    unknown = (
+        "first_gap_ms_median",
+        "itl_ms_p99",
+        "tpot_ms_median",
+        "together_share",
+        "kv_megabytes_mean",
+        "first_gap_goal_ms",
+    )
     assert all(getattr(found, name) is None for name in unknown)
     assert b"NaN" not in msgspec.json.encode(row(failed("no")))
 
 
 def test_quantiles() -> None:
     seconds = [index / 1000 for index in range(1, 201)]
-    assert (milliseconds(seconds, 0.5), milliseconds(seconds, 0.99), milliseconds([], 0.5)) == (100.5, 199.0, None)
+    assert (milliseconds(seconds, 0.5), milliseconds(seconds, 0.99), milliseconds([], 0.5)) == (
+        100.5,
+        199.0,
+        None,
+    )
 
 
 def test_counters_are_summed_by_role() -> None:
     counters = parse_counters(PAGE)
     assert counters.values == {"decode": {"kv_transfers": 4.0}, "prefill": {"kv_transfers": 0.0}}
     assert (counters.total("kv_transfers"), counters.total("other")) == (4.0, None)
-    assert (counters.of_role("decode", "kv_transfers"), counters.of_role("none", "kv_transfers")) == (4.0, None)
+    assert (
+        counters.of_role("decode", "kv_transfers"),
+        counters.of_role("none", "kv_transfers"),
+    ) == (4.0, None)
 
 
 def test_what_began_again_is_not_counted() -> None:
@@ -91,7 +119,11 @@ def test_what_began_again_is_not_counted() -> None:
 
 def test_hit_rates_of_the_tiers_that_are_told() -> None:
     decode = {"prefix_cache_queries": 0.0, "prefix_cache_device_hits": 0.0}
-    prefill = {"prefix_cache_queries": 300.0, "prefix_cache_device_hits": 30.0, "prefix_cache_host_hits": 200.0}
+    prefill = {
+        "prefix_cache_queries": 300.0,
+        "prefix_cache_device_hits": 30.0,
+        "prefix_cache_host_hits": 200.0,
+    }
     assert tier_rows(EngineCounters({"decode": decode, "prefill": prefill})) == [
         TierRow(role="prefill", tier="device", hit_share=0.1),
         TierRow(role="prefill", tier="host", hit_share=0.667),
@@ -99,11 +131,22 @@ def test_hit_rates_of_the_tiers_that_are_told() -> None:
 
 
 def test_the_tiers_are_named_as_the_engines_name_them() -> None:
-    metrics = ServerMetrics(CollectorRegistry(), engine="prefill-0", role="prefill", model_name="tiny")
+    metrics = ServerMetrics(
+        CollectorRegistry(), engine="prefill-0", role="prefill", model_name="tiny"
+    )
     metrics.engine.stats = EngineStats(
-        prompt_tokens=100, device_hit_tokens=10, host_hit_tokens=20, remote_hit_tokens=30, transfers=1, transfer_bytes=7
+        prompt_tokens=100,
+        device_hit_tokens=10,
+        host_hit_tokens=20,
+        remote_hit_tokens=30,
+        transfers=1,
+        transfer_bytes=7,
     )
     counters = parse_counters(render_metrics(metrics.registry).decode())
-    assert {row.tier: row.hit_share for row in tier_rows(counters)} == {"device": 0.1, "host": 0.2, "remote": 0.3}
+    assert {row.tier: row.hit_share for row in tier_rows(counters)} == {
+        "device": 0.1,
+        "host": 0.2,
+        "remote": 0.3,
+    }
     assert (counters.total("kv_transfers"), counters.total("kv_transfer_bytes")) == (1, 7)
     assert counters.total("kv_transfer_seconds") == 0

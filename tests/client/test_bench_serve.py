@@ -15,7 +15,14 @@ from pdlaunch.client.bench_serve import BenchOptions, bench_serve
 from pdlaunch.errors import PdlaunchError
 from tests.client.fake_openai import FakeOpenAI
 
-CHATS = {"num_conversations": 3, "num_turns": 3, "first_tokens": 10, "turn_tokens": 4, "output_tokens": 5, "seed": 1}
+CHATS = {
+    "num_conversations": 3,
+    "num_turns": 3,
+    "first_tokens": 10,
+    "turn_tokens": 4,
+    "output_tokens": 5,
+    "seed": 1,
+}
 
 
 @asynccontextmanager
@@ -34,13 +41,27 @@ async def bench(server: FakeOpenAI, **options: Any) -> list[BenchRow]:
 
 async def chat(server: FakeOpenAI, **options: Any) -> MultiTurnReport:
     async with serving(server) as url:
-        return await bench_multi_turn(MultiTurnOptions(url=url, **(CHATS | options)), lambda _: None)
+        return await bench_multi_turn(
+            MultiTurnOptions(url=url, **(CHATS | options)), lambda _: None
+        )
 
 
 async def test_rows_by_length_and_concurrency() -> None:
     server = FakeOpenAI()
-    rows = await bench(server, input_tokens=(5, 20), output_tokens=3, concurrencies=(1, 2), num_requests=4, max_token_id=102)
-    assert [(row.input_tokens, row.concurrency) for row in rows] == [(5, 1), (5, 2), (20, 1), (20, 2)]
+    rows = await bench(
+        server,
+        input_tokens=(5, 20),
+        output_tokens=3,
+        concurrencies=(1, 2),
+        num_requests=4,
+        max_token_id=102,
+    )
+    assert [(row.input_tokens, row.concurrency) for row in rows] == [
+        (5, 1),
+        (5, 2),
+        (20, 1),
+        (20, 2),
+    ]
     assert all((row.num_requests, row.num_errors, row.errors) == (4, 0, []) for row in rows)
     assert [len(prompt) for prompt in server.prompts] == [5, 20, *[5] * 8, *[20] * 8]
     assert {token_id for prompt in server.prompts for token_id in prompt} == {100, 101}
@@ -56,9 +77,14 @@ async def test_the_engines_counters_say_what_was_pulled() -> None:
 
 
 def page(pulls: int, num_bytes: float, seconds: float) -> str:
-    counters = {"kv_transfers": pulls, "kv_transfer_bytes": num_bytes, "kv_transfer_seconds": seconds}
+    counters = {
+        "kv_transfers": pulls,
+        "kv_transfer_bytes": num_bytes,
+        "kv_transfer_seconds": seconds,
+    }
     lines = [
-        f'# TYPE pdlaunch_{name}_total counter\npdlaunch_{name}_total{{role="decode"}} {counters[name]}' for name in counters
+        f'# TYPE pdlaunch_{name}_total counter\npdlaunch_{name}_total{{role="decode"}} {counters[name]}'
+        for name in counters
     ]
     return "\n".join(lines) + "\n"
 
@@ -66,11 +92,15 @@ def page(pulls: int, num_bytes: float, seconds: float) -> str:
 async def test_refused_requests_are_counted_with_their_reasons() -> None:
     server = FakeOpenAI()
     async with serving(server) as url:
-        rows = bench_serve(BenchOptions(url=url, concurrencies=(1,), num_requests=5), lambda _: refuse())
+        rows = bench_serve(
+            BenchOptions(url=url, concurrencies=(1,), num_requests=5), lambda _: refuse()
+        )
 
         def refuse() -> None:
             # Only when the warm-up is over.
-            server.refusals = [(429, b'{"error": {"message": "full"}}')] * 2 + [(503, b'{"error": {"message": "starting"}}')]
+            server.refusals = [(429, b'{"error": {"message": "full"}}')] * 2 + [
+                (503, b'{"error": {"message": "starting"}}')
+            ]
             server.refusals *= bool(server.prompts)
 
         row = await anext(rows)
@@ -81,7 +111,10 @@ async def test_refused_requests_are_counted_with_their_reasons() -> None:
 async def test_a_refused_warm_up_ends_it() -> None:
     server = FakeOpenAI()
     server.refusals = [(400, b'{"error": {"message": "token id 29999 is none"}}')]
-    with pytest.raises(PdlaunchError, match=r"does not take a request of 128 prompt tokens: HTTP 400: token id 29999 is none"):
+    with pytest.raises(
+        PdlaunchError,
+        match=r"does not take a request of 128 prompt tokens: HTTP 400: token id 29999 is none",
+    ):
         await bench(server)
 
 
@@ -91,7 +124,8 @@ async def test_a_context_that_is_too_long_is_told_before_anything_is_sent(kind: 
     server.max_model_len = 30
     lengths: dict[str, Any] = {"input_tokens": (8, 29), "output_tokens": 2} if kind is bench else {}
     with pytest.raises(
-        PdlaunchError, match=r"a prompt of 2[89] tokens and . tokens of output .* max_model_len 30: .*--max-model-len"
+        PdlaunchError,
+        match=r"a prompt of 2[89] tokens and . tokens of output .* max_model_len 30: .*--max-model-len",
     ):
         await kind(server, **lengths)
     assert server.prompts == []
@@ -115,7 +149,9 @@ async def test_every_turn_sends_all_that_was_said() -> None:
         assert {tuple(prompt[: len(prompt) - 4]) for prompt in late} == begun
         assert len(begun) == 3
     assert report.working_set_tokens == 3 * 33
-    assert [(row.turn, row.prompt_tokens, row.num_requests, row.num_errors) for row in report.turns] == [
+    assert [
+        (row.turn, row.prompt_tokens, row.num_requests, row.num_errors) for row in report.turns
+    ] == [
         (1, 10, 3, 0),
         (2, 19, 3, 0),
         (3, 28, 3, 0),

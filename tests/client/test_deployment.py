@@ -12,7 +12,9 @@ from pdlaunch.errors import PdlaunchError
 
 
 class FakeProcess:
-    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, Ctrl-C is pressed ``interrupts`` times."""
+    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, Ctrl-C is pressed
+    ``interrupts`` times.
+    """
 
     def __init__(self, *, ends_at: int, interrupts: int = 0) -> None:
         self.ends_at = ends_at
@@ -42,7 +44,12 @@ class FakeProcess:
     def __enter__(self) -> FakeProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.wait()
 
 

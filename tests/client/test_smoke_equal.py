@@ -12,7 +12,9 @@ FAR = [(5, -0.5), (6, -1.0 - 2 * LOGPROB_TOLERANCE), (7, -2.0)]
 FORKED = [(5, -0.5), (8, -1.1), (9, -9.0)]
 
 
-@pytest.mark.parametrize(("pair", "exact"), [(ALONE, True), (NEAR, True), (NEAR, False), (FORKED, False)])
+@pytest.mark.parametrize(
+    ("pair", "exact"), [(ALONE, True), (NEAR, True), (NEAR, False), (FORKED, False)]
+)
 def test_equal(pair: list[tuple[int, float]], exact: bool) -> None:
     _equal(pair, ALONE, exact=exact)
 

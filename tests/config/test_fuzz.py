@@ -15,11 +15,39 @@ from pdlaunch.config.sources import load_config
 
 PATHS = sorted(all_fields())
 SECTIONS = ["prefill", "decode", "kv_transfer", "limits", "env"]
-NAMES = st.sampled_from([*{name for path in PATHS for name in path.split(".")}, *SECTIONS, "prefil", "x", "<<", "api_kee"])
-ODD = ["", "~", "null", "on", "1", "-1", "0x10", "1e400", ".nan", ".inf", "9" * 5000, "1:30", "2026-01-01", "4GiB", "!!int x"]
-SCALARS = st.one_of(st.text(max_size=20), st.sampled_from(ODD), st.integers().map(str), st.floats().map(str))
+NAMES = st.sampled_from(
+    [
+        *{name for path in PATHS for name in path.split(".")},
+        *SECTIONS,
+        "prefil",
+        "x",
+        "<<",
+        "api_kee",
+    ]
+)
+ODD = [
+    "",
+    "~",
+    "null",
+    "on",
+    "1",
+    "-1",
+    "0x10",
+    "1e400",
+    ".nan",
+    ".inf",
+    "9" * 5000,
+    "1:30",
+    "2026-01-01",
+    "4GiB",
+    "!!int x",
+]
+SCALARS = st.one_of(
+    st.text(max_size=20), st.sampled_from(ODD), st.integers().map(str), st.floats().map(str)
+)
 VARIABLES = st.one_of(
-    st.sampled_from(sorted(variable_paths())), st.text(string.ascii_uppercase + "_\udc80", max_size=12).map("PDLAUNCH_".__add__)
+    st.sampled_from(sorted(variable_paths())),
+    st.text(string.ascii_uppercase + "_\udc80", max_size=12).map("PDLAUNCH_".__add__),
 )
 
 
@@ -29,11 +57,15 @@ def yaml_texts():
         SCALARS,
         lambda inner: st.one_of(
             st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
-            st.lists(st.tuples(NAMES, inner), max_size=4).map(lambda items: "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"),
+            st.lists(st.tuples(NAMES, inner), max_size=4).map(
+                lambda items: "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
+            ),
         ),
         max_leaves=8,
     )
-    return st.lists(st.tuples(NAMES, flow), max_size=6).map(lambda items: "\n".join(f"{k}: {v}" for k, v in items))
+    return st.lists(st.tuples(NAMES, flow), max_size=6).map(
+        lambda items: "\n".join(f"{k}: {v}" for k, v in items)
+    )
 
 
 def assert_answer(path, environ=None, flags=None):
@@ -64,7 +96,9 @@ def path(tmp_path_factory):
 
 
 fuzz = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -114,13 +148,26 @@ def test_any_flags(flags):
     assert_answer(None, {}, flags)
 
 
-@given(st.one_of(st.text(), st.floats(), st.integers(), st.none(), st.from_regex(r"\d{1,400}(\.\d{1,400})? ?[KMGTkmgt]?i?[Bb]?")))
+@given(
+    st.one_of(
+        st.text(),
+        st.floats(),
+        st.integers(),
+        st.none(),
+        st.from_regex(r"\d{1,400}(\.\d{1,400})? ?[KMGTkmgt]?i?[Bb]?"),
+    )
+)
 def test_sizes_are_numbers_or_value_errors(value):
     with contextlib.suppress(ValueError):
         assert isinstance(parse_size(value), int)
 
 
 def test_a_deep_document_ends(path):
-    for text in ("[" * 100_000, "{a: " * 20_000, "- " * 50_000, "a:\n" + "".join(f"{' ' * n}b:\n" for n in range(1, 700))):
+    for text in (
+        "[" * 100_000,
+        "{a: " * 20_000,
+        "- " * 50_000,
+        "a:\n" + "".join(f"{' ' * n}b:\n" for n in range(1, 700)),
+    ):
         path.write_text(text)
         assert_answer(path)

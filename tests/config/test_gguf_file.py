@@ -1,4 +1,6 @@
-"""Damage in a .gguf file is found from header and length: every kind, and in a bounded number of steps."""
+"""Damage in a .gguf file is found from header and length: every kind, and in a bounded number of
+steps.
+"""
 
 from __future__ import annotations
 
@@ -44,18 +46,39 @@ def test_bytes_behind_the_last_tensor_are_no_damage(tmp_path: Path) -> None:
         (b"", "it is empty"),
         (GOOD[:4], "the version would end at byte 8, the file ends at byte 4"),
         (GOOD[:200], "it says that it has 16 values, but only 176 bytes follow"),
-        (GOOD[:1380], "value 'tokenizer.ggml.tokens' would end at byte 1387, the file ends at byte 1380"),
+        (
+            GOOD[:1380],
+            "value 'tokenizer.ggml.tokens' would end at byte 1387, the file ends at byte 1380",
+        ),
         (GOOD[: len(GOOD) // 2], "it is cut off: tensor 'blk."),
         (GOOD[:-1], "it is cut off: tensor 'blk.1.ffn_down.weight' ends at byte"),
-        (GOOD[:8] + struct.pack("<Q", 2**63 - 1) + GOOD[16:], "it says that it has 9223372036854775807 tensors, but only"),
-        (GOOD[:16] + struct.pack("<Q", 2**40) + GOOD[24:], "it says that it has 1099511627776 values, but only"),
-        (GOOD[:24] + struct.pack("<Q", 2**60) + GOOD[32:], "the key of value 0 of 16 would end at byte 1152921504606847008"),
-        (GOOD[:4] + struct.pack("<I", 99) + GOOD[8:], "GGUF version 99, known are versions 2 and 3"),
-        (b"PK\x03\x04" + b"x" * 5000, "it is no GGUF file but a zip archive, as PyTorch's pickles are"),
+        (
+            GOOD[:8] + struct.pack("<Q", 2**63 - 1) + GOOD[16:],
+            "it says that it has 9223372036854775807 tensors, but only",
+        ),
+        (
+            GOOD[:16] + struct.pack("<Q", 2**40) + GOOD[24:],
+            "it says that it has 1099511627776 values, but only",
+        ),
+        (
+            GOOD[:24] + struct.pack("<Q", 2**60) + GOOD[32:],
+            "the key of value 0 of 16 would end at byte 1152921504606847008",
+        ),
+        (
+            GOOD[:4] + struct.pack("<I", 99) + GOOD[8:],
+            "GGUF version 99, known are versions 2 and 3",
+        ),
+        (
+            b"PK\x03\x04" + b"x" * 5000,
+            "it is no GGUF file but a zip archive, as PyTorch's pickles are",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         (b"<!DOCTYPE html>", "an HTML or XML page"),
         (b"12345678", "unknown content (it begins with 31 32 33 34 35 36 37 38)"),
-        (GOOD.replace(b"general.name", b"general.\xff\xfe\xfd\xfc", 1), "the key of value 1 of 16 is not UTF-8"),
+        (
+            GOOD.replace(b"general.name", b"general.\xff\xfe\xfd\xfc", 1),
+            "the key of value 1 of 16 is not UTF-8",
+        ),
     ],
 )
 def test_damaged_bytes_are_named(content: bytes, said: str, tmp_path: Path) -> None:
@@ -87,20 +110,41 @@ def without_tensors(part: str) -> Gguf:
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (with_values(llama__block_count=2**30), "llama.block_count is 1073741824, its tensors have 2"),
-        (with_values(llama__embedding_length=2**31), "llama.embedding_length is 2147483648, its tensors have 32"),
-        (with_values(llama__feed_forward_length=65), "llama.feed_forward_length is 65, its tensors have 64"),
+        (
+            with_values(llama__block_count=2**30),
+            "llama.block_count is 1073741824, its tensors have 2",
+        ),
+        (
+            with_values(llama__embedding_length=2**31),
+            "llama.embedding_length is 2147483648, its tensors have 32",
+        ),
+        (
+            with_values(llama__feed_forward_length=65),
+            "llama.feed_forward_length is 65, its tensors have 64",
+        ),
         (with_values(llama__vocab_size=1), "llama.vocab_size is 1, its tensors have 94"),
         (with_values(tokenizer__ggml__tokens=["a"] * 95), "it has 95 tokens, but embeddings of 94"),
         (with_values(general__alignment=3), "general.alignment 3 is no power of two"),
         (with_values(general__alignment="a"), "general.alignment 'a' is no power of two"),
         (with_values(general__architecture=1), "it has no general.architecture"),
         (with_values(split__count=3), "it is one of 3 parts of a model"),
-        (with_tensor("blk.0.attn_q.weight", kind=4), "tensor 'blk.0.attn_q.weight' has the unknown type 4"),
-        (with_tensor("blk.0.attn_q.weight", kind=12), "the impossible shape (32, 32) for blocks of 256"),
-        (with_tensor("blk.0.attn_q.weight", offset=1), "begins at 1, which is no multiple of the alignment 32"),
+        (
+            with_tensor("blk.0.attn_q.weight", kind=4),
+            "tensor 'blk.0.attn_q.weight' has the unknown type 4",
+        ),
+        (
+            with_tensor("blk.0.attn_q.weight", kind=12),
+            "the impossible shape (32, 32) for blocks of 256",
+        ),
+        (
+            with_tensor("blk.0.attn_q.weight", offset=1),
+            "begins at 1, which is no multiple of the alignment 32",
+        ),
         (with_tensor("blk.0.attn_q.weight", offset=32), "begins at 32, within the one before it"),
-        (with_tensor("blk.0.attn_q.weight", offset=2**62), "it is cut off: tensor 'blk.0.attn_q.weight'"),
+        (
+            with_tensor("blk.0.attn_q.weight", offset=2**62),
+            "it is cut off: tensor 'blk.0.attn_q.weight'",
+        ),
         (without_tensors("token_embd"), "it has no table of embeddings"),
         (without_tensors("blk.0."), "llama.block_count is 2, its tensors have 1"),
     ],
@@ -117,17 +161,25 @@ def test_a_hostile_number_of_texts_is_not_counted_through(tmp_path: Path) -> Non
     file.write_bytes(content[:at] + struct.pack("<Q", MAX_STRINGS + 1) + content[at + 8 :])
     with file.open("r+b") as sparse:
         sparse.truncate(8 * (MAX_STRINGS + 2) + len(content))
-    assert f"value 'long' has {MAX_STRINGS + 1} texts, at most {MAX_STRINGS} are read" in refused(file)
+    assert f"value 'long' has {MAX_STRINGS + 1} texts, at most {MAX_STRINGS} are read" in refused(
+        file
+    )
 
 
 @given(length=st.integers(0, len(GOOD) - 1))
-def test_no_piece_of_a_file_passes_for_the_whole(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_piece_of_a_file_passes_for_the_whole(
+    length: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path_factory.getbasetemp() / "piece.gguf"
     file.write_bytes(GOOD[:length])
     refused(file)
 
 
-@given(flips=st.lists(st.tuples(st.integers(0, HEADER_BYTES), st.integers(0, 7)), min_size=1, max_size=20))
+@given(
+    flips=st.lists(
+        st.tuples(st.integers(0, HEADER_BYTES), st.integers(0, 7)), min_size=1, max_size=20
+    )
+)
 def test_flipped_bits_of_the_header_are_damage_or_nothing(
     flips: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

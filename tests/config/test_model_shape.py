@@ -13,9 +13,13 @@ from pdlaunch.config.model_families import supported_families
 from pdlaunch.config.model_shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
-SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 90, "num_hidden_layers": 7} | {
-    "pad_token_id": 0
-}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "vocab_size": 90,
+    "num_hidden_layers": 7,
+} | {"pad_token_id": 0}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -29,8 +33,18 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
-    "qwen2 window off": {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 64, "max_window_layers": 3},
-    "qwen2 window": {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 3},
+    "qwen2 window off": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "sliding_window": 64,
+        "max_window_layers": 3,
+    },
+    "qwen2 window": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "max_window_layers": 3,
+    },
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
     "qwen3 biased": {"model_type": "qwen3", "num_key_value_heads": 4, "attention_bias": True},
     "qwen3 layer_types": {
@@ -41,19 +55,42 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"] * 3 + ["full_attention"],
     },
     "mistral": {"model_type": "mistral", "num_key_value_heads": 2},
-    "mistral window": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 33, "dtype": "float16"},
-    "mistral full": {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None, "head_dim": 10},
+    "mistral window": {
+        "model_type": "mistral",
+        "num_key_value_heads": 1,
+        "sliding_window": 33,
+        "dtype": "float16",
+    },
+    "mistral full": {
+        "model_type": "mistral",
+        "num_key_value_heads": 1,
+        "sliding_window": None,
+        "head_dim": 10,
+    },
     "gemma3_text": {"model_type": "gemma3_text"},
-    "gemma3_text pattern": {"model_type": "gemma3_text", "sliding_window_pattern": 3, "sliding_window": 20, "head_dim": 8},
+    "gemma3_text pattern": {
+        "model_type": "gemma3_text",
+        "sliding_window_pattern": 3,
+        "sliding_window": 20,
+        "head_dim": 8,
+    },
     "gemma3_text layer_types": {
         "model_type": "gemma3_text",
         "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 4,
         "attention_bias": True,
         "tie_word_embeddings": False,
     },
-    "gemma3 multimodal": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL},
+    "gemma3 multimodal": {
+        "model_type": "gemma3",
+        "text_config": {"model_type": "gemma3_text", "head_dim": 8} | SMALL,
+    },
     "smollm3": {"model_type": "smollm3"},
-    "gpt_oss": {"model_type": "gpt_oss", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "gpt_oss layer_types": {
         "model_type": "gpt_oss",
         "num_key_value_heads": 2,
@@ -64,7 +101,12 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 6,
         "layer_types": ["full_attention"] * 6 + ["sliding_attention"],
     },
-    "smollm3 window": {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 2},
+    "smollm3 window": {
+        "model_type": "smollm3",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "no_rope_layer_interval": 2,
+    },
 }
 
 
@@ -115,11 +157,23 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
 def test_silent_file_means_the_family_defaults(family: str, tmp_path: Path) -> None:
     shape = read_model_shape(write(tmp_path, model_type=family))
     config = AutoConfig.from_pretrained(tmp_path)
-    names = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "bos_token_id")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "bos_token_id",
+    )
     assert [getattr(shape, name) for name in names] == [getattr(config, name) for name in names]
-    assert (shape.num_layers, shape.num_attention_heads) == (config.num_hidden_layers, config.num_attention_heads)
+    assert (shape.num_layers, shape.num_attention_heads) == (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+    )
     assert shape.num_kv_heads == config.num_key_value_heads
-    assert shape.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert shape.head_dim == (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     assert shape.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
 
 
@@ -133,7 +187,16 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
 
 def test_parameter_bytes() -> None:
     sizes = dict.fromkeys(
-        ("num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"), 1
+        (
+            "num_layers",
+            "num_attention_heads",
+            "num_kv_heads",
+            "head_dim",
+            "hidden_size",
+            "intermediate_size",
+            "vocab_size",
+        ),
+        1,
     )
     shape = ModelShape(
         **sizes,
@@ -156,27 +219,54 @@ def test_parameter_bytes() -> None:
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "MLA"),
         ({"model_type": "mamba2", "state_size": 128}, "Mamba"),
         ({"model_type": "falcon_mamba"}, "Mamba"),
-        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear-attention"),
+        (
+            {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
+            "linear-attention",
+        ),
         ({"model_type": "jamba", "mamba_d_state": 16, "num_experts": 16}, "Mamba"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "MoE"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "MoE"),
-        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            "quantization_config",
+        ),
         ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "soft-capping"),
         ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "soft-capping"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
+            "quantization_config",
+        ),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
-        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"full_attention": {"rope_type": "longrope"}},
+            },
+            "rope_type",
+        ),
         ({"model_type": "llama4_text_like"}, "gemma3_text, gpt_oss, llama"),
         ({}, "model_type None"),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "switches the sliding window off"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32},
+            "switches the sliding window off",
+        ),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "names 1 layers"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
-        ({"model_type": "mistral", "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "one window"),
+        (
+            {
+                "model_type": "mistral",
+                "num_hidden_layers": 2,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "one window",
+        ),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused_by_name(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         read_model_shape(write(tmp_path, **settings))
     assert reason in f"{caught.value} {caught.value.fix}"
@@ -203,7 +293,15 @@ def test_impossible_sizes_are_named(settings: dict[str, Any], name: str, tmp_pat
         ({"model_type": "mistral", "sliding_window": -3}, "sliding_window"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window"),
         ({"model_type": "qwen3", "layer_types": [["full"]]}, "layer_types"),
-        ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 3, "no_rope_layers": [1]}, "layer_types"),
+        (
+            {
+                "model_type": "smollm3",
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "no_rope_layers": [1],
+            },
+            "layer_types",
+        ),
     ],
 )
 def test_impossible_windows_are_named(settings: dict[str, Any], name: str, tmp_path: Path) -> None:

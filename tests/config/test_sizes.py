@@ -34,8 +34,13 @@ def test_what_a_size_means(text: object, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 
 
-@pytest.mark.parametrize(("text", "both"), [("2G", "2GiB (powers of 1024) or 2GB"), ("1.5k", "1.5KiB (powers of 1024) or 1.5kB")])
-def test_a_unit_that_tools_disagree_about_is_refused_with_both_readings(text: str, both: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "both"),
+    [("2G", "2GiB (powers of 1024) or 2GB"), ("1.5k", "1.5KiB (powers of 1024) or 1.5kB")],
+)
+def test_a_unit_that_tools_disagree_about_is_refused_with_both_readings(
+    text: str, both: str
+) -> None:
     with pytest.raises(ValueError, match="may mean") as refused:
         parse_size(text)
     assert both in str(refused.value)

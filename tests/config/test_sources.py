@@ -25,7 +25,9 @@ def file(tmp_path):
 
 
 def load(path: Path | None = None, environ: dict | None = None, **flags) -> LoadedConfig:
-    return load_config(path, environ or {}, {name.replace("__", "."): value for name, value in flags.items()})
+    return load_config(
+        path, environ or {}, {name.replace("__", "."): value for name, value in flags.items()}
+    )
 
 
 def problems(path: Path | None = None, environ: dict | None = None, **flags) -> tuple[Problem, ...]:
@@ -48,7 +50,13 @@ class TestConnectors:
         assert loaded.config.kv_transfer.file_directory == "/kv"
 
     def test_only_nixl_has_paths(self):
-        problem = only(problems(kv_transfer__connector="file", kv_transfer__file_directory="/kv", kv_transfer__path="p2p"))
+        problem = only(
+            problems(
+                kv_transfer__connector="file",
+                kv_transfer__file_directory="/kv",
+                kv_transfer__path="p2p",
+            )
+        )
         assert (problem.field, problem.value) == ("kv_transfer.path", "'p2p'")
         assert "only connector nixl has paths" in problem.message
 
@@ -64,7 +72,11 @@ class TestPrecedence:
         path = file("block_size: 32\nport: 1111\nhost: filehost\n")
         environ = {"PDLAUNCH_BLOCK_SIZE": "64", "PDLAUNCH_PORT": "2222"}
         loaded = load(path, environ, block_size=128)
-        assert (loaded.config.block_size, loaded.config.port, loaded.config.host) == (128, 2222, "filehost")
+        assert (loaded.config.block_size, loaded.config.port, loaded.config.host) == (
+            128,
+            2222,
+            "filehost",
+        )
         assert loaded.origins["block_size"] == Origin("flag", "--block-size")
         assert loaded.origins["port"] == Origin("environment", "PDLAUNCH_PORT")
         assert loaded.origins["host"] == Origin("file", f"{path}:3:7")
@@ -107,7 +119,9 @@ class TestEnvironment:
         assert load(environ={name: value}).origins[path] == Origin("environment", name)
 
     def test_values_are_read_as_in_the_file(self):
-        config = load(environ={"PDLAUNCH_KV_TRANSFER__VERIFY": "off", "PDLAUNCH_KV_CACHE_MEMORY": "2GiB"}).config
+        config = load(
+            environ={"PDLAUNCH_KV_TRANSFER__VERIFY": "off", "PDLAUNCH_KV_CACHE_MEMORY": "2GiB"}
+        ).config
         assert config.kv_transfer.verify is False
         assert config.kv_cache_memory == 2 * 1024**3
 
@@ -121,14 +135,19 @@ class TestEnvironment:
         assert problem.fix == "did you mean PDLAUNCH_KV_CONNECTOR?"
 
     def test_other_variables_are_left_alone(self):
-        assert load(environ={"PDLAUNCH_CACHE": "/x", "HOME": "/y", "pdlaunch_model": "z"}).config == LaunchConfig()
+        assert (
+            load(environ={"PDLAUNCH_CACHE": "/x", "HOME": "/y", "pdlaunch_model": "z"}).config
+            == LaunchConfig()
+        )
 
     def test_empty_variables_are_refused(self):
         problem = only(problems(environ={"PDLAUNCH_API_KEY": ""}))
         assert "empty" in problem.message
 
     def test_two_variables_for_one_field_are_refused(self):
-        problem = only(problems(environ={"PDLAUNCH_PREFILL": "1", "PDLAUNCH_PREFILL__REPLICAS": "1"}))
+        problem = only(
+            problems(environ={"PDLAUNCH_PREFILL": "1", "PDLAUNCH_PREFILL__REPLICAS": "1"})
+        )
         assert "PDLAUNCH_PREFILL" in problem.message
 
 
@@ -218,16 +237,27 @@ class TestFileProblems:
 
     def test_all_problems_of_all_sources_are_told_at_once(self, file):
         found = problems(file("modl: x\nport: 99999\n"), {"PDLAUNCH_X": "1"}, block_size=0)
-        assert {p.where.rpartition("/")[2] for p in found} == {"deploy.yaml:1:1", "deploy.yaml:2:7", "PDLAUNCH_X", "--block-size"}
+        assert {p.where.rpartition("/")[2] for p in found} == {
+            "deploy.yaml:1:1",
+            "deploy.yaml:2:7",
+            "PDLAUNCH_X",
+            "--block-size",
+        }
 
     def test_the_error_names_field_value_and_fix(self, file):
         with pytest.raises(ConfigError, match=r"deploy.yaml:1:8: dtype: 'float33'") as caught:
             load(file("dtype: float33\n"))
-        assert (caught.value.field, caught.value.value, caught.value.fix) == ("dtype", "'float33'", "did you mean float32?")
+        assert (caught.value.field, caught.value.value, caught.value.fix) == (
+            "dtype",
+            "'float33'",
+            "did you mean float32?",
+        )
 
 
 class TestScalars:
-    @pytest.mark.parametrize(("text", "value"), [("8_000", 8000), ("0", 0), ("010", 10), ("'9000'", 9000), ("+7", 7)])
+    @pytest.mark.parametrize(
+        ("text", "value"), [("8_000", 8000), ("0", 0), ("010", 10), ("'9000'", 9000), ("+7", 7)]
+    )
     def test_ports(self, file, text, value):
         assert load(file(f"port: {text}\n")).config.port == value
 
@@ -239,7 +269,10 @@ class TestScalars:
     def test_seconds(self, file, text, value):
         assert load(file(f"startup_timeout_s: {text}\n")).config.startup_timeout_s == value
 
-    @pytest.mark.parametrize(("text", "value"), [("on", True), ("off", False), ("yes", True), ("false", False), ("'off'", False)])
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [("on", True), ("off", False), ("yes", True), ("false", False), ("'off'", False)],
+    )
     def test_switches(self, file, text, value):
         assert load(file(f"kv_transfer: {{verify: {text}}}\n")).config.kv_transfer.verify is value
 
@@ -279,7 +312,10 @@ class TestSecrets:
         with pytest.raises(InvalidConfigError) as caught:
             load(file(text.format(s=self.SECRET)))
         error = caught.value
-        assert self.SECRET not in f"{error} {error.problems!r} {error.value!r} {error.__context__ if error.__cause__ else ''}"
+        assert (
+            self.SECRET
+            not in f"{error} {error.problems!r} {error.value!r} {error.__context__ if error.__cause__ else ''}"
+        )
 
     def test_never_in_origins_or_shown_config(self):
         loaded = load(environ={"PDLAUNCH_API_KEY": self.SECRET})
@@ -305,7 +341,9 @@ class TestMemoryOptions:
         assert memory_options(loaded.config.engine_settings("decode")).cumem_allocator
         assert not memory_options(loaded.config.engine_settings("prefill")).cumem_allocator
         assert loaded.origins["decode.enable_cumem_allocator"].kind == "derived"
-        assert "prefill" not in {path.partition(".")[0] for path, o in loaded.origins.items() if o.kind == "derived"}
+        assert "prefill" not in {
+            path.partition(".")[0] for path, o in loaded.origins.items() if o.kind == "derived"
+        }
 
     def test_allocator_alone_needs_no_reason(self):
         options = memory_options(EngineSettings(enable_cumem_allocator=True))
@@ -334,7 +372,9 @@ class TestMemoryOptions:
 
 class TestHostTier:
     def test_off_by_default(self):
-        assert load().config.engine_settings("prefill").kv_offload == KVOffloadSettings(host_memory=0, policy="arc")
+        assert load().config.engine_settings("prefill").kv_offload == KVOffloadSettings(
+            host_memory=0, policy="arc"
+        )
 
     def test_a_role_overrides_single_settings_of_the_section(self, file):
         loaded = load(
@@ -342,7 +382,9 @@ class TestHostTier:
             environ={"PDLAUNCH_DECODE__KV_OFFLOAD__POLICY": "lru"},
         )
         assert loaded.config.engine_settings("prefill").kv_offload.host_memory == 0
-        assert loaded.config.engine_settings("decode").kv_offload == KVOffloadSettings(host_memory=8 * 1024**3, policy="lru")
+        assert loaded.config.engine_settings("decode").kv_offload == KVOffloadSettings(
+            host_memory=8 * 1024**3, policy="lru"
+        )
         assert loaded.origins["prefill.kv_offload.host_memory"].detail.endswith(":4:18")
 
     def test_the_variable_of_the_flag(self):

@@ -19,7 +19,10 @@ def safetensors(entries: dict[str, object], data: bytes) -> bytes:
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-GOOD = safetensors({"__metadata__": {"format": "pt"}, "a": ENTRY, "b": ENTRY | {"data_offsets": [8, 16]}}, b"x" * 16)
+GOOD = safetensors(
+    {"__metadata__": {"format": "pt"}, "a": ENTRY, "b": ENTRY | {"data_offsets": [8, 16]}},
+    b"x" * 16,
+)
 
 
 def refused(folder: Path) -> ConfigError:
@@ -53,13 +56,17 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
 
 def test_missing_shards_are_named_with_the_index(tmp_path: Path) -> None:
     names = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {f"w{n}": name for n, name in enumerate(names)}}))
+    (tmp_path / INDEX).write_text(
+        json.dumps({"weight_map": {f"w{n}": name for n, name in enumerate(names)}})
+    )
     (tmp_path / names[0]).write_bytes(GOOD)
     text = str(refused(tmp_path))
     assert f"has no {names[1]}, {names[2]}, {names[3]} and 1 more, which {INDEX} names" in text
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"weight_map": 1}', b'{"weight_map": {"a": 5}}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"{}", b'{"weight_map": 1}', b'{"weight_map": {"a": 5}}', b"\xff"]
+)
 def test_a_damaged_index_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(text)
     assert f"{INDEX} is damaged: it cannot be read" in str(refused(tmp_path))
@@ -75,13 +82,22 @@ def test_a_damaged_index_is_named(text: bytes, tmp_path: Path) -> None:
         (GOOD + b"x", "it has 1 bytes more than its header knows of"),
         (struct.pack("<Q", 2**60) + GOOD[8:], "it is no safetensors file but unknown content"),
         (b"PK\x03\x04" + b"x" * 100, "it is no safetensors file but a zip archive"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "it is no safetensors file but a Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "it is no safetensors file but a Git LFS pointer",
+        ),
         (GOOD[:9] + b"\xff" + GOOD[10:], "its header cannot be read"),
         (safetensors({"a": 5}, b""), "its header cannot be read"),
         (safetensors({"a": ENTRY | {"data_offsets": [0]}}, b""), "its header cannot be read"),
         (safetensors({"a": ENTRY | {"data_offsets": ["0", 8]}}, b""), "its header"),
-        (safetensors({"a": ENTRY | {"data_offsets": [4, 12]}}, b"x" * 12), "a tensor from 4 to 12 where one begins at 0"),
-        (safetensors({"a": ENTRY | {"data_offsets": [0, -8]}}, b""), "a tensor from 0 to -8 where one begins at 0"),
+        (
+            safetensors({"a": ENTRY | {"data_offsets": [4, 12]}}, b"x" * 12),
+            "a tensor from 4 to 12 where one begins at 0",
+        ),
+        (
+            safetensors({"a": ENTRY | {"data_offsets": [0, -8]}}, b""),
+            "a tensor from 0 to -8 where one begins at 0",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(content: bytes, said: str, tmp_path: Path) -> None:

@@ -17,23 +17,41 @@ from pdlaunch.client.smoke import engines_of, leftovers
 def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
     """Token ids of a greedy completion of exactly ``num_tokens``, of a router or one engine."""
     api = url if isinstance(url, Api) else Api(url)
-    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     status, answer = api.post("/v1/completions", body | fields)
     assert status == 200, answer
     return answer["choices"][0]["token_ids"]
 
 
-def complete_all(url: str, prompts: list[list[int]], num_tokens: int, concurrency: int, **fields: Any) -> list[list[int]]:
+def complete_all(
+    url: str, prompts: list[list[int]], num_tokens: int, concurrency: int, **fields: Any
+) -> list[list[int]]:
     with ThreadPoolExecutor(concurrency) as pool:
         return list(pool.map(lambda prompt: complete(url, prompt, num_tokens, **fields), prompts))
 
 
 @contextmanager
-def streamed(url: str, prompt: list[int], num_tokens: int, **fields: Any) -> Iterator[Iterator[int]]:
+def streamed(
+    url: str, prompt: list[int], num_tokens: int, **fields: Any
+) -> Iterator[Iterator[int]]:
     """Token ids of a greedy completion as they come."""
-    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     content = json.dumps(body | {"stream": True} | fields).encode()
-    request = urllib.request.Request(url + "/v1/completions", data=content, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url + "/v1/completions", data=content, headers={"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=300) as response:
         yield _token_ids(response)
 
@@ -50,7 +68,11 @@ def _token_ids(lines: Iterable[bytes]) -> Iterator[int]:
 def engine_apis(url: str, role: str | None = None) -> list[Api]:
     """The engines of a launch, or those of one role, each alone."""
     admin = admin_api(url)
-    return [admin.engine(engine["name"]) for engine in engines_of(admin) if role in (None, engine["role"])]
+    return [
+        admin.engine(engine["name"])
+        for engine in engines_of(admin)
+        if role in (None, engine["role"])
+    ]
 
 
 def engine_total(url: str, name: str) -> float:
@@ -59,7 +81,9 @@ def engine_total(url: str, name: str) -> float:
 
 
 def count_now(api: Api, name: str) -> float:
-    """A counter of ``EngineStats`` as an engine's rank 0 says it, of this very moment; 0 while there is no rank."""
+    """A counter of ``EngineStats`` as an engine's rank 0 says it, of this very moment; 0 while
+    there is no rank.
+    """
     return float(json.loads(api.get("/pdlaunch/integrity")[1]).get("stats", {}).get(name, 0))
 
 

@@ -19,11 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def clean_environ() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PDLAUNCH_") or name == "PDLAUNCH_CACHE"
+    }
 
 
 @pytest.fixture(scope="package")
 def demo() -> Iterator[Deployment]:
-    """One prefill and one decode engine with the demo model, float32; they end with the tests of this folder."""
+    """One prefill and one decode engine with the demo model, float32; they end with the tests of
+    this folder.
+    """
     with running_deployment(DEMO_ARGUMENTS, environ=clean_environ()) as deployment:
         yield deployment

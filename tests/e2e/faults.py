@@ -27,19 +27,27 @@ from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 
 TINY = ("--dtype", "float32", "--kv-cache-memory", "2MiB")
-SHORT_DEADLINES = {"PDLAUNCH_KV_TRANSFER__LEASE_S": "3", "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5"}
+SHORT_DEADLINES = {
+    "PDLAUNCH_KV_TRANSFER__LEASE_S": "3",
+    "PDLAUNCH_KV_TRANSFER__PULL_TIMEOUT_S": "1.5",
+}
 
 
 @contextmanager
 def faulty_deployment(
-    model: Path, faults: Mapping[str, Any] | None, *arguments: str, environ: Mapping[str, str] = SHORT_DEADLINES
+    model: Path,
+    faults: Mapping[str, Any] | None,
+    *arguments: str,
+    environ: Mapping[str, str] = SHORT_DEADLINES,
 ) -> Iterator[Deployment]:
     """One prefill and one decode engine; ``faults``: fields of ``FaultPlan``."""
     plan = {} if faults is None else {"PDLAUNCH_ENV__PDLAUNCH_CHAOS": json.dumps(faults)}
     command = ("--model", str(model), *TINY, *arguments)
     # Prompts take several steps: faults meet chunked prefills too.
     chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}
-    with running_deployment(command, environ=clean_environ() | chunks | dict(environ) | plan) as deployment:
+    with running_deployment(
+        command, environ=clean_environ() | chunks | dict(environ) | plan
+    ) as deployment:
         yield deployment
 
 
@@ -57,7 +65,9 @@ def paused(process: psutil.Process) -> Iterator[None]:
 
 @dataclass
 class Kill:
-    """One ``kill -9``, or ``SIGSTOP``, and what clients saw of it; all seconds are counted from it."""
+    """One ``kill -9``, or ``SIGSTOP``, and what clients saw of it; all seconds are counted from
+    it.
+    """
 
     process: str
     killed_s: float
@@ -80,7 +90,8 @@ async def load_with_kills(
     pause_s: tuple[float, float],
     signal_number: int = signal.SIGKILL,
 ) -> tuple[SoakReport, list[Kill]]:
-    """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or with its last request.
+    """Kill each of ``processes`` in turn under load; the load ends when the last one is back, or
+    with its last request.
 
     Those whose names are joined by ``+`` are killed at once.
     """
@@ -92,7 +103,9 @@ async def load_with_kills(
         for name in processes:
             await asyncio.sleep(source.uniform(*pause_s))
             for rank in [each for each in name.split("+") if "/rank-" in each]:
-                buried.update(await asyncio.to_thread(counters_of, deployment, rank.partition("/")[0]))
+                buried.update(
+                    await asyncio.to_thread(counters_of, deployment, rank.partition("/")[0])
+                )
             kills.append(await kill_and_wait(deployment, name, signal_number))
         await asyncio.sleep(pause_s[0])
 
@@ -113,7 +126,9 @@ async def load_with_kills(
 
 def counters_of(deployment: Deployment, engine: str) -> dict[str, float]:
     """What a rank has counted, which dies with it."""
-    stats = json.loads(admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1])["stats"]
+    stats = json.loads(admin_api(deployment.url).engine(engine).get("/pdlaunch/integrity")[1])[
+        "stats"
+    ]
     return {name: value for name, value in stats.items() if not name.startswith("num_")}
 
 
@@ -124,8 +139,12 @@ async def end(killer: asyncio.Task[None]) -> None:
         await killer
 
 
-async def kill_and_wait(deployment: Deployment, name: str, signal_number: int, timeout_s: float = 300.0) -> Kill:
-    """Kill a process or several, or stop them for good, and wait until their successors are ready."""
+async def kill_and_wait(
+    deployment: Deployment, name: str, signal_number: int, timeout_s: float = 300.0
+) -> Kill:
+    """Kill a process or several, or stop them for good, and wait until their successors are
+    ready.
+    """
     processes = deployment.processes()
     old = {each: processes[each] for each in name.split("+")}
     killed_s = time.monotonic()
@@ -133,7 +152,9 @@ async def kill_and_wait(deployment: Deployment, name: str, signal_number: int, t
         process.send_signal(signal_number)
     while time.monotonic() < killed_s + timeout_s:
         await asyncio.sleep(0.05)
-        if await asyncio.to_thread(_are_back, deployment, {each: process.pid for each, process in old.items()}):
+        if await asyncio.to_thread(
+            _are_back, deployment, {each: process.pid for each, process in old.items()}
+        ):
             return Kill(name, killed_s, time.monotonic() - killed_s)
     raise AssertionError(f"{name} did not come back within {timeout_s:g} s:\n{deployment.output()}")
 
@@ -144,7 +165,10 @@ def _are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
         return False
     engines = {name.partition("/")[0] for name in old_pids} - {"router"}
     try:
-        states = {engine["name"]: engine["state"] for engine in engines_of(Api(deployment.url, timeout_s=5))}
+        states = {
+            engine["name"]: engine["state"]
+            for engine in engines_of(Api(deployment.url, timeout_s=5))
+        }
         # An engine whose server and ranks are dead is not listed at all.
         if not (states.keys() >= engines and set(states.values()) == {"ready"}):
             return False
@@ -157,7 +181,10 @@ def _are_back(deployment: Deployment, old_pids: Mapping[str, int]) -> bool:
 
 def tracebacks(deployment: Deployment) -> dict[str, int]:
     """How many there are in which log: expected deaths and restarts are one line each."""
-    counts = {path.name: path.read_text(errors="replace").count("Traceback") for path in deployment.log_dir.iterdir()}
+    counts = {
+        path.name: path.read_text(errors="replace").count("Traceback")
+        for path in deployment.log_dir.iterdir()
+    }
     return {name: count for name, count in counts.items() if count}
 
 

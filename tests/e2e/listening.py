@@ -12,12 +12,18 @@ from pdlaunch.client.deployment import Deployment
 
 TIMEOUT_S = 20.0
 ZMQ_GREETING = b"\xff" + bytes(8) + b"\x7f\x03"
-"""Signature and major version; the mechanism of the other side comes back. Source: ZMTP 3.0, 23/ZMTP."""
+"""Signature and major version; the mechanism of the other side comes back. Source: ZMTP 3.0,
+23/ZMTP.
+"""
 
 
 def unlocked_ports(deployment: Deployment) -> dict[str, int]:
-    """Number of TCP ports of each process that speak neither HTTP, which has its own tests, nor ZMQ with CURVE."""
-    processes = {name: psutil.Process(process.pid) for name, process in deployment.processes().items()}
+    """Number of TCP ports of each process that speak neither HTTP, which has its own tests, nor ZMQ
+    with CURVE.
+    """
+    processes = {
+        name: psutil.Process(process.pid) for name, process in deployment.processes().items()
+    }
     processes["supervisor"] = psutil.Process(deployment.process.pid)
     ports = [
         (name, each.laddr.port)
@@ -27,11 +33,15 @@ def unlocked_ports(deployment: Deployment) -> dict[str, int]:
     ]
     with ThreadPoolExecutor(len(ports)) as pool:
         is_locked = pool.map(lambda item: speaks_http(item[1]) or speaks_curve(item[1]), ports)
-    return dict(Counter(name for (name, _), locked in zip(ports, is_locked, strict=True) if not locked))
+    return dict(
+        Counter(name for (name, _), locked in zip(ports, is_locked, strict=True) if not locked)
+    )
 
 
 def speaks_http(port: int) -> bool:
-    return exchange(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 ")
+    return exchange(
+        port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    ).startswith(b"HTTP/1.1 ")
 
 
 def speaks_curve(port: int) -> bool:
@@ -40,7 +50,9 @@ def speaks_curve(port: int) -> bool:
 
 
 def exchange(port: int, message: bytes) -> bytes:
-    """The first bytes of the answer; empty when there is none for two seconds, as from a port that waits for more."""
+    """The first bytes of the answer; empty when there is none for two seconds, as from a port that
+    waits for more.
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as stranger:
         try:
             stranger.sendall(message)

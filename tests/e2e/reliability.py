@@ -1,5 +1,7 @@
 # ruff: noqa: T201 - a script
-"""Repeats the figures of docs/reliability.md: ``python -m tests.e2e.reliability soak | kills | cancels``."""
+"""Repeats the figures of docs/reliability.md: ``python -m tests.e2e.reliability soak | kills |
+cancels``.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ class Scenario:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {"PDLAUNCH_HANG_TIMEOUT_S": str(HANG_TIMEOUT_S)} if self.signal_number == signal.SIGSTOP else {}
+        return (
+            {"PDLAUNCH_HANG_TIMEOUT_S": str(HANG_TIMEOUT_S)}
+            if self.signal_number == signal.SIGSTOP
+            else {}
+        )
 
 
 SCENARIOS = (
@@ -58,23 +64,40 @@ SCENARIOS = (
     Scenario("the router and decode's rank at once", "router+decode-0/rank-0", loses=True),
     Scenario("prefill's rank, stopped", "prefill-0/rank-0", signal_number=signal.SIGSTOP),
     Scenario("decode's rank, stopped", "decode-0/rank-0", signal_number=signal.SIGSTOP),
-    Scenario("one of three decode TP ranks, stopped", "decode-0/rank-1", ("--decode-tp", "3"), signal.SIGSTOP),
+    Scenario(
+        "one of three decode TP ranks, stopped",
+        "decode-0/rank-1",
+        ("--decode-tp", "3"),
+        signal.SIGSTOP,
+    ),
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("soak", "kills", "cancels"))
-    parser.add_argument("--requests", type=int, help="how many; of cancels: clients that have gone away")
+    parser.add_argument(
+        "--requests", type=int, help="how many; of cancels: clients that have gone away"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.15, help="share of READs that meet a fault")
-    parser.add_argument("--only", default="", help="kills: the scenarios whose title has this in it")
+    parser.add_argument(
+        "--only", default="", help="kills: the scenarios whose title has this in it"
+    )
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument("--path", default="auto", help="kv_transfer.path of the soak")
-    parser.add_argument("--host-tier", action="store_true", help="soak with a small KV cache over a tier in host memory")
+    parser.add_argument(
+        "--host-tier",
+        action="store_true",
+        help="soak with a small KV cache over a tier in host memory",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = {family: make_tiny_model(family, Path(folder)) for family in FAMILIES if options.family in (None, family)}
+        models = {
+            family: make_tiny_model(family, Path(folder))
+            for family in FAMILIES
+            if options.family in (None, family)
+        }
         if options.what == "kills":
             return run_kills(models["llama"], options.seed, options.only)
         if options.what == "cancels":
@@ -83,25 +106,35 @@ def main() -> int:
 
 
 def run_soak(model: Path, asked: argparse.Namespace) -> int:
-    """Every fault, cancels, and kills of the engines' ranks in turn, so rarely that the supervisor forgets the one before."""
+    """Every fault, cancels, and kills of the engines' ranks in turn, so rarely that the supervisor
+    forgets the one before.
+    """
     seed, num_requests = asked.seed, asked.requests or 3000
     arguments = HOST_TIER if asked.host_tier else ()
     environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__PATH": asked.path}
     faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
-        options = SoakOptions(url=deployment.url, seed=seed, num_requests=num_requests, concurrency=12, num_cases=64)
+        options = SoakOptions(
+            url=deployment.url, seed=seed, num_requests=num_requests, concurrency=12, num_cases=64
+        )
         pause_s = 25, 60
         names = ["prefill-0/rank-0", "decode-0/rank-0"] * 100
-        report, kills = asyncio.run(load_with_kills(deployment, options, names, random.Random(seed), pause_s=pause_s))
+        report, kills = asyncio.run(
+            load_with_kills(deployment, options, names, random.Random(seed), pause_s=pause_s)
+        )
         print(f"{model.name}: {len(kills)} kills")
         return show(model.name, report)
 
 
 def run_kills(model: Path, seed: int, only: str = "") -> int:
-    """Default options; one deployment for each scenario. Prints the table of docs/reliability.md at the end."""
+    """Default options; one deployment for each scenario. Prints the table of docs/reliability.md at
+    the end.
+    """
     rows, code, num_requests, num_migrations = [], 0, 0, 0.0
     for scenario in [each for each in SCENARIOS if only in each.title]:
-        with faulty_deployment(model, None, *scenario.arguments, environ=scenario.environ) as deployment:
+        with faulty_deployment(
+            model, None, *scenario.arguments, environ=scenario.environ
+        ) as deployment:
             options = SoakOptions(
                 url=deployment.url,
                 seed=seed,
@@ -112,14 +145,24 @@ def run_kills(model: Path, seed: int, only: str = "") -> int:
                 cancel_share=0,
             )
             names, source = [scenario.process] * NUM_KILLS, random.Random(seed)
-            load = load_with_kills(deployment, options, names, source, pause_s=(2, 6), signal_number=scenario.signal_number)
+            load = load_with_kills(
+                deployment,
+                options,
+                names,
+                source,
+                pause_s=(2, 6),
+                signal_number=scenario.signal_number,
+            )
             report, kills = asyncio.run(load)
         failed = show(scenario.title, report) or bool(report.outcomes["error"])
         code |= failed and not scenario.loses
         rows.append(table_row(scenario.title, kills))
         num_requests += report.num_requests
         num_migrations += report.totals["router_migrations"]
-    print("| killed | requests in flight | lost | longest gap (s), each kill | ready again (s), each kill |")
+    print(
+        "| killed | requests in flight | lost | longest gap (s), each kill | ready again (s), each "
+        "kill |"
+    )
     print("|---|---|---|---|---|")
     print(*rows, sep="\n")
     print(f"{num_requests} requests; {num_migrations:g} answers went on at another engine")
@@ -130,12 +173,15 @@ def table_row(title: str, kills: Sequence[Kill]) -> str:
     gaps = ", ".join(f"{kill.longest_gap_s:.1f}" for kill in kills)
     ready = ", ".join(f"{kill.ready_s:.1f}" for kill in kills)
     return (
-        f"| {title} | {sum(kill.num_in_flight for kill in kills)} | {sum(kill.num_lost for kill in kills)} | {gaps} | {ready} |"
+        f"| {title} | {sum(kill.num_in_flight for kill in kills)} | "
+        f"{sum(kill.num_lost for kill in kills)} | {gaps} | {ready} |"
     )
 
 
 def run_cancels(model: Path, seed: int, num_cancels: int) -> int:
-    """Default options; every client goes away, at a random moment. Those that had their whole answer before do not count."""
+    """Default options; every client goes away, at a random moment. Those that had their whole
+    answer before do not count.
+    """
     with faulty_deployment(model, None, environ={}) as deployment:
         options = SoakOptions(
             url=deployment.url,
@@ -153,7 +199,10 @@ def run_cancels(model: Path, seed: int, num_cancels: int) -> int:
 
 def show(title: str, report: SoakReport) -> int:
     """Print a report; returns the exit code."""
-    print(f"{title}: {report.num_requests} requests in {report.seconds:.0f} s, slowest {report.longest_s:g} s")
+    print(
+        f"{title}: {report.num_requests} requests in {report.seconds:.0f} s, slowest "
+        f"{report.longest_s:g} s"
+    )
     print(f"  outcomes: {dict(report.outcomes)}")
     print(f"  totals: {json.dumps(report.totals)}")
     for line in [*report.details, *report.left]:

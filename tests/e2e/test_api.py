@@ -32,17 +32,32 @@ def test_everything_that_listens_asks_who_comes(demo: Deployment) -> None:
 
 
 def test_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "smollm2", "messages": QUESTION, "max_tokens": 24, "temperature": 0}
+    fields: dict[str, Any] = {
+        "model": "smollm2",
+        "messages": QUESTION,
+        "max_tokens": 24,
+        "temperature": 0,
+    }
     whole = client.chat.completions.create(**fields)
-    chunks = list(client.chat.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(
+            **fields, stream=True, stream_options={"include_usage": True}
+        )
+    )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert len(text) > 20
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].usage == whole.usage.model_copy(update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details})
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
     assert whole.usage.completion_tokens == 24
     assert len({chunk.id for chunk in chunks}) == 1
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason == "length"
+    assert (
+        [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1]
+        == whole.choices[0].finish_reason
+        == "length"
+    )
 
 
 def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) -> None:
@@ -50,7 +65,9 @@ def test_blocks_of_the_prompt_are_pulled_not_computed_twice(demo: Deployment) ->
     complete(demo.url, list(range(300, 400)), 4)
     # 7 blocks of 16 tokens: 30 layers, K and V, 3 heads of 64 float32.
     assert total_now(demo.url, "transfer_bytes") - before == 7 * 16 * 30 * 2 * 3 * 64 * 4
-    assert told_early(demo.url) - told_before == 1, "decode knew of the prompt while prefill computed it"
+    assert told_early(demo.url) - told_before == 1, (
+        "decode knew of the prompt while prefill computed it"
+    )
 
 
 def told_early(url: str) -> float:
@@ -82,16 +99,25 @@ def test_choices_differ_and_seeds_repeat(client: openai.OpenAI) -> None:
 
 def test_list_of_prompts(client: openai.OpenAI) -> None:
     alone = [
-        client.completions.create(model="smollm2", prompt=prompt, max_tokens=6, temperature=0).choices[0].text
+        client.completions.create(model="smollm2", prompt=prompt, max_tokens=6, temperature=0)
+        .choices[0]
+        .text
         for prompt in ("The sky is", "One, two, three,")
     ]
-    both = client.completions.create(model="smollm2", prompt=["The sky is", "One, two, three,"], max_tokens=6, temperature=0)
+    both = client.completions.create(
+        model="smollm2", prompt=["The sky is", "One, two, three,"], max_tokens=6, temperature=0
+    )
     assert [choice.text for choice in both.choices] == alone
     assert both.usage.completion_tokens == 12
 
 
 def test_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": "smollm2", "messages": QUESTION, "max_tokens": 24, "temperature": 0}
+    fields: dict[str, Any] = {
+        "model": "smollm2",
+        "messages": QUESTION,
+        "max_tokens": 24,
+        "temperature": 0,
+    }
     whole = client.chat.completions.create(**fields).choices[0].message.content
     stop = whole[10:14]
     stopped = client.chat.completions.create(**fields, stop=[stop]).choices[0]
@@ -101,7 +127,12 @@ def test_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
 
 def test_logprobs_of_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="smollm2", messages=QUESTION, max_tokens=5, temperature=0, logprobs=True, top_logprobs=3
+        model="smollm2",
+        messages=QUESTION,
+        max_tokens=5,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
     )
     content = answer.choices[0].logprobs.content
     assert len(content) == 5
@@ -112,9 +143,15 @@ def test_logprobs_of_chat(client: openai.OpenAI) -> None:
 
 def test_characters_of_several_tokens_stream_whole(client: openai.OpenAI) -> None:
     prompt = "🙂🙃🙂🙃🙂🙃🙂🙃"
-    stream = client.completions.create(model="smollm2", prompt=prompt, max_tokens=16, temperature=0, stream=True)
+    stream = client.completions.create(
+        model="smollm2", prompt=prompt, max_tokens=16, temperature=0, stream=True
+    )
     pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-    whole = client.completions.create(model="smollm2", prompt=prompt, max_tokens=16, temperature=0).choices[0].text
+    whole = (
+        client.completions.create(model="smollm2", prompt=prompt, max_tokens=16, temperature=0)
+        .choices[0]
+        .text
+    )
     assert "".join(pieces) == whole
     assert not any("�" in piece for piece in pieces[:-1])
 
@@ -153,7 +190,18 @@ def test_tokenize_and_back(demo: Deployment) -> None:
 
 def test_models_health_and_request_id(demo: Deployment) -> None:
     assert json.loads(Api(demo.url).get("/v1/models")[1])["data"][0]["id"] == "smollm2"
-    command = ["curl", "-sS", "-D", "-", "-o", "/dev/null", "-H", "X-Request-Id: my-id", "-H", "Content-Type: application/json"]
+    command = [
+        "curl",
+        "-sS",
+        "-D",
+        "-",
+        "-o",
+        "/dev/null",
+        "-H",
+        "X-Request-Id: my-id",
+        "-H",
+        "Content-Type: application/json",
+    ]
     headers = subprocess.run(
         [*command, "-d", '{"prompt": "x", "max_tokens": 1}', f"{demo.url}/v1/completions"],
         capture_output=True,
@@ -169,7 +217,9 @@ def test_a_client_that_goes_away_frees_every_block(demo: Deployment) -> None:
     """While prefill computes, and while decode streams."""
     host, port = demo.url.removeprefix("http://").split(":")
     for num_events in (0, 5):
-        body = json.dumps({"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}).encode()
+        body = json.dumps(
+            {"prompt": [7] * 700, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        ).encode()
         with socket.create_connection((host, int(port)), timeout=60) as connection:
             head = [
                 "POST /v1/completions HTTP/1.1",

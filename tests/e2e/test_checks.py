@@ -21,14 +21,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pdlaunch(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pdlaunch", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean_environ(), check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=clean_environ(), check=False
+    )
 
 
 def test_probe_moves_bytes_between_every_pair(tiny_model: Path) -> None:
-    flags = ("--model", str(tiny_model), "--prefill", "2", "--kv-cache-memory", "16MiB", "--port", "0")
+    flags = (
+        "--model",
+        str(tiny_model),
+        "--prefill",
+        "2",
+        "--kv-cache-memory",
+        "16MiB",
+        "--port",
+        "0",
+    )
     result = pdlaunch("check-config", "--probe", "--format", "json", *flags)
     assert result.returncode == 0, result.stdout + result.stderr
-    measured = [finding for finding in json.loads(result.stdout)["findings"] if finding["rule"] == "PD505"]
+    measured = [
+        finding for finding in json.loads(result.stdout)["findings"] if finding["rule"] == "PD505"
+    ]
     assert [finding["where"] for finding in measured] == [
         f"{prefill}/rank-0 -> decode-0/rank-0" for prefill in ("prefill-0", "prefill-1")
     ]
@@ -36,10 +49,21 @@ def test_probe_moves_bytes_between_every_pair(tiny_model: Path) -> None:
 
 
 def test_probe_of_what_cannot_start_names_the_reason(tiny_model: Path) -> None:
-    flags = ("--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--port", "0", "--startup-timeout", "0.5")
+    flags = (
+        "--model",
+        str(tiny_model),
+        "--kv-cache-memory",
+        "16MiB",
+        "--port",
+        "0",
+        "--startup-timeout",
+        "0.5",
+    )
     result = pdlaunch("check-config", "--probe", "--format", "json", *flags)
     assert result.returncode == 1
-    (finding,) = (finding for finding in json.loads(result.stdout)["findings"] if finding["rule"] == "PD501")
+    (finding,) = (
+        finding for finding in json.loads(result.stdout)["findings"] if finding["rule"] == "PD501"
+    )
     assert "0.5 s" in finding["message"]
 
 
@@ -48,8 +72,13 @@ def test_smoke_passes_and_writes_junit(tmp_path: Path) -> None:
     result = pdlaunch("smoke", "--junit", str(report), *DEMO_ARGUMENTS)
     assert result.returncode == 0, result.stdout + result.stderr
     suite = ET.parse(report).getroot()
-    assert (suite.get("failures"), int(suite.get("tests", "0"))) == ("0", len(suite.findall("testcase")))
-    assert "prefill/decode equals one engine alone, prompt 0" in {case.get("name") for case in suite.findall("testcase")}
+    assert (suite.get("failures"), int(suite.get("tests", "0"))) == (
+        "0",
+        len(suite.findall("testcase")),
+    )
+    assert "prefill/decode equals one engine alone, prompt 0" in {
+        case.get("name") for case in suite.findall("testcase")
+    }
 
 
 def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> None:
@@ -61,5 +90,7 @@ def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> No
     report = tmp_path / "smoke.xml"
     result = pdlaunch("smoke", str(config), "--junit", str(report))
     assert result.returncode == 1, result.stdout + result.stderr
-    failed = [case.get("name") for case in ET.parse(report).getroot() if case.find("failure") is not None]
+    failed = [
+        case.get("name") for case in ET.parse(report).getroot() if case.find("failure") is not None
+    ]
     assert failed == ["KV bytes moved from prefill to decode"]

@@ -1,4 +1,6 @@
-"""Whole deployments over the connectors that are not the default; the default is what all other tests use."""
+"""Whole deployments over the connectors that are not the default; the default is what all other
+tests use.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,26 @@ def expected(tiny_model: Path, prompts: list[list[int]]) -> list[list[int]]:
     return greedy(tiny_model, prompts, NUM_TOKENS)
 
 
-@pytest.fixture(scope="module", params=[("mooncake", "--prefill-tp"), ("file", "--decode-tp")], ids=["mooncake", "file"])
+@pytest.fixture(
+    scope="module",
+    params=[("mooncake", "--prefill-tp"), ("file", "--decode-tp")],
+    ids=["mooncake", "file"],
+)
 def deployment(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
     """TP 3 with TP 1."""
     connector, tp_flag = request.param
-    arguments = ["--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--kv-connector", connector, tp_flag, "3"]
+    arguments = [
+        "--model",
+        str(tiny_model),
+        "--kv-cache-memory",
+        "16MiB",
+        "--kv-connector",
+        connector,
+        tp_flag,
+        "3",
+    ]
     if connector == "file":
         arguments += ["--kv-file-directory", str(tmp_path_factory.mktemp("kv"))]
     libraries = find_libraries()
@@ -68,10 +83,14 @@ def test_what_listens_without_asking_who_comes(deployment: Deployment) -> None:
     ranks = {name for name in deployment.processes() if "/rank-" in name}
     role = "prefill" if "decode-0/rank-1" not in ranks else "decode"
     of_mooncake = 2 if role == "prefill" else 0
-    assert found == {name: count for name in ranks if (count := of_mooncake + name.startswith(f"{role}-0/"))}
+    assert found == {
+        name: count for name in ranks if (count := of_mooncake + name.startswith(f"{role}-0/"))
+    }
 
 
-def test_a_killed_prefill_rank_comes_back(deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def test_a_killed_prefill_rank_comes_back(
+    deployment: Deployment, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
     before = total_now(deployment.url, "transfers")
     (victim,) = (
         process
@@ -80,11 +99,15 @@ def test_a_killed_prefill_rank_comes_back(deployment: Deployment, prompts: list[
     )
     victim.kill()
     await_true(lambda: pulled_again(deployment, prompts[-1], before), "a pull from the new rank")
-    assert [complete(deployment.url, prompt, NUM_TOKENS, cache_salt="again") for prompt in prompts] == expected
+    assert [
+        complete(deployment.url, prompt, NUM_TOKENS, cache_salt="again") for prompt in prompts
+    ] == expected
     await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
 
 
 def pulled_again(deployment: Deployment, prompt: list[int], before: float) -> bool:
-    """Asks until an answer has come over the connector; a salt for each question keeps the prefix cache out."""
+    """Asks until an answer has come over the connector; a salt for each question keeps the prefix
+    cache out.
+    """
     complete(deployment.url, prompt, 2, cache_salt=random.random().hex())
     return total_now(deployment.url, "transfers") > before

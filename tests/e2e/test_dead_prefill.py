@@ -1,4 +1,6 @@
-"""A prefill rank dies after its answers: what it has leased is pulled from the memory that it leaves behind."""
+"""A prefill rank dies after its answers: what it has leased is pulled from the memory that it
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ P2P = {
 def test_the_death_of_a_prefill_rank_after_its_answer_costs_nothing(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path)
     expected, spoiled_expected = greedy(model, [PROMPT, SPOILED_PROMPT], NUM_TOKENS)
-    with running_deployment(("--model", str(model), *TINY), environ=clean_environ() | P2P) as deployment:
+    with running_deployment(
+        ("--model", str(model), *TINY), environ=clean_environ() | P2P
+    ) as deployment:
         prefill, decode = (api_of(deployment, role) for role in ("prefill", "decode"))
-        victim, reader = (deployment.processes()[f"{role}-0/rank-0"] for role in ("prefill", "decode"))
+        victim, reader = (
+            deployment.processes()[f"{role}-0/rank-0"] for role in ("prefill", "decode")
+        )
         left_behind = kv_files(victim)
         assert left_behind
         assert left_behind <= kv_files(reader)
@@ -39,21 +45,33 @@ def test_the_death_of_a_prefill_rank_after_its_answer_costs_nothing(tmp_path: Pa
         spoil_kv_memory(victim)
         handed = hand_over(prefill, PROMPT)
         victim.kill()
-        await_true(lambda: state_of(deployment, "prefill-0") != "ready", "the supervisor sees the death")
+        await_true(
+            lambda: state_of(deployment, "prefill-0") != "ready", "the supervisor sees the death"
+        )
 
         # The answer of the dead is as good as that of the living.
         assert complete(decode, PROMPT, NUM_TOKENS, kv_transfer_params=handed) == expected
-        assert counts(decode) == {"transfers": 1, "departed_transfers": 1, "recomputed_requests": 0, "verification_failures": 0}
+        assert counts(decode) == {
+            "transfers": 1,
+            "departed_transfers": 1,
+            "recomputed_requests": 0,
+            "verification_failures": 0,
+        }
         assert left_behind <= kv_files(reader)
 
         # Bytes that are not those of the answer are found, and computed again.
-        assert complete(decode, SPOILED_PROMPT, NUM_TOKENS, kv_transfer_params=spoiled) == spoiled_expected
+        assert (
+            complete(decode, SPOILED_PROMPT, NUM_TOKENS, kv_transfer_params=spoiled)
+            == spoiled_expected
+        )
         found = counts(decode)
         assert (found["transfers"], found["recomputed_requests"]) == (1, 1)
         assert found["verification_failures"] > 0
 
         # Nothing is left to be read.
-        await_true(lambda: not left_behind & kv_files(reader), "the memory of the dead rank is unmapped")
+        await_true(
+            lambda: not left_behind & kv_files(reader), "the memory of the dead rank is unmapped"
+        )
         await_true(lambda: idle(deployment.url), "nothing leased or quarantined")
 
 
@@ -62,12 +80,19 @@ def api_of(deployment: Deployment, role: str) -> Api:
 
 
 def state_of(deployment: Deployment, name: str) -> str:
-    return next(str(engine["state"]) for engine in engines_of(Api(deployment.url)) if engine["name"] == name)
+    return next(
+        str(engine["state"]) for engine in engines_of(Api(deployment.url)) if engine["name"] == name
+    )
 
 
 def hand_over(prefill: Api, prompt: list[int]) -> dict[str, Any]:
     """What decode is given of a prompt that prefill has computed."""
-    body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "kv_transfer_params": {"do_remote_decode": True}}
+    body = {
+        "prompt": prompt,
+        "max_tokens": 1,
+        "temperature": 0,
+        "kv_transfer_params": {"do_remote_decode": True},
+    }
     status, answer = prefill.post("/v1/completions", body)
     assert status == 200, answer
     params: dict[str, Any] = answer["kv_transfer_params"]

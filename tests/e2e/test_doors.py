@@ -1,4 +1,6 @@
-"""Who may open what in a launch with keys: clients, another router, the user who started it, a web page, another user."""
+"""Who may open what in a launch with keys: clients, another router, the user who started it, a web
+page, another user.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
 def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int, str]:
     """Status and text; ``headers`` with _ for -."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    named = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    named = {"Content-Type": "application/json"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
     request = urllib.request.Request(url, data=data, headers=named, method=method)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -86,17 +90,25 @@ def bearer(key: str) -> str:
 
 def engine_routes(folder: Path) -> list[tuple[str, str]]:
     app = make_app(EngineService(engine_spec(folder), CollectorRegistry()), keys=[])
-    return [(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None]
+    return [
+        (route.method, route.resource.canonical)
+        for route in app.router.routes()
+        if route.resource is not None
+    ]
 
 
-def test_no_route_of_an_engine_but_health_opens_without_a_key_or_with_the_clients(doors: Doors, tmp_path: Path) -> None:
+def test_no_route_of_an_engine_but_health_opens_without_a_key_or_with_the_clients(
+    doors: Doors, tmp_path: Path
+) -> None:
     routes = engine_routes(tmp_path)
     assert len(routes) > 12
     for url in doors.engines.values():
         for method, path in routes:
             body = BODY if method == "POST" else None
             for headers in ({}, {"Authorization": bearer(CLIENT)}):
-                assert ask(method, url + path, body, **headers)[0] == (200 if path == "/health" else 401), (path, headers)
+                assert ask(method, url + path, body, **headers)[0] == (
+                    200 if path == "/health" else 401
+                ), (path, headers)
 
 
 def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -> None:
@@ -110,7 +122,12 @@ def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:
     for method, path in COMMANDS:
         for key in (CLIENT, OTHER_ROUTER, ""):
-            status, text = ask(method, doors.router + path, BODY if method == "POST" else None, Authorization=bearer(key))
+            status, text = ask(
+                method,
+                doors.router + path,
+                BODY if method == "POST" else None,
+                Authorization=bearer(key),
+            )
             assert status == 403
             assert "admin_api_key" in text
 
@@ -146,10 +163,19 @@ def test_another_user_cannot_command_it(doors: Doors) -> None:
 def test_commands_of_its_user_reach_every_engine_without_a_key(doors: Doors, command: str) -> None:
     """Engines on a CPU cannot sleep, and say so; on a GPU they do (test_sleep.py)."""
     arguments = [sys.executable, "-P", "-m", "pdlaunch", command, "--url", doors.router]
-    result = subprocess.run(arguments, capture_output=True, text=True, env=clean_environ() | {"COLUMNS": "200"}, check=False)
+    result = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        env=clean_environ() | {"COLUMNS": "200"},
+        check=False,
+    )
     assert result.returncode == 1, result.stderr
     for name in ("prefill-0", "decode-0"):
-        assert any(name in line and "enable_sleep_mode is off" in line for line in result.stdout.splitlines()), result.stdout
+        assert any(
+            name in line and "enable_sleep_mode is off" in line
+            for line in result.stdout.splitlines()
+        ), result.stdout
 
 
 def test_they_still_do_after_a_restart_of_the_router(doors: Doors) -> None:
@@ -177,21 +203,36 @@ def test_web_pages_and_foreign_names_are_refused_at_every_server(doors: Doors) -
     for url, key in servers.items():
         answer = partial(ask, "POST", f"{url}/v1/completions", Authorization=bearer(key))
         assert answer(BODY)[0] == 200
-        assert answer(BODY, Content_Type="Application/JSON; charset=utf-8", Host="localhost:1")[0] == 200
+        assert (
+            answer(BODY, Content_Type="Application/JSON; charset=utf-8", Host="localhost:1")[0]
+            == 200
+        )
         status, text = answer(BODY, Origin="http://evil.example")
         assert (status, "cors_origins" in text) == (403, True)
         status, text = answer(BODY, Host="evil.example")
         assert (status, "allowed_hosts" in text) == (421, True)
-        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        for kind in (
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "multipart/form-data; boundary=x",
+        ):
             assert answer(BODY, Content_Type=kind)[0] == 415
-        assert ask("POST", f"{url}/sleep", Authorization=bearer(key), Origin="http://evil.example")[0] == 403
+        assert (
+            ask("POST", f"{url}/sleep", Authorization=bearer(key), Origin="http://evil.example")[0]
+            == 403
+        )
         assert ask("GET", f"{url}/health", Host="probe.example")[0] == 200
 
 
 def test_the_official_client_works(doors: Doors) -> None:
     with openai.OpenAI(base_url=f"{doors.router}/v1", api_key=CLIENT, max_retries=0) as client:
         prompt: Any = BODY["prompt"]
-        assert client.completions.create(model="llama", prompt=prompt, max_tokens=2).usage.completion_tokens == 2
+        assert (
+            client.completions.create(
+                model="llama", prompt=prompt, max_tokens=2
+            ).usage.completion_tokens
+            == 2
+        )
     assert Api(doors.router, CLIENT).metrics()["pdlaunch_router_engines_ready"] == 2
 
 

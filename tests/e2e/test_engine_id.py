@@ -1,4 +1,6 @@
-"""Ranks of one engine that were started as if on two hosts, each of which has drawn an engine_id: rank 0's is the engine's."""
+"""Ranks of one engine that were started as if on two hosts, each of which has drawn an engine_id:
+rank 0's is the engine's.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,23 @@ import torch
 import zmq
 
 from pdlaunch.process.bootstrap import Bootstrap
-from pdlaunch.protocol.control import Entry, Failed, Register, Registry, Stop, from_supervisor, to_supervisor
-from pdlaunch.protocol.side_channel import Handshake, HandshakeReply, Refused, ToPuller, to_holder, to_puller
+from pdlaunch.protocol.control import (
+    Entry,
+    Failed,
+    Register,
+    Registry,
+    Stop,
+    from_supervisor,
+    to_supervisor,
+)
+from pdlaunch.protocol.side_channel import (
+    Handshake,
+    HandshakeReply,
+    Refused,
+    ToPuller,
+    to_holder,
+    to_puller,
+)
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.transfer.handshake import compatibility_of
 from tests.engine.hand_scheduler import make_spec
@@ -53,9 +70,19 @@ class TwoHosts:
                 tp_rank=tp_rank,
                 rendezvous=f"file://{self._folder}/rendezvous",
             )
-            command = [sys.executable, "-m", "tests.e2e.rank_of_host", "--name", name, "--engine-id", engine_id]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.e2e.rank_of_host",
+                "--name",
+                name,
+                "--engine-id",
+                engine_id,
+            ]
             with (self._folder / f"{tp_rank}.log").open("wb") as log:
-                self.ranks[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT)
+                self.ranks[name] = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=ROOT
+                )
             stdin = self.ranks[name].stdin
             assert stdin is not None
             stdin.write(msgspec.json.encode(bootstrap) + b"\n")
@@ -69,14 +96,21 @@ class TwoHosts:
             assert not isinstance(message, Failed), message
             if isinstance(message, Register):
                 self.said[identity.decode()].append(message)
-        self._say(Registry(version=1, entries=[self._entry(said[-1]) for said in self.said.values()]))
+        self._say(
+            Registry(version=1, entries=[self._entry(said[-1]) for said in self.said.values()])
+        )
 
     def ask(self, name: str, expected_engine_id: str) -> ToPuller:
         """What a rank answers to a handshake with the engine of this id."""
         socket = self.context.connect(zmq.DEALER, self.said[name][-1].address.side_channel)
         socket.rcvtimeo = TIMEOUT_MS
         compatibility = compatibility_of(
-            spec_of("decode"), layout_of(), torch.float32, model_digest="", total_kv_heads=2, connector="nixl"
+            spec_of("decode"),
+            layout_of(),
+            torch.float32,
+            model_digest="",
+            total_kv_heads=2,
+            connector="nixl",
         )
         question = Handshake(
             call_id=1,
@@ -140,11 +174,18 @@ def test_the_id_of_rank_0_is_that_of_all_and_no_key_shows(hosts: TwoHosts, tmp_p
     hosts.start(save_tiny_model("llama", tmp_path))
     hosts.await_addresses()
     for name, messages in hosts.said.items():
-        assert [message.engine_id for message in messages] == ["", ENGINE_ID], "known before there is an address"
-        # The connector was made with it: what the rank says of itself over the side channel does not change any more.
+        assert [message.engine_id for message in messages] == ["", ENGINE_ID], (
+            "known before there is an address"
+        )
+        # The connector was made with it: what the rank says of itself over the side channel does
+        # not change any more.
         answer = hosts.ask(name, ENGINE_ID)
         assert isinstance(answer, HandshakeReply)
-        assert (answer.rank_name, answer.engine_id, answer.tp_rank) == (name, ENGINE_ID, int(name[-1]))
+        assert (answer.rank_name, answer.engine_id, answer.tp_rank) == (
+            name,
+            ENGINE_ID,
+            int(name[-1]),
+        )
         refusal = hosts.ask(name, UNUSED_ID)
         assert isinstance(refusal, Refused)
         assert refusal.reason == f"{name} belongs to engine_id {ENGINE_ID}, not to {UNUSED_ID}"

@@ -19,9 +19,13 @@ RANKS = ("prefill-0/rank-0", "decode-0/rank-0")
 
 
 def test_stopped_ranks_are_restarted_and_their_requests_go_on(tmp_path: Path) -> None:
-    """Both at once: decode while a stream is in its middle, prefill while it has a prompt. Servers and router hang never."""
+    """Both at once: decode while a stream is in its middle, prefill while it has a prompt. Servers
+    and router hang never.
+    """
     model = make_tiny_model("llama", tmp_path, max_model_len=2048)
-    with faulty_deployment(model, None, "--kv-cache-memory", "4MiB", environ={"PDLAUNCH_HANG_TIMEOUT_S": "5"}) as deployment:
+    with faulty_deployment(
+        model, None, "--kv-cache-memory", "4MiB", environ={"PDLAUNCH_HANG_TIMEOUT_S": "5"}
+    ) as deployment:
         processes, migrations = deployment.processes(), num_migrations(deployment)
         with ThreadPoolExecutor(1) as pool:
             with streamed(deployment.url, PROMPT, 1500) as token_ids:
@@ -34,11 +38,18 @@ def test_stopped_ranks_are_restarted_and_their_requests_go_on(tmp_path: Path) ->
                     found.append(next(token_ids))
                 found += islice(token_ids, 50)
             answer = request.result()
-        await_true(lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"}, "both engines are back")
+        await_true(
+            lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"},
+            "both engines are back",
+        )
         expected = complete(deployment.url, PROMPT, len(found), cache_salt="reference")
         assert (found, answer) == (expected, expected[:16])
         assert left_over(deployment) == []
-        restarted = {name for name, process in deployment.processes().items() if process.pid != processes[name].pid}
+        restarted = {
+            name
+            for name, process in deployment.processes().items()
+            if process.pid != processes[name].pid
+        }
         assert restarted == set(RANKS)
         assert all(f"{name} hung" in deployment.output() for name in RANKS)
         assert tracebacks(deployment) == {}

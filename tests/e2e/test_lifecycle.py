@@ -51,7 +51,9 @@ def test_interrupt_ends_every_process_with_code_0(deployment: Deployment) -> Non
     children = list(deployment.processes().values())
     assert len(children) == 5
     assert deployment.stop() == 0
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not any(
+        child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
+    )
 
 
 def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None:
@@ -64,7 +66,9 @@ def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None
 class TestRestarts:
     """One after another in one launch."""
 
-    @pytest.mark.parametrize("name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"])
+    @pytest.mark.parametrize(
+        "name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"]
+    )
     def test_a_killed_process_comes_back_and_its_peers_find_it(
         self, deployment: Deployment, expected: list[int], name: str
     ) -> None:
@@ -75,22 +79,34 @@ class TestRestarts:
             # Who comes while there is none waits for the next one.
             before[name].wait()
             assert complete(deployment.url, PROMPT, 16) == expected
-        await_true(lambda: deployment.processes().get(name, before[name]).pid != before[name].pid, f"restart of {name}")
+        await_true(
+            lambda: deployment.processes().get(name, before[name]).pid != before[name].pid,
+            f"restart of {name}",
+        )
 
         def works() -> bool:
             try:
-                return Api(deployment.url).post("/v1/completions", {"prompt": PROMPT, "max_tokens": 1})[0] == 200
+                return (
+                    Api(deployment.url).post(
+                        "/v1/completions", {"prompt": PROMPT, "max_tokens": 1}
+                    )[0]
+                    == 200
+                )
             except PdlaunchError:
                 return False
 
         await_true(works, "an answer after the restart")
         assert complete(deployment.url, PROMPT, 16) == expected
         others = [other for other in before if other != name]
-        assert {other: deployment.processes()[other].pid for other in others} == {other: before[other].pid for other in others}
+        assert {other: deployment.processes()[other].pid for other in others} == {
+            other: before[other].pid for other in others
+        }
         assert tracebacks(deployment) == {}
 
     @pytest.mark.parametrize("name", ["decode-0", "prefill-0/rank-0"])
-    def test_a_restart_loses_no_request(self, deployment: Deployment, expected: list[int], name: str) -> None:
+    def test_a_restart_loses_no_request(
+        self, deployment: Deployment, expected: list[int], name: str
+    ) -> None:
         engine = name.partition("/")[0]
         before = deployment.processes()
         with ThreadPoolExecutor(3) as pool, streamed(deployment.url, PROMPT, 400) as token_ids:
@@ -104,7 +120,10 @@ class TestRestarts:
         assert (len(found), found[:16]) == (400, expected)
         assert complete(deployment.url, PROMPT, 16) == expected
         after = deployment.processes()
-        assert {each for each in before if after[each].pid != before[each].pid} == {engine, f"{engine}/rank-0"}
+        assert {each for each in before if after[each].pid != before[each].pid} == {
+            engine,
+            f"{engine}/rank-0",
+        }
         assert tracebacks(deployment) == {}
 
 
@@ -116,7 +135,9 @@ def ask_until(restart: Future[subprocess.CompletedProcess[str]], url: str) -> li
     return answers
 
 
-def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Deployment, expected: list[int]) -> None:
+def test_requests_during_a_drain_get_503_and_running_ones_finish(
+    deployment: Deployment, expected: list[int]
+) -> None:
     # What needs one token needs no decode engine, so that only the running request waits for it.
     one_token = {"prompt": PROMPT, "max_tokens": 1}
     with ThreadPoolExecutor(1) as pool:
@@ -124,7 +145,10 @@ def test_requests_during_a_drain_get_503_and_running_ones_finish(deployment: Dep
             running = pool.submit(complete, deployment.url, PROMPT, 16)
             await_true(lambda: requests_in_flight(deployment.url) == 1, "the request is running")
             deployment.process.send_signal(signal.SIGTERM)
-            await_true(lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503, "refusal of new requests")
+            await_true(
+                lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503,
+                "refusal of new requests",
+            )
             assert not running.done()
         assert running.result() == expected
     assert deployment.process.wait(60) == 0
@@ -136,7 +160,9 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def command(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pdlaunch", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False)
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=timeout_s, env=clean_environ(), check=False
+    )
 
 
 def test_a_busy_port_is_named_before_anything_starts(tiny_model: Path) -> None:
@@ -165,9 +191,22 @@ def test_a_failed_start_names_its_root_cause(tiny_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_deployment_ends_with_the_benchmark_that_started_it(tiny_model: Path, number: signal.Signals) -> None:
-    lengths = ("--max-token-id", "200", "--input-tokens", "60", "--output-tokens", "60", "--num-requests", "100000")
-    with starter("bench", "serve", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", *lengths) as bench:
+def test_a_deployment_ends_with_the_benchmark_that_started_it(
+    tiny_model: Path, number: signal.Signals
+) -> None:
+    lengths = (
+        "--max-token-id",
+        "200",
+        "--input-tokens",
+        "60",
+        "--output-tokens",
+        "60",
+        "--num-requests",
+        "100000",
+    )
+    with starter(
+        "bench", "serve", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", *lengths
+    ) as bench:
         launch = started_by(bench)
         command = launch.cmdline()
         url = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
@@ -182,9 +221,13 @@ def test_a_deployment_ends_with_the_benchmark_that_started_it(tiny_model: Path, 
     assert not alive
 
 
-def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_deployment_that_still_starts_ends_with_the_smoke_run(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     logs = tmp_path / "logs"
-    with starter("smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--log-dir", str(logs)) as smoke:
+    with starter(
+        "smoke", "--model", str(tiny_model), "--kv-cache-memory", "16MiB", "--log-dir", str(logs)
+    ) as smoke:
         launch = started_by(smoke)
         await_true(lambda: bool(launch.children()), "the first process")
         children = [launch, *launch.children(recursive=True)]
@@ -199,7 +242,9 @@ def test_a_deployment_that_still_starts_ends_with_the_smoke_run(tiny_model: Path
 @contextmanager
 def starter(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "pdlaunch", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ()) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ()
+    ) as process:
         try:
             yield process
         finally:
@@ -219,7 +264,11 @@ def has_load(url: str) -> bool:
         return False
 
 
-def test_two_launches_at_once(tiny_model: Path, expected: list[int], deployment: Deployment) -> None:
-    with running_deployment(("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()) as other:
+def test_two_launches_at_once(
+    tiny_model: Path, expected: list[int], deployment: Deployment
+) -> None:
+    with running_deployment(
+        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()
+    ) as other:
         assert complete(other.url, PROMPT, 16) == expected
         assert complete(deployment.url, PROMPT, 16) == expected

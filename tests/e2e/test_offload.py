@@ -1,4 +1,6 @@
-"""The host tier under a device cache that is far too small: right tokens, whatever leaves, comes back, goes bad or dies."""
+"""The host tier under a device cache that is far too small: right tokens, whatever leaves, comes
+back, goes bad or dies.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,17 @@ LENGTHS = (60, 90, 120, 150, 180, 200, 100, 81)
 NUM_TOKENS = 24
 NUM_TOGETHER, LONG_NUM_TOKENS = 4, 120
 SMALL_CACHE = "500KiB"
-"""27 blocks of the llama, 41 of the hybrid model, which has three groups; the prompts alone fill 58 blocks of a group."""
-HEALTHY = {"seed": 1, "rate": 0, "probe_rate": 0, "lease_rate": 0, "chunk_rate": 0, "copy_slow_s": 0}
+"""27 blocks of the llama, 41 of the hybrid model, which has three groups; the prompts alone fill 58
+blocks of a group.
+"""
+HEALTHY = {
+    "seed": 1,
+    "rate": 0,
+    "probe_rate": 0,
+    "lease_rate": 0,
+    "chunk_rate": 0,
+    "copy_slow_s": 0,
+}
 
 
 def make_prompts() -> list[list[int]]:
@@ -30,7 +41,9 @@ def make_prompts() -> list[list[int]]:
 
 
 @contextmanager
-def tiered_deployment(model: Path, *arguments: str, decode_cache: str = SMALL_CACHE, **faults: Any) -> Iterator[Deployment]:
+def tiered_deployment(
+    model: Path, *arguments: str, decode_cache: str = SMALL_CACHE, **faults: Any
+) -> Iterator[Deployment]:
     command = ("--kv-cache-memory", SMALL_CACHE, "--kv-offload-memory", "32MiB", *arguments)
     environ = {"PDLAUNCH_DECODE__KV_CACHE_MEMORY": decode_cache}
     with faulty_deployment(model, HEALTHY | faults, *command, environ=environ) as deployment:
@@ -43,7 +56,9 @@ def engine_of(deployment: Deployment, role: str) -> Api:
 
 
 def complete_together(api: Api, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """One call: the engine has all prompts in the same step. As with ``greedy``, none of the tokens is an end."""
+    """One call: the engine has all prompts in the same step. As with ``greedy``, none of the tokens
+    is an end.
+    """
     lengths = {"max_tokens": num_tokens, "min_tokens": num_tokens}
     body = {"prompt": prompts, "temperature": 0, "return_token_ids": True, **lengths}
     status, answer = api.post("/v1/completions", body)
@@ -88,7 +103,9 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
 def test_tokens_and_hits_with_another_connector(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path)
     answers = Answers(model)
-    with tiered_deployment(model, "--kv-connector", "file", "--kv-file-directory", str(tmp_path / "kv")) as deployment:
+    with tiered_deployment(
+        model, "--kv-connector", "file", "--kv-file-directory", str(tmp_path / "kv")
+    ) as deployment:
         for _ in range(2):
             answers.check(deployment.url)
         assert total_now(deployment.url, "transfers") > 0
@@ -104,7 +121,9 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
     answers = Answers(model)
     copies_wait = tmp_path / "copies-wait"
     faults = {"chunk_rate": 0.1, "copy_slow_s": 0.05, "copies_wait_file": str(copies_wait)}
-    with tiered_deployment(model, "--decode-tp", "3", decode_cache="170KiB", **faults) as deployment:
+    with tiered_deployment(
+        model, "--decode-tp", "3", decode_cache="170KiB", **faults
+    ) as deployment:
         for _ in range(2):
             answers.check(deployment.url)
         for role in ("prefill", "decode"):
@@ -115,8 +134,11 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
         check_books(deployment)
 
 
-def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role: str, tp_rank: int, copies_wait: Path) -> None:
-    """Every request that runs is answered all the same. Nobody has computed them before: each block is copied.
+def kill_in_the_middle_of_copies(
+    deployment: Deployment, answers: Answers, role: str, tp_rank: int, copies_wait: Path
+) -> None:
+    """Every request that runs is answered all the same. Nobody has computed them before: each block
+    is copied.
 
     No copy that has begun ends before the kill.
     """
@@ -125,7 +147,10 @@ def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(answers.check, deployment.url, f"kill {role}")
         try:
-            await_true(lambda: count_now(engine, "num_offload_jobs") > 0 or running.done(), "a copy is in flight")
+            await_true(
+                lambda: count_now(engine, "num_offload_jobs") > 0 or running.done(),
+                "a copy is in flight",
+            )
             assert not running.done(), "all was answered without a copy"
             deployment.processes()[f"{role}-0/rank-{tp_rank}"].kill()
         finally:
@@ -136,7 +161,10 @@ def kill_in_the_middle_of_copies(deployment: Deployment, answers: Answers, role:
 def check_books(deployment: Deployment) -> None:
     """All blocks are free, and ``/pdlaunch/integrity`` has nothing to say, of the tier neither."""
     for api in engine_apis(deployment.url):
-        await_true(lambda api=api: api.get("/pdlaunch/integrity")[0] != 503, "ranks that were killed are back")
+        await_true(
+            lambda api=api: api.get("/pdlaunch/integrity")[0] != 503,
+            "ranks that were killed are back",
+        )
     await_true(lambda: idle(deployment.url), "no request and no lease is left")
     for api in engine_apis(deployment.url):
         await_true(lambda api=api: count_now(api, "num_offload_jobs") == 0, "no copy is in flight")

@@ -1,4 +1,6 @@
-"""A deployment on a GPU sleeps and wakes up: memory given back, the same tokens, blocks pulled and not recomputed."""
+"""A deployment on a GPU sleeps and wakes up: memory given back, the same tokens, blocks pulled and
+not recomputed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ PROMPT = "the quick brown fox jumps over the lazy dog and runs away from it"
 
 
 def complete(router: Api, salt: str) -> tuple[int, dict[str, Any]]:
-    body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "cache_salt": salt, "return_token_ids": True}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": 16,
+        "temperature": 0,
+        "cache_salt": salt,
+        "return_token_ids": True,
+    }
     return router.post("/v1/completions", body)
 
 
@@ -41,13 +49,28 @@ def free_bytes() -> int:
 
 
 def fds_of_ranks(deployment: Deployment) -> dict[str, int]:
-    return {name: process.num_fds() for name, process in deployment.processes().items() if "/rank-" in name}
+    return {
+        name: process.num_fds()
+        for name, process in deployment.processes().items()
+        if "/rank-" in name
+    }
 
 
 def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) -> None:
     model = make_tiny_model("llama", tmp_path)
-    arguments = ["--model", str(model), "--device", "cuda", "--dtype", "float32", "--kv-cache-memory", "4GiB"]
-    with running_deployment([*arguments, "--enable-sleep-mode"], environ=clean_environ()) as deployment:
+    arguments = [
+        "--model",
+        str(model),
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--kv-cache-memory",
+        "4GiB",
+    ]
+    with running_deployment(
+        [*arguments, "--enable-sleep-mode"], environ=clean_environ()
+    ) as deployment:
         router = Api(deployment.url)
         status, expected = complete(router, "before")
         assert status == 200, expected
@@ -55,12 +78,16 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
         for cycle, level in enumerate((1, 2) * 5):
             awake_bytes = free_bytes()
             outcomes = sleep_engines(admin_api(deployment.url), level=level, mode="wait")
-            assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [(True, None)] * 2
+            assert [(outcome.is_sleeping, outcome.error) for outcome in outcomes] == [
+                (True, None)
+            ] * 2
             wanted_bytes = 0.95 * sum(outcome.num_bytes for outcome in outcomes)
             assert wanted_bytes > 2**32
             # A peer that maps the memory lets go of it when it hears from the registry.
             await_true(
-                lambda awake=awake_bytes, wanted=wanted_bytes: free_bytes() - awake >= wanted, "the memory is given back", 30
+                lambda awake=awake_bytes, wanted=wanted_bytes: free_bytes() - awake >= wanted,
+                "the memory is given back",
+                30,
             )
             assert complete(router, "asleep")[0] == 503
             assert not any(outcome.error for outcome in wake_engines(admin_api(deployment.url)))
@@ -68,13 +95,21 @@ def test_engines_sleep_and_wake_up_ten_times_and_leak_nothing(tmp_path: Path) ->
             status, answer = complete(router, f"cycle {cycle}")
             assert status == 200, answer
             assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
-            await_true(lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled")
+            await_true(
+                lambda before=before: pulled_bytes(router) > before, "the KV blocks are pulled"
+            )
             if cycle == 2:  # the first one of each level loads kernels
                 settled_bytes, settled_fds = free_bytes(), fds_of_ranks(deployment)
         assert len(settled_fds) == 2
-        await_true(lambda: free_bytes() >= settled_bytes, f"{settled_bytes} bytes are free as after the third cycle", 30)
         await_true(
-            lambda: all(found <= settled_fds[name] for name, found in fds_of_ranks(deployment).items()),
+            lambda: free_bytes() >= settled_bytes,
+            f"{settled_bytes} bytes are free as after the third cycle",
+            30,
+        )
+        await_true(
+            lambda: all(
+                found <= settled_fds[name] for name, found in fds_of_ranks(deployment).items()
+            ),
             f"no more files are open than after the third cycle: {settled_fds}",
             30,
         )

@@ -1,4 +1,6 @@
-"""A request of which real ranks die: it fails after two deaths, and all that were beside it are answered."""
+"""A request of which real ranks die: it fails after two deaths, and all that were beside it are
+answered.
+"""
 
 from __future__ import annotations
 
@@ -67,16 +69,27 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def test_request_that_kills_fails_and_innocent_ones_are_answered(deployment: Deployment) -> None:
-    expected = [complete(deployment.url, prompt, NUM_TOKENS, cache_salt="reference") for prompt in PROMPTS]
+    expected = [
+        complete(deployment.url, prompt, NUM_TOKENS, cache_salt="reference") for prompt in PROMPTS
+    ]
     body = {"prompt": [*range(40, 90), POISON], "max_tokens": 5, "temperature": 0}
-    with ThreadPoolExecutor(len(PROMPTS)) as pool, streamed(deployment.url, PROMPTS[0], NUM_TOKENS) as token_ids:
+    with (
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+        streamed(deployment.url, PROMPTS[0], NUM_TOKENS) as token_ids,
+    ):
         found = list(islice(token_ids, 3))
-        others = [pool.submit(complete, deployment.url, prompt, NUM_TOKENS, cache_salt="new") for prompt in PROMPTS[1:]]
+        others = [
+            pool.submit(complete, deployment.url, prompt, NUM_TOKENS, cache_salt="new")
+            for prompt in PROMPTS[1:]
+        ]
         status, answer = Api(deployment.url).post("/v1/completions", body)
         found += token_ids
         assert [found, *(other.result() for other in others)] == expected
     assert (status, answer["error"]["code"]) == (500, "request_kills_engine")
     assert deployment.output().count("was killed by SIGSEGV") == 2
-    await_true(lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"}, "both engines are back")
+    await_true(
+        lambda: states(deployment) == {"prefill-0": "ready", "decode-0": "ready"},
+        "both engines are back",
+    )
     assert complete(deployment.url, PROMPTS[0], 8) == expected[0][:8]
     assert left_over(deployment) == []

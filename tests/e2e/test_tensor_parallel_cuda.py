@@ -1,4 +1,6 @@
-"""Engines of several GPUs: CUDA graphs with sums over the ranks, and blocks that are pulled from other numbers of ranks."""
+"""Engines of several GPUs: CUDA graphs with sums over the ranks, and blocks that are pulled from
+other numbers of ranks.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ def make_model(folder: Path) -> Path:
 
 
 def complete(router: Api, prompt: list[int]) -> tuple[int, dict[str, Any]]:
-    body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     return router.post("/v1/completions", body)
 
 
@@ -47,12 +55,25 @@ def test_tokens_are_those_of_one_process(prefill_tp: int, decode_tp: int, tmp_pa
     prompts = [[5 + length % 90] * length for length in (33, 70, 100)]
     expected = greedy(model, prompts, NUM_TOKENS)
     sizes = ["--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp)]
-    arguments = ["--model", str(model), "--device", "cuda", "--dtype", "float32", "--kv-cache-memory", "1GiB", *sizes]
+    arguments = [
+        "--model",
+        str(model),
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--kv-cache-memory",
+        "1GiB",
+        *sizes,
+    ]
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         router = Api(deployment.url)
         for number, (prompt, tokens) in enumerate(zip(prompts, expected, strict=True), start=1):
             status, answer = complete(router, prompt)
             assert status == 200, answer
             assert answer["choices"][0]["token_ids"] == tokens
-            await_true(lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number, "the KV blocks are pulled")
+            await_true(
+                lambda number=number: total(router, "pdlaunch_kv_transfers_total") >= number,
+                "the KV blocks are pulled",
+            )
         assert total(router, "pdlaunch_kv_verification_failures_total") == 0

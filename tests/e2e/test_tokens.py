@@ -17,7 +17,30 @@ from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
 from tests.e2e.tiny_models import FAMILIES, VOCAB_SIZE, greedy, make_tiny_model
 
 # Around block (16) and chunk (512) boundaries, and ordinary lengths.
-DEMO_LENGTHS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 80, 96, 127, 128, 129, 511, 512, 513)
+DEMO_LENGTHS = (
+    1,
+    2,
+    7,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    64,
+    65,
+    80,
+    96,
+    127,
+    128,
+    129,
+    511,
+    512,
+    513,
+)
 FEW_LENGTHS = (1, 16, 17, 48, 65, 129, 512)
 NUM_TOKENS = 8
 
@@ -45,26 +68,43 @@ def test_demo_model_cold_then_from_prefix_cache_then_in_a_batch(
     assert complete_all(demo.url, demo_prompts, NUM_TOKENS, concurrency=8) == demo_answers
 
 
-def test_demo_model_cold_in_a_batch(demo: Deployment, demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
+def test_demo_model_cold_in_a_batch(
+    demo: Deployment, demo_prompts: list[list[int]], demo_answers: list[list[int]]
+) -> None:
     """A salt keeps the prefix cache out."""
-    assert complete_all(demo.url, demo_prompts, NUM_TOKENS, concurrency=8, cache_salt="cold") == demo_answers
+    assert (
+        complete_all(demo.url, demo_prompts, NUM_TOKENS, concurrency=8, cache_salt="cold")
+        == demo_answers
+    )
 
 
-def test_demo_model_with_tensor_parallel_ranks(demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
+def test_demo_model_with_tensor_parallel_ranks(
+    demo_prompts: list[list[int]], demo_answers: list[list[int]]
+) -> None:
     arguments = (*DEMO_ARGUMENTS, "--prefill-tp", "3", "--decode-tp", "3")
     with running_deployment(arguments, environ=clean_environ()) as deployment:
         assert complete_all(deployment.url, demo_prompts, NUM_TOKENS, concurrency=4) == demo_answers
 
 
-def test_demo_model_with_different_numbers_of_ranks(demo_prompts: list[list[int]], demo_answers: list[list[int]]) -> None:
-    """The router has one rank pull from three; the other way round each engine is asked for the other one's part."""
+def test_demo_model_with_different_numbers_of_ranks(
+    demo_prompts: list[list[int]], demo_answers: list[list[int]]
+) -> None:
+    """The router has one rank pull from three; the other way round each engine is asked for the
+    other one's part.
+    """
     pairs = zip(demo_prompts, demo_answers, strict=True)
     prompts, expected = zip(*(pair for pair in pairs if len(pair[0]) in FEW_LENGTHS), strict=True)
-    with running_deployment((*DEMO_ARGUMENTS, "--prefill-tp", "3"), environ=clean_environ()) as deployment:
-        assert complete_all(deployment.url, list(prompts), NUM_TOKENS, concurrency=4) == list(expected)
+    with running_deployment(
+        (*DEMO_ARGUMENTS, "--prefill-tp", "3"), environ=clean_environ()
+    ) as deployment:
+        assert complete_all(deployment.url, list(prompts), NUM_TOKENS, concurrency=4) == list(
+            expected
+        )
         apis = {role: engine_apis(deployment.url, role)[0] for role in ("prefill", "decode")}
         with ThreadPoolExecutor(4) as pool:
-            answers = pool.map(lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), prompts)
+            answers = pool.map(
+                lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), prompts
+            )
             assert tuple(answers) == expected
         for api in apis.values():
             assert count_now(api, "transfers") >= len(prompts)
@@ -72,11 +112,27 @@ def test_demo_model_with_different_numbers_of_ranks(demo_prompts: list[list[int]
 
 
 def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:
-    """What a router does: the first engine computes the prompt, the second one pulls and goes on. A salt keeps caches out."""
-    body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True, "cache_salt": "in turn"}
-    status, answer = first.post("/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}})
+    """What a router does: the first engine computes the prompt, the second one pulls and goes on. A
+    salt keeps caches out.
+    """
+    body = {
+        "prompt": prompt,
+        "max_tokens": 1,
+        "temperature": 0,
+        "ignore_eos": True,
+        "cache_salt": "in turn",
+    }
+    status, answer = first.post(
+        "/v1/completions", body | {"kv_transfer_params": {"do_remote_decode": True}}
+    )
     assert status == 200, answer
-    return complete(then, prompt, NUM_TOKENS, cache_salt="in turn", kv_transfer_params=answer["kv_transfer_params"])
+    return complete(
+        then,
+        prompt,
+        NUM_TOKENS,
+        cache_salt="in turn",
+        kv_transfer_params=answer["kv_transfer_params"],
+    )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -88,7 +144,9 @@ def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
     prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
     expected = greedy(directory, prompts, 24)
     config = tmp_path / "pdlaunch.yaml"
-    config.write_text(f"model: {directory}\nmax_num_batched_tokens: 32\nkv_cache_memory: 64MiB\ndtype: float32\n")
+    config.write_text(
+        f"model: {directory}\nmax_num_batched_tokens: 32\nkv_cache_memory: 64MiB\ndtype: float32\n"
+    )
     with running_deployment([str(config)], environ=clean_environ()) as deployment:
         assert [complete(deployment.url, prompt, 24) for prompt in prompts] == expected
         assert complete_all(deployment.url, prompts, 24, concurrency=8) == expected

@@ -1,4 +1,6 @@
-"""Tiny random models of every supported family, as directories in Hugging Face layout with a byte-level tokenizer."""
+"""Tiny random models of every supported family, as directories in Hugging Face layout with a
+byte-level tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 VOCAB_SIZE = 256
-HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 48, "intermediate_size": 96}
+HEADS = {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+}
 COMMON = HEADS | {
     "vocab_size": VOCAB_SIZE,
     "bos_token_id": 0,
@@ -28,11 +36,23 @@ FAMILIES: dict[str, dict[str, object]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     },
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
-    "gpt_oss": {"num_hidden_layers": 4, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_hidden_layers": 4,
+        "sliding_window": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
-def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: int = 512, vocab_size: int = VOCAB_SIZE) -> Path:
+def make_tiny_model(
+    family: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    max_model_len: int = 512,
+    vocab_size: int = VOCAB_SIZE,
+) -> Path:
     """Write config, weights and tokenizer of a tiny random model; returns its directory."""
     directory = folder / family
     torch.manual_seed(seed)
@@ -46,14 +66,21 @@ def make_tiny_model(family: str, folder: Path, *, seed: int = 0, max_model_len: 
                 parameter.mul_(4)
     model.save_pretrained(directory)
     make_tokenizer(vocab_size).save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}')
+    (directory / "tokenizer_config.json").write_text(
+        '{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}'
+    )
     return directory
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """One token for each byte; tokens past those are read, never written."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<{index}>" for index in range(VOCAB_SIZE, vocab_size))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    words = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(f"<{index}>" for index in range(VOCAB_SIZE, vocab_size)),
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -1,4 +1,6 @@
-"""A scheduler with fake ranks, a fake connector and fake host memory, and the checks that hold after every step."""
+"""A scheduler with fake ranks, a fake connector and fake host memory, and the checks that hold
+after every step.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from pdlaunch.kvcache.hashing import BlockHasher, root_hash
 from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
-from pdlaunch.protocol.engine import AddRequest, FirstTokens, RequestFinished, SamplingParams, TokenOutput, Tokens
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    FirstTokens,
+    RequestFinished,
+    SamplingParams,
+    TokenOutput,
+    Tokens,
+)
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
@@ -40,13 +49,21 @@ def sliding(window: int) -> KVCacheGroup:
 
 
 def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteKV:
-    return RemoteKV(engine_id=engine_id, request_id=request_id, host="127.0.0.1", port=1, block_ids=[], num_tokens=num_tokens)
+    return RemoteKV(
+        engine_id=engine_id,
+        request_id=request_id,
+        host="127.0.0.1",
+        port=1,
+        block_ids=[],
+        num_tokens=num_tokens,
+    )
 
 
 class FakeEngine:
     """``step`` is the step loop; pulls, leases and offload jobs end when the test says so.
 
-    With ``runs_ahead`` a turn leaves one step in flight, if it can be followed up before its tokens are known.
+    With ``runs_ahead`` a turn leaves one step in flight, if it can be followed up before its tokens
+    are known.
     """
 
     def __init__(
@@ -66,8 +83,9 @@ class FakeEngine:
         runs_ahead: bool = False,
         shares_tokens: bool = False,
     ) -> None:
-        """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot run ahead.
-        ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is none."""
+        """``shares_tokens``: other ranks get what rank 0 draws at once, without which they cannot
+        run ahead. ``num_chunks``: room of the host tier, which needs ``caching``; 0: there is
+        none."""
         self.groups = groups
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -83,10 +101,19 @@ class FakeEngine:
             model_digest="model",
             kv_transfer=kv_transfer or KVTransferSettings(),
             local=("local-engine", "127.0.0.1", 5, tp_size),
-            offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk) if tier else None,
+            offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk)
+            if tier
+            else None,
         )
         self.runners = [
-            FakeRunner(groups, num_blocks, block_size, max_num_seqs, tp_rank == 0, expects=shares_tokens and tp_rank > 0)
+            FakeRunner(
+                groups,
+                num_blocks,
+                block_size,
+                max_num_seqs,
+                tp_rank == 0,
+                expects=shares_tokens and tp_rank > 0,
+            )
             for tp_rank in range(tp_size)
         ]
         self.can_run_ahead = shares_tokens or tp_size == 1
@@ -113,10 +140,18 @@ class FakeEngine:
         self.end_asked: set[str] = set()
         self.readers: dict[str, int] = {}
 
-    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object) -> None:
+    def add(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int = 4, **fields: object
+    ) -> None:
         sampling = fields.pop("sampling", None) or SamplingParams(max_tokens=max_tokens)
         output = [TokenOutput(token_id=token_id) for token_id in fields.pop("output", ())]  # type: ignore[attr-defined]
-        message = AddRequest(request_id=request_id, prompt_token_ids=list(prompt), sampling=sampling, output=output, **fields)  # type: ignore[arg-type]
+        message = AddRequest(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling=sampling,
+            output=output,
+            **fields,
+        )  # type: ignore[arg-type]
         assert request_id not in self.added
         self.added[request_id] = message
         self.outputs[request_id] = []
@@ -202,7 +237,9 @@ class FakeEngine:
     def token_ids(self, request_id: str) -> list[int]:
         return [token.token_id for token in self.outputs[request_id]]
 
-    def end_pull(self, pull_id: str, *, ok: bool = True, in_flight: bool = False, leased: bool = True) -> None:
+    def end_pull(
+        self, pull_id: str, *, ok: bool = True, in_flight: bool = False, leased: bool = True
+    ) -> None:
         """``leased``: there was a lease, which tells of the first token."""
         pull = self.pulls.pop(pull_id)
         if ok:
@@ -210,7 +247,11 @@ class FakeEngine:
         if in_flight:
             self.quarantined[pull_id] = pull
         request = self.added[pull.request_id]
-        first_tokens = expected_output(request.prompt_token_ids, request.sampling, 1) if pull.awaits and leased else []
+        first_tokens = (
+            expected_output(request.prompt_token_ids, request.sampling, 1)
+            if pull.awaits and leased
+            else []
+        )
         event = PullFinished(
             pull_id=pull_id,
             ok=ok,
@@ -228,13 +269,17 @@ class FakeEngine:
         self.scheduler.check_integrity()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
-        """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are found to be wrong."""
+        """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
+        found to be wrong.
+        """
         job = self.jobs.pop(job_id)
         merged: JobFinished | None = None
         for tp_rank, host in enumerate(self.host):
             fails = not ok and tp_rank == job_id % len(self.host)
             assert merged is None
-            merged = self.merger.add(host.end(job, ok=not fails, bad_chunk_ids=job.chunk_ids[:num_bad] if fails else []))
+            merged = self.merger.add(
+                host.end(job, ok=not fails, bad_chunk_ids=job.chunk_ids[:num_bad] if fails else [])
+            )
         assert merged is not None
         assert merged.ok == ok
         self.scheduler.on_job_finished(merged)
@@ -263,7 +308,9 @@ class FakeEngine:
             case GrantLease():
                 assert command.request_id not in self.leases
                 self._check_granted(command)
-                assert (command.request_id in self.announced) == self.added[command.request_id].is_awaited
+                assert (command.request_id in self.announced) == self.added[
+                    command.request_id
+                ].is_awaited
                 self.announced.pop(command.request_id, None)
                 self.leases[command.request_id] = (command, self._snapshot(command))
             case SetLeaseReaders():
@@ -298,7 +345,10 @@ class FakeEngine:
         if (announced := self.announced.get(grant.request_id)) is not None:
             for group in range(len(self.groups)):
                 places = _places(grant, group)
-                assert places.items() >= _seen(_places(announced, group), grant.first_block_index[group]).items()
+                assert (
+                    places.items()
+                    >= _seen(_places(announced, group), grant.first_block_index[group]).items()
+                )
         chain = extend_chain([], request.prompt_token_ids)
         for group, kind in enumerate(self.groups):
             start = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window)
@@ -325,11 +375,18 @@ class FakeEngine:
         for announced in self.announced.values():
             chain = extend_chain([], self.added[announced.request_id].prompt_token_ids)
             for group, kind in enumerate(self.groups):
-                seen = 0 if kind.sliding_window is None else max(0, len(chain) - kind.sliding_window) // self.block_size
+                seen = (
+                    0
+                    if kind.sliding_window is None
+                    else max(0, len(chain) - kind.sliding_window) // self.block_size
+                )
                 for index, block_id in _seen(_places(announced, group), seen).items():
                     if index < announced.num_ready_blocks:
                         links = chain[index * self.block_size : (index + 1) * self.block_size]
-                        assert all(runner.memory[block_id] == [(group, link) for link in links] for runner in self.runners)
+                        assert all(
+                            runner.memory[block_id] == [(group, link) for link in links]
+                            for runner in self.runners
+                        )
 
     def _check_pull(self, pull: StartPull) -> None:
         request = self.added[pull.request_id]
@@ -339,7 +396,11 @@ class FakeEngine:
         num_blocks = -(-pull.num_tokens // self.block_size)
         for group, kind in enumerate(self.groups):
             assert pull.first_block_index[group] + len(pull.block_ids[group]) == num_blocks
-            seen = 0 if kind.sliding_window is None else max(0, pull.num_tokens - kind.sliding_window) // self.block_size
+            seen = (
+                0
+                if kind.sliding_window is None
+                else max(0, pull.num_tokens - kind.sliding_window) // self.block_size
+            )
             assert pull.first_block_index[group] >= seen, "the holder does not lease these blocks"
 
     def _hashes(self, request: AddRequest) -> list[bytes]:
@@ -350,7 +411,9 @@ class FakeEngine:
         chain = extend_chain([], self.added[pull.request_id].prompt_token_ids)
         for group, block_ids in enumerate(pull.block_ids):
             for index, block_id in enumerate(block_ids, pull.first_block_index[group]):
-                for slot, link in enumerate(chain[index * self.block_size : (index + 1) * self.block_size]):
+                for slot, link in enumerate(
+                    chain[index * self.block_size : (index + 1) * self.block_size]
+                ):
                     for runner in self.runners:
                         runner.memory[block_id][slot] = (group, link)
 

@@ -1,4 +1,6 @@
-"""Host memory of a fake rank; copies end when the test says so, and the blocks they read must not change meanwhile."""
+"""Host memory of a fake rank; copies end when the test says so, and the blocks they read must not
+change meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class FakeHostMemory:
         assert len(job.block_ids) == sum(job.group_sizes) == len(self._places(job))
         if job.direction == "store":
             self.sources[job.job_id] = self._read(job)
-            assert all(None not in block for block in self.sources[job.job_id]), "a block was stored before it was computed"
+            assert all(None not in block for block in self.sources[job.job_id]), (
+                "a block was stored before it was computed"
+            )
             for chunk_id in job.chunk_ids:
                 self.chunks.pop(chunk_id, None)
         else:
@@ -41,7 +45,8 @@ class FakeHostMemory:
             assert self._read(job) == source, "a block was overwritten while it was stored"
             if ok:
                 self.chunks |= {
-                    chunk_id: (chunk_hash, {}) for chunk_id, chunk_hash in zip(job.chunk_ids, job.chunk_hashes, strict=True)
+                    chunk_id: (chunk_hash, {})
+                    for chunk_id, chunk_hash in zip(job.chunk_ids, job.chunk_hashes, strict=True)
                 }
                 for block, (chunk_id, slot) in zip(source, self._places(job), strict=True):
                     self.chunks[chunk_id][1][slot] = block

@@ -1,8 +1,9 @@
 """A model whose KV cache can be looked into.
 
-The KV of a token in one group is the pair (group, chain of all tokens up to it). A row may read only what stands for its own
-tokens, so any block that is stale, foreign, unwritten or out of the window shows at once. The next token follows from the chain.
-The device works as late as it may: a step that was launched writes and reads its blocks when it is collected.
+The KV of a token in one group is the pair (group, chain of all tokens up to it). A row may read
+only what stands for its own tokens, so any block that is stale, foreign, unwritten or out of the
+window shows at once. The next token follows from the chain. The device works as late as it may: a
+step that was launched writes and reads its blocks when it is collected.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class FakeStep:
 
 
 class FakeRunner:
-    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0. ``expects``: another rank that gets rank 0's tokens."""
+    """Executes plans as ``ModelRunner`` does; ``samples`` only on rank 0. ``expects``: another rank
+    that gets rank 0's tokens.
+    """
 
     def __init__(
         self,
@@ -98,7 +101,9 @@ class FakeRunner:
     def launch(self, plan: StepPlan) -> FakeStep:
         for row in plan.freed_rows:
             freed = self.rows.pop(row)
-            assert all(freed is not used for step in self.launched for used in step.rows), "a step in flight needs the row"
+            assert all(freed is not used for step in self.launched for used in step.rows), (
+                "a step in flight needs the row"
+            )
         for new in plan.new_rows:
             self._add(new)
         for tokens in plan.new_tokens:
@@ -112,7 +117,9 @@ class FakeRunner:
             assert item.num_tokens > 0
             assert end <= row.num_tokens, "a rank is asked to compute a token that it does not know"
             assert item.sample == (end == row.num_tokens)
-            assert not (row.num_unknown and row.sampling.presence_penalty), "the penalty is of a token that nobody knows"
+            assert not (row.num_unknown and row.sampling.presence_penalty), (
+                "the penalty is of a token that nobody knows"
+            )
             row.num_unknown += item.sample and (self.samples or self.expects)
         step = FakeStep(plan, rows, [[dict(table) for table in row.block_tables] for row in rows])
         if plan.scheduled:
@@ -121,7 +128,9 @@ class FakeRunner:
 
     def collect(self, step: FakeStep, drawn: Sequence[TokenOutput] = ()) -> StepOutput:
         """``drawn``: by rank 0, for a rank that ``expects``."""
-        assert not step.rows or self.launched.popleft() is step, "steps end in the order in which they were launched"
+        assert not step.rows or self.launched.popleft() is step, (
+            "steps end in the order in which they were launched"
+        )
         parts = list(zip(step.plan.scheduled, step.rows, step.tables, strict=True))
         written: set[tuple[int, int]] = set()
         for item, row, tables in parts:
@@ -132,7 +141,9 @@ class FakeRunner:
         if self.expects:
             for row, token in zip(sampled, drawn, strict=True):
                 self._learn(row, token.token_id)
-        return StepOutput(step_id=step.plan.step_id, tokens=[self._sample(row) for row in sampled if self.samples])
+        return StepOutput(
+            step_id=step.plan.step_id, tokens=[self._sample(row) for row in sampled if self.samples]
+        )
 
     def slot(self, tables: list[dict[int, int]], group: int, position: int) -> tuple[int, int]:
         return tables[group][position // self.block_size], position % self.block_size
@@ -157,7 +168,13 @@ class FakeRunner:
             assert index not in table
             table[index] = block_id
 
-    def _write_kv(self, item: ScheduledRow, row: FakeRow, tables: list[dict[int, int]], written: set[tuple[int, int]]) -> None:
+    def _write_kv(
+        self,
+        item: ScheduledRow,
+        row: FakeRow,
+        tables: list[dict[int, int]],
+        written: set[tuple[int, int]],
+    ) -> None:
         end = item.num_computed_tokens + item.num_tokens
         self.num_computed_tokens += item.num_tokens
         for group in range(len(self.groups)):
@@ -170,10 +187,16 @@ class FakeRunner:
     def _check_reads(self, item: ScheduledRow, row: FakeRow, tables: list[dict[int, int]]) -> None:
         """The first query of a chunk sees furthest back, the last one furthest ahead."""
         for group, kind in enumerate(self.groups):
-            start = 0 if kind.sliding_window is None else max(0, item.num_computed_tokens - kind.sliding_window + 1)
+            start = (
+                0
+                if kind.sliding_window is None
+                else max(0, item.num_computed_tokens - kind.sliding_window + 1)
+            )
             for position in range(start, item.num_computed_tokens + item.num_tokens):
                 block_id, slot = self.slot(tables, group, position)
-                assert self.memory[block_id][slot] == (group, row.chain[position]), "a row reads what is not its own"
+                assert self.memory[block_id][slot] == (group, row.chain[position]), (
+                    "a row reads what is not its own"
+                )
 
     def _sample(self, row: FakeRow) -> TokenOutput | None:
         if row.token_ids[0] == self.nan_after:

@@ -1,6 +1,7 @@
 """Builds StepPlans for a ModelRunner by hand, and makes every mistake in the use of blocks show.
 
-The KV cache starts full of NaN; blocks that have left a window are filled with NaN and given to others at once.
+The KV cache starts full of NaN; blocks that have left a window are filled with NaN and given to
+others at once.
 """
 
 from __future__ import annotations
@@ -69,7 +70,13 @@ class Request:
 class HandScheduler:
     """``share``: makes rank 0's new tokens known to the other ranks of a TP group."""
 
-    def __init__(self, runner: ModelRunner, *, seed: int = 0, share: Callable[[list[int]], list[int]] | None = None) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        seed: int = 0,
+        share: Callable[[list[int]], list[int]] | None = None,
+    ) -> None:
         self.runner = runner
         self.share = share
         self.random = random.Random(seed)
@@ -77,7 +84,9 @@ class HandScheduler:
         runner.kv_cache.fill_(float("nan"))
 
     def run(self, requests: list[Request]) -> list[list[int]]:
-        """Compute all requests; each row is one request. Mixes chunks of prompts and decode rows as start steps say."""
+        """Compute all requests; each row is one request. Mixes chunks of prompts and decode rows as
+        start steps say.
+        """
         step, unsaid = 0, {}
         while any(len(request.output) < request.num_tokens for request in requests):
             plan = StepPlan(step_id=step)
@@ -86,7 +95,10 @@ class HandScheduler:
                     self._admit(plan, row, request)
                 if request.start_step <= step and len(request.output) < request.num_tokens:
                     self._schedule(plan, row, request)
-            plan.new_tokens = [RowTokens(row=row, position=at, token_ids=[token]) for row, (at, token) in unsaid.items()]
+            plan.new_tokens = [
+                RowTokens(row=row, position=at, token_ids=[token])
+                for row, (at, token) in unsaid.items()
+            ]
             unsaid = self._execute(plan, requests)
             step += 1
         self.runner.execute(StepPlan(step_id=step, freed_rows=[*range(len(requests))]))
@@ -130,7 +142,9 @@ class HandScheduler:
                 blocks[index] = self.free.pop()
             if new:
                 ids = [blocks[index] for index in new]
-                plan.new_blocks.append(NewBlocks(row=row, group=group, first_block_index=new[0], block_ids=ids))
+                plan.new_blocks.append(
+                    NewBlocks(row=row, group=group, first_block_index=new[0], block_ids=ids)
+                )
         plan.scheduled.append(
             ScheduledRow(
                 row=row,
@@ -153,16 +167,31 @@ class HandScheduler:
 
 
 def answer_ahead(runner: ModelRunner, prompt: list[int], num_tokens: int) -> list[int]:
-    """A greedy answer for which each step is launched before the one ahead of it is collected; empty but on rank 0."""
+    """A greedy answer for which each step is launched before the one ahead of it is collected;
+    empty but on rank 0.
+    """
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
     num_groups, num_blocks = len(runner.layout.groups), -(-(len(prompt) + num_tokens) // BLOCK_SIZE)
-    new_row = NewRow(row=1, request_id="ahead", token_ids=prompt, num_prompt_tokens=len(prompt), sampling=sampling)
+    new_row = NewRow(
+        row=1,
+        request_id="ahead",
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        sampling=sampling,
+    )
     blocks = [
-        NewBlocks(row=1, group=group, first_block_index=0, block_ids=[group + num_groups * index for index in range(num_blocks)])
+        NewBlocks(
+            row=1,
+            group=group,
+            first_block_index=0,
+            block_ids=[group + num_groups * index for index in range(num_blocks)],
+        )
         for group in range(num_groups)
     ]
     first = ScheduledRow(row=1, num_computed_tokens=0, num_tokens=len(prompt), sample=True)
-    launched = [runner.launch(StepPlan(step_id=0, new_rows=[new_row], new_blocks=blocks, scheduled=[first]))]
+    launched = [
+        runner.launch(StepPlan(step_id=0, new_rows=[new_row], new_blocks=blocks, scheduled=[first]))
+    ]
     tokens: list[int] = []
     for index in range(1, num_tokens):
         start = len(prompt) + index - 1
@@ -174,7 +203,12 @@ def answer_ahead(runner: ModelRunner, prompt: list[int], num_tokens: int) -> lis
     return tokens
 
 
-def make_requests(prompts: list[list[int]], num_tokens: int, *, chunk: int, apart: int = 0) -> list[Request]:
+def make_requests(
+    prompts: list[list[int]], num_tokens: int, *, chunk: int, apart: int = 0
+) -> list[Request]:
     """Greedy requests that start ``apart`` steps after each other."""
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-    return [Request(prompt, num_tokens, sampling, start_step=index * apart, chunk=chunk) for index, prompt in enumerate(prompts)]
+    return [
+        Request(prompt, num_tokens, sampling, start_step=index * apart, chunk=chunk)
+        for index, prompt in enumerate(prompts)
+    ]

@@ -1,4 +1,6 @@
-"""A prefill engine tells of the blocks of an awaited prompt while it computes them; what is told is checked by ``FakeEngine``."""
+"""A prefill engine tells of the blocks of an awaited prompt while it computes them; what is told is
+checked by ``FakeEngine``.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,12 @@ PROMPT = [*range(6), *range(6), *range(6), 1, 2]
 """Five blocks of 4."""
 
 
-def compute(engine: FakeEngine, name: str = "a", prompt: list[int] = PROMPT, **fields: object) -> None:
-    engine.add(name, prompt, **{"max_tokens": 1, "do_remote_decode": True, "is_awaited": True, **fields})  # type: ignore[arg-type]
+def compute(
+    engine: FakeEngine, name: str = "a", prompt: list[int] = PROMPT, **fields: object
+) -> None:
+    engine.add(
+        name, prompt, **{"max_tokens": 1, "do_remote_decode": True, "is_awaited": True, **fields}
+    )  # type: ignore[arg-type]
 
 
 def commands(engine: FakeEngine) -> list[TransferCommand]:
@@ -26,13 +32,22 @@ def test_each_chunk_tells_of_the_ones_before_and_the_lease_comes_last() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     compute(engine)
     found = commands(engine)
-    assert [type(command) for command in found] == [AnnounceBlocks, AnnounceBlocks, AnnounceBlocks, GrantLease]
+    assert [type(command) for command in found] == [
+        AnnounceBlocks,
+        AnnounceBlocks,
+        AnnounceBlocks,
+        GrantLease,
+    ]
     assert ready(found) == [0, 2, 4]
     *announced, grant = found
     assert isinstance(grant, GrantLease)
     for number, command in enumerate(announced):
         assert isinstance(command, AnnounceBlocks)
-        assert (command.num_tokens, command.first_block_index, command.block_hashes) == (20, [0], grant.block_hashes)
+        assert (command.num_tokens, command.first_block_index, command.block_hashes) == (
+            20,
+            [0],
+            grant.block_hashes,
+        )
         # Those that this step fills are among them.
         assert command.block_ids == [grant.block_ids[0][: 2 * number + 2]]
     assert engine.withdrawn == []
@@ -101,7 +116,9 @@ def test_the_plan_in_which_others_get_the_blocks_withdraws_them() -> None:
     engine.add("next", [6] * 20, max_tokens=1)
     plan = engine.step()
     assert plan.commands == [WithdrawBlocks(request_id="a")]
-    assert {*announced.block_ids[0]} & {block_id for new in plan.new_blocks for block_id in new.block_ids}
+    assert {*announced.block_ids[0]} & {
+        block_id for new in plan.new_blocks for block_id in new.block_ids
+    }
 
 
 def test_one_that_ends_without_a_lease_is_withdrawn() -> None:

@@ -1,4 +1,6 @@
-"""The step loop with ``async_scheduling``: the same tokens as without, from a real model, and the order of what it does."""
+"""The step loop with ``async_scheduling``: the same tokens as without, from a real model, and the
+order of what it does.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sampler import draw_tokens
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, RequestFinished, SamplingParams, TokenOutput, ToRank
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    RequestFinished,
+    SamplingParams,
+    TokenOutput,
+    ToRank,
+)
 from pdlaunch.protocol.transfer import GrantLease
 from tests.engine.hand_scheduler import ignore_progress, make_spec
 from tests.engine.test_leader import Recorder, make_leader
@@ -105,7 +114,9 @@ def random_requests(seed: int) -> dict[int, list[ToRank]]:
     arrivals: dict[int, list[ToRank]] = {}
     stem = [draw.randrange(3, 199) for _ in range(20)]
     for index in range(12):
-        prompt = stem[: draw.randrange(20)] + [draw.randrange(3, 199) for _ in range(draw.randrange(1, 9))]
+        prompt = stem[: draw.randrange(20)] + [
+            draw.randrange(3, 199) for _ in range(draw.randrange(1, 9))
+        ]
         sampling = SamplingParams(
             max_tokens=draw.choice([1, 5, 25, 35]),
             temperature=draw.choice([0.0, 0.0, 0.8, 1.3]),
@@ -128,12 +139,16 @@ def random_requests(seed: int) -> dict[int, list[ToRank]]:
         turn = draw.randrange(15)
         arrivals.setdefault(turn, []).append(message)
         if index % 5 == 4:
-            arrivals.setdefault(turn + draw.randrange(1, 8), []).append(AbortRequest(request_id=message.request_id))
+            arrivals.setdefault(turn + draw.randrange(1, 8), []).append(
+                AbortRequest(request_id=message.request_id)
+            )
     return arrivals
 
 
 @pytest.mark.parametrize(("name", "seeds"), [("llama", (0, 1)), ("gemma3", (2,))])
-def test_tokens_do_not_depend_on_running_ahead(name: str, seeds: tuple[int, ...], tmp_path: Path) -> None:
+def test_tokens_do_not_depend_on_running_ahead(
+    name: str, seeds: tuple[int, ...], tmp_path: Path
+) -> None:
     torch.set_num_threads(1)
     directory = save_tiny_model(name, tmp_path)
     for seed in seeds:
@@ -148,7 +163,12 @@ def test_tokens_do_not_depend_on_running_ahead(name: str, seeds: tuple[int, ...]
         for request_id, (reason, tokens) in alone.items():
             if "abort" in (reason, ahead[request_id][0]):
                 # An abort meets the request after another number of tokens.
-                assert all(one == other for one, other in zip(token_ids(tokens), token_ids(ahead[request_id][1]), strict=False))
+                assert all(
+                    one == other
+                    for one, other in zip(
+                        token_ids(tokens), token_ids(ahead[request_id][1]), strict=False
+                    )
+                )
                 continue
             assert ahead[request_id][0] == reason
             assert token_ids(ahead[request_id][1]) == token_ids(tokens)
@@ -169,7 +189,9 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path) -> None:
         for index, prompt in enumerate(prompts)
     }
     answers = Engine(make_spec(directory, async_scheduling=True)).run(arrivals)
-    assert [token_ids(answers[str(index)][1]) for index in range(4)] == greedy(directory, prompts, 14)
+    assert [token_ids(answers[str(index)][1]) for index in range(4)] == greedy(
+        directory, prompts, 14
+    )
 
 
 def test_unknown_tokens_are_looked_up_by_the_order_in_which_they_were_drawn() -> None:
@@ -197,7 +219,9 @@ class OrderRecorder(Recorder):
 
 def add(request_id: str, max_tokens: int, **fields: object) -> AddRequest:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return AddRequest(request_id=request_id, prompt_token_ids=[1, 2, 3], sampling=sampling, **fields)  # type: ignore[arg-type]
+    return AddRequest(
+        request_id=request_id, prompt_token_ids=[1, 2, 3], sampling=sampling, **fields
+    )  # type: ignore[arg-type]
 
 
 def test_a_steps_tokens_leave_while_the_next_one_runs() -> None:
@@ -231,7 +255,15 @@ def test_a_lease_is_granted_before_its_answer_leaves_while_a_step_runs() -> None
     leader = make_leader(recorder, async_scheduling=True)
     leader.turn()
     leader.turn()
-    assert recorder.order == ["launch 0", "launch 1", "collect 0", "GrantLease", "Tokens", "Tokens", "RequestFinished"]
+    assert recorder.order == [
+        "launch 0",
+        "launch 1",
+        "collect 0",
+        "GrantLease",
+        "Tokens",
+        "Tokens",
+        "RequestFinished",
+    ]
 
 
 @pytest.mark.gpu
@@ -266,7 +298,9 @@ def test_drawing_on_a_gpu_makes_nobody_wait() -> None:
             continue
         assert one.token_id == other.token_id
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-        assert [token_id for token_id, _ in one.top_logprobs] == [token_id for token_id, _ in other.top_logprobs]
+        assert [token_id for token_id, _ in one.top_logprobs] == [
+            token_id for token_id, _ in other.top_logprobs
+        ]
 
 
 @contextmanager
@@ -289,7 +323,9 @@ def _ids() -> Any:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(name: str, enforce_eager: bool, tmp_path: Path) -> None:
+def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(
+    name: str, enforce_eager: bool, tmp_path: Path
+) -> None:
     directory = save_tiny_model(name, tmp_path)
     answers = []
     for async_scheduling in (False, True):
@@ -302,5 +338,10 @@ def test_tokens_do_not_depend_on_running_ahead_on_a_gpu(name: str, enforce_eager
             max_num_seqs=5,
         )
         answers.append(Engine(spec).run(random_requests(1)))
-    alone, ahead = ({key: token_ids(tokens) for key, (reason, tokens) in one.items() if reason != "abort"} for one in answers)
-    assert {key: ahead[key] for key in alone.keys() & ahead.keys()} == {key: alone[key] for key in alone.keys() & ahead.keys()}
+    alone, ahead = (
+        {key: token_ids(tokens) for key, (reason, tokens) in one.items() if reason != "abort"}
+        for one in answers
+    )
+    assert {key: ahead[key] for key in alone.keys() & ahead.keys()} == {
+        key: alone[key] for key in alone.keys() & ahead.keys()
+    }

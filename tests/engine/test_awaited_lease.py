@@ -10,11 +10,17 @@ from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.test_scheduler import PROMPT, output, stop_at_first
 
 
-def await_lease(engine: FakeEngine, name: str = "d", prompt: list[int] = PROMPT, **fields: object) -> None:
-    engine.add(name, prompt, remote_kv=remote_kv(f"lease of {name}", 0), awaits_lease=True, **fields)  # type: ignore[arg-type]
+def await_lease(
+    engine: FakeEngine, name: str = "d", prompt: list[int] = PROMPT, **fields: object
+) -> None:
+    engine.add(
+        name, prompt, remote_kv=remote_kv(f"lease of {name}", 0), awaits_lease=True, **fields
+    )  # type: ignore[arg-type]
 
 
-def start_pull(engine: FakeEngine, name: str = "d", prompt: list[int] = PROMPT, **fields: object) -> StartPull:
+def start_pull(
+    engine: FakeEngine, name: str = "d", prompt: list[int] = PROMPT, **fields: object
+) -> StartPull:
     await_lease(engine, name, prompt, **fields)
     (command,) = engine.step().commands
     assert isinstance(command, StartPull)
@@ -26,7 +32,11 @@ def start_pull(engine: FakeEngine, name: str = "d", prompt: list[int] = PROMPT, 
 def test_its_pull_begins_at_once() -> None:
     engine = FakeEngine()
     pull = start_pull(engine)
-    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids], pull.num_tokens) == ([0], [3], 10)
+    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids], pull.num_tokens) == (
+        [0],
+        [3],
+        10,
+    )
     stats = engine.scheduler.stats()
     assert (stats.num_waiting_for_kv, stats.num_waiting, stats.num_free_blocks) == (1, 0, 29)
     assert not engine.scheduler.has_work()
@@ -156,7 +166,9 @@ def test_one_that_is_refused_leaves_the_lease_to_others() -> None:
 @pytest.mark.parametrize("ends", ["length", "stop"])
 def test_a_first_token_that_is_the_last_one_leaves_the_blocks_to_the_cache(ends: str) -> None:
     engine = FakeEngine()
-    pull = start_pull(engine, **({"max_tokens": 1} if ends == "length" else {"sampling": stop_at_first(PROMPT)}))
+    pull = start_pull(
+        engine, **({"max_tokens": 1} if ends == "length" else {"sampling": stop_at_first(PROMPT)})
+    )
     engine.end_pull(pull.pull_id)
     finished = engine.finished["d"]
     assert (finished.reason, finished.tokens, finished.num_cached_tokens) == (ends, [], 10)

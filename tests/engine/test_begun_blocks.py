@@ -1,4 +1,6 @@
-"""Blocks with which a request begins are entered into the prefix cache beside its first step, or when somebody looks there."""
+"""Blocks with which a request begins are entered into the prefix cache beside its first step, or
+when somebody looks there.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def test_who_looks_meanwhile_finds_them() -> None:
     pulled(engine)
     engine.add("same", PROMPT, max_tokens=1)
     plan = engine.step()
-    assert [(item.num_computed_tokens, item.num_tokens) for item in plan.scheduled] == [(10, 1), (8, 2)]
+    assert [(item.num_computed_tokens, item.num_tokens) for item in plan.scheduled] == [
+        (10, 1),
+        (8, 2),
+    ]
 
 
 def test_another_choice_pulls_only_the_rest() -> None:
@@ -67,6 +72,8 @@ def test_one_that_makes_way_before_its_first_step_finds_them_again() -> None:
     engine.run()
     assert engine.scheduler.stats().preemptions == 1
     assert engine.num_pulls == 2
-    assert engine.runners[0].num_computed_tokens == 8 + 3 + 5 + 2, "of the two blocks that b gave back, a has taken one"
+    assert engine.runners[0].num_computed_tokens == 8 + 3 + 5 + 2, (
+        "of the two blocks that b gave back, a has taken one"
+    )
     for name, prompt in prompts.items():
         assert engine.token_ids(name) == output(prompt, 4)[1:]

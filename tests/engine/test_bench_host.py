@@ -9,8 +9,16 @@ import pytest
 from pdlaunch.engine.bench_host import main
 
 
-def test_every_part_of_a_step_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_host", "--batch-size", "3", "--context-tokens", "20", "--num-steps", "18"])
+def test_every_part_of_a_step_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["bench_host", "--batch-size", "3", "--context-tokens", "20", "--num-steps", "18"],
+    )
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:16].strip() for line in lines] == [*("schedule", "apply and pack", "postprocess", "encode outputs", "together")]
+    assert [line[:16].strip() for line in lines] == [
+        *("schedule", "apply and pack", "postprocess", "encode outputs", "together")
+    ]

@@ -23,14 +23,23 @@ SMALL = 2**20
 def test_one_row_for_prefill_and_one_for_each_batch_size(name: str, tmp_path: Path) -> None:
     directory = save_tiny_model(name, tmp_path)
     rows = bench_step(
-        directory, batch_sizes=(1, 3), context_tokens=20, num_steps=3, prefill_tokens=50, block_size=4, buffer_bytes=SMALL
+        directory,
+        batch_sizes=(1, 3),
+        context_tokens=20,
+        num_steps=3,
+        prefill_tokens=50,
+        block_size=4,
+        buffer_bytes=SMALL,
     )
     assert [(row.kind, row.batch_size, row.num_tokens) for row in rows] == [
         ("prefill", 1, 50),
         ("decode", 1, 20),
         ("decode", 3, 20),
     ]
-    assert all(row.bare_s > 0 and row.engine_s > 0 and row.ratio == row.engine_s / row.bare_s for row in rows)
+    assert all(
+        row.bare_s > 0 and row.engine_s > 0 and row.ratio == row.engine_s / row.bare_s
+        for row in rows
+    )
     assert all(row.floor_s == row.num_bytes / row.memory_bytes_per_s > 0 for row in rows)
 
 
@@ -49,7 +58,9 @@ def test_steps_may_be_timed_one_ahead_of_the_other(tmp_path: Path) -> None:
 
 
 def test_made_up_weights_need_only_the_configuration(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((save_tiny_model("llama", tmp_path) / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes(
+        (save_tiny_model("llama", tmp_path) / "config.json").read_bytes()
+    )
     rows = bench_step(
         tmp_path,
         batch_sizes=(2,),
@@ -59,7 +70,11 @@ def test_made_up_weights_need_only_the_configuration(tmp_path: Path) -> None:
         load_format="dummy",
         buffer_bytes=SMALL,
     )
-    assert [(row.kind, row.num_tokens) for row in rows] == [("prefill", 20), ("prefill", 40), ("decode", 9)]
+    assert [(row.kind, row.num_tokens) for row in rows] == [
+        ("prefill", 20),
+        ("prefill", 40),
+        ("decode", 9),
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "gemma3", "gpt-oss"])
@@ -70,14 +85,25 @@ def test_a_step_reads_the_weights_and_what_its_rows_attend_to(name: str, tmp_pat
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     # Of five experts a token goes through two.
     read = {key: size * 2 // 5 if ".experts." in key else size for key, size in sizes.items()}
-    weights = 4 * sum(size for key, size in read.items() if tied or not key.endswith("embed_tokens.weight"))
+    weights = 4 * sum(
+        size for key, size in read.items() if tied or not key.endswith("embed_tokens.weight")
+    )
     shape = read_model_shape(directory)
     # A tenth token sees nine earlier ones of its window of ten.
     seen = sum(30 if window is None else 9 for window in shape.layer_windows)
     token_bytes = 2 * shape.num_kv_heads * shape.head_dim * 4
-    assert decode_bytes(shape, "float32", batch_size=3, context_tokens=30) == weights + 3 * seen * token_bytes
-    assert decode_bytes(shape, "bfloat16", batch_size=3, context_tokens=30) == (weights + 3 * seen * token_bytes) // 2
-    assert prefill_bytes(shape, "float32", num_tokens=30) == weights + 30 * shape.num_layers * token_bytes
+    assert (
+        decode_bytes(shape, "float32", batch_size=3, context_tokens=30)
+        == weights + 3 * seen * token_bytes
+    )
+    assert (
+        decode_bytes(shape, "bfloat16", batch_size=3, context_tokens=30)
+        == (weights + 3 * seen * token_bytes) // 2
+    )
+    assert (
+        prefill_bytes(shape, "float32", num_tokens=30)
+        == weights + 30 * shape.num_layers * token_bytes
+    )
 
 
 def test_memory_has_a_speed() -> None:
@@ -105,11 +131,15 @@ def test_the_command_prints_rows_as_json(
         "num_steps": 2,
         "buffer_bytes": SMALL,
     }
-    monkeypatch.setattr(sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [5]})])
+    monkeypatch.setattr(
+        sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [5]})]
+    )
     main()
     rows = json.loads(capsys.readouterr().out)
     assert [row["kind"] for row in rows] == ["prefill", "decode"]
     assert all(row["floor_ms"] > 0 and row["memory_gb_per_s"] > 0 for row in rows)
-    monkeypatch.setattr(sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [500]})])
+    monkeypatch.setattr(
+        sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [500]})]
+    )
     with pytest.raises(SystemExit, match=r"error: the steps reach 500 tokens.*\nfix: Take fewer"):
         main()

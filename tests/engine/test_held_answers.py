@@ -1,4 +1,6 @@
-"""Where a lease outlives its rank, the answer that speaks of it waits until every rank has written it down."""
+"""Where a lease outlives its rank, the answer that speaks of it waits until every rank has written
+it down.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import pytest
 from pdlaunch.engine.leader import GRANT_WAIT_S, Leader
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.engine import AddRequest, Hello, SamplingParams
-from pdlaunch.protocol.transfer import GrantLease, LeaseEnded, LeaseGranted, TransferCommand, TransferEvent
+from pdlaunch.protocol.transfer import (
+    GrantLease,
+    LeaseEnded,
+    LeaseGranted,
+    TransferCommand,
+    TransferEvent,
+)
 from tests.engine.test_leader import Recorder, make_leader
 
 
@@ -28,7 +36,9 @@ class Ranks(Recorder):
     def submit(self, commands: list[TransferCommand]) -> None:
         super().submit(commands)
         if self.is_quick:
-            granted = (command.request_id for command in commands if isinstance(command, GrantLease))
+            granted = (
+                command.request_id for command in commands if isinstance(command, GrantLease)
+            )
             self.events += [LeaseGranted(request_id=request_id) for request_id in granted]
 
     def take_events(self) -> list[TransferEvent]:
@@ -54,10 +64,14 @@ def run(leader: Leader, ranks: Ranks) -> list[str]:
 
 def request(name: str, *, remote: bool = True) -> AddRequest:
     sampling = SamplingParams(max_tokens=1)
-    return AddRequest(request_id=name, prompt_token_ids=[1, 2, 3], sampling=sampling, do_remote_decode=remote)
+    return AddRequest(
+        request_id=name, prompt_token_ids=[1, 2, 3], sampling=sampling, do_remote_decode=remote
+    )
 
 
-@pytest.mark.parametrize("event", [LeaseGranted(request_id="a/0"), LeaseEnded(request_id="a/0", reason="expired")])
+@pytest.mark.parametrize(
+    "event", [LeaseGranted(request_id="a/0"), LeaseEnded(request_id="a/0", reason="expired")]
+)
 def test_an_answer_waits_for_its_lease(event: TransferEvent) -> None:
     ranks = Ranks(request("a/0"))
     leader = ranks.leader()
@@ -82,7 +96,11 @@ def test_ranks_are_waited_for_a_moment_so_that_the_answer_need_not_wait_for_the_
     for _ in range(2):
         ranks.soon = [LeaseGranted(request_id="other"), LeaseGranted(request_id="a/0")]
         leader.turn()
-    assert [type(message).__name__ for message in ranks.told] == ["GrantLease", "Tokens", "RequestFinished"]
+    assert [type(message).__name__ for message in ranks.told] == [
+        "GrantLease",
+        "Tokens",
+        "RequestFinished",
+    ]
     assert ranks.now_s == GRANT_WAIT_S / 4
 
 

@@ -1,4 +1,6 @@
-"""What the scheduler does with the host tier, one story at a time; ``test_offload_machine`` has all the others."""
+"""What the scheduler does with the host tier, one story at a time; ``test_offload_machine`` has all
+the others.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ OTHER = [6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0]
 HYBRID = (FULL, sliding(5))
 
 
-def make_engine(groups: tuple[KVCacheGroup, ...] = (FULL,), num_blocks: int = 6, **options: int) -> FakeEngine:
+def make_engine(
+    groups: tuple[KVCacheGroup, ...] = (FULL,), num_blocks: int = 6, **options: int
+) -> FakeEngine:
     """The device has room for one prompt and its answer; the host has room for all."""
     return FakeEngine(groups=groups, num_blocks=num_blocks * len(groups), num_chunks=200, **options)
 
@@ -80,7 +84,9 @@ def test_a_prefix_lies_partly_on_the_device_and_partly_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("groups", [(FULL,), HYBRID])
-def test_decode_loads_what_the_host_has_and_pulls_the_rest(groups: tuple[KVCacheGroup, ...]) -> None:
+def test_decode_loads_what_the_host_has_and_pulls_the_rest(
+    groups: tuple[KVCacheGroup, ...],
+) -> None:
     engine = make_engine(groups, num_blocks=10)
     engine.add("first", PROMPT)
     engine.run_all()
@@ -210,7 +216,9 @@ def test_blocks_of_an_aborted_load_are_free_when_it_has_ended() -> None:
 
 
 def test_blocks_are_not_reused_before_they_are_stored() -> None:
-    """Nor is anyone preempted for their sake: the step waits for the copies, without turning in circles."""
+    """Nor is anyone preempted for their sake: the step waits for the copies, without turning in
+    circles.
+    """
     engine = make_engine(num_blocks=4)
     engine.add("first", PROMPT[:8], max_tokens=1)
     engine.run()

@@ -15,7 +15,9 @@ from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.offload.worker import OffloadWorker
 from tests.engine.hand_scheduler import ignore_progress, make_spec
 
-LAYOUT = KVCacheLayout(make_groups([None, 8]), num_kv_heads=2, head_dim=4, block_size=4, dtype_bytes=4)
+LAYOUT = KVCacheLayout(
+    make_groups([None, 8]), num_kv_heads=2, head_dim=4, block_size=4, dtype_bytes=4
+)
 
 
 def make_runner() -> Any:
@@ -29,7 +31,9 @@ def make_runner() -> Any:
 
 def new_worker(host_memory: int, policy: str = "arc") -> tuple[Any, OffloadWorker | None]:
     spec = make_spec("unused", kv_offload={"host_memory": host_memory, "policy": policy})
-    return spec, new_offload_worker(spec, make_runner(), progress=ignore_progress, wake=lambda: None)
+    return spec, new_offload_worker(
+        spec, make_runner(), progress=ignore_progress, wake=lambda: None
+    )
 
 
 def test_without_the_setting_there_is_no_tier() -> None:
@@ -53,7 +57,9 @@ def test_books_are_kept_in_the_chunks_of_the_ranks() -> None:
     runner = make_runner()
     runner.kv_cache = SimpleNamespace(device=torch.device("cuda"))
     worker: Any = SimpleNamespace(num_chunks=10)
-    planner = new_offload_planner(make_spec("unused", kv_offload={"host_memory": 1}), runner, worker)
+    planner = new_offload_planner(
+        make_spec("unused", kv_offload={"host_memory": 1}), runner, worker
+    )
     assert planner is not None
     tables = BlockTables(2)
     tables.append([0, 20], [list(range(40)), list(range(40, 60))])

@@ -12,7 +12,15 @@ from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.groups import make_groups
 from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.protocol.engine import AddRequest, EngineStats, FromRank, Outputs, SamplingParams, TokenOutput, ToRank
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    EngineStats,
+    FromRank,
+    Outputs,
+    SamplingParams,
+    TokenOutput,
+    ToRank,
+)
 from pdlaunch.protocol.transfer import GrantLease, TransferCommand, TransferEvent
 from tests.engine.hand_scheduler import make_spec
 
@@ -46,7 +54,10 @@ class Recorder:
         return plan
 
     def collect(self, plan: StepPlan) -> StepOutput:
-        return StepOutput(step_id=plan.step_id, tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample])
+        return StepOutput(
+            step_id=plan.step_id,
+            tokens=[TokenOutput(token_id=9) for row in plan.scheduled if row.sample],
+        )
 
 
 def make_scheduler(*, tp_size: int = 1, offload: OffloadPlanner | None = None) -> Scheduler:
@@ -92,7 +103,10 @@ def make_leader(
 
 def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
     request = AddRequest(
-        request_id="a/0", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=1), do_remote_decode=True
+        request_id="a/0",
+        prompt_token_ids=[1, 2, 3],
+        sampling=SamplingParams(max_tokens=1),
+        do_remote_decode=True,
     )
     recorder = Recorder([request])
     leader = make_leader(recorder)

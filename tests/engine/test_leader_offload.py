@@ -1,4 +1,6 @@
-"""Rank 0 and the host tier: jobs go to every rank, and an end counts when the last rank has told it."""
+"""Rank 0 and the host tier: jobs go to every rank, and an end counts when the last rank has told
+it.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def make_leader(recorder: Any, offload: Any, follower: Any) -> tuple[Leader, Sch
 
 
 def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
-    request = AddRequest(request_id="a", prompt_token_ids=[*range(9)], sampling=SamplingParams(max_tokens=2))
+    request = AddRequest(
+        request_id="a", prompt_token_ids=[*range(9)], sampling=SamplingParams(max_tokens=2)
+    )
     recorder, offload, follower = Recorder([request]), FakeOffload(), FakeFollower()
     leader, scheduler = make_leader(recorder, offload, follower)
     while leader.wait_s() == 0 or recorder.requests or offload.ended:
@@ -83,4 +87,8 @@ def test_blocks_are_free_when_the_last_rank_has_stored_its_heads() -> None:
     follower.end_all()
     leader.turn()
     stats = scheduler.stats()
-    assert (stats.num_offload_jobs, stats.num_free_blocks, stats.offload_stored_bytes) == (0, 16, 20)
+    assert (stats.num_offload_jobs, stats.num_free_blocks, stats.offload_stored_bytes) == (
+        0,
+        16,
+        20,
+    )

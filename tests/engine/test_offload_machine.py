@@ -1,4 +1,6 @@
-"""The machine of ``test_scheduler_machine`` with a device cache so small that most of what is shared comes from the host."""
+"""The machine of ``test_scheduler_machine`` with a device cache so small that most of what is
+shared comes from the host.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,21 @@ from hypothesis.stateful import initialize, precondition, rule
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, sliding
-from tests.engine.test_scheduler_machine import MAX_MODEL_LEN, STEM, SchedulerMachine, machine_settings
+from tests.engine.test_scheduler_machine import (
+    MAX_MODEL_LEN,
+    STEM,
+    SchedulerMachine,
+    machine_settings,
+)
 
 
 class OffloadMachine(SchedulerMachine):
     """Same rules, more loads."""
 
     @initialize(
-        groups=st.sampled_from([(FULL,), (FULL, sliding(3)), (sliding(5),), (FULL, FULL, sliding(4))]),
+        groups=st.sampled_from(
+            [(FULL,), (FULL, sliding(3)), (sliding(5),), (FULL, FULL, sliding(4))]
+        ),
         num_spare=st.integers(0, 4),
         budget=st.integers(4, 24),
         tp_size=st.sampled_from([1, 2]),

@@ -1,4 +1,6 @@
-"""A step is planned and launched while the one before runs: what may be given away meanwhile, and what waits."""
+"""A step is planned and launched while the one before runs: what may be given away meanwhile, and
+what waits.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def test_every_step_but_the_first_is_planned_while_another_runs() -> None:
     engine = start()
     engine.add("a", PROMPT, max_tokens=12)
     plans = engine.run()
-    # Then the step in flight draws the last token for certain, and at last the ranks hear of the freed row.
+    # Then the step in flight draws the last token for certain, and at last the ranks hear of the
+    # freed row.
     assert [bool(plan.scheduled) for plan in plans] == [True] * 12 + [False] * 2
     assert engine.num_ahead == 12
     assert engine.token_ids("a") == expected_output(PROMPT, SamplingParams(max_tokens=12), 12)

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from pdlaunch.engine.logit_changes import SampleRow, token_bias
 from pdlaunch.engine.noise import draw_key
-from pdlaunch.engine.sampler import GROUP_TOKENS, _nucleus_edge, draw_by_noise, draw_tokens, nucleus_edges
+from pdlaunch.engine.sampler import (
+    GROUP_TOKENS,
+    _nucleus_edge,
+    draw_by_noise,
+    draw_tokens,
+    nucleus_edges,
+)
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
 
 VOCAB_SIZE = 50
@@ -21,7 +27,9 @@ VOCAB_SIZE = 50
 
 def row(prompt: list[int], output: list[int], **sampling: object) -> SampleRow:
     params = SamplingParams(**({"max_tokens": 99} | sampling))  # type: ignore[arg-type]
-    return SampleRow(params, np.array(prompt + output, dtype=np.int64), len(prompt), token_bias(params))
+    return SampleRow(
+        params, np.array(prompt + output, dtype=np.int64), len(prompt), token_bias(params)
+    )
 
 
 def random_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
@@ -59,9 +67,13 @@ def reference(logits: list[float], one: SampleRow) -> int:
             values[token_id] = -math.inf
     for token_id in seen:
         penalty = sampling.repetition_penalty
-        values[token_id] = values[token_id] / penalty if values[token_id] > 0 else values[token_id] * penalty
+        values[token_id] = (
+            values[token_id] / penalty if values[token_id] > 0 else values[token_id] * penalty
+        )
     for token_id in set(output):
-        values[token_id] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(token_id)
+        values[token_id] -= sampling.presence_penalty + sampling.frequency_penalty * output.count(
+            token_id
+        )
     if sampling.temperature == 0:
         return max(range(len(values)), key=lambda token_id: values[token_id])
     scaled = [value / sampling.temperature for value in values]
@@ -79,10 +91,20 @@ def reference(logits: list[float], one: SampleRow) -> int:
                 break
         weights = [weight if weight >= least else 0.0 for weight in weights]
     key = draw_key(sampling.seed, sampling.choice, len(output))
-    groups = [range(start, min(start + GROUP_TOKENS, len(weights))) for start in range(0, len(weights), GROUP_TOKENS)]
+    groups = [
+        range(start, min(start + GROUP_TOKENS, len(weights)))
+        for start in range(0, len(weights), GROUP_TOKENS)
+    ]
     sums = [sum(weights[token_id] for token_id in group) for group in groups]
-    group = groups[max(range(len(groups)), key=lambda number: log(sums[number]) + gumbel(key, number - len(groups)))]
-    return max(group, key=lambda token_id: log(weights[token_id]) + gumbel(key, token_id - group.start))
+    group = groups[
+        max(
+            range(len(groups)),
+            key=lambda number: log(sums[number]) + gumbel(key, number - len(groups)),
+        )
+    ]
+    return max(
+        group, key=lambda token_id: log(weights[token_id]) + gumbel(key, token_id - group.start)
+    )
 
 
 def log(weight: float) -> float:
@@ -110,7 +132,10 @@ sampling_params = st.fixed_dictionaries(
 )
 history = st.lists(token_ids, max_size=6)
 sample_rows = st.builds(
-    lambda prompt, output, params: row([*prompt, 0], output, **({"temperature": 1.0} | params)), history, history, sampling_params
+    lambda prompt, output, params: row([*prompt, 0], output, **({"temperature": 1.0} | params)),
+    history,
+    history,
+    sampling_params,
 )
 
 
@@ -120,7 +145,9 @@ def test_equals_reference(rows: list[SampleRow], seed: int) -> None:
     logits = random_logits(seed, len(rows))
     before = logits.clone()
     found = [token.token_id for token in drawn(logits, rows)]
-    assert found == [reference(values, one) for values, one in zip(logits.double().tolist(), rows, strict=True)]
+    assert found == [
+        reference(values, one) for values, one in zip(logits.double().tolist(), rows, strict=True)
+    ]
     assert torch.equal(logits, before)
 
 
@@ -131,11 +158,20 @@ def test_greedy_is_argmax() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square of 40,000 draws over 700 tokens in three groups; fixed seeds, so the bound (0.1 %) cannot fail by chance."""
+    """Chi-square of 40,000 draws over 700 tokens in three groups; fixed seeds, so the bound (0.1 %)
+    cannot fail by chance.
+    """
     logits = random_logits(12, 1, 700) / 3
     num_draws = 40_000
-    rows = [row([1], [0] * (seed % 7), seed=seed // 7, choice=seed % 3) for seed in range(num_draws)]
-    found = torch.cat([draw_tokens(logits.expand(1000, -1), rows[at : at + 1000]).token_ids for at in range(0, num_draws, 1000)])
+    rows = [
+        row([1], [0] * (seed % 7), seed=seed // 7, choice=seed % 3) for seed in range(num_draws)
+    ]
+    found = torch.cat(
+        [
+            draw_tokens(logits.expand(1000, -1), rows[at : at + 1000]).token_ids
+            for at in range(0, num_draws, 1000)
+        ]
+    )
     expected = logits[0].double().softmax(-1) * num_draws
     assert expected.min() > 1
     chi_square = float(((torch.bincount(found, minlength=700) - expected) ** 2 / expected).sum())
@@ -143,17 +179,27 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_rounding_errors_hardly_ever_move_a_draw() -> None:
-    """Beside the inverse of the cumulative distribution, under which each error moves the borders of all tokens."""
+    """Beside the inverse of the cumulative distribution, under which each error moves the borders
+    of all tokens.
+    """
     source = torch.Generator().manual_seed(3)
     logits = torch.randn(1, 8192, generator=source)
     rounded = logits + torch.randn(1, 8192, generator=source) * 1e-3
     keys = torch.randint(-(2**63), 2**63 - 1, (2048,), generator=source)
     drawn_twice = [
-        torch.cat([draw_by_noise((values - values.max()).expand(len(part), -1), part) for part in keys.split(64)])
+        torch.cat(
+            [
+                draw_by_noise((values - values.max()).expand(len(part), -1), part)
+                for part in keys.split(64)
+            ]
+        )
         for values in (logits, rounded)
     ]
     targets = torch.rand(2048, dtype=torch.float64, generator=source)
-    inverted_twice = [torch.searchsorted(values.double().softmax(-1).cumsum(-1)[0], targets) for values in (logits, rounded)]
+    inverted_twice = [
+        torch.searchsorted(values.double().softmax(-1).cumsum(-1)[0], targets)
+        for values in (logits, rounded)
+    ]
     num_moved = int((drawn_twice[0] != drawn_twice[1]).sum())
     assert num_moved <= 5
     assert int((inverted_twice[0] != inverted_twice[1]).sum()) > 5 * num_moved
@@ -185,12 +231,22 @@ def test_nucleus_wider_than_the_first_guess() -> None:
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(8)
     expected = logits[0].log_softmax(-1)
-    one = row([1, 2], [3, 3], temperature=0.2, repetition_penalty=1.9, num_top_logprobs=4, top_k=3, logit_bias={7: 90.0})
+    one = row(
+        [1, 2],
+        [3, 3],
+        temperature=0.2,
+        repetition_penalty=1.9,
+        num_top_logprobs=4,
+        top_k=3,
+        logit_bias={7: 90.0},
+    )
     token = drawn(logits, [one])[0]
     assert token.token_id == 7
     assert token.logprob == pytest.approx(float(expected[7]))
     assert [token_id for token_id, _ in token.top_logprobs] == expected.topk(4).indices.tolist()
-    assert [value for _, value in token.top_logprobs] == pytest.approx(expected.topk(4).values.tolist())
+    assert [value for _, value in token.top_logprobs] == pytest.approx(
+        expected.topk(4).values.tolist()
+    )
 
 
 def test_zero_top_logprobs_gives_the_token_alone_and_none_gives_nothing() -> None:
@@ -205,7 +261,9 @@ def test_logprobs_do_not_depend_on_the_batch() -> None:
     logits = random_logits(8, 4)
     rows = [row([1], [], num_top_logprobs=num_top) for num_top in (3, None, 0, 60)]
     together = drawn(logits, rows)
-    assert together == [drawn(logits[index : index + 1], [one])[0] for index, one in enumerate(rows)]
+    assert together == [
+        drawn(logits[index : index + 1], [one])[0] for index, one in enumerate(rows)
+    ]
     assert [len(token.top_logprobs) for token in together] == [3, 0, 0, VOCAB_SIZE]
 
 
@@ -219,7 +277,14 @@ def test_end_tokens_come_back_after_min_tokens() -> None:
 
 
 def test_token_ids_outside_the_vocabulary_do_no_harm() -> None:
-    one = row([1], [], temperature=0.0, logit_bias={VOCAB_SIZE + 3: 5.0}, min_tokens=1, stop_token_ids=(VOCAB_SIZE,))
+    one = row(
+        [1],
+        [],
+        temperature=0.0,
+        logit_bias={VOCAB_SIZE + 3: 5.0},
+        min_tokens=1,
+        stop_token_ids=(VOCAB_SIZE,),
+    )
     assert draw_one(random_logits(3), one) == int(random_logits(3).argmax())
 
 
@@ -230,13 +295,27 @@ def test_bfloat16_logits_are_drawn_from_in_float32() -> None:
 
 
 def test_edges_of_all_rows_at_once_equal_those_of_each() -> None:
-    probabilities = (torch.randn(5, 700, generator=torch.Generator().manual_seed(1)) * 3).softmax(-1)
+    probabilities = (torch.randn(5, 700, generator=torch.Generator().manual_seed(1)) * 3).softmax(
+        -1
+    )
     wanted = [0.1, 0.5, 0.9, 0.999, 1.0]
     each = [_nucleus_edge(row, share, 16) for row, share in zip(probabilities, wanted, strict=True)]
     assert torch.equal(nucleus_edges(probabilities, wanted)[:, 0], torch.stack(each))
 
 
-EXTREMES = [0.0, 1e-45, -1e-45, 1e-38, 88.0, 65_504.0, -65_504.0, 3.38e38, -3.38e38, math.inf, -math.inf]
+EXTREMES = [
+    0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    88.0,
+    65_504.0,
+    -65_504.0,
+    3.38e38,
+    -3.38e38,
+    math.inf,
+    -math.inf,
+]
 extreme_rows = st.builds(
     lambda prompt, output, params: row([*prompt, 0], output, **params),
     history,
@@ -250,7 +329,9 @@ extreme_rows = st.builds(
             "presence_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
             "frequency_penalty": st.sampled_from([-2.0, 0.0, 2.0]),
             "repetition_penalty": st.sampled_from([5e-324, 1e-300, 1e-38, 1.0, 1e38, 1.7e308]),
-            "logit_bias": st.dictionaries(token_ids, st.sampled_from([-100.0, 5e-324, 100.0]), max_size=3),
+            "logit_bias": st.dictionaries(
+                token_ids, st.sampled_from([-100.0, 5e-324, 100.0]), max_size=3
+            ),
             "min_tokens": st.sampled_from([0, 7]),
             "eos_token_ids": st.just((0,)),
             "stop_token_ids": st.sampled_from([(), (1, 2), tuple(range(VOCAB_SIZE))]),
@@ -271,12 +352,16 @@ extreme_rows = st.builds(
 def test_any_parameters_draw_a_token_of_the_vocabulary(
     rows: list[SampleRow], values: list[float], dtype: torch.dtype, pick
 ) -> None:
-    logits = torch.tensor([[pick.choice(values) for _ in range(VOCAB_SIZE)] for _ in rows]).to(dtype)
+    logits = torch.tensor([[pick.choice(values) for _ in range(VOCAB_SIZE)] for _ in rows]).to(
+        dtype
+    )
     result = draw_tokens(logits, rows)
     for token in result.collect():
         assert token is not None
         assert 0 <= token.token_id < VOCAB_SIZE
-        told = [value for _, value in token.top_logprobs] + ([] if token.logprob is None else [token.logprob])
+        told = [value for _, value in token.top_logprobs] + (
+            [] if token.logprob is None else [token.logprob]
+        )
         assert all(-9999.0 <= value <= 0.0 for value in told)
     assert bool(((result.token_ids >= 0) & (result.token_ids < VOCAB_SIZE)).all())
 
@@ -289,11 +374,21 @@ def test_repetition_penalty_that_float32_cannot_hold() -> None:
 
 
 def test_forbidden_tokens_stay_forbidden_under_any_penalty() -> None:
-    one = row([5], [], min_tokens=1, eos_token_ids=(5,), repetition_penalty=1e-38, logit_bias={5: 100.0}, temperature=2.0)
+    one = row(
+        [5],
+        [],
+        min_tokens=1,
+        eos_token_ids=(5,),
+        repetition_penalty=1e-38,
+        logit_bias={5: 100.0},
+        temperature=2.0,
+    )
     assert 5 not in {draw_one(random_logits(seed), one) for seed in range(50)}
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.0, "min_tokens": 3}, {}, {"top_p": 0.5}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 0.0, "min_tokens": 3}, {}, {"top_p": 0.5}]
+)
 def test_row_with_nan_draws_nothing_and_others_are_not_touched(sampling: dict[str, object]) -> None:
     rows = [row([1], [], **sampling, num_top_logprobs=num_top) for num_top in (None, 2, None)]
     logits = random_logits(7, 3)
@@ -310,7 +405,9 @@ def test_low_temperatures_are_those_of_vllm() -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 3] = 0.005
     found = {draw_one(logits, row([1], [], temperature=1e-9, seed=seed)) for seed in range(50)}
-    assert found == {draw_one(logits, row([1], [], temperature=0.01, seed=seed)) for seed in range(50)}
+    assert found == {
+        draw_one(logits, row([1], [], temperature=0.01, seed=seed)) for seed in range(50)
+    }
     assert len(found) > 1
     assert draw_one(logits, row([1], [], temperature=0.0)) == 3
 
@@ -323,5 +420,7 @@ def test_bias_for_every_token_of_many_rows() -> None:
         row([1], [], temperature=0.0, logit_bias=bias),
     ]
     logits = random_logits(9, 3)
-    expected = logits + torch.tensor([1.0, 0.0, 1.0])[:, None] * torch.tensor([bias[token_id] for token_id in range(VOCAB_SIZE)])
+    expected = logits + torch.tensor([1.0, 0.0, 1.0])[:, None] * torch.tensor(
+        [bias[token_id] for token_id in range(VOCAB_SIZE)]
+    )
     assert [token.token_id for token in drawn(logits, rows)] == expected.argmax(-1).tolist()

@@ -104,9 +104,12 @@ def test_other_ranks_hear_of_sampled_tokens_in_the_next_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt_len", "max_tokens", "number"), [(64, 1, "max_model_len is 64"), (40, 20, "need 15 KV blocks, the engine has 14")]
+    ("prompt_len", "max_tokens", "number"),
+    [(64, 1, "max_model_len is 64"), (40, 20, "need 15 KV blocks, the engine has 14")],
 )
-def test_what_can_never_fit_ends_at_once_with_both_numbers(prompt_len: int, max_tokens: int, number: str) -> None:
+def test_what_can_never_fit_ends_at_once_with_both_numbers(
+    prompt_len: int, max_tokens: int, number: str
+) -> None:
     engine = FakeEngine(num_blocks=14)
     engine.add("a", range(prompt_len), max_tokens=max_tokens)
     finished = engine.finished["a"]
@@ -129,7 +132,11 @@ def test_stop_token_waits_for_min_tokens() -> None:
     engine.add("a", [1], sampling=SamplingParams(max_tokens=9, stop_token_ids=stop))
     engine.run()
     assert engine.finished["a"].stop_token_id == output([1], 1)[0]
-    engine.add("b", [1], sampling=SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=(output([1], 5)[0],)))
+    engine.add(
+        "b",
+        [1],
+        sampling=SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=(output([1], 5)[0],)),
+    )
     engine.run()
     assert len(engine.outputs["b"]) >= 4
 
@@ -151,7 +158,10 @@ def test_abort_ends_a_request_once_wherever_it_is() -> None:
         for name in ("running", "waiting", "unknown"):
             engine.scheduler.abort(name)
     engine.take_outputs()
-    assert {name: finished.reason for name, finished in engine.finished.items()} == {"running": "abort", "waiting": "abort"}
+    assert {name: finished.reason for name, finished in engine.finished.items()} == {
+        "running": "abort",
+        "waiting": "abort",
+    }
     engine.run()
     assert engine.scheduler.stats().num_free_blocks == 32
 
@@ -238,7 +248,8 @@ def test_hybrid_prefix_needs_only_the_window_of_sliding_groups() -> None:
     engine = FakeEngine(groups=(FULL, sliding(4)), num_blocks=20, max_num_batched_tokens=4)
     engine.add("a", [*range(16), 1], max_tokens=1)
     engine.run()
-    # Take all blocks but those of the longest-lived chain: early blocks of the sliding group go first.
+    # Take all blocks but those of the longest-lived chain: early blocks of the sliding group go
+    # first.
     engine.add("b", [*range(16), 2], max_tokens=1)
     engine.run()
     assert engine.finished["b"].num_cached_tokens == 16
@@ -249,7 +260,15 @@ def test_hybrid_prefix_needs_only_the_window_of_sliding_groups() -> None:
 
 def lease_of(engine: FakeEngine, **fields: object) -> GrantLease | None:
     engine.add("a", PROMPT, **{"max_tokens": 1, "do_remote_decode": True, **fields})  # type: ignore[arg-type]
-    return next((command for plan in engine.run() for command in plan.commands if isinstance(command, GrantLease)), None)
+    return next(
+        (
+            command
+            for plan in engine.run()
+            for command in plan.commands
+            if isinstance(command, GrantLease)
+        ),
+        None,
+    )
 
 
 def test_lease_and_answer_after_the_first_token() -> None:
@@ -258,7 +277,11 @@ def test_lease_and_answer_after_the_first_token() -> None:
     finished = engine.finished["a"]
     assert grant is not None
     assert finished.remote_kv is not None
-    assert (finished.reason, finished.remote_kv.engine_id, finished.remote_kv.num_tokens) == ("length", "local-engine", 10)
+    assert (finished.reason, finished.remote_kv.engine_id, finished.remote_kv.num_tokens) == (
+        "length",
+        "local-engine",
+        10,
+    )
     assert finished.remote_kv.block_ids == grant.block_ids
     assert [token.token_id for token in grant.first_tokens] == output(PROMPT, 1)
     stats = engine.scheduler.stats()
@@ -269,7 +292,9 @@ def test_lease_and_answer_after_the_first_token() -> None:
 
 
 @pytest.mark.parametrize("num_readers", [1, 2])
-def test_the_token_goes_ahead_of_its_lease_only_where_no_other_choice_shares_it(num_readers: int) -> None:
+def test_the_token_goes_ahead_of_its_lease_only_where_no_other_choice_shares_it(
+    num_readers: int,
+) -> None:
     """The server would end the lease of others when the token ends this choice."""
     engine = FakeEngine()
     assert lease_of(engine, num_readers=num_readers) is not None
@@ -297,7 +322,13 @@ def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
 
 def test_min_tokens_beyond_the_first_token_do_not_matter_to_prefill() -> None:
     engine = FakeEngine()
-    assert lease_of(engine, sampling=SamplingParams(max_tokens=1, min_tokens=5, stop_token_ids=tuple(range(3)))) is not None
+    assert (
+        lease_of(
+            engine,
+            sampling=SamplingParams(max_tokens=1, min_tokens=5, stop_token_ids=tuple(range(3))),
+        )
+        is not None
+    )
     assert engine.finished["a"].reason == "length"
 
 
@@ -335,7 +366,11 @@ def start_pull(engine: FakeEngine, **fields: object) -> StartPull:
 def test_pulled_with_first_token_computes_no_prompt_token() -> None:
     engine = FakeEngine()
     pull = start_pull(engine, output=output(PROMPT, 1))
-    assert (pull.first_block_index, [len(ids) for ids in pull.block_ids], len(pull.block_hashes)) == ([0], [3], 3)
+    assert (
+        pull.first_block_index,
+        [len(ids) for ids in pull.block_ids],
+        len(pull.block_hashes),
+    ) == ([0], [3], 3)
     assert engine.scheduler.stats().num_waiting_for_kv == 1
     assert not engine.scheduler.has_work()
     engine.end_pull(pull.pull_id)
@@ -401,7 +436,9 @@ def test_choices_share_one_pull_and_bring_only_the_partial_block_themselves() ->
     engine.end_pull(next(iter(engine.pulls)))
     engine.run()
     assert engine.num_pulls == 3
-    assert {tuple(engine.token_ids(f"d/{choice}")) for choice in range(3)} == {tuple(output(PROMPT, 4))}
+    assert {tuple(engine.token_ids(f"d/{choice}")) for choice in range(3)} == {
+        tuple(output(PROMPT, 4))
+    }
 
 
 def test_choices_do_not_wait_for_a_pull_that_failed() -> None:
@@ -478,7 +515,9 @@ def test_unknown_transfer_events_are_ignored() -> None:
 
 
 def test_pulled_requests_make_way_when_the_last_blocks_are_leased() -> None:
-    """A lease, or worse a quarantine, may last: one of two requests that lack a block each gives its own to the other."""
+    """A lease, or worse a quarantine, may last: one of two requests that lack a block each gives
+    its own to the other.
+    """
     engine = FakeEngine(num_blocks=6, caching=False)
     prompts = {"a": [1] * 8, "b": [2] * 8}
     for name, prompt in prompts.items():

@@ -1,4 +1,6 @@
-"""Any history of requests, aborts, steps, transfers and copies: no stale block is read, none lost, each request ends once."""
+"""Any history of requests, aborts, steps, transfers and copies: no stale block is read, none lost,
+each request ends once.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ GROUPS = st.sampled_from(
 # Few distinct tokens and a common stem make prompts that share prefixes of any length.
 STEM = [random.Random(1).randrange(VOCAB_SIZE) for _ in range(30)]
 PROMPTS = st.builds(
-    lambda length, tail: STEM[:length] + tail, st.integers(0, 28), st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=6)
+    lambda length, tail: STEM[:length] + tail,
+    st.integers(0, 28),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=6),
 )
 SAMPLING = st.builds(
     SamplingParams,
@@ -55,7 +59,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         shares_tokens=st.booleans(),
     )
     def start(
-        self, groups, block_size, num_blocks, max_num_seqs, budget, caching, tp_size, on_failure, num_chunks, shares_tokens
+        self,
+        groups,
+        block_size,
+        num_blocks,
+        max_num_seqs,
+        budget,
+        caching,
+        tp_size,
+        on_failure,
+        num_chunks,
+        shares_tokens,
     ):
         self.kv_transfer = KVTransferSettings(on_failure=on_failure)
         self.engine = FakeEngine(
@@ -88,7 +102,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.has_room())
     @rule(prompt=PROMPTS, sampling=SAMPLING, num_known=st.integers(1, 12))
     def add_resumed(self, prompt, sampling, num_known):
-        output = expected_output(prompt, sampling, max(1, MAX_MODEL_LEN - len(prompt)))[:num_known] if prompt else []
+        output = (
+            expected_output(prompt, sampling, max(1, MAX_MODEL_LEN - len(prompt)))[:num_known]
+            if prompt
+            else []
+        )
         self.engine.add(self.new_id(), prompt, sampling=sampling, output=output)
 
     @precondition(lambda self: self.has_room())
@@ -97,19 +115,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampling = SamplingParams(max_tokens=1, stop_token_ids=stop)
         name = self.new_id()
         for choice in range(num_choices):
-            self.engine.add(f"{name}/{choice}", prompt, sampling=sampling, do_remote_decode=choice == 0, num_readers=num_choices)
+            self.engine.add(
+                f"{name}/{choice}",
+                prompt,
+                sampling=sampling,
+                do_remote_decode=choice == 0,
+                num_readers=num_choices,
+            )
 
     @precondition(lambda self: self.has_room())
-    @rule(prompt=PROMPTS, sampling=SAMPLING, num_choices=st.integers(1, 3), knows_first=st.booleans())
+    @rule(
+        prompt=PROMPTS, sampling=SAMPLING, num_choices=st.integers(1, 3), knows_first=st.booleans()
+    )
     def add_remote_prefill(self, prompt, sampling, num_choices, knows_first):
         name = self.new_id()
         output = expected_output(prompt, sampling, 1) if prompt and knows_first else []
         for choice in range(num_choices):
             remote = remote_kv(name, len(prompt))
-            self.engine.add(f"{name}/{choice}", prompt, sampling=sampling, output=output, remote_kv=remote)
+            self.engine.add(
+                f"{name}/{choice}", prompt, sampling=sampling, output=output, remote_kv=remote
+            )
 
     @precondition(lambda self: self.has_room())
-    @rule(prompt=PROMPTS, stop=st.sampled_from([(), (1, 3, 5)]), num_readers=st.sampled_from([1, 1, 2]))
+    @rule(
+        prompt=PROMPTS,
+        stop=st.sampled_from([(), (1, 3, 5)]),
+        num_readers=st.sampled_from([1, 1, 2]),
+    )
     def add_awaited_prefill(self, prompt, stop, num_readers):
         sampling = SamplingParams(max_tokens=1, stop_token_ids=stop)
         message = {"do_remote_decode": True, "is_awaited": True, "num_readers": num_readers}
@@ -119,12 +151,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(prompt=PROMPTS, sampling=SAMPLING)
     def add_awaiting_decode(self, prompt, sampling):
         name = self.new_id()
-        self.engine.add(name, prompt, sampling=sampling, remote_kv=remote_kv(name, 0), awaits_lease=True)
+        self.engine.add(
+            name, prompt, sampling=sampling, remote_kv=remote_kv(name, 0), awaits_lease=True
+        )
 
     @rule(choice=st.randoms(use_true_random=False))
     def abort(self, choice):
         # Mostly one that lives, else the lease of one that has ended.
-        living = [request_id for request_id in self.engine.added if request_id not in self.engine.finished]
+        living = [
+            request_id for request_id in self.engine.added if request_id not in self.engine.finished
+        ]
         if candidates := living * 3 + list(self.engine.leases):
             request_id = choice.choice(candidates)
             self.aborted |= {request_id} & set(living)
@@ -157,12 +193,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end_pull(self, choice, outcome, leased):
         if self.engine.pulls:
             pull_id = choice.choice(list(self.engine.pulls))
-            self.engine.end_pull(pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight", leased=leased)
+            self.engine.end_pull(
+                pull_id, ok=outcome == "ok", in_flight=outcome == "in_flight", leased=leased
+            )
 
-    @rule(choice=st.randoms(use_true_random=False), outcome=st.sampled_from(["ok", "ok", "ok", "failed", "bad"]))
+    @rule(
+        choice=st.randoms(use_true_random=False),
+        outcome=st.sampled_from(["ok", "ok", "ok", "failed", "bad"]),
+    )
     def end_job(self, choice, outcome):
         if self.engine.jobs:
-            self.engine.end_job(choice.choice(list(self.engine.jobs)), ok=outcome == "ok", num_bad=outcome == "bad")
+            self.engine.end_job(
+                choice.choice(list(self.engine.jobs)), ok=outcome == "ok", num_bad=outcome == "bad"
+            )
 
     @rule()
     def end_stores(self):
@@ -175,7 +218,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.engine.quarantined:
             self.engine.drain(choice.choice(list(self.engine.quarantined)))
 
-    @rule(choice=st.randoms(use_true_random=False), reason=st.sampled_from(["pulled", "expired", "released"]))
+    @rule(
+        choice=st.randoms(use_true_random=False),
+        reason=st.sampled_from(["pulled", "expired", "released"]),
+    )
     def end_lease(self, choice, reason):
         if self.engine.leases:
             self.engine.end_lease(choice.choice(list(self.engine.leases)), reason)
@@ -193,8 +239,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_request(request_id)
         stats = self.engine.scheduler.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
-        assert (stats.num_running, stats.num_waiting, stats.num_waiting_for_kv, stats.num_leased_requests) == (0, 0, 0, 0)
-        assert stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
+        assert (
+            stats.num_running,
+            stats.num_waiting,
+            stats.num_waiting_for_kv,
+            stats.num_leased_requests,
+        ) == (0, 0, 0, 0)
+        assert (
+            stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
+        )
         assert not any(runner.rows for runner in self.engine.runners)
         assert not self.engine.announced, "neither leased nor withdrawn"
 
@@ -218,7 +271,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_request(self, request_id):
         message, finished = self.engine.added[request_id], self.engine.finished[request_id]
         sampling, prompt = message.sampling, message.prompt_token_ids
-        known = [token.token_id for token in message.output] + self.engine.first_tokens.get(request_id, [])
+        known = [token.token_id for token in message.output] + self.engine.first_tokens.get(
+            request_id, []
+        )
         known += self.engine.token_ids(request_id)
         limit = min(sampling.max_tokens, MAX_MODEL_LEN - len(prompt))
         if finished.reason == "error":

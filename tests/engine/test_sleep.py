@@ -1,4 +1,6 @@
-"""Falling asleep and waking up, rank by rank, with memory and transfers that do what the test says."""
+"""Falling asleep and waking up, rank by rank, with memory and transfers that do what the test
+says.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ ALL = frozenset({"weights", "kv_cache"})
 
 @dataclass
 class FakeRank:
-    """Memory and transfers of one rank, and what they were told; checks that peers never see memory that sleeps."""
+    """Memory and transfers of one rank, and what they were told; checks that peers never see memory
+    that sleeps.
+    """
 
     log: list[str] = field(default_factory=list)
     sleeping_tags: frozenset[str] = frozenset()
@@ -105,7 +109,8 @@ class Engine:
         self.now = 0.0
         self.ranks = [FakeRank() for _ in range(num_ranks)]
         self.sleepers = [
-            RankSleeper(rank, rank, rank.announce, peers_timeout_s=5.0, clock=lambda: self.now) for rank in self.ranks
+            RankSleeper(rank, rank, rank.announce, peers_timeout_s=5.0, clock=lambda: self.now)
+            for rank in self.ranks
         ]
         self.scheduler = FakeScheduler()
         self.replies: list[SleepReply] = []
@@ -166,10 +171,21 @@ def test_peers_go_before_the_memory_and_come_back_after_it(engine: Engine) -> No
     assert not engine.coordinator.computes
     engine.wake_up()
     reply = engine.reply()
-    assert (reply.error, reply.num_bytes, reply.sleeping_tags) == (None, 100 * len(engine.ranks), [])
+    assert (reply.error, reply.num_bytes, reply.sleeping_tags) == (
+        None,
+        100 * len(engine.ranks),
+        [],
+    )
     assert engine.coordinator.phase is SleepPhase.AWAKE
     for rank in engine.ranks:
-        assert rank.log == ["suspend", "sleeping", "sleep 2", "wake kv_cache,weights", "resume", "awake"]
+        assert rank.log == [
+            "suspend",
+            "sleeping",
+            "sleep 2",
+            "wake kv_cache,weights",
+            "resume",
+            "awake",
+        ]
     assert engine.scheduler.num_resets == 1
 
 
@@ -195,7 +211,9 @@ def test_tags_wake_one_by_one_and_peers_only_with_the_last(engine: Engine) -> No
         {"num_quarantined_blocks": 1},
     ],
 )
-def test_sleep_waits_for_everything_that_holds_blocks(counts: dict[str, int], engine: Engine) -> None:
+def test_sleep_waits_for_everything_that_holds_blocks(
+    counts: dict[str, int], engine: Engine
+) -> None:
     engine.scheduler.counts = EngineStats(**counts)
     engine.sleep(timeout_s=10.0)
     assert not engine.replies
@@ -210,7 +228,9 @@ def test_sleep_waits_for_everything_that_holds_blocks(counts: dict[str, int], en
 def test_refused_when_time_is_up_and_nothing_has_changed(engine: Engine) -> None:
     engine.scheduler.counts = EngineStats(num_running=2, num_leased_requests=1)
     engine.sleep(timeout_s=0.0)
-    assert engine.reply().error == "the engine cannot sleep now: 2 requests running, 1 requests leased"
+    assert (
+        engine.reply().error == "the engine cannot sleep now: 2 requests running, 1 requests leased"
+    )
     assert engine.coordinator.phase is SleepPhase.AWAKE
     assert not any(rank.log for rank in engine.ranks)
 
@@ -311,15 +331,22 @@ def test_a_restarted_server_forgets_a_call_that_has_not_begun(engine: Engine) ->
 
 def test_what_holds_blocks_is_named() -> None:
     assert what_holds_blocks(EngineStats(num_free_blocks=3)) == ""
-    assert what_holds_blocks(EngineStats(num_quarantined_blocks=2)).startswith("2 KV blocks that an abandoned transfer")
+    assert what_holds_blocks(EngineStats(num_quarantined_blocks=2)).startswith(
+        "2 KV blocks that an abandoned transfer"
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 3),
-    st.lists(st.sampled_from(["sleep", "wake", "wake weights", "wake kv_cache", "fail", "mend", "busy"]), max_size=14),
+    st.lists(
+        st.sampled_from(["sleep", "wake", "wake weights", "wake kv_cache", "fail", "mend", "busy"]),
+        max_size=14,
+    ),
 )
-def test_each_call_gets_one_reply_and_no_rank_is_left_behind(num_ranks: int, actions: list[str]) -> None:
+def test_each_call_gets_one_reply_and_no_rank_is_left_behind(
+    num_ranks: int, actions: list[str]
+) -> None:
     engine = Engine(num_ranks)
     for action in actions:
         before = len(engine.replies)
@@ -335,7 +362,9 @@ def test_each_call_gets_one_reply_and_no_rank_is_left_behind(num_ranks: int, act
                 engine.ranks[-1].memory_error = ""
                 continue
             case _:
-                engine.scheduler.counts = EngineStats(num_running=1 - engine.scheduler.counts.num_running)
+                engine.scheduler.counts = EngineStats(
+                    num_running=1 - engine.scheduler.counts.num_running
+                )
                 continue
         assert len(engine.replies) == before + 1
         awake = [not rank.sleeping_tags for rank in engine.ranks]
@@ -369,7 +398,9 @@ class SleepingRecorder(Recorder):
 
 
 def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
-    prompt = AddRequest(request_id="a", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=3))
+    prompt = AddRequest(
+        request_id="a", prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_tokens=3)
+    )
     recorder = SleepingRecorder([prompt, Sleep(call_id=7, level=1, timeout_s=100.0)])
     leader = make_leader(recorder, enable_sleep_mode=True)
     while not any(isinstance(message, SleepReply) for message in recorder.told):
@@ -378,12 +409,24 @@ def test_the_step_loop_drains_sleeps_refuses_and_serves_again() -> None:
     assert kinds == ["Tokens", "Tokens", "RequestFinished", "SleepReply"]
     recorder.told.clear()
     again = structs.replace(prompt, request_id="b")
-    recorder.requests = [again, Hello(server_incarnation=2), WakeUp(call_id=8), structs.replace(prompt, request_id="c")]
-    while not any(isinstance(message, RequestFinished) and message.request_id == "c" for message in recorder.told):
+    recorder.requests = [
+        again,
+        Hello(server_incarnation=2),
+        WakeUp(call_id=8),
+        structs.replace(prompt, request_id="c"),
+    ]
+    while not any(
+        isinstance(message, RequestFinished) and message.request_id == "c"
+        for message in recorder.told
+    ):
         leader.turn()
     refused, welcome, woken, *_, finished = recorder.told
     assert isinstance(refused, RequestFinished)
-    assert (refused.request_id, refused.reason, refused.error) == ("b", "error", "the engine sleeps")
+    assert (refused.request_id, refused.reason, refused.error) == (
+        "b",
+        "error",
+        "the engine sleeps",
+    )
     assert isinstance(welcome, Welcome)
     assert set(welcome.sleeping_tags) == ALL
     assert isinstance(woken, SleepReply)

@@ -36,17 +36,26 @@ def pools() -> Iterator[CuMemPools]:
 
 def answers(runner: ModelRunner) -> list[list[int]]:
     rng = random.Random(3)
-    prompts = [[rng.randrange(int(str(COMMON["vocab_size"]))) for _ in range(length)] for length in (5, 17, 40)]
+    prompts = [
+        [rng.randrange(int(str(COMMON["vocab_size"]))) for _ in range(length)]
+        for length in (5, 17, 40)
+    ]
     sampling = SamplingParams(max_tokens=12, temperature=0.0)
-    return HandScheduler(runner).run([Request(prompt, 12, sampling, start_step=0, chunk=16) for prompt in prompts])
+    return HandScheduler(runner).run(
+        [Request(prompt, 12, sampling, start_step=0, chunk=16) for prompt in prompts]
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "gemma3"])
-@pytest.mark.parametrize(("load_format", "enforce_eager"), [("auto", False), ("dummy", False), ("auto", True)])
+@pytest.mark.parametrize(
+    ("load_format", "enforce_eager"), [("auto", False), ("dummy", False), ("auto", True)]
+)
 def test_tokens_are_the_same_after_each_of_ten_cycles(
     name: str, load_format: str, enforce_eager: bool, tmp_path: Path, pools: CuMemPools
 ) -> None:
-    """CUDA graphs are captured once: what they read and write is at the same addresses after each cycle."""
+    """CUDA graphs are captured once: what they read and write is at the same addresses after each
+    cycle.
+    """
     directory = save_tiny_model(name, tmp_path)
     spec = make_spec(
         directory,

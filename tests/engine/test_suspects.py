@@ -1,4 +1,6 @@
-"""Requests that a rank may have died of: never two in a step, none while another step runs, until they have survived one."""
+"""Requests that a rank may have died of: never two in a step, none while another step runs, until
+they have survived one.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,15 @@ def test_others_do_not_wait_behind_a_suspect_that_waits() -> None:
 def test_pulled_suspects_wait_with_their_blocks() -> None:
     engine = FakeEngine(num_blocks=8)
     for origin, name in enumerate("ab", 1):
-        engine.add(name, PROMPTS["b"], max_tokens=3, origin=origin, is_suspect=True, remote_kv=remote_kv(name, 5), output=[1])
+        engine.add(
+            name,
+            PROMPTS["b"],
+            max_tokens=3,
+            origin=origin,
+            is_suspect=True,
+            remote_kv=remote_kv(name, 5),
+            output=[1],
+        )
     engine.step()
     for pull in list(engine.pulls):
         engine.end_pull(pull)
@@ -87,7 +97,10 @@ def test_rank_0_notes_each_step_before_anybody_begins_it_and_its_end(runs_ahead:
             return plan
 
     sampling = SamplingParams(max_tokens=2)
-    requests = [AddRequest(request_id=str(n), prompt_token_ids=[1, n], sampling=sampling, origin=n) for n in (4, 5)]
+    requests = [
+        AddRequest(request_id=str(n), prompt_token_ids=[1, n], sampling=sampling, origin=n)
+        for n in (4, 5)
+    ]
     leader = make_leader(Steps([*requests]), record=order.append, async_scheduling=runs_ahead)
     for _ in range(6):
         leader.turn()

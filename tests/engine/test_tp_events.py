@@ -24,12 +24,20 @@ def test_one_rank_passes_events_through() -> None:
 
 
 def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
-    merged = run(2, [PullFinished(pull_id="a", ok=True, num_bytes=3), PullFinished(pull_id="a", ok=False, error="late")])
+    merged = run(
+        2,
+        [
+            PullFinished(pull_id="a", ok=True, num_bytes=3),
+            PullFinished(pull_id="a", ok=False, error="late"),
+        ],
+    )
     assert [(event.ok, event.error, event.num_bytes) for event in merged] == [(False, "late", 3)]  # type: ignore[union-attr]
 
 
 def test_lease_ends_when_all_ranks_said_so_and_one_expiry_is_an_expiry() -> None:
-    merged = run(3, [LeaseEnded(request_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")])
+    merged = run(
+        3, [LeaseEnded(request_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")]
+    )
     assert merged == [LeaseEnded(request_id="r", reason="expired")]
 
 
@@ -37,15 +45,27 @@ def test_lease_ends_when_all_ranks_said_so_and_one_expiry_is_an_expiry() -> None
 def test_the_first_tokens_are_known_when_any_rank_has_heard_of_the_lease(ok: bool) -> None:
     """One that fails before that makes the pull a failed one, and the prompt is recomputed."""
     told = PullFinished(pull_id="a", ok=True, first_tokens=[FirstToken(token_id=3)])
-    (merged,) = run(3, [PullFinished(pull_id="a", ok=ok, first_tokens=told.first_tokens if ok else []), told, told])
+    (merged,) = run(
+        3,
+        [
+            PullFinished(pull_id="a", ok=ok, first_tokens=told.first_tokens if ok else []),
+            told,
+            told,
+        ],
+    )
     assert isinstance(merged, PullFinished)
     assert (merged.ok, merged.first_tokens) == (ok, told.first_tokens)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_blocks_come_back_exactly_once_in_any_order(order: tuple[int, ...]) -> None:
-    """Two ranks, both in flight; a drain follows its own rank's finish, but ranks overtake each other."""
-    per_rank = [[PullFinished(pull_id="a", ok=False, in_flight=True), PullDrained(pull_id="a")] for _ in range(2)]
+    """Two ranks, both in flight; a drain follows its own rank's finish, but ranks overtake each
+    other.
+    """
+    per_rank = [
+        [PullFinished(pull_id="a", ok=False, in_flight=True), PullDrained(pull_id="a")]
+        for _ in range(2)
+    ]
     events = [per_rank[index // 2].pop(0) for index in order]
     merged = run(2, events)
     finished = [event for event in merged if isinstance(event, PullFinished)]

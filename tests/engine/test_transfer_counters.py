@@ -25,7 +25,12 @@ def test_a_pull_that_failed_for_good() -> None:
     finish(engine, ok=False, num_retries=2, verification_failed=True, late=True)
     engine.run()
     stats = engine.scheduler.stats()
-    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.recomputed_requests) == (0, 1, 2, 1)
+    assert (
+        stats.transfers,
+        stats.transfer_failures,
+        stats.pull_retries,
+        stats.recomputed_requests,
+    ) == (0, 1, 2, 1)
     assert (stats.verification_failures, stats.late_reads) == (1, 1)
 
 
@@ -33,29 +38,49 @@ def test_a_pull_that_succeeded_with_its_second_read() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_retries=1, verification_failed=True)
     stats = engine.scheduler.stats()
-    assert (stats.transfers, stats.transfer_failures, stats.pull_retries, stats.verification_failures) == (1, 0, 1, 1)
+    assert (
+        stats.transfers,
+        stats.transfer_failures,
+        stats.pull_retries,
+        stats.verification_failures,
+    ) == (1, 0, 1, 1)
 
 
 def test_a_pull_that_succeeds_counts_its_bytes() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_bytes=5, seconds=0.5)
     stats = engine.scheduler.stats()
-    assert (stats.transfers, stats.transfer_bytes, stats.transfer_seconds, stats.transfer_failures) == (1, 5, 0.5, 0)
+    assert (
+        stats.transfers,
+        stats.transfer_bytes,
+        stats.transfer_seconds,
+        stats.transfer_failures,
+    ) == (1, 5, 0.5, 0)
 
 
 def test_a_pull_from_a_rank_that_has_died_is_counted_when_any_rank_of_the_group_had_one() -> None:
     engine = pulling_engine()
     ranks = EventAggregator(tp_size=2)
     pull_id = next(iter(engine.pulls))
-    reports = [PullFinished(pull_id=pull_id, ok=True, departed=departed) for departed in (False, True)]
+    reports = [
+        PullFinished(pull_id=pull_id, ok=True, departed=departed) for departed in (False, True)
+    ]
     for event in [event for report in reports for event in ranks.add(report)]:
         engine.scheduler.on_transfer_event(event)
-    assert (engine.scheduler.stats().transfers, engine.scheduler.stats().departed_transfers) == (1, 1)
+    assert (engine.scheduler.stats().transfers, engine.scheduler.stats().departed_transfers) == (
+        1,
+        1,
+    )
 
 
 def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
     engine = FakeEngine()
-    for request_id, reason in (("a", "pulled"), ("b", "expired"), ("c", "released"), ("d", "expired")):
+    for request_id, reason in (
+        ("a", "pulled"),
+        ("b", "expired"),
+        ("c", "released"),
+        ("d", "expired"),
+    ):
         engine.add(request_id, range(10), max_tokens=1, do_remote_decode=True)
         engine.run()
         engine.end_lease(request_id, reason)

@@ -39,11 +39,16 @@ class Server:
                 await self.go.wait()
                 return web.json_response({"length": len(body)})
         except RequestError as error:
-            return web.json_response(error_body(error), status=error.status, headers=error_headers(error))
+            return web.json_response(
+                error_body(error), status=error.status, headers=error_headers(error)
+            )
 
     async def post(self, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
         url = f"http://127.0.0.1:{self.port}/"
-        async with aiohttp.ClientSession() as session, session.post(url, data=io.BytesIO(body), headers=headers) as response:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url, data=io.BytesIO(body), headers=headers) as response,
+        ):
             return response.status, await response.json()
 
     @contextlib.asynccontextmanager
@@ -90,7 +95,10 @@ async def test_unfinished_bodies_count_with_their_stated_length() -> None:
             status, answer = await server.post(b"x" * MAX_BYTES)
             assert (status, answer["error"]["code"]) == (503, "too_many_bytes_in_flight")
             assert str(3 * MAX_BYTES) in answer["error"]["message"]
-            assert await server.post(b"x" * SMALL_BODY_BYTES) == (200, {"length": SMALL_BODY_BYTES})  # small ones find room
+            assert await server.post(b"x" * SMALL_BODY_BYTES) == (
+                200,
+                {"length": SMALL_BODY_BYTES},
+            )  # small ones find room
         await server.holds(2 * MAX_BYTES)
         assert (await server.post(b"x" * MAX_BYTES))[0] == 200
 
@@ -104,7 +112,9 @@ async def test_a_body_without_a_length_counts_with_what_has_come() -> None:
 
         server.go.clear()
         async with aiohttp.ClientSession() as session:
-            post = asyncio.create_task(session.post(f"http://127.0.0.1:{server.port}/", data=pieces()))
+            post = asyncio.create_task(
+                session.post(f"http://127.0.0.1:{server.port}/", data=pieces())
+            )
             await server.holds(MAX_BYTES)
             server.go.set()
             assert (await post).status == 200
@@ -114,7 +124,10 @@ async def test_a_body_without_a_length_counts_with_what_has_come() -> None:
 async def test_a_compressed_body_counts_with_its_decompressed_length() -> None:
     async with serving(2 * MAX_BYTES) as server:
         fits, bomb = b"x" * MAX_BYTES, b"x" * (MAX_BYTES + 1)
-        assert await server.post(gzip.compress(fits), **{"Content-Encoding": "gzip"}) == (200, {"length": MAX_BYTES})
+        assert await server.post(gzip.compress(fits), **{"Content-Encoding": "gzip"}) == (
+            200,
+            {"length": MAX_BYTES},
+        )
         status, answer = await server.post(gzip.compress(bomb), **{"Content-Encoding": "gzip"})
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
         assert str(MAX_BYTES) in answer["error"]["message"]
@@ -129,7 +142,13 @@ async def test_broken_compression_is_a_400(encoding: str) -> None:
     whole = gzip.compress(text) if encoding == "gzip" else zlib.compress(text)
     async with serving() as server:
         assert await server.post(whole, **{"Content-Encoding": encoding}) == (200, {"length": 1024})
-        for broken in (b"{}", whole[:-1], whole[:30], whole[:30] + b"\xff\xff" + whole[32:], whole + b"more"):
+        for broken in (
+            b"{}",
+            whole[:-1],
+            whole[:30],
+            whole[:30] + b"\xff\xff" + whole[32:],
+            whole + b"more",
+        ):
             status, answer = await server.post(broken, **{"Content-Encoding": encoding})
             assert (status, answer["error"]["code"]) == (400, "invalid_body")
 
@@ -160,7 +179,9 @@ async def test_a_body_that_falls_silent_is_a_408(monkeypatch: pytest.MonkeyPatch
         async with server.begun(100) as reader:
             answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 408")
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].startswith("3 bytes of the body came")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"].startswith(
+            "3 bytes of the body came"
+        )
         assert server.budget.held_bytes == 0
 
 
@@ -178,18 +199,29 @@ async def test_a_refused_body_leaves_no_trace_in_the_budget() -> None:
 
 
 def test_an_engine_takes_what_a_router_makes_of_the_longest_body() -> None:
-    """A request of many choices goes on elsewhere near its end: all of its tokens are sent with it."""
+    """A request of many choices goes on elsewhere near its end: all of its tokens are sent with
+    it.
+    """
     num_choices, max_model_len = 128, 500
     tokens = [{"token_id": 2**31 - 1}] * max_model_len
     tokens_of_all = {"choices": [tokens] * num_choices, "sent": True}
-    parameters = {"remote_block_ids": list(range(max_model_len)), "first_tokens": [[0.123456789] * 20] * num_choices}
-    added = len(json.dumps({"resume": tokens_of_all, "kv_transfer_params": parameters}, separators=(",", ":")))
+    parameters = {
+        "remote_block_ids": list(range(max_model_len)),
+        "first_tokens": [[0.123456789] * 20] * num_choices,
+    }
+    added = len(
+        json.dumps(
+            {"resume": tokens_of_all, "kv_transfer_params": parameters}, separators=(",", ":")
+        )
+    )
     assert 1000 + added <= max_engine_body_bytes(1000, max_model_len)
 
 
 def test_the_budget_is_eight_of_the_longest_bodies_unless_set() -> None:
     assert LimitSettings().body_budget_bytes == 128 * 1024**2
     assert LimitSettings(max_body_bytes=1000).body_budget_bytes == 8000
-    assert LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=2000).body_budget_bytes == 2000
+    assert (
+        LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=2000).body_budget_bytes == 2000
+    )
     with pytest.raises(ValueError, match="at least twice max_body_bytes, which is 1000"):
         LimitSettings(max_body_bytes=1000, max_body_bytes_in_flight=1999)

@@ -29,11 +29,17 @@ async def healthy(http: web.Request) -> web.StreamResponse:
 
 @contextlib.asynccontextmanager
 async def serving(
-    handler: Handler = healthy, *, max_connections: int = 100, idle_timeout_s: float = 60.0, reader_timeout_s: float = 60.0
+    handler: Handler = healthy,
+    *,
+    max_connections: int = 100,
+    idle_timeout_s: float = 60.0,
+    reader_timeout_s: float = 60.0,
 ) -> AsyncIterator[int]:
     app = web.Application()
     app.add_routes([web.get("/health", healthy), web.get("/work", handler)])
-    runner = HttpRunner(app, max_connections=max_connections, shutdown_timeout_s=0.1, idle_timeout_s=idle_timeout_s)
+    runner = HttpRunner(
+        app, max_connections=max_connections, shutdown_timeout_s=0.1, idle_timeout_s=idle_timeout_s
+    )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     runner.drop_stalled_readers(reader_timeout_s)
@@ -82,7 +88,11 @@ def test_all_that_is_half_spoken_ends_within_30_s() -> None:
 
 
 async def test_idle_connections_give_way_to_new_ones() -> None:
-    async with serving(max_connections=8) as port, connected(port, 40) as idle, connected(port, 1) as (fresh,):
+    async with (
+        serving(max_connections=8) as port,
+        connected(port, 40) as idle,
+        connected(port, 1) as (fresh,),
+    ):
         assert await ask(fresh) == 200
         assert await num_open([*idle, fresh]) <= 8
 
@@ -142,9 +152,12 @@ def test_failures_to_accept_are_logged_once_a_minute(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.ERROR):
         for clock[0] in (100.0, 101.0, 159.0, 160.5, 161.0):
             for _ in range(1000):
-                handle(loop, {"message": "socket.accept() out of system resource", "exception": error})
+                handle(
+                    loop, {"message": "socket.accept() out of system resource", "exception": error}
+                )
         assert [record.message for record in caplog.records] == [
-            f"connections wait: {error}; this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files (ulimit -n)"
+            f"connections wait: {error}; this process may open "
+            f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files (ulimit -n)"
         ] * 2
         handle(loop, {"message": "something else"})
         assert caplog.records[-1].message == "something else"
@@ -174,7 +187,9 @@ asyncio.run(main())
 def test_a_server_without_descriptors_serves_again_and_logs_one_line() -> None:
     """Its cap on connections does not help here: something else has taken the descriptors."""
     command = [sys.executable, "-c", SMALL_SERVER]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=Path(__file__).parents[2]) as server:
+    with subprocess.Popen(
+        command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=Path(__file__).parents[2]
+    ) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline())
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
@@ -192,13 +207,19 @@ def test_descriptors_are_shared_by_clients_and_engines(monkeypatch: pytest.Monke
     num_requests = fit_requests(256)
     num_connections = fit_connections(4096, num_forwarded=num_requests)
     assert num_connections >= num_requests
-    assert num_connections + connections.UPSTREAM_CONNECTIONS * num_requests + connections.RESERVED_DESCRIPTORS <= 512
+    assert (
+        num_connections
+        + connections.UPSTREAM_CONNECTIONS * num_requests
+        + connections.RESERVED_DESCRIPTORS
+        <= 512
+    )
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (65536, 65536))
     assert (fit_requests(256), fit_connections(4096, num_forwarded=256)) == (256, 4096)
 
 
 @pytest.mark.parametrize(
-    ("limits", "raised"), [((256, 4096), (4096, 4096)), ((1024, 1 << 30), (65536, 1 << 30)), ((90, 90), None)]
+    ("limits", "raised"),
+    [((256, 4096), (4096, 4096)), ((1024, 1 << 30), (65536, 1 << 30)), ((90, 90), None)],
 )
 def test_the_soft_limit_of_descriptors_becomes_the_hard_one(
     limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch

@@ -21,14 +21,18 @@ PORT = 8000
 
 async def serve(guard: Guard, runners: list[web.AppRunner]) -> str:
     @web.middleware
-    async def check(http: web.Request, handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.StreamResponse:
+    async def check(
+        http: web.Request, handler: Callable[[web.Request], Awaitable[web.Response]]
+    ) -> web.StreamResponse:
         try:
             return guard.admit(http) or await handler(http)
         except RequestError as error:
             return web.json_response(error_body(error), status=error.status)
 
     async def echo(http: web.Request) -> web.Response:
-        return web.json_response({"keys": [has_bearer(http, ["first", "second"]), has_bearer(http, [])]})
+        return web.json_response(
+            {"keys": [has_bearer(http, ["first", "second"]), has_bearer(http, [])]}
+        )
 
     app = web.Application(middlewares=[check])
     app.on_response_prepare.append(guard.add_cors_headers)
@@ -48,7 +52,9 @@ async def make() -> AsyncIterator[Callable[[Guard], Awaitable[Send]]]:
         async def make(guard: Guard) -> Send:
             url = await serve(guard, runners)
 
-            async def send(path: str = "/v1/models", method: str = "GET", **options: object) -> aiohttp.ClientResponse:
+            async def send(
+                path: str = "/v1/models", method: str = "GET", **options: object
+            ) -> aiohttp.ClientResponse:
                 async with session.request(method, url + path, **options) as response:  # type: ignore[arg-type]
                     await response.read()
                     return response
@@ -61,19 +67,42 @@ async def make() -> AsyncIterator[Callable[[Guard], Awaitable[Send]]]:
 
 
 @pytest.mark.parametrize(
-    "host", [f"localhost:{PORT}", "LOCALHOST", "localhost.", f"127.0.0.1:{PORT}", "127.8.8.8", f"[::1]:{PORT}", "here.example:1"]
+    "host",
+    [
+        f"localhost:{PORT}",
+        "LOCALHOST",
+        "localhost.",
+        f"127.0.0.1:{PORT}",
+        "127.8.8.8",
+        f"[::1]:{PORT}",
+        "here.example:1",
+    ],
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/health"])
-async def test_hosts_of_this_server(make: Callable[[Guard], Awaitable[Send]], host: str, path: str) -> None:
+async def test_hosts_of_this_server(
+    make: Callable[[Guard], Awaitable[Send]], host: str, path: str
+) -> None:
     send = await make(Guard("here.example"))
     assert (await send(path, headers={"Host": host})).status == 200
 
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example:8000", "localhost.evil.example", "evil@localhost", "localhost/", "127.0.0.1:x", "[::1", "10.0.0.1", "", " "],
+    [
+        "evil.example:8000",
+        "localhost.evil.example",
+        "evil@localhost",
+        "localhost/",
+        "127.0.0.1:x",
+        "[::1",
+        "10.0.0.1",
+        "",
+        " ",
+    ],
 )
-async def test_other_hosts_are_refused_and_the_setting_is_named(make: Callable[[Guard], Awaitable[Send]], host: str) -> None:
+async def test_other_hosts_are_refused_and_the_setting_is_named(
+    make: Callable[[Guard], Awaitable[Send]], host: str
+) -> None:
     send = await make(Guard("127.0.0.1"))
     refused = await send(headers={"Host": host})
     assert refused.status == 421
@@ -90,7 +119,9 @@ async def test_allowed_hosts(make: Callable[[Guard], Awaitable[Send]]) -> None:
     assert (await send(headers={"Host": "example.com"})).status == 200
 
 
-async def test_a_server_of_all_addresses_knows_this_machine(make: Callable[[Guard], Awaitable[Send]]) -> None:
+async def test_a_server_of_all_addresses_knows_this_machine(
+    make: Callable[[Guard], Awaitable[Send]],
+) -> None:
     name = socket.gethostname()
     assert (await (await make(Guard("0.0.0.0")))(headers={"Host": f"{name}:{PORT}"})).status == 200
     assert (await (await make(Guard("::")))(headers={"Host": "other.example"})).status == 421
@@ -110,15 +141,23 @@ async def test_pages_of_other_origins_are_refused(make: Callable[[Guard], Awaita
         "localhost:8000",
     ):
         for path in ("/v1/models", "/health"):
-            refused = await send(path, "POST", headers={"Origin": origin, "Host": f"localhost:{PORT}"})
+            refused = await send(
+                path, "POST", headers={"Origin": origin, "Host": f"localhost:{PORT}"}
+            )
             assert refused.status == 403, origin
             assert "cors_origins" in (await refused.json())["error"]["message"]
             assert not any(name.lower().startswith("access-control") for name in refused.headers)
-    own = await send("/sleep", "POST", headers={"Origin": f"http://localhost:{PORT}", "Host": f"LOCALHOST:{PORT}"})
+    own = await send(
+        "/sleep",
+        "POST",
+        headers={"Origin": f"http://localhost:{PORT}", "Host": f"LOCALHOST:{PORT}"},
+    )
     assert own.status == 200
 
 
-async def test_pages_of_listed_origins_get_what_browsers_ask_for(make: Callable[[Guard], Awaitable[Send]]) -> None:
+async def test_pages_of_listed_origins_get_what_browsers_ask_for(
+    make: Callable[[Guard], Awaitable[Send]],
+) -> None:
     page = "https://chat.example"
     send = await make(Guard("127.0.0.1", cors_origins=(f"{page}/",)))
     wanted = {
@@ -138,18 +177,31 @@ async def test_pages_of_listed_origins_get_what_browsers_ask_for(make: Callable[
     without = await send("/v1/completions", "POST", json={})
     assert (without.status, without.headers["Vary"]) == (200, "Origin")
     assert "Access-Control-Allow-Origin" not in without.headers
-    assert (await send("/v1/completions", "OPTIONS", headers=wanted | {"Origin": "https://evil.example"})).status == 403
+    assert (
+        await send(
+            "/v1/completions", "OPTIONS", headers=wanted | {"Origin": "https://evil.example"}
+        )
+    ).status == 403
     every = await make(Guard("127.0.0.1", cors_origins=("*",)))
-    assert (await every(headers={"Origin": "null"})).headers["Access-Control-Allow-Origin"] == "null"
+    assert (await every(headers={"Origin": "null"})).headers[
+        "Access-Control-Allow-Origin"
+    ] == "null"
 
 
 @pytest.mark.parametrize(
     "content_type",
-    ["application/json", "Application/JSON; charset=utf-8", "application/json;charset=UTF-8", 'application/json; a="b"'],
+    [
+        "application/json",
+        "Application/JSON; charset=utf-8",
+        "application/json;charset=UTF-8",
+        'application/json; a="b"',
+    ],
 )
 async def test_json_is_taken(make: Callable[[Guard], Awaitable[Send]], content_type: str) -> None:
     send = await make(Guard("127.0.0.1"))
-    assert (await send("/tokenize", "POST", data=b"{}", headers={"Content-Type": content_type})).status == 200
+    assert (
+        await send("/tokenize", "POST", data=b"{}", headers={"Content-Type": content_type})
+    ).status == 200
 
 
 @pytest.mark.parametrize(
@@ -165,7 +217,9 @@ async def test_json_is_taken(make: Callable[[Guard], Awaitable[Send]], content_t
         "*/*",
     ],
 )
-async def test_other_content_types_are_refused(make: Callable[[Guard], Awaitable[Send]], content_type: str | None) -> None:
+async def test_other_content_types_are_refused(
+    make: Callable[[Guard], Awaitable[Send]], content_type: str | None
+) -> None:
     send = await make(Guard("127.0.0.1"))
     headers = {} if content_type is None else {"Content-Type": content_type}
     skipped = ["Content-Type"]
@@ -174,7 +228,9 @@ async def test_other_content_types_are_refused(make: Callable[[Guard], Awaitable
         yield b"{}"
 
     for data in (b"{}", chunks()):
-        refused = await send("/tokenize", "POST", data=data, headers=headers, skip_auto_headers=skipped)
+        refused = await send(
+            "/tokenize", "POST", data=data, headers=headers, skip_auto_headers=skipped
+        )
         assert refused.status == 415
         assert "application/json" in (await refused.json())["error"]["message"]
     assert (await send("/sleep", "POST", headers=headers, skip_auto_headers=skipped)).status == 200
@@ -194,7 +250,9 @@ async def test_other_content_types_are_refused(make: Callable[[Guard], Awaitable
         (None, False),
     ],
 )
-async def test_bearer_keys(make: Callable[[Guard], Awaitable[Send]], header: str | None, has_one: bool) -> None:
+async def test_bearer_keys(
+    make: Callable[[Guard], Awaitable[Send]], header: str | None, has_one: bool
+) -> None:
     send = await make(Guard("127.0.0.1"))
     answer = await send(headers={} if header is None else {"Authorization": header})
     assert (await answer.json())["keys"] == [has_one, False]

@@ -20,7 +20,9 @@ async def test_small_inputs_are_worked_at_in_place() -> None:
 
 
 async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
-    """Work in Python alone, which never lets go of the interpreter by itself, until three beats have been sent."""
+    """Work in Python alone, which never lets go of the interpreter by itself, until three beats
+    have been sent.
+    """
     beats: list[Alive] = []
 
     def work() -> int:
@@ -34,7 +36,11 @@ async def test_heartbeats_go_out_while_large_inputs_are_worked_at() -> None:
 
 
 async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
-    inputs, lock, together = LargeInputs(), threading.Lock(), threading.Barrier(large_inputs.NUM_THREADS)
+    inputs, lock, together = (
+        LargeInputs(),
+        threading.Lock(),
+        threading.Barrier(large_inputs.NUM_THREADS),
+    )
     running, most = 0, 0
 
     def work() -> None:

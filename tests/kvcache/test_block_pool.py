@@ -16,7 +16,9 @@ RANDOM = st.randoms(use_true_random=False)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Holders are lists of ids; ``content`` is what a block was registered for since it was last given out."""
+    """Holders are lists of ids; ``content`` is what a block was registered for since it was last
+    given out.
+    """
 
     @initialize(num_blocks=st.integers(0, 12))
     def start(self, num_blocks):
@@ -116,7 +118,9 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, report_multiple_bugs=False)
+TestPoolMachine.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, report_multiple_bugs=False
+)
 
 
 def registered(pool: BlockPool, count: int) -> list[int]:

@@ -16,13 +16,17 @@ def reference(root: bytes, token_ids: list[int], block_size: int) -> list[bytes]
     hashes = []
     for start in range(0, len(token_ids), block_size):
         block = token_ids[start : start + block_size]
-        root = hashlib.sha256(root + struct.pack(f"<{len(block)}i", *block) + struct.pack("<I", len(block))).digest()
+        root = hashlib.sha256(
+            root + struct.pack(f"<{len(block)}i", *block) + struct.pack("<I", len(block))
+        ).digest()
         hashes.append(root)
     return hashes
 
 
 @given(TOKENS, st.integers(1, 9), st.data())
-def test_hashes_do_not_depend_on_how_tokens_arrive(token_ids: list[int], block_size: int, data: st.DataObject) -> None:
+def test_hashes_do_not_depend_on_how_tokens_arrive(
+    token_ids: list[int], block_size: int, data: st.DataObject
+) -> None:
     hasher = BlockHasher(root_hash("m"), block_size)
     for end in sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=5))):
         hasher.extend(token_ids[:end])
@@ -30,12 +34,17 @@ def test_hashes_do_not_depend_on_how_tokens_arrive(token_ids: list[int], block_s
     assert hasher.prompt_hashes(token_ids, num_prompt_tokens) == reference(
         root_hash("m"), token_ids[:num_prompt_tokens], block_size
     )
-    assert hasher.block_hashes == reference(root_hash("m"), token_ids, block_size)[: len(token_ids) // block_size]
+    assert (
+        hasher.block_hashes
+        == reference(root_hash("m"), token_ids, block_size)[: len(token_ids) // block_size]
+    )
 
 
 def test_a_partial_block_is_no_full_block() -> None:
     hasher = BlockHasher(root_hash("m"), 4)
-    assert len({*hasher.prompt_hashes([1, 2, 3, 4], 3), *hasher.prompt_hashes([1, 2, 3, 4], 4)}) == 2
+    assert (
+        len({*hasher.prompt_hashes([1, 2, 3, 4], 3), *hasher.prompt_hashes([1, 2, 3, 4], 4)}) == 2
+    )
 
 
 def test_an_earlier_token_changes_every_later_hash() -> None:

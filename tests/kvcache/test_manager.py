@@ -22,7 +22,9 @@ def hashes(num_blocks: int, block_size: int) -> list[bytes]:
 
 
 def visible_blocks(window: int | None, num_computed: int, block_size: int) -> set[int]:
-    """Logical blocks before ``num_computed`` that the query at that token sees, by its definition."""
+    """Logical blocks before ``num_computed`` that the query at that token sees, by its
+    definition.
+    """
     start = 0 if window is None else max(0, num_computed - window + 1)
     return {position // block_size for position in range(start, num_computed)}
 
@@ -48,14 +50,19 @@ def test_prefix_is_the_longest_from_which_every_group_can_go_on(
     lengths = [
         length
         for length in range(num_blocks + 1)
-        if all(visible_blocks(window, length * block_size, block_size) <= cached[group] for group, window in enumerate(windows))
+        if all(
+            visible_blocks(window, length * block_size, block_size) <= cached[group]
+            for group, window in enumerate(windows)
+        )
     ]
     hit = kv.find_prefix(block_hashes, num_blocks)
     assert {hit.end(group) for group in range(len(windows))} == {lengths[-1]}
     for group, window in enumerate(windows):
         seen = visible_blocks(window, lengths[-1] * block_size, block_size)
         assert set(range(hit.first[group], hit.end(group))) == seen
-        assert hit.block_ids[group] == [kv.pool.find(group, block_hashes[index]) for index in sorted(seen)]
+        assert hit.block_ids[group] == [
+            kv.pool.find(group, block_hashes[index]) for index in sorted(seen)
+        ]
 
 
 @given(WINDOWS, st.integers(1, 4), st.integers(0, 40), st.data())
@@ -66,7 +73,10 @@ def test_a_pull_brings_what_is_visible_and_not_cached(
     num_blocks = kv.num_logical_blocks(num_computed)
     block_hashes = hashes(num_blocks, block_size)
     max_blocks = data.draw(st.integers(0, num_computed // block_size))
-    cached = [data.draw(st.sets(st.integers(0, max(0, num_blocks - 1)))) if num_blocks else set() for _ in windows]
+    cached = [
+        data.draw(st.sets(st.integers(0, max(0, num_blocks - 1)))) if num_blocks else set()
+        for _ in windows
+    ]
     fill(kv, cached, block_hashes)
     hit = kv.find_for_pull(block_hashes, max_blocks, num_computed)
     for group, window in enumerate(windows):
@@ -79,7 +89,9 @@ def test_a_pull_brings_what_is_visible_and_not_cached(
 
 
 @given(WINDOWS, st.integers(1, 4), st.lists(st.integers(1, 9), max_size=12))
-def test_tables_hold_what_queries_see_and_little_more(windows: list[int | None], block_size: int, chunks: list[int]) -> None:
+def test_tables_hold_what_queries_see_and_little_more(
+    windows: list[int | None], block_size: int, chunks: list[int]
+) -> None:
     kv = KVCacheManager(make_groups(windows), 500, block_size)
     tables, num_computed = kv.new_tables(), 0
     for chunk in chunks:
@@ -98,9 +110,13 @@ def test_tables_hold_what_queries_see_and_little_more(windows: list[int | None],
 
 
 @given(WINDOWS, st.integers(1, 4), st.integers(1, 40))
-def test_min_blocks_suffice_token_by_token(windows: list[int | None], block_size: int, num_tokens: int) -> None:
+def test_min_blocks_suffice_token_by_token(
+    windows: list[int | None], block_size: int, num_tokens: int
+) -> None:
     num_blocks = KVCacheManager(make_groups(windows), 0, block_size).min_blocks(num_tokens)
-    assert compute_token_by_token(KVCacheManager(make_groups(windows), num_blocks, block_size), num_tokens)
+    assert compute_token_by_token(
+        KVCacheManager(make_groups(windows), num_blocks, block_size), num_tokens
+    )
 
 
 def test_fewer_than_min_blocks_do_not_suffice() -> None:
@@ -149,7 +165,9 @@ def test_a_lease_holds_what_the_last_token_sees(
         seen = visible_blocks(window, num_tokens - 1, block_size) | {(num_tokens - 1) // block_size}
         assert set(range(leased.first[group], leased.end(group))) == seen
         assert leased.block_ids[group] == [before[group][index] for index in sorted(seen)]
-    kv.pool.check_integrity(leased=[block_id for block_ids in leased.block_ids for block_id in block_ids])
+    kv.pool.check_integrity(
+        leased=[block_id for block_ids in leased.block_ids for block_id in block_ids]
+    )
     assert tables.end == 0
 
 

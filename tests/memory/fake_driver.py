@@ -1,4 +1,6 @@
-"""A driver whose device is a dictionary: checks every call's order, holds bytes, and fails when told to."""
+"""A driver whose device is a dictionary: checks every call's order, holds bytes, and fails when
+told to.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ class FakeDriver:
         return Handle(physical)
 
     def release(self, handle: Handle) -> None:
-        assert not any(found.physical is handle for found in self.ranges.values()), "released while mapped"
+        assert not any(found.physical is handle for found in self.ranges.values()), (
+            "released while mapped"
+        )
         self.physical.remove(handle)  # type: ignore[arg-type]
 
     def map(self, address: int, num_bytes: int, handle: Handle) -> None:

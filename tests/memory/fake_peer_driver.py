@@ -1,4 +1,6 @@
-"""A driver that writes down what it is told, keeps count of what is held, and refuses what the test says."""
+"""A driver that writes down what it is told, keeps count of what is held, and refuses what the test
+says.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ class FakePeerDriver:
 
     def allocation_of(self, address: int) -> tuple[int, int]:
         self._call("allocation_of")
-        return next((start, size) for start, size in self.allocations.items() if start <= address < start + size)
+        return next(
+            (start, size)
+            for start, size in self.allocations.items()
+            if start <= address < start + size
+        )
 
     def ipc_handle(self, address: int) -> bytes:
         self._call("ipc_handle")

@@ -10,13 +10,25 @@ from pdlaunch.memory.allocations import AllocationTable
 from tests.memory.fake_driver import FakeDriver
 
 TAG_NAMES = ("weights", "kv_cache", "other")
-FALLIBLE = ("reserve", "create", "map", "set_access", "synchronize", "allocate_host", "copy_to_host", "copy_to_device", "export")
+FALLIBLE = (
+    "reserve",
+    "create",
+    "map",
+    "set_access",
+    "synchronize",
+    "allocate_host",
+    "copy_to_host",
+    "copy_to_device",
+    "export",
+)
 
 tag_sets = st.sets(st.sampled_from(TAG_NAMES))
 
 
 class Table(RuleBasedStateMachine):
-    """Random lives of pools, with a driver that fails at any call; what was kept must come back, nothing may leak."""
+    """Random lives of pools, with a driver that fails at any call; what was kept must come back,
+    nothing may leak.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +37,9 @@ class Table(RuleBasedStateMachine):
         self.tags: dict[int, str] = {}
         self.sizes: dict[int, int] = {}
         self.known: dict[int, bytes] = {}
-        """What must be in the memory of an allocation, asleep or awake; missing: dropped, and undefined until it wakes up."""
+        """What must be in the memory of an allocation, asleep or awake; missing: dropped, and
+        undefined until it wakes up.
+        """
         self.sleeping: set[str] = set()
 
     @rule(num_bytes=st.integers(1, 80), tag=st.sampled_from(TAG_NAMES), byte=st.integers(0, 255))
@@ -54,7 +68,9 @@ class Table(RuleBasedStateMachine):
 
     @rule(tags=tag_sets, keep=tag_sets)
     def sleep(self, tags: set[str], keep: set[str]) -> None:
-        expected = sum(self.sizes[address] for address, tag in self.tags.items() if tag in tags - self.sleeping)
+        expected = sum(
+            self.sizes[address] for address, tag in self.tags.items() if tag in tags - self.sleeping
+        )
         free_before = self.driver.used_bytes
         try:
             given_back = self.table.sleep(tags, keep)
@@ -98,7 +114,11 @@ class Table(RuleBasedStateMachine):
         self.table.check_integrity()
         assert self.table.sleeping_tags == self.sleeping
         assert self.table.num_mapped_bytes() == self.driver.used_bytes
-        assert self.table.num_bytes() == sum(self.sizes.values()) == sum(found.num_bytes for found in self.driver.ranges.values())
+        assert (
+            self.table.num_bytes()
+            == sum(self.sizes.values())
+            == sum(found.num_bytes for found in self.driver.ranges.values())
+        )
         num_kept = sum(self.tags[address] in self.sleeping for address in self.known)
         assert len(self.driver.hosts) == num_kept
         for address, content in self.known.items():
@@ -137,7 +157,9 @@ def test_addresses_stay_and_kept_bytes_come_back() -> None:
 def test_a_sleeping_pool_allocates_nothing() -> None:
     table = AllocationTable(FakeDriver())
     table.sleep(["kv_cache"], keep=[])
-    with pytest.raises(MemoryPoolError, match="8 bytes were asked of the pool 'kv_cache' while it sleeps"):
+    with pytest.raises(
+        MemoryPoolError, match="8 bytes were asked of the pool 'kv_cache' while it sleeps"
+    ):
         table.allocate(8, "kv_cache")
     table.allocate(8, "weights")
 
@@ -149,7 +171,10 @@ def test_waking_without_room_names_bytes_and_tags_and_changes_nothing() -> None:
         table.allocate(8, "kv_cache")
     table.sleep(["kv_cache"], keep=["kv_cache"])
     driver.device_bytes = 24
-    with pytest.raises(MemoryPoolError, match="32 bytes of kv_cache cannot wake up: cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY"):
+    with pytest.raises(
+        MemoryPoolError,
+        match="32 bytes of kv_cache cannot wake up: cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY",
+    ):
         table.wake(["kv_cache"])
     assert driver.used_bytes == 0
     assert len(driver.hosts) == 4
@@ -163,7 +188,13 @@ def test_the_handle_of_an_address_is_that_of_its_awake_allocation() -> None:
     weights, cache = table.allocate(8, "weights"), table.allocate(16, "kv_cache")
     found = table.exported_handle(cache + 15)
     assert found is not None
-    assert (found.tag, found.address, found.num_bytes, found.kind, found.handle) == ("kv_cache", cache, 16, "posix_fd", 1)
+    assert (found.tag, found.address, found.num_bytes, found.kind, found.handle) == (
+        "kv_cache",
+        cache,
+        16,
+        "posix_fd",
+        1,
+    )
     assert table.exported_handle(cache + 16) is None
     table.sleep(["weights"], keep=[])
     assert table.exported_handle(weights) is None

@@ -23,7 +23,9 @@ class FakeSettings:
         self.written.append(text)
 
 
-@pytest.mark.parametrize("text", ["", "max_split_size_mb:64", "expandable_segments:True,expandable_segments:False"])
+@pytest.mark.parametrize(
+    "text", ["", "max_split_size_mb:64", "expandable_segments:True,expandable_segments:False"]
+)
 def test_settings_without_expandable_segments_are_not_touched(text: str) -> None:
     settings = FakeSettings(text)
     with expandable_segments_off(settings):
@@ -52,6 +54,8 @@ with expandable_segments_off(settings):
 print(json.dumps([*seen, settings.read()]))
 """
     environ = {variable: text, "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [text, f"{text},expandable_segments:False", text]

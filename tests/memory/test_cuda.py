@@ -41,13 +41,18 @@ def random_bytes(num_bytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda")
 
 
-def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(pools: CuMemPools) -> None:
+def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(
+    pools: CuMemPools,
+) -> None:
     with pools.memory_pool(WEIGHTS):
         weights = [random_bytes(size) for size in (200 * MIB, 3 * MIB + 1, 1000)]
     with pools.memory_pool(KV_CACHE):
         cache = random_bytes(512 * MIB)
     elsewhere = random_bytes(64 * MIB)
-    expected, addresses = [tensor.cpu() for tensor in weights], [tensor.data_ptr() for tensor in weights]
+    expected, addresses = (
+        [tensor.cpu() for tensor in weights],
+        [tensor.data_ptr() for tensor in weights],
+    )
     assert pools.table.num_bytes() >= 715 * MIB
     awake_bytes, counts = used_bytes(), []
     for _ in range(10):
@@ -60,7 +65,9 @@ def test_kept_bytes_come_back_at_their_addresses_and_ten_cycles_leak_nothing(poo
         pools.table.check_integrity()
     assert len(set(counts)) == 1
     assert [tensor.data_ptr() for tensor in weights] == addresses
-    assert all(torch.equal(tensor.cpu(), was) for tensor, was in zip(weights, expected, strict=True))
+    assert all(
+        torch.equal(tensor.cpu(), was) for tensor, was in zip(weights, expected, strict=True)
+    )
     cache.fill_(7)
     assert int(cache.sum(dtype=torch.int64)) == 7 * cache.numel()
     del elsewhere
@@ -143,7 +150,9 @@ segments = [
 print([segment["is_expandable"] for segment in segments], TorchAllocatorSettings().read(), int(weights.sum()))
 """
     environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
-    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
     is_expandable = "expandable_segments:True" in conf  # the setting is the user's again
     assert result.stdout == f"{[is_expandable]} {conf} {2**26}\n"

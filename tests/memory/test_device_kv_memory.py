@@ -74,7 +74,9 @@ def test_plain_memory_is_shared_by_the_handle_of_its_allocation_and_the_offset_i
 def test_memory_without_a_handle_says_so() -> None:
     driver, tensor = FakePeerDriver(refuses="ipc_handle"), torch.zeros(64, dtype=torch.uint8)
     driver.allocations = {tensor.data_ptr(): 64}
-    with pytest.raises(NotShareable, match=r"expandable_segments.*ipc_handle: CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(
+        NotShareable, match=r"expandable_segments.*ipc_handle: CUDA_ERROR_INVALID_VALUE"
+    ):
         memory_with(driver).export(tensor)
 
     def refuse() -> int:
@@ -132,6 +134,9 @@ def test_what_the_machine_lacks_is_the_reason() -> None:
     def without_mapping(index: int) -> PeerDriver:
         raise DriverRefused("cuMemGetAllocationGranularity: CUDA_ERROR_NOT_SUPPORTED")
 
-    for new_driver, reason in ((without_bindings, r"pip install 'pdlaunch\[cuda\]'"), (without_mapping, "NOT_SUPPORTED")):
+    for new_driver, reason in (
+        (without_bindings, r"pip install 'pdlaunch\[cuda\]'"),
+        (without_mapping, "NOT_SUPPORTED"),
+    ):
         with pytest.raises(NotShareable, match=reason):
             DeviceKVMemory(NoMemoryPools(), DEVICE, new_driver).map(shared("cuda_ipc"), None)

@@ -32,7 +32,9 @@ def test_a_peer_reads_what_the_owner_writes_and_nothing_stays_open() -> None:
     address = mapping.address
     del tensor
     gc.collect()
-    assert ctypes.string_at(address, 3) == bytes([1, 7, 3]), "the pages live as long as they are mapped"
+    assert ctypes.string_at(address, 3) == bytes([1, 7, 3]), (
+        "the pages live as long as they are mapped"
+    )
     mapping.close()
     assert num_open_fds() == before
 
@@ -89,7 +91,9 @@ def test_readers_can_neither_write_nor_shrink() -> None:
         ({"kind": "posix_fd"}, "cannot map memory of kind posix_fd"),
     ],
 )
-def test_what_a_peer_describes_wrongly_is_not_mapped(change: dict[str, object], reason: str) -> None:
+def test_what_a_peer_describes_wrongly_is_not_mapped(
+    change: dict[str, object], reason: str
+) -> None:
     memory = HostKVMemory()
     tensor = memory.zeros(PAGE)
     export = memory.export(tensor)

@@ -24,7 +24,9 @@ def num_present_pages(address: int, num_bytes: int) -> int:
     return sum(bool(entry & IS_PRESENT) for entry in entries)
 
 
-has_pagemap = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs the kernel's word")
+has_pagemap = pytest.mark.skipif(
+    not Path("/proc/self/pagemap").exists(), reason="needs the kernel's word"
+)
 
 
 @has_pagemap

@@ -30,12 +30,18 @@ class FabricHandle:
 
 
 class Bindings:
-    """The few names of ``cuda.bindings.driver`` that are used; every function returns a code and its results."""
+    """The few names of ``cuda.bindings.driver`` that are used; every function returns a code and
+    its results.
+    """
 
-    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"), CUDA_ERROR_OUT_OF_MEMORY=object())
+    CUresult = SimpleNamespace(
+        CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"), CUDA_ERROR_OUT_OF_MEMORY=object()
+    )
     CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="device")
     CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
-    CUmemAllocationHandleType = SimpleNamespace(CU_MEM_HANDLE_TYPE_FABRIC="fabric", CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR="fd")
+    CUmemAllocationHandleType = SimpleNamespace(
+        CU_MEM_HANDLE_TYPE_FABRIC="fabric", CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR="fd"
+    )
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED="fabric",
@@ -60,15 +66,23 @@ class Bindings:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
             if name == "cuMemImportFromShareableHandle" and arguments[1] == "fabric":
-                assert arguments[0] in FabricHandle.alive, "the handle was freed before the driver has read it"
+                assert arguments[0] in FabricHandle.alive, (
+                    "the handle was freed before the driver has read it"
+                )
             found = self.results[name]
-            return (found,) if isinstance(found, SimpleNamespace) else (self.CUresult.CUDA_SUCCESS, *found)
+            return (
+                (found,)
+                if isinstance(found, SimpleNamespace)
+                else (self.CUresult.CUDA_SUCCESS, *found)
+            )
 
         return call
 
 
 def test_an_allocation_is_shared_by_its_ipc_handle() -> None:
-    bindings = Bindings(cuMemGetAddressRange=(4096, 100), cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),))
+    bindings = Bindings(
+        cuMemGetAddressRange=(4096, 100), cuIpcGetMemHandle=(SimpleNamespace(reserved=FABRIC),)
+    )
     driver = CudaPeerDriver(0, bindings)
     assert driver.allocation_of(4100) == (4096, 100)
     assert driver.ipc_handle(4096) == FABRIC
@@ -95,14 +109,20 @@ def test_handles_are_imported_as_what_they_are() -> None:
 
 
 def test_a_refusal_names_the_call() -> None:
-    driver = CudaPeerDriver(0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")))
-    with pytest.raises(DriverRefused, match="cuIpcOpenMemHandle: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"):
+    driver = CudaPeerDriver(
+        0, Bindings(cuIpcOpenMemHandle=SimpleNamespace(name="CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"))
+    )
+    with pytest.raises(
+        DriverRefused, match="cuIpcOpenMemHandle: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
+    ):
         driver.open_ipc(FABRIC)
 
 
 def properties_in_use(bindings: Bindings) -> Any:
     """Those that the size of a page was asked for last: of all memory that is made from then on."""
-    return next(call[1] for call in reversed(bindings.calls) if call[0] == "cuMemGetAllocationGranularity")
+    return next(
+        call[1] for call in reversed(bindings.calls) if call[0] == "cuMemGetAllocationGranularity"
+    )
 
 
 def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> None:
@@ -121,9 +141,16 @@ def test_memory_is_for_fabric_handles_and_rdma_where_the_device_has_both() -> No
     assert properties.allocFlags.gpuDirectRDMACapable == 1
 
 
-@pytest.mark.parametrize(("refused", "num_given_back"), [("cuMemCreate", 0), ("cuMemExportToShareableHandle", 1)])
-def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(refused: str, num_given_back: int) -> None:
-    results = {"cuMemCreate": ("memory",), refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED")}
+@pytest.mark.parametrize(
+    ("refused", "num_given_back"), [("cuMemCreate", 0), ("cuMemExportToShareableHandle", 1)]
+)
+def test_memory_is_for_descriptors_where_fabric_handles_are_not_permitted(
+    refused: str, num_given_back: int
+) -> None:
+    results = {
+        "cuMemCreate": ("memory",),
+        refused: SimpleNamespace(name="CUDA_ERROR_NOT_PERMITTED"),
+    }
     bindings = Bindings(cuDeviceGetAttribute=(1,), cuMemRelease=(), **results)
     driver = CudaPeerDriver(0, bindings)
     properties = properties_in_use(bindings)

@@ -23,7 +23,9 @@ def pools() -> Iterator[CuMemPools]:
 
 
 def test_a_second_owner_is_refused_until_the_first_has_closed(pools: CuMemPools) -> None:
-    with pytest.raises(MemoryPoolError, match="has CuMem pools already, on cuda:0: close them first"):
+    with pytest.raises(
+        MemoryPoolError, match="has CuMem pools already, on cuda:0: close them first"
+    ):
         CuMemPools(AllocationTable(FakeDriver()), torch.device("cuda", 1))
     pools.close()
     CuMemPools(AllocationTable(FakeDriver()), torch.device("cuda", 1)).close()

@@ -28,8 +28,13 @@ class Case:
 
     @property
     def layout(self) -> KVCacheLayout:
-        groups = tuple(KVCacheGroup((2 * index, 2 * index + 1), window) for index, window in enumerate(self.windows))
-        return KVCacheLayout(groups, self.num_kv_heads, self.head_dim, self.block_size, self.dtype.itemsize)
+        groups = tuple(
+            KVCacheGroup((2 * index, 2 * index + 1), window)
+            for index, window in enumerate(self.windows)
+        )
+        return KVCacheLayout(
+            groups, self.num_kv_heads, self.head_dim, self.block_size, self.dtype.itemsize
+        )
 
 
 @dataclass
@@ -44,7 +49,9 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """Slots that no context holds are NaN: a backend that reads them shows it. Blocks lie in random order."""
+    """Slots that no context holds are NaN: a backend that reads them shows it. Blocks lie in random
+    order.
+    """
     random = np.random.default_rng(case.seed)
     torch.manual_seed(case.seed)
     layout = case.layout
@@ -74,7 +81,10 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     kv_cache = torch.randn(num_blocks, *layout.block_shape()).to(case.dtype)
     kv_cache = kv_cache.masked_fill(~held[:, None, None, None, :, None], float("nan"))
     states = [
-        torch.randn(len(row_of_token), heads, case.head_dim).to(case.dtype).to(device).transpose(0, 1)
+        torch.randn(len(row_of_token), heads, case.head_dim)
+        .to(case.dtype)
+        .to(device)
+        .transpose(0, 1)
         for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     ]
     sinks = torch.randn(case.num_heads, device=device) if case.has_sinks else None
@@ -82,13 +92,17 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 
 
 def reference(inputs: Inputs, layer: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """KV cache after the step, and attention [num_tokens, num_heads, head_dim] in float64; both on the CPU."""
+    """KV cache after the step, and attention [num_tokens, num_heads, head_dim] in float64; both on
+    the CPU.
+    """
     layout, batch = inputs.layout, inputs.batch
     index = next(index for index, group in enumerate(layout.groups) if layer in group.layers)
     group, table = layout.groups[index], batch.block_tables[index]
     slot = group.layers.index(layer)
     kv_cache = inputs.kv_cache.cpu().clone()
-    query, key, value = (states.cpu().transpose(0, 1) for states in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (
+        states.cpu().transpose(0, 1) for states in (inputs.query, inputs.key, inputs.value)
+    )
     places = [divmod(int(position), layout.block_size) for position in batch.positions]
     for token, (block, offset) in enumerate(places):
         target = kv_cache[table[batch.row_of_token[token], block], :, slot, :, offset]
@@ -110,7 +124,10 @@ def reference(inputs: Inputs, layer: int, scaling: float) -> tuple[torch.Tensor,
         scores = torch.einsum("qhd,thd->hqt", query[part].double(), keys) * scaling
         scores = scores.masked_fill(~visible, float("-inf"))
         if inputs.sinks is not None:
-            scores = torch.cat([scores, inputs.sinks.cpu().double()[:, None, None].expand(-1, len(asking), 1)], dim=2)
+            scores = torch.cat(
+                [scores, inputs.sinks.cpu().double()[:, None, None].expand(-1, len(asking), 1)],
+                dim=2,
+            )
         result[part] = torch.einsum("hqt,thd->qhd", scores.softmax(dim=2)[:, :, :length], values)
     return kv_cache, result
 

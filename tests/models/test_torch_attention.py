@@ -1,4 +1,6 @@
-"""Attention with torch's operators against float64, and attention sinks against transformers' own code."""
+"""Attention with torch's operators against float64, and attention sinks against transformers' own
+code.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ def make_finite_inputs(case: Case) -> Inputs:
 
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("rows", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-def test_equals_float64(rows: tuple[tuple[int, int], ...], has_sinks: bool, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_equals_float64(
+    rows: tuple[tuple[int, int], ...], has_sinks: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     inputs = make_finite_inputs(Case(rows, dtype=dtype, has_sinks=has_sinks))
     for layer in (1, 2):
         kv_cache, expected = reference(inputs, layer, 0.125)
@@ -47,4 +53,9 @@ def test_sinks_are_those_of_transformers() -> None:
     step = TorchAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
     found = step.attend(0, inputs.query, inputs.key, inputs.value, 0.125, sinks)
     torch.testing.assert_close(found, expected[0])
-    assert relative_error(step.attend(0, inputs.query, inputs.key, inputs.value, 0.125), expected[0].double()) > 0.1
+    assert (
+        relative_error(
+            step.attend(0, inputs.query, inputs.key, inputs.value, 0.125), expected[0].double()
+        )
+        > 0.1
+    )

@@ -1,4 +1,6 @@
-"""The attention kernels against float64: by Triton's interpreter on the CPU, and on a GPU as they are."""
+"""The attention kernels against float64: by Triton's interpreter on the CPU, and on a GPU as they
+are.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,18 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads", "block_size"),
-    [(64, 6, 2, 16), (128, 32, 8, 64), (256, 4, 1, 32), (128, 8, 8, 128), (96, 8, 2, 16), (80, 6, 3, 64)],
+    [
+        (64, 6, 2, 16),
+        (128, 32, 8, 64),
+        (256, 4, 1, 32),
+        (128, 8, 8, 128),
+        (96, 8, 2, 16),
+        (80, 6, 3, 64),
+    ],
 )
-@pytest.mark.parametrize("rows", [DECODE, FRESH, MIXED, LONG], ids=["decode", "fresh", "mixed", "long"])
+@pytest.mark.parametrize(
+    "rows", [DECODE, FRESH, MIXED, LONG], ids=["decode", "fresh", "mixed", "long"]
+)
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
 def test_equals_float64_on_a_gpu(
     dtype: torch.dtype,
@@ -47,22 +58,34 @@ def test_equals_float64_on_a_gpu(
     for layer in (1, 2):
         kv_cache, expected = reference(inputs, layer, head_dim**-0.5)
         step = TritonAttention(inputs.layout, inputs.kv_cache).prepare(inputs.batch)
-        found = step.attend(layer, inputs.query, inputs.key, inputs.value, head_dim**-0.5, inputs.sinks)
+        found = step.attend(
+            layer, inputs.query, inputs.key, inputs.value, head_dim**-0.5, inputs.sinks
+        )
         assert torch.equal(inputs.kv_cache.cpu().nan_to_num(9), kv_cache.nan_to_num(9))
-        assert relative_error(found, expected) < TOLERANCES[dtype], (layer, relative_error(found, expected))
+        assert relative_error(found, expected) < TOLERANCES[dtype], (
+            layer,
+            relative_error(found, expected),
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "has_norms", "rotates"), [(64, False, True), (80, True, True), (96, True, False), (128, True, True)]
+    ("head_dim", "has_norms", "rotates"),
+    [(64, False, True), (80, True, True), (96, True, False), (128, True, True)],
 )
 @pytest.mark.parametrize("rows", [DECODE, MIXED, LONG], ids=["decode", "mixed", "long"])
 def test_rotation_and_write_equal_float64_on_a_gpu(
-    dtype: torch.dtype, head_dim: int, rows: tuple[tuple[int, int], ...], has_norms: bool, rotates: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: tuple[tuple[int, int], ...],
+    has_norms: bool,
+    rotates: bool,
 ) -> None:
     from tests.models.rotation_reference import check_rotation
 
     case = Case(rows, 6, 2, head_dim, 16, (None, 100), dtype)
-    check_rotation(case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[dtype], device="cuda")
+    check_rotation(
+        case, has_norms=has_norms, rotates=rotates, tolerance=TOLERANCES[dtype], device="cuda"
+    )

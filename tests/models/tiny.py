@@ -45,7 +45,8 @@ CONFIGS: dict[str, dict[str, object]] = {
         "model_type": "gemma3_text",
         "num_hidden_layers": 7,
         "sliding_window": 10,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        + ["sliding_attention"],
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "smollm3-window": {
@@ -66,7 +67,9 @@ CONFIGS: dict[str, dict[str, object]] = {
 
 
 def save_tiny_model(name: str, folder: Path, *, seed: int = 0, **sizes: int) -> Path:
-    """Weights larger than the default, so that greedy answers vary instead of repeating one token. ``sizes``: for COMMON ones."""
+    """Weights larger than the default, so that greedy answers vary instead of repeating one token.
+    ``sizes``: for COMMON ones.
+    """
     settings = COMMON | sizes | CONFIGS[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)

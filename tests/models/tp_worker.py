@@ -13,7 +13,13 @@ import torch
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.models.loader import reload_model
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
-from tests.engine.hand_scheduler import HandScheduler, answer_ahead, ignore_progress, make_requests, make_spec
+from tests.engine.hand_scheduler import (
+    HandScheduler,
+    answer_ahead,
+    ignore_progress,
+    make_requests,
+    make_spec,
+)
 
 
 def main(
@@ -25,17 +31,27 @@ def main(
     num_tokens: int,
     spec: dict[str, object],
 ) -> None:
-    """Print one line of JSON: the answers by directory, listening addresses, what the group's calls gave. ``spec``: changes."""
+    """Print one line of JSON: the answers by directory, listening addresses, what the group's calls
+    gave. ``spec``: changes.
+    """
     torch.set_num_threads(1)
     on_cuda = spec.get("device") == "cuda"
-    tp = init_tp_group(rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=60)
+    tp = init_tp_group(
+        rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=60
+    )
     result = {
         "broadcast": tp.broadcast_bytes(bytes(range(tp_rank, 16 + tp_rank))).hex(),
         "nothing": tp.broadcast_bytes(b"" if tp_rank == 0 else None).hex(),
         "least": tp.least(2**40 + 7 - tp_rank),
-        "answers": {directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories},
+        "answers": {
+            directory: answer(directory, tp, prompts, num_tokens, spec) for directory in directories
+        },
         "listening": sorted(
-            {entry.laddr.ip for entry in psutil.Process(os.getpid()).net_connections("inet") if entry.status == "LISTEN"}
+            {
+                entry.laddr.ip
+                for entry in psutil.Process(os.getpid()).net_connections("inet")
+                if entry.status == "LISTEN"
+            }
         ),
     }
     print(json.dumps(result), flush=True)  # noqa: T201 - the answer to the test
@@ -45,7 +61,11 @@ def main(
 
 
 def answer(
-    directory: str, tp: TPGroup, prompts: list[list[int]], num_tokens: int, changes: dict[str, object]
+    directory: str,
+    tp: TPGroup,
+    prompts: list[list[int]],
+    num_tokens: int,
+    changes: dict[str, object],
 ) -> dict[str, object]:
     def share(tokens: list[int]) -> list[int]:
         return json.loads(tp.broadcast_bytes(json.dumps(tokens).encode()))
@@ -53,8 +73,14 @@ def answer(
     spec = make_spec(Path(directory), tensor_parallel_size=tp.tp_size, **changes)
     runner = ModelRunner(spec, tp=tp, progress=ignore_progress)
     runner.warm_up()
-    tokens = HandScheduler(runner, share=share).run(make_requests(prompts, num_tokens, chunk=7, apart=1))
-    ahead = [answer_ahead(runner, prompt, num_tokens) for prompt in prompts] if spec.async_scheduling else []
+    tokens = HandScheduler(runner, share=share).run(
+        make_requests(prompts, num_tokens, chunk=7, apart=1)
+    )
+    ahead = (
+        [answer_ahead(runner, prompt, num_tokens) for prompt in prompts]
+        if spec.async_scheduling
+        else []
+    )
     parameters = sum(parameter.numel() for parameter in runner._model.parameters())
     heads = [runner.first_kv_head, runner.layout.num_kv_heads]
     return {
@@ -69,16 +95,27 @@ def answer(
 
 
 def is_restored(runner: ModelRunner, directory: str, tp: TPGroup) -> bool:
-    """Whether this rank's part of the weights is the same, at the same addresses, when it is lost and read again."""
+    """Whether this rank's part of the weights is the same, at the same addresses, when it is lost
+    and read again.
+    """
     model = runner._model
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
     for tensor in tensors.values():
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else -1)
-    reload_model(model, Path(directory), runner.shape, dtype=runner.kv_cache.dtype, dummy=False, tp=tp, progress=ignore_progress)
+    reload_model(
+        model,
+        Path(directory),
+        runner.shape,
+        dtype=runner.kv_cache.dtype,
+        dummy=False,
+        tp=tp,
+        progress=ignore_progress,
+    )
     after = dict(model.named_parameters()) | dict(model.named_buffers())
     return after.keys() == before.keys() and all(
-        after[name].data_ptr() == address and torch.equal(after[name], tensor) for name, (address, tensor) in before.items()
+        after[name].data_ptr() == address and torch.equal(after[name], tensor)
+        for name, (address, tensor) in before.items()
     )
 
 

@@ -30,7 +30,9 @@ def test_a_line_has_time_level_process_and_request():
         logging.getLogger("pdlaunch.server").info("hello %d", 5)
     logging.getLogger("pdlaunch.server").debug("not shown")
     logging.getLogger("library").info("not shown")
-    line = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.server \[r1\] hello 5\n"
+    line = (
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO prefill-0 pdlaunch\.server \[r1\] hello 5\n"
+    )
     assert re.fullmatch(line, stream.getvalue())
 
 
@@ -41,7 +43,10 @@ def test_a_full_disk_is_told_once_and_stops_nobody(capsys):
         logging.getLogger("pdlaunch.supervisor").info("line %d", number)
     with contextlib.suppress(OSError):
         handler.close()
-    assert capsys.readouterr().err == "log lines are lost: /dev/full cannot be written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "log lines are lost: /dev/full cannot be written: No space left on device\n"
+    )
 
 
 def test_exceptions_come_with_their_traceback():

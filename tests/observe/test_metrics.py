@@ -18,7 +18,9 @@ def samples(registry: CollectorRegistry) -> dict[str, float]:
 
 def test_requests_are_counted_by_reason_and_status():
     registry = CollectorRegistry()
-    metrics = RequestMetrics(registry, {"engine": "prefill-0", "role": "prefill", "model_name": "m"})
+    metrics = RequestMetrics(
+        registry, {"engine": "prefill-0", "role": "prefill", "model_name": "m"}
+    )
     metrics.finished("stop")
     metrics.finished("stop")
     metrics.failed(429)

@@ -29,7 +29,15 @@ def test_a_traceparent_passes_unchanged():
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "x", TRACEPARENT.upper(), "00-" + "0" * 32 + "-b7ad6b7169203331-01", "ff" + TRACEPARENT[2:]]
+    "header",
+    [
+        None,
+        "",
+        "x",
+        TRACEPARENT.upper(),
+        "00-" + "0" * 32 + "-b7ad6b7169203331-01",
+        "ff" + TRACEPARENT[2:],
+    ],
 )
 def test_a_malformed_traceparent_is_ignored(header):
     assert read_traceparent(header) is None

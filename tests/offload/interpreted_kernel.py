@@ -1,4 +1,5 @@
-"""Runs the copy kernel in Triton's interpreter and compares it with plain copies; started by ``test_gather_kernel``.
+"""Runs the copy kernel in Triton's interpreter and compares it with plain copies; started by
+``test_gather_kernel``.
 
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
@@ -24,7 +25,12 @@ def compare(random: np.random.Generator) -> None:
     num_blocks, num_chunks = int(random.integers(1, 9)), 9
     chunk_bytes = 4096
     tensors = [torch.randint(0, 256, (num_blocks, page_bytes), dtype=torch.uint8)] * 2
-    hosts = [HostMemory(num_chunks, chunk_bytes, pin=False, progress=lambda *_: None, piece_bytes=2 * 4096) for _ in range(2)]
+    hosts = [
+        HostMemory(
+            num_chunks, chunk_bytes, pin=False, progress=lambda *_: None, piece_bytes=2 * 4096
+        )
+        for _ in range(2)
+    ]
     for piece, other in zip(hosts[0].pieces, hosts[1].pieces, strict=True):
         piece.random_(0, 256)
         other.copy_(piece)
@@ -36,13 +42,18 @@ def compare(random: np.random.Generator) -> None:
     for direction in DIRECTIONS:
         tensors = [tensor.clone() for tensor in tensors]
         copies = [
-            PageCopies(as_pages(tensor), blocks, host, chunks, offsets) for tensor, host in zip(tensors, hosts, strict=True)
+            PageCopies(as_pages(tensor), blocks, host, chunks, offsets)
+            for tensor, host in zip(tensors, hosts, strict=True)
         ]
         assert kernel.supports(copies[0])
         kernel.copy(copies[0], direction)
         HostCopy().copy(copies[1], direction)
         assert torch.equal(tensors[0], tensors[1]), (direction, page_bytes, kernel.name)
-        assert torch.equal(host_content(hosts[0]), host_content(hosts[1])), (direction, page_bytes, kernel.name)
+        assert torch.equal(host_content(hosts[0]), host_content(hosts[1])), (
+            direction,
+            page_bytes,
+            kernel.name,
+        )
         blocks = random.permutation(blocks)
 
 
@@ -50,8 +61,12 @@ def refuses_unaligned_pages() -> None:
     host = HostMemory(1, 4096, pin=False, progress=lambda *_: None)
     one = np.zeros(1, dtype=np.int64)
     kernel = GatherKernel(*SHAPES[0])
-    assert not kernel.supports(PageCopies(torch.zeros(1, 24, dtype=torch.uint8), one, host, one, one))
-    assert not kernel.supports(PageCopies(torch.zeros(1, 32, dtype=torch.uint8), one, host, one, one + 8))
+    assert not kernel.supports(
+        PageCopies(torch.zeros(1, 24, dtype=torch.uint8), one, host, one, one)
+    )
+    assert not kernel.supports(
+        PageCopies(torch.zeros(1, 32, dtype=torch.uint8), one, host, one, one + 8)
+    )
 
 
 if __name__ == "__main__":

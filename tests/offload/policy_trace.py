@@ -1,7 +1,9 @@
-"""Hit rates of eviction policies on a synthetic multi-turn trace: ``python -m tests.offload.policy_trace``.
+"""Hit rates of eviction policies on a synthetic multi-turn trace: ``python -m
+tests.offload.policy_trace``.
 
-Chats come and go: each has one of a few system prompts, some turns with thinking time between them, and sends its whole history
-each time. Now and then comes a document that is read once. Keys are blocks; a prompt's hit is the longest prefix that is cached.
+Chats come and go: each has one of a few system prompts, some turns with thinking time between them,
+and sends its whole history each time. Now and then comes a document that is read once. Keys are
+blocks; a prompt's hit is the longest prefix that is cached.
 """
 
 from __future__ import annotations
@@ -55,13 +57,18 @@ def make_trace(shape: TraceShape, seed: int) -> Iterator[list[Block]]:
             continue
         now, chat = heapq.heappop(due)
         prompt = prompts[chat]
-        prompt += [(chat, len(prompt) + index) for index in range(source.randint(*shape.turn_blocks))]
+        prompt += [
+            (chat, len(prompt) + index) for index in range(source.randint(*shape.turn_blocks))
+        ]
         yield list(prompt)
         if source.random() < 1 / shape.mean_turns:
             del prompts[chat]
             start(max(now, float(number)))
         else:
-            heapq.heappush(due, (max(now, float(number)) + source.expovariate(1 / shape.mean_think_requests), chat))
+            heapq.heappush(
+                due,
+                (max(now, float(number)) + source.expovariate(1 / shape.mean_think_requests), chat),
+            )
 
 
 def hit_rate(policy: EvictionPolicy[Block], capacity: int, trace: Iterator[list[Block]]) -> float:
@@ -70,7 +77,9 @@ def hit_rate(policy: EvictionPolicy[Block], capacity: int, trace: Iterator[list[
     num_hits = num_blocks = 0
     for prompt in trace:
         num_blocks += len(prompt)
-        length = next((index for index, block in enumerate(prompt) if block not in cached), len(prompt))
+        length = next(
+            (index for index, block in enumerate(prompt) if block not in cached), len(prompt)
+        )
         num_hits += length
         needed = set(prompt)
         # From the end to the beginning: a block is of no use without those before it.
@@ -146,7 +155,9 @@ class TwoQ(EvictionPolicy[Block]):
         del (self._main if key in self._main else self._new)[key]
 
     def evict(self, may_leave: Callable[[Block], bool]) -> Block | None:
-        queues = [self._new, self._main] if len(self._new) > self._in_size else [self._main, self._new]
+        queues = (
+            [self._new, self._main] if len(self._new) > self._in_size else [self._main, self._new]
+        )
         for queue in queues:
             for key in queue:
                 if may_leave(key):
@@ -167,7 +178,9 @@ class TwoQ(EvictionPolicy[Block]):
 
 
 class SegmentedLRU(EvictionPolicy[Block]):
-    """Candidate: a key that is used again is protected, in at most ``share`` of the capacity. Source: Karedla et al., 1994."""
+    """Candidate: a key that is used again is protected, in at most ``share`` of the capacity.
+    Source: Karedla et al., 1994.
+    """
 
     def __init__(self, capacity: int, share: float = 0.8) -> None:
         self._protected_size = int(capacity * share)
@@ -207,7 +220,8 @@ class SegmentedLRU(EvictionPolicy[Block]):
 
 
 class S3FIFO(EvictionPolicy[Block]):
-    """Candidate: three queues; a key's count of uses is kept up to 3. Source: Yang et al., SOSP 2023.
+    """Candidate: three queues; a key's count of uses is kept up to 3. Source: Yang et al., SOSP
+    2023.
 
     small   new keys; at its end used keys go to main, others leave and are remembered in ghost
     main    at its end used keys go round again with one use less, others leave
@@ -302,7 +316,10 @@ def main() -> None:
         best = hit_rate(LRU(), 10**9, make_trace(shape, 0))
         print(f"{name}: {best:.1%} with room for everything")  # noqa: T201
         for capacity in CAPACITIES:
-            rates = {policy: hit_rate(make(capacity), capacity, make_trace(shape, 0)) for policy, make in POLICIES.items()}
+            rates = {
+                policy: hit_rate(make(capacity), capacity, make_trace(shape, 0))
+                for policy, make in POLICIES.items()
+            }
             line = "  ".join(f"{policy} {rate:.1%}" for policy, rate in rates.items())
             print(f"  {capacity:6} blocks: {line}")  # noqa: T201
 

@@ -19,7 +19,13 @@ from pdlaunch.offload.spec import TransferSpec, choose_blocks_per_chunk
 from pdlaunch.offload.tier import HeadSlice
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.transfer.checksum import BlockHasher
-from tests.offload.transfer_model import block_choices, geometries, host_content, model_transfer, spans
+from tests.offload.transfer_model import (
+    block_choices,
+    geometries,
+    host_content,
+    model_transfer,
+    spans,
+)
 from tests.offload.waiting import Waiter
 
 pytestmark = [
@@ -32,7 +38,9 @@ def methods() -> list[CopyMethod]:
     if not torch.cuda.is_available():
         return []
     offered = cuda_candidates()
-    methods_by_name = {method.name: method for method in (*offered["load"], *offered["store"], TorchCopy())}
+    methods_by_name = {
+        method.name: method for method in (*offered["load"], *offered["store"], TorchCopy())
+    }
     return list(methods_by_name.values())
 
 
@@ -44,17 +52,25 @@ def test_equals_the_model(method: CopyMethod, data: st.DataObject) -> None:
     groups = geometry.new_groups("cuda")
     layout = chunk_layout(groups, geometry.blocks_per_chunk)
     host = HostMemory(
-        geometry.num_chunks, layout.chunk_bytes, pin=True, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes
+        geometry.num_chunks,
+        layout.chunk_bytes,
+        pin=True,
+        progress=lambda *_: None,
+        piece_bytes=7 * layout.chunk_bytes,
     )
     for piece in host.pieces:
         piece.random_(0, 256)
     waiter = Waiter()
-    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda *_: method, wake=waiter.wake)
+    handler = OffloadHandler(
+        groups, host, geometry.blocks_per_chunk, choose=lambda *_: method, wake=waiter.wake
+    )
     expected_groups = [[tensor.cpu() for tensor in group] for group in groups]
     expected_host = host_content(host)
     sizes, indices, chunk_ids = data.draw(spans(geometry))
     for job_id, direction in enumerate(("store", "load")):
-        spec = TransferSpec(direction, data.draw(block_choices(geometry, sizes)), sizes, indices, chunk_ids)
+        spec = TransferSpec(
+            direction, data.draw(block_choices(geometry, sizes)), sizes, indices, chunk_ids
+        )
         model_transfer(spec, geometry, expected_groups, expected_host)
         handler.transfer_async(job_id, spec)
         (result,) = waiter.results(handler, 1)
@@ -106,12 +122,20 @@ def test_a_store_is_queued_behind_the_work_that_fills_its_blocks() -> None:
 
 @pytest.mark.parametrize("page_bytes", [4096, 12 * 1024, 64 * 1024])
 def test_small_blocks_in_long_chunks_go_both_ways_at_once(page_bytes: int) -> None:
-    """The first half is stored while the second one, which was stored before, is loaded elsewhere; spans begin inside chunks."""
+    """The first half is stored while the second one, which was stored before, is loaded elsewhere;
+    spans begin inside chunks.
+    """
     a_chunk = choose_blocks_per_chunk(page_bytes, "cuda")
     half = 40 * a_chunk - 2
     pages = torch.randint(0, 256, (3 * half, page_bytes), dtype=torch.uint8, device="cuda")
     layout = chunk_layout([[pages]], a_chunk)
-    host = HostMemory(90, layout.chunk_bytes, pin=True, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes)
+    host = HostMemory(
+        90,
+        layout.chunk_bytes,
+        pin=True,
+        progress=lambda *_: None,
+        piece_bytes=7 * layout.chunk_bytes,
+    )
     table = choose_cuda_methods([page_bytes], host, pages.device, blocks_per_chunk=a_chunk)
     original = pages.cpu()
     waiter = Waiter()
@@ -137,7 +161,9 @@ def test_small_blocks_in_long_chunks_go_both_ways_at_once(page_bytes: int) -> No
 
 def test_loads_are_proven_where_they_arrive() -> None:
     """Checksums by the kernel, over blocks on the device."""
-    layout = KVCacheLayout(make_groups([None] * 4), num_kv_heads=2, head_dim=64, block_size=16, dtype_bytes=2)
+    layout = KVCacheLayout(
+        make_groups([None] * 4), num_kv_heads=2, head_dim=64, block_size=16, dtype_bytes=2
+    )
     kv_cache = torch.randn((16, *layout.block_shape()), device="cuda").to(torch.bfloat16)
     wakes = threading.Semaphore(0)
     worker = OffloadWorker(
@@ -158,7 +184,9 @@ def test_loads_are_proven_where_they_arrive() -> None:
 
     hashes = [b"a", b"b"]
     assert run(OffloadJob(1, "store", [3, 9], [2], [0], [2, 0], hashes)).ok
-    assert worker.checksums(2) == [tuple(row) for row in BlockHasher(kv_cache.cpu(), layout).checksums([3], slice(None))]
+    assert worker.checksums(2) == [
+        tuple(row) for row in BlockHasher(kv_cache.cpu(), layout).checksums([3], slice(None))
+    ]
     loaded = run(OffloadJob(2, "load", [10, 11], [2], [0], [2, 0], hashes))
     assert loaded.ok, loaded.error
     assert torch.equal(kv_cache[[10, 11]], kv_cache[[3, 9]])

@@ -31,7 +31,10 @@ def new_worker(faults: ChunkFaults, wakes: threading.Semaphore) -> FaultyOffload
 
 def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
     wakes = threading.Semaphore(0)
-    worker = new_worker(ChunkFaults(lambda index: random.Random(1) if index == 2 else None, lambda _index: 0.01), wakes)
+    worker = new_worker(
+        ChunkFaults(lambda index: random.Random(1) if index == 2 else None, lambda _index: 0.01),
+        wakes,
+    )
     found: list[JobFinished] = []
     for job in (STORE, LOAD):
         worker.submit([job])
@@ -46,7 +49,9 @@ def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
 
 def test_an_end_is_told_when_it_may_be() -> None:
     wakes, waits = threading.Semaphore(0), iter([True, True, True])
-    worker = new_worker(ChunkFaults(lambda index: None, lambda _index: 0.0, lambda: next(waits, False)), wakes)
+    worker = new_worker(
+        ChunkFaults(lambda index: None, lambda _index: 0.0, lambda: next(waits, False)), wakes
+    )
     worker.submit([STORE])
     found: list[JobFinished] = []
     while not found:

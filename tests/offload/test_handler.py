@@ -14,8 +14,20 @@ from pdlaunch.offload.copies import PageCopies
 from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.spec import CHUNK_ALIGNMENT_BYTES, Direction, TransferSpec, choose_blocks_per_chunk
-from tests.offload.transfer_model import Geometry, block_choices, geometries, host_content, model_transfer, spans
+from pdlaunch.offload.spec import (
+    CHUNK_ALIGNMENT_BYTES,
+    Direction,
+    TransferSpec,
+    choose_blocks_per_chunk,
+)
+from tests.offload.transfer_model import (
+    Geometry,
+    block_choices,
+    geometries,
+    host_content,
+    model_transfer,
+    spans,
+)
 from tests.offload.waiting import Waiter
 
 HYBRID = Geometry([[32], [16, 48]], [8, 6], blocks_per_chunk=2, num_chunks=8)
@@ -24,7 +36,11 @@ HYBRID = Geometry([[32], [16, 48]], [8, 6], blocks_per_chunk=2, num_chunks=8)
 def make_host(geometry: Geometry, groups: list[list[torch.Tensor]]) -> HostMemory:
     layout = chunk_layout(groups, geometry.blocks_per_chunk)
     host = HostMemory(
-        geometry.num_chunks, layout.chunk_bytes, pin=False, progress=lambda *_: None, piece_bytes=7 * layout.chunk_bytes
+        geometry.num_chunks,
+        layout.chunk_bytes,
+        pin=False,
+        progress=lambda *_: None,
+        piece_bytes=7 * layout.chunk_bytes,
     )
     for piece in host.pieces:
         piece.random_(0, 256)
@@ -38,7 +54,9 @@ def make_handler(
     host = make_host(geometry, groups)
     waiter = Waiter()
     chosen = method or HostCopy()
-    handler = OffloadHandler(groups, host, geometry.blocks_per_chunk, choose=lambda *_: chosen, wake=waiter.wake)
+    handler = OffloadHandler(
+        groups, host, geometry.blocks_per_chunk, choose=lambda *_: chosen, wake=waiter.wake
+    )
     return handler, groups, host, waiter
 
 
@@ -59,7 +77,9 @@ def test_stores_and_loads_equal_the_model(method: CopyMethod, data: st.DataObjec
             handler.transfer_async(job_id, spec)
             (result,) = waiter.results(handler, 1)
             assert (result.job_id, result.direction, result.ok) == (job_id, direction, True)
-            assert result.num_bytes == sum(size * sum(pages) for size, pages in zip(sizes, geometry.page_bytes, strict=True))
+            assert result.num_bytes == sum(
+                size * sum(pages) for size, pages in zip(sizes, geometry.page_bytes, strict=True)
+            )
     assert torch.equal(host_content(host), expected_host)
     for group, expected in zip(groups, expected_groups, strict=True):
         for tensor, wanted in zip(group, expected, strict=True):
@@ -82,18 +102,42 @@ def spec_of(
     [
         (spec_of(block_ids=(7, 4, 3, 5)), "group 1 needs 2 block_ids, 1 are left for it"),
         (spec_of(block_ids=(7, 4)), "group 0 needs 3 block_ids, 2 are left for it"),
-        (spec_of(block_ids=(7, 4, 3, 5, 0, 1)), "block_ids has 6 entries, the groups up to group 1 need 5"),
+        (
+            spec_of(block_ids=(7, 4, 3, 5, 0, 1)),
+            "block_ids has 6 entries, the groups up to group 1 need 5",
+        ),
         (spec_of(chunk_ids=(5, 2)), "group 1 needs 1 chunk_ids, 0 are left for it"),
-        (spec_of(chunk_ids=(5, 2, 0, 1)), "chunk_ids has 4 entries, the groups up to group 1 need 3"),
+        (
+            spec_of(chunk_ids=(5, 2, 0, 1)),
+            "chunk_ids has 4 entries, the groups up to group 1 need 3",
+        ),
         (spec_of(block_indices=(1, 7)), "group 1 needs 2 chunk_ids, 1 are left for it"),
-        (spec_of(block_indices=(0, 6), block_ids=(7, 4, 8, 5, 0)), "group 0: 8 in block_ids is not an id, ids are below 8"),
-        (spec_of(block_ids=(7, 4, 3, 6, 0)), "group 1: 6 in block_ids is not an id, ids are below 6"),
-        (spec_of(block_ids=(7, 4, -1, 5, 0)), "group 0: -1 in block_ids is not an id, ids are below 8"),
+        (
+            spec_of(block_indices=(0, 6), block_ids=(7, 4, 8, 5, 0)),
+            "group 0: 8 in block_ids is not an id, ids are below 8",
+        ),
+        (
+            spec_of(block_ids=(7, 4, 3, 6, 0)),
+            "group 1: 6 in block_ids is not an id, ids are below 6",
+        ),
+        (
+            spec_of(block_ids=(7, 4, -1, 5, 0)),
+            "group 0: -1 in block_ids is not an id, ids are below 8",
+        ),
         (spec_of(chunk_ids=(5, 8, 0)), "group 0: 8 in chunk_ids is not an id, ids are below 8"),
-        (spec_of(block_ids=(7, 4, 7, 5, 0)), "group 0: 7 stands 2 times in block_ids, once is allowed"),
+        (
+            spec_of(block_ids=(7, 4, 7, 5, 0)),
+            "group 0: 7 stands 2 times in block_ids, once is allowed",
+        ),
         (spec_of(chunk_ids=(5, 2, 5)), "group 0 and group 1 both use chunk 5"),
-        (spec_of(group_sizes=(3,)), "group_sizes has 1 entries, the KV cache has 2 groups: wrong from group 1 on"),
-        (spec_of(block_indices=()), "block_indices has 0 entries, the KV cache has 2 groups: wrong from group 0 on"),
+        (
+            spec_of(group_sizes=(3,)),
+            "group_sizes has 1 entries, the KV cache has 2 groups: wrong from group 1 on",
+        ),
+        (
+            spec_of(block_indices=()),
+            "block_indices has 0 entries, the KV cache has 2 groups: wrong from group 0 on",
+        ),
         (spec_of(group_sizes=(3, -2)), "group 1: group_sizes is -2, the least is 0"),
         (spec_of(block_indices=(-1, 6)), "group 0: block_indices is -1, the least is 0"),
         (spec_of(direction="sideways"), "direction is 'sideways'"),  # type: ignore[arg-type]
@@ -112,7 +156,18 @@ def test_refuses_specs_that_do_not_fit(spec: TransferSpec, message: str) -> None
 
 def test_small_blocks_share_chunks_beside_a_gpu() -> None:
     sizes = [kib * 1024 for kib in (1, 4, 16, 20, 64, 100, 128, 129, 256, 2048)]
-    assert [choose_blocks_per_chunk(size, "cuda") for size in sizes] == [16, 16, 16, 12, 4, 2, 2, 1, 1, 1]
+    assert [choose_blocks_per_chunk(size, "cuda") for size in sizes] == [
+        16,
+        16,
+        16,
+        12,
+        4,
+        2,
+        2,
+        1,
+        1,
+        1,
+    ]
     assert {choose_blocks_per_chunk(size, "cpu") for size in sizes} == {1}
 
 
@@ -175,8 +230,15 @@ def test_methods_are_chosen_by_whether_the_other_direction_copies() -> None:
         asked.append((direction, both_ways))
         return method
 
-    handler = OffloadHandler(groups, make_host(HYBRID, groups), HYBRID.blocks_per_chunk, choose=choose, wake=waiter.wake)
-    one_block = {"block_ids": (5,), "group_sizes": (1, 0), "block_indices": (0, 0), "chunk_ids": (1,)}
+    handler = OffloadHandler(
+        groups, make_host(HYBRID, groups), HYBRID.blocks_per_chunk, choose=choose, wake=waiter.wake
+    )
+    one_block = {
+        "block_ids": (5,),
+        "group_sizes": (1, 0),
+        "block_indices": (0, 0),
+        "chunk_ids": (1,),
+    }
     handler.transfer_async(1, TransferSpec("load", **one_block))
     waiter.results(handler, 1)
     handler.transfer_async(2, TransferSpec("store", **one_block))
@@ -186,7 +248,11 @@ def test_methods_are_chosen_by_whether_the_other_direction_copies() -> None:
     waiter.results(handler, 1)
     handler.transfer_async(4, TransferSpec("load", **one_block))
     waiter.results(handler, 1)
-    assert [both_ways for direction, both_ways in asked if direction == "load"] == [False, True, False]
+    assert [both_ways for direction, both_ways in asked if direction == "load"] == [
+        False,
+        True,
+        False,
+    ]
     assert handler.close()
 
 
@@ -203,7 +269,9 @@ def test_groups_may_share_one_tensor() -> None:
     pages = torch.arange(8 * 16, dtype=torch.uint8).view(8, 16)
     host = HostMemory(4, CHUNK_ALIGNMENT_BYTES, pin=False, progress=lambda *_: None)
     waiter = Waiter()
-    handler = OffloadHandler([[pages], [pages]], host, 1, choose=lambda *_: HostCopy(), wake=waiter.wake)
+    handler = OffloadHandler(
+        [[pages], [pages]], host, 1, choose=lambda *_: HostCopy(), wake=waiter.wake
+    )
     original = pages.clone()
     handler.transfer_async(1, TransferSpec("store", [1, 6], [1, 1], [0, 5], [2, 3]))
     waiter.results(handler, 1)

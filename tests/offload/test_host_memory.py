@@ -61,7 +61,10 @@ def test_each_piece_is_pinned_once_and_told_of() -> None:
     ]
     assert list(pages.pinned) == memory.piece_addresses.tolist()
     for chunk_id, address in enumerate(memory.addresses(np.arange(NUM_CHUNKS)).tolist()):
-        assert any(first <= address <= address + CHUNK_BYTES <= first + size for first, size in pages.pinned.items())
+        assert any(
+            first <= address <= address + CHUNK_BYTES <= first + size
+            for first, size in pages.pinned.items()
+        )
         assert memory.chunk(chunk_id).data_ptr() == address
     memory.close()
     assert pages.pinned == {}

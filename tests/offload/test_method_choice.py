@@ -41,14 +41,22 @@ def measure(alone: dict[str, float], both: dict[tuple[str, str], float]) -> Meth
 
 
 def test_prefers_the_copy_engine_when_it_is_nearly_as_fast() -> None:
-    both = dict.fromkeys([("engine", "engine"), ("engine", "kernel"), ("kernel", "engine"), ("kernel", "kernel")], 90.0)
+    both = dict.fromkeys(
+        [("engine", "engine"), ("engine", "kernel"), ("kernel", "engine"), ("kernel", "kernel")],
+        90.0,
+    )
     rates = measure({"engine": 49.0, "kernel": 50.0}, both)
     assert rates.best_alone("load") is rates.best_alone("store") is ENGINE
     assert rates.best_pair() == (ENGINE, ENGINE)
 
 
 def test_the_fastest_alone_is_not_used_beside_the_other_direction_when_it_starves_that() -> None:
-    both = {("engine", "engine"): 76.0, ("engine", "kernel"): 46.0, ("kernel", "engine"): 90.0, ("kernel", "kernel"): 60.0}
+    both = {
+        ("engine", "engine"): 76.0,
+        ("engine", "kernel"): 46.0,
+        ("kernel", "engine"): 90.0,
+        ("kernel", "kernel"): 60.0,
+    }
     rates = measure({"engine": 42.0, "kernel": 50.0}, both)
     assert rates.best_alone("load") is rates.best_alone("store") is KERNEL
     assert rates.best_pair() == (KERNEL, ENGINE)
@@ -60,20 +68,31 @@ def test_the_fastest_alone_is_not_used_beside_the_other_direction_when_it_starve
 
 
 def test_slow_methods_are_not_measured_in_pairs() -> None:
-    assert measure({"engine": 6.0, "kernel": 50.0}, {("kernel", "kernel"): 70.0}).best_pair() == (KERNEL, KERNEL)
+    assert measure({"engine": 6.0, "kernel": 50.0}, {("kernel", "kernel"): 70.0}).best_pair() == (
+        KERNEL,
+        KERNEL,
+    )
 
 
-def copies_of(page_bytes: int, block_ids: list[int], chunk_ids: list[int], chunks_per_piece: int = 2) -> PageCopies:
-    host = HostMemory(6, 4096, pin=False, progress=lambda *_: None, piece_bytes=chunks_per_piece * 4096)
+def copies_of(
+    page_bytes: int, block_ids: list[int], chunk_ids: list[int], chunks_per_piece: int = 2
+) -> PageCopies:
+    host = HostMemory(
+        6, 4096, pin=False, progress=lambda *_: None, piece_bytes=chunks_per_piece * 4096
+    )
     blocks, chunks = np.array(block_ids), np.array(chunk_ids)
-    return PageCopies(torch.zeros(8, page_bytes, dtype=torch.uint8), blocks, host, chunks, np.zeros_like(chunks))
+    return PageCopies(
+        torch.zeros(8, page_bytes, dtype=torch.uint8), blocks, host, chunks, np.zeros_like(chunks)
+    )
 
 
 def test_table_falls_back_for_what_was_not_measured_or_is_not_supported() -> None:
     fallback = TorchCopy()
     table = MethodTable(fallback)
     unable = Named("unable", able=False)
-    table.set(4096, MethodRates({"load": {KERNEL: 1.0}, "store": {unable: 1.0}}, {(KERNEL, unable): 2.0}))
+    table.set(
+        4096, MethodRates({"load": {KERNEL: 1.0}, "store": {unable: 1.0}}, {(KERNEL, unable): 2.0})
+    )
     copies = copies_of(4096, [0], [0])
     assert table.choose(copies, "load", both_ways=True) is KERNEL
     assert table.choose(copies, "store", both_ways=True) is fallback

@@ -19,7 +19,9 @@ def hashes(count: int) -> list[bytes]:
     return [bytes([index]) for index in range(count)]
 
 
-def make_planner(windows: list[int | None], num_chunks: int = 200, blocks_per_chunk: int = 1) -> tuple[OffloadPlanner, HostTier]:
+def make_planner(
+    windows: list[int | None], num_chunks: int = 200, blocks_per_chunk: int = 1
+) -> tuple[OffloadPlanner, HostTier]:
     tier = HostTier(num_chunks, HEADS)
     groups = [KVCacheGroup((index,), window) for index, window in enumerate(windows)]
     return OffloadPlanner(groups, BLOCK_SIZE, tier, blocks_per_chunk=blocks_per_chunk), tier
@@ -31,7 +33,10 @@ def ok(job: OffloadJob) -> JobFinished:
 
 def tables_of(first: list[int], end: int) -> BlockTables:
     tables = BlockTables(len(first))
-    tables.append(first, [list(range(100 * group + start, 100 * group + end)) for group, start in enumerate(first)])
+    tables.append(
+        first,
+        [list(range(100 * group + start, 100 * group + end)) for group, start in enumerate(first)],
+    )
     return tables
 
 
@@ -42,7 +47,9 @@ def tables_of(first: list[int], end: int) -> BlockTables:
     num_blocks=st.integers(0, 9),
     max_blocks=st.integers(0, 12),
 )
-def test_finds_the_longest_prefix(data: st.DataObject, windows: list[int | None], num_blocks: int, max_blocks: int) -> None:
+def test_finds_the_longest_prefix(
+    data: st.DataObject, windows: list[int | None], num_blocks: int, max_blocks: int
+) -> None:
     planner, tier = make_planner(windows)
     blocks = st.sets(st.integers(0, num_blocks - 1)) if num_blocks else st.just(set())
     on_device = [data.draw(blocks) for _ in windows]
@@ -68,7 +75,11 @@ def test_finds_the_longest_prefix(data: st.DataObject, windows: list[int | None]
         return place if set(range(place, length)) <= on_host[group] else None
 
     limit = min(max_blocks, num_blocks)
-    fitting = [length for length in range(limit + 1) if all(split(group, length) is not None for group in range(len(windows)))]
+    fitting = [
+        length
+        for length in range(limit + 1)
+        if all(split(group, length) is not None for group in range(len(windows)))
+    ]
     longest = max(fitting)
     hit = planner.find(hashes(num_blocks), max_blocks, find_on_device)
     if all(split(group, longest) == longest for group in range(len(windows))):
@@ -79,8 +90,12 @@ def test_finds_the_longest_prefix(data: st.DataObject, windows: list[int | None]
     for group in range(len(windows)):
         end = split(group, longest)
         assert hit.device.first[group] == first_visible(group, longest)
-        assert hit.device.block_ids[group] == [100 * group + index for index in range(first_visible(group, longest), end)]
-        assert hit.chunk_ids[group] == [tier.find(group, bytes([index])) for index in range(end, longest)]
+        assert hit.device.block_ids[group] == [
+            100 * group + index for index in range(first_visible(group, longest), end)
+        ]
+        assert hit.chunk_ids[group] == [
+            tier.find(group, bytes([index])) for index in range(end, longest)
+        ]
         assert hit.num_blocks_to_load(group) == longest - end
 
 
@@ -89,7 +104,9 @@ def test_before_a_pull_each_group_ends_where_it_will() -> None:
     (store,) = planner.begin_stores(tables_of([0, 2, 3], 4), hashes(6), 0, 4)
     planner.finish(ok(store))
     on_device = {(0, 0): 7, (1, 3): 8, (1, 4): 9}
-    hit = planner.find_for_pull(hashes(6), 6, 22, lambda group, block_hash: on_device.get((group, block_hash[0])))
+    hit = planner.find_for_pull(
+        hashes(6), 6, 22, lambda group, block_hash: on_device.get((group, block_hash[0]))
+    )
     assert hit is not None
     # Token 22 sees tokens from 14 and from 18 on: blocks 3 and 4. Nothing after block 3 was stored.
     assert hit.device.first == [0, 3, 4]
@@ -97,7 +114,12 @@ def test_before_a_pull_each_group_ends_where_it_will() -> None:
     assert hit.ends == [4, 5, 4]
     load = planner.begin_load(hit, [[20, 21, 22], [], []], hashes(6))
     assert (load.group_sizes, load.chunk_hashes) == ([3, 0, 0], hashes(4)[1:])
-    assert planner.find_for_pull(hashes(6), 1, 22, lambda group, block_hash: on_device.get((group, block_hash[0]))) is None
+    assert (
+        planner.find_for_pull(
+            hashes(6), 1, 22, lambda group, block_hash: on_device.get((group, block_hash[0]))
+        )
+        is None
+    )
     planner.finish(ok(load))
     planner.check_integrity()
 
@@ -116,7 +138,9 @@ def test_stores_what_became_full_and_loads_it_back() -> None:
     assert planner.find(hashes(5), 5, lambda _group, _hash: None) is None
     planner.check_integrity()
     assert planner.finish(ok(store)) is store
-    hit = planner.find(hashes(5), 5, lambda group, block_hash: 7 if (group, block_hash) == (0, b"\0") else None)
+    hit = planner.find(
+        hashes(5), 5, lambda group, block_hash: 7 if (group, block_hash) == (0, b"\0") else None
+    )
     assert hit is not None
     # Block 4 was not full; the token after block 3 sees blocks 2 and 3 of the sliding group.
     assert (hit.ends, hit.device.first, hit.device.block_ids) == ([4, 4], [0, 2], [[7], []])
@@ -142,7 +166,9 @@ def test_chunks_of_several_blocks_are_stored_when_full_and_loaded_from_inside() 
     assert store.chunk_hashes == [b"\2", b"\5", b"\5"]
     planner.finish(ok(store))
     assert tier.find(1, b"\5", slot=0) is None
-    hit = planner.find(hashes(8), 5, lambda group, block_hash: 50 if group == 0 and block_hash < b"\1" else None)
+    hit = planner.find(
+        hashes(8), 5, lambda group, block_hash: 50 if group == 0 and block_hash < b"\1" else None
+    )
     assert hit is not None
     assert (hit.ends, hit.device.first, hit.device.block_ids) == ([5, 5], [0, 4], [[50], []])
     load = planner.begin_load(hit, [[1, 2, 3, 4], [5]], hashes(8))
@@ -181,4 +207,6 @@ def test_ranks_reports_become_one() -> None:
     assert merger.add(JobFinished(2, True, num_bytes=5, seconds=0.1)) is None
     merged = merger.add(JobFinished(1, False, "broken", [4], num_bytes=6, seconds=0.3))
     assert merged == JobFinished(1, False, "broken", [4], num_bytes=11, seconds=0.3)
-    assert merger.add(JobFinished(2, True, num_bytes=5, seconds=0.2)) == JobFinished(2, True, num_bytes=10, seconds=0.2)
+    assert merger.add(JobFinished(2, True, num_bytes=5, seconds=0.2)) == JobFinished(
+        2, True, num_bytes=10, seconds=0.2
+    )

@@ -17,10 +17,16 @@ MAKERS = {"lru": LRU, "arc": lambda: ARC(8)}
 @pytest.mark.parametrize("name", sorted(MAKERS))
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["add", "touch", "remove", "evict"]), st.integers(0, 15), st.sets(st.integers(0, 15)))
+        st.tuples(
+            st.sampled_from(["add", "touch", "remove", "evict"]),
+            st.integers(0, 15),
+            st.sets(st.integers(0, 15)),
+        )
     )
 )
-def test_holds_the_keys_that_were_added_and_did_not_leave(name: str, steps: list[tuple[str, int, set[int]]]) -> None:
+def test_holds_the_keys_that_were_added_and_did_not_leave(
+    name: str, steps: list[tuple[str, int, set[int]]]
+) -> None:
     policy: EvictionPolicy[int] = MAKERS[name]()
     keys: set[int] = set()
     for step, key, pinned in steps:

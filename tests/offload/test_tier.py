@@ -68,7 +68,9 @@ def test_makes_room_down_to_the_low_water_mark() -> None:
     assert tier.num_evicted_chunks == 0
     stored(tier, 8)
     assert tier.num_evicted_chunks == 3
-    assert [tier.find(0, name(number)) is not None for number in range(9)] == [False] * 3 + [True] * 6
+    assert [tier.find(0, name(number)) is not None for number in range(9)] == [False] * 3 + [
+        True
+    ] * 6
 
 
 def test_what_is_in_flight_never_leaves() -> None:
@@ -109,12 +111,20 @@ def test_clear_keeps_what_is_in_flight() -> None:
 
 
 class TierMachine(RuleBasedStateMachine):
-    """Stores and loads in flight, in any order, ending well or not; the model is what may at most be found."""
+    """Stores and loads in flight, in any order, ending well or not; the model is what may at most
+    be found.
+    """
 
-    @initialize(num_chunks=st.integers(1, 8), is_lru=st.booleans(), marks=st.sampled_from([(1.0, 1.0), (0.9, 0.5), (0.6, 0.3)]))
+    @initialize(
+        num_chunks=st.integers(1, 8),
+        is_lru=st.booleans(),
+        marks=st.sampled_from([(1.0, 1.0), (0.9, 0.5), (0.6, 0.3)]),
+    )
     def start(self, num_chunks: int, is_lru: bool, marks: tuple[float, float]) -> None:
         policy: LRU[ChunkKey] | ARC[ChunkKey] = LRU() if is_lru else ARC(num_chunks)
-        self.tier = HostTier(num_chunks, HEADS, policy=policy, high_water=marks[0], low_water=marks[1])
+        self.tier = HostTier(
+            num_chunks, HEADS, policy=policy, high_water=marks[0], low_water=marks[1]
+        )
         self.storing: dict[int, tuple[int, int]] = {}
         self.loads: list[list[int]] = []
         self.content: dict[int, tuple[int, int]] = {}
@@ -165,7 +175,9 @@ class TierMachine(RuleBasedStateMachine):
     @invariant()
     def is_sound(self) -> None:
         if hasattr(self, "tier"):
-            self.tier.check_integrity(storing=self.storing, loading=[chunk_id for load in self.loads for chunk_id in load])
+            self.tier.check_integrity(
+                storing=self.storing, loading=[chunk_id for load in self.loads for chunk_id in load]
+            )
             assert self.tier.num_used_chunks <= self.tier.num_chunks
 
     def _named(self, content: tuple[int, int]) -> tuple[int, bytes]:

@@ -26,14 +26,23 @@ NUM_BLOCKS = 16
 
 
 def make_layout(windows: list[int | None] | None = None) -> KVCacheLayout:
-    groups = tuple(KVCacheGroup((index,), window) for index, window in enumerate(windows or [None, 9]))
+    groups = tuple(
+        KVCacheGroup((index,), window) for index, window in enumerate(windows or [None, 9])
+    )
     return KVCacheLayout(groups, num_kv_heads=2, head_dim=4, block_size=4, dtype_bytes=2)
 
 
 class Rank:
     """A worker and the KV cache that it serves."""
 
-    def __init__(self, *, blocks_per_chunk: int = 1, verify: bool = True, num_chunks: int = 12, on_device: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        blocks_per_chunk: int = 1,
+        verify: bool = True,
+        num_chunks: int = 12,
+        on_device: bool = False,
+    ) -> None:
         """``on_device``: checksums are computed where the KV cache lies, as on a GPU."""
         torch.set_num_threads(1)
         self.layout = make_layout()
@@ -53,7 +62,9 @@ class Rank:
 
     def fill(self, block_id: int, seed: int) -> torch.Tensor:
         """Write to a block what ``seed`` stands for, and return it."""
-        content = torch.randn(self.layout.block_shape(), generator=torch.Generator().manual_seed(seed)).bfloat16()
+        content = torch.randn(
+            self.layout.block_shape(), generator=torch.Generator().manual_seed(seed)
+        ).bfloat16()
         self.kv_cache[block_id] = content
         return content
 
@@ -136,7 +147,9 @@ def test_a_chunk_with_other_content_is_not_loaded() -> None:
 def test_a_load_from_inside_a_chunk_compares_only_what_it_reads(on_device: bool) -> None:
     rank = Rank(blocks_per_chunk=3, on_device=on_device)
     contents = [rank.fill(block_id, block_id) for block_id in (1, 2, 3, 4, 5)]
-    (stored,) = rank.run(OffloadJob(1, "store", [1, 2, 3, 4, 5], [5, 0], [1, 0], [4, 2], [b"a", b"b"]))
+    (stored,) = rank.run(
+        OffloadJob(1, "store", [1, 2, 3, 4, 5], [5, 0], [1, 0], [4, 2], [b"a", b"b"])
+    )
     assert stored.ok
     rank.worker._host.chunk(4)[rank.layout.block_bytes] ^= 1
     (loaded,) = rank.run(OffloadJob(2, "load", [8, 9], [2, 0], [2, 0], [4, 2], [b"a", b"b"]))
@@ -174,18 +187,25 @@ def test_jobs_and_reports_travel_in_messages() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests of a few documents are computed, stored, forgotten by the device and loaded back, with a small tier.
+    """Requests of a few documents are computed, stored, forgotten by the device and loaded back,
+    with a small tier.
 
     A block's content is a function of its group and hash. Whatever a load says is right must be.
     """
 
     NUM_LOGICAL = 4
 
-    @initialize(blocks_per_chunk=st.integers(1, 3), num_chunks=st.integers(2, 9), on_device=st.booleans())
+    @initialize(
+        blocks_per_chunk=st.integers(1, 3), num_chunks=st.integers(2, 9), on_device=st.booleans()
+    )
     def start(self, blocks_per_chunk: int, num_chunks: int, on_device: bool) -> None:
-        self.rank = Rank(blocks_per_chunk=blocks_per_chunk, num_chunks=num_chunks, on_device=on_device)
+        self.rank = Rank(
+            blocks_per_chunk=blocks_per_chunk, num_chunks=num_chunks, on_device=on_device
+        )
         tier = HostTier(self.rank.worker.num_chunks, HEADS)
-        self.planner = OffloadPlanner(self.rank.layout.groups, 4, tier, blocks_per_chunk=blocks_per_chunk)
+        self.planner = OffloadPlanner(
+            self.rank.layout.groups, 4, tier, blocks_per_chunk=blocks_per_chunk
+        )
         self.contents: dict[int, torch.Tensor] = {}
 
     def teardown(self) -> None:
@@ -212,7 +232,10 @@ class EngineMachine(RuleBasedStateMachine):
         hit = self.planner.find(self._hashes(document), max_blocks, lambda _group, _hash: None)
         if hit is None:
             return
-        block_ids = [list(range(8 + 4 * group, 8 + 4 * group + hit.num_blocks_to_load(group))) for group in range(2)]
+        block_ids = [
+            list(range(8 + 4 * group, 8 + 4 * group + hit.num_blocks_to_load(group)))
+            for group in range(2)
+        ]
         (report,) = self.rank.run(self.planner.begin_load(hit, block_ids, self._hashes(document)))
         self.planner.finish(report)
         assert report.ok or report.failed_chunk_ids

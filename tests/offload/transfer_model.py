@@ -29,7 +29,9 @@ class Geometry:
 @st.composite
 def geometries(draw: st.DrawFn, unit_bytes: int = 1, max_units: int = 40) -> Geometry:
     num_groups = draw(st.integers(1, 4))
-    sizes = st.lists(st.integers(1, max_units).map(lambda units: units * unit_bytes), min_size=1, max_size=3)
+    sizes = st.lists(
+        st.integers(1, max_units).map(lambda units: units * unit_bytes), min_size=1, max_size=3
+    )
     return Geometry(
         [draw(sizes) for _ in range(num_groups)],
         [draw(st.integers(1, 12)) for _ in range(num_groups)],
@@ -62,8 +64,11 @@ def block_choices(draw: st.DrawFn, geometry: Geometry, sizes: list[int]) -> list
     return ids
 
 
-def model_transfer(spec: TransferSpec, geometry: Geometry, groups: list[list[torch.Tensor]], host: torch.Tensor) -> None:
-    """Copy page by page what ``spec`` says: logical block i lies in slot i % blocks_per_chunk of its chunk.
+def model_transfer(
+    spec: TransferSpec, geometry: Geometry, groups: list[list[torch.Tensor]], host: torch.Tensor
+) -> None:
+    """Copy page by page what ``spec`` says: logical block i lies in slot i % blocks_per_chunk of
+    its chunk.
 
     ``host``: [num_chunks, chunk_bytes]
     """

@@ -70,13 +70,23 @@ def test_any_text_is_read(conf):
 
 
 def test_the_installed_torch_agrees():
-    """Which variable torch reads, and that it refuses `true`; one process each, for it reads them once."""
+    """Which variable torch reads, and that it refuses `true`; one process each, for it reads them
+    once.
+    """
     program = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environments = [{ANY: "a:1", HIP: "b:1", CUDA: "c:1"}, {ANY: "a:1", HIP: "b:1"}, {ANY: "expandable_segments:true"}]
+    environments = [
+        {ANY: "a:1", HIP: "b:1", CUDA: "c:1"},
+        {ANY: "a:1", HIP: "b:1"},
+        {ANY: "expandable_segments:true"},
+    ]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program], env=clean | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", program],
+            env=clean | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for environ in environments
     ]

@@ -21,7 +21,9 @@ class FakeDriver:
     def __getattr__(self, name):
         if name not in self.ENTRY_POINTS:
             raise AttributeError(name)
-        return lambda *arguments: self.errors.get(name) or self.ENTRY_POINTS[name](self, *arguments) or 0
+        return lambda *arguments: (
+            self.errors.get(name) or self.ENTRY_POINTS[name](self, *arguments) or 0
+        )
 
     def get_attribute(self, value, attribute, device):
         if attribute not in self.attributes:
@@ -47,7 +49,9 @@ class FakeDriver:
         "cuDeviceTotalMem_v2": total_mem,
         "cuDeviceGetAttribute": get_attribute,
         "cuDeviceGetPCIBusId": get_pci_bus_id,
-        "cuGetErrorName": lambda self, code, name: setattr(name._obj, "value", b"CUDA_ERROR_NO_DEVICE"),
+        "cuGetErrorName": lambda self, code, name: setattr(
+            name._obj, "value", b"CUDA_ERROR_NO_DEVICE"
+        ),
     }
 
 
@@ -56,7 +60,13 @@ def test_devices_and_version(tmp_path):
     driver = read_driver(FakeDriver, tmp_path)
     assert driver.cuda_version == (13, 2)
     assert driver.gpus[1] == Gpu(
-        1, "NVIDIA H200", 140 << 30, (9, 0), has_virtual_memory=True, has_fabric_handles=True, pci_bus_id="0000:1a:00.0"
+        1,
+        "NVIDIA H200",
+        140 << 30,
+        (9, 0),
+        has_virtual_memory=True,
+        has_fabric_handles=True,
+        pci_bus_id="0000:1a:00.0",
     )
 
 
@@ -94,7 +104,12 @@ def test_no_library():
     ("driver", "system", "available", "reason"),
     [
         (Driver((13, 0), (Gpu(0, has_virtual_memory=True),)), "linux", True, "every device"),
-        (Driver((13, 0), (Gpu(0, has_virtual_memory=True), Gpu(1, has_virtual_memory=False))), "linux", False, "device 1"),
+        (
+            Driver((13, 0), (Gpu(0, has_virtual_memory=True), Gpu(1, has_virtual_memory=False))),
+            "linux",
+            False,
+            "device 1",
+        ),
         (Driver((13, 0), (Gpu(0),)), "linux", False, "device 0"),
         (Driver((13, 0), ()), "linux", False, "no CUDA device"),
         (Driver((13, 0), (Gpu(0, has_virtual_memory=True),)), "win32", False, "need Linux"),
@@ -107,7 +122,13 @@ def test_cumem_needs_virtual_memory_management_everywhere(driver, system, availa
 
 
 @pytest.mark.parametrize(
-    "error", [DriverError("cuInit failed"), OSError("gone"), RuntimeError("odd"), ctypes.ArgumentError("bad")]
+    "error",
+    [
+        DriverError("cuInit failed"),
+        OSError("gone"),
+        RuntimeError("odd"),
+        ctypes.ArgumentError("bad"),
+    ],
 )
 def test_the_probe_never_raises(error):
     def read():

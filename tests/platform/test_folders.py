@@ -7,7 +7,9 @@ import pytest
 from pdlaunch.platform.folders import why_not_writable
 
 
-def test_a_folder_that_is_there_or_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_there_or_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert why_not_writable(str(tmp_path)) is None
     assert why_not_writable(str(tmp_path / "new" / "deep")) is None
     monkeypatch.chdir(tmp_path)

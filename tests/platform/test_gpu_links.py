@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.platform.cuda_driver import read_driver
-from pdlaunch.platform.gpu_links import GpuLink, NvLink, NvmlError, load_nvml, open_nvml, read_gpu_links
+from pdlaunch.platform.gpu_links import (
+    GpuLink,
+    NvLink,
+    NvmlError,
+    load_nvml,
+    open_nvml,
+    read_gpu_links,
+)
 
 NOT_FOUND = 6
 NO_MORE_LINKS = 2
@@ -27,7 +34,9 @@ def memory_of(pointer, num_bytes):
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as NVML describes it. ``links``: kind or address of what is at the other end; None: the link is down."""
+    """A GPU as NVML describes it. ``links``: kind or address of what is at the other end; None: the
+    link is down.
+    """
 
     links: tuple[int | str | None, ...] = (SWITCH,) * 18
     speed_mbps: int = HOPPER_MBPS
@@ -87,7 +96,18 @@ class FakeNvml:
         memory = memory_of(values, 40)
         field_id, scope_id = struct.unpack_from("II", memory)
         code = 0 if field_id in self.known_fields else NOT_SUPPORTED
-        struct.pack_into("IIqqIIQ", memory, 0, field_id, scope_id, 0, 0, UNSIGNED_INT, code, self.card(device).speed_mbps)
+        struct.pack_into(
+            "IIqqIIQ",
+            memory,
+            0,
+            field_id,
+            scope_id,
+            0,
+            0,
+            UNSIGNED_INT,
+            code,
+            self.card(device).speed_mbps,
+        )
 
     def p2p_status(self, first, second, way, value):
         value._obj.value = self.p2p[way]
@@ -101,9 +121,15 @@ class FakeNvml:
         "nvmlDeviceGetNvLinkRemotePciInfo_v2": remote_pci,
         "nvmlDeviceGetFieldValues": field_values,
         "nvmlDeviceGetP2PStatus": p2p_status,
-        "nvmlDeviceGetTopologyCommonAncestor": lambda self, first, second, value: setattr(value._obj, "value", self.ancestor),
-        "nvmlDeviceGetMaxPcieLinkGeneration": lambda self, device, value: setattr(value._obj, "value", self.card(device).pcie[0]),
-        "nvmlDeviceGetMaxPcieLinkWidth": lambda self, device, value: setattr(value._obj, "value", self.card(device).pcie[1]),
+        "nvmlDeviceGetTopologyCommonAncestor": lambda self, first, second, value: setattr(
+            value._obj, "value", self.ancestor
+        ),
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda self, device, value: setattr(
+            value._obj, "value", self.card(device).pcie[0]
+        ),
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda self, device, value: setattr(
+            value._obj, "value", self.card(device).pcie[1]
+        ),
     }
 
 
@@ -131,8 +157,14 @@ def test_only_links_to_the_peer_count_without_a_switch():
 
 
 def test_what_is_out_of_sight_is_a_switch():
-    assert link_of(FakeNvml(dict.fromkeys((A, B), Card((UNKNOWN,) * 18)))).text == "18 NVLinks with 478 GB/s"
-    assert link_of(FakeNvml(missing=("nvmlDeviceGetNvLinkRemoteDeviceType",))).text == "18 NVLinks with 478 GB/s"
+    assert (
+        link_of(FakeNvml(dict.fromkeys((A, B), Card((UNKNOWN,) * 18)))).text
+        == "18 NVLinks with 478 GB/s"
+    )
+    assert (
+        link_of(FakeNvml(missing=("nvmlDeviceGetNvLinkRemoteDeviceType",))).text
+        == "18 NVLinks with 478 GB/s"
+    )
 
 
 def test_older_drivers_know_the_common_speed_alone():
@@ -163,7 +195,17 @@ def test_pcie_where_there_is_no_nvlink(cards, text):
         FakeNvml(missing=("nvmlInit_v2",)),
         FakeNvml(missing=("nvmlDeviceGetFieldValues",)),
     ],
-    ids=["no way", "two sockets", "new PCIe", "no speed", "all down", "no such GPU", "old driver", "no NVML", "no fields"],
+    ids=[
+        "no way",
+        "two sockets",
+        "new PCIe",
+        "no speed",
+        "all down",
+        "no such GPU",
+        "old driver",
+        "no NVML",
+        "no fields",
+    ],
 )
 def test_what_is_not_known_is_left_out(nvml):
     assert link_of(nvml) is None
@@ -189,7 +231,10 @@ def test_no_library():
 
 
 def test_a_failing_call_is_named():
-    with open_nvml(FakeNvml) as nvml, pytest.raises(NvmlError, match=r"nvmlDeviceGetHandleByPciBusId_v2 failed: error 6"):
+    with (
+        open_nvml(FakeNvml) as nvml,
+        pytest.raises(NvmlError, match=r"nvmlDeviceGetHandleByPciBusId_v2 failed: error 6"),
+    ):
         nvml.nvlinks(C)
 
 
@@ -205,7 +250,9 @@ def test_the_real_nvml():
             links = nvml.nvlinks(gpu.pci_bus_id)
             assert all(5 < link.gigabytes_per_s < 500 for link in links)
             if gpu.name == "NVIDIA H200" and links:
-                assert {replace(link, peer=None) for link in links} == {NvLink(HOPPER_MBPS / 1000, None)}
+                assert {replace(link, peer=None) for link in links} == {
+                    NvLink(HOPPER_MBPS / 1000, None)
+                }
     pairs = list(itertools.combinations((gpu.pci_bus_id for gpu in gpus), 2))
     found = read_gpu_links(pairs)
     if all(gpu.name == "NVIDIA H200" for gpu in gpus):

@@ -40,13 +40,20 @@ def test_a_probe_that_fails_is_named_and_hurts_nothing_else(monkeypatch):
 def test_nothing_heavy_is_imported():
     import subprocess
 
-    program = "import sys; from pdlaunch.platform.probe import probe_machine; probe_machine(); print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; from pdlaunch.platform.probe import probe_machine; probe_machine(); "
+        "print(*sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert not {"torch", "transformers", "nixl", "pydantic"} & set(result.stdout.split())
 
 
 def test_gpus_come_from_the_driver(monkeypatch):
-    monkeypatch.setattr(probe, "read_driver", lambda: Driver((13, 0), (Gpu(0, "H200", has_virtual_memory=True),)))
+    monkeypatch.setattr(
+        probe, "read_driver", lambda: Driver((13, 0), (Gpu(0, "H200", has_virtual_memory=True),))
+    )
     machine = probe_machine()
     assert [gpu.name for gpu in machine.gpus] == ["H200"]
     assert machine.cumem.available is (sys.platform == "linux")
@@ -142,14 +149,18 @@ class TestLibraries:
         assert found.nixl.version
 
     def test_another_plugin_folder(self, tmp_path):
-        assert find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx == frozenset()
+        assert (
+            find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx == frozenset()
+        )
         (tmp_path / "libplugin_UCX.so").touch()
         assert find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx
 
 
 def test_import_probe_tells_the_last_line(tmp_path: Path):
     (tmp_path / "nixl").mkdir()
-    (tmp_path / "nixl" / "__init__.py").write_text("raise ImportError('libcudart.so.12: cannot open')")
+    (tmp_path / "nixl" / "__init__.py").write_text(
+        "raise ImportError('libcudart.so.12: cannot open')"
+    )
     errors = probe_imports({**os.environ, "PYTHONPATH": str(tmp_path)})
     assert errors == {"nixl": "ImportError: libcudart.so.12: cannot open"}
 

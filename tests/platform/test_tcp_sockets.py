@@ -29,7 +29,10 @@ def test_a_new_listener_is_found_and_bound_to_loopback() -> None:
 def test_bytes_are_under_way_until_they_are_read() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as client, server.accept()[0] as accepted:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as client,
+            server.accept()[0] as accepted,
+        ):
             assert not tcp_sockets.has_bytes_under_way(port)
             client.sendall(b"x" * 1000)
             client.close()
@@ -41,7 +44,10 @@ def test_bytes_are_under_way_until_they_are_read() -> None:
 
 def test_listening_sockets_and_other_ports_do_not_count(tmp_path: Path) -> None:
     table = tmp_path / "tcp"
-    header = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+    header = (
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  "
+        "timeout inode\n"
+    )
     row = "   0: 0100007F:{:04X} 0100007F:{:04X} {} {:08X}:{:08X} 00:00000000 00000000 0 0 1 1\n"
 
     def under_way(local: int, remote: int, state: str, sending: int, receiving: int) -> bool:

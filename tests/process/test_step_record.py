@@ -6,7 +6,14 @@ import os
 import subprocess
 import sys
 
-from pdlaunch.process.step_record import MAX_REQUESTS, SUSPECT_BIT, LastStep, StepRecord, new_step_record, read_step_record
+from pdlaunch.process.step_record import (
+    MAX_REQUESTS,
+    SUSPECT_BIT,
+    LastStep,
+    StepRecord,
+    new_step_record,
+    read_step_record,
+)
 
 
 def test_last_step_is_what_was_written_last() -> None:

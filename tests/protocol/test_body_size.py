@@ -23,10 +23,14 @@ VALUES = {"in lists": 30, "of lists": 6, "of objects": 5, "of strings": 3}
 
 @pytest.mark.parametrize("kind", LISTS)
 @pytest.mark.parametrize("surplus", [0, 1])
-def test_the_values_of_a_body_are_counted_before_it_is_parsed(kind: str, surplus: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_values_of_a_body_are_counted_before_it_is_parsed(
+    kind: str, surplus: int, monkeypatch: pytest.MonkeyPatch
+):
     """The body itself and the name of its member are two more."""
     times = 50
-    monkeypatch.setattr("pdlaunch.protocol.openai.body.MAX_VALUES", 3 + VALUES[kind] * times - surplus)
+    monkeypatch.setattr(
+        "pdlaunch.protocol.openai.body.MAX_VALUES", 3 + VALUES[kind] * times - surplus
+    )
     raw = ('{"x": [' + ",".join([LISTS[kind]] * times) + "]}").encode()
     if surplus:
         with pytest.raises(RequestError, match="strings, lists and objects") as raised:
@@ -36,7 +40,12 @@ def test_the_values_of_a_body_are_counted_before_it_is_parsed(kind: str, surplus
         assert len(read_json_object(raw)["x"]) == times
 
 
-@given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.text() | st.integers() | st.none(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_values_are_counted_as_they_are(value: object):
     """Whatever strings hold: quotes, backslashes and brackets in them are no values."""
 
@@ -60,7 +69,14 @@ def test_long_texts_are_one_value():
 
 def test_the_tokens_of_an_answer_that_goes_on_are_not_counted():
     resume = {"choices": [[{"token_id": 5}] * 100_000], "sent": True}
-    assert len(read_json_object(json.dumps({"prompt": "x", "resume": resume}).encode())["resume"]["choices"][0]) == 100_000
+    assert (
+        len(
+            read_json_object(json.dumps({"prompt": "x", "resume": resume}).encode())["resume"][
+                "choices"
+            ][0]
+        )
+        == 100_000
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,26 @@ def refusal(make, **fields) -> RequestError:
 
 
 def test_null_means_the_default():
-    request = completion(temperature=None, stop=None, max_tokens=None, stream_options=None, logit_bias=None, suffix=None)
+    request = completion(
+        temperature=None,
+        stop=None,
+        max_tokens=None,
+        stream_options=None,
+        logit_bias=None,
+        suffix=None,
+    )
     assert (request.temperature, request.stop, request.token_limit) == (1.0, [], None)
 
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), (["a", [1]], ["a", [1]])],
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
 )
 def test_every_form_of_prompt(prompt, prompts):
     assert completion(prompt=prompt).prompts == prompts
@@ -79,7 +92,9 @@ def test_fields_that_are_not_served_answer_400_unless_neutral(field, neutral, ot
     assert (error.param, error.status) == (field, 400)
 
 
-@pytest.mark.parametrize(("field", "neutral", "other"), [("tools", [], [{}]), ("tool_choice", "auto", "required")])
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"), [("tools", [], [{}]), ("tool_choice", "auto", "required")]
+)
 def test_chat_fields_that_are_not_served(field, neutral, other):
     chat(**{field: neutral})
     assert refusal(chat, **{field: other}).param == field
@@ -173,7 +188,10 @@ def test_logit_bias_has_token_ids_for_keys():
 def test_min_tokens_over_max_tokens_is_refused_but_for_a_remote_prefill():
     assert refusal(completion, min_tokens=5, max_tokens=4).param == "min_tokens"
     request = completion(
-        min_tokens=5, max_tokens=1, stream_options={"include_usage": True}, kv_transfer_params={"do_remote_decode": True}
+        min_tokens=5,
+        max_tokens=1,
+        stream_options={"include_usage": True},
+        kv_transfer_params={"do_remote_decode": True},
     )
     assert request.is_remote_prefill
     assert request.kv_transfer().do_remote_decode
@@ -202,7 +220,9 @@ def test_internal_fields_are_refused_in_public(field):
 
 
 def test_content_parts_are_joined():
-    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
     assert chat(messages=messages).messages[0].for_template() == {"role": "user", "content": "a\nb"}
 
 
@@ -212,7 +232,10 @@ def test_content_parts_are_joined():
         ([], "messages"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0].type"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content[0].type",
+        ),
         ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls"),
     ],
 )
@@ -221,7 +244,14 @@ def test_what_a_message_may_not_be(messages, param):
 
 
 def test_an_answer_sent_back_with_its_nulls_is_accepted():
-    message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "function_call": None, "audio": None}
+    message = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "tool_calls": None,
+        "function_call": None,
+        "audio": None,
+    }
     assert chat(messages=[*USER, message]).messages[1].text() == "x"
 
 
@@ -234,7 +264,9 @@ def test_resume_has_the_tokens_of_every_choice():
     assert refusal(lambda: completion(resume={"choices": [[{}]]}).resumed()).param == "resume"
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"5", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":"\\ud800"}'])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"5", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":"\\ud800"}']
+)
 def test_bodies_that_are_no_json_object(raw):
     with pytest.raises(RequestError) as caught:
         read_json_object(raw)
@@ -243,7 +275,9 @@ def test_bodies_that_are_no_json_object(raw):
 
 json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -252,7 +286,9 @@ json = st.recursive(
 @given(data=st.data())
 def test_any_body_is_a_request_or_a_request_error(kind, data):
     names = st.sampled_from([*kind.model_fields, *kind.NEUTRAL]) | st.text(max_size=5)
-    required = st.fixed_dictionaries({}, optional={"prompt": st.just("x"), "messages": st.just(USER)})
+    required = st.fixed_dictionaries(
+        {}, optional={"prompt": st.just("x"), "messages": st.just(USER)}
+    )
     body = data.draw(required) | data.draw(st.dictionaries(names, json, max_size=5))
     with contextlib.suppress(RequestError):
         assert parse_request(kind, body, public=False).n >= 1
@@ -261,14 +297,29 @@ def test_any_body_is_a_request_or_a_request_error(kind, data):
 @pytest.mark.parametrize(
     ("make", "fields", "param", "numbers"),
     [
-        (completion, {"logit_bias": {str(index): 1 for index in range(1025)}}, "logit_bias", ("1025", "1024")),
+        (
+            completion,
+            {"logit_bias": {str(index): 1 for index in range(1025)}},
+            "logit_bias",
+            ("1025", "1024"),
+        ),
         (completion, {"user": "x" * 1025}, "user", ("1024",)),
         (completion, {"stop": ["x"] * 33}, "stop", ("33", "32")),
         (completion, {"stop": ["x" * 1001]}, "stop[0]", ("1000",)),
         (completion, {"prompt": ["x"] * 1025}, "prompt", ("1024",)),
         (chat, {"messages": USER * 4097}, "messages", ("4097", "4096")),
-        (chat, {"messages": [{"role": "user", "content": [TEXT] * 4097}]}, "messages[0].content", ("4097", "4096")),
-        (chat, {"messages": [{"role": "user", "content": [TEXT] * 2050}] * 2}, "messages", ("4100", "4096")),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": [TEXT] * 4097}]},
+            "messages[0].content",
+            ("4097", "4096"),
+        ),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": [TEXT] * 2050}] * 2},
+            "messages",
+            ("4100", "4096"),
+        ),
     ],
 )
 def test_what_is_too_many_is_refused_with_both_numbers(make, fields, param, numbers):
@@ -278,5 +329,12 @@ def test_what_is_too_many_is_refused_with_both_numbers(make, fields, param, numb
 
 
 def test_as_many_as_are_allowed_are_accepted():
-    assert len(completion(logit_bias={str(index): 1 for index in range(1024)}, stop=["x" * 1000] * 32).stop) == 32
+    assert (
+        len(
+            completion(
+                logit_bias={str(index): 1 for index in range(1024)}, stop=["x" * 1000] * 32
+            ).stop
+        )
+        == 32
+    )
     assert len(chat(messages=USER * 4096).messages) == 4096

@@ -10,14 +10,25 @@ from hypothesis import strategies as st
 from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
 from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status
 from pdlaunch.protocol.openai.responses import Completion, CompletionChoice
-from pdlaunch.protocol.openai.sse import DONE, DONE_DATA, MAX_EVENT_BYTES, EventDecoder, encode_error, encode_event
+from pdlaunch.protocol.openai.sse import (
+    DONE,
+    DONE_DATA,
+    MAX_EVENT_BYTES,
+    EventDecoder,
+    encode_error,
+    encode_event,
+)
 
 
 @given(st.lists(st.text()), st.integers(min_value=1, max_value=20))
 def test_events_come_out_as_they_went_in(texts, size):
     stream = b"".join(encode_event({"text": text}) for text in texts) + DONE
     decoder = EventDecoder()
-    events = [event for start in range(0, len(stream), size) for event in decoder.feed(stream[start : start + size])]
+    events = [
+        event
+        for start in range(0, len(stream), size)
+        for event in decoder.feed(stream[start : start + size])
+    ]
     assert events.pop() == DONE_DATA
     assert [msgspec.json.decode(event)["text"] for event in events] == texts
 
@@ -35,17 +46,28 @@ def test_a_chunk_writes_what_is_set():
     chunk = Completion(id="cmpl-1", choices=[CompletionChoice(text="a")])
     written = msgspec.json.decode(encode_event(chunk).removeprefix(b"data: "))
     assert "usage" not in written
-    assert written["choices"][0] == {"index": 0, "text": "a", "logprobs": None, "finish_reason": None, "stop_reason": None}
+    assert written["choices"][0] == {
+        "index": 0,
+        "text": "a",
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }
 
 
 def test_vllm_chunks_are_read():
-    read = msgspec.json.decode(b'{"id":"x","object":"text_completion","choices":[{"text":"a","new":1}],"new":2}', type=Completion)
+    read = msgspec.json.decode(
+        b'{"id":"x","object":"text_completion","choices":[{"text":"a","new":1}],"new":2}',
+        type=Completion,
+    )
     assert read.choices[0].text == "a"
 
 
 def test_errors_have_openais_form():
     error = RequestError("bad", param="n", code="c")
-    assert error_body(error) == {"error": {"message": "bad", "type": "invalid_request_error", "param": "n", "code": "c"}}
+    assert error_body(error) == {
+        "error": {"message": "bad", "type": "invalid_request_error", "param": "n", "code": "c"}
+    }
     assert error_status(error) == 400
 
 

@@ -12,7 +12,11 @@ import zmq
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
-REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+REFUSED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 TIMEOUT_MS = 10_000
 
 
@@ -54,13 +58,16 @@ def use_curve(socket: Any, server_key: str, client: tuple[bytes, bytes]) -> None
 
 
 @pytest.mark.parametrize("kind", ["fresh key", "no CURVE", "PLAIN", "another server key"])
-def test_strangers_get_nowhere(secure: SecureContext, plain: zmq.Context[Any], keys: LaunchKeys, sockets: ExitStack, kind: str):
+def test_strangers_get_nowhere(
+    secure: SecureContext, plain: zmq.Context[Any], keys: LaunchKeys, sockets: ExitStack, kind: str
+):
     listener, endpoint = listen(secure, sockets)
     monitor = sockets.enter_context(listener.get_monitor_socket(REFUSED | zmq.EVENT_DISCONNECTED))
     stranger = sockets.enter_context(plain.socket(zmq.DEALER))
     stranger.linger = 0
     if kind == "fresh key":
-        # CURVE alone would let it in: it knows the server's public key and has a valid key pair of its own.
+        # CURVE alone would let it in: it knows the server's public key and has a valid key pair of
+        # its own.
         use_curve(stranger, keys.public, zmq.curve_keypair())
     elif kind == "PLAIN":
         stranger.plain_username, stranger.plain_password = b"user", b"password"

@@ -56,12 +56,21 @@ class Stand:
             self.engines[engine.name] = engine
         self.metrics = RouterMetrics("tiny")
         self.pool = EnginePool(time.monotonic)
-        client = EngineClient("launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s))
-        self.hops = Hops(self.pool, client, self.metrics, RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01))
+        client = EngineClient(
+            "launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s)
+        )
+        self.hops = Hops(
+            self.pool,
+            client,
+            self.metrics,
+            RecoverySettings(wait_s=recovery_wait_s, busy_wait_s=0.01),
+        )
         self.asked: list[Restart] = []
         self.link = SupervisorLink(self.asked.append)
         self.router = RouterApp(spec, self.hops, self.link)
-        self.runner = HttpRunner(self.router.app, max_connections=spec.max_connections, shutdown_timeout_s=0.1)
+        self.runner = HttpRunner(
+            self.router.app, max_connections=spec.max_connections, shutdown_timeout_s=0.1
+        )
         await self.runner.setup()
         listener = socket.create_server((spec.host, spec.port))
         self.port = port = listener.getsockname()[1]
@@ -89,12 +98,20 @@ class Stand:
             engine.go.set()
             await engine.stop()
 
-    async def post(self, body: dict[str, Any], *, path: str = "/v1/completions", headers: dict[str, str] | None = None) -> Answer:
+    async def post(
+        self,
+        body: dict[str, Any],
+        *,
+        path: str = "/v1/completions",
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
         async with self.session.post(path, json=body, headers=headers) as response:
             return Answer(response.status, response.headers, await response.read())
 
     def metric(self, name: str) -> float:
-        lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(name)]
+        lines = [
+            line for line in self.metrics.text().decode().splitlines() if line.startswith(name)
+        ]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def die_after(self, engine: FakeEngine, num_chunks: int, *, num_told: int) -> None:
@@ -114,7 +131,9 @@ class Answer:
         return body
 
     def events(self) -> list[dict[str, Any]]:
-        """Events of a stream without the final [DONE], which must be there unless an error ends it."""
+        """Events of a stream without the final [DONE], which must be there unless an error ends
+        it.
+        """
         data = [line[6:] for line in self.raw.decode().split("\n\n") if line]
         events = [msgspec.json.decode(item) for item in data if item != "[DONE]"]
         assert data[-1] == "[DONE]" or "error" in events[-1]
@@ -150,8 +169,15 @@ async def stand() -> AsyncIterator[Stand]:
 
 
 def pair(*, ours: bool = True) -> list[FakeEngine]:
-    return [FakeEngine("prefill-0", "prefill", ours=ours), FakeEngine("decode-0", "decode", ours=ours)]
+    return [
+        FakeEngine("prefill-0", "prefill", ours=ours),
+        FakeEngine("decode-0", "decode", ours=ours),
+    ]
 
 
 def pairs(number: int, *, ours: bool = True) -> list[FakeEngine]:
-    return [FakeEngine(f"{role}-{index}", role, ours=ours) for role in ("prefill", "decode") for index in range(number)]
+    return [
+        FakeEngine(f"{role}-{index}", role, ours=ours)
+        for role in ("prefill", "decode")
+        for index in range(number)
+    ]

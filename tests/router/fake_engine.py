@@ -1,4 +1,6 @@
-"""An engine that follows the protocol and whose tokens are a pure function of (prompt, seed, choice, position)."""
+"""An engine that follows the protocol and whose tokens are a pure function of (prompt, seed,
+choice, position).
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,15 @@ class Seen:
 class FakeEngine:
     """``ours=False``: like vLLM, which knows neither the ``pdlaunch`` key nor ``resume``.
 
-    Knobs: ``status`` answers every generation with that status; ``die_after`` breaks the connection after so many chunks of a
-    stream (0: before the headers); ``hold_after`` waits there for ``go``; ``error_after`` sends an error event; ``ends`` maps a
-    choice to its number of tokens, the last of which is EOS.
+    Knobs: ``status`` answers every generation with that status; ``die_after`` breaks the connection
+    after so many chunks of a stream (0: before the headers); ``hold_after`` waits there for ``go``;
+    ``error_after`` sends an error event; ``ends`` maps a choice to its number of tokens, the last
+    of which is EOS.
     """
 
-    def __init__(self, name: str, role: Role, *, ours: bool = True, max_model_len: int = 4096) -> None:
+    def __init__(
+        self, name: str, role: Role, *, ours: bool = True, max_model_len: int = 4096
+    ) -> None:
         self.name = name
         self.role: Role = role
         self.ours = ours
@@ -117,7 +122,9 @@ class FakeEngine:
                 web.get("/pdlaunch/integrity", self._integrity),
             ]
         )
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
@@ -142,7 +149,10 @@ class FakeEngine:
             role=self.role,
             address=Address(http=self.url),
             capabilities=Capabilities(
-                verifies=self.ours, resumes=self.ours, gives_first_token=self.ours, awaits_lease=bool(self.lenders)
+                verifies=self.ours,
+                resumes=self.ours,
+                gives_first_token=self.ours,
+                awaits_lease=bool(self.lenders),
             ),
             state=state,
         )
@@ -162,9 +172,13 @@ class FakeEngine:
     async def _fall_asleep(self, request: web.Request) -> web.Response:
         self.commands.append((self.name, request.path_qs, request.headers["Authorization"]))
         if self.status is not None:
-            return web.Response(status=self.status, body=self.error_body, content_type="application/json")
+            return web.Response(
+                status=self.status, body=self.error_body, content_type="application/json"
+            )
         self.sleeping = True
-        return web.json_response({"is_sleeping": True, "sleeping_tags": ["weights", "kv_cache"], "num_bytes": 7})
+        return web.json_response(
+            {"is_sleeping": True, "sleeping_tags": ["weights", "kv_cache"], "num_bytes": 7}
+        )
 
     async def _wake_up(self, request: web.Request) -> web.Response:
         self.commands.append((self.name, request.path_qs, request.headers["Authorization"]))
@@ -172,10 +186,18 @@ class FakeEngine:
         return web.json_response({"is_sleeping": False, "sleeping_tags": [], "num_bytes": 7})
 
     async def _is_sleeping(self, request: web.Request) -> web.Response:
-        return web.json_response({"is_sleeping": self.sleeping, "sleeping_tags": [], "num_bytes": 0})
+        return web.json_response(
+            {"is_sleeping": self.sleeping, "sleeping_tags": [], "num_bytes": 0}
+        )
 
     async def _integrity(self, request: web.Request) -> web.Response:
-        return web.json_response({"ok": self.healthy, "error": None if self.healthy else "made up", "stats": {"num_blocks": 5}})
+        return web.json_response(
+            {
+                "ok": self.healthy,
+                "error": None if self.healthy else "made up",
+                "stats": {"num_blocks": 5},
+            }
+        )
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -190,16 +212,25 @@ class FakeEngine:
 
     async def _answer(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         if self.status is not None:
-            return web.Response(status=self.status, body=self.error_body, content_type="application/json")
+            return web.Response(
+                status=self.status, body=self.error_body, content_type="application/json"
+            )
         refusal = self._refusal(seen.body)
         if refusal is not None:
-            error = {"message": refusal, "type": "invalid_request_error", "param": refusal.split()[0], "code": None}
+            error = {
+                "message": refusal,
+                "type": "invalid_request_error",
+                "param": refusal.split()[0],
+                "code": None,
+            }
             return web.json_response({"error": error}, status=400)
         job = Job(self, seen)
         if job.awaits:
             self.asked_to_wait.set()
             if self.wait_status is not None:
-                return web.Response(status=self.wait_status, body=self.error_body, content_type="application/json")
+                return web.Response(
+                    status=self.wait_status, body=self.error_body, content_type="application/json"
+                )
             await until(lambda: any(job.awaits in lender.leases for lender in self.lenders))
         if seen.body.get("stream") and not job.is_prefill:
             return await self._stream(request, job)
@@ -251,7 +282,8 @@ class FakeEngine:
                 self.holding.set()
                 await self.go.wait()
             if num_sent == self.die_after:
-                # What a dead connection still held is lost: wait until the router has read what the test counts on.
+                # What a dead connection still held is lost: wait until the router has read what the
+                # test counts on.
                 await until(self.may_die)
                 _break(request)
             if num_sent == self.error_after:
@@ -269,7 +301,9 @@ class FakeEngine:
         response = await self._open_stream(request)
 
         async def send(payload: dict[str, Any]) -> None:
-            await response.write(b"data: " + msgspec.json.encode(payload | {"usage": job.usage()}) + b"\n\n")
+            await response.write(
+                b"data: " + msgspec.json.encode(payload | {"usage": job.usage()}) + b"\n\n"
+            )
 
         for chunk in job.opening():
             await send(chunk)
@@ -289,7 +323,9 @@ class FakeEngine:
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+        )
 
     async def _health(self, request: web.Request) -> web.Response:
         self.probed.set()
@@ -297,7 +333,9 @@ class FakeEngine:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         await self.tells_metrics.wait()
-        return web.Response(text=self.metrics_page or render_metrics(self.metrics.registry).decode())
+        return web.Response(
+            text=self.metrics_page or render_metrics(self.metrics.registry).decode()
+        )
 
     async def _release(self, request: web.Request) -> web.Response:
         request_id = (await request.json())["request_id"]
@@ -307,7 +345,9 @@ class FakeEngine:
         return web.Response()
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        return web.json_response({"count": 2, "tokens": [1, 2], "max_model_len": self.max_model_len})
+        return web.json_response(
+            {"count": 2, "tokens": [1, 2], "max_model_len": self.max_model_len}
+        )
 
 
 class Job:
@@ -338,12 +378,20 @@ class Job:
             assert len(choices) == self.n
         else:
             ours = (self.body.get("kv_transfer_params") or {}).get("pdlaunch") or {}
-            choices = [[token] for token in ours.get("first_tokens", [])] if ours.get("first_token_sent") else []
+            choices = (
+                [[token] for token in ours.get("first_tokens", [])]
+                if ours.get("first_token_sent")
+                else []
+            )
             if self.awaits:
                 choices = [[{"token_id": self.token(0, 0)}]]
             if not self.engine.ours or not choices:
                 choices = [[] for _ in range(self.n)]
-        over = {index for index, tokens in enumerate(choices) if tokens and tokens[-1].get("finish_reason")}
+        over = {
+            index
+            for index, tokens in enumerate(choices)
+            if tokens and tokens[-1].get("finish_reason")
+        }
         return [[token["token_id"] for token in tokens] for tokens in choices], over
 
     def token(self, choice: int, position: int) -> int:
@@ -361,7 +409,10 @@ class Job:
     def opening(self) -> list[dict[str, Any]]:
         if not self.chat or (self.is_continued and self.engine.ours):
             return []
-        return [self.head() | {"choices": [self._choice(index, [], role=True) for index in range(self.n)]}]
+        return [
+            self.head()
+            | {"choices": [self._choice(index, [], role=True) for index in range(self.n)]}
+        ]
 
     def chunks(self) -> list[dict[str, Any]]:
         """One token a chunk, choices in turn."""
@@ -372,15 +423,26 @@ class Job:
                 if index not in self.over and len(tokens) == position:
                     token_id = self.token(index, position)
                     tokens.append(token_id)
-                    reason = "stop" if token_id == EOS else "length" if position + 1 == self.max_tokens else None
+                    reason = (
+                        "stop"
+                        if token_id == EOS
+                        else "length"
+                        if position + 1 == self.max_tokens
+                        else None
+                    )
                     if reason:
                         self.over.add(index)
-                    chunks.append(self.head() | {"choices": [self._choice(index, [token_id], reason=reason)]})
+                    chunks.append(
+                        self.head() | {"choices": [self._choice(index, [token_id], reason=reason)]}
+                    )
         return chunks
 
     def whole(self) -> dict[str, Any]:
         choices = []
-        tokens = [[self.token(index, position) for position in range(self.max_tokens)] for index in range(self.n)]
+        tokens = [
+            [self.token(index, position) for position in range(self.max_tokens)]
+            for index in range(self.n)
+        ]
         for index, token_ids in enumerate(tokens):
             reason = "stop" if token_ids[-1] == EOS else "length"
             self.told[index] = token_ids
@@ -388,7 +450,11 @@ class Job:
             if self.chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("delta")["content"]}
             choices.append(choice)
-        answer = self.head() | {"choices": choices, "usage": self.usage(), "kv_transfer_params": None}
+        answer = self.head() | {
+            "choices": choices,
+            "usage": self.usage(),
+            "kv_transfer_params": None,
+        }
         if self.is_prefill:
             answer["kv_transfer_params"] = self.handed_over()
         return answer
@@ -411,7 +477,10 @@ class Job:
             "remote_block_ids": [[1]],
         }
         if self.engine.ours:
-            tokens = [{"token_id": token, "finish_reason": "stop" if token == EOS else None} for token in first_tokens]
+            tokens = [
+                {"token_id": token, "finish_reason": "stop" if token == EOS else None}
+                for token in first_tokens
+            ]
             params["pdlaunch"] = {"first_tokens": tokens, "first_token_sent": False}
         return params
 
@@ -426,10 +495,18 @@ class Job:
             "prompt_tokens_details": cached,
         }
 
-    def _choice(self, index: int, token_ids: list[int], *, reason: str | None = None, role: bool = False) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": self._logprobs(token_ids)}
+    def _choice(
+        self, index: int, token_ids: list[int], *, reason: str | None = None, role: bool = False
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "finish_reason": reason,
+            "logprobs": self._logprobs(token_ids),
+        }
         if self.chat:
-            choice["delta"] = {"content": text_of(token_ids)} | ({"role": "assistant"} if role else {})
+            choice["delta"] = {"content": text_of(token_ids)} | (
+                {"role": "assistant"} if role else {}
+            )
         else:
             choice["text"] = text_of(token_ids)
         if self.body.get("return_token_ids"):
@@ -440,7 +517,12 @@ class Job:
         if not self.body.get("logprobs") or not token_ids:
             return None
         if self.chat:
-            return {"content": [{"token": str(t), "logprob": -t / 100, "bytes": None, "top_logprobs": []} for t in token_ids]}
+            return {
+                "content": [
+                    {"token": str(t), "logprob": -t / 100, "bytes": None, "top_logprobs": []}
+                    for t in token_ids
+                ]
+            }
         return {
             "tokens": [str(t) for t in token_ids],
             "token_logprobs": [-t / 100 for t in token_ids],

@@ -1,4 +1,6 @@
-"""Commands at the router: the admin socket needs no key, TCP the admin key, and the clients' key opens neither."""
+"""Commands at the router: the admin socket needs no key, TCP the admin key, and the clients' key
+opens neither.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ COMMANDS = [
 class AdminStand:
     """A router with two pairs of engines, and a client at its admin socket."""
 
-    def __init__(self, stand: Stand, engines: list[FakeEngine], session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, stand: Stand, engines: list[FakeEngine], session: aiohttp.ClientSession
+    ) -> None:
         self.stand = stand
         self.engines = engines
         self.session = session
@@ -52,12 +56,16 @@ async def admin_stand(stand: Stand, tmp_path: Path) -> AsyncIterator[AdminStand]
     engines = pairs(2)
     await stand.start(engines, spec=KEYS)
     runner = await listen_at_admin_socket(stand.router.app, tmp_path / "admin.sock")
-    async with aiohttp.ClientSession("http://pdlaunch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))) as session:
+    async with aiohttp.ClientSession(
+        "http://pdlaunch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
+    ) as session:
         yield AdminStand(stand, engines, session)
     await runner.cleanup()
 
 
-async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(stand: Stand, tmp_path: Path) -> None:
+async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(
+    stand: Stand, tmp_path: Path
+) -> None:
     await stand.start(pairs(1))
     path = tmp_path / "admin.sock"
     path.touch()
@@ -72,7 +80,9 @@ async def test_the_socket_is_its_owners_alone_and_replaces_an_old_one(stand: Sta
 
 
 @pytest.mark.parametrize(("method", "path"), COMMANDS)
-async def test_only_the_admin_key_opens_commands_over_tcp(admin_stand: AdminStand, method: str, path: str) -> None:
+async def test_only_the_admin_key_opens_commands_over_tcp(
+    admin_stand: AdminStand, method: str, path: str
+) -> None:
     session = admin_stand.stand.session
     for key in (None, "of-the-clients", "launch-token", "wrong"):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -82,7 +92,9 @@ async def test_only_the_admin_key_opens_commands_over_tcp(admin_stand: AdminStan
     assert not any(engine.seen for engine in admin_stand.engines)
     assert not admin_stand.commands
     body = completion() if path.endswith("completions") else None
-    async with session.request(method, path, json=body, headers={"Authorization": "Bearer of-the-admin"}) as response:
+    async with session.request(
+        method, path, json=body, headers={"Authorization": "Bearer of-the-admin"}
+    ) as response:
         assert response.status == 200
 
 
@@ -100,41 +112,66 @@ async def test_no_row_of_the_table_opens_with_another_key(admin_stand: AdminStan
 
 
 @pytest.mark.parametrize(("method", "path"), COMMANDS)
-async def test_without_an_admin_key_tcp_takes_no_commands(stand: Stand, method: str, path: str) -> None:
+async def test_without_an_admin_key_tcp_takes_no_commands(
+    stand: Stand, method: str, path: str
+) -> None:
     await stand.start(pairs(1), spec=msgspec.structs.replace(SPEC, api_key="of-the-clients"))
     for key in ("of-the-clients", ""):
-        async with stand.session.request(method, path, headers={"Authorization": f"Bearer {key}"}) as response:
+        async with stand.session.request(
+            method, path, headers={"Authorization": f"Bearer {key}"}
+        ) as response:
             assert response.status == 403
             assert "admin_api_key" in (await response.json())["error"]["message"]
 
 
 async def test_the_admin_key_is_no_clients_key(admin_stand: AdminStand) -> None:
-    answer = await admin_stand.stand.post(completion(), headers={"Authorization": "Bearer of-the-admin"})
+    answer = await admin_stand.stand.post(
+        completion(), headers={"Authorization": "Bearer of-the-admin"}
+    )
     assert answer.status == 401
 
 
 async def test_prefill_sleeps_first_and_decode_wakes_first(admin_stand: AdminStand) -> None:
     status, answer = await admin_stand.call("POST", "/sleep?level=2&mode=refuse")
     assert status == 200
-    assert [outcome["engine"] for outcome in answer["engines"]] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
-    assert {(outcome["is_sleeping"], outcome["num_bytes"]) for outcome in answer["engines"]} == {(True, 7)}
+    assert [outcome["engine"] for outcome in answer["engines"]] == [
+        "prefill-0",
+        "prefill-1",
+        "decode-0",
+        "decode-1",
+    ]
+    assert {(outcome["is_sleeping"], outcome["num_bytes"]) for outcome in answer["engines"]} == {
+        (True, 7)
+    }
     bearer = "Bearer launch-token"
-    assert admin_stand.commands == [(outcome["engine"], "/sleep?level=2&mode=refuse", bearer) for outcome in answer["engines"]]
+    assert admin_stand.commands == [
+        (outcome["engine"], "/sleep?level=2&mode=refuse", bearer) for outcome in answer["engines"]
+    ]
     assert (await admin_stand.call("GET", "/is_sleeping"))[1]["is_sleeping"] is True
     admin_stand.commands.clear()
-    status, answer = await admin_stand.call("POST", "/wake_up?tags=weights&tags=kv_cache&engine=prefill-1&engine=decode-0")
+    status, answer = await admin_stand.call(
+        "POST", "/wake_up?tags=weights&tags=kv_cache&engine=prefill-1&engine=decode-0"
+    )
     assert status == 200
     assert [name for name, *_ in admin_stand.commands] == ["decode-0", "prefill-1"]
     assert {path for _, path, _ in admin_stand.commands} == {"/wake_up?tags=weights&tags=kv_cache"}
     status, answer = await admin_stand.call("GET", "/is_sleeping")
     assert answer["is_sleeping"] is False
-    assert {outcome["engine"]: outcome["is_sleeping"] for outcome in answer["engines"]}["decode-1"] is True
+    assert {outcome["engine"]: outcome["is_sleeping"] for outcome in answer["engines"]}[
+        "decode-1"
+    ] is True
 
 
-async def test_a_wake_up_ends_when_the_router_would_use_the_engines(admin_stand: AdminStand) -> None:
+async def test_a_wake_up_ends_when_the_router_would_use_the_engines(
+    admin_stand: AdminStand,
+) -> None:
     await admin_stand.call("POST", "/sleep")
     admin_stand.stand.publish()
-    assert (await admin_stand.stand.post(completion(), headers={"Authorization": "Bearer of-the-clients"})).status == 503
+    assert (
+        await admin_stand.stand.post(
+            completion(), headers={"Authorization": "Bearer of-the-clients"}
+        )
+    ).status == 503
     waking = asyncio.create_task(admin_stand.call("POST", "/wake_up"))
     await until(lambda: len(admin_stand.commands) == 8)
     assert not waking.done()
@@ -142,7 +179,9 @@ async def test_a_wake_up_ends_when_the_router_would_use_the_engines(admin_stand:
     assert (await waking)[0] == 200
 
 
-async def test_a_registry_that_never_says_so_is_told(admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_registry_that_never_says_so_is_told(
+    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(admin, "AWAKE_TIMEOUT_S", 0.0)
     await admin_stand.call("POST", "/sleep?engine=decode-0")
     admin_stand.stand.publish()
@@ -150,7 +189,9 @@ async def test_a_registry_that_never_says_so_is_told(admin_stand: AdminStand, mo
     assert (status, answer["error"]["code"]) == (503, "not_listed_yet")
 
 
-async def test_one_refusal_is_the_answer_and_the_others_are_told_too(admin_stand: AdminStand) -> None:
+async def test_one_refusal_is_the_answer_and_the_others_are_told_too(
+    admin_stand: AdminStand,
+) -> None:
     admin_stand.engines[0].status = 409
     await admin_stand.engines[1].stop()
     status, answer = await admin_stand.call("POST", "/sleep")
@@ -163,7 +204,11 @@ async def test_one_refusal_is_the_answer_and_the_others_are_told_too(admin_stand
 
 @pytest.mark.parametrize(("method", "path"), COMMANDS)
 async def test_an_unknown_engine_is_named(admin_stand: AdminStand, method: str, path: str) -> None:
-    wrong = path.replace("decode-0", "decode-7") if "decode-0" in path else f"{path}?engine=decode-0&engine=decode-7"
+    wrong = (
+        path.replace("decode-0", "decode-7")
+        if "decode-0" in path
+        else f"{path}?engine=decode-0&engine=decode-7"
+    )
     status, answer = await admin_stand.call(method, wrong)
     assert (status, answer["error"]["code"]) == (404, "engine_not_found")
     assert "decode-7" in answer["error"]["message"]
@@ -174,23 +219,34 @@ async def test_an_unknown_engine_is_named(admin_stand: AdminStand, method: str, 
 async def test_integrity_of_all_engines_or_one(admin_stand: AdminStand) -> None:
     status, answer = await admin_stand.call("GET", "/pdlaunch/integrity")
     assert (status, answer["ok"], len(answer["engines"])) == (200, True, 4)
-    assert answer["engines"][0] == {"engine": "prefill-0", "ok": True, "error": None, "stats": {"num_blocks": 5}}
+    assert answer["engines"][0] == {
+        "engine": "prefill-0",
+        "ok": True,
+        "error": None,
+        "stats": {"num_blocks": 5},
+    }
     admin_stand.engines[0].healthy = False
     assert (await admin_stand.call("GET", "/pdlaunch/integrity"))[1]["ok"] is False
     assert (await admin_stand.call("GET", "/pdlaunch/integrity?engine=decode-1"))[1]["ok"] is True
 
 
 async def test_one_engine_alone_answers_as_it_does(admin_stand: AdminStand) -> None:
-    status, answer = await admin_stand.call("POST", "/pdlaunch/engines/decode-1/v1/completions", json=completion())
+    status, answer = await admin_stand.call(
+        "POST", "/pdlaunch/engines/decode-1/v1/completions", json=completion()
+    )
     assert status == 200
     assert answer["choices"]
     (seen,) = admin_stand.engines[3].seen
     assert seen.headers["Authorization"] == "Bearer launch-token"
-    status, answer = await admin_stand.call("POST", "/pdlaunch/engines/decode-1/v1/completions", json=completion(temperature=-1))
+    status, answer = await admin_stand.call(
+        "POST", "/pdlaunch/engines/decode-1/v1/completions", json=completion(temperature=-1)
+    )
     assert (status, answer["error"]["param"]) == (400, "temperature")
     packed = gzip.compress(msgspec.json.encode(completion()))
     encoding = {"Content-Encoding": "gzip"}
-    await admin_stand.call("POST", "/pdlaunch/engines/decode-1/v1/completions", data=packed, headers=encoding)
+    await admin_stand.call(
+        "POST", "/pdlaunch/engines/decode-1/v1/completions", data=packed, headers=encoding
+    )
     assert admin_stand.engines[3].seen[-1].headers["Content-Encoding"] == "gzip"
     async with admin_stand.session.get("/pdlaunch/engines/decode-1/metrics?x=%2F%26") as response:
         assert response.content_type == "text/plain"
@@ -204,22 +260,35 @@ async def test_whoever_opens_the_socket_needs_no_key_at_all(admin_stand: AdminSt
 
 
 async def test_a_web_page_commands_nothing(stand: Stand) -> None:
-    """``fetch(url, {method: 'POST', mode: 'no-cors'})`` asks nobody first; it sends an Origin, and no content type of JSON."""
-    await stand.start(pairs(1), spec=msgspec.structs.replace(KEYS, cors_origins=("https://chat.example",)))
+    """``fetch(url, {method: 'POST', mode: 'no-cors'})`` asks nobody first; it sends an Origin, and
+    no content type of JSON.
+    """
+    await stand.start(
+        pairs(1), spec=msgspec.structs.replace(KEYS, cors_origins=("https://chat.example",))
+    )
     key = {"Authorization": "Bearer of-the-admin"}
     for method, path in COMMANDS:
-        async with stand.session.request(method, path, headers=key | {"Origin": "http://evil.example"}) as response:
+        async with stand.session.request(
+            method, path, headers=key | {"Origin": "http://evil.example"}
+        ) as response:
             assert response.status == 403
-        async with stand.session.request(method, path, headers=key | {"Host": "evil.example"}) as response:
+        async with stand.session.request(
+            method, path, headers=key | {"Host": "evil.example"}
+        ) as response:
             assert response.status == 421
-        async with stand.session.request(method, path, data="{}", headers=key | {"Content-Type": "text/plain"}) as response:
+        async with stand.session.request(
+            method, path, data="{}", headers=key | {"Content-Type": "text/plain"}
+        ) as response:
             assert response.status == 415
     wanted = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     async with stand.session.options("/v1/completions", headers=wanted) as response:
         assert response.status == 204
     client = {"Authorization": "Bearer of-the-clients", "Origin": "https://chat.example"}
     streamed = await stand.post(completion(stream=True), headers=client)
-    assert (streamed.status, streamed.headers["Access-Control-Allow-Origin"]) == (200, "https://chat.example")
+    assert (streamed.status, streamed.headers["Access-Control-Allow-Origin"]) == (
+        200,
+        "https://chat.example",
+    )
     assert streamed.events()
 
 
@@ -232,9 +301,14 @@ async def test_connections_of_strangers_lock_nobody_out(stand: Stand, tmp_path: 
     running = asyncio.create_task(stand.post(completion()))
     await engines[1].holding.wait()
     async with aiohttp.ClientSession() as stranger, stranger.get(f"{stand.url}/health") as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (503, "too_many_connections")
+        assert (response.status, (await response.json())["error"]["code"]) == (
+            503,
+            "too_many_connections",
+        )
     async with (
-        aiohttp.ClientSession("http://launch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))) as session,
+        aiohttp.ClientSession(
+            "http://launch", connector=aiohttp.UnixConnector(str(tmp_path / "admin.sock"))
+        ) as session,
         session.get("/is_sleeping") as response,
     ):
         assert response.status == 200

@@ -1,4 +1,6 @@
-"""The router's door: limits, keys, errors, the endpoints besides generation, and the official client."""
+"""The router's door: limits, keys, errors, the endpoints besides generation, and the official
+client.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ JSON = {"Content-Type": "application/json"}
         ({"prompt": ["x"] * 5000}, "prompt"),
     ],
 )
-async def test_fields_that_the_router_acts_on_are_checked_by_it(stand: Stand, fields: dict[str, Any], param: str) -> None:
+async def test_fields_that_the_router_acts_on_are_checked_by_it(
+    stand: Stand, fields: dict[str, Any], param: str
+) -> None:
     await stand.start(pair())
     answer = await stand.post(completion(**fields))
     assert answer.status == 400
@@ -49,7 +53,9 @@ async def test_fields_that_the_router_acts_on_are_checked_by_it(stand: Stand, fi
     assert not any(engine.seen for engine in stand.engines.values())
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000]
+)
 async def test_a_body_that_is_no_object_is_400(stand: Stand, raw: bytes) -> None:
     await stand.start(pair())
     async with stand.session.post("/v1/completions", data=raw, headers=JSON) as response:
@@ -66,19 +72,28 @@ async def test_a_large_body_is_413(stand: Stand, chunked: bool) -> None:
         for start in range(0, len(raw), 10_000):
             yield raw[start : start + 10_000]
 
-    async with stand.session.post("/v1/completions", data=pieces() if chunked else raw, headers=JSON) as response:
+    async with stand.session.post(
+        "/v1/completions", data=pieces() if chunked else raw, headers=JSON
+    ) as response:
         assert response.status == 413
         assert (await response.json())["error"]["code"] == "body_too_large"
 
 
 async def test_the_api_key_is_asked_for(stand: Stand) -> None:
     await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="secret"))
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Bearer sécret"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "secret"},
+        {"Authorization": "Bearer sécret"},
+    ):
         answer = await stand.post(completion(), headers=headers)
         assert answer.status == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert b"secret" not in answer.raw
-    assert (await stand.post(completion(), headers={"Authorization": "Bearer secret"})).status == 200
+    assert (
+        await stand.post(completion(), headers={"Authorization": "Bearer secret"})
+    ).status == 200
     assert stand.engines["prefill-0"].seen[0].headers["Authorization"] == "Bearer launch-token"
     async with stand.session.get("/v1/models") as response:
         assert response.status == 401
@@ -94,8 +109,13 @@ async def test_an_unknown_model_is_404(stand: Stand) -> None:
     assert answer.json()["error"]["code"] == "model_not_found"
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/", 404)])
-async def test_unknown_paths_answer_in_the_same_form(stand: Stand, method: str, path: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/", 404)],
+)
+async def test_unknown_paths_answer_in_the_same_form(
+    stand: Stand, method: str, path: str, status: int
+) -> None:
     await stand.start([])
     async with stand.session.request(method, path) as response:
         assert response.status == status
@@ -105,9 +125,15 @@ async def test_unknown_paths_answer_in_the_same_form(stand: Stand, method: str, 
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
-    [("GET", "/v1/chat/completions", "POST"), ("POST", "/health", "GET, HEAD"), ("DELETE", "/v1/models/tiny", "GET, HEAD")],
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/v1/models/tiny", "GET, HEAD"),
+    ],
 )
-async def test_a_405_tells_what_is_allowed(stand: Stand, method: str, path: str, allowed: str) -> None:
+async def test_a_405_tells_what_is_allowed(
+    stand: Stand, method: str, path: str, allowed: str
+) -> None:
     await stand.start([])
     async with stand.session.request(method, path) as response:
         assert (response.status, response.headers["Allow"]) == (405, allowed)
@@ -163,12 +189,18 @@ async def test_a_draining_router_finishes_what_it_has(stand: Stand) -> None:
 
 async def test_health_tells_the_engines_states(stand: Stand) -> None:
     await stand.start(pair())
-    for starting, status, word in ([], 200, "ok"), (["decode-0"], 200, "ok"), (["decode-0", "prefill-0"], 503, "unavailable"):
+    for starting, status, word in (
+        ([], 200, "ok"),
+        (["decode-0"], 200, "ok"),
+        (["decode-0", "prefill-0"], 503, "unavailable"),
+    ):
         stand.publish(starting=starting)
         async with stand.session.get("/health") as response:
             body = await response.json()
         assert (response.status, body["status"]) == (status, word)
-        assert body["engines"] == {name: "starting" if name in starting else "ready" for name in ("decode-0", "prefill-0")}
+        assert body["engines"] == {
+            name: "starting" if name in starting else "ready" for name in ("decode-0", "prefill-0")
+        }
 
 
 async def test_models_tell_the_length(stand: Stand) -> None:
@@ -198,7 +230,10 @@ async def test_metrics_count_requests_and_times(stand: Stand) -> None:
     await stand.post(completion(model="other"))
     async with stand.session.get("/metrics") as response:
         text = await response.text()
-    assert 'pdlaunch_router_request_success_total{finished_reason="length",model_name="tiny"} 2.0' in text
+    assert (
+        'pdlaunch_router_request_success_total{finished_reason="length",model_name="tiny"} 2.0'
+        in text
+    )
     assert 'pdlaunch_router_request_errors_total{model_name="tiny",status="404"} 1.0' in text
     assert 'pdlaunch_router_generation_tokens_total{model_name="tiny"} 12.0' in text
     assert 'pdlaunch_router_time_to_first_token_seconds_count{model_name="tiny"} 1.0' in text
@@ -212,25 +247,35 @@ async def test_metrics_count_requests_and_times(stand: Stand) -> None:
 @pytest.fixture
 async def client(stand: Stand) -> Any:
     await stand.start(pair(), spec=msgspec.structs.replace(SPEC, api_key="secret"))
-    async with openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="secret", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{stand.url}/v1", api_key="secret", max_retries=0
+    ) as client:
         yield client
 
 
 async def test_the_official_client_completes(client: openai.AsyncOpenAI) -> None:
-    answer = await client.completions.create(model="tiny", prompt=["a", "b"], n=2, max_tokens=4, seed=1, logprobs=1)
-    texts = [text_of(expected_tokens(prompt, 1, choice, 4)) for prompt in ("a", "b") for choice in (0, 1)]
+    answer = await client.completions.create(
+        model="tiny", prompt=["a", "b"], n=2, max_tokens=4, seed=1, logprobs=1
+    )
+    texts = [
+        text_of(expected_tokens(prompt, 1, choice, 4)) for prompt in ("a", "b") for choice in (0, 1)
+    ]
     assert [choice.text for choice in answer.choices] == texts
     assert answer.choices[0].logprobs is not None
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
-    stream = await client.completions.create(model="tiny", prompt="a", max_tokens=4, seed=1, stream=True)
+    stream = await client.completions.create(
+        model="tiny", prompt="a", max_tokens=4, seed=1, stream=True
+    )
     assert "".join([chunk.choices[0].text async for chunk in stream]) == texts[0]
 
 
 async def test_the_official_client_chats(client: openai.AsyncOpenAI) -> None:
     messages: Any = MESSAGES
     expected = text_of(expected_tokens(MESSAGES, 1, 0, 4))
-    answer = await client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=4, seed=1, logprobs=True)
+    answer = await client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=4, seed=1, logprobs=True
+    )
     assert answer.object == "chat.completion"
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].message.role == "assistant"
@@ -238,10 +283,18 @@ async def test_the_official_client_chats(client: openai.AsyncOpenAI) -> None:
     assert answer.choices[0].logprobs is not None
     assert len(answer.choices[0].logprobs.content or []) == 4
     stream = await client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=4, seed=1, stream=True, stream_options={"include_usage": True}
+        model="tiny",
+        messages=messages,
+        max_tokens=4,
+        seed=1,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = [chunk async for chunk in stream]
-    assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == expected
+    assert (
+        "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+        == expected
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 4
@@ -258,7 +311,9 @@ async def test_the_official_client_sees_errors(stand: Stand, client: openai.Asyn
         async for _ in await client.completions.create(model="tiny", prompt="a", stream=True):
             pass
     with pytest.raises(openai.AuthenticationError):
-        await client.with_options(api_key="x").chat.completions.create(model="tiny", messages=MESSAGES)  # type: ignore[arg-type]
+        await client.with_options(api_key="x").chat.completions.create(
+            model="tiny", messages=MESSAGES
+        )  # type: ignore[arg-type]
 
 
 async def test_chat_goes_to_chat(stand: Stand) -> None:

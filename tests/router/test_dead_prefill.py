@@ -1,4 +1,6 @@
-"""A prefill engine that dies after its answer: its blocks may outlive it, and decode is told of them all the same."""
+"""A prefill engine that dies after its answer: its blocks may outlive it, and decode is told of
+them all the same.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from tests.router.test_life_of_a_request import completion, expected_text
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("publishes", ["its rank is gone", "all of it is gone"])
-async def test_decode_gets_the_params_of_a_prefill_engine_that_has_died_since(stand: Stand, stream: bool, publishes: str) -> None:
+async def test_decode_gets_the_params_of_a_prefill_engine_that_has_died_since(
+    stand: Stand, stream: bool, publishes: str
+) -> None:
     prefill, decode = pair()
     prefill.hold_prefill = True
     await stand.start([prefill, decode])

@@ -17,7 +17,9 @@ from tests.router.test_life_of_a_request import completion
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
-async def send(stand: Stand, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def send(
+    stand: Stand, body: dict[str, Any]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", stand.port, limit=2**10)
     raw = json.dumps(body).encode()
     writer.write(HEAD % len(raw) + raw)

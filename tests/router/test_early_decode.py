@@ -30,12 +30,16 @@ async def let_go_once_told(prefill: FakeEngine, decode: FakeEngine) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-async def test_decode_knows_of_the_prompt_before_prefill_answers(stand: Stand, stream: bool, path: str) -> None:
+async def test_decode_knows_of_the_prompt_before_prefill_answers(
+    stand: Stand, stream: bool, path: str
+) -> None:
     prefill, decode = lend(pair())
     prefill.hold_prefill = True
     await stand.start([prefill, decode])
     stand.hops.spawn(let_go_once_told(prefill, decode))
-    answer = await stand.post(chat(stream=stream) if path == CHAT else completion(stream=stream), path=path)
+    answer = await stand.post(
+        chat(stream=stream) if path == CHAT else completion(stream=stream), path=path
+    )
     assert answer.texts() == {0: expected_text(MESSAGES if path == CHAT else "hello", 6)}
     (told,) = decode.seen
     (asked,) = prefill.seen
@@ -43,16 +47,25 @@ async def test_decode_knows_of_the_prompt_before_prefill_answers(stand: Stand, s
     assert asked.body["kv_transfer_params"] == REMOTE_DECODE
     params = told.body["kv_transfer_params"]
     assert params["remote_request_id"] == lease_id
-    assert (params["remote_engine_id"], params["remote_host"], params["remote_port"]) == ("id-of-prefill-0", "127.0.0.1", 1)
+    assert (params["remote_engine_id"], params["remote_host"], params["remote_port"]) == (
+        "id-of-prefill-0",
+        "127.0.0.1",
+        1,
+    )
     assert params["pdlaunch"]["awaits_lease"] is True
     assert prefill.released == []
     await stand.hops.settled()
-    assert all(engine.prompt_tokens == engine.num_streams == engine.num_works == 0 for engine in stand.pool.engines)
+    assert all(
+        engine.prompt_tokens == engine.num_streams == engine.num_works == 0
+        for engine in stand.pool.engines
+    )
     assert stand.metric('pdlaunch_router_early_decodes_total{outcome="used"}') == 1
 
 
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
-async def test_what_decode_has_against_it_is_as_if_it_had_not_been_told(stand: Stand, status: int) -> None:
+async def test_what_decode_has_against_it_is_as_if_it_had_not_been_told(
+    stand: Stand, status: int
+) -> None:
     prefill, decode = lend(pair())
     decode.wait_status = status
     await stand.start([prefill, decode])
@@ -60,7 +73,11 @@ async def test_what_decode_has_against_it_is_as_if_it_had_not_been_told(stand: S
     assert answer.texts() == {0: expected_text("hello", 6)}
     _, usual = decode.seen
     assert usual.body["kv_transfer_params"]["pdlaunch"]["first_token_sent"] is True
-    assert stand.metric("pdlaunch_router_engine_failures_total") == stand.metric("pdlaunch_router_retries_total") == 0
+    assert (
+        stand.metric("pdlaunch_router_engine_failures_total")
+        == stand.metric("pdlaunch_router_retries_total")
+        == 0
+    )
     assert stand.metric('pdlaunch_router_early_decodes_total{outcome="dropped"}') == 1
 
 
@@ -96,7 +113,9 @@ async def test_another_prefill_engine_means_another_lease(stand: Stand) -> None:
     await stand.start(engines)
     answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
-    asked = [engine.seen[0].body["kv_transfer_params"]["pdlaunch"]["lease_id"] for engine in engines[:2]]
+    asked = [
+        engine.seen[0].body["kv_transfer_params"]["pdlaunch"]["lease_id"] for engine in engines[:2]
+    ]
     assert len(set(asked)) == 2
     await stand.hops.settled()
     assert sum(engine.num_streams for engine in stand.pool.engines) == 0
@@ -112,7 +131,9 @@ async def test_a_stream_that_breaks_goes_on_elsewhere(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]]], ids=["ids", "batch of one"])
-async def test_the_first_token_is_told_before_its_lease_is_there(stand: Stand, prompt: list[Any]) -> None:
+async def test_the_first_token_is_told_before_its_lease_is_there(
+    stand: Stand, prompt: list[Any]
+) -> None:
     prefill, decode = lend(pair())
     prefill.hold_lease = True
     await stand.start([prefill, decode])
@@ -127,17 +148,28 @@ async def test_the_first_token_is_told_before_its_lease_is_there(stand: Stand, p
     assert choice["prompt_token_ids"] == [5, 6, 7]
     tokens = expected_tokens([5, 6, 7], 7, 0, 6)
     assert choice["token_ids"] == tokens[:1]
-    said = [token_id for event in rest.events() for choice in event["choices"] for token_id in choice["token_ids"]]
+    said = [
+        token_id
+        for event in rest.events()
+        for choice in event["choices"]
+        for token_id in choice["token_ids"]
+    ]
     assert said == tokens[1:]
-    assert not any("prompt_token_ids" in choice for event in rest.events() for choice in event["choices"])
+    assert not any(
+        "prompt_token_ids" in choice for event in rest.events() for choice in event["choices"]
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-async def test_a_prefill_engine_that_dies_after_its_first_token_is_missed_by_nobody(stand: Stand, path: str) -> None:
+async def test_a_prefill_engine_that_dies_after_its_first_token_is_missed_by_nobody(
+    stand: Stand, path: str
+) -> None:
     prefill, decode = lend(pair())
     stand.die_after(prefill, 1, num_told=1)
     await stand.start([prefill, decode])
-    answer = await stand.post(chat(stream=True) if path == CHAT else completion(stream=True), path=path)
+    answer = await stand.post(
+        chat(stream=True) if path == CHAT else completion(stream=True), path=path
+    )
     prompt: object = MESSAGES if path == CHAT else "hello"
     assert answer.texts() == {0: expected_text(prompt, 6)}
     first = expected_tokens(prompt, 7, 0, 1)[0]
@@ -145,7 +177,9 @@ async def test_a_prefill_engine_that_dies_after_its_first_token_is_missed_by_nob
     assert len(prefill.seen) == 1
 
 
-async def test_a_context_that_decode_does_not_have_is_refused_before_anything_is_told(stand: Stand) -> None:
+async def test_a_context_that_decode_does_not_have_is_refused_before_anything_is_told(
+    stand: Stand,
+) -> None:
     await stand.start(lend(pair()))
     answer = await stand.post(completion(stream=True, max_tokens=4096))
     assert (answer.status, answer.json()["error"]["code"]) == (400, "context_length_exceeded")

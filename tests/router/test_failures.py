@@ -1,4 +1,6 @@
-"""Engines that fail, hang, refuse or come back: the client gets one right answer or one clear error."""
+"""Engines that fail, hang, refuse or come back: the client gets one right answer or one clear
+error.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import expected_tokens, until
-from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text, logprob_tokens
+from tests.router.test_life_of_a_request import (
+    CHAT,
+    MESSAGES,
+    chat,
+    completion,
+    expected_text,
+    logprob_tokens,
+)
 
 
 def make_body(path: str, **fields: Any) -> tuple[dict[str, Any], object]:
@@ -61,7 +70,9 @@ async def test_without_decode_engines_prefill_does_all(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("how", ["gone", "status", "breaks"])
-async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params(stand: Stand, how: str) -> None:
+async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params(
+    stand: Stand, how: str
+) -> None:
     await stand.start(pairs(2))
     first, second = stand.engines["decode-0"], stand.engines["decode-1"]
     if how == "gone":
@@ -81,7 +92,9 @@ async def test_a_decode_engine_that_never_began_is_replaced_with_the_same_params
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
-async def test_a_stream_goes_on_at_another_engine(stand: Stand, how: str, path: str, stream: bool, n: int) -> None:
+async def test_a_stream_goes_on_at_another_engine(
+    stand: Stand, how: str, path: str, stream: bool, n: int
+) -> None:
     await stand.start(pairs(2))
     first, second = stand.engines["decode-0"], stand.engines["decode-1"]
     if how == "breaks":
@@ -90,7 +103,9 @@ async def test_a_stream_goes_on_at_another_engine(stand: Stand, how: str, path: 
         first.error_after = 3
     body, prompt = make_body(path, stream=stream, n=n, logprobs=True if path == CHAT else 1)
     answer = await stand.post(body, path=path)
-    assert answer.texts() == {choice: expected_text(prompt, 6, choice=choice) for choice in range(n)}
+    assert answer.texts() == {
+        choice: expected_text(prompt, 6, choice=choice) for choice in range(n)
+    }
     if n == 1:
         assert logprob_tokens(answer) == [str(token) for token in expected_tokens(prompt, 7, 0, 6)]
     resume = second.seen[0].body["resume"]

@@ -27,7 +27,9 @@ def num_runs(stand: Stand) -> int:
 async def test_an_answer_is_repeated_as_it_was(stand: Stand, path: str, stream: bool) -> None:
     await stand.start(pair())
     body = (
-        completion(stream=stream, temperature=1.0) if path != CHAT else {"messages": MESSAGES, "max_tokens": 6, "stream": stream}
+        completion(stream=stream, temperature=1.0)
+        if path != CHAT
+        else {"messages": MESSAGES, "max_tokens": 6, "stream": stream}
     )
     first = await stand.post(body, path=path, headers=KEY)
     again = await stand.post(body, path=path, headers=KEY)
@@ -53,11 +55,17 @@ async def test_who_asks_while_it_runs_is_told_the_same(stand: Stand, stream: boo
     await stand.start([prefill, decode])
     first = asyncio.ensure_future(stand.post(completion(stream=stream), headers=KEY))
     await decode.holding.wait()
-    others = [asyncio.ensure_future(stand.post(completion(stream=stream), headers=KEY)) for _ in range(3)]
+    others = [
+        asyncio.ensure_future(stand.post(completion(stream=stream), headers=KEY)) for _ in range(3)
+    ]
     if stream:
         # It is told at once what there is.
-        async with stand.session.post("/v1/completions", json=completion(stream=True), headers=KEY) as early:
-            assert json.loads((await early.content.readuntil(b"\n\n")).removeprefix(b"data: "))["choices"]
+        async with stand.session.post(
+            "/v1/completions", json=completion(stream=True), headers=KEY
+        ) as early:
+            assert json.loads((await early.content.readuntil(b"\n\n")).removeprefix(b"data: "))[
+                "choices"
+            ]
     decode.go.set()
     answers = [await first, *[await other for other in others]]
     assert {answer.raw for answer in answers} == {answers[0].raw}
@@ -73,7 +81,12 @@ async def test_it_goes_on_when_its_client_is_gone(stand: Stand, stream: bool) ->
     gone = asyncio.ensure_future(stand.post(completion(stream=stream), headers=KEY))
     await decode.holding.wait()
     gone.cancel()
-    await until(lambda: stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') == 1)
+    await until(
+        lambda: (
+            stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}')
+            == 1
+        )
+    )
     decode.go.set()
     await until(lambda: not stand.router.admission.in_flight)
     assert not decode.num_aborted
@@ -85,7 +98,9 @@ async def test_it_goes_on_when_its_client_is_gone(stand: Stand, stream: bool) ->
 
 @pytest.mark.parametrize("other", [completion(max_tokens=5), completion() | {"user": "x"}])
 @pytest.mark.parametrize("runs", [True, False])
-async def test_a_key_of_another_request_is_422(stand: Stand, other: dict[str, Any], runs: bool) -> None:
+async def test_a_key_of_another_request_is_422(
+    stand: Stand, other: dict[str, Any], runs: bool
+) -> None:
     prefill, decode = pair()
     decode.hold_after = 1 if runs else None
     await stand.start([prefill, decode])
@@ -154,7 +169,9 @@ async def test_a_failure_is_told_to_all_who_wait_and_not_kept(stand: Stand) -> N
     await stand.start([prefill, decode], spec=msgspec.structs.replace(SPEC, request_timeout_s=0.5))
     waiting = [asyncio.ensure_future(stand.post(completion(), headers=KEY)) for _ in range(3)]
     answers = [await answer for answer in waiting]
-    assert [(answer.status, answer.json()["error"]["code"]) for answer in answers] == [(503, "request_timeout")] * 3
+    assert [(answer.status, answer.json()["error"]["code"]) for answer in answers] == [
+        (503, "request_timeout")
+    ] * 3
     assert num_runs(stand) == 1
     decode.hold_after = None
     assert (await stand.post(completion(), headers=KEY)).texts() == {0: expected_text("hello", 6)}
@@ -177,12 +194,21 @@ async def test_the_official_client_asks_again_and_is_told_the_first_answer(stand
     prefill, decode = pair()
     decode.hold_after = 1
     await stand.start([prefill, decode])
-    client = openai.AsyncOpenAI(base_url=f"{stand.url}/v1", api_key="any", timeout=0.3, max_retries=20)
+    client = openai.AsyncOpenAI(
+        base_url=f"{stand.url}/v1", api_key="any", timeout=0.3, max_retries=20
+    )
     async with client:
         asking = asyncio.ensure_future(
-            client.completions.create(model="tiny", prompt="hello", max_tokens=6, temperature=0, seed=7, extra_headers=KEY)
+            client.completions.create(
+                model="tiny", prompt="hello", max_tokens=6, temperature=0, seed=7, extra_headers=KEY
+            )
         )
-        await until(lambda: stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') >= 1)
+        await until(
+            lambda: (
+                stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}')
+                >= 1
+            )
+        )
         decode.go.set()
         answer = await asking
     assert answer.choices[0].text == expected_text("hello", 6, seed=7)
@@ -205,7 +231,9 @@ async def test_answers_are_forgotten_after_some_minutes(stand: Stand) -> None:
     assert num_runs(stand) == 2
 
 
-async def test_the_answers_least_recently_asked_for_go_first(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_answers_least_recently_asked_for_go_first(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await stand.start(pair())
     monkeypatch.setattr(idempotency, "MAX_KEPT", 2)
     for key in ("a", "b", "a", "c"):
@@ -215,19 +243,27 @@ async def test_the_answers_least_recently_asked_for_go_first(stand: Stand, monke
     assert "Idempotent-Replayed" not in (await ask(stand, "b")).headers
 
 
-async def test_answers_have_a_budget_of_bytes(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_answers_have_a_budget_of_bytes(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await stand.start(pair())
     size = len((await ask(stand, "a", stream=True)).raw)
     monkeypatch.setattr(idempotency, "MAX_BYTES", 4 * size)
     for number in range(20):
         assert (await ask(stand, str(number), stream=True)).status == 200
     repeats = stand.router._repeats
-    assert repeats._num_bytes == sum(recording.num_bytes for recording in repeats._recordings.values()) <= 4 * size
+    assert (
+        repeats._num_bytes
+        == sum(recording.num_bytes for recording in repeats._recordings.values())
+        <= 4 * size
+    )
     assert "Idempotent-Replayed" not in (await ask(stand, "0", stream=True)).headers
     assert (await ask(stand, "19", stream=True)).headers["Idempotent-Replayed"]
 
 
-async def test_an_answer_has_a_bounded_number_of_readers(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_has_a_bounded_number_of_readers(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of them may leave megabytes unread, and they cost no engine any work."""
     monkeypatch.setattr(idempotency, "MAX_READERS", 2)
     prefill, decode = pair()
@@ -245,10 +281,15 @@ async def test_an_answer_has_a_bounded_number_of_readers(stand: Stand, monkeypat
     assert (await ask(stand, "a")).status == 200
 
 
-async def test_a_long_answer_is_repeated_in_pieces(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_answer_is_repeated_in_pieces(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(idempotency, "WINDOW_BYTES", 300)
     await stand.start(pair())
-    first, again = await ask(stand, "a", max_tokens=20, stream=True), await ask(stand, "a", max_tokens=20, stream=True)
+    first, again = (
+        await ask(stand, "a", max_tokens=20, stream=True),
+        await ask(stand, "a", max_tokens=20, stream=True),
+    )
     assert len(first.raw) > 3000
     assert first.raw == again.raw
 
@@ -263,7 +304,9 @@ async def long_answer(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> FakeEngi
     return decode
 
 
-async def test_an_answer_that_is_too_long_is_told_and_not_kept(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_is_too_long_is_told_and_not_kept(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode = await long_answer(stand, monkeypatch)
     decode.hold_after = 8
     first = asyncio.ensure_future(ask(stand, "a", max_tokens=20, stream=True))
@@ -279,13 +322,20 @@ async def test_an_answer_that_is_too_long_is_told_and_not_kept(stand: Stand, mon
     assert "Idempotent-Replayed" not in (await ask(stand, "a", max_tokens=20, stream=True)).headers
 
 
-async def test_an_answer_that_is_too_long_ends_with_its_client(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_is_too_long_ends_with_its_client(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode = await long_answer(stand, monkeypatch)
     decode.hold_after = 8
     gone = asyncio.ensure_future(ask(stand, "a", max_tokens=20, stream=True))
     await decode.holding.wait()
     gone.cancel()
-    await until(lambda: stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') == 1)
+    await until(
+        lambda: (
+            stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}')
+            == 1
+        )
+    )
     decode.go.set()
     await until(lambda: not stand.router.admission.in_flight)
     assert stand.metric("pdlaunch_router_generation_tokens_total") < 20

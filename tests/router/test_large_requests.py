@@ -1,4 +1,6 @@
-"""Large requests at the router: what is refused, what reaches the engines, and what they hold meanwhile."""
+"""Large requests at the router: what is refused, what reaches the engines, and what they hold
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,15 @@ LARGE = msgspec.structs.replace(SPEC, max_body_bytes=2**21, body_budget_bytes=2*
 
 
 def large_pair() -> list[FakeEngine]:
-    return [FakeEngine(f"{role}-0", role, max_model_len=LARGE_MODEL_LEN) for role in ("prefill", "decode")]
+    return [
+        FakeEngine(f"{role}-0", role, max_model_len=LARGE_MODEL_LEN)
+        for role in ("prefill", "decode")
+    ]
 
 
-async def post(stand: Stand, path: str, raw: bytes, **headers: str) -> tuple[int, dict[str, Any], str | None]:
+async def post(
+    stand: Stand, path: str, raw: bytes, **headers: str
+) -> tuple[int, dict[str, Any], str | None]:
     headers = {"Content-Type": "application/json"} | headers
     async with stand.session.post(path, data=io.BytesIO(raw), headers=headers) as response:
         return response.status, await response.json(), response.headers.get("Retry-After")
@@ -41,7 +48,8 @@ async def unfinished(stand: Stand, length: int) -> AsyncIterator[None]:
     """A body of which nothing is sent."""
     _, writer = await asyncio.open_connection("127.0.0.1", stand.port)
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {length}\r\n\r\n"
     )
     writer.write(head.encode())
     try:
@@ -54,7 +62,11 @@ async def unfinished(stand: Stand, length: int) -> AsyncIterator[None]:
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: str) -> None:
     await stand.start(pair(), spec=LARGE)
-    for item, number in ((b"[],", 200_000), (b'{"role":"user","content":"a"},', 30_000), (b'"ab",', 200_000)):
+    for item, number in (
+        (b"[],", 200_000),
+        (b'{"role":"user","content":"a"},', 30_000),
+        (b'"ab",', 200_000),
+    ):
         status, answer, _ = await post(stand, path, b'{"messages": [' + item * number + b"{}]}")
         assert (status, answer["error"]["code"]) == (400, "too_many_values")
     assert not any(engine.seen for engine in stand.engines.values())
@@ -63,15 +75,21 @@ async def test_bodies_of_very_many_values_reach_no_engine(stand: Stand, path: st
 async def test_messages_and_prompts_reach_engines_as_they_were_written(stand: Stand) -> None:
     """Nothing is made of them here, not even of numbers that would be written otherwise."""
     await stand.start(pair())
-    raw = json.dumps(chat()).replace(json.dumps(MESSAGES), '[{"role": "user", "content": "h\\u00e9 \\/", "x": 1e2}]')
+    raw = json.dumps(chat()).replace(
+        json.dumps(MESSAGES), '[{"role": "user", "content": "h\\u00e9 \\/", "x": 1e2}]'
+    )
     assert (await post(stand, CHAT, raw.encode()))[0] == 200
     (seen,) = stand.engines["prefill-0"].seen
     assert seen.body["messages"] == [{"role": "user", "content": "hé /", "x": 1e2}]
     for prompt in ("a\\u00e9b", ["two", "prompts"], [[5, 6], [7]], [5, 6]):
         stand.engines["prefill-0"].seen.clear()
         assert (await stand.post(completion(prompt=prompt))).status == 200
-        several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        assert sorted(str(seen.body["prompt"]) for seen in stand.engines["prefill-0"].seen) == sorted(map(str, several))
+        several = (
+            prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        )
+        assert sorted(
+            str(seen.body["prompt"]) for seen in stand.engines["prefill-0"].seen
+        ) == sorted(map(str, several))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
@@ -95,23 +113,38 @@ async def test_unfinished_bodies_leave_room_for_small_requests(stand: Stand) -> 
     async with unfinished(stand, 2**20), unfinished(stand, 2**20), unfinished(stand, 2**20):
         await until(lambda: stand.router._bodies.held_bytes == 3 * 2**20)
         status, answer, retry_after = await post(stand, "/v1/completions", b"x" * 2**20)
-        assert (status, answer["error"]["code"], retry_after) == (503, "too_many_bytes_in_flight", "1")
-        assert (await stand.post(completion())).json()["choices"][0]["text"] == expected_text("hello", 6)
+        assert (status, answer["error"]["code"], retry_after) == (
+            503,
+            "too_many_bytes_in_flight",
+            "1",
+        )
+        assert (await stand.post(completion())).json()["choices"][0]["text"] == expected_text(
+            "hello", 6
+        )
     await until(lambda: stand.router._bodies.held_bytes == 0)
 
 
 async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
-    """Another engine may be asked meanwhile. A run with a key goes on when its client leaves, and holds it on, once."""
+    """Another engine may be asked meanwhile. A run with a key goes on when its client leaves, and
+    holds it on, once.
+    """
     await stand.start(large_pair(), spec=LARGE)
     decode = stand.engines["decode-0"]
     decode.hold_after = 1
     body = completion(prompt="x" * SMALL_BODY_BYTES)
-    asked = asyncio.create_task(stand.session.post("/v1/completions", json=body, headers={"Idempotency-Key": "k"}))
+    asked = asyncio.create_task(
+        stand.session.post("/v1/completions", json=body, headers={"Idempotency-Key": "k"})
+    )
     await decode.holding.wait()
     held_bytes = stand.router._bodies.held_bytes
     assert SMALL_BODY_BYTES < held_bytes < 2 * SMALL_BODY_BYTES
     asked.cancel()
-    await until(lambda: stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}') == 1)
+    await until(
+        lambda: (
+            stand.metric('pdlaunch_router_request_errors_total{model_name="tiny",status="499"}')
+            == 1
+        )
+    )
     assert stand.router._bodies.held_bytes == held_bytes
     decode.go.set()
     await until(lambda: stand.router._bodies.held_bytes == 0)
@@ -120,7 +153,10 @@ async def test_a_body_is_held_until_its_answer(stand: Stand) -> None:
 async def test_the_longest_body_is_served_with_a_key_too(stand: Stand) -> None:
     """With the least budget that the settings accept."""
     longest = 2 * SMALL_BODY_BYTES
-    await stand.start(large_pair(), spec=msgspec.structs.replace(LARGE, max_body_bytes=longest, body_budget_bytes=2 * longest))
+    await stand.start(
+        large_pair(),
+        spec=msgspec.structs.replace(LARGE, max_body_bytes=longest, body_budget_bytes=2 * longest),
+    )
     body = msgspec.json.encode(completion())
     body += b" " * (longest - len(body))
     for headers in ({}, {"Idempotency-Key": "k"}):
@@ -128,7 +164,9 @@ async def test_the_longest_body_is_served_with_a_key_too(stand: Stand) -> None:
     assert stand.router._bodies.held_bytes == 0
 
 
-async def test_small_requests_are_served_while_large_ones_are_read(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_small_requests_are_served_while_large_ones_are_read(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await stand.start(large_pair(), spec=LARGE)
     go, run = threading.Event(), stand.router._inputs.run
     waiting = asyncio.Event()
@@ -164,18 +202,32 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
     number = (LARGE_BODY_BYTES - len(head) - len(tail)) // len(text.encode())
     raw = (head + text * number + tail).encode()
     request = read_client_request(
-        COMPLETIONS, raw, served_model_name="tiny", request_id="r", engine_request_id="r", headers={}, draw_seed=lambda: 2**63 - 1
+        COMPLETIONS,
+        raw,
+        served_model_name="tiny",
+        request_id="r",
+        engine_request_id="r",
+        headers={},
+        draw_seed=lambda: 2**63 - 1,
     )
     (prompt,) = request.prompts
     resume = {"choices": [[{"token_id": 2**31 - 1}] * max_model_len] * MAX_CHOICES, "sent": True}
     limit = max_engine_body_bytes(len(raw), max_model_len)
-    assert len(raw) < len(prompt.prefill_body(knows_whole_request=True, lease_id="l" * 200)) <= limit
+    assert (
+        len(raw) < len(prompt.prefill_body(knows_whole_request=True, lease_id="l" * 200)) <= limit
+    )
     assert len(raw) < len(prompt.decode_body({"resume": resume})) <= limit
 
 
-async def test_what_is_no_http_is_refused_without_a_traceback(stand: Stand, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_is_no_http_is_refused_without_a_traceback(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
     await stand.start(pair())
-    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+    for garbage in (
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    ):
         reader, writer = await asyncio.open_connection("127.0.0.1", stand.port)
         writer.write(garbage + b"\r\n\r\n")
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")

@@ -1,4 +1,6 @@
-"""Two hops, one answer: what clients see and what engines are asked, with engines that follow the protocol."""
+"""Two hops, one answer: what clients see and what engines are asked, with engines that follow the
+protocol.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,17 @@ def expected_text(prompt: object, num_tokens: int, *, seed: int = 7, choice: int
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_answers_hold_every_token_once(stand: Stand, ours: bool, stream: bool, path: str, n: int) -> None:
+async def test_answers_hold_every_token_once(
+    stand: Stand, ours: bool, stream: bool, path: str, n: int
+) -> None:
     await stand.start(pair(ours=ours))
     body = chat(n=n, stream=stream) if path == CHAT else completion(n=n, stream=stream)
     answer = await stand.post(body, path=path)
     assert answer.status == 200
     prompt: object = MESSAGES if path == CHAT else "hello"
-    assert answer.texts() == {choice: expected_text(prompt, 6, choice=choice) for choice in range(n)}
+    assert answer.texts() == {
+        choice: expected_text(prompt, 6, choice=choice) for choice in range(n)
+    }
     if stream:
         assert answer.finish_reasons() == {choice: ["length"] for choice in range(n)}
 
@@ -46,7 +52,9 @@ async def test_answers_hold_every_token_once(stand: Stand, ours: bool, stream: b
 async def test_what_prefill_is_asked(stand: Stand, ours: bool) -> None:
     await stand.start(pair(ours=ours))
     options = {"include_usage": True}
-    answer = await stand.post(completion(stream=True, stream_options=options, min_tokens=3, temperature=0.5))
+    answer = await stand.post(
+        completion(stream=True, stream_options=options, min_tokens=3, temperature=0.5)
+    )
     assert answer.status == 200
     (seen,) = stand.engines["prefill-0"].seen
     assert seen.body == {
@@ -82,10 +90,14 @@ async def test_what_decode_is_asked(stand: Stand) -> None:
     }
     assert params["remote_engine_id"] == "prefill-0"
     assert params["pdlaunch"]["first_token_sent"] is True
-    assert params["pdlaunch"]["first_tokens"] == [{"token_id": expected_tokens("hello", 7, 0, 1)[0], "finish_reason": None}]
+    assert params["pdlaunch"]["first_tokens"] == [
+        {"token_id": expected_tokens("hello", 7, 0, 1)[0], "finish_reason": None}
+    ]
 
 
-async def test_a_decode_engine_that_does_not_know_first_tokens_gives_them_itself(stand: Stand) -> None:
+async def test_a_decode_engine_that_does_not_know_first_tokens_gives_them_itself(
+    stand: Stand,
+) -> None:
     prefill, decode = pair()
     decode.ours = False
     await stand.start([prefill, decode])
@@ -152,7 +164,9 @@ async def test_usage_counts_both_hops_and_the_first_engines_cache(stand: Stand) 
     }
     whole = await stand.post(completion(n=2))
     assert whole.json()["usage"] == expected
-    streamed = await stand.post(completion(n=2, stream=True, stream_options={"include_usage": True}))
+    streamed = await stand.post(
+        completion(n=2, stream=True, stream_options={"include_usage": True})
+    )
     events = streamed.events()
     assert events[-1]["usage"] == expected
     assert events[-1]["choices"] == []
@@ -190,12 +204,16 @@ async def test_logprobs_of_both_hops_are_there(stand: Stand, path: str, stream: 
 
 
 def logprob_tokens(answer: Answer) -> list[str]:
-    events = answer.events() if "event-stream" in answer.headers["Content-Type"] else [answer.json()]
+    events = (
+        answer.events() if "event-stream" in answer.headers["Content-Type"] else [answer.json()]
+    )
     tokens: list[str] = []
     for event in events:
         for choice in event["choices"]:
             logprobs = choice.get("logprobs") or {}
-            tokens += [entry["token"] for entry in logprobs.get("content") or []] + (logprobs.get("tokens") or [])
+            tokens += [entry["token"] for entry in logprobs.get("content") or []] + (
+                logprobs.get("tokens") or []
+            )
     return tokens
 
 
@@ -203,12 +221,19 @@ def logprob_tokens(answer: Answer) -> list[str]:
 async def test_the_role_is_told_once(stand: Stand, ours: bool) -> None:
     await stand.start(pair(ours=ours))
     events = (await stand.post(chat(stream=True, n=2), path=CHAT)).events()
-    roles = [choice["index"] for event in events for choice in event["choices"] if "role" in choice["delta"]]
+    roles = [
+        choice["index"]
+        for event in events
+        for choice in event["choices"]
+        if "role" in choice["delta"]
+    ]
     assert sorted(roles) == [0, 1]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_first_token_that_ends_everything_needs_no_decode(stand: Stand, stream: bool) -> None:
+async def test_a_first_token_that_ends_everything_needs_no_decode(
+    stand: Stand, stream: bool
+) -> None:
     prefill, decode = pair()
     prefill.ends = {0: 1, 1: 1}
     await stand.start([prefill, decode])
@@ -252,17 +277,25 @@ async def test_one_token_needs_one_engine(stand: Stand) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("prompts", [["a", "b", "c"], [[1, 2], [3, 4, 5]], ["same", "same"]])
-async def test_lists_of_prompts_are_one_answer(stand: Stand, prompts: list[Any], stream: bool) -> None:
+async def test_lists_of_prompts_are_one_answer(
+    stand: Stand, prompts: list[Any], stream: bool
+) -> None:
     await stand.start(pairs(2))
     answer = await stand.post(completion(prompt=prompts, n=2, stream=stream))
     assert answer.texts() == {
-        number * 2 + choice: expected_text(prompt, 6, choice=choice) for number, prompt in enumerate(prompts) for choice in (0, 1)
+        number * 2 + choice: expected_text(prompt, 6, choice=choice)
+        for number, prompt in enumerate(prompts)
+        for choice in (0, 1)
     }
     if not stream:
-        assert [choice["index"] for choice in answer.json()["choices"]] == list(range(2 * len(prompts)))
+        assert [choice["index"] for choice in answer.json()["choices"]] == list(
+            range(2 * len(prompts))
+        )
         assert answer.json()["usage"]["completion_tokens"] == 12 * len(prompts)
         assert answer.json()["usage"]["prompt_tokens"] == sum(map(len, prompts))
-    ids = {seen.headers["X-Request-Id"] for engine in stand.engines.values() for seen in engine.seen}
+    ids = {
+        seen.headers["X-Request-Id"] for engine in stand.engines.values() for seen in engine.seen
+    }
     assert len(ids) == len(prompts)
 
 

@@ -21,7 +21,13 @@ class Clock:
 def server(name: str, role: Role | None = None, **fields: object) -> Entry:
     role = role or ("prefill" if name.startswith("prefill") else "decode")
     entry = Entry(
-        name=name, kind="server", engine=name, incarnation=1, role=role, address=Address(http=f"http://{name}"), state="ready"
+        name=name,
+        kind="server",
+        engine=name,
+        incarnation=1,
+        role=role,
+        address=Address(http=f"http://{name}"),
+        state="ready",
     )
     return msgspec.structs.replace(entry, **fields)
 
@@ -75,21 +81,32 @@ def test_the_role_is_preferred_but_not_demanded(pool: EnginePool) -> None:
 def test_least_outstanding_work_wins(pool: EnginePool) -> None:
     update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
     engines = {engine.name: engine for engine in pool.engines}
-    with engines["prefill-0"].working(prompt_tokens=100), engines["prefill-1"].working(prompt_tokens=99, num_streams=5):
+    with (
+        engines["prefill-0"].working(prompt_tokens=100),
+        engines["prefill-1"].working(prompt_tokens=99, num_streams=5),
+    ):
         assert named(pool.pick("prefill")) == "prefill-1"
-    with engines["decode-0"].working(num_streams=2), engines["decode-1"].working(num_streams=1, prompt_tokens=1000):
+    with (
+        engines["decode-0"].working(num_streams=2),
+        engines["decode-1"].working(num_streams=1, prompt_tokens=1000),
+    ):
         assert named(pool.pick("decode")) == "decode-1"
 
 
 def test_equal_engines_take_turns(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1"), server("decode-2"))
-    assert sorted(named(pool.pick("decode")) for _ in range(6)) == [f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)]
+    assert sorted(named(pool.pick("decode")) for _ in range(6)) == [
+        f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)
+    ]
 
 
-def test_an_engine_that_failed_is_the_last_choice_for_a_while(pool: EnginePool, clock: Clock) -> None:
+def test_an_engine_that_failed_is_the_last_choice_for_a_while(
+    pool: EnginePool, clock: Clock
+) -> None:
     update(pool, server("prefill-0"), server("prefill-1"), server("decode-0"))
     failed, other, decode = (
-        next(engine for engine in pool.engines if engine.name == name) for name in ("prefill-0", "prefill-1", "decode-0")
+        next(engine for engine in pool.engines if engine.name == name)
+        for name in ("prefill-0", "prefill-1", "decode-0")
     )
     pool.failed(failed)
     assert named(pool.pick("prefill")) == "prefill-1"
@@ -156,7 +173,10 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
 
 def test_needs_filter(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
-    assert {named(pool.pick("decode", needs=lambda engine: engine.capabilities.resumes)) for _ in range(3)} == {"decode-1"}
+    assert {
+        named(pool.pick("decode", needs=lambda engine: engine.capabilities.resumes))
+        for _ in range(3)
+    } == {"decode-1"}
 
 
 Action = tuple[Literal["start", "end", "fail", "tick"], int]
@@ -188,11 +208,17 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
         assert sum(engine.num_streams for engine in pool.engines) == len(running)
 
 
-def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_again(pool: EnginePool) -> None:
-    update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2, state="stalled"))
+def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_again(
+    pool: EnginePool,
+) -> None:
+    update(
+        pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2, state="stalled")
+    )
     assert pool.engines[0].state == "stalled"
     assert pool.pick("decode") is None
-    update(pool, server("decode-0", state="stalled"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
+    update(
+        pool, server("decode-0", state="stalled"), rank("decode-0", 0, 2), rank("decode-0", 1, 2)
+    )
     assert pool.engines[0].state == "stalled"
     update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
     assert named(pool.pick("decode")) == "decode-0"

@@ -119,7 +119,9 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
 def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
     data = None if body is None else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data, headers=JSON), timeout=20) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data=data, headers=JSON), timeout=20
+        ) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
@@ -146,22 +148,30 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
     for engine in engines:
         await engine.start()
     try:
-        partial = [entry for engine in engines for entry in engine.entries(ready=engine.role == "prefill")]
+        partial = [
+            entry for engine in engines for entry in engine.entries(ready=engine.role == "prefill")
+        ]
         supervisor.send(Registry(version=1, entries=partial, serving=False))
         while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["engines"] == {}:
             pass
         assert (await asyncio.to_thread(fetch, f"{url}/health"))[0] == 503
-        supervisor.send(Registry(version=2, entries=[entry for engine in engines for entry in engine.entries()]))
+        supervisor.send(
+            Registry(version=2, entries=[entry for engine in engines for entry in engine.entries()])
+        )
         while (await asyncio.to_thread(fetch, f"{url}/health"))[0] != 200:
             pass
         status, answer = await asyncio.to_thread(fetch, f"{url}/v1/completions", completion())
         assert (status, answer["choices"][0]["text"]) == (200, expected_text("hello", 6))
         for _ in range(3):
-            assert "pdlaunch_kv_transfer_bytes_total" in await asyncio.to_thread(fetch_text, f"{url}/metrics")
+            assert "pdlaunch_kv_transfer_bytes_total" in await asyncio.to_thread(
+                fetch_text, f"{url}/metrics"
+            )
         assert psutil.Process(child.pid).memory_info().rss <= MAX_RESIDENT_BYTES
 
         engines[1].hold_after = 1
-        running = asyncio.ensure_future(asyncio.to_thread(fetch, f"{url}/v1/completions", completion()))
+        running = asyncio.ensure_future(
+            asyncio.to_thread(fetch, f"{url}/v1/completions", completion())
+        )
         await engines[1].holding.wait()
         supervisor.send(Drain(timeout_s=30.0))
         while (await asyncio.to_thread(fetch, f"{url}/health"))[1]["status"] != "draining":
@@ -177,7 +187,9 @@ async def test_its_life_from_register_to_stop(supervisor: Supervisor) -> None:
     assert await asyncio.to_thread(child.wait, 20) == 0
 
 
-async def test_a_client_that_came_before_the_registry_is_heard_after_it(supervisor: Supervisor) -> None:
+async def test_a_client_that_came_before_the_registry_is_heard_after_it(
+    supervisor: Supervisor,
+) -> None:
     """It waited for this router, and shall not hear that the deployment is starting."""
     supervisor.start()
     registered = await asyncio.to_thread(supervisor.receive)
@@ -195,7 +207,9 @@ async def test_a_client_that_came_before_the_registry_is_heard_after_it(supervis
 
 
 @pytest.mark.parametrize("end", [Stop(), Drain(timeout_s=0.0)], ids=["stop", "drain expires"])
-async def test_what_still_runs_at_its_end_is_told_so(supervisor: Supervisor, end: FromSupervisor) -> None:
+async def test_what_still_runs_at_its_end_is_told_so(
+    supervisor: Supervisor, end: FromSupervisor
+) -> None:
     child = supervisor.start()
     registered = await asyncio.to_thread(supervisor.receive_register)
     await asyncio.to_thread(supervisor.receive)
@@ -204,7 +218,9 @@ async def test_what_still_runs_at_its_end_is_told_so(supervisor: Supervisor, end
     for engine in engines:
         await engine.start()
     try:
-        supervisor.send(Registry(version=1, entries=[entry for engine in engines for entry in engine.entries()]))
+        supervisor.send(
+            Registry(version=1, entries=[entry for engine in engines for entry in engine.entries()])
+        )
         async with aiohttp.ClientSession(registered.address.http) as session:
             while (await session.get("/health")).status != 200:
                 pass
@@ -269,7 +285,12 @@ def test_it_shows_no_key(supervisor: Supervisor, capfd: pytest.CaptureFixture[st
     supervisor.send(Stop())
     assert child.wait(20) == 0
     shown += capfd.readouterr()
-    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token, "of-the-clients"):
+    for secret in (
+        supervisor.keys.secret,
+        supervisor.keys.public,
+        supervisor.keys.http_token,
+        "of-the-clients",
+    ):
         assert not any(secret in text for text in shown)
 
 
@@ -283,5 +304,8 @@ def test_it_does_not_outlive_its_supervisor(supervisor: Supervisor) -> None:
 
 def test_it_needs_no_torch() -> None:
     heavy = ("torch", "transformers", "tokenizers")
-    code = f"import sys, pdlaunch.router.process; sys.exit(any(name in sys.modules for name in {heavy}))"
+    code = (
+        "import sys, pdlaunch.router.process; sys.exit(any(name in sys.modules for name in "
+        f"{heavy}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -63,16 +63,23 @@ async def test_one_that_is_given_up_again_is_an_error(admin_stand: AdminStand) -
     server.incarnation, server.state, server.reason = 6, "failed", "died 5 times: disk full"
     stand.hops.update(Registry(version=99, entries=[server]))
     status, body = await answer
-    assert (status, body["error"]["message"]) == (503, "decode-0 is given up again: died 5 times: disk full")
+    assert (status, body["error"]["message"]) == (
+        503,
+        "decode-0 is given up again: died 5 times: disk full",
+    )
     (engine,) = (await admin_stand.call("GET", "/pdlaunch/status"))[1]["engines"]
     assert (engine["state"], engine["reason"]) == ("failed", "died 5 times: disk full")
 
 
 @pytest.mark.parametrize(("engine", "status"), [("", 404), ("decode-0", 409)])
-async def test_a_refusal_of_the_supervisor_is_passed_on(admin_stand: AdminStand, engine: str, status: int) -> None:
+async def test_a_refusal_of_the_supervisor_is_passed_on(
+    admin_stand: AdminStand, engine: str, status: int
+) -> None:
     answer = restart(admin_stand, "decode-7")
     question = await asked(admin_stand.stand)
-    admin_stand.stand.link.answered(Restarting(question=question, engine=engine, error="no, because"))
+    admin_stand.stand.link.answered(
+        Restarting(question=question, engine=engine, error="no, because")
+    )
     assert (await answer)[0] == status
     assert (await answer)[1]["error"]["message"] == "no, because"
 
@@ -83,23 +90,33 @@ async def test_without_a_name_nothing_is_restarted(admin_stand: AdminStand) -> N
     assert not admin_stand.stand.asked
 
 
-async def test_a_supervisor_that_does_not_answer_is_503(admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_supervisor_that_does_not_answer_is_503(
+    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor_link, "ANSWER_TIMEOUT_S", 0.01)
     status, body = await restart(admin_stand, "decode-0")
     assert (status, body["error"]["code"]) == (503, "no_answer")
-    admin_stand.stand.link.answered(Restarting(question=admin_stand.stand.asked[0].question, engine="decode-0"))
+    admin_stand.stand.link.answered(
+        Restarting(question=admin_stand.stand.asked[0].question, engine="decode-0")
+    )
 
 
-async def test_an_engine_that_does_not_come_back_is_503(admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_does_not_come_back_is_503(
+    admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(admin, "RESTART_TIMEOUT_S", 0.01)
     answer = restart(admin_stand, "decode-0")
-    admin_stand.stand.link.answered(Restarting(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1))
+    admin_stand.stand.link.answered(
+        Restarting(question=await asked(admin_stand.stand), engine="decode-0", incarnation=1)
+    )
     assert (await answer)[1]["error"]["code"] == "not_ready"
 
 
 async def test_the_clients_key_does_not_open_it(admin_stand: AdminStand) -> None:
     for key in ("of-the-clients", "wrong"):
         headers = {"Authorization": f"Bearer {key}"}
-        async with admin_stand.stand.session.post("/pdlaunch/restart?engine=decode-0", headers=headers) as response:
+        async with admin_stand.stand.session.post(
+            "/pdlaunch/restart?engine=decode-0", headers=headers
+        ) as response:
             assert response.status == 401
     assert not admin_stand.stand.asked

@@ -24,22 +24,34 @@ def families_of(text: str) -> dict[str, Metric]:
     """By name; there is one of a name, and no two samples are the same."""
     families = list(text_string_to_metric_families(text))
     assert max(Counter(family.name for family in families).values()) == 1
-    samples = Counter((sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples)
+    samples = Counter(
+        (sample.name, *sorted(sample.labels.items()))
+        for family in families
+        for sample in family.samples
+    )
     assert max(samples.values()) == 1
-    headers = Counter(" ".join(line.split()[:3]) for line in text.splitlines() if line.startswith("#"))
+    headers = Counter(
+        " ".join(line.split()[:3]) for line in text.splitlines() if line.startswith("#")
+    )
     assert max(headers.values()) == 1
     return {family.name: family for family in families}
 
 
 def values(family: Metric, suffix: str = "") -> dict[str | None, float]:
     """By engine, None for the router."""
-    return {sample.labels.get("engine"): sample.value for sample in family.samples if sample.name == family.name + suffix}
+    return {
+        sample.labels.get("engine"): sample.value
+        for sample in family.samples
+        if sample.name == family.name + suffix
+    }
 
 
 async def test_engines_are_beside_the_router(stand: Stand) -> None:
     engines = pairs(2)
     for number, engine in enumerate(engines):
-        engine.metrics.engine.stats = EngineStats(num_waiting=number, num_blocks=10, num_free_blocks=5, transfer_bytes=10**number)
+        engine.metrics.engine.stats = EngineStats(
+            num_waiting=number, num_blocks=10, num_free_blocks=5, transfer_bytes=10**number
+        )
         engine.metrics.requests.finished("length")
         engine.metrics.requests.time_to_first_token.observe(0.03)
     await stand.start(engines)
@@ -47,9 +59,13 @@ async def test_engines_are_beside_the_router(stand: Stand) -> None:
     text = await scraped(stand)
     families = families_of(text)
     names = [engine.name for engine in engines]
-    assert values(families["pdlaunch_num_requests_waiting"]) == dict(zip(names, range(4), strict=True))
+    assert values(families["pdlaunch_num_requests_waiting"]) == dict(
+        zip(names, range(4), strict=True)
+    )
     assert values(families["pdlaunch_kv_cache_usage_perc"]) == dict.fromkeys(names, 0.5)
-    assert values(families["pdlaunch_kv_transfer_bytes"], "_total") == {name: 10**i for i, name in enumerate(names)}
+    assert values(families["pdlaunch_kv_transfer_bytes"], "_total") == {
+        name: 10**i for i, name in enumerate(names)
+    }
     assert families["pdlaunch_kv_transfer_bytes"].type == "counter"
     assert values(families["pdlaunch_request_success"], "_total") == dict.fromkeys(names, 1)
     assert values(families["pdlaunch_router_request_success"], "_total") == {None: 1}
@@ -74,7 +90,9 @@ async def test_no_sum_over_a_name_adds_up_router_and_engines(stand: Stand) -> No
     of_engines = {family.name for engine in engines for family in engine.metrics.registry.collect()}
     assert len(of_engines) > 10
     assert not own & of_engines
-    assert {name for name in own if not name.startswith("pdlaunch_router_")} == {"pdlaunch_pair_gigabytes_per_second"}
+    assert {name for name in own if not name.startswith("pdlaunch_router_")} == {
+        "pdlaunch_pair_gigabytes_per_second"
+    }
 
 
 async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
@@ -83,7 +101,8 @@ async def test_engines_that_cannot_be_read_are_missing(stand: Stand) -> None:
     await dead.stop()
     broken.metrics_page = "# TYPE x gauge\nx{"
     strange.metrics_page = (
-        "# TYPE pdlaunch_router_engines_ready histogram\npdlaunch_router_engines_ready_sum 1\n# TYPE own gauge\nown 7\n"
+        "# TYPE pdlaunch_router_engines_ready histogram\npdlaunch_router_engines_ready_sum 1\n# "
+        "TYPE own gauge\nown 7\n"
     )
     families = families_of(await scraped(stand))
     assert values(families["pdlaunch_router_engines_ready"]) == {None: 4}
@@ -99,7 +118,9 @@ async def test_an_engine_that_is_silent_is_missing(stand: Stand) -> None:
     families = families_of(await scraped(stand))
     silent.tells_metrics.set()
     assert values(families["pdlaunch_router_engines_ready"]) == {None: 2}
-    assert silent.name not in values(families.get("pdlaunch_num_requests_waiting", Metric("none", "", "gauge")))
+    assert silent.name not in values(
+        families.get("pdlaunch_num_requests_waiting", Metric("none", "", "gauge"))
+    )
 
 
 async def test_an_engine_without_an_address_is_missing(stand: Stand) -> None:
@@ -114,9 +135,14 @@ async def test_an_engine_without_an_address_is_missing(stand: Stand) -> None:
 async def test_engines_with_equal_labels_stay_apart(stand: Stand) -> None:
     engines = pair(ours=False)
     for engine in engines:
-        engine.metrics_page = '# TYPE vllm:running gauge\nvllm:running{engine="0",model_name="tiny"} 1\n'
+        engine.metrics_page = (
+            '# TYPE vllm:running gauge\nvllm:running{engine="0",model_name="tiny"} 1\n'
+        )
     await stand.start(engines)
-    assert values(families_of(await scraped(stand))["vllm:running"]) == {"prefill-0": 1, "decode-0": 1}
+    assert values(families_of(await scraped(stand))["vllm:running"]) == {
+        "prefill-0": 1,
+        "decode-0": 1,
+    }
 
 
 async def test_a_merged_page_is_merged_unchanged(stand: Stand) -> None:

@@ -11,9 +11,18 @@ from tests.router.test_pool import Clock, named, rank, server, update
 @pytest.mark.parametrize("state", ["draining", "sleeping"])
 def test_work_goes_elsewhere_and_comes_back(state: str) -> None:
     pool = EnginePool(Clock())
-    update(pool, server("prefill-0", state=state), rank("prefill-0"), server("decode-0"), rank("decode-0"))
+    update(
+        pool,
+        server("prefill-0", state=state),
+        rank("prefill-0"),
+        server("decode-0"),
+        rank("decode-0"),
+    )
     assert named(pool.pick("prefill")) == "decode-0"
-    assert {engine.name: engine.state for engine in pool.engines} == {"prefill-0": state, "decode-0": "ready"}
+    assert {engine.name: engine.state for engine in pool.engines} == {
+        "prefill-0": state,
+        "decode-0": "ready",
+    }
     update(pool, server("prefill-0"), rank("prefill-0"), server("decode-0"), rank("decode-0"))
     assert named(pool.pick("prefill")) == "prefill-0"
 

@@ -25,7 +25,9 @@ RESTARTING = {
 
 
 def die_of_requests(stand: Stand, engine: FakeEngine, *, news_after_s: float = 0.0) -> None:
-    """Its rank dies of whatever it gets. The registry and the suspects are told ``news_after_s`` later than the server."""
+    """Its rank dies of whatever it gets. The registry and the suspects are told ``news_after_s``
+    later than the server.
+    """
 
     async def die(request: web.Request, seen: Seen) -> web.StreamResponse:
         tell_of_death(stand, engine, seen, news_after_s)
@@ -39,7 +41,9 @@ def tell_of_death(stand: Stand, engine: FakeEngine, seen: Seen, after_s: float =
     assert origin
 
     def tell() -> None:
-        stand.hops.suspects.take(Suspects(origins=[origin, 12345], repeated=[origin] if is_suspect else []))
+        stand.hops.suspects.take(
+            Suspects(origins=[origin, 12345], repeated=[origin] if is_suspect else [])
+        )
         stand.publish(starting=[engine.name])
 
     if after_s:
@@ -50,12 +54,18 @@ def tell_of_death(stand: Stand, engine: FakeEngine, seen: Seen, after_s: float =
 
 def marks(stand: Stand) -> list[bool]:
     """Of all that engines have seen: whether it was marked as a suspect."""
-    return [read_origin(seen.headers[ORIGIN_HEADER])[1] for engine in stand.engines.values() for seen in engine.seen]
+    return [
+        read_origin(seen.headers[ORIGIN_HEADER])[1]
+        for engine in stand.engines.values()
+        for seen in engine.seen
+    ]
 
 
 @pytest.mark.parametrize("news_after_s", [0.0, 0.1])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_request_that_kills_fails_after_two_deaths(stand: Stand, stream: bool, news_after_s: float) -> None:
+async def test_request_that_kills_fails_after_two_deaths(
+    stand: Stand, stream: bool, news_after_s: float
+) -> None:
     await stand.start(pairs(2))
     for engine in stand.engines.values():
         die_of_requests(stand, engine, news_after_s=news_after_s)
@@ -69,7 +79,9 @@ async def test_request_that_kills_fails_after_two_deaths(stand: Stand, stream: b
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_innocent_request_is_answered_by_the_next_engine_which_is_told(stand: Stand, stream: bool) -> None:
+async def test_innocent_request_is_answered_by_the_next_engine_which_is_told(
+    stand: Stand, stream: bool
+) -> None:
     await stand.start(pairs(2))
     die_of_requests(stand, stand.engines["prefill-0"], news_after_s=0.1)
     answer = await stand.post(completion(stream=stream))
@@ -86,11 +98,16 @@ async def test_decode_is_not_told_early_of_a_suspect(stand: Stand) -> None:
     die_of_requests(stand, stand.engines["prefill-0"])
     answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
-    early = {outcome: f'pdlaunch_router_early_decodes_total{{outcome="{outcome}"}}' for outcome in ("dropped", "used")}
+    early = {
+        outcome: f'pdlaunch_router_early_decodes_total{{outcome="{outcome}"}}'
+        for outcome in ("dropped", "used")
+    }
     assert [stand.metric(name) for name in early.values()] == [1, 0], "once, before the death"
 
 
-async def test_stream_goes_on_marked_and_ends_with_the_error_when_that_kills_too(stand: Stand) -> None:
+async def test_stream_goes_on_marked_and_ends_with_the_error_when_that_kills_too(
+    stand: Stand,
+) -> None:
     await stand.start(pairs(2))
     decodes = [stand.engines[f"decode-{index}"] for index in range(2)]
     for engine in decodes:

@@ -12,7 +12,9 @@ from pdlaunch.router.answers import merge
 from pdlaunch.router.transcript import Transcript, chunks_of_answer
 
 
-def chat_chunk(index: int = 0, *, reason: str | None = None, token_ids: list[int] | None = None, **delta: Any) -> dict[str, Any]:
+def chat_chunk(
+    index: int = 0, *, reason: str | None = None, token_ids: list[int] | None = None, **delta: Any
+) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
     if token_ids is not None:
         choice["token_ids"] = token_ids
@@ -64,7 +66,14 @@ def test_prompt_token_ids_are_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "chunk", [{}, {"choices": [{}]}, {"choices": [{"index": 5, "text": ""}]}, {"choices": None}, {"choices": [1]}]
+    "chunk",
+    [
+        {},
+        {"choices": [{}]},
+        {"choices": [{"index": 5, "text": ""}]},
+        {"choices": None},
+        {"choices": [1]},
+    ],
 )
 def test_what_has_another_form_is_an_error(chunk: dict[str, Any]) -> None:
     with pytest.raises((LookupError, TypeError, AttributeError)):
@@ -117,7 +126,15 @@ def test_tool_calls_grow_by_their_index() -> None:
 def test_texts_and_lists_of_chunks_add_up(parts: list[tuple[str, list[int]]]) -> None:
     target: dict[str, Any] = {}
     for text, token_ids in parts:
-        merge(target, {"index": 3, "text": text, "token_ids": list(token_ids), "logprobs": {"tokens": [text]}})
+        merge(
+            target,
+            {
+                "index": 3,
+                "text": text,
+                "token_ids": list(token_ids),
+                "logprobs": {"tokens": [text]},
+            },
+        )
     if parts:
         assert target == {
             "index": 3,

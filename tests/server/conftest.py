@@ -1,4 +1,6 @@
-"""A tiny model folder, a scripted rank 0 behind a real socket, and the engine's HTTP application in front of it."""
+"""A tiny model folder, a scripted rank 0 behind a real socket, and the engine's HTTP application in
+front of it.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eos_token_id": tokenizer.token_to_id(END_TOKEN),
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_TOKEN, "chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": END_TOKEN, "chat_template": TEMPLATE})
+    )
     return folder
 
 
@@ -125,7 +129,9 @@ class Engine:
         self.url = url
         self.session = session
 
-    async def post(self, path: str, body: object, **headers: str) -> tuple[int, dict, aiohttp.ClientResponse]:
+    async def post(
+        self, path: str, body: object, **headers: str
+    ) -> tuple[int, dict, aiohttp.ClientResponse]:
         async with self.session.post(self.url + path, json=body, headers=headers) as response:
             return response.status, await response.json(), response
 
@@ -142,7 +148,9 @@ class Engine:
 
     async def stream(self, path: str = "/v1/completions", **fields: object) -> list[dict]:
         """Chunks of a stream; the last entry is ``{"done": True}`` when it ended as it should."""
-        body = ({"prompt": "hello"} if path == "/v1/completions" else {}) | {"stream": True} | fields
+        body = (
+            ({"prompt": "hello"} if path == "/v1/completions" else {}) | {"stream": True} | fields
+        )
         async with self.session.post(self.url + path, json=body) as response:
             text = await response.text()
         assert response.status == 200, text
@@ -158,7 +166,9 @@ class Engine:
 
 
 @pytest_asyncio.fixture
-async def make_engine(model_dir: Path, secure: SecureContext, rank: FakeRank) -> AsyncIterator[object]:
+async def make_engine(
+    model_dir: Path, secure: SecureContext, rank: FakeRank
+) -> AsyncIterator[object]:
     runners: list[tuple[web.AppRunner, EngineService, aiohttp.ClientSession]] = []
 
     async def make(clock: Callable[[], float] = time.monotonic, **changes: object) -> Engine:

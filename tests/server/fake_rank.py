@@ -42,7 +42,9 @@ class FakeRank:
 
     def __init__(self, context: SecureContext, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._socket, self.endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0", socket_class=zmq.asyncio.Socket)
+        self._socket, self.endpoint = context.listen(
+            zmq.ROUTER, "tcp://127.0.0.1:0", socket_class=zmq.asyncio.Socket
+        )
         self.received: list[ToRank] = []
         self._arrived = asyncio.Condition()
         self._server = b""
@@ -54,8 +56,16 @@ class FakeRank:
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def says(self, text: str | list[int], *, ends: bool = False, num_cached_tokens: int = 0, step: int = 1) -> Script:
-        """A script: the tokens of ``text``, again and again up to max_tokens, ``step`` of them a message.
+    def says(
+        self,
+        text: str | list[int],
+        *,
+        ends: bool = False,
+        num_cached_tokens: int = 0,
+        step: int = 1,
+    ) -> Script:
+        """A script: the tokens of ``text``, again and again up to max_tokens, ``step`` of them a
+        message.
 
         ``ends``: only once, and the last token is one that stops the request.
         """
@@ -64,7 +74,9 @@ class FakeRank:
         def script(request: AddRequest) -> Iterable[Tokens | RequestFinished]:
             limit = request.sampling.max_tokens
             is_stop = ends and limit >= len(token_ids)
-            wanted = token_ids if ends else list(itertools.islice(itertools.cycle(token_ids), limit))
+            wanted = (
+                token_ids if ends else list(itertools.islice(itertools.cycle(token_ids), limit))
+            )
             outputs = [self.output(token, request) for token in wanted[len(request.output) : limit]]
             last = outputs[-1:]
             rest = outputs[: len(outputs) - len(last)]
@@ -86,14 +98,18 @@ class FakeRank:
         num_top = request.sampling.num_top_logprobs
         if num_top is None:
             return TokenOutput(token_id=token_id)
-        top = ((token_id, -0.5), *((100 + index, -1.0 - index) for index in range(num_top)))[:num_top]
+        top = ((token_id, -0.5), *((100 + index, -1.0 - index) for index in range(num_top)))[
+            :num_top
+        ]
         return TokenOutput(token_id=token_id, logprob=-0.5, top_logprobs=top)
 
     def added(self) -> list[AddRequest]:
         return [message for message in self.received if isinstance(message, AddRequest)]
 
     def aborted(self) -> list[str]:
-        return [message.request_id for message in self.received if isinstance(message, AbortRequest)]
+        return [
+            message.request_id for message in self.received if isinstance(message, AbortRequest)
+        ]
 
     async def wait_for(self, kind: type[M], count: int = 1) -> list[M]:
         """The first ``count`` messages of ``kind``."""
@@ -102,7 +118,9 @@ class FakeRank:
             return [message for message in self.received if isinstance(message, kind)]
 
         async with self._arrived:
-            await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= count), timeout=20)
+            await asyncio.wait_for(
+                self._arrived.wait_for(lambda: len(found()) >= count), timeout=20
+            )
         return found()
 
     async def send(self, message: FromRank) -> None:
@@ -128,11 +146,21 @@ class FakeRank:
                 self.received.append(message)
                 self._arrived.notify_all()
             if isinstance(message, Hello):
-                welcome = Welcome(engine_id="e1", rank_incarnation=1, max_model_len=100, num_blocks=64, block_size=16)
+                welcome = Welcome(
+                    engine_id="e1",
+                    rank_incarnation=1,
+                    max_model_len=100,
+                    num_blocks=64,
+                    block_size=16,
+                )
                 await self.send(welcome)
             elif isinstance(message, CheckIntegrity) and self.checks_integrity:
                 stats = EngineStats(num_blocks=64, num_free_blocks=63)
-                await self.send(IntegrityReport(call_id=message.call_id, error=self.integrity_error, stats=stats))
+                await self.send(
+                    IntegrityReport(
+                        call_id=message.call_id, error=self.integrity_error, stats=stats
+                    )
+                )
             elif isinstance(message, AddRequest):
                 for item in self.script(message):
                     await self.say(item)

@@ -23,14 +23,22 @@ async def test_messages_are_rendered_and_answered(engine: Engine, rank: FakeRank
 
 
 async def test_a_chat_stream_opens_with_the_role_of_every_choice(engine: Engine, rank: FakeRank):
-    body = {"messages": HELLO, "n": 2, "max_tokens": 3, "return_token_ids": True, "stream_options": {"include_usage": True}}
+    body = {
+        "messages": HELLO,
+        "n": 2,
+        "max_tokens": 3,
+        "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    }
     chunks = await engine.stream("/v1/chat/completions", **body)
     opening = chunks[0]["choices"]
     assert [choice["delta"] for choice in opening] == [{"role": "assistant", "content": ""}] * 2
     assert chunks[0]["prompt_token_ids"] == rank.ids(PROMPT)
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks[:-1])
     for index in range(2):
-        mine = [chunk["choices"][0] for chunk in chunks[1:-2] if chunk["choices"][0]["index"] == index]
+        mine = [
+            chunk["choices"][0] for chunk in chunks[1:-2] if chunk["choices"][0]["index"] == index
+        ]
         assert [choice["finish_reason"] for choice in mine] == [None] * (len(mine) - 1) + ["length"]
         assert sum(len(choice["token_ids"]) for choice in mine) == 3
     assert chunks[-2]["usage"]["completion_tokens"] == 6
@@ -44,8 +52,12 @@ async def test_chat_logprobs_have_bytes(engine: Engine, rank: FakeRank):
     assert bytes(byte for token in content for byte in token["bytes"]).decode() == "☃"
     assert [token["logprob"] for token in content] == [-0.5] * num_tokens
     assert [len(token["top_logprobs"]) for token in content] == [2] * num_tokens
-    chunks = await engine.stream("/v1/chat/completions", messages=HELLO, max_tokens=num_tokens, logprobs=True, top_logprobs=2)
-    streamed = [token for chunk in chunks[1:-1] for token in chunk["choices"][0]["logprobs"]["content"]]
+    chunks = await engine.stream(
+        "/v1/chat/completions", messages=HELLO, max_tokens=num_tokens, logprobs=True, top_logprobs=2
+    )
+    streamed = [
+        token for chunk in chunks[1:-1] for token in chunk["choices"][0]["logprobs"]["content"]
+    ]
     assert streamed == content
 
 
@@ -53,7 +65,13 @@ async def test_a_model_without_a_template_has_no_chat(engine: Engine, make_engin
     loaded = engine.service.loaded
     assert loaded is not None
     engine.service.loaded = type(loaded)(
-        loaded.name, loaded.model_dir, 100, loaded.vocab_size, loaded.eos_token_ids, loaded.tokenizer, None
+        loaded.name,
+        loaded.model_dir,
+        100,
+        loaded.vocab_size,
+        loaded.eos_token_ids,
+        loaded.tokenizer,
+        None,
     )
     status, error = await engine.refusal("/v1/chat/completions", messages=HELLO)
     assert (status, error["param"]) == (400, "messages")
@@ -65,7 +83,9 @@ async def test_max_completion_tokens(engine: Engine, rank: FakeRank):
 
 
 async def test_tokenize_and_detokenize_are_inverse(engine: Engine, rank: FakeRank):
-    _, tokenized, _ = await engine.post("/tokenize", {"prompt": "hello ☃", "return_token_strs": True})
+    _, tokenized, _ = await engine.post(
+        "/tokenize", {"prompt": "hello ☃", "return_token_strs": True}
+    )
     assert tokenized["tokens"] == rank.ids("hello ☃")
     assert tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
     assert tokenized["max_model_len"] == 100

@@ -13,16 +13,24 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 def render(source: str, messages=HELLO, tokens=None, **options) -> str:
-    return ChatTemplate(source, tokens or {}).render(messages, **{"add_generation_prompt": True, "max_chars": 10_000} | options)
+    return ChatTemplate(source, tokens or {}).render(
+        messages, **{"add_generation_prompt": True, "max_chars": 10_000} | options
+    )
 
 
 def test_names_that_templates_rely_on():
-    assert render("{{ messages[0]['content'] | tojson }}", [{"role": "user", "content": "<é>"}]) == '"<é>"'
+    assert (
+        render("{{ messages[0]['content'] | tojson }}", [{"role": "user", "content": "<é>"}])
+        == '"<é>"'
+    )
     assert render("{{ strftime_now('%Y') | length }}") == "4"
     assert render("{{ eos_token }}", tokens={"eos_token": "</s>"}) == "</s>"
     assert render("{% if tools is none and documents is none %}none{% endif %}") == "none"
     assert render("{% generation %}a{% endgeneration %}b") == "ab"
-    assert render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert (
+        render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+        == "01"
+    )
     assert render("{{ x }}", variables={"x": 5}) == "5"
 
 
@@ -70,7 +78,10 @@ def test_a_broken_template_is_a_finding_about_the_model():
 def test_where_a_template_is_found(tmp_path: Path):
     assert load_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}!"}]
+    named = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "{{ bos_token }}!"},
+    ]
     config.write_text(json.dumps({"chat_template": named, "bos_token": {"content": "<s>"}}))
     template = load_chat_template(tmp_path)
     assert template is not None

@@ -30,7 +30,13 @@ async def test_an_answer_has_text_usage_and_id(engine: Engine, rank: FakeRank):
     assert answer["object"] == "text_completion"
     assert answer["model"] == "tiny"
     assert answer["choices"] == [
-        {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        {
+            "index": 0,
+            "text": "hello world",
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
     ]
     num_prompt_tokens = len(rank.ids("hello"))
     assert answer["usage"] == {
@@ -54,7 +60,15 @@ async def test_all_sampling_fields_reach_the_rank(engine: Engine, rank: FakeRank
         "repetition_penalty": 1.1,
         "seed": 5,
     }
-    await engine.complete(**fields, logit_bias={"5": 1.5}, stop_token_ids=[9], logprobs=2, cache_salt="s", prompt=[4, 5, 6], n=2)
+    await engine.complete(
+        **fields,
+        logit_bias={"5": 1.5},
+        stop_token_ids=[9],
+        logprobs=2,
+        cache_salt="s",
+        prompt=[4, 5, 6],
+        n=2,
+    )
     first, second = rank.added()
     for name, value in fields.items():
         assert getattr(first.sampling, name) == value
@@ -97,12 +111,16 @@ async def test_a_stream_says_the_same_as_the_answer(engine: Engine, rank: FakeRa
     assert usage["choices"] == []
     assert usage["usage"] == answer["usage"]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer["choices"][0]["text"]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (
+        len(chunks) - 1
+    ) + ["length"]
     assert all("usage" not in chunk for chunk in chunks)
 
 
 async def test_continuous_usage_counts_up(engine: Engine):
-    chunks = await engine.stream(max_tokens=3, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    chunks = await engine.stream(
+        max_tokens=3, stream_options={"include_usage": True, "continuous_usage_stats": True}
+    )
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]]
     assert counts == sorted(counts)
     assert counts[-1] == 3
@@ -112,18 +130,28 @@ async def test_streams_of_choices_are_told_apart(engine: Engine):
     chunks = await engine.stream(n=2, max_tokens=8)
     answer = await engine.complete(max_tokens=8)
     for index in range(2):
-        mine = [chunk["choices"][0] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == index]
+        mine = [
+            chunk["choices"][0] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == index
+        ]
         assert "".join(choice["text"] for choice in mine) == answer["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("step", [1, 3, 100])
-@pytest.mark.parametrize(("include", "text"), [(False, "hello world, the "), (True, "hello world, the quick br")])
-async def test_a_stop_string_ends_the_text_and_the_request(engine: Engine, rank: FakeRank, step: int, include: bool, text: str):
+@pytest.mark.parametrize(
+    ("include", "text"), [(False, "hello world, the "), (True, "hello world, the quick br")]
+)
+async def test_a_stop_string_ends_the_text_and_the_request(
+    engine: Engine, rank: FakeRank, step: int, include: bool, text: str
+):
     rank.script = rank.says(TEXT, step=step)
     fields = {"max_tokens": 60, "stop": ["zzz", "quick br"], "include_stop_str_in_output": include}
     answer = await engine.complete(**fields)
     (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, "stop", "quick br")
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
+        text,
+        "stop",
+        "quick br",
+    )
     (abort,) = await rank.wait_for(AbortRequest)
     assert abort.request_id == rank.added()[0].request_id
     chunks = await engine.stream(**fields)
@@ -134,7 +162,11 @@ async def test_the_model_s_end_token_is_counted_but_not_shown(engine: Engine, ra
     rank.script = rank.says(rank.ids("hello") + rank.ids(END_TOKEN), ends=True)
     answer = await engine.complete(return_token_ids=True, skip_special_tokens=False)
     (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("hello", "stop", None)
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
+        "hello",
+        "stop",
+        None,
+    )
     assert choice["token_ids"] == rank.ids("hello") + rank.ids(END_TOKEN)
     assert choice["prompt_token_ids"] == rank.ids("hello")
     assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
@@ -185,7 +217,9 @@ async def test_logprobs_zero_gives_only_the_tokens_own(engine: Engine):
 
 async def test_trace_and_request_id_are_passed_on(engine: Engine, rank: FakeRank):
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await engine.post("/v1/completions", {"prompt": "x"}, traceparent=traceparent, **{"X-Request-Id": "r"})
+    await engine.post(
+        "/v1/completions", {"prompt": "x"}, traceparent=traceparent, **{"X-Request-Id": "r"}
+    )
     (request,) = rank.added()
     assert request.traceparent == traceparent
     assert request.request_id.startswith("r-")
@@ -194,7 +228,9 @@ async def test_trace_and_request_id_are_passed_on(engine: Engine, rank: FakeRank
 
 async def test_one_request_id_may_be_used_twice_at_once(engine: Engine, rank: FakeRank):
     headers = {"X-Request-Id": "same"}
-    answers = await asyncio.gather(*(engine.post("/v1/completions", {"prompt": "x"}, **headers) for _ in range(3)))
+    answers = await asyncio.gather(
+        *(engine.post("/v1/completions", {"prompt": "x"}, **headers) for _ in range(3))
+    )
     assert {status for status, _, _ in answers} == {200}
     assert len({request.request_id for request in rank.added()}) == 3
 
@@ -219,17 +255,30 @@ async def test_a_request_that_fails_is_a_500(engine: Engine, rank: FakeRank):
     assert (status, error["message"], error["code"]) == (500, "no KV blocks", "engine_error")
 
 
-async def test_an_error_that_the_request_is_to_blame_for_names_its_member(engine: Engine, rank: FakeRank):
+async def test_an_error_that_the_request_is_to_blame_for_names_its_member(
+    engine: Engine, rank: FakeRank
+):
     rank.script = lambda request: [
-        RequestFinished(request_id=request.request_id, reason="error", error="no such lease", error_param="kv_transfer_params")
+        RequestFinished(
+            request_id=request.request_id,
+            reason="error",
+            error="no such lease",
+            error_param="kv_transfer_params",
+        )
     ]
     status, error = await engine.refusal()
-    assert (status, error["message"], error["param"]) == (400, "no such lease", "kv_transfer_params")
+    assert (status, error["message"], error["param"]) == (
+        400,
+        "no such lease",
+        "kv_transfer_params",
+    )
 
 
 async def test_a_stream_that_fails_ends_with_an_error_event(engine: Engine, rank: FakeRank):
     async with running_stream(engine, rank) as (request, response):
-        await rank.say(RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks"))
+        await rank.say(
+            RequestFinished(request_id=request.request_id, reason="error", error="no KV blocks")
+        )
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "no KV blocks"
     assert "[DONE]" not in rest
@@ -246,19 +295,27 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_event(make_engine
 async def test_a_client_that_leaves_a_stream_aborts_its_request(engine: Engine, rank: FakeRank):
     async with running_stream(engine, rank) as (request, response):
         response.close()
-        assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [request.request_id]
+        assert [abort.request_id for abort in await rank.wait_for(AbortRequest)] == [
+            request.request_id
+        ]
 
 
 async def test_an_answer_that_takes_too_long_is_a_503(make_engine, rank: FakeRank):
     engine = await make_engine(limits=LimitSettings(request_timeout_s=0.5))
     rank.script = silent
     status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
-    assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (503, "request_timeout", "1")
+    assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (
+        503,
+        "request_timeout",
+        "1",
+    )
     await rank.wait_for(AbortRequest)
 
 
 @contextlib.asynccontextmanager
-async def running_stream(engine: Engine, rank: FakeRank) -> AsyncIterator[tuple[AddRequest, aiohttp.ClientResponse]]:
+async def running_stream(
+    engine: Engine, rank: FakeRank
+) -> AsyncIterator[tuple[AddRequest, aiohttp.ClientResponse]]:
     """A stream whose first token has come; its rank says nothing more by itself."""
     rank.script = silent
     body = {"prompt": "x", "stream": True}

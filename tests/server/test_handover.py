@@ -63,7 +63,9 @@ async def test_ordinary_answers_have_no_kv_transfer_params(engine: Engine):
     assert "kv_transfer_params" not in await engine.complete()
 
 
-async def test_prefill_holds_back_half_characters_and_begun_stop_strings(engine: Engine, rank: FakeRank):
+async def test_prefill_holds_back_half_characters_and_begun_stop_strings(
+    engine: Engine, rank: FakeRank
+):
     rank.script = rank.says("☃")
     assert (await prefill(engine))["choices"][0]["text"] == ""
     rank.script = rank.says("hello")
@@ -73,7 +75,9 @@ async def test_prefill_holds_back_half_characters_and_begun_stop_strings(engine:
 
 
 @pytest.mark.parametrize("fields", [{"stop": ["hel"]}, {}])
-async def test_a_first_token_that_ends_the_request_ends_the_lease(engine: Engine, rank: FakeRank, fields):
+async def test_a_first_token_that_ends_the_request_ends_the_lease(
+    engine: Engine, rank: FakeRank, fields
+):
     rank.script = rank.says("hello" if fields else rank.ids(END_TOKEN), ends=not fields)
     answer = await prefill(engine, **fields)
     assert answer["kv_transfer_params"] is None
@@ -82,21 +86,31 @@ async def test_a_first_token_that_ends_the_request_ends_the_lease(engine: Engine
     assert abort.request_id == rank.added()[0].request_id
 
 
-async def test_prefill_leases_once_for_all_choices_and_says_how_many_go_on(engine: Engine, rank: FakeRank):
+async def test_prefill_leases_once_for_all_choices_and_says_how_many_go_on(
+    engine: Engine, rank: FakeRank
+):
     def script(request: AddRequest):
         text = "stops" if request.sampling.choice == 1 else "hello"
         return rank.says(rank.ids(text)[:1])(request)
 
     rank.script = script
     answer = await prefill(engine, n=3, stop=["s"])
-    assert [(request.do_remote_decode, request.num_readers) for request in rank.added()] == [(True, 3), (False, 1), (False, 1)]
-    finish_reasons = [token["finish_reason"] for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]]
+    assert [(request.do_remote_decode, request.num_readers) for request in rank.added()] == [
+        (True, 3),
+        (False, 1),
+        (False, 1),
+    ]
+    finish_reasons = [
+        token["finish_reason"] for token in answer["kv_transfer_params"]["pdlaunch"]["first_tokens"]
+    ]
     assert finish_reasons == [None, "stop", None]
     (readers,) = await rank.wait_for(SetReaders)
     assert (readers.request_id, readers.num_readers) == (rank.added()[0].request_id, 2)
 
 
-async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(engine: Engine, rank: FakeRank):
+async def test_without_leased_blocks_the_first_tokens_are_handed_over_alone(
+    engine: Engine, rank: FakeRank
+):
     def script(request: AddRequest):
         is_first = request.sampling.choice == 0
         token_id = rank.ids(END_TOKEN if is_first else "hello")[0]
@@ -141,12 +155,27 @@ def first_token(token_id: int, **fields: object) -> dict:
         ({"stream": True}, "stream"),
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"resume": {"choices": [[]]}}, "resume"),
-        ({"kv_transfer_params": {"do_remote_decode": "yes"}}, "kv_transfer_params.do_remote_decode"),
-        ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params.remote_engine_id"),
-        ({"kv_transfer_params": REMOTE_PREFILL | {"remote_num_tokens": 2**64}}, "kv_transfer_params"),
-        ({"kv_transfer_params": REMOTE_PREFILL | {"remote_block_ids": [[2**64]]}}, "kv_transfer_params"),
+        (
+            {"kv_transfer_params": {"do_remote_decode": "yes"}},
+            "kv_transfer_params.do_remote_decode",
+        ),
+        (
+            {"kv_transfer_params": {"do_remote_prefill": True}},
+            "kv_transfer_params.remote_engine_id",
+        ),
+        (
+            {"kv_transfer_params": REMOTE_PREFILL | {"remote_num_tokens": 2**64}},
+            "kv_transfer_params",
+        ),
+        (
+            {"kv_transfer_params": REMOTE_PREFILL | {"remote_block_ids": [[2**64]]}},
+            "kv_transfer_params",
+        ),
         ({"kv_transfer_params": first_token(10**9)}, "kv_transfer_params.pdlaunch.first_tokens"),
-        ({"kv_transfer_params": first_token(5, top_logprobs=[[10**9, -1.0]])}, "kv_transfer_params.pdlaunch.first_tokens"),
+        (
+            {"kv_transfer_params": first_token(5, top_logprobs=[[10**9, -1.0]])},
+            "kv_transfer_params.pdlaunch.first_tokens",
+        ),
         ({"kv_transfer_params": first_token(2**64)}, "kv_transfer_params.pdlaunch"),
     ],
 )
@@ -170,7 +199,9 @@ async def test_a_failed_choice_ends_the_lease_of_the_first(engine: Engine, rank:
     def script(request: AddRequest):
         if request.sampling.choice == 0:
             return rank.says("hello")(request)
-        return [RequestFinished(request_id=request.request_id, reason="error", error="out of blocks")]
+        return [
+            RequestFinished(request_id=request.request_id, reason="error", error="out of blocks")
+        ]
 
     rank.script = script
     status, _ = await engine.refusal(n=2, max_tokens=1, kv_transfer_params=REMOTE_DECODE)
@@ -192,7 +223,9 @@ async def test_a_lease_can_be_released(engine: Engine, rank: FakeRank, by: str):
     assert released == {"released": False}
 
 
-async def hand_over(engine: Engine, rank: FakeRank, sent: bool, **fields: object) -> tuple[dict, dict]:
+async def hand_over(
+    engine: Engine, rank: FakeRank, sent: bool, **fields: object
+) -> tuple[dict, dict]:
     """A prefill answer, and the body for decode."""
     answer = await prefill(engine, **fields)
     params = answer["kv_transfer_params"]
@@ -204,7 +237,9 @@ async def hand_over(engine: Engine, rank: FakeRank, sent: bool, **fields: object
 @pytest.mark.parametrize("sent", [False, True])
 @pytest.mark.parametrize("stop", [[], ["quick"], ["né"], ["zzz"], ["n☃"]])
 @pytest.mark.parametrize("text", [TEXT, "☃☃ ☃", "quick né"])
-async def test_prefill_and_decode_together_say_what_one_engine_says(engine: Engine, rank: FakeRank, text, stop, sent):
+async def test_prefill_and_decode_together_say_what_one_engine_says(
+    engine: Engine, rank: FakeRank, text, stop, sent
+):
     rank.script = rank.says(text)
     fields = {"n": 2, "stop": stop, "return_token_ids": True, "logprobs": 1}
     alone = await engine.complete(max_tokens=12, **fields)
@@ -217,13 +252,20 @@ async def test_prefill_and_decode_together_say_what_one_engine_says(engine: Engi
         said += [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in said) == choice["text"]
         assert [token for part in said for token in part["token_ids"]] == choice["token_ids"]
-        offsets = [offset for part in said if part["logprobs"] for offset in part["logprobs"]["text_offset"]]
+        offsets = [
+            offset
+            for part in said
+            if part["logprobs"]
+            for offset in part["logprobs"]["text_offset"]
+        ]
         assert offsets == choice["logprobs"]["text_offset"]
         assert said[-1]["finish_reason"] == choice["finish_reason"]
         assert said[-1]["stop_reason"] == choice["stop_reason"]
 
 
-async def test_decode_starts_from_the_first_token_and_the_remote_blocks(engine: Engine, rank: FakeRank):
+async def test_decode_starts_from_the_first_token_and_the_remote_blocks(
+    engine: Engine, rank: FakeRank
+):
     _, body = await hand_over(engine, rank, sent=True)
     rank.received.clear()
     await engine.complete(**body)
@@ -234,7 +276,9 @@ async def test_decode_starts_from_the_first_token_and_the_remote_blocks(engine: 
     assert request.sampling.max_tokens == 12
 
 
-async def test_a_router_without_our_key_gets_every_token_from_decode(engine: Engine, rank: FakeRank):
+async def test_a_router_without_our_key_gets_every_token_from_decode(
+    engine: Engine, rank: FakeRank
+):
     answer, body = await hand_over(engine, rank, sent=False)
     del body["kv_transfer_params"]["pdlaunch"]
     decoded = await engine.complete(**body)
@@ -244,7 +288,9 @@ async def test_a_router_without_our_key_gets_every_token_from_decode(engine: Eng
     assert decoded["usage"]["completion_tokens"] == 12
 
 
-async def test_a_router_of_vllm_sends_max_completion_tokens_and_the_clients_other_fields(engine: Engine, rank: FakeRank):
+async def test_a_router_of_vllm_sends_max_completion_tokens_and_the_clients_other_fields(
+    engine: Engine, rank: FakeRank
+):
     answer = await engine.chat(
         max_tokens=1,
         max_completion_tokens=1,
@@ -262,12 +308,16 @@ async def test_decode_does_not_repeat_the_role_that_was_sent(engine: Engine, ran
     params = answer["kv_transfer_params"]
     params["pdlaunch"]["first_token_sent"] = True
     chunks = await engine.stream(CHAT, messages=HELLO, max_tokens=3, kv_transfer_params=params)
-    assert all("role" not in choice["delta"] for chunk in chunks[:-1] for choice in chunk["choices"])
+    assert all(
+        "role" not in choice["delta"] for chunk in chunks[:-1] for choice in chunk["choices"]
+    )
 
 
 async def test_choices_that_ended_on_prefill_need_no_rank(engine: Engine, rank: FakeRank):
     tokens = [{"token_id": rank.ids(END_TOKEN)[0], "finish_reason": "stop"}, {"token_id": 70}]
-    request = AddRequest(request_id="x/0", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1))
+    request = AddRequest(
+        request_id="x/0", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1)
+    )
     params = to_wire(remote_kv(request), None) | {"pdlaunch": {"first_tokens": tokens}}
     answer = await engine.complete(n=2, max_tokens=3, kv_transfer_params=params)
     assert len(rank.added()) == 1
@@ -279,7 +329,9 @@ async def test_choices_that_ended_on_prefill_need_no_rank(engine: Engine, rank: 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 11, 12])
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-async def test_a_resumed_stream_says_the_rest(engine: Engine, rank: FakeRank, count: int, path: str):
+async def test_a_resumed_stream_says_the_rest(
+    engine: Engine, rank: FakeRank, count: int, path: str
+):
     rank.script = rank.says(TEXT)
     fields = {"prompt": "hello"} if path == "/v1/completions" else {"messages": HELLO}
     fields |= {"max_tokens": 12, "return_token_ids": True}
@@ -287,7 +339,9 @@ async def test_a_resumed_stream_says_the_rest(engine: Engine, rank: FakeRank, co
     prompt = rank.added()[-1].prompt_token_ids
     given = [{"token_id": token_id} for token_id in token_ids[:count]]
     rest = await engine.stream(path, **fields, resume={"choices": [given], "sent": True})
-    seen = TextStream(IncrementalDetokenizer(engine.service.model.tokenizer, prompt, skip_special_tokens=True))
+    seen = TextStream(
+        IncrementalDetokenizer(engine.service.model.tokenizer, prompt, skip_special_tokens=True)
+    )
     sent = "".join(seen.push(token_id) for token_id in token_ids[:count])
     more, more_ids = text_and_tokens(rest)
     assert more_ids == token_ids[count:]
@@ -299,8 +353,12 @@ async def test_a_resumed_stream_says_the_rest(engine: Engine, rank: FakeRank, co
 
 def text_and_tokens(chunks: list[dict]) -> tuple[str, list[int]]:
     choices = [choice for chunk in chunks[:-1] for choice in chunk["choices"]]
-    texts = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
-    return "".join(texts), [token_id for choice in choices for token_id in choice.get("token_ids") or []]
+    texts = [
+        choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices
+    ]
+    return "".join(texts), [
+        token_id for choice in choices for token_id in choice.get("token_ids") or []
+    ]
 
 
 async def test_a_resume_that_nobody_has_seen_is_said_in_full(engine: Engine, rank: FakeRank):
@@ -319,7 +377,9 @@ async def test_a_resumed_choice_that_was_over_says_no_more(engine: Engine, rank:
     assert len(rank.added()) == 1
 
 
-async def test_a_choice_that_needs_no_more_tokens_gives_its_lease_up(engine: Engine, rank: FakeRank):
+async def test_a_choice_that_needs_no_more_tokens_gives_its_lease_up(
+    engine: Engine, rank: FakeRank
+):
     """A router that does not look at first tokens asks decode for a request of one token, too."""
     params = REMOTE_PREFILL | first_token(rank.ids("hello")[0])
     answer = await engine.complete(max_tokens=1, kv_transfer_params=params)
@@ -331,7 +391,9 @@ async def test_a_choice_that_needs_no_more_tokens_gives_its_lease_up(engine: Eng
     assert len(request.output) == 1
 
 
-async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(engine: Engine, rank: FakeRank):
+async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(
+    engine: Engine, rank: FakeRank
+):
     params = REMOTE_PREFILL | first_token(rank.ids("hello")[0], finish_reason="stop")
     answer = await engine.complete(max_tokens=4, kv_transfer_params=params)
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -339,18 +401,26 @@ async def test_a_choice_that_prefill_has_ended_is_no_reader_of_its_lease(engine:
     assert [request.remote_kv for request in rank.added()] == [None]
 
 
-AWAITS_LEASE = REMOTE_PREFILL | {"remote_block_ids": [], "remote_num_tokens": 0, "pdlaunch": {"awaits_lease": True}}
+AWAITS_LEASE = REMOTE_PREFILL | {
+    "remote_block_ids": [],
+    "remote_num_tokens": 0,
+    "pdlaunch": {"awaits_lease": True},
+}
 
 
 async def told_early(engine: Engine, rank: FakeRank, text: str, **fields: object) -> list[dict]:
-    """The stream of a decode engine that was told of the prompt before it was computed; the first token is said to be sent."""
+    """The stream of a decode engine that was told of the prompt before it was computed; the first
+    token is said to be sent.
+    """
 
     def script(request: AddRequest) -> Iterator[Tokens | FirstTokens | RequestFinished]:
         assert request.awaits_lease
         first, *rest = rank.ids(text)[: request.sampling.max_tokens]
         yield FirstTokens(request_id=request.request_id, tokens=[TokenOutput(token_id=first)])
         outputs = [TokenOutput(token_id=token_id) for token_id in rest]
-        yield RequestFinished(request_id=request.request_id, reason="length", tokens=outputs, num_cached_tokens=5)
+        yield RequestFinished(
+            request_id=request.request_id, reason="length", tokens=outputs, num_cached_tokens=5
+        )
 
     rank.script = script
     chunks = await engine.stream(return_token_ids=True, kv_transfer_params=AWAITS_LEASE, **fields)
@@ -358,8 +428,12 @@ async def told_early(engine: Engine, rank: FakeRank, text: str, **fields: object
     return chunks
 
 
-async def test_decode_goes_on_after_the_first_token_that_comes_with_the_lease(engine: Engine, rank: FakeRank):
-    chunks = await told_early(engine, rank, TEXT, max_tokens=6, stream_options={"include_usage": True})
+async def test_decode_goes_on_after_the_first_token_that_comes_with_the_lease(
+    engine: Engine, rank: FakeRank
+):
+    chunks = await told_early(
+        engine, rank, TEXT, max_tokens=6, stream_options={"include_usage": True}
+    )
     assert chunks.pop()["usage"]["completion_tokens"] == 6
     token_ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
     assert token_ids == rank.ids(TEXT)[1:6]
@@ -371,10 +445,16 @@ async def test_decode_goes_on_after_the_first_token_that_comes_with_the_lease(en
     assert said == alone["choices"][0]["text"]
 
 
-async def test_a_first_token_that_comes_with_the_lease_may_end_the_choice(engine: Engine, rank: FakeRank):
+async def test_a_first_token_that_comes_with_the_lease_may_end_the_choice(
+    engine: Engine, rank: FakeRank
+):
     chunks = await told_early(engine, rank, "hello world", max_tokens=6, stop=["ell"])
     (choice,) = chunks[0]["choices"]
-    assert (choice["finish_reason"], choice["stop_reason"], choice["token_ids"]) == ("stop", "ell", [])
+    assert (choice["finish_reason"], choice["stop_reason"], choice["token_ids"]) == (
+        "stop",
+        "ell",
+        [],
+    )
 
 
 async def test_only_one_choice_can_await_a_lease(engine: Engine):
@@ -382,7 +462,9 @@ async def test_only_one_choice_can_await_a_lease(engine: Engine):
     assert (status, error["param"]) == (400, "kv_transfer_params.pdlaunch")
 
 
-async def test_a_lease_is_called_as_the_router_wants_and_may_be_awaited_then(engine: Engine, rank: FakeRank):
+async def test_a_lease_is_called_as_the_router_wants_and_may_be_awaited_then(
+    engine: Engine, rank: FakeRank
+):
     params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
     answer = await prefill(engine, kv_transfer_params=params)
     assert answer["kv_transfer_params"]["remote_request_id"] == "mine"
@@ -391,12 +473,19 @@ async def test_a_lease_is_called_as_the_router_wants_and_may_be_awaited_then(eng
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
-async def test_a_first_token_is_streamed_before_its_lease_is_there(engine: Engine, rank: FakeRank, path: str):
+async def test_a_first_token_is_streamed_before_its_lease_is_there(
+    engine: Engine, rank: FakeRank, path: str
+):
     rank.script = silent
     params = REMOTE_DECODE | {"pdlaunch": {"lease_id": "mine"}}
     fields: dict = {"messages": HELLO} if path == CHAT else {"prompt": "hello"}
     options = {"include_usage": True, "continuous_usage_stats": True}
-    body = fields | {"max_tokens": 1, "stream": True, "stream_options": options, "kv_transfer_params": params}
+    body = fields | {
+        "max_tokens": 1,
+        "stream": True,
+        "stream_options": options,
+        "kv_transfer_params": params,
+    }
     asked = asyncio.ensure_future(engine.session.post(engine.url + path, json=body))
     (request,) = await rank.wait_for(AddRequest)
     token = TokenOutput(token_id=rank.ids("hello")[0])
@@ -410,8 +499,14 @@ async def test_a_first_token_is_streamed_before_its_lease_is_there(engine: Engin
             "the router checks the context before it tells anything"
         )
         assert not any("kv_transfer_params" in chunk for chunk in chunks)
-        await rank.say(RequestFinished(request_id=request.request_id, reason="length", remote_kv=remote_kv(request)))
-        *_, last = [json.loads(line[5:]) for line in (await response.content.read()).split(b"\n\n")[:-2]]
+        await rank.say(
+            RequestFinished(
+                request_id=request.request_id, reason="length", remote_kv=remote_kv(request)
+            )
+        )
+        *_, last = [
+            json.loads(line[5:]) for line in (await response.content.read()).split(b"\n\n")[:-2]
+        ]
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 1
     assert last["kv_transfer_params"]["remote_request_id"] == "mine"

@@ -1,4 +1,6 @@
-"""Large inputs at one engine: what is refused, that others are served meanwhile, and that nothing is left of them."""
+"""Large inputs at one engine: what is refused, that others are served meanwhile, and that nothing
+is left of them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 
 
 async def post(engine: Engine, path: str, raw: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
-    async with engine.session.post(engine.url + path, data=io.BytesIO(raw), headers=JSON | headers) as response:
+    async with engine.session.post(
+        engine.url + path, data=io.BytesIO(raw), headers=JSON | headers
+    ) as response:
         return response.status, await response.json()
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_bodies_of_very_many_values_are_refused_before_they_are_parsed(engine: Engine, rank: FakeRank, path: str):
+async def test_bodies_of_very_many_values_are_refused_before_they_are_parsed(
+    engine: Engine, rank: FakeRank, path: str
+):
     for item, number in ((b"[],", 200_000), (b'{"role":"user","content":"a"},', 30_000)):
         status, answer = await post(engine, path, b'{"messages": [' + item * number + b"{}]}")
         assert (status, answer["error"]["code"]) == (400, "too_many_values")
@@ -44,7 +50,12 @@ async def test_broken_compression_is_a_400(engine: Engine, path: str, encoding: 
 
 
 async def test_a_compressed_request_is_served(engine: Engine):
-    status, _ = await post(engine, "/v1/completions", gzip.compress(b'{"prompt": "hello"}'), **{"Content-Encoding": "gzip"})
+    status, _ = await post(
+        engine,
+        "/v1/completions",
+        gzip.compress(b'{"prompt": "hello"}'),
+        **{"Content-Encoding": "gzip"},
+    )
     assert status == 200
 
 
@@ -69,7 +80,11 @@ async def test_tokenize_takes_a_place_of_the_engine(make_engine: Callable[..., A
     with engine.service.admission.admit():
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
             status, answer, response = await engine.post(path, body)
-            assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (429, "too_many_requests", "1")
+            assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (
+                429,
+                "too_many_requests",
+                "1",
+            )
     assert (await engine.post("/tokenize", {"prompt": "a"}))[0] == 200
 
 
@@ -97,7 +112,9 @@ class HeldThreads:
             await asyncio.sleep(0.005)
 
 
-async def test_small_requests_are_served_while_large_ones_are_worked_at(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+async def test_small_requests_are_served_while_large_ones_are_worked_at(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
     threads = HeldThreads(engine.service, monkeypatch)
     large = [asyncio.create_task(engine.refusal(prompt="hello " * 20_000)) for _ in range(4)]
     await threads.wait_for(4)
@@ -130,7 +147,9 @@ async def test_texts_of_middle_size_are_tokenized_in_threads(
     await asked
 
 
-async def test_bodies_hold_room_until_they_are_token_ids(make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+async def test_bodies_hold_room_until_they_are_token_ids(
+    make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
     engine = await make_engine(limits=LimitSettings(max_body_bytes=1000, max_queued_requests=100))
     threads = HeldThreads(engine.service, monkeypatch)
     body = {"prompt": "hello " * (SMALL_BODY_BYTES // 5)}
@@ -138,14 +157,20 @@ async def test_bodies_hold_room_until_they_are_token_ids(make_engine: Callable[.
     large = [asyncio.create_task(engine.refusal(**body)) for _ in range(num_fitting)]
     await threads.wait_for(num_fitting)
     status, answer, response = await engine.post("/v1/completions", body)
-    assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (503, "too_many_bytes_in_flight", "1")
+    assert (status, answer["error"]["code"], response.headers["Retry-After"]) == (
+        503,
+        "too_many_bytes_in_flight",
+        "1",
+    )
     await engine.complete()
     threads.go.set()
     await asyncio.gather(*large)
     assert engine.service.bodies.held_bytes == 0
 
 
-async def test_places_are_taken_before_prompts_are_tokenized(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+async def test_places_are_taken_before_prompts_are_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("pdlaunch.server.generate.completion_prompts", None)
     status, error = await engine.refusal(prompt=["hello"] * 9)
     assert (status, error["param"]) == (400, "prompt")

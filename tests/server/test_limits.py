@@ -31,7 +31,9 @@ JSON = {"Content-Type": "application/json"}
         ({"prompt": ["a"] * 9}, 400, "prompt", None),
     ],
 )
-async def test_requests_that_are_refused(engine: Engine, rank: FakeRank, fields, status, param, code):
+async def test_requests_that_are_refused(
+    engine: Engine, rank: FakeRank, fields, status, param, code
+):
     answered, error = await engine.refusal(**fields)
     assert (answered, error["param"], error["code"]) == (status, param, code)
     assert rank.added() == []
@@ -49,10 +51,19 @@ async def test_the_longest_prompt_leaves_room_for_one_token(engine: Engine, rank
     assert rank.added()[0].sampling.max_tokens == 1
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/pdlaunch/release"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/pdlaunch/release"],
+)
 async def test_bodies_that_are_no_request(engine: Engine, path: str):
-    for data, kind, status in [(b"{", "application/json", 400), (b"[]", "application/json", 400), (b"{}", "text/plain", 415)]:
-        async with engine.session.post(engine.url + path, data=data, headers={"Content-Type": kind}) as response:
+    for data, kind, status in [
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"{}", "text/plain", 415),
+    ]:
+        async with engine.session.post(
+            engine.url + path, data=data, headers={"Content-Type": kind}
+        ) as response:
             assert response.status == status
             assert "message" in (await response.json())["error"]
 
@@ -60,8 +71,13 @@ async def test_bodies_that_are_no_request(engine: Engine, path: str):
 async def test_a_large_body_is_a_413(make_engine):
     engine = await make_engine(limits=LimitSettings(max_body_bytes=1000))
     body = io.BytesIO(b'{"prompt": "' + b"x" * engine.service.max_body_bytes)
-    async with engine.session.post(engine.url + "/v1/completions", data=body, headers=JSON) as response:
-        assert (response.status, (await response.json())["error"]["code"]) == (413, "body_too_large")
+    async with engine.session.post(
+        engine.url + "/v1/completions", data=body, headers=JSON
+    ) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (
+            413,
+            "body_too_large",
+        )
 
 
 async def test_unknown_paths_and_methods_have_the_same_form(engine: Engine):
@@ -72,7 +88,9 @@ async def test_unknown_paths_and_methods_have_the_same_form(engine: Engine):
 
 
 async def test_a_bad_request_id_is_refused(engine: Engine):
-    status, answer, _ = await engine.post("/v1/completions", {"prompt": "x"}, **{"X-Request-Id": "a b"})
+    status, answer, _ = await engine.post(
+        "/v1/completions", {"prompt": "x"}, **{"X-Request-Id": "a b"}
+    )
     assert (status, answer["error"]["param"]) == (400, "X-Request-Id")
 
 
@@ -87,7 +105,11 @@ async def test_a_full_engine_is_a_429(make_engine, rank: FakeRank):
     running = asyncio.create_task(engine.complete(n=2, max_tokens=1))
     requests = await rank.wait_for(AddRequest, 2)
     status, answer, response = await engine.post("/v1/completions", {"prompt": "x"})
-    assert (status, answer["error"]["type"], response.headers["Retry-After"]) == (429, "rate_limit_error", "1")
+    assert (status, answer["error"]["type"], response.headers["Retry-After"]) == (
+        429,
+        "rate_limit_error",
+        "1",
+    )
     rank.script = rank.says("hello")
     for request in requests:
         for item in rank.script(request):

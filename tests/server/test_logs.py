@@ -1,4 +1,6 @@
-"""What an engine's server writes into its log: one line for what is expected, a traceback for what is not."""
+"""What an engine's server writes into its log: one line for what is expected, a traceback for what
+is not.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,20 @@ async def test_a_stream_that_ends_with_its_rank_is_one_line(
         await engine.service.use_link(None)
         rest = await response.text()
     assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "engine_restarting"
-    (record,) = [record for record in caplog.records if record.getMessage().startswith("stream failed")]
-    assert (record.getMessage(), record.exc_info) == ("stream failed: the engine is restarting", None)
+    (record,) = [
+        record for record in caplog.records if record.getMessage().startswith("stream failed")
+    ]
+    assert (record.getMessage(), record.exc_info) == (
+        "stream failed: the engine is restarting",
+        None,
+    )
 
 
 async def test_an_error_that_nobody_expected_shows_its_traceback(
-    engine: Engine, rank: FakeRank, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    rank: FakeRank,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = Generation.deltas
 

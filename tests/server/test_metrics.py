@@ -42,7 +42,14 @@ async def test_requests_tokens_and_times_are_counted(engine: Engine, rank: FakeR
 
 async def test_the_rank_s_totals_are_shown(engine: Engine, rank: FakeRank):
     assert (await scrape(engine))["pdlaunch_kv_cache_usage_perc"] == 0
-    await rank.stats(num_running=2, num_blocks=64, num_free_blocks=16, transfer_bytes=1000, transfers=3, preemptions=1)
+    await rank.stats(
+        num_running=2,
+        num_blocks=64,
+        num_free_blocks=16,
+        transfer_bytes=1000,
+        transfers=3,
+        preemptions=1,
+    )
     await engine.complete(max_tokens=1)
     found = await scrape(engine)
     assert found["pdlaunch_num_requests_running"] == 2
@@ -63,7 +70,9 @@ async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: Fak
         "departed_transfers": "kv_departed_transfers",
         "leases_expired": "kv_leases_expired",
     }
-    await rank.stats(**{field: number for number, field in enumerate(counts, 1)}, num_quarantined_blocks=8)
+    await rank.stats(
+        **{field: number for number, field in enumerate(counts, 1)}, num_quarantined_blocks=8
+    )
     await engine.complete(max_tokens=1)
     found = await scrape(engine)
     assert [found[f"pdlaunch_{name}_total"] for name in counts.values()] == [1, 2, 3, 4, 5, 6, 7]
@@ -74,7 +83,11 @@ async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: Fak
 
 async def test_the_host_tier_is_shown(engine: Engine, rank: FakeRank):
     await rank.stats(
-        num_host_blocks=200, num_used_host_blocks=50, host_hit_tokens=32, offload_loaded_bytes=9, offload_bad_blocks=1
+        num_host_blocks=200,
+        num_used_host_blocks=50,
+        host_hit_tokens=32,
+        offload_loaded_bytes=9,
+        offload_bad_blocks=1,
     )
     await engine.complete(max_tokens=1)
     found = await scrape(engine)

@@ -52,11 +52,15 @@ class FakeSupervisor:
         self.context = context
         self.keys = keys
         self._folder = folder
-        self._socket, self._endpoint = context.listen(zmq.ROUTER, "tcp://127.0.0.1:0", socket_class=zmq.asyncio.Socket)
+        self._socket, self._endpoint = context.listen(
+            zmq.ROUTER, "tcp://127.0.0.1:0", socket_class=zmq.asyncio.Socket
+        )
         self._version = 0
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self, model_dir: Path, *, engine_api_key: str | None = None, **changes: object) -> None:
+    async def start(
+        self, model_dir: Path, *, engine_api_key: str | None = None, **changes: object
+    ) -> None:
         bootstrap = Bootstrap(
             name="prefill-0",
             incarnation=3,
@@ -84,7 +88,11 @@ class FakeSupervisor:
         entries = []
         if rank is not None:
             address = Address(requests=rank.endpoint)
-            entries = [Entry(name="prefill-0/rank-0", kind="rank", incarnation=incarnation, address=address)]
+            entries = [
+                Entry(
+                    name="prefill-0/rank-0", kind="rank", incarnation=incarnation, address=address
+                )
+            ]
         await self.say(Registry(version=self._version, entries=entries))
 
     async def next(self) -> ToSupervisor:
@@ -149,7 +157,9 @@ async def complete(url: str, key: str) -> tuple[int, dict]:
         return response.status, await response.json()
 
 
-async def test_a_servers_life(supervisor: FakeSupervisor, own_rank: FakeRank, tokenizer: TextTokenizer, model_dir: Path):
+async def test_a_servers_life(
+    supervisor: FakeSupervisor, own_rank: FakeRank, tokenizer: TextTokenizer, model_dir: Path
+):
     await supervisor.start(model_dir)
     register = await supervisor.next()
     assert isinstance(register, Register)
@@ -207,7 +217,9 @@ async def test_a_busy_port_is_named(supervisor: FakeSupervisor, model_dir: Path)
     assert await supervisor.ended() == 1
 
 
-async def test_it_takes_the_keys_of_routers_alone_and_shows_none(supervisor: FakeSupervisor, own_rank: FakeRank, model_dir: Path):
+async def test_it_takes_the_keys_of_routers_alone_and_shows_none(
+    supervisor: FakeSupervisor, own_rank: FakeRank, model_dir: Path
+):
     await supervisor.start(model_dir, engine_api_key="of-another-router")
     register = await supervisor.next()
     assert isinstance(register, Register)
@@ -219,12 +231,19 @@ async def test_it_takes_the_keys_of_routers_alone_and_shows_none(supervisor: Fak
     assert (await complete(url, "of-another-router"))[0] == 200
     process = psutil.Process(register.pid)
     shown = [supervisor.log(), *process.cmdline(), *process.environ().values()]
-    for secret in (supervisor.keys.secret, supervisor.keys.public, supervisor.keys.http_token, "of-another-router"):
+    for secret in (
+        supervisor.keys.secret,
+        supervisor.keys.public,
+        supervisor.keys.http_token,
+        "of-another-router",
+    ):
         assert not any(secret in text for text in shown)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "the end of stdin"])
-async def test_the_process_ends_with_its_supervisor(supervisor: FakeSupervisor, model_dir: Path, how: str):
+async def test_the_process_ends_with_its_supervisor(
+    supervisor: FakeSupervisor, model_dir: Path, how: str
+):
     await supervisor.start(model_dir)
     register = await supervisor.next()
     assert isinstance(register, Register)

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import asyncio
 
-from pdlaunch.protocol.engine import AbortRequest, AddRequest, Hello, RequestFinished, SamplingParams, TokenOutput, Tokens
+from pdlaunch.protocol.engine import (
+    AbortRequest,
+    AddRequest,
+    Hello,
+    RequestFinished,
+    SamplingParams,
+    TokenOutput,
+    Tokens,
+)
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.server.rank_link import RankEvent, RankLink, RankLost
 from tests.server.conftest import Engine
@@ -21,7 +29,9 @@ def new_link(context: SecureContext, rank: FakeRank) -> RankLink:
 
 
 def request(name: str, max_tokens: int = 1) -> AddRequest:
-    return AddRequest(request_id=name, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens))
+    return AddRequest(
+        request_id=name, prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens)
+    )
 
 
 async def test_hello_comes_first_and_requests_end_once(secure: SecureContext, rank: FakeRank):

@@ -37,7 +37,9 @@ async def heard(engine: Engine, rank: FakeRank, num_running: int) -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(make_engine, rank: FakeRank, clock: FakeClock):
+async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
+    make_engine, rank: FakeRank, clock: FakeClock
+):
     engine: Engine = await make_engine(clock=clock)
     clock.now_s += RANK_SILENCE_S - 1
     assert (await health(engine))[0] == 200
@@ -49,7 +51,9 @@ async def test_a_rank_that_says_nothing_for_too_long_makes_the_engine_unhealthy(
     assert rank.added() == []
 
 
-async def test_any_message_of_the_rank_counts_and_what_runs_goes_on(make_engine, rank: FakeRank, clock: FakeClock):
+async def test_any_message_of_the_rank_counts_and_what_runs_goes_on(
+    make_engine, rank: FakeRank, clock: FakeClock
+):
     engine: Engine = await make_engine(clock=clock)
     rank.script = silent
     running = asyncio.create_task(engine.complete(max_tokens=1))
@@ -60,7 +64,11 @@ async def test_any_message_of_the_rank_counts_and_what_runs_goes_on(make_engine,
     assert (await health(engine))[0] == 200
     clock.now_s += 1
     assert (await health(engine))[0] == 503
-    finished = RequestFinished(request_id=request.request_id, reason="length", tokens=[TokenOutput(token_id=rank.ids("x")[0])])
+    finished = RequestFinished(
+        request_id=request.request_id,
+        reason="length",
+        tokens=[TokenOutput(token_id=rank.ids("x")[0])],
+    )
     await rank.say(finished)
     assert (await running)["choices"][0]["text"] == "x"
     assert (await health(engine))[0] == 200

@@ -41,10 +41,16 @@ async def fall_asleep(engine: Engine, rank: FakeRank) -> None:
 
 
 async def test_sleep_and_wake(sleeper: Engine, rank: FakeRank) -> None:
-    assert await call(sleeper, "/is_sleeping", "GET") == (200, {"is_sleeping": False, "sleeping_tags": [], "num_bytes": 0})
+    assert await call(sleeper, "/is_sleeping", "GET") == (
+        200,
+        {"is_sleeping": False, "sleeping_tags": [], "num_bytes": 0},
+    )
     await fall_asleep(sleeper, rank)
     assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
-    assert await call(sleeper, "/sleep") == (200, {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 0})
+    assert await call(sleeper, "/sleep") == (
+        200,
+        {"is_sleeping": True, "sleeping_tags": ALL, "num_bytes": 0},
+    )
     status, error = await sleeper.refusal()
     assert (status, error["code"]) == (503, "engine_sleeping")
     assert (await call(sleeper, "/health", "GET"))[0] == 503
@@ -53,7 +59,10 @@ async def test_sleep_and_wake(sleeper: Engine, rank: FakeRank) -> None:
         message = (await rank.wait_for(WakeUp, number))[-1]
         assert message.tags == tags
         await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=left, num_bytes=3))
-        assert await task == (200, {"is_sleeping": bool(left), "sleeping_tags": left, "num_bytes": 3})
+        assert await task == (
+            200,
+            {"is_sleeping": bool(left), "sleeping_tags": left, "num_bytes": 3},
+        )
     assert (await sleeper.complete())["choices"]
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
@@ -83,9 +92,13 @@ async def test_wrong_queries_are_named(path: str, param: str, sleeper: Engine) -
     assert sleeper.states == []
 
 
-async def test_mode_refuse_refuses_and_mode_wait_waits_for_running_requests(sleeper: Engine, rank: FakeRank) -> None:
+async def test_mode_refuse_refuses_and_mode_wait_waits_for_running_requests(
+    sleeper: Engine, rank: FakeRank
+) -> None:
     rank.script = silent
-    running = asyncio.create_task(sleeper.post("/v1/completions", {"prompt": "hello", "max_tokens": 1}))
+    running = asyncio.create_task(
+        sleeper.post("/v1/completions", {"prompt": "hello", "max_tokens": 1})
+    )
     (request,) = await rank.wait_for(AddRequest)
     status, answer = await call(sleeper, "/sleep?mode=refuse")
     assert (status, answer["error"]["code"]) == (409, "engine_busy")
@@ -96,7 +109,11 @@ async def test_mode_refuse_refuses_and_mode_wait_waits_for_running_requests(slee
     assert not [message for message in rank.received if isinstance(message, Sleep)]
     status, error = await sleeper.refusal()
     assert (status, error["code"]) == (503, "engine_sleeping")
-    await rank.say(RequestFinished(request_id=request.request_id, reason="length", tokens=[rank.output(100, request)]))
+    await rank.say(
+        RequestFinished(
+            request_id=request.request_id, reason="length", tokens=[rank.output(100, request)]
+        )
+    )
     assert (await running)[0] == 200
     (message,) = await rank.wait_for(Sleep)
     assert (message.level, message.timeout_s > 0) == (2, True)
@@ -108,7 +125,9 @@ async def test_a_refusal_of_the_rank_opens_the_door_again(sleeper: Engine, rank:
     task = asyncio.create_task(call(sleeper, "/sleep?mode=refuse"))
     (message,) = await rank.wait_for(Sleep)
     assert message.timeout_s == 0
-    await rank.send(SleepReply(call_id=message.call_id, sleeping_tags=[], error="1 requests leased"))
+    await rank.send(
+        SleepReply(call_id=message.call_id, sleeping_tags=[], error="1 requests leased")
+    )
     status, answer = await task
     assert (status, answer["error"]["message"]) == (409, "1 requests leased")
     assert sleeper.states == ["draining", "awake"]
@@ -125,21 +144,32 @@ async def test_a_caller_that_leaves_changes_nothing(sleeper: Engine, rank: FakeR
     assert (await call(sleeper, "/is_sleeping", "GET"))[1]["is_sleeping"]
 
 
-async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(sleeper: Engine, rank: FakeRank) -> None:
+async def test_a_lost_rank_ends_the_call_and_a_new_one_is_awake(
+    sleeper: Engine, rank: FakeRank
+) -> None:
     await fall_asleep(sleeper, rank)
     task = asyncio.create_task(call(sleeper, "/wake_up"))
     await rank.wait_for(WakeUp)
     await sleeper.service.use_link(None)
     assert (await task)[0] == 503
     assert sleeper.service.sleep.status().is_sleeping
-    sleeper.service.on_welcome(Welcome(engine_id="e2", rank_incarnation=2, max_model_len=100, num_blocks=64, block_size=16))
+    sleeper.service.on_welcome(
+        Welcome(engine_id="e2", rank_incarnation=2, max_model_len=100, num_blocks=64, block_size=16)
+    )
     assert not sleeper.service.sleep.status().is_sleeping
     assert sleeper.states == ["draining", "sleeping", "awake"]
 
 
 async def test_a_new_server_learns_that_its_engine_sleeps(sleeper: Engine, rank: FakeRank) -> None:
     sleeper.service.on_welcome(
-        Welcome(engine_id="e1", rank_incarnation=1, max_model_len=100, num_blocks=64, block_size=16, sleeping_tags=["kv_cache"])
+        Welcome(
+            engine_id="e1",
+            rank_incarnation=1,
+            max_model_len=100,
+            num_blocks=64,
+            block_size=16,
+            sleeping_tags=["kv_cache"],
+        )
     )
     assert sleeper.service.sleep.status().sleeping_tags == ["kv_cache"]
     assert sleeper.states == ["sleeping"]

@@ -1,4 +1,6 @@
-"""``pdlaunch sleep`` and ``wake`` from the command to a scripted rank 0: launch folder, admin socket, router, engine."""
+"""``pdlaunch sleep`` and ``wake`` from the command to a scripted rank 0: launch folder, admin
+socket, router, engine.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,24 @@ TAGS = ["kv_cache", "weights"]
 
 
 @pytest_asyncio.fixture
-async def launch(make_engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Engine]:
-    """An engine behind a router that listens at the admin socket of a launch; the registry says what the engine says."""
+async def launch(
+    make_engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Engine]:
+    """An engine behind a router that listens at the admin socket of a launch; the registry says
+    what the engine says.
+    """
     engine: Engine = await make_engine(enable_sleep_mode=True, enable_cumem_allocator=True)
-    hops = Hops(EnginePool(time.monotonic), EngineClient(TOKEN, EngineTimeouts()), RouterMetrics("tiny"), RecoverySettings())
+    hops = Hops(
+        EnginePool(time.monotonic),
+        EngineClient(TOKEN, EngineTimeouts()),
+        RouterMetrics("tiny"),
+        RecoverySettings(),
+    )
 
     def announce(state: SleepState) -> None:
-        server = Entry(name="prefill-0", kind="server", incarnation=1, engine="prefill-0", role="prefill")
+        server = Entry(
+            name="prefill-0", kind="server", incarnation=1, engine="prefill-0", role="prefill"
+        )
         server.address = Address(http=engine.url)
         server.state = "ready" if state.state == "awake" else state.state
         hops.update(Registry(version=1, entries=[server]))
@@ -72,7 +85,9 @@ async def test_command(launch: Engine, rank: FakeRank) -> None:
     assert launch.service.sleep.status().is_sleeping
 
     running = asyncio.create_task(
-        asyncio.to_thread(run, "wake", "--tag", "weights", "--tag", "kv_cache", "--engine", "prefill-0")
+        asyncio.to_thread(
+            run, "wake", "--tag", "weights", "--tag", "kv_cache", "--engine", "prefill-0"
+        )
     )
     (awake,) = await rank.wait_for(WakeUp)
     assert awake.tags == ["weights", "kv_cache"]

@@ -15,11 +15,20 @@ BYTE_LEVEL = TextTokenizer(byte_level_tokenizer())
 
 
 def metaspace_tokenizer() -> Tokenizer:
-    """The decoder of Llama 2, Mistral and Gemma: words begin with U+2581, unknown characters are bytes."""
-    vocab = {"<unk>": 0, "▁hello": 1, "▁world": 2, "lo": 3, "▁": 4} | {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    """The decoder of Llama 2, Mistral and Gemma: words begin with U+2581, unknown characters are
+    bytes.
+    """
+    vocab = {"<unk>": 0, "▁hello": 1, "▁world": 2, "lo": 3, "▁": 4} | {
+        f"<0x{byte:02X}>": 5 + byte for byte in range(256)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return tokenizer
 
@@ -27,8 +36,12 @@ def metaspace_tokenizer() -> Tokenizer:
 METASPACE = TextTokenizer(metaspace_tokenizer())
 
 
-def stream(tokenizer: TextTokenizer = BYTE_LEVEL, prompt: list[int] | None = None, **options) -> TextStream:
-    return TextStream(IncrementalDetokenizer(tokenizer, prompt or [], skip_special_tokens=True), **options)
+def stream(
+    tokenizer: TextTokenizer = BYTE_LEVEL, prompt: list[int] | None = None, **options
+) -> TextStream:
+    return TextStream(
+        IncrementalDetokenizer(tokenizer, prompt or [], skip_special_tokens=True), **options
+    )
 
 
 def run(text_stream: TextStream, token_ids: list[int]) -> list[str]:
@@ -64,7 +77,10 @@ def test_any_tokens_give_the_text_of_decoding_them_at_once(token_ids):
     assert "".join(run(stream(), token_ids)) == whole
 
 
-@given(st.lists(st.integers(min_value=3, max_value=339)), st.lists(st.integers(min_value=3, max_value=339), min_size=1))
+@given(
+    st.lists(st.integers(min_value=3, max_value=339)),
+    st.lists(st.integers(min_value=3, max_value=339), min_size=1),
+)
 def test_a_prompt_of_whole_characters_changes_nothing(prompt, token_ids):
     alone = "".join(run(stream(), token_ids))
     prompt = byte_ids("☃") + prompt + byte_ids("a")
@@ -129,7 +145,9 @@ def test_nothing_is_held_back_without_need(text, stops):
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
-@given(small, st.lists(st.text(alphabet="ab", min_size=1, max_size=3), max_size=2), st.integers(0, 12))
+@given(
+    small, st.lists(st.text(alphabet="ab", min_size=1, max_size=3), max_size=2), st.integers(0, 12)
+)
 def test_another_engine_goes_on_where_the_first_stopped(text, stops, count):
     token_ids = byte_ids(text)
     whole = run(stream(stop=stops), token_ids)

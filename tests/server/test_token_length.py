@@ -21,7 +21,9 @@ from tests.server.test_text_stream import METASPACE
 def without_bytes(missing: str) -> Tokenizer:
     """A byte-level tokenizer whose vocabulary lacks some bytes, as that of SmolLM2 does."""
     alphabet = [char for char in sorted(pre_tokenizers.ByteLevel.alphabet()) if char not in missing]
-    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -45,13 +47,18 @@ BOUNDED = {
 
 @pytest.mark.parametrize("name", BOUNDED)
 @given(
-    text=st.text(st.sampled_from("a \x04e\u0301\u1f82\U00040000<|im_start|>hello\u0345"), max_size=300) | st.text(max_size=100)
+    text=st.text(
+        st.sampled_from("a \x04e\u0301\u1f82\U00040000<|im_start|>hello\u0345"), max_size=300
+    )
+    | st.text(max_size=100)
 )
 @settings(max_examples=60, deadline=None)
 def test_no_text_has_fewer_tokens_than_its_length_says(name: str, text: str) -> None:
     tokenizer = BOUNDED[name]
     assert tokenizer.token_length is not None
-    assert tokenizer.token_length.fewest_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+    assert tokenizer.token_length.fewest_tokens(text) <= len(
+        tokenizer.encode(text, add_special_tokens=False)
+    )
 
 
 def test_characters_that_a_vocabulary_loses_count_for_nothing() -> None:
@@ -63,7 +70,15 @@ def test_characters_that_a_vocabulary_loses_count_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["continuation byte", "strip", "blanks dropped", "pieces removed", "swallows blanks", "word piece"]
+    "what",
+    [
+        "continuation byte",
+        "strip",
+        "blanks dropped",
+        "pieces removed",
+        "swallows blanks",
+        "word piece",
+    ],
 )
 def test_where_text_may_vanish_nothing_is_promised(what: str) -> None:
     tokenizer = byte_level_tokenizer()
@@ -73,7 +88,9 @@ def test_where_text_may_vanish_nothing_is_promised(what: str) -> None:
         case "strip":
             tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
         case "blanks dropped":
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()]
+            )
         case "pieces removed":
             split = pre_tokenizers.Split("-", "removed")
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel()])
@@ -102,12 +119,16 @@ def served(model_dir: Path, *, is_bounded: bool = True) -> tuple[ServedModel, Co
     tokenizer = CountingTokenizer(byte_level_tokenizer(), is_bounded=is_bounded)
     shape = read_model_shape(str(model_dir))
     template = load_chat_template(model_dir)
-    return ServedModel("tiny", str(model_dir), 100, shape.vocab_size, shape.eos_token_ids, tokenizer, template), tokenizer
+    return ServedModel(
+        "tiny", str(model_dir), 100, shape.vocab_size, shape.eos_token_ids, tokenizer, template
+    ), tokenizer
 
 
 def test_a_text_that_cannot_fit_is_not_tokenized(model_dir: Path) -> None:
     model, tokenizer = served(model_dir)
-    with pytest.raises(RequestError, match=r"has 100000 characters, which are \d+ tokens or more; .* is 100 tokens") as raised:
+    with pytest.raises(
+        RequestError, match=r"has 100000 characters, which are \d+ tokens or more; .* is 100 tokens"
+    ) as raised:
         completion_prompts(CompletionRequest(prompt="a" * 100_000), model)
     assert (raised.value.param, raised.value.code) == ("prompt", "context_length_exceeded")
     assert tokenizer.encoded == []
@@ -127,7 +148,9 @@ def test_a_long_text_of_few_tokens_is_served(model_dir: Path) -> None:
     assert len(prompt) == 20
 
 
-def test_a_list_of_token_ids_that_cannot_fit_is_not_parsed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_token_ids_that_cannot_fit_is_not_parsed(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = served(model_dir)
     monkeypatch.setattr("pdlaunch.server.prompts.read_json_object", None)
     with pytest.raises(RequestError, match=r"has 1000000 tokens; .* is 100 tokens"):

@@ -27,7 +27,12 @@ def test_bytes_of_other_vocabularies():
 
 
 def test_ids_beyond_the_tokenizer_give_no_text():
-    assert BYTE_LEVEL.decode([500, *BYTE_LEVEL.encode("a", add_special_tokens=False)], skip_special_tokens=True) == "a"
+    assert (
+        BYTE_LEVEL.decode(
+            [500, *BYTE_LEVEL.encode("a", add_special_tokens=False)], skip_special_tokens=True
+        )
+        == "a"
+    )
 
 
 def test_partial_characters_have_a_name():
@@ -42,6 +47,14 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path):
 
 def test_a_files_own_truncation_does_not_cut_prompts(model_dir: Path, tmp_path: Path):
     content = json.loads((model_dir / "tokenizer.json").read_text())
-    content["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    content["truncation"] = {
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    assert len(TextTokenizer.load(tmp_path).encode("hello hello hello hello", add_special_tokens=True)) > 2
+    assert (
+        len(TextTokenizer.load(tmp_path).encode("hello hello hello hello", add_special_tokens=True))
+        > 2
+    )

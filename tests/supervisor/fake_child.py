@@ -1,4 +1,6 @@
-"""A child that speaks the control protocol and does nothing else; words on its command line make it misbehave."""
+"""A child that speaks the control protocol and does nothing else; words on its command line make it
+misbehave.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,23 @@ def main(words: set[str]) -> int:
     if "ignore-term" in words:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     inbox: queue.SimpleQueue[FromSupervisor] = queue.SimpleQueue()
-    control = ControlClient(SecureContext(bootstrap.keys), bootstrap.control, bootstrap.name, inbox.put)
+    control = ControlClient(
+        SecureContext(bootstrap.keys), bootstrap.control, bootstrap.name, inbox.put
+    )
     if "fail" in words:
         control.send(Failed(error="cannot open model.safetensors"))
         control.close()
         return 1
-    info = {"grandchild": str(subprocess.Popen(["sleep", "600"]).pid)} if "grandchild" in words else {}
+    info = (
+        {"grandchild": str(subprocess.Popen(["sleep", "600"]).pid)} if "grandchild" in words else {}
+    )
     control.send(
-        Register(name=bootstrap.name, incarnation=bootstrap.incarnation, pid=os.getpid(), address=Address(http="http://fake"))
+        Register(
+            name=bootstrap.name,
+            incarnation=bootstrap.incarnation,
+            pid=os.getpid(),
+            address=Address(http="http://fake"),
+        )
     )
     if "hang" not in words:
         control.send(Ready(info=info))
@@ -50,12 +61,16 @@ def main(words: set[str]) -> int:
         match inbox.get():
             case Registry(serving=True) if "die" in words:
                 return 1
-            case Registry(serving=True) if "crash-in-a-step" in words and bootstrap.incarnation == 1:
+            case Registry(serving=True) if (
+                "crash-in-a-step" in words and bootstrap.incarnation == 1
+            ):
                 StepRecord(bootstrap.step_record).write([7, 5 | SUSPECT_BIT])
                 os.kill(os.getpid(), signal.SIGSEGV)
             case Suspects(origins=origins, repeated=repeated):
                 sys.stdout.write(f"suspects {origins} repeated {repeated}\n")
-            case Registry() as registry if bootstrap.name.startswith("decode") and "rank" in bootstrap.name:
+            case Registry() as registry if (
+                bootstrap.name.startswith("decode") and "rank" in bootstrap.name
+            ):
                 for entry in registry.entries:
                     key = (entry.name, entry.incarnation)
                     if entry.kind == "rank" and entry.role == "prefill" and key not in connected:

@@ -1,4 +1,6 @@
-"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on SIGTERM, or with its input."""
+"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on
+SIGTERM, or with its input.
+"""
 
 from __future__ import annotations
 
@@ -19,4 +21,12 @@ class PrintingObserver(FakeObserver):
 
 
 if __name__ == "__main__":
-    sys.exit(run_plan(real_plan(), PrintingObserver(), Path(sys.argv[1]), Timing(), lifeline=sys.stdin.fileno()).exit_code)
+    sys.exit(
+        run_plan(
+            real_plan(),
+            PrintingObserver(),
+            Path(sys.argv[1]),
+            Timing(),
+            lifeline=sys.stdin.fileno(),
+        ).exit_code
+    )

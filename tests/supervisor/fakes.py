@@ -28,19 +28,30 @@ from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
 
-def make_plan(*, num_prefill: int = 1, num_decode: int = 1, tp_size: int = 1, conversions: int = 0) -> Plan:
+def make_plan(
+    *, num_prefill: int = 1, num_decode: int = 1, tp_size: int = 1, conversions: int = 0
+) -> Plan:
     processes = []
     for role, num_engines in (("prefill", num_prefill), ("decode", num_decode)):
         for index in range(num_engines):
             engine = f"{role}-{index}"
             where = {"engine": engine, "role": role, "tp_size": tp_size}
             processes += [
-                ProcessSpec(name=f"{engine}/rank-{n}", kind="rank", unit=f"{engine}/ranks", tp_rank=n, **where)
+                ProcessSpec(
+                    name=f"{engine}/rank-{n}",
+                    kind="rank",
+                    unit=f"{engine}/ranks",
+                    tp_rank=n,
+                    **where,
+                )
                 for n in range(tp_size)
             ]
             processes.append(ProcessSpec(name=engine, kind="server", unit=engine, **where))
     processes.append(ProcessSpec(name="router", kind="router", unit="router"))
-    converting = [ProcessSpec(name=f"convert-{n}", kind="convert", unit=f"convert-{n}") for n in range(conversions)]
+    converting = [
+        ProcessSpec(name=f"convert-{n}", kind="convert", unit=f"convert-{n}")
+        for n in range(conversions)
+    ]
     return Plan(conversions=tuple(converting), processes=tuple(processes))
 
 
@@ -86,7 +97,11 @@ class FakeHost:
         self.listens = False
 
     def sent_to(self, name: str, kind: type) -> list[FromSupervisor]:
-        return [message for receiver, message in self.sent if receiver == name and isinstance(message, kind)]
+        return [
+            message
+            for receiver, message in self.sent
+            if receiver == name and isinstance(message, kind)
+        ]
 
     def registry(self, name: str) -> Registry:
         """The newest registry that a process was sent."""
@@ -156,8 +171,12 @@ class World:
         for name in list(self.host.running):
             self.exit(name)
 
-    def pass_time_alive(self, seconds: float, *, silent: Collection[str] = (), step_s: float = 1.0) -> None:
-        """Time in which every process that runs, but those that are ``silent``, says that it is alive."""
+    def pass_time_alive(
+        self, seconds: float, *, silent: Collection[str] = (), step_s: float = 1.0
+    ) -> None:
+        """Time in which every process that runs, but those that are ``silent``, says that it is
+        alive.
+        """
         until_s = self.clock.now_s + seconds
         while self.clock.now_s < until_s:
             for name in self.host.running:
@@ -166,8 +185,13 @@ class World:
             self.pass_time(min(step_s, until_s - self.clock.now_s))
 
     def listed(self, name: str) -> str | None:
-        """The state that the router's newest registry gives a process; None when it is not in it."""
-        return next((entry.state for entry in self.host.registry("router").entries if entry.name == name), None)
+        """The state that the router's newest registry gives a process; None when it is not in
+        it.
+        """
+        return next(
+            (entry.state for entry in self.host.registry("router").entries if entry.name == name),
+            None,
+        )
 
     def drained(self, name: str) -> None:
         self.say(name, Drained())
@@ -196,4 +220,11 @@ class World:
 
 
 def pair_ready(local: str, peer: str, peer_incarnation: int) -> PairReady:
-    return PairReady(local=local, peer=peer, peer_incarnation=peer_incarnation, seconds=0.1, path="fake", gigabytes_per_s=3.0)
+    return PairReady(
+        local=local,
+        peer=peer,
+        peer_incarnation=peer_incarnation,
+        seconds=0.1,
+        path="fake",
+        gigabytes_per_s=3.0,
+    )

@@ -25,7 +25,9 @@ FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
 class FakeBootstraps:
-    def __init__(self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]) -> None:
+    def __init__(
+        self, keys: LaunchKeys, control: str, run_dir: Path, listeners: Sequence[socket.socket]
+    ) -> None:
         self._keys = keys
         self._control = control
         self._run_dir = run_dir
@@ -47,7 +49,9 @@ class FakeBootstraps:
 
     def _router(self) -> RouterSpec:
         port = self._listeners[0].getsockname()[1]
-        return msgspec.structs.replace(SPEC, port=port, listeners=tuple(listener.fileno() for listener in self._listeners))
+        return msgspec.structs.replace(
+            SPEC, port=port, listeners=tuple(listener.fileno() for listener in self._listeners)
+        )
 
 
 def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
@@ -55,7 +59,9 @@ def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
     plan = make_plan(**shape)
     own = words or {}
     processes = [
-        msgspec.structs.replace(p, command=(sys.executable, str(FAKE_CHILD), *own.get(p.name, "").split()))
+        msgspec.structs.replace(
+            p, command=(sys.executable, str(FAKE_CHILD), *own.get(p.name, "").split())
+        )
         for p in plan.processes
     ]
     return Plan(conversions=plan.conversions, processes=tuple(processes))
@@ -73,5 +79,12 @@ def run_plan(
     with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         return supervise(
-            plan, control, FakeBootstraps(keys, endpoint, run_dir, listeners), observer, timing, folder, lifeline, listeners
+            plan,
+            control,
+            FakeBootstraps(keys, endpoint, run_dir, listeners),
+            observer,
+            timing,
+            folder,
+            lifeline,
+            listeners,
         )

@@ -17,7 +17,11 @@ DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
 
 @pytest.fixture
 def world() -> World:
-    return World(make_plan(num_decode=2, tp_size=2), Timing(grace=Grace(drain_s=30, stop_s=5))).start().all_ready()
+    return (
+        World(make_plan(num_decode=2, tp_size=2), Timing(grace=Grace(drain_s=30, stop_s=5)))
+        .start()
+        .all_ready()
+    )
 
 
 def ask(world: World, name: str) -> Restarting:
@@ -34,7 +38,9 @@ def spawned_again(world: World) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["decode-0", "decode-0/rank-1"])
-def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(world: World, name: str) -> None:
+def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
+    world: World, name: str
+) -> None:
     assert ask(world, name) == Restarting(question=7, engine="decode-0", incarnation=1)
     assert world.host.sent_to("decode-0", Drain) == [Drain(timeout_s=30)]
     assert world.draining() == {"decode-0"}
@@ -128,7 +134,9 @@ def test_asked_twice_it_is_restarted_once(world: World) -> None:
 @pytest.mark.parametrize("name", ["decode-2", "router", "", "x" * 1000])
 def test_an_unknown_name_is_answered_with_those_that_there_are(world: World, name: str) -> None:
     answer = ask(world, name)
-    assert answer.error == f"there is no engine {name[:100]}; there are: prefill-0, decode-0, decode-1"
+    assert (
+        answer.error == f"there is no engine {name[:100]}; there are: prefill-0, decode-0, decode-1"
+    )
     assert not world.draining()
 
 

@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 from pdlaunch.supervisor.failure import MAX_LINES, MAX_WIDTH, Failure
 from pdlaunch.supervisor.host import ProcessExited
 
-TRACEBACK = ["Traceback (most recent call last):", *(f"  File {n}" for n in range(40)), "RuntimeError: no memory"]
+TRACEBACK = [
+    "Traceback (most recent call last):",
+    *(f"  File {n}" for n in range(40)),
+    "RuntimeError: no memory",
+]
 
 
 def test_its_own_words_come_before_the_log(tmp_path: Path) -> None:
     log = tmp_path / "x.log"
     log.write_text("noise\n")
-    report = Failure("decode-0 failed to start", process="decode-0", said="no tokenizer.json").report(log)
+    report = Failure(
+        "decode-0 failed to start", process="decode-0", said="no tokenizer.json"
+    ).report(log)
     assert report == ["decode-0 failed to start", "  no tokenizer.json", f"log: {log}"]
 
 
@@ -36,7 +42,10 @@ def test_an_error_in_words_comes_instead_of_its_traceback(tmp_path: Path) -> Non
 
 def test_without_a_log_there_is_no_line_for_it(tmp_path: Path) -> None:
     assert Failure("it died").report(None) == ["it died"]
-    assert Failure("it died").report(tmp_path / "none.log") == ["it died", f"log: {tmp_path / 'none.log'}"]
+    assert Failure("it died").report(tmp_path / "none.log") == [
+        "it died",
+        f"log: {tmp_path / 'none.log'}",
+    ]
 
 
 @given(said=st.text(), details=st.lists(st.text(), max_size=50))

@@ -1,4 +1,6 @@
-"""An engine that dies again and again, while others of its role serve: it is given up, and more and more slowly tried again."""
+"""An engine that dies again and again, while others of its role serve: it is given up, and more and
+more slowly tried again.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def test_it_is_given_up_with_all_of_its_processes_and_the_others_serve_on(name: 
     assert not {name, other} & world.host.running.keys()
     assert world.supervisor.failure is None
     assert world.supervisor.phase is Phase.READY
-    assert any(note.endswith("decode-0 is given up and tried again in 60 s, decode-1 serves on") for note in world.observer.notes)
+    assert any(
+        note.endswith("decode-0 is given up and tried again in 60 s, decode-1 serves on")
+        for note in world.observer.notes
+    )
 
 
 def test_the_registry_lists_its_server_as_failed_and_nothing_else_of_it() -> None:
@@ -56,11 +61,20 @@ def test_the_registry_lists_its_server_as_failed_and_nothing_else_of_it() -> Non
             world.become_ready("decode-0/rank-0")
             world.become_ready("decode-0/rank-1")
     world.exit("decode-0", -9)
-    entries = {entry.name: entry for entry in world.host.registry("router").entries if entry.engine == "decode-0"}
+    entries = {
+        entry.name: entry
+        for entry in world.host.registry("router").entries
+        if entry.engine == "decode-0"
+    }
     assert entries.keys() == {"decode-0"}
-    assert (entries["decode-0"].state, entries["decode-0"].address.http, entries["decode-0"].role) == ("failed", "", "decode")
+    assert (
+        entries["decode-0"].state,
+        entries["decode-0"].address.http,
+        entries["decode-0"].role,
+    ) == ("failed", "", "decode")
     assert entries["decode-0"].reason == (
-        "decode-0/ranks died 5 times in a row, each within 60 s of its start: ended with exit code 1; tried again 60 s later"
+        "decode-0/ranks died 5 times in a row, each within 60 s of its start: ended with exit code "
+        "1; tried again 60 s later"
     )
 
 
@@ -81,7 +95,9 @@ def test_the_launch_ends_with_the_last_engine_of_a_role_and_tells_of_the_others(
     assert failure is not None
     assert (failure.process, failure.said) == ("decode-1", "disk full")
     assert failure.summary == "decode-1 died 5 times in a row, each within 60 s of its start"
-    assert list(failure.details) == ["  before that, decode-0 died 5 times in a row, each within 60 s of its start: disk full"]
+    assert list(failure.details) == [
+        "  before that, decode-0 died 5 times in a row, each within 60 s of its start: disk full"
+    ]
 
 
 def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
@@ -98,7 +114,14 @@ def test_it_is_tried_again_and_serves_as_if_nothing_had_been() -> None:
     world.exit("decode-0", 1)
     world.pass_time(0.5)
     assert world.state("decode-0") == "starting"
-    assert next(entry.reason for entry in world.host.registry("router").entries if entry.name == "decode-1") == ""
+    assert (
+        next(
+            entry.reason
+            for entry in world.host.registry("router").entries
+            if entry.name == "decode-1"
+        )
+        == ""
+    )
 
 
 def test_each_time_it_is_left_alone_for_twice_as_long_up_to_a_limit() -> None:

@@ -78,7 +78,9 @@ def test_all_ranks_go_with_the_one_that_hangs_and_it_is_the_cause() -> None:
         (PairFailed(local=DECODE, peer="prefill-0/rank-0", error="refused", fatal=False), False),
     ],
 )
-def test_progress_counts_and_what_other_threads_say_does_not(message: ToSupervisor, counts: bool) -> None:
+def test_progress_counts_and_what_other_threads_say_does_not(
+    message: ToSupervisor, counts: bool
+) -> None:
     world = make_world()
     for _ in range(10):
         world.pass_time_alive(10, silent=[DECODE])
@@ -124,7 +126,14 @@ def test_nobody_is_watched_when_that_is_off_or_the_launch_ends() -> None:
 
 
 def test_an_engine_that_hangs_soon_after_each_start_is_not_started_for_ever() -> None:
-    world = World(make_plan(), Timing(hangs=LIMITS, restarts=RestartPolicy(quick_s=60, max_quick_deaths=3))).start().all_ready()
+    world = (
+        World(
+            make_plan(),
+            Timing(hangs=LIMITS, restarts=RestartPolicy(quick_s=60, max_quick_deaths=3)),
+        )
+        .start()
+        .all_ready()
+    )
     for _ in range(3):
         world.pass_time_alive(80, silent=[DECODE])
         world.exit(DECODE, -9)
@@ -144,5 +153,9 @@ def test_heartbeats_alone_send_no_registry_and_change_no_view() -> None:
 
 @pytest.mark.parametrize(("value", "is_good"), [(0, True), (5, True), (4.9, False), (-1, False)])
 def test_the_limit_leaves_time_for_several_heartbeats(value: float, is_good: bool) -> None:
-    with contextlib.nullcontext() if is_good else pytest.raises(ValidationError, match="hang_timeout_s"):
+    with (
+        contextlib.nullcontext()
+        if is_good
+        else pytest.raises(ValidationError, match="hang_timeout_s")
+    ):
         LaunchConfig(hang_timeout_s=value)

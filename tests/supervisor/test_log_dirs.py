@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.supervisor.log_dirs import KEPT_LAUNCHES, SUPERVISOR_LOG, keep, new_launch_id, new_log_dir, prune
+from pdlaunch.supervisor.log_dirs import (
+    KEPT_LAUNCHES,
+    SUPERVISOR_LOG,
+    keep,
+    new_launch_id,
+    new_log_dir,
+    prune,
+)
 
 
 def make_folders(folder: Path, count: int) -> list[Path]:
@@ -40,7 +47,11 @@ def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
     (logs / "20250101-000000-abcdef").symlink_to(outside)
     folders = make_folders(logs, 2)
     assert prune(logs, 1) == folders[:1]
-    assert {path.name for path in logs.iterdir()} == {"mine", "20250101-000000-abcdef", folders[1].name}
+    assert {path.name for path in logs.iterdir()} == {
+        "mine",
+        "20250101-000000-abcdef",
+        folders[1].name,
+    }
     assert outside.exists()
 
 

@@ -20,8 +20,19 @@ def config(**values: object) -> LaunchConfig:
 
 def test_one_prefill_and_one_decode_engine_are_five_processes() -> None:
     planned = plan(config(), CPU, {})
-    assert [p.name for p in planned.processes] == ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"]
-    assert planned.processes[0].command[2:] == ("-m", "pdlaunch.engine", "--name", "prefill-0/rank-0")
+    assert [p.name for p in planned.processes] == [
+        "prefill-0/rank-0",
+        "decode-0/rank-0",
+        "prefill-0",
+        "decode-0",
+        "router",
+    ]
+    assert planned.processes[0].command[2:] == (
+        "-m",
+        "pdlaunch.engine",
+        "--name",
+        "prefill-0/rank-0",
+    )
     assert planned.processes[-1].ports == {"http": 8000}
 
 
@@ -37,7 +48,10 @@ def test_engines_keep_their_order_past_nine() -> None:
 
 
 def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
-    settings = config(prefill={"replicas": 1, "tensor_parallel_size": 2}, decode={"replicas": 2, "tensor_parallel_size": 2})
+    settings = config(
+        prefill={"replicas": 1, "tensor_parallel_size": 2},
+        decode={"replicas": 2, "tensor_parallel_size": 2},
+    )
     planned = plan(settings, FOUR_GPUS, {})
     devices = [device for p in planned.processes if p.kind == "rank" for device in p.devices]
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
@@ -61,7 +75,9 @@ def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected
 
 
 def test_the_user_s_environment_and_the_engine_s_env_win() -> None:
-    planned = plan(config(env={"UCX_MODULES": "all"}), CPU, {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"})
+    planned = plan(
+        config(env={"UCX_MODULES": "all"}), CPU, {"NIXL_LOG_LEVEL": "INFO", "UCX_MODULES": "x"}
+    )
     environment = planned.processes[0].environment
     assert environment["NIXL_LOG_LEVEL"] == "INFO"
     assert environment["UCX_MODULES"] == "all"
@@ -69,13 +85,25 @@ def test_the_user_s_environment_and_the_engine_s_env_win() -> None:
 
 
 def test_no_rank_of_nixl_listens_whatever_ucx_tls_says() -> None:
-    planned = plan(config(env={"UCX_TLS": "all"}, decode={"env": {"UCX_TLS": "tcp,cma,posix"}}), CPU, {"UCX_TLS": "tcp"})
-    transports = {p.name: p.environment.get("UCX_TLS") for p in planned.processes if p.kind == "rank"}
+    planned = plan(
+        config(env={"UCX_TLS": "all"}, decode={"env": {"UCX_TLS": "tcp,cma,posix"}}),
+        CPU,
+        {"UCX_TLS": "tcp"},
+    )
+    transports = {
+        p.name: p.environment.get("UCX_TLS") for p in planned.processes if p.kind == "rank"
+    }
     assert transports == {"prefill-0/rank-0": "posix,cma,self", "decode-0/rank-0": "posix,cma"}
 
 
 def test_secrets_are_masked_where_the_plan_is_shown() -> None:
-    planned = plan(config(env={"HF_TOKEN": "hf_secret", "TOKENIZERS_PARALLELISM": "true"}, api_key="top-secret"), CPU, {})
+    planned = plan(
+        config(
+            env={"HF_TOKEN": "hf_secret", "TOKENIZERS_PARALLELISM": "true"}, api_key="top-secret"
+        ),
+        CPU,
+        {},
+    )
     shown = msgspec.json.encode(planned.shown()).decode()
     assert "hf_secret" not in shown
     assert "top-secret" not in shown
@@ -85,7 +113,13 @@ def test_secrets_are_masked_where_the_plan_is_shown() -> None:
 
 def test_conversions_are_guarded_children() -> None:
     planned = plan(config(), CPU, {}, conversions=("smollm2",))
-    command = ("pdlaunch.process.guarded", "pdlaunch.models.convert", "smollm2", "--if-needed", "--traceback")
+    command = (
+        "pdlaunch.process.guarded",
+        "pdlaunch.models.convert",
+        "smollm2",
+        "--if-needed",
+        "--traceback",
+    )
     assert planned.conversions[0].command[3:] == command
 
 
@@ -97,7 +131,9 @@ def test_conversions_are_guarded_children() -> None:
         ({"decode": {"tensor_parallel_size": 8}}, FOUR_GPUS, "decode.tensor_parallel_size"),
     ],
 )
-def test_what_cannot_be_placed_is_a_config_error(values: dict[str, object], machine: Machine, field: str) -> None:
+def test_what_cannot_be_placed_is_a_config_error(
+    values: dict[str, object], machine: Machine, field: str
+) -> None:
     with pytest.raises(ConfigError) as raised:
         plan(config(**values), machine, {})
     assert raised.value.field == field

@@ -28,7 +28,9 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         port = listener.getsockname()[1]
         with (
-            pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*pid {os.getpid()}\); .*--port"),
+            pytest.raises(
+                StartupError, match=rf"port {port} of 127.0.0.1 .*pid {os.getpid()}\); .*--port"
+            ),
             listening("127.0.0.1", port),
         ):
             pass
@@ -37,7 +39,9 @@ def test_a_busy_port_is_named_with_its_holder_and_the_fix() -> None:
 def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         port = listener.getsockname()[1]
-        config = LaunchConfig.model_validate({"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}})
+        config = LaunchConfig.model_validate(
+            {"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}}
+        )
         with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
             check_engine_ports(config)
     check_engine_ports(LaunchConfig())
@@ -45,13 +49,19 @@ def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])
 def test_a_foreign_address_is_refused(host: str) -> None:
-    with pytest.raises(StartupError, match=rf"{host} is no address of this machine.*--host"), listening(host, 0):
+    with (
+        pytest.raises(StartupError, match=rf"{host} is no address of this machine.*--host"),
+        listening(host, 0),
+    ):
         pass
 
 
 @pytest.mark.skipif(not HAS_IPV6, reason="this machine has no IPv6")
 def test_every_address_of_a_host_gets_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses: list[Any] = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    addresses: list[Any] = [
+        (socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)),
+    ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: addresses)
     with listening("both.example", 0) as listeners:
         names = [listener.getsockname() for listener in listeners]
@@ -84,5 +94,7 @@ def test_a_port_whose_last_connections_fade_away_is_free() -> None:
 def test_no_child_inherits_it_by_itself() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         code = f"import os; os.fstat({listener.fileno()})"
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, close_fds=False, check=False)
+        child = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, close_fds=False, check=False
+        )
     assert b"Bad file descriptor" in child.stderr

@@ -1,4 +1,6 @@
-"""What only real processes show: spawning, signals, deaths, nothing left behind. One core, so few and small launches."""
+"""What only real processes show: spawning, signals, deaths, nothing left behind. One core, so few
+and small launches.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,13 @@ class KillOnce(FakeObserver):
     def changed(self, status: LaunchStatus) -> None:
         if not self.before or self.after:
             return
-        restarted = any(process.name == self.name and process.incarnation == 2 for process in status.processes)
-        well = all(process.state is ProcessState.READY for process in status.processes) and not status.num_missing_pairs
+        restarted = any(
+            process.name == self.name and process.incarnation == 2 for process in status.processes
+        )
+        well = (
+            all(process.state is ProcessState.READY for process in status.processes)
+            and not status.num_missing_pairs
+        )
         if restarted and well:
             self.after = {process.name: process.pid for process in status.processes}
             os.kill(os.getpid(), signal.SIGINT)
@@ -82,7 +89,9 @@ class InterruptWhenGivenUp(FakeObserver):
         states = {process.name: process.state for process in status.processes}
         engine = {state for name, state in states.items() if name.partition("/")[0] == self.engine}
         if engine == {ProcessState.GIVEN_UP}:
-            self._given_up |= {process.incarnation for process in status.processes if process.name == self.engine}
+            self._given_up |= {
+                process.incarnation for process in status.processes if process.name == self.engine
+            }
         if len(self._given_up) == 2 and not self.serving:
             self.serving = {name for name, state in states.items() if state is ProcessState.READY}
             os.kill(os.getpid(), signal.SIGINT)
@@ -90,7 +99,9 @@ class InterruptWhenGivenUp(FakeObserver):
 
 def assert_gone(*pids: int | None) -> None:
     processes = [psutil.Process(pid) for pid in pids if pid is not None and psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs([p for p in processes if p.status() != psutil.STATUS_ZOMBIE], timeout=10)
+    _, alive = psutil.wait_procs(
+        [p for p in processes if p.status() != psutil.STATUS_ZOMBIE], timeout=10
+    )
     assert not alive
 
 
@@ -117,7 +128,10 @@ def test_a_crash_at_start_is_reported_with_its_log_and_all_are_stopped(tmp_path:
     assert outcome.exit_code == 1
     assert len(outcome.report) <= 20
     assert outcome.report[0] == "prefill-0/rank-0 ended with exit code 1 before it was ready"
-    assert outcome.report[-2:] == ("  RuntimeError: the weights are not there", f"log: {tmp_path}/prefill-0.rank-0.log")
+    assert outcome.report[-2:] == (
+        "  RuntimeError: the weights are not there",
+        f"log: {tmp_path}/prefill-0.rank-0.log",
+    )
 
 
 def test_what_a_process_says_before_it_fails_is_the_report(tmp_path: Path) -> None:
@@ -132,7 +146,9 @@ def test_what_a_process_says_before_it_fails_is_the_report(tmp_path: Path) -> No
 
 def test_a_child_that_ignores_stop_and_term_is_killed(tmp_path: Path) -> None:
     observer = InterruptWhenReady()
-    outcome = run_plan(real_plan({"decode-0": "ignore-term deaf"}, num_prefill=0), observer, tmp_path, IMPATIENT)
+    outcome = run_plan(
+        real_plan({"decode-0": "ignore-term deaf"}, num_prefill=0), observer, tmp_path, IMPATIENT
+    )
     assert outcome.exit_code == 0
     assert_gone(*observer.pids.values())
 
@@ -148,7 +164,9 @@ def test_a_killed_prefill_rank_returns_and_decode_finds_it(tmp_path: Path) -> No
 
 
 class KillRouter(FakeObserver):
-    """Kills the router twice; a client comes each time while no router runs, others come all the time."""
+    """Kills the router twice; a client comes each time while no router runs, others come all the
+    time.
+    """
 
     def __init__(self, port: int) -> None:
         super().__init__()
@@ -164,7 +182,11 @@ class KillRouter(FakeObserver):
         router = next(process for process in status.processes if process.name == "router")
         if router.state is ProcessState.BACKING_OFF and len(self.waiting) < router.incarnation:
             self.waiting.append(ask(self.port))
-        elif router.state is ProcessState.READY and router.incarnation > 1 and len(self.answers) < router.incarnation - 1:
+        elif (
+            router.state is ProcessState.READY
+            and router.incarnation > 1
+            and len(self.answers) < router.incarnation - 1
+        ):
             self.answers.append(answer(self.waiting[-1]))
             if router.incarnation == 2:
                 self._kill(status)
@@ -197,10 +219,15 @@ def test_no_connection_is_refused_while_a_router_is_dead(tmp_path: Path) -> None
         observer = KillRouter(port)
         plan = real_plan(num_prefill=0)
         command = (sys.executable, "-m", "pdlaunch.router", "--name", "router")
-        processes = [msgspec.structs.replace(p, command=command) if p.kind == "router" else p for p in plan.processes]
+        processes = [
+            msgspec.structs.replace(p, command=command) if p.kind == "router" else p
+            for p in plan.processes
+        ]
         with ThreadPoolExecutor(4) as pool:
             visits = [pool.submit(visit, port, observer.over) for _ in range(4)]
-            outcome = run_plan(Plan(processes=tuple(processes)), observer, tmp_path, Timing(), listeners=listeners)
+            outcome = run_plan(
+                Plan(processes=tuple(processes)), observer, tmp_path, Timing(), listeners=listeners
+            )
             observer.over.set()
         assert outcome.exit_code == 0
         assert observer.answers == [b"HTTP/1.1 200"] * 2
@@ -211,7 +238,9 @@ def test_no_connection_is_refused_while_a_router_is_dead(tmp_path: Path) -> None
 
 
 def visit(port: int, over: threading.Event) -> int:
-    """Connections that were made until the launch was told to stop. Raises ConnectionRefusedError."""
+    """Connections that were made until the launch was told to stop. Raises
+    ConnectionRefusedError.
+    """
     num_connected = 0
     while not over.wait(0.01):
         try:
@@ -226,10 +255,16 @@ def visit(port: int, over: threading.Event) -> int:
     return num_connected
 
 
-def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others_serve(tmp_path: Path) -> None:
+def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others_serve(
+    tmp_path: Path,
+) -> None:
     observer = InterruptWhenGivenUp("decode-0")
-    timing = Timing(restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01))
-    outcome = run_plan(real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing)
+    timing = Timing(
+        restarts=RestartPolicy(first_delay_s=0.01, max_quick_deaths=3, first_retry_s=0.01)
+    )
+    outcome = run_plan(
+        real_plan({"decode-0": "die"}, num_decode=2, num_prefill=0), observer, tmp_path, timing
+    )
     assert outcome.exit_code == 0
     assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
     assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 3
@@ -238,7 +273,9 @@ def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others
 def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:
     observer = KillOnce("decode-0/rank-0", kills=False)
     timing = Timing(restarts=RestartPolicy(first_delay_s=0.01))
-    outcome = run_plan(real_plan({"decode-0/rank-0": "crash-in-a-step"}, num_prefill=0), observer, tmp_path, timing)
+    outcome = run_plan(
+        real_plan({"decode-0/rank-0": "crash-in-a-step"}, num_prefill=0), observer, tmp_path, timing
+    )
     assert outcome.exit_code == 0
     assert (tmp_path / "router.log").read_text().count("suspects [5, 7] repeated [5]\n") == 1
 
@@ -258,7 +295,9 @@ def launches(tmp_path: Path):
         folder = tmp_path / name
         folder.mkdir()
         command = [sys.executable, "-m", "tests.supervisor.fake_launch", str(folder)]
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         started.append(process)
         assert process.stdout is not None
         return process, json.loads(process.stdout.readline())
@@ -293,9 +332,21 @@ def test_a_launch_ends_with_the_pipe_that_its_starter_holds(launches) -> None:
 
 def test_a_guarded_module_ends_with_the_pipe_that_the_supervisor_holds() -> None:
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "pdlaunch.process.guarded", "http.server", "0", "--bind", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pdlaunch.process.guarded",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+    ]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=unbuffered, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=unbuffered,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         assert b"Serving HTTP" in process.stdout.readline()

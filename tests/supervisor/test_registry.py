@@ -15,7 +15,14 @@ def test_a_new_version_for_every_change_and_none_without() -> None:
 def test_a_proven_pair_is_a_change() -> None:
     book, pair = (
         RegistryBook(),
-        PairReady(local="d", peer="p", peer_incarnation=1, seconds=0.1, path="p2p/memfd", gigabytes_per_s=9.0),
+        PairReady(
+            local="d",
+            peer="p",
+            peer_incarnation=1,
+            seconds=0.1,
+            path="p2p/memfd",
+            gigabytes_per_s=9.0,
+        ),
     )
     book.update([], serving=True)
     assert book.update([], [pair], serving=True)

@@ -58,7 +58,11 @@ def test_everything_is_derived_on_gpus(model: Path) -> None:
     specs = resolve(GPU, model=str(model), enable_sleep_mode=True)
     spec = specs["decode-0"]
     assert (spec.device, spec.device_indices) == ("cuda", (1,))
-    assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory_bytes) == ("bfloat16", 8192, None)
+    assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory_bytes) == (
+        "bfloat16",
+        8192,
+        None,
+    )
     assert spec.enable_cumem_allocator
     assert spec.async_scheduling
     specs = resolve(GPU, model=str(model), decode={"async_scheduling": False})
@@ -75,14 +79,22 @@ def test_everything_is_derived_on_gpus(model: Path) -> None:
         (None, True, "float32"),
     ],
 )
-def test_dtype_auto_on_a_cpu(tmp_path: Path, checkpoint: str | None, has_native_bf16: bool, expected: str) -> None:
+def test_dtype_auto_on_a_cpu(
+    tmp_path: Path, checkpoint: str | None, has_native_bf16: bool, expected: str
+) -> None:
     model = write_model(tmp_path / "m", dtype=checkpoint)
     machine = Machine(cpus=(0,), has_native_bf16=has_native_bf16)
     assert resolve(machine, model=str(model))["prefill-0"].dtype == expected
 
 
 def test_what_is_set_is_kept_and_roles_may_differ(model: Path) -> None:
-    specs = resolve(CPU, model=str(model), dtype="bfloat16", max_model_len=128, decode={"replicas": 2, "block_size": 32})
+    specs = resolve(
+        CPU,
+        model=str(model),
+        dtype="bfloat16",
+        max_model_len=128,
+        decode={"replicas": 2, "block_size": 32},
+    )
     assert set(specs) == {"prefill-0", "decode-0", "decode-1"}
     assert {spec.dtype for spec in specs.values()} == {"bfloat16"}
     assert [spec.block_size for spec in specs.values()] == [16, 32, 32]
@@ -129,7 +141,11 @@ def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
         )
         bootstraps.prepare()
         rank, _, server, _, router = plan(config, CPU, {}).processes
-        of_rank, of_server, of_router = bootstraps.make(rank, 2), bootstraps.make(server, 1), bootstraps.make(router, 2)
+        of_rank, of_server, of_router = (
+            bootstraps.make(rank, 2),
+            bootstraps.make(server, 1),
+            bootstraps.make(router, 2),
+        )
         assert of_rank.engine().name == "prefill-0"
         assert of_rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"
         assert of_server.engine() == of_rank.engine()

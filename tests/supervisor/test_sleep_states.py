@@ -19,7 +19,10 @@ def test_everyone_hears_of_sleep_and_the_launch_goes_on() -> None:
     assert states(world)["prefill-0"] == "draining"
     world.say("prefill-0/rank-0", SleepState(state="sleeping"))
     world.say("prefill-0", SleepState(state="sleeping"))
-    assert {name for name, state in states(world).items() if state == "sleeping"} == {"prefill-0", "prefill-0/rank-0"}
+    assert {name for name, state in states(world).items() if state == "sleeping"} == {
+        "prefill-0",
+        "prefill-0/rank-0",
+    }
     assert world.supervisor.phase is Phase.READY
     world.say("prefill-0/rank-0", SleepState(state="awake"))
     world.say("prefill-0", SleepState(state="awake"))

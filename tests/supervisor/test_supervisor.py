@@ -100,7 +100,9 @@ def test_last_words_may_arrive_after_the_death() -> None:
 def test_incompatible_engines_fail_the_start_and_unreachable_ones_do_not() -> None:
     world = World(make_plan()).start()
     world.register("decode-0/rank-0")
-    pair = PairFailed(local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False)
+    pair = PairFailed(
+        local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False
+    )
     world.say("decode-0/rank-0", pair)
     assert world.supervisor.failure is None
     pair.fatal, pair.error = True, "block_size 16 and 32"
@@ -118,18 +120,24 @@ def test_the_startup_timeout_names_what_is_not_ready() -> None:
     assert world.supervisor.failure is None
     world.pass_time(1)
     assert world.supervisor.failure is not None
-    assert list(world.supervisor.failure.details) == ["  decode-0/rank-0 is starting: loading weights"]
+    assert list(world.supervisor.failure.details) == [
+        "  decode-0/rank-0 is starting: loading weights"
+    ]
 
 
 def test_the_startup_timeout_names_pairs_that_are_not_connected() -> None:
     world = World(make_plan(), Timing(startup_timeout_s=60)).start()
     for name in EVERYONE:
         world.become_ready(name)
-    pair = PairFailed(local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False)
+    pair = PairFailed(
+        local="decode-0/rank-0", peer="prefill-0/rank-0", error="connection refused", fatal=False
+    )
     world.say("decode-0/rank-0", pair)
     world.pass_time(60)
     assert world.supervisor.failure is not None
-    assert list(world.supervisor.failure.details) == ["  decode-0/rank-0 has no path to prefill-0: connection refused"]
+    assert list(world.supervisor.failure.details) == [
+        "  decode-0/rank-0 has no path to prefill-0: connection refused"
+    ]
 
 
 def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> None:
@@ -141,7 +149,10 @@ def test_the_registry_goes_to_all_on_every_change_with_a_growing_version() -> No
     world.say("prefill-0", Ready())
     registry = world.host.registry("router")
     assert registry.version == 3
-    assert [(entry.name, entry.state) for entry in registry.entries] == [("prefill-0", "ready"), ("router", "starting")]
+    assert [(entry.name, entry.state) for entry in registry.entries] == [
+        ("prefill-0", "ready"),
+        ("router", "starting"),
+    ]
 
 
 def test_registering_again_without_a_change_answers_that_process_alone() -> None:
@@ -173,7 +184,9 @@ def test_a_dead_server_alone_is_restarted_under_a_new_incarnation() -> None:
     world.pass_time(0.2)
     assert world.host.running["decode-0"] == 2
     world.become_ready("decode-0")
-    assert [e.incarnation for e in world.host.registry("router").entries if e.name == "decode-0"] == [2]
+    assert [
+        e.incarnation for e in world.host.registry("router").entries if e.name == "decode-0"
+    ] == [2]
     assert world.host.spawned.count(("decode-0/rank-0", 1)) == 1
 
 
@@ -181,13 +194,19 @@ def test_the_ranks_of_an_engine_die_and_return_together() -> None:
     world = World(make_plan(tp_size=3)).start().all_ready()
     world.exit("decode-0/rank-1", 1)
     assert world.signalled(signal.SIGKILL) == {"decode-0/rank-0", "decode-0/rank-2"}
-    assert not [entry for entry in world.host.registry("router").entries if entry.name.startswith("decode-0/")]
+    assert not [
+        entry
+        for entry in world.host.registry("router").entries
+        if entry.name.startswith("decode-0/")
+    ]
     world.pass_time(10)
     assert "decode-0/rank-1" not in world.host.running
     world.exit("decode-0/rank-0", -9)
     world.exit("decode-0/rank-2", -9)
     world.pass_time(0.6)
-    assert {name: n for name, n in world.host.running.items() if n == 2} == {f"decode-0/rank-{n}": 2 for n in range(3)}
+    assert {name: n for name, n in world.host.running.items() if n == 2} == {
+        f"decode-0/rank-{n}": 2 for n in range(3)
+    }
     assert world.supervisor.phase is Phase.READY
 
 
@@ -297,7 +316,10 @@ def test_stop_drains_router_then_engines_then_stops_all() -> None:
     world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
     world.interrupt(signal.SIGTERM)
     assert world.draining() == {"router"}
-    assert next(e.state for e in world.host.registry("decode-0").entries if e.name == "router") == "draining"
+    assert (
+        next(e.state for e in world.host.registry("decode-0").entries if e.name == "router")
+        == "draining"
+    )
     world.pass_time(10)
     world.drained("router")
     assert world.draining() == {"router", "prefill-0", "decode-0"}
@@ -331,7 +353,11 @@ def test_a_third_interrupt_kills_what_a_router_that_does_not_leave_holds_up() ->
 
 
 def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=0, router_stop_s=1.5, stop_s=5))).start().all_ready()
+    world = (
+        World(make_plan(), Timing(grace=Grace(drain_s=0, router_stop_s=1.5, stop_s=5)))
+        .start()
+        .all_ready()
+    )
     world.interrupt()
     assert world.supervisor.phase is Phase.STOPPING_ROUTER
     world.pass_time(1.4)
@@ -346,7 +372,9 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
 
 
 def test_the_last_failure_of_a_launch_that_serves_stops_the_router_first() -> None:
-    world = World(make_plan(), Timing(restarts=RestartPolicy(max_quick_deaths=1))).start().all_ready()
+    world = (
+        World(make_plan(), Timing(restarts=RestartPolicy(max_quick_deaths=1))).start().all_ready()
+    )
     world.exit("decode-0", 1)
     assert world.supervisor.failure is not None
     assert world.stopped() == {"router"}
@@ -372,7 +400,11 @@ def test_nothing_is_drained_when_that_is_set_to_zero() -> None:
 
 
 def test_what_does_not_stop_is_terminated_and_then_killed_and_then_left() -> None:
-    world = World(make_plan(), Timing(grace=Grace(drain_s=0, stop_s=5, terminate_s=3, kill_s=4))).start().all_ready()
+    world = (
+        World(make_plan(), Timing(grace=Grace(drain_s=0, stop_s=5, terminate_s=3, kill_s=4)))
+        .start()
+        .all_ready()
+    )
     world.interrupt()
     for name in EVERYONE - {"decode-0"}:
         world.exit(name)

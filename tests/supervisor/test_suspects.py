@@ -26,14 +26,20 @@ def told(world: World) -> list[object]:
     return world.host.sent_to("router", Suspects)
 
 
-@pytest.mark.parametrize("code", [0, 1, 139, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE])
-def test_router_hears_of_the_last_step_of_a_rank_that_died_by_itself_before_it_loses_the_engine(code: int) -> None:
+@pytest.mark.parametrize(
+    "code", [0, 1, 139, -signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE]
+)
+def test_router_hears_of_the_last_step_of_a_rank_that_died_by_itself_before_it_loses_the_engine(
+    code: int,
+) -> None:
     world = ready_world()
     world.exit("decode-0/rank-0", code)
     assert told(world) == [Suspects(origins=[5, 7], repeated=[5])]
     kinds = [type(message) for name, message in world.host.sent if name == "router"]
     assert kinds.index(Suspects) < kinds.index(Registry)
-    assert {name for name, message in world.host.sent if isinstance(message, Suspects)} == {"router"}
+    assert {name for name, message in world.host.sent if isinstance(message, Suspects)} == {
+        "router"
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -1,4 +1,6 @@
-"""Stand-ins for what the transfer thread talks to: a clock, memory of several ranks in one process, side channels."""
+"""Stand-ins for what the transfer thread talks to: a clock, memory of several ranks in one process,
+side channels.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from pdlaunch.config.models import KVTransferSettings, LimitSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
-from pdlaunch.transfer.connector import BlockRead, Connector, Landing, LocalMemory, PeerHandle, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    Connector,
+    Landing,
+    LocalMemory,
+    PeerHandle,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.scratch import PATTERN_BYTES
 
 
@@ -61,7 +71,9 @@ def spec_of(
     )
 
 
-def layout_of(num_kv_heads: int = 3, *, block_size: int = 16, num_layers: int = 2, head_dim: int = 4) -> KVCacheLayout:
+def layout_of(
+    num_kv_heads: int = 3, *, block_size: int = 16, num_layers: int = 2, head_dim: int = 4
+) -> KVCacheLayout:
     return KVCacheLayout(
         groups=make_groups([None] * num_layers),
         num_kv_heads=num_kv_heads,
@@ -78,7 +90,9 @@ def random_cache(layout: KVCacheLayout, num_blocks: int, seed: int) -> torch.Ten
 
 @dataclass
 class Fabric:
-    """Memory that connectors of several ranks in this process share, and what is wrong with it today."""
+    """Memory that connectors of several ranks in this process share, and what is wrong with it
+    today.
+    """
 
     agents: dict[str, LocalMemory] = field(default_factory=dict)
     stalled: bool = False
@@ -165,7 +179,9 @@ class FakeConnector(Connector):
 
         def copy() -> None:
             for here, there in zip(read.local_blocks, read.remote_blocks, strict=True):
-                for local_head, remote_head in zip(read.local_heads, read.remote_heads, strict=True):
+                for local_head, remote_head in zip(
+                    read.local_heads, read.remote_heads, strict=True
+                ):
                     local[here, local_head] = remote[there, remote_head]
 
         return self._start(copy)

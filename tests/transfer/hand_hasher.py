@@ -1,4 +1,6 @@
-"""A hasher as on a GPU: checksums are there some time after they were asked for, when the test says so."""
+"""A hasher as on a GPU: checksums are there some time after they were asked for, when the test says
+so.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums, Ha
 
 
 class HandChecksums:
-    def __init__(self, compute: Callable[[], ChecksumArray], after: torch.cuda.Event | None) -> None:
+    def __init__(
+        self, compute: Callable[[], ChecksumArray], after: torch.cuda.Event | None
+    ) -> None:
         self._compute = compute
         self.after = after
         self.is_ready = False
@@ -55,6 +59,10 @@ class HandHasher(BlockHasher):
             checksums.is_ready = True
 
 
-def stated_checksums(kv_cache: torch.Tensor, layout: KVCacheLayout, block_ids: Sequence[int]) -> bytes:
+def stated_checksums(
+    kv_cache: torch.Tensor, layout: KVCacheLayout, block_ids: Sequence[int]
+) -> bytes:
     """As a holder states them."""
-    return BlockHasher(kv_cache, layout).start(block_ids, slice(None)).result().astype("<u8").tobytes()
+    return (
+        BlockHasher(kv_cache, layout).start(block_ids, slice(None)).result().astype("<u8").tobytes()
+    )

@@ -1,4 +1,5 @@
-"""Runs the checksum kernel in Triton's interpreter and compares it with xxHash; started by ``test_checksum_kernel``.
+"""Runs the checksum kernel in Triton's interpreter and compares it with xxHash; started by
+``test_checksum_kernel``.
 
 A process of its own: the interpreter is switched on by the environment before Triton is imported.
 """
@@ -21,19 +22,33 @@ EDGES = (256, 1008, 1024, 1040, 1088, 8192, 8208, 9216, 9232, 16384, 65536)
 
 def compare(region_bytes: int, random: np.random.Generator) -> None:
     num_blocks, num_heads = (int(number) for number in random.integers(1, 5, 2))
-    memory = torch.from_numpy(random.integers(0, 256, (num_blocks, num_heads, region_bytes), dtype=np.uint8))
+    memory = torch.from_numpy(
+        random.integers(0, 256, (num_blocks, num_heads, region_bytes), dtype=np.uint8)
+    )
     assert supports(memory)
     block_ids = random.permutation(num_blocks)[: random.integers(1, num_blocks + 1)]
     first_head = int(random.integers(num_heads))
     heads = range(first_head, int(random.integers(first_head + 1, num_heads + 1)))
     results = torch.zeros((len(block_ids), len(heads)), dtype=torch.int64)
-    hash_regions(memory.view(torch.int64), torch.from_numpy(block_ids), first_head, results, constants(CPU))
-    expected = [[xxhash.xxh3_64_intdigest(memory[block, head].numpy()) for head in heads] for block in block_ids]
-    assert results.numpy().view(np.uint64).tolist() == expected, (region_bytes, num_blocks, num_heads, heads)
+    hash_regions(
+        memory.view(torch.int64), torch.from_numpy(block_ids), first_head, results, constants(CPU)
+    )
+    expected = [
+        [xxhash.xxh3_64_intdigest(memory[block, head].numpy()) for head in heads]
+        for block in block_ids
+    ]
+    assert results.numpy().view(np.uint64).tolist() == expected, (
+        region_bytes,
+        num_blocks,
+        num_heads,
+        heads,
+    )
 
 
 def compare_far_away() -> None:
-    """A region that begins behind 2^31 words. Pages of the file that nobody touches cost no memory."""
+    """A region that begins behind 2^31 words. Pages of the file that nobody touches cost no
+    memory.
+    """
     num_blocks = 2**20 + 9
     file = os.memfd_create("far away")
     os.ftruncate(file, num_blocks * 2 * 8192)
@@ -41,7 +56,9 @@ def compare_far_away() -> None:
     region = memory[-1, 1]
     region.random_(0, 256)
     results = torch.zeros((1, 1), dtype=torch.int64)
-    hash_regions(memory.view(torch.int64), torch.tensor([num_blocks - 1]), 1, results, constants(CPU))
+    hash_regions(
+        memory.view(torch.int64), torch.tensor([num_blocks - 1]), 1, results, constants(CPU)
+    )
     assert int(results) % 2**64 == xxhash.xxh3_64_intdigest(region.numpy())
 
 
@@ -54,7 +71,13 @@ def check_refusals() -> None:
 
 def hash_nothing() -> None:
     memory = torch.zeros((1, 2, 32), dtype=torch.int64)
-    hash_regions(memory, torch.zeros(0, dtype=torch.int64), 0, torch.zeros((0, 2), dtype=torch.int64), constants(CPU))
+    hash_regions(
+        memory,
+        torch.zeros(0, dtype=torch.int64),
+        0,
+        torch.zeros((0, 2), dtype=torch.int64),
+        constants(CPU),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A real rank in a process of its own: TransferWorker, connector over CPU memory, side channel. Driven through a pipe."""
+"""A real rank in a process of its own: TransferWorker, connector over CPU memory, side channel.
+Driven through a pipe.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,10 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     os.environ.update(environ | connector_environment(options.spec.kv_transfer, environ, on))
     torch.set_num_threads(1)
     layout = layout_of(
-        options.num_heads, block_size=options.spec.block_size, num_layers=options.num_layers, head_dim=options.head_dim
+        options.num_heads,
+        block_size=options.spec.block_size,
+        num_layers=options.num_layers,
+        head_dim=options.head_dim,
     )
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -110,7 +115,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     start_read = connector.start_read
 
     def stop_and_start_read(peer: Any, read: Any) -> Any:
-        """Stops the holder's process just before a READ is posted; one that does not need it stops after its first piece.
+        """Stops the holder's process just before a READ is posted; one that does not need it stops
+        after its first piece.
 
         Or kills it, before that or just after.
         """
@@ -196,12 +202,17 @@ def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
         going_on.wait()
 
     return P2PConnector(
-        options.name, options.incarnation, binding=new_device_binding(), new_copiers=lambda memory: [HostCopier(move)]
+        options.name,
+        options.incarnation,
+        binding=new_device_binding(),
+        new_copiers=lambda memory: [HostCopier(move)],
     )
 
 
 def stop_process(pid: int) -> None:
-    """SIGSTOP, until no thread runs any more: the others go on until the one that got the signal has had its turn."""
+    """SIGSTOP, until no thread runs any more: the others go on until the one that got the signal
+    has had its turn.
+    """
     os.kill(pid, signal.SIGSTOP)
     while any(state_of(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
         time.sleep(0.001)
@@ -240,7 +251,9 @@ def open_listeners() -> list[str]:
 
 
 def listening() -> tuple[set[int], list[str]]:
-    """Ports of TCP sockets that listen, and paths of Unix sockets that do; abstract ones begin with @."""
+    """Ports of TCP sockets that listen, and paths of Unix sockets that do; abstract ones begin with
+    @.
+    """
     inodes = {str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()}
     rows = [line.split() for line in Path("/proc/self/net/unix").read_text().splitlines()[1:]]
     accepts = 0x10000  # __SO_ACCEPTCON, the flag of a socket that listens
@@ -249,10 +262,18 @@ def listening() -> tuple[set[int], list[str]]:
 
 
 def shared_memory() -> tuple[set[int], int]:
-    """Permissions of the POSIX segments that this process has open, and the number of SysV segments that it has made."""
-    posix = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and str(fd.readlink()).startswith("/dev/shm/")]
+    """Permissions of the POSIX segments that this process has open, and the number of SysV segments
+    that it has made.
+    """
+    posix = [
+        fd
+        for fd in Path("/proc/self/fd").iterdir()
+        if fd.is_symlink() and str(fd.readlink()).startswith("/dev/shm/")
+    ]
     sysv = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
-    return {fd.stat().st_mode & 0o777 for fd in posix}, sum(int(row[4]) == os.getpid() for row in sysv)
+    return {fd.stat().st_mode & 0o777 for fd in posix}, sum(
+        int(row[4]) == os.getpid() for row in sysv
+    )
 
 
 class RankHandle:
@@ -261,7 +282,11 @@ class RankHandle:
     def __init__(self, options: RankOptions) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["pdlaunch.transfer.worker", "pdlaunch.transfer.connectors", "tests.transfer.rank_process"]
+            [
+                "pdlaunch.transfer.worker",
+                "pdlaunch.transfer.connectors",
+                "tests.transfer.rank_process",
+            ]
         )
         self.options = options
         self._pipe, child_end = context.Pipe()
@@ -335,7 +360,10 @@ class RankHandle:
             if found == channel and isinstance(value, kind):
                 return value
             self._seen.append((found, value))
-        raise TimeoutError(f"{self.options.name}: no {channel} {kind.__name__} within {timeout_s} s; seen: {self._seen}")
+        raise TimeoutError(
+            f"{self.options.name}: no {channel} {kind.__name__} within {timeout_s} s; seen: "
+            f"{self._seen}"
+        )
 
     def stop(self) -> None:
         if self.process.is_alive():
@@ -348,7 +376,14 @@ def hashes(num_blocks: int, salt: str = "") -> list[bytes]:
     return [f"{salt}{index}".encode().ljust(32, b".") for index in range(num_blocks)]
 
 
-def grant(request_id: str, block_ids: list[int], *, lease_s: float = 60.0, num_readers: int = 1, salt: str = "") -> GrantLease:
+def grant(
+    request_id: str,
+    block_ids: list[int],
+    *,
+    lease_s: float = 60.0,
+    num_readers: int = 1,
+    salt: str = "",
+) -> GrantLease:
     return GrantLease(
         request_id=request_id,
         block_ids=[block_ids],

@@ -1,4 +1,6 @@
-"""Pulls of prompts that are still being computed: read part by part, counted only under a lease of the same computation."""
+"""Pulls of prompts that are still being computed: read part by part, counted only under a lease of
+the same computation.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def holder(world: PatientWorld) -> HolderRank:
     return world.connect()
 
 
-def awaited(holder: HolderRank, block_ids: list[int], pull_id: str = "p", **options: Any) -> StartPull:
+def awaited(
+    holder: HolderRank, block_ids: list[int], pull_id: str = "p", **options: Any
+) -> StartPull:
     return replace(pull(pull_id, holder.remote("r"), block_ids, **options), awaits=True)
 
 
@@ -433,11 +437,18 @@ def test_checksums_are_stated_while_the_blocks_are_read(world, holder):
 
 @pytest.mark.parametrize(
     ("groups", "error"),
-    [([], "stated no checksums"), ([None], "stated no checksums"), ([bytes(8)], "stated no checksums"), ([bytes(48)], "differs")],
+    [
+        ([], "stated no checksums"),
+        ([None], "stated no checksums"),
+        ([bytes(8)], "stated no checksums"),
+        ([bytes(48)], "differs"),
+    ],
 )
 def test_a_holder_that_states_nonsense_fails_the_pull(world, holder, groups, error):
     Holder.grant(holder.holder, lease([4, 5]))
-    holder.holder._state_checksums = lambda message: ChecksumsReply(call_id=message.call_id, groups=groups)
+    holder.holder._state_checksums = lambda message: ChecksumsReply(
+        call_id=message.call_id, groups=groups
+    )
     world.pulls.start(awaited(holder, [1, 2]))
     world.turn()
     holder.holder.take_granted()

@@ -16,7 +16,10 @@ def test_one_checksum_a_block_and_head_over_its_bytes():
     layout = layout_of(num_kv_heads=3)
     kv_cache = random_cache(layout, 4, seed=0)
     found = BlockHasher(kv_cache, layout).checksums([2, 0], slice(1, 3))
-    expected = [[xxhash.xxh3_64_intdigest(kv_cache[block, head].numpy().tobytes()) for head in (1, 2)] for block in (2, 0)]
+    expected = [
+        [xxhash.xxh3_64_intdigest(kv_cache[block, head].numpy().tobytes()) for head in (1, 2)]
+        for block in (2, 0)
+    ]
     assert found == expected
 
 
@@ -27,10 +30,14 @@ def test_checksums_do_not_depend_on_the_split_into_ranks(dtype):
 
     def hasher(part):
         layout = layout_of(num_kv_heads=part.shape[1])
-        layout = type(layout)(layout.groups, layout.num_kv_heads, layout.head_dim, layout.block_size, bytes_a_value)
+        layout = type(layout)(
+            layout.groups, layout.num_kv_heads, layout.head_dim, layout.block_size, bytes_a_value
+        )
         return BlockHasher(part.contiguous(), layout)
 
-    of_parts = [hasher(whole[:, head : head + 1]).checksums([0, 1], slice(None)) for head in range(3)]
+    of_parts = [
+        hasher(whole[:, head : head + 1]).checksums([0, 1], slice(None)) for head in range(3)
+    ]
     joined = [[part[block][0] for part in of_parts] for block in range(2)]
     assert hasher(whole).checksums([0, 1], slice(None)) == joined
 
@@ -58,6 +65,9 @@ def test_engine_ids_are_32_hex_digits_and_differ():
 def test_groups_are_described_in_one_line():
     from pdlaunch.kvcache.groups import make_groups
 
-    assert describe_groups(make_groups([512, 512, None, 512, 512])) == "full: 2; 512: 0; 512: 1; 512: 3; 512: 4"
+    assert (
+        describe_groups(make_groups([512, 512, None, 512, 512]))
+        == "full: 2; 512: 0; 512: 1; 512: 3; 512: 4"
+    )
     assert describe_groups(make_groups([None] * 30)) == "full: 0-29"
     assert describe_groups(make_groups([None])) == "full: 0"

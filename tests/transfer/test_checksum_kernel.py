@@ -19,9 +19,17 @@ def test_kernel_equals_xxhash() -> None:
 
 
 def layouts() -> list[KVCacheLayout]:
-    """Of an 8B model, of one with an odd number of stripes a head, and one that is too small for the kernel."""
-    large = KVCacheLayout(make_groups([None] * 32), num_kv_heads=8, head_dim=128, block_size=16, dtype_bytes=2)
-    return [large, layout_of(num_kv_heads=3, block_size=3, num_layers=5, head_dim=20), layout_of(block_size=1)]
+    """Of an 8B model, of one with an odd number of stripes a head, and one that is too small for
+    the kernel.
+    """
+    large = KVCacheLayout(
+        make_groups([None] * 32), num_kv_heads=8, head_dim=128, block_size=16, dtype_bytes=2
+    )
+    return [
+        large,
+        layout_of(num_kv_heads=3, block_size=3, num_layers=5, head_dim=20),
+        layout_of(block_size=1),
+    ]
 
 
 @pytest.mark.gpu
@@ -33,7 +41,12 @@ def test_a_gpu_and_a_cpu_agree(layout: KVCacheLayout) -> None:
     on_cpu = BlockHasher(kv_cache.cpu(), layout)
     hasher = BlockHasher(kv_cache, layout)
     torch.cuda.synchronize()
-    chosen = [([39, 0, 7], slice(None)), ([5], slice(1, 3)), ([], slice(None)), (list(range(40)), slice(0, 1))]
+    chosen = [
+        ([39, 0, 7], slice(None)),
+        ([5], slice(1, 3)),
+        ([], slice(None)),
+        (list(range(40)), slice(0, 1)),
+    ]
     started = [hasher.start(block_ids, heads) for block_ids, heads in chosen]
     for (block_ids, heads), checksums in zip(chosen, started, strict=True):
         assert checksums.result().tolist() == on_cpu.checksums(block_ids, heads)

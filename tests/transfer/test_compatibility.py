@@ -35,5 +35,7 @@ def test_a_field_that_differs_is_named_with_both_values(field: str) -> None:
     theirs = msgspec.structs.replace(OURS, **{field: 99 if isinstance(ours, int) else "other"})
     with pytest.raises(HandshakeError) as caught:
         compare(OURS, theirs, local="decode-0/rank-0", peer="prefill-0/rank-0")
-    expected = f"{field}: decode-0/rank-0 has {ours!r}, prefill-0/rank-0 has {getattr(theirs, field)!r}"
+    expected = (
+        f"{field}: decode-0/rank-0 has {ours!r}, prefill-0/rank-0 has {getattr(theirs, field)!r}"
+    )
     assert expected in str(caught.value)

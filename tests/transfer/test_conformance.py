@@ -38,7 +38,12 @@ from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 
-PATHS = {"nixl": "nixl/UCX", "p2p": "p2p/memfd", "mooncake": "mooncake/tcp", "file": "file/safetensors"}
+PATHS = {
+    "nixl": "nixl/UCX",
+    "p2p": "p2p/memfd",
+    "mooncake": "mooncake/tcp",
+    "file": "file/safetensors",
+}
 """Connectors, or paths of NIXL's, and what the handshake says of them."""
 
 
@@ -48,7 +53,9 @@ def keys() -> LaunchKeys:
 
 
 @pytest.fixture(scope="module", params=list(PATHS))
-def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def settings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """``kv_transfer`` of a launch with the connector under test."""
     if request.param == "mooncake":
         libraries = find_libraries()
@@ -110,10 +117,14 @@ def test_bytes_are_equal_and_the_lease_ends(pair):
 
 
 def test_a_prompt_is_pulled_while_it_is_computed(pair):
-    """Those that write to their readers need the lease for it; the others bring what is ready before."""
+    """Those that write to their readers need the lease for it; the others bring what is ready
+    before.
+    """
     holder, puller = pair
     reads_early = holder.options.spec.kv_transfer.connector == "nixl"
-    puller.submit(msgspec.structs.replace(pull("early", holder.remote("early"), [9, 2, 6, 5]), awaits=True))
+    puller.submit(
+        msgspec.structs.replace(pull("early", holder.remote("early"), [9, 2, 6, 5]), awaits=True)
+    )
     for num_ready in (0, 2):
         holder.submit(
             AnnounceBlocks(
@@ -199,7 +210,10 @@ def test_an_expired_lease_cannot_be_pulled(pair):
 def test_an_engine_that_is_not_in_the_registry_is_refused(pair):
     holder, puller = pair
     stranger = holder.remote("r")
-    stranger = type(stranger)(**{name: getattr(stranger, name) for name in stranger.__struct_fields__} | {"engine_id": "c" * 32})
+    stranger = type(stranger)(
+        **{name: getattr(stranger, name) for name in stranger.__struct_fields__}
+        | {"engine_id": "c" * 32}
+    )
     puller.submit(pull("stranger", stranger, [24]))
     finished = puller.event(PullFinished)
     assert not finished.ok
@@ -222,7 +236,10 @@ def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
                 assert isinstance(answer, Refused | PushEnded)
                 assert answer.call_id == question.call_id
                 reason = answer.reason if isinstance(answer, Refused) else answer.error
-                assert f"{rank.options.name} belongs to engine_id {rank.options.engine_id}, not to {'c' * 32}" in reason
+                assert (
+                    f"{rank.options.name} belongs to engine_id {rank.options.engine_id}, not to "
+                    f"{'c' * 32}" in reason
+                )
             socket.close()
     finally:
         context.close()
@@ -238,7 +255,12 @@ def questions_for(engine_id: str) -> list[ToHolder]:
     """One of each kind, about the lease ``kept``."""
     of_pull = {"engine_id": engine_id, "request_id": "kept", "reader": "x"}
     compatibility = compatibility_of(
-        spec_of("decode"), layout_of(), torch.float32, model_digest="digest", total_kv_heads=3, connector="nixl"
+        spec_of("decode"),
+        layout_of(),
+        torch.float32,
+        model_digest="digest",
+        total_kv_heads=3,
+        connector="nixl",
     )
     return [
         Handshake(
@@ -263,7 +285,9 @@ def test_nobody_from_another_host_can_connect(pair):
 
 
 def test_a_rank_listens_on_its_side_channel_alone(pair, settings):
-    """And on what its connector cannot do without: Mooncake's two ports (PD409), the Unix socket that hands memory over."""
+    """And on what its connector cannot do without: Mooncake's two ports (PD409), the Unix socket
+    that hands memory over.
+    """
     for rank in pair:
         tcp, unix = rank.call("listening")
         side_channel = int(rank.endpoint.rpartition(":")[2])
@@ -322,21 +346,37 @@ def test_a_restarted_holder_is_found_again(holder_options, puller_options, setti
 
 
 def test_different_tp_sizes_in_both_directions(keys, make_spec):
-    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every lease ends.
+    """Every puller rank gets the heads that it holds, from the ranks that hold them, and every
+    lease ends.
 
-    The first READ of one of three pullers brings a wrong byte: it alone reads again, under the lease that the others have ended.
+    The first READ of one of three pullers brings a wrong byte: it alone reads again, under the
+    lease that the others have ended.
     """
 
-    def ranks(role: str, tp_size: int, engine_id: str, *environment: tuple[str, str]) -> list[RankHandle]:
+    def ranks(
+        role: str, tp_size: int, engine_id: str, *environment: tuple[str, str]
+    ) -> list[RankHandle]:
         spec = make_spec(role, name=f"{role}-0", tp_size=tp_size)
         options = [
-            RankOptions(spec, keys, engine_id, tp_rank=tp_rank, num_heads=3 // tp_size, environment=environment)
+            RankOptions(
+                spec,
+                keys,
+                engine_id,
+                tp_rank=tp_rank,
+                num_heads=3 // tp_size,
+                environment=environment,
+            )
             for tp_rank in range(tp_size)
         ]
         return [RankHandle(each) for each in options]
 
-    faults = msgspec.json.encode(one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")).decode()
-    one, three = ranks("prefill", 1, "a" * 32), ranks("decode", 3, "b" * 32, (FAULTS_VARIABLE, faults))
+    faults = msgspec.json.encode(
+        one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
+    ).decode()
+    one, three = (
+        ranks("prefill", 1, "a" * 32),
+        ranks("decode", 3, "b" * 32, (FAULTS_VARIABLE, faults)),
+    )
     try:
         registry = [rank.entry() for rank in (*one, *three)]
         for rank in (*one, *three):
@@ -361,7 +401,9 @@ def test_different_tp_sizes_in_both_directions(keys, make_spec):
 
 
 def one_corrupt_read(agent: str, *others: str) -> FaultPlan:
-    """The first READ of ``agent`` brings a wrong byte; its second, and the first of the others, are right."""
+    """The first READ of ``agent`` brings a wrong byte; its second, and the first of the others, are
+    right.
+    """
     plans = (FaultPlan(seed=seed, probe_rate=0, lease_rate=0) for seed in itertools.count())
     return next(
         plan
@@ -373,16 +415,26 @@ def one_corrupt_read(agent: str, *others: str) -> FaultPlan:
 
 
 def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
-    """Rank 0 of a TP group answers when it has sent the grants to the others: these must not refuse who is faster."""
-    prefill, decode = make_spec("prefill", name="prefill-0", tp_size=3), make_spec("decode", name="decode-0")
+    """Rank 0 of a TP group answers when it has sent the grants to the others: these must not refuse
+    who is faster.
+    """
+    prefill, decode = (
+        make_spec("prefill", name="prefill-0", tp_size=3),
+        make_spec("decode", name="decode-0"),
+    )
     holders = [
-        RankHandle(RankOptions(spec=prefill, keys=keys, engine_id="a" * 32, tp_rank=tp_rank, num_heads=1)) for tp_rank in range(3)
+        RankHandle(
+            RankOptions(spec=prefill, keys=keys, engine_id="a" * 32, tp_rank=tp_rank, num_heads=1)
+        )
+        for tp_rank in range(3)
     ]
     puller = RankHandle(RankOptions(spec=decode, keys=keys, engine_id="b" * 32))
     try:
         puller.call("registry", [rank.entry() for rank in (*holders, puller)])
         pairs = [puller.report(PairReady) for _ in holders]
-        assert {(pair.peer, pair.num_peers) for pair in pairs} == {(f"prefill-0/rank-{tp_rank}", 3) for tp_rank in range(3)}
+        assert {(pair.peer, pair.num_peers) for pair in pairs} == {
+            (f"prefill-0/rank-{tp_rank}", 3) for tp_rank in range(3)
+        }
         for name in ("r", "s", "t"):
             holders[0].submit(grant(name, [3, 8, 5]))
             puller.submit(pull(name, holders[0].remote(name), [30, 2, 17]))
@@ -398,9 +450,18 @@ def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
 
 
 @pytest.fixture
-def stoppable(holder_options: RankOptions, puller_options: RankOptions) -> Iterator[tuple[RankHandle, RankHandle]]:
-    """A pair whose READs need the holder to run (no CMA) or can be held, and blocks large enough to be in the middle of."""
-    options = {"environment": (("UCX_TLS", "posix,self"),), "head_dim": 64, "num_layers": 8, "num_blocks": 64}
+def stoppable(
+    holder_options: RankOptions, puller_options: RankOptions
+) -> Iterator[tuple[RankHandle, RankHandle]]:
+    """A pair whose READs need the holder to run (no CMA) or can be held, and blocks large enough to
+    be in the middle of.
+    """
+    options = {
+        "environment": (("UCX_TLS", "posix,self"),),
+        "head_dim": 64,
+        "num_layers": 8,
+        "num_blocks": 64,
+    }
     holder = RankHandle(replace(holder_options, **options))
     puller = RankHandle(replace(puller_options, **options))
     try:
@@ -413,7 +474,9 @@ def stoppable(holder_options: RankOptions, puller_options: RankOptions) -> Itera
 
 
 def test_a_pull_from_a_stopped_holder_is_quarantined_until_its_bytes_have_landed(stoppable):
-    """No READ can be taken back: after SIGCONT its bytes still arrive, and only then the blocks are free."""
+    """No READ can be taken back: after SIGCONT its bytes still arrive, and only then the blocks are
+    free.
+    """
     holder, puller = stoppable
     blocks = list(range(60))
     holder.submit(grant("r", blocks[::-1], lease_s=60))
@@ -437,7 +500,9 @@ def test_a_holder_killed_in_the_middle_drains_the_pull(stoppable, settings):
     if outlives(settings):
         pytest.skip("such a pull goes on; see the next test")
     if settings.get("path") == "nixl":
-        pytest.skip("nobody tells a READ that needs its holder of the death; see test_nixl_deaths.py")
+        pytest.skip(
+            "nobody tells a READ that needs its holder of the death; see test_nixl_deaths.py"
+        )
     holder, puller = stoppable
     blocks = list(range(60))
     holder.submit(grant("r", blocks[::-1], lease_s=60))
@@ -451,7 +516,9 @@ def test_a_holder_killed_in_the_middle_drains_the_pull(stoppable, settings):
     assert puller.event(PullDrained).pull_id == "p"
 
 
-def test_a_holder_killed_in_the_middle_is_read_to_the_end_where_its_memory_outlives_it(stoppable, settings):
+def test_a_holder_killed_in_the_middle_is_read_to_the_end_where_its_memory_outlives_it(
+    stoppable, settings
+):
     if not outlives(settings):
         pytest.skip("its memory dies with it; see the test before")
     holder, puller = stoppable
@@ -471,7 +538,9 @@ def outlives(settings: dict[str, str]) -> bool:
     return settings.get("path") == "p2p"
 
 
-def stop_during_read(holder: RankHandle, puller: RankHandle, pull_id: str, blocks: list[int]) -> None:
+def stop_during_read(
+    holder: RankHandle, puller: RankHandle, pull_id: str, blocks: list[int]
+) -> None:
     """Returns when the puller has posted its READ to a holder that is stopped."""
     puller.call("stop_before_read", holder.process.pid)
     puller.submit(pull(pull_id, holder.remote("r"), blocks))

@@ -1,4 +1,6 @@
-"""``kill -9`` of real holders: what they have leased is pulled from the memory that they leave behind, where that can be."""
+"""``kill -9`` of real holders: what they have leased is pulled from the memory that they leave
+behind, where that can be.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,16 @@ from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 BLOCKS = [3, 1, 4]
 DEVICES = torch.cuda.device_count()
 gpus = [
-    pytest.param(("cuda:0", "cuda:0"), marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")]),
     pytest.param(
-        ("cuda:0", "cuda:1"), marks=[pytest.mark.multi_gpu, pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")]
+        ("cuda:0", "cuda:0"),
+        marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")],
+    ),
+    pytest.param(
+        ("cuda:0", "cuda:1"),
+        marks=[
+            pytest.mark.multi_gpu,
+            pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices"),
+        ],
     ),
 ]
 GIB = 2**30
@@ -44,7 +53,14 @@ def start(keys: LaunchKeys) -> Iterator[Start]:
     """Starts ranks of engines with six KV heads."""
     with ExitStack() as stack:
 
-        def start(role: str, path: str, tp_rank: int = 0, tp_size: int = 1, device: str = "cpu", **sizes: int) -> RankHandle:
+        def start(
+            role: str,
+            path: str,
+            tp_rank: int = 0,
+            tp_size: int = 1,
+            device: str = "cpu",
+            **sizes: int,
+        ) -> RankHandle:
             if device != "cpu":
                 pytest.importorskip("cuda.bindings")
             options = RankOptions(
@@ -85,7 +101,10 @@ def finish(puller: RankHandle, holder: RankHandle, request_id: str) -> PullFinis
 
 @pytest.mark.parametrize("devices", [("cpu", "cpu"), *gpus], ids="-".join)
 def test_leases_of_a_killed_rank_are_pulled(start: Start, devices: tuple[str, str]) -> None:
-    holder, puller = (start(role, "p2p", device=device) for role, device in zip(("prefill", "decode"), devices, strict=True))
+    holder, puller = (
+        start(role, "p2p", device=device)
+        for role, device in zip(("prefill", "decode"), devices, strict=True)
+    )
     if any(path.startswith("p2p/fabric") for path in connect(puller, holder)):
         pytest.skip("memory with fabric handles is not known to outlive its owner")
     content, _ = lease(holder, "r"), lease(holder, "never pulled")
@@ -97,8 +116,12 @@ def test_leases_of_a_killed_rank_are_pulled(start: Start, devices: tuple[str, st
 
 
 @pytest.mark.parametrize("devices", gpus, ids="-".join)
-def test_a_device_has_the_memory_back_after_the_last_pull(start: Start, devices: tuple[str, str]) -> None:
-    """By the driver's own count. What else the reader takes there meanwhile, kernels and such, is far less than the KV cache."""
+def test_a_device_has_the_memory_back_after_the_last_pull(
+    start: Start, devices: tuple[str, str]
+) -> None:
+    """By the driver's own count. What else the reader takes there meanwhile, kernels and such, is
+    far less than the KV cache.
+    """
     puller = start("decode", "p2p", device=devices[1], **LARGE)
     assert puller.endpoint  # it has started, and has its own memory
     before = torch.cuda.mem_get_info(devices[0])[0]
@@ -133,7 +156,9 @@ def test_a_byte_that_has_changed_since_is_found(start: Start) -> None:
 
 
 def test_ranks_of_a_tp_group_die_one_after_the_other(start: Start) -> None:
-    """The supervisor drops them all from the registry when the first has died, and kills the others."""
+    """The supervisor drops them all from the registry when the first has died, and kills the
+    others.
+    """
     holders = [start("prefill", "p2p", tp_rank, 2) for tp_rank in range(2)]
     puller = start("decode", "p2p")
     connect(puller, *holders)

@@ -1,4 +1,6 @@
-"""A holder dies, and its memory outlives it: real Holder, ledger, Peer and Pull over a fake connector and fake channels."""
+"""A holder dies, and its memory outlives it: real Holder, ledger, Peer and Pull over a fake
+connector and fake channels.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ AGENT = "prefill-0/rank-0#1"
 
 
 class MortalRank(HolderRank):
-    """A holder whose memory and ledger outlive it. A pipe stands for its process: its write end is open while that lives."""
+    """A holder whose memory and ledger outlive it. A pipe stands for its process: its write end is
+    open while that lives.
+    """
 
     def __init__(self, world: World, **options: Any) -> None:
         super().__init__(world.clock, world.fabric, **options)
@@ -38,7 +42,9 @@ class MortalRank(HolderRank):
         agent = self.holder._card.agent_name
         files = {LEDGER_FILE: self.ledger_fd, PROCESS_FILE: self._process_fd}
         world.fabric.agents[agent] = replace(world.fabric.agents[agent], files=files)
-        self.holder = PromptHolder(self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
+        self.holder = PromptHolder(
+            self.holder._card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger
+        )
 
     def die(self) -> None:
         """What it has sent already arrives, nothing else."""
@@ -67,7 +73,9 @@ class ShareRank(MortalRank):
         self.kv_cache = random_cache(self.layout, 16, seed=tp_rank)
         connector = FakeConnector(f"{name}#1", world.fabric)
         files = world.fabric.agents[AGENT].files
-        memory = replace(local_memory(connector.agent_name, self.kv_cache, self.layout), files=files)
+        memory = replace(
+            local_memory(connector.agent_name, self.kv_cache, self.layout), files=files
+        )
         connector.open(memory)
         card = replace(
             self.holder._card,
@@ -76,11 +84,15 @@ class ShareRank(MortalRank):
             agent_name=connector.agent_name,
             agent_metadata=connector.agent_metadata(),
         )
-        self.holder = PromptHolder(card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger)
+        self.holder = PromptHolder(
+            card, BlockHasher(self.kv_cache, self.layout), world.clock, self._ledger
+        )
 
     def entry(self) -> Entry:
         address = Address(side_channel=f"fake://{self.identity.name}")
-        return msgspec.structs.replace(super().entry(), tp_rank=self.identity.tp_rank, tp_size=3, address=address)
+        return msgspec.structs.replace(
+            super().entry(), tp_rank=self.identity.tp_rank, tp_size=3, address=address
+        )
 
 
 @pytest.fixture
@@ -118,7 +130,9 @@ def test_leases_are_in_the_ledger_for_as_long_as_they_live(holder):
     holder.holder.grant(grant("b", [6]))
     assert holder.written().keys() == {"a", "b"}
     assert holder.written()["a"].num_readers == 3
-    assert holder.written()["a"].groups[0].checksums == stated_checksums(holder.kv_cache, holder.layout, [4, 5])
+    assert holder.written()["a"].groups[0].checksums == stated_checksums(
+        holder.kv_cache, holder.layout, [4, 5]
+    )
     holder.holder.set_readers(SetLeaseReaders(request_id="a", num_readers=2))
     assert holder.written()["a"].num_readers == 2
     holder.holder.end(EndLease(request_id="b"))
@@ -141,7 +155,11 @@ def test_the_ledger_counts_down_the_readers(holder):
 
 def answer(holder: MortalRank, reader: str, *, num_pullers: int) -> None:
     engine_id = holder.identity.engine_id
-    holder.holder.answer(PullBegin(call_id=1, engine_id=engine_id, request_id="a", reader=reader, num_pullers=num_pullers))
+    holder.holder.answer(
+        PullBegin(
+            call_id=1, engine_id=engine_id, request_id="a", reader=reader, num_pullers=num_pullers
+        )
+    )
     holder.holder.answer(PullEnd(call_id=2, engine_id=engine_id, request_id="a", reader=reader))
 
 
@@ -287,7 +305,9 @@ def test_memory_stays_until_every_reader_has_been_here(world, holder):
     registry_drops(world)
     for name in ("r", "s", "r"):
         assert is_mapped(world)
-        world.pulls.start(pull(f"{name}{len(holder.channels)}{world.clock.now}", holder.remote(name), [1]))
+        world.pulls.start(
+            pull(f"{name}{len(holder.channels)}{world.clock.now}", holder.remote(name), [1])
+        )
         world.clock.now += 1
         world.turn()
         assert world.finished().ok
@@ -312,9 +332,13 @@ def test_memory_goes_when_nobody_comes(world, holder):
 
 
 def test_memory_of_ranks_that_others_read_goes_at_once(world):
-    """Three ranks pull from three: each from the one with its head, though all have shaken hands."""
+    """Three ranks pull from three: each from the one with its head, though all have shaken
+    hands.
+    """
     setup = world.peers.setup
-    world.peers = new_peer_table(replace(setup, identity=replace(setup.identity, tp_rank=1, tp_size=3)), eager=True)
+    world.peers = new_peer_table(
+        replace(setup, identity=replace(setup.identity, tp_rank=1, tp_size=3)), eager=True
+    )
     holders = [ShareRank(world, tp_rank) for tp_rank in range(3)]
     world.holders.update({holder.entry().address.side_channel: holder for holder in holders})
     world.peers.update([holder.entry() for holder in holders])
@@ -335,7 +359,9 @@ def test_memory_goes_at_once_when_there_is_no_lease(world, holder):
     assert not is_mapped(world)
 
 
-def test_a_successor_on_a_device_gets_the_memory_but_not_that_of_a_pull_that_has_begun(world, holder):
+def test_a_successor_on_a_device_gets_the_memory_but_not_that_of_a_pull_that_has_begun(
+    world, holder
+):
     world.peers = replace(world.peers, gives_way=True)
     world.pulls._peers = world.peers
     holder.holder.grant(grant("r", [4]))
@@ -345,7 +371,9 @@ def test_a_successor_on_a_device_gets_the_memory_but_not_that_of_a_pull_that_has
     world.fabric.stalled = True
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
-    successor = Entry(name=holder.identity.name, kind="rank", incarnation=2, engine="prefill-0", role="prefill")
+    successor = Entry(
+        name=holder.identity.name, kind="rank", incarnation=2, engine="prefill-0", role="prefill"
+    )
     registry_drops(world, successor)
     world.pulls.start(pull("q", holder.remote("s"), [2]))
     world.turn()
@@ -376,7 +404,9 @@ def test_the_successor_is_a_peer_of_its_own_meanwhile(world, holder):
 
 
 def test_nothing_is_read_before_the_process_is_dead(world, holder):
-    """The supervisor kills the other ranks of an engine when one has died: they leave the registry a moment before their end."""
+    """The supervisor kills the other ranks of an engine when one has died: they leave the registry
+    a moment before their end.
+    """
     holder.holder.grant(grant("r", [4]))
     registry_drops(world)
     world.pulls.start(pull("p", holder.remote("r"), [1]))

@@ -13,7 +13,14 @@ import torch
 from pdlaunch.platform.accelerator import has_accelerator
 from pdlaunch.platform.cuda_driver import DriverError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, LocalMemory, PeerHandle, PushJob, ReadHandle, ReadState
+from pdlaunch.transfer.connector import (
+    BlockRead,
+    LocalMemory,
+    PeerHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
 from pdlaunch.transfer.device_binding import DeviceBinding
 from pdlaunch.transfer.pushing import PendingRead, PushingConnector
 from tests.transfer.fakes import layout_of, random_cache
@@ -44,7 +51,9 @@ class FakeTensor:
 
 
 class BuildingConnector(PushingConnector):
-    """Its library changes the device of the thread that builds it; every write waits until all senders have one."""
+    """Its library changes the device of the thread that builds it; every write waits until all
+    senders have one.
+    """
 
     name = path = "building"
 
@@ -89,7 +98,9 @@ def cuda() -> FakeCuda:
     return FakeCuda()
 
 
-def connectors(cuda: FakeCuda, binding: DeviceBinding, kv_cache: Any) -> Iterator[BuildingConnector]:
+def connectors(
+    cuda: FakeCuda, binding: DeviceBinding, kv_cache: Any
+) -> Iterator[BuildingConnector]:
     connector = BuildingConnector(cuda, binding)
     connector.open(LocalMemory(kv_cache, torch.zeros(1), layout_of()))
     yield connector
@@ -104,7 +115,9 @@ def write_twice_with_every_sender(connector: BuildingConnector) -> None:
             assert connector.poll_push(handle) == ""
 
 
-def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(cuda: FakeCuda) -> None:
+def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(
+    cuda: FakeCuda,
+) -> None:
     for connector in connectors(cuda, DeviceBinding(cuda), FakeTensor()):
         write_twice_with_every_sender(connector)
     opener = threading.current_thread().name

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from pdlaunch.protocol.side_channel import Heartbeat, PullBegin, PullEnd, PullReply, Refused, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import (
+    Heartbeat,
+    PullBegin,
+    PullEnd,
+    PullReply,
+    Refused,
+    ToHolder,
+    ToPuller,
+)
 from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.early import GRANT_LAG_S, MAX_WAITING, EarlyQuestions
 from pdlaunch.transfer.holder_link import engine_of
@@ -28,7 +36,9 @@ class Desk:
         return [self.rank.holder.answer(message) for _, message in due]
 
     def begin(self, request_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
-        return PullBegin(call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1)
+        return PullBegin(
+            call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1
+        )
 
     def end(self, request_id: str = "r") -> PullEnd:
         return PullEnd(call_id=2, engine_id="1" * 32, request_id=request_id, reader="x")
@@ -82,11 +92,15 @@ def test_another_engine_is_refused_at_once(desk):
 
 
 def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
-    awaited = [replace(desk.begin(), awaits=True, reader=f"{engine_id}/0/r") for engine_id in ("a", "b")]
+    awaited = [
+        replace(desk.begin(), awaits=True, reader=f"{engine_id}/0/r") for engine_id in ("a", "b")
+    ]
     assert desk.ask(*awaited, desk.begin()) == []
     desk.early.drop_readers(lambda reader: engine_of(reader) == "b")
     desk.rank.holder.grant(grant("r", [4]))
-    assert len(desk.ask()) == 2, "of the one that is there, and of the one whose grant is on the way"
+    assert len(desk.ask()) == 2, (
+        "of the one that is there, and of the one whose grant is on the way"
+    )
     assert set(desk.rank.holder._leases.living("r").open_readers) == {"b/0/r", "x"}
 
 

@@ -50,7 +50,9 @@ class Pair:
         return states
 
     def num_wrong_bytes(self) -> int:
-        return int((self.here[[1, 2]].view(torch.uint8) != self.there[[5, 6]].view(torch.uint8)).sum())
+        return int(
+            (self.here[[1, 2]].view(torch.uint8) != self.there[[5, 6]].view(torch.uint8)).sum()
+        )
 
 
 def pair_with(fault: str) -> Pair:
@@ -114,12 +116,16 @@ def test_some_leases_are_cut_short_and_nothing_else():
     changed = plan.on_commands("agent", [*commands, EndLease(request_id="r1")])
     short = [command for command in changed[:-1] if command.lease_s <= 0.1]
     assert 20 < len(short) < 80
-    assert [msgspec.structs.replace(command, lease_s=commands[0].lease_s) for command in changed[:-1]] == commands
+    assert [
+        msgspec.structs.replace(command, lease_s=commands[0].lease_s) for command in changed[:-1]
+    ] == commands
     assert changed[-1] == EndLease(request_id="r1")
 
 
 def test_a_plan_comes_from_the_environment_or_is_refused():
     assert read_fault_plan({}) is None
-    assert read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rate": 0.5}'}) == FaultPlan(seed=7, rate=0.5)
+    assert read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rate": 0.5}'}) == FaultPlan(
+        seed=7, rate=0.5
+    )
     with pytest.raises(ConfigError, match="PDLAUNCH_CHAOS"):
         read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rat": 0.5}'})

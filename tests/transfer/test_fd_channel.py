@@ -1,4 +1,6 @@
-"""Descriptors over a Unix socket: to processes with the token alone, and what is left when either side goes."""
+"""Descriptors over a Unix socket: to processes with the token alone, and what is left when either
+side goes.
+"""
 
 from __future__ import annotations
 

@@ -39,11 +39,20 @@ def test_what_is_written_is_read(store: FileStore, tmp_path: Path) -> None:
     assert len(list((tmp_path / "kv" / DIGESTS[0]).iterdir())) == 1, "no part of a file is left"
 
 
-@given(name=st.text() | st.sampled_from(["../x", "/etc/passwd", "a" * 64, f"{'a' * 64}/../../x", f"{'A' * 64}/{'b' * 64}", "."]))
+@given(
+    name=st.text()
+    | st.sampled_from(
+        ["../x", "/etc/passwd", "a" * 64, f"{'a' * 64}/../../x", f"{'A' * 64}/{'b' * 64}", "."]
+    )
+)
 def test_no_other_name_is_taken(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "names"
     store = FileStore(str(folder), 1_000_000)
-    for use in (lambda: store.write(name, BLOCKS), lambda: store.read(name, CPU), lambda: store.remove(name)):
+    for use in (
+        lambda: store.write(name, BLOCKS),
+        lambda: store.read(name, CPU),
+        lambda: store.remove(name),
+    ):
         with pytest.raises(TransferError, match="is no name of a file of KV blocks"):
             use()
     assert list(folder.iterdir()) == []
@@ -109,7 +118,11 @@ def test_files_are_whole_whenever_they_are_there(store: FileStore) -> None:
     name = file_name(DIGESTS[0], "reader")
     store.write(name, torch.zeros(50_000))
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(lambda: [store.write(name, torch.full((50_000,), float(number))) for number in range(100)])
+        writing = pool.submit(
+            lambda: [
+                store.write(name, torch.full((50_000,), float(number))) for number in range(100)
+            ]
+        )
         while not writing.done():
             found = store.read(name, CPU)
             assert torch.equal(found, found[:1].expand(50_000))
@@ -126,7 +139,9 @@ def test_a_write_that_fails_leaves_nothing_behind(store: FileStore, tmp_path: Pa
 
 
 def test_folders_may_go_while_others_are_written(tmp_path: Path) -> None:
-    """Every handshake makes a folder and deletes it, while others add up the sizes of all folders."""
+    """Every handshake makes a folder and deletes it, while others add up the sizes of all
+    folders.
+    """
 
     def come_and_go(first: int) -> None:
         store = FileStore(str(tmp_path), 1_000_000)
@@ -166,7 +181,9 @@ class TensorElsewhere:
         return 2
 
 
-def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(tmp_path: Path) -> None:
+def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(
+    tmp_path: Path,
+) -> None:
     connector = RecordingConnector(
         "decode-0/rank-0",
         1,
@@ -176,8 +193,14 @@ def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(t
         binding=DeviceBinding(None),
     )
     connector.open(LocalMemory(cast(torch.Tensor, TensorElsewhere()), torch.zeros(1), layout_of()))
-    peer = connector.add_peer("prefill-0/rank-0#1", b"prefill-0/rank-0#1", cast(Geometry, SimpleNamespace(scratch_bytes=1)))
-    handle = connector.start_read(peer, BlockRead([1], [2], range(3), range(3), digest=DIGESTS[0], reader="x"))
+    peer = connector.add_peer(
+        "prefill-0/rank-0#1",
+        b"prefill-0/rank-0#1",
+        cast(Geometry, SimpleNamespace(scratch_bytes=1)),
+    )
+    handle = connector.start_read(
+        peer, BlockRead([1], [2], range(3), range(3), digest=DIGESTS[0], reader="x")
+    )
     connector.end_read(handle, error="")
     assert connector.poll(handle) == "failed"
     assert connector._store.devices == [torch.device("cuda:2")]

@@ -34,7 +34,8 @@ class Pair:
     def __init__(self, context: SecureContext, clock: Callable[[], float]) -> None:
         fabric = Fabric()
         self.holder, self.puller = (
-            Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric), clock=clock) for role in ("prefill", "decode")
+            Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric), clock=clock)
+            for role in ("prefill", "decode")
         )
         self.puller.worker.update_registry([self.holder.entry(), self.puller.entry()])
         assert isinstance(self.puller.reports.get(timeout=60), PairReady)
@@ -66,7 +67,9 @@ def connected_pair(clock: Callable[[], float]) -> Iterator[Pair]:
 
 
 def test_idle_threads_do_not_turn_while_others_pull():
-    """Two hundred pulls of another pair take longer than any pause between two looks at a READ: who polled would turn."""
+    """Two hundred pulls of another pair take longer than any pause between two looks at a READ: who
+    polled would turn.
+    """
     clock = CountingClock()
     with connected_pair(clock) as idle, connected_pair(time.monotonic) as busy:
         idle.pull()

@@ -73,10 +73,14 @@ def test_a_reader_that_begins_anew_has_one_share(leases):
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
 def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, num_pullers):
-    """However often the ranks of each reader begin anew, and in whatever order: never before, and never without."""
+    """However often the ranks of each reader begin anew, and in whatever order: never before, and
+    never without.
+    """
     table = LeaseTable(FakeClock())
     table.grant(grant_of("a", num_readers=num_readers), GROUPS)
-    readers = [f"{choice}/{tp_rank}" for choice in range(num_readers) for tp_rank in range(num_pullers)]
+    readers = [
+        f"{choice}/{tp_rank}" for choice in range(num_readers) for tp_rank in range(num_pullers)
+    ]
     calls = [(reader, data.draw(st.integers(0, 3))) for reader in readers]
     plan = [(reader, call) for reader, num_more in calls for call in (*["begin"] * num_more, "end")]
     num_ended = 0
@@ -161,7 +165,9 @@ READERS = st.sampled_from(["r", "s", "t"])
 
 
 class LeaseLife(RuleBasedStateMachine):
-    """Every grant ends exactly once, and a proof is given only for a reader that began under this very grant."""
+    """Every grant ends exactly once, and a proof is given only for a reader that began under this
+    very grant.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,8 +218,11 @@ class LeaseLife(RuleBasedStateMachine):
     def each_lease_ends_once(self):
         for request_id, reason in self.table.take_ended():
             self.alive.remove(request_id)
-            # Readers count on the seconds that they were told: only the deadline ends a lease under an open pull.
-            assert reason == "expired" or not any(other == request_id for other, _reader in self.begun)
+            # Readers count on the seconds that they were told: only the deadline ends a lease under
+            # an open pull.
+            assert reason == "expired" or not any(
+                other == request_id for other, _reader in self.begun
+            )
             self.begun = {(other, reader) for other, reader in self.begun if other != request_id}
         assert len(self.table) == len(self.alive)
 
@@ -226,7 +235,10 @@ TestLeaseLife = LeaseLife.TestCase
 def test_fewer_readers_than_granted(leases, set_first):
     """A choice has ended with its first token: told before or after the others have pulled."""
     leases.grant(grant_of("r", num_readers=2), GROUPS)
-    steps = [lambda: leases.set_readers("r", 1), lambda: (leases.begin("r", "a", 1), leases.end("r", "a"))]
+    steps = [
+        lambda: leases.set_readers("r", 1),
+        lambda: (leases.begin("r", "a", 1), leases.end("r", "a")),
+    ]
     for step in steps if set_first else reversed(steps):
         assert leases.take_ended() == []
         step()

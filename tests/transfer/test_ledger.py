@@ -12,7 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import GroupBlocks
 from pdlaunch.protocol.transfer import GrantLease
-from pdlaunch.transfer.ledger import DIRECTORY_BYTES, NUM_ENTRIES, Ledger, LedgerRecord, new_ledger, read_ledger
+from pdlaunch.transfer.ledger import (
+    DIRECTORY_BYTES,
+    NUM_ENTRIES,
+    Ledger,
+    LedgerRecord,
+    new_ledger,
+    read_ledger,
+)
 
 SMALL_BYTES = DIRECTORY_BYTES + 4096
 
@@ -24,19 +31,29 @@ def record_of(request_id: str, *, num_blocks: int = 2, num_readers: int = 1) -> 
             request_id=request_id,
             block_ids=[block_ids],
             first_block_index=[0],
-            block_hashes=[f"{request_id} {index}".encode().ljust(32) for index in range(num_blocks)],
+            block_hashes=[
+                f"{request_id} {index}".encode().ljust(32) for index in range(num_blocks)
+            ],
             num_tokens=16 * num_blocks,
             num_readers=num_readers,
             first_tokens=[FirstToken(token_id=7)],
             lease_s=30.0,
         ),
-        groups=[GroupBlocks(first_block_index=0, block_ids=block_ids, checksums=(b"\xff" * 8 + bytes(8)) * num_blocks)],
+        groups=[
+            GroupBlocks(
+                first_block_index=0,
+                block_ids=block_ids,
+                checksums=(b"\xff" * 8 + bytes(8)) * num_blocks,
+            )
+        ],
         num_readers=num_readers,
     )
 
 
 class Stores:
-    """Memory of zeros that remembers every store, so that a death can be put between any two bytes."""
+    """Memory of zeros that remembers every store, so that a death can be put between any two
+    bytes.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self.now = bytearray(num_bytes)
@@ -71,7 +88,9 @@ def records_in(memory: bytes | bytearray) -> dict[str, LedgerRecord]:
 
 
 def deaths(before: bytearray, stores: list[tuple[int, bytes]]) -> Iterator[dict[str, LedgerRecord]]:
-    """What a reader finds for a death before the first byte of ``stores``, after it, and so on to the last."""
+    """What a reader finds for a death before the first byte of ``stores``, after it, and so on to
+    the last.
+    """
     with in_a_file(before) as fd:
         yield {record.grant.request_id: record for record in read_ledger(fd)}
         for start, data in stores:
@@ -120,10 +139,17 @@ def test_entries_run_out_and_come_back() -> None:
     assert ledger.write(record_of("0", num_readers=2))
     ledger.remove("1")
     assert ledger.write(record_of("more"))
-    assert records_in(memory.now).keys() == {"more", *(str(number) for number in range(NUM_ENTRIES) if number != 1)}
+    assert records_in(memory.now).keys() == {
+        "more",
+        *(str(number) for number in range(NUM_ENTRIES) if number != 1),
+    }
 
 
-@given(length=st.integers(0, 2**64 - 1), offset=st.integers(0, 2**64 - 1), checksum=st.integers(0, 2**64 - 1))
+@given(
+    length=st.integers(0, 2**64 - 1),
+    offset=st.integers(0, 2**64 - 1),
+    checksum=st.integers(0, 2**64 - 1),
+)
 def test_an_entry_of_any_content_is_no_record(length: int, offset: int, checksum: int) -> None:
     memory = bytearray(SMALL_BYTES)
     memory[:24] = b"".join(number.to_bytes(8, "little") for number in (offset, length, checksum))
@@ -132,12 +158,18 @@ def test_an_entry_of_any_content_is_no_record(length: int, offset: int, checksum
 
 @settings(max_examples=15, deadline=None)
 @given(
-    history=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=6),
+    history=st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(0, 3), st.integers(1, 3)),
+        min_size=1,
+        max_size=6,
+    ),
 )
 def test_a_death_in_the_middle_of_a_store_leaves_the_lease_as_it_was_or_as_it_becomes_or_unknown(
     history: list[tuple[str, int, int]],
 ) -> None:
-    """``history``: request, blocks (0: the lease ends), readers. The other leases are there throughout."""
+    """``history``: request, blocks (0: the lease ends), readers. The other leases are there
+    throughout.
+    """
     memory = Stores(SMALL_BYTES)
     ledger = Ledger(memory)
     for request_id, num_blocks, num_readers in history:
@@ -149,7 +181,9 @@ def test_a_death_in_the_middle_of_a_store_leaves_the_lease_as_it_was_or_as_it_be
         after = records_in(memory.now)
         others = {known: record for known, record in before.items() if known != request_id}
         for found in deaths(bytes_before, memory.take_stores()):
-            assert {known: record for known, record in found.items() if known != request_id} == others
+            assert {
+                known: record for known, record in found.items() if known != request_id
+            } == others
             assert found.get(request_id) in (before.get(request_id), after.get(request_id), None)
 
 
@@ -162,7 +196,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(self.memory)
         self.known: dict[str, LedgerRecord] = {}
 
-    @rule(request_id=st.text(max_size=3), num_blocks=st.integers(0, 40), num_readers=st.integers(1, 3))
+    @rule(
+        request_id=st.text(max_size=3), num_blocks=st.integers(0, 40), num_readers=st.integers(1, 3)
+    )
     def write(self, request_id: str, num_blocks: int, num_readers: int) -> None:
         record = record_of(request_id, num_blocks=num_blocks, num_readers=num_readers)
         if self.ledger.write(record):

@@ -1,4 +1,6 @@
-"""A question for a lease, or its answer, gets lost with a connection that breaks unnoticed: real workers, sockets and a relay."""
+"""A question for a lease, or its answer, gets lost with a connection that breaks unnoticed: real
+workers, sockets and a relay.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Relay:
         self._holder = host, int(port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.connections: queue.SimpleQueue[tuple[socket.socket, socket.socket]] = queue.SimpleQueue()
+        self.connections: queue.SimpleQueue[tuple[socket.socket, socket.socket]] = (
+            queue.SimpleQueue()
+        )
         self.swallows: Way | None = None
         self.swallowed = threading.Event()
         self._open: list[socket.socket] = []
@@ -95,7 +99,10 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
     reader = Rank(context, "decode", FakeConnector("decode-0/rank-0#1", fabric), clock=clock)
     relay = Relay(holder.worker.endpoint)
     try:
-        entries = [msgspec.structs.replace(holder.entry(), address=Address(side_channel=relay.endpoint)), reader.entry()]
+        entries = [
+            msgspec.structs.replace(holder.entry(), address=Address(side_channel=relay.endpoint)),
+            reader.entry(),
+        ]
         reader.worker.update_registry(entries)
         assert isinstance(reader.reports.get(timeout=TIMEOUT_S), PairReady)
         relay.connections.get(timeout=TIMEOUT_S)
@@ -104,7 +111,8 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
         reader.worker.submit([pull("p", remote("r"), [1, 2])])
         assert relay.swallowed.wait(TIMEOUT_S)
         relay.lose()
-        # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now on goes there.
+        # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now
+        # on goes there.
         relay.connections.get(timeout=TIMEOUT_S)
         assert reader.worker.take_events() == []
         clock.shift_s += REPEAT_S

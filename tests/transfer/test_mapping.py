@@ -24,12 +24,17 @@ def test_every_puller_gets_exactly_its_heads_from_ranks_that_hold_them(sizes):
     num_kv_heads, holder_tp_size, puller_tp_size = sizes
     for puller in range(puller_tp_size):
         sources = map_sources(
-            num_kv_heads=num_kv_heads, holder_tp_size=holder_tp_size, puller_tp_size=puller_tp_size, puller_tp_rank=puller
+            num_kv_heads=num_kv_heads,
+            holder_tp_size=holder_tp_size,
+            puller_tp_size=puller_tp_size,
+            puller_tp_rank=puller,
         )
         pulled = [head for source in sources for head in source.heads]
         assert sorted(pulled) == list(heads_of_rank(num_kv_heads, puller_tp_size, puller))
         for source in sources:
-            assert set(source.heads) <= set(heads_of_rank(num_kv_heads, holder_tp_size, source.tp_rank))
+            assert set(source.heads) <= set(
+                heads_of_rank(num_kv_heads, holder_tp_size, source.tp_rank)
+            )
 
 
 @given(tp_sizes())
@@ -39,7 +44,10 @@ def test_every_holder_is_visited_by_as_many_pullers_as_it_is_told(sizes):
     told: dict[int, set[int]] = {}
     for puller in range(puller_tp_size):
         for source in map_sources(
-            num_kv_heads=num_kv_heads, holder_tp_size=holder_tp_size, puller_tp_size=puller_tp_size, puller_tp_rank=puller
+            num_kv_heads=num_kv_heads,
+            holder_tp_size=holder_tp_size,
+            puller_tp_size=puller_tp_size,
+            puller_tp_rank=puller,
         ):
             visits[source.tp_rank] += 1
             told.setdefault(source.tp_rank, set()).add(source.num_pullers)
@@ -48,11 +56,15 @@ def test_every_holder_is_visited_by_as_many_pullers_as_it_is_told(sizes):
 
 
 def test_equal_sizes_pair_rank_by_rank():
-    assert map_sources(num_kv_heads=3, holder_tp_size=3, puller_tp_size=3, puller_tp_rank=1) == (Source(1, range(1, 2), 1),)
+    assert map_sources(num_kv_heads=3, holder_tp_size=3, puller_tp_size=3, puller_tp_rank=1) == (
+        Source(1, range(1, 2), 1),
+    )
 
 
 def test_one_to_three_and_three_to_one():
-    assert map_sources(num_kv_heads=3, holder_tp_size=1, puller_tp_size=3, puller_tp_rank=2) == (Source(0, range(2, 3), 3),)
+    assert map_sources(num_kv_heads=3, holder_tp_size=1, puller_tp_size=3, puller_tp_rank=2) == (
+        Source(0, range(2, 3), 3),
+    )
     assert map_sources(num_kv_heads=3, holder_tp_size=3, puller_tp_size=1, puller_tp_rank=0) == (
         Source(0, range(1), 1),
         Source(1, range(1, 2), 1),

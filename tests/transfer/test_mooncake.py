@@ -24,9 +24,15 @@ BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=12, unique=True)
 def test_merged_pieces_move_the_same_bytes(sources: list[int], targets: list[int]) -> None:
     count, size = min(len(sources), len(targets)), 3
     ours, theirs = ([block * size for block in blocks[:count]] for blocks in (sources, targets))
-    wanted = [(source + i, target + i) for source, target in zip(ours, theirs, strict=True) for i in range(size)]
+    wanted = [
+        (source + i, target + i)
+        for source, target in zip(ours, theirs, strict=True)
+        for i in range(size)
+    ]
     merged = list(_merge(ours, theirs, size))
-    assert [(source + i, target + i) for source, target, length in merged for i in range(length)] == wanted
+    assert [
+        (source + i, target + i) for source, target, length in merged for i in range(length)
+    ] == wanted
 
 
 def test_neighbours_become_one_piece() -> None:
@@ -36,7 +42,10 @@ def test_neighbours_become_one_piece() -> None:
 def test_a_build_without_nvlink_is_told() -> None:
     assert _engine_protocol("tcp", {}) == "tcp"
     assert _engine_protocol("nvlink", {"SUPPORT_MNNVL": True}) == "nvlink"
-    assert _engine_protocol("nvlink", {"SUPPORT_INTRA_NVLINK": True, "SUPPORT_MNNVL": True}) == "nvlink_intra"
+    assert (
+        _engine_protocol("nvlink", {"SUPPORT_INTRA_NVLINK": True, "SUPPORT_MNNVL": True})
+        == "nvlink_intra"
+    )
     with pytest.raises(TransferError, match="no NVLink transport"):
         _engine_protocol("nvlink", {"SUPPORT_MNNVL": False})
 
@@ -47,7 +56,10 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = KVTransferSettings(connector="mooncake")
     connector = new_connector(settings, "prefill-0/rank-0", 1)
     memory = LocalMemory(random_cache(layout_of(), 1, seed=0), torch.zeros(1), layout_of())
-    with pytest.raises(TransferError, match=r"Mooncake cannot be imported: .* install mooncake-transfer-engine .*libibverbs1"):
+    with pytest.raises(
+        TransferError,
+        match=r"Mooncake cannot be imported: .* install mooncake-transfer-engine .*libibverbs1",
+    ):
         connector.open(memory)
 
 
@@ -59,6 +71,11 @@ def test_ranks_beyond_the_first_transfer_between_gpus() -> None:
     if not mooncake.SUPPORT_CUDA:
         pytest.skip("this build of Mooncake has no CUDA")
     rows = bench_transfer(
-        connectors=["mooncake"], tp_pairs=[(2, 2)], num_blocks=[16], num_repeats=2, num_kv_heads=2, device="cuda"
+        connectors=["mooncake"],
+        tp_pairs=[(2, 2)],
+        num_blocks=[16],
+        num_repeats=2,
+        num_kv_heads=2,
+        device="cuda",
     )
     assert rows[0].pull_gb_per_s > 0

@@ -1,4 +1,6 @@
-"""Deaths and stops of holders over NIXL without error handling: the registry and the holders' answers tell of them."""
+"""Deaths and stops of holders over NIXL without error handling: the registry and the holders'
+answers tell of them.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,20 @@ def start() -> Iterator[Start]:
     keys = new_launch_keys()
     with ExitStack() as stack:
 
-        def start(role: str, *, index: int = 0, verify: bool = True, device: str = "cpu", **options: object) -> RankHandle:
+        def start(
+            role: str,
+            *,
+            index: int = 0,
+            verify: bool = True,
+            device: str = "cpu",
+            **options: object,
+        ) -> RankHandle:
             name = f"{role}-{index}"
             spec = spec_of(role, name=name, path="nixl", verify=verify)
             engine_id = f"{role[0]}{index}" * 16
-            rank = RankHandle(RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, **options))
+            rank = RankHandle(
+                RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, **options)
+            )
             stack.callback(rank.stop)
             return rank
 
@@ -68,7 +79,9 @@ def connect(puller: RankHandle, *holders: RankHandle) -> None:
 def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_leased(
     start: Start, verify: bool, devices: tuple[str, str]
 ) -> None:
-    """On a GPU such a READ says that it is done: then its checksums decide, or the answer that does not come."""
+    """On a GPU such a READ says that it is done: then its checksums decide, or the answer that does
+    not come.
+    """
     holder = start("prefill", verify=verify, device=devices[0])
     puller = start("decode", verify=verify, device=devices[1])
     other = start("prefill", index=1, verify=verify, device=devices[0])
@@ -91,7 +104,9 @@ def test_a_read_from_a_holder_that_died_before_it_brings_nothing_or_what_was_lea
 
 
 def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start: Start) -> None:
-    """CMA reads the memory of a process that is stopped, whose death in that moment nobody would notice."""
+    """CMA reads the memory of a process that is stopped, whose death in that moment nobody would
+    notice.
+    """
     holder, puller = start("prefill", verify=False), start("decode", verify=False)
     connect(puller, holder)
     holder.submit(grant("r", [3, 1]), grant("s", [3, 1]))
@@ -100,7 +115,9 @@ def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start:
     puller.wait("posted")
     puller.submit(cancel("p"))
     finished = puller.event(PullFinished)
-    assert (finished.ok, finished.error, finished.in_flight) == (False, "cancelled", False), "read to the end, and not counted"
+    assert (finished.ok, finished.error, finished.in_flight) == (False, "cancelled", False), (
+        "read to the end, and not counted"
+    )
     puller.submit(pull("q", holder.remote("s"), [9, 2]))
     os.kill(holder.process.pid, signal.SIGCONT)
     assert puller.event(PullFinished).ok
@@ -108,7 +125,9 @@ def test_without_checksums_a_read_counts_when_the_holder_answers_after_it(start:
 
 
 def test_blocks_of_a_read_that_never_ends_stay_the_pull_s(start: Start) -> None:
-    """A READ that needs its holder, which died in its middle, is pending for ever: nobody else gets its blocks."""
+    """A READ that needs its holder, which died in its middle, is pending for ever: nobody else gets
+    its blocks.
+    """
     options = {"environment": NEEDS_HOLDER, **LARGE}
     holder, other = (start("prefill", index=index, **options) for index in range(2))
     puller = start("decode", **options)

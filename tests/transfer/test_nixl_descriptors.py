@@ -79,14 +79,20 @@ class CountingAgent:
         (piece_bytes,) = {size for _, size, _ in pieces.tolist()}
         return Descriptors([address for address, _, _ in pieces.tolist()], piece_bytes)
 
-    def make_prepped_xfer(self, operation: str, local: Descriptors, here: Any, remote: Descriptors, there: Any) -> Transfer:
+    def make_prepped_xfer(
+        self, operation: str, local: Descriptors, here: Any, remote: Descriptors, there: Any
+    ) -> Transfer:
         assert operation == "READ"
         assert local.piece_bytes == remote.piece_bytes
         return Transfer(
-            [local.addresses[index] for index in here], [remote.addresses[index] for index in there], local.piece_bytes
+            [local.addresses[index] for index in here],
+            [remote.addresses[index] for index in there],
+            local.piece_bytes,
         )
 
-    def initialize_xfer(self, operation: str, local: Descriptors, remote: Descriptors, agent_name: str) -> Transfer:
+    def initialize_xfer(
+        self, operation: str, local: Descriptors, remote: Descriptors, agent_name: str
+    ) -> Transfer:
         assert operation == "READ"
         return Transfer(local.addresses, remote.addresses, local.piece_bytes)
 
@@ -104,22 +110,30 @@ class Rank:
         self.layout = layout_of(num_heads)
         self.kv_cache = random_cache(self.layout, NUM_BLOCKS, seed=sum(name.encode()))
         self.agent = CountingAgent()
-        api = SimpleNamespace(nixl_agent=lambda name, config: self.agent, nixl_agent_config=lambda backends: None)
+        api = SimpleNamespace(
+            nixl_agent=lambda name, config: self.agent, nixl_agent_config=lambda backends: None
+        )
         bindings = SimpleNamespace(
             nixlAgentConfig=SimpleNamespace,
             NIXL_THREAD_SYNC_NONE=0,
             nixlAgent=lambda name, config: SimpleNamespace(name=name, config=config),
         )
         self.connector = NixlConnector(name, 1, load=lambda: (api, bindings))
-        self.memory = LocalMemory(self.kv_cache, torch.arange(64 * 1024, dtype=torch.int32).view(torch.uint8), self.layout)
+        self.memory = LocalMemory(
+            self.kv_cache, torch.arange(64 * 1024, dtype=torch.int32).view(torch.uint8), self.layout
+        )
         self.connector.open(self.memory)
         self.geometry = geometry_of(self.memory, first_head)
 
     def meet(self, other: Rank) -> PeerHandle:
-        return self.connector.add_peer(other.connector.agent_name, other.connector.agent_metadata(), other.geometry)
+        return self.connector.add_peer(
+            other.connector.agent_name, other.connector.agent_metadata(), other.geometry
+        )
 
     def read(self, peer: PeerHandle, local_heads: range, remote_heads: range) -> Transfer:
-        handle = self.connector.start_read(peer, BlockRead(LOCAL_BLOCKS, REMOTE_BLOCKS, local_heads, remote_heads))
+        handle = self.connector.start_read(
+            peer, BlockRead(LOCAL_BLOCKS, REMOTE_BLOCKS, local_heads, remote_heads)
+        )
         assert self.connector.poll(handle) == "done"
         self.connector.release(handle)
         return self.agent.transfers[-1]
@@ -174,7 +188,9 @@ def test_memory_is_registered_and_described_once_whatever_is_read_from_whom() ->
             reader.read(peer, range(1), range(2, 3))
         assert sorted(reader.agent.registered) == own
         assert holder.agent.num_registrations == 2
-    assert reader.agent.num_registrations == 2 + 3, "of its own memory, and of one landing a handshake"
+    assert reader.agent.num_registrations == 2 + 3, (
+        "of its own memory, and of one landing a handshake"
+    )
     assert reader.agent.num_prepared == 2 + 2 * 3, "blocks and heads, of its own and of each peer"
 
 

@@ -1,4 +1,6 @@
-"""The P2P connector on a CPU, holder and puller in one process, and its choice beside another connector."""
+"""The P2P connector on a CPU, holder and puller in one process, and its choice beside another
+connector.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,18 @@ class Rank:
 
     def add(self, peer: Rank) -> PeerHandle:
         connector = peer.connector
-        return self.connector.add_peer(connector.agent_name, connector.agent_metadata(), peer.geometry)
+        return self.connector.add_peer(
+            connector.agent_name, connector.agent_metadata(), peer.geometry
+        )
 
 
 def memory_of(name: str, *, num_heads: int = 3, files: dict[str, int] | None = None) -> LocalMemory:
     source, layout = HostKVMemory(), layout_of(num_heads)
-    kv_cache = source.zeros(NUM_BLOCKS * layout.block_bytes).view(torch.float32).view(NUM_BLOCKS, *layout.block_shape())
+    kv_cache = (
+        source.zeros(NUM_BLOCKS * layout.block_bytes)
+        .view(torch.float32)
+        .view(NUM_BLOCKS, *layout.block_shape())
+    )
     kv_cache.copy_(random_cache(layout, NUM_BLOCKS, sum(name.encode())))
     scratch = source.zeros(SCRATCH_BYTES)
     write_pattern(scratch, f"{name}#1")
@@ -61,7 +69,9 @@ def p2p(name: str, **options: Any) -> P2PConnector:
     return P2PConnector(name, 1, binding=DeviceBinding(None), **{"host": "here"} | options)
 
 
-def open_rank(name: str, *, num_heads: int = 3, files: dict[str, int] | None = None, **options: Any) -> Rank:
+def open_rank(
+    name: str, *, num_heads: int = 3, files: dict[str, int] | None = None, **options: Any
+) -> Rank:
     rank = Rank(p2p(name, **options), memory_of(name, num_heads=num_heads, files=files))
     rank.connector.open(rank.memory)
     return rank
@@ -103,9 +113,16 @@ def await_end(connector: Connector, handle: ReadHandle) -> str:
 
 
 def read(
-    rank: Rank, peer: PeerHandle, local: list[int], remote: list[int], here: range = range(3), there: range = range(3)
+    rank: Rank,
+    peer: PeerHandle,
+    local: list[int],
+    remote: list[int],
+    here: range = range(3),
+    there: range = range(3),
 ) -> str:
-    return await_end(rank.connector, rank.connector.start_read(peer, BlockRead(local, remote, here, there)))
+    return await_end(
+        rank.connector, rank.connector.start_read(peer, BlockRead(local, remote, here, there))
+    )
 
 
 def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -> None:
@@ -122,7 +139,9 @@ def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -
     two.connector.remove_peer(back)
 
 
-def test_what_was_prepared_for_a_mapping_is_worth_nothing_for_the_next(ranks: Callable[..., Rank]) -> None:
+def test_what_was_prepared_for_a_mapping_is_worth_nothing_for_the_next(
+    ranks: Callable[..., Rank],
+) -> None:
     """A new connection maps the same memory elsewhere: where it was, another peer's may be."""
     puller, holder, other = ranks("a"), ranks("b"), ranks("c")
     prepared = BlockRead([1, 2], [3, 4], range(3), range(3))
@@ -166,7 +185,9 @@ def test_files_are_handed_over_until_the_peer_is_removed(ranks: Callable[..., Ra
     os.close(ledger)
 
 
-def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(ranks: Callable[..., Rank]) -> None:
+def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
+    ranks: Callable[..., Rank],
+) -> None:
     puller, holder = ranks("a"), ranks("b")
     peer, metadata = puller.add(holder), holder.connector.agent_metadata()
     holder.connector.close()
@@ -204,7 +225,9 @@ def test_blocks_that_the_peer_does_not_have_are_refused(ranks: Callable[..., Ran
     puller.connector.remove_peer(peer)
 
 
-def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothing_open(ranks: Callable[..., Rank]) -> None:
+def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothing_open(
+    ranks: Callable[..., Rank],
+) -> None:
     puller, holder = ranks("a"), ranks("b")
     before = num_open_fds()
     metadata = holder.connector.agent_metadata()
@@ -212,12 +235,16 @@ def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothin
         puller.connector.add_peer("b#1", b"nonsense", holder.geometry)
     for changes in ({"num_blocks": 9}, {"scratch_bytes": 1}):
         with pytest.raises(TransferError, match="bytes are shared"):
-            puller.connector.add_peer("b#1", metadata, msgspec.structs.replace(holder.geometry, **changes))
+            puller.connector.add_peer(
+                "b#1", metadata, msgspec.structs.replace(holder.geometry, **changes)
+            )
     card = msgspec.msgpack.decode(metadata)
     wrong = msgspec.msgpack.encode(card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}})
     with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
         puller.connector.add_peer("b#1", wrong, holder.geometry)
-    assert num_open_fds() <= before + 1, "the holder may be about to close its end of the last connection"
+    assert num_open_fds() <= before + 1, (
+        "the holder may be about to close its end of the last connection"
+    )
     for host in ("elsewhere", ""):
         stranger = ranks(f"c{host}", host=host)
         with pytest.raises(TransferError, match="not on this host"):
@@ -277,7 +304,9 @@ def both() -> Iterator[Callable[..., Both]]:
     fabric.reads.clear()
 
 
-def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(both: Callable[..., Both]) -> None:
+def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(
+    both: Callable[..., Both],
+) -> None:
     puller, holder = both("a"), both("b")
     assert puller.paths.name == "fake+p2p"
     peer = puller.rank.add(holder.rank)
@@ -310,7 +339,9 @@ def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
     holder.paths.open(holder.rank.memory)
 
 
-def test_a_path_with_a_read_that_nobody_waits_for_stays_until_the_peer_goes(both: Callable[..., Both]) -> None:
+def test_a_path_with_a_read_that_nobody_waits_for_stays_until_the_peer_goes(
+    both: Callable[..., Both],
+) -> None:
     puller, holder = both("a"), both("b")
     peer = puller.rank.add(holder.rank)
     puller.fake.fabric.stalled = True
@@ -324,9 +355,14 @@ def test_a_path_with_a_read_that_nobody_waits_for_stays_until_the_peer_goes(both
 
 
 @pytest.mark.parametrize("side", ["puller", "holder"])
-def test_a_path_that_one_side_lacks_is_tried_and_says_why(both: Callable[..., Both], side: str) -> None:
+def test_a_path_that_one_side_lacks_is_tried_and_says_why(
+    both: Callable[..., Both], side: str
+) -> None:
     lacking = {"source": PrivateKVMemory()}
-    puller, holder = both("a", **lacking if side == "puller" else {}), both("b", **lacking if side == "holder" else {})
+    puller, holder = (
+        both("a", **lacking if side == "puller" else {}),
+        both("b", **lacking if side == "holder" else {}),
+    )
     peer = puller.rank.add(holder.rank)
     assert puller.paths.paths(peer) == ["p2p", "fake/memory"]
     with pytest.raises(TransferError, match="this process alone"):
@@ -348,7 +384,9 @@ def test_a_peer_out_of_reach_of_one_path_is_read_over_the_other(both: Callable[.
 def test_without_any_path_the_reasons_of_all_are_told(both: Callable[..., Both]) -> None:
     puller, holder = both("a"), both("b", host="elsewhere")
     puller.fake.peers.append("b#1")
-    with pytest.raises(TransferError, match=r"fake/memory: b#1 is there already; p2p: b#1 is not on this host"):
+    with pytest.raises(
+        TransferError, match=r"fake/memory: b#1 is there already; p2p: b#1 is not on this host"
+    ):
         puller.rank.add(holder.rank)
     puller.fake.peers.clear()
     with pytest.raises(TransferError, match="cannot be read"):

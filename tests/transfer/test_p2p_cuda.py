@@ -19,7 +19,13 @@ pytest.importorskip("cuda.bindings")
 DEVICES = torch.cuda.device_count()
 TIMEOUT_S = 120.0
 NUM_BLOCKS = 512
-LARGE = {"num_blocks": NUM_BLOCKS, "num_heads": 4, "total_heads": 4, "num_layers": 64, "head_dim": 128}
+LARGE = {
+    "num_blocks": NUM_BLOCKS,
+    "num_heads": 4,
+    "total_heads": 4,
+    "num_layers": 64,
+    "head_dim": 128,
+}
 """Blocks of 4 MiB; one READ of all of them: 5 ms at 400 GB/s."""
 NUM_SLOW_BLOCKS = 32
 """For NIXL on CuMem memory without fabric handles: a quarter of a second at 0.5 GB/s."""
@@ -34,7 +40,10 @@ pairs = pytest.mark.parametrize(
         ),
         pytest.param(
             ("cuda:0", "cuda:1"),
-            marks=[pytest.mark.multi_gpu, pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")],
+            marks=[
+                pytest.mark.multi_gpu,
+                pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices"),
+            ],
             id="two",
         ),
     ],
@@ -49,10 +58,14 @@ def start() -> Iterator[Start]:
     keys: LaunchKeys = new_launch_keys()
     started: list[RankHandle] = []
 
-    def start_rank(role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object) -> RankHandle:
+    def start_rank(
+        role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object
+    ) -> RankHandle:
         spec = spec_of(role, name=f"{role}-0", path=path)
         engine_id = {"prefill": "a", "decode": "b"}[role] * 32
-        base = RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, with_cumem=with_cumem)
+        base = RankOptions(
+            spec=spec, keys=keys, engine_id=engine_id, device=device, with_cumem=with_cumem
+        )
         started.append(RankHandle(replace(base, **options)))  # type: ignore[arg-type]
         return started[-1]
 
@@ -75,8 +88,13 @@ def finish(puller: RankHandle) -> PullFinished:
 @pairs
 @memories
 @pytest.mark.parametrize("path", ["p2p", "auto"])
-def test_bytes_are_equal(start: Start, devices: tuple[str, str], with_cumem: bool, path: str) -> None:
-    holder, puller = start("prefill", devices[0], with_cumem, path=path), start("decode", devices[1], with_cumem, path=path)
+def test_bytes_are_equal(
+    start: Start, devices: tuple[str, str], with_cumem: bool, path: str
+) -> None:
+    holder, puller = (
+        start("prefill", devices[0], with_cumem, path=path),
+        start("decode", devices[1], with_cumem, path=path),
+    )
     ready = connect(puller, holder)
     assert ready.gigabytes_per_s is not None
     if path == "p2p":
@@ -92,10 +110,15 @@ def test_bytes_are_equal(start: Start, devices: tuple[str, str], with_cumem: boo
 
 @pairs
 @memories
-def test_heads_of_ranks_of_another_tp_size(start: Start, devices: tuple[str, str], with_cumem: bool) -> None:
+def test_heads_of_ranks_of_another_tp_size(
+    start: Start, devices: tuple[str, str], with_cumem: bool
+) -> None:
     """Pieces of one head each, out of and into blocks of three."""
     spec = spec_of("prefill", name="prefill-0", path="p2p", tp_size=3)
-    holders = [start("prefill", devices[0], with_cumem, spec=spec, tp_rank=tp_rank, num_heads=1) for tp_rank in range(3)]
+    holders = [
+        start("prefill", devices[0], with_cumem, spec=spec, tp_rank=tp_rank, num_heads=1)
+        for tp_rank in range(3)
+    ]
     puller = start("decode", devices[1], with_cumem)
     puller.call("registry", [*(holder.entry() for holder in holders), puller.entry()])
     for _ in holders:
@@ -115,10 +138,15 @@ def test_heads_of_ranks_of_another_tp_size(start: Start, devices: tuple[str, str
 def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     start: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
-    """CuMem memory by descriptor outlives its owner: that pull is finished from it. Any way the next holder is read."""
-    options = {"path": path} | (LARGE | {"num_blocks": NUM_SLOW_BLOCKS} if path == "nixl" and with_cumem else LARGE)
+    """CuMem memory by descriptor outlives its owner: that pull is finished from it. Any way the
+    next holder is read.
+    """
+    options = {"path": path} | (
+        LARGE | {"num_blocks": NUM_SLOW_BLOCKS} if path == "nixl" and with_cumem else LARGE
+    )
     holder, puller = (
-        start(role, device, with_cumem, **options) for role, device in zip(("prefill", "decode"), devices, strict=True)
+        start(role, device, with_cumem, **options)
+        for role, device in zip(("prefill", "decode"), devices, strict=True)
     )
     ready = connect(puller, holder)
     blocks = list(range(options["num_blocks"]))
@@ -150,7 +178,9 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
 @pytest.mark.skipif(DEVICES < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("piece_bytes", [48, 4096, 65536, 3 * 2**20])
 @pytest.mark.parametrize("num_parts", [1, 3])
-def test_every_way_to_copy_brings_the_same_bytes(piece_bytes: int, num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_copy_brings_the_same_bytes(
+    piece_bytes: int, num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pdlaunch.transfer import piece_copies
     from pdlaunch.transfer.cuda_copies import new_cuda_copiers
     from pdlaunch.transfer.piece_copies import Pieces

@@ -77,14 +77,19 @@ def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> PathTrial:
     def is_right(landing: torch.Tensor) -> bool:
         return reads.paths[reads.started[-1]].is_right
 
-    return PathTrial(reads, list(reads.paths), is_right=is_right, clock=clock or FakeClock(), timeout_s=9.0)
+    return PathTrial(
+        reads, list(reads.paths), is_right=is_right, clock=clock or FakeClock(), timeout_s=9.0
+    )
 
 
 def test_the_fastest_warm_read_counts_and_the_fastest_path_wins() -> None:
     reads = FakeReads(nixl=FakePath([9.0, 0.5, 0.25, 0.5]), p2p=FakePath([5.0, 0.125, 0.2, 0.2]))
     trial = trial_of(reads)
     assert trial.advance()
-    assert [(figure.path, figure.gigabytes_per_s) for figure in trial.figures] == [("nixl", 1.0), ("p2p", 2.0)]
+    assert [(figure.path, figure.gigabytes_per_s) for figure in trial.figures] == [
+        ("nixl", 1.0),
+        ("p2p", 2.0),
+    ]
     assert trial.best().path == "p2p"
     assert [str(figure) for figure in trial.figures] == ["1 GB/s", "2 GB/s"]
     assert not reads.open

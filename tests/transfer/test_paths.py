@@ -1,4 +1,6 @@
-"""Ranks in processes of their own whose handshake chooses between NIXL and mapped memory, and mapped memory that sleeps."""
+"""Ranks in processes of their own whose handshake chooses between NIXL and mapped memory, and
+mapped memory that sleeps.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ def start() -> Iterator[Start]:
 
     def start_rank(role: str, path: str) -> RankHandle:
         spec = spec_of(role, name=f"{role}-0", path=path)
-        started.append(RankHandle(RankOptions(spec=spec, keys=keys, engine_id={"prefill": "a", "decode": "b"}[role] * 32)))
+        started.append(
+            RankHandle(
+                RankOptions(
+                    spec=spec, keys=keys, engine_id={"prefill": "a", "decode": "b"}[role] * 32
+                )
+            )
+        )
         return started[-1]
 
     yield start_rank
@@ -100,6 +108,8 @@ def test_ranks_that_sleep_ten_times_leave_no_files_open(start: Start) -> None:
             most_fds = [process.num_fds() for process in processes]
     # The other side of a connection closes its end a moment later.
     await_true(
-        lambda: all(process.num_fds() <= most for process, most in zip(processes, most_fds, strict=True)),
+        lambda: all(
+            process.num_fds() <= most for process, most in zip(processes, most_fds, strict=True)
+        ),
         f"no more files than after the second round, {most_fds}",
     )

@@ -34,7 +34,9 @@ def wait(copy: Copy) -> str:
 
 
 @given(to=slots, of=slots, count=st.integers(1, NUM_SLOTS))
-def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(to: list[int], of: list[int], count: int) -> None:
+def test_merged_pieces_move_the_same_bytes_in_the_fewest_copies(
+    to: list[int], of: list[int], count: int
+) -> None:
     source = np.arange(NUM_SLOTS * SIZE, dtype=np.uint8)
     expected, found = np.zeros_like(source), np.zeros_like(source)
     for here, there in zip(to[:count], of[:count], strict=True):
@@ -83,7 +85,9 @@ def test_parts_are_the_whole_one_after_another(count: int, part_bytes: int) -> N
     with patch.object(piece_copies, "PART_BYTES", part_bytes):
         parts = whole.parts
     for of in ("destinations", "sources"):
-        np.testing.assert_array_equal(np.concatenate([getattr(part, of) for part in parts]), getattr(whole, of))
+        np.testing.assert_array_equal(
+            np.concatenate([getattr(part, of) for part in parts]), getattr(whole, of)
+        )
     assert all(len(part.sources) * SIZE <= max(SIZE, part_bytes) for part in parts)
 
 

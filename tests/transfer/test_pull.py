@@ -1,4 +1,6 @@
-"""Handshake, pull and recovery in one process: real Holder, Peer and Pull over a fake connector and fake channels."""
+"""Handshake, pull and recovery in one process: real Holder, Peer and Pull over a fake connector and
+fake channels.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ import torch
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import Heartbeat, HeartbeatReply, PullBegin, PullEnd, PullEndReply, PullReply, Refused
+from pdlaunch.protocol.side_channel import (
+    Heartbeat,
+    HeartbeatReply,
+    PullBegin,
+    PullEnd,
+    PullEndReply,
+    PullReply,
+    Refused,
+)
 from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
@@ -33,7 +43,15 @@ from pdlaunch.transfer.peer_setup import PeerSetup
 from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.pull_table import PullTable
 from pdlaunch.transfer.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
-from tests.transfer.fakes import Fabric, FakeChannel, FakeClock, FakeConnector, layout_of, random_cache, spec_of
+from tests.transfer.fakes import (
+    Fabric,
+    FakeChannel,
+    FakeClock,
+    FakeConnector,
+    layout_of,
+    random_cache,
+    spec_of,
+)
 from tests.transfer.rank_process import grant, pull
 
 
@@ -49,20 +67,38 @@ class HolderRank:
     """A prefill rank without thread and sockets."""
 
     def __init__(
-        self, clock: FakeClock, fabric: Fabric, *, incarnation: int = 1, tp_rank: int = 0, tp_size: int = 1, **spec: Any
+        self,
+        clock: FakeClock,
+        fabric: Fabric,
+        *,
+        incarnation: int = 1,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        **spec: Any,
     ) -> None:
         self.layout = layout_of(3 // tp_size, block_size=spec.get("block_size", 16))
         self.kv_cache = random_cache(self.layout, 16, seed=incarnation + tp_rank)
         name = f"prefill-0/rank-{tp_rank}"
-        self.identity = RankIdentity(name, "prefill-0", f"{incarnation}" * 32, incarnation, tp_rank, tp_size)
+        self.identity = RankIdentity(
+            name, "prefill-0", f"{incarnation}" * 32, incarnation, tp_rank, tp_size
+        )
         connector = FakeConnector(f"{name}#{incarnation}", fabric)
         memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
         connector.open(memory)
         compatibility = compatibility_of(
-            spec_of(**spec), self.layout, torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+            spec_of(**spec),
+            self.layout,
+            torch.float32,
+            model_digest="m",
+            total_kv_heads=3,
+            connector="fake",
         )
         card = HolderCard(
-            self.identity, compatibility, geometry_of(memory, tp_rank), connector.agent_name, connector.agent_metadata()
+            self.identity,
+            compatibility,
+            geometry_of(memory, tp_rank),
+            connector.agent_name,
+            connector.agent_metadata(),
         )
         hasher = BlockHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
         self.holder = PromptHolder(card, hasher, clock)
@@ -83,21 +119,37 @@ class HolderRank:
             tp_rank=self.identity.tp_rank,
             tp_size=self.identity.tp_size,
             engine_id=self.identity.engine_id,
-            address=Address(side_channel=f"fake://{self.identity.incarnation + 10 * self.identity.tp_rank}"),
+            address=Address(
+                side_channel=f"fake://{self.identity.incarnation + 10 * self.identity.tp_rank}"
+            ),
         )
 
     def remote(self, request_id: str) -> RemoteKV:
-        return RemoteKV(engine_id=self.identity.engine_id, request_id=request_id, host="h", port=1, block_ids=[], num_tokens=1)
+        return RemoteKV(
+            engine_id=self.identity.engine_id,
+            request_id=request_id,
+            host="h",
+            port=1,
+            block_ids=[],
+            num_tokens=1,
+        )
 
     def ended(self) -> list[LeaseEnded]:
         return self.holder.take_ended()
 
     def sent(self, kind: type) -> list[Any]:
-        return [message for channel in self.channels for message in channel.sent if isinstance(message, kind)]
+        return [
+            message
+            for channel in self.channels
+            for message in channel.sent
+            if isinstance(message, kind)
+        ]
 
 
 def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
-    """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody writes to them."""
+    """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody
+    writes to them.
+    """
     row = torch.frombuffer(bytearray(scratch_pattern(agent_name, PATTERN_BYTES)), dtype=torch.uint8)
     return LocalMemory(kv_cache, row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES), layout)
 
@@ -119,7 +171,9 @@ class World:
         self.kv_cache = random_cache(layout, 16, seed=99)
         self.connector = FakeConnector("decode-0/rank-0#1", self.fabric)
         self.connector.open(local_memory(self.connector.agent_name, self.kv_cache, layout))
-        weak = weakref.proxy(self)  # peers that refer to the world would be a cycle, which keeps its tensors
+        weak = weakref.proxy(
+            self
+        )  # peers that refer to the world would be a cycle, which keeps its tensors
         setup = PeerSetup(
             identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
             compatibility=compatibility_of(
@@ -139,7 +193,16 @@ class World:
         )
         self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
         hasher = BlockHasher(self.kv_cache, layout) if self.verify else None
-        puller = Puller("d" * 32, 0, 0, layout.head_bytes, hasher, self.clock, self.events.append, lambda _: None)
+        puller = Puller(
+            "d" * 32,
+            0,
+            0,
+            layout.head_bytes,
+            hasher,
+            self.clock,
+            self.events.append,
+            lambda _: None,
+        )
         self.pulls = PullTable(puller, self.peers)
 
     def close(self) -> None:
@@ -366,7 +429,9 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
     assert (finished.ok, finished.num_retries) == (True, 1)
     assert [len(holder.sent(PullBegin)) for holder in holders] == [1, 2, 1]
     assert torch.equal(world.kv_cache[1], torch.cat([holder.kv_cache[4] for holder in holders]))
-    assert all(holder.ended() == [LeaseEnded(request_id="r", reason="pulled")] for holder in holders)
+    assert all(
+        holder.ended() == [LeaseEnded(request_id="r", reason="pulled")] for holder in holders
+    )
 
 
 def test_a_rank_that_cannot_be_reached_hears_of_the_end_later(world):
@@ -437,7 +502,9 @@ def test_a_new_connection_is_made_as_soon_as_the_last_read_of_the_old_one_is_ove
 
 @pytest.mark.parametrize("stage", ["beginning", "reading"])
 def test_a_pull_outlives_a_new_connection(world, holder, stage):
-    """Another pull's READ has failed: what this one has asked is asked again, what it has read is kept."""
+    """Another pull's READ has failed: what this one has asked is asked again, what it has read is
+    kept.
+    """
     holder.holder.grant(grant("r", [4]))
     world.fabric.stalled = stage == "reading"
     world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
@@ -484,7 +551,9 @@ def test_a_pull_ends_without_a_question(world, holder):
     """The READ is over before the lease can be: the holder is told, and need not answer."""
     holder.holder.grant(grant("r", [4]))
     answer = holder.channel.answer
-    holder.channel.answer = lambda message: None if isinstance(message, PullEnd) else answer(message)
+    holder.channel.answer = lambda message: (
+        None if isinstance(message, PullEnd) else answer(message)
+    )
     world.pulls.start(pull("p", holder.remote("r"), [1], timeout_s=60))
     world.turn()
     assert world.finished().ok
@@ -509,7 +578,9 @@ def test_the_holder_of_a_finished_pull_hears_of_it_over_the_next_connection(worl
     assert not world.pulls.hold_blocks
     world.clock.now += 1.0
     world.turn(6)
-    assert [holder.ended() for holder in holders] == [[LeaseEnded(request_id="r", reason="pulled")]] * 3
+    assert [holder.ended() for holder in holders] == [
+        [LeaseEnded(request_id="r", reason="pulled")]
+    ] * 3
     assert len(world.pulls) == 0
 
 
@@ -532,7 +603,9 @@ def test_end_of_the_lease_before_that_of_the_read(world, holder):
 
 
 def test_the_seconds_of_a_lease_count_from_the_question_that_they_answer(world, holder):
-    """A heartbeat that the holder never got does not make the answer to an older question younger."""
+    """A heartbeat that the holder never got does not make the answer to an older question
+    younger.
+    """
     holder.holder.grant(grant("r", [4], lease_s=8.0))
     right = holder.kv_cache[4].clone()
     holder.kv_cache[4] += 1
@@ -596,7 +669,9 @@ def test_a_failed_read_reconnects(world, holder):
     assert world.connector.added == ["prefill-0/rank-0#1"] * 2
 
 
-def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_stalled_read(world, holder):
+def test_a_restarted_holder_fails_its_pulls_and_keeps_the_old_agent_only_for_a_stalled_read(
+    world, holder
+):
     holder.holder.grant(grant("r", [4]))
     world.fabric.stalled = True
     world.pulls.start(pull("p", holder.remote("r"), [1]))
@@ -638,7 +713,10 @@ def test_an_unreachable_holder_is_tried_again_with_growing_pauses(world):
     assert gaps == sorted(gaps)
     assert gaps[-1] > gaps[0]
     assert not any(report.fatal for report in world.reports)
-    assert "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s" in world.reports[0].error
+    assert (
+        "no answer to the handshake from prefill-0/rank-0 at fake://1 within 5 s"
+        in world.reports[0].error
+    )
     world.holders["fake://1"] = absent
     world.clock.now += 20
     world.turn()
@@ -670,7 +748,10 @@ def test_wrong_bytes_in_the_first_read_fail_the_handshake(world):
     world.fabric.agents["prefill-0/rank-0#1"].scratch[7] ^= 1
     world.peers.update([holder.entry()])
     world.turn()
-    assert "prefill-0/rank-0 cannot be read: the first READ brought wrong bytes" in world.reports[-1].error
+    assert (
+        "prefill-0/rank-0 cannot be read: the first READ brought wrong bytes"
+        in world.reports[-1].error
+    )
     assert not world.reports[-1].fatal
     assert world.connector.peers == []
 
@@ -696,7 +777,9 @@ def test_a_handshake_is_not_repeated_while_its_read_may_still_write(world):
 
 
 def test_groups_without_blocks_to_pull_are_skipped(world, holder):
-    """A sliding window may have left every block that the holder still has, or all may be cached."""
+    """A sliding window may have left every block that the holder still has, or all may be
+    cached.
+    """
     granted = grant("r", [4, 5])
     granted.block_ids.append([6])
     granted.first_block_index.append(1)
@@ -712,7 +795,14 @@ def test_groups_without_blocks_to_pull_are_skipped(world, holder):
 def test_a_holder_with_another_engine_id_than_the_registry_is_not_used(world):
     holder = world.add()
     entry = holder.entry()
-    world.peers.update([Entry(**{name: getattr(entry, name) for name in entry.__struct_fields__} | {"engine_id": "f" * 32})])
+    world.peers.update(
+        [
+            Entry(
+                **{name: getattr(entry, name) for name in entry.__struct_fields__}
+                | {"engine_id": "f" * 32}
+            )
+        ]
+    )
     world.turn()
     assert "belongs to engine_id 1111" in world.reports[-1].error
     assert f"not to {'f' * 32}" in world.reports[-1].error
@@ -736,7 +826,12 @@ def test_ranks_of_one_engine_must_share_an_engine_id(world):
     world.peers.update(entries)
     (failed,) = world.reports
     assert failed.fatal
-    for part in ("prefill-0/rank-0 at tcp://h0:1", "0" * 32, "prefill-0/rank-1 at tcp://h1:1", "1" * 32):
+    for part in (
+        "prefill-0/rank-0 at tcp://h0:1",
+        "0" * 32,
+        "prefill-0/rank-1 at tcp://h1:1",
+        "1" * 32,
+    ):
         assert part in failed.error
 
 
@@ -779,7 +874,10 @@ def group(block_ids: list[int], first: int = 0, checksums: Any = None) -> Any:
         ({"groups": [group([4, 5], first=1)]}, "does not hold all blocks of group 0 from 0 on"),
         ({"groups": [group([4, 99])]}, "named a block outside of its 16"),
         ({"groups": [group([4, 5], checksums=bytes(8))]}, "the holder stated no checksums"),
-        ({"groups": [group([4, 5], checksums=bytes(2 * 3 * 8 + 1))]}, "the holder stated no checksums"),
+        (
+            {"groups": [group([4, 5], checksums=bytes(2 * 3 * 8 + 1))]},
+            "the holder stated no checksums",
+        ),
         ({"groups": [group([4, 5], checksums=bytes(2 * 3 * 8))]}, "checksum of KV head 0 differs"),
         ({"num_tokens": 31}, "token hashes of request r differ"),
         ({"block_hashes": []}, "token hashes of request r differ from block 0 on"),

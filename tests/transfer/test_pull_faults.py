@@ -1,4 +1,6 @@
-"""Random histories of leases, pulls, faults and restarts: no wrong block is called right, no stranger writes to a block."""
+"""Random histories of leases, pulls, faults and restarts: no wrong block is called right, no
+stranger writes to a block.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NUM_STEPS = 600
 
 
 class History:
-    """One prefill rank that may restart, one decode rank, and a model of who owns each block on either side."""
+    """One prefill rank that may restart, one decode rank, and a model of who owns each block on
+    either side.
+    """
 
     WEIGHTS = {
         "turn": 30,
@@ -40,7 +44,11 @@ class History:
         """Without ``verify`` no bytes change under a lease: nothing would find that."""
         self.random = random.Random(seed)
         self.world = World(verify=verify)
-        self.weights = {action: weight for action, weight in self.WEIGHTS.items() if verify or action != "corrupt"}
+        self.weights = {
+            action: weight
+            for action, weight in self.WEIGHTS.items()
+            if verify or action != "corrupt"
+        }
         self.seen: Counter[str] = Counter()
         self.incarnation = 0
         self.num_named = 0
@@ -56,7 +64,9 @@ class History:
         return self.world.holders[f"fake://{self.incarnation}"]
 
     def run(self) -> None:
-        for action in self.random.choices(list(self.weights), list(self.weights.values()), k=NUM_STEPS):
+        for action in self.random.choices(
+            list(self.weights), list(self.weights.values()), k=NUM_STEPS
+        ):
             getattr(self, action)()
             self.keep_the_books()
         self.end()
@@ -64,7 +74,11 @@ class History:
     def free(self) -> list[int]:
         """Blocks of the decode rank that the engine may use for anything."""
         running = [block_ids for _, block_ids in self.pulls.values()]
-        owned = {block_id for block_ids in [*running, *self.quarantined.values()] for block_id in block_ids}
+        owned = {
+            block_id
+            for block_ids in [*running, *self.quarantined.values()]
+            for block_id in block_ids
+        }
         return sorted(set(range(NUM_BLOCKS)) - owned)
 
     def name(self, kind: str) -> str:
@@ -83,7 +97,9 @@ class History:
         if len(free) < PULL_BLOCKS:
             return
         request_id, block_ids = self.name("r"), self.random.sample(free, PULL_BLOCKS)
-        self.holder.kv_cache[block_ids] = torch.full_like(self.holder.kv_cache[block_ids], self.num_named)
+        self.holder.kv_cache[block_ids] = torch.full_like(
+            self.holder.kv_cache[block_ids], self.num_named
+        )
         self.leased[request_id] = block_ids
         self.expected[request_id] = self.holder.kv_cache[block_ids].clone()
         self.holder.holder.grant(grant(request_id, block_ids, lease_s=5.0))
@@ -96,7 +112,9 @@ class History:
         request_id = self.random.choice(list(self.leased))
         self.pulls[pull_id] = request_id, block_ids
         remote, num_attempts = self.holder.remote(request_id), self.random.randint(1, 3)
-        self.world.pulls.start(pull(pull_id, remote, block_ids, timeout_s=8.0, num_attempts=num_attempts))
+        self.world.pulls.start(
+            pull(pull_id, remote, block_ids, timeout_s=8.0, num_attempts=num_attempts)
+        )
 
     def cancel(self) -> None:
         if self.pulls:

@@ -64,12 +64,16 @@ class PushWorld(World):
         return holder.channel
 
     def turn(self, times: int = 2 * (1 + NUM_WARM_READS)) -> None:
-        """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have ended in the next."""
+        """Enough for a handshake: a READ of a scratch is asked for in one turn and seen to have
+        ended in the next.
+        """
         super().turn(times)
 
     def end_push(self, *, ok: bool) -> None:
         channel, message = self.asked.pop(0)
-        channel.inbox.append(PushEnded(call_id=message.call_id, ok=ok, error="" if ok else "broken"))
+        channel.inbox.append(
+            PushEnded(call_id=message.call_id, ok=ok, error="" if ok else "broken")
+        )
         self.turn()
 
 
@@ -202,10 +206,18 @@ def question(holder: HolderRank, **changes: Any) -> Push:
         ({"num_heads": 0}, "there are no 0 heads from 1 on"),
     ],
 )
-def test_a_reader_gets_only_what_it_has_leased(world: PushWorld, changes: dict[str, Any], reason: str) -> None:
+def test_a_reader_gets_only_what_it_has_leased(
+    world: PushWorld, changes: dict[str, Any], reason: str
+) -> None:
     holder = world.add()
     holder.holder.grant(grant("r", [4, 5]))
-    begin = PullBegin(call_id=1, engine_id=holder.identity.engine_id, request_id="r", reader="reader", num_pullers=1)
+    begin = PullBegin(
+        call_id=1,
+        engine_id=holder.identity.engine_id,
+        request_id="r",
+        reader="reader",
+        num_pullers=1,
+    )
     holder.holder.answer(begin)
     job = holder.holder.job_of(question(holder))
     assert (list(job.blocks), job.heads) == ([5, 4], range(1, 3))

@@ -1,4 +1,6 @@
-"""What is closed lets go of the KV cache by itself: a full collection of cycles may be hours away."""
+"""What is closed lets go of the KV cache by itself: a full collection of cycles may be hours
+away.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ from tests.transfer.test_worker import Rank, remote
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """No collection helps, and pytest keeps no records of errors, whose tracebacks refer to everything."""
+    """No collection helps, and pytest keeps no records of errors, whose tracebacks refer to
+    everything.
+    """
     gc.disable()
     logging.disable()
     yield
@@ -66,7 +70,10 @@ def are_gone(storages: list[StorageWeakRef]) -> bool:
 def test_a_worker_that_is_closed(context: SecureContext) -> None:
     """Whoever still refers to it, as an engine may until its process ends."""
     fabric = Fabric()
-    holder, puller = (Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric)) for role in ("prefill", "decode"))
+    holder, puller = (
+        Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric))
+        for role in ("prefill", "decode")
+    )
     puller.worker.update_registry([holder.entry(), puller.entry()])
     assert isinstance(puller.reports.get(timeout=60), PairReady)
     holder.worker.submit([grant("r", [4, 5])])
@@ -95,9 +102,14 @@ def test_a_worker_whose_thread_has_died(context: SecureContext) -> None:
 
 
 def test_a_worker_with_a_read_that_may_still_write_keeps_its_memory(context: SecureContext) -> None:
-    """The tensor goes with its owner, as always; what keeps the landing of the READ is the worker."""
+    """The tensor goes with its owner, as always; what keeps the landing of the READ is the
+    worker.
+    """
     fabric = Fabric(stalled=True)
-    holder, puller = (Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric)) for role in ("prefill", "decode"))
+    holder, puller = (
+        Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric))
+        for role in ("prefill", "decode")
+    )
     puller.worker.update_registry([holder.entry(), puller.entry()])
     deadline_s = time.monotonic() + 60
     while not fabric.reads:
@@ -118,11 +130,26 @@ class Anything:
 
 def connectors_of(folder: Path) -> dict[str, Connector]:
     binding = DeviceBinding(None)
-    file = FileConnector("a", 1, directory=str(folder), size_limit_bytes=1 << 30, num_sender_threads=1, binding=binding)
+    file = FileConnector(
+        "a",
+        1,
+        directory=str(folder),
+        size_limit_bytes=1 << 30,
+        num_sender_threads=1,
+        binding=binding,
+    )
     nixl = NixlConnector("a", 1, load=lambda: (Anything(), Anything()))
     p2p = P2PConnector("a", 1, binding=binding, host="here")
-    paths = PathsConnector([FakeConnector("a#1", Fabric()), P2PConnector("a", 1, binding=binding, host="here")])
-    return {"file": file, "nixl": nixl, "p2p": p2p, "paths": paths, "faulty": FaultyConnector(p2p, FaultPlan(seed=1))}
+    paths = PathsConnector(
+        [FakeConnector("a#1", Fabric()), P2PConnector("a", 1, binding=binding, host="here")]
+    )
+    return {
+        "file": file,
+        "nixl": nixl,
+        "p2p": p2p,
+        "paths": paths,
+        "faulty": FaultyConnector(p2p, FaultPlan(seed=1)),
+    }
 
 
 @pytest.mark.parametrize("name", ["file", "nixl", "p2p", "paths", "faulty"])
@@ -138,7 +165,10 @@ def test_a_connector_that_is_closed(name: str, tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_shared_is_not_kept() -> None:
-    connector, memory = P2PConnector("a", 1, binding=DeviceBinding(None), host="here"), memory_of("a")
+    connector, memory = (
+        P2PConnector("a", 1, binding=DeviceBinding(None), host="here"),
+        memory_of("a"),
+    )
     cache = storage_of(memory.kv_cache)
     with pytest.raises(TransferError, match="this process alone"):
         connector.open(replace(memory, source=PrivateKVMemory()))
@@ -146,7 +176,9 @@ def test_memory_that_cannot_be_shared_is_not_kept() -> None:
     assert are_gone([cache])
 
 
-@pytest.mark.parametrize("fault", ["refused", "failed", "wrong bytes", "lost", "cancelled", "unanswered"])
+@pytest.mark.parametrize(
+    "fault", ["refused", "failed", "wrong bytes", "lost", "cancelled", "unanswered"]
+)
 def test_peers_and_pulls_of_any_end(fault: str) -> None:
     world = World()
     holder = world.connect()

@@ -1,4 +1,6 @@
-"""Well-formed questions with any content: each gets one answer, leases end as they should, and other pulls go on."""
+"""Well-formed questions with any content: each gets one answer, leases end as they should, and
+other pulls go on.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,14 @@ BLOCK_IDS = st.lists(NUMBERS, max_size=4) | st.just([4] * 50_000)
 
 
 def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToHolder]:
-    return st.builds(kind, call_id=CALL_IDS, engine_id=ENGINE_IDS, request_id=REQUEST_IDS, reader=READERS, **fields)
+    return st.builds(
+        kind,
+        call_id=CALL_IDS,
+        engine_id=ENGINE_IDS,
+        request_id=REQUEST_IDS,
+        reader=READERS,
+        **fields,
+    )
 
 
 QUESTIONS = st.one_of(
@@ -47,7 +56,13 @@ QUESTIONS = st.one_of(
     of_pull(StateChecksums),
     of_pull(Heartbeat),
     of_pull(PullEnd),
-    of_pull(Push, block_ids=BLOCK_IDS, first_head=NUMBERS, num_heads=NUMBERS, target=st.binary(max_size=20)),
+    of_pull(
+        Push,
+        block_ids=BLOCK_IDS,
+        first_head=NUMBERS,
+        num_heads=NUMBERS,
+        target=st.binary(max_size=20),
+    ),
     st.builds(
         Handshake,
         call_id=CALL_IDS,
@@ -56,7 +71,14 @@ QUESTIONS = st.one_of(
         incarnation=NUMBERS,
         expected_engine_id=ENGINE_IDS,
         compatibility=st.just(
-            compatibility_of(spec_of(block_size=1), layout_of(), "?", model_digest="", total_kv_heads=-1, connector="")  # type: ignore[arg-type]
+            compatibility_of(
+                spec_of(block_size=1),
+                layout_of(),
+                "?",
+                model_digest="",
+                total_kv_heads=-1,
+                connector="",
+            )  # type: ignore[arg-type]
         ),
         agent_metadata=st.binary(max_size=20),
     ),
@@ -87,7 +109,9 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
         if isinstance(received, Push):
             with contextlib.suppress(LeaseError):
                 job = holder.holder.job_of(received)
-                assert set(job.blocks) <= {4, 5}, "nothing is written that was not leased to this reader"
+                assert set(job.blocks) <= {4, 5}, (
+                    "nothing is written that was not leased to this reader"
+                )
     world.pulls.start(pull("p", holder.remote("other"), [1, 2]))
     world.turn()
     finished = world.finished()
@@ -105,9 +129,14 @@ def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: 
         to_puller.decode(to_puller.encode(HeartbeatReply(call_id=1, lease_s=lease_s)))
 
 
-@pytest.mark.parametrize("field", ["base_address", "num_blocks", "head_bytes", "first_kv_head", "device_index", "scratch_bytes"])
+@pytest.mark.parametrize(
+    "field",
+    ["base_address", "num_blocks", "head_bytes", "first_kv_head", "device_index", "scratch_bytes"],
+)
 @pytest.mark.parametrize("value", [-1, 2**63])
-def test_a_geometry_that_no_memory_has_is_no_message(holder: HolderRank, field: str, value: int) -> None:
+def test_a_geometry_that_no_memory_has_is_no_message(
+    holder: HolderRank, field: str, value: int
+) -> None:
     engine_id = holder.identity.engine_id
     question = Handshake(
         call_id=1,
@@ -116,13 +145,20 @@ def test_a_geometry_that_no_memory_has_is_no_message(holder: HolderRank, field: 
         incarnation=1,
         expected_engine_id=engine_id,
         compatibility=compatibility_of(
-            spec_of(), layout_of(), torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+            spec_of(),
+            layout_of(),
+            torch.float32,
+            model_digest="m",
+            total_kv_heads=3,
+            connector="fake",
         ),
         agent_metadata=b"",
     )
     answer = holder.holder.answer(question)
     assert isinstance(answer, HandshakeReply)
     assert to_puller.decode(to_puller.encode(answer)) == answer
-    spoiled = msgspec.structs.replace(answer, geometry=msgspec.structs.replace(answer.geometry, **{field: value}))
+    spoiled = msgspec.structs.replace(
+        answer, geometry=msgspec.structs.replace(answer.geometry, **{field: value})
+    )
     with pytest.raises(ProtocolError, match=field):
         to_puller.decode(to_puller.encode(spoiled))

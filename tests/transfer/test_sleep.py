@@ -49,7 +49,9 @@ def fabric() -> Fabric:
 
 
 @pytest.fixture
-def start(context: SecureContext, fabric: Fabric) -> Iterator[Callable[[str], tuple[Rank, MappedConnector]]]:
+def start(
+    context: SecureContext, fabric: Fabric
+) -> Iterator[Callable[[str], tuple[Rank, MappedConnector]]]:
     started: list[Rank] = []
 
     def start(role: str) -> tuple[Rank, MappedConnector]:
@@ -75,7 +77,8 @@ def pull_once(holder: Rank, puller: Rank, name: str) -> None:
 
 def connect(holder: Rank, puller: Rank, *asleep: Rank) -> None:
     entries = [
-        msgspec.structs.replace(rank.entry(), state="sleeping" if rank in asleep else "ready") for rank in (holder, puller)
+        msgspec.structs.replace(rank.entry(), state="sleeping" if rank in asleep else "ready")
+        for rank in (holder, puller)
     ]
     for rank in (holder, puller):
         rank.worker.update_registry(entries)
@@ -87,7 +90,9 @@ def await_connected(rank: Rank) -> None:
 
 
 @pytest.mark.parametrize("who", ["prefill", "decode"])
-def test_pulls_work_again_after_either_side_has_slept(who: str, start: Callable[[str], tuple[Rank, MappedConnector]]) -> None:
+def test_pulls_work_again_after_either_side_has_slept(
+    who: str, start: Callable[[str], tuple[Rank, MappedConnector]]
+) -> None:
     (holder, holder_memory), (puller, puller_memory) = start("prefill"), start("decode")
     sleeper, memory = (holder, holder_memory) if who == "prefill" else (puller, puller_memory)
     connect(holder, puller)
@@ -150,7 +155,15 @@ def test_a_sleeping_rank_refuses_and_says_why(
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
     socket.send(
-        to_holder.encode(PullBegin(call_id=1, engine_id=ENGINE_IDS["prefill"], request_id="r", reader="x", num_pullers=1))
+        to_holder.encode(
+            PullBegin(
+                call_id=1,
+                engine_id=ENGINE_IDS["prefill"],
+                request_id="r",
+                reader="x",
+                num_pullers=1,
+            )
+        )
     )
     answer = to_puller.decode(socket.recv())
     assert isinstance(answer, Refused)

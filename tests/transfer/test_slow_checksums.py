@@ -1,4 +1,6 @@
-"""Checksums that take their time, as on a GPU: nobody waits for them, nobody goes on without them."""
+"""Checksums that take their time, as on a GPU: nobody waits for them, nobody goes on without
+them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from tests.transfer.test_pull import HolderRank, PromptHolder, World
 
 
 class SlowHolder:
-    """A holder rank whose checksums come when the test says so, asked as the transfer thread does it."""
+    """A holder rank whose checksums come when the test says so, asked as the transfer thread does
+    it.
+    """
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -50,7 +54,9 @@ class SlowHolder:
         return granted, [answer for answer in answers if answer is not None]
 
     def begin(self, request_id: str = "r") -> PullBegin:
-        return PullBegin(call_id=1, engine_id="1" * 32, request_id=request_id, reader="x", num_pullers=1)
+        return PullBegin(
+            call_id=1, engine_id="1" * 32, request_id=request_id, reader="x", num_pullers=1
+        )
 
     def state(self, request_id: str = "r") -> StateChecksums:
         return StateChecksums(call_id=3, engine_id="1" * 32, request_id=request_id, reader="x")
@@ -62,7 +68,10 @@ class SlowHolder:
         return stated_checksums(self.rank.kv_cache, self.rank.layout, block_ids)
 
     def written(self) -> dict[str, bytes | None]:
-        return {record.grant.request_id: record.groups[0].checksums for record in read_ledger(self.ledger_fd)}
+        return {
+            record.grant.request_id: record.groups[0].checksums
+            for record in read_ledger(self.ledger_fd)
+        }
 
 
 @pytest.fixture
@@ -238,7 +247,9 @@ def test_of_many_parts_only_some_are_hashed_by_themselves(world):
     world.turn()
     world.fabric.land()
     world.turn()
-    assert [started.after for started in world.hasher.started] == [events[index] for index in (2, 6, 10, 11)]
+    assert [started.after for started in world.hasher.started] == [
+        events[index] for index in (2, 6, 10, 11)
+    ]
     assert [len(started.values) for started in world.hasher.started] == [3, 4, 4, 1]
 
 

@@ -1,6 +1,8 @@
-"""A peer is stopped in the middle of a pull, the request is cancelled, others are served, and then the peer goes on.
+"""A peer is stopped in the middle of a pull, the request is cancelled, others are served, and then
+the peer goes on.
 
-A real scheduler owns the blocks, real ranks move them over NIXL: no block that anybody uses may change.
+A real scheduler owns the blocks, real ranks move them over NIXL: no block that anybody uses may
+change.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def prompt_of(num_blocks: int, first_token: int) -> list[int]:
 
 @dataclass
 class DecodeEngine:
-    """Steps of a scheduler whose rank runs in a process of its own; the test stands in for the model."""
+    """Steps of a scheduler whose rank runs in a process of its own; the test stands in for the
+    model.
+    """
 
     rank: RankHandle
     scheduler: Scheduler = field(init=False)
@@ -47,7 +51,9 @@ class DecodeEngine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
-            groups=layout_of(block_size=BLOCK_SIZE, num_layers=SHAPE["num_layers"], head_dim=SHAPE["head_dim"]).groups,
+            groups=layout_of(
+                block_size=BLOCK_SIZE, num_layers=SHAPE["num_layers"], head_dim=SHAPE["head_dim"]
+            ).groups,
             num_blocks=NUM_BLOCKS,
             block_size=BLOCK_SIZE,
             max_num_seqs=8,
@@ -61,9 +67,17 @@ class DecodeEngine:
         self._request_ids: dict[int, str] = {}
 
     def add(self, request_id: str, prompt: list[int], holder: RankHandle | None = None) -> None:
-        remote = None if holder is None else msgspec.structs.replace(holder.remote(request_id), num_tokens=len(prompt))
+        remote = (
+            None
+            if holder is None
+            else msgspec.structs.replace(holder.remote(request_id), num_tokens=len(prompt))
+        )
         sampling = SamplingParams(max_tokens=8)
-        self.scheduler.add(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote))
+        self.scheduler.add(
+            AddRequest(
+                request_id=request_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote
+            )
+        )
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule()
@@ -84,7 +98,9 @@ class DecodeEngine:
         return event
 
 
-def lease(holder: RankHandle, request_id: str, prompt: list[int], block_ids: list[int]) -> np.ndarray:
+def lease(
+    holder: RankHandle, request_id: str, prompt: list[int], block_ids: list[int]
+) -> np.ndarray:
     """As if the holder had computed the prompt into these blocks; returns their bytes."""
     hashes = BlockHasher(root_hash(MODEL), BLOCK_SIZE).prompt_hashes(prompt, len(prompt))
     holder.submit(
@@ -107,7 +123,15 @@ def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
     """Two prefill ranks and a decode rank whose READs need the holder to run (TCP)."""
     keys, environment = new_launch_keys(), (("UCX_TLS", "posix,self"),)
     started = [
-        RankHandle(RankOptions(spec_of(role, name=name, path="nixl"), keys, engine_id, environment=environment, **SHAPE))
+        RankHandle(
+            RankOptions(
+                spec_of(role, name=name, path="nixl"),
+                keys,
+                engine_id,
+                environment=environment,
+                **SHAPE,
+            )
+        )
         for role, name, engine_id in (
             ("prefill", "prefill-0", "a" * 32),
             ("prefill", "prefill-1", "c" * 32),
@@ -124,10 +148,17 @@ def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
             rank.stop()
 
 
-def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(ranks: tuple[RankHandle, RankHandle, RankHandle]) -> None:
+def test_no_block_in_use_changes_when_a_stopped_peer_goes_on(
+    ranks: tuple[RankHandle, RankHandle, RankHandle],
+) -> None:
     stopped, other, rank = ranks
     engine = DecodeEngine(rank)
-    doomed, pulled, computed, late = prompt_of(40, 3), prompt_of(12, 60), prompt_of(11, 120), prompt_of(30, 180)
+    doomed, pulled, computed, late = (
+        prompt_of(40, 3),
+        prompt_of(12, 60),
+        prompt_of(11, 120),
+        prompt_of(30, 180),
+    )
     sent = lease(stopped, "doomed", doomed, list(range(40))[::-1])
 
     # Stopped in the middle of the pull, which is cancelled.

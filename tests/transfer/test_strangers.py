@@ -1,4 +1,6 @@
-"""Another user of this machine against ranks that move KV blocks: their memory can be neither read nor written to."""
+"""Another user of this machine against ranks that move KV blocks: their memory can be neither read
+nor written to.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RankHandle, RankHandle]]:
     keys = new_launch_keys()
     holder, puller = (
-        RankHandle(RankOptions(spec_of(role, name=f"{role}-0", path=request.param), keys, role[0] * 32))
+        RankHandle(
+            RankOptions(spec_of(role, name=f"{role}-0", path=request.param), keys, role[0] * 32)
+        )
         for role in ("prefill", "decode")
     )
     try:
@@ -70,7 +74,9 @@ class IoVec(ctypes.Structure):
 
 
 def touch_memory(call: str, pid: int, address: int) -> str:
-    """``process_vm_readv`` or ``process_vm_writev``, as CMA does; the name of its error, "" for none."""
+    """``process_vm_readv`` or ``process_vm_writev``, as CMA does; the name of its error, "" for
+    none.
+    """
     content = ctypes.create_string_buffer(b"x" * NUM_BYTES, NUM_BYTES)
     here = IoVec(ctypes.cast(content, ctypes.c_void_p), NUM_BYTES)
     there = IoVec(address, NUM_BYTES)
@@ -92,7 +98,9 @@ def open_files(pid: int, names: list[str]) -> str:
 
 
 def connect_to_unix(path: str) -> str:
-    """What a stranger gets out of a Unix socket: nothing is "", after 32 bytes of a token that is wrong."""
+    """What a stranger gets out of a Unix socket: nothing is "", after 32 bytes of a token that is
+    wrong.
+    """
     try:
         with socket.socket(socket.AF_UNIX) as stranger:
             stranger.settimeout(20)
@@ -105,18 +113,32 @@ def connect_to_unix(path: str) -> str:
 
 
 def write_as_ucx(port: int, address: int) -> str:
-    """What UCX's TCP transport takes from anybody: a connection request, then a PUT to an address."""
-    with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)) as stranger:
+    """What UCX's TCP transport takes from anybody: a connection request, then a PUT to an
+    address.
+    """
+    with (
+        contextlib.suppress(ConnectionError),
+        socket.create_connection(("127.0.0.1", port)) as stranger,
+    ):
         own = stranger.getsockname()[1]
-        name = struct.pack("<H", socket.AF_INET) + struct.pack(">H", own) + socket.inet_aton("127.0.0.1") + bytes(8)
+        name = (
+            struct.pack("<H", socket.AF_INET)
+            + struct.pack(">H", own)
+            + socket.inet_aton("127.0.0.1")
+            + bytes(8)
+        )
         request = struct.pack("<IBQ", 1, 0, 7) + name
         put = struct.pack("<QQI", address, NUM_BYTES, 0)
-        stranger.sendall(struct.pack("<Q", 0xCAFEBABE12345678) + struct.pack("<BI", 32, len(request)) + request)
+        stranger.sendall(
+            struct.pack("<Q", 0xCAFEBABE12345678) + struct.pack("<BI", 32, len(request)) + request
+        )
         stranger.sendall(struct.pack("<BI", 33, len(put)) + put + b"x" * NUM_BYTES)
     return "sent"
 
 
-def attack(pid: int, address: int, names: list[str], tcp: set[int], unix: list[str]) -> dict[str, str]:
+def attack(
+    pid: int, address: int, names: list[str], tcp: set[int], unix: list[str]
+) -> dict[str, str]:
     return {
         "read": touch_memory("process_vm_readv", pid, address),
         "write": touch_memory("process_vm_writev", pid, address),
@@ -134,7 +156,11 @@ def test_another_user_can_neither_read_nor_write(pair: tuple[RankHandle, RankHan
         before = rank.call("digest", False)
         names = ["mem", "maps", *(f"fd/{fd.name}" for fd in Path(f"/proc/{pid}/fd").iterdir())]
         found = as_nobody(partial(attack, pid, address, names, tcp, unix))
-        assert [found.get(name, found) for name in ("read", "write", "files")] == ["EPERM", "EPERM", "EACCES"]
+        assert [found.get(name, found) for name in ("read", "write", "files")] == [
+            "EPERM",
+            "EPERM",
+            "EACCES",
+        ]
         assert {answer for name, answer in found.items() if name.startswith("unix")} <= {""}
         assert rank.call("digest", False) == before
     holder.submit(grant("r", [3, 1]))

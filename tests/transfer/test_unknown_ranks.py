@@ -1,4 +1,6 @@
-"""Engines and ranks that are not there, or are not who the registry says: an error that names them, and nothing else happens."""
+"""Engines and ranks that are not there, or are not who the registry says: an error that names them,
+and nothing else happens.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,16 @@ def pulls_well(world: World, holders: list[HolderRank]) -> None:
     world.turn()
     finished = world.finished()
     assert finished.ok, finished.error
-    assert all(holder.ended() == [LeaseEnded(request_id="well", reason="pulled")] for holder in holders)
+    assert all(
+        holder.ended() == [LeaseEnded(request_id="well", reason="pulled")] for holder in holders
+    )
 
 
 def test_an_engine_that_is_not_in_the_registry(world: World) -> None:
     holder = world.connect()
-    assert f"no engine with engine_id {'e' * 32} is in the registry" in refused(world, holder, engine_id="e" * 32)
+    assert f"no engine with engine_id {'e' * 32} is in the registry" in refused(
+        world, holder, engine_id="e" * 32
+    )
     pulls_well(world, [holder])
 
 
@@ -62,16 +68,35 @@ def test_a_rank_that_is_not_in_the_registry(world: World) -> None:
 @pytest.mark.parametrize(
     ("field", "shown", "wanted"),
     [
-        ("tp_rank", 0, "tp_rank: the registry shows 0 for prefill-0/rank-1 at fake://11, prefill-0/rank-1 answers with 1"),
-        ("tp_size", 1, "tp_size: the registry shows 1 for prefill-0/rank-1 at fake://11, prefill-0/rank-1 answers with 3"),
+        (
+            "tp_rank",
+            0,
+            (
+                "tp_rank: the registry shows 0 for prefill-0/rank-1 at fake://11, prefill-0/rank-1 "
+                "answers with 1"
+            ),
+        ),
+        (
+            "tp_size",
+            1,
+            (
+                "tp_size: the registry shows 1 for prefill-0/rank-1 at fake://11, prefill-0/rank-1 "
+                "answers with 3"
+            ),
+        ),
         (
             "incarnation",
             2,
-            "incarnation: the registry shows 2 for prefill-0/rank-1 at fake://11, prefill-0/rank-1 answers with 1",
+            (
+                "incarnation: the registry shows 2 for prefill-0/rank-1 at fake://11, "
+                "prefill-0/rank-1 answers with 1"
+            ),
         ),
     ],
 )
-def test_who_answers_is_not_who_the_registry_names(world: World, field: str, shown: int, wanted: str) -> None:
+def test_who_answers_is_not_who_the_registry_names(
+    world: World, field: str, shown: int, wanted: str
+) -> None:
     """Nothing is read of it, and once the registry is right the pair is too."""
     holders = [world.add(tp_rank=tp_rank, tp_size=3) for tp_rank in range(3)]
     others = [holder.entry() for holder in (holders[0], holders[2])]

@@ -42,10 +42,14 @@ def rank(fabric: Fabric) -> Iterator[Rank]:
 
 
 def written(fabric: Fabric) -> list[str]:
-    return [record.grant.request_id for record in read_ledger(fabric.agents[AGENT].files[LEDGER_FILE])]
+    return [
+        record.grant.request_id for record in read_ledger(fabric.agents[AGENT].files[LEDGER_FILE])
+    ]
 
 
-def test_a_lease_is_in_the_ledger_when_the_engine_hears_that_it_is_granted(rank: Rank, fabric: Fabric) -> None:
+def test_a_lease_is_in_the_ledger_when_the_engine_hears_that_it_is_granted(
+    rank: Rank, fabric: Fabric
+) -> None:
     assert rank.worker.lends
     rank.worker.submit([grant("r", [4, 5])])
     assert rank.events() == [LeaseGranted(request_id="r")]

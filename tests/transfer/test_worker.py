@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from pdlaunch.errors import ProtocolError, TransferError
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.side_channel import Handshake, PullBegin, PullReply, Refused, to_holder, to_puller
+from pdlaunch.protocol.side_channel import (
+    Handshake,
+    PullBegin,
+    PullReply,
+    Refused,
+    to_holder,
+    to_puller,
+)
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
 from pdlaunch.transfer.connector import Connector, LocalMemory
@@ -33,7 +40,11 @@ class Rank:
     """A worker and the engine's side of it."""
 
     def __init__(
-        self, context: SecureContext, role: str, connector: Connector, clock: Callable[[], float] = time.monotonic
+        self,
+        context: SecureContext,
+        role: str,
+        connector: Connector,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         layout = layout_of()
         self.kv_cache = random_cache(layout, 16, seed=len(role))
@@ -99,7 +110,14 @@ def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
 
 
 def remote(request_id: str) -> RemoteKV:
-    return RemoteKV(engine_id=ENGINE_IDS["prefill"], request_id=request_id, host="192.0.2.1", port=1, block_ids=[], num_tokens=1)
+    return RemoteKV(
+        engine_id=ENGINE_IDS["prefill"],
+        request_id=request_id,
+        host="192.0.2.1",
+        port=1,
+        block_ids=[],
+        num_tokens=1,
+    )
 
 
 def test_two_workers_shake_hands_and_pull(start):
@@ -121,8 +139,16 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     socket.rcvtimeo = 10_000
     for kind, request_id in ((PullBegin, "r"), (PullBegin, "other")):
         engine_id = ENGINE_IDS["prefill"] if request_id == "r" else "c" * 32
-        socket.send(to_holder.encode(kind(call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1)))
-    assert isinstance(to_puller.decode(socket.recv()), Refused), "both questions are there, the second is answered"
+        socket.send(
+            to_holder.encode(
+                kind(
+                    call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1
+                )
+            )
+        )
+    assert isinstance(to_puller.decode(socket.recv()), Refused), (
+        "both questions are there, the second is answered"
+    )
     holder.worker.submit([grant("r", [4, 5])])
     answer = to_puller.decode(socket.recv())
     assert isinstance(answer, PullReply)
@@ -142,7 +168,15 @@ def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     socket.rcvtimeo = 10_000
     question = PullBegin(call_id=1, engine_id="c" * 32, request_id="r", reader="x", num_pullers=1)
     good = to_holder.encode(question)
-    for frames in ([b""], [b"\xc1"], [os.urandom(500)], [good[:-3]], [good, good], [b"", good], [b"\x91" * 100_000]):
+    for frames in (
+        [b""],
+        [b"\xc1"],
+        [os.urandom(500)],
+        [good[:-3]],
+        [good, good],
+        [b"", good],
+        [b"\x91" * 100_000],
+    ):
         socket.send_multipart(frames)
     socket.send(good)
     answer = to_puller.decode(socket.recv())
@@ -161,7 +195,9 @@ def test_a_stranger_gets_no_answer(start):
     holder = start("prefill")
     stranger = SecureContext(new_launch_keys())
     socket = stranger.connect(zmq.DEALER, holder.worker.endpoint)
-    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED)
+    monitor = socket.get_monitor_socket(
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
+    )
     socket.send(b"x")
     assert monitor.poll(10_000)
     assert not socket.poll(0)
@@ -192,7 +228,12 @@ def test_handshake_for_another_engine_is_refused(start, context):
     from pdlaunch.transfer.handshake import compatibility_of
 
     compatibility = compatibility_of(
-        spec_of("decode"), layout_of(), torch.float32, model_digest="m", total_kv_heads=3, connector="fake"
+        spec_of("decode"),
+        layout_of(),
+        torch.float32,
+        model_digest="m",
+        total_kv_heads=3,
+        connector="fake",
     )
     socket.send(
         to_holder.encode(

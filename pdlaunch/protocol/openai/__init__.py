@@ -1,1 +1,3 @@
-"""The OpenAI API as pdlaunch speaks it: request models, response structs, errors and server-sent events."""
+"""The OpenAI API as pdlaunch speaks it: request models, response structs, errors and server-sent
+events.
+"""

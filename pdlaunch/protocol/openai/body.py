@@ -1,4 +1,6 @@
-"""From the bytes of an HTTP body to a checked request model; every refusal is a RequestError that names the field."""
+"""From the bytes of an HTTP body to a checked request model; every refusal is a RequestError that
+names the field.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,25 @@ R = TypeVar("R", bound="RequestBody")
 
 
 class RequestBody(BaseModel):
-    """Base of every request model: strict types, unknown fields refused, ``null`` means the default."""
+    """Base of every request model: strict types, unknown fields refused, ``null`` means the
+    default.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, under which they change nothing."""
+    """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, under
+    which they change nothing.
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, body: object) -> object:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        return (
+            {name: value for name, value in body.items() if value is not None}
+            if isinstance(body, dict)
+            else body
+        )
 
 
 class _Resume(msgspec.Struct):
@@ -72,7 +82,9 @@ def check_num_values(raw: bytes) -> None:
 
 def _num_values(raw: bytes) -> int:
     """Strings, lists and objects of a JSON text; at the speed of memory, 0.1 s for 16 MiB."""
-    text = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
+    text = raw.replace(b"\\\\", b"").replace(
+        b'\\"', b""
+    )  # what is left of quotes begins and ends strings
     num_strings = text.count(b'"') // 2
     if num_strings > MAX_VALUES:
         return num_strings
@@ -81,7 +93,9 @@ def _num_values(raw: bytes) -> int:
 
 
 def num_token_ids(raw: bytes, member: str) -> int:
-    """Length of a member that is one list of token ids, without parsing it; 0 when it is something else. Raises RequestError."""
+    """Length of a member that is one list of token ids, without parsing it; 0 when it is something
+    else. Raises RequestError.
+    """
     check_num_values(raw)
     try:
         value = bytes(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get(member, b""))
@@ -100,7 +114,9 @@ def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
     for name, value in given.items():
         _refuse_unserved(kind, name, value, public)
     try:
-        return kind.model_validate({name: value for name, value in given.items() if name not in kind.NEUTRAL})
+        return kind.model_validate(
+            {name: value for name, value in given.items() if name not in kind.NEUTRAL}
+        )
     except ValidationError as error:
         raise _request_error(kind, error) from None
 
@@ -108,11 +124,19 @@ def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
 def _refuse_unserved(kind: type[RequestBody], name: str, value: object, public: bool) -> None:
     if name in kind.NEUTRAL:
         if not any(_same(value, neutral) for neutral in kind.NEUTRAL[name]):
-            raise RequestError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
+            raise RequestError(
+                f"{name} is not supported; leave it out", param=name, code="unsupported_parameter"
+            )
     elif public and name in INTERNAL_FIELDS:
-        raise RequestError(f"{name} is set by pdlaunch itself; leave it out", param=name, code="unsupported_parameter")
+        raise RequestError(
+            f"{name} is set by pdlaunch itself; leave it out",
+            param=name,
+            code="unsupported_parameter",
+        )
     elif name not in kind.model_fields:
-        raise RequestError(_unknown_field(kind, name, public), param=name[:100], code="unknown_parameter")
+        raise RequestError(
+            _unknown_field(kind, name, public), param=name[:100], code="unknown_parameter"
+        )
 
 
 def _unknown_field(kind: type[RequestBody], name: str, public: bool) -> str:
@@ -127,7 +151,9 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestError:
-    """The first finding of pydantic, with the path to the field as OpenAI writes it: ``messages[0].role``."""
+    """The first finding of pydantic, with the path to the field as OpenAI writes it:
+    ``messages[0].role``.
+    """
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
@@ -140,10 +166,14 @@ def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestEr
         name, *inside = first["loc"]
         bounds = "" if inside else _bounds(kind.model_fields[str(name)])
         message = f"{bounds or message}, got {str(first['input'])[:100]}"
-    return RequestError(f"{path}: {message}" if path else message, param=path or None, code="invalid_value")
+    return RequestError(
+        f"{path}: {message}" if path else message, param=path or None, code="invalid_value"
+    )
 
 
-_OUT_OF_RANGE = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"})
+_OUT_OF_RANGE = frozenset(
+    {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+)
 
 
 def _bounds(field: FieldInfo) -> str:

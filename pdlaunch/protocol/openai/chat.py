@@ -56,7 +56,9 @@ def _check_parts(messages: list[ChatMessage]) -> list[ChatMessage]:
     return messages
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_parts)]
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_parts)
+]
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -93,7 +95,10 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError("continue_final_message needs add_generation_prompt: false", param="continue_final_message")
+            raise RequestError(
+                "continue_final_message needs add_generation_prompt: false",
+                param="continue_final_message",
+            )
         return self
 
     @property

@@ -18,7 +18,9 @@ _TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 def _check_prompt(value: object) -> Prompt | list[Prompt]:
-    """By hand, as a union of lists would be tried item by item and answer with one error per try."""
+    """By hand, as a union of lists would be tried item by item and answer with one error per
+    try.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -34,7 +36,9 @@ def _check_prompt(value: object) -> Prompt | list[Prompt]:
 
 
 def _token_ids(value: object) -> list[int] | None:
-    """``value`` if it is a non-empty list of token ids. A prompt can have very many: no loop over them in Python."""
+    """``value`` if it is a non-empty list of token ids. A prompt can have very many: no loop over
+    them in Python.
+    """
     try:
         return msgspec.convert(value, _TokenIds) if isinstance(value, list) and value else None
     except msgspec.ValidationError:
@@ -44,7 +48,10 @@ def _token_ids(value: object) -> list[int] | None:
 class CompletionRequest(GenerationRequest):
     """A text completion of one or several prompts."""
 
-    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = GenerationRequest.NEUTRAL | {"best_of": (1,), "suffix": ("",)}
+    NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = GenerationRequest.NEUTRAL | {
+        "best_of": (1,),
+        "suffix": ("",),
+    }
 
     prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

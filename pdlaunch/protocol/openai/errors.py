@@ -28,20 +28,30 @@ def error_status(error: BaseException) -> int:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """``Retry-After`` where trying again helps; what keeps OpenAI's clients from it where it does harm."""
+    """``Retry-After`` where trying again helps; what keeps OpenAI's clients from it where it does
+    harm.
+    """
     if isinstance(error, KillsEngineError):
         return {"X-Should-Retry": "false"}
     return {"Retry-After": str(error.retry_after_s)} if isinstance(error, OverloadedError) else {}
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """The body that answers ``error``; of an unexpected exception nothing is shown, its place is the log."""
+    """The body that answers ``error``; of an unexpected exception nothing is shown, its place is
+    the log.
+    """
     status = error_status(error)
-    request_error = error if isinstance(error, RequestError) else RequestError("internal error, see the log", status=500)
+    request_error = (
+        error
+        if isinstance(error, RequestError)
+        else RequestError("internal error, see the log", status=500)
+    )
     return {
         "error": {
             "message": str(request_error),
-            "type": _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+            "type": _TYPES.get(
+                status, "server_error" if status >= 500 else "invalid_request_error"
+            ),
             "param": request_error.param,
             "code": request_error.code,
         }
@@ -51,5 +61,8 @@ def error_body(error: BaseException) -> dict[str, Any]:
 def model_not_found(given: str, served: str) -> RequestError:
     """The answer to a model name that nobody serves."""
     return RequestError(
-        f"the model {given[:100]!r} does not exist; served here: {served!r}", param="model", status=404, code="model_not_found"
+        f"the model {given[:100]!r} does not exist; served here: {served!r}",
+        param="model",
+        status=404,
+        code="model_not_found",
     )

@@ -42,7 +42,9 @@ StopStrings = Annotated[
     Field(max_length=MAX_STOP_STRINGS),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_int_keys)
+]
 
 
 class StreamOptions(RequestBody):
@@ -55,8 +57,8 @@ class StreamOptions(RequestBody):
 class GenerationRequest(RequestBody):
     """Sampling and streaming of both completion APIs.
 
-    Neutral defaults: a model's generation_config.json changes nothing but the end tokens. ``user``, ``safety_identifier`` and
-    ``prompt_cache_key`` are accepted as labels.
+    Neutral defaults: a model's generation_config.json changes nothing but the end tokens. ``user``,
+    ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -116,13 +118,18 @@ class GenerationRequest(RequestBody):
             raise RequestError("stream_options needs stream: true", param="stream_options")
         limit = self.token_limit
         if limit is not None and self.min_tokens > limit:
-            raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {limit}", param="min_tokens")
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {limit}", param="min_tokens"
+            )
         return self
 
     @property
     def is_remote_prefill(self) -> bool:
         """A router asks for the first token only; other fields are those of the whole request."""
-        return self.kv_transfer_params is not None and self.kv_transfer_params.get("do_remote_decode") is True
+        return (
+            self.kv_transfer_params is not None
+            and self.kv_transfer_params.get("do_remote_decode") is True
+        )
 
     @property
     def token_limit(self) -> int | None:
@@ -135,7 +142,11 @@ class GenerationRequest(RequestBody):
 
     @property
     def continuous_usage(self) -> bool:
-        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+        return (
+            self.include_usage
+            and self.stream_options is not None
+            and self.stream_options.continuous_usage_stats
+        )
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -144,7 +155,11 @@ class GenerationRequest(RequestBody):
 
     def kv_transfer(self) -> KVTransferParams:
         """``kv_transfer_params``, checked; raises RequestError naming the key."""
-        return KVTransferParams() if self.kv_transfer_params is None else from_wire(self.kv_transfer_params)
+        return (
+            KVTransferParams()
+            if self.kv_transfer_params is None
+            else from_wire(self.kv_transfer_params)
+        )
 
     def resumed(self) -> Resume | None:
         """``resume``, checked; raises RequestError."""

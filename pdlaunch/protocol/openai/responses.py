@@ -1,7 +1,7 @@
 """Answers and stream chunks, encoded and decoded by msgspec.
 
-They read what vLLM writes as well: members that we do not know are dropped, those that others leave out have defaults.
-``UNSET`` members are not written.
+They read what vLLM writes as well: members that we do not know are dropped, those that others leave
+out have defaults. ``UNSET`` members are not written.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """A choice of an answer or of a chunk; ``token_ids`` are those of this answer or chunk (``return_token_ids``)."""
+    """A choice of an answer or of a chunk; ``token_ids`` are those of this answer or chunk
+    (``return_token_ids``).
+    """
 
     index: int = 0
     text: str = ""

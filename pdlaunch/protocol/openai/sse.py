@@ -1,4 +1,6 @@
-"""Server-sent events: one ``data:`` line an event, as OpenAI streams them, and ``[DONE]`` at the end."""
+"""Server-sent events: one ``data:`` line an event, as OpenAI streams them, and ``[DONE]`` at the
+end.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def encode_event(payload: object) -> bytes:
 
 
 def encode_error(error: BaseException) -> bytes:
-    """The event that ends a stream which failed after its headers were sent; no ``[DONE]`` follows."""
+    """The event that ends a stream which failed after its headers were sent; no ``[DONE]``
+    follows.
+    """
     return encode_event(error_body(error))
 
 
@@ -41,10 +45,14 @@ class EventDecoder:
         self._rest = lines.pop()
         if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
             raise ProtocolError(f"an event of more than {MAX_EVENT_BYTES} bytes")
-        return [event for line in lines if (event := self._take(line.removesuffix(b"\r"))) is not None]
+        return [
+            event for line in lines if (event := self._take(line.removesuffix(b"\r"))) is not None
+        ]
 
     def _take(self, line: bytes) -> bytes | None:
-        """The event that an empty line ends; comments and members other than ``data`` are dropped."""
+        """The event that an empty line ends; comments and members other than ``data`` are
+        dropped.
+        """
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
         elif not line and self._data:
