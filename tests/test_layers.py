@@ -101,7 +101,7 @@ def test_rooms_import_only_what_the_table_allows() -> None:
 
 def test_nothing_that_came_over_a_socket_is_unpickled() -> None:
     """Benchmarks talk through pipes to processes that they have started themselves."""
-    files = [source for source in sources() if not source.stem.startswith("bench_")]
+    files = [source for source in sources() if room_of(source) != "bench"]
     imported = {name.partition(".")[0] for source in files for _, name in imports_of(source)}
     called = {
         node.attr

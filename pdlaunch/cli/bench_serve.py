@@ -13,14 +13,14 @@ import msgspec
 import typer
 from rich.console import Console
 
+from pdlaunch.bench.serve.main import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
+from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
+from pdlaunch.bench.serve.row import BenchRow
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
-from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
-from pdlaunch.client.bench_row import BenchRow
-from pdlaunch.client.bench_serve import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
 from pdlaunch.config.names import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError

@@ -22,6 +22,8 @@ from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
+from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.resolve import served_model_name
 from pdlaunch.supervisor.launch import (
     Outcome,
     PlannedLaunch,
@@ -30,9 +32,7 @@ from pdlaunch.supervisor.launch import (
     plan_launch,
 )
 from pdlaunch.supervisor.log_dirs import new_launch_id, new_log_dir
-from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.ports import check_engine_ports, listening
-from pdlaunch.supervisor.resolve import served_model_name
 from pdlaunch.supervisor.status import LaunchStatus
 
 EXIT_FAILED = 1

@@ -16,14 +16,14 @@ from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import print_errors
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
-from pdlaunch.client.chaos import chaos_environment, smoke_under_chaos
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.junit import write_junit
 from pdlaunch.client.smoke import Check, smoke
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
+from pdlaunch.resolve.resolve import resolve_engines, resolve_models
+from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 
 @with_serve_flags

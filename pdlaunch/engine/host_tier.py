@@ -10,6 +10,7 @@ from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
@@ -17,7 +18,6 @@ from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
 from pdlaunch.offload.spec import choose_blocks_per_chunk
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.transfer.checksum import BlockHasher
 from pdlaunch.transfer.faults import read_fault_plan
 
 

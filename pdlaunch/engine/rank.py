@@ -47,8 +47,8 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import GrantLease, LeaseGranted, TransferEvent
-from pdlaunch.transfer.connectors import new_connector
-from pdlaunch.transfer.engine_id import draw_engine_id
+from pdlaunch.transfer.channel.engine_id import draw_engine_id
+from pdlaunch.transfer.connectors.opening import new_connector
 from pdlaunch.transfer.faults import read_fault_plan
 from pdlaunch.transfer.faulty_connector import FaultyTransferWorker
 from pdlaunch.transfer.worker import TransferWorker

@@ -14,9 +14,9 @@ from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
+from pdlaunch.resolve.plan import ProcessSpec
+from pdlaunch.resolve.resolve import resolve_engines, served_model_name
 from pdlaunch.supervisor.hangs import heartbeat_s
-from pdlaunch.supervisor.plan import ProcessSpec
-from pdlaunch.supervisor.resolve import resolve_engines, served_model_name
 
 
 class LaunchBootstraps:

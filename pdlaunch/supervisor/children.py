@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.host import ProcessExited
-from pdlaunch.supervisor.plan import ProcessSpec
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 
+from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.given_up import GivenUp
 from pdlaunch.supervisor.host import Host
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.pairs import PairBook
-from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.states import ProcessState
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 from pdlaunch.config.models import Role
+from pdlaunch.resolve.plan import ROLES, Plan
 from pdlaunch.supervisor.instance import Instance
-from pdlaunch.supervisor.plan import ROLES, Plan
 from pdlaunch.supervisor.restarts import RestartPolicy
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
-from pdlaunch.supervisor.plan import ProcessSpec
+from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.status import LaunchStatus
 
 _OWN_SIGNALS = frozenset(

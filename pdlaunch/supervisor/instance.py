@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pdlaunch.protocol.control import Entry, ListedState, Progress, Register
-from pdlaunch.supervisor.plan import ProcessSpec
+from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
 
 

@@ -20,6 +20,8 @@ from pdlaunch.observe.logs import setup_logging
 from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
+from pdlaunch.resolve.plan import Plan, plan
+from pdlaunch.resolve.resolve import resolve_engines, resolve_models
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.failure import Failure
@@ -27,8 +29,6 @@ from pdlaunch.supervisor.hangs import HangLimits
 from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
 from pdlaunch.supervisor.log_dirs import SUPERVISOR_LOG, keep
-from pdlaunch.supervisor.plan import Plan, plan
-from pdlaunch.supervisor.resolve import resolve_engines, resolve_models
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.signals import SignalInbox

@@ -22,9 +22,9 @@ from pdlaunch.errors import ProtocolError
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.step_record import LastStep, new_step_record, read_step_record
 from pdlaunch.protocol.control import FromSupervisor, Progress, from_supervisor, to_supervisor
+from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.supervisor.children import Children
 from pdlaunch.supervisor.host import Event, MessageReceived, ProcessExited, StopRequested
-from pdlaunch.supervisor.plan import ProcessSpec
 from pdlaunch.supervisor.signals import SignalInbox
 
 logger = logging.getLogger(__name__)

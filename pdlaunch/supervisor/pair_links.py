@@ -10,7 +10,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.supervisor.plan import ROLES, plan
+from pdlaunch.resolve.plan import ROLES, plan
 
 ReadLinks = Callable[[Iterable[BusPair]], Mapping[BusPair, GpuLink]]
 """``platform.gpu_links.read_gpu_links``"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.supervisor.plan import Plan
+from pdlaunch.resolve.plan import Plan
 
 
 class PairBook:

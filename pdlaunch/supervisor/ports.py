@@ -16,7 +16,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
 from pdlaunch.platform.ports import probe_port
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
-from pdlaunch.supervisor.plan import ROLES
+from pdlaunch.resolve.plan import ROLES
 
 _ATTEMPTS = 16
 """To find a port that is free at every address of a host."""

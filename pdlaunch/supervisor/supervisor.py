@@ -28,6 +28,7 @@ from pdlaunch.protocol.control import (
     Suspects,
     ToSupervisor,
 )
+from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.failure import Failure
@@ -42,7 +43,6 @@ from pdlaunch.supervisor.host import (
 )
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.pairs import PairBook
-from pdlaunch.supervisor.plan import Plan
 from pdlaunch.supervisor.registry import RegistryBook
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, Shutdown

@@ -9,8 +9,8 @@ import zmq
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
-from pdlaunch.transfer.handshake import RankIdentity
-from pdlaunch.transfer.side_channel import HolderSocket
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.channel.side_channel import HolderSocket
 
 LONGEST_SLEEP_S = 60.0
 

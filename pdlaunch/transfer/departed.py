@@ -29,8 +29,8 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
-from pdlaunch.transfer.lease import Lease, LeaseTable
 from pdlaunch.transfer.ledger import read_ledger
+from pdlaunch.transfer.prefill_side.lease import Lease, LeaseTable
 
 logger = logging.getLogger(__name__)
 

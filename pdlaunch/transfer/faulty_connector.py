@@ -13,7 +13,7 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import TransferCommand
-from pdlaunch.transfer.connector import (
+from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connector,
     Landing,

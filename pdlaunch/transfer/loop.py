@@ -12,6 +12,7 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import LeaseError
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
@@ -29,18 +30,17 @@ from pdlaunch.protocol.transfer import (
     TransferEvent,
     WithdrawBlocks,
 )
-from pdlaunch.transfer.checksum import BlockHasher
-from pdlaunch.transfer.connector import Connector, LocalMemory
-from pdlaunch.transfer.early import EarlyQuestions
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
-from pdlaunch.transfer.holder import Holder, HolderCard
-from pdlaunch.transfer.holder_link import Puller, engine_of
-from pdlaunch.transfer.peer_setup import PeerSetup
-from pdlaunch.transfer.peer_table import new_peer_table
-from pdlaunch.transfer.pull_table import PullTable
-from pdlaunch.transfer.push import PushDesk
-from pdlaunch.transfer.scratch import scratch_bytes, write_pattern
-from pdlaunch.transfer.side_channel import HolderSocket, PullerSocket
+from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.channel.side_channel import HolderSocket, PullerSocket
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
+from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
+from pdlaunch.transfer.decode_side.holder_link import Puller, engine_of
+from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
+from pdlaunch.transfer.decode_side.peer_table import new_peer_table
+from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.prefill_side.early import EarlyQuestions
+from pdlaunch.transfer.prefill_side.holder import Holder, HolderCard
+from pdlaunch.transfer.prefill_side.push import PushDesk
 from pdlaunch.transfer.will import new_will
 
 LONGEST_SLEEP_S = 60.0

@@ -29,10 +29,10 @@ from pdlaunch.protocol.control import Entry, ToSupervisor
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.transfer.asleep import AsleepLoop
-from pdlaunch.transfer.connector import Connector
-from pdlaunch.transfer.handshake import RankIdentity
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.channel.side_channel import HolderSocket
+from pdlaunch.transfer.connectors.connector import Connector
 from pdlaunch.transfer.loop import LONGEST_SLEEP_S, RankMemory, TransferLoop
-from pdlaunch.transfer.side_channel import HolderSocket
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdlaunch.client.bench_row import BenchRow, milliseconds, summarise
-from pdlaunch.client.cache_tiers import TierRow, tier_rows
-from pdlaunch.client.engine_counters import EngineCounters, parse_counters
-from pdlaunch.client.timed_completion import TimedCompletion
+from pdlaunch.bench.serve.cache_tiers import TierRow, tier_rows
+from pdlaunch.bench.serve.engine_counters import EngineCounters, parse_counters
+from pdlaunch.bench.serve.row import BenchRow, milliseconds, summarise
+from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.engine import EngineStats
 from pdlaunch.server.metrics import ServerMetrics

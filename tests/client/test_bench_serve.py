@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.client.bench_multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
-from pdlaunch.client.bench_row import BenchRow
-from pdlaunch.client.bench_serve import BenchOptions, bench_serve
+from pdlaunch.bench.serve.main import BenchOptions, bench_serve
+from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
+from pdlaunch.bench.serve.row import BenchRow
 from pdlaunch.errors import PdlaunchError
 from tests.client.fake_openai import FakeOpenAI
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 import aiohttp
 import pytest
 
-from pdlaunch.client.timed_completion import TimedCompletion, complete, read_stream
+from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete, read_stream
 from tests.client.fake_openai import FakeOpenAI, event
 
 USAGE = {"completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 7}}

@@ -21,8 +21,8 @@ from pdlaunch.client.api import Api
 from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.client.smoke import engines_of
-from pdlaunch.client.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.testing.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
 from tests.e2e.conftest import clean_environ
 from tests.e2e.waiting import await_true
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdlaunch.client.soak import SoakOptions, SoakReport, soak
+from pdlaunch.testing.soak import SoakOptions, SoakReport, soak
 from tests.e2e.faults import SHORT_DEADLINES, Kill, faulty_deployment, load_with_kills
 from tests.e2e.tiny_models import make_tiny_model
 

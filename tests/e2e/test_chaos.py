@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.soak import SoakOptions, soak
+from pdlaunch.testing.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import (
     SHORT_DEADLINES,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pdlaunch.engine.bench_host import main
+from pdlaunch.bench.step.host import main
 
 
 def test_every_part_of_a_step_is_timed(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pdlaunch.bench.step.main import bench_step, main
 from pdlaunch.config.model_shape import read_model_shape
-from pdlaunch.engine.bench_step import bench_step, main
 from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.errors import ConfigError
 from tests.models.tiny import save_tiny_model

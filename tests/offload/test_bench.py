@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from pdlaunch.bench.offload.main import bench_offload, main
 from pdlaunch.errors import ConfigError
-from pdlaunch.offload.bench import bench_offload, main
 
 
 def test_rows_for_each_block_size() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
@@ -18,7 +19,6 @@ from pdlaunch.offload.method_choice import choose_cuda_methods, cuda_candidates
 from pdlaunch.offload.spec import TransferSpec, choose_blocks_per_chunk
 from pdlaunch.offload.tier import HeadSlice
 from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.transfer.checksum import BlockHasher
 from tests.offload.transfer_model import (
     block_choices,
     geometries,

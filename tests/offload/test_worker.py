@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.offload.host_memory import HostMemory
@@ -19,7 +20,6 @@ from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.transfer.checksum import BlockHasher
 
 HEADS = HeadSlice(2, 4)
 NUM_BLOCKS = 16

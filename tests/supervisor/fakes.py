@@ -22,8 +22,8 @@ from pdlaunch.protocol.control import (
     Stop,
     ToSupervisor,
 )
+from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.host import MessageReceived, ProcessExited, StopRequested
-from pdlaunch.supervisor.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
 

@@ -13,9 +13,9 @@ import zmq
 
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
+from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.launch import Outcome, supervise
-from pdlaunch.supervisor.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.supervisor import Timing
 from tests.router.conftest import SPEC

@@ -8,7 +8,7 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
-from pdlaunch.supervisor.plan import Placement, plan
+from pdlaunch.resolve.plan import Placement, plan
 
 CPU = Machine(cpus=(0, 1, 2, 3, 4, 5, 6, 7))
 FOUR_GPUS = Machine(cpus=tuple(range(16)), gpus=tuple(Gpu(index) for index in range(4)))

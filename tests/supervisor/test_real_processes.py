@@ -18,7 +18,7 @@ import msgspec
 import psutil
 import pytest
 
-from pdlaunch.supervisor.plan import Plan, ProcessSpec
+from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace

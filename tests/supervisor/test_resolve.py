@@ -10,10 +10,10 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.resolve.plan import plan
+from pdlaunch.resolve.resolve import resolve_engines, resolve_models, served_model_name
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
-from pdlaunch.supervisor.plan import plan
 from pdlaunch.supervisor.ports import listening
-from pdlaunch.supervisor.resolve import resolve_engines, resolve_models, served_model_name
 
 CPU = Machine(cpus=(0, 1))
 GPU = Machine(cpus=(0, 1), gpus=(Gpu(0), Gpu(1)))

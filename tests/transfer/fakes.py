@@ -15,7 +15,7 @@ from pdlaunch.config.models import KVTransferSettings, LimitSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
-from pdlaunch.transfer.connector import (
+from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connector,
     Landing,
@@ -24,7 +24,7 @@ from pdlaunch.transfer.connector import (
     ReadHandle,
     ReadState,
 )
-from pdlaunch.transfer.scratch import PATTERN_BYTES
+from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
 
 
 @dataclass

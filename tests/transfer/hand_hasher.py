@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
+from pdlaunch.integrity.checksum import BlockHasher, ChecksumArray, Checksums, HashBatch
 from pdlaunch.kvcache.groups import KVCacheLayout
-from pdlaunch.transfer.checksum import BlockHasher, ChecksumArray, Checksums, HashBatch
 
 
 class HandChecksums:

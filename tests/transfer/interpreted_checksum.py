@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from pdlaunch.transfer.checksum_kernel import constants, hash_regions, supports
+from pdlaunch.integrity.checksum_kernel import constants, hash_regions, supports
 
 CPU = torch.device("cpu")
 EDGES = (256, 1008, 1024, 1040, 1088, 8192, 8208, 9216, 9232, 16384, 65536)

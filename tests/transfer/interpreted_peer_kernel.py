@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from pdlaunch.memory.page_kernel import copy_pages
-from pdlaunch.transfer.cuda_copies import relative_units
-from pdlaunch.transfer.piece_copies import Pieces
+from pdlaunch.transfer.connectors.cuda_copies import relative_units
+from pdlaunch.transfer.connectors.piece_copies import Pieces
 
 SHAPES = ((1, 64, 1), (2, 256, 4), (3, 16, 4))
 """Programs, words of a tile, warps: pieces smaller than a tile, larger, and not a multiple of

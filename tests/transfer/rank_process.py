@@ -70,7 +70,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.memory.kv_memories import open_kv_memory
     from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
-    from pdlaunch.transfer.connectors import new_connector
+    from pdlaunch.transfer.connectors.opening import new_connector
     from pdlaunch.transfer.faults import read_fault_plan
     from pdlaunch.transfer.faulty_connector import FaultyConnector
     from pdlaunch.transfer.worker import TransferWorker
@@ -193,9 +193,9 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
 def held_connector(options: RankOptions, going_on: threading.Event) -> Any:
     """Copies a piece only when ``going_on`` is set, but for the first one."""
-    from pdlaunch.transfer.device_binding import new_device_binding
-    from pdlaunch.transfer.p2p_connector import P2PConnector
-    from pdlaunch.transfer.piece_copies import HostCopier
+    from pdlaunch.transfer.connectors.device_binding import new_device_binding
+    from pdlaunch.transfer.connectors.p2p import P2PConnector
+    from pdlaunch.transfer.connectors.piece_copies import HostCopier
 
     def move(destination: int, source: int, num_bytes: int) -> None:
         ctypes.memmove(destination, source, num_bytes)
@@ -284,7 +284,7 @@ class RankHandle:
         context.set_forkserver_preload(
             [
                 "pdlaunch.transfer.worker",
-                "pdlaunch.transfer.connectors",
+                "pdlaunch.transfer.connectors.opening",
                 "tests.transfer.rank_process",
             ]
         )

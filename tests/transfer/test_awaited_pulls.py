@@ -30,9 +30,9 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     WithdrawBlocks,
 )
-from pdlaunch.transfer.branch import REPEAT_S
-from pdlaunch.transfer.early import GRANT_LAG_S, LONGEST_WAIT_S, EarlyQuestions
-from pdlaunch.transfer.holder import Holder
+from pdlaunch.transfer.decode_side.branch import REPEAT_S
+from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, LONGEST_WAIT_S, EarlyQuestions
+from pdlaunch.transfer.prefill_side.holder import Holder
 from tests.transfer.fakes import FakeChannel, FakeClock
 from tests.transfer.rank_process import grant, hashes, pull
 from tests.transfer.test_pull import HolderRank, World

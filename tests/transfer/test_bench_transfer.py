@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
+from pdlaunch.bench.transfer.bare import parts_of
+from pdlaunch.bench.transfer.main import TURN, bench_transfer
+from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.errors import ConfigError
-from pdlaunch.transfer.bench_bare import parts_of
-from pdlaunch.transfer.bench_shape import BenchShape
-from pdlaunch.transfer.bench_transfer import TURN, bench_transfer
 
 
 def test_rows_of_a_small_benchmark() -> None:
@@ -25,7 +25,7 @@ def test_rows_of_a_small_benchmark() -> None:
         "num_layers": 2,
         "head_dim": 8,
     }
-    command = [sys.executable, "-m", "pdlaunch.transfer.bench_transfer", json.dumps(arguments)]
+    command = [sys.executable, "-m", "pdlaunch.bench.transfer.main", json.dumps(arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)

@@ -6,9 +6,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.transfer.checksum import BlockHasher
-from pdlaunch.transfer.engine_id import draw_engine_id
-from pdlaunch.transfer.handshake import describe_groups
+from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.transfer.channel.engine_id import draw_engine_id
+from pdlaunch.transfer.channel.handshake import describe_groups
 from tests.transfer.fakes import layout_of, random_cache
 
 

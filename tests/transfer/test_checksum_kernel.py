@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.transfer.checksum import BlockHasher
 from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import layout_of
 

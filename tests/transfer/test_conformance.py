@@ -33,8 +33,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import AnnounceBlocks, LeaseEnded, PullDrained, PullFinished
+from pdlaunch.transfer.channel.handshake import compatibility_of
 from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
-from pdlaunch.transfer.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 

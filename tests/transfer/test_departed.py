@@ -14,13 +14,13 @@ import msgspec
 import pytest
 import torch
 
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd
 from pdlaunch.protocol.transfer import EndLease, PullDrained, SetLeaseReaders
-from pdlaunch.transfer.checksum import BlockHasher
-from pdlaunch.transfer.handshake import geometry_of
+from pdlaunch.transfer.channel.handshake import geometry_of
+from pdlaunch.transfer.decode_side.peer_table import new_peer_table
 from pdlaunch.transfer.ledger import LedgerRecord, new_ledger, read_ledger
-from pdlaunch.transfer.peer_table import new_peer_table
 from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 from tests.transfer.fakes import FakeConnector, layout_of, random_cache
 from tests.transfer.hand_hasher import stated_checksums

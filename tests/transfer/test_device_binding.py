@@ -13,7 +13,7 @@ import torch
 from pdlaunch.platform.accelerator import has_accelerator
 from pdlaunch.platform.cuda_driver import DriverError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import (
+from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     LocalMemory,
     PeerHandle,
@@ -21,8 +21,8 @@ from pdlaunch.transfer.connector import (
     ReadHandle,
     ReadState,
 )
-from pdlaunch.transfer.device_binding import DeviceBinding
-from pdlaunch.transfer.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
 from tests.transfer.fakes import layout_of, random_cache
 
 NUM_SENDERS = 3

@@ -15,8 +15,8 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import LeaseEnded
-from pdlaunch.transfer.early import GRANT_LAG_S, MAX_WAITING, EarlyQuestions
-from pdlaunch.transfer.holder_link import engine_of
+from pdlaunch.transfer.decode_side.holder_link import engine_of
+from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, MAX_WAITING, EarlyQuestions
 from tests.transfer.fakes import Fabric, FakeClock
 from tests.transfer.rank_process import grant
 from tests.transfer.test_pull import HolderRank

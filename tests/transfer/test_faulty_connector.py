@@ -9,7 +9,7 @@ import torch
 from pdlaunch.errors import ConfigError, TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import EndLease
-from pdlaunch.transfer.connector import BlockRead, LocalMemory, ReadState
+from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, ReadState
 from pdlaunch.transfer.faults import Fault, FaultPlan, read_fault_plan
 from pdlaunch.transfer.faulty_connector import FaultyConnector
 from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache

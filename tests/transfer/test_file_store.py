@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, LocalMemory
-from pdlaunch.transfer.device_binding import DeviceBinding
-from pdlaunch.transfer.file_connector import FileConnector
-from pdlaunch.transfer.file_store import FileStore, file_name
+from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.file import FileConnector
+from pdlaunch.transfer.connectors.file_store import FileStore, file_name
 from tests.transfer.fakes import layout_of
 
 CPU = torch.device("cpu")

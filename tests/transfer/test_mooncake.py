@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.bench.transfer.main import bench_transfer
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.bench_transfer import bench_transfer
-from pdlaunch.transfer.connector import LocalMemory
-from pdlaunch.transfer.connectors import new_connector
-from pdlaunch.transfer.mooncake_connector import _engine_protocol, _merge
+from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.mooncake import _engine_protocol, _merge
+from pdlaunch.transfer.connectors.opening import new_connector
 from tests.transfer.fakes import layout_of, random_cache
 
 BLOCKS = st.lists(st.integers(0, 12), min_size=1, max_size=12, unique=True)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.transfer.connector import BlockRead, LocalMemory, PeerHandle
-from pdlaunch.transfer.handshake import geometry_of
-from pdlaunch.transfer.nixl_connector import NixlConnector
+from pdlaunch.transfer.channel.handshake import geometry_of
+from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, PeerHandle
+from pdlaunch.transfer.connectors.nixl import NixlConnector
 from tests.transfer.fakes import layout_of, random_cache
 
 NUM_BLOCKS = 16

@@ -20,13 +20,19 @@ from pdlaunch.errors import TransferError
 from pdlaunch.memory.host_kv_memory import HostKVMemory
 from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connector import BlockRead, Connector, LocalMemory, PeerHandle, ReadHandle
-from pdlaunch.transfer.device_binding import DeviceBinding
-from pdlaunch.transfer.handshake import geometry_of
-from pdlaunch.transfer.p2p_connector import P2PConnector
-from pdlaunch.transfer.paths_connector import PathsConnector
-from pdlaunch.transfer.piece_copies import HostCopier
-from pdlaunch.transfer.scratch import has_pattern, write_pattern
+from pdlaunch.transfer.channel.handshake import geometry_of
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connector,
+    LocalMemory,
+    PeerHandle,
+    ReadHandle,
+)
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.p2p import P2PConnector
+from pdlaunch.transfer.connectors.paths import PathsConnector
+from pdlaunch.transfer.connectors.piece_copies import HostCopier
+from pdlaunch.transfer.connectors.scratch import has_pattern, write_pattern
 from tests.memory.open_files import num_open_fds
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache
 

@@ -181,9 +181,9 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
 def test_every_way_to_copy_brings_the_same_bytes(
     piece_bytes: int, num_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pdlaunch.transfer import piece_copies
-    from pdlaunch.transfer.cuda_copies import new_cuda_copiers
-    from pdlaunch.transfer.piece_copies import Pieces
+    from pdlaunch.transfer.connectors import piece_copies
+    from pdlaunch.transfer.connectors.cuda_copies import new_cuda_copiers
+    from pdlaunch.transfer.connectors.piece_copies import Pieces
 
     monkeypatch.setattr(piece_copies, "PART_BYTES", 9 // num_parts * piece_bytes)
     device, num_slots, random = torch.device("cuda", 0), 16, np.random.default_rng(1)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
-from pdlaunch.transfer.scratch import (
+from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
+from pdlaunch.transfer.connectors.scratch import (
     DEVICE_SCRATCH_BYTES,
     PATTERN_BYTES,
     SCRATCH_BYTES,

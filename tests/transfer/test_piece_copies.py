@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.transfer import piece_copies
-from pdlaunch.transfer.piece_copies import Copy, HostCopier, Pieces
+from pdlaunch.transfer.connectors import piece_copies
+from pdlaunch.transfer.connectors.piece_copies import Copy, HostCopier, Pieces
 from tests.interpreter import needs_triton, run_interpreted
 
 SIZE = 4
@@ -101,7 +101,7 @@ class FakeEvent:
 
 def test_a_copy_on_a_gpu_knows_which_parts_have_landed() -> None:
     """It is over when the last one is there."""
-    from pdlaunch.transfer.cuda_copies import CudaCopy
+    from pdlaunch.transfer.connectors.cuda_copies import CudaCopy
 
     ends: list[Any] = [FakeEvent() for _ in range(3)]
     copy = CudaCopy(ends[0], ends, [4, 4, 1])

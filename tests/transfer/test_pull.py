@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pdlaunch.integrity.checksum import BlockHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
@@ -34,15 +35,14 @@ from pdlaunch.protocol.transfer import (
     PullFinished,
     TransferEvent,
 )
-from pdlaunch.transfer.checksum import BlockHasher
-from pdlaunch.transfer.connector import LocalMemory
-from pdlaunch.transfer.handshake import RankIdentity, compatibility_of, geometry_of
-from pdlaunch.transfer.holder import Holder, HolderCard
-from pdlaunch.transfer.holder_link import Puller
-from pdlaunch.transfer.peer_setup import PeerSetup
-from pdlaunch.transfer.peer_table import PeerTable, new_peer_table
-from pdlaunch.transfer.pull_table import PullTable
-from pdlaunch.transfer.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
+from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
+from pdlaunch.transfer.decode_side.holder_link import Puller
+from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
+from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
+from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.prefill_side.holder import Holder, HolderCard
 from tests.transfer.fakes import (
     Fabric,
     FakeChannel,

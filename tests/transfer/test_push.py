@@ -10,9 +10,9 @@ import torch
 
 from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToHolder
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connector import ReadHandle
-from pdlaunch.transfer.holder import Holder
-from pdlaunch.transfer.path_choice import NUM_WARM_READS
+from pdlaunch.transfer.connectors.connector import ReadHandle
+from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
+from pdlaunch.transfer.prefill_side.holder import Holder
 from tests.transfer import test_pull
 from tests.transfer.fakes import FakeChannel, FakeConnector
 from tests.transfer.rank_process import cancel, grant, pull

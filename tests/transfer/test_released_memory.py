@@ -19,14 +19,14 @@ from pdlaunch.errors import TransferError
 from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.transfer.connector import Connector, LocalMemory
-from pdlaunch.transfer.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.file import FileConnector
+from pdlaunch.transfer.connectors.nixl import NixlConnector
+from pdlaunch.transfer.connectors.p2p import P2PConnector
+from pdlaunch.transfer.connectors.paths import PathsConnector
 from pdlaunch.transfer.faults import FaultPlan
 from pdlaunch.transfer.faulty_connector import FaultyConnector
-from pdlaunch.transfer.file_connector import FileConnector
-from pdlaunch.transfer.nixl_connector import NixlConnector
-from pdlaunch.transfer.p2p_connector import P2PConnector
-from pdlaunch.transfer.paths_connector import PathsConnector
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import cancel, grant, pull
 from tests.transfer.test_p2p import memory_of

@@ -27,7 +27,7 @@ from pdlaunch.protocol.side_channel import (
     to_holder,
     to_puller,
 )
-from pdlaunch.transfer.handshake import compatibility_of
+from pdlaunch.transfer.channel.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import grant, pull
 from tests.transfer.test_pull import HolderRank, World

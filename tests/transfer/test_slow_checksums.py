@@ -23,10 +23,10 @@ from pdlaunch.protocol.side_channel import (
     ToPuller,
 )
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, SetLeaseReaders
-from pdlaunch.transfer.early import GRANT_LAG_S, EarlyQuestions
-from pdlaunch.transfer.holder import Holder
+from pdlaunch.transfer.decode_side.pull_table import PullTable
 from pdlaunch.transfer.ledger import new_ledger, read_ledger
-from pdlaunch.transfer.pull_table import PullTable
+from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, EarlyQuestions
+from pdlaunch.transfer.prefill_side.holder import Holder
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher, stated_checksums
 from tests.transfer.rank_process import grant, pull

@@ -9,7 +9,7 @@ import pytest
 from pdlaunch.config.models import KVPath, KVTransferSettings
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded, LeaseGranted
-from pdlaunch.transfer.connectors import new_connector
+from pdlaunch.transfer.connectors.opening import new_connector
 from pdlaunch.transfer.departed import has_ended
 from pdlaunch.transfer.faults import FaultPlan
 from pdlaunch.transfer.faulty_connector import FaultyConnector

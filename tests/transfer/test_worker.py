@@ -28,7 +28,7 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
-from pdlaunch.transfer.connector import Connector, LocalMemory
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.worker import TransferWorker
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
@@ -225,7 +225,7 @@ def test_handshake_for_another_engine_is_refused(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
-    from pdlaunch.transfer.handshake import compatibility_of
+    from pdlaunch.transfer.channel.handshake import compatibility_of
 
     compatibility = compatibility_of(
         spec_of("decode"),

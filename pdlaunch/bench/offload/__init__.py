@@ -1,0 +1,1 @@
+"""`pdlaunch bench offload`: block copies between device and host."""

@@ -1,0 +1,321 @@
+"""What ``pdlaunch bench offload`` measures: block copies between device and host next to the
+contiguous limit of the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pdlaunch.bench.offload.traffic import DecodeLikeStep, Traffic
+from pdlaunch.errors import ConfigError
+from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
+from pdlaunch.offload.host_memory import HostMemory, Progress
+from pdlaunch.offload.measure import CudaTrial, Trial
+from pdlaunch.offload.method_choice import (
+    Candidates,
+    MethodRates,
+    MethodTable,
+    cuda_candidates,
+    measure_methods,
+)
+from pdlaunch.offload.spec import (
+    CHUNK_ALIGNMENT_BYTES,
+    DIRECTIONS,
+    Direction,
+    choose_blocks_per_chunk,
+)
+
+KIB = 1024
+BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
+DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
+"""By kind of device: enough to measure, seconds to wait."""
+
+_WAYS: tuple[tuple[Direction, ...], ...] = (("load",), ("store",), ("load", "store"))
+"""As ``Speeds`` has them."""
+_BYTES_BESIDE_DECODE = 1024**3
+"""In each direction, before the steps begin and again meanwhile: together enough to last longer
+than they do.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """H2D alone, D2H alone, and both at once."""
+
+    h2d: float
+    d2h: float
+    both: float
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadRow:
+    """Scattered blocks of one size; GB/s (10**9 bytes a second), of both directions their sum."""
+
+    block_bytes: int
+    chunk_bytes: int
+    """Of the blocks that lie together on the host, as many as the engine lets share a chunk."""
+    rates: MethodRates
+    """Of every method and pair that was measured; bytes per second."""
+    methods: Speeds
+    """By the chosen methods, one call after another."""
+    handler: Speeds
+    """By the handler, with the chosen methods."""
+    decode_slowdown: Speeds | None
+    """Share by which a decode-like step takes longer meanwhile; None where it could not be
+    measured.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadReport:
+    """The table and what it has to be compared with."""
+
+    device: str
+    num_bytes: int
+    """Of each copy, in each direction."""
+    limit: Speeds
+    """One copy of everything, GB/s."""
+    rows: tuple[OffloadRow, ...]
+
+
+def bench_offload(
+    *,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+    device: str | None = None,
+    num_bytes: int | None = None,
+    progress: Progress = lambda _text, _share: None,
+) -> OffloadReport:
+    """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is
+    one, unless given.
+
+    Block sizes are multiples of 4 KiB. Takes host memory of twice ``num_bytes``, and two to three
+    seconds a block size on a GPU. Raises ConfigError for sizes that cannot be measured and for a
+    device that is not there.
+    """
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if num_bytes is None:
+        num_bytes = DEFAULT_BYTES[target.type]
+    _check(target, block_sizes, num_bytes)
+    bench = (
+        _CudaBench(target, num_bytes) if target.type == "cuda" else _HostBench(target, num_bytes)
+    )
+    limit = bench.contiguous()
+    rows = []
+    for index, block_bytes in enumerate(block_sizes):
+        progress(f"blocks of {block_bytes} bytes", index / len(block_sizes))
+        rows.append(bench.row(block_bytes))
+    return OffloadReport(bench.device_name, num_bytes, limit, tuple(rows))
+
+
+def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: torch finds no CUDA device here",
+            field="device",
+            value=str(device),
+            fix="Take --device cpu.",
+        )
+    for size in block_sizes:
+        if size < 1 or size % CHUNK_ALIGNMENT_BYTES:
+            raise ConfigError(
+                f"block_sizes: {size} bytes are no multiple of {CHUNK_ALIGNMENT_BYTES}",
+                field="block_sizes",
+                value=size,
+                fix="Take --block-sizes such as 4KiB,64KiB.",
+            )
+    if num_bytes < max(block_sizes):
+        raise ConfigError(
+            f"memory: {num_bytes} bytes are less than one block of {max(block_sizes)}",
+            field="memory",
+            value=num_bytes,
+            fix="Take a larger --memory or smaller --block-sizes.",
+        )
+
+
+class _Bench(ABC):
+    """Host memory is allocated anew for each block size, in the chunks of an engine with such
+    blocks.
+    """
+
+    device_name: str
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._device = device
+        self._num_bytes = num_bytes
+
+    @abstractmethod
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        """Scattered blocks of one size, which fill the chunks."""
+
+    @abstractmethod
+    def candidates(self) -> Candidates:
+        """Methods to compare."""
+
+    @abstractmethod
+    def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
+        """What a step loses meanwhile."""
+
+    def contiguous(self) -> Speeds:
+        """One block of everything."""
+        host = self._host_memory(self._num_bytes)
+        trial = self.trial(host, 1)
+        copy = TorchCopy()
+        h2d, d2h, both = (
+            trial.alone(copy, "load"),
+            trial.alone(copy, "store"),
+            trial.both(copy, copy),
+        )
+        host.close()
+        return Speeds(h2d / 1e9, d2h / 1e9, both / 1e9)
+
+    def row(self, block_bytes: int) -> OffloadRow:
+        blocks_per_chunk = min(
+            choose_blocks_per_chunk(block_bytes, self._device.type), self._num_bytes // block_bytes
+        )
+        host = self._host_memory(blocks_per_chunk * block_bytes)
+        trial = self.trial(host, blocks_per_chunk)
+        rates = measure_methods(self.candidates(), trial.alone, trial.both)
+        table = MethodTable(TorchCopy())
+        table.set(block_bytes, rates)
+        traffic = Traffic(trial.pages, host, table, blocks_per_chunk=blocks_per_chunk)
+        try:
+            h2d, d2h, both = (
+                len(directions)
+                * trial.num_bytes
+                / min(traffic.run(directions) for _ in range(3))
+                / 1e9
+                for directions in _WAYS
+            )
+            slowdown = self.decode_slowdown(traffic)
+        finally:
+            traffic.close()
+            host.close()
+        return OffloadRow(
+            block_bytes, host.chunk_bytes, rates, _speeds(rates), Speeds(h2d, d2h, both), slowdown
+        )
+
+    def _host_memory(self, chunk_bytes: int) -> HostMemory:
+        num_chunks = 2 * (self._num_bytes // chunk_bytes)
+        is_cuda = self._device.type == "cuda"
+        return HostMemory(num_chunks, chunk_bytes, pin=is_cuda, progress=lambda _text, _share: None)
+
+
+class _CudaBench(_Bench):
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        super().__init__(device, num_bytes)
+        self.device_name = torch.cuda.get_device_name(device)
+        self._step = DecodeLikeStep(device)
+        self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        page_bytes = host.chunk_bytes // blocks_per_chunk
+        return CudaTrial(
+            page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
+        )
+
+    def candidates(self) -> Candidates:
+        return cuda_candidates()
+
+    def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
+        shares = [self._slowdown(traffic, directions) for directions in _WAYS]
+        measured = [share for share in shares if share is not None]
+        return Speeds(*measured) if len(measured) == len(shares) else None
+
+    def _slowdown(self, traffic: Traffic, directions: Sequence[Direction]) -> float | None:
+        def submit() -> None:
+            # The handler queues transfers behind the current stream, where the steps are.
+            with torch.cuda.stream(self._beside):
+                for _ in range(max(1, _BYTES_BESIDE_DECODE // self._num_bytes)):
+                    traffic.submit(directions)
+
+        alone_s = self._step.seconds()
+        submit()
+        beside_s = self._step.seconds(meanwhile=submit)
+        still_running = traffic.is_busy(directions)
+        traffic.wait()
+        return beside_s / alone_s - 1 if still_running else None
+
+
+class _HostBench(_Bench):
+    device_name = "cpu"
+
+    def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        page_bytes = host.chunk_bytes // blocks_per_chunk
+        return Trial(
+            page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
+        )
+
+    def candidates(self) -> Candidates:
+        return {"load": [HostCopy()], "store": [HostCopy()]}
+
+    def decode_slowdown(self, traffic: Traffic) -> None:
+        return None
+
+
+def _speeds(rates: MethodRates) -> Speeds:
+    load, store = (
+        rates.alone[direction][rates.best_alone(direction)] / 1e9 for direction in DIRECTIONS[::-1]
+    )
+    return Speeds(load, store, rates.both[rates.best_pair()] / 1e9)
+
+
+def main() -> None:
+    """``python -m pdlaunch.bench.offload.main JSON``: the arguments of ``bench_offload`` as an object;
+    prints its report as JSON.
+    """
+    # Each direction has one thread of the handler; the limit gets no more.
+    torch.set_num_threads(1)
+    try:
+        report = bench_offload(**json.loads(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}\nfix: {error.fix}")
+    head = {
+        "device": report.device,
+        "num_bytes": report.num_bytes,
+        "limit": _figures(report.limit, "gb_per_s"),
+    }
+    sys.stdout.write(json.dumps(head | {"rows": list(map(_row_figures, report.rows))}) + "\n")
+
+
+def _row_figures(row: OffloadRow) -> dict[str, Any]:
+    rates = row.rates
+    load, store = rates.best_pair()
+    return {
+        "block_bytes": row.block_bytes,
+        "chunk_bytes": row.chunk_bytes,
+        "load_method": rates.best_alone("load").name,
+        "store_method": rates.best_alone("store").name,
+        "both_methods": f"{load.name} {store.name}",
+        **_figures(row.methods, "gb_per_s"),
+        **{f"handler_{name}": figure for name, figure in _figures(row.handler, "gb_per_s").items()},
+        **(
+            {}
+            if row.decode_slowdown is None
+            else _figures(row.decode_slowdown, "decode_slowdown_share", 3)
+        ),
+        "alone": {
+            way: {method.name: round(rate / 1e9, 2) for method, rate in rates.alone[way].items()}
+            for way in DIRECTIONS
+        },
+        "pairs": {
+            f"{load.name} {store.name}": round(rate / 1e9, 2)
+            for (load, store), rate in rates.both.items()
+        },
+    }
+
+
+def _figures(speeds: Speeds, unit: str, digits: int = 2) -> dict[str, float]:
+    return {
+        f"{name}_{unit}": round(getattr(speeds, name), digits) for name in ("h2d", "d2h", "both")
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`pdlaunch bench serve`: load on a running deployment, through its public API."""

@@ -1,0 +1,208 @@
+"""``pdlaunch bench serve --multi-turn``: chats whose every turn sends all that was said before, and
+what prefix caches are worth.
+
+::
+
+    turn 1   [first message             ]-> output          all conversations, then
+    turn 2   [first message][output][new]-> output          all conversations, then ..
+
+Each conversation waits for all others between two of its turns, so that its blocks are the ones not
+used for longest: where the working set (``working_set_tokens``) is larger than a cache, that cache
+has lost them. There is no time to think. What a conversation says depends on the seed and its
+number alone; what is answered is sent back as the token ids that came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from pdlaunch.bench.serve.cache_tiers import TierRow, tier_rows
+from pdlaunch.bench.serve.engine_counters import EngineCounters, counters_when, read_counters
+from pdlaunch.bench.serve.main import Progress, draw_tokens, warm_up
+from pdlaunch.bench.serve.row import count_errors, milliseconds
+from pdlaunch.bench.serve.target import BenchTarget, open_target
+from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
+
+
+class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """One multi-turn benchmark of a deployment."""
+
+    url: str = ""
+    api_key: str | None = None
+    num_conversations: int = 16
+    num_turns: int = 4
+    first_tokens: int = 128
+    """Of the first message."""
+    turn_tokens: int = 32
+    """Of every further message."""
+    output_tokens: int = 32
+    concurrency: int = 4
+    max_token_id: int = 30_000
+    seed: int | None = None
+    request_timeout_s: float = 600.0
+
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """Of the last turn."""
+        return self.first_tokens + (self.num_turns - 1) * (self.output_tokens + self.turn_tokens)
+
+    @property
+    def working_set_tokens(self) -> int:
+        """Of all conversations when they end."""
+        return self.num_conversations * (self.longest_prompt_tokens + self.output_tokens)
+
+
+class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn of all conversations; None: nothing to say it from."""
+
+    turn: int
+    prompt_tokens: int
+    num_requests: int
+    num_errors: int
+    """The conversations of these requests have ended."""
+    seconds: float
+    ttft_ms_median: float | None
+    ttft_ms_p99: float | None
+    itl_ms_median: float | None
+    cached_share: float | None
+    """Of the prompt tokens: those that the engine of the first token did not compute, as the
+    answers say.
+    """
+    output_tokens_per_s: float
+    errors: list[str] = []
+
+
+class MultiTurnReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All turns, and what the engines' caches say of them together."""
+
+    num_conversations: int
+    working_set_tokens: int
+    seed: int
+    turns: list[TurnRow]
+    tiers: list[TierRow]
+
+
+class _Conversation:
+    """What was said so far; ``history`` ends with an answer, or is empty."""
+
+    def __init__(self, options: MultiTurnOptions, seed: int, number: int) -> None:
+        self._options = options
+        self._source = random.Random(f"{seed}/{number}")
+        self.history: list[int] = []
+        self.has_failed = False
+
+    async def say(self, target: BenchTarget) -> TimedCompletion:
+        """One turn. A conversation whose turn fails cannot go on."""
+        options = self._options
+        num_tokens = options.turn_tokens if self.history else options.first_tokens
+        self.history += draw_tokens(self._source, options.max_token_id, num_tokens)
+        completion = await complete(
+            target.session, target.model, self.history, options.output_tokens
+        )
+        if completion.error is None and len(completion.token_ids) != options.output_tokens:
+            completion.error = (
+                "the answer does not tell its token ids (return_token_ids), so that nobody can go "
+                "on from it"
+            )
+        self.has_failed = completion.error is not None
+        self.history += completion.token_ids
+        return completion
+
+
+async def bench_multi_turn(options: MultiTurnOptions, progress: Progress) -> MultiTurnReport:
+    """Every turn of all conversations, one turn after the other.
+
+    Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes
+    no prompt as long as the last.
+    """
+    seed = options.seed if options.seed is not None else time.time_ns() % 2**32
+    async with open_target(options.url, options.api_key, options.request_timeout_s) as target:
+        target.check_length(options.longest_prompt_tokens, options.output_tokens)
+        progress("warming up")
+        tokens = draw_tokens(
+            random.Random(f"{seed}/warm-up"), options.max_token_id, options.first_tokens
+        )
+        await warm_up(target, tokens, options.output_tokens)
+        conversations = [
+            _Conversation(options, seed, number) for number in range(options.num_conversations)
+        ]
+        before = await read_counters(target.session)
+        turns: list[TurnRow] = []
+        while conversations and len(turns) < options.num_turns:
+            progress(f"turn {len(turns) + 1} of {options.num_turns}")
+            turns.append(await _run_turn(target, options, len(turns), conversations))
+            conversations = [
+                conversation for conversation in conversations if not conversation.has_failed
+            ]
+        tiers = tier_rows(await _counted(target, before, turns))
+    return MultiTurnReport(
+        num_conversations=options.num_conversations,
+        working_set_tokens=options.working_set_tokens,
+        seed=seed,
+        turns=turns,
+        tiers=tiers,
+    )
+
+
+async def _run_turn(
+    target: BenchTarget,
+    options: MultiTurnOptions,
+    turn: int,
+    conversations: Sequence[_Conversation],
+) -> TurnRow:
+    waiting, done = iter(conversations), list[TimedCompletion]()
+    start_s = time.perf_counter()
+    await asyncio.gather(*(_work(target, waiting, done) for _ in range(options.concurrency)))
+    seconds = time.perf_counter() - start_s
+    prompt_tokens = options.first_tokens + turn * (options.output_tokens + options.turn_tokens)
+    good = [completion for completion in done if completion.error is None]
+    ttft_s = [completion.ttft_s for completion in good]
+    cached = [
+        completion.num_cached_tokens
+        for completion in good
+        if completion.num_cached_tokens is not None
+    ]
+    return TurnRow(
+        turn=turn + 1,
+        prompt_tokens=prompt_tokens,
+        num_requests=len(done),
+        num_errors=len(done) - len(good),
+        seconds=round(seconds, 3),
+        ttft_ms_median=milliseconds(ttft_s, 0.5),
+        ttft_ms_p99=milliseconds(ttft_s, 0.99),
+        itl_ms_median=milliseconds(
+            [gap_s for completion in good for gap_s in completion.inter_token_s], 0.5
+        ),
+        cached_share=round(sum(cached) / (len(cached) * prompt_tokens), 3) if cached else None,
+        output_tokens_per_s=round(sum(completion.num_tokens for completion in good) / seconds, 1),
+        errors=count_errors(done),
+    )
+
+
+async def _work(
+    target: BenchTarget, waiting: Iterator[_Conversation], done: list[TimedCompletion]
+) -> None:
+    for conversation in waiting:
+        done.append(await conversation.say(target))  # noqa: PERF401 - workers share the iterator, one conversation each at a time
+
+
+async def _counted(
+    target: BenchTarget, before: EngineCounters, turns: Sequence[TurnRow]
+) -> EngineCounters:
+    """What the engines counted since ``before``, once every prompt that was answered is among
+    it.
+    """
+    num_prompt_tokens = sum(
+        row.prompt_tokens * (row.num_requests - row.num_errors) for row in turns
+    )
+
+    def is_complete(counters: EngineCounters) -> bool:
+        queries = counters.since(before).of_role("prefill", "prefix_cache_queries")
+        return queries is None or queries >= num_prompt_tokens
+
+    return (await counters_when(target.session, is_complete)).since(before)

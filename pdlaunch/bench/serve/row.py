@@ -1,0 +1,145 @@
+"""What ``pdlaunch bench serve`` says of the requests of one length at one concurrency."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+import msgspec
+
+from pdlaunch.bench.serve.engine_counters import EngineCounters
+from pdlaunch.bench.serve.timed_completion import TimedCompletion
+
+GAP_GOAL_OF_ITL = 1.5
+_MAX_ERRORS = 3
+
+
+class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """None: nothing to say it from."""
+
+    input_tokens: int
+    concurrency: int
+    num_requests: int
+    num_errors: int
+    seconds: float
+    ttft_ms_median: float | None
+    ttft_ms_p99: float | None
+    first_gap_ms_median: float | None
+    """From the first token to the second, in which KV blocks move from prefill to decode."""
+    first_gap_ms_p99: float | None
+    itl_ms_median: float | None
+    """Between tokens from the second on."""
+    itl_ms_p99: float | None
+    tpot_ms_median: float | None
+    """Of each request: (last token - first token) / (tokens - 1)."""
+    together_share: float | None
+    """Of the tokens after the first: those that came in one read with the one before, 0 ms apart.
+    Where it is not small, look at TPOT instead of ITL."""
+    output_tokens_per_s: float
+    pull_ms_mean: float | None
+    """Of the engines' own pulls of KV blocks, as they count them."""
+    kv_megabytes_mean: float | None
+    """Of one pull (10**6 bytes)."""
+    first_gap_goal_ms: float | None
+    """1.5 x the median ITL and what the bare transfer of that many bytes takes."""
+    step_output_tokens_per_s: float | None
+    """What the bare decode step allows: concurrency / step time."""
+    of_step_share: float | None
+    """Of ``output_tokens_per_s`` in it."""
+    errors: list[str] = []
+    """The most frequent, as the deployment worded them, with their counts."""
+
+
+def summarise(
+    input_tokens: int,
+    concurrency: int,
+    done: Collection[TimedCompletion],
+    seconds: float,
+    counted: EngineCounters,
+    *,
+    bare_gb_per_s: float | None,
+    step_ms: float | None,
+) -> BenchRow:
+    """``counted``: by the engines meanwhile. ``bare_gb_per_s``: of ``bench transfer``; ``step_ms``:
+    of ``bench step``.
+    """
+    good = [completion for completion in done if completion.error is None]
+    several = [completion for completion in good if len(completion.token_times_s) > 1]
+    gaps_s = [completion.first_gap_s for completion in several]
+    itl_s = [gap_s for completion in good for gap_s in completion.inter_token_s]
+    itl_ms = milliseconds(itl_s, 0.5)
+    kv_megabytes = _mean(counted.total("kv_transfer_bytes"), counted.total("kv_transfers"), 1e-6)
+    tokens_per_s = sum(completion.num_tokens for completion in good) / seconds
+    step_tokens_per_s = None if step_ms is None else concurrency / step_ms * 1000
+    return BenchRow(
+        input_tokens=input_tokens,
+        concurrency=concurrency,
+        num_requests=len(done),
+        num_errors=len(done) - len(good),
+        seconds=round(seconds, 3),
+        ttft_ms_median=milliseconds([completion.ttft_s for completion in good], 0.5),
+        ttft_ms_p99=milliseconds([completion.ttft_s for completion in good], 0.99),
+        first_gap_ms_median=milliseconds(gaps_s, 0.5),
+        first_gap_ms_p99=milliseconds(gaps_s, 0.99),
+        itl_ms_median=itl_ms,
+        itl_ms_p99=milliseconds(itl_s, 0.99),
+        tpot_ms_median=milliseconds(
+            [
+                (item.token_times_s[-1] - item.token_times_s[0]) / (item.num_tokens - 1)
+                for item in several
+            ],
+            0.5,
+        ),
+        together_share=_together_share(several),
+        output_tokens_per_s=round(tokens_per_s, 1),
+        pull_ms_mean=_mean(
+            counted.total("kv_transfer_seconds"), counted.total("kv_transfers"), 1e3
+        ),
+        kv_megabytes_mean=kv_megabytes,
+        first_gap_goal_ms=_gap_goal_ms(itl_ms, kv_megabytes, bare_gb_per_s),
+        step_output_tokens_per_s=None if step_tokens_per_s is None else round(step_tokens_per_s, 1),
+        of_step_share=None
+        if step_tokens_per_s is None
+        else round(tokens_per_s / step_tokens_per_s, 3),
+        errors=count_errors(done),
+    )
+
+
+def milliseconds(seconds: Sequence[float], quantile: float) -> float | None:
+    """A quantile; None of nothing."""
+    if not seconds:
+        return None
+    if quantile == 0.5:
+        return round(statistics.median(seconds) * 1000, 2)
+    ordered = sorted(seconds)
+    return round(ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] * 1000, 2)
+
+
+def count_errors(done: Collection[TimedCompletion]) -> list[str]:
+    """The most frequent reasons: ``12 x HTTP 429: the queue is full``."""
+    reasons = Counter(completion.error for completion in done if completion.error is not None)
+    return [f"{count} x {reason}" for reason, count in reasons.most_common(_MAX_ERRORS)]
+
+
+def _together_share(several: Sequence[TimedCompletion]) -> float | None:
+    is_together = [
+        late == early
+        for completion in several
+        for early, late in pairwise(completion.token_times_s)
+    ]
+    return round(sum(is_together) / len(is_together), 4) if is_together else None
+
+
+def _mean(total: float | None, count: float | None, scale: float) -> float | None:
+    return round(total / count * scale, 3) if total is not None and count else None
+
+
+def _gap_goal_ms(
+    itl_ms: float | None, kv_megabytes: float | None, bare_gb_per_s: float | None
+) -> float | None:
+    """Megabytes over gigabytes a second are milliseconds."""
+    if itl_ms is None or kv_megabytes is None or bare_gb_per_s is None:
+        return None
+    return round(GAP_GOAL_OF_ITL * itl_ms + kv_megabytes / bare_gb_per_s, 2)

@@ -1,0 +1,1 @@
+"""`pdlaunch bench step`: the engine's step beside bare transformers."""

@@ -1,0 +1,110 @@
+"""Time what rank 0 does on the CPU for one decode step, with no model: ``python -m
+pdlaunch.bench.step.host --batch-size 128``.
+
+This is what a GPU waits for between two steps unless the engine runs ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.rows import RowTable
+from pdlaunch.engine.scheduler import Scheduler
+from pdlaunch.engine.step import StepOutput, StepPlan
+from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, TokenOutput, from_rank
+
+BLOCK_SIZE = 16
+Result = TypeVar("Result")
+
+
+class HostStep:
+    """A scheduler with ``batch_size`` requests that decode; a runner that only keeps rows answers
+    with token 7.
+    """
+
+    def __init__(self, batch_size: int, context_tokens: int, num_steps: int) -> None:
+        length = context_tokens + num_steps + 8
+        self._scheduler = Scheduler(
+            groups=[KVCacheGroup((0,), None)],
+            num_blocks=batch_size * (length // BLOCK_SIZE + 2),
+            block_size=BLOCK_SIZE,
+            max_num_seqs=batch_size,
+            max_num_batched_tokens=batch_size * context_tokens,
+            max_model_len=length,
+            enable_prefix_caching=True,
+            model_digest="",
+            kv_transfer=KVTransferSettings(),
+            local=("bench", "127.0.0.1", 0, 1),
+        )
+        self._rows = RowTable(
+            max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1
+        )
+        self.seconds: dict[str, list[float]] = {}
+        sampling = SamplingParams(max_tokens=length)
+        for index in range(batch_size):
+            prompt = [index + 1] + [5] * (context_tokens - 1)
+            self._scheduler.add(
+                AddRequest(
+                    request_id=f"request-{index}/0", prompt_token_ids=prompt, sampling=sampling
+                )
+            )
+
+    def run(self) -> None:
+        """One step."""
+        plan = self._time("schedule", self._scheduler.schedule)
+        self._time("apply and pack", lambda: self._pack(plan))
+        tokens: list[TokenOutput | None] = [
+            TokenOutput(token_id=7) for item in plan.scheduled if item.sample
+        ]
+        self._time(
+            "postprocess",
+            lambda: self._scheduler.postprocess(
+                plan, StepOutput(step_id=plan.step_id, tokens=tokens)
+            ),
+        )
+        self._time(
+            "encode outputs",
+            lambda: from_rank.encode(Outputs(items=self._scheduler.take_outputs())),
+        )
+        for item in plan.scheduled:
+            row = self._rows[item.row]
+            row.append(row.num_tokens, [7])
+
+    def _pack(self, plan: StepPlan) -> None:
+        self._rows.apply(plan)
+        self._rows.pack(plan.scheduled)
+
+    def _time(self, what: str, call: Callable[[], Result]) -> Result:
+        start = time.perf_counter()
+        result = call()
+        self.seconds.setdefault(what, []).append(time.perf_counter() - start)
+        return result
+
+
+def main() -> None:
+    """Print the median of each part in microseconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--context-tokens", type=int, default=1024)
+    parser.add_argument("--num-steps", type=int, default=300)
+    arguments = parser.parse_args()
+    step = HostStep(arguments.batch_size, arguments.context_tokens, arguments.num_steps)
+    for _ in range(arguments.num_steps):
+        step.run()
+    medians = {what: statistics.median(seconds) * 1e6 for what, seconds in step.seconds.items()}
+    lines = [
+        f"{what:>16}  {median:7.0f} us"
+        for what, median in [*medians.items(), ("together", sum(medians.values()))]
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

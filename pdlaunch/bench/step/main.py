@@ -1,0 +1,391 @@
+"""Time the engine's step beside the same model in bare transformers (``pdlaunch bench step``).
+
+Both run in this process, one after the other, with the same threads. KV caches are filled with
+random numbers: what a step costs does not depend on them. Beside them stands the memory floor of
+the same run (``memory_floor``).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
+from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
+from pdlaunch.config.weight_files import weight_files
+from pdlaunch.engine.launched_step import LaunchedStep
+from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
+from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
+from pdlaunch.errors import ConfigError
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.protocol.engine import SamplingParams
+
+DType = Literal["float32", "bfloat16", "float16"]
+NUM_WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Median times of one kind of step."""
+
+    kind: Literal["prefill", "decode"]
+    batch_size: int
+    num_tokens: int
+    """Tokens computed by a prefill step; context of a decode step at its start."""
+    bare_s: float
+    engine_s: float
+    num_bytes: int
+    """That the step must move through memory."""
+    memory_bytes_per_s: float
+    """Of a plain copy or read on this device, before the model was loaded."""
+
+    @property
+    def ratio(self) -> float:
+        return self.engine_s / self.bare_s
+
+    @property
+    def floor_s(self) -> float:
+        """No step that reads its weights and KV cache from memory can be faster."""
+        return self.num_bytes / self.memory_bytes_per_s
+
+
+def bench_step(
+    model_dir: str | Path,
+    *,
+    batch_sizes: Sequence[int] = (1, 16),
+    context_tokens: int = 128,
+    num_steps: int = 20,
+    prefill_tokens: int | Sequence[int] = 128,
+    dtype: DType = "float32",
+    num_threads: int = 1,
+    block_size: int = 16,
+    device: Literal["cpu", "cuda"] = "cpu",
+    load_format: LoadFormat = "auto",
+    enforce_eager: bool = False,
+    async_scheduling: bool = False,
+    buffer_bytes: int | None = None,
+) -> list[StepTiming]:
+    """Prefill of one prompt of each length, then decode steps at each batch size; greedy.
+
+    ``load_format`` dummy needs only config.json. ``async_scheduling``: decode steps of the engine
+    are launched while the one before runs, and timed from one's tokens to the next one's.
+    ``buffer_bytes``: with which the speed of memory is measured, by default more than caches hold.
+    Raises ConfigError as ``ModelRunner`` does, and when the device is not there or a context is
+    longer than the model's.
+    """
+    shape = read_model_shape(model_dir)
+    if load_format != "dummy":
+        # transformers would open pickles too.
+        weight_files(Path(model_dir))
+    torch.set_num_threads(num_threads)
+    lengths = [prefill_tokens] if isinstance(prefill_tokens, int) else prefill_tokens
+    _check(shape, device, max(*lengths, context_tokens + NUM_WARM_UPS + num_steps))
+    memory_rate = measure_memory_rate(torch.device(device), buffer_bytes)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    bare = _BareModel(Path(model_dir), shape, dtype, device, load_format)
+    bare_prefill_s = [bare.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
+    bare_decode_s = [
+        bare.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
+    ]
+    del bare
+    decode_reach = context_tokens + num_steps + NUM_WARM_UPS + 1
+    # A prompt that is computed again and again gets one more output token each time.
+    longest = max(decode_reach, max(lengths) + num_steps + NUM_WARM_UPS + 1)
+    num_row_blocks = max(
+        max(batch_sizes) * -(-decode_reach // block_size), -(-longest // block_size)
+    )
+    spec = _make_spec(
+        Path(model_dir),
+        shape,
+        dtype,
+        num_threads,
+        block_size,
+        device,
+        max(batch_sizes),
+        longest,
+        num_row_blocks,
+    )
+    changes = {
+        "load_format": load_format,
+        "enforce_eager": enforce_eager,
+        "async_scheduling": async_scheduling,
+    }
+    engine = _Engine(spec.model_copy(update=changes), decode_reach)
+    engine_prefill_s = [engine.time_prefill(num_tokens, num_steps) for num_tokens in lengths]
+    engine_decode_s = [
+        engine.time_decode(batch_size, context_tokens, num_steps) for batch_size in batch_sizes
+    ]
+    decode = [
+        StepTiming(
+            "decode",
+            batch_size,
+            context_tokens,
+            bare_s,
+            engine_s,
+            decode_bytes(shape, dtype, batch_size=batch_size, context_tokens=context_tokens),
+            memory_rate,
+        )
+        for batch_size, bare_s, engine_s in zip(
+            batch_sizes, bare_decode_s, engine_decode_s, strict=True
+        )
+    ]
+    prefill = [
+        StepTiming(
+            "prefill",
+            1,
+            num_tokens,
+            bare_s,
+            engine_s,
+            prefill_bytes(shape, dtype, num_tokens=num_tokens),
+            memory_rate,
+        )
+        for num_tokens, bare_s, engine_s in zip(
+            lengths, bare_prefill_s, engine_prefill_s, strict=True
+        )
+    ]
+    return [*prefill, *decode]
+
+
+def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: torch finds no CUDA device here",
+            field="device",
+            value=device,
+            fix="Take --device cpu.",
+        )
+    if num_tokens > shape.max_position_embeddings:
+        raise ConfigError(
+            (
+                f"the steps reach {num_tokens} tokens, but the model takes "
+                f"{shape.max_position_embeddings} (max_position_embeddings)"
+            ),
+            field="context_tokens",
+            value=num_tokens,
+            fix="Take fewer --context-tokens, --prefill-tokens or --num-steps.",
+        )
+
+
+class _BareModel:
+    """transformers' model with its own attention and cache."""
+
+    def __init__(
+        self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        self._shape = shape
+        self._dtype = getattr(torch, dtype)
+        self._device = torch.device(device)
+        if load_format == "dummy":
+            with self._device:
+                model: Any = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(model_dir), dtype=self._dtype
+                )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=self._dtype, use_safetensors=True
+            ).to(self._device)
+        self._model = model.eval()
+
+    @torch.inference_mode()
+    def time_prefill(self, num_tokens: int, num_steps: int) -> float:
+        token_ids = torch.zeros((1, num_tokens), dtype=torch.int64, device=self._device)
+
+        def step() -> None:
+            self._model(token_ids, past_key_values=self._new_cache(), logits_to_keep=1).logits[
+                :, -1
+            ].argmax(-1).tolist()
+
+        return _median_s(step, num_steps)
+
+    @torch.inference_mode()
+    def time_decode(self, batch_size: int, context_tokens: int, num_steps: int) -> float:
+        cache = self._new_cache()
+        size = (batch_size, self._shape.num_kv_heads, context_tokens, self._shape.head_dim)
+        for layer in range(self._shape.num_layers):
+            keys, values = torch.randn((2, *size), dtype=self._dtype, device=self._device)
+            cache.update(keys, values, layer)
+        token_ids = torch.zeros((batch_size, 1), dtype=torch.int64, device=self._device)
+
+        def step() -> None:
+            self._model(token_ids, past_key_values=cache).logits[:, -1].argmax(-1).tolist()
+
+        return _median_s(step, num_steps)
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
+
+
+class _Engine:
+    """A ModelRunner with a scheduler's decisions made by hand."""
+
+    def __init__(self, spec: EngineSpec, decode_reach: int) -> None:
+        """``decode_reach``: tokens of a decode row at the end."""
+        self._spec = spec
+        self._decode_reach = decode_reach
+        self._runner = ModelRunner(spec, tp=None, progress=_ignore_progress)
+        self._runner.warm_up()
+        self._runner.kv_cache.normal_()
+
+    def time_prefill(self, num_tokens: int, num_steps: int) -> float:
+        self._runner.execute(self._admit(1, num_tokens, num_tokens))
+        plan = StepPlan(
+            step_id=0,
+            scheduled=[
+                ScheduledRow(row=0, num_computed_tokens=0, num_tokens=num_tokens, sample=True)
+            ],
+        )
+        seconds = _median_s(lambda: self._runner.execute(plan), num_steps)
+        self._runner.execute(StepPlan(step_id=0, freed_rows=[0]))
+        return seconds
+
+    def time_decode(self, batch_size: int, context_tokens: int, num_steps: int) -> float:
+        self._runner.execute(self._admit(batch_size, context_tokens + 1, self._decode_reach))
+        computed = iter(range(context_tokens, self._decode_reach))
+        launched: deque[LaunchedStep] = deque()
+
+        def step() -> None:
+            position = next(computed)
+            rows = [
+                ScheduledRow(row=row, num_computed_tokens=position, num_tokens=1, sample=True)
+                for row in range(batch_size)
+            ]
+            launched.append(self._runner.launch(StepPlan(step_id=0, scheduled=rows)))
+            if len(launched) > self._spec.async_scheduling:
+                self._runner.collect(launched.popleft())
+
+        seconds = _median_s(step, num_steps)
+        for left in launched:
+            self._runner.collect(left)
+        self._runner.execute(StepPlan(step_id=0, freed_rows=[*range(batch_size)]))
+        return seconds
+
+    def _admit(self, batch_size: int, num_tokens: int, reach: int) -> StepPlan:
+        num_groups, per_row = len(self._runner.layout.groups), -(-reach // self._spec.block_size)
+        sampling = SamplingParams(max_tokens=self._spec.max_model_len, temperature=0.0)
+        rows = [
+            NewRow(
+                row=row,
+                request_id=str(row),
+                token_ids=[0] * num_tokens,
+                num_prompt_tokens=num_tokens,
+                sampling=sampling,
+            )
+            for row in range(batch_size)
+        ]
+        blocks = [
+            NewBlocks(
+                row=row,
+                group=group,
+                first_block_index=0,
+                block_ids=[
+                    (row * num_groups + group) * per_row + index for index in range(per_row)
+                ],
+            )
+            for row in range(batch_size)
+            for group in range(num_groups)
+        ]
+        return StepPlan(step_id=0, new_rows=rows, new_blocks=blocks)
+
+
+def _make_spec(
+    model_dir: Path,
+    shape: ModelShape,
+    dtype: DType,
+    num_threads: int,
+    block_size: int,
+    device: Literal["cpu", "cuda"],
+    batch_size: int,
+    max_model_len: int,
+    num_row_blocks: int,
+) -> EngineSpec:
+    groups = make_groups(shape.layer_windows)
+    layout = KVCacheLayout(
+        groups, shape.num_kv_heads, shape.head_dim, block_size, DTYPE_BYTES[dtype]
+    )
+    return EngineSpec(
+        name="bench-0",
+        role="decode",
+        model_dir=str(model_dir),
+        served_model_name="bench",
+        load_format="auto",
+        dtype=dtype,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        kv_cache_memory_bytes=num_row_blocks * len(groups) * layout.block_bytes,
+        gpu_memory_utilization=0.9,
+        enable_prefix_caching=False,
+        enable_cumem_allocator=False,
+        enable_sleep_mode=False,
+        max_num_seqs=batch_size,
+        max_num_batched_tokens=max_model_len,
+        device=device,
+        device_indices=(0,) if device == "cuda" else (),
+        tensor_parallel_size=1,
+        num_threads=num_threads,
+        kv_transfer=KVTransferSettings(),
+        limits=LimitSettings(),
+    )
+
+
+def _ignore_progress(_text: str, _fraction: float | None) -> None:
+    """The command line shows results only."""
+
+
+def _median_s(step: Callable[[], object], num_steps: int) -> float:
+    """``step`` ends with token ids on the host, so that nothing is left running on a device."""
+    for _ in range(NUM_WARM_UPS):
+        step()
+    seconds = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    """``python -m pdlaunch.bench.step.main JSON``: the arguments of ``bench_step`` as an object;
+    prints its rows as JSON.
+    """
+    try:
+        timings = bench_step(**json.loads(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(f"error: {error}" + (f"\nfix: {error.fix}" if error.fix else ""))
+    sys.stdout.write(json.dumps([_row(timing) for timing in timings]) + "\n")
+
+
+def _row(timing: StepTiming) -> dict[str, object]:
+    return {
+        "kind": timing.kind,
+        "batch_size": timing.batch_size,
+        "num_tokens": timing.num_tokens,
+        "bare_ms": round(timing.bare_s * 1000, 2),
+        "engine_ms": round(timing.engine_s * 1000, 2),
+        "ratio": round(timing.ratio, 3),
+        "floor_ms": round(timing.floor_s * 1000, 3),
+        "floor_ratio": round(timing.engine_s / timing.floor_s, 3),
+        "moved_megabytes": round(timing.num_bytes / 1e6, 3),
+        "memory_gb_per_s": round(timing.memory_bytes_per_s / 1e9, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

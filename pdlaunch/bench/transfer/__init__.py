@@ -1,0 +1,1 @@
+"""`pdlaunch bench transfer`: pulls of KV blocks between real ranks."""

@@ -1,0 +1,283 @@
+"""A process of ``bench transfer``: a rank with a TransferWorker and a KV cache of random numbers,
+driven through a pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import statistics
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from pdlaunch.bench.transfer.bare import BareKind, Part
+from pdlaunch.bench.transfer.shape import BenchShape
+from pdlaunch.config.connector_environment import connector_environment
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
+from pdlaunch.errors import TransferError
+from pdlaunch.memory.cumem_pools import open_memory_pools
+from pdlaunch.memory.kv_memories import open_kv_memory
+from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
+from pdlaunch.protocol.transfer import (
+    GrantLease,
+    LeaseEnded,
+    PullFinished,
+    StartPull,
+    TransferEvent,
+)
+from pdlaunch.transfer.connectors.opening import new_connector
+from pdlaunch.transfer.worker import TransferWorker
+
+START_TIMEOUT_S = 120.0
+PULL_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class PullTimes:
+    """One pull by one rank."""
+
+    pull_s: float
+    """From StartPull to PullFinished."""
+    read_s: float
+    """Of its READ alone, from the post to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankOptions:
+    """One rank."""
+
+    role: Role
+    tp_rank: int
+    tp_size: int
+    device: str
+    """``cpu`` or ``cuda:1``."""
+    shape: BenchShape
+    kv_transfer: KVTransferSettings
+    engine_id: str
+    keys: LaunchKeys
+    with_cumem: bool
+    """The KV cache lies in a CuMem pool; only on a GPU."""
+
+    @property
+    def engine(self) -> str:
+        return f"{self.role}-0"
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}/rank-{self.tp_rank}"
+
+
+class Process:
+    """A child process that answers calls one at a time."""
+
+    def __init__(self, run: Callable[..., None], *arguments: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # torch is imported once, not by every process
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=run, args=(child_end, *arguments), daemon=True)
+        self._process.start()
+        child_end.close()
+
+    def send(self, *call: object) -> None:
+        """Begin a call."""
+        self._pipe.send(call)
+
+    def wait(self) -> Any:
+        """Its answer. Raises TransferError when the process has failed."""
+        try:
+            found = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise TransferError(
+                f"a process of the benchmark ended with code {self._process.exitcode}"
+            ) from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def call(self, *call: object) -> Any:
+        """``send`` and ``wait``."""
+        self.send(*call)
+        return self.wait()
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+class Rank:
+    """What runs in the process."""
+
+    def __init__(self, options: RankOptions) -> None:
+        self._reports: queue.SimpleQueue[ToSupervisor] = queue.SimpleQueue()
+        self._woken = threading.Event()
+        self._options = options
+        shape, layout = options.shape, options.shape.layout(options.tp_size)
+        torch.manual_seed(options.tp_rank)
+        device = torch.device(options.device)
+        pools = open_memory_pools(enabled=options.with_cumem, device=device)
+        memory = open_kv_memory(pools, device, shared=options.kv_transfer.maps_memory)
+        self._kv_cache = shape.new_shared_cache(memory, options.tp_size)
+        self._worker = TransferWorker(
+            context=SecureContext(options.keys),
+            spec=(spec := _spec_of(options)),
+            name=options.name,
+            tp_rank=options.tp_rank,
+            engine_id=options.engine_id,
+            incarnation=1,
+            layout=layout,
+            kv_cache=self._kv_cache,
+            model_digest="bench",
+            total_kv_heads=shape.num_kv_heads,
+            first_kv_head=options.tp_rank * layout.num_kv_heads,
+            connector=new_connector(spec.kv_transfer, options.name, 1),
+            source=memory,
+            wake=self._woken.set,
+            report=self._reports.put,
+        )
+        self._worker.wait_started(START_TIMEOUT_S)
+
+    def entry(self) -> Entry:
+        """As the registry would show this rank."""
+        options = self._options
+        return Entry(
+            name=options.name,
+            kind="rank",
+            incarnation=1,
+            engine=options.engine,
+            role=options.role,
+            tp_rank=options.tp_rank,
+            tp_size=options.tp_size,
+            engine_id=options.engine_id,
+            address=Address(side_channel=self._worker.endpoint),
+        )
+
+    def connect(self, entries: list[Entry], num_peers: int) -> set[str]:
+        """Return when this many peers are ready to be read, over which paths."""
+        self._worker.update_registry(entries)
+        paths: list[str] = []
+        while len(paths) < num_peers:
+            match self._reports.get(timeout=START_TIMEOUT_S):
+                case PairReady(path=path):
+                    paths.append(path)
+                case PairFailed(fatal=True) as failed:
+                    raise TransferError(failed.error)
+                case _:
+                    continue
+        return set(paths)
+
+    def grant(self, command: GrantLease) -> None:
+        """Returns before the checksums of the lease are there; a pull that is faster waits for
+        them.
+        """
+        self._worker.submit([command])
+
+    def pull(self, command: StartPull) -> PullTimes:
+        """What PullFinished says."""
+        self._worker.submit([command])
+        while True:
+            if not self._woken.wait(PULL_TIMEOUT_S):
+                raise TransferError(
+                    f"pull {command.pull_id} did not end within {PULL_TIMEOUT_S:g} s"
+                )
+            self._woken.clear()
+            for event in self._worker.take_events():
+                if isinstance(event, PullFinished):
+                    return _times(event)
+
+    def ended(self) -> None:
+        """Wait for the end of a lease."""
+        events: list[TransferEvent] = []
+        while not any(isinstance(event, LeaseEnded) for event in events):
+            self._woken.wait(PULL_TIMEOUT_S)
+            self._woken.clear()
+            events = self._worker.take_events()
+
+    def open_bare(self, kind: BareKind) -> Any:
+        """Let a connector's library move blocks of the same KV cache by itself; returns what the
+        other side needs.
+        """
+        if self._kv_cache.is_cuda:
+            torch.cuda.set_device(
+                self._kv_cache.device
+            )  # of this thread: libraries take the context that is current
+        self._bare = kind(f"{self._options.name}/bare", self._kv_cache)
+        return self._bare.address()
+
+    def connect_bare(self, addresses: Sequence[Any]) -> None:
+        """Of all ranks of the other side."""
+        self._bare.connect(addresses)
+
+    def move_bare(self, parts: Sequence[Part]) -> float:
+        """Seconds."""
+        return self._bare.move(parts)
+
+    def loop_bare(self, parts: Sequence[Part], num_repeats: int) -> float:
+        """Median seconds of the same transfer, begun again as soon as it has ended."""
+        return statistics.median(self._bare.move(parts) for _ in range(num_repeats))
+
+
+def run_rank(pipe: Connection, options: RankOptions) -> None:
+    """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
+    torch.set_num_threads(1)
+    device = torch.device(options.device).type
+    os.environ.update(
+        connector_environment(
+            options.kv_transfer, os.environ, "cuda" if device == "cuda" else "cpu"
+        )
+    )
+    try:
+        rank = Rank(options)
+        while True:
+            method, *arguments = pipe.recv()
+            pipe.send(getattr(rank, method)(*arguments))
+    except EOFError:
+        os._exit(0)
+    except Exception as error:  # Whatever it is, the parent raises it.
+        pipe.send(TransferError(f"{options.name}: {error}"))
+        os._exit(1)
+
+
+def _times(event: PullFinished) -> PullTimes:
+    if not event.ok:
+        raise TransferError(event.error)
+    return PullTimes(event.seconds, event.read_s)
+
+
+def _spec_of(options: RankOptions) -> EngineSpec:
+    shape = options.shape
+    return EngineSpec(
+        name=options.engine,
+        role=options.role,
+        model_dir=".",
+        served_model_name="bench",
+        load_format="dummy",
+        dtype=shape.dtype,
+        max_model_len=shape.num_blocks * shape.block_size,
+        block_size=shape.block_size,
+        kv_cache_memory_bytes=None,
+        gpu_memory_utilization=0.9,
+        enable_prefix_caching=False,
+        enable_cumem_allocator=False,
+        enable_sleep_mode=False,
+        max_num_seqs=1,
+        max_num_batched_tokens=shape.block_size,
+        device="cpu" if options.device == "cpu" else "cuda",
+        device_indices=()
+        if options.device == "cpu"
+        else (torch.device(options.device).index or 0,),
+        tensor_parallel_size=options.tp_size,
+        num_threads=1,
+        kv_transfer=options.kv_transfer,
+        limits=LimitSettings(),
+    )

@@ -1,0 +1,1 @@
+"""Checksums of KV blocks, on the CPU and on a CUDA device."""

@@ -1,0 +1,131 @@
+"""Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of
+memory.
+
+A head's share of a block is one contiguous region of the KV cache, so that a checksum stays
+comparable between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
+same. Source: XXH3 of the xxHash library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from pdlaunch.kvcache.groups import KVCacheLayout
+
+if TYPE_CHECKING:
+    from pdlaunch.integrity.checksum_device import DeviceHasher
+
+ALGORITHM = "xxh3_64"
+
+ChecksumArray = npt.NDArray[np.uint64]
+"""[num_blocks, num_heads]"""
+
+
+class Checksums(Protocol):
+    """Checksums that are being computed; may be dropped at any time."""
+
+    def ready(self) -> bool:
+        """Whether ``result`` returns at once."""
+
+    def result(self) -> ChecksumArray:
+        """By block and head. Waits for them."""
+
+
+class KnownChecksums:
+    """Checksums that are there."""
+
+    def __init__(self, values: ChecksumArray) -> None:
+        self._values = values
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> ChecksumArray:
+        return self._values
+
+
+class HashBatch(Protocol):
+    """Blocks whose checksums are wanted, maybe not all at once."""
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
+        """Of these of the blocks. Waits for nothing on CUDA; computes at once on the CPU.
+
+        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing
+        else orders this behind the work of another stream.
+        """
+
+
+class HostBatch:
+    """Computed by this thread."""
+
+    def __init__(self, memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> None:
+        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8."""
+        self._memory = memory
+        self._block_ids = block_ids
+        self._heads = heads
+
+    def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> KnownChecksums:
+        if after is not None:
+            after.synchronize()
+        block_ids, memory = self._block_ids[blocks], self._memory
+        if memory.device.type == "cpu":
+            return KnownChecksums(_digests(memory, block_ids, self._heads))
+        chosen = torch.tensor(block_ids, dtype=torch.int64, device=memory.device)
+        on_host = memory[:, self._heads].index_select(0, chosen).cpu()
+        return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
+
+
+class BlockHasher:
+    """Reads blocks of one rank's KV cache. Not thread-safe."""
+
+    def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
+        """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim],
+        contiguous. On CUDA: compiles.
+        """
+        self._bytes = kv_cache.view(torch.uint8).view(
+            kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
+        )
+        self._device_hasher = _new_device_hasher(self._bytes)
+
+    def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
+        """Get ready for the checksums of ``block_ids`` and these heads of this rank."""
+        if self._device_hasher is not None:
+            return self._device_hasher.prepare(block_ids, heads)
+        return HostBatch(self._bytes, block_ids, heads)
+
+    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
+        """Of all of ``block_ids``, as ``HashBatch.start``."""
+        return self.prepare(block_ids, heads).start(slice(None))
+
+    def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
+        """``start``, and wait."""
+        checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
+        return checksums
+
+
+def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
+    """None on the CPU, and for regions that the kernel does not take: those of toy models."""
+    if memory.device.type != "cuda":
+        return None
+    from pdlaunch.integrity.checksum_device import DeviceHasher
+    from pdlaunch.integrity.checksum_kernel import supports
+
+    return DeviceHasher(memory) if supports(memory) else None
+
+
+def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> ChecksumArray:
+    """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
+    blocks = memory.numpy()
+    num_heads = len(range(*heads.indices(blocks.shape[1])))
+    digests = (
+        xxhash.xxh3_64_intdigest(head) for block_id in block_ids for head in blocks[block_id, heads]
+    )
+    return np.fromiter(digests, np.uint64, len(block_ids) * num_heads).reshape(
+        len(block_ids), num_heads
+    )

@@ -1,0 +1,1 @@
+"""Load with known answers and injected faults: soaks and chaos."""

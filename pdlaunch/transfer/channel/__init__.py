@@ -1,0 +1,1 @@
+"""What two ranks say to each other: the side channel, the handshake, which heads go where."""

@@ -1,0 +1,132 @@
+"""What two ranks must agree on before one reads the other's blocks, and how a disagreement is
+worded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from pdlaunch import __version__
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.errors import HandshakeError
+from pdlaunch.integrity.checksum import ALGORITHM
+from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
+from pdlaunch.transfer.channel.mapping import heads_of_rank
+from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
+from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
+
+LAYOUT = "block, head, layer, kv, token, dim"
+
+
+@dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """Who this rank is."""
+
+    name: str
+    """``decode-0/rank-0``"""
+    engine: str
+    engine_id: str
+    incarnation: int
+    tp_rank: int
+    tp_size: int
+
+
+def compatibility_of(
+    spec: EngineSpec,
+    layout: KVCacheLayout,
+    kv_dtype: torch.dtype,
+    *,
+    model_digest: str,
+    total_kv_heads: int,
+    connector: str,
+) -> Compatibility:
+    """Everything that must be equal on both sides."""
+    return Compatibility(
+        protocol_version=PROTOCOL_VERSION,
+        pdlaunch_version=__version__,
+        model_digest=model_digest,
+        dtype=spec.dtype,
+        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        block_size=layout.block_size,
+        groups=describe_groups(layout.groups),
+        num_kv_heads=total_kv_heads,
+        head_dim=layout.head_dim,
+        layout=LAYOUT,
+        connector=connector,
+        checksum=ALGORITHM if spec.kv_transfer.verify else "off",
+    )
+
+
+def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
+    """Where this rank's blocks and scratch lie."""
+    return Geometry(
+        base_address=memory.kv_cache.data_ptr(),
+        num_blocks=memory.kv_cache.shape[0],
+        block_bytes=memory.layout.block_bytes,
+        head_bytes=memory.layout.head_bytes,
+        num_kv_heads=memory.layout.num_kv_heads,
+        first_kv_head=first_kv_head,
+        device_index=memory_kind(memory.kv_cache)[1],
+        scratch_address=memory.scratch.data_ptr(),
+        scratch_bytes=memory.scratch.numel(),
+    )
+
+
+def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
+    """One line: ``full: 0-5; 512: 6-11``, the window of a group and its layers."""
+    return "; ".join(
+        f"{group.sliding_window or 'full'}: {_ranges(group.layers)}" for group in groups
+    )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1][1:] = [layer]
+        else:
+            runs.append([layer])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str) -> None:
+    """Raises HandshakeError that names every field that differs, with both values."""
+    differences = [
+        f"{field}: {local} has {getattr(ours, field)!r}, {peer} has {getattr(theirs, field)!r}"
+        for field in (info.name for info in msgspec.structs.fields(Compatibility))
+        if getattr(ours, field) != getattr(theirs, field)
+    ]
+    if differences:
+        raise HandshakeError(
+            f"{local} and {peer} cannot exchange KV blocks; " + "; ".join(differences)
+        )
+
+
+def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: int) -> None:
+    """Raises HandshakeError when the stated geometry contradicts itself or the agreed shape of a
+    block.
+    """
+    geometry = reply.geometry
+    heads = heads_of_rank(total_kv_heads, reply.tp_size, reply.tp_rank)
+    expected = {
+        "head_bytes": (head_bytes, geometry.head_bytes),
+        "num_kv_heads": (len(heads), geometry.num_kv_heads),
+        "first_kv_head": (heads.start, geometry.first_kv_head),
+        "block_bytes": (len(heads) * head_bytes, geometry.block_bytes),
+    }
+    for field, (wanted, found) in expected.items():
+        if wanted != found:
+            raise HandshakeError(
+                f"{field}: {reply.rank_name} states {found}, expected are {wanted}"
+            )
+    sizes = SCRATCH_BYTES, DEVICE_SCRATCH_BYTES
+    if geometry.scratch_bytes not in sizes:
+        raise HandshakeError(
+            f"scratch_bytes: {reply.rank_name} states {geometry.scratch_bytes}, expected is one of "
+            f"{sizes}"
+        )

@@ -1,0 +1,1 @@
+"""What moves the bytes of KV blocks between ranks: NIXL, mapped memory, Mooncake, files."""

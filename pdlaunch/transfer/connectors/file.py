@@ -1,0 +1,143 @@
+"""KV blocks through files in a shared folder, for debugging and offline runs: the holder writes a
+file, its reader loads it.
+
+Nothing but the reader itself writes to its memory, so a READ whose holder has failed or died is
+over at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    LocalMemory,
+    PeerHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.file_store import FileStore, file_name
+from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    agent_name: str
+    scratch_bytes: int
+
+
+class FileConnector(PushingConnector):
+    """Writes and reads safetensors files."""
+
+    name = "file"
+    path = "file/safetensors"
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: int,
+        *,
+        directory: str,
+        size_limit_bytes: int,
+        num_sender_threads: int,
+        binding: DeviceBinding,
+    ) -> None:
+        """``directory``: shared by all engines, and theirs alone."""
+        super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
+        self._directory = directory
+        self._size_limit_bytes = size_limit_bytes
+
+    def agent_metadata(self) -> bytes:
+        return b"file"
+
+    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        parse_agent_metadata(agent_name, metadata)
+        return cast(PeerHandle, _Peer(agent_name, geometry.scratch_bytes))
+
+    def remove_peer(self, peer: PeerHandle) -> None:
+        """Nothing is kept of a peer."""
+
+    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        name = file_name(read.digest, f"{cast(_Peer, peer).agent_name} {read.reader}")
+        return cast(ReadHandle, PendingRead(name.encode(), read))
+
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        landing = self._new_landing(cast(_Peer, peer).scratch_bytes)
+        name = file_name(secrets.token_hex(16), self.agent_name)
+        return cast(ReadHandle, PendingRead(name.encode(), None, landing)), landing
+
+    def release(self, handle: ReadHandle) -> None:
+        read = cast(PendingRead, handle)
+        if read.landing is not None:
+            self._store.remove(read.target.decode())
+
+    def _start(self, memory: LocalMemory) -> None:
+        self._store = FileStore(self._directory, self._size_limit_bytes)
+
+    def _stop(self) -> None:
+        """The files stay: they are there to be looked at."""
+
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
+        if job.blocks:
+            kv_cache = memory.kv_cache
+            blocks = torch.tensor(job.blocks, device=kv_cache.device)
+            data = kv_cache[:, job.heads.start : job.heads.stop].index_select(0, blocks).cpu()
+        else:
+            data = memory.scratch.cpu()
+        self._store.write(job.target.decode("ascii", "replace"), data)
+
+    def _settle(self, read: PendingRead) -> ReadState:
+        """Load what the holder has written; what cannot be loaded, or does not fit, is a failed
+        READ.
+        """
+        if read.error:
+            return "failed"
+        try:
+            self._load(read)
+        except TransferError as error:
+            logger.warning("%s", error)
+            return "failed"
+        return "done"
+
+    def _load(self, read: PendingRead) -> None:
+        name, kv_cache = read.target.decode(), self._memory.kv_cache
+        found = self._store.read(name, kv_cache.device)
+        if read.read is None:
+            assert read.landing is not None
+            _check_fits(name, found, read.landing)
+            read.landing.copy_(found)
+            _await_device(read.landing)
+            return
+        heads = read.read.local_heads
+        blocks = torch.tensor(read.read.local_blocks, device=kv_cache.device)
+        share = kv_cache[:, heads.start : heads.stop]
+        _check_fits(name, found, share, len(blocks))
+        share.index_copy_(0, blocks, found)
+        _await_device(kv_cache)
+
+
+def _await_device(memory: torch.Tensor) -> None:
+    """What was written is there for every stream."""
+    if memory.is_cuda:
+        torch.cuda.current_stream(memory.device).synchronize()
+
+
+def _check_fits(
+    name: str, found: torch.Tensor, wanted: torch.Tensor, num_rows: int | None = None
+) -> None:
+    shape = (wanted.shape[0] if num_rows is None else num_rows, *wanted.shape[1:])
+    if (tuple(found.shape), found.dtype) != (shape, wanted.dtype):
+        raise TransferError(
+            f"{name} holds {found.dtype} {tuple(found.shape)}, wanted are {wanted.dtype} {shape}"
+        )

@@ -1,0 +1,229 @@
+"""KV blocks over Mooncake's transfer engine: the holder writes to its readers.
+
+Mooncake has no authentication, and listens on two ports of all network devices. These sockets are
+bound to the loopback device as soon as they exist. A write counts as done when the reader's engine
+has acknowledged it, which TCP does from 0.3.13 on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import msgspec
+import torch
+
+from pdlaunch.config.models import MooncakeProtocol
+from pdlaunch.errors import TransferError
+from pdlaunch.platform import tcp_sockets
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    LocalMemory,
+    PeerHandle,
+    PushJob,
+    ReadHandle,
+    ReadState,
+)
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+_FIX = (
+    "install mooncake-transfer-engine (without CUDA: mooncake-transfer-engine-non-cuda) and "
+    "Debian's libibverbs1"
+)
+
+
+class _Target(msgspec.Struct, frozen=True):
+    segment: str
+    """The reader's engine: ``127.0.0.1:12345``."""
+    addresses: list[int]
+    """By block: where its heads shall begin."""
+    piece_bytes: int
+    """Of each block."""
+
+
+_decoder = msgspec.msgpack.Decoder(_Target)
+
+
+class MooncakeConnector(PushingConnector):
+    """Writes through one transfer engine. ``mooncake`` is imported by ``open``, with
+    ``connector_environment`` applied.
+    """
+
+    name = "mooncake"
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: int,
+        *,
+        protocol: MooncakeProtocol,
+        devices: str,
+        num_sender_threads: int,
+        binding: DeviceBinding,
+    ) -> None:
+        """``devices``: of RDMA, with commas between them; empty: all."""
+        super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
+        self.path = f"mooncake/{protocol}"
+        self._protocol = protocol
+        self._devices = devices
+        self._data_ports: list[int] = []
+
+    def agent_metadata(self) -> bytes:
+        return self._segment.encode()
+
+    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        parse_agent_metadata(agent_name, metadata)
+        return cast(PeerHandle, geometry)
+
+    def remove_peer(self, peer: PeerHandle) -> None:
+        """Nothing is kept of a peer that writes."""
+
+    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        addresses, piece_bytes = _pieces(self._memory, read.local_blocks, read.local_heads)
+        return self._pending(addresses, piece_bytes, read)
+
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        num_bytes = cast(Geometry, peer).scratch_bytes
+        landing = self._new_landing(num_bytes)
+        self._register(landing)
+        return self._pending([landing.data_ptr()], num_bytes, None, landing), landing
+
+    def release(self, handle: ReadHandle) -> None:
+        landing = cast(PendingRead, handle).landing
+        if landing is not None:
+            self._engine.unregister_memory(landing.data_ptr())
+
+    def _start(self, memory: LocalMemory) -> None:
+        self._engine = self._new_engine()
+        self._register(memory.kv_cache)
+        self._register(memory.scratch)
+
+    def _stop(self) -> None:
+        for tensor in (self._memory.kv_cache, self._memory.scratch):
+            self._engine.unregister_memory(tensor.data_ptr())
+
+    def _write(self, memory: LocalMemory, job: PushJob) -> None:
+        try:
+            target = _decoder.decode(job.target)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"the target of a write cannot be read: {error}") from None
+        if job.blocks:
+            sources, piece_bytes = _pieces(memory, job.blocks, job.heads)
+        else:
+            sources, piece_bytes = [memory.scratch.data_ptr()], memory.scratch.numel()
+        if (len(target.addresses), target.piece_bytes) != (len(sources), piece_bytes):
+            raise TransferError(
+                f"{len(sources)} x {piece_bytes} bytes do not fit the target's "
+                f"{len(target.addresses)} x {target.piece_bytes}"
+            )
+        local, remote, lengths = zip(*_merge(sources, target.addresses, piece_bytes), strict=True)
+        code = self._engine.batch_transfer_sync_write(
+            target.segment, list(local), list(remote), list(lengths)
+        )
+        if code != 0:
+            raise TransferError(
+                f"Mooncake could not write to {target.segment} over {self._protocol}: code {code}"
+            )
+
+    def _settle(self, read: PendingRead) -> ReadState:
+        """A write that failed may have left bytes in the kernel, which this process' engine still
+        puts where they belong.
+        """
+        if not read.error:
+            return "done"
+        return (
+            "pending" if any(map(tcp_sockets.has_bytes_under_way, self._data_ports)) else "failed"
+        )
+
+    def _new_engine(self) -> Any:
+        try:
+            from mooncake import engine as mooncake
+        except ImportError as error:
+            raise TransferError(f"Mooncake cannot be imported: {error}; {_FIX}") from error
+        protocol = _engine_protocol(self._protocol, vars(mooncake))
+        if os.environ.get("MC_TCP_PROTO") == "1":
+            raise TransferError("MC_TCP_PROTO=1 has no acknowledged writes: unset it")
+        before = tcp_sockets.listeners()
+        engine = mooncake.TransferEngine()
+        code = engine.initialize(HOST, "P2PHANDSHAKE", protocol, self._devices)
+        if code != 0:
+            raise TransferError(
+                f"Mooncake cannot start over {self._protocol}: code {code}; its reason is in this "
+                "rank's log"
+            )
+        rpc_port = engine.get_rpc_port()
+        self._segment = f"{HOST}:{rpc_port}"
+        for listener in tcp_sockets.listeners() - before:
+            self._close_to_strangers(listener)
+            if listener.port != rpc_port:
+                self._data_ports.append(listener.port)
+        return engine
+
+    def _close_to_strangers(self, listener: tcp_sockets.Listener) -> None:
+        try:
+            tcp_sockets.bind_to_loopback(listener)
+        except OSError as error:
+            raise TransferError(
+                f"Mooncake listens on {listener.address}:{listener.port}, which cannot be bound to "
+                f"the loopback device: {error}; "
+                f"that needs Linux 5.7 or CAP_NET_RAW"
+            ) from error
+
+    def _register(self, tensor: torch.Tensor) -> None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        code = self._engine.register_memory(tensor.data_ptr(), num_bytes)
+        if code != 0:
+            raise TransferError(
+                f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}"
+            )
+
+    def _pending(
+        self,
+        addresses: list[int],
+        piece_bytes: int,
+        read: BlockRead | None,
+        landing: torch.Tensor | None = None,
+    ) -> ReadHandle:
+        target = msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
+        return cast(ReadHandle, PendingRead(target, read, landing))
+
+
+def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
+    """Address of each block's heads, and their bytes: the heads of a block are neighbours."""
+    layout, base = memory.layout, memory.kv_cache.data_ptr()
+    first = base + heads.start * layout.head_bytes
+    return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
+
+
+def _merge(
+    sources: Sequence[int], targets: Sequence[int], piece_bytes: int
+) -> Iterator[tuple[int, int, int]]:
+    """Source, target and length; pieces that are neighbours on both sides become one."""
+    start, length = 0, piece_bytes
+    for index in range(1, len(sources)):
+        if sources[index] - sources[start] == length == targets[index] - targets[start]:
+            length += piece_bytes
+            continue
+        yield sources[start], targets[start], length
+        start, length = index, piece_bytes
+    yield sources[start], targets[start], length
+
+
+def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> str:
+    """Mooncake's own word. Raises TransferError when this build of it cannot."""
+    if protocol != "nvlink":
+        return protocol
+    words = {"SUPPORT_INTRA_NVLINK": "nvlink_intra", "SUPPORT_MNNVL": "nvlink"}
+    found = next((word for flag, word in words.items() if build.get(flag)), None)
+    if found is None:
+        raise TransferError(
+            "kv_transfer.mooncake_protocol nvlink: this build of Mooncake has no NVLink transport"
+        )
+    return found

@@ -1,0 +1,307 @@
+"""KV blocks over NIXL with its UCX backend.
+
+Descriptors of the KV cache are prepared once for each side: one a block, and one a (block, head)
+for peers with other heads. A READ then names indices only, and NIXL merges neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import Geometry
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connector,
+    LocalMemory,
+    PeerHandle,
+    ReadHandle,
+    ReadState,
+    memory_kind,
+)
+from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
+
+BACKEND = "UCX"
+
+_PYTHON_ERRORS = (RuntimeError, ValueError, ImportError)
+
+_PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
+"""How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here,
+which spins on a whole core.
+"""
+_TIMED_SPIN_S = 0.002
+"""A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it
+is.
+"""
+
+
+@dataclass(slots=True)
+class _Peer:
+    name: str
+    device_index: int
+    geometry: Geometry
+    blocks: Any
+    """Prepared descriptors, one a block."""
+    heads: Any
+    """One a (block, head)."""
+
+
+@dataclass(slots=True)
+class _Read:
+    handle: Any
+    state: str
+    landing: torch.Tensor | None = None
+    registration: Any = None
+    """Memory of a scratch READ."""
+    posted_s: float = 0.0
+    ended_s: float = 0.0
+
+
+def load_nixl() -> tuple[Any, Any]:
+    """NIXL's Python API and its C++ bindings; importing them takes seconds, and reads the
+    environment.
+    """
+    from nixl import _api, _bindings
+
+    return _api, _bindings
+
+
+def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
+    """An agent whose progress thread sleeps between events.
+
+    Args:
+        api, bindings: as ``load_nixl`` returns them.
+        kind: ``DRAM`` or ``VRAM``, of the memory that it reads.
+    """
+    agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+    config = bindings.nixlAgentConfig()
+    config.useProgThread = True
+    config.useListenThread = False
+    config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
+    config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
+    agent.agent = bindings.nixlAgent(name, config)
+    # With error handling UCX insists on a transport that listens on TCP, where it takes writes to
+    # any address from anybody. Without it nobody is told of a peer's death: see
+    # ``Connector.reports_deaths``.
+    agent.create_backend(BACKEND, {"ucx_error_handling_mode": "none"})
+    return agent
+
+
+class NixlConnector(Connector):
+    """Reads through one NIXL agent. ``open`` loads the library, and must find
+    ``connector_environment`` applied.
+    """
+
+    name = "nixl"
+    path = f"nixl/{BACKEND}"
+
+    def __init__(
+        self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl
+    ) -> None:
+        """``name``: of the rank, ``prefill-0/rank-0``."""
+        self.agent_name = f"{name}#{incarnation}"
+        self._load = load
+        self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
+        self._agent: Any = None
+        """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of
+        it.
+        """
+
+    def open(self, memory: LocalMemory) -> None:
+        self._kind, self._device_index = memory_kind(memory.kv_cache)
+        self._num_heads = memory.layout.num_kv_heads
+        self._memory = memory  # registered memory must not be freed
+        if self._kind == "VRAM":
+            torch.cuda.set_device(
+                self._device_index
+            )  # of this thread: UCX takes the context that is current
+        try:
+            # NIXL never closes the endpoint of an agent that is removed, which is a socket on both
+            # sides; a new agent has none.
+            self._agent = None
+            self._agent = self._make_agent()
+            self._registrations = [
+                self._agent.register_memory(tensor) for tensor in (memory.kv_cache, memory.scratch)
+            ]
+            self._metadata: bytes = self._agent.get_agent_metadata()
+            base, num_blocks = memory.kv_cache.data_ptr(), memory.kv_cache.shape[0]
+            layout = memory.layout
+            self._local_blocks = self._prepare(
+                "", base, layout.block_bytes, num_blocks, self._device_index
+            )
+            self._local_heads = self._prepare(
+                "", base, layout.head_bytes, num_blocks * layout.num_kv_heads, self._device_index
+            )
+        except self._backend_errors as error:
+            raise TransferError(
+                f"the NIXL agent {self.agent_name} cannot start: {error}"
+            ) from error
+
+    def agent_metadata(self) -> bytes:
+        return self._metadata
+
+    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+        try:
+            name = self._agent.add_remote_agent(metadata)
+        except self._backend_errors as error:
+            raise TransferError(f"agent {agent_name} cannot be added: {error}") from error
+        found = name.decode() if isinstance(name, bytes) else str(name)
+        if found != agent_name:
+            self._forget(found)
+            raise TransferError(f"the metadata of agent {agent_name} is that of {found}")
+        try:
+            return self._describe_peer(found, geometry)
+        except self._backend_errors as error:
+            self._forget(found)
+            raise TransferError(f"agent {agent_name} cannot be read: {error}") from error
+
+    def remove_peer(self, peer: PeerHandle) -> None:
+        known = cast(_Peer, peer)
+        for prepared in (known.blocks, known.heads):
+            self._quietly(prepared.release)
+        self._forget(known.name)
+
+    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+        known = cast(_Peer, peer)
+        remote_num_heads = known.geometry.num_kv_heads
+        whole_blocks = len(read.local_heads) == self._num_heads == remote_num_heads
+        if whole_blocks:
+            local, remote = _indices(read.local_blocks), _indices(read.remote_blocks)
+            sides = self._local_blocks, known.blocks
+        else:
+            local = _head_indices(read.local_blocks, self._num_heads, read.local_heads)
+            remote = _head_indices(read.remote_blocks, remote_num_heads, read.remote_heads)
+            sides = self._local_heads, known.heads
+        try:
+            handle = self._agent.make_prepped_xfer("READ", sides[0], local, sides[1], remote)
+        except self._backend_errors as error:
+            raise TransferError(f"READ from {known.name} was refused: {error}") from error
+        return self._post(known, _Read(handle, "PROC"))
+
+    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        known = cast(_Peer, peer)
+        geometry = known.geometry
+        offsets, size = piece_offsets(
+            geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes
+        )
+        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
+        registration = self._agent.register_memory(landing)
+        try:
+            local = self._describe(landing.data_ptr(), offsets, size, self._device_index)
+            remote = self._describe(geometry.scratch_address, offsets, size, known.device_index)
+            handle = self._agent.initialize_xfer("READ", local, remote, known.name)
+        except self._backend_errors as error:
+            self._quietly(lambda: self._agent.deregister_memory(registration))
+            raise TransferError(f"READ from {known.name} was refused: {error}") from error
+        read = _Read(handle, "PROC", landing, registration)
+        posted = self._post(known, read)
+        while (
+            self._kind == "VRAM"
+            and self.poll(posted) == "pending"
+            and time.perf_counter() < read.posted_s + _TIMED_SPIN_S
+        ):
+            continue
+        return posted, landing
+
+    def poll(self, handle: ReadHandle) -> ReadState:
+        read = cast(_Read, handle)
+        if read.state == "PROC":
+            try:
+                read.state = self._agent.check_xfer_state(read.handle)
+            except self._backend_errors:
+                read.state = "ERR"
+            read.ended_s = time.perf_counter()
+        if read.state == "PROC":
+            return "pending"
+        return "done" if read.state == "DONE" else "failed"
+
+    def read_s(self, handle: ReadHandle) -> float:
+        read = cast(_Read, handle)
+        return read.ended_s - read.posted_s
+
+    def release(self, handle: ReadHandle) -> None:
+        read = cast(_Read, handle)
+        self._quietly(read.handle.release)
+        if read.registration is not None:
+            self._quietly(lambda: self._agent.deregister_memory(read.registration))
+
+    def close(self) -> None:
+        for prepared in (self._local_blocks, self._local_heads):
+            self._quietly(prepared.release)
+        for registration in self._registrations:
+            self._quietly(partial(self._agent.deregister_memory, registration))
+        del self._memory
+
+    def _make_agent(self) -> Any:
+        api, bindings = self._load()
+        self._backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
+        return new_agent(api, bindings, self.agent_name, self._kind)
+
+    def _describe_peer(self, agent_name: str, geometry: Geometry) -> PeerHandle:
+        base, num_blocks, device = geometry.base_address, geometry.num_blocks, geometry.device_index
+        blocks = self._prepare(agent_name, base, geometry.block_bytes, num_blocks, device)
+        heads = self._prepare(
+            agent_name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device
+        )
+        return cast(PeerHandle, _Peer(agent_name, device, geometry, blocks, heads))
+
+    def _prepare(
+        self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int
+    ) -> Any:
+        pieces = np.array([[base, piece_bytes, device_index, piece_bytes, count]], dtype=np.uint64)
+        return self._agent.prep_xfer_dlist(agent_name, pieces, self._kind)
+
+    def _describe(
+        self, base: int, offsets: Sequence[int], num_bytes: int, device_index: int
+    ) -> Any:
+        pieces = np.array(
+            [(base + offset, num_bytes, device_index) for offset in offsets], dtype=np.uint64
+        )
+        return self._agent.get_xfer_descs(pieces, self._kind)
+
+    def _post(self, peer: _Peer, read: _Read) -> ReadHandle:
+        handle = cast(ReadHandle, read)
+        read.posted_s = time.perf_counter()
+        try:
+            read.state = self._agent.transfer(read.handle)
+            read.ended_s = time.perf_counter()
+        except self._backend_errors as error:
+            self.release(handle)
+            raise TransferError(f"READ from {peer.name} failed at once: {error}") from error
+        return handle
+
+    def _forget(self, agent_name: str) -> None:
+        self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
+
+    def _quietly(self, act: Callable[[], object]) -> None:
+        """Backends refuse to let go of what has failed already: nothing more can be done about
+        it.
+        """
+        try:
+            act()
+        except self._backend_errors:
+            return
+
+
+def _binding_errors(bindings: Any) -> tuple[type[Exception], ...]:
+    return tuple(
+        kind
+        for kind in vars(bindings).values()
+        if isinstance(kind, type) and issubclass(kind, Exception)
+    )
+
+
+def _indices(blocks: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.array(blocks, dtype=np.int32)
+
+
+def _head_indices(blocks: Sequence[int], num_heads: int, heads: range) -> npt.NDArray[np.int32]:
+    return _indices([block * num_heads + head for block in blocks for head in heads])

@@ -1,0 +1,92 @@
+"""READs that a holder has been asked to write, because its connector pushes, and has not answered.
+
+Whoever asked owns the destination until the answer is there, or until the holder's process is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToPuller
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.connectors.connector import BlockRead, Connector, ReadHandle
+from pdlaunch.transfer.decode_side.peer_setup import Channel
+
+
+class AskedPushes:
+    """Of one peer. Does nothing where the connector reads by itself."""
+
+    def __init__(self, holder: RankIdentity, connector: Connector, call_ids: Iterator[int]) -> None:
+        self.old_channel: Channel | None = None
+        """Retired; still brings answers."""
+        self._holder = holder
+        self._connector = connector
+        self._call_ids = call_ids
+        self._handles: dict[int, ReadHandle] = {}
+        """By call_id."""
+
+    def check_channel(self, channel: Channel | None) -> None:
+        """A write must not be asked for over a connection whose answers may be lost. Raises
+        TransferError.
+        """
+        if self._connector.pushes and (channel is None or channel.broken):
+            raise TransferError(f"the connection to {self._holder.name} broke")
+
+    def ask(self, channel: Channel | None, handle: ReadHandle, read: BlockRead) -> None:
+        """Where the holder is the one to write: ask it to, over a channel that has been checked."""
+        if not self._connector.pushes:
+            return
+        assert channel is not None
+        call_id = next(self._call_ids)
+        self._handles[call_id] = handle
+        channel.send(
+            Push(
+                call_id=call_id,
+                engine_id=self._holder.engine_id,
+                request_id=read.request_id,
+                reader=read.reader,
+                block_ids=list(read.remote_blocks),
+                first_head=read.remote_heads.start,
+                num_heads=len(read.remote_heads),
+                target=self._connector.push_target(handle),
+            )
+        )
+
+    def take_answer(self, answer: ToPuller) -> bool:
+        """End the READ that the message answers; False when it answers none."""
+        handle = self._handles.pop(answer.call_id, None)
+        if handle is None:
+            return False
+        match answer:
+            case PushEnded():
+                error = answer.error if not answer.ok else ""
+            case Refused():
+                error = answer.reason or "refused"
+            case _:
+                error = f"unexpected {type(answer).__name__}"
+        self._connector.end_read(handle, error=error)
+        return True
+
+    def end_those_of_the_dead(self, channel: Channel) -> None:
+        """A process that is gone writes no more."""
+        if self._handles and channel.broken:
+            for handle in self._handles.values():
+                self._connector.end_read(handle, error="the peer's process has ended")
+            self._handles.clear()
+
+    def retire(self, channel: Channel) -> None:
+        """Answers about writes that are under way must still arrive; no other channel is opened
+        before they have.
+        """
+        if self._handles:
+            assert self.old_channel is None
+            self.old_channel = channel
+        else:
+            channel.close()
+
+    def close_old_channel(self) -> None:
+        """No READ is left that it could bring an answer about."""
+        if self.old_channel is not None:
+            self.old_channel.close()
+            self.old_channel = None

@@ -1,0 +1,91 @@
+"""What pulls need of this rank and of the ranks that hold blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
+from pdlaunch.protocol.transfer import PullDrained, PullFinished
+from pdlaunch.transfer.connectors.connector import BlockRead, Landing, ReadHandle, ReadState
+
+LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
+
+
+class HolderLink(Protocol):
+    """What a pull needs of a holder rank."""
+
+    name: str
+    error: str
+    """Why it is not ready."""
+
+    @property
+    def status(self) -> LinkStatus: ...
+
+    @property
+    def departed(self) -> bool:
+        """Ready, and dead: what it has left answers."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Once ready."""
+
+    @property
+    def reads_early(self) -> bool:
+        """A READ needs no lease, as far as the holder is concerned."""
+
+    def ask(
+        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+    ) -> int:
+        """Send what ``build`` makes of a fresh call_id, which is returned; ``on_reply`` gets the
+        answer, if one comes.
+        """
+
+    def forget(self, call_id: int) -> None:
+        """Nobody waits for this answer any more."""
+
+    def prepare_read(self, read: BlockRead) -> None:
+        """It is likely to be started soon. Raises TransferError."""
+
+    def start_read(self, read: BlockRead) -> ReadHandle: ...
+
+    def poll(self, handle: ReadHandle) -> ReadState: ...
+
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]: ...
+
+    def read_s(self, handle: ReadHandle) -> float: ...
+
+    def release(self, handle: ReadHandle) -> None: ...
+
+    def reconnect(self) -> None:
+        """A READ has failed: the connection is not to be trusted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Puller:
+    """This rank's side of all its pulls."""
+
+    engine_id: str
+    tp_rank: int
+    first_kv_head: int
+    head_bytes: int
+    hasher: BlockHasher | None
+    """None when ``kv_transfer.verify`` is off."""
+    clock: Callable[[], float]
+    emit: Callable[[PullFinished | PullDrained], None]
+    alert: Callable[[int], None]
+    """A pull reads so many bytes under its lease: its end is near."""
+
+    def reader(self, pull_id: str) -> str:
+        """Unique over engines, ranks and choices; of bounded length, whatever the request's id
+        is.
+        """
+        return f"{self.engine_id}/{self.tp_rank}/{hashlib.sha256(pull_id.encode()).hexdigest()}"
+
+
+def engine_of(reader: str) -> str:
+    """The engine_id in a reader's name."""
+    return reader.partition("/")[0]

@@ -1,0 +1,321 @@
+"""The READs of one holder rank's share of a pull, and the proof of what they have brought.
+
+::
+
+    prompt    0 ........... ready ........... end      logical blocks of the prompt
+    before the lease        ├─ next answer ──▶         what prefill has computed is read while it computes the rest
+    with it                 ├───────────────▶┤         the rest
+
+One READ at a time: a part goes into blocks that nothing else writes to. What was read before there
+was a lease counts only if the lease is of the same generation: else these blocks went back to the
+engine in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+
+from pdlaunch.errors import TransferError, VerificationError
+from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch
+from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
+from pdlaunch.protocol.transfer import StartPull
+from pdlaunch.transfer.connectors.connector import Landing, ReadHandle
+from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
+from pdlaunch.transfer.decode_side.read_plan import (
+    PullFailed,
+    ReadPlan,
+    Share,
+    check_hashes,
+    plan_read,
+    stated_checksums,
+)
+
+
+class ReadFailed(PullFailed):
+    """A READ has failed, or its bytes are wrong; it is over, and may be repeated."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """One READ and the checksums of what it brings, asked for while it is under way."""
+
+    plan: ReadPlan
+    batch: HashBatch | None
+    """None when ``kv_transfer.verify`` is off."""
+    expected: ChecksumArray | None = None
+    """What the holder states; [num_blocks, num_heads]."""
+    counts: bool = True
+    found: list[Checksums] = field(default_factory=list)
+    num_hashed: int = 0
+    """Blocks whose checksums were asked for."""
+
+    def hash_until(self, num_blocks: int, after: torch.cuda.Event | None = None) -> None:
+        """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the
+        event.
+        """
+        if self.batch is not None and num_blocks > self.num_hashed:
+            self.found.append(self.batch.start(slice(self.num_hashed, num_blocks), after))
+            self.num_hashed = num_blocks
+
+    def check(self, groups: Sequence[GroupBlocks], geometry: Geometry) -> None:
+        """Raises VerificationError that names the first block and head that differ."""
+        read = self.plan.read
+        expected = (
+            stated_checksums(groups, geometry, self.plan)
+            if self.expected is None
+            else self.expected
+        )
+        if len(expected) != len(read.local_blocks):
+            raise VerificationError("the holder stated no checksums")
+        wrong = np.argwhere(
+            np.concatenate([checksums.result() for checksums in self.found]) != expected
+        )
+        if len(wrong):
+            row, head = wrong[0].tolist()
+            raise VerificationError(
+                f"checksum of KV head {read.local_heads[head]} differs: block "
+                f"{read.remote_blocks[row]} there, "
+                f"block {read.local_blocks[row]} here"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a READ's blocks lie at the holder: equal places, equal READ."""
+
+    generation: int
+    first_block: int
+    end_block: int
+    groups: list[tuple[int, list[int]]]
+    """By group: the first logical index, and the blocks of the holder."""
+
+
+def _worth_hashing(landings: Sequence[Landing]) -> list[Landing]:
+    """The last two and every fourth before: a launch takes the host 0.1 to 0.4 ms, and the last one
+    is to find little to do.
+    """
+    last = len(landings) - 1
+    return [
+        landing
+        for index, landing in enumerate(landings)
+        if index == last or (last - index) % 4 == 1
+    ]
+
+
+def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
+    groups = [(group.first_block_index, group.block_ids) for group in offer.groups]
+    return _Places(offer.generation, first_block, end_block, groups)
+
+
+class PartReads:
+    """Reads what the holder offers, as soon as it does."""
+
+    def __init__(self, command: StartPull, link: HolderLink, puller: Puller, share: Share) -> None:
+        self.num_bytes = 0
+        self.read_s = 0.0
+        """Of all READs, as exactly as the connector knows."""
+        self.ended_s = 0.0
+        """Clock time at which the last one was over."""
+        self._command = command
+        self._link = link
+        self._puller = puller
+        self._share = share
+        self._offer: PullReply | None = None
+        self._lease: PullReply | None = None
+        self._generation: int | None = None
+        self._next_block = 0
+        """Logical blocks before this one have been read, or are being read."""
+        self._handle: ReadHandle | None = None
+        self._current: _Part | None = None
+        self._parts: list[_Part] = []
+        """Those that are done."""
+        self._prepared: tuple[_Places, _Part] | None = None
+        """The READ of all that is left, for when there is a lease."""
+
+    @property
+    def in_flight(self) -> bool:
+        """A READ may still write to the blocks."""
+        return self._handle is not None
+
+    @property
+    def num_bytes_in_flight(self) -> int:
+        """Of the READ that is pending."""
+        return 0 if self._current is None else self._num_bytes(self._current)
+
+    @property
+    def is_complete(self) -> bool:
+        """All blocks of the lease have been read."""
+        return (
+            self._lease is not None
+            and self._handle is None
+            and self._next_block >= len(self._command.block_hashes)
+        )
+
+    @property
+    def lacks_checksums(self) -> bool:
+        """The holder has to state what the bytes are."""
+        groups = () if self._lease is None else self._lease.groups
+        return self._puller.hasher is not None and any(group.checksums is None for group in groups)
+
+    def offer(self, reply: PullReply) -> None:
+        """The holder's latest answer. Raises PullFailed when it is not about this prompt."""
+        check_hashes(self._command, reply, self._share.holder)
+        if reply.generation != self._generation:
+            self.forget()
+            self._generation = reply.generation
+        self._offer = reply
+        if reply.leased:
+            self._lease = reply
+
+    def state(self, checksums: Sequence[bytes | None]) -> None:
+        """What the holder says of the blocks of its lease, by group. Raises PullFailed."""
+        lease = self._lease
+        if lease is None or len(checksums) != len(lease.groups) or None in checksums:
+            raise PullFailed(f"{self._share.holder} stated no checksums", verification=True)
+        pairs = zip(lease.groups, checksums, strict=True)
+        groups = [msgspec.structs.replace(group, checksums=stated) for group, stated in pairs]
+        self._lease = msgspec.structs.replace(lease, groups=groups)
+        for part in self._parts if self._current is None else (*self._parts, self._current):
+            part.expected = stated_checksums(groups, self._link.geometry, part.plan)
+
+    def wait(self) -> None:
+        """Read no more before the next offer."""
+        self._offer = self._lease = None
+
+    def forget(self) -> None:
+        """Nothing that was read so far counts."""
+        self._parts.clear()
+        self._prepared = None
+        self._next_block = self.num_bytes = 0
+        if self._current is not None:
+            self._current.counts = False
+
+    def start(self) -> None:
+        """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed,
+        PullFailed.
+        """
+        if self._handle is None:
+            self._start_next()
+
+    def advance(self) -> None:
+        """Read what can be read now; never waits. Raises ReadFailed, PullFailed."""
+        while self._poll() and self._start_next():
+            pass
+        self._prepare_rest()
+
+    def settle(self) -> None:
+        """No READ begins any more: release the one that is in flight once it is over."""
+        if self._handle is not None and self._link.poll(self._handle) != "pending":
+            self._release()
+
+    def is_proven(self) -> bool:
+        """All bytes are right; False: not known yet. Raises VerificationError."""
+        if not self.is_complete or self.lacks_checksums:
+            return False
+        if self._puller.hasher is None:
+            return True
+        if not all(checksums.ready() for part in self._parts for checksums in part.found):
+            return False
+        assert self._lease is not None
+        for part in self._parts:
+            part.check(self._lease.groups, self._link.geometry)
+        return True
+
+    def _start_next(self) -> bool:
+        """Begin the next READ. False: there is nothing to read, or nothing yet."""
+        offer, link = self._offer, self._link
+        if offer is None or link.status != "ready" or not (offer.leased or link.reads_early):
+            return False
+        num_blocks = len(self._command.block_hashes)
+        end = num_blocks if offer.leased else min(num_blocks, offer.num_ready_blocks)
+        if end <= self._next_block:
+            return False
+        prepared, self._prepared = self._prepared, None
+        part = (
+            prepared[1]
+            if prepared is not None and prepared[0] == _places(offer, self._next_block, end)
+            else self._part(offer, range(self._next_block, end))
+        )
+        if not part.plan.is_empty:
+            try:
+                self._handle = link.start_read(part.plan.read)
+            except TransferError as error:
+                link.reconnect()
+                raise ReadFailed(f"{self._share.holder}: {error}") from error
+            self._current = part
+        self._next_block = end
+        return True
+
+    def _part(self, offer: PullReply, blocks: range) -> _Part:
+        """What is wanted of ``blocks``, logical indices. Raises PullFailed."""
+        plan, hasher = (
+            plan_read(self._command, offer, self._link.geometry, self._share, blocks),
+            self._puller.hasher,
+        )
+        if hasher is None or plan.is_empty:
+            return _Part(plan, None)
+        heads = slice(plan.read.local_heads.start, plan.read.local_heads.stop)
+        return _Part(plan, hasher.prepare(plan.read.local_blocks, heads))
+
+    def _prepare_rest(self) -> None:
+        """While the last blocks are computed: their READ is to begin as soon as there is a
+        lease.
+        """
+        offer, link = self._offer, self._link
+        if offer is None or offer.leased or self._prepared is not None or self._handle is not None:
+            return
+        if link.status != "ready" or not link.reads_early:
+            return
+        places = _places(offer, self._next_block, len(self._command.block_hashes))
+        with contextlib.suppress(TransferError):
+            part = self._part(offer, range(places.first_block, places.end_block))
+            if not part.plan.is_empty:
+                link.prepare_read(part.plan.read)
+                self._prepared = places, part
+
+    def _poll(self) -> bool:
+        """False: a READ is pending."""
+        if self._handle is None:
+            return True
+        part = self._current
+        assert part is not None
+        state = self._link.poll(self._handle)
+        if state == "pending":
+            for num_blocks, landed in _worth_hashing(self._link.landings(self._handle)):
+                part.hash_until(num_blocks, landed)
+            return False
+        self.ended_s = self._puller.clock()
+        read_s = self._link.read_s(self._handle) if state == "done" else 0.0
+        self._release()
+        if state == "failed":
+            if part.counts:
+                self._next_block = min(span.start for _, span in part.plan.spans)
+            self._link.reconnect()
+            raise ReadFailed(f"READ from {self._share.holder} failed")
+        if part.counts:
+            self._count(part, read_s)
+        return True
+
+    def _count(self, part: _Part, read_s: float) -> None:
+        self.num_bytes += self._num_bytes(part)
+        self.read_s += read_s
+        part.hash_until(len(part.plan.read.local_blocks))
+        self._parts.append(part)
+
+    def _num_bytes(self, part: _Part) -> int:
+        return (
+            len(part.plan.read.local_blocks)
+            * len(part.plan.read.local_heads)
+            * self._puller.head_bytes
+        )
+
+    def _release(self) -> None:
+        assert self._handle is not None
+        self._link.release(self._handle)
+        self._handle = self._current = None

@@ -1,0 +1,474 @@
+"""A peer: one incarnation of one holder rank, as seen by this rank.
+
+::
+
+    idle ── want ──> asking ── compatible ──> probing ── a path is proven ──> ready
+      any of them ── time-out, refusal, failed READ ──> waiting ── back-off over ──> asking
+      any of them ── the engines do not fit ──> incompatible        (final)
+      any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
+
+Where a peer's memory outlives it, one that is ready stays so after its death: its ledger answers
+(``departed``) and READs go on, until its last lease has ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+
+from pdlaunch.errors import HandshakeError, TransferError
+from pdlaunch.protocol.control import PairFailed, PairReady
+from pdlaunch.protocol.side_channel import (
+    Geometry,
+    Handshake,
+    HandshakeReply,
+    Refused,
+    ToHolder,
+    ToPuller,
+)
+from pdlaunch.transfer.channel.handshake import check_geometry, compare
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Landing,
+    PeerHandle,
+    ReadHandle,
+    ReadState,
+)
+from pdlaunch.transfer.connectors.path_choice import PathFigure, PathTrial
+from pdlaunch.transfer.connectors.scratch import has_pattern
+from pdlaunch.transfer.decode_side.asked_pushes import AskedPushes
+from pdlaunch.transfer.decode_side.holder_link import LinkStatus
+from pdlaunch.transfer.decode_side.peer_setup import Channel, PeerAddress, PeerSetup
+from pdlaunch.transfer.departed import DepartedHolder
+from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.25
+LONGEST_BACKOFF_S = 5.0
+MAX_DOUBLINGS = 10
+"""Of the first back-off: past its longest, and no number that overflows, however long a peer is
+away.
+"""
+
+
+class _State(Enum):
+    IDLE = auto()
+    ASKING = auto()
+    PROBING = auto()
+    READY = auto()
+    WAITING = auto()
+    INCOMPATIBLE = auto()
+    LOST = auto()
+
+
+_STATUS: dict[_State, LinkStatus] = {
+    _State.READY: "ready",
+    _State.INCOMPATIBLE: "incompatible",
+    _State.LOST: "lost",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A question that waits for its answer."""
+
+    message: ToHolder
+    on_reply: Callable[[ToPuller], None]
+
+
+class Peer:
+    """Handshake, connection and READs of one peer; a ``HolderLink`` for its pulls."""
+
+    def __init__(self, address: PeerAddress, setup: PeerSetup) -> None:
+        self.address = address
+        self.name = address.identity.name
+        self.error = "no handshake yet"
+        self.channel: Channel | None = None
+        self._setup = setup
+        self._state = _State.IDLE
+        self._call_ids = itertools.count(1)
+        self._calls: dict[int, _Call] = {}
+        """By call_id, in the order in which they were asked."""
+        self._agent: PeerHandle | None = None
+        self._old_agents: list[PeerHandle] = []
+        self._geometry: Geometry | None = None
+        self._reads: dict[int, float] = {}
+        """Start of every READ that is not released, by id of its handle."""
+        self._pushes = AskedPushes(address.identity, setup.connector, self._call_ids)
+        self._departed: DepartedHolder | None = None
+        """The channel, of a peer that has died."""
+        self._trial: PathTrial | None = None
+        self._old_probes: list[tuple[ReadHandle, torch.Tensor]] = []
+        """READs of its scratch that nobody waits for, and the memory that they may write to."""
+        self._asked_s = 0.0
+        self._deadline_s = float("inf")
+        self._num_failures = 0
+
+    @property
+    def status(self) -> LinkStatus:
+        return _STATUS.get(self._state, "connecting")
+
+    @property
+    def connecting(self) -> bool:
+        """Somebody needs this peer, and it may still become ready."""
+        return self._state in (_State.ASKING, _State.PROBING, _State.WAITING)
+
+    @property
+    def geometry(self) -> Geometry:
+        assert self._geometry is not None
+        return self._geometry
+
+    @property
+    def reads_early(self) -> bool:
+        return not self._setup.connector.pushes
+
+    @property
+    def departed(self) -> bool:
+        """Its process is dead, or about to be, and its memory can be read until its leases have
+        ended.
+        """
+        return self._departed is not None
+
+    @property
+    def closed(self) -> bool:
+        """Lost, and no READ can write any more."""
+        return self._state is _State.LOST and not self._reads
+
+    @property
+    def youngest_read_s(self) -> float | None:
+        """Clock time at which the last of the unfinished READs began."""
+        return max(self._reads.values(), default=None)
+
+    def next_deadline_s(self) -> float:
+        """Clock time at which ``advance`` has something to do, READs and messages aside."""
+        return self._deadline_s if self._departed is None else self._departed.next_deadline_s()
+
+    def want(self) -> None:
+        """Somebody needs this peer: shake hands, unless that is done or under way."""
+        if self._state is _State.IDLE:
+            self._start_handshake()
+
+    def bury(self, reason: str) -> None:
+        """The registry no longer shows this incarnation: what it leaves is used up, if there is
+        anything; else it is lost.
+        """
+        self._receive()
+        departed = self._find_departed()
+        if departed is None:
+            self.lose(reason)
+            return
+        assert self.channel is not None
+        self.channel.close()
+        self.channel = self._departed = departed
+        for call in self._calls.values():
+            departed.send(call.message)
+
+    def give_way(self) -> None:
+        """The successor of a departed peer wants the memory: no pull begins any more."""
+        if self._departed is not None:
+            self._departed.give_way()
+
+    def lose(self, reason: str) -> None:
+        """It cannot be read any more."""
+        self.error = reason
+        self._disconnect()
+        self._departed = None
+        self._state = _State.LOST
+        self._deadline_s = float("inf")
+
+    def reconnect(self) -> None:
+        """A READ has failed: the connection is not to be trusted, make a new one; to the dead there
+        is no other.
+        """
+        if self._state is _State.READY and not self.departed:
+            self._retry_later("a READ has failed")
+
+    def advance(self) -> None:
+        """Receive and do what is due; never waits."""
+        self._receive()
+        self._release_old()
+        if self._departed is not None and self._departed.over:
+            logger.info("what %s has left is used up, or nobody has come for it", self.name)
+            self.lose(f"{self.name} has died, and its last lease has ended")
+        if self._state is _State.PROBING:
+            self._guard(self._try_paths)
+        if self._setup.clock() >= self._deadline_s:
+            self._on_deadline()
+
+    def ask(
+        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+    ) -> int:
+        call_id = next(self._call_ids)
+        message = build(call_id)
+        if on_reply is not None:
+            self._calls[call_id] = _Call(message, on_reply)
+        if self.channel is not None:
+            self.channel.send(message)
+        return call_id
+
+    def forget(self, call_id: int) -> None:
+        self._calls.pop(call_id, None)
+
+    def prepare_read(self, read: BlockRead) -> None:
+        assert self._agent is not None
+        self._setup.connector.prepare_read(self._agent, read)
+
+    def start_read(self, read: BlockRead) -> ReadHandle:
+        """Raises TransferError."""
+        assert self._agent is not None
+        self._pushes.check_channel(self.channel)
+        handle = self._setup.connector.start_read(self._agent, read)
+        self._reads[id(handle)] = self._setup.clock()
+        self._pushes.ask(self.channel, handle, read)
+        return handle
+
+    def poll(self, handle: ReadHandle) -> ReadState:
+        return self._setup.connector.poll(handle)
+
+    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
+        return self._setup.connector.landings(handle)
+
+    def release(self, handle: ReadHandle) -> None:
+        self._setup.connector.release(handle)
+        del self._reads[id(handle)]
+        self._remove_old_agents()
+
+    def _receive(self) -> None:
+        for channel in (self.channel, self._pushes.old_channel):
+            if channel is not None:
+                for message in channel.receive():
+                    self._on_message(message)
+                self._pushes.end_those_of_the_dead(channel)
+
+    def _find_departed(self) -> DepartedHolder | None:
+        """What answers in place of a peer that is ready; None when its memory goes with it."""
+        setup = self._setup
+        if (
+            self._state is not _State.READY
+            or self._agent is None
+            or not setup.connector.outlives(self._agent)
+        ):
+            return None
+        process_fd = setup.connector.peer_file(self._agent, PROCESS_FILE)
+        ledger_fd = setup.connector.peer_file(self._agent, LEDGER_FILE)
+        if process_fd is None or ledger_fd is None:
+            return None
+        return DepartedHolder(
+            self.name,
+            process_fd=process_fd,
+            ledger_fd=ledger_fd,
+            patience_s=setup.handshake_timeout_s,
+            clock=setup.clock,
+        )
+
+    def _start_handshake(self) -> None:
+        setup, peer = self._setup, self.address.identity
+        self._state = _State.ASKING
+        self._asked_s = setup.clock()
+        self._deadline_s = self._asked_s + setup.handshake_timeout_s
+        self.channel = setup.open_channel(self.address.endpoint)
+        self.ask(
+            lambda call_id: Handshake(
+                call_id=call_id,
+                engine_id=setup.identity.engine_id,
+                rank_name=setup.identity.name,
+                incarnation=setup.identity.incarnation,
+                expected_engine_id=peer.engine_id,
+                compatibility=setup.compatibility,
+                agent_metadata=setup.connector.agent_metadata(),
+            ),
+            lambda reply: self._guard(lambda: self._on_handshake_reply(reply)),
+        )
+
+    def _on_message(self, message: ToPuller) -> None:
+        """Answers to calls that nobody waits for any more are dropped."""
+        if self._pushes.take_answer(message):
+            return
+        call = self._calls.pop(message.call_id, None)
+        if call is not None:
+            call.on_reply(message)
+
+    def _on_handshake_reply(self, reply: ToPuller) -> None:
+        if self._state is not _State.ASKING:
+            return
+        if isinstance(reply, Refused):
+            raise TransferError(f"{self.name} at {self.address.endpoint} refused: {reply.reason}")
+        if not isinstance(reply, HandshakeReply):
+            raise TransferError(f"{self.name} answered the handshake with {type(reply).__name__}")
+        self._check_identity(reply)
+        local = self._setup.identity.name
+        compare(self._setup.compatibility, reply.compatibility, local=local, peer=self.name)
+        check_geometry(
+            reply,
+            head_bytes=self._setup.head_bytes,
+            total_kv_heads=self._setup.compatibility.num_kv_heads,
+        )
+        self._geometry = reply.geometry
+        connector = self._setup.connector
+        self._agent = connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
+        self._state = _State.PROBING
+        self._trial = PathTrial(
+            self,
+            connector.paths(self._agent),
+            is_right=lambda landing: has_pattern(landing, reply.agent_name),
+            clock=self._setup.clock,
+            timeout_s=self._deadline_s - self._setup.clock(),
+        )
+        self._try_paths()
+
+    def _check_identity(self, reply: HandshakeReply) -> None:
+        """Who answers is who the registry named. A mere restart in between is settled by the next
+        registry.
+        """
+        expected = self.address.identity
+        for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
+            wanted, found = getattr(expected, field), getattr(reply, field)
+            if wanted != found:
+                raise TransferError(
+                    f"{field}: the registry shows {wanted!r} for {self.name} at "
+                    f"{self.address.endpoint}, "
+                    f"{reply.rank_name} answers with {found!r}"
+                )
+
+    def start_scratch_read(self, path: str) -> tuple[ReadHandle, torch.Tensor]:
+        """Raises TransferError."""
+        assert self._agent is not None
+        self._pushes.check_channel(self.channel)
+        handle, landing = self._setup.connector.start_scratch_read(self._agent, path)
+        self._reads[id(handle)] = self._setup.clock()
+        self._pushes.ask(self.channel, handle, BlockRead([], [], range(0), range(0)))
+        return handle, landing
+
+    def read_s(self, handle: ReadHandle) -> float:
+        return self._setup.connector.read_s(handle)
+
+    def abandon(self, handle: ReadHandle, landing: torch.Tensor) -> None:
+        """Keep the memory of a READ of the scratch until it has ended."""
+        self._old_probes.append((handle, landing))
+
+    def _try_paths(self) -> None:
+        trial = self._trial
+        assert trial is not None
+        if not trial.advance():
+            return
+        try:
+            best = trial.best()
+        except TransferError as error:
+            raise TransferError(f"{self.name} cannot be read: {error}") from error
+        self._trial = None
+        others = {figure.path: str(figure) for figure in trial.figures if figure is not best}
+        self._be_ready(best, others)
+
+    def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
+        setup = self._setup
+        assert self._agent is not None
+        setup.connector.use_path(self._agent, best.path)
+        self._state = _State.READY
+        self._deadline_s = float("inf")
+        self._num_failures = 0
+        self.error = ""
+        seconds = setup.clock() - self._asked_s
+        logger.info(
+            "%s is ready to be read over %s, %s, after %.3f s; other paths: %s",
+            self.name,
+            best.path,
+            best,
+            seconds,
+            others,
+        )
+        setup.report(
+            PairReady(
+                local=setup.identity.name,
+                peer=self.name,
+                peer_incarnation=self.address.identity.incarnation,
+                seconds=seconds,
+                path=best.path,
+                gigabytes_per_s=best.gigabytes_per_s,
+                other_paths=others,
+                num_peers=len(setup.sources(self.address.identity.tp_size)),
+            )
+        )
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run a step of the handshake; what it raises decides how the handshake goes on."""
+        try:
+            step()
+        except HandshakeError as error:
+            self._give_up(error)
+        except TransferError as error:
+            self._retry_later(str(error))
+
+    def _give_up(self, error: HandshakeError) -> None:
+        self.error = str(error)
+        logger.error("handshake with %s: %s", self.name, error)
+        self._disconnect()
+        self._state = _State.INCOMPATIBLE
+        self._deadline_s = float("inf")
+        self._setup.report(
+            PairFailed(
+                local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True
+            )
+        )
+
+    def _retry_later(self, reason: str) -> None:
+        self.error = reason
+        backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0**self._num_failures)
+        self._num_failures = min(self._num_failures + 1, MAX_DOUBLINGS)
+        logger.warning("%s; next handshake in %.2f s", reason, backoff_s)
+        self._disconnect()
+        self._state = _State.WAITING
+        self._deadline_s = self._setup.clock() + backoff_s
+        self._setup.report(
+            PairFailed(local=self._setup.identity.name, peer=self.name, error=reason, fatal=False)
+        )
+
+    def _on_deadline(self) -> None:
+        if self._state is _State.WAITING and self._old_agents:
+            # The peer's agent cannot be added twice, and cannot be removed while a READ may still
+            # write.
+            self._deadline_s = float("inf")
+        elif self._state is _State.WAITING:
+            self._start_handshake()
+        else:
+            doing = "to the handshake" if self._state is _State.ASKING else "to the first READ"
+            timeout_s = self._setup.handshake_timeout_s
+            self._retry_later(
+                f"no answer {doing} from {self.name} at {self.address.endpoint} within "
+                f"{timeout_s:g} s"
+            )
+
+    def _disconnect(self) -> None:
+        """No new use of this connection. Its agent stays only as long as a READ may still write."""
+        self._calls.clear()
+        if self.channel is not None:
+            self._pushes.retire(self.channel)
+            self.channel = None
+        if self._trial is not None:
+            self._trial.abandon()
+            self._trial = None
+        if self._agent is not None:
+            self._old_agents.append(self._agent)
+            self._agent = None
+        self._release_old()
+
+    def _release_old(self) -> None:
+        ended = [handle for handle, _ in self._old_probes if self.poll(handle) != "pending"]
+        self._old_probes = [probe for probe in self._old_probes if probe[0] not in ended]
+        for handle in ended:
+            self.release(handle)
+        self._remove_old_agents()
+
+    def _remove_old_agents(self) -> None:
+        if self._reads:
+            return
+        self._pushes.close_old_channel()
+        while self._old_agents:
+            self._setup.connector.remove_peer(self._old_agents.pop())
+        if self._state is _State.WAITING and self._deadline_s == float("inf"):
+            self._deadline_s = self._setup.clock()

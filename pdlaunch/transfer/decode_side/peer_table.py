@@ -1,0 +1,178 @@
+"""All peers of this rank, kept equal to the registry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pdlaunch.errors import HandshakeError, TransferError
+from pdlaunch.protocol.control import Entry, PairFailed
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.channel.mapping import Source
+from pdlaunch.transfer.decode_side.peer import Peer
+from pdlaunch.transfer.decode_side.peer_setup import PeerAddress, PeerSetup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTable:
+    """Peers by name. A new incarnation is a new peer; the old one is kept while its memory is of
+    use or a READ may write.
+    """
+
+    setup: PeerSetup
+    eager: bool
+    """Shake hands with every prefill rank as soon as the registry shows it, not at the first
+    pull.
+    """
+    gives_way: bool
+    """KV blocks are in device memory: what a departed peer has left goes as soon as its successor
+    starts.
+    """
+    peers: dict[str, Peer]
+    """As the registry shows them."""
+    gone: list[Peer]
+    """Departed or lost."""
+
+    def update(self, entries: Iterable[Entry]) -> None:
+        """The registry has changed."""
+        entries = list(entries)
+        ranks = [
+            entry
+            for entry in entries
+            if entry.kind == "rank" and entry.engine != self.setup.identity.engine
+        ]
+        leaders = {entry.engine: entry for entry in ranks if entry.tp_rank == 0 and entry.engine_id}
+        addresses: dict[str, PeerAddress] = {}
+        wanted: set[str] = set()
+        for entry in ranks:
+            leader = leaders.get(entry.engine)
+            if (
+                leader is None
+                or not entry.engine_id
+                or not entry.address.side_channel
+                or entry.state == "sleeping"
+            ):
+                continue
+            if entry.engine_id != leader.engine_id:
+                self._report_disagreement(entry, leader)
+                continue
+            addresses[entry.name] = _address_of(entry)
+            if self.eager and entry.role == "prefill":
+                wanted.add(entry.name)
+        self._replace(addresses, {(entry.name, entry.incarnation) for entry in entries})
+        self._let_successors_in(entries)
+        for name in wanted:
+            self.peers[name].want()
+
+    def lose_all(self, reason: str) -> None:
+        """Let every peer go, until the next update."""
+        for peer in self.all():
+            peer.lose(reason)
+        self.gone.extend(self.peers.values())
+        self.peers.clear()
+
+    def all(self) -> list[Peer]:
+        """Those in the registry, and those that are gone from it and still kept."""
+        return [*self.peers.values(), *self.gone]
+
+    def advance(self) -> None:
+        """Let every peer do what is due."""
+        for peer in self.all():
+            peer.advance()
+        self.gone[:] = [peer for peer in self.gone if not peer.closed]
+
+    def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
+        """The ranks of an engine that this rank pulls from, wanted from now on.
+
+        Raises TransferError when the engine or one of these ranks is neither in the registry nor
+        departed, or does not fit.
+        """
+        usable = [*self.peers.values(), *(peer for peer in self.gone if peer.departed)]
+        ranks = {
+            peer.address.identity.tp_rank: peer
+            for peer in usable
+            if peer.address.identity.engine_id == engine_id
+        }
+        if not ranks:
+            raise TransferError(f"no engine with engine_id {engine_id} is in the registry")
+        sources = self.setup.sources(next(iter(ranks.values())).address.identity.tp_size)
+        missing = [source.tp_rank for source in sources if source.tp_rank not in ranks]
+        if missing:
+            raise TransferError(
+                f"tp_rank {missing[0]} of engine_id {engine_id} is not in the registry"
+            )
+        for source in sources:
+            ranks[source.tp_rank].want()
+        return [(source, ranks[source.tp_rank]) for source in sources]
+
+    def _replace(self, addresses: dict[str, PeerAddress], living: set[tuple[str, int]]) -> None:
+        """``living``: name and incarnation of every entry: one that is there has not died, whatever
+        its state.
+        """
+        for name, peer in list(self.peers.items()):
+            if addresses.get(name) != peer.address:
+                incarnation = peer.address.identity.incarnation
+                reason = f"incarnation {incarnation} of {name} is gone"
+                logger.info("%s", reason)
+                if (name, incarnation) in living or not self._is_source(peer.address.identity):
+                    peer.lose(reason)
+                else:
+                    peer.bury(reason)
+                self.gone.append(self.peers.pop(name))
+        for name, address in addresses.items():
+            if name not in self.peers:
+                self.peers[name] = Peer(address, self.setup)
+
+    def _is_source(self, identity: RankIdentity) -> bool:
+        """Pulls of this rank turn to that one; other ranks of this engine may instead."""
+        try:
+            return any(
+                source.tp_rank == identity.tp_rank
+                for source in self.setup.sources(identity.tp_size)
+            )
+        except HandshakeError:
+            return False
+
+    def _let_successors_in(self, entries: Iterable[Entry]) -> None:
+        """A rank that starts on a device will soon want the memory that a departed one still takes
+        up there.
+        """
+        if not self.gives_way:
+            return
+        incarnations = {entry.name: entry.incarnation for entry in entries}
+        for peer in self.gone:
+            if incarnations.get(peer.name, 0) > peer.address.identity.incarnation:
+                peer.give_way()
+
+    def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
+        """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ
+        for a moment.
+        """
+        error = HandshakeError(
+            f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
+            f"{entry.name} at {entry.address.side_channel} has {entry.engine_id}"
+        )
+        logger.error("%s", error)
+        fatal = entry.incarnation == leader.incarnation
+        local = self.setup.identity.name
+        self.setup.report(PairFailed(local=local, peer=entry.name, error=str(error), fatal=fatal))
+
+
+def new_peer_table(setup: PeerSetup, *, eager: bool, gives_way: bool = False) -> PeerTable:
+    """A table without peers."""
+    return PeerTable(setup, eager, gives_way, {}, [])
+
+
+def _address_of(entry: Entry) -> PeerAddress:
+    identity = RankIdentity(
+        name=entry.name,
+        engine=entry.engine,
+        engine_id=entry.engine_id,
+        incarnation=entry.incarnation,
+        tp_rank=entry.tp_rank,
+        tp_size=entry.tp_size,
+    )
+    return PeerAddress(identity, entry.address.side_channel)

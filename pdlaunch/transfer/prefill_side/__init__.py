@@ -1,0 +1,1 @@
+"""Leases, and the answers to decode ranks that read leased blocks."""

@@ -1,0 +1,336 @@
+"""The holder's side of the side channel: answers what pullers ask about this rank's leased blocks.
+
+Whatever is asked, the answer is a message; a question that makes no sense is refused and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from pdlaunch.errors import LeaseError
+from pdlaunch.integrity.checksum import BlockHasher, Checksums
+from pdlaunch.protocol.side_channel import (
+    ChecksumsReply,
+    Compatibility,
+    Geometry,
+    GroupBlocks,
+    Handshake,
+    HandshakeReply,
+    Heartbeat,
+    HeartbeatReply,
+    PullBegin,
+    PullEnd,
+    PullEndReply,
+    PullReply,
+    Push,
+    Refused,
+    StateChecksums,
+    ToHolder,
+    ToPuller,
+)
+from pdlaunch.protocol.transfer import (
+    AnnounceBlocks,
+    EndLease,
+    GrantLease,
+    LeaseEnded,
+    SetLeaseReaders,
+    WithdrawBlocks,
+)
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.connectors.connector import PushJob
+from pdlaunch.transfer.ledger import Ledger, LedgerRecord
+from pdlaunch.transfer.prefill_side.announced import Announcements
+from pdlaunch.transfer.prefill_side.lease import LeaseTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HolderCard:
+    """What a handshake tells a puller about this rank."""
+
+    identity: RankIdentity
+    compatibility: Compatibility
+    geometry: Geometry
+    agent_name: str
+    agent_metadata: bytes
+
+
+@dataclass(slots=True)
+class _Hashing:
+    """A lease whose checksums are being computed, or are about to be."""
+
+    groups: list[GroupBlocks]
+    granted_s: float
+    checksums: Checksums | None = None
+    """Of the blocks of all groups, one after another."""
+
+    def stated(self) -> list[GroupBlocks]:
+        """The groups with their checksums, which are there."""
+        assert self.checksums is not None
+        ends = np.cumsum([len(group.block_ids) for group in self.groups])
+        parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
+        pairs = zip(self.groups, parts, strict=True)
+        return [msgspec.structs.replace(group, checksums=part.tobytes()) for group, part in pairs]
+
+
+class Holder:
+    """Leases of one rank and the answers about them. The transfer thread owns it."""
+
+    def __init__(
+        self,
+        card: HolderCard,
+        hasher: BlockHasher | None,
+        clock: Callable[[], float],
+        ledger: Ledger | None = None,
+    ) -> None:
+        """``hasher``: None when ``kv_transfer.verify`` is off. ``ledger``: None where it would die
+        with this process.
+        """
+        self._card = card
+        self._hasher = hasher
+        self._pullers: set[tuple[str, int]] = set()
+        self._leases = LeaseTable(clock)
+        self._announced = Announcements()
+        self._ledger = ledger
+        self._clock = clock
+        self._hashing: dict[str, _Hashing] = {}
+        self._granted: list[str] = []
+
+    @property
+    def pullers(self) -> frozenset[tuple[str, int]]:
+        """Name and incarnation of every rank that has shaken hands."""
+        return frozenset(self._pullers)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    def announce(self, command: AnnounceBlocks) -> None:
+        """A prompt is being computed: who awaits it may read the blocks that are ready."""
+        self._announced.announce(command)
+
+    def withdraw(self, command: WithdrawBlocks) -> None:
+        """What was announced may be overwritten."""
+        self._announced.end(command.request_id)
+
+    def grant(self, command: GrantLease) -> None:
+        """Keep the blocks of a finished request for its readers; their checksums are computed from
+        ``take_granted`` on.
+
+        So readers who wait for the lease can be answered first, and read meanwhile.
+
+        Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to
+        them any more.
+        """
+        groups = [
+            GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
+            for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
+        ]
+        self._leases.grant(command, groups, generation=self._announced.end(command.request_id))
+        if self._hasher is None:
+            self._complete(command.request_id)
+            return
+        self._hashing[command.request_id] = _Hashing(groups, self._clock())
+
+    def take_granted(self) -> list[str]:
+        """Requests whose leases have become complete since the last call, each once, whether they
+        live or not.
+
+        Has the checksums of new ones computed.
+        """
+        self._take_checksums()
+        granted, self._granted = self._granted, []
+        return granted
+
+    @property
+    def youngest_hashing_s(self) -> float | None:
+        """Clock time of the latest grant whose checksums are still being computed."""
+        return max((hashing.granted_s for hashing in self._hashing.values()), default=None)
+
+    def end(self, command: EndLease) -> None:
+        """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
+        self._leases.cancel(command.request_id)
+
+    def set_readers(self, command: SetLeaseReaders) -> None:
+        """Fewer readers will come than were announced."""
+        self._leases.set_readers(command.request_id, command.num_readers)
+        self._write_down(command.request_id)
+
+    def take_ended(self) -> list[LeaseEnded]:
+        """Expire what is due; leases that have ended since the last call."""
+        self._leases.expire()
+        ended = [
+            LeaseEnded(request_id=request_id, reason=reason)
+            for request_id, reason in self._leases.take_ended()
+        ]
+        if self._ledger is not None:
+            for event in ended:
+                self._ledger.remove(event.request_id)
+        return ended
+
+    def next_deadline_s(self) -> float | None:
+        return self._leases.next_deadline_s()
+
+    def is_early(self, message: ToHolder) -> bool:
+        """It asks about a lease of this engine that this rank has never heard of: the grant may be
+        on the way.
+
+        Or for checksums that are being computed.
+        """
+        match message:
+            case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if (
+                message.engine_id == self._card.identity.engine_id
+            ):
+                request_id = message.request_id
+                if isinstance(message, StateChecksums) and request_id in self._hashing:
+                    return True
+                if isinstance(message, PullBegin) and self._has_news_for(message):
+                    return False
+                return not self._leases.knows(request_id)
+            case _:
+                return False
+
+    def _has_news_for(self, message: PullBegin) -> bool:
+        """More of the prompt that it awaits has been computed than its reader knows of."""
+        return message.awaits and self._announced.has_news(message.request_id, message.version)
+
+    def job_of(self, message: Push) -> PushJob:
+        """The write that a reader asks for. Raises LeaseError when it may not have what it
+        names.
+        """
+        identity, num_heads = self._card.identity, self._card.geometry.num_kv_heads
+        if message.engine_id != identity.engine_id:
+            raise LeaseError(
+                f"{identity.name} belongs to engine_id {identity.engine_id}, not to "
+                f"{message.engine_id}"
+            )
+        if message.block_ids:
+            lease = self._leases.opened(message.request_id, message.reader)
+            leased = {block_id for group in lease.groups for block_id in group.block_ids}
+            if not leased.issuperset(message.block_ids):
+                raise LeaseError(
+                    f"{identity.name}: request {message.request_id} has no lease for all of these "
+                    "blocks"
+                )
+            if not 0 <= message.first_head < message.first_head + message.num_heads <= num_heads:
+                raise LeaseError(
+                    f"{identity.name}: there are no {message.num_heads} heads from "
+                    f"{message.first_head} on"
+                )
+        return PushJob(
+            message.target,
+            message.block_ids,
+            range(message.first_head, message.first_head + message.num_heads),
+        )
+
+    def answer(self, message: ToHolder) -> ToPuller:
+        """The answer to a puller's message."""
+        asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
+        identity = self._card.identity
+        if asked != identity.engine_id:
+            reason = f"{identity.name} belongs to engine_id {identity.engine_id}, not to {asked}"
+            return Refused(call_id=message.call_id, reason=reason)
+        try:
+            return self._answer(message)
+        except LeaseError as error:
+            return Refused(call_id=message.call_id, reason=f"{identity.name}: {error}")
+
+    def _answer(self, message: ToHolder) -> ToPuller:
+        match message:
+            case Handshake():
+                return self._introduce(message)
+            case PullBegin():
+                return self._begin(message)
+            case Heartbeat():
+                lease_s = self._leases.heartbeat(message.request_id, message.reader)
+                return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
+            case PullEnd():
+                held = self._leases.end(message.request_id, message.reader)
+                self._write_down(message.request_id)
+                return PullEndReply(call_id=message.call_id, held=held)
+            case StateChecksums():
+                return self._state_checksums(message)
+            case Push():
+                raise LeaseError("the connector here does not write to its readers")
+
+    def _introduce(self, message: Handshake) -> HandshakeReply:
+        logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)
+        self._pullers.add((message.rank_name, message.incarnation))
+        card = self._card
+        return HandshakeReply(
+            call_id=message.call_id,
+            engine_id=card.identity.engine_id,
+            rank_name=card.identity.name,
+            incarnation=card.identity.incarnation,
+            tp_rank=card.identity.tp_rank,
+            tp_size=card.identity.tp_size,
+            compatibility=card.compatibility,
+            geometry=card.geometry,
+            agent_name=card.agent_name,
+            agent_metadata=card.agent_metadata,
+        )
+
+    def _begin(self, message: PullBegin) -> PullReply:
+        if self._has_news_for(message):
+            return self._announced.reply(message.call_id, message.request_id)
+        lease = self._leases.begin(message.request_id, message.reader, message.num_pullers)
+        return PullReply(
+            call_id=message.call_id,
+            num_tokens=lease.grant.num_tokens,
+            block_hashes=lease.grant.block_hashes,
+            groups=lease.groups,
+            lease_s=self._leases.remaining_s(lease),
+            first_tokens=lease.grant.first_tokens,
+            generation=lease.generation,
+        )
+
+    def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
+        lease = self._leases.opened(message.request_id, message.reader)
+        self._take_checksums()
+        if message.request_id in self._hashing:
+            raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
+        return ChecksumsReply(
+            call_id=message.call_id, groups=[group.checksums for group in lease.groups]
+        )
+
+    def _take_checksums(self) -> None:
+        for request_id, hashing in list(self._hashing.items()):
+            if hashing.checksums is None:
+                assert self._hasher is not None
+                block_ids = [block_id for group in hashing.groups for block_id in group.block_ids]
+                hashing.checksums = self._hasher.start(block_ids, slice(None))
+            if hashing.checksums.ready():
+                del self._hashing[request_id]
+                self._leases.state(request_id, hashing.stated())
+                self._complete(request_id)
+
+    def _complete(self, request_id: str) -> None:
+        self._write_down(request_id)
+        self._granted.append(request_id)
+
+    def _write_down(self, request_id: str) -> None:
+        """Keep the ledger true of a lease that lives; one that has ended leaves it before the
+        engine hears of that.
+        """
+        if request_id in self._hashing:
+            return
+        lease = self._leases.find(request_id)
+        if self._ledger is None or lease is None:
+            return
+        num_readers = max(lease.num_expected, bool(lease.open_readers))
+        if self._ledger.num_readers(request_id) == num_readers:
+            return
+        if not self._ledger.write(
+            LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=num_readers)
+        ):
+            logger.warning(
+                "the ledger is full: request %s cannot be pulled after a death of this rank",
+                request_id,
+            )
