@@ -79,6 +79,15 @@ def rule(
 
     def make(check: Callable[[Context], Iterable[Found]]) -> Rule:
         title, _, why = inspect.cleandoc(check.__doc__ or "").partition("\n\n")
-        return Rule(code, severity, " ".join(title.split()), " ".join(why.split()), fix, source, needs, check)
+        return Rule(
+            code,
+            severity,
+            " ".join(title.split()),
+            " ".join(why.split()),
+            fix,
+            source,
+            needs,
+            check,
+        )
 
     return make

@@ -143,7 +143,7 @@ def step(
         "enforce_eager": enforce_eager,
     }
     # Thread pools start with the wanted size.
-    rows = _measure("pdlaunch.bench.step.main", arguments, {"OMP_NUM_THREADS": str(num_threads)})
+    rows = _measure("step", arguments, {"OMP_NUM_THREADS": str(num_threads)})
     _print(rows, output, _STEP_HEADINGS)
     if output is Format.TABLE:
         typer.echo(
@@ -176,7 +176,7 @@ def offload(
         arguments["num_bytes"] = read_size(memory, "--memory")
     if device is not None:
         arguments["device"] = device
-    report = _measure("pdlaunch.bench.offload.main", arguments)
+    report = _measure("offload", arguments)
     if output is Format.JSON:
         print_json(report)
         return
@@ -242,7 +242,7 @@ def transfer(
             mooncake_protocol, _MOONCAKE_PROTOCOLS, "--mooncake-protocol"
         ),
     }
-    _print(_measure("pdlaunch.bench.transfer.main", arguments), output, _TRANSFER_HEADINGS)
+    _print(_measure("transfer", arguments), output, _TRANSFER_HEADINGS)
 
 
 def _model_dir(model: str) -> str:
@@ -258,11 +258,9 @@ def _model_dir(model: str) -> str:
     return str(resolved.cache_dir)
 
 
-def _measure(
-    module: str, arguments: dict[str, object], environ: dict[str, str] | None = None
-) -> Any:
-    """What ``python -m module JSON`` prints."""
-    return json.loads(run_module(module, json.dumps(arguments), environ))
+def _measure(kind: str, arguments: dict[str, object], environ: dict[str, str] | None = None) -> Any:
+    """Return what ``python -m pdlaunch.bench KIND JSON`` prints."""
+    return json.loads(run_module("pdlaunch.bench", kind, json.dumps(arguments), environ=environ))
 
 
 def _print(rows: list[dict[str, Any]], output: Format, headings: dict[str, str]) -> None:

@@ -13,9 +13,9 @@ import msgspec
 import typer
 from rich.console import Console
 
-from pdlaunch.bench.serve.main import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.bench.serve.row import BenchRow
+from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_values import read_decimals, read_numbers

@@ -17,16 +17,16 @@ STDERR = 2
 
 def run_module(
     module: str,
-    argument: str,
+    *arguments: str,
     environ: Mapping[str, str] | None = None,
-    *,
     stdout: int = subprocess.PIPE,
 ) -> bytes:
-    """What ``python -m module argument`` writes to the pipe; its errors are on stderr. Raises
-    ``typer.Exit`` when it fails.
+    """Return what ``python -m MODULE ARGUMENTS`` writes to the pipe; its errors are on stderr.
+
+    Raises ``typer.Exit`` when it fails.
     """
     # -P: a folder named pdlaunch where the user stands is not the installed one.
-    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, argument]
+    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, *arguments]
     # A session of its own: Ctrl-C ends this process, which then ends that one, without a word of
     # its own.
     with subprocess.Popen(

@@ -22,7 +22,7 @@ import msgspec
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.answers import Answer, collect_stream, difference, read_answer
-from pdlaunch.client.books import await_idle, engine_totals
+from pdlaunch.client.integrity import await_idle, engine_totals
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from pdlaunch.client.api import Api
-from pdlaunch.client.books import MUST_BE_ZERO
 from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.integrity import MUST_BE_ZERO
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from tests.attacks.verdict import Verdict

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.bench_output import print_table
-from tests.client.fake_openai import FakeOpenAI
+from tests.bench.fake_openai import FakeOpenAI
 
 
 @pytest.fixture

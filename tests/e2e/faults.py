@@ -18,8 +18,8 @@ import psutil
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.books import await_idle
 from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.client.integrity import await_idle
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.testing.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pdlaunch.bench.serve.main import BenchOptions, bench_serve
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, bench_multi_turn
+from pdlaunch.bench.serve.sweep import BenchOptions, bench_serve
 from pdlaunch.client.deployment import Deployment
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.bench.transfer.main import bench_transfer
+from pdlaunch.bench.transfer.pulls import bench_transfer
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import LocalMemory

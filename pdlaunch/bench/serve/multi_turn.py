@@ -21,10 +21,15 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pdlaunch.bench.serve.cache_tiers import TierRow, tier_rows
-from pdlaunch.bench.serve.engine_counters import EngineCounters, counters_when, read_counters
-from pdlaunch.bench.serve.main import Progress, draw_tokens, warm_up
+from pdlaunch.bench.serve.engine_counters import (
+    EngineCounters,
+    TierRow,
+    counters_when,
+    read_counters,
+    tier_rows,
+)
 from pdlaunch.bench.serve.row import count_errors, milliseconds
+from pdlaunch.bench.serve.sweep import Progress, draw_tokens, warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 

@@ -6,8 +6,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from pdlaunch.bench.serve.cache_tiers import TierRow, tier_rows
-from pdlaunch.bench.serve.engine_counters import EngineCounters, parse_counters
+from pdlaunch.bench.serve.engine_counters import EngineCounters, TierRow, parse_counters, tier_rows
 from pdlaunch.bench.serve.row import BenchRow, milliseconds, summarise
 from pdlaunch.bench.serve.timed_completion import TimedCompletion
 from pdlaunch.observe.metrics import render_metrics

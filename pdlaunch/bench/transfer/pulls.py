@@ -15,7 +15,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ from pdlaunch.bench.transfer.rank import Process, PullTimes, RankOptions, run_ra
 from pdlaunch.bench.transfer.shape import BenchShape, DType
 from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, MooncakeProtocol, Role
 from pdlaunch.config.sizes import format_size
-from pdlaunch.errors import ConfigError, PdlaunchError
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.limits import memory_bytes
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -407,25 +407,3 @@ def _median(times: Sequence[PullTimes]) -> PullTimes:
         statistics.median(time.pull_s for time in times),
         statistics.median(time.read_s for time in times),
     )
-
-
-def main() -> None:
-    """``python -m pdlaunch.bench.transfer.main '{"num_blocks": [16]}'``: arguments as JSON,
-    rows as JSON on stdout.
-    """
-    import json
-    import sys
-
-    arguments = json.loads(sys.argv[1])
-    if "tp_pairs" in arguments:
-        arguments["tp_pairs"] = [tuple(pair) for pair in arguments["tp_pairs"]]
-    try:
-        rows = bench_transfer(**arguments)
-    except PdlaunchError as error:
-        fix = f"\nfix: {error.fix}" if isinstance(error, ConfigError) and error.fix else ""
-        sys.exit(f"error: {error}{fix}")
-    sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
-
-
-if __name__ == "__main__":
-    main()

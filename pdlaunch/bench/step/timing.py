@@ -7,9 +7,7 @@ the same run (``memory_floor``).
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -361,18 +359,8 @@ def _median_s(step: Callable[[], object], num_steps: int) -> float:
     return statistics.median(seconds)
 
 
-def main() -> None:
-    """``python -m pdlaunch.bench.step.main JSON``: the arguments of ``bench_step`` as an object;
-    prints its rows as JSON.
-    """
-    try:
-        timings = bench_step(**json.loads(sys.argv[1]))
-    except ConfigError as error:
-        sys.exit(f"error: {error}" + (f"\nfix: {error.fix}" if error.fix else ""))
-    sys.stdout.write(json.dumps([_row(timing) for timing in timings]) + "\n")
-
-
-def _row(timing: StepTiming) -> dict[str, object]:
+def row_figures(timing: StepTiming) -> dict[str, object]:
+    """Return a timing as a row of JSON: milliseconds, megabytes, shares."""
     return {
         "kind": timing.kind,
         "batch_size": timing.batch_size,
@@ -385,7 +373,3 @@ def _row(timing: StepTiming) -> dict[str, object]:
         "moved_megabytes": round(timing.num_bytes / 1e6, 3),
         "memory_gb_per_s": round(timing.memory_bytes_per_s / 1e9, 2),
     }
-
-
-if __name__ == "__main__":
-    main()

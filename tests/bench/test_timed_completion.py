@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete, read_stream
-from tests.client.fake_openai import FakeOpenAI, event
+from tests.bench.fake_openai import FakeOpenAI, event
 
 USAGE = {"completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 7}}
 DONE = b"data: [DONE]\n\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pdlaunch.bench.transfer.bare import parts_of
-from pdlaunch.bench.transfer.main import TURN, bench_transfer
+from pdlaunch.bench.transfer.pulls import TURN, bench_transfer
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.errors import ConfigError
 
@@ -25,7 +25,7 @@ def test_rows_of_a_small_benchmark() -> None:
         "num_layers": 2,
         "head_dim": 8,
     }
-    command = [sys.executable, "-m", "pdlaunch.bench.transfer.main", json.dumps(arguments)]
+    command = [sys.executable, "-m", "pdlaunch.bench", "transfer", json.dumps(arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)

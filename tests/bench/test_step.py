@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pdlaunch.bench.step.main import bench_step, main
+from pdlaunch.bench.__main__ import main
+from pdlaunch.bench.step.timing import bench_step
 from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.errors import ConfigError
@@ -132,14 +133,14 @@ def test_the_command_prints_rows_as_json(
         "buffer_bytes": SMALL,
     }
     monkeypatch.setattr(
-        sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [5]})]
+        sys, "argv", ["bench", "step", json.dumps(arguments | {"prefill_tokens": [5]})]
     )
     main()
     rows = json.loads(capsys.readouterr().out)
     assert [row["kind"] for row in rows] == ["prefill", "decode"]
     assert all(row["floor_ms"] > 0 and row["memory_gb_per_s"] > 0 for row in rows)
     monkeypatch.setattr(
-        sys, "argv", ["bench_step", json.dumps(arguments | {"prefill_tokens": [500]})]
+        sys, "argv", ["bench", "step", json.dumps(arguments | {"prefill_tokens": [500]})]
     )
     with pytest.raises(SystemExit, match=r"error: the steps reach 500 tokens.*\nfix: Take fewer"):
         main()

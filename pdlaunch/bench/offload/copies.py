@@ -4,8 +4,6 @@ contiguous limit of the same run.
 
 from __future__ import annotations
 
-import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -266,22 +264,14 @@ def _speeds(rates: MethodRates) -> Speeds:
     return Speeds(load, store, rates.both[rates.best_pair()] / 1e9)
 
 
-def main() -> None:
-    """``python -m pdlaunch.bench.offload.main JSON``: the arguments of ``bench_offload`` as an object;
-    prints its report as JSON.
-    """
-    # Each direction has one thread of the handler; the limit gets no more.
-    torch.set_num_threads(1)
-    try:
-        report = bench_offload(**json.loads(sys.argv[1]))
-    except ConfigError as error:
-        sys.exit(f"error: {error}\nfix: {error.fix}")
-    head = {
+def report_figures(report: OffloadReport) -> dict[str, Any]:
+    """Return a report as an object of JSON: GB/s, shares."""
+    return {
         "device": report.device,
         "num_bytes": report.num_bytes,
         "limit": _figures(report.limit, "gb_per_s"),
+        "rows": [_row_figures(row) for row in report.rows],
     }
-    sys.stdout.write(json.dumps(head | {"rows": list(map(_row_figures, report.rows))}) + "\n")
 
 
 def _row_figures(row: OffloadRow) -> dict[str, Any]:
@@ -315,7 +305,3 @@ def _figures(speeds: Speeds, unit: str, digits: int = 2) -> dict[str, float]:
     return {
         f"{name}_{unit}": round(getattr(speeds, name), digits) for name in ("h2d", "d2h", "both")
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from pdlaunch.bench.offload.main import bench_offload, main
+from pdlaunch.bench.__main__ import main
+from pdlaunch.bench.offload.copies import bench_offload
 from pdlaunch.errors import ConfigError
 
 
@@ -41,7 +42,7 @@ def test_the_command_prints_a_report_as_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"block_sizes": [4096], "device": "cpu", "num_bytes": 16384}
-    monkeypatch.setattr(sys, "argv", ["bench", json.dumps(arguments)])
+    monkeypatch.setattr(sys, "argv", ["bench", "offload", json.dumps(arguments)])
     main()
     report = json.loads(capsys.readouterr().out)
     assert (report["device"], report["num_bytes"], len(report["rows"])) == ("cpu", 16384, 1)
@@ -50,6 +51,6 @@ def test_the_command_prints_a_report_as_json(
         == {"h2d_gb_per_s", "d2h_gb_per_s", "both_gb_per_s"}
         < set(report["rows"][0])
     )
-    monkeypatch.setattr(sys, "argv", ["bench", json.dumps(arguments | {"num_bytes": 1})])
+    monkeypatch.setattr(sys, "argv", ["bench", "offload", json.dumps(arguments | {"num_bytes": 1})])
     with pytest.raises(SystemExit, match="error: memory: 1 bytes"):
         main()
