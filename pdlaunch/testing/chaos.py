@@ -7,17 +7,17 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import time
 
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.smoke import Check
+from pdlaunch.testing.kills import kill_and_wait
 from pdlaunch.testing.soak import SoakOptions, SoakReport, make_cases, run_load, soak_session
 
 NUM_REQUESTS = 60
 RATE = 0.2
 """Share of the READs that meet a fault."""
-_RESTART_TIMEOUT_S = 120.0
-_POLL_S = 0.2
 
 
 def chaos_environment(seed: int) -> dict[str, str]:
@@ -75,22 +75,7 @@ async def _load_and_kill(deployment: Deployment, options: SoakOptions) -> SoakRe
         cases = await make_cases(options)
         load = asyncio.create_task(run_load(session, options, cases))
         await asyncio.sleep(random.Random(options.seed).uniform(0.5, 2))
-        await _kill_a_rank(deployment)
+        ranks = [name for name in deployment.processes() if name.endswith("/rank-0")]
+        decode_first = max(ranks, key=lambda name: name.startswith("decode"))
+        await kill_and_wait(deployment, decode_first, signal.SIGKILL)
         return await load
-
-
-async def _kill_a_rank(deployment: Deployment) -> None:
-    """Of a decode engine, and wait until its successor is there."""
-    ranks = {
-        name: process
-        for name, process in deployment.processes().items()
-        if name.endswith("/rank-0")
-    }
-    name = max(ranks, key=lambda name: name.startswith("decode"))
-    ranks[name].kill()
-    deadline_s = time.monotonic() + _RESTART_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        new = deployment.processes().get(name)
-        if new is not None and new.pid != ranks[name].pid:
-            return
-        await asyncio.sleep(_POLL_S)

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from pdlaunch.client.deployment import Deployment
+from pdlaunch.testing.kills import load_with_kills
 from pdlaunch.testing.soak import SoakOptions, soak
 from tests.e2e.api import complete, engine_apis, streamed
 from tests.e2e.faults import (
     SHORT_DEADLINES,
     faulty_deployment,
     left_over,
-    load_with_kills,
     num_migrations,
     tracebacks,
 )
