@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, LimitSettings
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.memory.pools import KV_CACHE, WEIGHTS
@@ -86,9 +85,7 @@ def _spec(model_dir: Path, dtype: str, kv_cache_bytes: int, *, dummy: bool) -> E
             "dtype": dtype,
             "max_model_len": 2048,
             "block_size": 64,
-            "kv_cache_memory_bytes": kv_cache_bytes,
-            "gpu_memory_utilization": 0.9,
-            "enable_prefix_caching": True,
+            "kv_cache_memory": kv_cache_bytes,
             "enable_cumem_allocator": True,
             "enable_sleep_mode": True,
             "max_num_seqs": 8,
@@ -97,8 +94,6 @@ def _spec(model_dir: Path, dtype: str, kv_cache_bytes: int, *, dummy: bool) -> E
             "device_indices": (0,),
             "tensor_parallel_size": 1,
             "num_threads": 1,
-            "kv_transfer": KVTransferSettings(),
-            "limits": LimitSettings(),
         }
     )
 

@@ -1,27 +1,22 @@
-"""What one engine is once everything has been resolved; the supervisor writes it, the engine's
+"""What one engine is once everything has been resolved: the supervisor writes it, the engine's
 processes read it.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pdlaunch.config.models import (
-    FrozenModel,
-    KVOffloadSettings,
-    KVTransferSettings,
-    LimitSettings,
-    LoadFormat,
-    Role,
-)
+from pdlaunch.config.models import EngineSettings, LaunchConfig, Role, SharedSettings
 
 ENGINE_HOST = "127.0.0.1"
 """Engines listen here for their router."""
 
 
-class EngineSpec(FrozenModel):
-    """One engine: a server process and ``tensor_parallel_size`` ranks. No field is left to be
-    derived.
+class EngineSpec(SharedSettings, EngineSettings):
+    """Describes one engine: a server process and ``tensor_parallel_size`` ranks.
+
+    It has every setting of an engine. Those whose default is left to the machine or the model are
+    declared again without one, so that no value is left to be derived.
     """
 
     name: str
@@ -30,31 +25,30 @@ class EngineSpec(FrozenModel):
     model_dir: str
     """Directory in Hugging Face layout with config.json, tokenizer.json and weights."""
     served_model_name: str
-    load_format: LoadFormat
     dtype: Literal["float32", "bfloat16", "float16"]
     max_model_len: int
-    block_size: int
-    kv_cache_memory_bytes: int | None
-    """Of one rank; None: the rank takes gpu_memory_utilization of its device."""
-    gpu_memory_utilization: float
-    enable_prefix_caching: bool
     enable_cumem_allocator: bool
-    enable_sleep_mode: bool
-    max_num_seqs: int
     max_num_batched_tokens: int
     device: Literal["cpu", "cuda"]
     device_indices: tuple[int, ...]
-    """CUDA device of each rank; empty on a CPU."""
+    """The CUDA device of each rank; empty on a CPU."""
     tensor_parallel_size: int
     num_threads: int
-    kv_transfer: KVTransferSettings
-    limits: LimitSettings
-    kv_offload: KVOffloadSettings = KVOffloadSettings()
-    enforce_eager: bool = False
     async_scheduling: bool = False
-    """Prepare a step while the one before runs."""
+    """Always off on a CPU."""
     http_host: str = ENGINE_HOST
     http_port: int = 0
-    """0: a free port, registered with the supervisor."""
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
+    """0 takes a free port, which is registered with the supervisor."""
+
+    @classmethod
+    def of(cls, config: LaunchConfig, role: Role, **resolved: object) -> Self:
+        """Return the spec of an engine of ``role``: its settings, and over them the ``resolved``
+        values.
+        """
+        # Ranks have `env` as their environment; the server has no use for what may be secrets.
+        settings = (
+            dict(config) | dict(config.engine_settings(role)) | {"env": {}, "role": role} | resolved
+        )
+        return cls.model_validate(
+            {name: settings[name] for name in cls.model_fields if name in settings}
+        )

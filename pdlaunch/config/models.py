@@ -77,15 +77,12 @@ class RoleKVOffloadSettings(FrozenModel):
 
 
 class EngineSettings(FrozenModel):
-    """What an engine is; top level of the file, and overridable for a role."""
+    """Describes an engine. The top level of the file holds these, and a role may override each."""
 
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
         description="Alias, directory in Hugging Face layout, or .gguf file.",
-    )
-    served_model_name: str | None = Field(
-        None, description="Name in the API; the model's own name when unset."
     )
     load_format: LoadFormat = Field(
         "auto", description="`dummy` gives random weights (benchmarks)."
@@ -316,13 +313,31 @@ class LimitSettings(FrozenModel):
         )
 
 
-class LaunchConfig(EngineSettings):
-    """One deployment of prefill and decode engines behind one router."""
+class SharedSettings(FrozenModel):
+    """Holds what all engines are given alike; no role may override these."""
+
+    kv_transfer: KVTransferSettings = KVTransferSettings()
+    limits: LimitSettings = LimitSettings()
+    allowed_hosts: HostNames = Field(
+        (),
+        description=(
+            "More names that clients may call the router or an engine by (Host header); `*` for "
+            "any."
+        ),
+    )
+    cors_origins: Origins = Field(
+        (), description="Origins whose web pages may use the router or an engine; `*` for any."
+    )
+
+
+class LaunchConfig(SharedSettings, EngineSettings):
+    """Describes one deployment of prefill and decode engines behind one router."""
 
     prefill: RoleSettings = RoleSettings()
     decode: RoleSettings = RoleSettings()
-    kv_transfer: KVTransferSettings = KVTransferSettings()
-    limits: LimitSettings = LimitSettings()
+    served_model_name: str | None = Field(
+        None, description="Name in the API; the model's own name when unset."
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
     api_key: SecretStr | None = Field(
@@ -343,16 +358,6 @@ class LaunchConfig(EngineSettings):
             "Opens the engines to another router; without it they are open to the launch's own "
             "alone."
         ),
-    )
-    allowed_hosts: HostNames = Field(
-        (),
-        description=(
-            "More names that clients may call the router or an engine by (Host header); `*` for "
-            "any."
-        ),
-    )
-    cors_origins: Origins = Field(
-        (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
     log_dir: str | None = Field(
         None,

@@ -402,8 +402,8 @@ class ModelRunner:
         return num_blocks
 
     def _cache_bytes(self) -> int:
-        if self._spec.kv_cache_memory_bytes is not None:
-            return self._spec.kv_cache_memory_bytes
+        if self._spec.kv_cache_memory is not None:
+            return self._spec.kv_cache_memory
         if self._device.type == "cpu":
             return DEFAULT_CPU_CACHE_BYTES
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)

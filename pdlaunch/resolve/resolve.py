@@ -57,7 +57,7 @@ def served_model_name(config: LaunchConfig) -> str:
     settings = next(config.engine_settings(role) for role in ROLES if config.role(role).replicas)
     path = Path(settings.model).expanduser()
     own = path.stem if path.suffix == ".gguf" else path.resolve().name
-    return settings.served_model_name or own
+    return config.served_model_name or own
 
 
 def _engine(
@@ -67,35 +67,24 @@ def _engine(
     device = placement.device(role)
     memory = memory_options(settings)
     on_cpu = device == "cpu"
-    return EngineSpec(
+    return EngineSpec.of(
+        config,
+        role,
         name=f"{role}-{index}",
-        role=role,
         model_dir=str(model.cache_dir),
         served_model_name=served_model_name(config),
-        load_format=settings.load_format,
         dtype=_dtype(settings, shape, device, placement.machine),
         max_model_len=_max_model_len(settings, shape),
-        block_size=settings.block_size,
-        kv_cache_memory_bytes=settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None),
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enable_prefix_caching=settings.enable_prefix_caching,
-        kv_offload=settings.kv_offload,
+        kv_cache_memory=settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None),
         enable_cumem_allocator=memory.cumem_allocator,
-        enable_sleep_mode=memory.sleep_mode,
-        max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens
         or (CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS),
         device=device,
         device_indices=placement.device_indices(role, index),
         tensor_parallel_size=config.role(role).tensor_parallel_size,
         num_threads=placement.num_threads(role),
-        kv_transfer=config.kv_transfer,
-        limits=config.limits,
-        enforce_eager=settings.enforce_eager,
         async_scheduling=settings.async_scheduling and not on_cpu,
         http_port=config.role(role).port and config.role(role).port + index,
-        allowed_hosts=config.allowed_hosts,
-        cors_origins=config.cors_origins,
     )
 
 

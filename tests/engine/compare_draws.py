@@ -97,7 +97,7 @@ def tell(line: str) -> None:
 
 def main(model_dir: str) -> None:
     torch.set_num_threads(1)
-    spec = make_spec(model_dir, kv_cache_memory_bytes=2**28, max_num_batched_tokens=512)
+    spec = make_spec(model_dir, kv_cache_memory=2**28, max_num_batched_tokens=512)
     runner = ModelRunner(spec, tp=None, progress=ignore_progress)
     shapes = {name: contexts_of(runner, *shape) for name, shape in SHAPES.items()}
     alone = shapes.pop("alone")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, LimitSettings
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.step import NewBlocks, NewRow, RowTokens, ScheduledRow, StepPlan
 from pdlaunch.protocol.engine import SamplingParams
@@ -26,23 +25,17 @@ def make_spec(model_dir: object, **changes: object) -> EngineSpec:
         "role": "decode",
         "model_dir": str(model_dir),
         "served_model_name": "tiny",
-        "load_format": "auto",
         "dtype": "float32",
         "max_model_len": MAX_MODEL_LEN,
         "block_size": BLOCK_SIZE,
-        "kv_cache_memory_bytes": 4 * 1024**2,
-        "gpu_memory_utilization": 0.9,
-        "enable_prefix_caching": True,
+        "kv_cache_memory": 4 * 1024**2,
         "enable_cumem_allocator": False,
-        "enable_sleep_mode": False,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 64,
         "device": "cpu",
         "device_indices": (),
         "tensor_parallel_size": 1,
         "num_threads": 1,
-        "kv_transfer": KVTransferSettings(),
-        "limits": LimitSettings(),
     }
     return EngineSpec.model_validate(settings | changes)
 

@@ -172,7 +172,7 @@ def test_plan_without_rows_computes_nothing(llama: Path) -> None:
 
 def test_cache_too_small_for_one_block_is_refused(llama: Path) -> None:
     with pytest.raises(ConfigError, match="holds no block"):
-        ModelRunner(make_spec(llama, kv_cache_memory_bytes=100), tp=None, progress=ignore_progress)
+        ModelRunner(make_spec(llama, kv_cache_memory=100), tp=None, progress=ignore_progress)
 
 
 def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(llama: Path) -> None:

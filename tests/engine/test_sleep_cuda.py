@@ -62,7 +62,7 @@ def test_tokens_are_the_same_after_each_of_ten_cycles(
         device="cuda",
         device_indices=(0,),
         enable_cumem_allocator=True,
-        kv_cache_memory_bytes=KV_BYTES,
+        kv_cache_memory=KV_BYTES,
         load_format=load_format,
         enforce_eager=enforce_eager,
     )

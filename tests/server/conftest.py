@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, LimitSettings
+from pdlaunch.config.models import LimitSettings
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.server.app import make_app
@@ -86,22 +86,16 @@ def engine_spec(model_dir: Path, **changes: object) -> EngineSpec:
         "role": "prefill",
         "model_dir": str(model_dir),
         "served_model_name": "tiny",
-        "load_format": "auto",
         "dtype": "float32",
         "max_model_len": 100,
         "block_size": 16,
-        "kv_cache_memory_bytes": None,
-        "gpu_memory_utilization": 0.9,
-        "enable_prefix_caching": True,
         "enable_cumem_allocator": False,
-        "enable_sleep_mode": False,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
         "device": "cpu",
         "device_indices": (),
         "tensor_parallel_size": 1,
         "num_threads": 1,
-        "kv_transfer": KVTransferSettings(),
         "limits": LimitSettings(max_queued_requests=8),
     }
     return EngineSpec.model_validate(fields | changes)

@@ -48,7 +48,7 @@ def test_everything_is_derived_on_a_cpu(model: Path) -> None:
     spec = resolve(CPU, model=str(model))["decode-0"]
     assert (spec.device, spec.device_indices, spec.num_threads) == ("cpu", (), 1)
     assert (spec.dtype, spec.max_model_len, spec.max_num_batched_tokens) == ("float32", 2048, 512)
-    assert spec.kv_cache_memory_bytes == 1024**3
+    assert spec.kv_cache_memory == 1024**3
     assert spec.served_model_name == "tiny"
     assert not spec.enable_cumem_allocator
     assert not spec.async_scheduling, "a CPU that computes prepares nothing meanwhile"
@@ -58,7 +58,7 @@ def test_everything_is_derived_on_gpus(model: Path) -> None:
     specs = resolve(GPU, model=str(model), enable_sleep_mode=True)
     spec = specs["decode-0"]
     assert (spec.device, spec.device_indices) == ("cuda", (1,))
-    assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory_bytes) == (
+    assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory) == (
         "bfloat16",
         8192,
         None,

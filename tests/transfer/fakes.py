@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, LimitSettings
+from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
@@ -54,11 +54,7 @@ def spec_of(
             "dtype": dtype,
             "max_model_len": 1024,
             "block_size": block_size,
-            "kv_cache_memory_bytes": None,
-            "gpu_memory_utilization": 0.9,
-            "enable_prefix_caching": True,
             "enable_cumem_allocator": False,
-            "enable_sleep_mode": False,
             "max_num_seqs": 8,
             "max_num_batched_tokens": 512,
             "device": "cpu",
@@ -66,7 +62,6 @@ def spec_of(
             "tensor_parallel_size": tp_size,
             "num_threads": 1,
             "kv_transfer": KVTransferSettings(**kv_transfer),
-            "limits": LimitSettings(),
         }
     )
 

@@ -19,7 +19,7 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
-from pdlaunch.config.models import KVTransferSettings, LimitSettings, LoadFormat
+from pdlaunch.config.models import LoadFormat
 from pdlaunch.config.weight_files import weight_files
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
@@ -323,23 +323,18 @@ def _make_spec(
         role="decode",
         model_dir=str(model_dir),
         served_model_name="bench",
-        load_format="auto",
         dtype=dtype,
         max_model_len=max_model_len,
         block_size=block_size,
-        kv_cache_memory_bytes=num_row_blocks * len(groups) * layout.block_bytes,
-        gpu_memory_utilization=0.9,
+        kv_cache_memory=num_row_blocks * len(groups) * layout.block_bytes,
         enable_prefix_caching=False,
         enable_cumem_allocator=False,
-        enable_sleep_mode=False,
         max_num_seqs=batch_size,
         max_num_batched_tokens=max_model_len,
         device=device,
         device_indices=(0,) if device == "cuda" else (),
         tensor_parallel_size=1,
         num_threads=num_threads,
-        kv_transfer=KVTransferSettings(),
-        limits=LimitSettings(),
     )
 
 

@@ -20,7 +20,7 @@ from pdlaunch.bench.transfer.bare import BareKind, Part
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, LimitSettings, Role
+from pdlaunch.config.models import KVTransferSettings, Role
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
@@ -265,11 +265,8 @@ def _spec_of(options: RankOptions) -> EngineSpec:
         dtype=shape.dtype,
         max_model_len=shape.num_blocks * shape.block_size,
         block_size=shape.block_size,
-        kv_cache_memory_bytes=None,
-        gpu_memory_utilization=0.9,
         enable_prefix_caching=False,
         enable_cumem_allocator=False,
-        enable_sleep_mode=False,
         max_num_seqs=1,
         max_num_batched_tokens=shape.block_size,
         device="cpu" if options.device == "cpu" else "cuda",
@@ -279,5 +276,4 @@ def _spec_of(options: RankOptions) -> EngineSpec:
         tensor_parallel_size=options.tp_size,
         num_threads=1,
         kv_transfer=options.kv_transfer,
-        limits=LimitSettings(),
     )
