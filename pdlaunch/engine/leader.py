@@ -83,6 +83,7 @@ class Leader:
         self._runner = runner
         self._transfer = transfer
         self._scheduler = scheduler
+        self._requests = scheduler.requests
         self._server = server
         self._followers = followers
         self._offload = offload
@@ -154,7 +155,7 @@ class Leader:
             self._running = self._launch(plan)
         if self._running is not None and not self._runs_ahead:
             self._collect()
-        self._scheduler.register_begun()
+        self._requests.register_pending()
 
     def _run_ahead(self) -> bool:
         """Launch the next step while one runs, and collect that one. False: it has to be collected
@@ -169,7 +170,7 @@ class Leader:
         following = self._launch(plan)
         self._collect()
         self._running = following
-        self._scheduler.register_begun()
+        self._requests.register_pending()
         self._send_outputs()
         return True
 
@@ -200,8 +201,8 @@ class Leader:
     def _on_request(self, message: ToRank) -> None:
         match message:
             case Hello():
-                self._scheduler.abort_all()
-                self._scheduler.take_outputs()
+                self._requests.abort_all()
+                self._requests.take_outputs()
                 self._held.clear()
                 self._sleep.forget_caller()
                 self._server.send(
@@ -213,27 +214,27 @@ class Leader:
                 )
                 self._server.send(Outputs(items=[refusal]))
             case AddRequest():
-                self._scheduler.add(message)
+                self._requests.add(message)
             case Sleep():
                 self._sleep.sleep(message)
             case WakeUp():
                 self._sleep.wake_up(message)
             case AbortRequest():
-                self._scheduler.abort(message.request_id)
+                self._requests.abort(message.request_id)
             case SetReaders():
-                self._scheduler.set_readers(message.request_id, message.num_readers)
+                self._requests.set_readers(message.request_id, message.num_readers)
             case CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 
     def _integrity(self, call_id: int) -> IntegrityReport:
         try:
-            self._scheduler.check_integrity()
+            self._requests.check_integrity()
         except AssertionError as error:
             logger.exception("the books of the KV blocks are wrong")
             return IntegrityReport(
-                call_id=call_id, error=str(error) or repr(error), stats=self._scheduler.stats()
+                call_id=call_id, error=str(error) or repr(error), stats=self._requests.stats()
             )
-        return IntegrityReport(call_id=call_id, error=None, stats=self._scheduler.stats())
+        return IntegrityReport(call_id=call_id, error=None, stats=self._requests.stats())
 
     def _receive_events(self) -> None:
         events = self._transfer.take_events()
@@ -249,10 +250,10 @@ class Leader:
                 if isinstance(merged, LeaseGranted | LeaseEnded):
                     self._held.release(merged.request_id)
                 if not isinstance(merged, LeaseGranted):
-                    self._scheduler.on_transfer_event(merged)
+                    self._requests.on_transfer_event(merged)
         for job in jobs:
             if (ended := self._jobs.add(job)) is not None:
-                self._scheduler.on_job_finished(ended)
+                self._requests.on_job_finished(ended)
 
     def _tell_followers(self, message: SleepRank | WakeRank) -> None:
         if self._followers is not None:
@@ -260,7 +261,7 @@ class Leader:
 
     def _submit(self, plan: StepPlan) -> None:
         # Before any rank begins the step, and when one has been collected.
-        self._record(self._scheduler.marks_in_flight())
+        self._record(self._requests.in_flight.marks())
         if _is_empty(plan):
             return
         if self._followers is not None:
@@ -275,7 +276,7 @@ class Leader:
             self._await_grants(self._wait_for_ranks)
 
     def _send_released(self) -> None:
-        if outputs := self._held.sift(self._scheduler.take_outputs()):
+        if outputs := self._held.sift(self._requests.take_outputs()):
             self._server.send(Outputs(items=outputs))
 
     def _await_grants(self, wait_for_ranks: Callable[[float], None]) -> None:
@@ -294,7 +295,7 @@ class Leader:
         if now_s < self._stats_due_s:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
-        self._server.send(self._scheduler.stats())
+        self._server.send(self._requests.stats())
 
 
 def _is_empty(plan: StepPlan) -> bool:

@@ -42,6 +42,16 @@ class RequestBlocks:
         """
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
+    def extend(self, request: Request, num_tokens: int) -> None:
+        """Give the request blocks for its first ``num_tokens`` tokens; the caller has looked for
+        room.
+        """
+        self._kv.extend(request.tables, num_tokens)
+
+    def release_left(self, request: Request) -> None:
+        """Free the blocks that the request's next token does not see any more."""
+        self._kv.release_left(request.tables, request.num_computed)
+
     def find_prefix(self, request: Request) -> PrefixHit:
         """The cached blocks from which the request can compute on."""
         if self._caches:

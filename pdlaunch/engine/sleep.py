@@ -265,7 +265,7 @@ class SleepCoordinator:
     def _advance_draining(self) -> None:
         assert isinstance(self._call, Sleep)
         busy = "work is queued" if self._scheduler.has_work() else ""
-        busy = what_holds_blocks(self._scheduler.stats()) or busy
+        busy = what_holds_blocks(self._scheduler.requests.stats()) or busy
         if not busy:
             self.phase, self._reports = SleepPhase.FALLING_ASLEEP, []
             self._tell_ranks(SleepRank(level=self._call.level))
@@ -287,7 +287,7 @@ class SleepCoordinator:
         num_bytes = sum(report.num_bytes for report in self._reports)
         sleeping = any(report.sleeping_tags for report in self._reports)
         if self.phase is SleepPhase.FALLING_ASLEEP:
-            self._scheduler.reset_prefix_cache()
+            self._scheduler.requests.reset_prefix_cache()
             if errors:
                 self._failure = "; ".join(errors)
                 self._wake(list(TAGS))

@@ -42,10 +42,16 @@ from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, 
 
 FULL = KVCacheGroup((0,), None)
 GARBAGE: KV = (-1, -1)
+PROMPT = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
+"""Two full blocks of 4 tokens and half a block."""
 
 
 def sliding(window: int) -> KVCacheGroup:
     return KVCacheGroup((0,), window)
+
+
+def output(prompt: list[int], max_tokens: int, **fields: object) -> list[int]:
+    return expected_output(prompt, SamplingParams(max_tokens=max_tokens, **fields), max_tokens)  # type: ignore[arg-type]
 
 
 def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteKV:
@@ -155,7 +161,7 @@ class FakeEngine:
         assert request_id not in self.added
         self.added[request_id] = message
         self.outputs[request_id] = []
-        self.scheduler.add(message)
+        self.scheduler.requests.add(message)
         self.take_outputs()
 
     def step(self) -> StepPlan:
@@ -171,7 +177,7 @@ class FakeEngine:
         self._launch(plan)
         if not self.runs_ahead:
             self.collect()
-        self.scheduler.register_begun()
+        self.scheduler.requests.register_pending()
         return plan
 
     def collect(self) -> None:
@@ -180,7 +186,7 @@ class FakeEngine:
             self._collect_oldest()
 
     def _launch(self, plan: StepPlan) -> None:
-        self.scheduler.check_integrity()
+        self.scheduler.requests.check_integrity()
         self._submit(plan)
         self._scribble()
         steps = [runner.launch(plan) for runner in self.runners]
@@ -197,11 +203,11 @@ class FakeEngine:
             runner.collect(step, output.tokens)
         self._scribble()
         self.scheduler.postprocess(plan, output)
-        self.scheduler.check_integrity()
+        self.scheduler.requests.check_integrity()
         self._check_leases()
         self._check_announced()
         if self.in_flight:
-            self.scheduler.register_begun()
+            self.scheduler.requests.register_pending()
             self._submit(self.scheduler.hand_over())
         self.take_outputs()
 
@@ -223,7 +229,7 @@ class FakeEngine:
         return plans
 
     def take_outputs(self) -> None:
-        for item in self.scheduler.take_outputs():
+        for item in self.scheduler.requests.take_outputs():
             assert item.request_id not in self.finished, "a request that has ended says more"
             if isinstance(item, FirstTokens):
                 self.first_tokens[item.request_id] = [token.token_id for token in item.tokens]
@@ -259,14 +265,14 @@ class FakeEngine:
             error="" if ok else "broken",
             first_tokens=[FirstToken(token_id=token_id) for token_id in first_tokens],
         )
-        self.scheduler.on_transfer_event(event)
-        self.scheduler.check_integrity()
+        self.scheduler.requests.on_transfer_event(event)
+        self.scheduler.requests.check_integrity()
         self.take_outputs()
 
     def drain(self, pull_id: str) -> None:
         del self.quarantined[pull_id]
-        self.scheduler.on_transfer_event(PullDrained(pull_id=pull_id))
-        self.scheduler.check_integrity()
+        self.scheduler.requests.on_transfer_event(PullDrained(pull_id=pull_id))
+        self.scheduler.requests.check_integrity()
 
     def end_job(self, job_id: int, *, ok: bool = True, num_bad: int = 0) -> None:
         """The copy ends, on one rank with a fault unless ``ok``; ``num_bad`` chunks of a load are
@@ -282,8 +288,8 @@ class FakeEngine:
             )
         assert merged is not None
         assert merged.ok == ok
-        self.scheduler.on_job_finished(merged)
-        self.scheduler.check_integrity()
+        self.scheduler.requests.on_job_finished(merged)
+        self.scheduler.requests.check_integrity()
         self.take_outputs()
 
     def end_jobs(self) -> None:
@@ -300,8 +306,8 @@ class FakeEngine:
 
     def end_lease(self, request_id: str, reason: str = "pulled") -> None:
         del self.leases[request_id]
-        self.scheduler.on_transfer_event(LeaseEnded(request_id=request_id, reason=reason))
-        self.scheduler.check_integrity()
+        self.scheduler.requests.on_transfer_event(LeaseEnded(request_id=request_id, reason=reason))
+        self.scheduler.requests.check_integrity()
 
     def _on_command(self, command: TransferCommand) -> None:
         match command:

@@ -97,7 +97,7 @@ def test_a_preempted_prompt_is_withdrawn_and_told_of_anew() -> None:
     engine.step()
     compute(engine)
     found = commands(engine)
-    assert engine.scheduler.stats().preemptions == 1
+    assert engine.scheduler.requests.stats().preemptions == 1
     withdrawn = found.index(WithdrawBlocks(request_id="a"))
     before, after = found[:withdrawn], found[withdrawn + 1 :]
     assert ready(before)[0] == ready(after)[0] == 0
@@ -111,7 +111,7 @@ def test_the_plan_in_which_others_get_the_blocks_withdraws_them() -> None:
     compute(engine)
     (announced,) = engine.step().commands
     assert isinstance(announced, AnnounceBlocks)
-    engine.scheduler.abort("a")
+    engine.scheduler.requests.abort("a")
     engine.take_outputs()
     engine.add("next", [6] * 20, max_tokens=1)
     plan = engine.step()
@@ -131,7 +131,7 @@ def test_one_that_ends_without_a_lease_is_withdrawn() -> None:
 def test_one_that_was_never_told_of_needs_no_withdrawal() -> None:
     engine = FakeEngine()
     compute(engine)
-    engine.scheduler.abort("a")
+    engine.scheduler.requests.abort("a")
     engine.take_outputs()
     assert engine.step().commands == []
 

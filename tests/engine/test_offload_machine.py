@@ -71,7 +71,7 @@ class OffloadMachine(SchedulerMachine):
         """Nobody waits for the load any more."""
         for request_id in self.engine.added.keys() - self.engine.finished.keys():
             self.aborted.add(request_id)
-            self.engine.scheduler.abort(request_id)
+            self.engine.scheduler.requests.abort(request_id)
         self.engine.take_outputs()
 
 

@@ -73,13 +73,13 @@ def test_row_and_blocks_of_a_stopped_request_wait_for_the_step_that_writes_to_th
     while "a" not in engine.finished:
         engine.step()
     assert len(engine.in_flight) == 1
-    assert engine.scheduler.stats().num_free_blocks < 16
-    assert engine.scheduler.stats().num_running == 0
+    assert engine.scheduler.requests.stats().num_free_blocks < 16
+    assert engine.scheduler.requests.stats().num_running == 0
     blocked = engine.scheduler.schedule_ahead()
     assert blocked is not None
     assert not blocked.scheduled, "the row was given away"
     engine.collect()
-    assert engine.scheduler.stats().num_free_blocks == 16
+    assert engine.scheduler.requests.stats().num_free_blocks == 16
     engine.run()
     assert engine.finished["a"].reason == "stop"
     assert engine.token_ids("a") == expected_output(PROMPT, stops_at(PROMPT, num_tokens), 40)
@@ -96,7 +96,7 @@ def test_a_pull_gets_the_blocks_of_an_aborted_request_only_when_its_step_has_end
     engine.add("a", PROMPT, max_tokens=8)
     engine.step()
     engine.step()
-    engine.scheduler.abort("a")
+    engine.scheduler.requests.abort("a")
     engine.take_outputs()
     assert engine.finished["a"].reason == "abort"
     engine.add("b", [3] * 13, max_tokens=2, remote_kv=remote_kv("b", 13))
@@ -119,7 +119,7 @@ def test_a_pull_does_not_get_a_block_that_the_step_in_flight_still_sees() -> Non
         engine.add(name, [5, 6], max_tokens=2, remote_kv=remote_kv(name, 2))
         engine.step()
         (pull_id,) = engine.pulls
-        engine.scheduler.abort(name)
+        engine.scheduler.requests.abort(name)
         engine.end_pull(pull_id, ok=False)
     engine.run()
     assert engine.token_ids("a") == expected_output(prompt, SamplingParams(max_tokens=20), 20)
@@ -144,7 +144,7 @@ def test_nobody_gives_blocks_up_while_a_step_runs() -> None:
     engine.step()
     assert engine.scheduler.schedule_ahead() is None
     engine.step()
-    assert engine.scheduler.stats().preemptions == 1
+    assert engine.scheduler.requests.stats().preemptions == 1
     engine.run()
     for name, prompt in (("a", [1, 2, 3]), ("b", [3, 2, 1])):
         assert engine.token_ids(name) == expected_output(prompt, SamplingParams(max_tokens=5), 5)
@@ -158,12 +158,12 @@ def test_pulled_requests_that_lack_blocks_wait_for_those_of_an_aborted_one() -> 
         engine.add(name, [5, 6, 5, 6], max_tokens=3, output=first, remote_kv=remote_kv(name, 4))
     for _ in range(7):
         engine.step()
-    assert engine.scheduler.stats().num_free_blocks == 0
+    assert engine.scheduler.requests.stats().num_free_blocks == 0
     for pull_id in list(engine.pulls):
         engine.end_pull(pull_id)
-    engine.scheduler.abort("a")
+    engine.scheduler.requests.abort("a")
     engine.run()
-    assert engine.scheduler.stats().preemptions == 0
+    assert engine.scheduler.requests.stats().preemptions == 0
     for name in "bc":
         assert engine.finished[name].reason == "length"
 

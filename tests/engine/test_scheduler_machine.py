@@ -164,7 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if candidates := living * 3 + list(self.engine.leases):
             request_id = choice.choice(candidates)
             self.aborted |= {request_id} & set(living)
-            self.engine.scheduler.abort(request_id)
+            self.engine.scheduler.requests.abort(request_id)
             self.engine.take_outputs()
 
     @rule(ahead=st.booleans())
@@ -229,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def owners_agree(self):
         if hasattr(self, "engine"):
-            self.engine.scheduler.check_integrity()
+            self.engine.scheduler.requests.check_integrity()
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -237,7 +237,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.run_to_the_end()
         for request_id in self.engine.added:
             self.check_request(request_id)
-        stats = self.engine.scheduler.stats()
+        stats = self.engine.scheduler.requests.stats()
         assert stats.num_free_blocks == self.engine.num_blocks
         assert (
             stats.num_running,

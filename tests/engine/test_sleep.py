@@ -92,6 +92,11 @@ class FakeScheduler:
     queued: bool = False
     num_resets: int = 0
 
+    @property
+    def requests(self) -> FakeScheduler:
+        """Their life is faked here, too."""
+        return self
+
     def stats(self) -> EngineStats:
         return self.counts
 

@@ -20,7 +20,11 @@ PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5,
 
 def suspects_in(engine: FakeEngine) -> list[int]:
     """Origins of the suspects of the steps in flight."""
-    return [mark - SUSPECT_BIT for mark in engine.scheduler.marks_in_flight() if mark & SUSPECT_BIT]
+    return [
+        mark - SUSPECT_BIT
+        for mark in engine.scheduler.requests.in_flight.marks()
+        if mark & SUSPECT_BIT
+    ]
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])

@@ -17,14 +17,14 @@ def pulling_engine() -> FakeEngine:
 def finish(engine: FakeEngine, **fields: object) -> None:
     pull_id = next(iter(engine.pulls))
     del engine.pulls[pull_id]
-    engine.scheduler.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
+    engine.scheduler.requests.on_transfer_event(PullFinished(pull_id=pull_id, **fields))  # type: ignore[arg-type]
 
 
 def test_a_pull_that_failed_for_good() -> None:
     engine = pulling_engine()
     finish(engine, ok=False, num_retries=2, verification_failed=True, late=True)
     engine.run()
-    stats = engine.scheduler.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_failures,
@@ -37,7 +37,7 @@ def test_a_pull_that_failed_for_good() -> None:
 def test_a_pull_that_succeeded_with_its_second_read() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_retries=1, verification_failed=True)
-    stats = engine.scheduler.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_failures,
@@ -49,7 +49,7 @@ def test_a_pull_that_succeeded_with_its_second_read() -> None:
 def test_a_pull_that_succeeds_counts_its_bytes() -> None:
     engine = pulling_engine()
     finish(engine, ok=True, num_bytes=5, seconds=0.5)
-    stats = engine.scheduler.stats()
+    stats = engine.scheduler.requests.stats()
     assert (
         stats.transfers,
         stats.transfer_bytes,
@@ -66,8 +66,11 @@ def test_a_pull_from_a_rank_that_has_died_is_counted_when_any_rank_of_the_group_
         PullFinished(pull_id=pull_id, ok=True, departed=departed) for departed in (False, True)
     ]
     for event in [event for report in reports for event in ranks.add(report)]:
-        engine.scheduler.on_transfer_event(event)
-    assert (engine.scheduler.stats().transfers, engine.scheduler.stats().departed_transfers) == (
+        engine.scheduler.requests.on_transfer_event(event)
+    assert (
+        engine.scheduler.requests.stats().transfers,
+        engine.scheduler.requests.stats().departed_transfers,
+    ) == (
         1,
         1,
     )
@@ -84,5 +87,5 @@ def test_leases_count_as_expired_only_when_their_time_was_up() -> None:
         engine.add(request_id, range(10), max_tokens=1, do_remote_decode=True)
         engine.run()
         engine.end_lease(request_id, reason)
-    stats = engine.scheduler.stats()
+    stats = engine.scheduler.requests.stats()
     assert (stats.leases_expired, stats.num_leased_requests, stats.num_free_blocks) == (2, 0, 32)

@@ -50,7 +50,7 @@ class HostStep:
         sampling = SamplingParams(max_tokens=length)
         for index in range(batch_size):
             prompt = [index + 1] + [5] * (context_tokens - 1)
-            self._scheduler.add(
+            self._scheduler.requests.add(
                 AddRequest(
                     request_id=f"request-{index}/0", prompt_token_ids=prompt, sampling=sampling
                 )
@@ -71,7 +71,7 @@ class HostStep:
         )
         self._time(
             "encode outputs",
-            lambda: from_rank.encode(Outputs(items=self._scheduler.take_outputs())),
+            lambda: from_rank.encode(Outputs(items=self._scheduler.requests.take_outputs())),
         )
         for item in plan.scheduled:
             row = self._rows[item.row]

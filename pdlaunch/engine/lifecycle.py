@@ -1,0 +1,468 @@
+"""The life of the requests of an engine, from arrival to the last word to the server.
+
+Each move between phases (see ``Phase``) is one method of ``RequestLifecycle``, which moves the
+row and the KV blocks along. ``scheduler.py`` chooses which requests move.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.engine.host_loads import HostLoads
+from pdlaunch.engine.in_flight import StepsInFlight
+from pdlaunch.engine.kv_requests import LeaseBook, PullBook
+from pdlaunch.engine.queues import RequestQueues
+from pdlaunch.engine.request import Intake, Phase, Request
+from pdlaunch.engine.request_blocks import RequestBlocks
+from pdlaunch.engine.step_builder import StepBuilder
+from pdlaunch.engine.totals import Totals
+from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
+from pdlaunch.offload.jobs import JobFinished
+from pdlaunch.offload.planner import HostHit, OffloadPlanner
+from pdlaunch.protocol.engine import (
+    AddRequest,
+    EngineStats,
+    FinishReason,
+    FirstTokens,
+    RequestFinished,
+    TokenOutput,
+    Tokens,
+    output_of,
+)
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.transfer import (
+    EndLease,
+    LeaseEnded,
+    PullDrained,
+    PullFinished,
+    SetLeaseReaders,
+    TransferCommand,
+    TransferEvent,
+)
+
+logger = logging.getLogger(__name__)
+
+NAN_LOGITS = (
+    "the model's logits for this request are not numbers (NaN), so that no token can be drawn; "
+    "look for overflow in its dtype, "
+    "or for damaged weights"
+)
+
+
+class RequestLifecycle:
+    """Owns the requests of an engine with their rows, KV blocks, leases, pulls and loads.
+
+    Lives in rank 0. Not safe for more than one thread. ``local``: engine_id, host and port of the
+    side channel, and tp_size of this engine, for the leases that it grants.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[KVCacheGroup],
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_prefix_caching: bool,
+        model_digest: str,
+        kv_transfer: KVTransferSettings,
+        local: tuple[str, str, int, int],
+        offload: OffloadPlanner | None = None,
+    ) -> None:
+        assert offload is None or enable_prefix_caching
+        self._kv = KVCacheManager(groups, num_blocks, block_size)
+        self._intake = Intake(
+            self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest
+        )
+        self._block_size = block_size
+        self._settings = kv_transfer
+        self._leases = LeaseBook(self._kv, block_size, kv_transfer, local)
+        self.blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
+        self.pulls = PullBook(self._kv, kv_transfer)
+        self.host = HostLoads(self._kv, offload)
+        self.builder = StepBuilder(max_num_seqs, tp_size=local[3])
+        self.queues = RequestQueues()
+        self.in_flight = StepsInFlight()
+        self.commands: list[TransferCommand] = []
+        """Commands for the connectors that no plan carries yet."""
+        self.may_progress = False
+        """Something has happened that may let a waiting request start; the scheduler clears it."""
+        self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
+        self._unregistered: list[Request] = []
+        """Requests whose first blocks neither the prefix cache nor the host tier knows of yet."""
+        self._totals = Totals(num_blocks)
+
+    # What the server and the connectors say
+
+    def add(self, message: AddRequest) -> None:
+        """Take a request; one that can never be served ends at once.
+
+        A second request under the id of a living one is dropped.
+        """
+        if message.request_id in self.queues.by_id:
+            logger.error(
+                "request %s is here already; the second one is dropped", message.request_id
+            )
+            return
+        request = self._intake.new_request(message)
+        self.queues.add(request)
+        self.may_progress = True
+        if error := self._intake.refusal(request):
+            self._finish(request, "error", error=error)
+        elif message.do_remote_decode and message.request_id in self._leases:
+            error = f"an earlier request {message.request_id} still has a lease; use another id"
+            self._finish(
+                request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id"
+            )
+        elif message.output:
+            self._finish_if_complete(request, message.output[-1].token_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, or the lease of a finished one. Unknown ids are ignored."""
+        if request_id in self.queues.by_id:
+            self._finish(self.queues.by_id[request_id], "abort")
+        elif request_id in self._leases:
+            self.commands.append(EndLease(request_id=request_id))
+
+    def abort_all(self) -> None:
+        """End every request, because the server has restarted. Leases stay for their readers."""
+        for request in list(self.queues.by_id.values()):
+            self._finish(request, "abort")
+
+    def set_readers(self, request_id: str, num_readers: int) -> None:
+        """Lower the number of readers after which the lease of a finished request ends.
+
+        Unknown ids are ignored.
+        """
+        if request_id in self._leases:
+            self.commands.append(SetLeaseReaders(request_id=request_id, num_readers=num_readers))
+
+    def on_transfer_event(self, event: TransferEvent) -> None:
+        """Take an event of a lease or a pull, already merged over all TP ranks."""
+        self.may_progress = True
+        match event:
+            case LeaseEnded():
+                self._totals.counts.leases_expired += event.reason == "expired"
+                self._leases.ended(event.request_id)
+            case PullFinished():
+                self._on_pull_finished(event)
+            case PullDrained():
+                self.pulls.drained(event.pull_id)
+
+    def on_job_finished(self, report: JobFinished) -> None:
+        """Take the end of a job of ``StepPlan.jobs``, already merged over all TP ranks."""
+        self.may_progress = True
+        load = self.host.finish(report)
+        if load is None or load.request is None:
+            return
+        request = load.request
+        self.queues.wait(
+            request, Phase.READY if report.ok and not request.wants_pull else Phase.WAITING
+        )
+        if not report.ok:
+            logger.warning(
+                "load of request %s from host memory failed: %s", request.request_id, report.error
+            )
+            return
+        request.num_host_tokens = load.hit.num_blocks_to_load(0) * self._block_size
+        if not request.wants_pull:
+            self._skip_to(request, load.hit.ends[0] * self._block_size)
+
+    # What the scheduler has chosen
+
+    def share(self, request: Request, hit: PrefixHit) -> None:
+        """Give a waiting request the cached blocks of ``hit``; it computes on from their end."""
+        self._kv.share(request.tables, hit)
+        self._skip_to(request, request.tables.end * self._block_size)
+
+    def seat(self, request: Request) -> None:
+        """Move a waiting or ready request into the batch."""
+        self.queues.run(request)
+        self.builder.seat(request)
+
+    def load(self, request: Request, hit: HostHit) -> None:
+        """Let a waiting request wait for the blocks of ``hit`` from host memory."""
+        self.host.start(request, hit)
+        self.queues.await_kv(request, Phase.LOADING)
+
+    def pull(self, request: Request, hit: PrefixHit) -> None:
+        """Let a waiting request wait for the prompt's blocks that ``hit`` lacks; ready if none."""
+        command = self.pulls.start(request, hit)
+        if command is not None:
+            self.commands.append(command)
+            self.queues.await_kv(request, Phase.PULLING)
+            return
+        self.commands.append(self.pulls.tell_holder(request))
+        self._kv.share(request.tables, hit)
+        request.phase = Phase.READY
+        self._take_pulled(request)
+
+    def preempt(self, request: Request) -> None:
+        """Take all blocks from a running or ready request; it starts anew. No step is in flight."""
+        assert not self.in_flight
+        self.register_pending()
+        if request.phase is Phase.RUNNING:
+            self.builder.unseat(request)
+        self.queues.preempt(request)
+        self._withdraw(request)
+        self.host.store(request, range(request.num_registered_blocks))
+        self._kv.free(request.tables)
+        request.num_computed = request.num_registered_blocks = 0
+        request.may_load = True
+        self._totals.counts.preemptions += 1
+        self.may_progress = True
+
+    def offer_partial(self, requests: Iterable[Request]) -> None:
+        """Let decode engines read what is complete of the prompts for which they wait."""
+        self.commands += [
+            self._leases.announce(request) for request in requests if request.message.is_awaited
+        ]
+
+    def register_pending(self) -> None:
+        """Let other requests find the blocks that new ones did not have to compute.
+
+        No step needs this, so the loop calls it while one runs. It must also come before anything
+        that looks for cached blocks or takes blocks back.
+        """
+        pending, self._unregistered = self._unregistered, []
+        for request in pending:
+            self._register(request)
+
+    # What a step has computed
+
+    def advance(self, request: Request, num_tokens: int) -> None:
+        """Account for ``num_tokens`` more computed tokens."""
+        request.num_computed += num_tokens
+        self._register(request)
+
+    def take_token(self, request: Request, token: TokenOutput | None) -> None:
+        """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
+        if token is None:
+            logger.error("request %s ends: its logits are NaN", request.request_id)
+            self._finish(request, "error", error=NAN_LOGITS)
+            return
+        request.token_ids.append(token.token_id)
+        if request.is_suspect:
+            request.survive()
+        self._totals.counts.generation_tokens += 1
+        if not self._finish_if_complete(request, token.token_id, token):
+            self.builder.add_sampled(request)
+            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+
+    def let_go(self, request: Request) -> None:
+        """Free row and blocks of a request that has ended and that no step computes any more."""
+        if request in self._unregistered:
+            self.register_pending()
+        if request.row is not None:
+            self.builder.unseat(request)
+        self._kv.free(request.tables)
+        self.may_progress = True
+
+    # What others ask
+
+    def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:
+        """Return what the server has to be told since the last call, in order."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks, whose content is lost. No request, lease or transfer is left."""
+        assert not self.queues.by_id
+        self._kv.pool.forget_cached()
+
+    def stats(self) -> EngineStats:
+        """Return the totals since the start, and how many requests and blocks are where now."""
+        pool = self._kv.pool
+        return msgspec.structs.replace(
+            self.host.add_to(self._totals.counts),
+            num_running=len(self.queues.running),
+            num_waiting=len(self.queues.waiting),
+            num_waiting_for_kv=self.queues.num_waiting_for_kv,
+            num_leased_requests=len(self._leases),
+            num_free_blocks=pool.num_free_blocks,
+            num_leased_blocks=pool.num_leased_blocks,
+            num_quarantined_blocks=pool.num_quarantined_blocks,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that each request is in its place and each block has the owner that its request,
+        lease, pull or load says. Raises AssertionError.
+        """
+        requests = {*self.queues.by_id.values(), *self.in_flight.ended()}
+        owned = [block_id for request in requests for block_id in request.tables.all_ids()]
+        self._kv.pool.check_integrity(
+            owned=[*owned, *self.pulls.shared_ids(), *self.host.shared_ids()],
+            leased=self._leases.all_ids(),
+            held=self.host.held_ids(),
+            pulling=[*self.pulls.pulling_ids(), *self.host.loading_ids()],
+            quarantined=self.pulls.quarantined_ids(),
+        )
+        self.host.check_integrity()
+        self.queues.check_integrity()
+        self.in_flight.check_integrity(requests)
+        for request in requests:
+            assert request.num_scheduled <= request.tables.end * self._block_size
+            assert request.row is None or self.builder.request_at(request.row) is request
+
+    # Moves
+
+    def _skip_to(self, request: Request, num_computed: int) -> None:
+        """Note that the request got its first ``num_computed`` tokens without computing them."""
+        request.num_computed = num_computed
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
+            self._totals.add_prompt(request, request.num_cached_tokens)
+        self._unregistered.append(request)
+
+    def _register(self, request: Request) -> None:
+        """Let others find the request's full blocks, here and in host memory."""
+        self.host.store(request, self.blocks.register(request))
+
+    def _take_pulled(self, request: Request) -> None:
+        """Note that the request owns all blocks of its prompt."""
+        request.wants_pull = False
+        self._skip_to(request, request.num_pulled_tokens)
+
+    def _on_pull_finished(self, event: PullFinished) -> None:
+        pull = self.pulls.finish(event)
+        if pull is None:
+            return
+        if pull.tells_of_blocks(event):
+            self._totals.add_pull(event)
+        request = pull.request
+        if request is None:
+            return
+        self.queues.wait(request, Phase.READY if event.ok else Phase.WAITING)
+        request.wants_pull = False
+        if event.ok:
+            request.num_remote_tokens = max(
+                0, request.num_pulled_tokens - pull.hit.end(0) * self._block_size
+            )
+            self._take_pulled(request)
+        goes_on = not pull.awaits or self._take_first_token(request, event)
+        if goes_on and not event.ok:
+            self._do_without(request, event.error)
+
+    def _take_first_token(self, request: Request, event: PullFinished) -> bool:
+        """Take the first token from the lease that the request waited for.
+
+        False: the request has ended, with this token or because there was no lease.
+        """
+        if not event.first_tokens:
+            error = f"the lease on the prompt's KV blocks did not come: {event.error}"
+            self._finish(request, "error", error=error, error_param="kv_transfer_params")
+            return False
+        token = output_of(event.first_tokens[0])
+        self._outputs.append(FirstTokens(request_id=request.request_id, tokens=[token]))
+        request.token_ids.append(token.token_id)
+        return not self._finish_if_complete(request, token.token_id)
+
+    def _do_without(self, request: Request, cause: str) -> None:
+        """Recompute the prompt whose pull has failed, or end the request, as settings say."""
+        logger.warning("pull of request %s failed: %s", request.request_id, cause)
+        if self._settings.on_failure == "fail":
+            self._finish(
+                request, "error", error=f"the prompt's KV blocks could not be pulled: {cause}"
+            )
+        else:
+            self._totals.counts.recomputed_requests += 1
+
+    def _finish_if_complete(
+        self, request: Request, token_id: int, token: TokenOutput | None = None
+    ) -> bool:
+        """End the request if ``token_id`` ends it. ``token``: None if the server knows it."""
+        reason = request.end_of(token_id)
+        if reason is None:
+            return False
+        remote_kv = None if token is None else self._grant_lease(request, token, reason)
+        if (
+            remote_kv is not None
+            and token is not None
+            and reason == "length"
+            and request.message.num_readers == 1
+        ):
+            # The token can be streamed before the answer with the lease. With more choices the
+            # answer needs all their tokens at once.
+            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+            token = None
+        self._finish(
+            request,
+            reason,
+            tokens=[] if token is None else [token],
+            stop_token_id=token_id if reason == "stop" else None,
+            remote_kv=remote_kv,
+        )
+        return True
+
+    def _grant_lease(
+        self, request: Request, token: TokenOutput, reason: FinishReason
+    ) -> RemoteKV | None:
+        """Put the prompt's blocks under a lease if another engine may decode on.
+
+        A stopped choice gets one too if there are others, which may go on; the server ends a lease
+        that nobody needs.
+        """
+        num_readers = request.message.num_readers
+        assert not (request.message.do_remote_decode and request.num_in_flight)
+        if (
+            not request.message.do_remote_decode
+            or num_readers < 1
+            or (reason == "stop" and num_readers == 1)
+        ):
+            return None
+        command, remote = self._leases.grant(request, token, reason)
+        self.commands.append(command)
+        return remote
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        tokens: list[TokenOutput] | None = None,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+        error_param: str | None = None,
+        remote_kv: RemoteKV | None = None,
+    ) -> None:
+        """End a request: give back what it holds, unless a step in flight still uses it, and tell
+        the server.
+        """
+        self._withdraw(request)
+        if request.phase is Phase.PULLING:
+            self.commands.append(self.pulls.cancel(request))
+        elif request.phase is Phase.LOADING:
+            self.host.cancel(request)
+        # A reader that gives up before there is a lease leaves its share to another reader.
+        if (
+            request.wants_pull
+            and not request.message.awaits_lease
+            and request.phase is not Phase.PULLING
+        ):
+            self.commands.append(self.pulls.tell_holder(request))
+        if not self.in_flight.keep(request):
+            self.let_go(request)
+        self.queues.end(request)
+        self._outputs.append(
+            RequestFinished(
+                request_id=request.request_id,
+                reason=reason,
+                tokens=tokens or [],
+                stop_token_id=stop_token_id,
+                error=error,
+                error_param=error_param,
+                num_cached_tokens=request.num_cached_tokens or 0,
+                remote_kv=remote_kv,
+            )
+        )
+
+    def _withdraw(self, request: Request) -> None:
+        """Stop decode engines from reading the request's partial prompt, if it was offered."""
+        if request.is_announced:
+            self.commands.append(self._leases.withdraw(request))
