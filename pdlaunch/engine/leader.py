@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.held_answers import HeldAnswers
 from pdlaunch.engine.launched_step import LaunchedStep
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
@@ -35,16 +34,11 @@ from pdlaunch.protocol.engine import (
     WakeUp,
     Welcome,
 )
-from pdlaunch.protocol.transfer import LeaseEnded, LeaseGranted
 from pdlaunch.transfer.worker import TransferWorker
 
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
-GRANT_WAIT_S = 0.05
-"""For ranks to write leases down, which usually takes a millisecond; an answer that waits longer
-waits for the next step too.
-"""
 
 
 class Leader:
@@ -64,14 +58,12 @@ class Leader:
         server: ServerLink,
         followers: LeaderChannel | None,
         offload: OffloadWorker | None = None,
-        wait_for_ranks: Callable[[float], None] | None = None,
         announce: Callable[[SleepState], None] = lambda _: None,
         record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``wait_for_ranks``: up to so many seconds, for news of their transfers; None where they
-        do not write leases down. ``announce``: tells the supervisor whether peers may read this
-        rank's memory. ``record``: notes for whom steps run.
+        """``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
+        notes for whom steps run.
         """
         self._welcome = Welcome(
             engine_id=engine_id,
@@ -92,8 +84,6 @@ class Leader:
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
         self._running: tuple[StepPlan, LaunchedStep] | None = None
-        self._held = HeldAnswers(holds=wait_for_ranks is not None)
-        self._wait_for_ranks = wait_for_ranks
         self._record = record
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
@@ -165,13 +155,11 @@ class Leader:
         if plan is None:
             return False
         self._submit(plan)
-        # Nothing that the ranks must write down first may keep the device waiting.
-        self._send_released()
+        self._send_outputs()
         following = self._launch(plan)
         self._collect()
         self._running = following
         self._requests.register_pending()
-        self._send_outputs()
         return True
 
     def _launch(self, plan: StepPlan) -> tuple[StepPlan, LaunchedStep] | None:
@@ -189,9 +177,8 @@ class Leader:
         self._scheduler.postprocess(plan, self._runner.collect(launched))
         # Readers of a lease may be waiting for it: before anything is sent.
         self._submit(self._scheduler.hand_over())
-        # At once: neither the next plan nor the transfer thread's work is to hold up what promises
-        # no blocks, and what does is held before the ranks' word of its lease is received.
-        self._send_released()
+        # At once: the next plan is not to hold up the answers.
+        self._send_outputs()
 
     def _receive(self) -> None:
         for message in self._server.receive():
@@ -203,7 +190,6 @@ class Leader:
             case Hello():
                 self._requests.abort_all()
                 self._requests.take_outputs()
-                self._held.clear()
                 self._sleep.forget_caller()
                 self._server.send(
                     msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)
@@ -247,10 +233,7 @@ class Leader:
                     self._sleep.on_report(report.sleep)
         for event in events:
             for merged in self._events.add(event):
-                if isinstance(merged, LeaseGranted | LeaseEnded):
-                    self._held.release(merged.request_id)
-                if not isinstance(merged, LeaseGranted):
-                    self._requests.on_transfer_event(merged)
+                self._requests.on_transfer_event(merged)
         for job in jobs:
             if (ended := self._jobs.add(job)) is not None:
                 self._requests.on_job_finished(ended)
@@ -271,23 +254,8 @@ class Leader:
             self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
-        self._send_released()
-        if self._wait_for_ranks is not None:
-            self._await_grants(self._wait_for_ranks)
-
-    def _send_released(self) -> None:
-        if outputs := self._held.sift(self._requests.take_outputs()):
+        if outputs := self._requests.take_outputs():
             self._server.send(Outputs(items=outputs))
-
-    def _await_grants(self, wait_for_ranks: Callable[[float], None]) -> None:
-        """An answer that is held must not wait for a whole step when the ranks need but a moment
-        for its lease.
-        """
-        deadline_s = self._clock() + GRANT_WAIT_S
-        while self._held.waits and (left_s := deadline_s - self._clock()) > 0:
-            wait_for_ranks(left_s)
-            self._receive_events()
-            self._send_released()
 
     def _send_stats(self) -> None:
         """Also when nothing is new: the server takes silence for a rank that hangs."""

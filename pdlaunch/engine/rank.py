@@ -18,7 +18,7 @@ from functools import partial
 import zmq
 
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
-from pdlaunch.engine.leader import GRANT_WAIT_S, Leader
+from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.server_link import ServerLink
@@ -46,7 +46,6 @@ from pdlaunch.protocol.control import (
     Stop,
 )
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.protocol.transfer import GrantLease, LeaseGranted, TransferEvent
 from pdlaunch.transfer.channel.engine_id import draw_engine_id
 from pdlaunch.transfer.connectors.opening import new_connector
 from pdlaunch.transfer.faults import read_fault_plan
@@ -156,7 +155,6 @@ class RankProcess:
             server=server,
             followers=followers,
             offload=offload,
-            wait_for_ranks=self._waits_for(followers) if transfer.lends else None,
             announce=self._control.send,
             record=StepRecord(self._bootstrap.step_record).write,
         )
@@ -214,8 +212,6 @@ class RankProcess:
                         transfer.submit(message.commands)
                         if offload is not None:
                             offload.submit(message.jobs)
-                        if events := self._await_grants(transfer, message):
-                            leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
                         # Not collected: rank 0 learns of its own end, which needs ours.
                         runner.launch(message)
             if report is not None:
@@ -224,28 +220,6 @@ class RankProcess:
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
             if offload is not None and (jobs := offload.take_finished()):
                 leader.report(StepDone(tp_rank=tp_rank, step_id=-1, jobs=jobs))
-
-    def _waits_for(self, followers: LeaderChannel | None) -> Callable[[float], None]:
-        """Waits for news of the transfers of this rank and of the others."""
-        poller = self._poller(*(() if followers is None else (followers.socket,)))
-        return lambda timeout_s: self._wait(poller, timeout_s)
-
-    def _await_grants(self, transfer: TransferWorker, plan: StepPlan) -> list[TransferEvent]:
-        """Transfer events, once the leases of a plan are written down: rank 0 holds their answers
-        until it has heard of that.
-        """
-        granted = {
-            command.request_id for command in plan.commands if isinstance(command, GrantLease)
-        }
-        if not (granted and transfer.lends):
-            return []
-        events: list[TransferEvent] = []
-        poller, deadline_s = self._poller(), time.monotonic() + GRANT_WAIT_S
-        while granted and (left_s := deadline_s - time.monotonic()) > 0:
-            self._wait(poller, left_s)
-            events += transfer.take_events()
-            granted -= {event.request_id for event in events if isinstance(event, LeaseGranted)}
-        return events
 
     def _join_group(self) -> TPGroup | None:
         if self._spec.tensor_parallel_size == 1:

@@ -29,7 +29,6 @@ class Totals:
         counts = self.counts
         if event.ok:
             counts.transfers += 1
-            counts.departed_transfers += event.departed
             counts.transfer_bytes += event.num_bytes
             counts.transfer_seconds += event.seconds
         else:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from pdlaunch.protocol.transfer import (
     LeaseEnded,
-    LeaseGranted,
     PullDrained,
     PullFinished,
     TransferEvent,
@@ -20,15 +19,12 @@ class EventAggregator:
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
-        self._num_granted: dict[str, int] = {}
         self._leases: dict[str, list[LeaseEnded]] = {}
         self._finished: dict[str, list[PullFinished]] = {}
         self._num_drained: dict[str, int] = {}
 
     def add(self, event: TransferEvent) -> list[TransferEvent]:
         match event:
-            case LeaseGranted():
-                events = self._add_grant(event)
             case LeaseEnded():
                 events = self._add_lease(event)
             case PullFinished():
@@ -38,13 +34,6 @@ class EventAggregator:
                 self._num_drained[event.pull_id] = self._num_drained.get(event.pull_id, 0) + 1
                 events = self._pull_events(event.pull_id, newly_finished=False)
         return events
-
-    def _add_grant(self, event: LeaseGranted) -> list[TransferEvent]:
-        num_granted = self._num_granted.pop(event.request_id, 0) + 1
-        if num_granted == self._tp_size:
-            return [event]
-        self._num_granted[event.request_id] = num_granted
-        return []
 
     def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
         reports = self._leases.setdefault(event.request_id, [])
@@ -91,7 +80,6 @@ def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
         read_s=max(report.read_s for report in reports),
         verification_failed=any(report.verification_failed for report in reports),
         late=any(report.late for report in reports),
-        departed=not failed and any(report.departed for report in reports),
         num_retries=sum(report.num_retries for report in reports),
         first_tokens=next((report.first_tokens for report in reports if report.first_tokens), []),
     )

@@ -122,9 +122,6 @@ class HandleMapping(PeerMapping):
             undo.pop_all()
         self.address = self._start + shared.offset_bytes
         self.num_bytes = shared.num_bytes
-        # Measured for descriptors (FACTS: right bytes after kill -9); of fabric handles nobody has
-        # tried it.
-        self.outlives_owner = shared.kind == "posix_fd"
 
     def close(self) -> None:
         self._driver.unmap(self._start, self._allocation_bytes)
@@ -133,8 +130,6 @@ class HandleMapping(PeerMapping):
 
 class IpcMapping(PeerMapping):
     """A peer's cudaMalloc allocation. CUDA leaves open what becomes of it when its owner dies."""
-
-    outlives_owner = False
 
     def __init__(self, driver: PeerDriver, shared: SharedRange) -> None:
         """``shared``: cuda_ipc. Raises DriverRefused."""

@@ -95,8 +95,6 @@ def _take_pages(region: mmap.mmap) -> None:
 class HostMapping(PeerMapping):
     """A peer's memfd, for reading."""
 
-    outlives_owner = True
-
     def __init__(self, shared: SharedRange, fd: int) -> None:
         """Raises NotShareable."""
         shared.check()

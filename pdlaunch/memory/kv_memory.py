@@ -73,8 +73,6 @@ class PeerMapping(ABC):
     address: int
     """Of its first byte."""
     num_bytes: int
-    outlives_owner: bool
-    """It stays readable, with its bytes, after the owner's process has died."""
 
     @abstractmethod
     def close(self) -> None:

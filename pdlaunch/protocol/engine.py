@@ -246,7 +246,6 @@ class EngineStats(Message):
     recomputed_requests: int = 0
     leases_expired: int = 0
     late_reads: int = 0
-    departed_transfers: int = 0
     verification_failures: int = 0
     offload_stores: int = 0
     offload_stored_bytes: int = 0

@@ -110,14 +110,6 @@ TransferCommand = (
 )
 
 
-class LeaseGranted(Message):
-    """Prefill: this rank has written the lease down: its death costs the reader nothing any more.
-    Only of ranks with a ledger.
-    """
-
-    request_id: str
-
-
 class LeaseEnded(Message):
     """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have
     said so.
@@ -147,8 +139,6 @@ class PullFinished(Message):
     """The lease had ended before the READ was over: the bytes may be another request's."""
     num_retries: int = 0
     """READs that were repeated."""
-    departed: bool = False
-    """A holder died before the pull had ended; what it has left was enough."""
     first_tokens: list[FirstToken] = []
     """What the lease says of them, also of a pull that failed after it was known; empty when none
     was.
@@ -161,4 +151,4 @@ class PullDrained(Message):
     pull_id: str
 
 
-TransferEvent = LeaseGranted | LeaseEnded | PullFinished | PullDrained
+TransferEvent = LeaseEnded | PullFinished | PullDrained

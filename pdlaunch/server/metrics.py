@@ -57,10 +57,6 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
         "Requests whose prompt was recomputed after failed pulls.",
     ),
     "leases_expired": ("kv_leases_expired", "Leases that nobody pulled in time."),
-    "departed_transfers": (
-        "kv_departed_transfers",
-        "Pulls that succeeded though a prefill rank had died: its memory outlives it.",
-    ),
     "late_reads": (
         "kv_late_reads",
         "Pulls whose bytes came after their lease had ended; they were not used.",

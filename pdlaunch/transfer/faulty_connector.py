@@ -56,7 +56,6 @@ class FaultyConnector(Connector):
         self.path = inner.path
         self.agent_name = inner.agent_name
         self.pushes = inner.pushes  # type: ignore[misc]
-        self.lends = inner.lends
         self._inner = inner
         self._faults = faults
         self._clock = clock
@@ -83,12 +82,6 @@ class FaultyConnector(Connector):
 
     def use_path(self, peer: PeerHandle, path: str) -> None:
         self._inner.use_path(peer, path)
-
-    def outlives(self, peer: PeerHandle) -> bool:
-        return self._inner.outlives(peer)
-
-    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        return self._inner.peer_file(peer, name)
 
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         self._num_reads += 1

@@ -23,7 +23,6 @@ from pdlaunch.protocol.transfer import (
     CancelPull,
     EndLease,
     GrantLease,
-    LeaseGranted,
     SetLeaseReaders,
     StartPull,
     TransferCommand,
@@ -41,7 +40,6 @@ from pdlaunch.transfer.decode_side.pull_table import PullTable
 from pdlaunch.transfer.prefill_side.early import EarlyQuestions
 from pdlaunch.transfer.prefill_side.holder import Holder, HolderCard
 from pdlaunch.transfer.prefill_side.push import PushDesk
-from pdlaunch.transfer.will import new_will
 
 LONGEST_SLEEP_S = 60.0
 
@@ -92,10 +90,8 @@ class TransferLoop:
         self._socket = holder_socket
         self._connector = connector
         self._events: list[TransferEvent] = []
-        self._will = new_will() if connector.lends else None
-        files = {} if self._will is None else self._will.files
         scratch = _new_scratch(memory, connector.agent_name)
-        local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source, files)
+        local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
         connector.open(local)
         compatibility = compatibility_of(
             spec,
@@ -110,9 +106,7 @@ class TransferLoop:
         card = HolderCard(
             identity, compatibility, geometry, connector.agent_name, connector.agent_metadata()
         )
-        self._holder = Holder(
-            card, hasher, clock, None if self._will is None else self._will.ledger
-        )
+        self._holder = Holder(card, hasher, clock)
         self._early = EarlyQuestions(self._holder.is_early, clock)
         self._pushes = PushDesk(self._holder, connector, clock)
         setup = PeerSetup(
@@ -125,9 +119,7 @@ class TransferLoop:
             clock=clock,
             report=report,
         )
-        self._peers = new_peer_table(
-            setup, eager=spec.role == "decode", gives_way=memory.kv_cache.device.type != "cpu"
-        )
+        self._peers = new_peer_table(setup, eager=spec.role == "decode")
         puller = Puller(
             engine_id=identity.engine_id,
             tp_rank=identity.tp_rank,
@@ -223,10 +215,8 @@ class TransferLoop:
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived and do what is due; returns what has happened."""
         self._answer()
-        granted = self._holder.take_granted()
-        if self._connector.lends:
-            self._events += [LeaseGranted(request_id=request_id) for request_id in granted]
-        if granted:
+        # Readers are answered first, and read while the checksums are computed.
+        if self._holder.advance_checksums():
             self._answer()
         self._peers.advance()
         self._pulls.advance()
@@ -239,7 +229,7 @@ class TransferLoop:
         """Add every socket that may have something to receive."""
         poller.register(self._socket.socket, zmq.POLLIN)
         for peer in self._peers.all():
-            if peer.channel is not None and peer.channel.socket is not None:
+            if peer.channel is not None:
                 poller.register(peer.channel.socket, zmq.POLLIN)
 
     def sleep_s(self) -> float:
@@ -273,8 +263,6 @@ class TransferLoop:
         for peer in self._peers.all():
             peer.lose("this rank is closing")
         self._connector.close()
-        if self._will is not None:
-            self._will.close()
 
     def _answer(self) -> None:
         """All questions that can be answered now."""

@@ -123,10 +123,6 @@ class TransferWorker:
         )
         assert kv_cache.is_contiguous()
         assert tuple(kv_cache.shape[1:]) == layout.block_shape()
-        self.lends = connector.lends
-        """Every lease is written down for the time after this rank's death; LeaseGranted says
-        when.
-        """
         self._wake_engine = wake
         self._connector = connector
         self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()

@@ -81,7 +81,6 @@ def make_leader(
     recorder: Any,
     clock: Callable[[], float] = time.monotonic,
     *,
-    wait_for_ranks: Callable[[float], None] | None = None,
     record: Callable[[Sequence[int]], None] = lambda _: None,
     **changes: object,
 ) -> Leader:
@@ -95,7 +94,6 @@ def make_leader(
         scheduler=scheduler,
         server=recorder,
         followers=None,
-        wait_for_ranks=wait_for_ranks,
         record=record,
         clock=clock,
     )

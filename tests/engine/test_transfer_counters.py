@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.protocol.transfer import PullFinished
 from tests.engine.fake_engine import FakeEngine, remote_kv
 
@@ -56,24 +55,6 @@ def test_a_pull_that_succeeds_counts_its_bytes() -> None:
         stats.transfer_seconds,
         stats.transfer_failures,
     ) == (1, 5, 0.5, 0)
-
-
-def test_a_pull_from_a_rank_that_has_died_is_counted_when_any_rank_of_the_group_had_one() -> None:
-    engine = pulling_engine()
-    ranks = EventAggregator(tp_size=2)
-    pull_id = next(iter(engine.pulls))
-    reports = [
-        PullFinished(pull_id=pull_id, ok=True, departed=departed) for departed in (False, True)
-    ]
-    for event in [event for report in reports for event in ranks.add(report)]:
-        engine.scheduler.requests.on_transfer_event(event)
-    assert (
-        engine.scheduler.requests.stats().transfers,
-        engine.scheduler.requests.stats().departed_transfers,
-    ) == (
-        1,
-        1,
-    )
 
 
 def test_leases_count_as_expired_only_when_their_time_was_up() -> None:

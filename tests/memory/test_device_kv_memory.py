@@ -93,7 +93,6 @@ def test_a_handle_is_imported_mapped_made_accessible_and_let_go_in_this_order(ki
     assert driver.calls == ["import_handle", "reserve", "map", "release", "set_access"]
     assert driver.held == {"addresses", "mapping"}, "the mapping alone keeps the memory"
     assert (mapping.address, mapping.num_bytes) == (0x10000 + 64, 1024)
-    assert mapping.outlives_owner == (kind == "posix_fd")
     mapping.close()
     assert driver.calls[5:] == ["unmap", "free_address"]
     assert not driver.held
@@ -110,7 +109,7 @@ def test_a_refusal_leaves_nothing_mapped(refuses: str) -> None:
 def test_an_ipc_handle_is_opened_once_and_closed_by_its_start() -> None:
     driver = FakePeerDriver()
     mapping = memory_with(driver).map(shared("cuda_ipc"), None)
-    assert (mapping.address, mapping.outlives_owner) == (0x20000 + 64, False)
+    assert mapping.address == 0x20000 + 64
     mapping.close()
     assert driver.calls == ["open_ipc", "close_ipc"]
     driver.refuses = "open_ipc"

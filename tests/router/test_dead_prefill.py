@@ -1,5 +1,5 @@
-"""A prefill engine that dies after its answer: its blocks may outlive it, and decode is told of
-them all the same.
+"""A prefill engine dies after its answer: decode gets its params all the same, and computes the
+prompt again if the blocks are gone.
 """
 
 from __future__ import annotations

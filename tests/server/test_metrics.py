@@ -67,7 +67,6 @@ async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: Fak
         "recomputed_requests": "kv_recomputed_requests",
         "verification_failures": "kv_verification_failures",
         "late_reads": "kv_late_reads",
-        "departed_transfers": "kv_departed_transfers",
         "leases_expired": "kv_leases_expired",
     }
     await rank.stats(
@@ -75,7 +74,7 @@ async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: Fak
     )
     await engine.complete(max_tokens=1)
     found = await scrape(engine)
-    assert [found[f"pdlaunch_{name}_total"] for name in counts.values()] == [1, 2, 3, 4, 5, 6, 7]
+    assert [found[f"pdlaunch_{name}_total"] for name in counts.values()] == [1, 2, 3, 4, 5, 6]
     assert found["pdlaunch_kv_blocks_quarantined"] == 8
     documented = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
     assert all(f"`pdlaunch_{name}_total`" in documented for name in counts.values())

@@ -160,13 +160,6 @@ class FakeConnector(Connector):
     def remove_peer(self, peer: PeerHandle) -> None:
         self.peers.remove(peer)  # type: ignore[arg-type]
 
-    def outlives(self, peer: PeerHandle) -> bool:
-        return bool(self.fabric.agents[peer].files)  # type: ignore[index]
-
-    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        assert peer in self.peers
-        return self.fabric.agents[peer].files.get(name)  # type: ignore[index]
-
     def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
         self.block_reads.append(read)
         remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]

@@ -429,7 +429,7 @@ def test_checksums_are_stated_while_the_blocks_are_read(world, holder):
     world.turn()
     assert world.reads == [[1, 2]]
     assert world.events == []
-    holder.holder.take_granted()
+    holder.holder.advance_checksums()
     world.turn()
     assert world.finished().ok
     assert len(holder.sent(StateChecksums)) == 1
@@ -451,7 +451,7 @@ def test_a_holder_that_states_nonsense_fails_the_pull(world, holder, groups, err
     )
     world.pulls.start(awaited(holder, [1, 2]))
     world.turn()
-    holder.holder.take_granted()
+    holder.holder.advance_checksums()
     world.turn()
     finished = world.finished()
     assert not finished.ok

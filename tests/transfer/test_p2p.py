@@ -5,7 +5,6 @@ connector.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +57,7 @@ class Rank:
         )
 
 
-def memory_of(name: str, *, num_heads: int = 3, files: dict[str, int] | None = None) -> LocalMemory:
+def memory_of(name: str, *, num_heads: int = 3) -> LocalMemory:
     source, layout = HostKVMemory(), layout_of(num_heads)
     kv_cache = (
         source.zeros(NUM_BLOCKS * layout.block_bytes)
@@ -68,17 +67,15 @@ def memory_of(name: str, *, num_heads: int = 3, files: dict[str, int] | None = N
     kv_cache.copy_(random_cache(layout, NUM_BLOCKS, sum(name.encode())))
     scratch = source.zeros(SCRATCH_BYTES)
     write_pattern(scratch, f"{name}#1")
-    return LocalMemory(kv_cache, scratch, layout, source, files or {})
+    return LocalMemory(kv_cache, scratch, layout, source)
 
 
 def p2p(name: str, **options: Any) -> P2PConnector:
     return P2PConnector(name, 1, binding=DeviceBinding(None), **{"host": "here"} | options)
 
 
-def open_rank(
-    name: str, *, num_heads: int = 3, files: dict[str, int] | None = None, **options: Any
-) -> Rank:
-    rank = Rank(p2p(name, **options), memory_of(name, num_heads=num_heads, files=files))
+def open_rank(name: str, *, num_heads: int = 3, **options: Any) -> Rank:
+    rank = Rank(p2p(name, **options), memory_of(name, num_heads=num_heads))
     rank.connector.open(rank.memory)
     return rank
 
@@ -173,22 +170,6 @@ def test_the_scratch_is_read_over_the_path_that_is_offered(ranks: Callable[..., 
     puller.connector.release(handle)
     puller.connector.use_path(peer, "p2p/memfd")
     puller.connector.remove_peer(peer)
-
-
-def test_files_are_handed_over_until_the_peer_is_removed(ranks: Callable[..., Rank]) -> None:
-    ledger = os.memfd_create("ledger")
-    os.write(ledger, b"leases")
-    puller, holder = ranks("a"), ranks("b", files={"ledger": ledger})
-    peer = puller.add(holder)
-    fd = puller.connector.peer_file(peer, "ledger")
-    assert fd is not None
-    assert os.pread(fd, 10, 0) == b"leases"
-    assert puller.connector.peer_file(peer, "other") is None
-    assert puller.connector.outlives(peer)
-    puller.connector.remove_peer(peer)
-    with pytest.raises(OSError):
-        os.fstat(fd)
-    os.close(ledger)
 
 
 def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
@@ -317,7 +298,6 @@ def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(
     assert puller.paths.name == "fake+p2p"
     peer = puller.rank.add(holder.rank)
     assert puller.paths.paths(peer) == ["p2p/memfd", "fake/memory"]
-    assert not puller.paths.outlives(peer), "no path is chosen yet"
     for path in puller.paths.paths(peer):
         handle, _ = puller.paths.start_scratch_read(peer, path)
         assert await_end(puller.paths, handle) == "done"
@@ -327,7 +307,6 @@ def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(
     assert read(puller.rank, peer, [1], [2]) == "done"
     assert torch.equal(puller.rank.memory.kv_cache[1], holder.rank.memory.kv_cache[2])
     assert len(puller.fake.fabric.reads) == num_reads
-    assert puller.paths.outlives(peer)
     puller.paths.remove_peer(peer)
 
 
@@ -336,8 +315,6 @@ def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
     peer = puller.rank.add(holder.rank)
     puller.paths.use_path(peer, "fake/memory")
     assert read(puller.rank, peer, [1], [2]) == "done"
-    assert not puller.paths.outlives(peer)
-    assert puller.paths.peer_file(peer, "ledger") is None
     holder.paths.close()
     assert holder.paths.wait_unmapped(TIMEOUT_S), "what is not used is unmapped"
     puller.paths.remove_peer(peer)

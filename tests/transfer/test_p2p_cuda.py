@@ -11,7 +11,7 @@ import torch
 
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.sockets import LaunchKeys, new_launch_keys
-from pdlaunch.protocol.transfer import LeaseGranted, PullDrained, PullFinished
+from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
@@ -138,8 +138,8 @@ def test_heads_of_ranks_of_another_tp_size(
 def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     start: Start, devices: tuple[str, str], with_cumem: bool, path: str
 ) -> None:
-    """CuMem memory by descriptor outlives its owner: that pull is finished from it. Any way the
-    next holder is read.
+    """The pull fails, or ends with the right bytes; the blocks come back, and the next holder is
+    read.
     """
     options = {"path": path} | (
         LARGE | {"num_blocks": NUM_SLOW_BLOCKS} if path == "nixl" and with_cumem else LARGE
@@ -148,19 +148,15 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
         start(role, device, with_cumem, **options)
         for role, device in zip(("prefill", "decode"), devices, strict=True)
     )
-    ready = connect(puller, holder)
+    connect(puller, holder)
     blocks = list(range(options["num_blocks"]))
     holder.submit(grant("r", blocks[::-1], lease_s=TIMEOUT_S))
-    if path == "p2p":
-        holder.wait("event", LeaseGranted, TIMEOUT_S)
     expected = holder.call("digest", True)
     puller.call("kill_after_post", holder.process.pid)
     puller.submit(pull("p", holder.remote("r"), blocks, timeout_s=TIMEOUT_S))
     holder.process.join(TIMEOUT_S)
     puller.call("registry", [puller.entry()])
     finished = finish(puller)
-    if ready.path.startswith("p2p/posix_fd"):
-        assert finished.ok, finished.error
     if finished.ok:
         assert puller.call("digest", False) == expected
     if finished.in_flight:

@@ -60,7 +60,7 @@ class PromptHolder(Holder):
 
     def grant(self, command: GrantLease) -> None:
         super().grant(command)
-        self._take_checksums()
+        self.advance_checksums()
 
 
 class HolderRank:

@@ -22,9 +22,8 @@ from pdlaunch.protocol.side_channel import (
     ToHolder,
     ToPuller,
 )
-from pdlaunch.protocol.transfer import EndLease, LeaseEnded, SetLeaseReaders
+from pdlaunch.protocol.transfer import EndLease, LeaseEnded
 from pdlaunch.transfer.decode_side.pull_table import PullTable
-from pdlaunch.transfer.ledger import new_ledger, read_ledger
 from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, EarlyQuestions
 from pdlaunch.transfer.prefill_side.holder import Holder
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
@@ -42,16 +41,14 @@ class SlowHolder:
         self.clock = FakeClock()
         self.rank = HolderRank(self.clock, Fabric())
         self.hasher = HandHasher(self.rank.kv_cache, self.rank.layout)
-        ledger, self.ledger_fd = new_ledger()
-        self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock, ledger)
+        self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock)
         self.early = EarlyQuestions(self.holder.is_early, self.clock)
 
-    def turn(self, *messages: ToHolder) -> tuple[list[str], list[ToPuller]]:
-        """Leases that have become complete, and all answers."""
-        granted = self.holder.take_granted()
+    def turn(self, *messages: ToHolder) -> list[ToPuller]:
+        """Return all answers."""
+        self.holder.advance_checksums()
         due = self.early.sift([(b"reader", message) for message in messages])
-        answers = [self.holder.answer(message) for _, message in due]
-        return granted, [answer for answer in answers if answer is not None]
+        return [self.holder.answer(message) for _, message in due]
 
     def begin(self, request_id: str = "r") -> PullBegin:
         return PullBegin(
@@ -67,12 +64,6 @@ class SlowHolder:
     def expected(self, block_ids: list[int]) -> bytes:
         return stated_checksums(self.rank.kv_cache, self.rank.layout, block_ids)
 
-    def written(self) -> dict[str, bytes | None]:
-        return {
-            record.grant.request_id: record.groups[0].checksums
-            for record in read_ledger(self.ledger_fd)
-        }
-
 
 @pytest.fixture
 def slow() -> SlowHolder:
@@ -82,18 +73,14 @@ def slow() -> SlowHolder:
 def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     slow.holder.grant(grant("r", [4, 5]))
     assert slow.holder.youngest_hashing_s == slow.clock.now
-    granted, (begun,) = slow.turn(slow.begin(), slow.state())
-    assert granted == []
+    (begun,) = slow.turn(slow.begin(), slow.state())
     assert isinstance(begun, PullReply)
     assert begun.groups[0].checksums is None
-    assert slow.written() == {}
     slow.hasher.finish()
-    granted, (answer,) = slow.turn()
-    assert granted == ["r"]
+    (answer,) = slow.turn()
     assert isinstance(answer, ChecksumsReply)
     assert answer.groups == [slow.expected([4, 5])]
-    assert slow.written() == {"r": slow.expected([4, 5])}
-    assert slow.turn() == ([], [])
+    assert slow.turn() == []
     assert slow.holder.youngest_hashing_s is None
 
 
@@ -103,10 +90,11 @@ def test_readers_are_answered_before_checksums_are_asked_for(slow):
     holder.grant(grant("r", [4, 5]))
     assert isinstance(holder.answer(slow.begin()), PullReply)
     assert slow.hasher.started == []
-    assert holder.take_granted() == []
+    assert not holder.advance_checksums()
     assert len(slow.hasher.started) == 1
     slow.hasher.finish()
-    assert holder.take_granted() == ["r"]
+    assert holder.advance_checksums()
+    assert not holder.advance_checksums()
 
 
 def test_checksums_are_those_of_the_moment_of_the_grant(slow):
@@ -114,7 +102,7 @@ def test_checksums_are_those_of_the_moment_of_the_grant(slow):
     slow.holder.grant(grant("r", [4]))
     slow.rank.kv_cache[4] += 1
     slow.hasher.finish()
-    _, (answer,) = slow.turn(slow.begin())
+    (answer,) = slow.turn(slow.begin())
     assert answer.groups[0].checksums == expected
 
 
@@ -123,59 +111,47 @@ def test_leases_do_not_wait_for_each_other(slow):
     slow.holder.grant(grant("b", [5]))
     slow.turn(slow.begin("a"), slow.begin("b"))
     slow.hasher.started[1].is_ready = True
-    granted, (answer,) = slow.turn(slow.state("a"), slow.state("b"))
-    assert granted == ["b"]
+    (answer,) = slow.turn(slow.state("a"), slow.state("b"))
     assert answer.groups == [slow.expected([5])]
 
 
 def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
     slow.holder.grant(grant("r", [4]))
-    _, (begun, ended) = slow.turn(slow.begin(), slow.state(), slow.end())
+    begun, ended = slow.turn(slow.begin(), slow.state(), slow.end())
     assert isinstance(begun, PullReply)
     assert isinstance(ended, PullEndReply)
     assert ended.held
     assert slow.holder.take_ended() == [LeaseEnded(request_id="r", reason="pulled")]
     slow.hasher.finish()
-    granted, (answer,) = slow.turn()
-    assert granted == ["r"]
+    (answer,) = slow.turn()
     assert isinstance(answer, Refused)
 
 
-def test_a_lease_that_ends_meanwhile_is_told_of_once(slow):
-    """The engine counts the ranks that have granted a lease: each has to say so."""
+def test_checksums_of_a_lease_that_ends_meanwhile_are_dropped(slow):
     slow.holder.grant(grant("r", [4]))
     slow.holder.end(EndLease(request_id="r"))
     assert slow.holder.take_ended() == [LeaseEnded(request_id="r", reason="released")]
     slow.hasher.finish()
-    granted, (answer,) = slow.turn(slow.begin())
-    assert granted == ["r"]
+    (answer,) = slow.turn(slow.begin())
     assert isinstance(answer, Refused)
-    assert slow.written() == {}
-
-
-def test_nothing_is_written_down_before_the_checksums(slow):
-    slow.holder.grant(grant("r", [4], num_readers=3))
-    slow.holder.set_readers(SetLeaseReaders(request_id="r", num_readers=2))
-    assert slow.written() == {}
-    slow.hasher.finish()
-    slow.turn()
-    assert slow.written() == {"r": slow.expected([4])}
+    assert slow.holder.youngest_hashing_s is None
 
 
 def test_checksums_that_do_not_come_are_an_error(slow):
     slow.holder.grant(grant("r", [4]))
-    _, (begun,) = slow.turn(slow.begin(), slow.state())
+    (begun,) = slow.turn(slow.begin(), slow.state())
     assert isinstance(begun, PullReply)
     slow.clock.now += GRANT_LAG_S
-    _, (answer,) = slow.turn()
+    (answer,) = slow.turn()
     assert isinstance(answer, Refused)
     assert "the checksums of request r are not there yet" in answer.reason
 
 
-def test_without_verification_a_lease_is_complete_at_once(slow):
+def test_without_verification_nothing_is_computed(slow):
     holder = Holder(slow.rank.holder._card, None, slow.clock)
     holder.grant(grant("r", [4]))
-    assert holder.take_granted() == ["r"]
+    assert holder.youngest_hashing_s is None
+    assert not holder.advance_checksums()
 
 
 class SlowPuller(World):

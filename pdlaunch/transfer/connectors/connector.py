@@ -7,7 +7,7 @@ heads of blocks, of a peer into local blocks, and it knows nothing of requests, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NewType
 
@@ -42,10 +42,6 @@ class LocalMemory:
     layout: KVCacheLayout
     source: KVMemory = field(default_factory=PrivateKVMemory)
     """What KV cache and scratch were allocated from."""
-    files: Mapping[str, int] = field(default_factory=dict)
-    """Descriptors of further host memory by name, which peers on this host may have; they outlive
-    the connector.
-    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +97,6 @@ class Connector(ABC):
     channel, with ``push_target``.
     """
 
-    lends: bool = False
-    """Peers of this host may map this rank's memory, and have its files."""
-
     @abstractmethod
     def open(self, memory: LocalMemory) -> None:
         """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""
@@ -131,16 +124,6 @@ class Connector(ABC):
     def use_path(self, peer: PeerHandle, path: str) -> None:
         """From now on ``start_read`` goes this way; the others may be let go."""
         assert path == self.path
-
-    def outlives(self, peer: PeerHandle) -> bool:
-        """The peer's memory, and its files, can be read after its process has died, until
-        ``remove_peer``.
-        """
-        return False
-
-    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        """Descriptor of a file that the peer has handed over; ``remove_peer`` closes it."""
-        return None
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
         """This READ is likely to be started soon: what can be done for it now will not delay it

@@ -162,11 +162,10 @@ class FdConnection:
     fds: list[int]
     connection: socket.socket
 
-    def close_fds(self, kept: Sequence[int] = ()) -> None:
-        """Those that have done their service."""
+    def close_fds(self) -> None:
+        """Close the descriptors, which have done their service."""
         for fd in self.fds:
-            if fd not in kept:
-                os.close(fd)
+            os.close(fd)
 
     def close(self) -> None:
         """Nothing of the owner's is in use any more."""

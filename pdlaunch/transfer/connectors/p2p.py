@@ -2,14 +2,13 @@
 copied from.
 
 Only for ranks of one host. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one of
-cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy, stopped, or
-dead.
+cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy or stopped.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -44,13 +43,12 @@ class _Card(msgspec.Struct, frozen=True):
 
     host: str
     address: str
-    """Of the socket that hands the descriptors over: of the KV cache, of the scratch, of the files,
-    as far as there are any.
+    """Of the socket that hands over the descriptors of the KV cache and of the scratch, as far as
+    there are any.
     """
     token: bytes
     kv_cache: SharedRange
     scratch: SharedRange
-    files: list[str]
 
 
 _decoder = msgspec.msgpack.Decoder(_Card)
@@ -63,7 +61,6 @@ class _Peer:
     geometry: Geometry
     kv_cache: PeerMapping
     scratch: PeerMapping
-    files: Mapping[str, int]
     connection: FdConnection
     copier: PieceCopier
 
@@ -79,7 +76,6 @@ class P2PConnector(Connector):
 
     name = "p2p"
     path = "p2p"
-    lends = True
 
     def __init__(
         self,
@@ -108,20 +104,13 @@ class P2PConnector(Connector):
         try:
             self._exports = _export_all(memory)
             fds = [export.fd for export in self._exports if export.fd is not None]
-            self._server = FdServer([*fds, *memory.files.values()])
+            self._server = FdServer(fds)
             self._copiers = list(self._new_copiers(memory))
         except (NotShareable, OSError, TransferError) as error:
             self.close()
             raise TransferError(f"{self.agent_name} cannot share its memory: {error}") from error
         kv_cache, scratch = (export.range for export in self._exports)
-        card = _Card(
-            self._host,
-            self._server.address,
-            self._server.token,
-            kv_cache,
-            scratch,
-            list(memory.files),
-        )
+        card = _Card(self._host, self._server.address, self._server.token, kv_cache, scratch)
         self._metadata = msgspec.msgpack.encode(card)
 
     def agent_metadata(self) -> bytes:
@@ -142,7 +131,7 @@ class P2PConnector(Connector):
                 f"{agent_name} is not on this host, or in another network namespace"
             )
         _check_sizes(card, geometry)
-        num_fds = card.kv_cache.needs_fd + card.scratch.needs_fd + len(card.files)
+        num_fds = card.kv_cache.needs_fd + card.scratch.needs_fd
         connection = fetch_fds(card.address, card.token, num_fds)
         try:
             return cast(PeerHandle, self._map_peer(agent_name, card, geometry, connection))
@@ -155,7 +144,6 @@ class P2PConnector(Connector):
         known = cast(_Peer, peer)
         for mapping in (known.kv_cache, known.scratch):
             _unmap(mapping)
-        known.connection.close_fds()
         known.connection.close()
 
     def paths(self, peer: PeerHandle) -> Sequence[str]:
@@ -164,12 +152,6 @@ class P2PConnector(Connector):
     def use_path(self, peer: PeerHandle, path: str) -> None:
         known = cast(_Peer, peer)
         known.copier = self._copier_of(known, path)
-
-    def outlives(self, peer: PeerHandle) -> bool:
-        return cast(_Peer, peer).kv_cache.outlives_owner
-
-    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        return cast(_Peer, peer).files.get(name)
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
         known = cast(_Peer, peer)
@@ -250,7 +232,6 @@ class P2PConnector(Connector):
         kv_fd, scratch_fd = (
             next(fds) if shared.needs_fd else None for shared in (card.kv_cache, card.scratch)
         )
-        files = dict(zip(card.files, fds, strict=True))
         source = self._memory.source
         kv_cache = source.map(card.kv_cache, kv_fd)
         try:
@@ -258,8 +239,7 @@ class P2PConnector(Connector):
         except NotShareable:
             kv_cache.close()
             raise
-        kept = FdConnection(list(files.values()), connection.connection)
-        connection.close_fds(kept.fds)  # mappings hold the memory by themselves
+        connection.close_fds()  # mappings hold the memory by themselves
         logger.info(
             "%s is mapped: %s, %d bytes", agent_name, card.kv_cache.kind, card.kv_cache.num_bytes
         )
@@ -269,8 +249,7 @@ class P2PConnector(Connector):
             geometry,
             kv_cache,
             scratch,
-            files,
-            kept,
+            connection,
             self._copiers[0],
         )
 

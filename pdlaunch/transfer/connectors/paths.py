@@ -73,7 +73,6 @@ class PathsConnector(Connector):
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
         self.agent_name = connectors[0].agent_name
-        self.lends = any(connector.lends for connector in connectors)
         self._offers: dict[str, _Offer] = {}
 
     def open(self, memory: LocalMemory) -> None:
@@ -125,22 +124,6 @@ class PathsConnector(Connector):
         for side in known.sides:
             if side is not known.chosen and not side.num_reads:
                 _let_go(side)
-
-    def outlives(self, peer: PeerHandle) -> bool:
-        chosen = cast(_Peer, peer).chosen
-        return (
-            chosen is not None
-            and chosen.peer is not None
-            and chosen.connector.outlives(chosen.peer)
-        )
-
-    def peer_file(self, peer: PeerHandle, name: str) -> int | None:
-        chosen = cast(_Peer, peer).chosen
-        return (
-            None
-            if chosen is None or chosen.peer is None
-            else chosen.connector.peer_file(chosen.peer, name)
-        )
 
     def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
         side = cast(_Peer, peer).chosen

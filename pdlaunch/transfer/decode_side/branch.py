@@ -82,8 +82,6 @@ class Branch:
         self.stage = Stage.CONNECTING
         self.num_retries = 0
         self.verification_failed = False
-        self.departed = False
-        """The holder had died before the end."""
         self.lease_known_s: float | None = None
         """Clock time since when there is known to be a lease: all blocks can be read."""
         self.first_tokens: list[FirstToken] = []
@@ -181,7 +179,6 @@ class Branch:
     def end(self) -> None:
         """All branches are proven, the pull is done: as ``give_up``."""
         self.stage = Stage.ENDED
-        self.departed = self._link.departed
         self.give_up()
 
     def give_up(self) -> None:
@@ -215,9 +212,7 @@ class Branch:
                 # A reader's share of the lease ends only when it has begun; who gives up before
                 # there is one has none.
                 self._link.ask(self._begin_message, None)
-            self._ask_about(
-                PullEnd, lambda _: None
-            )  # its ledger is told when the holder dies before it has answered
+            self._ask_about(PullEnd, None)
         if status != "connecting" or self._puller.clock() >= owes_until_s:
             self._owes_until_s = None
 
@@ -267,7 +262,9 @@ class Branch:
         self._ask_about(Heartbeat, partial(self._on_reply, now_s))
 
     def _ask_about(
-        self, kind: type[StateChecksums | Heartbeat | PullEnd], on_reply: Callable[[ToPuller], None]
+        self,
+        kind: type[StateChecksums | Heartbeat | PullEnd],
+        on_reply: Callable[[ToPuller], None] | None,
     ) -> None:
         """What concerns a pull that has begun."""
         remote, reader = self._command.remote, self._reader

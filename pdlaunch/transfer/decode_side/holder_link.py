@@ -26,10 +26,6 @@ class HolderLink(Protocol):
     def status(self) -> LinkStatus: ...
 
     @property
-    def departed(self) -> bool:
-        """Ready, and dead: what it has left answers."""
-
-    @property
     def geometry(self) -> Geometry:
         """Once ready."""
 

@@ -6,9 +6,6 @@
       any of them ── time-out, refusal, failed READ ──> waiting ── back-off over ──> asking
       any of them ── the engines do not fit ──> incompatible        (final)
       any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
-
-Where a peer's memory outlives it, one that is ready stays so after its death: its ledger answers
-(``departed``) and READs go on, until its last lease has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
@@ -44,8 +40,6 @@ from pdlaunch.transfer.connectors.scratch import has_pattern
 from pdlaunch.transfer.decode_side.asked_pushes import AskedPushes
 from pdlaunch.transfer.decode_side.holder_link import LinkStatus
 from pdlaunch.transfer.decode_side.peer_setup import Channel, PeerAddress, PeerSetup
-from pdlaunch.transfer.departed import DepartedHolder
-from pdlaunch.transfer.will import LEDGER_FILE, PROCESS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +68,6 @@ _STATUS: dict[_State, LinkStatus] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A question that waits for its answer."""
-
-    message: ToHolder
-    on_reply: Callable[[ToPuller], None]
-
-
 class Peer:
     """Handshake, connection and READs of one peer; a ``HolderLink`` for its pulls."""
 
@@ -93,16 +79,14 @@ class Peer:
         self._setup = setup
         self._state = _State.IDLE
         self._call_ids = itertools.count(1)
-        self._calls: dict[int, _Call] = {}
-        """By call_id, in the order in which they were asked."""
+        self._calls: dict[int, Callable[[ToPuller], None]] = {}
+        """Who waits for an answer, by call_id."""
         self._agent: PeerHandle | None = None
         self._old_agents: list[PeerHandle] = []
         self._geometry: Geometry | None = None
         self._reads: dict[int, float] = {}
         """Start of every READ that is not released, by id of its handle."""
         self._pushes = AskedPushes(address.identity, setup.connector, self._call_ids)
-        self._departed: DepartedHolder | None = None
-        """The channel, of a peer that has died."""
         self._trial: PathTrial | None = None
         self._old_probes: list[tuple[ReadHandle, torch.Tensor]] = []
         """READs of its scratch that nobody waits for, and the memory that they may write to."""
@@ -129,13 +113,6 @@ class Peer:
         return not self._setup.connector.pushes
 
     @property
-    def departed(self) -> bool:
-        """Its process is dead, or about to be, and its memory can be read until its leases have
-        ended.
-        """
-        return self._departed is not None
-
-    @property
     def closed(self) -> bool:
         """Lost, and no READ can write any more."""
         return self._state is _State.LOST and not self._reads
@@ -147,55 +124,29 @@ class Peer:
 
     def next_deadline_s(self) -> float:
         """Clock time at which ``advance`` has something to do, READs and messages aside."""
-        return self._deadline_s if self._departed is None else self._departed.next_deadline_s()
+        return self._deadline_s
 
     def want(self) -> None:
         """Somebody needs this peer: shake hands, unless that is done or under way."""
         if self._state is _State.IDLE:
             self._start_handshake()
 
-    def bury(self, reason: str) -> None:
-        """The registry no longer shows this incarnation: what it leaves is used up, if there is
-        anything; else it is lost.
-        """
-        self._receive()
-        departed = self._find_departed()
-        if departed is None:
-            self.lose(reason)
-            return
-        assert self.channel is not None
-        self.channel.close()
-        self.channel = self._departed = departed
-        for call in self._calls.values():
-            departed.send(call.message)
-
-    def give_way(self) -> None:
-        """The successor of a departed peer wants the memory: no pull begins any more."""
-        if self._departed is not None:
-            self._departed.give_way()
-
     def lose(self, reason: str) -> None:
         """It cannot be read any more."""
         self.error = reason
         self._disconnect()
-        self._departed = None
         self._state = _State.LOST
         self._deadline_s = float("inf")
 
     def reconnect(self) -> None:
-        """A READ has failed: the connection is not to be trusted, make a new one; to the dead there
-        is no other.
-        """
-        if self._state is _State.READY and not self.departed:
+        """A READ has failed: the connection is not to be trusted, make a new one."""
+        if self._state is _State.READY:
             self._retry_later("a READ has failed")
 
     def advance(self) -> None:
         """Receive and do what is due; never waits."""
         self._receive()
         self._release_old()
-        if self._departed is not None and self._departed.over:
-            logger.info("what %s has left is used up, or nobody has come for it", self.name)
-            self.lose(f"{self.name} has died, and its last lease has ended")
         if self._state is _State.PROBING:
             self._guard(self._try_paths)
         if self._setup.clock() >= self._deadline_s:
@@ -205,11 +156,10 @@ class Peer:
         self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
     ) -> int:
         call_id = next(self._call_ids)
-        message = build(call_id)
         if on_reply is not None:
-            self._calls[call_id] = _Call(message, on_reply)
+            self._calls[call_id] = on_reply
         if self.channel is not None:
-            self.channel.send(message)
+            self.channel.send(build(call_id))
         return call_id
 
     def forget(self, call_id: int) -> None:
@@ -246,27 +196,6 @@ class Peer:
                     self._on_message(message)
                 self._pushes.end_those_of_the_dead(channel)
 
-    def _find_departed(self) -> DepartedHolder | None:
-        """What answers in place of a peer that is ready; None when its memory goes with it."""
-        setup = self._setup
-        if (
-            self._state is not _State.READY
-            or self._agent is None
-            or not setup.connector.outlives(self._agent)
-        ):
-            return None
-        process_fd = setup.connector.peer_file(self._agent, PROCESS_FILE)
-        ledger_fd = setup.connector.peer_file(self._agent, LEDGER_FILE)
-        if process_fd is None or ledger_fd is None:
-            return None
-        return DepartedHolder(
-            self.name,
-            process_fd=process_fd,
-            ledger_fd=ledger_fd,
-            patience_s=setup.handshake_timeout_s,
-            clock=setup.clock,
-        )
-
     def _start_handshake(self) -> None:
         setup, peer = self._setup, self.address.identity
         self._state = _State.ASKING
@@ -290,9 +219,9 @@ class Peer:
         """Answers to calls that nobody waits for any more are dropped."""
         if self._pushes.take_answer(message):
             return
-        call = self._calls.pop(message.call_id, None)
-        if call is not None:
-            call.on_reply(message)
+        on_reply = self._calls.pop(message.call_id, None)
+        if on_reply is not None:
+            on_reply(message)
 
     def _on_handshake_reply(self, reply: ToPuller) -> None:
         if self._state is not _State.ASKING:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PeerTable:
-    """Peers by name. A new incarnation is a new peer; the old one is kept while its memory is of
-    use or a READ may write.
+    """Keeps peers by name. A new incarnation is a new peer; the old one is kept while a READ may
+    write.
     """
 
     setup: PeerSetup
@@ -27,14 +27,10 @@ class PeerTable:
     """Shake hands with every prefill rank as soon as the registry shows it, not at the first
     pull.
     """
-    gives_way: bool
-    """KV blocks are in device memory: what a departed peer has left goes as soon as its successor
-    starts.
-    """
     peers: dict[str, Peer]
     """As the registry shows them."""
     gone: list[Peer]
-    """Departed or lost."""
+    """Lost, with READs that are pending."""
 
     def update(self, entries: Iterable[Entry]) -> None:
         """The registry has changed."""
@@ -62,8 +58,7 @@ class PeerTable:
             addresses[entry.name] = _address_of(entry)
             if self.eager and entry.role == "prefill":
                 wanted.add(entry.name)
-        self._replace(addresses, {(entry.name, entry.incarnation) for entry in entries})
-        self._let_successors_in(entries)
+        self._replace(addresses)
         for name in wanted:
             self.peers[name].want()
 
@@ -87,13 +82,12 @@ class PeerTable:
     def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
         """The ranks of an engine that this rank pulls from, wanted from now on.
 
-        Raises TransferError when the engine or one of these ranks is neither in the registry nor
-        departed, or does not fit.
+        Raises TransferError when the engine or one of these ranks is not in the registry, or does
+        not fit.
         """
-        usable = [*self.peers.values(), *(peer for peer in self.gone if peer.departed)]
         ranks = {
             peer.address.identity.tp_rank: peer
-            for peer in usable
+            for peer in self.peers.values()
             if peer.address.identity.engine_id == engine_id
         }
         if not ranks:
@@ -108,44 +102,16 @@ class PeerTable:
             ranks[source.tp_rank].want()
         return [(source, ranks[source.tp_rank]) for source in sources]
 
-    def _replace(self, addresses: dict[str, PeerAddress], living: set[tuple[str, int]]) -> None:
-        """``living``: name and incarnation of every entry: one that is there has not died, whatever
-        its state.
-        """
+    def _replace(self, addresses: dict[str, PeerAddress]) -> None:
         for name, peer in list(self.peers.items()):
             if addresses.get(name) != peer.address:
-                incarnation = peer.address.identity.incarnation
-                reason = f"incarnation {incarnation} of {name} is gone"
+                reason = f"incarnation {peer.address.identity.incarnation} of {name} is gone"
                 logger.info("%s", reason)
-                if (name, incarnation) in living or not self._is_source(peer.address.identity):
-                    peer.lose(reason)
-                else:
-                    peer.bury(reason)
+                peer.lose(reason)
                 self.gone.append(self.peers.pop(name))
         for name, address in addresses.items():
             if name not in self.peers:
                 self.peers[name] = Peer(address, self.setup)
-
-    def _is_source(self, identity: RankIdentity) -> bool:
-        """Pulls of this rank turn to that one; other ranks of this engine may instead."""
-        try:
-            return any(
-                source.tp_rank == identity.tp_rank
-                for source in self.setup.sources(identity.tp_size)
-            )
-        except HandshakeError:
-            return False
-
-    def _let_successors_in(self, entries: Iterable[Entry]) -> None:
-        """A rank that starts on a device will soon want the memory that a departed one still takes
-        up there.
-        """
-        if not self.gives_way:
-            return
-        incarnations = {entry.name: entry.incarnation for entry in entries}
-        for peer in self.gone:
-            if incarnations.get(peer.name, 0) > peer.address.identity.incarnation:
-                peer.give_way()
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
         """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ
@@ -161,9 +127,9 @@ class PeerTable:
         self.setup.report(PairFailed(local=local, peer=entry.name, error=str(error), fatal=fatal))
 
 
-def new_peer_table(setup: PeerSetup, *, eager: bool, gives_way: bool = False) -> PeerTable:
+def new_peer_table(setup: PeerSetup, *, eager: bool) -> PeerTable:
     """A table without peers."""
-    return PeerTable(setup, eager, gives_way, {}, [])
+    return PeerTable(setup, eager, {}, [])
 
 
 def _address_of(entry: Entry) -> PeerAddress:

@@ -124,7 +124,6 @@ class Pull:
                 verification_failed=verification_failed
                 or any(branch.verification_failed for branch in self._branches),
                 late=late,
-                departed=ok and any(branch.departed for branch in self._branches),
                 num_retries=sum(branch.num_retries for branch in self._branches),
                 first_tokens=next(
                     (branch.first_tokens for branch in self._branches if branch.first_tokens), []

@@ -44,7 +44,6 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import PushJob
-from pdlaunch.transfer.ledger import Ledger, LedgerRecord
 from pdlaunch.transfer.prefill_side.announced import Announcements
 from pdlaunch.transfer.prefill_side.lease import LeaseTable
 
@@ -88,20 +87,15 @@ class Holder:
         card: HolderCard,
         hasher: BlockHasher | None,
         clock: Callable[[], float],
-        ledger: Ledger | None = None,
     ) -> None:
-        """``hasher``: None when ``kv_transfer.verify`` is off. ``ledger``: None where it would die
-        with this process.
-        """
+        """``hasher`` is None when ``kv_transfer.verify`` is off."""
         self._card = card
         self._hasher = hasher
         self._pullers: set[tuple[str, int]] = set()
         self._leases = LeaseTable(clock)
         self._announced = Announcements()
-        self._ledger = ledger
         self._clock = clock
         self._hashing: dict[str, _Hashing] = {}
-        self._granted: list[str] = []
 
     @property
     def pullers(self) -> frozenset[tuple[str, int]]:
@@ -121,10 +115,10 @@ class Holder:
         self._announced.end(command.request_id)
 
     def grant(self, command: GrantLease) -> None:
-        """Keep the blocks of a finished request for its readers; their checksums are computed from
-        ``take_granted`` on.
+        """Keep the blocks of a finished request for its readers.
 
-        So readers who wait for the lease can be answered first, and read meanwhile.
+        ``advance_checksums`` begins to compute their checksums, so that readers who wait for the
+        lease are answered first and read meanwhile.
 
         Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to
         them any more.
@@ -134,20 +128,24 @@ class Holder:
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
         self._leases.grant(command, groups, generation=self._announced.end(command.request_id))
-        if self._hasher is None:
-            self._complete(command.request_id)
-            return
-        self._hashing[command.request_id] = _Hashing(groups, self._clock())
+        if self._hasher is not None:
+            self._hashing[command.request_id] = _Hashing(groups, self._clock())
 
-    def take_granted(self) -> list[str]:
-        """Requests whose leases have become complete since the last call, each once, whether they
-        live or not.
+    def advance_checksums(self) -> bool:
+        """Begin to compute the checksums of new leases, and state those that are there.
 
-        Has the checksums of new ones computed.
+        Returns whether any have come: questions may have waited for them.
         """
-        self._take_checksums()
-        granted, self._granted = self._granted, []
-        return granted
+        num_hashing = len(self._hashing)
+        for request_id, hashing in list(self._hashing.items()):
+            if hashing.checksums is None:
+                assert self._hasher is not None
+                block_ids = [block_id for group in hashing.groups for block_id in group.block_ids]
+                hashing.checksums = self._hasher.start(block_ids, slice(None))
+            if hashing.checksums.ready():
+                del self._hashing[request_id]
+                self._leases.state(request_id, hashing.stated())
+        return len(self._hashing) < num_hashing
 
     @property
     def youngest_hashing_s(self) -> float | None:
@@ -161,19 +159,14 @@ class Holder:
     def set_readers(self, command: SetLeaseReaders) -> None:
         """Fewer readers will come than were announced."""
         self._leases.set_readers(command.request_id, command.num_readers)
-        self._write_down(command.request_id)
 
     def take_ended(self) -> list[LeaseEnded]:
         """Expire what is due; leases that have ended since the last call."""
         self._leases.expire()
-        ended = [
+        return [
             LeaseEnded(request_id=request_id, reason=reason)
             for request_id, reason in self._leases.take_ended()
         ]
-        if self._ledger is not None:
-            for event in ended:
-                self._ledger.remove(event.request_id)
-        return ended
 
     def next_deadline_s(self) -> float | None:
         return self._leases.next_deadline_s()
@@ -253,7 +246,6 @@ class Holder:
                 return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
             case PullEnd():
                 held = self._leases.end(message.request_id, message.reader)
-                self._write_down(message.request_id)
                 return PullEndReply(call_id=message.call_id, held=held)
             case StateChecksums():
                 return self._state_checksums(message)
@@ -293,44 +285,9 @@ class Holder:
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
         lease = self._leases.opened(message.request_id, message.reader)
-        self._take_checksums()
+        self.advance_checksums()
         if message.request_id in self._hashing:
             raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
         return ChecksumsReply(
             call_id=message.call_id, groups=[group.checksums for group in lease.groups]
         )
-
-    def _take_checksums(self) -> None:
-        for request_id, hashing in list(self._hashing.items()):
-            if hashing.checksums is None:
-                assert self._hasher is not None
-                block_ids = [block_id for group in hashing.groups for block_id in group.block_ids]
-                hashing.checksums = self._hasher.start(block_ids, slice(None))
-            if hashing.checksums.ready():
-                del self._hashing[request_id]
-                self._leases.state(request_id, hashing.stated())
-                self._complete(request_id)
-
-    def _complete(self, request_id: str) -> None:
-        self._write_down(request_id)
-        self._granted.append(request_id)
-
-    def _write_down(self, request_id: str) -> None:
-        """Keep the ledger true of a lease that lives; one that has ended leaves it before the
-        engine hears of that.
-        """
-        if request_id in self._hashing:
-            return
-        lease = self._leases.find(request_id)
-        if self._ledger is None or lease is None:
-            return
-        num_readers = max(lease.num_expected, bool(lease.open_readers))
-        if self._ledger.num_readers(request_id) == num_readers:
-            return
-        if not self._ledger.write(
-            LedgerRecord(grant=lease.grant, groups=lease.groups, num_readers=num_readers)
-        ):
-            logger.warning(
-                "the ledger is full: request %s cannot be pulled after a death of this rank",
-                request_id,
-            )
