@@ -54,6 +54,10 @@ def output(prompt: list[int], max_tokens: int, **fields: object) -> list[int]:
     return expected_output(prompt, SamplingParams(max_tokens=max_tokens, **fields), max_tokens)  # type: ignore[arg-type]
 
 
+def stop_at_first(prompt: list[int], max_tokens: int = 4) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, stop_token_ids=(output(prompt, 1)[0],))
+
+
 def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteKV:
     return RemoteKV(
         engine_id=engine_id,

@@ -5,8 +5,7 @@ checked by ``FakeEngine``.
 from __future__ import annotations
 
 from pdlaunch.protocol.transfer import AnnounceBlocks, GrantLease, TransferCommand, WithdrawBlocks
-from tests.engine.fake_engine import FULL, FakeEngine, sliding
-from tests.engine.test_scheduler import stop_at_first
+from tests.engine.fake_engine import FULL, FakeEngine, sliding, stop_at_first
 
 PROMPT = [*range(6), *range(6), *range(6), 1, 2]
 """Five blocks of 4."""

@@ -6,8 +6,15 @@ import pytest
 
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.protocol.transfer import CancelPull, PullFinished, StartPull
-from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
-from tests.engine.test_scheduler import PROMPT, output, stop_at_first
+from tests.engine.fake_engine import (
+    FULL,
+    PROMPT,
+    FakeEngine,
+    output,
+    remote_kv,
+    sliding,
+    stop_at_first,
+)
 
 
 def await_lease(

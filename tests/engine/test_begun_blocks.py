@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.fake_engine import FakeEngine, remote_kv
-from tests.engine.test_scheduler import PROMPT, output
+from tests.engine.fake_engine import PROMPT, FakeEngine, output, remote_kv
 
 
 def pulled(engine: FakeEngine, **fields: object) -> None:

@@ -7,12 +7,15 @@ import pytest
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
-from tests.engine.fake_engine import FULL, PROMPT, FakeEngine, output, remote_kv, sliding
-
-
-def stop_at_first(prompt: list[int], max_tokens: int = 4) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, stop_token_ids=(output(prompt, 1)[0],))
-
+from tests.engine.fake_engine import (
+    FULL,
+    PROMPT,
+    FakeEngine,
+    output,
+    remote_kv,
+    sliding,
+    stop_at_first,
+)
 
 # How requests end
 

@@ -11,9 +11,8 @@ import pytest
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, SamplingParams
-from tests.engine.fake_engine import FakeEngine, remote_kv
+from tests.engine.fake_engine import FakeEngine, output, remote_kv
 from tests.engine.test_leader import Recorder, make_leader
-from tests.engine.test_scheduler import output
 
 PROMPTS = {"a": [1, 2, 3], "b": [2, 3, 4, 5, 6], "c": [3, 4], "innocent": [5, 5, 5]}
 
