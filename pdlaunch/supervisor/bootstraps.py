@@ -5,18 +5,32 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import SecretStr
 
 from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.hosts.host import Host
 from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import resolve_engines, served_model_name
 from pdlaunch.supervisor.hangs import heartbeat_s
+
+
+class Bootstraps(Protocol):
+    """Knows what each child of a launch is given."""
+
+    def prepare(self) -> None:
+        """All models are converted: work out what servers and ranks are given. Raises
+        PdlaunchError.
+        """
+
+    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
+        """Make the bootstrap of one incarnation, which runs on ``host``."""
 
 
 class LaunchBootstraps:
@@ -52,8 +66,7 @@ class LaunchBootstraps:
         """Read the models' files. Raises ConfigError."""
         self._engines = resolve_engines(self._config, self._machine, self._models)
 
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
-        """Make the bootstrap of one incarnation."""
+    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
         engine = self._engines.get(spec.engine)
         rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(

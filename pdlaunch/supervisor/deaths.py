@@ -7,10 +7,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 
+from pdlaunch.hosts.host import Host
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.given_up import GivenUp
-from pdlaunch.supervisor.host import Host
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.pairs import PairBook
 from pdlaunch.supervisor.restarts import RestartPolicy

@@ -17,8 +17,8 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
-from pdlaunch.supervisor.host import Host
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import Phase, ProcessState

@@ -7,32 +7,33 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import zmq
 
 from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.children import Children
+from pdlaunch.hosts.local import LocalHost
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, plan
 from pdlaunch.resolve.resolve import resolve_engines, resolve_models
-from pdlaunch.supervisor.bootstraps import LaunchBootstraps
-from pdlaunch.supervisor.children import Children
+from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
+from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.hangs import HangLimits
-from pdlaunch.supervisor.host import Observer
-from pdlaunch.supervisor.local_host import Bootstraps, LocalHost
 from pdlaunch.supervisor.log_dirs import SUPERVISOR_LOG, keep
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.signals import SignalInbox
-from pdlaunch.supervisor.supervisor import Supervisor, Timing, run
+from pdlaunch.supervisor.status import Observer
+from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
 logger = logging.getLogger(__name__)
 
@@ -149,12 +150,20 @@ def supervise(
 ) -> Outcome:
     """Run a plan to its end; no process of it is left when this returns."""
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
-        host = LocalHost(control, bootstraps, children, signals, lifeline, listeners)
-        supervisor = Supervisor(plan, host, observer, timing, time.monotonic)
-        run(supervisor, host, time.monotonic)
+        host = LocalHost(control, children)
+        supervisor = Supervisor(
+            plan,
+            host,
+            bootstraps,
+            observer,
+            timing,
+            time.monotonic,
+            close_listeners=lambda: _close(listeners),
+        )
+        run(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
         failure = supervisor.failure
         log = (
-            children.log_path(failure.process)
+            host.log_path(failure.process)
             if failure is not None and failure.process is not None
             else None
         )
@@ -168,3 +177,25 @@ def supervise(
             supervisor.stop_signal,
             tuple(supervisor.survivors()),
         )
+
+
+class EventSource(Protocol):
+    """Waits for events of a launch."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
+
+
+def run(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
+    """Drive a launch to its end."""
+    supervisor.start()
+    while not supervisor.done:
+        timeout_s = max(0.0, supervisor.next_deadline_s() - clock())
+        for event in events.wait(timeout_s):
+            supervisor.handle(event)
+        supervisor.tick()
+
+
+def _close(listeners: Sequence[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()

@@ -8,8 +8,8 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Stop
-from pdlaunch.supervisor.host import Host
 from pdlaunch.supervisor.instance import Instance
 from pdlaunch.supervisor.states import Phase, ProcessState
 
@@ -37,12 +37,19 @@ class Shutdown:
     """Walks the phases from draining to ``STOPPED``; ``advance`` after every event."""
 
     def __init__(
-        self, host: Host, instances: Sequence[Instance], grace: Grace, clock: Callable[[], float]
+        self,
+        host: Host,
+        instances: Sequence[Instance],
+        grace: Grace,
+        clock: Callable[[], float],
+        *,
+        close_listeners: Callable[[], None],
     ) -> None:
         self._host = host
         self._instances = instances
         self._grace = grace
         self._clock = clock
+        self._close_listeners = close_listeners
         self._drained: set[str] = set()
         self._drain_deadline_s = clock() + grace.drain_s
         self.phase = Phase.READY
@@ -75,7 +82,7 @@ class Shutdown:
             i.spec.kind == "router" for i in self._alive()
         ):
             # No other router follows: who connects now is refused instead of left waiting.
-            self._host.close_listeners()
+            self._close_listeners()
 
     def _over(self) -> bool:
         if self._clock() >= self.deadline_s or not self._alive():

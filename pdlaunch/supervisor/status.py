@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.instance import Instance
@@ -53,3 +54,16 @@ class LaunchStatus:
     num_missing_pairs: int = 0
     url: str = ""
     """Of the router; empty until it has registered."""
+
+
+class Observer(Protocol):
+    """Shows a user what happens to a launch."""
+
+    def changed(self, status: LaunchStatus) -> None:
+        """Take in the status after an event that changed something."""
+
+    def ready(self, status: LaunchStatus) -> None:
+        """Take in, once, that the deployment serves."""
+
+    def note(self, text: str) -> None:
+        """Show something that a user should read once: a death, a restart, a drain."""

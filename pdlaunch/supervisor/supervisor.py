@@ -1,19 +1,18 @@
 """The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events
 and never waits.
 
-``run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due. All state changes
-happen here or in ``Shutdown``.
+``launch.run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
 from pdlaunch.protocol.control import (
     Alive,
     Drained,
@@ -29,25 +28,19 @@ from pdlaunch.protocol.control import (
     ToSupervisor,
 )
 from pdlaunch.resolve.plan import Plan
+from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
+from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
-from pdlaunch.supervisor.host import (
-    Event,
-    Host,
-    MessageReceived,
-    Observer,
-    ProcessExited,
-    StopRequested,
-)
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.pairs import PairBook
 from pdlaunch.supervisor.registry import RegistryBook
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, Shutdown
 from pdlaunch.supervisor.states import Phase, ProcessState
-from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
+from pdlaunch.supervisor.status import LaunchStatus, Observer, ProcessStatus
 
 logger = logging.getLogger(__name__)
 
@@ -65,30 +58,27 @@ class Timing:
     hangs: HangLimits = field(default_factory=HangLimits)
 
 
-class EventSource(Protocol):
-    """Where events come from."""
-
-    def wait(self, timeout_s: float | None) -> Sequence[Event]:
-        """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
-
-
-def run(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
-    """Drive a launch to its end."""
-    supervisor.start()
-    while not supervisor.done:
-        timeout_s = max(0.0, supervisor.next_deadline_s() - clock())
-        for event in events.wait(timeout_s):
-            supervisor.handle(event)
-        supervisor.tick()
-
-
 class Supervisor:
-    """The state of one launch. ``failure`` and ``was_ready`` say how it went."""
+    """Holds the state of one launch and decides what happens to its processes.
+
+    ``failure`` and ``was_ready`` say how the launch went. ``close_listeners`` is called, perhaps
+    several times, when no router will accept a connection any more.
+    """
 
     def __init__(
-        self, plan: Plan, host: Host, observer: Observer, timing: Timing, clock: Callable[[], float]
+        self,
+        plan: Plan,
+        host: Host,
+        bootstraps: Bootstraps,
+        observer: Observer,
+        timing: Timing,
+        clock: Callable[[], float],
+        *,
+        close_listeners: Callable[[], None],
     ) -> None:
         self._host = host
+        self._bootstraps = bootstraps
+        self._close_listeners = close_listeners
         self._observer = observer
         self._timing = timing
         self._clock = clock
@@ -200,7 +190,7 @@ class Supervisor:
     def _start_processes(self) -> None:
         self._phase = Phase.STARTING
         try:
-            self._host.prepare()
+            self._bootstraps.prepare()
         except PdlaunchError as error:
             fix = getattr(error, "fix", None)
             self._fail(Failure(str(error), details=[f"fix: {fix}"] if fix else [], cause=error))
@@ -214,7 +204,13 @@ class Supervisor:
         unit.deadline_s = self._clock() + self._timing.startup_timeout_s
         for instance in unit.members:
             instance.begin(unit.incarnation)
-            self._host.spawn(instance.spec, unit.incarnation)
+            is_conversion = instance.spec.kind == "convert"
+            bootstrap = (
+                None
+                if is_conversion
+                else self._bootstraps.make(instance.spec, unit.incarnation, self._host)
+            )
+            self._host.spawn(instance.spec, unit.incarnation, bootstrap)
 
     def _timeout_failure(self) -> Failure:
         waiting = [
@@ -451,7 +447,11 @@ class Supervisor:
 
     def _begin_shutdown(self, *, drain: bool) -> None:
         self._shutdown = Shutdown(
-            self._host, list(self._instances.values()), self._timing.grace, self._clock
+            self._host,
+            list(self._instances.values()),
+            self._timing.grace,
+            self._clock,
+            close_listeners=self._close_listeners,
         )
         self._shutdown.begin(drain=drain)
 

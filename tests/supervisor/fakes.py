@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
+from pdlaunch.hosts.local import LOOPBACK
+from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.control import (
     Address,
@@ -22,8 +28,9 @@ from pdlaunch.protocol.control import (
     Stop,
     ToSupervisor,
 )
+from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.host import MessageReceived, ProcessExited, StopRequested
+from pdlaunch.supervisor.events import StopRequested
 from pdlaunch.supervisor.status import LaunchStatus
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
@@ -71,16 +78,14 @@ class FakeHost:
     spawned: list[tuple[str, int]] = field(default_factory=list)
     signals: list[tuple[str, int]] = field(default_factory=list)
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
-    prepare_error: PdlaunchError | None = None
-    listens: bool = True
     last_steps: dict[str, LastStep] = field(default_factory=dict)
+    bind_address = advertise_address = LOOPBACK
+    sources = ()
+    poll_s = math.inf
 
-    def prepare(self) -> None:
-        if self.prepare_error is not None:
-            raise self.prepare_error
-
-    def spawn(self, spec: ProcessSpec, incarnation: int) -> None:
+    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
         assert spec.name not in self.running
+        assert (bootstrap is None) == (spec.kind == "convert")
         self.running[spec.name] = incarnation
         self.spawned.append((spec.name, incarnation))
 
@@ -93,8 +98,14 @@ class FakeHost:
     def send(self, name: str, message: FromSupervisor) -> None:
         self.sent.append((name, message))
 
-    def close_listeners(self) -> None:
-        self.listens = False
+    def exits(self) -> list[ProcessExited]:
+        return []
+
+    def messages(self) -> list[MessageReceived]:
+        return []
+
+    def log_path(self, name: str) -> Path:
+        return Path(os.devnull)
 
     def sent_to(self, name: str, kind: type) -> list[FromSupervisor]:
         return [
@@ -108,6 +119,25 @@ class FakeHost:
         newest = self.sent_to(name, Registry)[-1]
         assert isinstance(newest, Registry)
         return newest
+
+
+@dataclass
+class FakeBootstraps:
+    prepare_error: PdlaunchError | None = None
+
+    def prepare(self) -> None:
+        if self.prepare_error is not None:
+            raise self.prepare_error
+
+    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
+        return Bootstrap(
+            name=spec.name,
+            incarnation=incarnation,
+            control="",
+            keys=LaunchKeys("", "", ""),
+            run_dir="",
+            log_level="info",
+        )
 
 
 @dataclass
@@ -134,7 +164,20 @@ class World:
         self.clock = FakeClock()
         self.host = FakeHost()
         self.observer = FakeObserver()
-        self.supervisor = Supervisor(plan, self.host, self.observer, timing or Timing(), self.clock)
+        self.bootstraps = FakeBootstraps()
+        self.listens = True
+        self.supervisor = Supervisor(
+            plan,
+            self.host,
+            self.bootstraps,
+            self.observer,
+            timing or Timing(),
+            self.clock,
+            close_listeners=self._close_listeners,
+        )
+
+    def _close_listeners(self) -> None:
+        self.listens = False
 
     def start(self) -> World:
         self.supervisor.start()

@@ -11,12 +11,13 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.host import Observer
 from pdlaunch.supervisor.launch import Outcome, supervise
 from pdlaunch.supervisor.run_dir import new_run_dir
+from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Timing
 from tests.router.conftest import SPEC
 from tests.supervisor.fakes import make_plan
@@ -36,7 +37,7 @@ class FakeBootstraps:
     def prepare(self) -> None:
         pass
 
-    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,

@@ -5,8 +5,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdlaunch.hosts.host import ProcessExited
 from pdlaunch.supervisor.failure import MAX_LINES, MAX_WIDTH, Failure
-from pdlaunch.supervisor.host import ProcessExited
 
 TRACEBACK = [
     "Traceback (most recent call last):",

@@ -267,7 +267,8 @@ def test_an_engine_that_always_dies_is_given_up_and_tried_again_while_the_others
     )
     assert outcome.exit_code == 0
     assert observer.serving == {"decode-1", "decode-1/rank-0", "router"}
-    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") == 3
+    # Three deaths, then one on trial; it may be on trial again before Ctrl-C is noticed.
+    assert (tmp_path / "decode-0.log").read_text().count("--- incarnation") in (3, 4)
 
 
 def test_the_router_hears_of_the_last_step_of_a_rank_that_crashed(tmp_path: Path) -> None:

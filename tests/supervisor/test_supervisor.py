@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 from pdlaunch.errors import ConfigError
+from pdlaunch.hosts.host import ProcessExited
 from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register, Stop
-from pdlaunch.supervisor.host import ProcessExited
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.states import Phase
@@ -66,12 +66,12 @@ def test_a_failed_conversion_is_the_root_cause() -> None:
 
 def test_a_model_that_cannot_be_served_fails_the_launch_with_its_cause() -> None:
     world = World(make_plan(conversions=1))
-    world.host.prepare_error = ConfigError("no such thing")
+    world.bootstraps.prepare_error = ConfigError("no such thing")
     world.start()
     world.exit("convert-0")
     assert world.supervisor.done
     assert world.supervisor.failure is not None
-    assert world.supervisor.failure.cause is world.host.prepare_error
+    assert world.supervisor.failure.cause is world.bootstraps.prepare_error
 
 
 def test_the_earliest_failure_is_kept_and_everything_is_stopped() -> None:
@@ -274,19 +274,19 @@ def test_connections_wait_while_a_router_is_restarted() -> None:
     world.exit("router", -9)
     world.pass_time(1)
     assert world.state("router") == "starting"
-    assert world.host.listens
+    assert world.listens
 
 
 def test_connections_are_refused_once_the_drain_is_over() -> None:
     world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
     world.interrupt()
-    assert world.host.listens
+    assert world.listens
     world.drained("router")
-    assert world.host.listens
+    assert world.listens
     for name in ("prefill-0", "decode-0"):
         world.drained(name)
     assert world.stopped() == EVERYONE
-    assert not world.host.listens
+    assert not world.listens
 
 
 def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
@@ -294,14 +294,14 @@ def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
     world.interrupt()
     world.exit("router", -9)
     assert world.supervisor.phase is Phase.DRAINING_ENGINES
-    assert not world.host.listens
+    assert not world.listens
 
 
 def test_connections_are_refused_when_the_launch_fails() -> None:
     world = World(make_plan()).start()
     world.exit("decode-0", 1)
     assert world.supervisor.failure is not None
-    assert not world.host.listens
+    assert not world.listens
 
 
 def test_the_end_of_an_old_incarnation_is_not_taken_for_the_new_one() -> None:

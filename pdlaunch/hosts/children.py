@@ -1,10 +1,11 @@
-"""Child processes of the supervisor: spawn, notice the end, signal. Nothing here waits."""
+"""Spawns child processes, notices their end and signals them. Nothing here waits."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pdlaunch.hosts.host import ProcessExited
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.supervisor.host import ProcessExited
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ class _Child:
 
 
 class Children:
-    """The processes that live. Each leads its own session, so that Ctrl-C at the terminal reaches
-    the supervisor alone.
+    """Holds the child processes that live.
+
+    Each leads its own session, so that Ctrl-C at the terminal reaches the supervisor alone.
 
     Spawn from a thread that lives as long as the launch: the kernel's parent-death signal goes by
     thread.
@@ -42,20 +44,24 @@ class Children:
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._children: dict[str, _Child] = {}
+        self._ended = select.epoll()
+        """Watches the pidfds of all children."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while there is an ended child to reap."""
+        return self._ended.fileno()
 
     def log_path(self, name: str) -> Path:
-        """Standard output and error of all incarnations of a process."""
+        """Return the file that gets standard output and error of all incarnations of a process."""
         return self._log_dir / f"{name.replace('/', '.')}.log"
 
     def spawn(
         self, spec: ProcessSpec, incarnation: int, first_line: bytes, inherited: Sequence[int] = ()
     ) -> ProcessExited | None:
-        """Start a process and give it ``first_line``; returns its end when it cannot even be
-        started.
+        """Start a process and give it ``first_line``; return its end when it cannot be started.
 
-        ``inherited``: descriptors of ours that it gets under the same numbers.
-
-        Standard input stays open: its end tells the child that the supervisor is gone.
+        ``inherited``: descriptors of ours that it gets under the same numbers. Its standard input
+        stays open: the end of it tells the child that the supervisor is gone.
         """
         with self._open_log(spec.name) as log:
             try:
@@ -65,7 +71,9 @@ class Children:
                 with contextlib.suppress(OSError):
                     log.write(f"cannot be started: {error}\n".encode())
                 return ProcessExited(spec.name, incarnation, _CANNOT_EXECUTE)
-        self._children[spec.name] = _Child(process, incarnation, os.pidfd_open(process.pid))
+        pidfd = os.pidfd_open(process.pid)
+        self._children[spec.name] = _Child(process, incarnation, pidfd)
+        self._ended.register(pidfd, select.EPOLLIN)
         assert process.stdin is not None
         assert len(first_line) < 32 * 1024, "fits the pipe's buffer: the write cannot block"
         with contextlib.suppress(BrokenPipeError):
@@ -73,8 +81,10 @@ class Children:
         return None
 
     def _open_log(self, name: str) -> IO[bytes]:
-        """Appends; a folder that somebody has removed is made again, and a launch whose disk is
-        full goes on without logs.
+        """Open the log to append to it.
+
+        A folder that somebody has removed is made again; a launch whose disk is full goes on
+        without logs.
         """
         try:
             self._log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -102,20 +112,19 @@ class Children:
             pass_fds=inherited,
         )
 
-    def pidfds(self) -> dict[int, str]:
-        """File descriptors that become readable when their process has ended."""
-        return {child.pidfd: name for name, child in self._children.items()}
+    def reap(self) -> list[ProcessExited]:
+        """Bury every child that has ended, and kill what it has left behind in its group."""
+        ended = {pidfd for pidfd, _ in self._ended.poll(0)}
+        names = [name for name, child in self._children.items() if child.pidfd in ended]
+        return [self._bury(name) for name in names]
 
-    def reap(self, name: str) -> ProcessExited:
-        """Bury a process that has ended, and kill what it has left behind in its group.
-
-        The group is killed first: until the process is waited for, nobody else can be given its
-        number.
-        """
+    def _bury(self, name: str) -> ProcessExited:
         child = self._children.pop(name)
+        # Before the wait: until then nobody else can be given the number of the group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGKILL)
         returncode = child.process.wait()
+        self._ended.unregister(child.pidfd)
         os.close(child.pidfd)
         if child.process.stdin is not None:
             child.process.stdin.close()
@@ -129,12 +138,14 @@ class Children:
                 os.killpg(child.process.pid, signal_number)
 
     def close(self) -> None:
-        """Kill and bury whatever is left; for the way out after an error. At most
-        ``CLOSE_TIMEOUT_S`` a process.
+        """Kill and bury whatever is left, for the way out after an error.
+
+        Waits at most ``CLOSE_TIMEOUT_S`` for each process.
         """
         for name in list(self._children):
             self.signal(name, signal.SIGKILL)
         for name, child in list(self._children.items()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(self.CLOSE_TIMEOUT_S)
-                self.reap(name)
+                self._bury(name)
+        self._ended.close()

@@ -1,0 +1,1 @@
+"""Where processes of a launch run."""

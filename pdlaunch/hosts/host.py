@@ -1,0 +1,111 @@
+"""Defines what the supervisor asks of a machine on which processes run, and what it hears from it.
+
+``LocalHost`` is this machine. A machine elsewhere is an implementation beside it: its agent spawns,
+signals and buries processes there, and sends the exits, messages and logs over its own channel.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from pdlaunch.process.bootstrap import Bootstrap
+from pdlaunch.process.step_record import LastStep
+from pdlaunch.protocol.control import FromSupervisor, ToSupervisor
+from pdlaunch.resolve.plan import ProcessSpec
+
+_OWN_SIGNALS = frozenset(
+    {
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A process has sent a message."""
+
+    name: str
+    message: ToSupervisor
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExited:
+    """A process has ended, and with it all processes of its group."""
+
+    name: str
+    incarnation: int
+    returncode: int
+    """Exit code; negative: the signal that killed the process."""
+
+    @property
+    def by_itself(self) -> bool:
+        """Nobody else ended it, neither a person nor the kernel for lack of memory."""
+        return self.returncode >= 0 or -self.returncode in _OWN_SIGNALS
+
+    def how(self) -> str:
+        """Say in words how the process ended."""
+        if self.returncode >= 0:
+            return f"ended with exit code {self.returncode}"
+        number = -self.returncode
+        known = number in signal.valid_signals() and number < signal.SIGRTMIN
+        hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name if known else f'signal {number}'}{hint}"
+
+
+class Host(Protocol):
+    """A machine on which processes of a launch run. No method blocks."""
+
+    @property
+    def bind_address(self) -> str:
+        """The address at which its processes listen for other processes of the launch."""
+
+    @property
+    def advertise_address(self) -> str:
+        """The address by which processes of the launch reach them."""
+
+    def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
+        """Start a process and give it ``bootstrap`` on its standard input.
+
+        Its end arrives in ``exits``, also that of a process that could not be started.
+        """
+
+    def signal(self, name: str, signal_number: int) -> None:
+        """Send a signal to the process and all that it has started; ignored when it is gone."""
+
+    def send(self, name: str, message: FromSupervisor) -> None:
+        """Queue a message; it is lost when the process is not connected."""
+
+    def exits(self) -> list[ProcessExited]:
+        """Return the processes that have ended since the last call."""
+
+    def messages(self) -> list[MessageReceived]:
+        """Return the messages since the last call, oldest first.
+
+        A process that is in ``exits`` has none left after the next call of this.
+        """
+
+    def log_path(self, name: str) -> Path:
+        """Return the file that gets what all incarnations of a process print."""
+
+    def last_step(self, engine: str) -> LastStep:
+        """Return what the ranks of an engine computed when one of them died."""
+
+    @property
+    def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
+        """Sockets and descriptors that become readable with an exit or a message; never others."""
+
+    @property
+    def poll_s(self) -> float:
+        """How often ``exits`` and ``messages`` have to be called whatever ``sources`` say."""
