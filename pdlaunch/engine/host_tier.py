@@ -10,7 +10,7 @@ from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
@@ -44,9 +44,7 @@ def new_offload_worker(
         heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
         blocks_per_chunk=_blocks_per_chunk(runner),
-        device_hasher=BlockHasher(runner.kv_cache, runner.layout)
-        if runner.kv_cache.is_cuda
-        else None,
+        device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
         progress=progress,
         wake=wake,
     )

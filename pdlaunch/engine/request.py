@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from pdlaunch.kvcache.block_table import BlockTables
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, FinishReason
@@ -78,7 +78,7 @@ class Request:
         arrival: int,
         output_limit: int,
         tables: BlockTables,
-        hasher: BlockHasher,
+        hasher: TokenHasher,
     ) -> None:
         self.message = message
         self.arrival = arrival
@@ -215,7 +215,7 @@ class Intake:
         if message.do_remote_decode:
             # The lease is on the prompt: later tokens would push its blocks out of the windows.
             output_limit = min(output_limit, 1)
-        hasher = BlockHasher(
+        hasher = TokenHasher(
             root_hash(self._model_digest, cache_salt=message.cache_salt), self._block_size
         )
         self._num_arrived += 1

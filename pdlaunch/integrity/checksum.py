@@ -81,7 +81,7 @@ class HostBatch:
         return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
 
 
-class BlockHasher:
+class KVHasher:
     """Reads blocks of one rank's KV cache. Not thread-safe."""
 
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:

@@ -27,7 +27,7 @@ def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> 
     return digest.digest()
 
 
-class BlockHasher:
+class TokenHasher:
     """The hashes of one request's full blocks; grows with the request, each block is hashed
     once.
     """

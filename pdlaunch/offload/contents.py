@@ -11,17 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from pdlaunch.integrity.checksum import Checksums, KVHasher
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.tier import ChunkKey
-
-ALGORITHM = "xxh3_64"
-"""The same as of blocks that are pulled: a checksum stays comparable wherever the block goes."""
 
 Digests = list[tuple[int, ...]]
 """By block: one checksum for each KV head of the rank."""
@@ -56,26 +52,10 @@ class Slots:
     stop: int
 
 
-class Checksums(Protocol):
-    """Checksums that are being computed."""
+class DeviceChunkHasher:
+    """Computes the checksums of a transfer's blocks on the device, once it has ended there."""
 
-    def result(self) -> npt.NDArray[np.uint64]:
-        """[num_blocks, num_heads]. Waits for them."""
-
-
-class DeviceHasher(Protocol):
-    """Computes checksums of blocks of the KV cache where they lie;
-    ``transfer.checksum.BlockHasher`` does.
-    """
-
-    def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        """Of complete blocks and these heads of the rank."""
-
-
-class BlockHasher:
-    """Has the checksums of a transfer's blocks computed on the device, once it has ended there."""
-
-    def __init__(self, device: DeviceHasher, executor: Executor) -> None:
+    def __init__(self, device: KVHasher, executor: Executor) -> None:
         """A thread of ``executor`` waits for the device."""
         self._device = device
         self._executor = executor

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 
 from pdlaunch.errors import ConfigError, TransferSpecError
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.offload.contents import (
-    BlockHasher,
     ChunkContent,
     ChunkHasher,
-    DeviceHasher,
+    DeviceChunkHasher,
     Digests,
     Slots,
 )
@@ -81,7 +81,7 @@ class OffloadWorker:
         blocks_per_chunk: int = 1,
         verify: bool = True,
         num_hash_threads: int | None = None,
-        device_hasher: DeviceHasher | None = None,
+        device_hasher: KVHasher | None = None,
         progress: Progress,
         wake: Callable[[], None],
     ) -> None:
@@ -112,7 +112,7 @@ class OffloadWorker:
             else None
         )
         self._block_hasher = (
-            BlockHasher(device_hasher, self._threads)
+            DeviceChunkHasher(device_hasher, self._threads)
             if verify and device_hasher is not None
             else None
         )

@@ -12,7 +12,7 @@ import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import LeaseError
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory
 from pdlaunch.protocol.control import Entry, ToSupervisor
@@ -101,7 +101,7 @@ class TransferLoop:
             total_kv_heads=memory.total_kv_heads,
             connector=connector.name,
         )
-        hasher = BlockHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
+        hasher = KVHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
         geometry = geometry_of(local, memory.first_kv_head)
         card = HolderCard(
             identity, compatibility, geometry, connector.agent_name, connector.agent_metadata()

@@ -11,7 +11,7 @@ from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.offload.jobs import JobFinished, JobMerger, OffloadJob
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.tier import HeadSlice, HostTier
@@ -414,7 +414,7 @@ class FakeEngine:
             assert pull.first_block_index[group] >= seen, "the holder does not lease these blocks"
 
     def _hashes(self, request: AddRequest) -> list[bytes]:
-        hasher = BlockHasher(root_hash("model", cache_salt=request.cache_salt), self.block_size)
+        hasher = TokenHasher(root_hash("model", cache_salt=request.cache_salt), self.block_size)
         return hasher.prompt_hashes(request.prompt_token_ids, len(request.prompt_token_ids))
 
     def _write_pulled(self, pull: StartPull) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=60)
 
@@ -27,7 +27,7 @@ def reference(root: bytes, token_ids: list[int], block_size: int) -> list[bytes]
 def test_hashes_do_not_depend_on_how_tokens_arrive(
     token_ids: list[int], block_size: int, data: st.DataObject
 ) -> None:
-    hasher = BlockHasher(root_hash("m"), block_size)
+    hasher = TokenHasher(root_hash("m"), block_size)
     for end in sorted(data.draw(st.lists(st.integers(0, len(token_ids)), max_size=5))):
         hasher.extend(token_ids[:end])
     num_prompt_tokens = data.draw(st.integers(0, len(token_ids)))
@@ -41,14 +41,14 @@ def test_hashes_do_not_depend_on_how_tokens_arrive(
 
 
 def test_a_partial_block_is_no_full_block() -> None:
-    hasher = BlockHasher(root_hash("m"), 4)
+    hasher = TokenHasher(root_hash("m"), 4)
     assert (
         len({*hasher.prompt_hashes([1, 2, 3, 4], 3), *hasher.prompt_hashes([1, 2, 3, 4], 4)}) == 2
     )
 
 
 def test_an_earlier_token_changes_every_later_hash() -> None:
-    first, second = BlockHasher(root_hash("m"), 2), BlockHasher(root_hash("m"), 2)
+    first, second = TokenHasher(root_hash("m"), 2), TokenHasher(root_hash("m"), 2)
     first.extend([1, 2, 3, 4, 5, 6])
     second.extend([1, 9, 3, 4, 5, 6])
     assert not set(first.block_hashes) & set(second.block_hashes)
@@ -68,4 +68,4 @@ def test_root_tells_model_adapter_and_salt_apart() -> None:
 
 def test_token_ids_beyond_32_bits_are_refused() -> None:
     with pytest.raises(OverflowError):
-        BlockHasher(root_hash("m"), 1).extend([2**31])
+        TokenHasher(root_hash("m"), 1).extend([2**31])

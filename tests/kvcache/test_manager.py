@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.kvcache.manager import KVCacheManager
 
 WINDOWS = st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=3)
@@ -16,7 +16,7 @@ def make_groups(windows: list[int | None]) -> list[KVCacheGroup]:
 
 
 def hashes(num_blocks: int, block_size: int) -> list[bytes]:
-    hasher = BlockHasher(root_hash("m"), block_size)
+    hasher = TokenHasher(root_hash("m"), block_size)
     hasher.extend(range(num_blocks * block_size))
     return hasher.block_hashes
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
@@ -171,7 +171,7 @@ def test_loads_are_proven_where_they_arrive() -> None:
         layout=layout,
         heads=HeadSlice(0, 2),
         host_memory_bytes=8 * layout.block_bytes,
-        device_hasher=BlockHasher(kv_cache, layout),
+        device_hasher=KVHasher(kv_cache, layout),
         progress=lambda *_: None,
         wake=wakes.release,
     )
@@ -185,7 +185,7 @@ def test_loads_are_proven_where_they_arrive() -> None:
     hashes = [b"a", b"b"]
     assert run(OffloadJob(1, "store", [3, 9], [2], [0], [2, 0], hashes)).ok
     assert worker.checksums(2) == [
-        tuple(row) for row in BlockHasher(kv_cache.cpu(), layout).checksums([3], slice(None))
+        tuple(row) for row in KVHasher(kv_cache.cpu(), layout).checksums([3], slice(None))
     ]
     loaded = run(OffloadJob(2, "load", [10, 11], [2], [0], [2, 0], hashes))
     assert loaded.ok, loaded.error

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.block_table import BlockTables
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.offload.host_memory import HostMemory
@@ -55,7 +55,7 @@ class Rank:
             host_memory_bytes=num_chunks * 4096,
             blocks_per_chunk=blocks_per_chunk,
             verify=verify,
-            device_hasher=BlockHasher(self.kv_cache, self.layout) if on_device else None,
+            device_hasher=KVHasher(self.kv_cache, self.layout) if on_device else None,
             progress=lambda *_: None,
             wake=self.wakes.release,
         )
@@ -112,7 +112,7 @@ def test_checksums_are_those_that_a_pull_compares(on_device: bool) -> None:
     rank = Rank(on_device=on_device)
     rank.fill(3, 1)
     rank.run(store_of())
-    expected = BlockHasher(rank.kv_cache, rank.layout).checksums([3], slice(None))
+    expected = KVHasher(rank.kv_cache, rank.layout).checksums([3], slice(None))
     assert rank.worker.checksums(2) == [tuple(expected[0])]
     assert rank.worker.checksums(5) is None
     rank.worker.close()

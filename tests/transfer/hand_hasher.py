@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from pdlaunch.integrity.checksum import BlockHasher, ChecksumArray, Checksums, HashBatch
+from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch, KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 
 
@@ -46,7 +46,7 @@ class HandBatch:
         return self._started[-1]
 
 
-class HandHasher(BlockHasher):
+class HandHasher(KVHasher):
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
         super().__init__(kv_cache, layout)
         self.started: list[HandChecksums] = []
@@ -63,6 +63,4 @@ def stated_checksums(
     kv_cache: torch.Tensor, layout: KVCacheLayout, block_ids: Sequence[int]
 ) -> bytes:
     """As a holder states them."""
-    return (
-        BlockHasher(kv_cache, layout).start(block_ids, slice(None)).result().astype("<u8").tobytes()
-    )
+    return KVHasher(kv_cache, layout).start(block_ids, slice(None)).result().astype("<u8").tobytes()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
@@ -100,7 +100,7 @@ class HolderRank:
             connector.agent_name,
             connector.agent_metadata(),
         )
-        hasher = BlockHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
+        hasher = KVHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
         self.holder = PromptHolder(card, hasher, clock)
         self.channels: list[FakeChannel] = []
 
@@ -192,7 +192,7 @@ class World:
             report=self.reports.append,
         )
         self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
-        hasher = BlockHasher(self.kv_cache, layout) if self.verify else None
+        hasher = KVHasher(self.kv_cache, layout) if self.verify else None
         puller = Puller(
             "d" * 32,
             0,

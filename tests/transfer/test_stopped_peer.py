@@ -19,7 +19,7 @@ import pytest
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
-from pdlaunch.kvcache.hashing import BlockHasher, root_hash
+from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -102,7 +102,7 @@ def lease(
     holder: RankHandle, request_id: str, prompt: list[int], block_ids: list[int]
 ) -> np.ndarray:
     """As if the holder had computed the prompt into these blocks; returns their bytes."""
-    hashes = BlockHasher(root_hash(MODEL), BLOCK_SIZE).prompt_hashes(prompt, len(prompt))
+    hashes = TokenHasher(root_hash(MODEL), BLOCK_SIZE).prompt_hashes(prompt, len(prompt))
     holder.submit(
         GrantLease(
             request_id=request_id,

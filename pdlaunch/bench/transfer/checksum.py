@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 
 CACHE_BYTES = 8 * 1024**3
@@ -41,7 +41,7 @@ def main() -> None:
         )
         shape = (CACHE_BYTES // layout.block_bytes, *layout.block_shape())
         kv_cache = torch.randn(shape, dtype=torch.bfloat16, device=options.device)
-        hasher = BlockHasher(kv_cache, layout)
+        hasher = KVHasher(kv_cache, layout)
         torch.cuda.synchronize(kv_cache.device)
         _check(hasher, kv_cache, layout)
         order = torch.randperm(len(kv_cache)).tolist()
@@ -54,15 +54,15 @@ def main() -> None:
                 sys.stdout.flush()
 
 
-def _check(hasher: BlockHasher, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
+def _check(hasher: KVHasher, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
     last = len(kv_cache) - 1
-    expected = BlockHasher(kv_cache[last:].cpu(), layout).checksums([0], slice(None))
+    expected = KVHasher(kv_cache[last:].cpu(), layout).checksums([0], slice(None))
     if hasher.checksums([last], slice(None)) != expected:
         raise SystemExit("the kernel's checksums are not those of the xxHash library")
 
 
 def _measure(
-    hasher: BlockHasher, kv_cache: torch.Tensor, block_ids: list[int], heads: slice
+    hasher: KVHasher, kv_cache: torch.Tensor, block_ids: list[int], heads: slice
 ) -> dict[str, float]:
     num_bytes = kv_cache[0, heads].numel() * kv_cache.element_size() * len(block_ids)
     words = kv_cache.view(-1).view(torch.int64)[: num_bytes // 8]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import BlockRead, Landing, ReadHandle, ReadState
@@ -68,7 +68,7 @@ class Puller:
     tp_rank: int
     first_kv_head: int
     head_bytes: int
-    hasher: BlockHasher | None
+    hasher: KVHasher | None
     """None when ``kv_transfer.verify`` is off."""
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]

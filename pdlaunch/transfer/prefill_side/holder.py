@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pdlaunch.errors import LeaseError
-from pdlaunch.integrity.checksum import BlockHasher, Checksums
+from pdlaunch.integrity.checksum import Checksums, KVHasher
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
     Compatibility,
@@ -85,7 +85,7 @@ class Holder:
     def __init__(
         self,
         card: HolderCard,
-        hasher: BlockHasher | None,
+        hasher: KVHasher | None,
         clock: Callable[[], float],
     ) -> None:
         """``hasher`` is None when ``kv_transfer.verify`` is off."""

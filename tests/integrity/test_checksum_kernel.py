@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from tests.interpreter import needs_triton, run_interpreted
 from tests.transfer.fakes import layout_of
@@ -15,7 +15,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @needs_triton
 def test_kernel_equals_xxhash() -> None:
-    run_interpreted("tests.transfer.interpreted_checksum")
+    run_interpreted("tests.integrity.interpreted_checksum")
 
 
 def layouts() -> list[KVCacheLayout]:
@@ -38,8 +38,8 @@ def layouts() -> list[KVCacheLayout]:
 def test_a_gpu_and_a_cpu_agree(layout: KVCacheLayout) -> None:
     dtype = {2: torch.bfloat16, 4: torch.float32}[layout.dtype_bytes]
     kv_cache = torch.randn((40, *layout.block_shape()), device="cuda").to(dtype)
-    on_cpu = BlockHasher(kv_cache.cpu(), layout)
-    hasher = BlockHasher(kv_cache, layout)
+    on_cpu = KVHasher(kv_cache.cpu(), layout)
+    hasher = KVHasher(kv_cache, layout)
     torch.cuda.synchronize()
     chosen = [
         ([39, 0, 7], slice(None)),
@@ -59,7 +59,7 @@ def test_results_that_nobody_wants_do_no_harm() -> None:
     """Their memory is not used again before the kernel has ended."""
     layout = layouts()[0]
     kv_cache = torch.randn((64, *layout.block_shape()), device="cuda").to(torch.bfloat16)
-    hasher = BlockHasher(kv_cache, layout)
+    hasher = KVHasher(kv_cache, layout)
     torch.cuda.synchronize()
     expected = hasher.checksums(range(64), slice(None))
     for _ in range(50):

@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.integrity.checksum import BlockHasher
+from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.transfer.channel.engine_id import draw_engine_id
 from pdlaunch.transfer.channel.handshake import describe_groups
 from tests.transfer.fakes import layout_of, random_cache
@@ -15,7 +15,7 @@ from tests.transfer.fakes import layout_of, random_cache
 def test_one_checksum_a_block_and_head_over_its_bytes():
     layout = layout_of(num_kv_heads=3)
     kv_cache = random_cache(layout, 4, seed=0)
-    found = BlockHasher(kv_cache, layout).checksums([2, 0], slice(1, 3))
+    found = KVHasher(kv_cache, layout).checksums([2, 0], slice(1, 3))
     expected = [
         [xxhash.xxh3_64_intdigest(kv_cache[block, head].numpy().tobytes()) for head in (1, 2)]
         for block in (2, 0)
@@ -33,7 +33,7 @@ def test_checksums_do_not_depend_on_the_split_into_ranks(dtype):
         layout = type(layout)(
             layout.groups, layout.num_kv_heads, layout.head_dim, layout.block_size, bytes_a_value
         )
-        return BlockHasher(part.contiguous(), layout)
+        return KVHasher(part.contiguous(), layout)
 
     of_parts = [
         hasher(whole[:, head : head + 1]).checksums([0, 1], slice(None)) for head in range(3)
@@ -47,7 +47,7 @@ def test_checksums_do_not_depend_on_the_split_into_ranks(dtype):
 def test_any_changed_byte_changes_exactly_one_checksum(block, head, data):
     layout = layout_of(num_kv_heads=3)
     kv_cache = random_cache(layout, 4, seed=0)
-    hasher = BlockHasher(kv_cache, layout)
+    hasher = KVHasher(kv_cache, layout)
     before = hasher.checksums(range(4), slice(None))
     share = kv_cache[block, head].view(torch.uint8).view(-1)
     share[data.draw(st.integers(0, len(share) - 1))] ^= data.draw(st.integers(1, 255))
