@@ -13,7 +13,8 @@ from pdlaunch.checks.resolved import resolved_values
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.checks.transport_report import TransportReport
 from pdlaunch.config.engine_spec import ENGINE_HOST
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.field_types import set_paths
+from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine, PortState
@@ -181,17 +182,13 @@ def _engine(
     config: LaunchConfig, role: Role, machine: Machine, environ: Mapping[str, str], model: Model
 ) -> Engine:
     section, settings = config.role(role), config.engine_settings(role)
-    overrides = {
-        name for name in EngineSettings.model_fields if getattr(section, name, None) is not None
-    } - {"kv_offload"}
-    overrides |= {f"kv_offload.{name}" for name, value in section.kv_offload if value is not None}
     wanted = settings.device
     return Engine(
         role=role,
         replicas=section.replicas,
         tp_size=section.tensor_parallel_size,
         settings=settings,
-        overrides=frozenset(overrides),
+        overrides=frozenset(set_paths(section)),
         device=wanted if wanted != "auto" else "cuda" if machine.gpus else "cpu",
         has_native_bf16=machine.has_native_bf16,
         model=model,

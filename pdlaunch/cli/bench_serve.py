@@ -21,7 +21,7 @@ from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
-from pdlaunch.config.names import flag_name
+from pdlaunch.config.settings import flag_name
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 

@@ -12,7 +12,7 @@ import typer
 from pdlaunch.cli.flags import to_command_line
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.names import flag_name
+from pdlaunch.config.settings import flag_name
 
 
 def refuse_address(flags: Mapping[str, object]) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pdlaunch.config.field_types import (
+    ByteSize,
+    Flag,
+    FrozenModel,
+    OptionalSize,
+    Switch,
+    may_override,
+    override,
+)
 from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.sizes import parse_size
 
@@ -32,35 +33,18 @@ KVPath = Literal["auto", "nixl", "p2p"]
 MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 OffloadPolicy = Literal["arc", "lru"]
 
-ByteSize = Annotated[
-    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)
-]
-"""A number of bytes; ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) and plain integers are
-read.
-"""
-
-OptionalSize = Annotated[
-    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)
-]
-"""The same, and 0 for none."""
+DEPLOYMENT = "Deployment"
+"""The panel of flags that are not about engines."""
 
 DEFAULT_MODEL = "smollm2"
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
 
 
-class FrozenModel(BaseModel):
-    """Base of every config model: frozen, unknown fields refused, defaults validated."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
-    )
-
-
 class KVOffloadSettings(FrozenModel):
     """The host tier: KV blocks stay in the machine's memory when the device needs the room."""
 
-    host_memory: OptionalSize = Field(
+    host_memory: Annotated[OptionalSize, Flag("kv-offload-memory")] = Field(
         0, description="Host memory of one rank for KV blocks; 0: no host tier."
     )
     policy: OffloadPolicy = Field(
@@ -69,17 +53,10 @@ class KVOffloadSettings(FrozenModel):
     )
 
 
-class RoleKVOffloadSettings(FrozenModel):
-    """What differs for a role."""
-
-    host_memory: OptionalSize | None = None
-    policy: OffloadPolicy | None = None
-
-
 class EngineSettings(FrozenModel):
     """Describes an engine. The top level of the file holds these, and a role may override each."""
 
-    model: str = Field(
+    model: Annotated[str, Flag()] = Field(
         DEFAULT_MODEL,
         min_length=1,
         description="Alias, directory in Hugging Face layout, or .gguf file.",
@@ -87,15 +64,15 @@ class EngineSettings(FrozenModel):
     load_format: LoadFormat = Field(
         "auto", description="`dummy` gives random weights (benchmarks)."
     )
-    dtype: DType = Field(
+    dtype: Annotated[DType, Flag()] = Field(
         "auto",
         description="`auto` is the checkpoint's dtype, float32 on a CPU without native bf16.",
     )
-    max_model_len: int | None = Field(
+    max_model_len: Annotated[int | None, Flag()] = Field(
         None, gt=0, description="Longest prompt plus output in tokens; the model's when unset."
     )
-    block_size: int = Field(16, gt=0, description="Tokens in a KV block.")
-    kv_cache_memory: ByteSize | None = Field(
+    block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
+    kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
         None,
         description=(
             "KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
@@ -108,21 +85,25 @@ class EngineSettings(FrozenModel):
         True, description="Keep KV blocks of prompts for requests that begin alike."
     )
     kv_offload: KVOffloadSettings = KVOffloadSettings()
-    enable_cumem_allocator: bool | None = Field(
+    enable_cumem_allocator: Annotated[bool | None, Flag()] = Field(
         None, description="Allocate weights and KV cache from CuMem pools."
     )
-    enable_sleep_mode: bool = Field(
+    enable_sleep_mode: Annotated[bool, Flag()] = Field(
         False, description="Sleep and wake engines; turns the CuMem allocator on."
     )
-    enforce_eager: bool = Field(False, description="Run decode steps on a GPU without CUDA graphs.")
-    async_scheduling: bool = Field(
+    enforce_eager: Annotated[bool, Flag()] = Field(
+        False, description="Run decode steps on a GPU without CUDA graphs."
+    )
+    async_scheduling: Annotated[bool, Flag()] = Field(
         True, description="Prepare the next step of a GPU on the CPU while one runs."
     )
     max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
     max_num_batched_tokens: int | None = Field(
         None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU."
     )
-    device: Device = Field("auto", description="auto: GPUs where there are any, else the CPU.")
+    device: Annotated[Device, Flag()] = Field(
+        "auto", description="auto: GPUs where there are any, else the CPU."
+    )
     num_threads: int | None = Field(
         None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset."
     )
@@ -131,11 +112,16 @@ class EngineSettings(FrozenModel):
     )
 
 
+@may_override(EngineSettings)
 class RoleSettings(FrozenModel):
-    """How many engines of one role, and what differs for them."""
+    """Says how many engines of one role there are, and what differs for them."""
 
-    replicas: int = Field(1, ge=0, le=1024, description="Number of engines.")
-    tensor_parallel_size: int = Field(1, gt=0, le=1024, description="Ranks of one engine.")
+    replicas: Annotated[int, Flag("{role}", help="Number of {role} engines.")] = Field(
+        1, ge=0, le=1024, description="Number of engines."
+    )
+    tensor_parallel_size: Annotated[int, Flag("{role}-tp", help="Ranks of a {role} engine.")] = (
+        Field(1, gt=0, le=1024, description="Ranks of one engine.")
+    )
     port: int = Field(
         0,
         ge=0,
@@ -145,59 +131,15 @@ class RoleSettings(FrozenModel):
         ),
     )
 
-    model: str | None = Field(None, min_length=1)
-    load_format: LoadFormat | None = None
-    dtype: DType | None = None
-    max_model_len: int | None = Field(None, gt=0)
-    block_size: int | None = Field(None, gt=0)
-    kv_cache_memory: ByteSize | None = None
-    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    enable_prefix_caching: bool | None = None
-    kv_offload: RoleKVOffloadSettings = RoleKVOffloadSettings()
-    enable_cumem_allocator: bool | None = None
-    enable_sleep_mode: bool | None = None
-    enforce_eager: bool | None = None
-    async_scheduling: bool | None = None
-    max_num_seqs: int | None = Field(None, gt=0)
-    max_num_batched_tokens: int | None = Field(None, gt=0)
-    device: Device | None = None
-    num_threads: int | None = Field(None, gt=0)
-    env: dict[str, str] | None = None
-
     def ports(self) -> range:
         """Fixed ports of the engines, in their order; empty when they take free ones."""
         return range(self.port, self.port + self.replicas) if self.port else range(0)
-
-    def over(self, settings: EngineSettings) -> EngineSettings:
-        """The engine settings of this role: ``settings`` with what this section sets."""
-        own = self.model_dump(
-            exclude={"replicas", "tensor_parallel_size", "port"}, exclude_none=True
-        )
-        if "env" in own:
-            own["env"] = settings.env | own["env"]
-        own["kv_offload"] = settings.kv_offload.model_dump() | own["kv_offload"]
-        base = {name: getattr(settings, name) for name in EngineSettings.model_fields}
-        return EngineSettings.model_validate(base | own)
-
-
-def _read_switch(value: object) -> object:
-    """YAML reads ``on`` and ``off`` as booleans already; flags and environment bring them as
-    words.
-    """
-    if isinstance(value, str) and value.lower() in ("on", "off"):
-        return value.lower() == "on"
-    return value
-
-
-Switch = Annotated[
-    bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])
-]
 
 
 class KVTransferSettings(FrozenModel):
     """How KV blocks get from prefill to decode."""
 
-    connector: ConnectorName = Field(
+    connector: Annotated[ConnectorName, Flag("kv-connector")] = Field(
         "nixl", description="What moves KV blocks from prefill to decode ranks."
     )
     path: KVPath = Field(
@@ -241,7 +183,7 @@ class KVTransferSettings(FrozenModel):
         "",
         description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
     )
-    file_directory: str | None = Field(
+    file_directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
         None, min_length=1, description="Shared folder of the file connector, which needs one."
     )
     file_size_limit: ByteSize = Field(
@@ -318,14 +260,14 @@ class SharedSettings(FrozenModel):
 
     kv_transfer: KVTransferSettings = KVTransferSettings()
     limits: LimitSettings = LimitSettings()
-    allowed_hosts: HostNames = Field(
+    allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
         (),
         description=(
             "More names that clients may call the router or an engine by (Host header); `*` for "
             "any."
         ),
     )
-    cors_origins: Origins = Field(
+    cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
 
@@ -338,12 +280,16 @@ class LaunchConfig(SharedSettings, EngineSettings):
     served_model_name: str | None = Field(
         None, description="Name in the API; the model's own name when unset."
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address of the router.")
-    port: int = Field(8000, ge=0, le=65535, description="Port of the router; 0 picks a free one.")
-    api_key: SecretStr | None = Field(
+    host: Annotated[str, Flag(panel=DEPLOYMENT)] = Field(
+        "127.0.0.1", min_length=1, description="Address of the router."
+    )
+    port: Annotated[int, Flag(panel=DEPLOYMENT)] = Field(
+        8000, ge=0, le=65535, description="Port of the router; 0 picks a free one."
+    )
+    api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None, min_length=1, description="Clients must send it as a bearer token."
     )
-    admin_api_key: SecretStr | None = Field(
+    admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         min_length=1,
         description=(
@@ -351,7 +297,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "socket."
         ),
     )
-    engine_api_key: SecretStr | None = Field(
+    engine_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         min_length=1,
         description=(
@@ -359,18 +305,20 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "alone."
         ),
     )
-    log_dir: str | None = Field(
+    log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description=(
             "Folder of the log files; a new one a launch when unset, of which the latest 20 are "
             "kept."
         ),
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe messages that are kept."
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT)] = (
+        Field("info", description="Least severe messages that are kept.")
     )
-    startup_timeout_s: float = Field(600.0, gt=0, description="Seconds from command to ready.")
-    drain_timeout_s: float = Field(
+    startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
+        600.0, gt=0, description="Seconds from command to ready."
+    )
+    drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT)] = Field(
         30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C."
     )
     hang_timeout_s: float = Field(
@@ -440,4 +388,5 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     def engine_settings(self, role: Role) -> EngineSettings:
         """The engine settings of ``role``, overrides applied."""
-        return self.role(role).over(self)
+        shared = {name: getattr(self, name) for name in EngineSettings.model_fields}
+        return override(EngineSettings.model_validate(shared), self.role(role))

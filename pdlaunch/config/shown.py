@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pdlaunch.config.fields import SECRET, all_fields, is_secret, split_path
+from pdlaunch.config.settings import SECRET, all_settings, is_secret, split_path
 from pdlaunch.config.sources import LoadedConfig, Origin
 
 
@@ -46,7 +46,7 @@ def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
 
 
 def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
-    for path, field in all_fields().items():
+    for path, field in all_settings().items():
         value: Any = loaded.config
         for name in path.split("."):
             value = getattr(value, name)

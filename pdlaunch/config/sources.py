@@ -14,11 +14,17 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pdlaunch.config.fields import all_fields, is_secret, split_path
 from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
-from pdlaunch.config.names import VARIABLE_PREFIX, flag_name, variable_paths
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
+from pdlaunch.config.settings import (
+    VARIABLE_PREFIX,
+    all_settings,
+    flag_name,
+    is_secret,
+    split_path,
+    variable_paths,
+)
 from pdlaunch.config.yaml_file import read_yaml
 
 _log = logging.getLogger(__name__)
@@ -77,7 +83,7 @@ def load_config(
     derived = _derived_origins(config)
     if derived:
         _log.info("%s", next(iter(derived.values())).detail)
-    origins = {path: Origin("default") for path in all_fields()} | {
+    origins = {path: Origin("default") for path in all_settings()} | {
         path: item.origin for path, item in given.items()
     }
     return LoadedConfig(config, MappingProxyType(origins | derived))
@@ -107,7 +113,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
         path = known.get(name) or _mapping_entry(name, known)
-        if path is None or (path in all_fields() and all_fields()[path].is_mapping):
+        if path is None or (path in all_settings() and all_settings()[path].is_mapping):
             problems.append(_unknown_variable(name, known))
         elif path in given:
             message = f"gives {path}, and so does {given[path].origin.detail}"
@@ -125,7 +131,7 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
     """``PDLAUNCH_PREFILL__ENV__UCX_TLS`` is the entry ``UCX_TLS`` of ``prefill.env``."""
     for variable, path in known.items():
         entry = name.removeprefix(f"{variable}__")
-        if all_fields()[path].is_mapping and entry not in (name, ""):
+        if all_settings()[path].is_mapping and entry not in (name, ""):
             return f"{path}.{entry}"
     return None
 
@@ -140,10 +146,10 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
     given: dict[str, _Given] = {}
     problems = []
     for path, value in flags.items():
-        if path in all_fields() or path.rpartition(".")[0] in all_fields():
+        if path in all_settings() or path.rpartition(".")[0] in all_settings():
             given[path] = _Given(value, Origin("flag", flag_name(path)))
         else:
-            match = nearest(path, all_fields())
+            match = nearest(path, all_settings())
             problems.append(
                 Problem(
                     "unknown field",
@@ -181,8 +187,8 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
 
 
 def _takes_bool(path: str) -> bool:
-    field = all_fields().get(path)
-    return field is None or "bool" in str(field.info.annotation)
+    setting = all_settings().get(path)
+    return setting is None or setting.is_switch
 
 
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from pdlaunch.config.fields import all_fields, known_names, sections
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name
+from pdlaunch.config.settings import all_settings, known_names, sections
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_VALUES = 10_000
@@ -64,9 +64,9 @@ class _Reader:
                 self._problem(key, "unknown field", path, fix)
             elif path in sections():
                 self.read_section(value, path)
-            elif all_fields()[path].is_mapping:
+            elif all_settings()[path].is_mapping:
                 self._read_mapping(value, path)
-            elif all_fields()[path].is_list and isinstance(value, yaml.SequenceNode):
+            elif all_settings()[path].is_list and isinstance(value, yaml.SequenceNode):
                 self._read_list(value, path)
             else:
                 self._keep(path, value, self._scalar(value, path))

@@ -9,9 +9,9 @@ from typing import Any
 from pdlaunch.checks.context import Context, Model
 from pdlaunch.checks.run import build_context
 from pdlaunch.checks.transport_report import PairTransport, TransportReport
-from pdlaunch.config.fields import all_fields
 from pdlaunch.config.model_shape import ModelShape
 from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sources import LoadedConfig, Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import (
@@ -130,7 +130,7 @@ def on(
     given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
     loaded = LoadedConfig(
         LaunchConfig.model_validate(tree),
-        {path: Origin("default") for path in all_fields()} | given,
+        {path: Origin("default") for path in all_settings()} | given,
     )
     shape = SHAPE if machine.gpus else SMALL_SHAPE
     prefill, decode = shapes or (shape, shape)

@@ -5,7 +5,7 @@ import pytest
 
 from pdlaunch.checks.registry import FAMILIES, all_rules, family
 from pdlaunch.checks.run import apply_rule
-from pdlaunch.config.fields import all_fields
+from pdlaunch.config.settings import all_settings
 from tests.checks.cases import CASES
 from tests.checks.contexts import CPU, GB200, GPU, on
 
@@ -52,7 +52,7 @@ def test_findings_say_what_and_how(rule):
             assert finding.message
             assert finding.fix
             assert (
-                finding.where in all_fields()
+                finding.where in all_settings()
                 or " " in finding.where
                 or finding.where in ("system", "/dev/shm")
             )

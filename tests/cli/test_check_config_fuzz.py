@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.config.names import FLAG_PATHS
+from pdlaunch.config.settings import all_flags
 from tests.config.test_fuzz import yaml_texts
 
 VALUES = st.one_of(
@@ -16,7 +16,7 @@ VALUES = st.one_of(
     st.integers().map(str),
 )
 FLAGS = st.lists(
-    st.tuples(st.sampled_from(sorted(FLAG_PATHS)), VALUES).map(
+    st.tuples(st.sampled_from(sorted(flag.name for flag in all_flags().values())), VALUES).map(
         lambda pair: [f"--{pair[0]}", pair[1]]
     ),
     max_size=3,

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.config.fields import all_fields
+from pdlaunch.config.settings import all_settings
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(monkeypatch):
 def test_schema_is_json_schema_of_the_file(run):
     schema = json.loads(run("schema").stdout)
     assert schema["additionalProperties"] is False
-    assert {path.partition(".")[0] for path in all_fields()} == set(schema["properties"])
+    assert {path.partition(".")[0] for path in all_settings()} == set(schema["properties"])
     size = json.dumps(schema["properties"]["kv_cache_memory"])
     assert all(f'"type": "{kind}"' in size for kind in ("string", "integer", "null"))
 

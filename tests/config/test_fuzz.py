@@ -7,13 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdlaunch.config.fields import all_fields
-from pdlaunch.config.names import variable_paths
 from pdlaunch.config.problems import InvalidConfigError, Problem
+from pdlaunch.config.settings import all_settings, variable_paths
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
 
-PATHS = sorted(all_fields())
+PATHS = sorted(all_settings())
 SECTIONS = ["prefill", "decode", "kv_transfer", "limits", "env"]
 NAMES = st.sampled_from(
     [

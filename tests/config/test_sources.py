@@ -4,12 +4,10 @@ from typing import get_args
 
 import pytest
 
-from pdlaunch.cli import flags as cli_flags
-from pdlaunch.config.fields import all_fields
 from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import EngineSettings, KVOffloadSettings, LaunchConfig
-from pdlaunch.config.names import FLAG_PATHS, variable_paths
 from pdlaunch.config.problems import InvalidConfigError, Problem
+from pdlaunch.config.settings import all_settings, variable_paths
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 
@@ -66,7 +64,7 @@ class TestPrecedence:
         loaded = load()
         assert loaded.config == LaunchConfig()
         assert set(loaded.origins.values()) == {Origin("default")}
-        assert set(loaded.origins) == set(all_fields())
+        assert set(loaded.origins) == set(all_settings())
 
     def test_flag_beats_environment_beats_file_beats_default(self, file):
         path = file("block_size: 32\nport: 1111\nhost: filehost\n")
@@ -126,8 +124,8 @@ class TestEnvironment:
         assert config.kv_cache_memory == 2 * 1024**3
 
     def test_every_field_has_a_variable(self):
-        mapping_fields = {path for path, field in all_fields().items() if field.is_mapping}
-        assert set(variable_paths().values()) == set(all_fields()) >= mapping_fields
+        mapping_fields = {path for path, field in all_settings().items() if field.is_mapping}
+        assert set(variable_paths().values()) == set(all_settings()) >= mapping_fields
 
     def test_unknown_variables_are_refused_with_the_nearest_name(self):
         problem = only(problems(environ={"PDLAUNCH_KV_CONECTOR": "nixl"}))
@@ -152,9 +150,6 @@ class TestEnvironment:
 
 
 class TestFlags:
-    def test_the_table_is_that_of_the_command_line(self):
-        assert {flag.name for flag in cli_flags._FLAGS} == set(FLAG_PATHS)
-
     def test_unknown_path_is_refused(self):
         with pytest.raises(InvalidConfigError, match="did you mean block_size"):
             load_config(None, {}, {"block_sise": 1})
@@ -408,5 +403,5 @@ class TestHostTier:
 
 
 def test_every_field_of_the_models_is_a_setting():
-    assert {path.partition(".")[0] for path in all_fields()} == set(LaunchConfig.model_fields)
+    assert {path.partition(".")[0] for path in all_settings()} == set(LaunchConfig.model_fields)
     assert get_args(LaunchConfig.model_fields["dtype"].annotation)

@@ -1,0 +1,125 @@
+"""How a setting is declared: once, as a field of a frozen pydantic model.
+
+The field's type and constraints check the value, its description explains it, a ``Flag`` in its
+annotation puts it on the command line. ``config.settings`` derives everything else from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Optional, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
+
+from pdlaunch.config.sizes import parse_size
+
+ModelType = TypeVar("ModelType", bound="FrozenModel")
+
+
+class FrozenModel(BaseModel):
+    """The base of every settings model: frozen, unknown fields refused, defaults validated."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Gives a setting a flag, and a ``PDLAUNCH_*`` variable of the same name."""
+
+    name: str = ""
+    """Without the dashes in front; the field's own name when empty. ``{role}`` stands for the
+    section that the field is in.
+    """
+    panel: str = "Engines"
+    """Heading in ``pdlaunch serve --help``."""
+    metavar: str = ""
+    """Follows from the type when empty."""
+    help: str = ""
+    """The field's description when empty; may hold ``{role}``."""
+
+
+ByteSize = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(gt=0)
+]
+"""A number of bytes: ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain integer."""
+
+OptionalSize = Annotated[
+    int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=0)
+]
+"""A number of bytes like ``ByteSize``, or 0 for none."""
+
+
+def _read_switch(value: object) -> object:
+    """Read ``on`` and ``off``, which YAML turns into booleans; flags and variables bring words."""
+    if isinstance(value, str) and value.lower() in ("on", "off"):
+        return value.lower() == "on"
+    return value
+
+
+Switch = Annotated[
+    bool, BeforeValidator(_read_switch, json_schema_input_type=bool | Literal["on", "off"])
+]
+
+
+def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[ModelType]]:
+    """Add every field of ``model`` to the decorated one, as an optional field that is unset."""
+
+    def add(own: type[ModelType]) -> type[ModelType]:
+        return create_model(
+            own.__name__, __base__=own, __module__=own.__module__, **_optional_fields(model)
+        )
+
+    return add
+
+
+def override(settings: ModelType, overrides: FrozenModel) -> ModelType:
+    """Return ``settings`` with what ``overrides`` sets; mappings are merged entry by entry."""
+    values = {name: getattr(settings, name) for name in type(settings).model_fields}
+    for name, mine in values.items():
+        match getattr(overrides, name):
+            case None:
+                pass
+            case FrozenModel() as section:
+                values[name] = override(mine, section)
+            case dict() as entries:
+                values[name] = mine | entries
+            case value:
+                values[name] = value
+    return type(settings).model_validate(values)
+
+
+def set_paths(settings: FrozenModel) -> Iterator[str]:
+    """Yield the dotted paths of all fields that are not None."""
+    for name, value in settings:
+        if isinstance(value, FrozenModel):
+            yield from (f"{name}.{path}" for path in set_paths(value))
+        elif value is not None:
+            yield name
+
+
+def section_of(info: FieldInfo) -> type[FrozenModel] | None:
+    """Return the model behind a field that is a section of the file, None for a single setting."""
+    kind = info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, FrozenModel) else None
+
+
+def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if section := section_of(info):
+            part: Any = create_model(
+                f"{section.__name__}Overrides", __base__=FrozenModel, **_optional_fields(section)
+            )
+            fields[name] = (part, part())
+            continue
+        # A role's override has no flag. The constraints hold for the value alone, not for None.
+        kept = [item for item in info.metadata if not isinstance(item, Flag)]
+        kind: Any = info.annotation
+        for item in kept:
+            kind = Annotated[kind, item]
+        fields[name] = (Optional[kind], Field(None, description=info.description))  # noqa: UP045
+    return fields

@@ -1,0 +1,201 @@
+"""All settings by dotted path, and what follows from each field: its flag and its variables."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pdlaunch.config.field_types import Flag, FrozenModel, section_of
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.sizes import format_size, parse_size
+
+SECRET = "**********"
+"""Stands for a secret wherever values are shown."""
+VARIABLE_PREFIX = "PDLAUNCH_"
+
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_FORMS = {SecretStr: "KEY", parse_size: "SIZE", bool: "on|off", int: "N", float: "X", tuple: "LIST"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting, with what its field says."""
+
+    path: str
+    info: FieldInfo
+    kinds: tuple[Any, ...]
+    """The alternatives of its type: classes, the values of a ``Literal``, and ``parse_size`` for a
+    number of bytes.
+    """
+
+    @property
+    def is_mapping(self) -> bool:
+        """Its entries are settings of their own (``env.UCX_TLS``)."""
+        return dict in self.kinds
+
+    @property
+    def is_list(self) -> bool:
+        """It is one value of several texts."""
+        return tuple in self.kinds
+
+    @property
+    def is_switch(self) -> bool:
+        """It is on or off."""
+        return bool in self.kinds
+
+    @property
+    def is_size(self) -> bool:
+        """It is a number of bytes."""
+        return parse_size in self.kinds
+
+    @property
+    def is_secret(self) -> bool:
+        """Its value must not be shown."""
+        return SecretStr in self.kinds
+
+    @property
+    def description(self) -> str:
+        """One sentence or two about it."""
+        return self.info.description or ""
+
+    @property
+    def default(self) -> str:
+        """The default as people write it; empty when unset."""
+        value = self.info.default
+        if value is None or value is PydanticUndefined or value in ("", ()):
+            return ""
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if self.is_size and value:
+            return format_size(value).replace(" ", "")
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    @property
+    def form(self) -> str:
+        """What its value looks like: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
+        if choices := [kind for kind in self.kinds if isinstance(kind, str)]:
+            return "|".join(choices)
+        if self.path.endswith("_s"):
+            return "SECONDS"
+        return next((form for kind, form in _FORMS.items() if kind in self.kinds), "TEXT")
+
+    @property
+    def flag(self) -> Flag | None:
+        """Its flag, with every text filled in; None when the command line has none."""
+        declared = next((item for item in self.info.metadata if isinstance(item, Flag)), None)
+        if declared is None:
+            return None
+        section, _, field = self.path.rpartition(".")
+        name = (declared.name or field.replace("_", "-")).format(role=section)
+        text = (declared.help or self.description).format(role=section)
+        if self.is_secret:
+            text += f" {_variable(name)} keeps it out of ps."
+        elif self.default not in ("", "off"):
+            text += f" Default: {self.default}{f'; --no-{name}' if self.is_switch else ''}."
+        return Flag(name, declared.panel, declared.metavar or self.form, text)
+
+    @property
+    def variables(self) -> list[str]:
+        """The names of the variables that set it: one like its flag, one like its path."""
+        flag = self.flag
+        names = [flag.name, self.path] if flag else [self.path]
+        return list(dict.fromkeys(map(_variable, names)))
+
+
+@functools.cache
+def all_settings() -> Mapping[str, Setting]:
+    """Every setting by dotted path, in the order of the models."""
+    return {setting.path: setting for setting in _walk(LaunchConfig, "")}
+
+
+@functools.cache
+def sections() -> Mapping[str, type[FrozenModel]]:
+    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``,
+    ``prefill.kv_offload``, ...
+    """
+    return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, ""))}
+
+
+def known_names(section: str) -> list[str]:
+    """Names that may stand in a section of the file."""
+    return list(sections()[section].model_fields)
+
+
+@functools.cache
+def all_flags() -> Mapping[str, Flag]:
+    """Every flag by the dotted path of the setting that it gives."""
+    return {path: flag for path, setting in all_settings().items() if (flag := setting.flag)}
+
+
+def flag_name(path: str) -> str:
+    """How the command line names a setting; the dotted path where there is no flag."""
+    flag = all_flags().get(path)
+    return f"--{flag.name}" if flag else path
+
+
+@functools.cache
+def variable_paths() -> Mapping[str, str]:
+    """The setting that each ``PDLAUNCH_*`` variable gives."""
+    return {name: path for path, setting in all_settings().items() for name in setting.variables}
+
+
+def is_secret(path: str) -> bool:
+    """The value at this path must not be shown: API keys, and environment variables that look like
+    one.
+    """
+    setting = all_settings().get(path)
+    if setting is not None:
+        return setting.is_secret
+    parent, _, name = path.rpartition(".")
+    return parent in all_settings() and _SECRET_NAME.search(name) is not None
+
+
+def split_path(path: str) -> list[str]:
+    """Parts of a dotted path; the entry of a mapping may hold dots itself."""
+    for setting in all_settings().values():
+        if setting.is_mapping and path.startswith(f"{setting.path}."):
+            return [*setting.path.split("."), path.removeprefix(f"{setting.path}.")]
+    return path.split(".")
+
+
+def _variable(name: str) -> str:
+    return f"{VARIABLE_PREFIX}{name.replace('.', '__').replace('-', '_').upper()}"
+
+
+def _walk(model: type[FrozenModel], prefix: str) -> Iterator[Setting]:
+    for name, info in model.model_fields.items():
+        if section := section_of(info):
+            yield from _walk(section, f"{prefix}{name}.")
+        else:
+            yield Setting(f"{prefix}{name}", info, tuple(_kinds(info.annotation, info.metadata)))
+
+
+def _walk_sections(
+    model: type[FrozenModel], prefix: str
+) -> Iterator[tuple[str, type[FrozenModel]]]:
+    for name, info in model.model_fields.items():
+        if section := section_of(info):
+            yield f"{prefix}{name}", section
+            yield from _walk_sections(section, f"{prefix}{name}.")
+
+
+def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
+    yield from (item.func for item in metadata if isinstance(item, BeforeValidator))
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(arguments[0], arguments[1:])
+    elif origin is Literal:
+        yield from arguments
+    elif origin in (Union, UnionType):
+        for part in arguments:
+            yield from _kinds(part)
+    else:
+        yield origin or annotation
