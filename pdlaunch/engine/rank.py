@@ -8,6 +8,7 @@ the supervisor says Stop.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -95,6 +96,9 @@ class RankProcess:
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
         runner.warm_up()
+        # What is there now stays: no collection looks at it, so that none takes long in a step.
+        gc.freeze()
+        gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
         transfer.wait_started(CONNECTOR_TIMEOUT_S)
         offload = new_offload_worker(
