@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, bench_multi_turn
 from pdlaunch.bench.serve.row import BenchRow
-from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, Progress, bench_serve
+from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, ProgressText, bench_serve
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
@@ -219,7 +219,7 @@ def _measure(
     return max(code, _show_rows(rows, output)) if rows else code
 
 
-async def _collect(options: BenchOptions, progress: Progress, rows: list[BenchRow]) -> None:
+async def _collect(options: BenchOptions, progress: ProgressText, rows: list[BenchRow]) -> None:
     async for row in bench_serve(options, progress):
         rows.append(row)  # noqa: PERF401 - those before an error or Ctrl-C are shown
 

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
 
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
@@ -59,7 +59,7 @@ class PlainView:
         """By process: what was last printed, and when."""
 
     def changed(self, status: LaunchStatus) -> None:
-        if status.phase not in (Phase.PREPARING, Phase.STARTING):
+        if status.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING):
             return
         for process in status.processes:
             if process.state is not ProcessState.PLANNED and self._is_news(process):
@@ -116,7 +116,7 @@ class LiveView:
 
     def changed(self, status: LaunchStatus) -> None:
         self._status = status
-        if status.phase not in (Phase.PREPARING, Phase.STARTING):
+        if status.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING):
             self.close()
 
     def ready(self, status: LaunchStatus) -> None:

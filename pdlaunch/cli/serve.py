@@ -25,7 +25,7 @@ from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.resolve import served_model_name
 from pdlaunch.supervisor.launch import (
-    Outcome,
+    LaunchOutcome,
     PlannedLaunch,
     check_platform,
     launch,
@@ -110,7 +110,7 @@ def _serve(
     planned: PlannedLaunch,
     lifeline: int | None,
     listeners: Sequence[socket.socket],
-) -> Outcome:
+) -> LaunchOutcome:
     config = planned.config
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)

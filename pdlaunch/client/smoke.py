@@ -3,7 +3,7 @@ fails, a reason.
 
 The same prompts go through prefill and decode (the public router) and through one engine alone. In
 float32 the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of
-the first token that differs, must lie within ``LOGPROB_TOLERANCE``.
+the first token that differs, must lie within ``SMOKE_LOGPROB_TOLERANCE``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
 from pdlaunch.errors import PdlaunchError
 
-LOGPROB_TOLERANCE = 0.25
+SMOKE_LOGPROB_TOLERANCE = 0.25
 """Nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few hundredths,
 rarely by a tenth.
 """
@@ -150,8 +150,10 @@ def _equal(pair: list[tuple[int, float]], alone: list[tuple[int, float]], *, exa
             )
         return
     for (token, logprob), (other, other_logprob) in zip(pair, alone, strict=False):
-        if abs(logprob - other_logprob) > LOGPROB_TOLERANCE:
-            raise _Failure(f"logprobs differ by more than {LOGPROB_TOLERANCE}: {pair} and {alone}")
+        if abs(logprob - other_logprob) > SMOKE_LOGPROB_TOLERANCE:
+            raise _Failure(
+                f"logprobs differ by more than {SMOKE_LOGPROB_TOLERANCE}: {pair} and {alone}"
+            )
         if token != other:
             return
     if len(pair) != len(alone):

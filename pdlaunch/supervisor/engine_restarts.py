@@ -21,7 +21,7 @@ from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Restart, Restarting, Stop
 from pdlaunch.supervisor.instance import Instance, Unit
 from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class EngineRestarts:
             default=math.inf,
         )
 
-    def ask(self, message: Restart, phase: Phase) -> Restarting:
+    def ask(self, message: Restart, phase: LaunchPhase) -> Restarting:
         """Begin a restart, unless the launch is in another phase than READY; once is as good as
         twice.
         """
@@ -86,7 +86,7 @@ class EngineRestarts:
                 question=message.question,
                 error=f"there is no engine {message.name[:100]}; there are: {known}",
             )
-        if phase is not Phase.READY:
+        if phase is not LaunchPhase.READY:
             return Restarting(
                 question=message.question,
                 engine=engine,

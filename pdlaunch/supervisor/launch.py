@@ -49,7 +49,7 @@ class PlannedLaunch:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LaunchOutcome:
     """How a launch ended."""
 
     failure: Failure | None
@@ -102,7 +102,7 @@ def launch(
     launch_id: str,
     log_dir: Path,
     lifeline: int | None = None,
-) -> Outcome:
+) -> LaunchOutcome:
     """Start everything, serve until told to stop, stop everything; ``check_platform`` comes before.
 
     ``listeners``: of the public address (``ports.listen``); closed when no more connections are
@@ -147,7 +147,7 @@ def supervise(
     log_dir: Path,
     lifeline: int | None = None,
     listeners: Sequence[socket.socket] = (),
-) -> Outcome:
+) -> LaunchOutcome:
     """Run a plan to its end; no process of it is left when this returns."""
     with SignalInbox() as signals, contextlib.closing(Children(log_dir)) as children:
         host = LocalHost(control, children)
@@ -160,7 +160,7 @@ def supervise(
             time.monotonic,
             close_listeners=lambda: _close(listeners),
         )
-        run(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
+        drive(supervisor, EventQueue(host, signals, lifeline), time.monotonic)
         failure = supervisor.failure
         log = (
             host.log_path(failure.process)
@@ -170,7 +170,7 @@ def supervise(
         report = () if failure is None else tuple(failure.report(log))
         for line in report:
             logger.error("%s", line)
-        return Outcome(
+        return LaunchOutcome(
             failure,
             report,
             supervisor.was_ready,
@@ -186,7 +186,7 @@ class EventSource(Protocol):
         """Return what has happened, at the latest after ``timeout_s``; perhaps nothing."""
 
 
-def run(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
+def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
     """Drive a launch to its end."""
     supervisor.start()
     while not supervisor.done:

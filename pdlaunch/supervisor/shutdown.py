@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pdlaunch.hosts.host import Host
 from pdlaunch.protocol.control import Drain, Stop
 from pdlaunch.supervisor.instance import Instance
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
-_ORDER = tuple(Phase)
-_DRAINED_KIND = {Phase.DRAINING_ROUTER: "router", Phase.DRAINING_ENGINES: "server"}
+_ORDER = tuple(LaunchPhase)
+_DRAINED_KIND = {LaunchPhase.DRAINING_ROUTER: "router", LaunchPhase.DRAINING_ENGINES: "server"}
 
 _WORKING = (ProcessState.READY, ProcessState.DRAINING)
 
@@ -33,7 +33,7 @@ class Grace:
     """A process that the kernel has not removed by then is left to it."""
 
 
-class Shutdown:
+class LaunchShutdown:
     """Walks the phases from draining to ``STOPPED``; ``advance`` after every event."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Shutdown:
         self._close_listeners = close_listeners
         self._drained: set[str] = set()
         self._drain_deadline_s = clock() + grace.drain_s
-        self.phase = Phase.READY
+        self.phase = LaunchPhase.READY
         self.deadline_s = clock()
 
     def begin(self, *, drain: bool) -> None:
@@ -60,13 +60,13 @@ class Shutdown:
         for instance in self._instances:
             if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 instance.move(ProcessState.EXITED)
-        self._enter(Phase.DRAINING_ROUTER if drain else Phase.STOPPING_ROUTER)
+        self._enter(LaunchPhase.DRAINING_ROUTER if drain else LaunchPhase.STOPPING_ROUTER)
         self.advance()
 
     def hurry(self) -> None:
         """The user asks again: skip the drain, or kill what does not stop."""
         draining = self.phase in _DRAINED_KIND
-        self._enter(Phase.STOPPING_ROUTER if draining else Phase.KILLING)
+        self._enter(LaunchPhase.STOPPING_ROUTER if draining else LaunchPhase.KILLING)
         self.advance()
 
     def drained(self, name: str) -> None:
@@ -74,10 +74,10 @@ class Shutdown:
 
     def advance(self) -> None:
         """Leave every phase that is over."""
-        while self.phase is not Phase.STOPPED and self._over():
+        while self.phase is not LaunchPhase.STOPPED and self._over():
             following = _ORDER[_ORDER.index(self.phase) + 1]
             stopped = self.phase not in _DRAINED_KIND and not self._alive()
-            self._enter(Phase.STOPPED if stopped else following)
+            self._enter(LaunchPhase.STOPPED if stopped else following)
         if self.phase not in _DRAINED_KIND or not any(
             i.spec.kind == "router" for i in self._alive()
         ):
@@ -87,32 +87,32 @@ class Shutdown:
     def _over(self) -> bool:
         if self._clock() >= self.deadline_s or not self._alive():
             return True
-        if self.phase is Phase.STOPPING_ROUTER:
+        if self.phase is LaunchPhase.STOPPING_ROUTER:
             return not self._undrained("router")
         kind = _DRAINED_KIND.get(self.phase)
         return kind is not None and not self._undrained(kind)
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter(self, phase: LaunchPhase) -> None:
         self.phase = phase
         now_s = self._clock()
         match phase:
-            case Phase.DRAINING_ROUTER | Phase.DRAINING_ENGINES:
+            case LaunchPhase.DRAINING_ROUTER | LaunchPhase.DRAINING_ENGINES:
                 self.deadline_s = self._drain_deadline_s
                 self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_deadline_s - now_s))
-            case Phase.STOPPING_ROUTER:
+            case LaunchPhase.STOPPING_ROUTER:
                 self.deadline_s = now_s + self._grace.router_stop_s
                 self._stop(
                     [instance for instance in self._alive() if instance.spec.kind == "router"]
                 )
-            case Phase.STOPPING:
+            case LaunchPhase.STOPPING:
                 self.deadline_s = now_s + self._grace.stop_s
                 self._stop(
                     [instance for instance in self._alive() if instance.spec.kind != "router"]
                 )
-            case Phase.TERMINATING:
+            case LaunchPhase.TERMINATING:
                 self.deadline_s = now_s + self._grace.terminate_s
                 self._signal(signal.SIGTERM)
-            case Phase.KILLING:
+            case LaunchPhase.KILLING:
                 self.deadline_s = now_s + self._grace.kill_s
                 self._signal(signal.SIGKILL)
             case _:

@@ -53,7 +53,7 @@ ALIVE = frozenset(
 """States in which there is an operating system process."""
 
 
-class Phase(StrEnum):
+class LaunchPhase(StrEnum):
     """Where the launch is; it only moves down this list, and may skip."""
 
     PREPARING = "preparing"

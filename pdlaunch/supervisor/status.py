@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.instance import Instance
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ _WORKING = (ProcessState.STARTING, ProcessState.CONVERTING)
 class LaunchStatus:
     """The launch, now."""
 
-    phase: Phase
+    phase: LaunchPhase
     processes: tuple[ProcessStatus, ...]
     pairs: tuple[PairReady, ...] = ()
     num_missing_pairs: int = 0

@@ -1,7 +1,7 @@
 """The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events
 and never waits.
 
-``launch.run`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due.
+``launch.drive`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.pairs import PairBook
 from pdlaunch.supervisor.registry import RegistryBook
 from pdlaunch.supervisor.restarts import RestartPolicy
-from pdlaunch.supervisor.shutdown import Grace, Shutdown
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.shutdown import Grace, LaunchShutdown
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, Observer, ProcessStatus
 
 logger = logging.getLogger(__name__)
@@ -107,20 +107,20 @@ class Supervisor:
             host, timing.grace, clock, self._units, start=self._spawn, forgive=self._deaths.forgive
         )
         self._hangs = HangWatch(timing.hangs, clock)
-        self._phase = Phase.PREPARING
+        self._phase = LaunchPhase.PREPARING
         self._start_deadline_s = 0.0
-        self._shutdown: Shutdown | None = None
+        self._shutdown: LaunchShutdown | None = None
         self.failure: Failure | None = None
         self.was_ready = False
         self.stop_signal: int | None = None
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> LaunchPhase:
         return self._phase if self._shutdown is None else self._shutdown.phase
 
     @property
     def done(self) -> bool:
-        return self.phase is Phase.STOPPED
+        return self.phase is LaunchPhase.STOPPED
 
     def survivors(self) -> list[str]:
         """Processes that outlived SIGKILL; empty unless the kernel is stuck."""
@@ -154,7 +154,7 @@ class Supervisor:
         """Do what is due by the clock."""
         if self._shutdown is not None:
             self._shutdown.advance()
-        elif self._phase is Phase.READY:
+        elif self._phase is LaunchPhase.READY:
             for instance in self._hangs.look(self._instances.values()):
                 self._on_hang(instance)
             self._restarts.tick()
@@ -167,7 +167,7 @@ class Supervisor:
         """When ``tick`` is due, on the injected clock; a minute from now when nothing is."""
         if self._shutdown is not None:
             return self._shutdown.deadline_s
-        if self._phase is not Phase.READY:
+        if self._phase is not LaunchPhase.READY:
             return self._start_deadline_s
         return min(
             self._hangs.due_s, self._restarts.due_s, self._deaths.due_s, self._clock() + 60.0
@@ -188,7 +188,7 @@ class Supervisor:
     # Starting
 
     def _start_processes(self) -> None:
-        self._phase = Phase.STARTING
+        self._phase = LaunchPhase.STARTING
         try:
             self._bootstraps.prepare()
         except PdlaunchError as error:
@@ -303,7 +303,7 @@ class Supervisor:
             self.failure.said = error
         if self._shutdown is not None or not instance.alive:
             return
-        if self._phase is Phase.READY:
+        if self._phase is LaunchPhase.READY:
             self._unit_of[instance.name].deadline_s = self._clock() + FAILED_GRACE_S
         else:
             self._fail(
@@ -321,7 +321,7 @@ class Supervisor:
 
     def _on_pair_failed(self, instance: Instance, pair: PairFailed) -> None:
         self._pairs.fail(instance.name, pair.peer, pair.error)
-        if pair.fatal and self._shutdown is None and self._phase is not Phase.READY:
+        if pair.fatal and self._shutdown is None and self._phase is not LaunchPhase.READY:
             self._fail(
                 Failure(
                     f"{instance.name} cannot use {pair.peer}",
@@ -362,7 +362,7 @@ class Supervisor:
         """
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
-        if self._phase is not Phase.READY:
+        if self._phase is not LaunchPhase.READY:
             said, how = instance.error or "", event.how()
             instance.error = said or how
             self._fail(
@@ -435,7 +435,7 @@ class Supervisor:
             self._shutdown.hurry()
             return
         self.stop_signal = event.signal_number
-        drain = self._phase is Phase.READY and self._timing.grace.drain_s > 0
+        drain = self._phase is LaunchPhase.READY and self._timing.grace.drain_s > 0
         wait = (
             f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips "
             "that"
@@ -446,7 +446,7 @@ class Supervisor:
         self._begin_shutdown(drain=drain)
 
     def _begin_shutdown(self, *, drain: bool) -> None:
-        self._shutdown = Shutdown(
+        self._shutdown = LaunchShutdown(
             self._host,
             list(self._instances.values()),
             self._timing.grace,
@@ -462,12 +462,12 @@ class Supervisor:
         if self._shutdown is not None:
             self._shutdown.advance()
         becomes_ready = (
-            self.phase is Phase.STARTING
+            self.phase is LaunchPhase.STARTING
             and all(unit.ready for unit in self._units)
             and not self._pairs.missing()
         )
         if becomes_ready:
-            self._phase = Phase.READY
+            self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
         if self._registry.update(

@@ -21,10 +21,10 @@ import aiohttp
 import msgspec
 
 from pdlaunch.client.admin import admin_api
-from pdlaunch.client.answers import Answer, collect_stream, difference, read_answer
 from pdlaunch.client.integrity import await_idle, engine_totals
 from pdlaunch.client.smoke import engines_of
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.testing.answers import ReceivedAnswer, collect_stream, difference, read_answer
 
 _PATH = "/v1/completions"
 _REFERENCE_CONCURRENCY = 4
@@ -66,7 +66,7 @@ class Case(msgspec.Struct, frozen=True):
     """One request and its right answer."""
 
     body: dict[str, Any]
-    expected: Answer
+    expected: ReceivedAnswer
 
 
 class SentRequest(msgspec.Struct, frozen=True):
@@ -200,7 +200,7 @@ class _Load:
                 if self._source.random() < self._options.cancel_share
                 else None
             )
-            await self._account(number, Answer(), case, salt, patience_s)
+            await self._account(number, ReceivedAnswer(), case, salt, patience_s)
 
     def _is_over(self) -> bool:
         options, report = self._options, self.report
@@ -209,7 +209,7 @@ class _Load:
         return report.num_requests >= options.num_requests or self._stop.is_set()
 
     async def _account(
-        self, number: int, answer: Answer, case: Case, salt: str, patience_s: float | None
+        self, number: int, answer: ReceivedAnswer, case: Case, salt: str, patience_s: float | None
     ) -> None:
         report, start_s = self.report, time.monotonic()
         outcome, detail = await self._send(answer, case, salt, patience_s)
@@ -226,7 +226,7 @@ class _Load:
             )
 
     async def _send(
-        self, answer: Answer, case: Case, salt: str, patience_s: float | None
+        self, answer: ReceivedAnswer, case: Case, salt: str, patience_s: float | None
     ) -> tuple[str, str]:
         """How a request ended; ``patience_s``: its client goes away after so long."""
         try:
@@ -243,7 +243,7 @@ class _Load:
         wrong = difference(answer, case.expected, is_whole=True)
         return ("wrong", f"{wrong} {case.body}") if wrong else ("equal", "")
 
-    async def _ask(self, body: dict[str, Any], answer: Answer) -> str | None:
+    async def _ask(self, body: dict[str, Any], answer: ReceivedAnswer) -> str | None:
         """Fill ``answer`` as it comes; returns the error that the deployment gave instead."""
         async with self._session.post(
             self._options.url + _PATH, json=body, headers=self._headers

@@ -16,7 +16,7 @@ from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.pair_links import ReadLinks
-from pdlaunch.supervisor.states import Phase
+from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
 from tests.cli.test_check_config import MODEL
 from tests.config.model_files import tiny_gguf
@@ -49,7 +49,7 @@ def measured(
         gigabytes_per_s=speed,
         other_paths=other_paths or {},
     )
-    return LaunchStatus(Phase.READY, (), pairs=(pair,))
+    return LaunchStatus(LaunchPhase.READY, (), pairs=(pair,))
 
 
 def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:

@@ -16,7 +16,7 @@ from pdlaunch.cli.live import (
     render_status,
 )
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.supervisor.states import Phase, ProcessState
+from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
 
 ROWS = (("URL", "http://127.0.0.1:8000"), ("try", "curl x \\\n  -d y"))
@@ -42,7 +42,7 @@ def starting(num_engines: int = 1) -> LaunchStatus:
             process(f"prefill-{n}", ProcessState.READY),
         )
     ]
-    return LaunchStatus(Phase.STARTING, tuple(processes), num_missing_pairs=1)
+    return LaunchStatus(LaunchPhase.STARTING, tuple(processes), num_missing_pairs=1)
 
 
 def serving() -> LaunchStatus:
@@ -66,7 +66,7 @@ def serving() -> LaunchStatus:
         gigabytes_per_s=3.4,
         other_paths={"p2p": "not here"},
     )
-    return LaunchStatus(Phase.READY, processes, pairs=(pair,), url="http://127.0.0.1:8000")
+    return LaunchStatus(LaunchPhase.READY, processes, pairs=(pair,), url="http://127.0.0.1:8000")
 
 
 def console(columns: int = 80, rows: int = 24, *, terminal: bool = False) -> Console:
@@ -130,7 +130,7 @@ def test_plain_percentages_come_every_few_seconds() -> None:
     for percent in range(0, 100, 10):
         view.changed(
             LaunchStatus(
-                Phase.STARTING, (process("router", doing="loading", fraction=percent / 100),)
+                LaunchPhase.STARTING, (process("router", doing="loading", fraction=percent / 100),)
             )
         )
         now_s += 1.0

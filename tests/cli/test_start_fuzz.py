@@ -23,7 +23,7 @@ import pdlaunch.cli.serve as serve_module
 import pdlaunch.cli.smoke as smoke_module
 from pdlaunch.cli.app import build_app
 from pdlaunch.errors import StartupError
-from pdlaunch.supervisor.launch import Outcome, PlannedLaunch
+from pdlaunch.supervisor.launch import LaunchOutcome, PlannedLaunch
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
 from tests.config.model_files import EMPTY_SAFETENSORS
@@ -78,9 +78,9 @@ class Started:
     def __init__(self) -> None:
         self.num = 0
 
-    def launch(self, planned: PlannedLaunch, *rest: object, **named: object) -> Outcome:
+    def launch(self, planned: PlannedLaunch, *rest: object, **named: object) -> LaunchOutcome:
         self.num += 1
-        return Outcome(None, (), was_ready=True, stop_signal=None)
+        return LaunchOutcome(None, (), was_ready=True, stop_signal=None)
 
     @contextmanager
     def deployment(

@@ -10,16 +10,16 @@ import pytest
 from pdlaunch.cli import transport
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.supervisor.launch import Outcome, PlannedLaunch
+from pdlaunch.supervisor.launch import LaunchOutcome, PlannedLaunch
 
 
 def test_it_takes_no_fixed_port(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment that runs may have them."""
     planned: list[PlannedLaunch] = []
 
-    def launch(plan: PlannedLaunch, *_: Any, **__: Any) -> Outcome:
+    def launch(plan: PlannedLaunch, *_: Any, **__: Any) -> LaunchOutcome:
         planned.append(plan)
-        return Outcome(None, ("no launch",), was_ready=False, stop_signal=None)
+        return LaunchOutcome(None, ("no launch",), was_ready=False, stop_signal=None)
 
     monkeypatch.setattr(transport, "launch", launch)
     ports = {"port": 9000, "prefill": {"port": 9001}, "decode": {"port": 9002}}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.client.smoke import LOGPROB_TOLERANCE, _equal, _Failure
+from pdlaunch.client.smoke import SMOKE_LOGPROB_TOLERANCE, _equal, _Failure
 
 ALONE = [(5, -0.5), (6, -1.0), (7, -2.0)]
-NEAR = [(token, logprob + LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
-FAR = [(5, -0.5), (6, -1.0 - 2 * LOGPROB_TOLERANCE), (7, -2.0)]
+NEAR = [(token, logprob + SMOKE_LOGPROB_TOLERANCE / 2) for token, logprob in ALONE]
+FAR = [(5, -0.5), (6, -1.0 - 2 * SMOKE_LOGPROB_TOLERANCE), (7, -2.0)]
 FORKED = [(5, -0.5), (8, -1.1), (9, -9.0)]
 
 

@@ -15,7 +15,7 @@ from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
-from pdlaunch.supervisor.launch import Outcome, supervise
+from pdlaunch.supervisor.launch import LaunchOutcome, supervise
 from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Timing
@@ -75,7 +75,7 @@ def run_plan(
     timing: Timing,
     lifeline: int | None = None,
     listeners: Sequence[socket.socket] = (),
-) -> Outcome:
+) -> LaunchOutcome:
     keys = new_launch_keys()
     with new_run_dir() as run_dir, contextlib.closing(SecureContext(keys)) as context:
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from pdlaunch.supervisor.states import Phase
+from pdlaunch.supervisor.states import LaunchPhase
 from tests.supervisor.fakes import World, make_plan
 
 
@@ -44,7 +44,7 @@ def test_it_is_given_up_with_all_of_its_processes_and_the_others_serve_on(name: 
     assert (world.state(name), world.state(other)) == ("given-up", "given-up")
     assert not {name, other} & world.host.running.keys()
     assert world.supervisor.failure is None
-    assert world.supervisor.phase is Phase.READY
+    assert world.supervisor.phase is LaunchPhase.READY
     assert any(
         note.endswith("decode-0 is given up and tried again in 60 s, decode-1 serves on")
         for note in world.observer.notes

@@ -9,7 +9,7 @@ from pdlaunch.hosts.host import ProcessExited
 from pdlaunch.protocol.control import Drain, PairFailed, Progress, Ready, Register, Stop
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace
-from pdlaunch.supervisor.states import Phase
+from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.supervisor import Timing
 from tests.supervisor.fakes import World, make_plan, pair_ready
 
@@ -21,9 +21,9 @@ def test_everything_starts_at_once_and_serves_when_all_are_ready_and_connected()
     assert set(world.host.running) == EVERYONE
     for name in EVERYONE:
         world.become_ready(name)
-    assert world.supervisor.phase is Phase.STARTING
+    assert world.supervisor.phase is LaunchPhase.STARTING
     world.connect("decode-0/rank-0", "prefill-0/rank-0")
-    assert world.supervisor.phase is Phase.READY
+    assert world.supervisor.phase is LaunchPhase.READY
     assert world.observer.ready_count == 1
 
 
@@ -34,15 +34,15 @@ def test_one_pair_for_each_decode_rank_and_prefill_engine_suffices() -> None:
     world.connect("decode-0/rank-0", "prefill-0/rank-0")
     world.connect("decode-0/rank-1", "prefill-0/rank-0")
     world.connect("decode-0/rank-0", "prefill-1/rank-1")
-    assert world.supervisor.phase is Phase.STARTING
+    assert world.supervisor.phase is LaunchPhase.STARTING
     world.connect("decode-0/rank-1", "prefill-1/rank-0")
-    assert world.supervisor.phase is Phase.READY
+    assert world.supervisor.phase is LaunchPhase.READY
 
 
 def test_without_a_second_role_there_are_no_pairs() -> None:
     world = World(make_plan(num_decode=0)).start()
     world.all_ready()
-    assert world.supervisor.phase is Phase.READY
+    assert world.supervisor.phase is LaunchPhase.READY
 
 
 def test_conversions_run_before_anything_else() -> None:
@@ -207,7 +207,7 @@ def test_the_ranks_of_an_engine_die_and_return_together() -> None:
     assert {name: n for name, n in world.host.running.items() if n == 2} == {
         f"decode-0/rank-{n}": 2 for n in range(3)
     }
-    assert world.supervisor.phase is Phase.READY
+    assert world.supervisor.phase is LaunchPhase.READY
 
 
 def test_pairs_of_a_dead_process_are_forgotten_and_old_incarnations_do_not_count() -> None:
@@ -293,7 +293,7 @@ def test_connections_are_refused_when_the_router_dies_in_a_drain() -> None:
     world = World(make_plan(), Timing(grace=Grace(drain_s=30))).start().all_ready()
     world.interrupt()
     world.exit("router", -9)
-    assert world.supervisor.phase is Phase.DRAINING_ENGINES
+    assert world.supervisor.phase is LaunchPhase.DRAINING_ENGINES
     assert not world.listens
 
 
@@ -359,7 +359,7 @@ def test_engines_outlive_the_router_but_do_not_wait_for_it_for_long() -> None:
         .all_ready()
     )
     world.interrupt()
-    assert world.supervisor.phase is Phase.STOPPING_ROUTER
+    assert world.supervisor.phase is LaunchPhase.STOPPING_ROUTER
     world.pass_time(1.4)
     assert world.stopped() == {"router"}
     world.pass_time(0.1)

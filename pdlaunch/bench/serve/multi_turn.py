@@ -29,7 +29,7 @@ from pdlaunch.bench.serve.engine_counters import (
     tier_rows,
 )
 from pdlaunch.bench.serve.row import count_errors, milliseconds
-from pdlaunch.bench.serve.sweep import Progress, draw_tokens, warm_up
+from pdlaunch.bench.serve.sweep import ProgressText, random_prompt, warm_up
 from pdlaunch.bench.serve.target import BenchTarget, open_target
 from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 
@@ -105,7 +105,7 @@ class _Conversation:
         """One turn. A conversation whose turn fails cannot go on."""
         options = self._options
         num_tokens = options.turn_tokens if self.history else options.first_tokens
-        self.history += draw_tokens(self._source, options.max_token_id, num_tokens)
+        self.history += random_prompt(self._source, options.max_token_id, num_tokens)
         completion = await complete(
             target.session, target.model, self.history, options.output_tokens
         )
@@ -119,7 +119,7 @@ class _Conversation:
         return completion
 
 
-async def bench_multi_turn(options: MultiTurnOptions, progress: Progress) -> MultiTurnReport:
+async def bench_multi_turn(options: MultiTurnOptions, progress: ProgressText) -> MultiTurnReport:
     """Every turn of all conversations, one turn after the other.
 
     Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes
@@ -129,7 +129,7 @@ async def bench_multi_turn(options: MultiTurnOptions, progress: Progress) -> Mul
     async with open_target(options.url, options.api_key, options.request_timeout_s) as target:
         target.check_length(options.longest_prompt_tokens, options.output_tokens)
         progress("warming up")
-        tokens = draw_tokens(
+        tokens = random_prompt(
             random.Random(f"{seed}/warm-up"), options.max_token_id, options.first_tokens
         )
         await warm_up(target, tokens, options.output_tokens)

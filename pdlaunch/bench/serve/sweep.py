@@ -23,7 +23,7 @@ from pdlaunch.errors import PdlaunchError
 FIRST_TOKEN_ID = 100
 """Prompts keep away from special tokens."""
 
-Progress = Callable[[str], None]
+ProgressText = Callable[[str], None]
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """By concurrency, of ``bench step``, for the share of what it allows."""
 
 
-async def bench_serve(options: BenchOptions, progress: Progress) -> AsyncIterator[BenchRow]:
+async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIterator[BenchRow]:
     """Every length at every concurrency in turn, after one warm-up request a length.
 
     Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
@@ -58,7 +58,9 @@ async def bench_serve(options: BenchOptions, progress: Progress) -> AsyncIterato
         for input_tokens in options.input_tokens:
             progress(f"warming up with a prompt of {input_tokens} tokens")
             await warm_up(
-                target, draw_tokens(rng, options.max_token_id, input_tokens), options.output_tokens
+                target,
+                random_prompt(rng, options.max_token_id, input_tokens),
+                options.output_tokens,
             )
         for input_tokens in options.input_tokens:
             for concurrency in options.concurrencies:
@@ -75,7 +77,7 @@ async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int
         )
 
 
-def draw_tokens(rng: random.Random, max_token_id: int, num_tokens: int) -> list[int]:
+def random_prompt(rng: random.Random, max_token_id: int, num_tokens: int) -> list[int]:
     """Random token ids, none of them special."""
     return rng.choices(range(FIRST_TOKEN_ID, max_token_id), k=num_tokens)
 
@@ -88,7 +90,7 @@ async def _run(
     rng: random.Random,
 ) -> BenchRow:
     num_requests = options.num_requests or max(8, 4 * concurrency)
-    prompts = [draw_tokens(rng, options.max_token_id, input_tokens) for _ in range(num_requests)]
+    prompts = [random_prompt(rng, options.max_token_id, input_tokens) for _ in range(num_requests)]
     done: list[TimedCompletion] = []
 
     async def worker() -> None:

@@ -33,7 +33,7 @@ from pdlaunch.protocol.transfer import GrantLease, StartPull
 from pdlaunch.transfer.channel.engine_id import draw_engine_id
 from pdlaunch.transfer.channel.mapping import map_sources
 
-NUM_WARM_UPS = 2
+NUM_WARM_UP_TURNS = 2
 LEASE_S = 600.0
 NUM_CACHES = 4
 """KV caches of all heads that there are at a time: holder and puller, with checksums and
@@ -394,10 +394,10 @@ def _medians(
 ) -> dict[str, PullTimes]:
     times: dict[str, list[PullTimes]] = {name: [] for name in ways}
     turn = TURN if "bare" in ways else tuple(ways)
-    for index in range(NUM_WARM_UPS + num_repeats):
+    for index in range(NUM_WARM_UP_TURNS + num_repeats):
         for name in turn:
             found = ways[name](local, remote)
-            if index >= NUM_WARM_UPS:
+            if index >= NUM_WARM_UP_TURNS:
                 times[name].append(found)
     return {name: _median(found) for name, found in times.items()}
 

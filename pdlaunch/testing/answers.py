@@ -25,7 +25,7 @@ class AnsweredChoice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class Answer(msgspec.Struct):
+class ReceivedAnswer(msgspec.Struct):
     """All choices, by index."""
 
     choices: dict[int, AnsweredChoice] = {}
@@ -33,15 +33,15 @@ class Answer(msgspec.Struct):
     """When the events of a stream came, by the monotonic clock."""
 
 
-def read_answer(body: dict[str, Any]) -> Answer:
+def read_answer(body: dict[str, Any]) -> ReceivedAnswer:
     """A whole answer."""
-    answer = Answer()
+    answer = ReceivedAnswer()
     for choice in body["choices"]:
         _add(answer, choice)
     return answer
 
 
-async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | None:
+async def collect_stream(lines: AsyncIterable[bytes], answer: ReceivedAnswer) -> str | None:
     """Add the events of a stream; returns the message of an error event. Raises ProtocolError when
     it has no proper end.
     """
@@ -59,7 +59,7 @@ async def collect_stream(lines: AsyncIterable[bytes], answer: Answer) -> str | N
     raise ProtocolError("a stream that ended without [DONE]")
 
 
-def difference(found: Answer, expected: Answer, *, is_whole: bool) -> str:
+def difference(found: ReceivedAnswer, expected: ReceivedAnswer, *, is_whole: bool) -> str:
     """What is not as expected; empty: nothing. Of an answer that is not whole only what is there is
     compared.
     """
@@ -97,7 +97,7 @@ def _begin_of(whole: AnsweredChoice, begun: AnsweredChoice) -> AnsweredChoice:
     )
 
 
-def _add(answer: Answer, piece: dict[str, Any]) -> None:
+def _add(answer: ReceivedAnswer, piece: dict[str, Any]) -> None:
     choice = answer.choices.setdefault(piece["index"], AnsweredChoice())
     if choice.finish_reason is not None:
         raise ProtocolError(f"choice {piece['index']} goes on after its end")
