@@ -19,6 +19,7 @@ from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput
+from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
@@ -29,8 +30,8 @@ from pdlaunch.protocol.transfer import (
     WithdrawBlocks,
 )
 
-Source = tuple[str, str]
-"""Engine id and request id of a lease at another engine."""
+Source = tuple[EngineId, LeaseId]
+"""Names the engine and the lease there at another engine."""
 
 
 class LeaseBook:
@@ -45,19 +46,19 @@ class LeaseBook:
         kv: KVCacheManager,
         block_size: int,
         settings: KVTransferSettings,
-        local: tuple[str, str, int, int],
+        local: tuple[EngineId, str, int, int],
     ) -> None:
         self._kv = kv
         self._block_size = block_size
         self._lease_s = settings.lease_s
         self._local = local
-        self._block_ids: dict[str, list[list[int]]] = {}
+        self._block_ids: dict[LeaseId, list[list[int]]] = {}
 
     def __len__(self) -> int:
         return len(self._block_ids)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._block_ids
+    def __contains__(self, lease_id: LeaseId) -> bool:
+        return lease_id in self._block_ids
 
     def announce(self, request: Request) -> AnnounceBlocks:
         """Let readers begin with the blocks that are complete; the request has those that its next
@@ -65,7 +66,7 @@ class LeaseBook:
         """
         request.is_announced = True
         return AnnounceBlocks(
-            request_id=request.request_id,
+            lease_id=lease_of(request.request_id),
             block_ids=[block_ids.copy() for block_ids in request.tables.block_ids],
             first_block_index=request.tables.first.copy(),
             num_ready_blocks=request.num_computed // self._block_size,
@@ -76,7 +77,7 @@ class LeaseBook:
     def withdraw(self, request: Request) -> WithdrawBlocks:
         """There is no lease on what was announced: others may get the blocks."""
         request.is_announced = False
-        return WithdrawBlocks(request_id=request.request_id)
+        return WithdrawBlocks(lease_id=lease_of(request.request_id))
 
     def grant(
         self, request: Request, first_token: TokenOutput, finish_reason: str
@@ -85,10 +86,10 @@ class LeaseBook:
         hashes = request.prompt_hashes()
         request.is_announced = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
-        self._block_ids[request.request_id] = leased.block_ids
+        self._block_ids[lease_of(request.request_id)] = leased.block_ids
         engine_id, host, port, tp_size = self._local
         grant = GrantLease(
-            request_id=request.request_id,
+            lease_id=lease_of(request.request_id),
             block_ids=leased.block_ids,
             first_block_index=leased.first,
             block_hashes=hashes,
@@ -99,7 +100,7 @@ class LeaseBook:
         )
         remote = RemoteKV(
             engine_id=engine_id,
-            request_id=request.request_id,
+            lease_id=lease_of(request.request_id),
             host=host,
             port=port,
             block_ids=leased.block_ids,
@@ -109,9 +110,9 @@ class LeaseBook:
         )
         return grant, remote
 
-    def ended(self, request_id: str) -> None:
+    def ended(self, lease_id: LeaseId) -> None:
         """Free the blocks. Unknown ids are ignored."""
-        for block_ids in self._block_ids.pop(request_id, []):
+        for block_ids in self._block_ids.pop(lease_id, []):
             self._kv.pool.end_lease(reversed(block_ids))
 
     def all_ids(self) -> Iterator[int]:
@@ -154,8 +155,8 @@ class PullBook:
     def __init__(self, kv: KVCacheManager, settings: KVTransferSettings) -> None:
         self._kv = kv
         self._settings = settings
-        self._in_flight: dict[str, Pull] = {}
-        self._quarantined: dict[str, list[list[int]]] = {}
+        self._in_flight: dict[PullId, Pull] = {}
+        self._quarantined: dict[PullId, list[list[int]]] = {}
         self._num_started = 0
 
     def is_waited_for(self, request: Request) -> bool:
@@ -238,7 +239,7 @@ class PullBook:
                 self._release_hit(pull)
         return pull
 
-    def drained(self, pull_id: str) -> None:
+    def drained(self, pull_id: PullId) -> None:
         """Nothing can write to the blocks of a failed pull any more. Unknown ids are ignored."""
         for block_ids in self._quarantined.pop(pull_id, []):
             self._kv.pool.drain(block_ids)
@@ -265,8 +266,8 @@ class PullBook:
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         return [num_logical - hit.end(group) for group in range(len(hit.first))]
 
-    def _add(self, pull: Pull) -> str:
-        pull_id = f"pull-{self._num_started}"
+    def _add(self, pull: Pull) -> PullId:
+        pull_id = PullId(f"pull-{self._num_started}")
         self._num_started += 1
         self._in_flight[pull_id] = pull
         return pull_id
@@ -277,7 +278,7 @@ class PullBook:
 
     def _command(
         self,
-        pull_id: str,
+        pull_id: PullId,
         request: Request,
         block_ids: list[list[int]],
         first_block_index: list[int],
@@ -304,4 +305,4 @@ def source_of(request: Request) -> Source:
     """The lease that the request pulls from; choices of one prompt have the same."""
     remote = request.message.remote_kv
     assert remote is not None
-    return remote.engine_id, remote.request_id
+    return remote.engine_id, remote.lease_id

@@ -34,6 +34,7 @@ from pdlaunch.protocol.engine import (
     WakeUp,
     Welcome,
 )
+from pdlaunch.protocol.ids import EngineId, lease_of
 from pdlaunch.transfer.worker import TransferWorker
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Leader:
         self,
         *,
         spec: EngineSpec,
-        engine_id: str,
+        engine_id: EngineId,
         incarnation: int,
         runner: ModelRunner,
         transfer: TransferWorker,
@@ -208,7 +209,7 @@ class Leader:
             case AbortRequest():
                 self._requests.abort(message.request_id)
             case SetReaders():
-                self._requests.set_readers(message.request_id, message.num_readers)
+                self._requests.set_readers(lease_of(message.request_id), message.num_readers)
             case CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 

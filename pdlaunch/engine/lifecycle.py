@@ -34,6 +34,7 @@ from pdlaunch.protocol.engine import (
     Tokens,
     output_of,
 )
+from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.transfer import (
     EndLease,
@@ -72,7 +73,7 @@ class RequestLifecycle:
         enable_prefix_caching: bool,
         model_digest: str,
         kv_transfer: KVTransferSettings,
-        local: tuple[str, str, int, int],
+        local: tuple[EngineId, str, int, int],
         offload: OffloadPlanner | None = None,
     ) -> None:
         assert offload is None or enable_prefix_caching
@@ -115,7 +116,7 @@ class RequestLifecycle:
         self.may_progress = True
         if error := self._intake.refusal(request):
             self._finish(request, "error", error=error)
-        elif message.do_remote_decode and message.request_id in self._leases:
+        elif message.do_remote_decode and lease_of(message.request_id) in self._leases:
             error = f"an earlier request {message.request_id} still has a lease; use another id"
             self._finish(
                 request, "error", error=error, error_param="kv_transfer_params.pdlaunch.lease_id"
@@ -123,25 +124,25 @@ class RequestLifecycle:
         elif message.output:
             self._finish_if_complete(request, message.output[-1].token_id)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """End a request, or the lease of a finished one. Unknown ids are ignored."""
         if request_id in self.queues.by_id:
             self._finish(self.queues.by_id[request_id], "abort")
-        elif request_id in self._leases:
-            self.commands.append(EndLease(request_id=request_id))
+        elif (lease_id := lease_of(request_id)) in self._leases:
+            self.commands.append(EndLease(lease_id=lease_id))
 
     def abort_all(self) -> None:
         """End every request, because the server has restarted. Leases stay for their readers."""
         for request in list(self.queues.by_id.values()):
             self._finish(request, "abort")
 
-    def set_readers(self, request_id: str, num_readers: int) -> None:
+    def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
         """Lower the number of readers after which the lease of a finished request ends.
 
         Unknown ids are ignored.
         """
-        if request_id in self._leases:
-            self.commands.append(SetLeaseReaders(request_id=request_id, num_readers=num_readers))
+        if lease_id in self._leases:
+            self.commands.append(SetLeaseReaders(lease_id=lease_id, num_readers=num_readers))
 
     def on_transfer_event(self, event: TransferEvent) -> None:
         """Take an event of a lease or a pull, already merged over all TP ranks."""
@@ -149,7 +150,7 @@ class RequestLifecycle:
         match event:
             case LeaseEnded():
                 self._totals.counts.leases_expired += event.reason == "expired"
-                self._leases.ended(event.request_id)
+                self._leases.ended(event.lease_id)
             case PullFinished():
                 self._on_pull_finished(event)
             case PullDrained():

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Literal
 
 from pdlaunch.engine.request import Phase, Request
+from pdlaunch.protocol.ids import RequestId
 
 _by_arrival = attrgetter("arrival")
 
@@ -15,7 +16,7 @@ class RequestQueues:
     """Requests from their arrival to their end; every move also sets ``Request.phase``."""
 
     def __init__(self) -> None:
-        self.by_id: dict[str, Request] = {}
+        self.by_id: dict[RequestId, Request] = {}
         self.waiting: list[Request] = []
         """Phases WAITING and READY."""
         self.running: list[Request] = []

@@ -46,6 +46,7 @@ from pdlaunch.protocol.control import (
     Registry,
     Stop,
 )
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.engine_id import draw_engine_id
 from pdlaunch.transfer.connectors.opening import new_connector
@@ -67,7 +68,7 @@ class RankProcess:
     """Owns everything of one rank; ``run`` returns when the supervisor has said Stop."""
 
     def __init__(
-        self, bootstrap: Bootstrap, draw_engine_id: Callable[[], str] = draw_engine_id
+        self, bootstrap: Bootstrap, draw_engine_id: Callable[[], EngineId] = draw_engine_id
     ) -> None:
         """``draw_engine_id``: what this host would name the engine; that of rank 0 counts."""
         self._bootstrap = bootstrap
@@ -90,7 +91,7 @@ class RankProcess:
 
     def run(self) -> None:
         """Start, then loop until Stop. Errors of the start and of a step are raised."""
-        self._register(engine_id="", address=Address())
+        self._register(engine_id=EngineId(""), address=Address())
         tp = self._join_group()
         engine_id = self._agree_on_engine_id(tp)
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
@@ -121,7 +122,7 @@ class RankProcess:
         runner: ModelRunner,
         transfer: TransferWorker,
         offload: OffloadWorker | None,
-        engine_id: str,
+        engine_id: EngineId,
     ) -> None:
         spec = self._spec
         followers = (
@@ -187,7 +188,7 @@ class RankProcess:
         runner: ModelRunner,
         transfer: TransferWorker,
         offload: OffloadWorker | None,
-        engine_id: str,
+        engine_id: EngineId,
     ) -> None:
         self._register(engine_id, Address(side_channel=transfer.endpoint))
         tp_rank = self._bootstrap.tp_rank
@@ -235,14 +236,14 @@ class RankProcess:
             self._bootstrap.rendezvous, tp_rank, self._spec.tensor_parallel_size, device
         )
 
-    def _agree_on_engine_id(self, tp: TPGroup | None) -> str:
+    def _agree_on_engine_id(self, tp: TPGroup | None) -> EngineId:
         """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""
         drawn = self._draw_engine_id()
         if tp is None:
             return drawn
-        return tp.broadcast_bytes(bytes.fromhex(drawn)).hex()
+        return EngineId(tp.broadcast_bytes(bytes.fromhex(drawn)).hex())
 
-    def _new_transfer(self, runner: ModelRunner, engine_id: str) -> TransferWorker:
+    def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferWorker:
         faults = read_fault_plan(os.environ)
         make_worker = (
             TransferWorker if faults is None else partial(FaultyTransferWorker, faults=faults)
@@ -333,7 +334,7 @@ class RankProcess:
     def _progress(self, text: str, fraction: float | None) -> None:
         self._control.send(Progress(text=text, fraction=fraction))
 
-    def _register(self, engine_id: str, address: Address) -> None:
+    def _register(self, engine_id: EngineId, address: Address) -> None:
         self._control.send(
             Register(
                 name=self._bootstrap.name,

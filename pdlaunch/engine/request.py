@@ -9,6 +9,7 @@ from pdlaunch.kvcache.hashing import TokenHasher, root_hash
 from pdlaunch.kvcache.manager import KVCacheManager
 from pdlaunch.process.step_record import SUSPECT_BIT
 from pdlaunch.protocol.engine import AddRequest, FinishReason
+from pdlaunch.protocol.ids import PullId, RequestId
 
 
 class Phase(enum.Enum):
@@ -110,7 +111,7 @@ class Request:
         """The holder of the remote blocks has not heard of this request for the last time."""
         self.num_remote_tokens = 0
         """Prompt tokens that a pull has brought."""
-        self.pull_id: str | None = None
+        self.pull_id: PullId | None = None
         self.may_load = True
         """Once a load has ended, well or not, the host is asked again only after preemption."""
         self.num_host_tokens = 0
@@ -126,7 +127,7 @@ class Request:
         """
 
     @property
-    def request_id(self) -> str:
+    def request_id(self) -> RequestId:
         return self.message.request_id
 
     @property

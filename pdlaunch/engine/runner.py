@@ -35,6 +35,7 @@ from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
 from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.ids import RequestId
 
 if TYPE_CHECKING:
     from pdlaunch.engine.decode_graphs import DecodeGraphs
@@ -197,7 +198,7 @@ class ModelRunner:
         ]
         new_row = NewRow(
             row=0,
-            request_id="warm-up",
+            request_id=RequestId("warm-up"),
             token_ids=[0] * (num_tokens + 1),
             num_prompt_tokens=num_tokens + 1,
             sampling=SamplingParams(max_tokens=1, temperature=0.0),

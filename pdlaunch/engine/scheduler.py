@@ -20,6 +20,7 @@ from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.offload.planner import OffloadPlanner
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.transfer import TransferCommand
 
 
@@ -43,7 +44,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         model_digest: str,
         kv_transfer: KVTransferSettings,
-        local: tuple[str, str, int, int],
+        local: tuple[EngineId, str, int, int],
         offload: OffloadPlanner | None = None,
     ) -> None:
         """``local``: see ``RequestLifecycle``."""

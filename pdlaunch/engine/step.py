@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.protocol.engine import SamplingParams, TokenOutput
+from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -19,7 +20,7 @@ class NewRow(Message, tag=False):
 
     row: int
     """0 <= row < max_num_seqs; free until now."""
-    request_id: str
+    request_id: RequestId
     token_ids: list[int]
     """Prompt and output so far."""
     num_prompt_tokens: int

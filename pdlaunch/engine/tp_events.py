@@ -4,6 +4,7 @@ every rank has moved its heads.
 
 from __future__ import annotations
 
+from pdlaunch.protocol.ids import LeaseId, PullId
 from pdlaunch.protocol.transfer import (
     LeaseEnded,
     PullDrained,
@@ -19,9 +20,9 @@ class EventAggregator:
 
     def __init__(self, tp_size: int) -> None:
         self._tp_size = tp_size
-        self._leases: dict[str, list[LeaseEnded]] = {}
-        self._finished: dict[str, list[PullFinished]] = {}
-        self._num_drained: dict[str, int] = {}
+        self._leases: dict[LeaseId, list[LeaseEnded]] = {}
+        self._finished: dict[PullId, list[PullFinished]] = {}
+        self._num_drained: dict[PullId, int] = {}
 
     def add(self, event: TransferEvent) -> list[TransferEvent]:
         match event:
@@ -36,17 +37,17 @@ class EventAggregator:
         return events
 
     def _add_lease(self, event: LeaseEnded) -> list[TransferEvent]:
-        reports = self._leases.setdefault(event.request_id, [])
+        reports = self._leases.setdefault(event.lease_id, [])
         reports.append(event)
         if len(reports) < self._tp_size:
             return []
-        del self._leases[event.request_id]
+        del self._leases[event.lease_id]
         # One rank whose lease expired makes the whole lease an expired one.
         reasons = {report.reason for report in reports}
         reason = next(name for name in ("expired", "released", "pulled") if name in reasons)
-        return [LeaseEnded(request_id=event.request_id, reason=reason)]
+        return [LeaseEnded(lease_id=event.lease_id, reason=reason)]
 
-    def _pull_events(self, pull_id: str, *, newly_finished: bool) -> list[TransferEvent]:
+    def _pull_events(self, pull_id: PullId, *, newly_finished: bool) -> list[TransferEvent]:
         reports = self._finished.get(pull_id, [])
         if len(reports) < self._tp_size:
             return []

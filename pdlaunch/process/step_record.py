@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from pdlaunch.protocol.ids import PromptOrigin
+
 SUSPECT_BIT = 1 << 63
 MAX_REQUESTS = 8191
 """More are never in a step; if they were, the first would be known."""
@@ -30,8 +32,8 @@ _NUM_BYTES = (1 + MAX_REQUESTS) * _WORD_BYTES
 class LastStep(msgspec.Struct, frozen=True):
     """Names the requests that a rank computed when it died."""
 
-    origins: frozenset[int] = frozenset()
-    suspects: frozenset[int] = frozenset()
+    origins: frozenset[PromptOrigin] = frozenset()
+    suspects: frozenset[PromptOrigin] = frozenset()
     """Requests among ``origins`` that were suspects already: one at most."""
 
 
@@ -62,6 +64,6 @@ def read_step_record(record: mmap.mmap) -> LastStep:
     words = array("Q", record[:])
     marks = [mark for mark in words[1 : 1 + words[0]] if mark]
     return LastStep(
-        frozenset(mark & ~SUSPECT_BIT for mark in marks),
-        frozenset(mark & ~SUSPECT_BIT for mark in marks if mark & SUSPECT_BIT),
+        frozenset(PromptOrigin(mark & ~SUSPECT_BIT) for mark in marks),
+        frozenset(PromptOrigin(mark & ~SUSPECT_BIT) for mark in marks if mark & SUSPECT_BIT),
     )

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from pdlaunch.protocol.ids import EngineId, PromptOrigin
 from pdlaunch.protocol.wire import Codec, Message
 
 Role = Literal["prefill", "decode"]
@@ -64,7 +65,7 @@ class Entry(Message, tag=False):
     role: Role | None = None
     tp_rank: int = 0
     tp_size: int = 1
-    engine_id: str = ""
+    engine_id: EngineId = EngineId("")
     """Of a rank: the TP group's id of this incarnation."""
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
@@ -79,7 +80,7 @@ class Register(Message):
     name: str
     incarnation: int
     pid: int
-    engine_id: str = ""
+    engine_id: EngineId = EngineId("")
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
 
@@ -195,9 +196,9 @@ class Suspects(Message):
     Sent before the registry without that rank.
     """
 
-    origins: list[int]
+    origins: list[PromptOrigin]
     """``AddRequest.origin`` of the requests in the last step."""
-    repeated: list[int]
+    repeated: list[PromptOrigin]
     """Requests among ``origins`` that were suspects already: one at most, as a step never has
     two.
     """

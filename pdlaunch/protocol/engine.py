@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pdlaunch.protocol.ids import NO_ORIGIN, EngineId, PromptOrigin, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Codec, Message
 
@@ -64,7 +65,7 @@ def output_of(first_token: FirstToken) -> TokenOutput:
 
 
 class AddRequest(Message):
-    request_id: str
+    request_id: RequestId
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output: list[TokenOutput] = []
@@ -86,7 +87,7 @@ class AddRequest(Message):
     is a lease.
     """
     cache_salt: str = ""
-    origin: int = 0
+    origin: PromptOrigin = NO_ORIGIN
     """The router's number of the prompt, the same for all choices and attempts; below 2^63, 0: it
     has none.
     """
@@ -102,7 +103,7 @@ class AbortRequest(Message):
     of a finished request.
     """
 
-    request_id: str
+    request_id: RequestId
 
 
 class Hello(Message):
@@ -118,7 +119,7 @@ class SetReaders(Message):
     Sent before the prefill engine's answer. Unknown ids are ignored.
     """
 
-    request_id: str
+    request_id: RequestId
     num_readers: int
 
 
@@ -160,7 +161,7 @@ ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | Sleep
 class Tokens(Message):
     """New output of a request that goes on."""
 
-    request_id: str
+    request_id: RequestId
     tokens: list[TokenOutput]
 
 
@@ -169,14 +170,14 @@ class FirstTokens(Message):
     of.
     """
 
-    request_id: str
+    request_id: RequestId
     tokens: list[TokenOutput]
 
 
 class RequestFinished(Message):
     """The one terminal message of a request, with the tokens not sent before."""
 
-    request_id: str
+    request_id: RequestId
     reason: FinishReason
     tokens: list[TokenOutput] = []
     stop_token_id: int | None = None
@@ -195,7 +196,7 @@ class RequestFinished(Message):
 class Welcome(Message):
     """Answer to Hello: what the server must know of the engine."""
 
-    engine_id: str
+    engine_id: EngineId
     rank_incarnation: int
     max_model_len: int
     num_blocks: int

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from pdlaunch.errors import RequestError
+from pdlaunch.protocol.ids import EngineId, LeaseId
 
 MAX_LISTED_BLOCKS = 1_000_000
 
@@ -18,14 +19,14 @@ T = TypeVar("T")
 
 # Bounded, as larger ones cannot be sent on.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_IS_ID = msgspec.Meta(min_length=1, max_length=256)
 
 
 class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks under lease at a prefill engine."""
 
-    engine_id: _Id
-    request_id: _Id
+    engine_id: Annotated[EngineId, _IS_ID]
+    lease_id: Annotated[LeaseId, _IS_ID]
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     block_ids: list[list[_Count]]
@@ -52,7 +53,7 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """By choice; filled by prefill."""
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
-    lease_id: Annotated[str, msgspec.Meta(max_length=250)] = ""
+    lease_id: Annotated[LeaseId, msgspec.Meta(max_length=250)] = LeaseId("")
     """To prefill: what the lease shall be called, never used before; the router needs to know it in
     advance.
     """
@@ -68,7 +69,7 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": remote.engine_id,
-        "remote_request_id": remote.request_id,
+        "remote_request_id": remote.lease_id,
         "remote_host": remote.host,
         "remote_port": remote.port,
         "remote_block_ids": remote.block_ids,
@@ -93,9 +94,11 @@ class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
     pdlaunch: PdlaunchParams | None = None
 
     @property
-    def lease_id(self) -> str:
+    def lease_id(self) -> LeaseId:
         """What the router wants the lease to be called; empty: anything."""
-        return self.pdlaunch.lease_id if self.pdlaunch is not None and self.do_remote_decode else ""
+        if self.pdlaunch is None or not self.do_remote_decode:
+            return LeaseId("")
+        return self.pdlaunch.lease_id
 
     @property
     def awaits_lease(self) -> bool:
@@ -137,7 +140,7 @@ def from_wire(params: object) -> KVTransferParams:
 
 _REMOTE_KEYS = {
     "remote_engine_id": "engine_id",
-    "remote_request_id": "request_id",
+    "remote_request_id": "lease_id",
     "remote_host": "host",
     "remote_port": "port",
     "remote_block_ids": "block_ids",

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import msgspec
 
+from pdlaunch.protocol.ids import EngineId, LeaseId, ReaderId
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.wire import Codec, Message
 
 PROTOCOL_VERSION = 3
 
-Id = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_IS_ID = msgspec.Meta(min_length=1, max_length=256)
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 """How many, or the address of the first."""
@@ -69,11 +70,11 @@ class Handshake(Message):
     """Ask a rank for what is needed to read its blocks."""
 
     call_id: int
-    engine_id: Id
+    engine_id: Annotated[EngineId, _IS_ID]
     """Of the puller; tells apart peers and incarnations."""
-    rank_name: Id
+    rank_name: Annotated[str, _IS_ID]
     incarnation: int
-    expected_engine_id: Id
+    expected_engine_id: Annotated[EngineId, _IS_ID]
     """From the registry; the answer must carry the same."""
     compatibility: Compatibility
     agent_metadata: bytes
@@ -81,7 +82,7 @@ class Handshake(Message):
 
 class HandshakeReply(Message):
     call_id: int
-    engine_id: str
+    engine_id: EngineId
     rank_name: str
     incarnation: int
     tp_rank: int
@@ -102,10 +103,10 @@ class PullBegin(Message):
     """
 
     call_id: int
-    engine_id: Id
+    engine_id: Annotated[EngineId, _IS_ID]
     """Of the rank asked; another id is answered with Refused."""
-    request_id: Id
-    reader: Id
+    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
+    reader: Annotated[ReaderId, _IS_ID]
     """Names this pull: unique over engines, ranks and choices."""
     num_pullers: int
     """Ranks of the puller's TP group that pull from this rank."""
@@ -165,9 +166,9 @@ class StateChecksums(Message):
     """
 
     call_id: int
-    engine_id: Id
-    request_id: Id
-    reader: Id
+    engine_id: Annotated[EngineId, _IS_ID]
+    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
+    reader: Annotated[ReaderId, _IS_ID]
 
 
 class ChecksumsReply(Message):
@@ -180,9 +181,9 @@ class Heartbeat(Message):
     """A pull is still pending: extend the lease."""
 
     call_id: int
-    engine_id: Id
-    request_id: Id
-    reader: Id
+    engine_id: Annotated[EngineId, _IS_ID]
+    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
+    reader: Annotated[ReaderId, _IS_ID]
 
 
 class HeartbeatReply(Message):
@@ -194,9 +195,9 @@ class PullEnd(Message):
     """The reader needs the lease no more: it has all bytes, or has given up."""
 
     call_id: int
-    engine_id: Id
-    request_id: Id
-    reader: Id
+    engine_id: Annotated[EngineId, _IS_ID]
+    lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
+    reader: Annotated[ReaderId, _IS_ID]
 
 
 class PullEndReply(Message):
@@ -213,9 +214,9 @@ class Push(Message):
     """
 
     call_id: int
-    engine_id: Id
-    request_id: Annotated[str, msgspec.Meta(max_length=256)]
-    reader: Annotated[str, msgspec.Meta(max_length=256)]
+    engine_id: Annotated[EngineId, _IS_ID]
+    lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)] = msgspec.field(name="request_id")
+    reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
     """As in the PullBegin."""
     block_ids: list[int]
     """Of the rank asked."""

@@ -7,6 +7,7 @@ Block ids are the engine's own. Ownership: blocks named in ``GrantLease`` belong
 
 from __future__ import annotations
 
+from pdlaunch.protocol.ids import LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Message
 
@@ -18,7 +19,7 @@ class AnnounceBlocks(Message):
     The request keeps them until it is granted a lease, or until ``WithdrawBlocks``.
     """
 
-    request_id: str
+    lease_id: LeaseId
     block_ids: list[list[int]]
     """By group, from first_block_index on; those that later steps compute may be lacking."""
     first_block_index: list[int]
@@ -35,13 +36,13 @@ class WithdrawBlocks(Message):
     a new announcement later.
     """
 
-    request_id: str
+    lease_id: LeaseId
 
 
 class GrantLease(Message):
     """Prefill: the blocks of a finished request may be pulled."""
 
-    request_id: str
+    lease_id: LeaseId
     block_ids: list[list[int]]
     """By group, from first_block_index on."""
     first_block_index: list[int]
@@ -55,7 +56,7 @@ class GrantLease(Message):
 class EndLease(Message):
     """Prefill: the request was cancelled; the lease ends at once unless a pull has begun."""
 
-    request_id: str
+    lease_id: LeaseId
 
 
 class SetLeaseReaders(Message):
@@ -63,7 +64,7 @@ class SetLeaseReaders(Message):
     many have pulled.
     """
 
-    request_id: str
+    lease_id: LeaseId
     num_readers: int
 
 
@@ -72,8 +73,8 @@ class StartPull(Message):
     or ``PullDrained``.
     """
 
-    pull_id: str
-    request_id: str
+    pull_id: PullId
+    request_id: RequestId
     remote: RemoteKV
     block_ids: list[list[int]]
     """By group: destination of the blocks from first_block_index on."""
@@ -96,7 +97,7 @@ class StartPull(Message):
 class CancelPull(Message):
     """Decode: nobody wants the blocks any more; ends in PullFinished like any other pull."""
 
-    pull_id: str
+    pull_id: PullId
 
 
 TransferCommand = (
@@ -115,7 +116,7 @@ class LeaseEnded(Message):
     said so.
     """
 
-    request_id: str
+    lease_id: LeaseId
     reason: str
     """``pulled``, ``released`` or ``expired``."""
 
@@ -123,7 +124,7 @@ class LeaseEnded(Message):
 class PullFinished(Message):
     """Decode: this rank's pull has ended."""
 
-    pull_id: str
+    pull_id: PullId
     ok: bool
     """The blocks are proven: READ done, lease held throughout, hashes and checksums equal."""
     error: str = ""
@@ -148,7 +149,7 @@ class PullFinished(Message):
 class PullDrained(Message):
     """Decode: no READ of this pull can write any more (its handle ended, or the peer is dead)."""
 
-    pull_id: str
+    pull_id: PullId
 
 
 TransferEvent = LeaseEnded | PullFinished | PullDrained

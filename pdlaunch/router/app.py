@@ -27,6 +27,7 @@ from pdlaunch.observe.trace import (
     read_traceparent,
 )
 from pdlaunch.process.bootstrap import RouterSpec
+from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
 from pdlaunch.router.admin import Admin, Handler
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 1.0
 """For clients to read that the router leaves."""
 CLIENT_CLOSED_REQUEST = 499
-MAX_ENGINE_ID_LENGTH = 160
+MAX_HOP_ID_LENGTH = 160
 """Of a client's request id on its way to the engines, where it gets suffixes."""
 _OPEN_PATHS = frozenset({"/health", "/metrics"})
 _TRACESTATE_HEADER = "tracestate"
@@ -173,7 +174,7 @@ class RouterApp:
                 "the admin API key is missing or wrong", status=401, code="invalid_admin_api_key"
             )
 
-    async def _unknown(self, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def _unknown(self, request: web.Request, request_id: HttpRequestId) -> web.StreamResponse:
         allowed: set[str] = set()
         for resource in self.app.router.resources():
             allowed |= (await resource.resolve(request))[1] - {METH_ANY}
@@ -186,14 +187,18 @@ class RouterApp:
         self._hops.metrics.requests.failed(response.status)
         return response
 
-    async def _completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def _completions(
+        self, request: web.Request, request_id: HttpRequestId
+    ) -> web.StreamResponse:
         return await self._generate(COMPLETIONS, request, request_id)
 
-    async def _chat_completions(self, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def _chat_completions(
+        self, request: web.Request, request_id: HttpRequestId
+    ) -> web.StreamResponse:
         return await self._generate(CHAT, request, request_id)
 
     async def _generate(
-        self, endpoint: Endpoint, request: web.Request, request_id: str
+        self, endpoint: Endpoint, request: web.Request, request_id: HttpRequestId
     ) -> web.StreamResponse:
         if not self._hops.pool.serving:
             raise OverloadedError(
@@ -207,12 +212,17 @@ class RouterApp:
             return await self._answered(endpoint, request, body, hold, request_id)
 
     async def _answered(
-        self, endpoint: Endpoint, request: web.Request, body: bytes, hold: Hold, request_id: str
+        self,
+        endpoint: Endpoint,
+        request: web.Request,
+        body: bytes,
+        hold: Hold,
+        request_id: HttpRequestId,
     ) -> web.StreamResponse:
         """Answer a request whose body is here; what was answered before under its key is told
         again.
         """
-        headers = {REQUEST_ID_HEADER: request_id}
+        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id}
         answer = partial(self._answer, endpoint, request, body, request_id)
         key = read_idempotency_key(request.headers)
         if key is not None:
@@ -228,7 +238,7 @@ class RouterApp:
         endpoint: Endpoint,
         request: web.Request,
         body: bytes,
-        request_id: str,
+        request_id: HttpRequestId,
         stream: EventStream,
     ) -> web.Response | None:
         """The whole answer, or None when ``stream`` was told all of it."""
@@ -240,9 +250,7 @@ class RouterApp:
                 body,
                 served_model_name=self._spec.served_model_name,
                 request_id=request_id,
-                engine_request_id=_engine_request_id(
-                    request_id, is_own=REQUEST_ID_HEADER not in request.headers
-                ),
+                hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
                 headers=_headers_to_pass(request),
             ),
         )
@@ -297,20 +305,22 @@ class RouterApp:
             raise errors.exceptions[0] from None
         return [generation.transcript for generation in generations]
 
-    async def _proxied(self, request: web.Request, request_id: str) -> web.Response:
+    async def _proxied(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         """Any engine can answer; the first that does."""
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
             with self.admission.admit(1):
                 return await self._ask_any(request, body, request_id)
 
-    async def _ask_any(self, request: web.Request, body: bytes, request_id: str) -> web.Response:
+    async def _ask_any(
+        self, request: web.Request, body: bytes, request_id: HttpRequestId
+    ) -> web.Response:
         pool = self._hops.pool
         tried: set[EngineKey] = set()
         while (engine := pool.pick("decode", exclude=tried)) is not None:
             try:
                 headers = _headers_to_pass(request) | {
-                    REQUEST_ID_HEADER: _engine_request_id(request_id, is_own=False)
+                    REQUEST_ID_HEADER: _hop_id(request_id, is_own=False)
                 }
                 async with self._deadline.guard():
                     answer = await self._hops.client.ask(engine, request.path, body, headers)
@@ -322,10 +332,10 @@ class RouterApp:
             "no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready"
         )
 
-    async def _models(self, request: web.Request, request_id: str) -> web.Response:
+    async def _models(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         return _json(ModelList(data=[self._model_card()]))
 
-    async def _model(self, request: web.Request, request_id: str) -> web.Response:
+    async def _model(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         name = request.match_info["name"]
         if name != self._spec.served_model_name:
             raise model_not_found(name, self._spec.served_model_name)
@@ -340,7 +350,7 @@ class RouterApp:
             max_model_len=pool.max_model_len("decode") or pool.max_model_len("prefill"),
         )
 
-    async def _health(self, request: web.Request, request_id: str) -> web.Response:
+    async def _health(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         """200 once the launch is ready, while some engine can serve and the door is open."""
         pool = self._hops.pool
         engines = pool.engines
@@ -356,7 +366,7 @@ class RouterApp:
         body = {"status": status, "engines": {engine.name: engine.state for engine in engines}}
         return _json(body, status=200 if status == "ok" else 503)
 
-    async def _status(self, request: web.Request, request_id: str) -> web.Response:
+    async def _status(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         """The engines and where they answer, for `pdlaunch smoke` and people."""
         engines = [
             {
@@ -371,7 +381,7 @@ class RouterApp:
         ]
         return _json({"engines": engines})
 
-    async def _metrics(self, request: web.Request, request_id: str) -> web.Response:
+    async def _metrics(self, request: web.Request, request_id: HttpRequestId) -> web.Response:
         """The router's metrics and those of all engines."""
         self._hops.metrics.in_flight.set(self.admission.in_flight)
         self._hops.metrics.show_engines([engine.state for engine in self._hops.pool.engines])
@@ -390,16 +400,18 @@ async def _keep_and(
         return await answer(stream)
 
 
-def _request_id(request: web.Request) -> str:
+def _request_id(request: web.Request) -> HttpRequestId:
     try:
-        return read_request_id(request.headers.get(REQUEST_ID_HEADER))
+        return HttpRequestId(read_request_id(request.headers.get(REQUEST_ID_HEADER)))
     except RequestError:
-        return read_request_id(None)
+        return HttpRequestId(read_request_id(None))
 
 
-def _engine_request_id(request_id: str, *, is_own: bool) -> str:
+def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
     """Unique at the engines, which the ids of clients need not be."""
-    return request_id if is_own else f"{request_id[:MAX_ENGINE_ID_LENGTH]}-{secrets.token_hex(4)}"
+    if is_own:
+        return HopId(request_id)
+    return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")
 
 
 def _headers_to_pass(request: web.Request) -> dict[str, str]:

@@ -14,6 +14,7 @@ import msgspec
 
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
+from pdlaunch.protocol.ids import HopId, HttpRequestId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
     INTERNAL_FIELDS,
     TOKEN_IDS,
@@ -106,12 +107,11 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None
     prompt_tokens: int
     """Estimate of the prompt's length."""
-    request_id: str
+    hop_id: HopId
     headers: dict[str, str]
-    origin: int
-    """A number of its own, by which engines and the supervisor speak of it."""
+    origin: PromptOrigin
 
-    def prefill_body(self, *, knows_whole_request: bool, lease_id: str = "") -> bytes:
+    def prefill_body(self, *, knows_whole_request: bool, lease_id: LeaseId | None = None) -> bytes:
         """Ask for the first token of each choice and a lease on the blocks.
 
         With a ``lease_id`` that is what it is called, and the answer is a stream: the lease may
@@ -162,7 +162,7 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A client's request to one of the completion APIs."""
 
     endpoint: Endpoint
-    request_id: str
+    request_id: HttpRequestId
     fields: ClientFields
     prompts: list[PromptRequest]
 
@@ -196,8 +196,8 @@ def read_client_request(
     raw: bytes,
     *,
     served_model_name: str,
-    request_id: str,
-    engine_request_id: str,
+    request_id: HttpRequestId,
+    hop_id: HopId,
     headers: dict[str, str],
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
@@ -227,7 +227,7 @@ def read_client_request(
         prompts=[
             PromptRequest(
                 endpoint=endpoint,
-                origin=(origin := secrets.randbelow(2**63 - 1) + 1),
+                origin=(origin := PromptOrigin(secrets.randbelow(2**63 - 1) + 1)),
                 body=one if fields.seed is not None else one | {"seed": draw_seed()},
                 index=index,
                 num_choices=fields.n or 1,
@@ -235,9 +235,7 @@ def read_client_request(
                 prompt_tokens=_estimate_tokens(
                     one.get("messages") if endpoint.is_chat else one.get("prompt")
                 ),
-                request_id=engine_request_id
-                if len(bodies) == 1
-                else f"{engine_request_id}-{index}",
+                hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),
                 headers=headers | {ORIGIN_HEADER: format_origin(origin)},
             )
             for index, one in enumerate(bodies)

@@ -17,6 +17,7 @@ import contextlib
 import secrets
 
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.kv_params import PdlaunchParams, to_wire
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.engine_client import EngineClient, EngineStream
@@ -40,7 +41,7 @@ class EarlyDecode:
         self, engine: Engine, lender: Lender, prompt: PromptRequest, client: EngineClient
     ) -> None:
         self.engine = engine
-        self.lease_id = f"{prompt.request_id}-{secrets.token_hex(4)}"
+        self.lease_id = LeaseId(f"{prompt.hop_id}-{secrets.token_hex(4)}")
         """Unique at the prefill engine: the one of another attempt may still be there."""
         self._prompt = prompt
         self._client = client
@@ -68,7 +69,7 @@ class EarlyDecode:
     async def _open(self) -> EngineStream:
         await asyncio.sleep(HEAD_START_S)
         prompt = self._prompt
-        headers = prompt.headers | {REQUEST_ID_HEADER: f"{prompt.request_id}-early"}
+        headers = prompt.headers | {REQUEST_ID_HEADER: f"{prompt.hop_id}-early"}
         body = prompt.decode_body({"kv_transfer_params": self._params})
         return await self._stack.enter_async_context(
             self._client.stream(self.engine, prompt.endpoint.path, body, headers)

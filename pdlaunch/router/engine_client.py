@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.sse import DONE_DATA, EventDecoder
 from pdlaunch.router.pool import Engine
 
@@ -158,19 +159,19 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise _broken(engine, error) from error
 
-    async def release(self, engine: Engine, request_id: str) -> None:
-        """End the lease of a request that nobody will pull; errors are logged, the lease ends by
+    async def release(self, engine: Engine, name: HopId | LeaseId) -> None:
+        """End the lease of a hop that nobody will pull; errors are logged, the lease ends by
         itself.
         """
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            body = msgspec.json.encode({"request_id": request_id})
+            body = msgspec.json.encode({"request_id": name})
             async with self._session.post(
                 engine.url + "/pdlaunch/release", data=body, timeout=timeout
             ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            logger.warning("%s: lease of %s not released: %r", engine.name, request_id, error)
+            logger.warning("%s: lease of %s not released: %r", engine.name, name, error)
 
     async def is_alive(self, engine: Engine) -> bool:
         """The engine's server answers."""

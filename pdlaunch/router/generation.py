@@ -23,6 +23,7 @@ import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.protocol.openai.errors import RANK_LOST
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode, tell_decode
@@ -132,12 +133,12 @@ class Generation:
             if not isinstance(error, EngineFailure | EngineRefusal):
                 # The answer may be on its way, and the lease that it speaks of would wait for its
                 # deadline.
-                self._release(engine, self._prompt.request_id)
+                self._release(engine, self._prompt.hop_id)
             raise
         self._hops.pool.succeeded(engine)
         return handover
 
-    async def _stream_prefill(self, engine: Engine, lease_id: str) -> Handover:
+    async def _stream_prefill(self, engine: Engine, lease_id: LeaseId) -> Handover:
         """The client is told the first token when it is there, and its lease may come later."""
         prompt, answer, prompt_token_ids = (
             self._prompt,
@@ -400,20 +401,18 @@ class Generation:
             return
         self._release(handover.engine, handover.lease_id)
 
-    def _release(self, engine: Engine, request_id: str) -> None:
+    def _release(self, engine: Engine, name: HopId | LeaseId) -> None:
         if engine.capabilities.gives_first_token:
             self._hops.metrics.released()
-            self._hops.spawn(self._hops.client.release(engine, request_id))
+            self._hops.spawn(self._hops.client.release(engine, name))
 
     def _headers(self, attempt: int) -> dict[str, str]:
         """Each attempt has an id of its own: an engine may still hold blocks for the one before."""
-        request_id = (
-            self._prompt.request_id if attempt == 0 else f"{self._prompt.request_id}-r{attempt}"
-        )
+        hop_id = self._prompt.hop_id if attempt == 0 else f"{self._prompt.hop_id}-r{attempt}"
         return (
             self._prompt.headers
             | self._hops.suspects.header(self._prompt.origin)
-            | {REQUEST_ID_HEADER: request_id}
+            | {REQUEST_ID_HEADER: hop_id}
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.pool import Engine
 from pdlaunch.router.transcript import chunks_of_answer
@@ -31,10 +32,10 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         return not self.open_choices
 
     @property
-    def lease_id(self) -> str | None:
+    def lease_id(self) -> LeaseId | None:
         """The request that the prefill engine holds blocks for."""
-        request_id = None if self.params is None else self.params.get("remote_request_id")
-        return request_id if isinstance(request_id, str) else None
+        lease_id = None if self.params is None else self.params.get("remote_request_id")
+        return LeaseId(lease_id) if isinstance(lease_id, str) else None
 
     def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
         """The ``kv_transfer_params`` for ``engine``; None: it computes the prompt as if it were the

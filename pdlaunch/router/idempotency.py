@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.protocol.ids import IdempotencyKey
 from pdlaunch.router.answers import ClientStream, EventStream
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,13 @@ Work = Callable[[EventStream], Awaitable[web.Response | None]]
 """Makes one answer: whole, or None when the stream was told all of it."""
 
 
-def read_idempotency_key(headers: Mapping[str, str]) -> str | None:
+def read_idempotency_key(headers: Mapping[str, str]) -> IdempotencyKey | None:
     """Return the key of a request, None without one. Raises RequestError."""
     key = headers.get(IDEMPOTENCY_KEY_HEADER)
     if key is not None and not 1 <= len(key) <= MAX_KEY_LENGTH:
         message = f"{IDEMPOTENCY_KEY_HEADER} has {len(key)} characters; use 1 to {MAX_KEY_LENGTH}"
         raise RequestError(message, param=IDEMPOTENCY_KEY_HEADER, code="invalid_idempotency_key")
-    return key
+    return None if key is None else IdempotencyKey(key)
 
 
 class _Reader:
@@ -232,7 +233,12 @@ class Repeats:
         self._runs: set[asyncio.Task[None]] = set()
 
     async def answer(
-        self, key: str, request: web.Request, body: bytes, headers: dict[str, str], work: Work
+        self,
+        key: IdempotencyKey,
+        request: web.Request,
+        body: bytes,
+        headers: dict[str, str],
+        work: Work,
     ) -> web.StreamResponse:
         """Do the work, or tell what it came to when it was done before.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 import msgspec
 
 from pdlaunch.protocol.control import Capabilities, Entry, ListedState, Registry, Role
+from pdlaunch.protocol.ids import EngineId, LeaseId
 from pdlaunch.protocol.kv_params import RemoteKV
 
 BACKOFF_S = 1.0
@@ -34,16 +35,16 @@ return from sleep or a stall.
 class Lender(msgspec.Struct, frozen=True, kw_only=True):
     """Where the leases of an engine are found: at its rank 0."""
 
-    engine_id: str
+    engine_id: EngineId
     host: str
     port: int
     tp_size: int
 
-    def remote_kv(self, lease_id: str) -> RemoteKV:
+    def remote_kv(self, lease_id: LeaseId) -> RemoteKV:
         """A lease that is not granted yet."""
         return RemoteKV(
             engine_id=self.engine_id,
-            request_id=lease_id,
+            lease_id=lease_id,
             host=self.host,
             port=self.port,
             block_ids=[],

@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from pdlaunch.errors import KillsEngineError
 from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import Suspects
+from pdlaunch.protocol.ids import PromptOrigin
 
 
 class SuspectBook:
     """Remembers what is known against the requests that run, and nothing of others."""
 
     def __init__(self) -> None:
-        self._num_deaths: dict[int, int] = {}
+        self._num_deaths: dict[PromptOrigin, int] = {}
         """By origin: 1 for a suspect, 2 for one that was a suspect already."""
 
     @contextmanager
-    def watch(self, origin: int) -> Iterator[None]:
+    def watch(self, origin: PromptOrigin) -> Iterator[None]:
         """A request runs for as long as the block does."""
         self._num_deaths[origin] = 0
         try:
@@ -39,7 +40,7 @@ class SuspectBook:
                     2 if origin in news.repeated else max(1, self._num_deaths[origin])
                 )
 
-    def header(self, origin: int) -> dict[str, str]:
+    def header(self, origin: PromptOrigin) -> dict[str, str]:
         """Return the header that tells an engine of it; empty when there is nothing against it."""
         return (
             {ORIGIN_HEADER: format_origin(origin, is_suspect=True)}
@@ -47,7 +48,7 @@ class SuspectBook:
             else {}
         )
 
-    def check(self, origin: int) -> None:
+    def check(self, origin: PromptOrigin) -> None:
         """Raises KillsEngineError when a second rank has died of the request."""
         if self._num_deaths[origin] > 1:
             raise KillsEngineError(

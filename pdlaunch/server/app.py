@@ -26,6 +26,7 @@ from pdlaunch.observe.trace import (
     read_request_id,
     read_traceparent,
 )
+from pdlaunch.protocol.ids import HopId, PromptOrigin
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status, model_not_found
 from pdlaunch.protocol.openai.responses import ModelCard, ModelList
@@ -175,21 +176,21 @@ def _with_call(handler: CallHandler) -> Handler:
     """Reads who calls: request id and trace context; the id is echoed whatever happens."""
 
     async def handle(http: web.Request) -> web.StreamResponse:
-        request_id = read_request_id(http.headers.get(REQUEST_ID_HEADER))
+        hop_id = HopId(read_request_id(http.headers.get(REQUEST_ID_HEADER)))
         origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
         call = Call(
-            request_id=request_id,
-            rank_id=f"{request_id}-{secrets.token_hex(4)}",
+            hop_id=hop_id,
+            unique_id=f"{hop_id}-{secrets.token_hex(4)}",
             traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
-            origin=origin,
+            origin=PromptOrigin(origin),
             is_suspect=is_suspect,
         )
-        with request_logging(request_id):
+        with request_logging(hop_id):
             try:
                 return await handler(http, call)
             except Exception as error:
                 response = _failure(error)
-                response.headers[REQUEST_ID_HEADER] = request_id
+                response.headers[REQUEST_ID_HEADER] = hop_id
                 return response
 
     return handle

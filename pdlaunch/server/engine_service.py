@@ -17,6 +17,7 @@ from pdlaunch.errors import OverloadedError
 from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.engine import EngineStats, Welcome
+from pdlaunch.protocol.ids import HopId, RequestId
 from pdlaunch.server.admission import Admission
 from pdlaunch.server.metrics import ServerMetrics
 from pdlaunch.server.rank_link import RankLink
@@ -124,19 +125,19 @@ class LeaseBook:
     """
 
     def __init__(self) -> None:
-        self._rank_ids: OrderedDict[str, str] = OrderedDict()
+        self._rank_ids: OrderedDict[str, RequestId] = OrderedDict()
 
-    def add(self, request_id: str, rank_id: str) -> None:
+    def add(self, hop_id: HopId, request_id: RequestId) -> None:
         """Remember a lease; the oldest are forgotten, they have ended by themselves."""
-        for key in (request_id, rank_id):
-            self._rank_ids[key] = rank_id
+        for key in (hop_id, request_id):
+            self._rank_ids[key] = request_id
             self._rank_ids.move_to_end(key)
         while len(self._rank_ids) > MAX_REMEMBERED_LEASES:
             self._rank_ids.popitem(last=False)
 
-    def take(self, request_id: str) -> str | None:
+    def take(self, name: str) -> RequestId | None:
         """The rank's id of the lease, which is forgotten; None when there is none of this name."""
-        return self._rank_ids.pop(request_id, None)
+        return self._rank_ids.pop(name, None)
 
 
 def _starting() -> OverloadedError:

@@ -44,7 +44,7 @@ class GenerateHandler:
             model = self._service.model
             prepared = prepare(call, request, prompts, model, prompt_param="prompt")
             renderer = CompletionRenderer(
-                request, call.request_id, model.name, model.tokenizer, prompts
+                request, call.hop_id, model.name, model.tokenizer, prompts
             )
             return await self._run(http, call, prepared, renderer, deadline)
 
@@ -55,7 +55,7 @@ class GenerateHandler:
                 request, prompt = await self._read_chat(http, ticket)
             model = self._service.model
             prepared = prepare(call, request, [prompt], model, prompt_param="messages")
-            renderer = ChatRenderer(request, call.request_id, model.name, model.tokenizer, [prompt])
+            renderer = ChatRenderer(request, call.hop_id, model.name, model.tokenizer, [prompt])
             return await self._run(http, call, prepared, renderer, deadline)
 
     async def _read_completion(
@@ -123,7 +123,7 @@ class GenerateHandler:
             if prepared.is_remote_prefill and not answered:
                 generation.release()
         if prepared.is_remote_prefill and answered:
-            self._service.leases.add(call.request_id, prepared.choices[0].request.request_id)
+            self._service.leases.add(call.hop_id, prepared.choices[0].request.request_id)
         clock.finished(prepared.choices)
         _log.info("%s", _summary(prepared))
         return response

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
+from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.openai.errors import RANK_LOST
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
@@ -38,7 +39,7 @@ class Generation:
         self._running = {
             choice.request.request_id: choice for choice in choices if choice.finish_reason is None
         }
-        self._submitted: set[str] = set()
+        self._submitted: set[RequestId] = set()
         self._events: asyncio.Queue[RankEvent] = asyncio.Queue()
         self._num_prompt_tokens = num_prompt_tokens
         self._remote_kv: RemoteKV | None = None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, output_of
+from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId, request_of
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
 from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from pdlaunch.protocol.openai.generation import GenerationRequest
@@ -33,13 +34,12 @@ _SEED_BITS = 63
 class Call:
     """What identifies one HTTP request on its way."""
 
-    request_id: str
-    """Of the client or router; forms the answer's id."""
-    rank_id: str
-    """The same with a random end: a client may use its id twice at once."""
+    hop_id: HopId
+    """Names the request for its caller; the answer's id has it."""
+    unique_id: str
+    """The same with a random end: a caller may use its id twice at once."""
     traceparent: str | None
-    origin: int = 0
-    """Of the prompt at the router; 0: unknown."""
+    origin: PromptOrigin = NO_ORIGIN
     is_suspect: bool = False
     """A rank may have died of it."""
 
@@ -222,7 +222,9 @@ def _choice(
 ) -> Choice:
     leases = transfer.do_remote_decode and index == 0
     add = AddRequest(
-        request_id=transfer.lease_id if leases and transfer.lease_id else f"{call.rank_id}/{index}",
+        request_id=request_of(transfer.lease_id)
+        if leases and transfer.lease_id
+        else RequestId(f"{call.unique_id}/{index}"),
         prompt_token_ids=prompt,
         sampling=sampling,
         do_remote_decode=leases,

@@ -35,6 +35,7 @@ from pdlaunch.protocol.engine import (
     from_rank,
     to_rank,
 )
+from pdlaunch.protocol.ids import RequestId
 from pdlaunch.protocol.sockets import SecureContext
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 class RankLost:
     """The rank died or was replaced while it worked on the request."""
 
-    request_id: str
+    request_id: RequestId
 
 
 RankEvent = Tokens | FirstTokens | RequestFinished | RankLost
@@ -78,7 +79,7 @@ class RankLink:
         self._on_sleep = on_sleep
         self._clock = clock
         self._heard_at_s = clock()
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[RequestId, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
         self._call_ids = itertools.count(1)
@@ -102,7 +103,7 @@ class RankLink:
         self.send(request)
         self._sinks[request.request_id] = sink
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """Drop a request, or end the lease of a finished one; nothing more reaches its sink."""
         self._sinks.pop(request_id, None)
         self.send(AbortRequest(request_id=request_id))

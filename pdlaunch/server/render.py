@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.generation import GenerationRequest
 from pdlaunch.protocol.openai.responses import (
     AssistantMessage,
@@ -39,13 +40,13 @@ class Renderer(ABC):
     def __init__(
         self,
         request: GenerationRequest,
-        request_id: str,
+        hop_id: HopId,
         model: str,
         tokenizer: TextTokenizer,
         prompts: Sequence[list[int]],
     ) -> None:
         self.request = request
-        self.id = f"{self.PREFIX}{request_id}"
+        self.id = f"{self.PREFIX}{hop_id}"
         self.created = int(time.time())
         self.model = model
         self.tokenizer = tokenizer

@@ -43,7 +43,7 @@ class Answerer:
         deadline: Deadline,
     ) -> None:
         self._http = http
-        self._headers = {REQUEST_ID_HEADER: call.request_id}
+        self._headers = {REQUEST_ID_HEADER: call.hop_id}
         self._prepared = prepared
         self._renderer = renderer
         self._generation = generation

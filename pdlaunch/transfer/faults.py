@@ -99,7 +99,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ]
 
     def _on_lease(self, agent: str, command: GrantLease) -> GrantLease:
-        source = random.Random(f"{self.seed}/lease/{agent}/{command.request_id}")
+        source = random.Random(f"{self.seed}/lease/{agent}/{command.lease_id}")
         if source.random() >= self.lease_rate:
             return command
         return msgspec.structs.replace(command, lease_s=source.uniform(0.001, self.short_lease_s))

@@ -26,6 +26,7 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.platform.timer_slack import sleep_precisely
 from pdlaunch.protocol.control import Entry, ToSupervisor
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.transfer.asleep import AsleepLoop
@@ -88,7 +89,7 @@ class TransferWorker:
         spec: EngineSpec,
         name: str,
         tp_rank: int,
-        engine_id: str,
+        engine_id: EngineId,
         incarnation: int,
         layout: KVCacheLayout,
         kv_cache: torch.Tensor,

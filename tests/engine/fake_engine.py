@@ -61,7 +61,7 @@ def stop_at_first(prompt: list[int], max_tokens: int = 4) -> SamplingParams:
 def remote_kv(request_id: str, num_tokens: int, engine_id: str = "p") -> RemoteKV:
     return RemoteKV(
         engine_id=engine_id,
-        request_id=request_id,
+        lease_id=request_id,
         host="127.0.0.1",
         port=1,
         block_ids=[],
@@ -310,23 +310,23 @@ class FakeEngine:
 
     def end_lease(self, request_id: str, reason: str = "pulled") -> None:
         del self.leases[request_id]
-        self.scheduler.requests.on_transfer_event(LeaseEnded(request_id=request_id, reason=reason))
+        self.scheduler.requests.on_transfer_event(LeaseEnded(lease_id=request_id, reason=reason))
         self.scheduler.requests.check_integrity()
 
     def _on_command(self, command: TransferCommand) -> None:
         match command:
             case GrantLease():
-                assert command.request_id not in self.leases
+                assert command.lease_id not in self.leases
                 self._check_granted(command)
-                assert (command.request_id in self.announced) == self.added[
-                    command.request_id
+                assert (command.lease_id in self.announced) == self.added[
+                    command.lease_id
                 ].is_awaited
-                self.announced.pop(command.request_id, None)
-                self.leases[command.request_id] = (command, self._snapshot(command))
+                self.announced.pop(command.lease_id, None)
+                self.leases[command.lease_id] = (command, self._snapshot(command))
             case SetLeaseReaders():
-                self.readers[command.request_id] = command.num_readers
+                self.readers[command.lease_id] = command.num_readers
             case EndLease():
-                self.end_asked.add(command.request_id)
+                self.end_asked.add(command.lease_id)
             case StartPull():
                 assert command.pull_id not in self.pulls.keys() | self.quarantined.keys()
                 self._check_pull(command)
@@ -334,10 +334,10 @@ class FakeEngine:
                 self.num_pulls += 1
             case AnnounceBlocks():
                 self._check_announcement(command)
-                self.announced[command.request_id] = command
+                self.announced[command.lease_id] = command
             case WithdrawBlocks():
-                del self.announced[command.request_id]
-                self.withdrawn.append(command.request_id)
+                del self.announced[command.lease_id]
+                self.withdrawn.append(command.lease_id)
             case CancelPull():
                 # The pull may have ended while the command was on its way.
                 self.cancelled.add(command.pull_id)
@@ -350,9 +350,9 @@ class FakeEngine:
 
     def _check_granted(self, grant: GrantLease) -> None:
         """The leased blocks hold what the last prompt token sees."""
-        request = self.added[grant.request_id]
+        request = self.added[grant.lease_id]
         assert grant.block_hashes == self._hashes(request)
-        if (announced := self.announced.get(grant.request_id)) is not None:
+        if (announced := self.announced.get(grant.lease_id)) is not None:
             for group in range(len(self.groups)):
                 places = _places(grant, group)
                 assert (
@@ -370,12 +370,12 @@ class FakeEngine:
                     assert found == (group, chain[position])
 
     def _check_announcement(self, new: AnnounceBlocks) -> None:
-        request = self.added[new.request_id]
+        request = self.added[new.lease_id]
         assert request.is_awaited
-        assert new.request_id not in self.finished
+        assert new.lease_id not in self.finished
         assert new.block_hashes == self._hashes(request)
         assert new.num_tokens == len(request.prompt_token_ids)
-        if (known := self.announced.get(new.request_id)) is not None:
+        if (known := self.announced.get(new.lease_id)) is not None:
             assert new.num_ready_blocks >= known.num_ready_blocks
             for group, first in enumerate(new.first_block_index):
                 assert _places(new, group).items() >= _seen(_places(known, group), first).items()
@@ -383,7 +383,7 @@ class FakeEngine:
     def _check_announced(self) -> None:
         """What readers may read and will need is there, and stays as it is."""
         for announced in self.announced.values():
-            chain = extend_chain([], self.added[announced.request_id].prompt_token_ids)
+            chain = extend_chain([], self.added[announced.lease_id].prompt_token_ids)
             for group, kind in enumerate(self.groups):
                 seen = (
                     0

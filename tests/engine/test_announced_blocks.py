@@ -97,7 +97,7 @@ def test_a_preempted_prompt_is_withdrawn_and_told_of_anew() -> None:
     compute(engine)
     found = commands(engine)
     assert engine.scheduler.requests.stats().preemptions == 1
-    withdrawn = found.index(WithdrawBlocks(request_id="a"))
+    withdrawn = found.index(WithdrawBlocks(lease_id="a"))
     before, after = found[:withdrawn], found[withdrawn + 1 :]
     assert ready(before)[0] == ready(after)[0] == 0
     assert len(ready(before)) == len(before) > 1
@@ -114,7 +114,7 @@ def test_the_plan_in_which_others_get_the_blocks_withdraws_them() -> None:
     engine.take_outputs()
     engine.add("next", [6] * 20, max_tokens=1)
     plan = engine.step()
-    assert plan.commands == [WithdrawBlocks(request_id="a")]
+    assert plan.commands == [WithdrawBlocks(lease_id="a")]
     assert {*announced.block_ids[0]} & {
         block_id for new in plan.new_blocks for block_id in new.block_ids
     }

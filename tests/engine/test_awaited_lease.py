@@ -32,7 +32,7 @@ def start_pull(
     (command,) = engine.step().commands
     assert isinstance(command, StartPull)
     assert command.awaits
-    assert command.remote.request_id == f"lease of {name}"
+    assert command.remote.lease_id == f"lease of {name}"
     return command
 
 
@@ -230,10 +230,10 @@ def test_prompts_that_are_computed_elsewhere_leave_room_for_others() -> None:
     assert engine.scheduler.requests.stats().num_waiting == 1
     engine.add("d", PROMPT, remote_kv=remote_kv("ready", 0))
     (pull,) = [command for command in engine.step().commands if isinstance(command, StartPull)]
-    assert pull.remote.request_id == "ready"
+    assert pull.remote.lease_id == "ready"
     engine.end_pull(first.pull_id)
     (third,) = [command for command in engine.step().commands if isinstance(command, StartPull)]
-    assert third.remote.request_id == "lease of c"
+    assert third.remote.lease_id == "lease of c"
     for ended in (second, pull, third):
         engine.end_pull(ended.pull_id)
     engine.run()

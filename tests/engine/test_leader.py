@@ -114,7 +114,7 @@ def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
     assert kinds == ["GrantLease", "Tokens", "RequestFinished"]
     grant, _, finished = recorder.told
     assert isinstance(grant, GrantLease)
-    assert finished.remote_kv.request_id == grant.request_id  # type: ignore[attr-defined]
+    assert finished.remote_kv.lease_id == grant.lease_id  # type: ignore[attr-defined]
 
 
 def test_statistics_go_out_every_second_also_when_nothing_is_new() -> None:

@@ -190,7 +190,7 @@ def test_lease_for_other_choices_and_its_end_by_the_server() -> None:
     engine.scheduler.requests.abort("a")
     plan = engine.step()
     assert engine.readers == {"a": 2}
-    assert EndLease(request_id="a") in plan.commands
+    assert EndLease(lease_id="a") in plan.commands
     assert engine.scheduler.requests.stats().num_leased_requests == 1
 
 

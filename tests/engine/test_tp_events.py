@@ -18,7 +18,7 @@ def test_one_rank_passes_events_through() -> None:
     events: list[TransferEvent] = [
         PullFinished(pull_id="a", ok=False, in_flight=True, error="x"),
         PullDrained(pull_id="a"),
-        LeaseEnded(request_id="r", reason="pulled"),
+        LeaseEnded(lease_id="r", reason="pulled"),
     ]
     assert run(1, events) == events
 
@@ -36,9 +36,9 @@ def test_a_pull_is_right_only_if_every_rank_says_so() -> None:
 
 def test_lease_ends_when_all_ranks_said_so_and_one_expiry_is_an_expiry() -> None:
     merged = run(
-        3, [LeaseEnded(request_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")]
+        3, [LeaseEnded(lease_id="r", reason=reason) for reason in ("pulled", "expired", "pulled")]
     )
-    assert merged == [LeaseEnded(request_id="r", reason="expired")]
+    assert merged == [LeaseEnded(lease_id="r", reason="expired")]
 
 
 @pytest.mark.parametrize("ok", [True, False])

@@ -206,7 +206,7 @@ def test_engines_take_what_the_router_makes_of_the_longest_body(text: str) -> No
         raw,
         served_model_name="tiny",
         request_id="r",
-        engine_request_id="r",
+        hop_id="r",
         headers={},
         draw_seed=lambda: 2**63 - 1,
     )

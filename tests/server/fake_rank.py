@@ -169,7 +169,7 @@ class FakeRank:
 def remote_kv(request: AddRequest) -> RemoteKV:
     return RemoteKV(
         engine_id="e1",
-        request_id=request.request_id,
+        lease_id=request.request_id,
         host="127.0.0.1",
         port=5555,
         block_ids=[[1, 2]],

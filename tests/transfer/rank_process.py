@@ -315,11 +315,11 @@ class RankHandle:
             address=Address(side_channel=self.endpoint),
         )
 
-    def remote(self, request_id: str) -> RemoteKV:
+    def remote(self, lease_id: str) -> RemoteKV:
         """As in the kv_transfer_params; host and port are not what the puller may use."""
         return RemoteKV(
             engine_id=self.options.engine_id,
-            request_id=request_id,
+            lease_id=lease_id,
             host="192.0.2.1",
             port=1,
             block_ids=[],
@@ -377,7 +377,7 @@ def hashes(num_blocks: int, salt: str = "") -> list[bytes]:
 
 
 def grant(
-    request_id: str,
+    lease_id: str,
     block_ids: list[int],
     *,
     lease_s: float = 60.0,
@@ -385,7 +385,7 @@ def grant(
     salt: str = "",
 ) -> GrantLease:
     return GrantLease(
-        request_id=request_id,
+        lease_id=lease_id,
         block_ids=[block_ids],
         first_block_index=[0],
         block_hashes=hashes(len(block_ids), salt),

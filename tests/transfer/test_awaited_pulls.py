@@ -98,7 +98,7 @@ def awaited(
 
 def announce(block_ids: list[int], num_ready: int, num_blocks: int) -> AnnounceBlocks:
     return AnnounceBlocks(
-        request_id="r",
+        lease_id="r",
         block_ids=[block_ids],
         first_block_index=[0],
         num_ready_blocks=num_ready,
@@ -121,7 +121,7 @@ def test_a_pull_waits_for_the_lease_and_brings_the_first_token(world, holder):
     assert finished.ok
     assert finished.first_tokens == TOKENS
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert len(world.pulls) == 0
 
 
@@ -174,7 +174,7 @@ def test_blocks_that_went_back_to_the_engine_are_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3]))
     holder.holder.announce(announce([4, 5], 2, 3))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(request_id="r"))
+    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
     holder.kv_cache[4] += 1
     world.turn()
     holder.holder.announce(announce([4, 5], 1, 3))
@@ -195,7 +195,7 @@ def test_a_lease_without_announcement_voids_what_was_read(verify):
     world.pulls.start(awaited(holder, [1, 2]))
     holder.holder.announce(announce([4, 5], 1, 2))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(request_id="r"))
+    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
     holder.kv_cache[4] += 1
     holder.holder.grant(lease([4, 5]))
     world.turn()
@@ -208,7 +208,7 @@ def test_a_read_of_blocks_that_went_back_is_over_before_they_are_read_again(worl
     world.fabric.stalled = True
     holder.holder.announce(announce([4, 5], 1, 2))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(request_id="r"))
+    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
     holder.holder.grant(lease([6, 7]))
     world.turn()
     assert world.reads == [[1]]
@@ -391,7 +391,7 @@ def test_a_lease_that_was_cancelled_is_refused(world, holder):
     world.pulls.start(awaited(holder, [1]))
     world.turn()
     holder.holder.grant(lease([4]))
-    holder.holder.end(EndLease(request_id="r"))
+    holder.holder.end(EndLease(lease_id="r"))
     world.turn()
     assert not world.finished().ok
     assert [event.reason for event in holder.ended()] == ["released"]

@@ -113,7 +113,7 @@ def test_bytes_are_equal_and_the_lease_ends(pair):
     assert finished.ok, finished.error
     assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
     np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([3, 1, 4, 15]))
-    assert holder.event(LeaseEnded) == LeaseEnded(request_id="r", reason="pulled")
+    assert holder.event(LeaseEnded) == LeaseEnded(lease_id="r", reason="pulled")
 
 
 def test_a_prompt_is_pulled_while_it_is_computed(pair):
@@ -128,7 +128,7 @@ def test_a_prompt_is_pulled_while_it_is_computed(pair):
     for num_ready in (0, 2):
         holder.submit(
             AnnounceBlocks(
-                request_id="early",
+                lease_id="early",
                 block_ids=[[16, 17, 18, 19]],
                 first_block_index=[0],
                 num_ready_blocks=num_ready,
@@ -144,7 +144,7 @@ def test_a_prompt_is_pulled_while_it_is_computed(pair):
     assert finished.ok, finished.error
     assert finished.num_bytes == 4 * holder.blocks([0]).nbytes
     np.testing.assert_array_equal(puller.blocks([9, 2, 6, 5]), holder.blocks([16, 17, 18, 19]))
-    assert holder.event(LeaseEnded) == LeaseEnded(request_id="early", reason="pulled")
+    assert holder.event(LeaseEnded) == LeaseEnded(lease_id="early", reason="pulled")
 
 
 def test_skipped_blocks_are_not_touched(pair):
@@ -180,7 +180,7 @@ def test_a_byte_that_changed_after_the_grant_is_found(pair):
     assert finished.verification_failed
     assert not finished.in_flight
     assert "KV head 2 differs: block 11 there, block 25 here" in finished.error
-    assert holder.event(LeaseEnded) == LeaseEnded(request_id="bad", reason="pulled")
+    assert holder.event(LeaseEnded) == LeaseEnded(lease_id="bad", reason="pulled")
     holder.call("flip", 11, 2)
 
 
@@ -198,7 +198,7 @@ def test_an_expired_lease_cannot_be_pulled(pair):
     holder, puller = pair
     holder.submit(grant("late", [10], lease_s=0.05))
     ended = next(iter(lambda: holder.event(LeaseEnded), None))
-    while ended.request_id != "late":
+    while ended.lease_id != "late":
         ended = holder.event(LeaseEnded)
     assert ended.reason == "expired"
     puller.submit(pull("late", holder.remote("late"), [24]))
@@ -248,12 +248,12 @@ def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
     finished = puller.event(PullFinished)
     assert finished.ok, finished.error
     np.testing.assert_array_equal(puller.blocks([28, 29]), holder.blocks([13, 14]))
-    assert holder.event(LeaseEnded) == LeaseEnded(request_id="kept", reason="pulled")
+    assert holder.event(LeaseEnded) == LeaseEnded(lease_id="kept", reason="pulled")
 
 
 def questions_for(engine_id: str) -> list[ToHolder]:
     """One of each kind, about the lease ``kept``."""
-    of_pull = {"engine_id": engine_id, "request_id": "kept", "reader": "x"}
+    of_pull = {"engine_id": engine_id, "lease_id": "kept", "reader": "x"}
     compatibility = compatibility_of(
         spec_of("decode"),
         layout_of(),
@@ -442,7 +442,7 @@ def test_a_pull_that_comes_to_some_ranks_before_their_leases(keys, make_spec):
             finished = puller.event(PullFinished)
             assert finished.ok, finished.error
             for holder in holders:
-                assert holder.event(LeaseEnded) == LeaseEnded(request_id=name, reason="pulled")
+                assert holder.event(LeaseEnded) == LeaseEnded(lease_id=name, reason="pulled")
     finally:
         for rank in (*holders, puller):
             rank.stop()

@@ -35,13 +35,13 @@ class Desk:
         due = self.early.sift([(b"reader", message) for message in messages])
         return [self.rank.holder.answer(message) for _, message in due]
 
-    def begin(self, request_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
+    def begin(self, lease_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
         return PullBegin(
-            call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1
+            call_id=1, engine_id=engine_id, lease_id=lease_id, reader="x", num_pullers=1
         )
 
-    def end(self, request_id: str = "r") -> PullEnd:
-        return PullEnd(call_id=2, engine_id="1" * 32, request_id=request_id, reader="x")
+    def end(self, lease_id: str = "r") -> PullEnd:
+        return PullEnd(call_id=2, engine_id="1" * 32, lease_id=lease_id, reader="x")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_pull_that_was_cancelled_before_the_lease_came_still_ends_it(desk):
     begun, ended = desk.ask()
     assert isinstance(begun, PullReply)
     assert ended.held
-    assert desk.rank.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert desk.rank.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def test_a_lease_that_does_not_come_is_refused(desk):
@@ -105,6 +105,6 @@ def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
 
 
 def test_no_more_than_so_many_wait(desk):
-    heartbeat = Heartbeat(call_id=3, engine_id="1" * 32, request_id="r", reader="x")
+    heartbeat = Heartbeat(call_id=3, engine_id="1" * 32, lease_id="r", reader="x")
     assert desk.ask(*[heartbeat] * MAX_WAITING) == []
     assert [type(answer) for answer in desk.ask(heartbeat)] == [Refused]

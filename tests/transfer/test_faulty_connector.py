@@ -113,13 +113,13 @@ def test_the_same_seed_injects_the_same_faults():
 def test_some_leases_are_cut_short_and_nothing_else():
     plan = FaultPlan(seed=1, lease_rate=0.5, short_lease_s=0.1)
     commands = [grant(f"r{number}", [number]) for number in range(100)]
-    changed = plan.on_commands("agent", [*commands, EndLease(request_id="r1")])
+    changed = plan.on_commands("agent", [*commands, EndLease(lease_id="r1")])
     short = [command for command in changed[:-1] if command.lease_s <= 0.1]
     assert 20 < len(short) < 80
     assert [
         msgspec.structs.replace(command, lease_s=commands[0].lease_s) for command in changed[:-1]
     ] == commands
-    assert changed[-1] == EndLease(request_id="r1")
+    assert changed[-1] == EndLease(lease_id="r1")
 
 
 def test_a_plan_comes_from_the_environment_or_is_refused():

@@ -43,9 +43,9 @@ class Pair:
 
     def pull(self) -> None:
         self.num_pulls += 1
-        request_id = f"r{self.num_pulls}"
-        self.holder.worker.submit([grant(request_id, [4, 5])])
-        self.puller.worker.submit([pull(f"p{self.num_pulls}", remote(request_id), [1, 2])])
+        lease_id = f"r{self.num_pulls}"
+        self.holder.worker.submit([grant(lease_id, [4, 5])])
+        self.puller.worker.submit([pull(f"p{self.num_pulls}", remote(lease_id), [1, 2])])
         (finished,) = self.puller.events()
         assert isinstance(finished, PullFinished)
         assert finished.ok

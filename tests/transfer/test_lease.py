@@ -14,9 +14,9 @@ from pdlaunch.transfer.prefill_side.lease import MAX_EXTENSIONS, LeaseTable
 from tests.transfer.fakes import FakeClock
 
 
-def grant_of(request_id: str, *, num_readers: int = 1, lease_s: float = 10.0) -> GrantLease:
+def grant_of(lease_id: str, *, num_readers: int = 1, lease_s: float = 10.0) -> GrantLease:
     return GrantLease(
-        request_id=request_id,
+        lease_id=lease_id,
         block_ids=[[1, 2]],
         first_block_index=[0],
         block_hashes=[b"a" * 32, b"b" * 32],
@@ -176,37 +176,37 @@ class LeaseLife(RuleBasedStateMachine):
         self.alive: set[str] = set()
         self.begun: set[tuple[str, str]] = set()
 
-    @rule(request_id=IDS, num_readers=st.integers(1, 2))
-    def grant(self, request_id, num_readers):
-        if request_id in self.alive:
+    @rule(lease_id=IDS, num_readers=st.integers(1, 2))
+    def grant(self, lease_id, num_readers):
+        if lease_id in self.alive:
             with pytest.raises(LeaseError):
-                self.table.grant(grant_of(request_id), GROUPS)
+                self.table.grant(grant_of(lease_id), GROUPS)
             return
-        self.table.grant(grant_of(request_id, num_readers=num_readers), GROUPS)
-        self.alive.add(request_id)
+        self.table.grant(grant_of(lease_id, num_readers=num_readers), GROUPS)
+        self.alive.add(lease_id)
 
-    @rule(request_id=IDS, reader=READERS, num_pullers=st.integers(1, 2))
-    def begin(self, request_id, reader, num_pullers):
+    @rule(lease_id=IDS, reader=READERS, num_pullers=st.integers(1, 2))
+    def begin(self, lease_id, reader, num_pullers):
         try:
-            self.table.begin(request_id, reader, num_pullers)
+            self.table.begin(lease_id, reader, num_pullers)
         except LeaseError:
             return
-        assert request_id in self.alive
-        self.begun.add((request_id, reader))
+        assert lease_id in self.alive
+        self.begun.add((lease_id, reader))
 
-    @rule(request_id=IDS, reader=READERS)
-    def end(self, request_id, reader):
-        held = self.table.end(request_id, reader)
-        assert held == ((request_id, reader) in self.begun and request_id in self.alive)
-        self.begun.discard((request_id, reader))
+    @rule(lease_id=IDS, reader=READERS)
+    def end(self, lease_id, reader):
+        held = self.table.end(lease_id, reader)
+        assert held == ((lease_id, reader) in self.begun and lease_id in self.alive)
+        self.begun.discard((lease_id, reader))
 
-    @rule(request_id=IDS, num_readers=st.integers(0, 1))
-    def set_readers(self, request_id, num_readers):
-        self.table.set_readers(request_id, num_readers)
+    @rule(lease_id=IDS, num_readers=st.integers(0, 1))
+    def set_readers(self, lease_id, num_readers):
+        self.table.set_readers(lease_id, num_readers)
 
-    @rule(request_id=IDS)
-    def cancel(self, request_id):
-        self.table.cancel(request_id)
+    @rule(lease_id=IDS)
+    def cancel(self, lease_id):
+        self.table.cancel(lease_id)
 
     @precondition(lambda self: self.alive)
     @rule(seconds=st.floats(0, 12))
@@ -216,14 +216,14 @@ class LeaseLife(RuleBasedStateMachine):
 
     @invariant()
     def each_lease_ends_once(self):
-        for request_id, reason in self.table.take_ended():
-            self.alive.remove(request_id)
+        for lease_id, reason in self.table.take_ended():
+            self.alive.remove(lease_id)
             # Readers count on the seconds that they were told: only the deadline ends a lease under
             # an open pull.
             assert reason == "expired" or not any(
-                other == request_id for other, _reader in self.begun
+                other == lease_id for other, _reader in self.begun
             )
-            self.begun = {(other, reader) for other, reader in self.begun if other != request_id}
+            self.begun = {(other, reader) for other, reader in self.begun if other != lease_id}
         assert len(self.table) == len(self.alive)
 
 

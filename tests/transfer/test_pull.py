@@ -124,10 +124,10 @@ class HolderRank:
             ),
         )
 
-    def remote(self, request_id: str) -> RemoteKV:
+    def remote(self, lease_id: str) -> RemoteKV:
         return RemoteKV(
             engine_id=self.identity.engine_id,
-            request_id=request_id,
+            lease_id=lease_id,
             host="h",
             port=1,
             block_ids=[],
@@ -267,7 +267,7 @@ def test_pull_begins_verifies_and_ends(world, holder):
     assert finished.ok
     assert finished.num_bytes == 2 * holder.layout.block_bytes
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert len(world.pulls) == 0
     assert all(read.released for read in world.fabric.reads)
 
@@ -291,7 +291,7 @@ def test_no_heartbeat_after_the_end(world, holder):
     world.turn(2)
     holder.channel.mute = True
     world.turn(2)
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     world.clock.now += 1.5
     world.turn()
     assert holder.sent(Heartbeat) == []
@@ -354,7 +354,7 @@ def test_cancel_before_the_answer_frees_the_share(world, holder):
     world.pulls.cancel(CancelPull(pull_id="p"))
     finished = world.finished()
     assert (finished.ok, finished.in_flight, finished.error) == (False, False, "cancelled")
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     world.pulls.cancel(CancelPull(pull_id="p"))
     world.turn()
     assert world.events == []
@@ -380,7 +380,7 @@ def test_cancel_before_the_begin_frees_the_share_too(world, holder):
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.pulls.cancel(CancelPull(pull_id="p"))
     assert world.finished().error == "cancelled"
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     world.turn()
     assert not torch.equal(world.kv_cache[1], holder.kv_cache[4])
 
@@ -399,7 +399,7 @@ def test_wrong_bytes_are_pulled_again_under_the_same_lease(world, holder):
     assert (finished.ok, finished.num_retries, finished.verification_failed) == (True, 1, True)
     assert finished.num_bytes == holder.layout.block_bytes
     assert torch.equal(world.kv_cache[1], right)
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def test_wrong_bytes_are_named_after_the_last_attempt(world, holder):
@@ -410,7 +410,7 @@ def test_wrong_bytes_are_named_after_the_last_attempt(world, holder):
     finished = world.finished()
     assert (finished.ok, finished.verification_failed, finished.num_retries) == (False, True, 2)
     assert "KV head 1 differs: block 4 there, block 1 here" in finished.error
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
@@ -429,9 +429,7 @@ def test_only_the_rank_that_brought_wrong_bytes_is_read_again(world):
     assert (finished.ok, finished.num_retries) == (True, 1)
     assert [len(holder.sent(PullBegin)) for holder in holders] == [1, 2, 1]
     assert torch.equal(world.kv_cache[1], torch.cat([holder.kv_cache[4] for holder in holders]))
-    assert all(
-        holder.ended() == [LeaseEnded(request_id="r", reason="pulled")] for holder in holders
-    )
+    assert all(holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")] for holder in holders)
 
 
 def test_a_rank_that_cannot_be_reached_hears_of_the_end_later(world):
@@ -448,7 +446,7 @@ def test_a_rank_that_cannot_be_reached_hears_of_the_end_later(world):
     assert not world.pulls.hold_blocks
     world.clock.now += 1.0
     world.turn()
-    assert holders[2].ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holders[2].ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert len(world.pulls) == 0
 
 
@@ -480,7 +478,7 @@ def test_a_begin_that_was_lost_is_sent_again_before_the_end(world, holder):
     assert holder.ended() == []
     world.clock.now += 1.0
     world.turn()
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert len(world.pulls) == 0
 
 
@@ -521,7 +519,7 @@ def test_a_pull_outlives_a_new_connection(world, holder, stage):
     world.clock.now += 1.0
     world.turn(6)
     assert world.finished().ok
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert len(holder.channels) == 2
 
 
@@ -531,7 +529,7 @@ def test_the_last_attempt_leaves_no_lease_behind(world, holder):
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
     assert world.finished().verification_failed
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def test_a_lease_that_ends_during_the_read_is_no_proof(world, holder):
@@ -579,7 +577,7 @@ def test_the_holder_of_a_finished_pull_hears_of_it_over_the_next_connection(worl
     world.clock.now += 1.0
     world.turn(6)
     assert [holder.ended() for holder in holders] == [
-        [LeaseEnded(request_id="r", reason="pulled")]
+        [LeaseEnded(lease_id="r", reason="pulled")]
     ] * 3
     assert len(world.pulls) == 0
 
@@ -837,8 +835,8 @@ def test_ranks_of_one_engine_must_share_an_engine_id(world):
 
 def test_end_of_a_lease_without_a_pull(world, holder):
     holder.holder.grant(grant("r", [4]))
-    holder.holder.end(EndLease(request_id="r"))
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="released")]
+    holder.holder.end(EndLease(lease_id="r"))
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="released")]
     world.pulls.start(pull("p", holder.remote("r"), [1]))
     world.turn()
     finished = world.finished()
@@ -897,10 +895,10 @@ def test_a_holder_that_states_nonsense_fails_the_pull_only(world, holder, change
 def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
     holder.holder.grant(grant("r", [4]))
     engine_id = holder.identity.engine_id
-    asked = {"call_id": 7, "request_id": "r", "reader": "x"}
+    asked = {"call_id": 7, "lease_id": "r", "reader": "x"}
     questions = [
         PullBegin(**asked, engine_id="wrong", num_pullers=1),
-        PullBegin(**asked | {"request_id": "unknown"}, engine_id=engine_id, num_pullers=1),
+        PullBegin(**asked | {"lease_id": "unknown"}, engine_id=engine_id, num_pullers=1),
         PullBegin(**asked, engine_id=engine_id, num_pullers=-1),
         Heartbeat(**asked, engine_id=engine_id),
         PullEnd(**asked, engine_id="wrong"),

@@ -96,22 +96,22 @@ class History:
         free = sorted(set(range(NUM_BLOCKS)) - leased)
         if len(free) < PULL_BLOCKS:
             return
-        request_id, block_ids = self.name("r"), self.random.sample(free, PULL_BLOCKS)
+        lease_id, block_ids = self.name("r"), self.random.sample(free, PULL_BLOCKS)
         self.holder.kv_cache[block_ids] = torch.full_like(
             self.holder.kv_cache[block_ids], self.num_named
         )
-        self.leased[request_id] = block_ids
-        self.expected[request_id] = self.holder.kv_cache[block_ids].clone()
-        self.holder.holder.grant(grant(request_id, block_ids, lease_s=5.0))
+        self.leased[lease_id] = block_ids
+        self.expected[lease_id] = self.holder.kv_cache[block_ids].clone()
+        self.holder.holder.grant(grant(lease_id, block_ids, lease_s=5.0))
 
     def start(self) -> None:
         free = self.free()
         if len(free) < PULL_BLOCKS or not self.leased:
             return
         pull_id, block_ids = self.name("p"), self.random.sample(free, PULL_BLOCKS)
-        request_id = self.random.choice(list(self.leased))
-        self.pulls[pull_id] = request_id, block_ids
-        remote, num_attempts = self.holder.remote(request_id), self.random.randint(1, 3)
+        lease_id = self.random.choice(list(self.leased))
+        self.pulls[pull_id] = lease_id, block_ids
+        remote, num_attempts = self.holder.remote(lease_id), self.random.randint(1, 3)
         self.world.pulls.start(
             pull(pull_id, remote, block_ids, timeout_s=8.0, num_attempts=num_attempts)
         )
@@ -122,7 +122,7 @@ class History:
 
     def end_lease(self) -> None:
         if self.leased:
-            self.holder.holder.end(EndLease(request_id=self.random.choice(list(self.leased))))
+            self.holder.holder.end(EndLease(lease_id=self.random.choice(list(self.leased))))
 
     def corrupt(self) -> None:
         if self.leased:
@@ -166,7 +166,7 @@ class History:
     def keep_the_books(self) -> None:
         for ended in self.holder.ended():
             # The engine uses the blocks for something else at once.
-            self.holder.kv_cache[self.leased.pop(ended.request_id)] = -1.0
+            self.holder.kv_cache[self.leased.pop(ended.lease_id)] = -1.0
             self.seen[ended.reason] += 1
         events = self.world.events[:]
         self.world.events.clear()
@@ -179,10 +179,10 @@ class History:
                     self.seen["drained"] += 1
 
     def finish(self, event: PullFinished) -> None:
-        request_id, block_ids = self.pulls.pop(event.pull_id)
+        lease_id, block_ids = self.pulls.pop(event.pull_id)
         if event.ok:
             assert not event.in_flight
-            assert torch.equal(self.world.kv_cache[block_ids], self.expected[request_id])
+            assert torch.equal(self.world.kv_cache[block_ids], self.expected[lease_id])
         elif event.in_flight:
             self.quarantined[event.pull_id] = block_ids
         self.seen["ok" if event.ok else "failed"] += 1

@@ -96,7 +96,7 @@ def start_pull(world: PushWorld, num_attempts: int = 1) -> HolderRank:
 def test_a_pull_ends_with_the_answer_of_the_holder(world: PushWorld) -> None:
     holder = start_pull(world)
     _, message = world.asked[0]
-    assert (message.request_id, message.block_ids, message.target) == ("r", [4, 5], b"target")
+    assert (message.lease_id, message.block_ids, message.target) == ("r", [4, 5], b"target")
     assert not world.events
     world.end_push(ok=True)
     assert world.finished().ok
@@ -183,7 +183,7 @@ def question(holder: HolderRank, **changes: Any) -> Push:
     fields = {
         "call_id": 1,
         "engine_id": holder.identity.engine_id,
-        "request_id": "r",
+        "lease_id": "r",
         "reader": "reader",
         "block_ids": [5, 4],
         "first_head": 1,
@@ -197,7 +197,7 @@ def question(holder: HolderRank, **changes: Any) -> Push:
     ("changes", "reason"),
     [
         ({"engine_id": "f" * 32}, "belongs to engine_id"),
-        ({"request_id": "other"}, "request other has no lease here"),
+        ({"lease_id": "other"}, "request other has no lease here"),
         ({"reader": "other"}, "reader other has no open pull"),
         ({"block_ids": [4, 6]}, "no lease for all of these blocks"),
         ({"block_ids": [-1]}, "no lease for all of these blocks"),
@@ -214,7 +214,7 @@ def test_a_reader_gets_only_what_it_has_leased(
     begin = PullBegin(
         call_id=1,
         engine_id=holder.identity.engine_id,
-        request_id="r",
+        lease_id="r",
         reader="reader",
         num_pullers=1,
     )

@@ -45,7 +45,7 @@ def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[To
         kind,
         call_id=CALL_IDS,
         engine_id=ENGINE_IDS,
-        request_id=REQUEST_IDS,
+        lease_id=REQUEST_IDS,
         reader=READERS,
         **fields,
     )
@@ -119,7 +119,7 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
     assert world.kv_cache[[1, 2]].equal(holder.kv_cache[[6, 7]])
     assert holder.kv_cache.equal(before)
     world.clock.now += 10_000
-    assert sorted(event.request_id for event in holder.ended()) == ["other", "r"]
+    assert sorted(event.lease_id for event in holder.ended()) == ["other", "r"]
     assert holder.holder.num_leases == 0
 
 

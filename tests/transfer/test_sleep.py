@@ -72,7 +72,7 @@ def pull_once(holder: Rank, puller: Rank, name: str) -> None:
     (finished,) = puller.events()
     assert finished.ok, finished.error
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.events() == [LeaseEnded(request_id=name, reason="pulled")]
+    assert holder.events() == [LeaseEnded(lease_id=name, reason="pulled")]
 
 
 def connect(holder: Rank, puller: Rank, *asleep: Rank) -> None:
@@ -159,7 +159,7 @@ def test_a_sleeping_rank_refuses_and_says_why(
             PullBegin(
                 call_id=1,
                 engine_id=ENGINE_IDS["prefill"],
-                request_id="r",
+                lease_id="r",
                 reader="x",
                 num_pullers=1,
             )

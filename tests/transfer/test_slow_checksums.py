@@ -50,16 +50,16 @@ class SlowHolder:
         due = self.early.sift([(b"reader", message) for message in messages])
         return [self.holder.answer(message) for _, message in due]
 
-    def begin(self, request_id: str = "r") -> PullBegin:
+    def begin(self, lease_id: str = "r") -> PullBegin:
         return PullBegin(
-            call_id=1, engine_id="1" * 32, request_id=request_id, reader="x", num_pullers=1
+            call_id=1, engine_id="1" * 32, lease_id=lease_id, reader="x", num_pullers=1
         )
 
-    def state(self, request_id: str = "r") -> StateChecksums:
-        return StateChecksums(call_id=3, engine_id="1" * 32, request_id=request_id, reader="x")
+    def state(self, lease_id: str = "r") -> StateChecksums:
+        return StateChecksums(call_id=3, engine_id="1" * 32, lease_id=lease_id, reader="x")
 
-    def end(self, request_id: str = "r") -> PullEnd:
-        return PullEnd(call_id=2, engine_id="1" * 32, request_id=request_id, reader="x")
+    def end(self, lease_id: str = "r") -> PullEnd:
+        return PullEnd(call_id=2, engine_id="1" * 32, lease_id=lease_id, reader="x")
 
     def expected(self, block_ids: list[int]) -> bytes:
         return stated_checksums(self.rank.kv_cache, self.rank.layout, block_ids)
@@ -121,7 +121,7 @@ def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
     assert isinstance(begun, PullReply)
     assert isinstance(ended, PullEndReply)
     assert ended.held
-    assert slow.holder.take_ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert slow.holder.take_ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     slow.hasher.finish()
     (answer,) = slow.turn()
     assert isinstance(answer, Refused)
@@ -129,8 +129,8 @@ def test_a_reader_that_gives_up_meanwhile_ends_the_lease(slow):
 
 def test_checksums_of_a_lease_that_ends_meanwhile_are_dropped(slow):
     slow.holder.grant(grant("r", [4]))
-    slow.holder.end(EndLease(request_id="r"))
-    assert slow.holder.take_ended() == [LeaseEnded(request_id="r", reason="released")]
+    slow.holder.end(EndLease(lease_id="r"))
+    assert slow.holder.take_ended() == [LeaseEnded(lease_id="r", reason="released")]
     slow.hasher.finish()
     (answer,) = slow.turn(slow.begin())
     assert isinstance(answer, Refused)
@@ -296,7 +296,7 @@ def test_checksums_that_never_come_fail_the_pull(world):
     assert "prefill-0/rank-0 is verifying" in finished.error
     assert world.pulls.youngest_hashing_s is None
     assert len(world.pulls) == 0
-    assert holder.ended() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 
 
 def test_a_new_connection_does_not_matter(world):

@@ -64,18 +64,18 @@ class DecodeEngine:
             kv_transfer=KVTransferSettings(),
             local=("b" * 32, "127.0.0.1", 1, 1),
         )
-        self._request_ids: dict[int, str] = {}
+        self._lease_ids: dict[int, str] = {}
 
-    def add(self, request_id: str, prompt: list[int], holder: RankHandle | None = None) -> None:
+    def add(self, lease_id: str, prompt: list[int], holder: RankHandle | None = None) -> None:
         remote = (
             None
             if holder is None
-            else msgspec.structs.replace(holder.remote(request_id), num_tokens=len(prompt))
+            else msgspec.structs.replace(holder.remote(lease_id), num_tokens=len(prompt))
         )
         sampling = SamplingParams(max_tokens=8)
         self.scheduler.requests.add(
             AddRequest(
-                request_id=request_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote
+                lease_id=lease_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote
             )
         )
 
@@ -83,9 +83,9 @@ class DecodeEngine:
         plan = self.scheduler.schedule()
         if plan.commands:
             self.rank.submit(*plan.commands)
-        self._request_ids |= {row.row: row.request_id for row in plan.new_rows}
+        self._lease_ids |= {row.row: row.lease_id for row in plan.new_rows}
         for blocks in plan.new_blocks:
-            self.tables.setdefault(self._request_ids[blocks.row], []).extend(blocks.block_ids)
+            self.tables.setdefault(self._lease_ids[blocks.row], []).extend(blocks.block_ids)
         tokens = [TokenOutput(token_id=7) for row in plan.scheduled if row.sample]
         self.scheduler.postprocess(plan, StepOutput(step_id=plan.step_id, tokens=tokens))
         self.scheduler.requests.check_integrity()
@@ -98,14 +98,12 @@ class DecodeEngine:
         return event
 
 
-def lease(
-    holder: RankHandle, request_id: str, prompt: list[int], block_ids: list[int]
-) -> np.ndarray:
+def lease(holder: RankHandle, lease_id: str, prompt: list[int], block_ids: list[int]) -> np.ndarray:
     """As if the holder had computed the prompt into these blocks; returns their bytes."""
     hashes = TokenHasher(root_hash(MODEL), BLOCK_SIZE).prompt_hashes(prompt, len(prompt))
     holder.submit(
         GrantLease(
-            request_id=request_id,
+            lease_id=lease_id,
             block_ids=[block_ids],
             first_block_index=[0],
             block_hashes=hashes,

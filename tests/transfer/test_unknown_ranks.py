@@ -43,7 +43,7 @@ def pulls_well(world: World, holders: list[HolderRank]) -> None:
     finished = world.finished()
     assert finished.ok, finished.error
     assert all(
-        holder.ended() == [LeaseEnded(request_id="well", reason="pulled")] for holder in holders
+        holder.ended() == [LeaseEnded(lease_id="well", reason="pulled")] for holder in holders
     )
 
 

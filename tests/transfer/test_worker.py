@@ -109,10 +109,10 @@ def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
         rank.worker.close(timeout_s=10)
 
 
-def remote(request_id: str) -> RemoteKV:
+def remote(lease_id: str) -> RemoteKV:
     return RemoteKV(
         engine_id=ENGINE_IDS["prefill"],
-        request_id=request_id,
+        lease_id=lease_id,
         host="192.0.2.1",
         port=1,
         block_ids=[],
@@ -129,7 +129,7 @@ def test_two_workers_shake_hands_and_pull(start):
     (finished,) = puller.events()
     assert finished.ok
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
-    assert holder.events() == [LeaseEnded(request_id="r", reason="pulled")]
+    assert holder.events() == [LeaseEnded(lease_id="r", reason="pulled")]
     assert finished.num_bytes == 2 * layout_of().block_bytes
 
 
@@ -137,13 +137,11 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
-    for kind, request_id in ((PullBegin, "r"), (PullBegin, "other")):
-        engine_id = ENGINE_IDS["prefill"] if request_id == "r" else "c" * 32
+    for kind, lease_id in ((PullBegin, "r"), (PullBegin, "other")):
+        engine_id = ENGINE_IDS["prefill"] if lease_id == "r" else "c" * 32
         socket.send(
             to_holder.encode(
-                kind(
-                    call_id=1, engine_id=engine_id, request_id=request_id, reader="x", num_pullers=1
-                )
+                kind(call_id=1, engine_id=engine_id, lease_id=lease_id, reader="x", num_pullers=1)
             )
         )
     assert isinstance(to_puller.decode(socket.recv()), Refused), (
@@ -159,14 +157,14 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
 def test_a_lease_expires_without_anybody_asking(start):
     holder = start("prefill")
     holder.worker.submit([grant("r", [4], lease_s=0.01)])
-    assert holder.events() == [LeaseEnded(request_id="r", reason="expired")]
+    assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
 
 
 def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
-    question = PullBegin(call_id=1, engine_id="c" * 32, request_id="r", reader="x", num_pullers=1)
+    question = PullBegin(call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_pullers=1)
     good = to_holder.encode(question)
     for frames in (
         [b""],

@@ -19,6 +19,7 @@ from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.groups import KVCacheGroup
 from pdlaunch.protocol.engine import AddRequest, Outputs, SamplingParams, TokenOutput, from_rank
+from pdlaunch.protocol.ids import EngineId, RequestId
 
 BLOCK_SIZE = 16
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ class HostStep:
             enable_prefix_caching=True,
             model_digest="",
             kv_transfer=KVTransferSettings(),
-            local=("bench", "127.0.0.1", 0, 1),
+            local=(EngineId("bench"), "127.0.0.1", 0, 1),
         )
         self._rows = RowTable(
             max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1
@@ -52,7 +53,9 @@ class HostStep:
             prompt = [index + 1] + [5] * (context_tokens - 1)
             self._scheduler.requests.add(
                 AddRequest(
-                    request_id=f"request-{index}/0", prompt_token_ids=prompt, sampling=sampling
+                    request_id=RequestId(f"request-{index}/0"),
+                    prompt_token_ids=prompt,
+                    sampling=sampling,
                 )
             )
 

@@ -28,6 +28,7 @@ from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.engine import SamplingParams
+from pdlaunch.protocol.ids import RequestId
 
 DType = Literal["float32", "bfloat16", "float16"]
 NUM_WARM_UPS = 2
@@ -281,7 +282,7 @@ class _Engine:
         rows = [
             NewRow(
                 row=row,
-                request_id=str(row),
+                request_id=RequestId(str(row)),
                 token_ids=[0] * num_tokens,
                 num_prompt_tokens=num_tokens,
                 sampling=sampling,

@@ -27,6 +27,7 @@ from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, Mo
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.limits import memory_bytes
+from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
@@ -269,7 +270,7 @@ class _Pair:
     """Holder and puller ranks."""
 
     def __init__(
-        self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: str
+        self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: EngineId
     ) -> None:
         """``engine_id``: of the holder."""
         self.holders, self.pullers = holders, pullers
@@ -301,7 +302,7 @@ class _Pair:
         name = f"pull-{self._num_pulls}"
         hashes = [index.to_bytes(32) for index in range(len(local))]
         grant = GrantLease(
-            request_id=name,
+            lease_id=LeaseId(name),
             block_ids=[remote],
             first_block_index=[0],
             block_hashes=hashes,
@@ -314,7 +315,7 @@ class _Pair:
             holder.call("grant", grant)
         remote_kv = RemoteKV(
             engine_id=self._engine_id,
-            request_id=name,
+            lease_id=LeaseId(name),
             host="",
             port=0,
             block_ids=[],
@@ -322,8 +323,8 @@ class _Pair:
             tp_size=self._tp_size,
         )
         command = StartPull(
-            pull_id=name,
-            request_id=name,
+            pull_id=PullId(name),
+            request_id=RequestId(name),
             remote=remote_kv,
             block_ids=[local],
             first_block_index=[0],

@@ -25,6 +25,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady, ToSupervisor
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext
 from pdlaunch.protocol.transfer import (
     GrantLease,
@@ -61,7 +62,7 @@ class RankOptions:
     """``cpu`` or ``cuda:1``."""
     shape: BenchShape
     kv_transfer: KVTransferSettings
-    engine_id: str
+    engine_id: EngineId
     keys: LaunchKeys
     with_cumem: bool
     """The KV cache lies in a CuMem pool; only on a GPU."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 
+from pdlaunch.protocol.ids import EngineId
+
 ENGINE_ID_BYTES = 16
 
 
-def draw_engine_id() -> str:
+def draw_engine_id() -> EngineId:
     """16 random bytes as 32 hex digits; rank 0's is broadcast over the TP group before a
     TransferWorker is made.
     """
-    return secrets.token_hex(ENGINE_ID_BYTES)
+    return EngineId(secrets.token_hex(ENGINE_ID_BYTES))

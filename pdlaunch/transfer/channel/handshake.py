@@ -15,6 +15,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import HandshakeError
 from pdlaunch.integrity.checksum import ALGORITHM
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
 from pdlaunch.transfer.channel.mapping import heads_of_rank
 from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
@@ -30,7 +31,7 @@ class RankIdentity:
     name: str
     """``decode-0/rank-0``"""
     engine: str
-    engine_id: str
+    engine_id: EngineId
     incarnation: int
     tp_rank: int
     tp_size: int

@@ -15,6 +15,7 @@ import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
+from pdlaunch.protocol.ids import LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import Geometry
 
 PeerHandle = NewType("PeerHandle", object)
@@ -57,8 +58,8 @@ class BlockRead:
     """Index within the rank."""
     remote_heads: range
     """Index within the peer's rank; as many as local heads."""
-    request_id: str = ""
-    reader: str = ""
+    lease_id: LeaseId = field(default=LeaseId(""))
+    reader: ReaderId = field(default=ReaderId(""))
     """Under whose lease, as in the PullBegin: a holder that writes checks it."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""

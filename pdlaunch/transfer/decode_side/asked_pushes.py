@@ -44,7 +44,7 @@ class AskedPushes:
             Push(
                 call_id=call_id,
                 engine_id=self._holder.engine_id,
-                request_id=read.request_id,
+                lease_id=read.lease_id,
                 reader=read.reader,
                 block_ids=list(read.remote_blocks),
                 first_head=read.remote_heads.start,

@@ -272,7 +272,7 @@ class Branch:
             lambda call_id: kind(
                 call_id=call_id,
                 engine_id=remote.engine_id,
-                request_id=remote.request_id,
+                lease_id=remote.lease_id,
                 reader=reader,
             ),
             on_reply,
@@ -283,7 +283,7 @@ class Branch:
         return PullBegin(
             call_id=call_id,
             engine_id=remote.engine_id,
-            request_id=remote.request_id,
+            lease_id=remote.lease_id,
             reader=self._reader,
             num_pullers=self._source.num_pullers,
             awaits=self._command.awaits,

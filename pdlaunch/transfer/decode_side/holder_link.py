@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pdlaunch.integrity.checksum import KVHasher
+from pdlaunch.protocol.ids import EngineId, PullId, ReaderId
 from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import BlockRead, Landing, ReadHandle, ReadState
@@ -64,7 +65,7 @@ class HolderLink(Protocol):
 class Puller:
     """This rank's side of all its pulls."""
 
-    engine_id: str
+    engine_id: EngineId
     tp_rank: int
     first_kv_head: int
     head_bytes: int
@@ -75,13 +76,14 @@ class Puller:
     alert: Callable[[int], None]
     """A pull reads so many bytes under its lease: its end is near."""
 
-    def reader(self, pull_id: str) -> str:
+    def reader(self, pull_id: PullId) -> ReaderId:
         """Unique over engines, ranks and choices; of bounded length, whatever the request's id
         is.
         """
-        return f"{self.engine_id}/{self.tp_rank}/{hashlib.sha256(pull_id.encode()).hexdigest()}"
+        digest = hashlib.sha256(pull_id.encode()).hexdigest()
+        return ReaderId(f"{self.engine_id}/{self.tp_rank}/{digest}")
 
 
-def engine_of(reader: str) -> str:
+def engine_of(reader: ReaderId) -> EngineId:
     """The engine_id in a reader's name."""
-    return reader.partition("/")[0]
+    return EngineId(reader.partition("/")[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pdlaunch.errors import HandshakeError, TransferError
 from pdlaunch.protocol.control import Entry, PairFailed
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.channel.mapping import Source
 from pdlaunch.transfer.decode_side.peer import Peer
@@ -79,7 +80,7 @@ class PeerTable:
             peer.advance()
         self.gone[:] = [peer for peer in self.gone if not peer.closed]
 
-    def sources_of(self, engine_id: str) -> list[tuple[Source, Peer]]:
+    def sources_of(self, engine_id: EngineId) -> list[tuple[Source, Peer]]:
         """The ranks of an engine that this rank pulls from, wanted from now on.
 
         Raises TransferError when the engine or one of these ranks is not in the registry, or does

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdlaunch.errors import TransferError
+from pdlaunch.protocol.ids import PullId
 from pdlaunch.protocol.transfer import CancelPull, PullFinished, StartPull
 from pdlaunch.transfer.decode_side.holder_link import Puller
 from pdlaunch.transfer.decode_side.peer_table import PeerTable
@@ -15,7 +16,7 @@ class PullTable:
     def __init__(self, puller: Puller, peers: PeerTable) -> None:
         self._puller = puller
         self._peers = peers
-        self._pulls: dict[str, Pull] = {}
+        self._pulls: dict[PullId, Pull] = {}
 
     def __len__(self) -> int:
         return len(self._pulls)

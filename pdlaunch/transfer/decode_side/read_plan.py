@@ -11,6 +11,7 @@ import numpy as np
 
 from pdlaunch.errors import TransferError
 from pdlaunch.integrity.checksum import ChecksumArray
+from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import BlockRead
@@ -37,7 +38,7 @@ class Share:
 
     holder: str
     """Its name."""
-    reader: str
+    reader: ReaderId
     """As in the PullBegin."""
     heads: range
     """Of the model."""
@@ -82,7 +83,7 @@ def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
             len(reply.block_hashes),
         )
         raise PullFailed(
-            f"{holder}: token hashes of request {command.remote.request_id} differ from block "
+            f"{holder}: token hashes of request {command.remote.lease_id} differ from block "
             f"{first} on "
             f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
             verification=True,
@@ -119,7 +120,7 @@ def plan_read(
         remote_blocks=remote,
         local_heads=share.local_heads,
         remote_heads=share.remote_heads(geometry),
-        request_id=command.remote.request_id,
+        lease_id=command.remote.lease_id,
         reader=share.reader,
         digest=command.block_hashes[-1].hex(),
     )

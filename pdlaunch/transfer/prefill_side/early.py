@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from pdlaunch.protocol.ids import ReaderId
 from pdlaunch.protocol.side_channel import PullBegin, PullEnd, ToHolder
 
 GRANT_LAG_S = 2.0
@@ -62,7 +63,7 @@ class EarlyQuestions:
                 due.append((question.identity, question.message))
         return due
 
-    def drop_readers(self, is_there: Callable[[str], bool]) -> None:
+    def drop_readers(self, is_there: Callable[[ReaderId], bool]) -> None:
         """Who awaited a prompt and is gone shall have no share of its lease. ``is_there``: of a
         reader, by its name.
         """
@@ -101,4 +102,4 @@ def _awaits(message: ToHolder) -> bool:
 def _is_awaited_by(message: PullBegin | PullEnd, earlier: ToHolder) -> bool:
     if not (isinstance(earlier, PullBegin) and earlier.awaits):
         return False
-    return (earlier.request_id, earlier.reader) == (message.request_id, message.reader)
+    return (earlier.lease_id, earlier.reader) == (message.lease_id, message.reader)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pdlaunch.errors import LeaseError
 from pdlaunch.integrity.checksum import Checksums, KVHasher
+from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
     Compatibility,
@@ -95,7 +96,7 @@ class Holder:
         self._leases = LeaseTable(clock)
         self._announced = Announcements()
         self._clock = clock
-        self._hashing: dict[str, _Hashing] = {}
+        self._hashing: dict[LeaseId, _Hashing] = {}
 
     @property
     def pullers(self) -> frozenset[tuple[str, int]]:
@@ -112,7 +113,7 @@ class Holder:
 
     def withdraw(self, command: WithdrawBlocks) -> None:
         """What was announced may be overwritten."""
-        self._announced.end(command.request_id)
+        self._announced.end(command.lease_id)
 
     def grant(self, command: GrantLease) -> None:
         """Keep the blocks of a finished request for its readers.
@@ -127,9 +128,9 @@ class Holder:
             GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
-        self._leases.grant(command, groups, generation=self._announced.end(command.request_id))
+        self._leases.grant(command, groups, generation=self._announced.end(command.lease_id))
         if self._hasher is not None:
-            self._hashing[command.request_id] = _Hashing(groups, self._clock())
+            self._hashing[command.lease_id] = _Hashing(groups, self._clock())
 
     def advance_checksums(self) -> bool:
         """Begin to compute the checksums of new leases, and state those that are there.
@@ -137,14 +138,14 @@ class Holder:
         Returns whether any have come: questions may have waited for them.
         """
         num_hashing = len(self._hashing)
-        for request_id, hashing in list(self._hashing.items()):
+        for lease_id, hashing in list(self._hashing.items()):
             if hashing.checksums is None:
                 assert self._hasher is not None
                 block_ids = [block_id for group in hashing.groups for block_id in group.block_ids]
                 hashing.checksums = self._hasher.start(block_ids, slice(None))
             if hashing.checksums.ready():
-                del self._hashing[request_id]
-                self._leases.state(request_id, hashing.stated())
+                del self._hashing[lease_id]
+                self._leases.state(lease_id, hashing.stated())
         return len(self._hashing) < num_hashing
 
     @property
@@ -154,18 +155,18 @@ class Holder:
 
     def end(self, command: EndLease) -> None:
         """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
-        self._leases.cancel(command.request_id)
+        self._leases.cancel(command.lease_id)
 
     def set_readers(self, command: SetLeaseReaders) -> None:
         """Fewer readers will come than were announced."""
-        self._leases.set_readers(command.request_id, command.num_readers)
+        self._leases.set_readers(command.lease_id, command.num_readers)
 
     def take_ended(self) -> list[LeaseEnded]:
         """Expire what is due; leases that have ended since the last call."""
         self._leases.expire()
         return [
-            LeaseEnded(request_id=request_id, reason=reason)
-            for request_id, reason in self._leases.take_ended()
+            LeaseEnded(lease_id=lease_id, reason=reason)
+            for lease_id, reason in self._leases.take_ended()
         ]
 
     def next_deadline_s(self) -> float | None:
@@ -181,18 +182,18 @@ class Holder:
             case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if (
                 message.engine_id == self._card.identity.engine_id
             ):
-                request_id = message.request_id
-                if isinstance(message, StateChecksums) and request_id in self._hashing:
+                lease_id = message.lease_id
+                if isinstance(message, StateChecksums) and lease_id in self._hashing:
                     return True
                 if isinstance(message, PullBegin) and self._has_news_for(message):
                     return False
-                return not self._leases.knows(request_id)
+                return not self._leases.knows(lease_id)
             case _:
                 return False
 
     def _has_news_for(self, message: PullBegin) -> bool:
         """More of the prompt that it awaits has been computed than its reader knows of."""
-        return message.awaits and self._announced.has_news(message.request_id, message.version)
+        return message.awaits and self._announced.has_news(message.lease_id, message.version)
 
     def job_of(self, message: Push) -> PushJob:
         """The write that a reader asks for. Raises LeaseError when it may not have what it
@@ -205,11 +206,11 @@ class Holder:
                 f"{message.engine_id}"
             )
         if message.block_ids:
-            lease = self._leases.opened(message.request_id, message.reader)
+            lease = self._leases.opened(message.lease_id, message.reader)
             leased = {block_id for group in lease.groups for block_id in group.block_ids}
             if not leased.issuperset(message.block_ids):
                 raise LeaseError(
-                    f"{identity.name}: request {message.request_id} has no lease for all of these "
+                    f"{identity.name}: request {message.lease_id} has no lease for all of these "
                     "blocks"
                 )
             if not 0 <= message.first_head < message.first_head + message.num_heads <= num_heads:
@@ -242,10 +243,10 @@ class Holder:
             case PullBegin():
                 return self._begin(message)
             case Heartbeat():
-                lease_s = self._leases.heartbeat(message.request_id, message.reader)
+                lease_s = self._leases.heartbeat(message.lease_id, message.reader)
                 return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
             case PullEnd():
-                held = self._leases.end(message.request_id, message.reader)
+                held = self._leases.end(message.lease_id, message.reader)
                 return PullEndReply(call_id=message.call_id, held=held)
             case StateChecksums():
                 return self._state_checksums(message)
@@ -271,8 +272,8 @@ class Holder:
 
     def _begin(self, message: PullBegin) -> PullReply:
         if self._has_news_for(message):
-            return self._announced.reply(message.call_id, message.request_id)
-        lease = self._leases.begin(message.request_id, message.reader, message.num_pullers)
+            return self._announced.reply(message.call_id, message.lease_id)
+        lease = self._leases.begin(message.lease_id, message.reader, message.num_pullers)
         return PullReply(
             call_id=message.call_id,
             num_tokens=lease.grant.num_tokens,
@@ -284,10 +285,10 @@ class Holder:
         )
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
-        lease = self._leases.opened(message.request_id, message.reader)
+        lease = self._leases.opened(message.lease_id, message.reader)
         self.advance_checksums()
-        if message.request_id in self._hashing:
-            raise LeaseError(f"the checksums of request {message.request_id} are not there yet")
+        if message.lease_id in self._hashing:
+            raise LeaseError(f"the checksums of request {message.lease_id} are not there yet")
         return ChecksumsReply(
             call_id=message.call_id, groups=[group.checksums for group in lease.groups]
         )

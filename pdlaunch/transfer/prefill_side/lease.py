@@ -21,6 +21,7 @@ from fractions import Fraction
 from typing import Literal
 
 from pdlaunch.errors import LeaseError
+from pdlaunch.protocol.ids import LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import GroupBlocks
 from pdlaunch.protocol.transfer import GrantLease
 
@@ -47,9 +48,9 @@ class Lease:
     """Choices that will pull; fewer than granted when some have ended with their first token."""
     generation: int = 0
     """Of the announcement, if there was one."""
-    open_readers: dict[str, int] = field(default_factory=dict)
+    open_readers: dict[ReaderId, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of pullers."""
-    served_readers: set[str] = field(default_factory=set)
+    served_readers: set[ReaderId] = field(default_factory=set)
     """Pulls that have ended."""
     served: Fraction = Fraction(0)
     """Readers that have ended; one of k pullers of a reader counts 1/k."""
@@ -66,10 +67,10 @@ class LeaseTable:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._leases: dict[str, Lease] = {}
-        self._past: dict[str, None] = {}
+        self._leases: dict[LeaseId, Lease] = {}
+        self._past: dict[LeaseId, None] = {}
         """Ids of the latest leases that have ended, the oldest first."""
-        self._ended: list[tuple[str, EndReason]] = []
+        self._ended: list[tuple[LeaseId, EndReason]] = []
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -78,82 +79,82 @@ class LeaseTable:
         """Take over the blocks of a finished request. Raises LeaseError when its id has a living
         lease.
         """
-        if grant.request_id in self._leases:
-            raise LeaseError(f"request {grant.request_id} has a lease already")
-        self._past.pop(grant.request_id, None)
+        if grant.lease_id in self._leases:
+            raise LeaseError(f"request {grant.lease_id} has a lease already")
+        self._past.pop(grant.lease_id, None)
         now = self._clock()
         last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
-        self._leases[grant.request_id] = Lease(
+        self._leases[grant.lease_id] = Lease(
             grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers, generation
         )
 
-    def state(self, request_id: str, groups: list[GroupBlocks]) -> None:
+    def state(self, lease_id: LeaseId, groups: list[GroupBlocks]) -> None:
         """What readers are told of a lease's blocks from now on. Unknown ids are ignored."""
-        if (lease := self._leases.get(request_id)) is not None:
+        if (lease := self._leases.get(lease_id)) is not None:
             lease.groups = groups
 
-    def knows(self, request_id: str) -> bool:
+    def knows(self, lease_id: LeaseId) -> bool:
         """There is such a lease, or was one not long ago."""
-        return request_id in self._leases or request_id in self._past
+        return lease_id in self._leases or lease_id in self._past
 
-    def find(self, request_id: str) -> Lease | None:
+    def find(self, lease_id: LeaseId) -> Lease | None:
         """The living lease of a request."""
-        return self._leases.get(request_id)
+        return self._leases.get(lease_id)
 
-    def living(self, request_id: str) -> Lease:
+    def living(self, lease_id: LeaseId) -> Lease:
         """The lease of a request that still holds. Raises LeaseError."""
         self.expire()
-        lease = self._leases.get(request_id)
+        lease = self._leases.get(lease_id)
         if lease is None:
             raise LeaseError(
-                f"request {request_id} has no lease here: it has expired, ended or never was"
+                f"request {lease_id} has no lease here: it has expired, ended or never was"
             )
         return lease
 
-    def set_readers(self, request_id: str, num_readers: int) -> None:
+    def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
         """That many readers come, and no more; the lease ends when all have been here. Unknown ids
         are ignored.
         """
-        lease = self._leases.get(request_id)
+        lease = self._leases.get(lease_id)
         if lease is None:
             return
         lease.num_readers = num_readers
         self._end_if_done(lease)
 
-    def begin(self, request_id: str, reader: str, num_pullers: int) -> Lease:
+    def begin(self, lease_id: LeaseId, reader: ReaderId, num_pullers: int) -> Lease:
         """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull
         has ended.
         """
-        lease = self.living(request_id)
+        lease = self.living(lease_id)
         if num_pullers < 1:
             raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
         if lease.cancelled:
-            raise LeaseError(f"request {request_id} was cancelled")
+            raise LeaseError(f"request {lease_id} was cancelled")
         if reader in lease.served_readers:
-            raise LeaseError(f"reader {reader} has ended its pull of request {request_id}")
+            raise LeaseError(f"reader {reader} has ended its pull of request {lease_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
-            raise LeaseError(f"request {request_id} has {MAX_OPEN_READERS} open pulls")
+            raise LeaseError(f"request {lease_id} has {MAX_OPEN_READERS} open pulls")
         lease.open_readers[reader] = num_pullers
         self._extend(lease)
         return lease
 
-    def opened(self, request_id: str, reader: str) -> Lease:
+    def opened(self, lease_id: LeaseId, reader: ReaderId) -> Lease:
         """The lease of a pull that has begun and not ended. Raises LeaseError."""
-        lease = self.living(request_id)
+        lease = self.living(lease_id)
         if reader not in lease.open_readers:
-            raise LeaseError(f"reader {reader} has no open pull of request {request_id}")
+            raise LeaseError(f"reader {reader} has no open pull of request {lease_id}")
         return lease
 
-    def heartbeat(self, request_id: str, reader: str) -> float:
+    def heartbeat(self, lease_id: LeaseId, reader: ReaderId) -> float:
         """A pull is still pending; returns the remaining seconds. Raises LeaseError."""
-        lease = self.opened(request_id, reader)
+        lease = self.opened(lease_id, reader)
         self._extend(lease)
         return self.remaining_s(lease)
 
-    def end(self, request_id: str, reader: str) -> bool:
+    def end(self, lease_id: LeaseId, reader: ReaderId) -> bool:
         """A pull has ended; returns whether the lease held since its begin."""
         self.expire()
-        lease = self._leases.get(request_id)
+        lease = self._leases.get(lease_id)
         num_pullers = lease.open_readers.pop(reader, None) if lease is not None else None
         if lease is None or num_pullers is None:
             return False
@@ -162,11 +163,11 @@ class LeaseTable:
         self._end_if_done(lease)
         return True
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, lease_id: LeaseId) -> None:
         """The request is not wanted any more: its lease ends now, or with the last open pull.
         Unknown ids are ignored.
         """
-        lease = self._leases.get(request_id)
+        lease = self._leases.get(lease_id)
         if lease is None:
             return
         lease.cancelled = True
@@ -178,7 +179,7 @@ class LeaseTable:
         for lease in [lease for lease in self._leases.values() if lease.deadline_s <= now]:
             self._end(lease, "expired")
 
-    def take_ended(self) -> list[tuple[str, EndReason]]:
+    def take_ended(self) -> list[tuple[LeaseId, EndReason]]:
         """Leases that have ended since the last call: their blocks belong to the engine again."""
         ended, self._ended = self._ended, []
         return ended
@@ -204,8 +205,8 @@ class LeaseTable:
             self._end(lease, "released")
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
-        del self._leases[lease.grant.request_id]
-        self._past[lease.grant.request_id] = None
+        del self._leases[lease.grant.lease_id]
+        self._past[lease.grant.lease_id] = None
         if len(self._past) > MAX_PAST_LEASES:
             del self._past[next(iter(self._past))]
-        self._ended.append((lease.grant.request_id, reason))
+        self._ended.append((lease.grant.lease_id, reason))

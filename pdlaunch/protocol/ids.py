@@ -1,0 +1,55 @@
+"""The ids of the package: each is one type, with one name from where it is made to where it ends.
+
+::
+
+    type           made by                          ends with                 on the wire
+    HttpRequestId  client, else router              the router's answer       X-Request-Id, cmpl-ID
+    IdempotencyKey client                           its answer is forgotten   Idempotency-Key
+    PromptOrigin   router, for each prompt          the prompt's answer       X-Pdlaunch-Origin, origin
+    HopId          router, for each call of an      the engine's answer       X-Request-Id to an engine
+                   engine (or another caller)
+    RequestId      engine's server, for each        RequestFinished           request_id
+                   choice: HOP-RANDOM/INDEX
+    LeaseId        prefill engine (its RequestId)   last reader's PullEnd,    remote_request_id,
+                   or router                        expiry                    pdlaunch.lease_id;
+                                                                              side channel: request_id
+    PullId         rank 0 of a decode engine        PullFinished/PullDrained  pull_id
+    ReaderId       decode rank, for each pull:      PullEnd                   reader
+                   ENGINE/RANK/DIGEST
+    EngineId       rank 0, at each start            the engine's ranks        engine_id,
+                                                                              remote_engine_id
+
+The first request of a remote prefill lends its RequestId to its lease, or takes the LeaseId that
+the router has named. They stay two types, because a request ends with its last token and a lease
+when its blocks are pulled: ``lease_of`` and ``request_of`` are the only bridges.
+
+The router keeps an HttpRequestId apart from its HopIds because the ids of clients may come twice,
+and because an engine may still hold blocks for the attempt before.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+HttpRequestId = NewType("HttpRequestId", str)
+IdempotencyKey = NewType("IdempotencyKey", str)
+PromptOrigin = NewType("PromptOrigin", int)
+HopId = NewType("HopId", str)
+RequestId = NewType("RequestId", str)
+LeaseId = NewType("LeaseId", str)
+PullId = NewType("PullId", str)
+ReaderId = NewType("ReaderId", str)
+EngineId = NewType("EngineId", str)
+
+NO_ORIGIN = PromptOrigin(0)
+"""Stands for the origin of a request whose router gives none."""
+
+
+def lease_of(request_id: RequestId) -> LeaseId:
+    """Return the id of the lease on the blocks that this request has computed."""
+    return LeaseId(request_id)
+
+
+def request_of(lease_id: LeaseId) -> RequestId:
+    """Return the id of the request whose blocks this lease keeps."""
+    return RequestId(lease_id)
