@@ -59,7 +59,10 @@ format: $(STAMP)  ## Format the code
 rules: $(STAMP)  ## Write docs/rules.md from the registry of rules
 	$(BIN)/pdlaunch explain --markdown > docs/rules.md
 
+settings: $(STAMP)  ## Write docs/settings.md from the fields of the settings
+	$(BIN)/pdlaunch config schema --markdown > docs/settings.md
+
 clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
-.PHONY: help install serve test soak kills cancels attack lint types format rules clean
+.PHONY: help install serve test soak kills cancels attack lint types format rules settings clean

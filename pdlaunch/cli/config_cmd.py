@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -15,12 +15,36 @@ from rich.text import Text
 
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
-from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 
 EXIT_UNUSABLE = 2
+
+_REFERENCE_HEAD = """\
+# Settings
+
+Every setting of a deployment, its default, and the flag and variables that give it. Made by `make
+settings` from the fields in `pdlaunch/config`; `pdlaunch config show` prints the values of one
+deployment and where each came from.
+
+Flags beat variables, variables beat the YAML file, the file beats the defaults. In the file a dot
+is a level: `limits.max_connections` is `limits: {max_connections: 4096}`."""
+_GROUPS = {
+    "Engines": """\
+These stand at the top level and hold for all engines. The sections `prefill` and `decode` may
+override each of them for one role: `decode: {block_size: 32}`, `PDLAUNCH_DECODE__BLOCK_SIZE`.""",
+    "Roles": "How many engines a role has.",
+    "`kv_transfer`": "How KV blocks get from prefill to decode: [connectors.md](connectors.md).",
+    "`limits`": "What a router or an engine takes before it refuses requests.",
+    "Deployment": "The router and the launch as a whole.",
+}
+_TABLE_HEAD = (
+    "| setting | value | default | what it does | flag and variables |",
+    f"|{'---|' * 5}",
+)
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -33,8 +57,15 @@ class Format(StrEnum):
 
 
 @app.command("schema")
-def schema() -> None:
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/settings.md instead.")
+    ] = False,
+) -> None:
     """Print the JSON schema of the configuration file; editors check YAML with it."""
+    if markdown:
+        typer.echo(settings_markdown(), nl=False)
+        return
     document = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **LaunchConfig.model_json_schema(),
@@ -67,6 +98,39 @@ def show(
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
     else:
         _print_table(Console(), values)
+
+
+def settings_markdown() -> str:
+    """Return the text of docs/settings.md: every setting, in groups."""
+    groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
+    for path, setting in all_settings().items():
+        first, _, rest = path.partition(".")
+        own_to_role = rest.partition(".")[0] not in EngineSettings.model_fields
+        if first in EngineSettings.model_fields:
+            groups["Engines"].append(_row(setting))
+        elif first not in get_args(Role):
+            groups[f"`{first}`" if rest else "Deployment"].append(_row(setting))
+        elif own_to_role:
+            groups["Roles"].append(_row(setting))
+    lines = [_REFERENCE_HEAD]
+    for title, rows in groups.items():
+        lines += ["", f"## {title}", "", _GROUPS[title], "", *_TABLE_HEAD, *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(setting: Setting) -> str:
+    names = [f"`--{setting.flag.name}`"] if setting.flag else []
+    names += [f"`{name}`" for name in setting.variables]
+    default = f"`{setting.default}`" if setting.default else ""
+    cells = (
+        f"`{setting.path}`",
+        f"`{setting.form}`",
+        default,
+        setting.description,
+        " ".join(names),
+    )
+    line = " | ".join(cell.replace("|", r"\|") for cell in cells)
+    return f"| {line} |"
 
 
 def _entry(item: ShownValue) -> dict[str, object]:

@@ -1,8 +1,9 @@
-"""The only knobs of pdlaunch: frozen pydantic models, unknown fields refused.
+"""Every setting of pdlaunch, declared once: frozen models that refuse unknown fields.
 
 ``LaunchConfig`` is what a YAML file, ``PDLAUNCH_*`` variables and flags are merged into
 (``config.sources``). Its top level holds what every engine shares; ``prefill`` and ``decode`` say
-how many engines of a role there are and may override any engine setting for that role.
+how many engines of a role there are and may override any of ``EngineSettings`` for that role.
+``config.settings`` derives flags, variables and docs.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ MAX_PORT = 65535
 
 
 class KVOffloadSettings(FrozenModel):
-    """The host tier: KV blocks stay in the machine's memory when the device needs the room."""
+    """Settings of the host tier, which keeps KV blocks in host memory."""
 
     host_memory: Annotated[OptionalSize, Flag("kv-offload-memory")] = Field(
-        0, description="Host memory of one rank for KV blocks; 0: no host tier."
+        0, description="Host memory of one rank for KV blocks, such as 32GiB; 0 for none."
     )
     policy: OffloadPolicy = Field(
         "arc",
-        description="What leaves first: `arc` withstands long documents read once, `lru` not.",
+        description="Which blocks leave first; `arc` withstands long prompts used once, `lru` not.",
     )
 
 
@@ -62,50 +63,53 @@ class EngineSettings(FrozenModel):
         description="Alias, directory in Hugging Face layout, or .gguf file.",
     )
     load_format: LoadFormat = Field(
-        "auto", description="`dummy` gives random weights (benchmarks)."
+        "auto", description="`dummy` makes random weights up, for benchmarks."
     )
     dtype: Annotated[DType, Flag()] = Field(
         "auto",
-        description="`auto` is the checkpoint's dtype, float32 on a CPU without native bf16.",
+        description="`auto` takes the checkpoint's; float32 on a CPU without native bf16.",
     )
     max_model_len: Annotated[int | None, Flag()] = Field(
-        None, gt=0, description="Longest prompt plus output in tokens; the model's when unset."
+        None,
+        gt=0,
+        description="Longest prompt plus output in tokens; the model's limit when unset.",
     )
     block_size: Annotated[int, Flag()] = Field(16, gt=0, description="Tokens in a KV block.")
     kv_cache_memory: Annotated[ByteSize | None, Flag()] = Field(
         None,
         description=(
-            "KV cache of one rank in bytes; 1 GiB on a CPU, from gpu_memory_utilization on a GPU."
+            "KV cache of one rank, such as 4GiB. When unset, 1GiB on a CPU and what "
+            "gpu_memory_utilization leaves on a GPU."
         ),
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of the device memory an engine may use."
+        0.9, gt=0, le=1, description="Share of a GPU's memory that a rank may use."
     )
     enable_prefix_caching: bool = Field(
-        True, description="Keep KV blocks of prompts for requests that begin alike."
+        True, description="Keep KV blocks for later requests whose prompts begin alike."
     )
     kv_offload: KVOffloadSettings = KVOffloadSettings()
     enable_cumem_allocator: Annotated[bool | None, Flag()] = Field(
         None, description="Allocate weights and KV cache from CuMem pools."
     )
     enable_sleep_mode: Annotated[bool, Flag()] = Field(
-        False, description="Sleep and wake engines; turns the CuMem allocator on."
+        False, description="Let engines sleep and wake up; turns the CuMem allocator on."
     )
     enforce_eager: Annotated[bool, Flag()] = Field(
         False, description="Run decode steps on a GPU without CUDA graphs."
     )
     async_scheduling: Annotated[bool, Flag()] = Field(
-        True, description="Prepare the next step of a GPU on the CPU while one runs."
+        True, description="Prepare a GPU's next step on the CPU while one runs."
     )
-    max_num_seqs: int = Field(64, gt=0, description="Most requests in one batch.")
+    max_num_seqs: int = Field(64, gt=0, description="Largest number of requests in one batch.")
     max_num_batched_tokens: int | None = Field(
-        None, gt=0, description="Token budget of one step; 512 on a CPU, 8192 on a GPU."
+        None, gt=0, description="Tokens in one step; when unset, 512 on a CPU and 8192 on a GPU."
     )
     device: Annotated[Device, Flag()] = Field(
-        "auto", description="auto: GPUs where there are any, else the CPU."
+        "auto", description="`auto` takes GPUs where there are any, else the CPU."
     )
     num_threads: int | None = Field(
-        None, gt=0, description="CPU threads of a rank; the cores shared evenly when unset."
+        None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
     )
     env: dict[str, str] = Field(
         default_factory=dict, description="Extra environment of the engine's ranks."
@@ -127,12 +131,13 @@ class RoleSettings(FrozenModel):
         ge=0,
         le=65535,
         description=(
-            "Port of the first engine, one more for each other; needs engine_api_key. 0: free ones."
+            "Port of the first engine, the next ones count up; needs engine_api_key. 0 picks free "
+            "ones."
         ),
     )
 
     def ports(self) -> range:
-        """Fixed ports of the engines, in their order; empty when they take free ones."""
+        """Return the fixed ports of the engines in their order; none when they take free ones."""
         return range(self.port, self.port + self.replicas) if self.port else range(0)
 
 
@@ -212,7 +217,7 @@ class KVTransferSettings(FrozenModel):
 
 
 class LimitSettings(FrozenModel):
-    """Where the API says no."""
+    """Limits beyond which a router or an engine refuses requests."""
 
     max_body_bytes: ByteSize = Field(
         parse_size("16MiB"), description="Longest body of an HTTP request."
@@ -220,21 +225,21 @@ class LimitSettings(FrozenModel):
     max_body_bytes_in_flight: ByteSize | None = Field(
         None,
         description=(
-            "Bytes that the bodies of all requests in flight may hold; then 503. Eight of the "
-            "longest when unset."
+            "Bytes in the bodies of all requests in flight, above which a request gets 503; eight "
+            "times max_body_bytes when unset."
         ),
     )
     max_queued_requests: int = Field(
-        256, gt=0, description="Requests in flight at the router or an engine; then 429."
+        256, gt=0, description="Requests in flight at the router or an engine; one more gets 429."
     )
     max_connections: int = Field(
         4096,
         gt=0,
         description=(
-            "Open connections at the router or an engine; then idle ones give way to new ones."
+            "Open connections at the router or an engine, above which new ones replace idle ones."
         ),
     )
-    request_timeout_s: float = Field(600.0, gt=0, description="Longest life of a request.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Time that a request may take.")
 
     @model_validator(mode="after")
     def _longest_body_fits(self) -> Self:
@@ -247,7 +252,7 @@ class LimitSettings(FrozenModel):
 
     @property
     def body_budget_bytes(self) -> int:
-        """Bytes that the bodies of all requests in flight may hold."""
+        """Return the bytes that the bodies of all requests in flight may hold."""
         return (
             8 * self.max_body_bytes
             if self.max_body_bytes_in_flight is None
@@ -256,15 +261,14 @@ class LimitSettings(FrozenModel):
 
 
 class SharedSettings(FrozenModel):
-    """Holds what all engines are given alike; no role may override these."""
+    """Holds what all engines share and no role may override."""
 
     kv_transfer: KVTransferSettings = KVTransferSettings()
     limits: LimitSettings = LimitSettings()
     allowed_hosts: Annotated[HostNames, Flag(panel=DEPLOYMENT)] = Field(
         (),
         description=(
-            "More names that clients may call the router or an engine by (Host header); `*` for "
-            "any."
+            "Further names of the router or an engine in clients' URLs (Host header); `*` for any."
         ),
     )
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
@@ -287,46 +291,45 @@ class LaunchConfig(SharedSettings, EngineSettings):
         8000, ge=0, le=65535, description="Port of the router; 0 picks a free one."
     )
     api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
-        None, min_length=1, description="Clients must send it as a bearer token."
+        None, min_length=1, description="Key that clients must send as a bearer token."
     )
     admin_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         min_length=1,
         description=(
-            "Opens sleep, wake_up and other commands over HTTP, which are else taken at a local "
-            "socket."
+            "Key for sleep, wake and other commands over HTTP; without it they are taken only at a "
+            "local socket."
         ),
     )
     engine_api_key: Annotated[SecretStr | None, Flag(panel=DEPLOYMENT)] = Field(
         None,
         min_length=1,
         description=(
-            "Opens the engines to another router; without it they are open to the launch's own "
-            "alone."
+            "Key with which another router may use the engines; without it only the launch's own "
+            "may."
         ),
     )
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description=(
-            "Folder of the log files; a new one a launch when unset, of which the latest 20 are "
-            "kept."
+            "Folder of the log files. When unset, each launch makes one and the latest 20 are kept."
         ),
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Flag(panel=DEPLOYMENT)] = (
-        Field("info", description="Least severe messages that are kept.")
+        Field("info", description="Least severe level that is logged.")
     )
     startup_timeout_s: Annotated[float, Flag("startup-timeout", DEPLOYMENT)] = Field(
-        600.0, gt=0, description="Seconds from command to ready."
+        600.0, gt=0, description="Time from the command until the deployment is ready."
     )
     drain_timeout_s: Annotated[float, Flag("drain-timeout", DEPLOYMENT)] = Field(
-        30.0, ge=0, description="Seconds running requests get after SIGTERM or Ctrl-C."
+        30.0, ge=0, description="Time that running requests get after SIGTERM or Ctrl-C."
     )
     hang_timeout_s: float = Field(
         60.0,
         ge=0,
         description=(
-            "Seconds without a turn of its loop after which a process is restarted; longer than "
-            "any step. 0: never."
+            "A process whose main loop stands still for so long is restarted; must be longer than "
+            "any step. 0 for never."
         ),
     )
 
@@ -342,7 +345,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:
-        """Keys differ, so that nobody opens with one what another is for."""
+        """Require keys that differ: each is for other people."""
         seen: dict[str, str] = {}
         for name in ("api_key", "admin_api_key", "engine_api_key"):
             key: SecretStr | None = getattr(self, name)
@@ -383,10 +386,10 @@ class LaunchConfig(SharedSettings, EngineSettings):
         return self
 
     def role(self, role: Role) -> RoleSettings:
-        """The section of ``role``."""
+        """Return the section of ``role``."""
         return self.prefill if role == "prefill" else self.decode
 
     def engine_settings(self, role: Role) -> EngineSettings:
-        """The engine settings of ``role``, overrides applied."""
+        """Return the engine settings of ``role``, its overrides applied."""
         shared = {name: getattr(self, name) for name in EngineSettings.model_fields}
         return override(EngineSettings.model_validate(shared), self.role(role))

@@ -22,7 +22,15 @@ SECRET = "**********"
 VARIABLE_PREFIX = "PDLAUNCH_"
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-_FORMS = {SecretStr: "KEY", parse_size: "SIZE", bool: "on|off", int: "N", float: "X", tuple: "LIST"}
+_FORMS = {
+    SecretStr: "KEY",
+    parse_size: "SIZE",
+    bool: "on|off",
+    dict: "MAPPING",
+    int: "N",
+    float: "X",
+    tuple: "LIST",
+}
 
 
 @dataclass(frozen=True, slots=True)

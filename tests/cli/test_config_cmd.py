@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -75,3 +76,8 @@ def test_show_of_unusable_input(run, tmp_path):
     result = run("show", path)
     assert result.exit_code == 2
     assert "did you mean block_size?" in result.stderr
+
+
+def test_the_docs_are_current(run):
+    document = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert document.read_text() == run("schema", "--markdown").stdout, "run `make settings`"
