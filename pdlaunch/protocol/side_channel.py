@@ -108,8 +108,8 @@ class PullBegin(Message):
     lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
     reader: Annotated[ReaderId, _IS_ID]
     """Names this pull: unique over engines, ranks and choices."""
-    num_pullers: int
-    """Ranks of the puller's TP group that pull from this rank."""
+    num_decode_ranks: int = msgspec.field(name="num_pullers")
+    """Ranks of the decode engine's TP group that pull from this rank."""
     awaits: bool = False
     """There need not be a lease yet."""
     version: Count = 0
@@ -242,8 +242,8 @@ class Refused(Message):
     reason: str
 
 
-ToHolder = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | Push
-ToPuller = (
+ToPrefillSide = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | Push
+ToDecodeSide = (
     HandshakeReply
     | PullReply
     | ChecksumsReply
@@ -253,5 +253,5 @@ ToPuller = (
     | Refused
 )
 
-to_holder: Codec[ToHolder] = Codec(ToHolder)
-to_puller: Codec[ToPuller] = Codec(ToPuller)
+to_prefill_side: Codec[ToPrefillSide] = Codec(ToPrefillSide)
+to_decode_side: Codec[ToDecodeSide] = Codec(ToDecodeSide)

@@ -10,7 +10,7 @@ from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.transfer.channel.handshake import RankIdentity
-from pdlaunch.transfer.channel.side_channel import HolderSocket
+from pdlaunch.transfer.channel.side_channel import PrefillSocket
 
 LONGEST_SLEEP_S = 60.0
 
@@ -25,7 +25,7 @@ class AsleepLoop:
     reads_pending = False
 
     def __init__(
-        self, socket: HolderSocket, identity: RankIdentity, entries: Sequence[Entry]
+        self, socket: PrefillSocket, identity: RankIdentity, entries: Sequence[Entry]
     ) -> None:
         self._socket = socket
         self._name = identity.name

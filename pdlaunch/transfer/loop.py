@@ -30,7 +30,7 @@ from pdlaunch.protocol.transfer import (
     WithdrawBlocks,
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
-from pdlaunch.transfer.channel.side_channel import HolderSocket, PullerSocket
+from pdlaunch.transfer.channel.side_channel import DecodeSocket, PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.decode_side.holder_link import Puller, engine_of
@@ -71,7 +71,7 @@ class TransferLoop:
         self,
         *,
         context: SecureContext,
-        holder_socket: HolderSocket,
+        prefill_socket: PrefillSocket,
         spec: EngineSpec,
         identity: RankIdentity,
         memory: RankMemory,
@@ -87,7 +87,7 @@ class TransferLoop:
         self._engine, self._role = spec.name, spec.role
         self._entries: Sequence[Entry] = ()
         self._without_peers = False
-        self._socket = holder_socket
+        self._socket = prefill_socket
         self._connector = connector
         self._events: list[TransferEvent] = []
         scratch = _new_scratch(memory, connector.agent_name)
@@ -114,7 +114,7 @@ class TransferLoop:
             compatibility=compatibility,
             head_bytes=memory.layout.head_bytes,
             connector=connector,
-            open_channel=lambda endpoint: PullerSocket(context, endpoint, watched=connector.pushes),
+            open_channel=lambda endpoint: DecodeSocket(context, endpoint, watched=connector.pushes),
             handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
             clock=clock,
             report=report,

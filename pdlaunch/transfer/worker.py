@@ -31,7 +31,7 @@ from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
 from pdlaunch.transfer.asleep import AsleepLoop
 from pdlaunch.transfer.channel.handshake import RankIdentity
-from pdlaunch.transfer.channel.side_channel import HolderSocket
+from pdlaunch.transfer.channel.side_channel import PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector
 from pdlaunch.transfer.loop import LONGEST_SLEEP_S, RankMemory, TransferLoop
 
@@ -144,12 +144,12 @@ class TransferWorker:
         """What that pull reads."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = context.pair(f"transfer-wake/{name}#{incarnation}")
-        self._socket = HolderSocket(context, f"tcp://{host}:0")
+        self._socket = PrefillSocket(context, f"tcp://{host}:0")
         self._thread = threading.Thread(
             target=self._run,
             kwargs={
                 "context": context,
-                "holder_socket": self._socket,
+                "prefill_socket": self._socket,
                 "spec": spec,
                 "identity": identity,
                 "memory": memory,
@@ -326,7 +326,7 @@ class TransferWorker:
             loop.let_peers_go()
         if loop.quiet:
             loop.close()
-            self._loop = AsleepLoop(setup["holder_socket"], setup["identity"], loop.entries)
+            self._loop = AsleepLoop(setup["prefill_socket"], setup["identity"], loop.entries)
             self._suspension = None
             suspension.done.set_result("")
         elif self._clock() >= suspension.deadline_s:

@@ -28,9 +28,9 @@ from pdlaunch.protocol.side_channel import (
     Handshake,
     HandshakeReply,
     Refused,
-    ToPuller,
-    to_holder,
-    to_puller,
+    ToDecodeSide,
+    to_decode_side,
+    to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.transfer.channel.handshake import compatibility_of
@@ -100,7 +100,7 @@ class TwoHosts:
             Registry(version=1, entries=[self._entry(said[-1]) for said in self.said.values()])
         )
 
-    def ask(self, name: str, expected_engine_id: str) -> ToPuller:
+    def ask(self, name: str, expected_engine_id: str) -> ToDecodeSide:
         """What a rank answers to a handshake with the engine of this id."""
         socket = self.context.connect(zmq.DEALER, self.said[name][-1].address.side_channel)
         socket.rcvtimeo = TIMEOUT_MS
@@ -121,8 +121,8 @@ class TwoHosts:
             compatibility=compatibility,
             agent_metadata=b"",
         )
-        socket.send(to_holder.encode(question))
-        answer = to_puller.decode(socket.recv())
+        socket.send(to_prefill_side.encode(question))
+        answer = to_decode_side.decode(socket.recv())
         socket.close()
         return answer
 

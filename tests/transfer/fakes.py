@@ -14,7 +14,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import Geometry, ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
     Connector,
@@ -212,22 +212,22 @@ class FakeConnector(Connector):
 class FakeChannel:
     """The puller's end of a side channel whose holder lives in the same process."""
 
-    answer: Callable[[ToHolder], ToPuller | None]
+    answer: Callable[[ToPrefillSide], ToDecodeSide | None]
     socket: Any = None
     mute: bool = False
     """Messages arrive, answers do not."""
-    sent: list[ToHolder] = field(default_factory=list)
-    inbox: list[ToPuller] = field(default_factory=list)
+    sent: list[ToPrefillSide] = field(default_factory=list)
+    inbox: list[ToDecodeSide] = field(default_factory=list)
     closed: bool = False
     broken: bool = False
 
-    def send(self, message: ToHolder) -> None:
+    def send(self, message: ToPrefillSide) -> None:
         self.sent.append(message)
         reply = self.answer(message)
         if reply is not None and not self.mute:
             self.inbox.append(reply)
 
-    def receive(self) -> list[ToPuller]:
+    def receive(self) -> list[ToDecodeSide]:
         received, self.inbox = self.inbox, []
         return received
 

@@ -18,7 +18,7 @@ from pdlaunch.protocol.side_channel import (
     PullBegin,
     PullEnd,
     StateChecksums,
-    ToHolder,
+    ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
@@ -47,7 +47,7 @@ class PatientChannel(FakeChannel):
         super().__init__(holder.answer)
         self._early = EarlyQuestions(holder.is_early, clock)
 
-    def send(self, message: ToHolder | None) -> None:
+    def send(self, message: ToPrefillSide | None) -> None:
         """None: only time has gone by."""
         if message is not None:
             self.sent.append(message)

@@ -27,9 +27,9 @@ from pdlaunch.protocol.side_channel import (
     Push,
     PushEnded,
     Refused,
-    ToHolder,
-    to_holder,
-    to_puller,
+    ToPrefillSide,
+    to_decode_side,
+    to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import AnnounceBlocks, LeaseEnded, PullDrained, PullFinished
@@ -231,8 +231,8 @@ def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
             socket = context.connect(zmq.DEALER, rank.endpoint)
             socket.rcvtimeo = 60_000
             for question in questions_for("c" * 32):
-                socket.send(to_holder.encode(question))
-                answer = to_puller.decode(socket.recv())
+                socket.send(to_prefill_side.encode(question))
+                answer = to_decode_side.decode(socket.recv())
                 assert isinstance(answer, Refused | PushEnded)
                 assert answer.call_id == question.call_id
                 reason = answer.reason if isinstance(answer, Refused) else answer.error
@@ -251,7 +251,7 @@ def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="kept", reason="pulled")
 
 
-def questions_for(engine_id: str) -> list[ToHolder]:
+def questions_for(engine_id: str) -> list[ToPrefillSide]:
     """One of each kind, about the lease ``kept``."""
     of_pull = {"engine_id": engine_id, "lease_id": "kept", "reader": "x"}
     compatibility = compatibility_of(
@@ -272,7 +272,7 @@ def questions_for(engine_id: str) -> list[ToHolder]:
             compatibility=compatibility,
             agent_metadata=b"",
         ),
-        PullBegin(call_id=2, num_pullers=1, **of_pull),
+        PullBegin(call_id=2, num_decode_ranks=1, **of_pull),
         Heartbeat(call_id=3, **of_pull),
         PullEnd(call_id=4, **of_pull),
         Push(call_id=5, block_ids=[13], first_head=0, num_heads=1, target=b"", **of_pull),

@@ -11,8 +11,8 @@ from pdlaunch.protocol.side_channel import (
     PullEnd,
     PullReply,
     Refused,
-    ToHolder,
-    ToPuller,
+    ToDecodeSide,
+    ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import LeaseEnded
 from pdlaunch.transfer.decode_side.holder_link import engine_of
@@ -30,14 +30,14 @@ class Desk:
         self.rank = HolderRank(self.clock, Fabric())
         self.early = EarlyQuestions(self.rank.holder.is_early, self.clock)
 
-    def ask(self, *messages: ToHolder) -> list[ToPuller]:
+    def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Send these; all answers that this brings."""
         due = self.early.sift([(b"reader", message) for message in messages])
         return [self.rank.holder.answer(message) for _, message in due]
 
     def begin(self, lease_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
         return PullBegin(
-            call_id=1, engine_id=engine_id, lease_id=lease_id, reader="x", num_pullers=1
+            call_id=1, engine_id=engine_id, lease_id=lease_id, reader="x", num_decode_ranks=1
         )
 
     def end(self, lease_id: str = "r") -> PullEnd:

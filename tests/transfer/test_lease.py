@@ -72,14 +72,16 @@ def test_a_reader_that_begins_anew_has_one_share(leases):
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 3))
-def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, num_pullers):
+def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, num_decode_ranks):
     """However often the ranks of each reader begin anew, and in whatever order: never before, and
     never without.
     """
     table = LeaseTable(FakeClock())
     table.grant(grant_of("a", num_readers=num_readers), GROUPS)
     readers = [
-        f"{choice}/{tp_rank}" for choice in range(num_readers) for tp_rank in range(num_pullers)
+        f"{choice}/{tp_rank}"
+        for choice in range(num_readers)
+        for tp_rank in range(num_decode_ranks)
     ]
     calls = [(reader, data.draw(st.integers(0, 3))) for reader in readers]
     plan = [(reader, call) for reader, num_more in calls for call in (*["begin"] * num_more, "end")]
@@ -87,11 +89,11 @@ def test_a_lease_ends_with_the_last_rank_of_the_last_reader(data, num_readers, n
     for reader, call in data.draw(st.permutations(plan)):
         if call == "begin" and num_ended < len(readers):
             with contextlib.suppress(LeaseError):  # of a rank that has ended
-                table.begin("a", reader, num_pullers)
+                table.begin("a", reader, num_decode_ranks)
         elif call == "end":
             assert table.take_ended() == []
             with contextlib.suppress(LeaseError):
-                table.begin("a", reader, num_pullers)
+                table.begin("a", reader, num_decode_ranks)
             assert table.end("a", reader)
             num_ended += 1
     assert table.take_ended() == [("a", "pulled")]
@@ -154,7 +156,7 @@ def test_heartbeats_cannot_keep_a_lease_for_ever(leases, clock):
 
 def test_bad_numbers_are_refused(leases):
     leases.grant(grant_of("a"), GROUPS)
-    with pytest.raises(LeaseError, match="num_pullers is 0"):
+    with pytest.raises(LeaseError, match="num_decode_ranks is 0"):
         leases.begin("a", "r", 0)
     with pytest.raises(LeaseError, match="already"):
         leases.grant(grant_of("a"), GROUPS)
@@ -185,10 +187,10 @@ class LeaseLife(RuleBasedStateMachine):
         self.table.grant(grant_of(lease_id, num_readers=num_readers), GROUPS)
         self.alive.add(lease_id)
 
-    @rule(lease_id=IDS, reader=READERS, num_pullers=st.integers(1, 2))
-    def begin(self, lease_id, reader, num_pullers):
+    @rule(lease_id=IDS, reader=READERS, num_decode_ranks=st.integers(1, 2))
+    def begin(self, lease_id, reader, num_decode_ranks):
         try:
-            self.table.begin(lease_id, reader, num_pullers)
+            self.table.begin(lease_id, reader, num_decode_ranks)
         except LeaseError:
             return
         assert lease_id in self.alive

@@ -897,9 +897,9 @@ def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
     engine_id = holder.identity.engine_id
     asked = {"call_id": 7, "lease_id": "r", "reader": "x"}
     questions = [
-        PullBegin(**asked, engine_id="wrong", num_pullers=1),
-        PullBegin(**asked | {"lease_id": "unknown"}, engine_id=engine_id, num_pullers=1),
-        PullBegin(**asked, engine_id=engine_id, num_pullers=-1),
+        PullBegin(**asked, engine_id="wrong", num_decode_ranks=1),
+        PullBegin(**asked | {"lease_id": "unknown"}, engine_id=engine_id, num_decode_ranks=1),
+        PullBegin(**asked, engine_id=engine_id, num_decode_ranks=-1),
         Heartbeat(**asked, engine_id=engine_id),
         PullEnd(**asked, engine_id="wrong"),
     ]

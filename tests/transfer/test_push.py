@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToHolder
+from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connectors.connector import ReadHandle
 from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
@@ -39,7 +39,7 @@ class PushChannel(FakeChannel):
         super().__init__(holder.answer)
         self._asked = asked
 
-    def send(self, message: ToHolder) -> None:
+    def send(self, message: ToPrefillSide) -> None:
         if not isinstance(message, Push):
             super().send(message)
             return
@@ -216,7 +216,7 @@ def test_a_reader_gets_only_what_it_has_leased(
         engine_id=holder.identity.engine_id,
         lease_id="r",
         reader="reader",
-        num_pullers=1,
+        num_decode_ranks=1,
     )
     holder.holder.answer(begin)
     job = holder.holder.job_of(question(holder))

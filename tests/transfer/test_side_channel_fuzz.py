@@ -23,9 +23,9 @@ from pdlaunch.protocol.side_channel import (
     PullEnd,
     Push,
     StateChecksums,
-    ToHolder,
-    to_holder,
-    to_puller,
+    ToPrefillSide,
+    to_decode_side,
+    to_prefill_side,
 )
 from pdlaunch.transfer.channel.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
@@ -40,7 +40,7 @@ CALL_IDS = st.integers(-(2**63), 2**63 - 1)
 BLOCK_IDS = st.lists(NUMBERS, max_size=4) | st.just([4] * 50_000)
 
 
-def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToHolder]:
+def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[ToPrefillSide]:
     return st.builds(
         kind,
         call_id=CALL_IDS,
@@ -52,7 +52,7 @@ def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[To
 
 
 QUESTIONS = st.one_of(
-    of_pull(PullBegin, num_pullers=NUMBERS, awaits=st.booleans(), version=st.integers(0, 2)),
+    of_pull(PullBegin, num_decode_ranks=NUMBERS, awaits=st.booleans(), version=st.integers(0, 2)),
     of_pull(StateChecksums),
     of_pull(Heartbeat),
     of_pull(PullEnd),
@@ -97,14 +97,14 @@ def holder(world: World) -> HolderRank:
 
 @given(st.lists(QUESTIONS, max_size=20))
 def test_every_question_has_an_answer_and_nobody_else_is_harmed(
-    world: World, holder: HolderRank, questions: list[ToHolder]
+    world: World, holder: HolderRank, questions: list[ToPrefillSide]
 ) -> None:
     before = holder.kv_cache.clone()
     holder.holder.grant(grant("r", [4, 5], num_readers=2))
     holder.holder.grant(grant("other", [6, 7]))
     for question in questions:
-        received = to_holder.decode(to_holder.encode(question))
-        answer = to_puller.decode(to_puller.encode(holder.holder.answer(received)))
+        received = to_prefill_side.decode(to_prefill_side.encode(question))
+        answer = to_decode_side.decode(to_decode_side.encode(holder.holder.answer(received)))
         assert answer.call_id == question.call_id
         if isinstance(received, Push):
             with contextlib.suppress(LeaseError):
@@ -126,7 +126,7 @@ def test_every_question_has_an_answer_and_nobody_else_is_harmed(
 @pytest.mark.parametrize("lease_s", [float("nan"), -1.0, -float("inf")])
 def test_answers_that_would_make_nonsense_of_deadlines_are_no_messages(lease_s: float) -> None:
     with pytest.raises(ProtocolError, match="lease_s"):
-        to_puller.decode(to_puller.encode(HeartbeatReply(call_id=1, lease_s=lease_s)))
+        to_decode_side.decode(to_decode_side.encode(HeartbeatReply(call_id=1, lease_s=lease_s)))
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_a_geometry_that_no_memory_has_is_no_message(
     )
     answer = holder.holder.answer(question)
     assert isinstance(answer, HandshakeReply)
-    assert to_puller.decode(to_puller.encode(answer)) == answer
+    assert to_decode_side.decode(to_decode_side.encode(answer)) == answer
     spoiled = msgspec.structs.replace(
         answer, geometry=msgspec.structs.replace(answer.geometry, **{field: value})
     )
     with pytest.raises(ProtocolError, match=field):
-        to_puller.decode(to_puller.encode(spoiled))
+        to_decode_side.decode(to_decode_side.encode(spoiled))

@@ -11,7 +11,7 @@ import zmq
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.protocol.side_channel import PullBegin, Refused, to_holder, to_puller
+from pdlaunch.protocol.side_channel import PullBegin, Refused, to_decode_side, to_prefill_side
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded
 from tests.transfer.fakes import Fabric, FakeConnector
@@ -155,17 +155,17 @@ def test_a_sleeping_rank_refuses_and_says_why(
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
     socket.send(
-        to_holder.encode(
+        to_prefill_side.encode(
             PullBegin(
                 call_id=1,
                 engine_id=ENGINE_IDS["prefill"],
                 lease_id="r",
                 reader="x",
-                num_pullers=1,
+                num_decode_ranks=1,
             )
         )
     )
-    answer = to_puller.decode(socket.recv())
+    answer = to_decode_side.decode(socket.recv())
     assert isinstance(answer, Refused)
     assert answer.reason == "prefill-0/rank-0 is asleep"
     socket.close()

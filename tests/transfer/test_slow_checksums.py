@@ -19,8 +19,8 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Refused,
     StateChecksums,
-    ToHolder,
-    ToPuller,
+    ToDecodeSide,
+    ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded
 from pdlaunch.transfer.decode_side.pull_table import PullTable
@@ -44,7 +44,7 @@ class SlowHolder:
         self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock)
         self.early = EarlyQuestions(self.holder.is_early, self.clock)
 
-    def turn(self, *messages: ToHolder) -> list[ToPuller]:
+    def turn(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Return all answers."""
         self.holder.advance_checksums()
         due = self.early.sift([(b"reader", message) for message in messages])
@@ -52,7 +52,7 @@ class SlowHolder:
 
     def begin(self, lease_id: str = "r") -> PullBegin:
         return PullBegin(
-            call_id=1, engine_id="1" * 32, lease_id=lease_id, reader="x", num_pullers=1
+            call_id=1, engine_id="1" * 32, lease_id=lease_id, reader="x", num_decode_ranks=1
         )
 
     def state(self, lease_id: str = "r") -> StateChecksums:

@@ -23,8 +23,8 @@ from pdlaunch.protocol.side_channel import (
     PullBegin,
     PullReply,
     Refused,
-    to_holder,
-    to_puller,
+    to_decode_side,
+    to_prefill_side,
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
@@ -140,15 +140,21 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     for kind, lease_id in ((PullBegin, "r"), (PullBegin, "other")):
         engine_id = ENGINE_IDS["prefill"] if lease_id == "r" else "c" * 32
         socket.send(
-            to_holder.encode(
-                kind(call_id=1, engine_id=engine_id, lease_id=lease_id, reader="x", num_pullers=1)
+            to_prefill_side.encode(
+                kind(
+                    call_id=1,
+                    engine_id=engine_id,
+                    lease_id=lease_id,
+                    reader="x",
+                    num_decode_ranks=1,
+                )
             )
         )
-    assert isinstance(to_puller.decode(socket.recv()), Refused), (
+    assert isinstance(to_decode_side.decode(socket.recv()), Refused), (
         "both questions are there, the second is answered"
     )
     holder.worker.submit([grant("r", [4, 5])])
-    answer = to_puller.decode(socket.recv())
+    answer = to_decode_side.decode(socket.recv())
     assert isinstance(answer, PullReply)
     assert answer.groups[0].block_ids == [4, 5]
     socket.close()
@@ -164,8 +170,10 @@ def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.worker.endpoint)
     socket.rcvtimeo = 10_000
-    question = PullBegin(call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_pullers=1)
-    good = to_holder.encode(question)
+    question = PullBegin(
+        call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_decode_ranks=1
+    )
+    good = to_prefill_side.encode(question)
     for frames in (
         [b""],
         [b"\xc1"],
@@ -177,7 +185,7 @@ def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     ):
         socket.send_multipart(frames)
     socket.send(good)
-    answer = to_puller.decode(socket.recv())
+    answer = to_decode_side.decode(socket.recv())
     assert isinstance(answer, Refused)
     assert "belongs to engine_id aaaa" in answer.reason
     socket.close()
@@ -186,7 +194,7 @@ def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
 @given(st.binary(max_size=200))
 def test_no_bytes_can_break_the_codec(frame):
     with contextlib.suppress(ProtocolError):
-        to_holder.decode(frame)
+        to_prefill_side.decode(frame)
 
 
 def test_a_stranger_gets_no_answer(start):
@@ -234,7 +242,7 @@ def test_handshake_for_another_engine_is_refused(start, context):
         connector="fake",
     )
     socket.send(
-        to_holder.encode(
+        to_prefill_side.encode(
             Handshake(
                 call_id=5,
                 engine_id="b" * 32,
@@ -246,7 +254,7 @@ def test_handshake_for_another_engine_is_refused(start, context):
             )
         )
     )
-    answer = to_puller.decode(socket.recv())
+    answer = to_decode_side.decode(socket.recv())
     assert isinstance(answer, Refused)
     assert "prefill-0/rank-0 belongs to engine_id aaaa" in answer.reason
     socket.close()

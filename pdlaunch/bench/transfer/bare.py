@@ -14,7 +14,7 @@ import torch
 
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.channel.mapping import heads_of_rank, map_sources
+from pdlaunch.transfer.channel.head_mapping import heads_of_rank, map_sources
 from pdlaunch.transfer.connectors.connector import memory_kind
 from pdlaunch.transfer.connectors.nixl import load_nixl, new_agent
 from pdlaunch.transfer.connectors.piece_copies import HostCopier, PieceCopier, Pieces
@@ -43,9 +43,9 @@ def parts_of(
     for reader in range(pair[1]):
         sources = map_sources(
             num_kv_heads=shape.num_kv_heads,
-            holder_tp_size=pair[0],
-            puller_tp_size=pair[1],
-            puller_tp_rank=reader,
+            prefill_tp_size=pair[0],
+            decode_tp_size=pair[1],
+            decode_tp_rank=reader,
         )
         ours = heads_of_rank(shape.num_kv_heads, pair[1], reader)
         for source in sources:

@@ -32,7 +32,7 @@ from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
 from pdlaunch.transfer.channel.engine_id import draw_engine_id
-from pdlaunch.transfer.channel.mapping import map_sources
+from pdlaunch.transfer.channel.head_mapping import map_sources
 
 NUM_WARM_UP_TURNS = 2
 LEASE_S = 600.0
@@ -99,7 +99,7 @@ def bench_transfer(
     Raises TransferError, and ConfigError without a device or the memory.
     """
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
-    _check(shape, device, max(puller_tp_size for _, puller_tp_size in tp_pairs))
+    _check(shape, device, max(decode_tp_size for _, decode_tp_size in tp_pairs))
     place = _Place(device, enable_cumem_allocator and device == "cuda")
     kinds = [
         (connector, path)
@@ -127,7 +127,7 @@ def bench_transfer(
     return rows
 
 
-def _check(shape: BenchShape, device: str, num_pullers: int) -> None:
+def _check(shape: BenchShape, device: str, num_decode_ranks: int) -> None:
     """Each puller has blocks for bare copies of its own."""
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -139,7 +139,7 @@ def _check(shape: BenchShape, device: str, num_pullers: int) -> None:
             )
         return
     needed_bytes, there_bytes = (
-        (NUM_CACHES + num_pullers) * shape.num_blocks * shape.layout().block_bytes,
+        (NUM_CACHES + num_decode_ranks) * shape.num_blocks * shape.layout().block_bytes,
         memory_bytes(),
     )
     if needed_bytes > there_bytes:
@@ -283,9 +283,9 @@ class _Pair:
         """Every puller shakes hands with every holder."""
         map_sources(
             num_kv_heads=num_kv_heads,
-            holder_tp_size=self._tp_size,
-            puller_tp_size=len(self.pullers),
-            puller_tp_rank=0,
+            prefill_tp_size=self._tp_size,
+            decode_tp_size=len(self.pullers),
+            decode_tp_rank=0,
         )  # refuses what does not fit, before anybody waits for it
         processes = (*self.holders, *self.pullers)
         for process in processes:

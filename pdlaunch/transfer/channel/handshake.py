@@ -17,7 +17,7 @@ from pdlaunch.integrity.checksum import ALGORITHM
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import PROTOCOL_VERSION, Compatibility, Geometry, HandshakeReply
-from pdlaunch.transfer.channel.mapping import heads_of_rank
+from pdlaunch.transfer.channel.head_mapping import heads_of_rank
 from pdlaunch.transfer.connectors.connector import LocalMemory, memory_kind
 from pdlaunch.transfer.connectors.scratch import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES
 

@@ -12,7 +12,12 @@ from typing import Any
 import zmq
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.protocol.side_channel import ToHolder, ToPuller, to_holder, to_puller
+from pdlaunch.protocol.side_channel import (
+    ToDecodeSide,
+    ToPrefillSide,
+    to_decode_side,
+    to_prefill_side,
+)
 from pdlaunch.protocol.sockets import SecureContext
 
 logger = logging.getLogger(__name__)
@@ -21,7 +26,7 @@ MAX_MESSAGES_A_TURN = 256
 """So that one talkative peer cannot keep the thread from its other work."""
 
 
-class HolderSocket:
+class PrefillSocket:
     """ROUTER of the rank that holds blocks."""
 
     def __init__(self, context: SecureContext, endpoint: str) -> None:
@@ -29,22 +34,22 @@ class HolderSocket:
         self.socket: Any
         self.socket, self.endpoint = context.listen(zmq.ROUTER, endpoint)
 
-    def receive(self) -> list[tuple[bytes, ToHolder]]:
+    def receive(self) -> list[tuple[bytes, ToPrefillSide]]:
         """What has arrived, with the identity to answer to; never blocks."""
         received = []
         for frames in _receive_ready(self.socket):
             try:
                 if len(frames) != 2:
                     raise ProtocolError(f"{len(frames)} frames instead of 2")
-                received.append((frames[0], to_holder.decode(frames[1])))
+                received.append((frames[0], to_prefill_side.decode(frames[1])))
             except ProtocolError as error:
                 logger.warning("dropped a message on the side channel: %s", error)
         return received
 
-    def send(self, identity: bytes, message: ToPuller) -> None:
+    def send(self, identity: bytes, message: ToDecodeSide) -> None:
         """Answer a peer; lost when it is gone."""
         try:
-            self.socket.send_multipart([identity, to_puller.encode(message)], zmq.NOBLOCK)
+            self.socket.send_multipart([identity, to_decode_side.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             logger.warning("an answer on the side channel was lost: %s", error)
 
@@ -52,7 +57,7 @@ class HolderSocket:
         self.socket.close()
 
 
-class PullerSocket:
+class DecodeSocket:
     """DEALER to one rank that holds blocks."""
 
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
@@ -72,20 +77,20 @@ class PullerSocket:
             self._broken = bool(self._monitor.poll(0))
         return self._broken
 
-    def receive(self) -> list[ToPuller]:
+    def receive(self) -> list[ToDecodeSide]:
         """What has arrived; never blocks."""
         received = []
         for frames in _receive_ready(self.socket):
             try:
-                received.append(to_puller.decode(frames[-1]))
+                received.append(to_decode_side.decode(frames[-1]))
             except ProtocolError as error:
                 logger.warning("dropped an answer on the side channel: %s", error)
         return received
 
-    def send(self, message: ToHolder) -> None:
+    def send(self, message: ToPrefillSide) -> None:
         """Queue a message; lost when the peer has stopped reading for long."""
         try:
-            self.socket.send(to_holder.encode(message), zmq.NOBLOCK)
+            self.socket.send(to_prefill_side.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("a message on the side channel was lost: the peer does not read")
 

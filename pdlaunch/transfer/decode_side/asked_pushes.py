@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToPuller
+from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import BlockRead, Connector, ReadHandle
 from pdlaunch.transfer.decode_side.peer_setup import Channel
@@ -53,7 +53,7 @@ class AskedPushes:
             )
         )
 
-    def take_answer(self, answer: ToPuller) -> bool:
+    def take_answer(self, answer: ToDecodeSide) -> bool:
         """End the READ that the message answers; False when it answers none."""
         handle = self._handles.pop(answer.call_id, None)
         if handle is None:

@@ -44,10 +44,10 @@ from pdlaunch.protocol.side_channel import (
     PullReply,
     Refused,
     StateChecksums,
-    ToPuller,
+    ToDecodeSide,
 )
 from pdlaunch.protocol.transfer import StartPull
-from pdlaunch.transfer.channel.mapping import Source
+from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
 from pdlaunch.transfer.decode_side.part_reads import PartReads, ReadFailed
 from pdlaunch.transfer.decode_side.read_plan import PullFailed, Share
@@ -76,7 +76,7 @@ class Branch:
     """
 
     def __init__(
-        self, command: StartPull, source: Source, link: HolderLink, puller: Puller
+        self, command: StartPull, source: SourceRank, link: HolderLink, puller: Puller
     ) -> None:
         self.name = link.name
         self.stage = Stage.CONNECTING
@@ -264,7 +264,7 @@ class Branch:
     def _ask_about(
         self,
         kind: type[StateChecksums | Heartbeat | PullEnd],
-        on_reply: Callable[[ToPuller], None] | None,
+        on_reply: Callable[[ToDecodeSide], None] | None,
     ) -> None:
         """What concerns a pull that has begun."""
         remote, reader = self._command.remote, self._reader
@@ -285,12 +285,12 @@ class Branch:
             engine_id=remote.engine_id,
             lease_id=remote.lease_id,
             reader=self._reader,
-            num_pullers=self._source.num_pullers,
+            num_decode_ranks=self._source.num_decode_ranks,
             awaits=self._command.awaits,
             version=self._version,
         )
 
-    def _on_reply(self, asked_s: float, reply: ToPuller) -> None:
+    def _on_reply(self, asked_s: float, reply: ToDecodeSide) -> None:
         """``asked_s``: when the question was sent; the lease has at least the stated seconds from
         then on.
         """
@@ -304,7 +304,7 @@ class Branch:
         except PullFailed as failure:
             self._failure = failure.without_traceback()
 
-    def _handle_reply(self, asked_s: float, reply: ToPuller) -> None:
+    def _handle_reply(self, asked_s: float, reply: ToDecodeSide) -> None:
         match reply:
             case PullReply() if self.stage is Stage.BEGINNING:
                 self._forget_begun()

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.ids import EngineId, PullId, ReaderId
-from pdlaunch.protocol.side_channel import Geometry, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import Geometry, ToDecodeSide, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from pdlaunch.transfer.connectors.connector import BlockRead, Landing, ReadHandle, ReadState
 
@@ -35,7 +35,7 @@ class HolderLink(Protocol):
         """A READ needs no lease, as far as the holder is concerned."""
 
     def ask(
-        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+        self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
     ) -> int:
         """Send what ``build`` makes of a fresh call_id, which is returned; ``on_reply`` gets the
         answer, if one comes.

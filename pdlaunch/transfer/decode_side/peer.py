@@ -24,8 +24,8 @@ from pdlaunch.protocol.side_channel import (
     Handshake,
     HandshakeReply,
     Refused,
-    ToHolder,
-    ToPuller,
+    ToDecodeSide,
+    ToPrefillSide,
 )
 from pdlaunch.transfer.channel.handshake import check_geometry, compare
 from pdlaunch.transfer.connectors.connector import (
@@ -79,7 +79,7 @@ class Peer:
         self._setup = setup
         self._state = _State.IDLE
         self._call_ids = itertools.count(1)
-        self._calls: dict[int, Callable[[ToPuller], None]] = {}
+        self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
         """Who waits for an answer, by call_id."""
         self._agent: PeerHandle | None = None
         self._old_agents: list[PeerHandle] = []
@@ -153,7 +153,7 @@ class Peer:
             self._on_deadline()
 
     def ask(
-        self, build: Callable[[int], ToHolder], on_reply: Callable[[ToPuller], None] | None
+        self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
     ) -> int:
         call_id = next(self._call_ids)
         if on_reply is not None:
@@ -215,7 +215,7 @@ class Peer:
             lambda reply: self._guard(lambda: self._on_handshake_reply(reply)),
         )
 
-    def _on_message(self, message: ToPuller) -> None:
+    def _on_message(self, message: ToDecodeSide) -> None:
         """Answers to calls that nobody waits for any more are dropped."""
         if self._pushes.take_answer(message):
             return
@@ -223,7 +223,7 @@ class Peer:
         if on_reply is not None:
             on_reply(message)
 
-    def _on_handshake_reply(self, reply: ToPuller) -> None:
+    def _on_handshake_reply(self, reply: ToDecodeSide) -> None:
         if self._state is not _State.ASKING:
             return
         if isinstance(reply, Refused):

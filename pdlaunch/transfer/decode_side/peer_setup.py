@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pdlaunch.protocol.control import ToSupervisor
-from pdlaunch.protocol.side_channel import Compatibility, ToHolder, ToPuller
+from pdlaunch.protocol.side_channel import Compatibility, ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.channel.handshake import RankIdentity
-from pdlaunch.transfer.channel.mapping import Source, map_sources
+from pdlaunch.transfer.channel.head_mapping import SourceRank, map_sources
 from pdlaunch.transfer.connectors.connector import Connector
 
 
@@ -23,9 +23,9 @@ class Channel(Protocol):
     def broken(self) -> bool:
         """The peer's process has ended; only known where the connector pushes."""
 
-    def send(self, message: ToHolder) -> None: ...
+    def send(self, message: ToPrefillSide) -> None: ...
 
-    def receive(self) -> list[ToPuller]: ...
+    def receive(self) -> list[ToDecodeSide]: ...
 
     def close(self) -> None: ...
 
@@ -54,13 +54,13 @@ class PeerSetup:
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]
 
-    def sources(self, holder_tp_size: int) -> tuple[Source, ...]:
+    def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
         """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes
         do not fit.
         """
         return map_sources(
             num_kv_heads=self.compatibility.num_kv_heads,
-            holder_tp_size=holder_tp_size,
-            puller_tp_size=self.identity.tp_size,
-            puller_tp_rank=self.identity.tp_rank,
+            prefill_tp_size=prefill_tp_size,
+            decode_tp_size=self.identity.tp_size,
+            decode_tp_rank=self.identity.tp_rank,
         )

@@ -10,7 +10,7 @@ from pdlaunch.errors import HandshakeError, TransferError
 from pdlaunch.protocol.control import Entry, PairFailed
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.transfer.channel.handshake import RankIdentity
-from pdlaunch.transfer.channel.mapping import Source
+from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.peer import Peer
 from pdlaunch.transfer.decode_side.peer_setup import PeerAddress, PeerSetup
 
@@ -80,7 +80,7 @@ class PeerTable:
             peer.advance()
         self.gone[:] = [peer for peer in self.gone if not peer.closed]
 
-    def sources_of(self, engine_id: EngineId) -> list[tuple[Source, Peer]]:
+    def sources_of(self, engine_id: EngineId) -> list[tuple[SourceRank, Peer]]:
         """The ranks of an engine that this rank pulls from, wanted from now on.
 
         Raises TransferError when the engine or one of these ranks is not in the registry, or does

@@ -12,7 +12,7 @@ says ``in_flight`` and lives until the handle has ended, however long that takes
 from __future__ import annotations
 
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
-from pdlaunch.transfer.channel.mapping import Source
+from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.branch import Branch
 from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
 from pdlaunch.transfer.decode_side.read_plan import PullFailed
@@ -25,7 +25,7 @@ class Pull:
     """
 
     def __init__(
-        self, command: StartPull, links: list[tuple[Source, HolderLink]], puller: Puller
+        self, command: StartPull, links: list[tuple[SourceRank, HolderLink]], puller: Puller
     ) -> None:
         """``links``: the holder ranks that this rank turns to, from ``map_sources``."""
         self.command = command

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pdlaunch.protocol.ids import ReaderId
-from pdlaunch.protocol.side_channel import PullBegin, PullEnd, ToHolder
+from pdlaunch.protocol.side_channel import PullBegin, PullEnd, ToPrefillSide
 
 GRANT_LAG_S = 2.0
 """A rank hears of a lease at most this long after its readers do; later, and for a lease that never
@@ -32,25 +32,29 @@ MAX_AWAITING = 1024
 class _Question:
     identity: bytes
     """Of the reader's socket."""
-    message: ToHolder
+    message: ToPrefillSide
     deadline_s: float
 
 
 class EarlyQuestions:
     """Keeps what came too early. The transfer thread owns it."""
 
-    def __init__(self, is_early: Callable[[ToHolder], bool], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, is_early: Callable[[ToPrefillSide], bool], clock: Callable[[], float]
+    ) -> None:
         self._is_early = is_early
         self._clock = clock
         self._waiting: list[_Question] = []
 
-    def sift(self, received: Iterable[tuple[bytes, ToHolder]]) -> list[tuple[bytes, ToHolder]]:
+    def sift(
+        self, received: Iterable[tuple[bytes, ToPrefillSide]]
+    ) -> list[tuple[bytes, ToPrefillSide]]:
         """What can be answered now: of the earlier questions first, then of those just received."""
         now_s = self._clock()
         for identity, message in received:
             self._waiting.append(_Question(identity, message, self._deadline_s(message, now_s)))
         questions, self._waiting = self._waiting, []
-        due: list[tuple[bytes, ToHolder]] = []
+        due: list[tuple[bytes, ToPrefillSide]] = []
         for question in questions:
             limit = MAX_AWAITING if _awaits(question.message) else MAX_WAITING
             if (
@@ -78,7 +82,7 @@ class EarlyQuestions:
         """Clock time at which the next of them is to be answered in any case."""
         return min((question.deadline_s for question in self._waiting), default=float("inf"))
 
-    def _deadline_s(self, message: ToHolder, now_s: float) -> float:
+    def _deadline_s(self, message: ToPrefillSide, now_s: float) -> float:
         """Until when it may wait. One that awaits a prompt goes with the next of its reader, or
         with the end of the pull.
         """
@@ -95,11 +99,11 @@ class EarlyQuestions:
         return now_s + LONGEST_WAIT_S if earlier is None else earlier.deadline_s
 
 
-def _awaits(message: ToHolder) -> bool:
+def _awaits(message: ToPrefillSide) -> bool:
     return isinstance(message, PullBegin) and message.awaits
 
 
-def _is_awaited_by(message: PullBegin | PullEnd, earlier: ToHolder) -> bool:
+def _is_awaited_by(message: PullBegin | PullEnd, earlier: ToPrefillSide) -> bool:
     if not (isinstance(earlier, PullBegin) and earlier.awaits):
         return False
     return (earlier.lease_id, earlier.reader) == (message.lease_id, message.reader)

@@ -32,8 +32,8 @@ from pdlaunch.protocol.side_channel import (
     Push,
     Refused,
     StateChecksums,
-    ToHolder,
-    ToPuller,
+    ToDecodeSide,
+    ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import (
     AnnounceBlocks,
@@ -172,7 +172,7 @@ class Holder:
     def next_deadline_s(self) -> float | None:
         return self._leases.next_deadline_s()
 
-    def is_early(self, message: ToHolder) -> bool:
+    def is_early(self, message: ToPrefillSide) -> bool:
         """It asks about a lease of this engine that this rank has never heard of: the grant may be
         on the way.
 
@@ -224,7 +224,7 @@ class Holder:
             range(message.first_head, message.first_head + message.num_heads),
         )
 
-    def answer(self, message: ToHolder) -> ToPuller:
+    def answer(self, message: ToPrefillSide) -> ToDecodeSide:
         """The answer to a puller's message."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         identity = self._card.identity
@@ -236,7 +236,7 @@ class Holder:
         except LeaseError as error:
             return Refused(call_id=message.call_id, reason=f"{identity.name}: {error}")
 
-    def _answer(self, message: ToHolder) -> ToPuller:
+    def _answer(self, message: ToPrefillSide) -> ToDecodeSide:
         match message:
             case Handshake():
                 return self._introduce(message)
@@ -273,7 +273,7 @@ class Holder:
     def _begin(self, message: PullBegin) -> PullReply:
         if self._has_news_for(message):
             return self._announced.reply(message.call_id, message.lease_id)
-        lease = self._leases.begin(message.lease_id, message.reader, message.num_pullers)
+        lease = self._leases.begin(message.lease_id, message.reader, message.num_decode_ranks)
         return PullReply(
             call_id=message.call_id,
             num_tokens=lease.grant.num_tokens,

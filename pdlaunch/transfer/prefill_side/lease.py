@@ -121,20 +121,20 @@ class LeaseTable:
         lease.num_readers = num_readers
         self._end_if_done(lease)
 
-    def begin(self, lease_id: LeaseId, reader: ReaderId, num_pullers: int) -> Lease:
+    def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
         """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull
         has ended.
         """
         lease = self.living(lease_id)
-        if num_pullers < 1:
-            raise LeaseError(f"num_pullers is {num_pullers}, it must be at least 1")
+        if num_decode_ranks < 1:
+            raise LeaseError(f"num_decode_ranks is {num_decode_ranks}, it must be at least 1")
         if lease.cancelled:
             raise LeaseError(f"request {lease_id} was cancelled")
         if reader in lease.served_readers:
             raise LeaseError(f"reader {reader} has ended its pull of request {lease_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
             raise LeaseError(f"request {lease_id} has {MAX_OPEN_READERS} open pulls")
-        lease.open_readers[reader] = num_pullers
+        lease.open_readers[reader] = num_decode_ranks
         self._extend(lease)
         return lease
 
@@ -155,11 +155,11 @@ class LeaseTable:
         """A pull has ended; returns whether the lease held since its begin."""
         self.expire()
         lease = self._leases.get(lease_id)
-        num_pullers = lease.open_readers.pop(reader, None) if lease is not None else None
-        if lease is None or num_pullers is None:
+        num_decode_ranks = lease.open_readers.pop(reader, None) if lease is not None else None
+        if lease is None or num_decode_ranks is None:
             return False
         lease.served_readers.add(reader)
-        lease.served += Fraction(1, num_pullers)
+        lease.served += Fraction(1, num_decode_ranks)
         self._end_if_done(lease)
         return True
 

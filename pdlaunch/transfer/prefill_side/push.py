@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdlaunch.errors import LeaseError, TransferError
-from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToPuller
+from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.transfer.connectors.connector import Connector, PushHandle
 from pdlaunch.transfer.prefill_side.holder import Holder
 
@@ -36,7 +36,7 @@ class PushDesk:
         self._connector = connector
         self._clock = clock
         self._writes: list[_Write] = []
-        self._refused: list[tuple[bytes, ToPuller]] = []
+        self._refused: list[tuple[bytes, ToDecodeSide]] = []
 
     @property
     def youngest_write_s(self) -> float | None:
@@ -52,7 +52,7 @@ class PushDesk:
             return
         self._writes.append(_Write(identity, message.call_id, handle, self._clock()))
 
-    def take_answers(self) -> list[tuple[bytes, ToPuller]]:
+    def take_answers(self) -> list[tuple[bytes, ToDecodeSide]]:
         """What has been refused or has ended since the last call; never waits."""
         answers, self._refused = self._refused, []
         pending = []
