@@ -24,6 +24,7 @@ from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.resolve import served_model_name
+from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
 from pdlaunch.supervisor.launch import (
     LaunchOutcome,
     PlannedLaunch,
@@ -31,7 +32,6 @@ from pdlaunch.supervisor.launch import (
     launch,
     plan_launch,
 )
-from pdlaunch.supervisor.log_dirs import new_launch_id, new_log_dir
 from pdlaunch.supervisor.ports import check_engine_ports, listening
 from pdlaunch.supervisor.status import LaunchStatus
 

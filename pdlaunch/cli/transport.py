@@ -16,8 +16,8 @@ from pdlaunch.platform.allocator_conf import read_expandable_segments
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.supervisor.folders import new_launch_id
 from pdlaunch.supervisor.launch import check_platform, launch, plan_launch
-from pdlaunch.supervisor.log_dirs import new_launch_id
 from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
 from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.status import LaunchStatus

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pdlaunch.hosts.host import Host
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.failure import Failure
-from pdlaunch.supervisor.given_up import GivenUp
 from pdlaunch.supervisor.instance import Instance, Unit
-from pdlaunch.supervisor.pairs import PairBook
-from pdlaunch.supervisor.restarts import RestartPolicy
+from pdlaunch.supervisor.registry import Pairs
+from pdlaunch.supervisor.restarts import GivenUp, RestartPolicy
 from pdlaunch.supervisor.states import ProcessState
 
 
@@ -27,7 +26,7 @@ class Deaths:
         plan: Plan,
         host: Host,
         units: Sequence[Unit],
-        pairs: PairBook,
+        pairs: Pairs,
         policy: RestartPolicy,
         clock: Callable[[], float],
         *,

@@ -28,9 +28,8 @@ from pdlaunch.resolve.resolve import resolve_engines, resolve_models
 from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
 from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.folders import SUPERVISOR_LOG, keep_logs, new_run_dir
 from pdlaunch.supervisor.hangs import HangLimits
-from pdlaunch.supervisor.log_dirs import SUPERVISOR_LOG, keep
-from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
@@ -118,7 +117,7 @@ def launch(
     raise_open_files()
     keys = new_launch_keys()
     with (
-        keep(log_dir),
+        keep_logs(log_dir),
         new_run_dir() as run_dir,
         contextlib.closing(SecureContext(keys)) as context,
     ):

@@ -1,14 +1,15 @@
-"""The registry that every process is sent: who lives, where, in which incarnation."""
+"""Keeps what the supervisor tells every process: who lives where, and which pairs of ranks are proven."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from pdlaunch.protocol.control import Entry, PairReady, Registry
+from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
 
 
-class RegistryBook:
+class RegistryVersions:
     """Versions of the registry. The version grows with every change and never without one."""
 
     def __init__(self) -> None:
@@ -34,3 +35,83 @@ class RegistryBook:
             version=current.version + 1, entries=entries, serving=serving, pairs=list(pairs)
         )
         return True
+
+
+class Pairs:
+    """The pairs of a launch.
+
+    With different TP sizes only some ranks of two engines talk to each other, and the decode side
+    knows which: each pair tells with how many ranks of that engine. No pairs are due while a role
+    has no engine.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._engine_of = {rank.name: rank.engine for rank in plan.ranks("prefill")}
+        self._due = [
+            (rank.name, engine)
+            for rank in plan.ranks("decode")
+            for engine in plan.engines("prefill")
+        ]
+        self._given_up: set[str] = set()
+        self._proven: dict[tuple[str, str], PairReady] = {}
+        self._errors: dict[tuple[str, str], str] = {}
+
+    def add(self, pair: PairReady) -> None:
+        self._proven[pair.local, pair.peer] = pair
+        self._errors.pop((pair.local, pair.peer), None)
+
+    def fail(self, local: str, peer: str, error: str) -> None:
+        self._errors[local, peer] = error
+
+    def forget(self, name: str) -> None:
+        """A process has died: what it proved, or what was proven about it, holds no more."""
+        for pair in [pair for pair in self._proven if name in pair]:
+            del self._proven[pair]
+
+    def give_up(self, engine: str) -> None:
+        """No pair of this engine is due, until it is tried again."""
+        self._given_up.add(engine)
+
+    def try_again(self, engine: str) -> None:
+        self._given_up.discard(engine)
+
+    def proven(self) -> list[PairReady]:
+        return list(self._proven.values())
+
+    def missing(self) -> list[str]:
+        """The pairs that are due, each in words with the last error."""
+        due = [
+            (rank, engine)
+            for rank, engine in self._due
+            if self._given_up.isdisjoint((rank.partition("/")[0], engine))
+        ]
+        return [
+            self._describe(rank, engine)
+            for rank, engine in due
+            if not self._is_connected(rank, engine)
+        ]
+
+    def _is_connected(self, local: str, engine: str) -> bool:
+        pairs = self._pairs(local, engine)
+        return bool(pairs) and len(pairs) >= max(pair.num_peers for pair in pairs)
+
+    def _pairs(self, local: str, engine: str) -> list[PairReady]:
+        return [
+            pair
+            for pair in self._proven.values()
+            if pair.local == local and self._engine_of.get(pair.peer) == engine
+        ]
+
+    def _describe(self, local: str, engine: str) -> str:
+        errors = [
+            error
+            for (l_name, peer), error in self._errors.items()
+            if l_name == local and self._engine_of.get(peer) == engine
+        ]
+        pairs = self._pairs(local, engine)
+        what = (
+            f"a path to only {len(pairs)} of {pairs[0].num_peers} ranks of"
+            if pairs
+            else "no path to"
+        )
+        return f"{local} has {what} {engine}" + (f": {errors[-1]}" if errors else "")

@@ -1,8 +1,22 @@
-"""When a unit that has died is started again."""
+"""Decides when a unit that has died is started again, and which engines are given up.
+
+::
+
+    serves ── too many quick deaths ──▶ given up ── after a minute, two, four ... ──▶ on trial ── ready ──▶ serves
+                                           ▲─────────────── one quick death ────────────┘◀───────────────────┘
+
+An engine that was given up is left alone for a while, longer each time. The count of waits begins
+anew once the engine has served for long enough.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from pdlaunch.config.models import Role
+from pdlaunch.resolve.plan import ROLES, Plan
+from pdlaunch.supervisor.instance import Instance
 
 _MAX_DOUBLINGS = 32
 """No number that overflows, however often an engine is given up."""
@@ -38,3 +52,81 @@ class RestartPolicy:
         """
         doublings = min(num_times - 1, _MAX_DOUBLINGS)
         return float(min(self.max_retry_s, self.first_retry_s * 2**doublings))
+
+
+class GivenUp:
+    """Which engines of a launch do not serve, why, and when they are tried again; ``in`` asks for
+    one that is not on trial.
+    """
+
+    def __init__(self, plan: Plan, policy: RestartPolicy) -> None:
+        self._engines = {role: plan.engines(role) for role in ROLES}
+        self._policy = policy
+        self._why: dict[str, str] = {}
+        """Of engines that are given up or on trial."""
+        self._retry_at_s: dict[str, float] = {}
+        self._num_times: dict[str, int] = {}
+        """In a row, without long service between."""
+
+    def __contains__(self, engine: str) -> bool:
+        return engine in self._retry_at_s
+
+    @property
+    def due_s(self) -> float:
+        """When the next engine is to be tried again."""
+        return min(self._retry_at_s.values(), default=math.inf)
+
+    def due(self, now_s: float) -> list[str]:
+        return [engine for engine, at_s in self._retry_at_s.items() if now_s >= at_s]
+
+    def add(self, cause: Instance, summary: str, now_s: float) -> float:
+        """Returns how long it is left alone. ``cause``: the process whose deaths were too many."""
+        engine = cause.spec.engine
+        self._why[engine] = summary + (f": {cause.error}" if cause.error else "")
+        self._num_times[engine] = self._num_times.get(engine, 0) + 1
+        delay_s = self._policy.retry_delay_s(self._num_times[engine])
+        self._retry_at_s[engine] = now_s + delay_s
+        return delay_s
+
+    def postpone(self, engine: str, at_s: float) -> None:
+        """Wait longer, as processes of it have not died yet."""
+        self._retry_at_s[engine] = at_s
+
+    def try_again(self, engine: str) -> None:
+        """It is being started; until it serves it counts for nothing."""
+        del self._retry_at_s[engine]
+
+    def serves(self, engine: str) -> None:
+        """All of its processes are ready."""
+        self._why.pop(engine, None)
+
+    def forgive(self, engine: str) -> None:
+        """It is started as if it had never been given up, but counts for nothing until it
+        serves.
+        """
+        self._retry_at_s.pop(engine, None)
+        self.served_long(engine)
+
+    def served_long(self, engine: str) -> None:
+        """Begin the count of waits anew."""
+        self._num_times.pop(engine, None)
+
+    def left_of(self, role: Role | None) -> list[str]:
+        """The other engines of a role; the router has none."""
+        return (
+            []
+            if role is None
+            else [engine for engine in self._engines[role] if engine not in self._why]
+        )
+
+    def details(self, last: Instance) -> list[str]:
+        """For the report of a launch whose ``last`` engine of a role is gone: what became of the
+        others.
+        """
+        role = last.spec.role
+        others = (
+            [engine for engine in self._engines[role] if engine != last.spec.engine]
+            if role is not None
+            else []
+        )
+        return [f"  before that, {self._why[engine]}" for engine in others]

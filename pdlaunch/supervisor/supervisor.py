@@ -35,8 +35,7 @@ from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
-from pdlaunch.supervisor.pairs import PairBook
-from pdlaunch.supervisor.registry import RegistryBook
+from pdlaunch.supervisor.registry import Pairs, RegistryVersions
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, LaunchShutdown
 from pdlaunch.supervisor.states import LaunchPhase, ProcessState
@@ -90,8 +89,8 @@ class Supervisor:
         self._instances = {
             m.name: m for unit in (*self._conversions, *self._units) for m in unit.members
         }
-        self._registry = RegistryBook()
-        self._pairs = PairBook(plan)
+        self._registry = RegistryVersions()
+        self._pairs = Pairs(plan)
         self._deaths = Deaths(
             plan,
             host,

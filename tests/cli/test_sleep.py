@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pdlaunch.cli.app import build_app
 from pdlaunch.process import run_dirs
 from pdlaunch.process.run_dirs import LaunchCard
-from pdlaunch.supervisor.run_dir import new_run_dir
+from pdlaunch.supervisor.folders import new_run_dir
 
 GIB = 1024**3
 ENGINES = ("prefill-0", "decode-0")

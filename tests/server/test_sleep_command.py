@@ -26,7 +26,7 @@ from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.supervisor_link import SupervisorLink
-from pdlaunch.supervisor.run_dir import new_run_dir
+from pdlaunch.supervisor.folders import new_run_dir
 from tests.router.conftest import SPEC
 from tests.server.conftest import TOKEN, Engine
 from tests.server.fake_rank import FakeRank

@@ -15,8 +15,8 @@ from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
+from pdlaunch.supervisor.folders import new_run_dir
 from pdlaunch.supervisor.launch import LaunchOutcome, supervise
-from pdlaunch.supervisor.run_dir import new_run_dir
 from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Timing
 from tests.router.conftest import SPEC

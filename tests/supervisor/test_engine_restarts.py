@@ -10,7 +10,7 @@ from pdlaunch.protocol.control import Drain, Restart, Restarting
 from pdlaunch.supervisor.shutdown import Grace
 from pdlaunch.supervisor.supervisor import Timing
 from tests.supervisor.fakes import World, make_plan
-from tests.supervisor.test_given_up import give_up
+from tests.supervisor.test_restarts import give_up
 
 DECODE = {"decode-0", "decode-0/rank-0", "decode-0/rank-1"}
 

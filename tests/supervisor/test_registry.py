@@ -1,11 +1,16 @@
+"""What every process is told: versions of the registry, pairs that are proven or missing."""
+
 from __future__ import annotations
 
+import msgspec
+
 from pdlaunch.protocol.control import PairReady
-from pdlaunch.supervisor.registry import RegistryBook
+from pdlaunch.supervisor.registry import Pairs, RegistryVersions
+from tests.supervisor.fakes import make_plan, pair_ready
 
 
 def test_a_new_version_for_every_change_and_none_without() -> None:
-    book = RegistryBook()
+    book = RegistryVersions()
     assert not book.update([], serving=False)
     assert book.update([], serving=True)
     assert (book.current.version, book.current.serving) == (1, True)
@@ -14,7 +19,7 @@ def test_a_new_version_for_every_change_and_none_without() -> None:
 
 def test_a_proven_pair_is_a_change() -> None:
     book, pair = (
-        RegistryBook(),
+        RegistryVersions(),
         PairReady(
             local="d",
             peer="p",
@@ -29,3 +34,32 @@ def test_a_proven_pair_is_a_change() -> None:
     assert book.current.pairs == [pair]
     assert not book.update([], [pair], serving=True)
     assert book.update([], serving=True)
+
+
+def to_rank(tp_rank: int, num_peers: int) -> PairReady:
+    pair = pair_ready("decode-0/rank-0", f"prefill-0/rank-{tp_rank}", 0)
+    return msgspec.structs.replace(pair, num_peers=num_peers)
+
+
+def test_a_decode_rank_is_connected_with_its_last_pair() -> None:
+    book = Pairs(make_plan())
+    assert book.missing() == ["decode-0/rank-0 has no path to prefill-0"]
+    book.add(to_rank(0, num_peers=1))
+    assert book.missing() == []
+
+
+def test_every_rank_of_the_prefill_engine_that_is_pulled_from_counts() -> None:
+    plan = make_plan(tp_size=3)
+    book = Pairs(plan)
+    for decode in ("decode-0/rank-1", "decode-0/rank-2"):
+        book.add(pair_ready(decode, "prefill-0/rank-0", 0))
+    book.add(to_rank(0, num_peers=3))
+    book.fail("decode-0/rank-0", "prefill-0/rank-1", "the first READ failed")
+    expected = "decode-0/rank-0 has a path to only 1 of 3 ranks of prefill-0: the first READ failed"
+    assert book.missing() == [expected]
+    book.add(to_rank(1, num_peers=3))
+    assert book.missing() == ["decode-0/rank-0 has a path to only 2 of 3 ranks of prefill-0"]
+    book.add(to_rank(2, num_peers=3))
+    assert book.missing() == []
+    book.forget("prefill-0/rank-2")
+    assert book.missing() != []

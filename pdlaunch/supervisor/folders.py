@@ -1,11 +1,16 @@
-"""The folders of log files: one a launch, of which the latest are kept."""
+"""Makes the folders of a launch, for its log files and for its sockets, and removes what dead launches
+have left of theirs.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +19,7 @@ from pdlaunch.config.aliases import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.process.file_lock import is_locked, take_lock
+from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, own_run_dirs
 
 KEPT_LAUNCHES = 20
 """Folders of the cache that stay, the new one included; those of running launches stay beyond
@@ -21,6 +27,8 @@ that.
 """
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+_NEW_FOR_S = 60.0
+"""A run folder without a lock is left alone for so long: its launch may just be making it."""
 
 
 def new_launch_id() -> str:
@@ -46,12 +54,12 @@ def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
             fix="name a folder that you may write to with --log-dir",
         ) from None
     if not config.log_dir:
-        prune(log_dir.parent)
+        prune_logs(log_dir.parent)
     return log_dir.resolve()
 
 
 @contextlib.contextmanager
-def keep(log_dir: Path) -> Iterator[None]:
+def keep_logs(log_dir: Path) -> Iterator[None]:
     """Nobody prunes the folder for as long as the block runs."""
     with (log_dir / SUPERVISOR_LOG).open("ab") as log:
         # Another launch that writes to the same folder has it, and keeps it as well.
@@ -60,7 +68,7 @@ def keep(log_dir: Path) -> Iterator[None]:
         yield
 
 
-def prune(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
+def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
     """Remove all but the latest log folders of launches that have ended; returns them."""
     launches = sorted(
         path
@@ -77,4 +85,39 @@ def _is_kept(log_dir: Path) -> bool:
     try:
         return is_locked(log_dir / SUPERVISOR_LOG)
     except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def new_run_dir(base: Path | None = None) -> Iterator[Path]:
+    """A fresh folder, mode 0700, removed at the end. A lock in it, which dies with this process,
+    says that it is in use.
+    """
+    base = base or base_dir()
+    remove_stale_run_dirs(base)
+    run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        take_lock(lock)
+        yield run_dir
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_stale_run_dirs(base: Path) -> list[Path]:
+    """Remove this user's folders whose launch is dead; returns them."""
+    stale = [path for path in own_run_dirs(base) if _is_stale(path)]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        return not is_locked(path / LOCK)
+    except FileNotFoundError:
+        # Its launch died, or is just about to make the lock.
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime > _NEW_FOR_S
         return False

@@ -1,17 +1,25 @@
+"""Folders of a launch are private, kept while it lives, and removed afterwards."""
+
 from __future__ import annotations
 
+import os
+import stat
+import time
 from pathlib import Path
 
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.supervisor.log_dirs import (
+from pdlaunch.process.run_dirs import PREFIX
+from pdlaunch.supervisor.folders import (
     KEPT_LAUNCHES,
     SUPERVISOR_LOG,
-    keep,
+    keep_logs,
     new_launch_id,
     new_log_dir,
-    prune,
+    new_run_dir,
+    prune_logs,
+    remove_stale_run_dirs,
 )
 
 
@@ -26,17 +34,17 @@ def make_folders(folder: Path, count: int) -> list[Path]:
 
 def test_the_latest_are_kept(tmp_path: Path) -> None:
     folders = make_folders(tmp_path, 5)
-    assert prune(tmp_path, 3) == folders[:2]
+    assert prune_logs(tmp_path, 3) == folders[:2]
     assert sorted(tmp_path.iterdir()) == folders[2:]
-    assert prune(tmp_path, 3) == []
+    assert prune_logs(tmp_path, 3) == []
 
 
 def test_a_launch_that_runs_keeps_its_folder_however_old_it_is(tmp_path: Path) -> None:
     folders = make_folders(tmp_path, 5)
-    with keep(folders[0]), keep(folders[0]):
-        assert prune(tmp_path, 2) == folders[1:3]
+    with keep_logs(folders[0]), keep_logs(folders[0]):
+        assert prune_logs(tmp_path, 2) == folders[1:3]
         assert folders[0].exists()
-    assert prune(tmp_path, 2) == folders[:1]
+    assert prune_logs(tmp_path, 2) == folders[:1]
 
 
 def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
@@ -46,7 +54,7 @@ def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
     (logs / "mine").mkdir(parents=True)
     (logs / "20250101-000000-abcdef").symlink_to(outside)
     folders = make_folders(logs, 2)
-    assert prune(logs, 1) == folders[:1]
+    assert prune_logs(logs, 1) == folders[:1]
     assert {path.name for path in logs.iterdir()} == {
         "mine",
         "20250101-000000-abcdef",
@@ -58,7 +66,7 @@ def test_what_is_no_folder_of_a_launch_stays(tmp_path: Path) -> None:
 def test_a_folder_without_a_log_is_left_over_too(tmp_path: Path) -> None:
     folders = make_folders(tmp_path, 2)
     (folders[0] / SUPERVISOR_LOG).unlink()
-    assert prune(tmp_path, 1) == folders[:1]
+    assert prune_logs(tmp_path, 1) == folders[:1]
 
 
 def test_a_new_launch_prunes_the_cache_and_never_a_folder_of_the_users_own(
@@ -73,3 +81,41 @@ def test_a_new_launch_prunes_the_cache_and_never_a_folder_of_the_users_own(
     new = new_log_dir(LaunchConfig(), new_launch_id())
     assert len(list(new.parent.iterdir())) == KEPT_LAUNCHES
     assert new.exists()
+
+
+def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
+    with new_run_dir(tmp_path) as run_dir:
+        assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+        (run_dir / "control").touch()
+    assert not run_dir.exists()
+
+
+def test_what_a_dead_launch_left_is_removed_and_what_lives_stays(tmp_path: Path) -> None:
+    dead = tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    with new_run_dir(tmp_path) as run_dir:
+        assert not dead.exists()
+        assert remove_stale_run_dirs(tmp_path) == []
+        assert run_dir.exists()
+
+
+def test_a_folder_without_a_lock_is_stale_once_it_is_old(tmp_path: Path) -> None:
+    folder = tmp_path / f"{PREFIX}new"
+    folder.mkdir()
+    assert remove_stale_run_dirs(tmp_path) == []
+    os.utime(folder, (time.time() - 3600,) * 2)
+    assert remove_stale_run_dirs(tmp_path) == [folder]
+
+
+def test_links_and_files_are_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (tmp_path / f"{PREFIX}link").symlink_to(target)
+    (tmp_path / f"{PREFIX}file").touch()
+    assert remove_stale_run_dirs(tmp_path) == []
+
+
+def test_sockets_inside_have_short_enough_paths() -> None:
+    with new_run_dir() as run_dir:
+        assert len(os.fsencode(run_dir / ("x" * 60))) <= 107
