@@ -58,7 +58,7 @@ class DecodeGraphs:
         """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up;
         None: they are token ids.
         """
-        layout, device = attention.layout, attention.kv_cache.device
+        layout, device = attention.setup.layout, attention.setup.kv_cache.device
         self._layout = layout
         self._sizes = batch_sizes(max_rows)
         staging = Staging(DecodeInputs.buffer_size(layout, self._sizes[-1], max_blocks), device)

@@ -21,8 +21,7 @@ from pdlaunch.models.attention import AttentionStep
 from pdlaunch.models.decoder import TransformersDecoder
 from pdlaunch.models.layer_kernels import add_and_normalize, multiply_gated
 from pdlaunch.models.stacked_weights import join
-from pdlaunch.models.triton_attention import TritonStep
-from pdlaunch.models.triton_step import HeadNorms
+from pdlaunch.models.triton_step import HeadNorms, TritonStep
 
 GELU = "gelu_pytorch_tanh"
 ACTIVATIONS = {

@@ -22,6 +22,54 @@ not.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Says which keys and values of one group a gather puts together for flash attention."""
+
+    slots: torch.Tensor
+    """[num_gathered_tokens] int32"""
+    starts: torch.Tensor
+    """[num_chunks + 1] int32"""
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Describes the rows after the decode rows: chunks of prompts."""
+
+    longest: int
+    starts: torch.Tensor
+    """[num_chunks + 1] int32; first token of each chunk, counted from the first chunk's"""
+    row_starts: torch.Tensor
+    """[num_rows + 1] int32"""
+    tile_rows: torch.Tensor
+    """[num_tiles] int32"""
+    tile_tokens: torch.Tensor
+    """[num_tiles] int32"""
+    prefixes: tuple[Prefix, ...] | None
+    """By group; None: no chunk has anything before it."""
+    lengths: tuple[int, ...]
+    """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else
+    empty.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """Holds a step's integers on the device."""
+
+    slots: tuple[torch.Tensor, ...]
+    """By group: [num_tokens] int32; -1 writes nothing"""
+    lengths: torch.Tensor
+    """[num_rows] int32"""
+    tables: torch.Tensor
+    """[num_groups * num_rows * table_stride] int32"""
+    table_stride_at: torch.Tensor
+    """[1] int32"""
+    num_decode_rows: int
+    chunks: Chunks | None
+
+
 def upload(arrays: Sequence[IntArray | Int32Array], device: torch.device) -> list[torch.Tensor]:
     """int32 copies of ``arrays`` on ``device``, flat, from one transfer that the host does not wait
     for.

@@ -93,7 +93,7 @@ def check_gathered_prefixes(case: Case) -> None:
         inputs = make_inputs(case)
         kv_cache, expected = reference(inputs, layer, 0.1)
         backend = TritonAttention(inputs.layout, inputs.kv_cache)
-        backend.flash = attend_contiguous
+        backend.setup.flash = attend_contiguous
         found = backend.prepare(inputs.batch).attend(
             layer, inputs.query, inputs.key, inputs.value, 0.1
         )
