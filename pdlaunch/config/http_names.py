@@ -1,11 +1,14 @@
-"""Lists of host names and origins, as settings: YAML lists, or texts with commas in flags and
-variables.
+"""Host names, origins and URLs: how settings list them, and how a listening server is reached.
+
+Lists are YAML lists, or texts with commas in flags and variables.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -13,7 +16,17 @@ from pydantic import AfterValidator, BeforeValidator
 
 ANY = "*"
 """As an entry of ``allowed_hosts`` or ``cors_origins`` it admits everything."""
+WILDCARDS: Mapping[str, str] = MappingProxyType(
+    {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+)
+"""Hosts that mean every address of a machine, and the loopback address that reaches each."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+
+
+def local_url(host: str, port: int) -> str:
+    """Return the URL at which this machine's processes reach a server that listens on ``host``."""
+    name = WILDCARDS.get(host, host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def _read_list(value: object) -> object:

@@ -24,13 +24,12 @@ from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
-from pdlaunch.config.http_names import ANY
+from pdlaunch.config.http_names import ANY, WILDCARDS
 from pdlaunch.errors import RequestError
 from pdlaunch.observe.trace import REQUEST_ID_HEADER
 
 HOST_FREE_PATHS = frozenset({"/health"})
 PREFLIGHT_MAX_AGE_S = 600
-_WILDCARDS = frozenset({"", "0.0.0.0", "::"})
 _EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, Retry-After"
 
 
@@ -44,7 +43,7 @@ class Guard:
         allowed_hosts: tuple[str, ...] = (),
         cors_origins: tuple[str, ...] = (),
     ) -> None:
-        own = {bind_host, socket.gethostname()} if bind_host in _WILDCARDS else {bind_host}
+        own = {bind_host, socket.gethostname()} if bind_host in WILDCARDS else {bind_host}
         self._hosts = frozenset(_plain(name) for name in {"localhost", *own, *allowed_hosts} - {""})
         self._any_host = ANY in allowed_hosts
         self._origins = frozenset(origin.rstrip("/").lower() for origin in cors_origins)

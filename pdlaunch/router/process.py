@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.http.connections import HttpRunner, fit_connections, fit_requests
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG, Bootstrap, RouterSpec
@@ -50,7 +51,6 @@ READER_TIMEOUT_S = 20.0
 """For a client that takes no byte of its answer."""
 SHUTDOWN_TIMEOUT_S = 1.0
 """For handlers to end when the router stops; draining comes before."""
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class RouterProcess:
@@ -104,7 +104,7 @@ class RouterProcess:
         await runner.setup()
         heartbeat = asyncio.create_task(Heartbeat(control.send, self._bootstrap.heartbeat_s).run())
         try:
-            url = _url(spec.host, spec.port)
+            url = local_url(spec.host, spec.port)
             control.send(
                 Register(
                     name=self._bootstrap.name,
@@ -203,9 +203,3 @@ def _deliver(
     """From the control thread into the loop; what comes after the loop's end is of no use."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(inbox.put_nowait, message)
-
-
-def _url(host: str, port: int) -> str:
-    """How processes on this host reach the router."""
-    name = _WILDCARDS.get(host, host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -18,6 +18,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.process.bootstrap import Bootstrap
@@ -111,7 +112,7 @@ class ServerProcess:
             raise StartupError(
                 f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
             ) from None
-        return _url(host, runner.addresses[0][1])
+        return local_url(host, runner.addresses[0][1])
 
     def _register(self, url: str) -> None:
         self._control.send(
@@ -193,12 +194,3 @@ class ServerProcess:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _url(host: str, port: int) -> str:
-    """Where this machine's processes reach the server; a wildcard address is reached over
-    loopback.
-    """
-    if host in ("", "0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
