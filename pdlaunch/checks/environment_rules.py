@@ -496,7 +496,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _uses(context: Context, connector: str) -> bool:
-    return context.pair() is not None and str(context.config.kv_transfer.connector) == connector
+    return context.pair() is not None and context.config.kv_transfer.carrier == connector
 
 
 def _nixl_build(libraries: Libraries) -> str | None:

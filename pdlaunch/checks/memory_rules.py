@@ -373,7 +373,7 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
     "PD213",
     "warning",
     fix=(
-        "Let kv_transfer.path be auto or p2p, switch the CuMem allocator off, or give the host an "
+        "Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give the host an "
         "IMEX channel."
     ),
     source=(

@@ -57,7 +57,7 @@ def bytes_differ(context: Context) -> Iterator[Found]:
     "PD503",
     "warning",
     fix=(
-        "Let kv_transfer.path be auto or p2p; switch expandable_segments off; or give the host an "
+        "Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give the host an "
         "IMEX channel (fabric handles)."
     ),
     source=(
@@ -85,7 +85,7 @@ def cliff(context: Context) -> Iterator[Found]:
 @rule(
     "PD504",
     "warning",
-    fix="Let kv_transfer.path be auto, so that ranks of one host use P2P; with path nixl take larger blocks; look at UCX_TLS, at "
+    fix="Let kv_transfer.nixl.path be auto, so that ranks of one host use P2P; with path nixl take larger blocks; look at UCX_TLS, at "
     "the placement of the ranks (NUMA node, PCIe switch), and at what else uses the link.",
     source="The READ at the end of the handshake against what the link should give. Between GPUs: 75 % of what the wires of "
     "their NVLinks carry, 80 % with PCIe, as NVML tells them (P2P between two H200s: 340 to 394 of "
@@ -97,7 +97,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
     """A pair of ranks is far slower than its link.
 
     Time to first token on decode grows with every byte of the prompt's KV cache. Only the path in
-    use is judged: with kv_transfer.path auto it is the fastest of those that can be used, and the
+    use is judged: with kv_transfer.nixl.path auto it is the fastest of those that can be used, and the
     finding says what the others gave, or why they cannot be used. Far slower is less than half of
     what a good path over the link gives. Two GPUs of a host are judged with the connector nixl,
     where NVML knows their NVLinks, or their PCIe slots at one CPU; not MIG devices, nor ranks whose
@@ -155,9 +155,9 @@ def _reasons(context: Context, pair: PairTransport) -> str:
     """What kept the pair from a faster path, as far as that is known."""
     settings = context.config.kv_transfer
     reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
-    if settings.connector == "nixl" and settings.path != "auto":
-        untried = "P2P" if settings.path == "nixl" else "NIXL"
-        reasons.append(f"kv_transfer.path is {settings.path}: {untried} was not tried")
+    if settings.carrier == "nixl" and settings.nixl.path != "auto":
+        untried = "P2P" if settings.nixl.path == "nixl" else "NIXL"
+        reasons.append(f"kv_transfer.nixl.path is {settings.nixl.path}: {untried} was not tried")
     if pair.path.startswith("nixl"):
         values = {
             engine.environ["UCX_TLS"]

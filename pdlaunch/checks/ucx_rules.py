@@ -182,7 +182,7 @@ def _transports(engine: Engine) -> tuple[str, ...]:
 
 
 def _uses_ucx(context: Context) -> bool:
-    return context.pair() is not None and context.config.kv_transfer.connector == "nixl"
+    return context.pair() is not None and context.config.kv_transfer.carrier == "nixl"
 
 
 def _is_on(value: str | None) -> bool:

@@ -20,7 +20,7 @@ from pdlaunch.cli.bench_values import (
 )
 from pdlaunch.cli.measuring import STDERR, run_module
 from pdlaunch.config.aliases import resolve_model
-from pdlaunch.config.models import ConnectorName, KVPath, MooncakeProtocol
+from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 
@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command("serve")(serve)
 
 
-_CONNECTORS: tuple[str, ...] = get_args(ConnectorName)
+_CONNECTORS: tuple[str, ...] = ("nixl", "mooncake", "file")
 _PATHS: tuple[str, ...] = get_args(KVPath)
 _AUTO: KVPath = "auto"
 _MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)

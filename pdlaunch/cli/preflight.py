@@ -29,11 +29,10 @@ _STYLES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 def probe_folders(config: LaunchConfig) -> dict[str, str]:
     """By setting, why the folder that it names cannot be written to."""
-    transfer = config.kv_transfer
-    if transfer.connector != "file" or transfer.file_directory is None:
-        return {}
-    problem = why_not_writable(transfer.file_directory)
-    return {} if problem is None else {"kv_transfer.file_directory": problem}
+    problems = {
+        name: why_not_writable(folder) for name, folder in config.kv_transfer.folders.items()
+    }
+    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def refuse_errors(

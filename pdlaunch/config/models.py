@@ -18,20 +18,17 @@ from pdlaunch.config.field_types import (
     Flag,
     FrozenModel,
     OptionalSize,
-    Switch,
     may_override,
     override,
 )
 from pdlaunch.config.http_names import HostNames, Origins
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.config.sizes import parse_size
 
 Role = Literal["prefill", "decode"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
-ConnectorName = Literal["nixl", "mooncake", "file"]
-KVPath = Literal["auto", "nixl", "p2p"]
-MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
 OffloadPolicy = Literal["arc", "lru"]
 
 DEPLOYMENT = "Deployment"
@@ -139,81 +136,6 @@ class RoleSettings(FrozenModel):
     def ports(self) -> range:
         """Return the fixed ports of the engines in their order; none when they take free ones."""
         return range(self.port, self.port + self.replicas) if self.port else range(0)
-
-
-class KVTransferSettings(FrozenModel):
-    """How KV blocks get from prefill to decode."""
-
-    connector: Annotated[ConnectorName, Flag("kv-connector")] = Field(
-        "nixl", description="What moves KV blocks from prefill to decode ranks."
-    )
-    path: KVPath = Field(
-        "auto",
-        description="What carries KV blocks with connector nixl: NIXL, or copies from mapped memory of ranks of a host (p2p); "
-        "`auto` is what is faster at the handshake, for each pair.",
-    )
-    verify: Switch = Field(
-        True,
-        description=(
-            "Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' "
-            "clocks."
-        ),
-    )
-    on_failure: Literal["recompute", "fail"] = Field(
-        "recompute", description="What decode does when a pull fails for good."
-    )
-    lease_s: float = Field(
-        30.0,
-        gt=0,
-        description="Seconds prefill keeps blocks for a decode engine that says nothing.",
-    )
-    pull_timeout_s: float = Field(
-        20.0, gt=0, description="Seconds a decode engine waits for one pull."
-    )
-    pull_attempts: int = Field(
-        2,
-        ge=1,
-        description="READs of a rank's blocks that may fail before the prompt is recomputed.",
-    )
-    handshake_timeout_s: float = Field(
-        20.0, gt=0, description="Seconds for the handshake of one pair."
-    )
-    num_sender_threads: int = Field(
-        2, ge=1, le=64, description="Threads of a rank that write to its readers (mooncake, file)."
-    )
-    mooncake_protocol: MooncakeProtocol = Field(
-        "tcp", description="What Mooncake moves KV blocks over."
-    )
-    mooncake_devices: str = Field(
-        "",
-        description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
-    )
-    file_directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
-        None, min_length=1, description="Shared folder of the file connector, which needs one."
-    )
-    file_size_limit: ByteSize = Field(
-        parse_size("10GiB"),
-        description="Size of that folder; what was written first is deleted first.",
-    )
-
-    @model_validator(mode="after")
-    def _has_paths(self) -> Self:
-        if self.connector != "nixl" and self.path != "auto":
-            message = f"only connector nixl has paths; leave it out for connector {self.connector}"
-            raise PydanticCustomError("path", message, {"field": "path"})
-        return self
-
-    @property
-    def maps_memory(self) -> bool:
-        """Ranks may map the KV cache of their peers."""
-        return self.connector == "nixl" and self.path != "nixl"
-
-    @model_validator(mode="after")
-    def _has_a_directory(self) -> Self:
-        if self.connector == "file" and self.file_directory is None:
-            message = "it needs kv_transfer.file_directory: a folder that all engines can write to"
-            raise PydanticCustomError("directory", message, {"field": "connector"})
-        return self
 
 
 class LimitSettings(FrozenModel):

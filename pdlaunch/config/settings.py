@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pdlaunch.config.connectors import other_sections
 from pdlaunch.config.field_types import Flag, FrozenModel, section_of
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sizes import format_size, parse_size
@@ -21,6 +22,8 @@ SECRET = "**********"
 """Stands for a secret wherever values are shown."""
 VARIABLE_PREFIX = "PDLAUNCH_"
 
+_CONNECTORS = "kv_transfer"
+"""The section that holds a section for each connector, of other packages too."""
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
     SecretStr: "KEY",
@@ -105,7 +108,7 @@ class Setting:
         name = (declared.name or field.replace("_", "-")).format(role=section)
         text = (declared.help or self.description).format(role=section)
         if self.is_secret:
-            text += f" {_variable(name)} keeps it out of ps."
+            text += f" {variable_name(name)} keeps it out of ps."
         elif self.default not in ("", "off"):
             text += f" Default: {self.default}{f'; --no-{name}' if self.is_switch else ''}."
         return Flag(name, declared.panel, declared.metavar or self.form, text)
@@ -115,13 +118,22 @@ class Setting:
         """The names of the variables that set it: one like its flag, one like its path."""
         flag = self.flag
         names = [flag.name, self.path] if flag else [self.path]
-        return list(dict.fromkeys(map(_variable, names)))
+        return list(dict.fromkeys(map(variable_name, names)))
 
 
 @functools.cache
 def all_settings() -> Mapping[str, Setting]:
     """Every setting by dotted path, in the order of the models."""
-    return {setting.path: setting for setting in _walk(LaunchConfig, "")}
+    found = [*_walk(LaunchConfig, "")]
+    for name, model in other_sections().items():
+        path = f"{_CONNECTORS}.{name}"
+        # A section whose model cannot be imported takes any entries: a rule reports the failure.
+        found += (
+            [*_walk(model, f"{path}.")]
+            if model
+            else [Setting(path, FieldInfo(description="Unknown."), (dict,))]
+        )
+    return {setting.path: setting for setting in found}
 
 
 @functools.cache
@@ -129,12 +141,14 @@ def sections() -> Mapping[str, type[FrozenModel]]:
     """Parts of the file that hold settings: ``""`` (the top level), ``prefill``,
     ``prefill.kv_offload``, ...
     """
-    return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, ""))}
+    others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items() if model}
+    return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
 
 
 def known_names(section: str) -> list[str]:
     """Names that may stand in a section of the file."""
-    return list(sections()[section].model_fields)
+    others = other_sections() if section == _CONNECTORS else ()
+    return [*sections()[section].model_fields, *others]
 
 
 @functools.cache
@@ -174,7 +188,8 @@ def split_path(path: str) -> list[str]:
     return path.split(".")
 
 
-def _variable(name: str) -> str:
+def variable_name(name: str) -> str:
+    """Return the variable of a dotted path, or of a flag without dashes in front."""
     return f"{VARIABLE_PREFIX}{name.replace('.', '__').replace('-', '_').upper()}"
 
 

@@ -49,7 +49,7 @@ def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
     for path, field in all_settings().items():
         value: Any = loaded.config
         for name in path.split("."):
-            value = getattr(value, name)
+            value = getattr(value, name, None)
         entries = (
             {f"{path}.{name}": entry for name, entry in value.items()}
             if field.is_mapping and value

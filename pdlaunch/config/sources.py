@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
@@ -23,6 +24,7 @@ from pdlaunch.config.settings import (
     flag_name,
     is_secret,
     split_path,
+    variable_name,
     variable_paths,
 )
 from pdlaunch.config.yaml_file import read_yaml
@@ -137,6 +139,9 @@ def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
 
 
 def _unknown_variable(name: str, known: Mapping[str, str]) -> Problem:
+    if name in (renamed := {variable_name(old): new for old, new in RENAMED.items()}):
+        fix = f"it is {variable_name(renamed[name])} now"
+        return Problem("unknown variable", fix=fix, where=name)
     match = nearest(name, [*known, *OTHER_VARIABLES])
     fix = f"did you mean {match}?" if match else "`pdlaunch config show` lists the settings"
     return Problem("unknown variable", fix=fix, where=shown_name(name))
@@ -149,7 +154,7 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
         if path in all_settings() or path.rpartition(".")[0] in all_settings():
             given[path] = _Given(value, Origin("flag", flag_name(path)))
         else:
-            match = nearest(path, all_settings())
+            match = RENAMED.get(path) or nearest(path, all_settings())
             problems.append(
                 Problem(
                     "unknown field",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name
 from pdlaunch.config.settings import all_settings, known_names, sections
 
@@ -61,6 +62,8 @@ class _Reader:
             if name not in names:
                 match = nearest(name, names)
                 fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
+                if path in RENAMED:
+                    fix = f"it is {RENAMED[path]} now"
                 self._problem(key, "unknown field", path, fix)
             elif path in sections():
                 self.read_section(value, path)

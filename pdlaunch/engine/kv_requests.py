@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 from pdlaunch.protocol.engine import TokenOutput

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import LeaseBook, PullBook

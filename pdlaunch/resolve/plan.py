@@ -10,7 +10,6 @@ from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
@@ -262,9 +261,7 @@ def _rank_environment(
         # Models are folders by now; a rank that asks a hub would only wait for a time-out.
         "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
         **env,
-        **connector_environment(
-            placement.config.kv_transfer, {**environ, **env}, placement.device(role)
-        ),
+        **placement.config.kv_transfer.environment({**environ, **env}, placement.device(role)),
     }
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from pdlaunch.checks.context import Context, Listener
 from pdlaunch.checks.transport_report import PairTransport
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Availability, Limits, NixlInstall, PortState, SharedMemory
 from tests.checks.contexts import CPU, GB200, GIB, GPU, SHAPE, SMALL_SHAPE, on
@@ -215,13 +215,13 @@ CASES: dict[str, Case] = {
     ),
     "PD213": Case(
         [
-            on(GPU, enable_cumem_allocator=True, kv_transfer__path="nixl"),
-            on(GPU, enable_sleep_mode=True, kv_transfer__path="nixl"),
+            on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, enable_sleep_mode=True, kv_transfer__nixl__path="nixl"),
             on(GPU, enable_sleep_mode=True, kv_transfer__connector="mooncake"),
         ],
         [
-            on(GPU, kv_transfer__path="nixl"),
-            on(GB200, enable_cumem_allocator=True, kv_transfer__path="nixl"),
+            on(GPU, kv_transfer__nixl__path="nixl"),
+            on(GB200, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, enable_cumem_allocator=True),
         ],
     ),
@@ -379,7 +379,7 @@ CASES: dict[str, Case] = {
         [mooncake(CPU), on(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
     ),
     "PD419": Case(
-        [on(CPU, folder_problems={"kv_transfer.file_directory": "/kv is no folder"})],
+        [on(CPU, folder_problems={"kv_transfer.file.directory": "/kv is no folder"})],
         [on(CPU, folder_problems={})],
     ),
     "PD420": Case(

@@ -126,8 +126,18 @@ def test_one_family_alone():
     ("flags", "environ", "others", "reasons"),
     [
         ({}, {}, {"p2p": "not here"}, "; p2p: not here"),
-        ({"kv_transfer.path": "nixl"}, {}, {}, "; kv_transfer.path is nixl: P2P was not tried"),
-        ({"kv_transfer.path": "p2p"}, {}, {}, "; kv_transfer.path is p2p: NIXL was not tried"),
+        (
+            {"kv_transfer.nixl.path": "nixl"},
+            {},
+            {},
+            "; kv_transfer.nixl.path is nixl: P2P was not tried",
+        ),
+        (
+            {"kv_transfer.nixl.path": "p2p"},
+            {},
+            {},
+            "; kv_transfer.nixl.path is p2p: NIXL was not tried",
+        ),
         ({}, {"UCX_TLS": "tcp,cuda_copy"}, {}, "; UCX_TLS is tcp,cuda_copy"),
         ({}, {}, {}, ""),
     ],

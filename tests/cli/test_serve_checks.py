@@ -112,14 +112,14 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
         (NVLINK, 394.0, {}, []),
         (NVLINK, 250.0, {}, []),
         (NVLINK, 60.0, {}, ["PD504"]),
-        (NVLINK, 10.4, {"kv_transfer.path": "nixl"}, ["PD504"]),
-        (NVLINK, 0.6, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True}, ["PD503"]),
+        (NVLINK, 10.4, {"kv_transfer.nixl.path": "nixl"}, ["PD504"]),
+        (NVLINK, 0.6, {"kv_transfer.nixl.path": "nixl", "enable_cumem_allocator": True}, ["PD503"]),
         (NVLINK, 0.6, {}, ["PD504"]),
         (PCIE, 55.0, {}, []),
         (PCIE, 12.0, {}, ["PD504"]),
         (None, 0.6, {}, []),
         (NVLINK, 0.6, {"kv_transfer.connector": "mooncake"}, []),
-        (NVLINK, 0.6, {"kv_transfer.connector": "file", "kv_transfer.file_directory": "/tmp"}, []),
+        (NVLINK, 0.6, {"kv_transfer.connector": "file", "kv_transfer.file.directory": "/tmp"}, []),
         (NVLINK, 0.6, {"decode.device": "cpu"}, []),
         (NVLINK, 0.6, {"env": {"CUDA_VISIBLE_DEVICES": "1"}}, []),
     ],
@@ -151,24 +151,26 @@ def test_nothing_is_said_of_gpus_that_nothing_joins(gpus: tuple[Gpu, ...]) -> No
 
 
 def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
-    loaded = load_config(None, {}, {"kv_transfer.path": "nixl"})
+    loaded = load_config(None, {}, {"kv_transfer.nixl.path": "nixl"})
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(60.0), joined_by(NVLINK))
     assert (
         "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda "
         "memory)" in finding.message
     )
-    assert "kv_transfer.path is nixl: P2P was not tried" in finding.message
+    assert "kv_transfer.nixl.path is nixl: P2P was not tried" in finding.message
     refused = {"p2p": "cuMemImportFromShareableHandle failed"}
     (finding,) = judge_pairs(
         load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK)
     )
     assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
-    assert "kv_transfer.path be auto" in finding.fix
+    assert "kv_transfer.nixl.path be auto" in finding.fix
 
 
 def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
-    loaded = load_config(None, {}, {"kv_transfer.path": "nixl", "enable_cumem_allocator": True})
+    loaded = load_config(
+        None, {}, {"kv_transfer.nixl.path": "nixl", "enable_cumem_allocator": True}
+    )
     (finding,) = judge_pairs(loaded, GPUS, {}, measured(0.5), joined_by(NVLINK))
     assert finding.message.endswith(
-        "the 0.6 GB/s cliff; kv_transfer.path is nixl: P2P was not tried"
+        "the 0.6 GB/s cliff; kv_transfer.nixl.path is nixl: P2P was not tried"
     )

@@ -4,10 +4,11 @@ from typing import get_args
 
 import pytest
 
+from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import EngineSettings, KVOffloadSettings, LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
-from pdlaunch.config.settings import all_settings, variable_paths
+from pdlaunch.config.settings import all_settings, variable_name, variable_paths
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
 from pdlaunch.errors import ConfigError
 
@@ -43,20 +44,26 @@ class TestConnectors:
     def test_file_needs_a_directory(self):
         problem = only(problems(kv_transfer__connector="file"))
         assert problem.field == "kv_transfer.connector"
-        assert "needs kv_transfer.file_directory" in problem.message
-        loaded = load(kv_transfer__connector="file", kv_transfer__file_directory="/kv")
-        assert loaded.config.kv_transfer.file_directory == "/kv"
+        assert "needs kv_transfer.file.directory" in problem.message
+        loaded = load(kv_transfer__connector="file", kv_transfer__file__directory="/kv")
+        assert loaded.config.kv_transfer.file.directory == "/kv"
 
-    def test_only_nixl_has_paths(self):
-        problem = only(
-            problems(
-                kv_transfer__connector="file",
-                kv_transfer__file_directory="/kv",
-                kv_transfer__path="p2p",
-            )
+    def test_an_unknown_connector_is_named_with_its_likeness(self):
+        problem = only(problems(kv_transfer__connector="nixel"))
+        assert problem.field == "kv_transfer.connector"
+        assert problem.fix == "did you mean nixl?"
+
+    @pytest.mark.parametrize(("old", "new"), RENAMED.items())
+    def test_old_names_say_the_new_one(self, old, new, file):
+        section, name = old.split(".")
+        problem = only(problems(file(f"{section}: {{{name}: 1}}\n")))
+        assert (problem.field, problem.fix) == (old, f"it is {new} now")
+        problem = only(problems(environ={variable_name(old): "1"}))
+        assert (problem.where, problem.fix) == (
+            variable_name(old),
+            f"it is {variable_name(new)} now",
         )
-        assert (problem.field, problem.value) == ("kv_transfer.path", "'p2p'")
-        assert "only connector nixl has paths" in problem.message
+        assert new in all_settings()
 
 
 class TestPrecedence:

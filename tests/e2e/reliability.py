@@ -86,7 +86,7 @@ def main() -> int:
         "--only", default="", help="kills: the scenarios whose title has this in it"
     )
     parser.add_argument("--family", choices=FAMILIES)
-    parser.add_argument("--path", default="auto", help="kv_transfer.path of the soak")
+    parser.add_argument("--path", default="auto", help="kv_transfer.nixl.path of the soak")
     parser.add_argument(
         "--host-tier",
         action="store_true",
@@ -112,7 +112,7 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
     """
     seed, num_requests = asked.seed, asked.requests or 3000
     arguments = HOST_TIER if asked.host_tier else ()
-    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__PATH": asked.path}
+    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": asked.path}
     faults = {"seed": seed, "rate": asked.rate, "lost_s": 3}
     with faulty_deployment(model, faults, *arguments, environ=environ) as deployment:
         options = SoakOptions(

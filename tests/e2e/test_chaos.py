@@ -43,7 +43,7 @@ def tp_deployment(tiny_model: Path) -> Iterator[Deployment]:
     """Prefill with three ranks, decode with one, over NIXL; its transfers are faulty."""
     # Each pull takes three READs, and one that fails ends the others: more faults would leave
     # hardly any that succeeds.
-    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__PATH": "nixl"}
+    environ = SHORT_DEADLINES | {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": "nixl"}
     with faulty_deployment(
         tiny_model, FAULTS | {"rate": 0.06}, "--prefill-tp", "3", environ=environ
     ) as deployment:

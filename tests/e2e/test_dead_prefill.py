@@ -18,7 +18,7 @@ from tests.e2e.waiting import await_true
 
 NUM_TOKENS = 8
 PROMPT = list(range(40, 140))
-P2P = {"PDLAUNCH_KV_TRANSFER__PATH": "p2p", "PDLAUNCH_KV_TRANSFER__LEASE_S": "600"}
+P2P = {"PDLAUNCH_KV_TRANSFER__NIXL__PATH": "p2p", "PDLAUNCH_KV_TRANSFER__LEASE_S": "600"}
 
 
 def test_what_a_dead_prefill_rank_has_leased_is_computed_again(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.logit_changes import SampleRow, token_bias

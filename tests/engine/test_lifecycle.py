@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.transfer import CancelPull, EndLease, GrantLease, PullFinished, StartPull
 from tests.engine.fake_engine import (

@@ -7,7 +7,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, sliding
 from tests.engine.test_scheduler_machine import (

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.protocol.engine import SamplingParams
 from tests.engine.fake_engine import FULL, FakeEngine, remote_kv, sliding
 from tests.engine.fake_runner import VOCAB_SIZE, expected_output

@@ -65,7 +65,6 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process."""
     import torch
 
-    from pdlaunch.config.connector_environment import connector_environment
     from pdlaunch.memory.cumem_pools import open_memory_pools
     from pdlaunch.memory.kv_memories import open_kv_memory
     from pdlaunch.models.kv_memory import allocate_kv_cache
@@ -77,7 +76,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     environ = dict(options.environment)
     on = "cpu" if options.device == "cpu" else "cuda"
-    os.environ.update(environ | connector_environment(options.spec.kv_transfer, environ, on))
+    os.environ.update(environ | options.spec.kv_transfer.environment(environ, on))
     torch.set_num_threads(1)
     layout = layout_of(
         options.num_heads,
@@ -103,7 +102,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     going_on = threading.Event()
     going_on.set()
-    if options.spec.kv_transfer.path == "p2p" and device.type == "cpu":
+    if options.spec.kv_transfer.nixl.path == "p2p" and device.type == "cpu":
         connector = held_connector(options, going_on)
     else:
         connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -55,21 +56,21 @@ def keys() -> LaunchKeys:
 @pytest.fixture(scope="module", params=list(PATHS))
 def settings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """``kv_transfer`` of a launch with the connector under test."""
     if request.param == "mooncake":
         libraries = find_libraries()
         if not libraries.mooncake or libraries.missing_for_mooncake:
             pytest.skip(f"mooncake: {libraries.missing_for_mooncake or 'not installed'}")
     if request.param == "file":
-        return {"connector": "file", "file_directory": str(tmp_path_factory.mktemp("kv"))}
+        return {"connector": "file", "file": {"directory": str(tmp_path_factory.mktemp("kv"))}}
     if request.param in ("nixl", "p2p"):
-        return {"connector": "nixl", "path": request.param}
+        return {"connector": "nixl", "nixl": {"path": request.param}}
     return {"connector": request.param}
 
 
 @pytest.fixture(scope="module")
-def make_spec(settings: dict[str, str]) -> Callable[..., EngineSpec]:
+def make_spec(settings: dict[str, Any]) -> Callable[..., EngineSpec]:
     return functools.partial(spec_of, **settings)
 
 
@@ -85,7 +86,7 @@ def puller_options(keys: LaunchKeys, make_spec: Callable[..., EngineSpec]) -> Ra
 
 @pytest.fixture(scope="module")
 def pair(
-    holder_options: RankOptions, puller_options: RankOptions, settings: dict[str, str]
+    holder_options: RankOptions, puller_options: RankOptions, settings: dict[str, Any]
 ) -> Iterator[tuple[RankHandle, RankHandle]]:
     """A holder and a puller that have shaken hands."""
     holder, puller = RankHandle(holder_options), RankHandle(puller_options)
@@ -96,7 +97,7 @@ def pair(
             "decode-0/rank-0",
             "prefill-0/rank-0",
             1,
-            PATHS[settings.get("path", settings["connector"])],
+            PATHS[settings.get("nixl", {}).get("path", settings["connector"])],
         )
         assert ready.gigabytes_per_s > 0
         yield holder, puller
@@ -293,7 +294,7 @@ def test_a_rank_listens_on_its_side_channel_alone(pair, settings):
         side_channel = int(rank.endpoint.rpartition(":")[2])
         assert side_channel in tcp
         assert len(tcp) == (3 if settings["connector"] == "mooncake" else 1)
-        assert len(unix) == (settings.get("path") == "p2p")
+        assert len(unix) == (settings.get("nixl", {}).get("path") == "p2p")
         assert all(path.startswith("@") for path in unix)
 
 
@@ -496,7 +497,7 @@ def test_a_pull_from_a_stopped_holder_is_quarantined_until_its_bytes_have_landed
 
 
 def test_a_holder_killed_in_the_middle_drains_the_pull(stoppable, settings):
-    if settings.get("path") == "nixl":
+    if settings.get("nixl", {}).get("path") == "nixl":
         pytest.skip(
             "nobody tells a READ that needs its holder of the death; see test_nixl_deaths.py"
         )

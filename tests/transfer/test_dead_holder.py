@@ -60,7 +60,7 @@ def start(keys: LaunchKeys) -> Iterator[Start]:
             if device != "cpu":
                 pytest.importorskip("cuda.bindings")
             options = RankOptions(
-                spec=spec_of(role, name=f"{role}-0", tp_size=tp_size, path=path),
+                spec=spec_of(role, name=f"{role}-0", tp_size=tp_size, nixl={"path": path}),
                 keys=keys,
                 engine_id=role[0] * 32,
                 tp_rank=tp_rank,

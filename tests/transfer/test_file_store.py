@@ -81,7 +81,7 @@ def test_the_oldest_prompts_are_deleted_when_the_limit_is_passed(tmp_path: Path)
 
 def test_what_exceeds_the_limit_alone_is_refused(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path), 1000)
-    with pytest.raises(TransferError, match=r"1024 bytes do not fit .* file_size_limit is 1000"):
+    with pytest.raises(TransferError, match=r"1024 bytes do not fit .* size_limit is 1000"):
         store.write(file_name(DIGESTS[0], "reader"), BLOCKS)
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +110,7 @@ def test_missing_and_broken_files_are_told(store: FileStore, tmp_path: Path) -> 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TransferError, match=r"kv_transfer.file_directory .* cannot be written to"):
+    with pytest.raises(TransferError, match=r"kv_transfer.file.directory .* cannot be written to"):
         FileStore(str(tmp_path / "file" / "kv"), 1)
 
 

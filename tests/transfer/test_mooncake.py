@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.bench.transfer.pulls import bench_transfer
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.mooncake import _engine_protocol, _merge

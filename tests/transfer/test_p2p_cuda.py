@@ -61,7 +61,7 @@ def start() -> Iterator[Start]:
     def start_rank(
         role: str, device: str, with_cumem: bool, *, path: str = "p2p", **options: object
     ) -> RankHandle:
-        spec = spec_of(role, name=f"{role}-0", path=path)
+        spec = spec_of(role, name=f"{role}-0", nixl={"path": path})
         engine_id = {"prefill": "a", "decode": "b"}[role] * 32
         base = RankOptions(
             spec=spec, keys=keys, engine_id=engine_id, device=device, with_cumem=with_cumem

@@ -23,11 +23,11 @@ Start = Callable[[str, str], RankHandle]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a rank of a role whose ``kv_transfer.path`` is as told."""
+    """Starts a rank of a role whose ``kv_transfer.nixl.path`` is as told."""
     keys, started = new_launch_keys(), []
 
     def start_rank(role: str, path: str) -> RankHandle:
-        spec = spec_of(role, name=f"{role}-0", path=path)
+        spec = spec_of(role, name=f"{role}-0", nixl={"path": path})
         started.append(
             RankHandle(
                 RankOptions(

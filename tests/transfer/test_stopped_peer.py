@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from pdlaunch.config.models import KVTransferSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.hashing import TokenHasher, root_hash
@@ -123,7 +123,7 @@ def ranks() -> Iterator[tuple[RankHandle, RankHandle, RankHandle]]:
     started = [
         RankHandle(
             RankOptions(
-                spec_of(role, name=name, path="nixl"),
+                spec_of(role, name=name, nixl={"path": "nixl"}),
                 keys,
                 engine_id,
                 environment=environment,

@@ -23,7 +23,15 @@ import torch
 from pdlaunch.bench.transfer.bare import BARE, BareKind, Part, parts_of
 from pdlaunch.bench.transfer.rank import Process, PullTimes, RankOptions, run_rank
 from pdlaunch.bench.transfer.shape import BenchShape, DType
-from pdlaunch.config.models import ConnectorName, KVPath, KVTransferSettings, MooncakeProtocol, Role
+from pdlaunch.config.connectors import (
+    FileSettings,
+    KVPath,
+    MooncakeProtocol,
+    MooncakeSettings,
+    NixlSettings,
+)
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.models import Role
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.limits import memory_bytes
@@ -80,7 +88,7 @@ class TransferTiming:
 
 def bench_transfer(
     *,
-    connectors: Sequence[ConnectorName] = ("nixl",),
+    connectors: Sequence[str] = ("nixl",),
     paths: Sequence[KVPath] = ("auto",),
     tp_pairs: Sequence[TPPair] = ((1, 1),),
     num_blocks: Sequence[int] = (16, 128),
@@ -197,14 +205,14 @@ def _row(
 
 @contextlib.contextmanager
 def _settings(
-    connector: ConnectorName, path: KVPath, mooncake_protocol: MooncakeProtocol
+    connector: str, path: KVPath, mooncake_protocol: MooncakeProtocol
 ) -> Iterator[KVTransferSettings]:
     with tempfile.TemporaryDirectory(prefix="pdlaunch-bench-") as folder:
         yield KVTransferSettings(
             connector=connector,
-            path=path,
-            mooncake_protocol=mooncake_protocol,
-            file_directory=folder if connector == "file" else None,
+            nixl=NixlSettings(path=path),
+            mooncake=MooncakeSettings(protocol=mooncake_protocol),
+            file=FileSettings(directory=folder),
             lease_s=LEASE_S,
         )
 
@@ -226,7 +234,7 @@ def _ways(
     kind = BARE.get(
         "p2p" if all(path.startswith("p2p/") for path in unverified.paths) else settings.connector
     )
-    if kind is None or not (kind.reader_moves or settings.mooncake_protocol == "tcp"):
+    if kind is None or not (kind.reader_moves or settings.mooncake.protocol == "tcp"):
         return used, ways, None
     bare = _Bare(kind, unverified, pair, shape)
     return used, {**ways, "bare": bare.move}, bare

@@ -18,9 +18,9 @@ import torch
 
 from pdlaunch.bench.transfer.bare import BareKind, Part
 from pdlaunch.bench.transfer.shape import BenchShape
-from pdlaunch.config.connector_environment import connector_environment
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import KVTransferSettings, Role
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.models import Role
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
@@ -233,9 +233,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     torch.set_num_threads(1)
     device = torch.device(options.device).type
     os.environ.update(
-        connector_environment(
-            options.kv_transfer, os.environ, "cuda" if device == "cuda" else "cpu"
-        )
+        options.kv_transfer.environment(os.environ, "cuda" if device == "cuda" else "cpu")
     )
     try:
         rank = Rank(options)

@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
@@ -24,7 +25,7 @@ from pdlaunch.transfer.connectors.connector import (
     ReadHandle,
     ReadState,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
 from pdlaunch.transfer.connectors.file_store import FileStore, file_name
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
@@ -141,3 +142,17 @@ def _check_fits(
         raise TransferError(
             f"{name} holds {found.dtype} {tuple(found.shape)}, wanted are {wanted.dtype} {shape}"
         )
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FileConnector:
+    """Make the connector of a rank from its settings."""
+    section = settings.file
+    assert section.directory is not None, "checked by KVTransferSettings"
+    return FileConnector(
+        name,
+        incarnation,
+        directory=section.directory,
+        size_limit_bytes=section.size_limit,
+        num_sender_threads=section.num_sender_threads,
+        binding=new_device_binding(),
+    )

@@ -47,7 +47,7 @@ class FileStore:
                 pass
         except OSError as error:
             raise TransferError(
-                f"kv_transfer.file_directory {folder} cannot be written to: {error}"
+                f"kv_transfer.file.directory {folder} cannot be written to: {error}"
             ) from error
 
     def write(self, name: str, blocks: torch.Tensor) -> None:
@@ -57,7 +57,7 @@ class FileStore:
         num_bytes = blocks.numel() * blocks.element_size()
         if num_bytes > self._size_limit_bytes:
             raise TransferError(
-                f"{num_bytes} bytes do not fit into kv_transfer.file_directory: file_size_limit is "
+                f"{num_bytes} bytes do not fit into kv_transfer.file.directory: size_limit is "
                 f"{self._size_limit_bytes}"
             )
         path = self._path(name)

@@ -15,7 +15,8 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from pdlaunch.config.models import MooncakeProtocol
+from pdlaunch.config.connectors import MooncakeProtocol
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.platform import tcp_sockets
 from pdlaunch.protocol.side_channel import Geometry
@@ -27,7 +28,7 @@ from pdlaunch.transfer.connectors.connector import (
     ReadHandle,
     ReadState,
 )
-from pdlaunch.transfer.connectors.device_binding import DeviceBinding
+from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,19 @@ def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> st
     found = next((word for flag, word in words.items() if build.get(flag)), None)
     if found is None:
         raise TransferError(
-            "kv_transfer.mooncake_protocol nvlink: this build of Mooncake has no NVLink transport"
+            "kv_transfer.mooncake.protocol nvlink: this build of Mooncake has no NVLink transport"
         )
     return found
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> MooncakeConnector:
+    """Make the connector of a rank from its settings."""
+    section = settings.mooncake
+    return MooncakeConnector(
+        name,
+        incarnation,
+        protocol=section.protocol,
+        devices=section.devices,
+        num_sender_threads=section.num_sender_threads,
+        binding=new_device_binding(),
+    )

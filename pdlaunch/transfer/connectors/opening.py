@@ -1,53 +1,18 @@
-"""The connector that the configuration names. Libraries are imported when it is opened, not
-here.
-"""
+"""Makes the connector that the configuration names; no other one is imported."""
 
 from __future__ import annotations
 
-from pdlaunch.config.models import KVPath, KVTransferSettings
+from pdlaunch.config.connectors import connector_spec, load_named
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.connectors.connector import Connector
-from pdlaunch.transfer.connectors.device_binding import new_device_binding
-from pdlaunch.transfer.connectors.file import FileConnector
-from pdlaunch.transfer.connectors.mooncake import MooncakeConnector
-from pdlaunch.transfer.connectors.nixl import NixlConnector
-from pdlaunch.transfer.connectors.p2p import P2PConnector
-from pdlaunch.transfer.connectors.paths import PathsConnector
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
-    """``name``: of the rank, ``prefill-0/rank-0``."""
-    match settings.connector:
-        case "nixl":
-            return _new_paths(settings.path, name, incarnation)
-        case "mooncake":
-            return MooncakeConnector(
-                name,
-                incarnation,
-                protocol=settings.mooncake_protocol,
-                devices=settings.mooncake_devices,
-                num_sender_threads=settings.num_sender_threads,
-                binding=new_device_binding(),
-            )
-        case "file":
-            assert settings.file_directory is not None, "checked by KVTransferSettings"
-            return FileConnector(
-                name,
-                incarnation,
-                directory=settings.file_directory,
-                size_limit_bytes=settings.file_size_limit,
-                num_sender_threads=settings.num_sender_threads,
-                binding=new_device_binding(),
-            )
-
-
-def _new_paths(path: KVPath, name: str, incarnation: int) -> Connector:
-    match path:
-        case "nixl":
-            return NixlConnector(name, incarnation)
-        case "p2p":
-            return P2PConnector(name, incarnation, binding=new_device_binding())
-        case "auto":
-            nixl = NixlConnector(name, incarnation)
-            return PathsConnector(
-                [nixl, P2PConnector(name, incarnation, binding=new_device_binding())]
-            )
+    """Make the connector of a rank (``prefill-0/rank-0``). Raises ConfigError."""
+    what = f"connector {settings.connector}"
+    factory = load_named(connector_spec(settings.connector).factory, what)
+    connector = factory(settings, name, incarnation)
+    if not isinstance(connector, Connector):
+        raise ConfigError(f"{what}: {type(connector).__name__} is no Connector")
+    return connector

@@ -15,6 +15,7 @@ from typing import cast
 import msgspec
 import torch
 
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
@@ -26,6 +27,9 @@ from pdlaunch.transfer.connectors.connector import (
     ReadHandle,
     ReadState,
 )
+from pdlaunch.transfer.connectors.device_binding import new_device_binding
+from pdlaunch.transfer.connectors.nixl import NixlConnector
+from pdlaunch.transfer.connectors.p2p import P2PConnector
 
 logger = logging.getLogger(__name__)
 
@@ -205,3 +209,16 @@ def _paths_of(side: _Side) -> Sequence[str]:
 
 def _side_of(peer: _Peer, path: str) -> _Side:
     return next(side for side in peer.sides if path in _paths_of(side))
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:
+    """Make the connector nixl of a rank, over the path or paths that its settings name."""
+    match settings.nixl.path:
+        case "nixl":
+            return NixlConnector(name, incarnation)
+        case "p2p":
+            return P2PConnector(name, incarnation, binding=new_device_binding())
+        case "auto":
+            nixl = NixlConnector(name, incarnation)
+            p2p = P2PConnector(name, incarnation, binding=new_device_binding())
+            return PathsConnector([nixl, p2p])

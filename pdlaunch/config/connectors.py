@@ -1,0 +1,248 @@
+"""What processes without torch know of each connector: settings, environment, where its class is.
+
+A connector is named in ``kv_transfer.connector``. Those of pdlaunch stand in ``BUILT_IN``; another
+package adds one with an entry point of the group ``pdlaunch.connectors``, whose value is a
+``ConnectorSpec``. Only the spec is imported here, so it must be light. docs/connectors.md shows
+how to write one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field
+from pydantic_core import PydanticKnownError
+
+from pdlaunch.config.field_types import ByteSize, Flag, FrozenModel
+from pdlaunch.config.sizes import parse_size
+from pdlaunch.config.ucx import local_transports
+from pdlaunch.errors import ConfigError
+
+ENTRY_POINT_GROUP = "pdlaunch.connectors"
+
+KVPath = Literal["auto", "nixl", "p2p"]
+MooncakeProtocol = Literal["tcp", "rdma", "nvlink"]
+RankDevice = Literal["cpu", "cuda"]
+
+S = TypeVar("S", bound=FrozenModel)
+"""The settings of one connector."""
+
+
+class NoSettings(FrozenModel):
+    """Settings of a connector that has none."""
+
+
+class ConnectorSpec(Generic[S]):
+    """Describes a connector. Override what differs from these defaults."""
+
+    factory: str = ""
+    """``module:callable``; called in the ranks alone as ``callable(settings, name, incarnation)``
+    with the whole ``KVTransferSettings``, the rank's name (``prefill-0/rank-0``) and its
+    incarnation. Returns a ``transfer.connectors.connector.Connector``.
+    """
+    settings: type[S] = NoSettings  # type: ignore[assignment]
+    """The model of the section ``kv_transfer.NAME``."""
+    needs_cuda: bool = False
+    """The connector moves device memory only."""
+
+    def environment(
+        self, section: S, environ: Mapping[str, str], device: RankDevice
+    ) -> dict[str, str]:
+        """Return variables that a rank must have before the connector's libraries are imported.
+
+        ``environ`` is the user's, whose values take precedence.
+        """
+        return {}
+
+    def maps_memory(self, section: S) -> bool:
+        """Say whether ranks may map the KV cache of their peers, which decides how it is
+        allocated.
+        """
+        return False
+
+    def folders(self, section: S) -> Mapping[str, str]:
+        """Return folders that the ranks write to, by the field of the section that names them."""
+        return {}
+
+    def inner(self, section: S) -> str | None:
+        """Return the name of the connector that this one wraps, which moves the bytes."""
+        return None
+
+
+class NixlSettings(FrozenModel):
+    """Settings of the connector nixl."""
+
+    path: KVPath = Field(
+        "auto",
+        description=(
+            "What carries KV blocks: NIXL, or copies from mapped memory of ranks of a host (p2p); "
+            "`auto` is what is faster at the handshake, for each pair."
+        ),
+    )
+
+
+class NixlSpec(ConnectorSpec[NixlSettings]):
+    """NIXL between any ranks, and mapped memory between ranks of one host."""
+
+    factory = "pdlaunch.transfer.connectors.paths:new_connector"
+    settings = NixlSettings
+
+    def environment(
+        self, section: NixlSettings, environ: Mapping[str, str], device: RankDevice
+    ) -> dict[str, str]:
+        defaults = {
+            # The InfiniBand module crashes the process in a finaliser at exit (NIXL 1.5.1).
+            "UCX_MODULES": "^ib",
+            "UCX_WARN_UNUSED_ENV_VARS": "n",
+            "NIXL_LOG_LEVEL": "WARN",
+        }
+        # UCX takes an empty UCX_TLS for all transports; a name that it does not know is none.
+        transports = ",".join(local_transports(environ, device)) or "none"
+        return _with_defaults(environ, defaults) | {"UCX_TLS": transports}
+
+    def maps_memory(self, section: NixlSettings) -> bool:
+        return section.path != "nixl"
+
+
+class PushSettings(FrozenModel):
+    """Settings of connectors whose prefill side writes."""
+
+    num_sender_threads: int = Field(
+        2, ge=1, le=64, description="Threads of a prefill rank that write to its readers."
+    )
+
+
+class MooncakeSettings(PushSettings):
+    """Settings of the connector mooncake."""
+
+    protocol: MooncakeProtocol = Field("tcp", description="What Mooncake moves KV blocks over.")
+    devices: str = Field(
+        "",
+        description="RDMA devices that Mooncake may use, with commas between them; all when empty.",
+    )
+
+
+class MooncakeSpec(ConnectorSpec[MooncakeSettings]):
+    """Mooncake's transfer engine."""
+
+    factory = "pdlaunch.transfer.connectors.mooncake:new_connector"
+    settings = MooncakeSettings
+
+    def environment(
+        self, section: MooncakeSettings, environ: Mapping[str, str], device: RankDevice
+    ) -> dict[str, str]:
+        # Mooncake picks a transport by what it finds, whatever it was told.
+        transports: dict[MooncakeProtocol, dict[str, str]] = {
+            "tcp": {"MC_FORCE_TCP": "1"},
+            "rdma": {},
+            "nvlink": {"MC_INTRA_NVLINK": "1"},
+        }
+        defaults = {
+            "MC_TCP_BIND_ADDRESS": "127.0.0.1",
+            # A call that gives up by its own time-out leaves its write under way: only the
+            # transport's time-outs end one.
+            "MC_TRANSFER_TIMEOUT": "3600",
+            "MC_LOG_LEVEL": "WARNING",
+            **transports[section.protocol],
+        }
+        return _with_defaults(environ, defaults)
+
+
+class FileSettings(PushSettings):
+    """Settings of the connector file."""
+
+    directory: Annotated[str | None, Flag("kv-file-directory", metavar="DIR")] = Field(
+        None, min_length=1, description="Shared folder of the file connector, which needs one."
+    )
+    size_limit: ByteSize = Field(
+        parse_size("10GiB"),
+        description="Size of that folder; what was written first is deleted first.",
+    )
+
+
+class FileSpec(ConnectorSpec[FileSettings]):
+    """Files in a shared folder."""
+
+    factory = "pdlaunch.transfer.connectors.file:new_connector"
+    settings = FileSettings
+
+    def folders(self, section: FileSettings) -> Mapping[str, str]:
+        return {} if section.directory is None else {"directory": section.directory}
+
+
+BUILT_IN: Mapping[str, ConnectorSpec[Any]] = MappingProxyType(
+    {"nixl": NixlSpec(), "mooncake": MooncakeSpec(), "file": FileSpec()}
+)
+
+
+class ConnectorImportError(ConfigError):
+    """A connector's package cannot be imported, or holds something else."""
+
+
+NO_SPEC: ConnectorSpec[NoSettings] = ConnectorSpec()
+"""Stands for a connector that cannot be imported."""
+
+
+def connector_names() -> list[str]:
+    """Return the names of all connectors that are installed; imports none of them."""
+    return [*BUILT_IN, *(name for name in _entry_points() if name not in BUILT_IN)]
+
+
+def connector_spec(name: str) -> ConnectorSpec[Any]:
+    """Import and return the spec of a connector of ``connector_names``.
+
+    Raises ConnectorImportError when that fails, whatever the package raises.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    found = load_named(_entry_points()[name].value, f"connector {name}")
+    if not isinstance(found, ConnectorSpec):
+        raise ConnectorImportError(f"connector {name}: {found!r} is no ConnectorSpec")
+    return found
+
+
+def check_connector_name(value: str) -> str:
+    """Return ``value`` when such a connector is installed; validates fields of settings."""
+    if value not in connector_names():
+        expected = " or ".join(map(repr, connector_names()))
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return value
+
+
+@functools.cache
+def other_sections() -> Mapping[str, type[FrozenModel] | None]:
+    """Return the settings model of each connector that has no field in ``KVTransferSettings``;
+    None where its spec cannot be imported.
+    """
+    found: dict[str, type[FrozenModel] | None] = {}
+    for name in connector_names():
+        if name not in BUILT_IN:
+            try:
+                found[name] = connector_spec(name).settings
+            except ConnectorImportError:
+                found[name] = None
+    return found
+
+
+def load_named(path: str, what: str) -> Any:
+    """Import ``module:attribute``. Raises ConnectorImportError, which begins with ``what``."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # The package is somebody else's: it may raise anything.
+        message = f"{what} cannot be imported from {path}: {type(error).__name__}: {error}"
+        raise ConnectorImportError(message) from error
+
+
+@functools.cache
+def _entry_points() -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ.get(name, value) for name, value in defaults.items()}

@@ -1,0 +1,167 @@
+"""The section ``kv_transfer``: how KV blocks get from prefill to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, JsonValue, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from pdlaunch.config.connectors import (
+    BUILT_IN,
+    NO_SPEC,
+    ConnectorImportError,
+    ConnectorSpec,
+    FileSettings,
+    MooncakeSettings,
+    NixlSettings,
+    RankDevice,
+    check_connector_name,
+    connector_spec,
+    other_sections,
+)
+from pdlaunch.config.field_types import Flag, FrozenModel, Switch
+
+RENAMED: Mapping[str, str] = {
+    "kv_transfer.path": "kv_transfer.nixl.path",
+    "kv_transfer.mooncake_protocol": "kv_transfer.mooncake.protocol",
+    "kv_transfer.mooncake_devices": "kv_transfer.mooncake.devices",
+    "kv_transfer.num_sender_threads": "kv_transfer.mooncake.num_sender_threads",
+    "kv_transfer.file_directory": "kv_transfer.file.directory",
+    "kv_transfer.file_size_limit": "kv_transfer.file.size_limit",
+}
+"""Names that settings had before each connector had a section; for the error that says so."""
+
+
+def _with_other_sections(schema: dict[str, JsonValue]) -> None:
+    properties = schema["properties"]
+    assert isinstance(properties, dict)
+    for name, model in other_sections().items():
+        properties[name] = True if model is None else model.model_json_schema()
+    schema["additionalProperties"] = False
+
+
+class KVTransferSettings(FrozenModel):
+    """How KV blocks get from prefill to decode.
+
+    Sections of connectors of other packages are pydantic's extra fields: each is checked with the
+    model that the package names, and stays a plain mapping where that cannot be imported.
+    """
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_other_sections)
+
+    connector: Annotated[str, Flag("kv-connector", metavar="nixl|mooncake|file|...")] = Field(
+        "nixl",
+        description="What moves KV blocks: nixl, mooncake, file, or another installed connector.",
+    )
+    verify: Switch = Field(
+        True,
+        description=(
+            "Compare checksums of pulled blocks; `off`, only for measuring, trusts both hosts' "
+            "clocks."
+        ),
+    )
+    on_failure: Literal["recompute", "fail"] = Field(
+        "recompute", description="What decode does when a pull fails for good."
+    )
+    lease_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds prefill keeps blocks for a decode engine that says nothing.",
+    )
+    pull_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds a decode engine waits for one pull."
+    )
+    pull_attempts: int = Field(
+        2,
+        ge=1,
+        description="READs of a rank's blocks that may fail before the prompt is recomputed.",
+    )
+    handshake_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds for the handshake of one pair."
+    )
+    nixl: NixlSettings = NixlSettings()
+    mooncake: MooncakeSettings = MooncakeSettings()
+    file: FileSettings = FileSettings()
+
+    @field_validator("connector")
+    @classmethod
+    def _is_installed(cls, value: str) -> str:
+        return check_connector_name(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_other_sections(cls, data: Any) -> Any:
+        """Check the sections of other packages' connectors; the named one may be absent."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: data[name] for name in data if name not in cls.model_fields}
+        named = data.get("connector", "nixl")
+        if not given and named in BUILT_IN:
+            return data
+        known = other_sections()
+        if named in known:
+            given.setdefault(named, {})
+        models: dict[str, Any] = {
+            name: (known[name] or dict[str, Any], ...) for name in given if name in known
+        }
+        config = ConfigDict(extra="forbid")
+        return data | dict(create_model("_", __config__=config, **models).model_validate(given))
+
+    @model_validator(mode="after")
+    def _has_a_directory(self) -> Self:
+        if self.carrier == "file" and self.file.directory is None:
+            message = "it needs kv_transfer.file.directory: a folder that all engines can write to"
+            raise PydanticCustomError("directory", message, {"field": "connector"})
+        return self
+
+    @property
+    def carrier(self) -> str:
+        """Name of the connector that moves the bytes: the innermost where one wraps another."""
+        name = self.connector
+        while (inner := _spec_of(name).inner(self.section(name))) is not None:
+            name = inner
+        return name
+
+    @property
+    def maps_memory(self) -> bool:
+        """Ranks may map the KV cache of their peers."""
+        return self._spec.maps_memory(self.section(self.carrier))
+
+    @property
+    def needs_cuda(self) -> bool:
+        """The connector moves device memory only."""
+        return self._spec.needs_cuda
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Folders that the ranks write to, by the setting that names them."""
+        folders = self._spec.folders(self.section(self.carrier))
+        return {f"kv_transfer.{self.carrier}.{field}": path for field, path in folders.items()}
+
+    def environment(self, environ: Mapping[str, str], device: RankDevice) -> dict[str, str]:
+        """Return what a rank's environment must hold before its connector is opened.
+
+        ``environ`` is the user's, whose values take precedence; ``device`` is the rank's.
+        """
+        return self._spec.environment(self.section(self.carrier), environ, device)
+
+    def section(self, name: str) -> FrozenModel:
+        """Return the settings of a connector; its defaults where none were given."""
+        found = getattr(self, name, None)
+        return found if isinstance(found, FrozenModel) else _spec_of(name).settings()
+
+    @property
+    def _spec(self) -> ConnectorSpec[Any]:
+        return _spec_of(self.carrier)
+
+
+def _spec_of(name: str) -> ConnectorSpec[Any]:
+    """Return a connector's spec; that of a connector without needs where it cannot be imported,
+    which a rule of ``check-config`` reports.
+    """
+    try:
+        return connector_spec(name)
+    except ConnectorImportError:
+        return NO_SPEC
