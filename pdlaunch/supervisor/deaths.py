@@ -1,5 +1,5 @@
-"""Decides what becomes of a unit that has died: it is started again, given up, or tried again
-later.
+"""Handles deaths while a launch serves: the unit that has died is started again, or its engine is
+given up and tried again later.
 """
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 
-from pdlaunch.hosts.host import Host
+from pdlaunch.hosts.host import Host, ProcessExited
+from pdlaunch.protocol.control import Suspects
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.failure import Failure
 from pdlaunch.supervisor.instance import Instance, Unit
@@ -17,8 +18,9 @@ from pdlaunch.supervisor.states import ProcessState
 
 
 class Deaths:
-    """Acts on units of a launch that serves. ``start``: spawns one; ``fail``: ends the launch;
-    ``note``: tells people.
+    """Acts on deaths in a launch that serves.
+
+    ``start`` spawns a unit, ``fail`` ends the launch, ``note`` tells people.
     """
 
     def __init__(
@@ -45,22 +47,61 @@ class Deaths:
         self._given_up = GivenUp(plan, policy)
 
     @property
-    def due_s(self) -> float:
+    def due_at(self) -> float:
         """When ``tick`` has something to do."""
-        times_s = [
-            time_s
-            for unit in self._units
-            for time_s in (unit.deadline_s, unit.respawn_at_s)
-            if time_s is not None
+        due = [
+            at for unit in self._units for at in (unit.kill_at, unit.respawn_at) if at is not None
         ]
-        return min([*times_s, self._given_up.due_s])
+        return min([*due, self._given_up.due_at])
 
-    def died(self, unit: Unit, cause: Instance) -> None:
-        """No member of the unit is alive any more; ``cause`` was the first to die."""
+    def exited(self, unit: Unit, instance: Instance, event: ProcessExited) -> None:
+        """A process ended that should live: the rest of its unit is killed, and the unit started
+        again or given up when none of it is left.
+        """
+        instance.move(ProcessState.FAILED)
+        self._pairs.forget(instance.name)
+        if unit.cause is None:
+            unit.cause = instance
+            self.tell(unit, instance, event)
+            self.kill(unit)
+        instance.error = instance.error or event.how()
+        if unit.alive:
+            return
         if unit.engine in self._given_up:
             self._bury(unit)
         else:
-            self._back_off(unit, cause)
+            self._back_off(unit, unit.cause)
+
+    def hung(self, unit: Unit, instance: Instance) -> None:
+        """Kill the unit of a process that hangs; SIGKILL reaches a stopped process too."""
+        if unit.cause is None:
+            unit.cause = instance
+            silent_s = self._clock() - instance.heard_at
+            instance.error = f"hung: its loop did not turn for {silent_s:.0f} s (hang_timeout_s)"
+            self._note(f"{instance.name} {instance.error}: killed")
+            self.kill(unit)
+
+    def tell(self, unit: Unit, instance: Instance, event: ProcessExited) -> None:
+        """Tell people of the first death of a unit, and the router of what a rank may have died
+        of.
+        """
+        said = f": {instance.error}" if instance.error else ""
+        self._note(f"{instance.name} {event.how()}{said}")
+        if instance.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
+            self._tell_suspects(unit.engine)
+
+    def _tell_suspects(self, engine: str) -> None:
+        """Send the router the requests of the engine's last step, before it repeats them at another
+        engine.
+        """
+        step = self._host.last_step(engine)
+        if not step.origins:
+            return
+        suspects = Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
+        for unit in self._units:
+            for member in unit.members:
+                if member.spec.kind == "router":
+                    self._host.send(member.name, suspects)
 
     def ready(self, unit: Unit) -> None:
         """All members of the unit are ready."""
@@ -68,7 +109,7 @@ class Deaths:
             self._given_up.serves(unit.engine)
 
     def forgive(self, engine: str) -> None:
-        """It is about to be restarted, whatever it has done before."""
+        """Forget the deaths of an engine that is about to be restarted because somebody asked."""
         self._note(f"{engine} is restarted, as was asked")
         self._given_up.forgive(engine)
         self._pairs.try_again(engine)
@@ -80,37 +121,37 @@ class Deaths:
             self._tick_unit(unit)
 
     def kill(self, unit: Unit) -> None:
-        """The rest of a unit goes with its first death, and leaves the registry at once."""
+        """Kill the members of a unit that live; they leave the registry at once."""
         for member in unit.members:
             if member.alive:
                 member.registration = None
                 self._host.signal(member.name, signal.SIGKILL)
 
     def _back_off(self, unit: Unit, cause: Instance) -> None:
-        now_s = self._clock()
-        worked_until_s = cause.heard_at_s if cause.stalled else now_s
-        ready_for_s = None if unit.ready_since_s is None else worked_until_s - unit.ready_since_s
+        now = self._clock()
+        worked_until = cause.heard_at if cause.stalled else now
+        ready_for_s = None if unit.ready_at is None else worked_until - unit.ready_at
         if self._policy.is_quick(ready_for_s):
             unit.num_quick_deaths += 1
         else:
             unit.num_quick_deaths = 1
             self._given_up.served_long(unit.engine)
-        unit.deadline_s = None
+        unit.kill_at = None
         delay_s = self._policy.delay_s(unit.num_quick_deaths)
         if delay_s is None:
             self._give_up(unit, cause)
             return
         for member in unit.members:
             member.move(ProcessState.BACKING_OFF)
-        unit.respawn_at_s = now_s + delay_s
+        unit.respawn_at = now + delay_s
         self._note(f"{unit.name} starts again in {delay_s:g} s")
 
     def _give_up(self, unit: Unit, cause: Instance) -> None:
-        """An engine that always dies leaves the others of its role alone with the work; without one
-        the launch is over.
+        """Leave the work of an engine that always dies to the others of its role; without any the
+        launch is over.
 
-        Deaths by SIGKILL count as well: it is what the kernel sends to a process that takes too
-        much memory.
+        Deaths by SIGKILL count as well: the kernel sends it to a process that takes too much
+        memory.
         """
         times = (
             f"{unit.num_quick_deaths} times in a row, each within {self._policy.quick_s:g} s of "
@@ -141,7 +182,7 @@ class Deaths:
                     + (f": {cause.error}" if cause.error else "")
                     + f"; tried again {delay_s:g} s later"
                 )
-            other.deadline_s = other.respawn_at_s = None
+            other.kill_at = other.respawn_at = None
             other.cause = other.cause or cause
             if other.alive:
                 self.kill(other)
@@ -167,11 +208,11 @@ class Deaths:
             self._start(unit)
 
     def _tick_unit(self, unit: Unit) -> None:
-        now_s = self._clock()
-        if unit.respawn_at_s is not None and now_s >= unit.respawn_at_s:
+        now = self._clock()
+        if unit.respawn_at is not None and now >= unit.respawn_at:
             self._start(unit)
-        elif unit.deadline_s is not None and now_s >= unit.deadline_s:
-            unit.deadline_s = None
+        elif unit.kill_at is not None and now >= unit.kill_at:
+            unit.kill_at = None
             self._note(f"{unit.name} neither became ready nor left in time: killed")
             self.kill(unit)
 

@@ -27,7 +27,7 @@ from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 @dataclass(slots=True)
 class _Restart:
     units: Sequence[Unit]
-    drained_at_s: float | None = None
+    stop_at: float | None = None
     """When it is stopped whatever runs; None: it is being stopped."""
 
 
@@ -62,13 +62,13 @@ class EngineRestarts:
     def is_draining(self, engine: str) -> bool:
         """It still works at what runs, and none of its processes has been told to end."""
         restart = self._restarts.get(engine)
-        return restart is not None and restart.drained_at_s is not None
+        return restart is not None and restart.stop_at is not None
 
     @property
-    def due_s(self) -> float:
+    def due_at(self) -> float:
         """When ``tick`` has something to do."""
         return min(
-            (r.drained_at_s for r in self._restarts.values() if r.drained_at_s is not None),
+            (r.stop_at for r in self._restarts.values() if r.stop_at is not None),
             default=math.inf,
         )
 
@@ -105,11 +105,11 @@ class EngineRestarts:
         serves = all(unit.ready for unit in units)
         for unit in units:
             unit.num_quick_deaths = 0
-            unit.respawn_at_s = unit.deadline_s = None
+            unit.respawn_at = unit.kill_at = None
         if not serves or self._grace.drain_s <= 0:
             self._stop(engine, restart)
             return
-        restart.drained_at_s = self._clock() + self._grace.drain_s
+        restart.stop_at = self._clock() + self._grace.drain_s
         for server in [member for member in _members(units) if member.spec.kind == "server"]:
             server.move(ProcessState.DRAINING)
             self._host.send(server.name, Drain(timeout_s=self._grace.drain_s))
@@ -133,19 +133,19 @@ class EngineRestarts:
 
     def tick(self) -> None:
         for engine, restart in list(self._restarts.items()):
-            if restart.drained_at_s is not None and self._clock() >= restart.drained_at_s:
+            if restart.stop_at is not None and self._clock() >= restart.stop_at:
                 self._stop(engine, restart)
 
     def _stop(self, engine: str, restart: _Restart) -> None:
         """Ready processes listen to Stop; those that still start may be busy loading. Stragglers
         are killed.
         """
-        restart.drained_at_s = None
+        restart.stop_at = None
         for unit in restart.units:
             for member in unit.members:
                 if not member.alive:
                     continue
-                unit.deadline_s = self._clock() + self._grace.stop_s
+                unit.kill_at = self._clock() + self._grace.stop_s
                 member.registration = None
                 if member.state is ProcessState.STARTING:
                     self._host.signal(member.name, signal.SIGTERM)

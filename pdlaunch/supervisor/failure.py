@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.errors import PdlaunchError
+from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.states import ProcessState
 
 MAX_LINES = 20
 MAX_WIDTH = 300
@@ -66,3 +68,22 @@ def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
     if len(lines) <= num_lines:
         return list(lines)
     return [*lines[: num_lines - 1], f"… and {len(lines) - num_lines + 1} more lines"]
+
+
+def startup_timeout(
+    instances: Sequence[Instance], missing_pairs: Sequence[str], timeout_s: float
+) -> Failure:
+    """Describe a launch that did not get ready in time: what it still waits for.
+
+    ``missing_pairs``: in words; they matter once all processes are ready.
+    """
+    slow = [i for i in instances if i.state not in (ProcessState.READY, ProcessState.EXITED)]
+    waiting = [
+        f"  {i.name} is {i.state}" + (f": {i.progress.text}" if i.progress is not None else "")
+        for i in slow
+    ]
+    return Failure(
+        f"not ready after {timeout_s:g} s (startup_timeout_s):",
+        process=next((i.name for i in slow if i.alive), None),
+        details=waiting or [f"  {missing}" for missing in missing_pairs],
+    )

@@ -40,40 +40,38 @@ class HangLimits:
 
 
 class HangWatch:
-    """Listens to instances; ``look`` is due at ``due_s``."""
+    """Listens to instances; ``look`` is due at ``due_at``."""
 
     def __init__(self, limits: HangLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
         self._interval_s = heartbeat_s(limits.timeout_s) or math.inf
-        self._looked_at_s = clock()
+        self._looked_at = clock()
 
     @property
-    def due_s(self) -> float:
-        return self._looked_at_s + self._interval_s
+    def due_at(self) -> float:
+        return self._looked_at + self._interval_s
 
     def heard(self, instance: Instance) -> None:
         """Its loop has turned."""
-        instance.heard_at_s = self._clock()
+        instance.heard_at = self._clock()
         instance.stalled = False
 
     def look(self, instances: Iterable[Instance]) -> list[Instance]:
         """Mark what was silent for half of its time as stalled; returns what was so for all of it,
         the longest first.
         """
-        now_s = self._clock()
-        if now_s < self.due_s:
+        now = self._clock()
+        if now < self.due_at:
             return []
-        overslept = now_s - self._looked_at_s > 3 * self._interval_s
-        self._looked_at_s = now_s
+        overslept = now - self._looked_at > 3 * self._interval_s
+        self._looked_at = now
         watched = [instance for instance in instances if instance.state is ProcessState.READY]
         for instance in watched:
             if overslept:
                 self.heard(instance)
-            instance.stalled = now_s - instance.heard_at_s >= self._limits.of(instance) / 2
+            instance.stalled = now - instance.heard_at >= self._limits.of(instance) / 2
         hanging = [
-            instance
-            for instance in watched
-            if now_s - instance.heard_at_s >= self._limits.of(instance)
+            instance for instance in watched if now - instance.heard_at >= self._limits.of(instance)
         ]
-        return sorted(hanging, key=lambda instance: instance.heard_at_s)
+        return sorted(hanging, key=lambda instance: instance.heard_at)

@@ -30,7 +30,7 @@ class Instance:
     """What it last said of itself; only of a process that is ready."""
     given_up_for: str = ""
     """Why its engine was given up, when it was last, and when it is tried again."""
-    heard_at_s: float = 0.0
+    heard_at: float = 0.0
     """When its loop last turned, as far as is known."""
     stalled: bool = False
     """It is ready, and has been silent for so long that it gets no new work."""
@@ -114,10 +114,10 @@ class Unit:
     """In a row, each soon after it was ready or before."""
     cause: Instance | None = None
     """The first member to die in this incarnation; the others are killed for it."""
-    ready_since_s: float | None = None
-    deadline_s: float | None = None
+    ready_at: float | None = None
+    kill_at: float | None = None
     """When the members that live are killed: they should have been ready, or gone, by then."""
-    respawn_at_s: float | None = None
+    respawn_at: float | None = None
 
     @property
     def alive(self) -> bool:

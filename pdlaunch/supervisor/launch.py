@@ -189,7 +189,7 @@ def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float
     """Drive a launch to its end."""
     supervisor.start()
     while not supervisor.done:
-        timeout_s = max(0.0, supervisor.next_deadline_s() - clock())
+        timeout_s = max(0.0, supervisor.next_tick_at() - clock())
         for event in events.wait(timeout_s):
             supervisor.handle(event)
         supervisor.tick()

@@ -64,37 +64,37 @@ class GivenUp:
         self._policy = policy
         self._why: dict[str, str] = {}
         """Of engines that are given up or on trial."""
-        self._retry_at_s: dict[str, float] = {}
+        self._retry_at: dict[str, float] = {}
         self._num_times: dict[str, int] = {}
         """In a row, without long service between."""
 
     def __contains__(self, engine: str) -> bool:
-        return engine in self._retry_at_s
+        return engine in self._retry_at
 
     @property
-    def due_s(self) -> float:
+    def due_at(self) -> float:
         """When the next engine is to be tried again."""
-        return min(self._retry_at_s.values(), default=math.inf)
+        return min(self._retry_at.values(), default=math.inf)
 
-    def due(self, now_s: float) -> list[str]:
-        return [engine for engine, at_s in self._retry_at_s.items() if now_s >= at_s]
+    def due(self, now: float) -> list[str]:
+        return [engine for engine, at_s in self._retry_at.items() if now >= at_s]
 
-    def add(self, cause: Instance, summary: str, now_s: float) -> float:
+    def add(self, cause: Instance, summary: str, now: float) -> float:
         """Returns how long it is left alone. ``cause``: the process whose deaths were too many."""
         engine = cause.spec.engine
         self._why[engine] = summary + (f": {cause.error}" if cause.error else "")
         self._num_times[engine] = self._num_times.get(engine, 0) + 1
         delay_s = self._policy.retry_delay_s(self._num_times[engine])
-        self._retry_at_s[engine] = now_s + delay_s
+        self._retry_at[engine] = now + delay_s
         return delay_s
 
     def postpone(self, engine: str, at_s: float) -> None:
         """Wait longer, as processes of it have not died yet."""
-        self._retry_at_s[engine] = at_s
+        self._retry_at[engine] = at_s
 
     def try_again(self, engine: str) -> None:
         """It is being started; until it serves it counts for nothing."""
-        del self._retry_at_s[engine]
+        del self._retry_at[engine]
 
     def serves(self, engine: str) -> None:
         """All of its processes are ready."""
@@ -104,7 +104,7 @@ class GivenUp:
         """It is started as if it had never been given up, but counts for nothing until it
         serves.
         """
-        self._retry_at_s.pop(engine, None)
+        self._retry_at.pop(engine, None)
         self.served_long(engine)
 
     def served_long(self, engine: str) -> None:

@@ -51,9 +51,9 @@ class LaunchShutdown:
         self._clock = clock
         self._close_listeners = close_listeners
         self._drained: set[str] = set()
-        self._drain_deadline_s = clock() + grace.drain_s
+        self._drain_ends_at = clock() + grace.drain_s
         self.phase = LaunchPhase.READY
-        self.deadline_s = clock()
+        self.ends_at = clock()
 
     def begin(self, *, drain: bool) -> None:
         """Enter the first phase; what waits for a restart is not started again."""
@@ -85,7 +85,7 @@ class LaunchShutdown:
             self._close_listeners()
 
     def _over(self) -> bool:
-        if self._clock() >= self.deadline_s or not self._alive():
+        if self._clock() >= self.ends_at or not self._alive():
             return True
         if self.phase is LaunchPhase.STOPPING_ROUTER:
             return not self._undrained("router")
@@ -94,29 +94,29 @@ class LaunchShutdown:
 
     def _enter(self, phase: LaunchPhase) -> None:
         self.phase = phase
-        now_s = self._clock()
+        now = self._clock()
         match phase:
             case LaunchPhase.DRAINING_ROUTER | LaunchPhase.DRAINING_ENGINES:
-                self.deadline_s = self._drain_deadline_s
-                self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_deadline_s - now_s))
+                self.ends_at = self._drain_ends_at
+                self._drain(_DRAINED_KIND[phase], max(0.0, self._drain_ends_at - now))
             case LaunchPhase.STOPPING_ROUTER:
-                self.deadline_s = now_s + self._grace.router_stop_s
+                self.ends_at = now + self._grace.router_stop_s
                 self._stop(
                     [instance for instance in self._alive() if instance.spec.kind == "router"]
                 )
             case LaunchPhase.STOPPING:
-                self.deadline_s = now_s + self._grace.stop_s
+                self.ends_at = now + self._grace.stop_s
                 self._stop(
                     [instance for instance in self._alive() if instance.spec.kind != "router"]
                 )
             case LaunchPhase.TERMINATING:
-                self.deadline_s = now_s + self._grace.terminate_s
+                self.ends_at = now + self._grace.terminate_s
                 self._signal(signal.SIGTERM)
             case LaunchPhase.KILLING:
-                self.deadline_s = now_s + self._grace.kill_s
+                self.ends_at = now + self._grace.kill_s
                 self._signal(signal.SIGKILL)
             case _:
-                self.deadline_s = now_s
+                self.ends_at = now
 
     def _drain(self, kind: str, timeout_s: float) -> None:
         """A drained server has no request at its ranks: they are not asked."""

@@ -24,7 +24,6 @@ from pdlaunch.protocol.control import (
     Register,
     Restart,
     SleepState,
-    Suspects,
     ToSupervisor,
 )
 from pdlaunch.resolve.plan import Plan
@@ -32,7 +31,7 @@ from pdlaunch.supervisor.bootstraps import Bootstraps
 from pdlaunch.supervisor.deaths import Deaths
 from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.events import Event, StopRequested
-from pdlaunch.supervisor.failure import Failure
+from pdlaunch.supervisor.failure import Failure, startup_timeout
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
 from pdlaunch.supervisor.instance import Instance, Unit, make_units
 from pdlaunch.supervisor.registry import Pairs, RegistryVersions
@@ -107,7 +106,7 @@ class Supervisor:
         )
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = LaunchPhase.PREPARING
-        self._start_deadline_s = 0.0
+        self._startup_ends_at = 0.0
         self._shutdown: LaunchShutdown | None = None
         self.failure: Failure | None = None
         self.was_ready = False
@@ -127,7 +126,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the conversions, or everything when there are none."""
-        self._start_deadline_s = self._clock() + self._timing.startup_timeout_s
+        self._startup_ends_at = self._clock() + self._timing.startup_timeout_s
         for unit in self._conversions:
             self._spawn(unit)
         if not self._conversions:
@@ -155,21 +154,27 @@ class Supervisor:
             self._shutdown.advance()
         elif self._phase is LaunchPhase.READY:
             for instance in self._hangs.look(self._instances.values()):
-                self._on_hang(instance)
+                self._deaths.hung(self._unit_of[instance.name], instance)
             self._restarts.tick()
             self._deaths.tick()
-        elif self._clock() >= self._start_deadline_s:
-            self._fail(self._timeout_failure())
+        elif self._clock() >= self._startup_ends_at:
+            self._fail(
+                startup_timeout(
+                    list(self._instances.values()),
+                    self._pairs.missing(),
+                    self._timing.startup_timeout_s,
+                )
+            )
         self._settle()
 
-    def next_deadline_s(self) -> float:
+    def next_tick_at(self) -> float:
         """When ``tick`` is due, on the injected clock; a minute from now when nothing is."""
         if self._shutdown is not None:
-            return self._shutdown.deadline_s
+            return self._shutdown.ends_at
         if self._phase is not LaunchPhase.READY:
-            return self._start_deadline_s
+            return self._startup_ends_at
         return min(
-            self._hangs.due_s, self._restarts.due_s, self._deaths.due_s, self._clock() + 60.0
+            self._hangs.due_at, self._restarts.due_at, self._deaths.due_at, self._clock() + 60.0
         )
 
     def status(self) -> LaunchStatus:
@@ -199,8 +204,8 @@ class Supervisor:
 
     def _spawn(self, unit: Unit) -> None:
         unit.incarnation += 1
-        unit.respawn_at_s = unit.ready_since_s = unit.cause = None
-        unit.deadline_s = self._clock() + self._timing.startup_timeout_s
+        unit.respawn_at = unit.ready_at = unit.cause = None
+        unit.kill_at = self._clock() + self._timing.startup_timeout_s
         for instance in unit.members:
             instance.begin(unit.incarnation)
             is_conversion = instance.spec.kind == "convert"
@@ -210,24 +215,6 @@ class Supervisor:
                 else self._bootstraps.make(instance.spec, unit.incarnation, self._host)
             )
             self._host.spawn(instance.spec, unit.incarnation, bootstrap)
-
-    def _timeout_failure(self) -> Failure:
-        waiting = [
-            f"  {i.name} is {i.state}" + (f": {i.progress.text}" if i.progress is not None else "")
-            for i in self._instances.values()
-            if i.state not in (ProcessState.READY, ProcessState.EXITED)
-        ]
-        waiting += [f"  {missing}" for missing in self._pairs.missing()] if not waiting else []
-        summary = f"not ready after {self._timing.startup_timeout_s:g} s (startup_timeout_s):"
-        slowest = next(
-            (
-                i.name
-                for i in self._instances.values()
-                if i.alive and i.state is not ProcessState.READY
-            ),
-            None,
-        )
-        return Failure(summary, process=slowest, details=waiting)
 
     # Messages
 
@@ -290,8 +277,8 @@ class Supervisor:
         instance.move(ProcessState.READY)
         unit = self._unit_of[instance.name]
         if unit.ready:
-            unit.ready_since_s = self._clock()
-            unit.deadline_s = None
+            unit.ready_at = self._clock()
+            unit.kill_at = None
             if unit.incarnation > 1:
                 self._note(f"{unit.name} is ready again (incarnation {unit.incarnation})")
             self._deaths.ready(unit)
@@ -303,7 +290,7 @@ class Supervisor:
         if self._shutdown is not None or not instance.alive:
             return
         if self._phase is LaunchPhase.READY:
-            self._unit_of[instance.name].deadline_s = self._clock() + FAILED_GRACE_S
+            self._unit_of[instance.name].kill_at = self._clock() + FAILED_GRACE_S
         else:
             self._fail(
                 Failure(f"{instance.name} failed to start", process=instance.name, said=error)
@@ -337,87 +324,34 @@ class Supervisor:
         instance = self._instances[event.name]
         if event.incarnation != instance.incarnation or not instance.alive:
             return
+        unit = self._unit_of[instance.name]
         if self._shutdown is not None:
             instance.move(ProcessState.EXITED)
         elif instance.spec.engine in self._restarts:
             self._pairs.forget(instance.name)
             if self._restarts.is_draining(instance.spec.engine):
                 # It still computes, and nobody has told it to end.
-                self._tell_death(instance, event)
+                self._deaths.tell(unit, instance, event)
             self._restarts.exited(instance)
         elif instance.spec.kind == "convert" and event.returncode == 0:
             self._on_converted(instance)
+        elif self._phase is LaunchPhase.READY:
+            self._deaths.exited(unit, instance, event)
         else:
-            self._on_death(instance, event)
+            self._on_death_at_start(instance, event)
 
     def _on_converted(self, instance: Instance) -> None:
         instance.move(ProcessState.EXITED)
         if all(m.state is ProcessState.EXITED for unit in self._conversions for m in unit.members):
             self._start_processes()
 
-    def _on_death(self, instance: Instance, event: ProcessExited) -> None:
-        """A process ended that should live: fail a launch that is not ready yet, else restart the
-        unit.
-        """
+    def _on_death_at_start(self, instance: Instance, event: ProcessExited) -> None:
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
-        if self._phase is not LaunchPhase.READY:
-            said, how = instance.error or "", event.how()
-            instance.error = said or how
-            self._fail(
-                Failure(
-                    f"{instance.name} {how} before it was ready", process=instance.name, said=said
-                )
-            )
-            return
-        unit = self._unit_of[instance.name]
-        if unit.cause is None:
-            unit.cause = instance
-            self._tell_death(instance, event)
-            self._deaths.kill(unit)
-        instance.error = instance.error or event.how()
-        if not unit.alive:
-            self._deaths.died(unit, unit.cause)
-
-    def _tell_death(self, instance: Instance, event: ProcessExited) -> None:
-        """Tell people of the first death of a unit, and the router of what a rank may have died
-        of.
-        """
-        unit = self._unit_of[instance.name]
-        self._note(
-            f"{instance.name} {event.how()}" + (f": {instance.error}" if instance.error else "")
-        )
-        if instance.spec.kind == "rank" and unit.ready_since_s is not None and event.by_itself:
-            self._tell_suspects(unit)
-
-    def _tell_suspects(self, unit: Unit) -> None:
-        """The router has to know what a rank may have died of before it gives that to the next
-        one.
-        """
-        step = self._host.last_step(unit.engine)
-        if step.origins:
-            router = next(
-                instance.name
-                for instance in self._instances.values()
-                if instance.spec.kind == "router"
-            )
-            self._host.send(
-                router, Suspects(origins=sorted(step.origins), repeated=sorted(step.suspects))
-            )
-
-    def _on_hang(self, instance: Instance) -> None:
-        """Nothing that it holds is of use to anybody before it is dead: SIGKILL reaches a stopped
-        process too.
-        """
-        unit = self._unit_of[instance.name]
-        if unit.cause is None:
-            unit.cause = instance
-            instance.error = (
-                f"hung: its loop did not turn for {self._clock() - instance.heard_at_s:.0f} s "
-                "(hang_timeout_s)"
-            )
-            self._note(f"{instance.name} {instance.error}: killed")
-            self._deaths.kill(unit)
+        said, how = instance.error or "", event.how()
+        instance.error = said or how
+        summary = f"{instance.name} {how} before it was ready"
+        self._fail(Failure(summary, process=instance.name, said=said))
 
     # Ending
 

@@ -64,10 +64,10 @@ def make_plan(
 
 class FakeClock:
     def __init__(self) -> None:
-        self.now_s = 1000.0
+        self.now = 1000.0
 
     def __call__(self) -> float:
-        return self.now_s
+        return self.now
 
 
 @dataclass
@@ -220,12 +220,12 @@ class World:
         """Time in which every process that runs, but those that are ``silent``, says that it is
         alive.
         """
-        until_s = self.clock.now_s + seconds
-        while self.clock.now_s < until_s:
+        until = self.clock.now + seconds
+        while self.clock.now < until:
             for name in self.host.running:
                 if name not in silent:
                     self.say(name, Alive())
-            self.pass_time(min(step_s, until_s - self.clock.now_s))
+            self.pass_time(min(step_s, until - self.clock.now))
 
     def listed(self, name: str) -> str | None:
         """The state that the router's newest registry gives a process; None when it is not in
@@ -246,7 +246,7 @@ class World:
         self.supervisor.handle(StopRequested(number))
 
     def pass_time(self, seconds: float) -> None:
-        self.clock.now_s += seconds
+        self.clock.now += seconds
         self.supervisor.tick()
 
     def signalled(self, number: int) -> set[str]:

@@ -65,7 +65,7 @@ def test_an_engine_that_serves_finishes_what_runs_before_it_is_stopped(
 
 def test_what_still_runs_after_the_drain_is_not_waited_for(world: World) -> None:
     ask(world, "decode-0")
-    assert world.supervisor.next_deadline_s() <= world.clock.now_s + 30
+    assert world.supervisor.next_tick_at() <= world.clock.now + 30
     world.pass_time_alive(30)
     assert world.stopped() == DECODE
 

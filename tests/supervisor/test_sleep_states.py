@@ -35,7 +35,7 @@ def test_a_sleeper_that_dies_comes_back_awake() -> None:
     world.all_ready()
     world.say("decode-0/rank-0", SleepState(state="sleeping"))
     world.exit("decode-0/rank-0", 1)
-    world.clock.now_s += 60
+    world.clock.now += 60
     world.supervisor.tick()
     world.become_ready("decode-0/rank-0")
     assert states(world)["decode-0/rank-0"] == "ready"

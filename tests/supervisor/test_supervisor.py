@@ -227,7 +227,7 @@ def test_back_off_grows_and_ends_in_a_failed_launch() -> None:
     waits = []
     for _ in range(4):
         world.exit("decode-0", 1)
-        waits.append(world.supervisor.next_deadline_s() - world.clock())
+        waits.append(world.supervisor.next_tick_at() - world.clock())
         world.pass_time(waits[-1])
         world.become_ready("decode-0")
     assert waits == [0.5, 1, 2, 4]
