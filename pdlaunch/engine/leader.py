@@ -35,7 +35,7 @@ from pdlaunch.protocol.engine import (
     Welcome,
 )
 from pdlaunch.protocol.ids import EngineId, lease_of
-from pdlaunch.transfer.worker import TransferWorker
+from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Leader:
         engine_id: EngineId,
         incarnation: int,
         runner: ModelRunner,
-        transfer: TransferWorker,
+        transfer: TransferThread,
         scheduler: Scheduler,
         server: ServerLink,
         followers: LeaderChannel | None,

@@ -14,7 +14,6 @@ import os
 import queue
 import time
 from collections.abc import Callable
-from functools import partial
 
 import zmq
 
@@ -48,11 +47,12 @@ from pdlaunch.protocol.control import (
 )
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
-from pdlaunch.transfer.channel.engine_id import draw_engine_id
+from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
 from pdlaunch.transfer.connectors.opening import new_connector
 from pdlaunch.transfer.faults import read_fault_plan
-from pdlaunch.transfer.faulty_connector import FaultyTransferWorker
-from pdlaunch.transfer.worker import TransferWorker
+from pdlaunch.transfer.faulty_connector import FaultyTransferThread
+from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.thread import TransferThread
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class RankProcess:
         self._heartbeat = Heartbeat(self._control.send, bootstrap.heartbeat_s)
         self._registry = Registry(version=0, entries=[])
         self._stopped = False
-        self._transfer: TransferWorker | None = None
+        self._transfer: TransferThread | None = None
 
     @property
     def control(self) -> ControlClient:
@@ -120,7 +120,7 @@ class RankProcess:
     def _lead(
         self,
         runner: ModelRunner,
-        transfer: TransferWorker,
+        transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
     ) -> None:
@@ -186,7 +186,7 @@ class RankProcess:
     def _follow(
         self,
         runner: ModelRunner,
-        transfer: TransferWorker,
+        transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
     ) -> None:
@@ -243,30 +243,33 @@ class RankProcess:
             return drawn
         return EngineId(tp.broadcast_bytes(bytes.fromhex(drawn)).hex())
 
-    def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferWorker:
+    def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferThread:
         faults = read_fault_plan(os.environ)
-        make_worker = (
-            TransferWorker if faults is None else partial(FaultyTransferWorker, faults=faults)
-        )
-        return make_worker(
-            context=self._context,
-            spec=self._spec,
-            name=self._bootstrap.name,
-            tp_rank=self._bootstrap.tp_rank,
-            engine_id=engine_id,
-            incarnation=self._bootstrap.incarnation,
-            layout=runner.layout,
-            kv_cache=runner.kv_cache,
-            model_digest=runner.model_digest,
-            total_kv_heads=runner.shape.num_kv_heads,
-            first_kv_head=runner.first_kv_head,
-            connector=new_connector(
-                self._spec.kv_transfer, self._bootstrap.name, self._bootstrap.incarnation
+        spec, bootstrap = self._spec, self._bootstrap
+        setup = TransferSetup(
+            spec=spec,
+            identity=RankIdentity(
+                name=bootstrap.name,
+                engine=spec.name,
+                engine_id=engine_id,
+                incarnation=bootstrap.incarnation,
+                tp_rank=bootstrap.tp_rank,
+                tp_size=spec.tensor_parallel_size,
             ),
-            source=runner.kv_memory,
+            memory=RankMemory(
+                kv_cache=runner.kv_cache,
+                layout=runner.layout,
+                source=runner.kv_memory,
+                model_digest=runner.model_digest,
+                total_kv_heads=runner.shape.num_kv_heads,
+                first_kv_head=runner.first_kv_head,
+            ),
+            connector=new_connector(spec.kv_transfer, bootstrap.name, bootstrap.incarnation),
+            context=self._context,
             wake=self._wakeup.set,
             report=self._control.send,
         )
+        return TransferThread(setup) if faults is None else FaultyTransferThread(setup, faults)
 
     def _await_leader(self) -> str:
         """Endpoint of rank 0's step channel in this incarnation."""
@@ -293,15 +296,15 @@ class RankProcess:
             poller.register(socket, zmq.POLLIN)
         return poller
 
-    def _wait_awake(self, poller: zmq.Poller, leader: Leader, transfer: TransferWorker) -> None:
+    def _wait_awake(self, poller: zmq.Poller, leader: Leader, transfer: TransferThread) -> None:
         """Where a device would wait meanwhile: who sleeps when a pull ends begins the next step 0.3
         ms later.
         """
-        if not self._spec.async_scheduling or time.monotonic() >= transfer.awake_until_s:
+        if not self._spec.async_scheduling or time.monotonic() >= transfer.awake_until_at:
             return
         if transfer.awaited_bytes >= REHEARSAL_BYTES:
             leader.rehearse()
-        while time.monotonic() < transfer.awake_until_s and not poller.poll(0):
+        while time.monotonic() < transfer.awake_until_at and not poller.poll(0):
             time.sleep(AWAKE_SLEEP_S)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:

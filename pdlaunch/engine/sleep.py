@@ -47,7 +47,7 @@ class SleepingMemory(Protocol):
 
 
 class SleepingTransfer(Protocol):
-    """What lets peers read that memory; a ``TransferWorker``."""
+    """What lets peers read that memory; a ``TransferThread``."""
 
     @property
     def connected(self) -> bool: ...

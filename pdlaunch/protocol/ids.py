@@ -45,6 +45,11 @@ NO_ORIGIN = PromptOrigin(0)
 """Stands for the origin of a request whose router gives none."""
 
 
+def engine_of_reader(reader: ReaderId) -> EngineId:
+    """Return the decode engine whose pull this is."""
+    return EngineId(reader.partition("/")[0])
+
+
 def lease_of(request_id: RequestId) -> LeaseId:
     """Return the id of the lease on the blocks that this request has computed."""
     return LeaseId(request_id)

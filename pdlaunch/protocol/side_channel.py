@@ -16,6 +16,10 @@ from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.wire import Codec, Message
 
 PROTOCOL_VERSION = 3
+LONGEST_WAIT_S = 60.0
+"""A reader that awaits a prompt is refused after this time, and comes later: the prompt may be far
+from computed.
+"""
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]

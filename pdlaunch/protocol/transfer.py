@@ -100,15 +100,9 @@ class CancelPull(Message):
     pull_id: PullId
 
 
-TransferCommand = (
-    AnnounceBlocks
-    | WithdrawBlocks
-    | GrantLease
-    | EndLease
-    | SetLeaseReaders
-    | StartPull
-    | CancelPull
-)
+PrefillCommand = AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders
+DecodeCommand = StartPull | CancelPull
+TransferCommand = PrefillCommand | DecodeCommand
 
 
 class LeaseEnded(Message):

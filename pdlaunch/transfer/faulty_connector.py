@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -25,7 +25,8 @@ from pdlaunch.transfer.connectors.connector import (
     ReadState,
 )
 from pdlaunch.transfer.faults import Fault, FaultPlan
-from pdlaunch.transfer.worker import TransferWorker
+from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.thread import TransferThread
 
 
 @dataclass(slots=True, eq=False)
@@ -202,13 +203,13 @@ class FaultyConnector(Connector):
         return self._advance(read)
 
 
-class FaultyTransferWorker(TransferWorker):
-    """A ``TransferWorker`` whose connector and leases follow a fault plan."""
+class FaultyTransferThread(TransferThread):
+    """A ``TransferThread`` whose connector and leases follow a fault plan."""
 
-    def __init__(self, *, faults: FaultPlan, connector: Connector, **setup: Any) -> None:
+    def __init__(self, setup: TransferSetup, faults: FaultPlan) -> None:
         self._faults = faults
-        self._agent_name = connector.agent_name
-        super().__init__(connector=FaultyConnector(connector, faults), **setup)
+        self._agent_name = setup.connector.agent_name
+        super().__init__(replace(setup, connector=FaultyConnector(setup.connector, faults)))
 
     def submit(self, commands: Sequence[TransferCommand]) -> None:
         super().submit(self._faults.on_commands(self._agent_name, commands))

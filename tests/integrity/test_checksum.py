@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.transfer.channel.engine_id import draw_engine_id
-from pdlaunch.transfer.channel.handshake import describe_groups
+from pdlaunch.transfer.channel.handshake import describe_groups, draw_engine_id
 from tests.transfer.fakes import layout_of, random_cache
 
 

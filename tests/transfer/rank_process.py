@@ -1,4 +1,4 @@
-"""A real rank in a process of its own: TransferWorker, connector over CPU memory, side channel.
+"""A real rank in a process of its own: TransferThread, connector over CPU memory, side channel.
 Driven through a pipe.
 """
 
@@ -69,10 +69,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.memory.kv_memories import open_kv_memory
     from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
+    from pdlaunch.transfer.channel.handshake import RankIdentity
     from pdlaunch.transfer.connectors.opening import new_connector
     from pdlaunch.transfer.faults import read_fault_plan
     from pdlaunch.transfer.faulty_connector import FaultyConnector
-    from pdlaunch.transfer.worker import TransferWorker
+    from pdlaunch.transfer.sides import RankMemory, TransferSetup
+    from pdlaunch.transfer.thread import TransferThread
 
     environ = dict(options.environment)
     on = "cpu" if options.device == "cpu" else "cuda"
@@ -134,36 +136,46 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         return handle
 
     connector.start_read = stop_and_start_read  # type: ignore[method-assign]
-    worker = TransferWorker(
-        context=SecureContext(options.keys),
-        spec=options.spec,
-        name=options.name,
-        tp_rank=options.tp_rank,
-        engine_id=options.engine_id,
-        incarnation=options.incarnation,
-        layout=layout,
-        kv_cache=kv_cache,
-        model_digest=options.model_digest,
+    identity = RankIdentity(
+        options.name,
+        options.spec.name,
+        options.engine_id,
+        options.incarnation,
+        options.tp_rank,
+        options.spec.tensor_parallel_size,
+    )
+    memory = RankMemory(
+        kv_cache,
+        layout,
+        source,
+        options.model_digest,
         total_kv_heads=options.total_heads,
         first_kv_head=options.tp_rank * options.num_heads,
-        connector=connector,
-        source=source,
-        wake=happened.set,
-        report=lambda message: send("report", message),
+    )
+    transfer = TransferThread(
+        TransferSetup(
+            spec=options.spec,
+            identity=identity,
+            memory=memory,
+            connector=connector,
+            context=SecureContext(options.keys),
+            wake=happened.set,
+            report=lambda message: send("report", message),
+        )
     )
 
     def forward() -> None:
         while True:
             happened.wait()
             happened.clear()
-            for event in worker.take_events():
+            for event in transfer.take_events():
                 send("event", event)
 
     threading.Thread(target=forward, daemon=True).start()
-    worker.wait_started(TIMEOUT_S)
+    transfer.wait_started(TIMEOUT_S)
     actions: dict[str, Callable[..., Any]] = {
-        "submit": worker.submit,
-        "registry": worker.update_registry,
+        "submit": transfer.submit,
+        "registry": transfer.update_registry,
         "blocks": lambda block_ids: kv_cache[block_ids].cpu().numpy(),
         "overwrite": lambda block_id, value: kv_cache[block_id].fill_(value) is None,
         "digest": lambda flipped: digest_of(kv_cache.flip(0) if flipped else kv_cache),
@@ -177,12 +189,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
         "shared_memory": shared_memory,
         "address": lambda: (os.getpid(), kv_cache.data_ptr()),
         "cpu_seconds": lambda: os.times().user + os.times().system,
-        "close": lambda: worker.close(timeout_s=5),
-        "suspend": worker.suspend,
-        "wait_unmapped": worker.wait_unmapped,
-        "resume": worker.resume,
+        "close": lambda: transfer.close(timeout_s=5),
+        "suspend": transfer.suspend,
+        "wait_unmapped": transfer.wait_unmapped,
+        "resume": transfer.resume,
     }
-    send("started", worker.endpoint)
+    send("started", transfer.endpoint)
     while True:
         action, arguments = pipe.recv()
         if action == "exit":
@@ -282,7 +294,7 @@ class RankHandle:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             [
-                "pdlaunch.transfer.worker",
+                "pdlaunch.transfer.thread",
                 "pdlaunch.transfer.connectors.opening",
                 "tests.transfer.rank_process",
             ]

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import (
+    LONGEST_WAIT_S,
     ChecksumsReply,
     Heartbeat,
     PullBegin,
@@ -31,8 +32,8 @@ from pdlaunch.protocol.transfer import (
     WithdrawBlocks,
 )
 from pdlaunch.transfer.decode_side.branch import REPEAT_S
-from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, LONGEST_WAIT_S, EarlyQuestions
-from pdlaunch.transfer.prefill_side.holder import Holder
+from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
+from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import FakeChannel, FakeClock
 from tests.transfer.rank_process import grant, hashes, pull
 from tests.transfer.test_pull import HolderRank, World
@@ -43,15 +44,15 @@ TOKENS = [FirstToken(token_id=7)]
 class PatientChannel(FakeChannel):
     """Questions may wait for their answers."""
 
-    def __init__(self, holder: Holder, clock: FakeClock) -> None:
+    def __init__(self, holder: LeaseAnswers, clock: FakeClock) -> None:
         super().__init__(holder.answer)
-        self._early = EarlyQuestions(holder.is_early, clock)
+        self._pending = PendingQuestions(holder.must_wait, clock)
 
     def send(self, message: ToPrefillSide | None) -> None:
         """None: only time has gone by."""
         if message is not None:
             self.sent.append(message)
-        due = self._early.sift([] if message is None else [(b"reader", message)])
+        due = self._pending.sift([] if message is None else [(b"reader", message)])
         answers = [answer for _, question in due if (answer := self.answer(question)) is not None]
         if not self.mute:
             self.inbox += answers
@@ -221,7 +222,7 @@ def test_a_read_of_blocks_that_went_back_is_over_before_they_are_read_again(worl
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[6, 7]])
 
 
-def test_wrong_bytes_of_an_early_part_are_found_and_read_again(world, holder):
+def test_wrong_bytes_of_an_pending_part_are_found_and_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2], num_attempts=2))
     holder.kv_cache[4] += 1
     holder.holder.announce(announce([4, 5], 1, 2))
@@ -238,7 +239,7 @@ def test_wrong_bytes_of_an_early_part_are_found_and_read_again(world, holder):
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
-def test_an_early_read_that_fails_is_repeated(world, holder):
+def test_an_pending_read_that_fails_is_repeated(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3], num_attempts=2))
     holder.holder.announce(announce([4, 5, 6], 1, 3))
     world.turn()
@@ -302,7 +303,7 @@ def test_who_gives_up_after_the_lease_has_had_its_share(world, holder):
     assert world.events == [PullDrained(pull_id="p")]
 
 
-def test_an_early_read_of_a_pull_that_was_given_up_keeps_its_blocks(world, holder):
+def test_an_pending_read_of_a_pull_that_was_given_up_keeps_its_blocks(world, holder):
     world.pulls.start(awaited(holder, [1, 2]))
     world.fabric.stalled = True
     holder.holder.announce(announce([4, 5], 1, 2))
@@ -424,7 +425,7 @@ def test_the_end_of_a_pull_is_told_once(world, holder):
 
 
 def test_checksums_are_stated_while_the_blocks_are_read(world, holder):
-    Holder.grant(holder.holder, lease([4, 5]))
+    LeaseAnswers.grant(holder.holder, lease([4, 5]))
     world.pulls.start(awaited(holder, [1, 2]))
     world.turn()
     assert world.reads == [[1, 2]]
@@ -445,7 +446,7 @@ def test_checksums_are_stated_while_the_blocks_are_read(world, holder):
     ],
 )
 def test_a_holder_that_states_nonsense_fails_the_pull(world, holder, groups, error):
-    Holder.grant(holder.holder, lease([4, 5]))
+    LeaseAnswers.grant(holder.holder, lease([4, 5]))
     holder.holder._state_checksums = lambda message: ChecksumsReply(
         call_id=message.call_id, groups=groups
     )

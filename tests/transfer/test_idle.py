@@ -11,7 +11,7 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import PullFinished
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_worker import Rank, remote
+from tests.transfer.test_thread import Rank, remote
 
 PULLS_A_ROUND = 200
 MAX_ROUNDS = 5
@@ -37,22 +37,22 @@ class Pair:
             Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric), clock=clock)
             for role in ("prefill", "decode")
         )
-        self.puller.worker.update_registry([self.holder.entry(), self.puller.entry()])
+        self.puller.transfer.update_registry([self.holder.entry(), self.puller.entry()])
         assert isinstance(self.puller.reports.get(timeout=60), PairReady)
         self.num_pulls = 0
 
     def pull(self) -> None:
         self.num_pulls += 1
         lease_id = f"r{self.num_pulls}"
-        self.holder.worker.submit([grant(lease_id, [4, 5])])
-        self.puller.worker.submit([pull(f"p{self.num_pulls}", remote(lease_id), [1, 2])])
+        self.holder.transfer.submit([grant(lease_id, [4, 5])])
+        self.puller.transfer.submit([pull(f"p{self.num_pulls}", remote(lease_id), [1, 2])])
         (finished,) = self.puller.events()
         assert isinstance(finished, PullFinished)
         assert finished.ok
 
     def close(self) -> None:
         for rank in (self.holder, self.puller):
-            rank.worker.close(timeout_s=10)
+            rank.transfer.close(timeout_s=10)
 
 
 @contextmanager

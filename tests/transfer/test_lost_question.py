@@ -21,7 +21,7 @@ from pdlaunch.protocol.transfer import PullFinished
 from pdlaunch.transfer.decode_side.branch import REPEAT_S
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_worker import Rank, remote
+from tests.transfer.test_thread import Rank, remote
 
 TIMEOUT_S = 60
 Way = Literal["question", "answer"]
@@ -97,30 +97,30 @@ def test_what_was_lost_is_asked_again(context: SecureContext, lost: Way):
     fabric, clock = Fabric(), ShiftedClock()
     holder = Rank(context, "prefill", FakeConnector("prefill-0/rank-0#1", fabric))
     reader = Rank(context, "decode", FakeConnector("decode-0/rank-0#1", fabric), clock=clock)
-    relay = Relay(holder.worker.endpoint)
+    relay = Relay(holder.transfer.endpoint)
     try:
         entries = [
             msgspec.structs.replace(holder.entry(), address=Address(side_channel=relay.endpoint)),
             reader.entry(),
         ]
-        reader.worker.update_registry(entries)
+        reader.transfer.update_registry(entries)
         assert isinstance(reader.reports.get(timeout=TIMEOUT_S), PairReady)
         relay.connections.get(timeout=TIMEOUT_S)
-        holder.worker.submit([grant("r", [4, 5])])
+        holder.transfer.submit([grant("r", [4, 5])])
         relay.swallows = lost
-        reader.worker.submit([pull("p", remote("r"), [1, 2])])
+        reader.transfer.submit([pull("p", remote("r"), [1, 2])])
         assert relay.swallowed.wait(TIMEOUT_S)
         relay.lose()
         # ZMQ makes a new connection only when it knows of the old one's end: what is sent from now
         # on goes there.
         relay.connections.get(timeout=TIMEOUT_S)
-        assert reader.worker.take_events() == []
+        assert reader.transfer.take_events() == []
         clock.shift_s += REPEAT_S
-        reader.worker.update_registry(entries)
+        reader.transfer.update_registry(entries)
         (finished,) = reader.events()
         assert isinstance(finished, PullFinished)
         assert finished.ok
     finally:
         for rank in (holder, reader):
-            rank.worker.close(timeout_s=10)
+            rank.transfer.close(timeout_s=10)
         relay.close()

@@ -1,4 +1,4 @@
-"""Handshake, pull and recovery in one process: real Holder, Peer and Pull over a fake connector and
+"""Handshake, pull and recovery in one process: real LeaseAnswers, Peer and Pull over a fake connector and
 fake channels.
 """
 
@@ -42,7 +42,7 @@ from pdlaunch.transfer.decode_side.holder_link import Puller
 from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
 from pdlaunch.transfer.decode_side.pull_table import PullTable
-from pdlaunch.transfer.prefill_side.holder import Holder, HolderCard
+from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from tests.transfer.fakes import (
     Fabric,
     FakeChannel,
@@ -55,7 +55,7 @@ from tests.transfer.fakes import (
 from tests.transfer.rank_process import grant, pull
 
 
-class PromptHolder(Holder):
+class PromptHolder(LeaseAnswers):
     """Has the checksums at once, as the transfer thread has them by its next turn."""
 
     def grant(self, command: GrantLease) -> None:
@@ -93,7 +93,7 @@ class HolderRank:
             total_kv_heads=3,
             connector="fake",
         )
-        card = HolderCard(
+        card = RankCard(
             self.identity,
             compatibility,
             geometry_of(memory, tp_rank),

@@ -12,7 +12,7 @@ from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, 
 from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connectors.connector import ReadHandle
 from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
-from pdlaunch.transfer.prefill_side.holder import Holder
+from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from tests.transfer import test_pull
 from tests.transfer.fakes import FakeChannel, FakeConnector
 from tests.transfer.rank_process import cancel, grant, pull
@@ -35,7 +35,7 @@ class WritingConnector(FakeConnector):
 
 
 class PushChannel(FakeChannel):
-    def __init__(self, holder: Holder, asked: list[tuple[FakeChannel, Push]]) -> None:
+    def __init__(self, holder: LeaseAnswers, asked: list[tuple[FakeChannel, Push]]) -> None:
         super().__init__(holder.answer)
         self._asked = asked
 

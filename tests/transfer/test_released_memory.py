@@ -32,7 +32,7 @@ from tests.transfer.rank_process import cancel, grant, pull
 from tests.transfer.test_p2p import memory_of
 from tests.transfer.test_pull import World
 from tests.transfer.test_pull_faults import History
-from tests.transfer.test_worker import Rank, remote
+from tests.transfer.test_thread import Rank, remote
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +74,16 @@ def test_a_worker_that_is_closed(context: SecureContext) -> None:
         Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric))
         for role in ("prefill", "decode")
     )
-    puller.worker.update_registry([holder.entry(), puller.entry()])
+    puller.transfer.update_registry([holder.entry(), puller.entry()])
     assert isinstance(puller.reports.get(timeout=60), PairReady)
-    holder.worker.submit([grant("r", [4, 5])])
-    puller.worker.submit([pull("p", remote("r"), [1, 2]), pull("unanswered", remote("none"), [3])])
+    holder.transfer.submit([grant("r", [4, 5])])
+    puller.transfer.submit(
+        [pull("p", remote("r"), [1, 2]), pull("unanswered", remote("none"), [3])]
+    )
     assert puller.events()[0].ok
     caches = [storage_of(rank.kv_cache) for rank in (holder, puller)]
     for rank in (puller, holder):
-        rank.worker.close(timeout_s=10)
+        rank.transfer.close(timeout_s=10)
         del rank.kv_cache
     assert are_gone(caches)
 
@@ -96,8 +98,8 @@ def test_a_worker_whose_thread_has_died(context: SecureContext) -> None:
     del rank.kv_cache
     for _ in range(2):
         with pytest.raises(TransferError, match="no such backend"):
-            rank.worker.wait_started(10)
-    rank.worker.close(timeout_s=10)
+            rank.transfer.wait_started(10)
+    rank.transfer.close(timeout_s=10)
     assert are_gone([cache])
 
 
@@ -110,15 +112,15 @@ def test_a_worker_with_a_read_that_may_still_write_keeps_its_memory(context: Sec
         Rank(context, role, FakeConnector(f"{role}-0/rank-0#1", fabric))
         for role in ("prefill", "decode")
     )
-    puller.worker.update_registry([holder.entry(), puller.entry()])
+    puller.transfer.update_registry([holder.entry(), puller.entry()])
     deadline_s = time.monotonic() + 60
     while not fabric.reads:
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
     for rank in (holder, puller):
-        rank.worker.close(timeout_s=10)
-    assert puller.worker._loop.reads_pending
-    assert not hasattr(holder.worker, "_loop")
+        rank.transfer.close(timeout_s=10)
+    assert puller.transfer._sides.has_pending_reads
+    assert holder.transfer._sides is None
 
 
 class Anything:

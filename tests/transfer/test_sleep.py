@@ -16,7 +16,7 @@ from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded
 from tests.transfer.fakes import Fabric, FakeConnector
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_worker import ENGINE_IDS, Rank, remote
+from tests.transfer.test_thread import ENGINE_IDS, Rank, remote
 
 TIMEOUT_S = 60.0
 
@@ -57,18 +57,18 @@ def start(
     def start(role: str) -> tuple[Rank, MappedConnector]:
         connector = MappedConnector(f"{role}-0/rank-0#1", fabric)
         started.append(Rank(context, role, connector))
-        started[-1].worker.wait_started(TIMEOUT_S)
+        started[-1].transfer.wait_started(TIMEOUT_S)
         return started[-1], connector
 
     yield start
     fabric.kill()
     for rank in started:
-        rank.worker.close(timeout_s=10)
+        rank.transfer.close(timeout_s=10)
 
 
 def pull_once(holder: Rank, puller: Rank, name: str) -> None:
-    holder.worker.submit([grant(name, [4, 5])])
-    puller.worker.submit([pull(name, remote(name), [1, 2])])
+    holder.transfer.submit([grant(name, [4, 5])])
+    puller.transfer.submit([pull(name, remote(name), [1, 2])])
     (finished,) = puller.events()
     assert finished.ok, finished.error
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
@@ -81,11 +81,11 @@ def connect(holder: Rank, puller: Rank, *asleep: Rank) -> None:
         for rank in (holder, puller)
     ]
     for rank in (holder, puller):
-        rank.worker.update_registry(entries)
+        rank.transfer.update_registry(entries)
 
 
 def await_connected(rank: Rank) -> None:
-    while not rank.worker.connected:
+    while not rank.transfer.connected:
         rank._wakes.get(timeout=TIMEOUT_S)
 
 
@@ -99,12 +99,12 @@ def test_pulls_work_again_after_either_side_has_slept(
     assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
     for cycle in range(3):
         pull_once(holder, puller, f"request-{cycle}")
-        sleeper.worker.suspend(TIMEOUT_S)
+        sleeper.transfer.suspend(TIMEOUT_S)
         assert not memory.registered
         assert not puller_memory.peers or who == "prefill"
         connect(holder, puller, sleeper)
         sleeper.kv_cache.copy_(torch.randn_like(sleeper.kv_cache))
-        sleeper.worker.resume(TIMEOUT_S)
+        sleeper.transfer.resume(TIMEOUT_S)
         assert memory.registered
         connect(holder, puller)
         await_connected(sleeper)
@@ -117,14 +117,14 @@ def test_a_lease_keeps_the_rank_awake(start: Callable[[str], tuple[Rank, MappedC
     (holder, memory), (puller, _) = start("prefill"), start("decode")
     connect(holder, puller)
     assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
-    holder.worker.submit([grant("r", [4, 5])])
+    holder.transfer.submit([grant("r", [4, 5])])
     with pytest.raises(TransferError, match="has not ended"):
-        holder.worker.suspend(0.05)
+        holder.transfer.suspend(0.05)
     assert memory.registered
-    puller.worker.submit([pull("p", remote("r"), [1, 2])])
+    puller.transfer.submit([pull("p", remote("r"), [1, 2])])
     (finished,) = puller.events()
     assert finished.ok
-    holder.worker.suspend(TIMEOUT_S)
+    holder.transfer.suspend(TIMEOUT_S)
     assert not memory.registered
 
 
@@ -135,15 +135,15 @@ def test_a_read_that_may_still_write_keeps_the_rank_awake(
     connect(holder, puller)
     assert isinstance(puller.reports.get(timeout=TIMEOUT_S), PairReady)
     fabric.stalled = True
-    holder.worker.submit([grant("r", [4, 5])])
-    puller.worker.submit([pull("p", remote("r"), [1, 2])])
+    holder.transfer.submit([grant("r", [4, 5])])
+    puller.transfer.submit([pull("p", remote("r"), [1, 2])])
     with pytest.raises(TransferError, match="has not ended"):
-        puller.worker.suspend(0.2)
+        puller.transfer.suspend(0.2)
     assert memory.registered
     fabric.land()
     (finished,) = puller.events()
     assert finished.ok
-    puller.worker.suspend(TIMEOUT_S)
+    puller.transfer.suspend(TIMEOUT_S)
     assert not memory.registered
 
 
@@ -151,8 +151,8 @@ def test_a_sleeping_rank_refuses_and_says_why(
     start: Callable[[str], tuple[Rank, MappedConnector]], context: SecureContext
 ) -> None:
     holder, _ = start("prefill")
-    holder.worker.suspend(TIMEOUT_S)
-    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    holder.transfer.suspend(TIMEOUT_S)
+    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 10_000
     socket.send(
         to_prefill_side.encode(
@@ -169,5 +169,5 @@ def test_a_sleeping_rank_refuses_and_says_why(
     assert isinstance(answer, Refused)
     assert answer.reason == "prefill-0/rank-0 is asleep"
     socket.close()
-    holder.worker.resume(TIMEOUT_S)
+    holder.transfer.resume(TIMEOUT_S)
     await_connected(holder)

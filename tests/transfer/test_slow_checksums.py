@@ -24,8 +24,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded
 from pdlaunch.transfer.decode_side.pull_table import PullTable
-from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, EarlyQuestions
-from pdlaunch.transfer.prefill_side.holder import Holder
+from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
+from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher, stated_checksums
 from tests.transfer.rank_process import grant, pull
@@ -42,12 +42,12 @@ class SlowHolder:
         self.rank = HolderRank(self.clock, Fabric())
         self.hasher = HandHasher(self.rank.kv_cache, self.rank.layout)
         self.holder = PromptHolder(self.rank.holder._card, self.hasher, self.clock)
-        self.early = EarlyQuestions(self.holder.is_early, self.clock)
+        self.pending = PendingQuestions(self.holder.must_wait, self.clock)
 
     def turn(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Return all answers."""
         self.holder.advance_checksums()
-        due = self.early.sift([(b"reader", message) for message in messages])
+        due = self.pending.sift([(b"reader", message) for message in messages])
         return [self.holder.answer(message) for _, message in due]
 
     def begin(self, lease_id: str = "r") -> PullBegin:
@@ -72,7 +72,7 @@ def slow() -> SlowHolder:
 
 def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     slow.holder.grant(grant("r", [4, 5]))
-    assert slow.holder.youngest_hashing_s == slow.clock.now
+    assert slow.holder.hashing_since_at == slow.clock.now
     (begun,) = slow.turn(slow.begin(), slow.state())
     assert isinstance(begun, PullReply)
     assert begun.groups[0].checksums is None
@@ -81,12 +81,12 @@ def test_readers_begin_at_once_and_wait_for_the_checksums_of_a_lease(slow):
     assert isinstance(answer, ChecksumsReply)
     assert answer.groups == [slow.expected([4, 5])]
     assert slow.turn() == []
-    assert slow.holder.youngest_hashing_s is None
+    assert slow.holder.hashing_since_at is None
 
 
 def test_readers_are_answered_before_checksums_are_asked_for(slow):
     """They read meanwhile."""
-    holder = Holder(slow.rank.holder._card, slow.hasher, slow.clock)
+    holder = LeaseAnswers(slow.rank.holder._card, slow.hasher, slow.clock)
     holder.grant(grant("r", [4, 5]))
     assert isinstance(holder.answer(slow.begin()), PullReply)
     assert slow.hasher.started == []
@@ -134,7 +134,7 @@ def test_checksums_of_a_lease_that_ends_meanwhile_are_dropped(slow):
     slow.hasher.finish()
     (answer,) = slow.turn(slow.begin())
     assert isinstance(answer, Refused)
-    assert slow.holder.youngest_hashing_s is None
+    assert slow.holder.hashing_since_at is None
 
 
 def test_checksums_that_do_not_come_are_an_error(slow):
@@ -148,9 +148,9 @@ def test_checksums_that_do_not_come_are_an_error(slow):
 
 
 def test_without_verification_nothing_is_computed(slow):
-    holder = Holder(slow.rank.holder._card, None, slow.clock)
+    holder = LeaseAnswers(slow.rank.holder._card, None, slow.clock)
     holder.grant(grant("r", [4]))
-    assert holder.youngest_hashing_s is None
+    assert holder.hashing_since_at is None
     assert not holder.advance_checksums()
 
 

@@ -1,4 +1,4 @@
-"""A process of ``bench transfer``: a rank with a TransferWorker and a KV cache of random numbers,
+"""A process of ``bench transfer``: a rank with a TransferThread and a KV cache of random numbers,
 driven through a pipe.
 """
 
@@ -34,8 +34,10 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     TransferEvent,
 )
+from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.opening import new_connector
-from pdlaunch.transfer.worker import TransferWorker
+from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.thread import TransferThread
 
 START_TIMEOUT_S = 120.0
 PULL_TIMEOUT_S = 120.0
@@ -129,24 +131,32 @@ class Rank:
         pools = open_memory_pools(enabled=options.with_cumem, device=device)
         memory = open_kv_memory(pools, device, shared=options.kv_transfer.maps_memory)
         self._kv_cache = shape.new_shared_cache(memory, options.tp_size)
-        self._worker = TransferWorker(
-            context=SecureContext(options.keys),
-            spec=(spec := _spec_of(options)),
-            name=options.name,
-            tp_rank=options.tp_rank,
-            engine_id=options.engine_id,
-            incarnation=1,
-            layout=layout,
-            kv_cache=self._kv_cache,
-            model_digest="bench",
-            total_kv_heads=shape.num_kv_heads,
-            first_kv_head=options.tp_rank * layout.num_kv_heads,
+        spec = _spec_of(options)
+        setup = TransferSetup(
+            spec=spec,
+            identity=RankIdentity(
+                name=options.name,
+                engine=spec.name,
+                engine_id=options.engine_id,
+                incarnation=1,
+                tp_rank=options.tp_rank,
+                tp_size=spec.tensor_parallel_size,
+            ),
+            memory=RankMemory(
+                kv_cache=self._kv_cache,
+                layout=layout,
+                source=memory,
+                model_digest="bench",
+                total_kv_heads=shape.num_kv_heads,
+                first_kv_head=options.tp_rank * layout.num_kv_heads,
+            ),
             connector=new_connector(spec.kv_transfer, options.name, 1),
-            source=memory,
+            context=SecureContext(options.keys),
             wake=self._woken.set,
             report=self._reports.put,
         )
-        self._worker.wait_started(START_TIMEOUT_S)
+        self._transfer = TransferThread(setup)
+        self._transfer.wait_started(START_TIMEOUT_S)
 
     def entry(self) -> Entry:
         """As the registry would show this rank."""
@@ -160,12 +170,12 @@ class Rank:
             tp_rank=options.tp_rank,
             tp_size=options.tp_size,
             engine_id=options.engine_id,
-            address=Address(side_channel=self._worker.endpoint),
+            address=Address(side_channel=self._transfer.endpoint),
         )
 
     def connect(self, entries: list[Entry], num_peers: int) -> set[str]:
         """Return when this many peers are ready to be read, over which paths."""
-        self._worker.update_registry(entries)
+        self._transfer.update_registry(entries)
         paths: list[str] = []
         while len(paths) < num_peers:
             match self._reports.get(timeout=START_TIMEOUT_S):
@@ -181,18 +191,18 @@ class Rank:
         """Returns before the checksums of the lease are there; a pull that is faster waits for
         them.
         """
-        self._worker.submit([command])
+        self._transfer.submit([command])
 
     def pull(self, command: StartPull) -> PullTimes:
         """What PullFinished says."""
-        self._worker.submit([command])
+        self._transfer.submit([command])
         while True:
             if not self._woken.wait(PULL_TIMEOUT_S):
                 raise TransferError(
                     f"pull {command.pull_id} did not end within {PULL_TIMEOUT_S:g} s"
                 )
             self._woken.clear()
-            for event in self._worker.take_events():
+            for event in self._transfer.take_events():
                 if isinstance(event, PullFinished):
                     return _times(event)
 
@@ -202,7 +212,7 @@ class Rank:
         while not any(isinstance(event, LeaseEnded) for event in events):
             self._woken.wait(PULL_TIMEOUT_S)
             self._woken.clear()
-            events = self._worker.take_events()
+            events = self._transfer.take_events()
 
     def open_bare(self, kind: BareKind) -> Any:
         """Let a connector's library move blocks of the same KV cache by itself; returns what the

@@ -4,6 +4,7 @@ worded.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,13 @@ class RankIdentity:
     incarnation: int
     tp_rank: int
     tp_size: int
+
+
+def draw_engine_id() -> EngineId:
+    """Return 16 random bytes as 32 hex digits. Every rank draws an id when it starts; the one of
+    rank 0 is broadcast over the TP group and counts.
+    """
+    return EngineId(secrets.token_hex(16))
 
 
 def compatibility_of(

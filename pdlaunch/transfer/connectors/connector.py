@@ -1,6 +1,6 @@
 """The interface of a connector: what moves the bytes of KV blocks between ranks.
 
-A connector is used by one thread only, that of the ``TransferWorker``. It reads whole blocks, or
+A connector is used by one thread only, that of the ``TransferThread``. It reads whole blocks, or
 heads of blocks, of a peer into local blocks, and it knows nothing of requests, leases or proofs.
 """
 

@@ -82,8 +82,3 @@ class Puller:
         """
         digest = hashlib.sha256(pull_id.encode()).hexdigest()
         return ReaderId(f"{self.engine_id}/{self.tp_rank}/{digest}")
-
-
-def engine_of(reader: ReaderId) -> EngineId:
-    """The engine_id in a reader's name."""
-    return EngineId(reader.partition("/")[0])

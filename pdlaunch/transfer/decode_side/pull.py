@@ -11,12 +11,12 @@ says ``in_flight`` and lives until the handle has ended, however long that takes
 
 from __future__ import annotations
 
+from pdlaunch.protocol.side_channel import LONGEST_WAIT_S
 from pdlaunch.protocol.transfer import PullDrained, PullFinished, StartPull
 from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.branch import Branch
 from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
 from pdlaunch.transfer.decode_side.read_plan import PullFailed
-from pdlaunch.transfer.prefill_side.early import LONGEST_WAIT_S
 
 
 class Pull:

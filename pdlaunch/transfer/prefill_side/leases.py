@@ -1,4 +1,4 @@
-"""Leases: how long a prefill rank keeps the blocks of a finished request for its readers.
+"""Leases: a prefill rank keeps the blocks of a finished request for its readers, up to a deadline.
 
 ::
 
@@ -7,14 +7,13 @@
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
 
-While a pull is open nothing but the deadline ends a lease: readers count on the seconds that they
-were told. A lease knows nothing of sockets or tensors, and asks the injected clock alone. Deadlines
+While a pull is open nothing but the deadline ends a lease: readers rely on the seconds that they
+were told. A lease knows no sockets and no tensors, and asks the injected clock alone. Deadlines
 never leave this process.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -32,38 +31,33 @@ MAX_EXTENSIONS = 20
 MAX_OPEN_READERS = 4096
 """Pulls of one lease that may be open at once."""
 MAX_PAST_LEASES = 4096
-"""Leases that have ended and are still known by their ids."""
+"""Ended leases whose ids are still known."""
 
 
 @dataclass(slots=True)
 class Lease:
-    """One finished request's blocks on this rank."""
+    """Keeps one finished request's blocks on this rank."""
 
     grant: GrantLease
     groups: list[GroupBlocks]
-    deadline_s: float
-    last_deadline_s: float
+    deadline_at: float
+    last_deadline_at: float
     """No extension goes beyond this."""
     num_readers: int
     """Choices that will pull; fewer than granted when some have ended with their first token."""
     generation: int = 0
-    """Of the announcement, if there was one."""
+    """Generation under which the prompt was announced; 0 if it was not."""
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
-    """Pulls that have begun and not ended, with their number of pullers."""
+    """Pulls that have begun and not ended, with their number of decode ranks."""
     served_readers: set[ReaderId] = field(default_factory=set)
     """Pulls that have ended."""
     served: Fraction = Fraction(0)
-    """Readers that have ended; one of k pullers of a reader counts 1/k."""
+    """Readers that have ended; one of the k decode ranks of a reader counts 1/k."""
     cancelled: bool = False
-
-    @property
-    def num_expected(self) -> int:
-        """Readers that have not had their share."""
-        return self.num_readers - math.floor(self.served)
 
 
 class LeaseTable:
-    """All living leases of one rank. Not thread-safe: the transfer thread owns it."""
+    """Keeps the living leases of one rank. Not thread-safe: the transfer thread owns it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -83,26 +77,22 @@ class LeaseTable:
             raise LeaseError(f"request {grant.lease_id} has a lease already")
         self._past.pop(grant.lease_id, None)
         now = self._clock()
-        last_deadline_s = now + MAX_EXTENSIONS * grant.lease_s
+        last_deadline_at = now + MAX_EXTENSIONS * grant.lease_s
         self._leases[grant.lease_id] = Lease(
-            grant, groups, now + grant.lease_s, last_deadline_s, grant.num_readers, generation
+            grant, groups, now + grant.lease_s, last_deadline_at, grant.num_readers, generation
         )
 
-    def state(self, lease_id: LeaseId, groups: list[GroupBlocks]) -> None:
-        """What readers are told of a lease's blocks from now on. Unknown ids are ignored."""
+    def set_groups(self, lease_id: LeaseId, groups: list[GroupBlocks]) -> None:
+        """Tell readers this of a lease's blocks from now on. Unknown ids are ignored."""
         if (lease := self._leases.get(lease_id)) is not None:
             lease.groups = groups
 
     def knows(self, lease_id: LeaseId) -> bool:
-        """There is such a lease, or was one not long ago."""
+        """Return whether there is such a lease, or was one not long ago."""
         return lease_id in self._leases or lease_id in self._past
 
-    def find(self, lease_id: LeaseId) -> Lease | None:
-        """The living lease of a request."""
-        return self._leases.get(lease_id)
-
     def living(self, lease_id: LeaseId) -> Lease:
-        """The lease of a request that still holds. Raises LeaseError."""
+        """Return a lease that still holds. Raises LeaseError."""
         self.expire()
         lease = self._leases.get(lease_id)
         if lease is None:
@@ -112,8 +102,8 @@ class LeaseTable:
         return lease
 
     def set_readers(self, lease_id: LeaseId, num_readers: int) -> None:
-        """That many readers come, and no more; the lease ends when all have been here. Unknown ids
-        are ignored.
+        """Expect that many readers and no more: the lease ends when all have been here. Unknown
+        ids are ignored.
         """
         lease = self._leases.get(lease_id)
         if lease is None:
@@ -122,8 +112,8 @@ class LeaseTable:
         self._end_if_done(lease)
 
     def begin(self, lease_id: LeaseId, reader: ReaderId, num_decode_ranks: int) -> Lease:
-        """A pull begins, or begins anew; extends the lease. Raises LeaseError, also once the pull
-        has ended.
+        """Begin a pull, or begin it anew, which extends the lease. Raises LeaseError, also once the
+        pull has ended.
         """
         lease = self.living(lease_id)
         if num_decode_ranks < 1:
@@ -139,20 +129,22 @@ class LeaseTable:
         return lease
 
     def opened(self, lease_id: LeaseId, reader: ReaderId) -> Lease:
-        """The lease of a pull that has begun and not ended. Raises LeaseError."""
+        """Return the lease of a pull that has begun and not ended. Raises LeaseError."""
         lease = self.living(lease_id)
         if reader not in lease.open_readers:
             raise LeaseError(f"reader {reader} has no open pull of request {lease_id}")
         return lease
 
     def heartbeat(self, lease_id: LeaseId, reader: ReaderId) -> float:
-        """A pull is still pending; returns the remaining seconds. Raises LeaseError."""
+        """Extend the lease of a pull that is pending, and return the remaining seconds. Raises
+        LeaseError.
+        """
         lease = self.opened(lease_id, reader)
         self._extend(lease)
         return self.remaining_s(lease)
 
     def end(self, lease_id: LeaseId, reader: ReaderId) -> bool:
-        """A pull has ended; returns whether the lease held since its begin."""
+        """End a pull, and return whether the lease has held since its begin."""
         self.expire()
         lease = self._leases.get(lease_id)
         num_decode_ranks = lease.open_readers.pop(reader, None) if lease is not None else None
@@ -164,8 +156,8 @@ class LeaseTable:
         return True
 
     def cancel(self, lease_id: LeaseId) -> None:
-        """The request is not wanted any more: its lease ends now, or with the last open pull.
-        Unknown ids are ignored.
+        """End a lease that nobody wants any more, now or with its last open pull. Unknown ids are
+        ignored.
         """
         lease = self._leases.get(lease_id)
         if lease is None:
@@ -176,27 +168,31 @@ class LeaseTable:
     def expire(self) -> None:
         """End the leases whose deadline has passed."""
         now = self._clock()
-        for lease in [lease for lease in self._leases.values() if lease.deadline_s <= now]:
+        for lease in [lease for lease in self._leases.values() if lease.deadline_at <= now]:
             self._end(lease, "expired")
 
     def take_ended(self) -> list[tuple[LeaseId, EndReason]]:
-        """Leases that have ended since the last call: their blocks belong to the engine again."""
+        """Return the leases that have ended since the last call: their blocks belong to the engine
+        again.
+        """
         ended, self._ended = self._ended, []
         return ended
 
     def remaining_s(self, lease: Lease) -> float:
-        return max(0.0, lease.deadline_s - self._clock())
+        return max(0.0, lease.deadline_at - self._clock())
 
-    def next_deadline_s(self) -> float | None:
-        """Clock time at which ``expire`` has something to do."""
-        return min((lease.deadline_s for lease in self._leases.values()), default=None)
+    def next_deadline_at(self) -> float | None:
+        """Return when ``expire`` has something to do; None without leases."""
+        return min((lease.deadline_at for lease in self._leases.values()), default=None)
 
     def _extend(self, lease: Lease) -> None:
-        extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_s)
-        lease.deadline_s = max(lease.deadline_s, extended)
+        extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_at)
+        lease.deadline_at = max(lease.deadline_at, extended)
 
     def _end_if_done(self, lease: Lease) -> None:
-        """Unless a pull is open: one that was tried elsewhere meanwhile, say."""
+        """End a lease with no reader left to come, unless a pull is open: a reader may have been
+        tried elsewhere meanwhile.
+        """
         if lease.open_readers:
             return
         if lease.served >= lease.num_readers:

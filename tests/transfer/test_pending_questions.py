@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import (
     Heartbeat,
     PullBegin,
@@ -15,8 +16,11 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import LeaseEnded
-from pdlaunch.transfer.decode_side.holder_link import engine_of
-from pdlaunch.transfer.prefill_side.early import GRANT_LAG_S, MAX_WAITING, EarlyQuestions
+from pdlaunch.transfer.prefill_side.pending_questions import (
+    GRANT_LAG_S,
+    MAX_WAITING,
+    PendingQuestions,
+)
 from tests.transfer.fakes import Fabric, FakeClock
 from tests.transfer.rank_process import grant
 from tests.transfer.test_pull import HolderRank
@@ -28,11 +32,11 @@ class Desk:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.rank = HolderRank(self.clock, Fabric())
-        self.early = EarlyQuestions(self.rank.holder.is_early, self.clock)
+        self.pending = PendingQuestions(self.rank.holder.must_wait, self.clock)
 
     def ask(self, *messages: ToPrefillSide) -> list[ToDecodeSide]:
         """Send these; all answers that this brings."""
-        due = self.early.sift([(b"reader", message) for message in messages])
+        due = self.pending.sift([(b"reader", message) for message in messages])
         return [self.rank.holder.answer(message) for _, message in due]
 
     def begin(self, lease_id: str = "r", engine_id: str = "1" * 32) -> PullBegin:
@@ -71,12 +75,12 @@ def test_a_pull_that_was_cancelled_before_the_lease_came_still_ends_it(desk):
 def test_a_lease_that_does_not_come_is_refused(desk):
     asked_s = desk.clock.now
     desk.ask(desk.begin())
-    assert desk.early.next_deadline_s() == asked_s + GRANT_LAG_S
+    assert desk.pending.next_deadline_at() == asked_s + GRANT_LAG_S
     desk.clock.now += GRANT_LAG_S
     (answer,) = desk.ask()
     assert isinstance(answer, Refused)
     assert "request r has no lease here" in answer.reason
-    assert desk.early.next_deadline_s() == float("inf")
+    assert desk.pending.next_deadline_at() is None
 
 
 def test_a_lease_that_has_ended_is_refused_at_once(desk):
@@ -96,7 +100,7 @@ def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
         replace(desk.begin(), awaits=True, reader=f"{engine_id}/0/r") for engine_id in ("a", "b")
     ]
     assert desk.ask(*awaited, desk.begin()) == []
-    desk.early.drop_readers(lambda reader: engine_of(reader) == "b")
+    desk.pending.drop_readers_but_of({EngineId("b")})
     desk.rank.holder.grant(grant("r", [4]))
     assert len(desk.ask()) == 2, (
         "of the one that is there, and of the one whose grant is on the way"

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pdlaunch.errors import LeaseError
 from pdlaunch.protocol.side_channel import GroupBlocks
 from pdlaunch.protocol.transfer import GrantLease
-from pdlaunch.transfer.prefill_side.lease import MAX_EXTENSIONS, LeaseTable
+from pdlaunch.transfer.prefill_side.leases import MAX_EXTENSIONS, LeaseTable
 from tests.transfer.fakes import FakeClock
 
 

@@ -1,4 +1,4 @@
-"""Prompts that are being computed here and that readers may know of: their blocks so far.
+"""Prompts that are still being computed here, of which decode ranks may read what is ready.
 
 ::
 
@@ -17,40 +17,42 @@ from pdlaunch.protocol.transfer import AnnounceBlocks
 
 
 @dataclass(frozen=True, slots=True)
-class _Announcement:
+class _PartialPrompt:
     command: AnnounceBlocks
     generation: int
     version: int
 
 
-class Announcements:
-    """What has been announced and neither withdrawn nor leased. The transfer thread owns it."""
+class PartialPrompts:
+    """Keeps what was announced and neither withdrawn nor leased. The transfer thread owns it."""
 
     def __init__(self) -> None:
-        self._by_request: dict[LeaseId, _Announcement] = {}
-        self._count = 0
-        """Of all announcements: its values name generations and versions."""
+        self._prompts: dict[LeaseId, _PartialPrompt] = {}
+        self._num_announced = 0
+        """Numbers all announcements, so that each generation and version has a name of its own."""
 
     def announce(self, command: AnnounceBlocks) -> None:
-        """More blocks of a prompt, or the first ones."""
-        self._count += 1
-        earlier = self._by_request.get(command.lease_id)
-        generation = self._count if earlier is None else earlier.generation
-        self._by_request[command.lease_id] = _Announcement(command, generation, self._count)
+        """Take in more blocks of a prompt, or its first ones."""
+        self._num_announced += 1
+        earlier = self._prompts.get(command.lease_id)
+        generation = self._num_announced if earlier is None else earlier.generation
+        self._prompts[command.lease_id] = _PartialPrompt(command, generation, self._num_announced)
 
     def end(self, lease_id: LeaseId) -> int:
-        """It is withdrawn, or leased; returns its generation, 0 of what was never announced."""
-        ended = self._by_request.pop(lease_id, None)
+        """Forget a prompt that is withdrawn or leased. Returns its generation, 0 if it was never
+        announced.
+        """
+        ended = self._prompts.pop(lease_id, None)
         return 0 if ended is None else ended.generation
 
     def has_news(self, lease_id: LeaseId, version: int) -> bool:
-        """For a reader that knows of this version."""
-        found = self._by_request.get(lease_id)
+        """Return whether there is more than a reader who knows of ``version`` has been told."""
+        found = self._prompts.get(lease_id)
         return found is not None and found.version != version
 
     def reply(self, call_id: int, lease_id: LeaseId) -> PullReply:
-        """What there is so far; something was announced."""
-        found = self._by_request[lease_id]
+        """Return what there is so far of a prompt that was announced."""
+        found = self._prompts[lease_id]
         command = found.command
         pairs = zip(command.first_block_index, command.block_ids, strict=True)
         return PullReply(

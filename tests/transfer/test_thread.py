@@ -1,4 +1,4 @@
-"""The worker's thread and its real sockets, over a fake connector."""
+"""The transfer thread and its real sockets, over a fake connector."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import ProtocolError, TransferError
+from pdlaunch.memory.kv_memory import PrivateKVMemory
 from pdlaunch.protocol.control import Address, Entry, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
@@ -28,8 +29,10 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, PullFinished
+from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
-from pdlaunch.transfer.worker import TransferWorker
+from pdlaunch.transfer.sides import RankMemory, TransferSetup
+from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeConnector, layout_of, random_cache, spec_of
 from tests.transfer.rank_process import grant, pull
 
@@ -37,7 +40,7 @@ ENGINE_IDS = {"prefill": "a" * 32, "decode": "b" * 32}
 
 
 class Rank:
-    """A worker and the engine's side of it."""
+    """A transfer thread and the engine's side of it."""
 
     def __init__(
         self,
@@ -51,22 +54,26 @@ class Rank:
         self.role = role
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wakes = wakes = queue.SimpleQueue[None]()
-        self.worker = TransferWorker(
-            context=context,
-            spec=spec_of(role, name=f"{role}-0"),
-            name=f"{role}-0/rank-0",
-            tp_rank=0,
-            engine_id=ENGINE_IDS[role],
-            incarnation=1,
-            layout=layout,
-            kv_cache=self.kv_cache,
-            model_digest="m",
-            total_kv_heads=3,
-            first_kv_head=0,
-            connector=connector,
-            wake=lambda: wakes.put(None),
-            report=self.reports.put,
-            clock=clock,
+        self.transfer = TransferThread(
+            TransferSetup(
+                spec=spec_of(role, name=f"{role}-0"),
+                identity=RankIdentity(
+                    f"{role}-0/rank-0", f"{role}-0", ENGINE_IDS[role], 1, tp_rank=0, tp_size=1
+                ),
+                memory=RankMemory(
+                    self.kv_cache,
+                    layout,
+                    PrivateKVMemory(),
+                    "m",
+                    total_kv_heads=3,
+                    first_kv_head=0,
+                ),
+                connector=connector,
+                context=context,
+                wake=lambda: wakes.put(None),
+                report=self.reports.put,
+                clock=clock,
+            )
         )
 
     def entry(self) -> Entry:
@@ -77,14 +84,14 @@ class Rank:
             engine=f"{self.role}-0",
             role=self.role,
             engine_id=ENGINE_IDS[self.role],
-            address=Address(side_channel=self.worker.endpoint),
+            address=Address(side_channel=self.transfer.endpoint),
         )
 
     def events(self) -> list[Any]:
         """What a wake brings."""
         while True:
             self._wakes.get(timeout=60)
-            if events := self.worker.take_events():
+            if events := self.transfer.take_events():
                 return events
 
 
@@ -106,7 +113,7 @@ def start(context: SecureContext) -> Iterator[Callable[..., Rank]]:
 
     yield start
     for rank in started:
-        rank.worker.close(timeout_s=10)
+        rank.transfer.close(timeout_s=10)
 
 
 def remote(lease_id: str) -> RemoteKV:
@@ -122,10 +129,10 @@ def remote(lease_id: str) -> RemoteKV:
 
 def test_two_workers_shake_hands_and_pull(start):
     holder, puller = start("prefill"), start("decode")
-    puller.worker.update_registry([holder.entry(), puller.entry()])
+    puller.transfer.update_registry([holder.entry(), puller.entry()])
     assert isinstance(puller.reports.get(timeout=60), PairReady)
-    holder.worker.submit([grant("r", [4, 5])])
-    puller.worker.submit([pull("p", remote("r"), [1, 2])])
+    holder.transfer.submit([grant("r", [4, 5])])
+    puller.transfer.submit([pull("p", remote("r"), [1, 2])])
     (finished,) = puller.events()
     assert finished.ok
     assert torch.equal(puller.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
@@ -135,7 +142,7 @@ def test_two_workers_shake_hands_and_pull(start):
 
 def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 10_000
     for kind, lease_id in ((PullBegin, "r"), (PullBegin, "other")):
         engine_id = ENGINE_IDS["prefill"] if lease_id == "r" else "c" * 32
@@ -153,7 +160,7 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
     assert isinstance(to_decode_side.decode(socket.recv()), Refused), (
         "both questions are there, the second is answered"
     )
-    holder.worker.submit([grant("r", [4, 5])])
+    holder.transfer.submit([grant("r", [4, 5])])
     answer = to_decode_side.decode(socket.recv())
     assert isinstance(answer, PullReply)
     assert answer.groups[0].block_ids == [4, 5]
@@ -162,13 +169,13 @@ def test_a_reader_that_comes_before_its_lease_waits_for_it(start, context):
 
 def test_a_lease_expires_without_anybody_asking(start):
     holder = start("prefill")
-    holder.worker.submit([grant("r", [4], lease_s=0.01)])
+    holder.transfer.submit([grant("r", [4], lease_s=0.01)])
     assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
 
 
 def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
     holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 10_000
     question = PullBegin(
         call_id=1, engine_id="c" * 32, lease_id="r", reader="x", num_decode_ranks=1
@@ -200,7 +207,7 @@ def test_no_bytes_can_break_the_codec(frame):
 def test_a_stranger_gets_no_answer(start):
     holder = start("prefill")
     stranger = SecureContext(new_launch_keys())
-    socket = stranger.connect(zmq.DEALER, holder.worker.endpoint)
+    socket = stranger.connect(zmq.DEALER, holder.transfer.endpoint)
     monitor = socket.get_monitor_socket(
         zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CLOSED
     )
@@ -220,16 +227,16 @@ class BrokenConnector(FakeConnector):
 def test_a_connector_that_cannot_start_is_told(context):
     rank = Rank(context, "prefill", BrokenConnector("x", Fabric()))
     with pytest.raises(TransferError, match="the connector cannot start: no such backend"):
-        rank.worker.wait_started(10)
+        rank.transfer.wait_started(10)
     with pytest.raises(TransferError, match="the transfer thread has died: no such backend"):
         rank.events()
-    rank.worker.close(timeout_s=10)
-    rank.worker.submit([grant("r", [1])])
+    rank.transfer.close(timeout_s=10)
+    rank.transfer.submit([grant("r", [1])])
 
 
 def test_handshake_for_another_engine_is_refused(start, context):
     holder = start("prefill")
-    socket = context.connect(zmq.DEALER, holder.worker.endpoint)
+    socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 10_000
     from pdlaunch.transfer.channel.handshake import compatibility_of
 
@@ -262,7 +269,7 @@ def test_handshake_for_another_engine_is_refused(start, context):
 
 def test_finished_of_an_unknown_engine(start):
     puller = start("decode")
-    puller.worker.submit([pull("p", remote("r"), [1])])
+    puller.transfer.submit([pull("p", remote("r"), [1])])
     (finished,) = puller.events()
     assert isinstance(finished, PullFinished)
     assert not finished.ok

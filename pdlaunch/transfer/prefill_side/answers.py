@@ -1,7 +1,6 @@
-"""The holder's side of the side channel: answers what pullers ask about this rank's leased blocks.
+"""The answers that decode ranks get about the leased blocks of this rank.
 
-Whatever is asked, the answer is a message; a question that makes no sense is refused and changes
-nothing.
+Every question gets one answer; one that makes no sense is refused and changes nothing.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import PushJob
-from pdlaunch.transfer.prefill_side.announced import Announcements
-from pdlaunch.transfer.prefill_side.lease import LeaseTable
+from pdlaunch.transfer.prefill_side.leases import LeaseTable
+from pdlaunch.transfer.prefill_side.partial_prompts import PartialPrompts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class HolderCard:
-    """What a handshake tells a puller about this rank."""
+class RankCard:
+    """What a handshake tells decode ranks about this rank."""
 
     identity: RankIdentity
     compatibility: Compatibility
@@ -67,12 +66,12 @@ class _Hashing:
     """A lease whose checksums are being computed, or are about to be."""
 
     groups: list[GroupBlocks]
-    granted_s: float
+    granted_at: float
     checksums: Checksums | None = None
-    """Of the blocks of all groups, one after another."""
+    """Those of the blocks of all groups, one after another; None before they are begun."""
 
     def stated(self) -> list[GroupBlocks]:
-        """The groups with their checksums, which are there."""
+        """Return the groups with their checksums, which must be ready."""
         assert self.checksums is not None
         ends = np.cumsum([len(group.block_ids) for group in self.groups])
         parts = np.split(self.checksums.result().astype("<u8"), ends[:-1])
@@ -80,57 +79,72 @@ class _Hashing:
         return [msgspec.structs.replace(group, checksums=part.tobytes()) for group, part in pairs]
 
 
-class Holder:
-    """Leases of one rank and the answers about them. The transfer thread owns it."""
+class LeaseAnswers:
+    """Keeps leases and partial prompts of one rank, and answers questions about them. The transfer
+    thread owns it.
+    """
 
-    def __init__(
-        self,
-        card: HolderCard,
-        hasher: KVHasher | None,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, card: RankCard, hasher: KVHasher | None, clock: Callable[[], float]) -> None:
         """``hasher`` is None when ``kv_transfer.verify`` is off."""
         self._card = card
         self._hasher = hasher
-        self._pullers: set[tuple[str, int]] = set()
-        self._leases = LeaseTable(clock)
-        self._announced = Announcements()
         self._clock = clock
+        self._known_ranks: set[tuple[str, int]] = set()
+        self._leases = LeaseTable(clock)
+        self._partial = PartialPrompts()
         self._hashing: dict[LeaseId, _Hashing] = {}
 
     @property
-    def pullers(self) -> frozenset[tuple[str, int]]:
+    def known_ranks(self) -> frozenset[tuple[str, int]]:
         """Name and incarnation of every rank that has shaken hands."""
-        return frozenset(self._pullers)
+        return frozenset(self._known_ranks)
 
     @property
     def num_leases(self) -> int:
         return len(self._leases)
 
+    @property
+    def hashing_since_at(self) -> float | None:
+        """Instant of the latest grant whose checksums are still being computed."""
+        return max((hashing.granted_at for hashing in self._hashing.values()), default=None)
+
+    def next_deadline_at(self) -> float | None:
+        """Return when the next lease expires."""
+        return self._leases.next_deadline_at()
+
     def announce(self, command: AnnounceBlocks) -> None:
-        """A prompt is being computed: who awaits it may read the blocks that are ready."""
-        self._announced.announce(command)
+        """Let readers that await this prompt have the blocks that are ready."""
+        self._partial.announce(command)
 
     def withdraw(self, command: WithdrawBlocks) -> None:
-        """What was announced may be overwritten."""
-        self._announced.end(command.lease_id)
+        """Take announced blocks back: they may be overwritten."""
+        self._partial.end(command.lease_id)
 
     def grant(self, command: GrantLease) -> None:
         """Keep the blocks of a finished request for its readers.
 
-        ``advance_checksums`` begins to compute their checksums, so that readers who wait for the
-        lease are answered first and read meanwhile.
-
-        Who grants knows a token that was computed from the blocks, on all ranks: nothing writes to
-        them any more.
+        Nothing writes to the blocks any more: whoever grants knows a token that all ranks computed
+        from them. ``advance_checksums`` begins to compute their checksums, so that readers who wait
+        for the lease are answered first and read meanwhile.
         """
         groups = [
             GroupBlocks(first_block_index=first, block_ids=block_ids, checksums=None)
             for first, block_ids in zip(command.first_block_index, command.block_ids, strict=True)
         ]
-        self._leases.grant(command, groups, generation=self._announced.end(command.lease_id))
+        try:
+            self._leases.grant(command, groups, generation=self._partial.end(command.lease_id))
+        except LeaseError as error:
+            raise AssertionError(str(error)) from error
         if self._hasher is not None:
             self._hashing[command.lease_id] = _Hashing(groups, self._clock())
+
+    def end(self, command: EndLease) -> None:
+        """Give the blocks back to the engine, at once or with the end of a pull that has begun."""
+        self._leases.cancel(command.lease_id)
+
+    def set_readers(self, command: SetLeaseReaders) -> None:
+        """Expect fewer readers than were announced."""
+        self._leases.set_readers(command.lease_id, command.num_readers)
 
     def advance_checksums(self) -> bool:
         """Begin to compute the checksums of new leases, and state those that are there.
@@ -145,38 +159,22 @@ class Holder:
                 hashing.checksums = self._hasher.start(block_ids, slice(None))
             if hashing.checksums.ready():
                 del self._hashing[lease_id]
-                self._leases.state(lease_id, hashing.stated())
+                self._leases.set_groups(lease_id, hashing.stated())
         return len(self._hashing) < num_hashing
 
-    @property
-    def youngest_hashing_s(self) -> float | None:
-        """Clock time of the latest grant whose checksums are still being computed."""
-        return max((hashing.granted_s for hashing in self._hashing.values()), default=None)
-
-    def end(self, command: EndLease) -> None:
-        """The engine wants the blocks back: at once, or with the end of a pull that has begun."""
-        self._leases.cancel(command.lease_id)
-
-    def set_readers(self, command: SetLeaseReaders) -> None:
-        """Fewer readers will come than were announced."""
-        self._leases.set_readers(command.lease_id, command.num_readers)
-
     def take_ended(self) -> list[LeaseEnded]:
-        """Expire what is due; leases that have ended since the last call."""
+        """End the leases whose deadline has passed, and return all that have ended since the last
+        call.
+        """
         self._leases.expire()
         return [
             LeaseEnded(lease_id=lease_id, reason=reason)
             for lease_id, reason in self._leases.take_ended()
         ]
 
-    def next_deadline_s(self) -> float | None:
-        return self._leases.next_deadline_s()
-
-    def is_early(self, message: ToPrefillSide) -> bool:
-        """It asks about a lease of this engine that this rank has never heard of: the grant may be
-        on the way.
-
-        Or for checksums that are being computed.
+    def must_wait(self, message: ToPrefillSide) -> bool:
+        """Return whether a question asks about a lease of this engine that this rank has never
+        heard of, as the grant may be on its way, or for checksums that are being computed.
         """
         match message:
             case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if (
@@ -192,11 +190,11 @@ class Holder:
                 return False
 
     def _has_news_for(self, message: PullBegin) -> bool:
-        """More of the prompt that it awaits has been computed than its reader knows of."""
-        return message.awaits and self._announced.has_news(message.lease_id, message.version)
+        """Return whether more of an awaited prompt has been computed than the reader knows of."""
+        return message.awaits and self._partial.has_news(message.lease_id, message.version)
 
     def job_of(self, message: Push) -> PushJob:
-        """The write that a reader asks for. Raises LeaseError when it may not have what it
+        """Return the write that a reader asks for. Raises LeaseError when it may not have what it
         names.
         """
         identity, num_heads = self._card.identity, self._card.geometry.num_kv_heads
@@ -225,7 +223,7 @@ class Holder:
         )
 
     def answer(self, message: ToPrefillSide) -> ToDecodeSide:
-        """The answer to a puller's message."""
+        """Return the answer to a decode rank's question."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         identity = self._card.identity
         if asked != identity.engine_id:
@@ -255,7 +253,7 @@ class Holder:
 
     def _introduce(self, message: Handshake) -> HandshakeReply:
         logger.info("handshake with %s, incarnation %d", message.rank_name, message.incarnation)
-        self._pullers.add((message.rank_name, message.incarnation))
+        self._known_ranks.add((message.rank_name, message.incarnation))
         card = self._card
         return HandshakeReply(
             call_id=message.call_id,
@@ -272,7 +270,7 @@ class Holder:
 
     def _begin(self, message: PullBegin) -> PullReply:
         if self._has_news_for(message):
-            return self._announced.reply(message.call_id, message.lease_id)
+            return self._partial.reply(message.call_id, message.lease_id)
         lease = self._leases.begin(message.lease_id, message.reader, message.num_decode_ranks)
         return PullReply(
             call_id=message.call_id,

@@ -1,0 +1,245 @@
+"""The two sides of one rank's transfers over one open connector: the prefill side lends blocks, the
+decode side pulls them. Every rank has both, whatever the role of its engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.integrity.checksum import KVHasher
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.memory.kv_memory import KVMemory
+from pdlaunch.protocol.control import Entry, ToSupervisor
+from pdlaunch.protocol.sockets import SecureContext
+from pdlaunch.protocol.transfer import CancelPull, StartPull, TransferCommand, TransferEvent
+from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.channel.side_channel import DecodeSocket, PrefillSocket
+from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
+from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
+from pdlaunch.transfer.decode_side.holder_link import Puller
+from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
+from pdlaunch.transfer.decode_side.peer_table import new_peer_table
+from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.prefill_side.answers import RankCard
+from pdlaunch.transfer.prefill_side.side import PrefillSide
+
+SLEEP_SHARE = 1 / 32
+"""Of the age of a READ, or of checksums that a device computes, to sleep between two looks at it:
+what is short ends without delay, what is long with at most this much, and what is stalled costs
+next to nothing."""
+LONGEST_READ_SLEEP_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """The KV cache of this rank and its place in the model."""
+
+    kv_cache: torch.Tensor
+    """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
+    last READ of the process.
+    """
+    layout: KVCacheLayout
+    source: KVMemory
+    """Allocator of the KV cache; the scratch comes from it, too."""
+    model_digest: str
+    total_kv_heads: int
+    first_kv_head: int
+
+    def __post_init__(self) -> None:
+        assert self.kv_cache.is_contiguous()
+        assert tuple(self.kv_cache.shape[1:]) == self.layout.block_shape()
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSetup:
+    """All that the transfers of one rank are made of."""
+
+    spec: EngineSpec
+    identity: RankIdentity
+    memory: RankMemory
+    connector: Connector
+    context: SecureContext
+    wake: Callable[[], None]
+    """Called from the transfer thread when it has events for the step loop, or has died."""
+    report: Callable[[ToSupervisor], None]
+    """Tells the supervisor what it must know of this rank's pairs."""
+    clock: Callable[[], float] = time.monotonic
+    host: str = "127.0.0.1"
+    """Address that the side channel listens on."""
+
+
+class TransferSides:
+    """Leases, peers and pulls of one rank that is awake. The transfer thread makes it and alone
+    uses it.
+    """
+
+    def __init__(
+        self, setup: TransferSetup, socket: PrefillSocket, alert: Callable[[int], None]
+    ) -> None:
+        """Open the connector. ``alert`` is called when a pull begins to read so many bytes under
+        its lease. Raises TransferError.
+        """
+        spec, identity, memory = setup.spec, setup.identity, setup.memory
+        connector, clock = setup.connector, setup.clock
+        self._setup = setup
+        self._events: list[TransferEvent] = []
+        self._lets_peers_go = False
+        local = _open(connector, memory)
+        compatibility = compatibility_of(
+            spec,
+            memory.layout,
+            memory.kv_cache.dtype,
+            model_digest=memory.model_digest,
+            total_kv_heads=memory.total_kv_heads,
+            connector=connector.name,
+        )
+        hasher = KVHasher(memory.kv_cache, memory.layout) if spec.kv_transfer.verify else None
+        card = RankCard(
+            identity,
+            compatibility,
+            geometry_of(local, memory.first_kv_head),
+            connector.agent_name,
+            connector.agent_metadata(),
+        )
+        self._prefill = PrefillSide(card, socket, connector, hasher, clock)
+        peer_setup = PeerSetup(
+            identity=identity,
+            compatibility=compatibility,
+            head_bytes=memory.layout.head_bytes,
+            connector=connector,
+            open_channel=lambda endpoint: DecodeSocket(
+                setup.context, endpoint, watched=connector.pushes
+            ),
+            handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
+            clock=clock,
+            report=setup.report,
+        )
+        self._peers = new_peer_table(peer_setup, eager=spec.role == "decode")
+        puller = Puller(
+            engine_id=identity.engine_id,
+            tp_rank=identity.tp_rank,
+            first_kv_head=memory.first_kv_head,
+            head_bytes=memory.layout.head_bytes,
+            hasher=hasher,
+            clock=clock,
+            emit=self._events.append,
+            alert=alert,
+        )
+        self._pulls = PullTable(puller, self._peers)
+
+    def execute(self, command: TransferCommand) -> None:
+        """Take a command of the scheduler; what comes of it shows as events."""
+        match command:
+            case StartPull():
+                self._pulls.start(command)
+            case CancelPull():
+                self._pulls.cancel(command)
+            case _:
+                self._prefill.execute(command)
+
+    def update_registry(self, entries: Sequence[Entry]) -> None:
+        """Take in a new registry: peers come, go and restart."""
+        self._prefill.drop_readers_but_of({entry.engine_id for entry in entries})
+        if not self._lets_peers_go:
+            self._peers.update(entries)
+
+    def turn(self) -> list[TransferEvent]:
+        """Receive what has arrived, do what is due, and return what has happened."""
+        self._events += self._prefill.turn()
+        self._peers.advance()
+        self._pulls.advance()
+        events = self._events[:]
+        self._events.clear()
+        return events
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Add the sockets of all peers; that of the prefill side is the thread's."""
+        for peer in self._peers.all():
+            if peer.channel is not None:
+                poller.register(peer.channel.socket, zmq.POLLIN)
+
+    def sleep_s(self) -> float:
+        """Return how long nothing is due, messages aside."""
+        now = self._setup.clock()
+        due_at = [
+            self._prefill.next_deadline_at(),
+            self._pulls.next_deadline_s(),
+            *(peer.next_deadline_s() for peer in self._peers.all()),
+        ]
+        polled_since = [
+            self._prefill.polling_since_at,
+            self._pulls.youngest_hashing_s,
+            *(peer.youngest_read_s for peer in self._peers.all()),
+        ]
+        latest_at = max((at for at in polled_since if at is not None), default=None)
+        if latest_at is not None:
+            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - latest_at)))
+        return max(0.0, min(at for at in due_at if at is not None) - now)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no lease, no pull of blocks, and nothing that is written to a peer."""
+        return self._prefill.is_idle and not self._pulls.hold_blocks
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing reads or writes the memory, and nothing can begin to: idle, and no peer
+        is left, not even for a READ.
+        """
+        return self.is_idle and not self._peers.all()
+
+    @property
+    def has_pending_reads(self) -> bool:
+        """Whether READs may still write to memory of this rank, also after ``close``."""
+        return any(peer.youngest_read_s is not None for peer in self._peers.all())
+
+    def is_connected_to(self, entries: Sequence[Entry]) -> bool:
+        """Return whether every rank of the registry that shakes hands at once has done so, in
+        either direction, or cannot.
+        """
+        spec = self._setup.spec
+        if any(peer.connecting for peer in self._peers.peers.values()):
+            return False
+        if spec.role == "decode":
+            return True
+        decode_ranks = {
+            (entry.name, entry.incarnation)
+            for entry in entries
+            if entry.kind == "rank"
+            and entry.role == "decode"
+            and entry.engine != spec.name
+            and entry.state == "ready"
+        }
+        return decode_ranks <= self._prefill.known_ranks
+
+    def let_peers_go(self) -> None:
+        """Lose all peers and take no new ones: the memory is about to go."""
+        self._lets_peers_go = True
+        self._peers.lose_all("this engine falls asleep")
+
+    def take_peers_back(self, entries: Sequence[Entry]) -> None:
+        """Connect again: the memory stays after all."""
+        self._lets_peers_go = False
+        self._peers.update(entries)
+
+    def close(self) -> None:
+        """Let go of peers and memory. READs that are pending are abandoned: the process is about to
+        exit.
+        """
+        for peer in self._peers.all():
+            peer.lose("this rank is closing")
+        self._setup.connector.close()
+
+
+def _open(connector: Connector, memory: RankMemory) -> LocalMemory:
+    scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
+    write_pattern(scratch, connector.agent_name)
+    local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
+    connector.open(local)
+    return local

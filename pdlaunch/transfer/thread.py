@@ -1,0 +1,349 @@
+"""The transfer thread of one rank, which alone uses the connector, the side channel and the KV
+blocks that are leased or pulled.
+
+The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a
+peer. One turn of the thread::
+
+    inbox ──> commands ──> prefill side ──> peers ──────> pulls ───────> events ──> step loop
+      ▲       registry     answer decode    shake hands,  ask, READ,        │
+      │       suspend      ranks; hash      receive       prove             │
+      │       resume       leased blocks                                    │
+      └──────────── sleep until a socket, the inbox or a deadline <─────────┘
+
+    awake ── suspend, once no lease, pull or READ is left ──> asleep ── resume ──> awake
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from pdlaunch.errors import TransferError
+from pdlaunch.platform.timer_slack import sleep_precisely
+from pdlaunch.protocol.control import Entry
+from pdlaunch.protocol.side_channel import Refused
+from pdlaunch.protocol.transfer import TransferCommand, TransferEvent
+from pdlaunch.transfer.channel.side_channel import PrefillSocket
+from pdlaunch.transfer.sides import TransferSetup, TransferSides
+
+logger = logging.getLogger(__name__)
+
+CONFIRMATION_S = 5.0
+"""For the transfer thread to answer once its deadline has passed."""
+AWAKE_S = 0.005
+"""The step loop stays awake so long after a pull has begun to read."""
+LONGEST_SLEEP_S = 60.0
+SHORTEST_SLEEP_S = 0.0001
+"""Shorter sleeps are left out: READs of up to 3 ms are waited for awake."""
+SUSPENSION_SLEEP_S = 0.01
+"""Between two looks at whether READs that nobody waits for have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NewRegistry:
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspend:
+    """Let go of the memory, or give that up at ``deadline_at``."""
+
+    deadline_at: float
+    done: Future[str]
+    """Its result says why it failed; empty when it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Resume:
+    """Open the connector again."""
+
+    done: Future[str]
+    """As that of ``_Suspend``."""
+
+
+class _Stop:
+    """End the thread."""
+
+
+_Item = Sequence[TransferCommand] | _NewRegistry | _Suspend | _Resume | _Stop
+
+
+class TransferThread:
+    """Executes the transfer commands of one rank.
+
+    All methods may be called from any thread. ``wait_started``, ``suspend``, ``resume``,
+    ``wait_unmapped`` and ``close`` wait; no other does.
+    """
+
+    def __init__(self, setup: TransferSetup) -> None:
+        """Bind the side channel and start the thread, which opens the connector.
+
+        ``connector_environment`` must have been applied when the connector needs it.
+        """
+        self._name = setup.identity.name
+        self._clock = setup.clock
+        self._connector = setup.connector
+        self._wake_engine = setup.wake
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
+        self._entries: Sequence[Entry] = ()
+        self._sides: TransferSides | None = None
+        """None while the rank sleeps. Refers to the KV cache."""
+        self._suspension: _Suspend | None = None
+        self._connected = True
+        self._started = threading.Event()
+        self._error: str | None = None
+        """Why the thread has died. Its exception is not kept: the traceback would keep the KV cache
+        alive.
+        """
+        self.awake_until_at = 0.0
+        """Instant until which a pull is likely to end at any moment; ``wake`` tells when it moves."""
+        self.awaited_bytes = 0
+        """What that pull reads."""
+        self._wake_lock = threading.Lock()
+        self._wake, self._woken = setup.context.pair(
+            f"transfer-wake/{self._name}#{setup.identity.incarnation}"
+        )
+        self._socket = PrefillSocket(setup.context, f"tcp://{setup.host}:0")
+        # The thread alone keeps the setup: with its end the KV cache can be freed.
+        self._thread = threading.Thread(
+            target=self._run, args=(setup,), name="transfer", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        """Where peers reach the side channel: ``tcp://127.0.0.1:43210``."""
+        return self._socket.endpoint
+
+    @property
+    def connected(self) -> bool:
+        """Whether all peers of the registry have shaken hands since the last ``resume``; ``wake``
+        tells when that comes true.
+        """
+        return self._connected
+
+    def submit(self, commands: Sequence[TransferCommand]) -> None:
+        """Queue commands; they are executed in their order."""
+        if commands:
+            self._put(commands)
+
+    def update_registry(self, entries: Sequence[Entry]) -> None:
+        """Tell of a new registry: peers come, go and restart."""
+        self._put(_NewRegistry(entries))
+
+    def take_events(self) -> list[TransferEvent]:
+        """Return what has happened since the last call.
+
+        Raises TransferError when the thread has died: the rank cannot go on.
+        """
+        if self._error is not None:
+            raise TransferError(f"the transfer thread has died: {self._error}")
+        events = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                events.append(self._events.get_nowait())
+        return events
+
+    def wait_started(self, timeout_s: float) -> None:
+        """Wait until the connector is open; peers are answered from then on. Raises
+        TransferError.
+        """
+        if not self._started.wait(timeout_s):
+            raise TransferError(f"the connector did not start within {timeout_s:g} s")
+        if self._error is not None:
+            raise TransferError(f"the connector cannot start: {self._error}")
+
+    def suspend(self, timeout_s: float) -> None:
+        """Let peers and registered memory go, and wait until nothing can use the memory. Peers that
+        ask meanwhile are told that this rank is asleep.
+
+        Raises TransferError when that takes longer than ``timeout_s``; then all is as before.
+        """
+        done: Future[str] = Future()
+        self._put(_Suspend(self._clock() + timeout_s, done))
+        self._await(done, timeout_s + CONFIRMATION_S)
+
+    def resume(self, timeout_s: float) -> None:
+        """Register the memory anew, and shake hands with the peers of the registry again; see
+        ``connected``. Raises TransferError when the connector does not open.
+        """
+        done: Future[str] = Future()
+        self._put(_Resume(done))
+        self._await(done, timeout_s)
+
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        """Wait, while suspended, until no peer maps this rank's memory any more. Returns False when
+        that takes longer.
+        """
+        return self._connector.wait_unmapped(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread and let go of memory and sockets, or give up after ``timeout_s``. The
+        process then leaves by ``os._exit``.
+        """
+        self._put(_Stop())
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the transfer thread did not end within %g s", timeout_s)
+
+    def _await(self, done: Future[str], timeout_s: float) -> None:
+        try:
+            error = done.result(timeout_s)
+        except TimeoutError:
+            raise TransferError(
+                f"the transfer thread did not answer within {timeout_s:g} s"
+            ) from None
+        if error:
+            raise TransferError(error)
+
+    def _put(self, item: _Item) -> None:
+        self._inbox.put(item)
+        with self._wake_lock, contextlib.suppress(zmq.ZMQError):
+            self._wake.send(b"", zmq.NOBLOCK)
+
+    # From here on: the thread.
+
+    def _run(self, setup: TransferSetup) -> None:
+        sleep_precisely()
+        try:
+            self._sides = TransferSides(setup, self._socket, self._alert)
+            self._started.set()
+            try:
+                while self._execute_inbox(setup):
+                    self._turn()
+                    self._sleep()
+            finally:
+                self._close_sides()
+        except zmq.ContextTerminated:
+            return
+        except Exception as error:
+            logger.exception("the transfer thread has died")
+            self._error = str(error)
+            self._wake_engine()
+        finally:
+            self._started.set()
+            self._socket.close()
+            with self._wake_lock:
+                self._woken.close()
+                self._wake.close()
+
+    def _execute_inbox(self, setup: TransferSetup) -> bool:
+        """Return False when told to stop."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                match self._inbox.get_nowait():
+                    case _Stop():
+                        return False
+                    case _NewRegistry(entries):
+                        self._entries = entries
+                        if self._sides is not None:
+                            self._sides.update_registry(entries)
+                    case _Suspend() as suspension:
+                        self._suspension = suspension
+                    case _Resume(done):
+                        self._resume(done, setup)
+                    case commands:
+                        assert self._sides is not None, f"{self._name} sleeps and got {commands}"
+                        for command in commands:
+                            self._sides.execute(command)
+        return True
+
+    def _turn(self) -> None:
+        if self._sides is None:
+            self._refuse_questions()
+        else:
+            self._publish(self._sides.turn())
+        if self._suspension is not None:
+            self._advance_suspension(self._suspension)
+        if not self._connected and self._sides is not None:
+            self._connected = self._sides.is_connected_to(self._entries)
+            if self._connected:
+                self._wake_engine()
+
+    def _sleep(self) -> None:
+        """Wait for a message, an item or a deadline."""
+        sleep_s = LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S
+        if self._sides is not None:
+            sleep_s = min(sleep_s, self._sides.sleep_s())
+        if sleep_s < SHORTEST_SLEEP_S:
+            time.sleep(0)  # Others may want the interpreter.
+            return
+        poller = zmq.Poller()
+        poller.register(self._woken, zmq.POLLIN)
+        poller.register(self._socket.socket, zmq.POLLIN)
+        if self._sides is not None:
+            self._sides.register(poller)
+        if self._woken in dict(_poll(poller, sleep_s)):
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._woken.recv(zmq.NOBLOCK)
+
+    def _refuse_questions(self) -> None:
+        """Whoever asks a rank that sleeps tries again later."""
+        for identity, message in self._socket.receive():
+            refused = Refused(call_id=message.call_id, reason=f"{self._name} is asleep")
+            self._socket.send(identity, refused)
+
+    def _advance_suspension(self, suspension: _Suspend) -> None:
+        """Let the memory go once nothing uses it; at the deadline stay as before."""
+        if self._sides is not None and self._sides.is_idle:
+            self._sides.let_peers_go()
+        if self._sides is None or self._sides.is_quiet:
+            self._close_sides()
+            self._suspension = None
+            suspension.done.set_result("")
+        elif self._clock() >= suspension.deadline_at:
+            self._sides.take_peers_back(self._entries)
+            self._suspension = None
+            suspension.done.set_result("a transfer of KV blocks of this rank has not ended")
+
+    def _resume(self, done: Future[str], setup: TransferSetup) -> None:
+        if self._sides is None:
+            try:
+                self._sides = TransferSides(setup, self._socket, self._alert)
+            except TransferError as error:
+                done.set_result(str(error))
+                return
+            self._sides.update_registry(self._entries)
+            self._connected = False
+        done.set_result("")
+
+    def _close_sides(self) -> None:
+        if self._sides is not None:
+            self._sides.close()
+            if not self._sides.has_pending_reads:
+                self._sides = None
+
+    def _alert(self, num_bytes: int) -> None:
+        """Keep the step loop awake: asleep it would notice the end of a short pull late."""
+        self.awaited_bytes, self.awake_until_at = num_bytes, self._clock() + AWAKE_S
+        self._wake_engine()
+
+    def _publish(self, events: list[TransferEvent]) -> None:
+        if not events:
+            return
+        for event in events:
+            self._events.put(event)
+        self._wake_engine()
+
+
+def _poll(poller: zmq.Poller, timeout_s: float) -> list[tuple[Any, int]]:
+    """Return what is ready within ``timeout_s``. Less than a millisecond, which ``poll`` does not
+    know, is slept through.
+    """
+    if timeout_s < 0.001:
+        time.sleep(timeout_s)
+        return poller.poll(0)
+    # Rounded up: waking before a deadline would only mean to look again.
+    return poller.poll(math.ceil(timeout_s * 1000))
