@@ -1,1 +1,1 @@
-"""Where processes of a launch run."""
+"""Machines on which processes of a launch run."""

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 _CANNOT_EXECUTE = 127
 _HIDDEN_VARIABLES = frozenset({"PDLAUNCH_API_KEY"})
-"""Children get keys on standard input; their environment can be read by others."""
+"""Not handed on: children get keys on standard input, as their environment can be read by others.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,11 +69,11 @@ class Host(Protocol):
 
     @property
     def bind_address(self) -> str:
-        """The address at which its processes listen for other processes of the launch."""
+        """Return the address at which its processes listen for other processes of the launch."""
 
     @property
     def advertise_address(self) -> str:
-        """The address by which processes of the launch reach them."""
+        """Return the address by which processes of the launch reach them."""
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
         """Start a process and give it ``bootstrap`` on its standard input.
@@ -104,8 +104,11 @@ class Host(Protocol):
 
     @property
     def sources(self) -> Sequence[zmq.Socket[bytes] | int]:
-        """Sockets and descriptors that become readable with an exit or a message; never others."""
+        """Return the sockets and descriptors that become readable with an exit or a message.
+
+        They stay the same for as long as the host is used.
+        """
 
     @property
     def poll_s(self) -> float:
-        """How often ``exits`` and ``messages`` have to be called whatever ``sources`` say."""
+        """Return how often ``exits`` and ``messages`` have to be called whatever ``sources`` say."""

@@ -117,8 +117,9 @@ class LocalHost:
                 logger.warning("malformed message from %r", identity[:80])
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:
-        """A conversion prints lines such as ``[ 40%] reading weights``; the last one is its
-        progress.
+        """Yield what conversions print about their progress.
+
+        They print lines such as ``[ 40%] reading weights``; the last one counts.
         """
         for name, before in self._conversions.items():
             line = _last_stage(self.log_path(name))

@@ -1,1 +1,1 @@
-"""Plan, spawn, watch, stop; the registry."""
+"""Runs a launch: plan, spawn, watch, stop."""

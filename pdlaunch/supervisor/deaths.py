@@ -48,15 +48,17 @@ class Deaths:
 
     @property
     def due_at(self) -> float:
-        """When ``tick`` has something to do."""
+        """Return the instant at which ``tick`` has something to do."""
         due = [
             at for unit in self._units for at in (unit.kill_at, unit.respawn_at) if at is not None
         ]
         return min([*due, self._given_up.due_at])
 
     def exited(self, unit: Unit, instance: Instance, event: ProcessExited) -> None:
-        """A process ended that should live: the rest of its unit is killed, and the unit started
-        again or given up when none of it is left.
+        """Handle the end of a process that should live.
+
+        The rest of its unit is killed; once none of it is left, the unit is started again or given
+        up.
         """
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
@@ -104,7 +106,7 @@ class Deaths:
                     self._host.send(member.name, suspects)
 
     def ready(self, unit: Unit) -> None:
-        """All members of the unit are ready."""
+        """Note that all members of a unit are ready."""
         if all(other.ready for other in self._units_of(unit.engine)):
             self._given_up.serves(unit.engine)
 
@@ -195,7 +197,10 @@ class Deaths:
             member.move(ProcessState.GIVEN_UP)
 
     def _try_again(self, engine: str) -> None:
-        """One quick death of each unit is enough to give it up again, for longer."""
+        """Start the processes of an engine that was given up.
+
+        One quick death of a unit is enough to give it up again, for longer.
+        """
         units = self._units_of(engine)
         if any(unit.alive for unit in units):
             self._given_up.postpone(engine, self._clock() + 1.0)

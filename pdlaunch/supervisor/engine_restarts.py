@@ -1,10 +1,9 @@
-"""Engines that are started anew because somebody asked: they finish what runs, are stopped, and
-start again.
+"""Starts engines anew because somebody asked: they finish what runs, are stopped, and start again.
 
 ::
 
-    begin ── serves ──▶ draining ── nothing runs, or drain_s is over ──▶ stopping ── all processes ended ──▶ started
-        └── serves not ────────────────────────────────────────────────────▲
+    begin ── serves ──▶ draining ── idle, or drain_s is over ──▶ stopping ── all ended ──▶ started
+        └── serves not ─────────────────────────────────────────────▲
 
 A draining server is listed as such: routers give it no new work. What still runs when it is stopped
 goes on at another engine.
@@ -28,14 +27,14 @@ from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 class _Restart:
     units: Sequence[Unit]
     stop_at: float | None = None
-    """When it is stopped whatever runs; None: it is being stopped."""
+    """Instant at which the engine is stopped whatever runs; None: it is being stopped."""
 
 
 class EngineRestarts:
-    """Restarts that are under way; ``in`` asks for an engine.
+    """Keeps the restarts that are under way; ``in`` asks for an engine.
 
-    ``units``: of the launch. ``start``: spawns one. ``forgive``: is told of an engine before it is
-    restarted.
+    ``units``: all of the launch. ``start`` spawns a unit; ``forgive`` is told of an engine before
+    its restart.
     """
 
     def __init__(
@@ -60,21 +59,24 @@ class EngineRestarts:
         return engine in self._restarts
 
     def is_draining(self, engine: str) -> bool:
-        """It still works at what runs, and none of its processes has been told to end."""
+        """Return True while the engine works at what runs and none of its processes was told to
+        end.
+        """
         restart = self._restarts.get(engine)
         return restart is not None and restart.stop_at is not None
 
     @property
     def due_at(self) -> float:
-        """When ``tick`` has something to do."""
+        """Return the instant at which ``tick`` has something to do."""
         return min(
             (r.stop_at for r in self._restarts.values() if r.stop_at is not None),
             default=math.inf,
         )
 
     def ask(self, message: Restart, phase: LaunchPhase) -> Restarting:
-        """Begin a restart, unless the launch is in another phase than READY; once is as good as
-        twice.
+        """Begin a restart, unless the launch is in another phase than READY.
+
+        Asking again while a restart is under way changes nothing.
         """
         named = (
             unit for unit in self._units for member in unit.members if member.name == message.name
@@ -100,7 +102,7 @@ class EngineRestarts:
         return Restarting(question=message.question, engine=engine, incarnation=incarnation)
 
     def _begin(self, engine: str, units: Sequence[Unit]) -> None:
-        """Deaths before this do not count any more."""
+        """Drain or stop the engine; deaths before this do not count any more."""
         restart = self._restarts[engine] = _Restart(units)
         serves = all(unit.ready for unit in units)
         for unit in units:
@@ -115,13 +117,13 @@ class EngineRestarts:
             self._host.send(server.name, Drain(timeout_s=self._grace.drain_s))
 
     def drained(self, instance: Instance) -> None:
-        """Its server has nothing to do any more."""
+        """Stop the engine: its server has nothing left to do."""
         engine = instance.spec.engine
         if self.is_draining(engine):
             self._stop(engine, self._restarts[engine])
 
     def exited(self, instance: Instance) -> None:
-        """A process of an engine that is restarted has ended, asked or not."""
+        """Handle the end of a process of an engine that is being restarted, asked for or not."""
         engine = instance.spec.engine
         restart = self._restarts[engine]
         instance.registration = None
@@ -137,8 +139,9 @@ class EngineRestarts:
                 self._stop(engine, restart)
 
     def _stop(self, engine: str, restart: _Restart) -> None:
-        """Ready processes listen to Stop; those that still start may be busy loading. Stragglers
-        are killed.
+        """Tell ready processes to stop, by message.
+
+        Those that still start may be busy loading, so they get SIGTERM. Stragglers are killed.
         """
         restart.stop_at = None
         for unit in restart.units:

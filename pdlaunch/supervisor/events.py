@@ -87,10 +87,10 @@ def causes_first(
 
 
 class SignalInbox:
-    """Collects stop signals between ``__enter__`` and ``__exit__``; ``fileno`` becomes readable
-    with each.
+    """Collects stop signals between ``__enter__`` and ``__exit__``.
 
-    Only the main thread can have handlers: elsewhere it stays empty.
+    ``fileno`` becomes readable with each. Only the main thread can have handlers: in another one
+    the inbox stays empty.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class SignalInbox:
         return self._reader.fileno()
 
     def take(self) -> list[int]:
-        """The signals since the last call, oldest first."""
+        """Return the signals since the last call, oldest first."""
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
         received, self._received = self._received, []
@@ -137,7 +137,7 @@ class SignalInbox:
 
 
 def _wanted() -> list[int]:
-    """The stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
+    """Return the stop signals by number, without a hangup that is ignored: ``nohup`` means it."""
     numbers = [int(getattr(signal, name)) for name in STOP_SIGNALS]
     return [
         number

@@ -1,4 +1,4 @@
-"""The root cause of a failed launch, in words."""
+"""Describes why a launch failed, in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pdlaunch.supervisor.states import ProcessState
 MAX_LINES = 20
 MAX_WIDTH = 300
 _MAX_OWN_LINES = 12
-"""Of the supervisor's; the rest is left to the process's own words."""
+"""The most lines of the supervisor's own; the rest is left to the process's own words."""
 _TAIL_BYTES = 32 * 1024
 
 
@@ -25,13 +25,14 @@ class Failure:
     summary: str
     process: str | None = None
     said: str = ""
-    """The process's own words (``Failed``), which may arrive after its end."""
+    """Words of the process itself (``Failed``), which may arrive after its end."""
     details: Sequence[str] = ()
     cause: PdlaunchError | None = None
 
     def report(self, log: Path | None) -> list[str]:
-        """At most ``MAX_LINES`` lines: what failed, why, and where to read on. ``log``: of the
-        process.
+        """Return at most ``MAX_LINES`` lines: what failed, why, and where to read on.
+
+        ``log``: the log file of the process.
         """
         lines = _cut("\n".join([self.summary, *self.details]).splitlines(), _MAX_OWN_LINES)
         if log is not None:
@@ -54,8 +55,8 @@ def _tail(log: Path) -> list[str]:
 
 
 def _relevant(lines: Sequence[str]) -> list[str]:
-    """The last error in words, or traceback, shortened to where it was raised; without either the
-    last lines.
+    """Return the last error or traceback, shortened to where it was raised; without either the last
+    lines.
     """
     starts = [
         index for index, line in enumerate(lines) if line.startswith(("Traceback", "error: "))
@@ -73,7 +74,7 @@ def _cut(lines: Sequence[str], num_lines: int) -> list[str]:
 def startup_timeout(
     instances: Sequence[Instance], missing_pairs: Sequence[str], timeout_s: float
 ) -> Failure:
-    """Describe a launch that did not get ready in time: what it still waits for.
+    """Describe a launch that did not get ready in time by what it still waits for.
 
     ``missing_pairs``: in words; they matter once all processes are ready.
     """

@@ -1,5 +1,5 @@
-"""Makes the folders of a launch, for its log files and for its sockets, and removes what dead launches
-have left of theirs.
+"""Makes the folders of a launch for its log files and its sockets, and removes those of dead
+launches.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pdlaunch.process.file_lock import is_locked, take_lock
 from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, own_run_dirs
 
 KEPT_LAUNCHES = 20
-"""Folders of the cache that stay, the new one included; those of running launches stay beyond
-that.
+"""Number of log folders in the cache that stay, the new one included.
+
+Those of running launches stay beyond that.
 """
 SUPERVISOR_LOG = "supervisor.log"
 _LAUNCH_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
@@ -32,13 +33,14 @@ _NEW_FOR_S = 60.0
 
 
 def new_launch_id() -> str:
-    """Sortable by time, unique on this machine."""
+    """Return a new id: sortable by time, unique on this machine."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
-    """The folder of the log files, made now: as configured, else a new one in the cache. Raises
-    ConfigError.
+    """Make the folder of the log files: as configured, else a new one in the cache.
+
+    Raises ConfigError when nothing can be written there.
     """
     log_dir = (
         Path(config.log_dir).expanduser() if config.log_dir else cache_root() / "logs" / launch_id
@@ -60,7 +62,7 @@ def new_log_dir(config: LaunchConfig, launch_id: str) -> Path:
 
 @contextlib.contextmanager
 def keep_logs(log_dir: Path) -> Iterator[None]:
-    """Nobody prunes the folder for as long as the block runs."""
+    """Keep everybody from pruning the folder while the block runs."""
     with (log_dir / SUPERVISOR_LOG).open("ab") as log:
         # Another launch that writes to the same folder has it, and keeps it as well.
         with contextlib.suppress(OSError):
@@ -69,7 +71,7 @@ def keep_logs(log_dir: Path) -> Iterator[None]:
 
 
 def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
-    """Remove all but the latest log folders of launches that have ended; returns them."""
+    """Remove all but the latest log folders of launches that have ended; return the removed ones."""
     launches = sorted(
         path
         for path in folder.iterdir()
@@ -90,8 +92,9 @@ def _is_kept(log_dir: Path) -> bool:
 
 @contextlib.contextmanager
 def new_run_dir(base: Path | None = None) -> Iterator[Path]:
-    """A fresh folder, mode 0700, removed at the end. A lock in it, which dies with this process,
-    says that it is in use.
+    """Yield a fresh folder, mode 0700, which is removed at the end.
+
+    A lock in it, which dies with this process, says that the folder is in use.
     """
     base = base or base_dir()
     remove_stale_run_dirs(base)
@@ -106,7 +109,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
 
 
 def remove_stale_run_dirs(base: Path) -> list[Path]:
-    """Remove this user's folders whose launch is dead; returns them."""
+    """Remove this user's folders whose launch is dead; return them."""
     stale = [path for path in own_run_dirs(base) if _is_stale(path)]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)

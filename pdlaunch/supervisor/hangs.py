@@ -1,4 +1,4 @@
-"""Which processes hang: they are ready, and their main loop has not turned for too long.
+"""Notices processes that hang: they are ready, and their main loop has not turned for too long.
 
 The supervisor may have been stopped itself (Ctrl-Z, a frozen container). Then nobody could be
 heard, and everyone gets all of the time again.
@@ -14,22 +14,22 @@ from pdlaunch.supervisor.instance import Instance
 from pdlaunch.supervisor.states import ProcessState
 
 _PARTS = 6
-"""Of the limit: a process speaks, and the supervisor looks, once in each."""
+"""A process speaks, and the supervisor looks, this many times within the limit."""
 
 
 def heartbeat_s(timeout_s: float) -> float:
-    """How often a process says Alive; 0: never."""
+    """Return how often a process says Alive; 0: never."""
     return timeout_s / _PARTS
 
 
 @dataclass(frozen=True, slots=True)
 class HangLimits:
-    """Longest silence of a process that is ready."""
+    """Sets the longest silence of a process that is ready."""
 
     timeout_s: float = 0.0
-    """0: nobody is watched."""
+    """Limit for a process that is awake; 0: nobody is watched."""
     asleep_s: float = 600.0
-    """Of one that sleeps: it may be loading its weights again."""
+    """Limit for a process that sleeps: it may be loading its weights again."""
 
     def of(self, instance: Instance) -> float:
         return (
@@ -40,7 +40,7 @@ class HangLimits:
 
 
 class HangWatch:
-    """Listens to instances; ``look`` is due at ``due_at``."""
+    """Records when instances were heard; ``look`` finds those that hang, and is due at ``due_at``."""
 
     def __init__(self, limits: HangLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
@@ -53,13 +53,14 @@ class HangWatch:
         return self._looked_at + self._interval_s
 
     def heard(self, instance: Instance) -> None:
-        """Its loop has turned."""
+        """Note that the loop of a process has turned."""
         instance.heard_at = self._clock()
         instance.stalled = False
 
     def look(self, instances: Iterable[Instance]) -> list[Instance]:
-        """Mark what was silent for half of its time as stalled; returns what was so for all of it,
-        the longest first.
+        """Mark processes that were silent for half of their time as stalled.
+
+        Returns those that were silent for all of it, the longest first.
         """
         now = self._clock()
         if now < self.due_at:

@@ -1,4 +1,4 @@
-"""What runs of a plan: instances of process specs, and the units in which they live and die
+"""Holds what runs of a plan: instances of process specs, and the units in which they live and die
 together.
 """
 
@@ -15,25 +15,25 @@ from pdlaunch.supervisor.states import ALIVE, TRANSITIONS, ProcessState
 
 @dataclass(slots=True)
 class Instance:
-    """One process of the plan, now. ``state`` changes by ``move`` alone."""
+    """Holds the state of one process of the plan; ``state`` changes by ``move`` alone."""
 
     spec: ProcessSpec
     incarnation: int = 0
-    """0: never started."""
+    """Counts the starts; 0: never started."""
     state: ProcessState = ProcessState.PLANNED
     registration: Register | None = None
     progress: Progress | None = None
     info: dict[str, str] = field(default_factory=dict)
     error: str | None = None
-    """What it said before it died, else how it died."""
+    """Words of the process before it died, else how it died."""
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
-    """What it last said of itself; only of a process that is ready."""
+    """The last state that a ready process told of itself."""
     given_up_for: str = ""
-    """Why its engine was given up, when it was last, and when it is tried again."""
+    """Why its engine was given up when it last was, and when it is tried again."""
     heard_at: float = 0.0
-    """When its loop last turned, as far as is known."""
+    """Instant at which its loop last turned, as far as is known."""
     stalled: bool = False
-    """It is ready, and has been silent for so long that it gets no new work."""
+    """True for a ready process that has been silent for so long that it gets no new work."""
 
     @property
     def name(self) -> str:
@@ -57,8 +57,9 @@ class Instance:
         self.info = {}
 
     def entry(self) -> Entry | None:
-        """Its line of the registry; None while it is not reachable. Of an engine that was given up
-        the server's line stays.
+        """Return the line of the registry; None while the process is not reachable.
+
+        The server of an engine that was given up keeps its line.
         """
         said = (
             Register(name=self.name, incarnation=self.incarnation, pid=0)
@@ -111,12 +112,13 @@ class Unit:
     members: list[Instance]
     incarnation: int = 0
     num_quick_deaths: int = 0
-    """In a row, each soon after it was ready or before."""
+    """Deaths in a row that came before the unit was ready, or soon after."""
     cause: Instance | None = None
     """The first member to die in this incarnation; the others are killed for it."""
     ready_at: float | None = None
     kill_at: float | None = None
-    """When the members that live are killed: they should have been ready, or gone, by then."""
+    """Instant at which members that live are killed: they should have been ready, or gone, by then.
+    """
     respawn_at: float | None = None
 
     @property
@@ -125,7 +127,7 @@ class Unit:
 
     @property
     def engine(self) -> str:
-        """Empty for the router and conversions."""
+        """Return the engine's name; empty for the router and conversions."""
         return self.members[0].spec.engine
 
     @property
@@ -134,7 +136,7 @@ class Unit:
 
 
 def make_units(specs: Sequence[ProcessSpec]) -> list[Unit]:
-    """Units in the order of their first process."""
+    """Group processes into units, in the order of their first process."""
     members: dict[str, list[Instance]] = {}
     for spec in specs:
         members.setdefault(spec.unit, []).append(Instance(spec))

@@ -1,4 +1,6 @@
-"""Keeps what the supervisor tells every process: who lives where, and which pairs of ranks are proven."""
+"""Keeps what the supervisor tells every process: who lives where, and which pairs of ranks are
+proven.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pdlaunch.supervisor.instance import Instance
 
 
 class RegistryVersions:
-    """Versions of the registry. The version grows with every change and never without one."""
+    """Makes the versions of the registry: a new one with every change, and never without one."""
 
     def __init__(self) -> None:
         self._current = Registry(version=0, entries=[], serving=False)
@@ -22,8 +24,9 @@ class RegistryVersions:
     def update(
         self, instances: Iterable[Instance], pairs: Sequence[PairReady] = (), *, serving: bool
     ) -> bool:
-        """Take in the state of all instances, pairs and of the launch; True when the registry has
-        changed and must be sent.
+        """Take in the state of all instances, of pairs and of the launch.
+
+        Returns True when the registry has changed and must be sent.
         """
         entries: list[Entry] = [
             entry for instance in instances if (entry := instance.entry()) is not None
@@ -38,7 +41,7 @@ class RegistryVersions:
 
 
 class Pairs:
-    """The pairs of a launch.
+    """Keeps which pairs of a launch are proven and which are missing.
 
     With different TP sizes only some ranks of two engines talk to each other, and the decode side
     knows which: each pair tells with how many ranks of that engine. No pairs are due while a role
@@ -64,12 +67,12 @@ class Pairs:
         self._errors[local, peer] = error
 
     def forget(self, name: str) -> None:
-        """A process has died: what it proved, or what was proven about it, holds no more."""
+        """Drop what a dead process has proven, and what was proven about it."""
         for pair in [pair for pair in self._proven if name in pair]:
             del self._proven[pair]
 
     def give_up(self, engine: str) -> None:
-        """No pair of this engine is due, until it is tried again."""
+        """Stop waiting for the pairs of this engine, until it is tried again."""
         self._given_up.add(engine)
 
     def try_again(self, engine: str) -> None:
@@ -79,7 +82,7 @@ class Pairs:
         return list(self._proven.values())
 
     def missing(self) -> list[str]:
-        """The pairs that are due, each in words with the last error."""
+        """Return the pairs that are due, each in words with the last error."""
         due = [
             (rank, engine)
             for rank, engine in self._due

@@ -2,8 +2,8 @@
 
 ::
 
-    serves ── too many quick deaths ──▶ given up ── after a minute, two, four ... ──▶ on trial ── ready ──▶ serves
-                                           ▲─────────────── one quick death ────────────┘◀───────────────────┘
+    serves ── many quick deaths ──▶ given up ── 1, 2, 4 .. minutes ──▶ on trial ── ready ──▶ serves
+                                       ▲──────── one quick death ─────────┘
 
 An engine that was given up is left alone for a while, longer each time. The count of waits begins
 anew once the engine has served for long enough.
@@ -19,12 +19,12 @@ from pdlaunch.resolve.plan import ROLES, Plan
 from pdlaunch.supervisor.instance import Instance
 
 _MAX_DOUBLINGS = 32
-"""No number that overflows, however often an engine is given up."""
+"""Keeps the delay from overflowing, however often an engine is given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """Exponential back-off, until too many deaths in a row came too quickly."""
+    """Sets the exponential back-off, until too many deaths in a row came too quickly."""
 
     first_delay_s: float = 0.5
     max_delay_s: float = 30.0
@@ -41,46 +41,54 @@ class RestartPolicy:
         return ready_for_s is None or ready_for_s < self.quick_s
 
     def delay_s(self, num_quick_deaths: int) -> float | None:
-        """Seconds until the next start after so many quick deaths in a row; None: give up."""
+        """Return the seconds until the next start after so many quick deaths in a row; None: give
+        up.
+        """
         if num_quick_deaths >= self.max_quick_deaths:
             return None
         return float(min(self.max_delay_s, self.first_delay_s * 2 ** max(0, num_quick_deaths - 1)))
 
     def retry_delay_s(self, num_times: int) -> float:
-        """Seconds until an engine is tried again that was given up so many times in a row, once at
-        least.
+        """Return the seconds until an engine is tried again that was given up so many times in a
+        row.
+
+        ``num_times``: 1 or more.
         """
         doublings = min(num_times - 1, _MAX_DOUBLINGS)
         return float(min(self.max_retry_s, self.first_retry_s * 2**doublings))
 
 
 class GivenUp:
-    """Which engines of a launch do not serve, why, and when they are tried again; ``in`` asks for
-    one that is not on trial.
+    """Keeps which engines do not serve, why, and when they are tried again.
+
+    ``in`` asks for an engine that is given up and not on trial.
     """
 
     def __init__(self, plan: Plan, policy: RestartPolicy) -> None:
         self._engines = {role: plan.engines(role) for role in ROLES}
         self._policy = policy
         self._why: dict[str, str] = {}
-        """Of engines that are given up or on trial."""
+        """Reasons of the engines that are given up or on trial."""
         self._retry_at: dict[str, float] = {}
         self._num_times: dict[str, int] = {}
-        """In a row, without long service between."""
+        """How often an engine was given up in a row, without long service between."""
 
     def __contains__(self, engine: str) -> bool:
         return engine in self._retry_at
 
     @property
     def due_at(self) -> float:
-        """When the next engine is to be tried again."""
+        """Return the instant at which the next engine is to be tried again."""
         return min(self._retry_at.values(), default=math.inf)
 
     def due(self, now: float) -> list[str]:
         return [engine for engine, at_s in self._retry_at.items() if now >= at_s]
 
     def add(self, cause: Instance, summary: str, now: float) -> float:
-        """Returns how long it is left alone. ``cause``: the process whose deaths were too many."""
+        """Give an engine up; return how long it is left alone.
+
+        ``cause``: the process whose deaths were too many.
+        """
         engine = cause.spec.engine
         self._why[engine] = summary + (f": {cause.error}" if cause.error else "")
         self._num_times[engine] = self._num_times.get(engine, 0) + 1
@@ -89,21 +97,19 @@ class GivenUp:
         return delay_s
 
     def postpone(self, engine: str, at_s: float) -> None:
-        """Wait longer, as processes of it have not died yet."""
+        """Wait longer with an engine some of whose processes have not died yet."""
         self._retry_at[engine] = at_s
 
     def try_again(self, engine: str) -> None:
-        """It is being started; until it serves it counts for nothing."""
+        """Put an engine on trial: until it serves it counts for nothing."""
         del self._retry_at[engine]
 
     def serves(self, engine: str) -> None:
-        """All of its processes are ready."""
+        """Note that all processes of an engine are ready."""
         self._why.pop(engine, None)
 
     def forgive(self, engine: str) -> None:
-        """It is started as if it had never been given up, but counts for nothing until it
-        serves.
-        """
+        """Treat the engine as if it had never been given up; until it serves it counts for nothing."""
         self._retry_at.pop(engine, None)
         self.served_long(engine)
 
@@ -112,7 +118,7 @@ class GivenUp:
         self._num_times.pop(engine, None)
 
     def left_of(self, role: Role | None) -> list[str]:
-        """The other engines of a role; the router has none."""
+        """Return the other engines of a role that serve; the router has no role and none."""
         return (
             []
             if role is None
@@ -120,8 +126,8 @@ class GivenUp:
         )
 
     def details(self, last: Instance) -> list[str]:
-        """For the report of a launch whose ``last`` engine of a role is gone: what became of the
-        others.
+        """Return lines that tell what became of the other engines of a role, once ``last`` is gone
+        too.
         """
         role = last.spec.role
         others = (

@@ -1,5 +1,6 @@
-"""The end of a launch: drain the router, then the engines; stop them in the same order; terminate,
-kill. All have deadlines.
+"""Ends a launch: drain the router, then the engines; stop them in the same order; terminate, kill.
+
+Every phase has a deadline.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _WORKING = (ProcessState.READY, ProcessState.DRAINING)
 
 @dataclass(frozen=True, slots=True)
 class Grace:
-    """Seconds that each step of the end may take."""
+    """Sets the seconds that each phase of the end may take."""
 
     drain_s: float = 30.0
-    """Router and engines together."""
+    """Time for router and engines together."""
     router_stop_s: float = 1.5
-    """For the router to end the requests that still run, before their engines are gone."""
+    """Time for the router to end the requests that still run, before their engines are gone."""
     stop_s: float = 5.0
     terminate_s: float = 3.0
     kill_s: float = 5.0
@@ -56,7 +57,7 @@ class LaunchShutdown:
         self.ends_at = clock()
 
     def begin(self, *, drain: bool) -> None:
-        """Enter the first phase; what waits for a restart is not started again."""
+        """Enter the first phase; processes that wait for a restart are not started again."""
         for instance in self._instances:
             if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 instance.move(ProcessState.EXITED)
@@ -64,7 +65,7 @@ class LaunchShutdown:
         self.advance()
 
     def hurry(self) -> None:
-        """The user asks again: skip the drain, or kill what does not stop."""
+        """Skip the drain, or kill what does not stop: the user has asked again."""
         draining = self.phase in _DRAINED_KIND
         self._enter(LaunchPhase.STOPPING_ROUTER if draining else LaunchPhase.KILLING)
         self.advance()
@@ -119,14 +120,14 @@ class LaunchShutdown:
                 self.ends_at = now
 
     def _drain(self, kind: str, timeout_s: float) -> None:
-        """A drained server has no request at its ranks: they are not asked."""
+        """Ask for a drain. A drained server has no request at its ranks: they are not asked."""
         for instance in self._undrained(kind):
             if instance.state is ProcessState.READY:
                 instance.move(ProcessState.DRAINING)
             self._host.send(instance.name, Drain(timeout_s=timeout_s))
 
     def _stop(self, instances: Sequence[Instance]) -> None:
-        """What is ready listens to Stop; what still starts may be busy loading, and leaves by
+        """Stop ready processes by message; those that still start may be busy loading, and get
         SIGTERM.
         """
         for instance in instances:
@@ -140,7 +141,7 @@ class LaunchShutdown:
             self._host.signal(instance.name, signal_number)
 
     def _undrained(self, kind: str) -> list[Instance]:
-        """What still starts has no work to finish."""
+        """Return those that have yet to drain; a process that still starts has no work to finish."""
         return [
             i
             for i in self._instances

@@ -1,4 +1,4 @@
-"""States of a process and of the launch, with the transitions that exist."""
+"""Names the states of a process and the phases of a launch, with the transitions that exist."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from enum import StrEnum
 
 
 class ProcessState(StrEnum):
-    """Where one process is in its life."""
+    """Says where one process is in its life."""
 
     PLANNED = "planned"
     CONVERTING = "converting"
-    """A conversion is running; servers, ranks and router are never here."""
+    """A conversion is running; servers, ranks and router are never in this state."""
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """Takes no new work, finishes what runs."""
+    """It takes no new work and finishes what runs."""
     EXITED = "exited"
-    """Ended because it was asked to, perhaps to be started anew; or a conversion that is done."""
+    """It ended because it was asked to, perhaps to be started anew, or is a conversion that is
+    done.
+    """
     FAILED = "failed"
-    """Ended by itself, or killed by a stranger."""
+    """It ended by itself, or was killed by somebody else."""
     BACKING_OFF = "backing-off"
-    """Waits to be started under the next incarnation."""
+    """It waits to be started under the next incarnation."""
     GIVEN_UP = "given-up"
     """Its engine died too often: it is left alone for a while."""
 
@@ -54,7 +56,7 @@ ALIVE = frozenset(
 
 
 class LaunchPhase(StrEnum):
-    """Where the launch is; it only moves down this list, and may skip."""
+    """Says where the launch is; it only moves down this list, and may skip."""
 
     PREPARING = "preparing"
     """Models are converted."""
@@ -63,11 +65,11 @@ class LaunchPhase(StrEnum):
     DRAINING_ROUTER = "draining the router"
     DRAINING_ENGINES = "draining the engines"
     STOPPING_ROUTER = "stopping the router"
-    """It tells the clients of what still runs, which takes engines that are still there."""
+    """The router ends the requests that still run, while their engines are still there."""
     STOPPING = "stopping"
-    """Asked to leave: Stop to what is ready, SIGTERM to the rest."""
+    """Ready processes get Stop, the others SIGTERM."""
     TERMINATING = "terminating"
-    """SIGTERM to what is left."""
+    """Processes that are left get SIGTERM."""
     KILLING = "killing"
-    """SIGKILL to what is left."""
+    """Processes that are left get SIGKILL."""
     STOPPED = "stopped"

@@ -1,4 +1,4 @@
-"""What the supervisor shows of itself: immutable snapshots for views."""
+"""Shows the state of a launch to views, in immutable snapshots."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """One process, now."""
+    """Shows one process."""
 
     name: str
     kind: str
     state: ProcessState
     incarnation: int
     pid: int | None = None
-    """None until it has registered."""
+    """Process id; None until it has registered."""
     doing: str = ""
-    """What it last said that it is doing."""
+    """Words of the process about what it is doing."""
     fraction: float | None = None
-    """Of what it is doing, done so far."""
+    """Share of what it is doing that is done."""
     info: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -46,14 +46,14 @@ _WORKING = (ProcessState.STARTING, ProcessState.CONVERTING)
 
 @dataclass(frozen=True, slots=True)
 class LaunchStatus:
-    """The launch, now."""
+    """Shows the launch."""
 
     phase: LaunchPhase
     processes: tuple[ProcessStatus, ...]
     pairs: tuple[PairReady, ...] = ()
     num_missing_pairs: int = 0
     url: str = ""
-    """Of the router; empty until it has registered."""
+    """URL of the router; empty until it has registered."""
 
 
 class Observer(Protocol):

@@ -1,7 +1,7 @@
-"""The supervisor: start everything, watch it, restart what dies, stop everything. It acts on events
-and never waits.
+"""The supervisor starts everything, watches it, restarts what dies, and stops everything.
 
-``launch.drive`` is the loop: wait for events, ``handle`` each, ``tick`` for what is due.
+It acts on events and never waits. ``launch.drive`` is the loop: wait for events, ``handle`` each,
+``tick`` for what is due.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from pdlaunch.supervisor.status import LaunchStatus, Observer, ProcessStatus
 logger = logging.getLogger(__name__)
 
 FAILED_GRACE_S = 5.0
-"""What a process that has said Failed gets to leave by itself."""
+"""Time that a process that has said Failed gets to leave by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Every time that the supervisor keeps."""
+    """Sets every time that the supervisor keeps."""
 
     startup_timeout_s: float = 600.0
     grace: Grace = field(default_factory=Grace)
@@ -121,7 +121,7 @@ class Supervisor:
         return self.phase is LaunchPhase.STOPPED
 
     def survivors(self) -> list[str]:
-        """Processes that outlived SIGKILL; empty unless the kernel is stuck."""
+        """Return the processes that outlived SIGKILL; there are none unless the kernel is stuck."""
         return [instance.name for instance in self._instances.values() if instance.alive]
 
     def start(self) -> None:
@@ -168,7 +168,7 @@ class Supervisor:
         self._settle()
 
     def next_tick_at(self) -> float:
-        """When ``tick`` is due, on the injected clock; a minute from now when nothing is."""
+        """Return the instant at which ``tick`` is due; a minute from now when nothing is."""
         if self._shutdown is not None:
             return self._shutdown.ends_at
         if self._phase is not LaunchPhase.READY:
