@@ -1,16 +1,17 @@
 """The command line; the only room that renders."""
 
-import sys
+from __future__ import annotations
 
-from pdlaunch.cli.end_signals import EndSignals
+import signal
+import sys
+from types import FrameType
 
 EXIT_INTERRUPTED = 130
+_EXIT_BY_SIGNAL = 128
 
 
 def main() -> None:
-    """Entry point of the ``pdlaunch`` script; imports inside, so that Ctrl-C ends them as quietly
-    as a command.
-    """
+    """Run the ``pdlaunch`` script. It imports inside, so that Ctrl-C ends imports quietly too."""
     signals = EndSignals()
     signals.install()
     try:
@@ -21,3 +22,35 @@ def main() -> None:
         sys.exit(signals.exit_code)
     except SystemExit as end:
         sys.exit(signals.exit_code if end.code == EXIT_INTERRUPTED else end.code)
+
+
+class EndSignals:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, so that it stops what it has started.
+
+    ``install`` it once in a process, in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._first = signal.SIGINT
+
+    def install(self) -> None:
+        """Install the handlers; a hangup that ``nohup`` lets be ignored stays ignored."""
+        # Shells make it ignored for what a script starts in the background.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of an interrupted process, as a shell reports it."""
+        return _EXIT_BY_SIGNAL + self._first
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._first is signal.SIGINT:
+            self._first = signal.Signals(number)
+        # asyncio has a handler of its own while it runs.
+        interrupt = signal.getsignal(signal.SIGINT)
+        assert callable(interrupt)
+        interrupt(signal.SIGINT, frame)

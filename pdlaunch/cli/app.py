@@ -1,4 +1,4 @@
-"""The command line: one file a command, imported only when it is called."""
+"""The table of commands. Each is imported only when it is called, so that help comes fast."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import typer
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command and where it lives: ``module:attribute``, a function or (``is_group``) a
-    ``typer.Typer``.
+    """Names a command and where it lives: ``module:attribute``, which is a function, or a
+    ``typer.Typer`` where ``is_group``.
     """
 
     name: str
@@ -49,12 +49,12 @@ COMMANDS = (
     ),
     Command(
         "sleep",
-        "pdlaunch.cli.sleep:sleep",
+        "pdlaunch.cli.engines:sleep",
         "Have a deployment's engines give their device memory back.",
     ),
-    Command("wake", "pdlaunch.cli.sleep:wake", "Wake the engines of a deployment up."),
+    Command("wake", "pdlaunch.cli.engines:wake", "Wake the engines of a deployment up."),
     Command(
-        "restart", "pdlaunch.cli.restart:restart", "Have engines of a deployment started anew."
+        "restart", "pdlaunch.cli.engines:restart", "Have engines of a deployment started anew."
     ),
     Command(
         "bench",
@@ -74,12 +74,12 @@ _COMPLETION_VARIABLE = "_PDLAUNCH_COMPLETE"
 
 
 def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) -> typer.Typer:
-    """The typer app for these arguments: the command they name is imported, the others are only
-    listed.
+    """Return the typer app for these arguments: the command that they name is imported, the others
+    are only listed.
     """
     app = typer.Typer(
         name="pdlaunch",
-        help=_summary(),
+        help="Launch disaggregated prefill/decode LLM serving with one command.",
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -101,12 +101,8 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
 
 
 def run() -> None:
-    """Do what the arguments of this process say."""
+    """Run the command that the arguments of this process name."""
     build_app(sys.argv[1:])()
-
-
-def _summary() -> str:
-    return "Launch disaggregated prefill/decode LLM serving with one command."
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,4 +122,4 @@ def _root(
 
 
 def _placeholder() -> None:
-    """Stands for a command that was not called; only its name and summary are shown."""
+    """Stand in for a command that was not called; only its name and summary are shown."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from typing import Annotated, Any, get_args
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_serve import serve
 from pdlaunch.cli.bench_values import (
     read_name,
@@ -18,19 +20,23 @@ from pdlaunch.cli.bench_values import (
     read_size,
     read_sizes,
 )
-from pdlaunch.cli.measuring import STDERR, run_module
+from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.config.aliases import resolve_model
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
+from pdlaunch.config.models import LoadFormat
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True)
 app.command("serve")(serve)
 
-
+STDERR = 2
+"""File descriptor."""
 _CONNECTORS: tuple[str, ...] = ("nixl", "mooncake", "file")
 _PATHS: tuple[str, ...] = get_args(KVPath)
 _AUTO: KVPath = "auto"
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16", "float16"]
 _MOONCAKE_PROTOCOLS: tuple[str, ...] = get_args(MooncakeProtocol)
 _TRANSFER_HEADINGS = {
     "connector": "connector",
@@ -75,28 +81,6 @@ _OFFLOAD_HEADINGS = {
 }
 
 
-class Device(StrEnum):
-    """Where it is measured."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Precision(StrEnum):
-    """Of weights and KV cache."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Weights(StrEnum):
-    """Where weights come from."""
-
-    AUTO = "auto"
-    DUMMY = "dummy"
-
-
 @app.command("step")
 def step(
     model: Annotated[
@@ -114,20 +98,20 @@ def step(
     num_steps: Annotated[
         int, typer.Option(min=1, help="Steps measured; the median is shown.")
     ] = 20,
-    dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
+    dtype: Annotated[Precision, typer.Option(help="Precision.")] = "float32",
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
     load_format: Annotated[
-        Weights, typer.Option(help="`dummy` makes weights up; only config.json is needed.")
-    ] = Weights.AUTO,
+        LoadFormat, typer.Option(help="`dummy` makes weights up; only config.json is needed.")
+    ] = "auto",
     enforce_eager: Annotated[
         bool, typer.Option(help="On a GPU, decode without CUDA graphs.")
     ] = False,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = "table",
 ) -> None:
-    """The engine's step beside the same model run by transformers alone, and the floor that memory
-    sets.
+    """Time the engine's step beside the same model run by transformers alone, and beside the floor
+    that memory sets.
     """
     arguments = {
         "model_dir": _model_dir(model),
@@ -145,7 +129,7 @@ def step(
     # Thread pools start with the wanted size.
     rows = _measure("step", arguments, {"OMP_NUM_THREADS": str(num_threads)})
     _print(rows, output, _STEP_HEADINGS)
-    if output is Format.TABLE:
+    if output == "table":
         typer.echo(
             f"memory floor: bytes that a step must move, at the {rows[0]['memory_gb_per_s']:g} "
             "GB/s measured in this run"
@@ -166,10 +150,10 @@ def offload(
     device: Annotated[
         Device | None, typer.Option(help="Where the KV cache lies (cuda if there is one).")
     ] = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = "table",
 ) -> None:
-    """Copies of scattered blocks between device and host memory, beside one copy of everything in
-    the same run.
+    """Time copies of scattered blocks between device and host memory, beside one copy of everything
+    in the same run.
     """
     arguments: dict[str, object] = {"block_sizes": read_sizes(block_sizes, "--block-sizes")}
     if memory is not None:
@@ -177,7 +161,7 @@ def offload(
     if device is not None:
         arguments["device"] = device
     report = _measure("offload", arguments)
-    if output is Format.JSON:
+    if output == "json":
         print_json(report)
         return
     limit = dict.fromkeys(_OFFLOAD_HEADINGS) | report["limit"] | {"block": "one copy"}
@@ -205,21 +189,27 @@ def transfer(
     num_repeats: Annotated[
         int, typer.Option(min=1, help="Pulls measured; the median is shown.")
     ] = 10,
-    num_layers: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 30,
-    num_kv_heads: Annotated[int, typer.Option(min=1, help="Of the model (those of smollm2).")] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Of the model (that of smollm2).")] = 64,
+    num_layers: Annotated[
+        int, typer.Option(min=1, help="Of the model; smollm2's by default.")
+    ] = 30,
+    num_kv_heads: Annotated[
+        int, typer.Option(min=1, help="Of the model; smollm2's by default.")
+    ] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of the model; smollm2's by default.")] = 64,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    dtype: Annotated[Precision, typer.Option(help="Precision.")] = Precision.FLOAT32,
-    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.CPU,
+    dtype: Annotated[Precision, typer.Option(help="Precision.")] = "float32",
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
     enable_cumem_allocator: Annotated[
         bool, typer.Option(help="KV caches on a GPU lie in CuMem pools.")
     ] = False,
     mooncake_protocol: Annotated[
         str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")
     ] = "tcp",
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = "table",
 ) -> None:
-    """Gigabytes a second from prefill to decode ranks, beside the connector's library by itself."""
+    """Measure gigabytes a second from prefill to decode ranks, beside the connector's library by
+    itself.
+    """
     names = read_names(connectors, _CONNECTORS, "--connectors")
     if path != _AUTO and "nixl" not in names:
         raise typer.BadParameter(
@@ -245,15 +235,44 @@ def transfer(
     _print(_measure("transfer", arguments), output, _TRANSFER_HEADINGS)
 
 
+def run_module(
+    module: str,
+    *arguments: str,
+    environ: Mapping[str, str] | None = None,
+    stdout: int = subprocess.PIPE,
+) -> bytes:
+    """Run ``python -m MODULE ARGUMENTS`` and return what it writes to the pipe.
+
+    What measures runs in a process of its own, which keeps torch out of this one.
+
+    Raises ``typer.Exit`` when it fails.
+    """
+    # -P: a folder named pdlaunch where the user stands is not the installed one.
+    command = [sys.executable, "-P", "-m", "pdlaunch.process.guarded", module, *arguments]
+    # In a session of its own Ctrl-C does not reach it: it ends with this process, silently.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        env=os.environ | (environ or {}),
+        start_new_session=True,
+    ) as process:
+        # Standard input stays open: its end is the end of the process.
+        found = b"" if process.stdout is None else process.stdout.read()
+        if process.wait() != 0:
+            raise typer.Exit(1)
+    return found
+
+
 def _model_dir(model: str) -> str:
-    """Of a model that is converted first if it has to be."""
+    """Return the folder of a model, which is converted first if it has to be."""
     try:
         resolved = resolve_model(model)
     except ConfigError as error:
         print_errors([error])
         raise typer.Exit(2) from None
     if not resolved.ready:
-        # What it says is not what was measured.
+        # Standard output is for the figures.
         run_module("pdlaunch.models.convert", model, stdout=STDERR)
     return str(resolved.cache_dir)
 
@@ -264,7 +283,7 @@ def _measure(kind: str, arguments: dict[str, object], environ: dict[str, str] | 
 
 
 def _print(rows: list[dict[str, Any]], output: Format, headings: dict[str, str]) -> None:
-    if output is Format.JSON:
+    if output == "json":
         print_json(rows)
     else:
         print_table(rows, headings)

@@ -17,9 +17,9 @@ from pdlaunch.bench.serve.multi_turn import MultiTurnOptions, MultiTurnReport, b
 from pdlaunch.bench.serve.row import BenchRow
 from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, ProgressText, bench_serve
 from pdlaunch.cli import EXIT_INTERRUPTED
-from pdlaunch.cli.bench_output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.config.settings import flag_name
 from pdlaunch.config.sources import load_config
@@ -76,7 +76,9 @@ def serve(
     ] = None,
     num_requests: Annotated[
         int | None,
-        typer.Option(min=1, help="For each length and concurrency (four rounds, at least 8)."),
+        typer.Option(
+            min=1, help="Requests for each length and concurrency (four rounds, at least 8)."
+        ),
     ] = None,
     max_token_id: Annotated[
         int,
@@ -86,7 +88,7 @@ def serve(
     ] = 30_000,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of the prompts; the same seed twice meets warm prefix caches."),
+        typer.Option(help="Seed of the prompts; the same one twice meets warm prefix caches."),
     ] = None,
     bare_gb_per_s: Annotated[
         str | None,
@@ -118,12 +120,12 @@ def serve(
             min=1, help="Length of a message after the first, which has --input-tokens (32)."
         ),
     ] = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = "table",
     *,
     flags: dict[str, object],
 ) -> None:
-    """Time to first token, gap to the second, inter-token latency and throughput of a deployment,
-    as its clients see them.
+    """Measure time to first token, gap to the second, inter-token latency and throughput of a
+    deployment, as its clients see them.
     """
     lengths = read_numbers(input_tokens, "--input-tokens")
     numbers = read_numbers(concurrency or ("4" if multi_turn else "1,4,16"), "--concurrency")
@@ -179,8 +181,9 @@ def _measure(
     flags: dict[str, object],
     output: Format,
 ) -> int:
-    """Returns the exit code: 0 only if nothing went wrong. What was measured before an error or
-    Ctrl-C is shown.
+    """Measure, show the figures, and return the exit code, which is 0 only if nothing went wrong.
+
+    What was measured before an error or Ctrl-C is shown too.
     """
     rows: list[BenchRow] = []
     chats: MultiTurnReport | None = None
@@ -212,7 +215,7 @@ def _measure(
     except KeyboardInterrupt:
         print_errors(["interrupted"])
         code = EXIT_INTERRUPTED
-    if start_s is not None and output is Format.TABLE:
+    if start_s is not None and output == "table":
         typer.echo(f"command to healthy: {start_s:.1f} s")
     if chats is not None:
         return max(code, _show_chats(chats, output))
@@ -226,7 +229,7 @@ async def _collect(options: BenchOptions, progress: ProgressText, rows: list[Ben
 
 def _show_rows(rows: Sequence[BenchRow], output: Format) -> int:
     found = [msgspec.to_builtins(row) for row in rows]
-    if output is Format.JSON:
+    if output == "json":
         print_json(found)
     else:
         limits = {
@@ -240,7 +243,7 @@ def _show_rows(rows: Sequence[BenchRow], output: Format) -> int:
 
 
 def _show_chats(report: MultiTurnReport, output: Format) -> int:
-    if output is Format.JSON:
+    if output == "json":
         print_json(report)
     else:
         turns, tiers = msgspec.to_builtins(report.turns), msgspec.to_builtins(report.tiers)

@@ -1,4 +1,4 @@
-"""Lists as options of ``pdlaunch bench`` take them. What is none raises typer's BadParameter."""
+"""Read the lists that options of ``pdlaunch bench`` take. Others raise typer's BadParameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdlaunch.config.sizes import parse_size
 
 
 def read_numbers(text: str, option: str) -> list[int]:
-    """``1,4,16``."""
+    """Read ``1,4,16``."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -23,7 +23,7 @@ def read_numbers(text: str, option: str) -> list[int]:
 
 
 def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[int, float]:
-    """``4.9,6.2``: one for each key, or one for all; nothing of nothing."""
+    """Read ``4.9,6.2``: one number for each key, or one for all. Empty for None."""
     if text is None:
         return {}
     try:
@@ -41,7 +41,7 @@ def read_decimals(text: str | None, keys: Sequence[int], option: str) -> dict[in
 
 
 def read_sizes(text: str, option: str) -> list[int]:
-    """``4KiB,1MiB`` in bytes."""
+    """Read ``4KiB,1MiB`` as bytes."""
     try:
         sizes = [parse_size(part) for part in text.split(",")]
     except ValueError as error:
@@ -54,7 +54,7 @@ def read_sizes(text: str, option: str) -> list[int]:
 
 
 def read_size(text: str, option: str) -> int:
-    """``1GiB`` in bytes."""
+    """Read ``1GiB`` as bytes."""
     sizes = read_sizes(text, option)
     if len(sizes) > 1:
         raise _refused(option, f"{text!r} is not one size such as 1GiB")
@@ -62,7 +62,7 @@ def read_size(text: str, option: str) -> int:
 
 
 def read_names(text: str, known: Collection[str], option: str) -> list[str]:
-    """``nixl,file``."""
+    """Read ``nixl,file``, each one of ``known``."""
     names = text.split(",")
     for name in names:
         if name not in known:
@@ -71,7 +71,7 @@ def read_names(text: str, known: Collection[str], option: str) -> list[str]:
 
 
 def read_name(text: str, known: Collection[str], option: str) -> str:
-    """``tcp``."""
+    """Read ``tcp``, one of ``known``."""
     names = read_names(text, known, option)
     if len(names) > 1:
         raise _refused(option, f"{text!r} is not one of {', '.join(known)}")
@@ -79,7 +79,7 @@ def read_name(text: str, known: Collection[str], option: str) -> str:
 
 
 def read_pairs(text: str, option: str) -> list[list[int]]:
-    """``1x1,1x3``."""
+    """Read ``1x1,1x3``."""
     pairs = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", part) for part in text.split(",")]
     found = [[int(pair[1]), int(pair[2])] for pair in pairs if pair is not None]
     if len(found) < len(pairs):

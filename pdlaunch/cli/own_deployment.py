@@ -1,4 +1,4 @@
-"""The deployment that a command starts for itself, from the flags of ``serve``."""
+"""A deployment that a command starts for itself, from the flags of ``serve``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdlaunch.config.settings import flag_name
 
 
 def refuse_address(flags: Mapping[str, object]) -> None:
-    """Raises typer's BadParameter for flags that would change nothing."""
+    """Raise typer's BadParameter for flags that would change nothing."""
     given = [flag_name(path) for path in ("host", "port") if path in flags]
     if given:
         raise typer.BadParameter(
@@ -31,10 +31,10 @@ def own_deployment(
     config: LaunchConfig,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Deployment]:
-    """What ``serve FILE`` with these flags starts, until the block ends; ``config`` is what they
-    come to.
+    """Run ``serve FILE`` with these flags until the block ends.
 
-    ``environ``: more variables. Raises StartupError.
+    ``config`` is the configuration that they give, ``environ`` holds further variables. Raises
+    StartupError.
     """
     arguments, secrets = to_command_line(flags)
     with running_deployment(

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_INTERRUPTED
-from pdlaunch.cli.bench_output import print_errors
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.client.deployment import Deployment
 from pdlaunch.client.junit import write_junit

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from pdlaunch.cli.app import build_app
-from pdlaunch.cli.bench_output import print_table
+from pdlaunch.cli.output import print_table
 from tests.bench.fake_openai import FakeOpenAI
 
 
@@ -149,10 +149,7 @@ main()
 
 def test_a_measuring_process_ends_with_the_command() -> None:
     endless = "print('measuring', flush=True); __import__('threading').Event().wait()"
-    code = (
-        f"from pdlaunch.cli.measuring import run_module; run_module('timeit', {endless!r}, "
-        "stdout=1)"
-    )
+    code = f"from pdlaunch.cli.bench import run_module; run_module('timeit', {endless!r}, stdout=1)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"measuring\n"

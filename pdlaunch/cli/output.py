@@ -1,13 +1,10 @@
-"""How the figures of ``pdlaunch bench`` are asked for and printed: tables for people, JSON for
-programs.
-"""
+"""Printing for all commands: tables for people, JSON for programs, errors on stderr."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -18,29 +15,23 @@ from rich.table import Table
 from pdlaunch.errors import ConfigError, PdlaunchError
 
 _ENOUGH = 10_000
-"""Characters in which any table fits."""
+"""A width in characters that fits any table."""
 
-
-class Format(StrEnum):
-    """How the figures are printed."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
+Format = Literal["table", "json"]
 FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
 
 
 def print_json(found: object) -> None:
-    """Structs as objects; what is not a number is null."""
+    """Print structs as objects, and numbers that are not finite as null."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
 
 
 def print_table(
     rows: Sequence[Mapping[str, Any]], headings: Mapping[str, str], console: Console | None = None
 ) -> None:
-    """``headings``: the columns by field. Where they do not fit next to each other on a terminal,
-    each row is told in words.
+    """Print a table whose columns are ``headings``, by field.
+
+    Each row becomes a line of words on a terminal that is too narrow for the table.
     """
     console = console or Console()
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -63,7 +54,7 @@ def print_table(
 
 
 def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
-    """On stderr; with the fix where an error knows one."""
+    """Print errors to stderr, each with its fix where it knows one."""
     console = Console(stderr=True)
     for error in errors:
         console.print(
@@ -76,7 +67,7 @@ def print_errors(errors: Sequence[str | PdlaunchError]) -> None:
 
 
 def _fix(error: str | PdlaunchError) -> str:
-    """Those of a whole configuration stand in the message."""
+    """Return the line with the fix, unless the message holds it already."""
     return (
         f"\nfix: {error.fix}"
         if isinstance(error, ConfigError) and error.fix and error.fix not in str(error)
@@ -85,7 +76,7 @@ def _fix(error: str | PdlaunchError) -> str:
 
 
 def _short(value: object) -> str:
-    """Numbers to three digits or more: 0.95, -53.1, 4330."""
+    """Write numbers with three digits or more: 0.95, -53.1, 4330."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return (

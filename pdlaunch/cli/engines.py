@@ -1,35 +1,27 @@
-"""``pdlaunch sleep`` and ``pdlaunch wake``: engines of a running deployment give their device
-memory back, and take it again.
-"""
+"""``pdlaunch sleep``, ``wake`` and ``restart``: commands to the engines of a running deployment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdlaunch.cli.bench_output import print_errors
+from pdlaunch.cli.output import print_errors
 from pdlaunch.client.admin import admin_api
+from pdlaunch.client.restart import restart_engine
 from pdlaunch.client.sleep import SleepOutcome, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
 
 GIB = 1024**3
 
 
-class Mode(StrEnum):
-    """What an engine does while something runs."""
-
-    WAIT = "wait"
-    REFUSE = "refuse"
-
-
 class Tag(StrEnum):
-    """Pools that wake up by themselves."""
+    """Names a pool that can wake up by itself; typer takes no list of a ``Literal``."""
 
     WEIGHTS = "weights"
     KV_CACHE = "kv_cache"
@@ -67,19 +59,19 @@ def sleep(
         ),
     ] = 1,
     mode: Annotated[
-        Mode,
+        Literal["wait", "refuse"],
         typer.Option(help="While requests run or KV blocks are leased: wait for them, or refuse."),
-    ] = Mode.WAIT,
+    ] = "wait",
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Engines give their device memory back and serve nothing until `pdlaunch wake`; needs
+    """Have engines give their device memory back; they serve nothing until `pdlaunch wake`. Needs
     enable_sleep_mode.
     """
     _show(
         "given back",
         lambda: sleep_engines(
-            admin_api(url, admin_api_key), level=level, mode=mode.value, names=engine or ()
+            admin_api(url, admin_api_key), level=level, mode=mode, names=engine or ()
         ),
     )
 
@@ -87,12 +79,13 @@ def sleep(
 def wake(
     url: UrlOption = None,
     tag: Annotated[
-        list[Tag] | None, typer.Option("--tag", help="Only this pool; may be repeated.")
+        list[Tag] | None,
+        typer.Option("--tag", help="Only this pool; may be repeated."),
     ] = None,
     engine: EngineOption = None,
     admin_api_key: KeyOption = None,
 ) -> None:
-    """Engines that sleep take their device memory again and serve."""
+    """Have engines that sleep take their device memory again and serve."""
     _show(
         "taken",
         lambda: wake_engines(
@@ -103,8 +96,39 @@ def wake(
     )
 
 
+def restart(
+    name: Annotated[
+        list[str],
+        typer.Argument(help="An engine, or one of its processes: decode-0, decode-0/rank-1."),
+    ],
+    url: UrlOption = None,
+    admin_api_key: KeyOption = None,
+) -> None:
+    """Have engines finish what runs, stop and start anew, one after the other; one that was given
+    up starts at once.
+    """
+    console = Console()
+    failed = False
+    try:
+        admin = admin_api(url, admin_api_key)
+        for each in dict.fromkeys(name):
+            outcome = restart_engine(admin, each)
+            if outcome.error is None:
+                console.print(Text(f"{outcome.engine} serves again"), soft_wrap=True)
+            else:
+                failed = True
+                console.print(
+                    Text(f"{outcome.engine}: {outcome.error}", style="red"), soft_wrap=True
+                )
+    except PdlaunchError as error:
+        print_errors([error])
+        raise typer.Exit(1) from None
+    if failed:
+        raise typer.Exit(1)
+
+
 def _show(what: str, call: Callable[[], list[SleepOutcome]]) -> None:
-    """One row an engine; exit code 1 when one of them has refused."""
+    """Print one row for each engine. The exit code is 1 when one of them has refused."""
     try:
         outcomes = call()
     except PdlaunchError as error:
