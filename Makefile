@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MOONCAKE := $(VENV)/.mooncake
+# Two workers: one runs the launches, the other one all else.
+PYTEST := $(BIN)/python -m pytest -v --numprocesses 2 --no-loadscope-reorder
 ARGS ?=
 
 help:  ## Show the targets
@@ -31,7 +33,15 @@ $(MOONCAKE): $(STAMP)
 	touch $@
 
 test: install $(MOONCAKE)  ## Run all tests (ARGS="-k name" passes options to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP)  ## Run the tests that start no process
+	$(PYTEST) -m "not processes" $(ARGS)
+
+coverage: install $(MOONCAKE)  ## Run all tests and show what they cover, child processes included
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -v --numprocesses 2 --no-loadscope-reorder $(ARGS); status=$$?; $(BIN)/coverage combine --quiet && \
+	  $(BIN)/coverage report && exit $$status
 
 soak: install  ## 6,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
@@ -65,4 +75,5 @@ settings: $(STAMP)  ## Write docs/settings.md from the fields of the settings
 clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 
-.PHONY: help install serve test soak kills cancels attack lint types format rules settings clean
+.PHONY: help install serve test test-fast coverage soak kills cancels attack lint types format rules \
+  settings clean

@@ -1,5 +1,5 @@
-"""A pytest plugin that holds the suite to its memory: one limit for the whole process, one for what
-each test adds.
+"""A pytest plugin that holds the suite to its memory: one limit for each process of pytest, one for
+what each test adds.
 
 A test is judged by the peak from its setup to its teardown, so that memory which is freed in time
 counts as well. Loading a big library is not the test's doing: the test in which one is imported for
@@ -13,6 +13,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,8 +85,16 @@ class MemoryGuard:
             )
         return result
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Counts a worker of pytest-xdist that has ended; one that crashed has left no figure."""
+        peak_bytes = getattr(node, "workeroutput", {}).get("peak_bytes", 0)
+        self._peak_bytes = max(self._peak_bytes, peak_bytes)
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._peak() > self._limit_bytes and session.exitstatus == pytest.ExitCode.OK:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["peak_bytes"] = self._peak()
+        elif self._peak() > self._limit_bytes and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -142,6 +142,7 @@ def test_the_table_has_no_cycles() -> None:
         ),
     ],
 )
+@pytest.mark.processes
 def test_light_processes_import_neither_torch_nor_transformers(statement: str) -> None:
     report = (
         "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules, "

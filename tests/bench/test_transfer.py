@@ -15,6 +15,7 @@ from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.errors import ConfigError
 
 
+@pytest.mark.processes
 def test_rows_of_a_small_benchmark() -> None:
     arguments = {
         "connectors": ["nixl", "file"],
@@ -51,6 +52,7 @@ def test_rows_of_a_small_benchmark() -> None:
         )
 
 
+@pytest.mark.processes
 def test_what_is_compared_follows_the_same() -> None:
     assert TURN[TURN.index("unverified") - 1] == TURN[TURN.index("bare") - 1]
 

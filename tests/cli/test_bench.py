@@ -130,6 +130,7 @@ def test_a_fix_is_told_once() -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
+@pytest.mark.processes
 def test_it_can_be_ended_quietly(server: FakeOpenAI, number: signal.Signals, ignored: bool) -> None:
     server.hold = True
     code = f"""
@@ -147,6 +148,7 @@ main()
     assert (process.returncode, stdout, stderr) == (128 + number, "", "error: interrupted\n")
 
 
+@pytest.mark.processes
 def test_a_measuring_process_ends_with_the_command() -> None:
     endless = "print('measuring', flush=True); __import__('threading').Event().wait()"
     code = f"from pdlaunch.cli.bench import run_module; run_module('timeit', {endless!r}, stdout=1)"
@@ -182,6 +184,7 @@ def test_a_pipe_gets_the_whole_table() -> None:
     assert "a long heading another one" in console.file.getvalue()
 
 
+@pytest.mark.processes
 def test_offload_between_two_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pdlaunch").mkdir()
     (tmp_path / "pdlaunch" / "__init__.py").write_text(

@@ -379,6 +379,7 @@ def test_secrets_never_show(check, file, output):
     assert "hunter2" not in result.output
 
 
+@pytest.mark.processes
 def test_neither_torch_nor_transformers_is_imported(model):
     program = (
         "import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"

@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "two_by_two.yaml", "tensor_parallel.yaml"])
+@pytest.mark.processes
 def test_examples_are_clean(name: str) -> None:
     command = [
         sys.executable,

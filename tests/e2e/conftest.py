@@ -14,6 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.processes)
             # Real models on a machine that others may use as well.
             item.add_marker(pytest.mark.timeout(900))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEMO_ARGUMENTS, clean_environ
+from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
 
 
@@ -67,9 +67,10 @@ def test_probe_of_what_cannot_start_names_the_reason(tiny_model: Path) -> None:
     assert "0.5 s" in finding["message"]
 
 
-def test_smoke_passes_and_writes_junit(tmp_path: Path) -> None:
+def test_smoke_passes_and_writes_junit(tiny_model: Path, tmp_path: Path) -> None:
     report = tmp_path / "smoke.xml"
-    result = pdlaunch("smoke", "--junit", str(report), *DEMO_ARGUMENTS)
+    arguments = ("--model", str(tiny_model), "--dtype", "float32", "--kv-cache-memory", "16MiB")
+    result = pdlaunch("smoke", "--junit", str(report), *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     suite = ET.parse(report).getroot()
     assert (suite.get("failures"), int(suite.get("tests", "0"))) == (

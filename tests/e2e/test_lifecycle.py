@@ -47,20 +47,29 @@ def deployment(tiny_model: Path) -> Iterator[Deployment]:
         yield deployment
 
 
-def test_interrupt_ends_every_process_with_code_0(deployment: Deployment) -> None:
-    children = list(deployment.processes().values())
-    assert len(children) == 5
-    assert deployment.stop() == 0
-    assert not any(
-        child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
-    )
-
-
-def test_no_process_outlives_a_killed_supervisor(deployment: Deployment) -> None:
-    children = list(deployment.processes().values())
-    deployment.process.kill()
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive
+def test_two_launches_at_once_end_each_for_itself(
+    tiny_model: Path, expected: list[int], deployment: Deployment
+) -> None:
+    """SIGTERM ends every process of the one with code 0; no process outlives the supervisor of the
+    other one, which is killed.
+    """
+    with running_deployment(
+        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()
+    ) as other:
+        assert complete(other.url, PROMPT, 16) == expected
+        assert complete(deployment.url, PROMPT, 16) == expected
+        children = list(deployment.processes().values())
+        assert len(children) == 5
+        assert deployment.stop() == 0
+        assert not any(
+            child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
+        )
+        assert complete(other.url, PROMPT, 16) == expected
+        children = list(other.processes().values())
+        assert len(children) == 5
+        other.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
 
 
 class TestRestarts:
@@ -262,13 +271,3 @@ def has_load(url: str) -> bool:
         return requests_in_flight(url) > 0
     except PdlaunchError:
         return False
-
-
-def test_two_launches_at_once(
-    tiny_model: Path, expected: list[int], deployment: Deployment
-) -> None:
-    with running_deployment(
-        ("--model", str(tiny_model), "--kv-cache-memory", "16MiB"), environ=clean_environ()
-    ) as other:
-        assert complete(other.url, PROMPT, 16) == expected
-        assert complete(deployment.url, PROMPT, 16) == expected

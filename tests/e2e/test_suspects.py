@@ -14,7 +14,7 @@ import pytest
 
 from pdlaunch.client.api import Api
 from pdlaunch.client.deployment import Deployment, running_deployment
-from tests.e2e.api import complete, streamed
+from tests.e2e.api import complete, complete_all, streamed
 from tests.e2e.conftest import clean_environ
 from tests.e2e.faults import left_over
 from tests.e2e.test_hangs import states
@@ -69,9 +69,9 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def test_request_that_kills_fails_and_innocent_ones_are_answered(deployment: Deployment) -> None:
-    expected = [
-        complete(deployment.url, prompt, NUM_TOKENS, cache_salt="reference") for prompt in PROMPTS
-    ]
+    expected = complete_all(
+        deployment.url, PROMPTS, NUM_TOKENS, concurrency=len(PROMPTS), cache_salt="reference"
+    )
     body = {"prompt": [*range(40, 90), POISON], "max_tokens": 5, "temperature": 0}
     with (
         ThreadPoolExecutor(len(PROMPTS)) as pool,

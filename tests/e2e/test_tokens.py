@@ -43,6 +43,10 @@ DEMO_LENGTHS = (
 )
 FEW_LENGTHS = (1, 16, 17, 48, 65, 129, 512)
 NUM_TOKENS = 8
+TINY_LENGTHS = (1, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 130, 200, 257)
+"""At each boundary of blocks of 16, chunks of 32 and windows of 24, and one off it."""
+TINY_ARGUMENTS = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
+CHUNKS = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "32"}
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +85,31 @@ def test_demo_model_cold_in_a_batch(
 def test_demo_model_with_tensor_parallel_ranks(
     demo_prompts: list[list[int]], demo_answers: list[list[int]]
 ) -> None:
-    arguments = (*DEMO_ARGUMENTS, "--prefill-tp", "3", "--decode-tp", "3")
-    with running_deployment(arguments, environ=clean_environ()) as deployment:
-        assert complete_all(deployment.url, demo_prompts, NUM_TOKENS, concurrency=4) == demo_answers
-
-
-def test_demo_model_with_different_numbers_of_ranks(
-    demo_prompts: list[list[int]], demo_answers: list[list[int]]
-) -> None:
-    """The router has one rank pull from three; the other way round each engine is asked for the
-    other one's part.
-    """
+    """Six ranks on few cores take turns at every sum: a few of the lengths."""
     pairs = zip(demo_prompts, demo_answers, strict=True)
     prompts, expected = zip(*(pair for pair in pairs if len(pair[0]) in FEW_LENGTHS), strict=True)
-    with running_deployment(
-        (*DEMO_ARGUMENTS, "--prefill-tp", "3"), environ=clean_environ()
-    ) as deployment:
+    arguments = (*DEMO_ARGUMENTS, "--prefill-tp", "3", "--decode-tp", "3")
+    with running_deployment(arguments, environ=clean_environ()) as deployment:
         assert complete_all(deployment.url, list(prompts), NUM_TOKENS, concurrency=4) == list(
             expected
         )
+
+
+def test_different_numbers_of_ranks(tmp_path: Path) -> None:
+    """The router has one rank pull from three; the other way round each engine is asked for the
+    other one's part.
+    """
+    directory, prompts = make_tiny_model("llama", tmp_path), make_prompts(TINY_LENGTHS)
+    expected = greedy(directory, prompts, NUM_TOKENS)
+    arguments = ("--model", str(directory), *TINY_ARGUMENTS, "--prefill-tp", "3")
+    with running_deployment(arguments, environ=clean_environ() | CHUNKS) as deployment:
+        assert complete_all(deployment.url, prompts, NUM_TOKENS, concurrency=4) == expected
         apis = {role: engine_apis(deployment.url, role)[0] for role in ("prefill", "decode")}
         with ThreadPoolExecutor(4) as pool:
             answers = pool.map(
                 lambda prompt: complete_in_turn(apis["decode"], apis["prefill"], prompt), prompts
             )
-            assert tuple(answers) == expected
+            assert list(answers) == expected
         for api in apis.values():
             assert count_now(api, "transfers") >= len(prompts)
             assert count_now(api, "transfer_failures") == 0
@@ -135,18 +139,17 @@ def complete_in_turn(first: Api, then: Api, prompt: list[int]) -> list[int]:
     )
 
 
+def make_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
+    rng = random.Random(11)
+    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_tiny_models_of_every_family(family: str, tmp_path: Path) -> None:
-    """Blocks of 16, chunks of 32, windows of 24: lengths at each boundary and one off it."""
-    directory = make_tiny_model(family, tmp_path)
-    rng = random.Random(11)
-    lengths = (1, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 130, 200, 257)
-    prompts = [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+    directory, prompts = make_tiny_model(family, tmp_path), make_prompts(TINY_LENGTHS)
     expected = greedy(directory, prompts, 24)
-    config = tmp_path / "pdlaunch.yaml"
-    config.write_text(
-        f"model: {directory}\nmax_num_batched_tokens: 32\nkv_cache_memory: 64MiB\ndtype: float32\n"
-    )
-    with running_deployment([str(config)], environ=clean_environ()) as deployment:
+    with running_deployment(
+        ("--model", str(directory), *TINY_ARGUMENTS), environ=clean_environ() | CHUNKS
+    ) as deployment:
         assert [complete(deployment.url, prompt, 24) for prompt in prompts] == expected
         assert complete_all(deployment.url, prompts, 24, concurrency=8) == expected

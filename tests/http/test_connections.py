@@ -184,6 +184,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.processes
 def test_a_server_without_descriptors_serves_again_and_logs_one_line() -> None:
     """Its cap on connections does not help here: something else has taken the descriptors."""
     command = [sys.executable, "-c", SMALL_SERVER]

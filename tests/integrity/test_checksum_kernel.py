@@ -14,6 +14,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 @needs_triton
+@pytest.mark.processes
 def test_kernel_equals_xxhash() -> None:
     run_interpreted("tests.integrity.interpreted_checksum")
 

@@ -42,6 +42,7 @@ def test_the_whole_setting_is_kept_inside_and_restored_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.processes
 def test_torch_reads_and_takes_the_settings(variable: str) -> None:
     text = "max_split_size_mb:64,expandable_segments:True"
     code = """

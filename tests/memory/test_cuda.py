@@ -127,6 +127,7 @@ def test_too_large_is_torchs_out_of_memory(pools: CuMemPools) -> None:
 
 
 @pytest.mark.parametrize("conf", ["", "expandable_segments:True,max_split_size_mb:512"])
+@pytest.mark.processes
 def test_the_interpreter_exits_cleanly_with_pools_tensors_and_a_sleeping_tag(conf: str) -> None:
     code = """
 import torch

@@ -70,6 +70,7 @@ def run_group(
 @pytest.mark.parametrize(
     ("tp_size", "sizes"), [(2, {}), (3, {"num_key_value_heads": 3, "intermediate_size": 96})]
 )
+@pytest.mark.processes
 def test_ranks_answer_as_generate_does(tmp_path: Path, tp_size: int, sizes: dict[str, int]) -> None:
     """Biases, a KV head on all ranks (llama-bias has one), tied embeddings, query norms, windows,
     layers without rotation.
@@ -107,6 +108,7 @@ def test_ranks_answer_as_generate_does(tmp_path: Path, tp_size: int, sizes: dict
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.processes
 def test_two_gpus_answer_as_generate_does(tmp_path: Path, enforce_eager: bool) -> None:
     """Sums over the ranks inside of CUDA graphs, between prompts that are computed without."""
     prompts = [[5 + length % 90] * length for length in (1, 4, 9, 15, 26, 33)]
@@ -271,6 +273,7 @@ def test_other_kinds_of_rendezvous_are_refused() -> None:
         init_tp_group("tcp://127.0.0.1:29500", 0, 2, "cpu")
 
 
+@pytest.mark.processes
 def test_a_rank_that_dies_is_told_from_other_failures(tmp_path: Path) -> None:
     code = f"""
 import os, sys, torch

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.interpreter import needs_triton, run_interpreted
 
 
 @needs_triton
+@pytest.mark.processes
 def test_kernel_equals_plain_copies() -> None:
     run_interpreted("tests.offload.interpreted_kernel")

@@ -69,6 +69,7 @@ def test_any_text_is_read(conf):
     read_expandable_segments({ANY: conf})
 
 
+@pytest.mark.processes
 def test_the_installed_torch_agrees():
     """Which variable torch reads, and that it refuses `true`; one process each, for it reads them
     once.

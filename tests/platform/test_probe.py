@@ -37,6 +37,7 @@ def test_a_probe_that_fails_is_named_and_hurts_nothing_else(monkeypatch):
     assert machine.libraries.torch
 
 
+@pytest.mark.processes
 def test_nothing_heavy_is_imported():
     import subprocess
 
@@ -156,6 +157,7 @@ class TestLibraries:
         assert find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx
 
 
+@pytest.mark.processes
 def test_import_probe_tells_the_last_line(tmp_path: Path):
     (tmp_path / "nixl").mkdir()
     (tmp_path / "nixl" / "__init__.py").write_text(
@@ -165,5 +167,6 @@ def test_import_probe_tells_the_last_line(tmp_path: Path):
     assert errors == {"nixl": "ImportError: libcudart.so.12: cannot open"}
 
 
+@pytest.mark.processes
 def test_import_probe_has_a_deadline():
     assert probe_imports(os.environ, timeout_s=0.01) == {"nixl": "not done after 0.01 s"}

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from pdlaunch.process.step_record import (
     MAX_REQUESTS,
     SUSPECT_BIT,
@@ -34,6 +36,7 @@ def test_choices_of_one_request_are_one_origin_and_a_suspect_if_one_of_them_is()
     assert read_step_record(seen) == LastStep(frozenset({7}), frozenset({7}))
 
 
+@pytest.mark.processes
 def test_outlives_its_process() -> None:
     descriptor, seen = new_step_record()
     code = (

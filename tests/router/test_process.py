@@ -38,6 +38,8 @@ from tests.router.conftest import SPEC
 from tests.router.fake_engine import FakeEngine, until
 from tests.router.test_life_of_a_request import completion, expected_text
 
+pytestmark = pytest.mark.processes
+
 MAX_RESIDENT_BYTES = 90 * 1024**2
 """The promise of the project for a router."""
 TIMEOUT_MS = 20_000

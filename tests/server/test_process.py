@@ -42,6 +42,8 @@ from pdlaunch.server.tokenizer import TextTokenizer
 from tests.server.conftest import engine_spec
 from tests.server.fake_rank import FakeRank, silent
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT_S = 60
 
 

@@ -91,6 +91,7 @@ def test_a_port_whose_last_connections_fade_away_is_free() -> None:
         pass
 
 
+@pytest.mark.processes
 def test_no_child_inherits_it_by_itself() -> None:
     with listening("127.0.0.1", 0) as (listener,):
         code = f"import os; os.fstat({listener.fileno()})"

@@ -28,6 +28,8 @@ from pdlaunch.supervisor.supervisor import Timing
 from tests.supervisor.fakes import FakeObserver
 from tests.supervisor.real import real_plan, run_plan
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 IMPATIENT = Timing(startup_timeout_s=60, grace=Grace(drain_s=0.2, stop_s=0.2, terminate_s=0.2))
 

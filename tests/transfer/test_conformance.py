@@ -39,6 +39,8 @@ from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 
+pytestmark = pytest.mark.processes
+
 PATHS = {
     "nixl": "nixl/UCX",
     "p2p": "p2p/memfd",

@@ -16,6 +16,8 @@ from tests.e2e.waiting import await_true
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
+pytestmark = pytest.mark.processes
+
 BLOCKS = [3, 1, 4]
 DEVICES = torch.cuda.device_count()
 gpus = [

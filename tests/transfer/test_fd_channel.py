@@ -47,6 +47,7 @@ def content(fd: int) -> bytes:
     return os.pread(fd, 10, 0)
 
 
+@pytest.mark.processes
 def test_the_same_files_arrive_in_their_order(server: FdServer) -> None:
     connection = fetch_fds(server.address, server.token, 3, TIMEOUT_S)
     assert [content(fd) for fd in connection.fds] == [b"\0\0\0\0", b"\1\1\1\1", b"\2\2\2\2"]

@@ -19,6 +19,8 @@ from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, pull
 
+pytestmark = pytest.mark.processes
+
 NEEDS_HOLDER = (("UCX_TLS", "posix,self"),)
 """Without CMA the holder's process copies its blocks into shared memory."""
 LARGE = {"num_layers": 8, "head_dim": 64, "num_blocks": 64}

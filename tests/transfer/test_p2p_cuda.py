@@ -15,6 +15,8 @@ from pdlaunch.protocol.transfer import PullDrained, PullFinished
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("cuda.bindings")
 DEVICES = torch.cuda.device_count()
 TIMEOUT_S = 120.0

@@ -18,6 +18,8 @@ from tests.e2e.waiting import await_true
 from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import TIMEOUT_S, RankHandle, RankOptions, grant, pull
 
+pytestmark = pytest.mark.processes
+
 Start = Callable[[str, str], RankHandle]
 
 

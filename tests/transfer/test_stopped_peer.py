@@ -27,6 +27,8 @@ from pdlaunch.protocol.transfer import GrantLease, PullDrained, PullFinished, St
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions
 
+pytestmark = pytest.mark.processes
+
 BLOCK_SIZE, NUM_BLOCKS = 16, 64
 SHAPE = {"num_layers": 8, "head_dim": 64, "num_blocks": NUM_BLOCKS}
 """12 MiB: far more than sockets hold while their reader is stopped."""

@@ -27,7 +27,10 @@ from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
 
 NOBODY = 65534
 NUM_BYTES = 16
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+]
 
 
 @pytest.fixture(params=["nixl", "p2p", "auto"])
