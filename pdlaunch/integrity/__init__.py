@@ -1,1 +1,1 @@
-"""Checksums of KV blocks, on the CPU and on a CUDA device."""
+"""Checksums of KV blocks, computed on the CPU or on a CUDA device."""

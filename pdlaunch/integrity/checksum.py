@@ -1,8 +1,8 @@
 """Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of
 memory.
 
-A head's share of a block is one contiguous region of the KV cache, so that a checksum stays
-comparable between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
+A head's share of a block is one contiguous region of the KV cache, so that checksums can be
+compared between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
 same. Source: XXH3 of the xxHash library.
 """
 
@@ -28,17 +28,17 @@ ChecksumArray = npt.NDArray[np.uint64]
 
 
 class Checksums(Protocol):
-    """Checksums that are being computed; may be dropped at any time."""
+    """Stands for checksums that are being computed; may be dropped at any time."""
 
     def ready(self) -> bool:
-        """Whether ``result`` returns at once."""
+        """Return whether ``result`` would return at once."""
 
     def result(self) -> ChecksumArray:
-        """By block and head. Waits for them."""
+        """Wait for the checksums and return them, by block and head."""
 
 
 class KnownChecksums:
-    """Checksums that are there."""
+    """Holds checksums that are already computed."""
 
     def __init__(self, values: ChecksumArray) -> None:
         self._values = values
@@ -51,18 +51,19 @@ class KnownChecksums:
 
 
 class HashBatch(Protocol):
-    """Blocks whose checksums are wanted, maybe not all at once."""
+    """Blocks whose checksums are wanted, perhaps not all at once."""
 
     def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
-        """Of these of the blocks. Waits for nothing on CUDA; computes at once on the CPU.
+        """Begin to compute those of ``blocks``, a slice of the batch. On the CPU that computes them
+        at once; on CUDA it waits for nothing.
 
-        What wrote the blocks must have ended, on the device too, or by the event ``after``: nothing
-        else orders this behind the work of another stream.
+        Whatever wrote the blocks must have ended, on the device too, or by the event ``after``:
+        nothing else orders this behind the work of another stream.
         """
 
 
 class HostBatch:
-    """Computed by this thread."""
+    """Computes checksums in the calling thread."""
 
     def __init__(self, memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> None:
         """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8."""
@@ -82,11 +83,11 @@ class HostBatch:
 
 
 class KVHasher:
-    """Reads blocks of one rank's KV cache. Not thread-safe."""
+    """Computes the checksums of blocks of one rank's KV cache. Not thread-safe."""
 
     def __init__(self, kv_cache: torch.Tensor, layout: KVCacheLayout) -> None:
         """``kv_cache``: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim],
-        contiguous. On CUDA: compiles.
+        contiguous. On CUDA the kernel is compiled here.
         """
         self._bytes = kv_cache.view(torch.uint8).view(
             kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
@@ -94,23 +95,23 @@ class KVHasher:
         self._device_hasher = _new_device_hasher(self._bytes)
 
     def prepare(self, block_ids: Sequence[int], heads: slice) -> HashBatch:
-        """Get ready for the checksums of ``block_ids`` and these heads of this rank."""
+        """Prepare the checksums of ``block_ids`` and these heads of this rank."""
         if self._device_hasher is not None:
             return self._device_hasher.prepare(block_ids, heads)
         return HostBatch(self._bytes, block_ids, heads)
 
     def start(self, block_ids: Sequence[int], heads: slice) -> Checksums:
-        """Of all of ``block_ids``, as ``HashBatch.start``."""
+        """Begin to compute those of all of ``block_ids``; see ``HashBatch.start``."""
         return self.prepare(block_ids, heads).start(slice(None))
 
     def checksums(self, block_ids: Sequence[int], heads: slice) -> list[list[int]]:
-        """``start``, and wait."""
+        """Compute checksums and wait for them; by block and head."""
         checksums: list[list[int]] = self.start(block_ids, heads).result().tolist()
         return checksums
 
 
 def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
-    """None on the CPU, and for regions that the kernel does not take: those of toy models."""
+    """Return None on the CPU, and for the regions of toy models, which the kernel does not take."""
     if memory.device.type != "cuda":
         return None
     from pdlaunch.integrity.checksum_device import DeviceHasher

@@ -1,7 +1,7 @@
-"""Checksums computed on a CUDA device: launched on a stream of their own, waited for by asking.
+"""Checksums computed on a CUDA device, on a stream of their own; events tell when they are there.
 
-The kernel reads block ids from page-locked host memory and writes checksums there: nothing is
-copied.
+The kernel reads block ids from page-locked host memory and writes checksums there, so that nothing
+is copied.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pdlaunch.integrity.checksum_kernel import constants, hash_regions
 
 
 class DeviceChecksums:
-    """One launch."""
+    """Checksums of one launch of the kernel."""
 
     def __init__(
         self, block_ids: torch.Tensor, results: torch.Tensor, ended: torch.cuda.Event
     ) -> None:
-        """``block_ids``: [num_blocks] int64; ``results``: [num_blocks, num_heads] int64;
-        page-locked, good after ``ended``.
+        """``block_ids``: [num_blocks] int64; ``results``: [num_blocks, num_heads] int64, final
+        after ``ended``. Both are page-locked, and kept because the kernel uses them.
         """
         self._block_ids = block_ids
         self._results = results
@@ -37,7 +37,7 @@ class DeviceChecksums:
 
 
 class PreparedChecksums:
-    """Everything but the launch."""
+    """A batch that needs nothing but the launch; a ``HashBatch``."""
 
     def __init__(
         self, hasher: DeviceHasher, ids: torch.Tensor, first_head: int, results: torch.Tensor
@@ -49,29 +49,29 @@ class PreparedChecksums:
         self._results = results
 
     def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> DeviceChecksums:
-        """Of these of the blocks; waits for nothing."""
+        """Launch the kernel for ``blocks``, a slice of the batch; wait for nothing."""
         return self._hasher.launch(
             self._ids[blocks], self._first_head, self._results[blocks], after
         )
 
 
 class DeviceHasher:
-    """Launches kernels over one KV cache, from one thread."""
+    """Launches the kernel over one KV cache, from one thread."""
 
     def __init__(self, memory: torch.Tensor) -> None:
-        """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 that the kernel ``supports``.
-        Compiles it.
+        """Compile the kernel. ``memory``: [num_blocks, num_kv_heads, head_bytes] uint8, which it
+        ``supports``.
         """
         self._words = memory.view(torch.int64)
         self._device = memory.device
         self._constants = constants(memory.device)
         self._stream = torch.cuda.Stream(memory.device)  # type: ignore[no-untyped-call]
         self._launched: list[DeviceChecksums] = []
-        """The kernels read and write their memory, whoever still wants the result."""
+        """Kept until they end: a kernel uses its memory whether or not anybody wants the result."""
         self.prepare([0], slice(0, 1)).start(slice(0, 1)).result()
 
     def prepare(self, block_ids: Sequence[int], heads: slice) -> PreparedChecksums:
-        """Checksums by block and head, to be asked for part by part."""
+        """Prepare checksums by block and head, to be launched part by part."""
         first_head, end_head, _ = heads.indices(self._words.shape[1])
         ids = torch.empty(len(block_ids), dtype=torch.int64, pin_memory=True)
         ids.numpy()[:] = block_ids
@@ -85,8 +85,9 @@ class DeviceHasher:
         results: torch.Tensor,
         after: torch.cuda.Event | None,
     ) -> DeviceChecksums:
-        """The blocks are complete already, or by the event ``after``. Arguments as in
-        ``hash_regions``, page-locked.
+        """Launch the kernel. The blocks are complete already, or by the event ``after``.
+
+        ``ids`` and ``results`` are as in ``hash_regions``, and page-locked.
         """
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             ended = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
-"""xxh3_64 of many equal regions of device memory: one program of one warp a region, bit for bit
-what the xxHash library gives.
+"""A kernel that computes xxh3_64 of many equal regions of device memory, bit for bit what the
+xxHash library gives. One program of one warp hashes one region.
 
 ::
 
-    region   | block of 1,024 bytes | block | ... | what is left: 0 to 15 stripes | .. last 64 bytes |
+    region   | block of 1,024 bytes | block | ... | 0 to 15 stripes left | .. last 64 bytes |
     block    | 16 stripes of 64 bytes, 8 lanes of 8 bytes each |
 
 The shares of a block's stripes only add up, so a tile of blocks is summed in parallel; from block
@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 
 SMALLEST_BYTES = 241
-"""Smaller inputs are hashed in other ways."""
+"""XXH3 hashes smaller inputs in other ways."""
 UNIT_BYTES = 16
 """Regions are multiples of the widest load of a thread."""
 TILE_BLOCKS = 8
-"""Blocks that a program has on their way: 8 KiB, enough to fill the memory's pipeline with four
-programs a multiprocessor.
+"""Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
+programs on each multiprocessor.
 """
 
 _SECRET = bytes.fromhex(
@@ -46,16 +46,16 @@ _PRIME64 = (
     0x27D4EB2F165667C5,
 )
 _START = (_PRIME32[2], *_PRIME64[:4], _PRIME32[1], _PRIME64[4], _PRIME32[0])
-"""Of the eight accumulators."""
+"""Initial values of the eight accumulators."""
 _WORDS_AT = {"scramble": 128, "last_stripe": 121, "merge": 11}
-"""First byte of the secret's eight words for each purpose; stripe n of a block takes those from
+"""First byte of the eight words of the secret for each purpose. Stripe n of a block uses those from
 byte 8 n on.
 """
 
 
 def constants(device: torch.device) -> torch.Tensor:
-    """[48] int64: the secret's words for stripes (16 + 8, of which the last eight scramble), last
-    stripe, merging; the start.
+    """Return [48] int64: the secret's words for stripes (16 + 8, of which the last eight scramble),
+    for the last stripe and for merging, then the initial accumulators.
     """
     words = [np.frombuffer(_SECRET, dtype="<u8")]
     words += [
@@ -67,8 +67,8 @@ def constants(device: torch.device) -> torch.Tensor:
 
 
 def supports(memory: torch.Tensor) -> bool:
-    """Whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads, head_bytes]
-    uint8, contiguous.
+    """Return whether the kernel can hash the regions of ``memory``: [num_blocks, num_kv_heads,
+    head_bytes] uint8, contiguous.
     """
     region_bytes = memory.shape[2]
     return (
@@ -85,7 +85,7 @@ def hash_regions(
     results: torch.Tensor,
     words: torch.Tensor,
 ) -> None:
-    """Launch on the current stream; nothing waits.
+    """Launch the kernel on the current stream; wait for nothing.
 
     ``memory``: [num_blocks, num_kv_heads, head_bytes / 8] int64; ``block_ids``: [num_chosen] int64;
     ``results``: [num_chosen, num_heads] int64, the bits of each checksum of the heads from
@@ -126,10 +126,10 @@ def hash_region(
     LENGTH_START: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
-    """Region of block ``block_ids[p // num_heads]`` and head ``first_head + p % num_heads``, for
-    program p.
+    """Hash, as program p, the region of block ``block_ids[p // num_heads]`` and head ``first_head +
+    p % num_heads``.
     """
-    # Stripes and blocks that end where the region ends belong to what is left.
+    # A stripe or block that ends where the region ends is hashed with the rest, not before.
     num_stripes: tl.constexpr = (REGION_BYTES - 1) // 64
     num_blocks: tl.constexpr = num_stripes // 16
     num_tiles: tl.constexpr = num_blocks // TILE_BLOCKS
@@ -180,8 +180,8 @@ def hash_region(
 
 @triton.jit
 def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPES: tl.constexpr):
-    """Shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4] each of even
-    and odd lanes.
+    """Return the shares of the tile's first NUM_STRIPES stripes, added up by block: [BLOCKS, 4]
+    for even lanes, and the same for odd ones.
 
     ``tile``: [BLOCKS * 128]. A lane's product goes to its own accumulator, its word to its
     neighbour's.
@@ -199,13 +199,13 @@ def _sum_stripes(tile, even_secret, odd_secret, BLOCKS: tl.constexpr, NUM_STRIPE
 
 @triton.jit
 def _row(sums, INDEX: tl.constexpr, BLOCKS: tl.constexpr):
-    """Every thread holds all rows of its lanes: this picks registers."""
+    """Return one row. Every thread holds all rows of its lanes, so this only picks registers."""
     return tl.sum(tl.where((tl.arange(0, BLOCKS) == INDEX)[:, None], sums, 0), axis=0)
 
 
 @triton.jit
 def _product(value):
-    """Of the two halves of a word."""
+    """Multiply the two halves of each word."""
     return (value & 0xFFFFFFFF) * (value >> 32)
 
 
@@ -216,8 +216,8 @@ def _scramble(accumulator, key):
 
 @triton.jit
 def _merge(even, odd, keys, LENGTH_START: tl.constexpr):
-    """The checksum: pairs of accumulators are multiplied to 128 bits, halves folded, all added up,
-    and the bits spread.
+    """Return the checksum: pairs of accumulators are multiplied to 128 bits, the halves folded, all
+    added up, and the bits spread.
     """
     first = even ^ _load_word(keys)
     second = odd ^ _load_word(keys + 1)

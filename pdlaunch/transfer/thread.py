@@ -107,7 +107,7 @@ class TransferThread:
         alive.
         """
         self.awake_until_at = 0.0
-        """Instant until which a pull is likely to end at any moment; ``wake`` tells when it moves."""
+        """Until then a pull is likely to end at any moment; ``wake`` tells when it moves."""
         self.awaited_bytes = 0
         """What that pull reads."""
         self._wake_lock = threading.Lock()

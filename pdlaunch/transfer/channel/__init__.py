@@ -1,1 +1,1 @@
-"""What two ranks say to each other: the side channel, the handshake, which heads go where."""
+"""The side channel between two ranks: sockets, handshake, and the mapping of KV heads."""

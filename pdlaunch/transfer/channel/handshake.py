@@ -1,5 +1,5 @@
-"""What two ranks must agree on before one reads the other's blocks, and how a disagreement is
-worded.
+"""The handshake: two ranks compare what must be equal before one reads the other's blocks, and name
+every field that differs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYOUT = "block, head, layer, kv, token, dim"
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
-    """Who this rank is."""
+    """Names one incarnation of a rank."""
 
     name: str
     """``decode-0/rank-0``"""
@@ -54,7 +54,7 @@ def compatibility_of(
     total_kv_heads: int,
     connector: str,
 ) -> Compatibility:
-    """Everything that must be equal on both sides."""
+    """Return everything that must be equal on both sides."""
     return Compatibility(
         protocol_version=PROTOCOL_VERSION,
         pdlaunch_version=__version__,
@@ -72,7 +72,7 @@ def compatibility_of(
 
 
 def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
-    """Where this rank's blocks and scratch lie."""
+    """Return where this rank's blocks and scratch lie."""
     return Geometry(
         base_address=memory.kv_cache.data_ptr(),
         num_blocks=memory.kv_cache.shape[0],
@@ -87,7 +87,7 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
 
 
 def describe_groups(groups: Sequence[KVCacheGroup]) -> str:
-    """One line: ``full: 0-5; 512: 6-11``, the window of a group and its layers."""
+    """Return window and layers of each group in one line: ``full: 0-5; 512: 6-11``."""
     return "; ".join(
         f"{group.sliding_window or 'full'}: {_ranges(group.layers)}" for group in groups
     )
@@ -104,7 +104,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str) -> None:
-    """Raises HandshakeError that names every field that differs, with both values."""
+    """Raise a HandshakeError that names every field that differs, with both values."""
     differences = [
         f"{field}: {local} has {getattr(ours, field)!r}, {peer} has {getattr(theirs, field)!r}"
         for field in (info.name for info in msgspec.structs.fields(Compatibility))
@@ -117,7 +117,7 @@ def compare(ours: Compatibility, theirs: Compatibility, *, local: str, peer: str
 
 
 def check_geometry(reply: HandshakeReply, *, head_bytes: int, total_kv_heads: int) -> None:
-    """Raises HandshakeError when the stated geometry contradicts itself or the agreed shape of a
+    """Raise HandshakeError when the stated geometry contradicts itself or the agreed shape of a
     block.
     """
     geometry = reply.geometry

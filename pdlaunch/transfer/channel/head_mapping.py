@@ -3,7 +3,7 @@
 ::
 
     6 heads, prefill TP 2:  | 0 1 2 | 3 4 5 |
-              decode TP 3:  | 0 1 | 2 3 | 4 5 |     decode rank 1 pulls head 2 from rank 0, 3 from rank 1
+              decode TP 3:  | 0 1 | 2 3 | 4 5 |     rank 1 pulls head 2 from rank 0, head 3 from 1
 
 Where the TP size exceeds the number of KV heads, ``tp_size / num_kv_heads`` neighbouring ranks hold
 replicas of each head, and the decode ranks that want this head are spread over them. One decode

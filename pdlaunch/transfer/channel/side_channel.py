@@ -1,13 +1,12 @@
-"""The two ends of the side channel as typed sockets. Each belongs to the transfer thread.
+"""The two ends of the side channel as typed sockets. The transfer thread owns both.
 
-Frames are schema-checked by the codec; what is malformed is dropped, counted and logged, and hurts
-nobody.
+The codec checks every frame against its schema. A malformed one is dropped and logged, and hurts
+nobody else.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import zmq
 
@@ -23,19 +22,18 @@ from pdlaunch.protocol.sockets import SecureContext
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGES_A_TURN = 256
-"""So that one talkative peer cannot keep the thread from its other work."""
+"""Limit for one turn, so that a talkative peer cannot keep the thread from its other work."""
 
 
 class PrefillSocket:
-    """ROUTER of the rank that holds blocks."""
+    """Receives the questions of decode ranks, at the rank that holds the blocks. A ROUTER."""
 
     def __init__(self, context: SecureContext, endpoint: str) -> None:
-        """Binds at once; ``endpoint`` is then where peers reach it."""
-        self.socket: Any
+        """Bind at once; the attribute ``endpoint`` then says where peers reach the socket."""
         self.socket, self.endpoint = context.listen(zmq.ROUTER, endpoint)
 
     def receive(self) -> list[tuple[bytes, ToPrefillSide]]:
-        """What has arrived, with the identity to answer to; never blocks."""
+        """Return what has arrived, each message with the identity to answer to; never block."""
         received = []
         for frames in _receive_ready(self.socket):
             try:
@@ -47,7 +45,7 @@ class PrefillSocket:
         return received
 
     def send(self, identity: bytes, message: ToDecodeSide) -> None:
-        """Answer a peer; lost when it is gone."""
+        """Answer a peer. The answer is lost when the peer is gone."""
         try:
             self.socket.send_multipart([identity, to_decode_side.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -58,27 +56,25 @@ class PrefillSocket:
 
 
 class DecodeSocket:
-    """DEALER to one rank that holds blocks."""
+    """Asks one prefill rank. A DEALER."""
 
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
-        """``watched``: notice when the connection breaks."""
-        self.socket: Any = context.connect(zmq.DEALER, endpoint)
-        self._monitor: Any = (
-            self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
-        )
+        """Connect. ``watched``: notice when the connection breaks."""
+        self.socket = context.connect(zmq.DEALER, endpoint)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if watched else None
         self._broken = False
 
     @property
     def broken(self) -> bool:
-        """The connection was closed by its other end. On one host that is the end of the peer's
-        process, and no mere pause.
+        """Whether the other end has closed the connection. On one host that is the end of the
+        peer's process, and no mere pause.
         """
         if self._monitor is not None and not self._broken:
             self._broken = bool(self._monitor.poll(0))
         return self._broken
 
     def receive(self) -> list[ToDecodeSide]:
-        """What has arrived; never blocks."""
+        """Return what has arrived; never block."""
         received = []
         for frames in _receive_ready(self.socket):
             try:
@@ -88,20 +84,20 @@ class DecodeSocket:
         return received
 
     def send(self, message: ToPrefillSide) -> None:
-        """Queue a message; lost when the peer has stopped reading for long."""
+        """Queue a message. It is lost when the peer has not read for long."""
         try:
             self.socket.send(to_prefill_side.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("a message on the side channel was lost: the peer does not read")
 
     def close(self) -> None:
-        """What is still queued gets half a second to leave."""
+        """Close; what is still queued gets half a second to leave."""
         if self._monitor is not None:
             self.socket.disable_monitor()
         self.socket.close()
 
 
-def _receive_ready(socket: Any) -> list[list[bytes]]:
+def _receive_ready(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
     found: list[list[bytes]] = []
     try:
         while len(found) < MAX_MESSAGES_A_TURN:

@@ -2,7 +2,7 @@
 
 ::
 
-    grant ──> waiting ── begin(reader) ──> pulling ── end(reader) ──> ended: pulled      (every reader has had its share)
+    grant ──> waiting ── begin(reader) ──> pulling ── last reader ends ──> ended: pulled
                  │                            │
                  ├── cancel: ended: released  ├── cancel, then end: ended: released
                  └── deadline: ended: expired └── deadline: ended: expired
