@@ -1,8 +1,8 @@
-"""How much memory a rank gives back when it sleeps, and how fast: ``python -m
+"""Measures how much memory a rank gives back when it sleeps, and how fast: ``python -m
 pdlaunch.bench.sleep --model DIR``.
 
-Counted by the driver (``cuMemGetInfo``), against the bytes of weights and KV cache. One line of
-JSON a cycle.
+Bytes are counted by the driver (``cuMemGetInfo``), against those of weights and KV cache. Prints
+one line of JSON a cycle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from pdlaunch.memory.pools import KV_CACHE, WEIGHTS
 
 
 def main() -> None:
-    """``--model``: a directory with config.json, and weights unless ``--dummy``."""
+    """Run the cycles.
+
+    ``--model``: a directory with config.json, and weights unless ``--dummy``.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dummy", action="store_true", help="made-up weights")

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from pdlaunch.cli.output import print_errors
 from pdlaunch.client.admin import admin_api
-from pdlaunch.client.restart import restart_engine
-from pdlaunch.client.sleep import SleepOutcome, sleep_engines, wake_engines
+from pdlaunch.client.commands import SleepOutcome, restart_engine, sleep_engines, wake_engines
 from pdlaunch.errors import PdlaunchError
 
 GIB = 1024**3

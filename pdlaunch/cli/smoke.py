@@ -17,8 +17,7 @@ from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.client.deployment import Deployment
-from pdlaunch.client.junit import write_junit
-from pdlaunch.client.smoke import Check, smoke
+from pdlaunch.client.smoke import Check, smoke, write_junit
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.platform.probe import probe_machine

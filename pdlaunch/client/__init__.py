@@ -1,1 +1,1 @@
-"""What talks to a running deployment."""
+"""Talks to a running deployment."""

@@ -1,4 +1,4 @@
-"""Finds whom to send commands to: the admin socket of a launch of this user, or a router whose
+"""Finds where to send commands: to the admin socket of a launch of this user, or to a router whose
 admin key is known.
 """
 
@@ -13,17 +13,17 @@ from pdlaunch.errors import PdlaunchError
 from pdlaunch.process.run_dirs import RunningLaunch, running_launches
 
 CALL_TIMEOUT_S = 900.0
-"""Longer than engines wait for what runs before they sleep."""
+"""Timeout of a command; longer than engines wait for what runs before they sleep."""
 
 
 def admin_api(
     url: str | None = None, admin_api_key: str | None = None, *, base: Path | None = None
 ) -> Api:
-    """The launch that answers at ``url``, or the only one that runs. Raises PdlaunchError when it
-    is not clear or not there.
+    """Return the API of the launch that answers at ``url``, or of the only one that runs.
 
-    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: where
-    to look for launches.
+    ``admin_api_key`` is only used where no launch of this user listens at ``url``. ``base``: the
+    folder in which launches are looked for. Raises PdlaunchError when no launch, or more than one,
+    fits.
     """
     if url is not None:
         check_url(url)
@@ -53,8 +53,10 @@ def _why_not(url: str | None, found: list[RunningLaunch], running: list[RunningL
 
 
 def _is_same_address(known: str, given: str) -> bool:
-    """Loopback has many names; other ones must be equal: a launch here is not the one at the same
-    port elsewhere.
+    """Compare the addresses of two URLs.
+
+    Loopback has many names; other ones must be equal: a launch here is not the one at the same port
+    elsewhere.
     """
     ours, theirs = urlsplit(known), urlsplit(given)
     return ours.port == (theirs.port or 80) and _plain_host(ours.hostname) == _plain_host(

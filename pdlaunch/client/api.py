@@ -1,4 +1,4 @@
-"""A few synchronous calls to a router or an engine, for commands and tests."""
+"""Calls a router or an engine synchronously, for commands and tests."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 from pdlaunch.errors import PdlaunchError
 
 ROUTER_RETURN_S = 5.0
-"""A launch starts a router that has died again within that time, unless it dies again and again."""
+"""Time within which a launch starts a router again that has died, unless it dies again and again.
+"""
 _POLL_S = 0.05
 
 
 class Api:
-    """One HTTP server of a deployment. Raises PdlaunchError when it cannot be reached in
-    ``timeout_s``.
+    """One HTTP server of a deployment.
 
-    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` then only ends in
-    what paths are added to.
+    ``socket_path``: the Unix socket on which it listens, in place of TCP; ``url`` is then only what
+    paths are added to. Methods raise PdlaunchError when it cannot be reached in ``timeout_s``.
     """
 
     def __init__(
@@ -42,31 +42,32 @@ class Api:
         self._socket_path = socket_path
 
     def engine(self, name: str) -> Api:
-        """One engine behind this router, which passes everything on to it; for those who may
-        command the launch.
+        """Return the API of one engine behind this router, which passes everything on to it.
+
+        Only for those who may command the launch.
         """
         url = f"{self.url}/pdlaunch/engines/{urllib.parse.quote(name, safe='')}"
         return Api(url, self._api_key, self._timeout_s, socket_path=self._socket_path)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Status and JSON body, also of an error."""
+        """Return status and JSON body, also of an error."""
         return self._read_object(path, *self._call(path, json.dumps(body).encode()))
 
     def post_text(self, path: str, body: dict[str, Any]) -> str:
-        """The whole body as text, for streams of events."""
+        """Return the whole body as text, for streams of events."""
         return self._call(path, json.dumps(body).encode())[1].decode()
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text."""
+        """Return status and text."""
         status, content = self._call(path, None)
         return status, content.decode()
 
     def get_object(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Status and JSON body, also of an error."""
+        """Return status and JSON body, also of an error."""
         return self._read_object(path, *self._call(path, None))
 
     def metrics(self) -> dict[str, float]:
-        """Samples of ``/metrics``, summed over their labels."""
+        """Return the samples of ``/metrics``, summed over their labels."""
         totals: dict[str, float] = {}
         for line in self.get("/metrics")[1].splitlines():
             if line and not line.startswith("#"):
@@ -143,14 +144,14 @@ class _UnixHandler(urllib.request.HTTPHandler):
 
 @functools.cache
 def _opener(socket_path: Path | None) -> urllib.request.OpenerDirector:
-    """A Unix socket is reached through no proxy, whatever the environment says."""
+    """Make an opener; a Unix socket is reached through no proxy, whatever the environment says."""
     if socket_path is None:
         return urllib.request.build_opener()
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), _UnixHandler(socket_path))
 
 
 def check_url(url: str) -> None:
-    """Raises PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
+    """Raise PdlaunchError unless ``url`` is ``http://host:port`` or the like."""
     try:
         parts = urllib.parse.urlsplit(url)
         is_usable = (
@@ -166,6 +167,6 @@ def check_url(url: str) -> None:
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:
-    """In words, without the layers that it came through."""
+    """Return the cause in words, without the layers that it came through."""
     cause = getattr(error, "reason", error)
     return getattr(cause, "strerror", None) or str(cause)

@@ -1,8 +1,7 @@
-"""A deployment of our own: ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and
-tests.
+"""Runs ``pdlaunch serve`` as a child process, for benchmarks, smoke runs and tests.
 
-It ends with the block that started it, and by itself when this process is gone: it holds the other
-end of a pipe of ours.
+The deployment ends with the block that started it, and by itself when this process is gone: it
+holds the other end of a pipe of ours.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ class Deployment:
         self.url = url
         self.log_dir = log_dir
         self.start_s = start_s
-        """Seconds from command to ``/health`` 200."""
+        """Seconds from the command to ``/health`` 200."""
         self._output = output
 
     def output(self) -> str:
-        """What ``pdlaunch serve`` has printed."""
+        """Return what ``pdlaunch serve`` has printed."""
         return self._output.read_text(errors="replace")
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The children that live, by their name in the launch: ``decode-0/rank-0``."""
+        """Return the children that live, by their name in the launch: ``decode-0/rank-0``."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one too
@@ -61,10 +60,10 @@ class Deployment:
         return found
 
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
-        """SIGTERM, then wait; returns the exit code. Raises PdlaunchError after killing it.
+        """Send SIGTERM and wait; return the exit code.
 
-        Ctrl-C meanwhile is passed on, so that it waits no longer for requests, and raised when it
-        has ended.
+        Ctrl-C meanwhile is passed on, so that the deployment waits no longer for requests, and is
+        raised when it has ended. Raises PdlaunchError when it does not stop and was killed.
         """
         interrupt: KeyboardInterrupt | None = None
         with self.process:
@@ -93,10 +92,10 @@ def running_deployment(
     timeout_s: float = 300.0,
 ) -> Iterator[Deployment]:
     """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is
-    healthy, stop it at the end.
+    healthy, and stop it at the end.
 
-    ``log_dir``: of its log files, which else are gone when the block ends. Raises StartupError with
-    what it printed when it ends or does not get healthy in time.
+    ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
+    StartupError, with what it printed, when it ends or does not get healthy in time.
     """
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
         output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
@@ -123,7 +122,7 @@ def running_deployment(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
+    """Return a TCP port of 127.0.0.1 that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

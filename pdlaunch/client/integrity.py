@@ -1,4 +1,6 @@
-"""The books of a deployment's engines: who owns each KV block, and what was counted."""
+"""Asks a deployment's engines for their integrity check: who owns each KV block, and what was
+counted.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ _POLL_S = 0.2
 
 
 def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
-    """Wait until every engine holds nothing any more; returns what is left, or wrong with its
-    books, after ``timeout_s``.
+    """Wait until every engine holds nothing any more.
+
+    Returns what is left, or wrong, after ``timeout_s``; empty when all is well.
     """
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -34,8 +37,8 @@ def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
 
 
 def engine_totals(admin: Api) -> dict[str, float]:
-    """Counters of ``EngineStats``, summed over the engines that live now, and those of the
-    router.
+    """Return the counters of ``EngineStats``, summed over the engines that live now, and those of
+    the router.
     """
     totals: dict[str, float] = {}
     for report in _reports(admin):

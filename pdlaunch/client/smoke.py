@@ -1,40 +1,35 @@
-"""``pdlaunch smoke``: does a deployment do what it promises? Every check has a name and, when it
-fails, a reason.
+"""Checks that a deployment does what it promises (``pdlaunch smoke``).
 
-The same prompts go through prefill and decode (the public router) and through one engine alone. In
-float32 the tokens must be equal; in other dtypes the log-probabilities of the common prefix, and of
-the first token that differs, must lie within ``SMOKE_LOGPROB_TOLERANCE``.
+Every check has a name and, when it fails, a reason. The same prompts go through prefill and decode
+(the public router) and through one engine alone. In float32 the tokens must be equal; in other
+dtypes the log-probabilities of the common prefix, and of the first token that differs, must lie
+within ``SMOKE_LOGPROB_TOLERANCE``.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
+from pdlaunch.client.integrity import await_idle
 from pdlaunch.errors import PdlaunchError
 
 SMOKE_LOGPROB_TOLERANCE = 0.25
-"""Nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few hundredths,
-rarely by a tenth.
+"""Tolerance in nats. bfloat16 keeps 8 bits: sums in another order move a log-probability by a few
+hundredths, rarely by a tenth.
 """
 
 NUM_TOKENS = 12
 _IDLE_TIMEOUT_S = 20.0
-_IDLE_GAUGES = (
-    "num_requests_running",
-    "num_requests_waiting",
-    "num_requests_waiting_for_kv",
-    "num_requests_leased",
-    "kv_blocks_leased",
-    "kv_blocks_quarantined",
-)
 _PROMPTS = (
     "Hello",
     "The capital of France is",
@@ -59,7 +54,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class _Failure(Exception):
-    """A check did not hold."""
+    """A check did not hold; the message says why."""
 
 
 def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
@@ -86,11 +81,7 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
         checks.append(
             _check("KV bytes moved from prefill to decode", partial(_moved, decode, pulled_before))
         )
-    checks.append(
-        _check(
-            "nothing is left running, leased or quarantined", partial(_idle, [*prefill, *decode])
-        )
-    )
+    checks.append(_check("nothing is left running, leased or quarantined", partial(_idle, admin)))
     return checks
 
 
@@ -105,8 +96,8 @@ def _check(name: str, run: Callable[[], None]) -> Check:
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
-    """Name, role, url and state of each engine behind a router, those left out that were given
-    up.
+    """Return name, role, url and state of each engine behind a router, without those that were
+    given up.
     """
     status, text = router.get("/pdlaunch/status")
     if status != 200:
@@ -116,8 +107,8 @@ def engines_of(router: Api) -> list[dict[str, Any]]:
 
 
 def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
-    """``prompt`` twice through the pair (the second time from prefix caches) and once through an
-    engine alone.
+    """Send ``prompt`` twice through the pair (the second time from prefix caches) and once through
+    an engine alone.
     """
     alone = _complete(engine, prompt, cache_salt="alone")
     for _ in range(2):
@@ -125,7 +116,7 @@ def _compare(router: Api, engine: Api, prompt: str, *, exact: bool) -> None:
 
 
 def _complete(api: Api, prompt: str, **fields: Any) -> list[tuple[int, float]]:
-    """(token id, logprob) of a greedy completion."""
+    """Return the (token id, logprob) pairs of a greedy completion."""
     body = {
         "prompt": prompt,
         "max_tokens": NUM_TOKENS,
@@ -193,36 +184,30 @@ def _moved(engines: list[Api], before: float) -> None:
         time.sleep(0.2)
 
 
-def leftovers(engine: Api) -> dict[str, float]:
-    """Gauges of an engine that are zero when it has nothing to do and everything was given back."""
-    metrics = engine.metrics()
-    return {name: metrics[f"pdlaunch_{name}"] for name in _IDLE_GAUGES}
+def _idle(admin: Api) -> None:
+    left = await_idle(admin, timeout_s=_IDLE_TIMEOUT_S)
+    if left:
+        raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {'; '.join(left)}")
 
 
-def _idle(engines: list[Api]) -> None:
-    deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
-    while True:
-        left = {
-            f"{engine.url} {name}": value
-            for engine in engines
-            for name, value in leftovers(engine).items()
-        }
-        busy = {name: value for name, value in left.items() if value}
-        if not busy:
-            _prove_books(engines)
-            return
-        if time.monotonic() > deadline_s:
-            raise _Failure(f"still there after {_IDLE_TIMEOUT_S:.0f} s: {busy}")
-        time.sleep(0.2)
-
-
-def _prove_books(engines: list[Api]) -> None:
-    """Every block of every engine has the owner that its books say, which now is nobody."""
-    for engine in engines:
-        status, text = engine.get("/pdlaunch/integrity")
-        report = json.loads(text)
-        if status != 200 or not report["ok"]:
-            raise _Failure(f"{engine.url}: {text}")
-        free, total = report["stats"]["num_free_blocks"], report["stats"]["num_blocks"]
-        if free != total:
-            raise _Failure(f"{engine.url}: {free} of {total} blocks are free")
+def write_junit(checks: Sequence[Check], path: Path) -> None:
+    """Write JUnit XML, as CI systems read it: one test case for each check."""
+    suite = ET.Element(
+        "testsuite",
+        name="pdlaunch smoke",
+        tests=str(len(checks)),
+        failures=str(sum(check.failure is not None for check in checks)),
+        time=f"{sum(check.seconds for check in checks):.3f}",
+    )
+    for check in checks:
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname="pdlaunch.smoke",
+            name=check.name,
+            time=f"{check.seconds:.3f}",
+        )
+        if check.failure is not None:
+            ET.SubElement(case, "failure", message=check.failure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

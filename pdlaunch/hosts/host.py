@@ -111,4 +111,4 @@ class Host(Protocol):
 
     @property
     def poll_s(self) -> float:
-        """Return how often ``exits`` and ``messages`` have to be called whatever ``sources`` say."""
+        """Return how often to call ``exits`` and ``messages`` whatever ``sources`` say."""

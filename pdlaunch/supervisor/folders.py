@@ -71,7 +71,7 @@ def keep_logs(log_dir: Path) -> Iterator[None]:
 
 
 def prune_logs(folder: Path, num_kept: int = KEPT_LAUNCHES) -> list[Path]:
-    """Remove all but the latest log folders of launches that have ended; return the removed ones."""
+    """Remove all but the latest log folders of launches that have ended; return the removed."""
     launches = sorted(
         path
         for path in folder.iterdir()

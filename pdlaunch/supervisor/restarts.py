@@ -109,7 +109,7 @@ class GivenUp:
         self._why.pop(engine, None)
 
     def forgive(self, engine: str) -> None:
-        """Treat the engine as if it had never been given up; until it serves it counts for nothing."""
+        """Treat the engine as if it had never been given up; until it serves it does not count."""
         self._retry_at.pop(engine, None)
         self.served_long(engine)
 

@@ -141,7 +141,7 @@ class LaunchShutdown:
             self._host.signal(instance.name, signal_number)
 
     def _undrained(self, kind: str) -> list[Instance]:
-        """Return those that have yet to drain; a process that still starts has no work to finish."""
+        """Return those that have yet to drain; one that still starts has no work to finish."""
         return [
             i
             for i in self._instances

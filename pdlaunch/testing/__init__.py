@@ -1,1 +1,1 @@
-"""Load with known answers and injected faults: soaks and chaos."""
+"""Load with known answers, injected faults, kills: chaos and soaks."""

@@ -1,4 +1,4 @@
-"""Answers of /v1/completions, whole or streamed, in one form that can be compared."""
+"""Reads answers of /v1/completions, whole or streamed, into one form that can be compared."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import msgspec
 from pdlaunch.errors import ProtocolError
 
 LOGPROB_TOLERANCE = 1e-3
-"""Nats, in float32: batches of other shapes add in another order."""
+"""Tolerance in nats, in float32: batches of other shapes add in another order."""
 
 
 class AnsweredChoice(msgspec.Struct):
-    """One choice."""
+    """One choice of an answer."""
 
     token_ids: list[int] = []
     text: str = ""
     logprobs: list[float] = []
-    """Of the tokens, where they were asked for."""
+    """Log-probabilities of the tokens, where they were asked for."""
     finish_reason: str | None = None
 
 
 class ReceivedAnswer(msgspec.Struct):
-    """All choices, by index."""
+    """Holds the choices of an answer by index, as far as they have come."""
 
     choices: dict[int, AnsweredChoice] = {}
     times_s: list[float] = []
-    """When the events of a stream came, by the monotonic clock."""
+    """Instants of the monotonic clock at which the events of a stream came."""
 
 
 def read_answer(body: dict[str, Any]) -> ReceivedAnswer:
-    """A whole answer."""
+    """Read the body of a whole answer."""
     answer = ReceivedAnswer()
     for choice in body["choices"]:
         _add(answer, choice)
@@ -42,8 +42,9 @@ def read_answer(body: dict[str, Any]) -> ReceivedAnswer:
 
 
 async def collect_stream(lines: AsyncIterable[bytes], answer: ReceivedAnswer) -> str | None:
-    """Add the events of a stream; returns the message of an error event. Raises ProtocolError when
-    it has no proper end.
+    """Add the events of a stream to ``answer``; return the message of an error event.
+
+    Raises ProtocolError when the stream has no proper end.
     """
     async for line in lines:
         if not line.startswith(b"data:"):
@@ -60,8 +61,9 @@ async def collect_stream(lines: AsyncIterable[bytes], answer: ReceivedAnswer) ->
 
 
 def difference(found: ReceivedAnswer, expected: ReceivedAnswer, *, is_whole: bool) -> str:
-    """What is not as expected; empty: nothing. Of an answer that is not whole only what is there is
-    compared.
+    """Describe how ``found`` differs from ``expected``; empty: not at all.
+
+    ``is_whole``: False compares only what is there.
     """
     if is_whole and found.choices.keys() != expected.choices.keys():
         return f"choices {sorted(found.choices)} instead of {sorted(expected.choices)}"
@@ -88,7 +90,7 @@ def difference(found: ReceivedAnswer, expected: ReceivedAnswer, *, is_whole: boo
 
 
 def _begin_of(whole: AnsweredChoice, begun: AnsweredChoice) -> AnsweredChoice:
-    """As much of ``whole`` as ``begun`` has."""
+    """Cut ``whole`` to as much as ``begun`` has."""
     return AnsweredChoice(
         token_ids=whole.token_ids[: len(begun.token_ids)],
         text=whole.text[: len(begun.text)],

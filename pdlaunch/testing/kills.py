@@ -1,6 +1,7 @@
 """Kills processes of a deployment under load and waits for their successors.
 
-``pdlaunch smoke --chaos`` and ``make soak`` kill ranks so; ``make kills`` prints a row for each kill.
+``pdlaunch smoke --chaos`` and ``make soak`` kill ranks this way; ``make kills`` prints a row for
+each kill.
 """
 
 from __future__ import annotations

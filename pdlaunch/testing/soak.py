@@ -31,7 +31,7 @@ _REFERENCE_CONCURRENCY = 4
 
 
 class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """One soak of a running deployment."""
+    """Sets what one soak sends to a running deployment."""
 
     url: str
     api_key: str | None = None
@@ -39,26 +39,26 @@ class SoakOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int = 200
     concurrency: int = 8
     num_cases: int = 32
-    """Different requests, each sent many times."""
+    """Number of different requests; each is sent many times."""
     min_token_id: int = 3
     max_token_id: int = 256
     longest_prompt_tokens: int = 120
     longest_output_tokens: int = 24
     longest_patience_s: float = 0.2
     cancel_share: float = 0.15
-    """Clients that mean to go away in the middle; some have their answer before."""
+    """Share of clients that mean to go away in the middle; some have their answer before."""
     num_cancels: int | None = None
     """The load ends before its last request once so many clients have gone away without their whole
     answer.
     """
     requests_a_salt: int = 16
-    """Requests in a row that can share prefixes; fewer mean more pulls."""
+    """Number of requests in a row that can share prefixes; fewer mean more pulls."""
     request_timeout_s: float = 120.0
     """A request that takes longer is stuck."""
     idle_timeout_s: float = 60.0
 
     def headers(self) -> dict[str, str]:
-        """Of requests to the router."""
+        """Return the headers of requests to the router."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
@@ -70,37 +70,37 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class SentRequest(msgspec.Struct, frozen=True):
-    """Times of one request, in seconds of the monotonic clock."""
+    """Records the times of one request, in seconds of the monotonic clock."""
 
     outcome: str
     start_s: float
     end_s: float
     longest_gap_s: float
-    """Between two pieces of its answer, or before the first."""
+    """Longest time between two pieces of its answer, or before the first."""
 
 
 class SoakReport(msgspec.Struct, kw_only=True):
-    """What the clients saw, and what the engines' books say afterwards."""
+    """Tells what the clients saw, and what the engines' integrity checks say afterwards."""
 
     num_requests: int = 0
     sent: list[SentRequest] = []
     outcomes: Counter[str] = msgspec.field(default_factory=Counter)
-    """``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end, or no
-    reason), ``stuck``.
+    """Counts of ``equal``, ``cancelled``, ``error`` (it says why), ``wrong``, ``broken`` (no end,
+    or no reason) and ``stuck``.
     """
     details: list[str] = []
-    """The first few of whatever is not equal or cancelled."""
+    """The first few requests that ended neither equal nor cancelled."""
     left: list[str] = []
-    """What the engines' books still hold, or what is wrong with them."""
+    """What the engines still hold, or what is wrong with them."""
     totals: dict[str, float] = {}
-    """Counters of engines and router, of the processes that were alive at the end."""
+    """Counters of engines and router; only of processes that were alive at the end."""
     seconds: float = 0.0
     longest_s: float = 0.0
-    """Of a request that was answered."""
+    """Time of the slowest request that was answered."""
 
     @property
     def failures(self) -> list[str]:
-        """Why this soak has failed; errors that say why are none of it."""
+        """Say why this soak has failed; errors that say why are no failure."""
         found = [
             f"{self.outcomes[kind]} {kind}"
             for kind in ("wrong", "broken", "stuck")
@@ -110,16 +110,18 @@ class SoakReport(msgspec.Struct, kw_only=True):
 
 
 async def soak(options: SoakOptions) -> SoakReport:
-    """Reference answers, load, books. Raises PdlaunchError when the deployment gives no
-    reference.
+    """Ask for the reference answers, send the load, check the engines.
+
+    Raises PdlaunchError when the deployment gives no reference.
     """
     async with soak_session(options) as session:
         return await run_load(session, options, await make_cases(options))
 
 
 def soak_session(options: SoakOptions) -> aiohttp.ClientSession:
-    """A client session for ``run_load``; each request has a connection of its own, as of many
-    clients.
+    """Make a client session for ``run_load``.
+
+    Each request has a connection of its own, like those of many clients.
     """
     timeout = aiohttp.ClientTimeout(total=options.request_timeout_s)
     return aiohttp.ClientSession(
@@ -128,8 +130,9 @@ def soak_session(options: SoakOptions) -> aiohttp.ClientSession:
 
 
 async def make_cases(options: SoakOptions) -> list[Case]:
-    """Random requests with the answers of one engine that is alone with them. Raises
-    PdlaunchError.
+    """Make random requests, with the answers of one engine that is alone with them.
+
+    Raises PdlaunchError when it does not answer.
     """
     admin = admin_api(options.url)
     name = next(
@@ -160,7 +163,7 @@ async def run_load(
     *,
     stop: asyncio.Event | None = None,
 ) -> SoakReport:
-    """Send every request, or those until ``stop``, then read the engines' books."""
+    """Send every request, or those until ``stop``, then check that the engines hold nothing."""
     load, admin = _Load(session, options, cases, stop or asyncio.Event()), admin_api(options.url)
     start_s = time.monotonic()
     await asyncio.gather(*(load.work() for _ in range(options.concurrency)))
@@ -172,7 +175,7 @@ async def run_load(
 
 
 class _Load:
-    """The requests of one soak, drawn one after the other by all workers."""
+    """Sends the requests of one soak, drawn one after the other by all workers."""
 
     def __init__(
         self,
@@ -228,7 +231,10 @@ class _Load:
     async def _send(
         self, answer: ReceivedAnswer, case: Case, salt: str, patience_s: float | None
     ) -> tuple[str, str]:
-        """How a request ended; ``patience_s``: its client goes away after so long."""
+        """Send a request; return its outcome and the details.
+
+        ``patience_s``: its client goes away after so long.
+        """
         try:
             async with asyncio.timeout(patience_s):
                 if error := await self._ask(case.body | {"cache_salt": salt}, answer):
@@ -244,7 +250,7 @@ class _Load:
         return ("wrong", f"{wrong} {case.body}") if wrong else ("equal", "")
 
     async def _ask(self, body: dict[str, Any], answer: ReceivedAnswer) -> str | None:
-        """Fill ``answer`` as it comes; returns the error that the deployment gave instead."""
+        """Fill ``answer`` as it comes; return the error that the deployment gave instead."""
         async with self._session.post(
             self._options.url + _PATH, json=body, headers=self._headers
         ) as response:

@@ -11,7 +11,8 @@ from typing import Any
 
 from pdlaunch.client.admin import admin_api
 from pdlaunch.client.api import Api
-from pdlaunch.client.smoke import engines_of, leftovers
+from pdlaunch.client.integrity import await_idle
+from pdlaunch.client.smoke import engines_of
 
 
 def complete(url: str | Api, prompt: list[int], num_tokens: int, **fields: Any) -> list[int]:
@@ -99,4 +100,4 @@ def requests_in_flight(url: str) -> float:
 
 def idle(url: str) -> bool:
     """No engine has a request, a leased or a quarantined block."""
-    return not any(value for api in engine_apis(url) for value in leftovers(api).values())
+    return not await_idle(admin_api(url), timeout_s=0)

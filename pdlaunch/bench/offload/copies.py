@@ -1,4 +1,4 @@
-"""What ``pdlaunch bench offload`` measures: block copies between device and host next to the
+"""Measures block copies between device and host (``pdlaunch bench offload``), next to the
 contiguous limit of the same run.
 """
 
@@ -33,19 +33,19 @@ from pdlaunch.offload.spec import (
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)
 DEFAULT_BYTES = {"cuda": 1024**3, "cpu": 32 * 1024**2}
-"""By kind of device: enough to measure, seconds to wait."""
+"""Bytes to copy by kind of device: enough to measure, seconds to wait."""
 
 _WAYS: tuple[tuple[Direction, ...], ...] = (("load",), ("store",), ("load", "store"))
-"""As ``Speeds`` has them."""
+"""Directions that are measured, in the order of ``Speeds``."""
 _BYTES_BESIDE_DECODE = 1024**3
-"""In each direction, before the steps begin and again meanwhile: together enough to last longer
-than they do.
+"""Bytes in each direction, before the steps begin and again meanwhile: together enough to last
+longer than the steps do.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """H2D alone, D2H alone, and both at once."""
+    """Holds figures of H2D alone, D2H alone, and both at once."""
 
     h2d: float
     d2h: float
@@ -54,17 +54,21 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class OffloadRow:
-    """Scattered blocks of one size; GB/s (10**9 bytes a second), of both directions their sum."""
+    """Holds the figures of scattered blocks of one size, in GB/s (10**9 bytes a second).
+
+    That of both directions is their sum.
+    """
 
     block_bytes: int
     chunk_bytes: int
-    """Of the blocks that lie together on the host, as many as the engine lets share a chunk."""
+    """Size of the blocks that lie together on the host: as many as the engine lets share a chunk.
+    """
     rates: MethodRates
-    """Of every method and pair that was measured; bytes per second."""
+    """Rates of every method and pair that was measured, in bytes per second."""
     methods: Speeds
-    """By the chosen methods, one call after another."""
+    """Speeds of the chosen methods, one call after another."""
     handler: Speeds
-    """By the handler, with the chosen methods."""
+    """Speeds of the handler with the chosen methods."""
     decode_slowdown: Speeds | None
     """Share by which a decode-like step takes longer meanwhile; None where it could not be
     measured.
@@ -73,13 +77,13 @@ class OffloadRow:
 
 @dataclass(frozen=True, slots=True)
 class OffloadReport:
-    """The table and what it has to be compared with."""
+    """Holds the rows and what they have to be compared with."""
 
     device: str
     num_bytes: int
-    """Of each copy, in each direction."""
+    """Size of each copy, in each direction."""
     limit: Speeds
-    """One copy of everything, GB/s."""
+    """Speeds of one copy of everything, in GB/s."""
     rows: tuple[OffloadRow, ...]
 
 
@@ -138,8 +142,9 @@ def _check(device: torch.device, block_sizes: Sequence[int], num_bytes: int) -> 
 
 
 class _Bench(ABC):
-    """Host memory is allocated anew for each block size, in the chunks of an engine with such
-    blocks.
+    """Measures on one kind of device.
+
+    Host memory is allocated anew for each block size, in the chunks of an engine with such blocks.
     """
 
     device_name: str
@@ -150,18 +155,18 @@ class _Bench(ABC):
 
     @abstractmethod
     def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
-        """Scattered blocks of one size, which fill the chunks."""
+        """Prepare copies of scattered blocks of one size, which fill the chunks."""
 
     @abstractmethod
     def candidates(self) -> Candidates:
-        """Methods to compare."""
+        """Return the methods to compare."""
 
     @abstractmethod
     def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
-        """What a step loses meanwhile."""
+        """Measure what a step loses meanwhile."""
 
     def contiguous(self) -> Speeds:
-        """One block of everything."""
+        """Measure one block of everything."""
         host = self._host_memory(self._num_bytes)
         trial = self.trial(host, 1)
         copy = TorchCopy()
@@ -213,15 +218,18 @@ class _CudaBench(_Bench):
         self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        """Prepare copies of scattered blocks of one size, which fill the chunks."""
         page_bytes = host.chunk_bytes // blocks_per_chunk
         return CudaTrial(
             page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
         )
 
     def candidates(self) -> Candidates:
+        """Return the methods to compare."""
         return cuda_candidates()
 
     def decode_slowdown(self, traffic: Traffic) -> Speeds | None:
+        """Measure what a step loses meanwhile."""
         shares = [self._slowdown(traffic, directions) for directions in _WAYS]
         measured = [share for share in shares if share is not None]
         return Speeds(*measured) if len(measured) == len(shares) else None
@@ -245,16 +253,18 @@ class _HostBench(_Bench):
     device_name = "cpu"
 
     def trial(self, host: HostMemory, blocks_per_chunk: int) -> Trial:
+        """Prepare copies of scattered blocks of one size, which fill the chunks."""
         page_bytes = host.chunk_bytes // blocks_per_chunk
         return Trial(
             page_bytes, host, self._device, self._num_bytes, blocks_per_chunk=blocks_per_chunk
         )
 
     def candidates(self) -> Candidates:
+        """Return the methods to compare."""
         return {"load": [HostCopy()], "store": [HostCopy()]}
 
     def decode_slowdown(self, traffic: Traffic) -> None:
-        return None
+        """No steps run beside copies on a CPU."""
 
 
 def _speeds(rates: MethodRates) -> Speeds:

@@ -1,5 +1,5 @@
-"""What ``pdlaunch bench offload`` lets run at once: a step as decoding has them, and transfers in
-both directions.
+"""Runs at once what ``pdlaunch bench offload`` compares: a step like one of decode, and transfers
+in both directions.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pdlaunch.offload.spec import DIRECTIONS, Direction, IntArray, TransferSpec
 
 
 class DecodeLikeStep:
-    """What a decode step does to a GPU: reads many weight matrices once, for few tokens, in one
-    CUDA graph.
+    """Does to a GPU what a decode step does: reads many weight matrices once, for few tokens, in
+    one CUDA graph.
     """
 
     def __init__(self, device: torch.device, *, num_layers: int = 24, num_tokens: int = 32) -> None:
@@ -40,8 +40,9 @@ class DecodeLikeStep:
         self._graph.replay()
 
     def seconds(self, num_steps: int = 20, meanwhile: Callable[[], None] = lambda: None) -> float:
-        """Median time of a step, one after another on the current stream; ``meanwhile`` is called
-        when they have begun.
+        """Return the median time of a step, one after another on the current stream.
+
+        ``meanwhile`` is called when they have begun.
         """
         events = [torch.cuda.Event(enable_timing=True) for _ in range(num_steps + 1)]  # type: ignore[no-untyped-call]
         events[0].record()
@@ -55,10 +56,11 @@ class DecodeLikeStep:
 
 
 class Traffic:
-    """Transfers through the handler: one half of ``pages`` is stored, the other loaded, in random
-    order.
+    """Sends transfers through the handler: one half of ``pages`` is stored, the other loaded, in
+    random order.
 
-    Chunks of ``blocks_per_chunk`` pages, in random order too, of all of ``host``.
+    On the host they are chunks of ``blocks_per_chunk`` pages, in random order too, of all of
+    ``host``.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Traffic:
         self._num_pending = dict.fromkeys(DIRECTIONS, 0)
 
     def run(self, directions: Sequence[Direction]) -> float:
-        """Seconds for one round."""
+        """Return the seconds of one round."""
         begin_s = time.perf_counter()
         self.submit(directions)
         self.wait()
@@ -101,13 +103,13 @@ class Traffic:
                 self._submit(direction, blocks.ravel(), chunk_ids)
 
     def wait(self) -> None:
-        """Until nothing is under way."""
+        """Wait until nothing is under way."""
         while any(self._num_pending.values()):
             self._finished.acquire()
             self._collect()
 
     def is_busy(self, directions: Sequence[Direction]) -> bool:
-        """All of these are still under way."""
+        """Return True while all of these are under way."""
         self._collect()
         return all(self._num_pending[direction] for direction in directions)
 

@@ -1,5 +1,6 @@
-"""What a deployment's engines count, from the router's ``/metrics``; whatever is not there is None,
-as of other servers.
+"""Reads what a deployment's engines count from the router's ``/metrics``.
+
+What is not there is None, as with other servers.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from prometheus_client.parser import text_string_to_metric_families
 
 _POLL_S = 0.2
 _PATIENCE_S = 3.0
-"""Engines report about once a second."""
+"""Time to wait for counters: engines report about once a second."""
 
 
 class EngineCounters(msgspec.Struct, frozen=True):
-    """Totals over all engines of a role since they started."""
+    """Holds totals over all engines of a role since they started."""
 
     values: dict[str, dict[str, float]] = {}
-    """By role and name, which is without ``pdlaunch_`` and ``_total``."""
+    """Totals by role and name, which is without ``pdlaunch_`` and ``_total``."""
 
     def total(self, name: str) -> float | None:
-        """Over all roles."""
+        """Return the sum over all roles."""
         found = [counters[name] for counters in self.values.values() if name in counters]
         return sum(found) if found else None
 
     def of_role(self, role: str, name: str) -> float | None:
-        """Over the engines of one role."""
+        """Return the sum over the engines of one role."""
         return self.values.get(role, {}).get(name)
 
     def since(self, before: EngineCounters) -> EngineCounters:
-        """What was added; what has restarted meanwhile is left out."""
+        """Return what was added since ``before``; what has restarted meanwhile is left out."""
         return EngineCounters(
             {
                 role: {
@@ -47,7 +48,7 @@ class EngineCounters(msgspec.Struct, frozen=True):
 
 
 async def read_counters(session: aiohttp.ClientSession) -> EngineCounters:
-    """As of now; nothing where there is no such page."""
+    """Return the counters as they are now; none where there is no such page."""
     try:
         async with session.get("/metrics") as response:
             return (
@@ -64,7 +65,9 @@ async def counters_when(
     is_complete: Callable[[EngineCounters], bool],
     patience_s: float = _PATIENCE_S,
 ) -> EngineCounters:
-    """The counters when all that is awaited was counted, or as they are after ``patience_s``."""
+    """Return the counters once all that is awaited was counted, or as they are after
+    ``patience_s``.
+    """
     deadline_s = time.monotonic() + patience_s
     while True:
         counters = await read_counters(session)
@@ -74,7 +77,10 @@ async def counters_when(
 
 
 def parse_counters(page: str) -> EngineCounters:
-    """Counters with a label ``role`` from a page in Prometheus's text format. Raises ValueError."""
+    """Read the counters with a label ``role`` from a page in Prometheus's text format.
+
+    Raises ValueError.
+    """
     values: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -95,16 +101,16 @@ _TIERS = {
 
 
 class TierRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One tier of the engines of one role."""
+    """Tells the hit rate of one cache tier of the engines of one role."""
 
     role: str
     tier: str
     hit_share: float
-    """Of the prompt tokens."""
+    """Share of the prompt tokens that the tier held."""
 
 
 def tier_rows(counted: EngineCounters) -> list[TierRow]:
-    """Tiers that the engines say nothing of are left out."""
+    """Make the rows of all tiers; those that the engines say nothing of are left out."""
     rows = []
     for role in counted.values:
         for tier, (hits_name, queries_name) in _TIERS.items():

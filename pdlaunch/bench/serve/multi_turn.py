@@ -35,16 +35,16 @@ from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 
 
 class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """One multi-turn benchmark of a deployment."""
+    """Sets what one multi-turn benchmark sends to a deployment."""
 
     url: str = ""
     api_key: str | None = None
     num_conversations: int = 16
     num_turns: int = 4
     first_tokens: int = 128
-    """Of the first message."""
+    """Length of the first message."""
     turn_tokens: int = 32
-    """Of every further message."""
+    """Length of every further message."""
     output_tokens: int = 32
     concurrency: int = 4
     max_token_id: int = 30_000
@@ -53,37 +53,37 @@ class MultiTurnOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def longest_prompt_tokens(self) -> int:
-        """Of the last turn."""
+        """Return the length of the last turn's prompt."""
         return self.first_tokens + (self.num_turns - 1) * (self.output_tokens + self.turn_tokens)
 
     @property
     def working_set_tokens(self) -> int:
-        """Of all conversations when they end."""
+        """Return the length of all conversations when they end."""
         return self.num_conversations * (self.longest_prompt_tokens + self.output_tokens)
 
 
 class TurnRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of all conversations; None: nothing to say it from."""
+    """Holds the figures of one turn of all conversations; None: nothing to say it from."""
 
     turn: int
     prompt_tokens: int
     num_requests: int
     num_errors: int
-    """The conversations of these requests have ended."""
+    """Failed requests; their conversations have ended."""
     seconds: float
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
     itl_ms_median: float | None
     cached_share: float | None
-    """Of the prompt tokens: those that the engine of the first token did not compute, as the
-    answers say.
+    """Share of the prompt tokens that the engine of the first token did not compute, as the answers
+    say.
     """
     output_tokens_per_s: float
     errors: list[str] = []
 
 
 class MultiTurnReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All turns, and what the engines' caches say of them together."""
+    """Holds all turns, and what the engines' caches say of them together."""
 
     num_conversations: int
     working_set_tokens: int
@@ -93,7 +93,7 @@ class MultiTurnReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Conversation:
-    """What was said so far; ``history`` ends with an answer, or is empty."""
+    """Keeps what was said so far; ``history`` ends with an answer, or is empty."""
 
     def __init__(self, options: MultiTurnOptions, seed: int, number: int) -> None:
         self._options = options
@@ -102,7 +102,7 @@ class _Conversation:
         self.has_failed = False
 
     async def say(self, target: BenchTarget) -> TimedCompletion:
-        """One turn. A conversation whose turn fails cannot go on."""
+        """Take one turn. A conversation whose turn fails cannot go on."""
         options = self._options
         num_tokens = options.turn_tokens if self.history else options.first_tokens
         self.history += random_prompt(self._source, options.max_token_id, num_tokens)
@@ -120,7 +120,7 @@ class _Conversation:
 
 
 async def bench_multi_turn(options: MultiTurnOptions, progress: ProgressText) -> MultiTurnReport:
-    """Every turn of all conversations, one turn after the other.
+    """Run every turn of all conversations, one turn after the other.
 
     Raises PdlaunchError when the deployment cannot be used, refuses the warm-up request, or takes
     no prompt as long as the last.
@@ -199,9 +199,7 @@ async def _work(
 async def _counted(
     target: BenchTarget, before: EngineCounters, turns: Sequence[TurnRow]
 ) -> EngineCounters:
-    """What the engines counted since ``before``, once every prompt that was answered is among
-    it.
-    """
+    """Return what the engines counted since ``before``, once it includes every answered prompt."""
     num_prompt_tokens = sum(
         row.prompt_tokens * (row.num_requests - row.num_errors) for row in turns
     )

@@ -1,4 +1,4 @@
-"""What ``pdlaunch bench serve`` says of the requests of one length at one concurrency."""
+"""Sums up the requests of one length at one concurrency for ``pdlaunch bench serve``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_ERRORS = 3
 
 
 class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
-    """None: nothing to say it from."""
+    """Holds the figures of one length at one concurrency; None: nothing to say it from."""
 
     input_tokens: int
     concurrency: int
@@ -27,29 +27,31 @@ class BenchRow(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms_median: float | None
     ttft_ms_p99: float | None
     first_gap_ms_median: float | None
-    """From the first token to the second, in which KV blocks move from prefill to decode."""
+    """Time from the first token to the second, in which KV blocks move from prefill to decode."""
     first_gap_ms_p99: float | None
     itl_ms_median: float | None
-    """Between tokens from the second on."""
+    """Time between tokens, from the second on."""
     itl_ms_p99: float | None
     tpot_ms_median: float | None
-    """Of each request: (last token - first token) / (tokens - 1)."""
+    """Time per output token of a request: (last token - first token) / (tokens - 1)."""
     together_share: float | None
-    """Of the tokens after the first: those that came in one read with the one before, 0 ms apart.
-    Where it is not small, look at TPOT instead of ITL."""
+    """Share of the tokens after the first that came in one read with the one before, 0 ms apart.
+
+    Where it is not small, look at TPOT instead of ITL.
+    """
     output_tokens_per_s: float
     pull_ms_mean: float | None
-    """Of the engines' own pulls of KV blocks, as they count them."""
+    """Time of the engines' own pulls of KV blocks, as they count them."""
     kv_megabytes_mean: float | None
-    """Of one pull (10**6 bytes)."""
+    """Size of one pull (10**6 bytes)."""
     first_gap_goal_ms: float | None
-    """1.5 x the median ITL and what the bare transfer of that many bytes takes."""
+    """Goal: 1.5 x the median ITL, and what the bare transfer of that many bytes takes."""
     step_output_tokens_per_s: float | None
-    """What the bare decode step allows: concurrency / step time."""
+    """Rate that the bare decode step allows: concurrency / step time."""
     of_step_share: float | None
-    """Of ``output_tokens_per_s`` in it."""
+    """Share that ``output_tokens_per_s`` has in it."""
     errors: list[str] = []
-    """The most frequent, as the deployment worded them, with their counts."""
+    """The most frequent errors, as the deployment worded them, with their counts."""
 
 
 def summarise(
@@ -62,8 +64,10 @@ def summarise(
     bare_gb_per_s: float | None,
     step_ms: float | None,
 ) -> BenchRow:
-    """``counted``: by the engines meanwhile. ``bare_gb_per_s``: of ``bench transfer``; ``step_ms``:
-    of ``bench step``.
+    """Make a row.
+
+    ``counted``: by the engines meanwhile. ``bare_gb_per_s``: from ``bench transfer``; ``step_ms``:
+    from ``bench step``.
     """
     good = [completion for completion in done if completion.error is None]
     several = [completion for completion in good if len(completion.token_times_s) > 1]
@@ -108,7 +112,7 @@ def summarise(
 
 
 def milliseconds(seconds: Sequence[float], quantile: float) -> float | None:
-    """A quantile; None of nothing."""
+    """Return a quantile in milliseconds; None of nothing."""
     if not seconds:
         return None
     if quantile == 0.5:
@@ -118,7 +122,7 @@ def milliseconds(seconds: Sequence[float], quantile: float) -> float | None:
 
 
 def count_errors(done: Collection[TimedCompletion]) -> list[str]:
-    """The most frequent reasons: ``12 x HTTP 429: the queue is full``."""
+    """Return the most frequent reasons: ``12 x HTTP 429: the queue is full``."""
     reasons = Counter(completion.error for completion in done if completion.error is not None)
     return [f"{count} x {reason}" for reason, count in reasons.most_common(_MAX_ERRORS)]
 
@@ -139,7 +143,7 @@ def _mean(total: float | None, count: float | None, scale: float) -> float | Non
 def _gap_goal_ms(
     itl_ms: float | None, kv_megabytes: float | None, bare_gb_per_s: float | None
 ) -> float | None:
-    """Megabytes over gigabytes a second are milliseconds."""
+    """Return the goal of the first gap; megabytes over gigabytes a second are milliseconds."""
     if itl_ms is None or kv_megabytes is None or bare_gb_per_s is None:
         return None
     return round(GAP_GOAL_OF_ITL * itl_ms + kv_megabytes / bare_gb_per_s, 2)

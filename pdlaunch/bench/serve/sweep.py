@@ -1,5 +1,5 @@
-"""``pdlaunch bench serve``: drive a running deployment through its public API and measure what a
-client sees.
+"""Drives a running deployment through its public API and measures what a client sees (``pdlaunch
+bench serve``).
 
 Prompts are random token ids, different in every run, so that no prefix cache helps; ``ignore_eos``
 fixes the output length.
@@ -21,13 +21,13 @@ from pdlaunch.bench.serve.timed_completion import TimedCompletion, complete
 from pdlaunch.errors import PdlaunchError
 
 FIRST_TOKEN_ID = 100
-"""Prompts keep away from special tokens."""
+"""Lowest token id of a prompt: prompts keep away from special tokens."""
 
 ProgressText = Callable[[str], None]
 
 
 class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """One benchmark of a deployment."""
+    """Sets what one benchmark sends to a deployment."""
 
     url: str = ""
     api_key: str | None = None
@@ -35,19 +35,19 @@ class BenchOptions(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 32
     concurrencies: Sequence[int] = (1, 4, 16)
     num_requests: int | None = None
-    """For each length and concurrency; None: four rounds, at least eight."""
+    """Requests for each length and concurrency; None: four rounds, at least eight."""
     max_token_id: int = 30_000
     """Prompts are drawn from [FIRST_TOKEN_ID, max_token_id)."""
     seed: int | None = None
     request_timeout_s: float = 600.0
     bare_gb_per_s: Mapping[int, float] = {}
-    """By prompt length, of ``bench transfer``, for the goal of the first gap."""
+    """Figures of ``bench transfer`` by prompt length, for the goal of the first gap."""
     step_ms: Mapping[int, float] = {}
-    """By concurrency, of ``bench step``, for the share of what it allows."""
+    """Figures of ``bench step`` by concurrency, for the share of what it allows."""
 
 
 async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIterator[BenchRow]:
-    """Every length at every concurrency in turn, after one warm-up request a length.
+    """Measure every length at every concurrency in turn, after one warm-up request a length.
 
     Raises PdlaunchError when the deployment cannot be used, or refuses a warm-up request.
     """
@@ -69,7 +69,10 @@ async def bench_serve(options: BenchOptions, progress: ProgressText) -> AsyncIte
 
 
 async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int) -> None:
-    """One request. Raises PdlaunchError with what the deployment has against it."""
+    """Send one request.
+
+    Raises PdlaunchError with what the deployment has against it.
+    """
     error = (await complete(target.session, target.model, prompt, output_tokens)).error
     if error is not None:
         raise PdlaunchError(
@@ -78,7 +81,7 @@ async def warm_up(target: BenchTarget, prompt: Sequence[int], output_tokens: int
 
 
 def random_prompt(rng: random.Random, max_token_id: int, num_tokens: int) -> list[int]:
-    """Random token ids, none of them special."""
+    """Return random token ids, none of them special."""
     return rng.choices(range(FIRST_TOKEN_ID, max_token_id), k=num_tokens)
 
 
@@ -117,7 +120,7 @@ async def _run(
 async def _counted(
     target: BenchTarget, before: EngineCounters, done: Sequence[TimedCompletion]
 ) -> EngineCounters:
-    """What the engines counted since ``before``; a request of several tokens needs one pull."""
+    """Return what the engines counted since ``before``; a request of several tokens has one pull."""
     num_pulls = sum(completion.error is None and completion.num_tokens > 1 for completion in done)
 
     def is_complete(counters: EngineCounters) -> bool:

@@ -1,4 +1,4 @@
-"""The deployment that a benchmark drives: its URL, its model, the longest context it takes."""
+"""Opens the deployment that a benchmark drives: its URL, its model, its longest context."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BenchTarget(msgspec.Struct, frozen=True):
     session: aiohttp.ClientSession
     model: str
     max_model_len: int | None
-    """None: the deployment does not say."""
+    """Longest context in tokens; None: the deployment does not say."""
 
     def check_length(self, input_tokens: int, output_tokens: int) -> None:
         """Raise PdlaunchError when such a request cannot fit."""
@@ -50,7 +50,7 @@ async def open_target(
 
 
 async def _first_model(session: aiohttp.ClientSession, url: str) -> tuple[str, int | None]:
-    """Its name, and the longest context if the deployment says so."""
+    """Return the model's name, and the longest context if the deployment says so."""
     try:
         async with session.get("/v1/models") as response:
             if response.status != 200:

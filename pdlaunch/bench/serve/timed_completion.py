@@ -1,4 +1,6 @@
-"""One streamed completion of token ids, and when each of its tokens reached this client."""
+"""Sends one streamed completion of token ids and records when each of its tokens reached this
+client.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +17,37 @@ _MAX_REASON_LENGTH = 300
 
 
 class TimedCompletion(msgspec.Struct):
-    """Times are of ``time.perf_counter``."""
+    """Records one completion; times are instants of ``time.perf_counter``."""
 
     start_s: float
-    """Just before the request is written."""
+    """Instant just before the request is written."""
     token_times_s: list[float] = []
-    """Of each output token: when the bytes that tell of it were read. Tokens that came in one read
-    have the same.
+    """Instant at which the bytes that tell of an output token were read; tokens that came in one
+    read have the same.
     """
     token_ids: list[int] = []
-    """Empty where the deployment does not tell them."""
+    """Output tokens; empty where the deployment does not tell them."""
     num_tokens: int = 0
-    """As the deployment counts."""
+    """Output tokens as the deployment counts them."""
     num_cached_tokens: int | None = None
     """Prompt tokens that were not computed, where the deployment says so."""
     error: str | None = None
 
     @property
     def ttft_s(self) -> float:
-        """From the request to the first token."""
+        """Return the time from the request to the first token."""
         return self.token_times_s[0] - self.start_s
 
     @property
     def first_gap_s(self) -> float:
-        """From the first token to the second; with prefill and decode apart the KV blocks move in
-        it.
+        """Return the time from the first token to the second; KV blocks move in it, with prefill
+        and decode apart.
         """
         return self.token_times_s[1] - self.token_times_s[0]
 
     @property
     def inter_token_s(self) -> list[float]:
-        """From the second token on, so without the first gap."""
+        """Return the times between tokens from the second on, so without the first gap."""
         return [late - early for early, late in pairwise(self.token_times_s[1:])]
 
 
@@ -63,7 +65,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """What matters of a chunk; the rest is not even decoded."""
+    """The part of a chunk that matters; the rest is not even decoded."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -113,7 +115,7 @@ async def read_stream(
     completion: TimedCompletion,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Server-sent events, in the pieces in which they were read.
+    """Read server-sent events, in the pieces in which they came.
 
     All events of one piece get its time, and not that of our own work on the events before them.
     Raises msgspec.MsgspecError.
@@ -153,7 +155,7 @@ def _what_is_missing(completion: TimedCompletion, output_tokens: int) -> str | N
 
 
 async def read_refusal(response: aiohttp.ClientResponse) -> str:
-    """Status and message of an answer that is not 200."""
+    """Return status and message of an answer that is not 200."""
     text = await response.text(errors="replace")
     try:
         body = msgspec.json.decode(text)
@@ -169,7 +171,9 @@ def _message(error: Any) -> str:
 
 
 def describe_failure(error: aiohttp.ClientError | TimeoutError) -> str:
-    """For people: ``Connection refused`` and not what the client library keeps of the attempt."""
+    """Describe a failure for people: ``Connection refused`` and not what the client library keeps
+    of the attempt.
+    """
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError) and error.errno:

@@ -26,8 +26,9 @@ Result = TypeVar("Result")
 
 
 class HostStep:
-    """A scheduler with ``batch_size`` requests that decode; a runner that only keeps rows answers
-    with token 7.
+    """Runs a scheduler with ``batch_size`` requests that decode.
+
+    In place of a model, a runner that only keeps rows answers with token 7.
     """
 
     def __init__(self, batch_size: int, context_tokens: int, num_steps: int) -> None:
@@ -60,7 +61,7 @@ class HostStep:
             )
 
     def run(self) -> None:
-        """One step."""
+        """Run one step."""
         plan = self._time("schedule", self._scheduler.schedule)
         self._time("apply and pack", lambda: self._pack(plan))
         tokens: list[TokenOutput | None] = [

@@ -36,7 +36,7 @@ NUM_WARM_UPS = 2
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Median times of one kind of step."""
+    """Holds the median times of one kind of step."""
 
     kind: Literal["prefill", "decode"]
     batch_size: int
@@ -45,9 +45,9 @@ class StepTiming:
     bare_s: float
     engine_s: float
     num_bytes: int
-    """That the step must move through memory."""
+    """Bytes that the step must move through memory."""
     memory_bytes_per_s: float
-    """Of a plain copy or read on this device, before the model was loaded."""
+    """Speed of a plain copy or read on this device, before the model was loaded."""
 
     @property
     def ratio(self) -> float:
@@ -55,7 +55,9 @@ class StepTiming:
 
     @property
     def floor_s(self) -> float:
-        """No step that reads its weights and KV cache from memory can be faster."""
+        """Return the time of the memory floor: no step that reads its weights and KV cache can be
+        faster.
+        """
         return self.num_bytes / self.memory_bytes_per_s
 
 
@@ -178,7 +180,7 @@ def _check(shape: ModelShape, device: str, num_tokens: int) -> None:
 
 
 class _BareModel:
-    """transformers' model with its own attention and cache."""
+    """Runs transformers' model with its own attention and cache."""
 
     def __init__(
         self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat
@@ -233,10 +235,10 @@ class _BareModel:
 
 
 class _Engine:
-    """A ModelRunner with a scheduler's decisions made by hand."""
+    """Runs a ModelRunner, with a scheduler's decisions made by hand."""
 
     def __init__(self, spec: EngineSpec, decode_reach: int) -> None:
-        """``decode_reach``: tokens of a decode row at the end."""
+        """``decode_reach``: the tokens of a decode row at the end."""
         self._spec = spec
         self._decode_reach = decode_reach
         self._runner = ModelRunner(spec, tp=None, progress=_ignore_progress)
@@ -340,11 +342,13 @@ def _make_spec(
 
 
 def _ignore_progress(_text: str, _fraction: float | None) -> None:
-    """The command line shows results only."""
+    """Show nothing: the command line shows results only."""
 
 
 def _median_s(step: Callable[[], object], num_steps: int) -> float:
-    """``step`` ends with token ids on the host, so that nothing is left running on a device."""
+    """Return the median time of ``step``, which ends with token ids on the host: nothing is left
+    running on a device.
+    """
     for _ in range(NUM_WARM_UPS):
         step()
     seconds = []

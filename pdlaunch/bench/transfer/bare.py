@@ -1,5 +1,5 @@
-"""What a connector's library does by itself over the same pieces, in the ranks' own processes: no
-side channel, no proof.
+"""Lets a connector's library move the same pieces by itself, in the ranks' own processes: no side
+channel, no proof.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from pdlaunch.transfer.connectors.piece_copies import HostCopier, PieceCopier, P
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one reader gets from one holder; both are TP ranks."""
+    """The pieces that one reader gets from one holder; both are TP ranks."""
 
     holder: int
     reader: int
     local: list[int]
-    """Where the pieces go, in bytes from the start of the reader's cache."""
+    """Offsets of the pieces in bytes from the start of the reader's cache."""
     remote: list[int]
-    """Where they lie, in bytes from the start of the holder's cache."""
+    """Offsets of the pieces in bytes from the start of the holder's cache."""
     piece_bytes: int
 
 
 def parts_of(
     shape: BenchShape, pair: tuple[int, int], local: list[int], remote: list[int], *, by_head: bool
 ) -> list[Part]:
-    """Pieces of the blocks: one a block where both ranks have the same heads, else one a block and
-    head when ``by_head``.
+    """Return the pieces of the blocks.
+
+    That is one a block where both ranks have the same heads, else one a block and head when
+    ``by_head``.
     """
     head_bytes, parts = shape.layout().head_bytes, []
     for reader in range(pair[1]):
@@ -75,7 +77,7 @@ class _Read:
 
 
 class BareNixl:
-    """Another agent of the same settings; the reader reads."""
+    """Moves blocks by another NIXL agent of the same settings; the reader reads."""
 
     reader_moves = True
     by_head = True
@@ -87,7 +89,7 @@ class BareNixl:
         self._registration = self._agent.register_memory(kv_cache)
 
     def address(self) -> Any:
-        """What the other side needs."""
+        """Return what the other side needs."""
         return self._agent.get_agent_metadata(), self._cache.data_ptr(), self._device_index
 
     def connect(self, addresses: Sequence[Any]) -> None:
@@ -98,8 +100,9 @@ class BareNixl:
         ]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds of the slowest READ from one holder, as in pulls; all begin at once, their
-        descriptors being prepared.
+        """Return the seconds of the slowest READ from one holder, as in pulls.
+
+        All begin at once, with their descriptors prepared.
         """
         reads = [_Read(self._prepare(part)) for part in parts]
         for read in reads:
@@ -136,7 +139,7 @@ class BareNixl:
 
 
 class BareMooncake:
-    """A transfer engine; the holder writes."""
+    """Moves blocks by a transfer engine; the holder writes."""
 
     reader_moves = False
     by_head = False
@@ -156,7 +159,7 @@ class BareMooncake:
             raise TransferError(f"{name}: Mooncake cannot start: {codes}")
 
     def address(self) -> Any:
-        """What the other side needs."""
+        """Return what the other side needs."""
         return f"127.0.0.1:{self._engine.get_rpc_port()}", self._cache.data_ptr()
 
     def connect(self, addresses: Sequence[Any]) -> None:
@@ -164,7 +167,7 @@ class BareMooncake:
         self._peers = addresses
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds that the transfers take, one after another."""
+        """Return the seconds that the transfers take, one after another."""
         return sum(self._write(part) for part in parts)
 
     def _write(self, part: Part) -> float:
@@ -182,8 +185,8 @@ class BareMooncake:
 
 
 class BareCopy:
-    """The blocks lie in the reader's process too, on the holders' devices, and are copied as the
-    P2P path does.
+    """Copies blocks as the P2P path does: they lie in the reader's process too, on the holders'
+    devices.
     """
 
     reader_moves = True
@@ -193,7 +196,7 @@ class BareCopy:
         self._cache = kv_cache
 
     def address(self) -> Any:
-        """What the other side needs."""
+        """Return what the other side needs."""
         return tuple(self._cache.shape), self._cache.dtype, self._cache.device
 
     def connect(self, addresses: Sequence[Any]) -> None:
@@ -215,7 +218,7 @@ class BareCopy:
         self._copier = new_cuda_copiers(self._cache)[0]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Seconds of the slowest copy from one holder, as in pulls; all begin at once."""
+        """Return the seconds of the slowest copy from one holder; all begin at once, as in pulls."""
         copies = [self._copier.start(self._pieces(part)) for part in parts]
         while "pending" in [copy.state() for copy in copies]:
             time.sleep(0)
@@ -234,4 +237,4 @@ class BareCopy:
 
 BareKind = type[BareNixl] | type[BareMooncake] | type[BareCopy]
 BARE: dict[str, BareKind] = {"nixl": BareNixl, "mooncake": BareMooncake, "p2p": BareCopy}
-"""By connector or path; a file has no library of its own to compare with."""
+"""The libraries by connector or path; a file has no library of its own to compare with."""

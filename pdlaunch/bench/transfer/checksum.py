@@ -1,9 +1,10 @@
-"""How fast a CUDA device computes checksums of KV blocks: ``python -m
+"""Measures how fast a CUDA device computes checksums of KV blocks: ``python -m
 pdlaunch.bench.transfer.checksum``.
 
-Scattered blocks of an 8B model (32 layers, 8 KV heads of 128, 16 bits). One line of JSON a case:
-the time from ``start`` to the result on the host, and its speed, beside that of a plain read of the
-same memory. Checked against the xxHash library first.
+The blocks are scattered ones of an 8B model (32 layers, 8 KV heads of 128, 16 bits). Prints one
+line of JSON a case: the time from ``start`` to the result on the host, and its speed, beside that
+of a plain read of the same memory. The checksums are compared with those of the xxHash library
+first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ NUM_RUNS = 20
 
 
 def main() -> None:
-    """``--tokens``: lengths of the prompts whose blocks are hashed."""
+    """Measure all cases.
+
+    ``--tokens``: lengths of the prompts whose blocks are hashed.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tokens", default="1024,4096,32768")

@@ -45,11 +45,11 @@ from pdlaunch.transfer.channel.head_mapping import map_sources
 NUM_WARM_UP_TURNS = 2
 LEASE_S = 600.0
 NUM_CACHES = 4
-"""KV caches of all heads that there are at a time: holder and puller, with checksums and
-without.
-"""
+"""KV caches of all heads that there are at a time: of both sides, with checksums and without."""
 TURN = ("unverified", "pull", "bare", "pull")
-"""What is compared follows the same: blocks are as cold for the one as for the other."""
+"""Order of a round. What is compared follows the same: blocks are as cold for the one as for the
+other.
+"""
 
 TPPair = tuple[int, int]
 """TP sizes of the holder and of the puller."""
@@ -59,31 +59,32 @@ Way = Callable[[list[int], list[int]], PullTimes]
 
 @dataclass(frozen=True, slots=True)
 class TransferTiming:
-    """Gigabytes a second of one kind of pull."""
+    """Holds the speeds of one kind of pull, in gigabytes a second."""
 
     connector: str
     path: str
-    """That the handshake has chosen."""
+    """Path that the handshake has chosen."""
     tp_pair: str
     num_blocks: int
     megabytes: float
     bare_gb_per_s: float | None
-    """In turns with the READs. None: this connector has no library of its own."""
+    """Speed of the library in turns with the READs; None: this connector has no library of its own.
+    """
     bare_loop_gb_per_s: float | None
-    """Over and over."""
+    """Speed of the library over and over."""
     read_gb_per_s: float
     unverified_gb_per_s: float
     pull_gb_per_s: float
     read_ratio: float | None
-    """Of the READ to the bare transfer in turns with it, which moves the same pieces."""
+    """READ over the bare transfer in turns with it, which moves the same pieces."""
     read_loop_ratio: float | None
-    """Of the READ to the bare loop."""
+    """READ over the bare loop."""
     pull_ratio: float | None
-    """Of the pull without checksums to the bare transfer in turns with it."""
+    """Pull without checksums over the bare transfer in turns with it."""
     overhead_us: int
-    """What the pull without checksums takes beyond its READ."""
+    """Time that the pull without checksums takes beyond its READ."""
     checksum_percent: float
-    """What checksums add to the time of the pull without them."""
+    """Time that checksums add to the pull without them."""
 
 
 def bench_transfer(
@@ -102,9 +103,10 @@ def bench_transfer(
     enable_cumem_allocator: bool = False,
     mooncake_protocol: MooncakeProtocol = "tcp",
 ) -> list[TransferTiming]:
-    """The default shape is that of the demo model; ``paths`` are those of connector nixl.
+    """Time pulls of every connector, path, TP pair and number of blocks.
 
-    Raises TransferError, and ConfigError without a device or the memory.
+    The default shape is that of the demo model; ``paths`` are those of connector nixl. Raises
+    TransferError, and ConfigError without a device or the memory.
     """
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
     _check(shape, device, max(decode_tp_size for _, decode_tp_size in tp_pairs))
@@ -162,7 +164,7 @@ def _check(shape: BenchShape, device: str, num_decode_ranks: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where KV caches lie."""
+    """Says where KV caches lie."""
 
     device: str
     with_cumem: bool
@@ -224,8 +226,9 @@ def _ways(
     shape: BenchShape,
     place: _Place,
 ) -> tuple[str, dict[str, Way], _Bare | None]:
-    """The path in use, and all kinds at once, to be measured in turns: what else the machine does
-    then hits all alike.
+    """Return the path in use, and all ways to move blocks.
+
+    They are measured in turns: what else the machine does then hits all alike.
     """
     unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
     whole = _new_pair(stack, settings, pair, shape, place)
@@ -288,7 +291,7 @@ class _Pair:
         """In use, once connected."""
 
     def connect(self, num_kv_heads: int) -> None:
-        """Every puller shakes hands with every holder."""
+        """Let every reader shake hands with every holder."""
         map_sources(
             num_kv_heads=num_kv_heads,
             prefill_tp_size=self._tp_size,
@@ -305,7 +308,7 @@ class _Pair:
             self.paths |= puller.wait()
 
     def pull(self, local: list[int], remote: list[int]) -> PullTimes:
-        """One lease's pull by all ranks; the slowest counts."""
+        """Run one lease's pull on all ranks; the slowest counts."""
         self._num_pulls += 1
         name = f"pull-{self._num_pulls}"
         hashes = [index.to_bytes(32) for index in range(len(local))]
@@ -364,11 +367,11 @@ class _Bare:
             mover.call("connect_bare", addresses)
 
     def move(self, local: list[int], remote: list[int]) -> PullTimes:
-        """One transfer by all ranks at once; the slowest counts."""
+        """Run one transfer on all ranks at once; the slowest counts."""
         return self._call("move_bare", local, remote)
 
     def loop(self, local: list[int], remote: list[int], num_repeats: int) -> PullTimes:
-        """The same over and over; the median."""
+        """Run the same transfer over and over; return the median."""
         return self._call("loop_bare", local, remote, num_repeats)
 
     def _call(
@@ -387,7 +390,7 @@ class _Bare:
 
 
 def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
-    """Scattered block ids, here and there; the same in every run."""
+    """Return scattered local and remote block ids; the same in every run."""
     source = random.Random(count)
     return source.sample(range(shape.num_blocks), count), source.sample(
         range(shape.num_blocks), count

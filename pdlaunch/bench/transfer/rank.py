@@ -45,17 +45,17 @@ PULL_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class PullTimes:
-    """One pull by one rank."""
+    """Holds the times of one pull by one rank."""
 
     pull_s: float
-    """From StartPull to PullFinished."""
+    """Time from StartPull to PullFinished."""
     read_s: float
-    """Of its READ alone, from the post to the end."""
+    """Time of its READ alone, from the post to the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankOptions:
-    """One rank."""
+    """Sets up one rank."""
 
     role: Role
     tp_rank: int
@@ -94,7 +94,10 @@ class Process:
         self._pipe.send(call)
 
     def wait(self) -> Any:
-        """Its answer. Raises TransferError when the process has failed."""
+        """Return the answer of a call.
+
+        Raises TransferError when the process has failed.
+        """
         try:
             found = self._pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -119,7 +122,7 @@ class Process:
 
 
 class Rank:
-    """What runs in the process."""
+    """Runs in the process: a rank that grants leases, pulls and moves blocks."""
 
     def __init__(self, options: RankOptions) -> None:
         self._reports: queue.SimpleQueue[ToSupervisor] = queue.SimpleQueue()
@@ -159,7 +162,7 @@ class Rank:
         self._transfer.wait_started(START_TIMEOUT_S)
 
     def entry(self) -> Entry:
-        """As the registry would show this rank."""
+        """Return this rank's line of the registry."""
         options = self._options
         return Entry(
             name=options.name,
@@ -188,13 +191,14 @@ class Rank:
         return set(paths)
 
     def grant(self, command: GrantLease) -> None:
-        """Returns before the checksums of the lease are there; a pull that is faster waits for
-        them.
+        """Grant a lease; return before its checksums are there.
+
+        A pull that is faster waits for them.
         """
         self._transfer.submit([command])
 
     def pull(self, command: StartPull) -> PullTimes:
-        """What PullFinished says."""
+        """Run a pull; return what PullFinished says."""
         self._transfer.submit([command])
         while True:
             if not self._woken.wait(PULL_TIMEOUT_S):
@@ -215,7 +219,7 @@ class Rank:
             events = self._transfer.take_events()
 
     def open_bare(self, kind: BareKind) -> Any:
-        """Let a connector's library move blocks of the same KV cache by itself; returns what the
+        """Let a connector's library move blocks of the same KV cache by itself; return what the
         other side needs.
         """
         if self._kv_cache.is_cuda:
@@ -226,20 +230,22 @@ class Rank:
         return self._bare.address()
 
     def connect_bare(self, addresses: Sequence[Any]) -> None:
-        """Of all ranks of the other side."""
+        """Connect the library to all ranks of the other side."""
         self._bare.connect(addresses)
 
     def move_bare(self, parts: Sequence[Part]) -> float:
-        """Seconds."""
+        """Return the seconds of one transfer."""
         return self._bare.move(parts)
 
     def loop_bare(self, parts: Sequence[Part], num_repeats: int) -> float:
-        """Median seconds of the same transfer, begun again as soon as it has ended."""
+        """Return the median seconds of the same transfer, begun again as soon as it has ended."""
         return statistics.median(self._bare.move(parts) for _ in range(num_repeats))
 
 
 def run_rank(pipe: Connection, options: RankOptions) -> None:
-    """Main function of the process; answers calls of ``Rank``'s methods until it is killed."""
+    """Run as the main function of the process: answer calls of ``Rank``'s methods until it is
+    killed.
+    """
     torch.set_num_threads(1)
     device = torch.device(options.device).type
     os.environ.update(

@@ -1,4 +1,4 @@
-"""The KV cache that ``bench transfer`` measures."""
+"""Makes the KV cache that ``bench transfer`` measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class BenchShape:
-    """KV cache of one rank with all heads."""
+    """Describes the KV cache of one rank with all heads."""
 
     num_blocks: int
     num_layers: int
@@ -25,7 +25,7 @@ class BenchShape:
     dtype: DType
 
     def layout(self, tp_size: int = 1) -> KVCacheLayout:
-        """Of one rank of ``tp_size``."""
+        """Return the layout of one rank of ``tp_size``."""
         return KVCacheLayout(
             groups=make_groups([None] * self.num_layers),
             num_kv_heads=max(1, self.num_kv_heads // tp_size),
@@ -35,11 +35,11 @@ class BenchShape:
         )
 
     def new_cache(self, device: str, tp_size: int = 1) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of random numbers."""
+        """Return random [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]."""
         return self.new_shared_cache(PrivateKVMemory(torch.device(device)), tp_size)
 
     def new_shared_cache(self, memory: KVMemory, tp_size: int = 1) -> torch.Tensor:
-        """The same, in memory that peers may map."""
+        """Return the same, in memory that peers may map."""
         layout = self.layout(tp_size)
         pages = memory.zeros(self.num_blocks * layout.block_bytes).view(getattr(torch, self.dtype))
         return pages.view(self.num_blocks, *layout.block_shape()).normal_()

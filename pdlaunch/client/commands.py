@@ -1,4 +1,4 @@
-"""Put the engines of a running deployment to sleep and wake them up."""
+"""Sends commands to a running deployment: put engines to sleep, wake them up, start them anew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdlaunch.errors import PdlaunchError
 
 
 class SleepOutcome(msgspec.Struct, frozen=True):
-    """What one engine has answered."""
+    """Tells what one engine has answered."""
 
     engine: str
     is_sleeping: bool
@@ -25,15 +25,40 @@ class SleepOutcome(msgspec.Struct, frozen=True):
 def sleep_engines(
     admin: Api, *, level: int, mode: str, names: Sequence[str] = ()
 ) -> list[SleepOutcome]:
-    """Engines of these names, all without; one after the other. Raises PdlaunchError."""
+    """Put engines to sleep, one after the other; without ``names`` all of them.
+
+    Raises PdlaunchError when the command is refused.
+    """
     return _command(admin, "/sleep", [("level", str(level)), ("mode", mode)], names)
 
 
 def wake_engines(
     admin: Api, *, tags: Sequence[str] = (), names: Sequence[str] = ()
 ) -> list[SleepOutcome]:
-    """Returns when the router uses them again. ``tags``: none are all. Raises PdlaunchError."""
+    """Wake engines up; return when the router uses them again.
+
+    ``tags``: which memory; none means all. Raises PdlaunchError when the command is refused.
+    """
     return _command(admin, "/wake_up", [("tags", tag) for tag in tags], names)
+
+
+class RestartOutcome(msgspec.Struct, frozen=True):
+    """Tells what became of one engine."""
+
+    engine: str
+    error: str | None = None
+    """None: it serves again."""
+
+
+def restart_engine(admin: Api, name: str) -> RestartOutcome:
+    """Start an engine anew; return when it serves again, or why it does not.
+
+    ``name``: of the engine or one of its processes. Raises PdlaunchError.
+    """
+    status, answer = admin.post(f"/pdlaunch/restart?{urlencode({'engine': name})}", {})
+    if status == 200:
+        return RestartOutcome(answer["engines"][0]["engine"])
+    return RestartOutcome(name, _message(answer) or f"HTTP {status}")
 
 
 def _command(
