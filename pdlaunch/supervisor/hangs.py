@@ -40,7 +40,7 @@ class HangLimits:
 
 
 class HangWatch:
-    """Records when instances were heard; ``look`` finds those that hang and is due at ``due_at``."""
+    """Records when instances were heard; ``look`` finds those that hang, at ``due_at``."""
 
     def __init__(self, limits: HangLimits, clock: Callable[[], float]) -> None:
         self._limits = limits

@@ -120,7 +120,7 @@ async def _run(
 async def _counted(
     target: BenchTarget, before: EngineCounters, done: Sequence[TimedCompletion]
 ) -> EngineCounters:
-    """Return what the engines counted since ``before``; a request of several tokens has one pull."""
+    """Return what engines counted since ``before``; a request of several tokens needs one pull."""
     num_pulls = sum(completion.error is None and completion.num_tokens > 1 for completion in done)
 
     def is_complete(counters: EngineCounters) -> bool:

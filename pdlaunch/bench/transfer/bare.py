@@ -218,7 +218,7 @@ class BareCopy:
         self._copier = new_cuda_copiers(self._cache)[0]
 
     def move(self, parts: Sequence[Part]) -> float:
-        """Return the seconds of the slowest copy from one holder; all begin at once, as in pulls."""
+        """Return the seconds of the slowest copy from a holder; as in pulls, all begin at once."""
         copies = [self._copier.start(self._pieces(part)) for part in parts]
         while "pending" in [copy.state() for copy in copies]:
             time.sleep(0)
