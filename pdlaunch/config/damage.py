@@ -1,4 +1,4 @@
-"""How damaged model files are reported, whatever their format."""
+"""Reports damaged model files, whatever their format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OTHER_CONTENT = (
     (b"<", "an HTML or XML page, as servers send instead of a file"),
     (b"GGUF", "a .gguf file"),
 )
-"""First bytes of what is found in the place of model files."""
+"""The first bytes of other content that is found in place of model files."""
 
 
 def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
@@ -29,6 +29,6 @@ def damaged(path: Path, what: str, *, fix: str = DOWNLOAD_AGAIN) -> ConfigError:
 
 
 def describe_content(head: bytes) -> str:
-    """Name what a file is that begins with ``head`` and is not what its name says."""
+    """Describe a file that begins with ``head`` and is not what its name says."""
     known = (name for start, name in _OTHER_CONTENT if head.startswith(start))
     return next(known, f"unknown content (it begins with {head[:8].hex(' ')})") if head else "empty"

@@ -1,13 +1,12 @@
-"""Finds what is damaged in a .gguf file from its header and its length, without torch, gguf or a
-look at the weights.
+"""Finds damage in a .gguf file from its header and its length, without torch, gguf or its weights.
 
 ::
 
-    magic | version | number of tensors, of values | values | tensor infos | padding | data of the tensors
+    magic | version | number of tensors, of values | values | tensor infos | padding | tensor data
     0       4         8                              24
 
-A bit that is flipped inside a number or a text that stays plausible cannot be seen here: the format
-has no checksum. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A flipped bit that leaves a number or a text plausible goes unnoticed: the format has no checksum.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -28,75 +27,40 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 MAX_STRINGS = 2**22
-"""In one list: several times the largest vocabularies; a hostile count must not keep anybody
-busy.
+"""Most strings in one list, several times the largest vocabularies: a hostile count must not keep
+the reader busy.
 """
 
 _DEFAULT_ALIGNMENT = 32
 _MIN_VALUE_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
+# fmt: off
 _SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }
-"""By type of a value."""
+# fmt: on
+"""Characters of ``struct`` by the type of a value."""
 _STRING, _LIST = 8, 9
 
+# fmt: off
 _BLOCKS: Mapping[int, tuple[int, int]] = {
-    **{
-        0: (1, 4),
-        1: (1, 2),
-        24: (1, 1),
-        25: (1, 2),
-        26: (1, 4),
-        27: (1, 8),
-        28: (1, 8),
-        30: (1, 2),
-    },
-    **{
-        2: (32, 18),
-        3: (32, 20),
-        6: (32, 22),
-        7: (32, 24),
-        8: (32, 34),
-        9: (32, 40),
-        20: (32, 18),
-        39: (32, 17),
-    },
-    **{
-        10: (256, 84),
-        11: (256, 110),
-        12: (256, 144),
-        13: (256, 176),
-        14: (256, 210),
-        15: (256, 292),
-    },
-    **{
-        16: (256, 66),
-        17: (256, 74),
-        18: (256, 98),
-        19: (256, 50),
-        21: (256, 110),
-        22: (256, 82),
-        23: (256, 136),
-    },
-    **{29: (256, 56), 34: (256, 54), 35: (256, 66), 40: (64, 36), 41: (128, 18)},
+    # Types that are not quantized.
+    0: (1, 4), 1: (1, 2), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 30: (1, 2),
+    # Blocks of 32.
+    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 20: (32, 18),
+    39: (32, 17),
+    # Larger blocks: K, then I, then the others.
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
+    16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 21: (256, 110), 22: (256, 82),
+    23: (256, 136), 29: (256, 56), 34: (256, 54), 35: (256, 66), 40: (64, 36), 41: (128, 18),
 }
-"""By type of a tensor: elements and bytes of a block. Source: GGML_QUANT_SIZES of gguf-py 0.19."""
+# fmt: on
+"""Elements and bytes of a block by tensor type. Source: GGML_QUANT_SIZES of gguf-py 0.19."""
 
 
 @dataclass(frozen=True, slots=True)
 class _List:
-    """A list among the values; its items have been read past."""
+    """Stands for a list among the values, whose items were skipped."""
 
     length: int
 
@@ -111,9 +75,9 @@ class _DamageError(Exception):
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     dimensions: tuple[int, ...]
-    """Rows last: the reverse of the order in PyTorch."""
+    """Sizes with the rows last, in reverse of PyTorch's order."""
     start: int
-    """Offset of its data in bytes, from the start of all data."""
+    """The offset of its data in bytes, from the start of all data."""
     num_bytes: int
 
 
@@ -130,7 +94,7 @@ class _Reader:
         self._file.seek(self.position)
 
     def number(self, form: str, what: str) -> int | float:
-        """``form``: a character of ``struct``."""
+        """Read one number; ``form`` is its character of ``struct``."""
         layout = "<" + form
         value: int | float = struct.unpack(layout, self._take(struct.calcsize(layout), what))[0]
         return value
@@ -165,9 +129,7 @@ class _Reader:
 
 
 def check_gguf(path: Path) -> None:
-    """Read the header. Raises ConfigError (field ``model``) for a file that is damaged or not
-    complete.
-    """
+    """Read the header. Raises ConfigError (field ``model``) for a damaged or incomplete file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -283,7 +245,7 @@ def _refuse_parts(values: Mapping[str, Value]) -> None:
 
 
 def _check_places(tensors: Mapping[str, _Tensor], *, data_start: int, size: int) -> None:
-    """Every tensor has bytes of its own within the file."""
+    """Require that every tensor has bytes of its own within the file."""
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start < end:
@@ -300,8 +262,9 @@ def _check_places(tensors: Mapping[str, _Tensor], *, data_start: int, size: int)
 
 
 def _check_model(values: Mapping[str, Value], tensors: Mapping[str, _Tensor]) -> None:
-    """The sizes in the values are those of the tensors: whoever believes a wrong one allocates
-    without an end.
+    """Require that the sizes in the values are those of the tensors.
+
+    A reader that believes a wrong one would allocate without end.
     """
     architecture = values.get("general.architecture")
     if not isinstance(architecture, str):

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator
 
 ANY = "*"
-"""As an entry of ``allowed_hosts`` or ``cors_origins`` it admits everything."""
+"""Admits everything, as an entry of ``allowed_hosts`` or ``cors_origins``."""
 WILDCARDS: Mapping[str, str] = MappingProxyType(
     {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 )

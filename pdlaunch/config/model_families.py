@@ -1,7 +1,7 @@
-"""The model families that pdlaunch serves: what a config.json of theirs means where it is silent.
+"""The model families that pdlaunch serves, with the defaults that their config.json leaves out.
 
-transformers writes only what differs from a family's defaults, so that these belong to the meaning
-of the file. Source: the configuration classes of transformers 5;
+transformers writes only what differs from a family's defaults, so a file means nothing without
+them. Source: the configuration classes of transformers 5;
 ``tests/config/test_model_shape.py`` compares.
 """
 
@@ -19,24 +19,24 @@ Windows = tuple[int | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One ``model_type``."""
+    """Describes the models of one ``model_type``."""
 
     defaults: Mapping[str, Any]
-    """Of the fields that ``model_shape`` reads; others are not looked at. ``head_dim`` None:
-    hidden_size // heads.
+    """Defaults of the fields that ``model_shape`` reads; a ``head_dim`` of None is hidden_size //
+    heads.
     """
     layer_windows: Callable[[Config], Windows]
-    """From the config with defaults filled in: the window of each layer."""
+    """Returns the window of each layer, given the config with its defaults filled in."""
     qkv_bias: bool = False
     """Query, key and value projections always have a bias (no ``attention_bias`` field)."""
     qk_norm: bool = False
-    """Queries and keys are normalised, one weight a head dimension."""
+    """Queries and keys are normalised, with one weight for each head dimension."""
     norms_per_layer: int = 2
     has_sinks: bool = False
     """Each query head has an attention sink."""
     has_experts: bool = False
-    """num_local_experts experts with biases instead of one inner layer, num_experts_per_tok of them
-    for a token.
+    """A layer has num_local_experts experts with biases, of which a token uses
+    num_experts_per_tok, instead of one inner layer.
     """
 
 
@@ -79,9 +79,7 @@ def _windows_of_types(config: Config, layer_types: list[str], window: int | None
 
 
 def _qwen_windows(config: Config) -> Windows:
-    """Layers from max_window_layers on slide, if use_sliding_window says so and layer_types is
-    silent.
-    """
+    """Without layer_types, layers from max_window_layers on slide if use_sliding_window is set."""
     window = config["sliding_window"] if config["use_sliding_window"] else None
     if config["layer_types"] is not None:
         return _windows_of_types(config, config["layer_types"], window)
@@ -90,7 +88,7 @@ def _qwen_windows(config: Config) -> Windows:
 
 
 def _mistral_windows(config: Config) -> Windows:
-    """One window for all layers; the model does not look at layer_types."""
+    """All layers have one window; the model does not look at layer_types."""
     windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
     layer_types = config.get("layer_types")
     if (
@@ -109,7 +107,7 @@ def _mistral_windows(config: Config) -> Windows:
 
 
 def _gemma3_windows(config: Config) -> Windows:
-    """Every ``sliding_window_pattern``-th layer is full, if layer_types is silent."""
+    """Without layer_types, every ``sliding_window_pattern``-th layer is full."""
     layer_types = config["layer_types"]
     if layer_types is None:
         pattern = config["sliding_window_pattern"]
@@ -121,9 +119,7 @@ def _gemma3_windows(config: Config) -> Windows:
 
 
 def _smollm3_windows(config: Config) -> Windows:
-    """Layers without rotary embedding slide, if use_sliding_window says so and layer_types is
-    silent.
-    """
+    """Without layer_types, layers without rotary embedding slide if use_sliding_window is set."""
     window = config["sliding_window"]
     if config["layer_types"] is not None:
         return _windows_of_types(config, config["layer_types"], window)
@@ -136,7 +132,7 @@ def _smollm3_windows(config: Config) -> Windows:
 
 
 def _gpt_oss_windows(config: Config) -> Windows:
-    """Every other layer slides, from the first one on, if layer_types is silent."""
+    """Without layer_types, every other layer slides, the first one among them."""
     layer_types = config["layer_types"]
     if layer_types is None:
         layer_types = [
@@ -155,7 +151,7 @@ _QWEN_WINDOW_DEFAULTS = {
 
 
 def supported_families() -> dict[str, Family]:
-    """By model_type."""
+    """Return the families by model_type."""
     llama = {
         "vocab_size": 32000,
         "hidden_size": 4096,

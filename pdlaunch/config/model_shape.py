@@ -1,6 +1,6 @@
-"""What a model is, read from its config.json without torch or transformers.
+"""Reads the shape of a model from its config.json, without torch or transformers.
 
-Whatever pdlaunch cannot serve is refused here by name, before a weight is read.
+Models that pdlaunch cannot serve are refused here by name, before a weight is read.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ MAX_CONFIG_BYTES = 16 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder-only language model with paged attention."""
+    """Describes a decoder-only language model with paged attention."""
 
     architecture: str
-    """First of ``architectures``; empty when the file has none."""
+    """The first of ``architectures``; empty when the file has none."""
     model_type: str
-    """Of the language model: ``gemma3_text`` also where the file describes a multimodal
-    ``gemma3``.
-    """
+    """The language model's: ``gemma3_text`` also in the file of a multimodal ``gemma3``."""
     num_layers: int
     num_attention_heads: int
     num_kv_heads: int
@@ -37,22 +35,22 @@ class ModelShape:
     vocab_size: int
     max_position_embeddings: int
     layer_windows: tuple[int | None, ...]
-    """By layer: tokens that attention sees, the current one included; None sees all."""
+    """Tokens that each layer's attention sees, the current one included; None for all."""
     dtype: str | None
-    """Of the checkpoint as the file says, ``bfloat16`` and such; None: not said."""
+    """The checkpoint's, such as ``bfloat16``; None when the file does not say."""
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    """Of generation_config.json and config.json together, the former first."""
+    """The ids in generation_config.json, then those in config.json."""
     num_parameters: int
-    """Of the language model, exactly as transformers counts."""
+    """Parameters of the language model, exactly as transformers counts them."""
     num_experts: int = 0
-    """In each layer; 0 without."""
+    """Experts of each layer; 0 for none."""
     num_idle_parameters: int = 0
-    """Of experts that a token does not go through."""
+    """Parameters of the experts that a token does not go through."""
 
     def parameter_bytes(self, dtype: str) -> int:
-        """Bytes of all weights in ``dtype``."""
+        """Return the bytes of all weights in ``dtype``."""
         return self.num_parameters * DTYPE_BYTES[dtype]
 
 
@@ -195,7 +193,7 @@ def _count_idle_parameters(
 
 
 def _expert_parameters(hidden_size: int, intermediate_size: int) -> int:
-    """Of one expert, without what chooses it."""
+    """Return the parameters of one expert, without its router."""
     return 3 * hidden_size * intermediate_size + 2 * intermediate_size + hidden_size
 
 
@@ -204,7 +202,7 @@ def _reads(config: dict[str, Any], family: Family, key: str) -> bool:
 
 
 def _language_model(outer: dict[str, Any]) -> dict[str, Any]:
-    """The part of the file that describes the language model."""
+    """Return the part of the file that describes the language model."""
     if outer.get("model_type") == "gemma3" and isinstance(outer.get("text_config"), dict):
         text_config: dict[str, Any] = outer["text_config"]
         return {"model_type": "gemma3_text"} | text_config
@@ -220,31 +218,44 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
 
 
 def _reasons_against(config: dict[str, Any]) -> list[str]:
-    reasons = {
-        "encoder-decoder models have a cross-attention cache": config.get("is_encoder_decoder"),
-        "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page": config.get(
-            "kv_lora_rank"
+    is_gpt_oss = config.get("model_type") == "gpt_oss"
+    reasons = [
+        (
+            config.get("is_encoder_decoder"),
+            "encoder-decoder models have a cross-attention cache",
         ),
-        "Mamba and other state-space or linear-attention layers keep a state, not KV blocks": _has_recurrent_layers(
-            config
+        (
+            config.get("kv_lora_rank"),
+            "multi-head latent attention (MLA, kv_lora_rank) has no KV heads to page",
         ),
-        "mixture of experts (MoE) is only supported in gpt_oss": config.get("model_type")
-        != "gpt_oss"
-        and _has_experts(config),
-        "quantized checkpoints (quantization_config) are not supported; a .gguf file is dequantized": config.get(
-            "quantization_config"
+        (
+            _has_recurrent_layers(config),
+            "Mamba and other state-space or linear-attention layers keep a state, not KV blocks",
         ),
-        "attention logit soft-capping (attn_logit_softcapping) is not supported": config.get(
-            "attn_logit_softcapping"
+        (
+            _has_experts(config) and not is_gpt_oss,
+            "mixture of experts (MoE) is only supported in gpt_oss",
         ),
-        "bidirectional attention (use_bidirectional_attention) cannot be cached": config.get(
-            "use_bidirectional_attention"
+        (
+            config.get("quantization_config"),
+            "quantized checkpoints (quantization_config) are not supported; a .gguf file is "
+            "dequantized",
         ),
-        "rotary embedding whose frequencies depend on the length of the batch (rope_type dynamic, longrope)": _has_moving_rope(
-            config
+        (
+            config.get("attn_logit_softcapping"),
+            "attention logit soft-capping (attn_logit_softcapping) is not supported",
         ),
-    }
-    return [reason for reason, found in reasons.items() if found]
+        (
+            config.get("use_bidirectional_attention"),
+            "bidirectional attention (use_bidirectional_attention) cannot be cached",
+        ),
+        (
+            _has_moving_rope(config),
+            "rotary embedding whose frequencies depend on the length of the batch (rope_type "
+            "dynamic, longrope)",
+        ),
+    ]
+    return [reason for found, reason in reasons if found]
 
 
 def _has_recurrent_layers(config: dict[str, Any]) -> bool:
@@ -312,7 +323,7 @@ def _first_id(*configs: dict[str, Any], key: str) -> int | None:
 
 
 def _end_tokens(*configs: dict[str, Any]) -> tuple[int, ...]:
-    """Ids of all files, each once, in order."""
+    """Return the ids of all files in order, each once."""
     found: dict[int, None] = {}
     for config in configs:
         value = config.get("eos_token_id")

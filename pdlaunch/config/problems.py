@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, collected: a user sees all problems of a file at once."""
+"""Problems of a configuration. They are collected, so that a user sees all of them at once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MAX_SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong, where it stands, and what to do."""
+    """Says what is wrong, where it stands and how to fix it."""
 
     message: str
     field: str | None = None
-    """Dotted path in the config file."""
+    """The dotted path in the configuration."""
     value: str | None = None
-    """As shown to people; never a secret."""
+    """The value as shown to people; never a secret."""
     fix: str | None = None
     where: str | None = None
     """``deploy.yaml:3:5``, ``PDLAUNCH_PORT`` or ``--port``."""
     line: int | None = None
-    """From 1; of the file."""
+    """The line of the file, counted from 1."""
     column: int | None = None
 
     def __str__(self) -> str:
@@ -35,9 +35,7 @@ class Problem:
 
 
 class InvalidConfigError(ConfigError):
-    """A configuration that cannot be used; ``problems`` holds every one that was found, in the
-    order of the sources.
-    """
+    """A configuration cannot be used; ``problems`` has all that were found, by source."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems
@@ -49,7 +47,7 @@ class InvalidConfigError(ConfigError):
 
 
 def shown(value: object) -> str:
-    """A value in a message: quoted, escaped and short, whatever bytes it holds."""
+    """Return a value as a message shows it: quoted, escaped and short, whatever bytes it holds."""
     if (
         isinstance(value, int)
         and not isinstance(value, bool)
@@ -61,12 +59,12 @@ def shown(value: object) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A field's or variable's name in a message: without quotes, but escaped and short."""
+    """Return a name as a message shows it: without quotes, but escaped and short."""
     text = name if name and name.isprintable() else ascii(name)[1:-1] or "''"
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that ``name`` is most likely a slip of."""
+    """Return the known name that ``name`` most likely misspells."""
     matches = get_close_matches(name[:MAX_SHOWN_CHARACTERS], list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

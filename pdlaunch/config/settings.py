@@ -1,4 +1,4 @@
-"""All settings by dotted path, and what follows from each field: its flag and its variables."""
+"""Derives all settings, with their flags and variables, from the fields of the models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET = "**********"
 VARIABLE_PREFIX = "PDLAUNCH_"
 
 _CONNECTORS = "kv_transfer"
-"""The section that holds a section for each connector, of other packages too."""
+"""The section that has a section for each connector, those of other packages included."""
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _FORMS = {
     SecretStr: "KEY",
@@ -38,7 +38,7 @@ _FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting, with what its field says."""
+    """Describes one setting by its field."""
 
     path: str
     info: FieldInfo
@@ -74,7 +74,7 @@ class Setting:
 
     @property
     def description(self) -> str:
-        """One sentence or two about it."""
+        """A sentence or two that explain it."""
         return self.info.description or ""
 
     @property
@@ -91,7 +91,7 @@ class Setting:
 
     @property
     def form(self) -> str:
-        """What its value looks like: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
+        """The form of its value: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
         if choices := [kind for kind in self.kinds if isinstance(kind, str)]:
             return "|".join(choices)
         if self.path.endswith("_s"):
@@ -123,7 +123,7 @@ class Setting:
 
 @functools.cache
 def all_settings() -> Mapping[str, Setting]:
-    """Every setting by dotted path, in the order of the models."""
+    """Return every setting by dotted path, in the order of the models."""
     found = [*_walk(LaunchConfig, "")]
     for name, model in other_sections().items():
         path = f"{_CONNECTORS}.{name}"
@@ -138,41 +138,39 @@ def all_settings() -> Mapping[str, Setting]:
 
 @functools.cache
 def sections() -> Mapping[str, type[FrozenModel]]:
-    """Parts of the file that hold settings: ``""`` (the top level), ``prefill``,
-    ``prefill.kv_offload``, ...
+    """Return the sections of the file: ``""`` (the top level), ``prefill``, ``prefill.kv_offload``,
+    ...
     """
     others = {f"{_CONNECTORS}.{name}": model for name, model in other_sections().items() if model}
     return {"": LaunchConfig, **dict(_walk_sections(LaunchConfig, "")), **others}
 
 
 def known_names(section: str) -> list[str]:
-    """Names that may stand in a section of the file."""
+    """Return the names that may stand in a section of the file."""
     others = other_sections() if section == _CONNECTORS else ()
     return [*sections()[section].model_fields, *others]
 
 
 @functools.cache
 def all_flags() -> Mapping[str, Flag]:
-    """Every flag by the dotted path of the setting that it gives."""
+    """Return every flag by the dotted path of its setting."""
     return {path: flag for path, setting in all_settings().items() if (flag := setting.flag)}
 
 
 def flag_name(path: str) -> str:
-    """How the command line names a setting; the dotted path where there is no flag."""
+    """Return a setting's flag with its dashes, or the dotted path where it has none."""
     flag = all_flags().get(path)
     return f"--{flag.name}" if flag else path
 
 
 @functools.cache
 def variable_paths() -> Mapping[str, str]:
-    """The setting that each ``PDLAUNCH_*`` variable gives."""
+    """Return the path of the setting that each ``PDLAUNCH_*`` variable gives."""
     return {name: path for path, setting in all_settings().items() for name in setting.variables}
 
 
 def is_secret(path: str) -> bool:
-    """The value at this path must not be shown: API keys, and environment variables that look like
-    one.
-    """
+    """Say whether a value must be masked: API keys, and entries of ``env`` that look like one."""
     setting = all_settings().get(path)
     if setting is not None:
         return setting.is_secret
@@ -181,7 +179,7 @@ def is_secret(path: str) -> bool:
 
 
 def split_path(path: str) -> list[str]:
-    """Parts of a dotted path; the entry of a mapping may hold dots itself."""
+    """Split a dotted path; the name of a mapping's entry may hold dots itself."""
     for setting in all_settings().values():
         if setting.is_mapping and path.startswith(f"{setting.path}."):
             return [*setting.path.split("."), path.removeprefix(f"{setting.path}.")]

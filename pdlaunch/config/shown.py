@@ -1,4 +1,4 @@
-"""A configuration as people may see it: plain values, secrets masked, and where each comes from."""
+"""Prepares a configuration for people: plain values with their origins, secrets masked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdlaunch.config.sources import LoadedConfig, Origin
 
 @dataclass(frozen=True, slots=True)
 class ShownValue:
-    """One setting."""
+    """One setting with its value and origin."""
 
     path: str
     value: Any
@@ -21,9 +21,7 @@ class ShownValue:
 
 
 def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
-    """Every setting in the order of the models; a role's own settings only where something gives
-    them.
-    """
+    """Return every setting in the order of the models; a role's overrides only where given."""
     return [
         ShownValue(path, value, origin)
         for path, value, origin in _values(loaded)
@@ -34,7 +32,7 @@ def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
 
 
 def shown_config(loaded: LoadedConfig) -> dict[str, Any]:
-    """The whole configuration, nested as in a file."""
+    """Return the whole configuration, nested as in a file."""
     nested: dict[str, Any] = {}
     for path, value, _ in _values(loaded):
         *parents, name = split_path(path)

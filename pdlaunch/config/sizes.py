@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Read and write numbers of bytes as people do."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(value: object) -> int:
-    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number; upper and lower
-    case are the same.
+    """Read ``4GiB`` (powers of 1024), ``4GB`` (powers of 1000) or a plain number, in any case.
 
-    ``4G`` is refused: tools disagree about it. Raises ValueError, which pydantic turns into a
-    finding with the field's name.
+    ``4G`` is refused, because tools disagree about it. Raises ValueError, which pydantic turns into
+    a problem of the field.
     """
     if isinstance(value, bool):
         raise ValueError("a size such as 4GiB is needed, not a boolean")
@@ -41,7 +40,7 @@ def parse_size(value: object) -> int:
 
 
 def format_size(num_bytes: int) -> str:
-    """The shortest exact or three-digit form: ``1 GiB``, ``1.5 GiB``, ``300 B``."""
+    """Return the shortest form of at most three digits: ``1 GiB``, ``1.5 GiB``, ``300 B``."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

@@ -1,5 +1,5 @@
-"""Where settings come from: flags beat ``PDLAUNCH_*`` variables, which beat the file, which beats
-the defaults.
+"""Merges the sources of settings: flags beat ``PDLAUNCH_*`` variables, which beat the file, which
+beats the defaults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pdlaunch.config.yaml_file import read_yaml
 _log = logging.getLogger(__name__)
 
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
-"""Variables of other parts of pdlaunch that are no settings."""
+"""Variables that other parts of pdlaunch read and that are no settings."""
 
 _ALLOCATOR = "enable_cumem_allocator"
 
@@ -41,9 +41,7 @@ OriginKind = Literal["flag", "environment", "file", "default", "derived"]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the value of a setting comes from; ``detail`` names the flag, variable, place in the
-    file or the reason.
-    """
+    """Says where a value comes from; ``detail`` names the flag, variable, place or reason."""
 
     kind: OriginKind
     detail: str = ""
@@ -51,7 +49,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration and, by dotted path, where each of its values comes from."""
+    """A configuration with the origin of each of its values, by dotted path."""
 
     config: LaunchConfig
     origins: Mapping[str, Origin]
@@ -59,7 +57,7 @@ class LoadedConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A value that some source gives to a setting."""
+    """A value that a source gives to a setting."""
 
     value: object
     origin: Origin
@@ -72,8 +70,8 @@ def load_config(
 ) -> LoadedConfig:
     """Merge all sources into one validated configuration.
 
-    ``flags``: values by dotted path (``prefill.replicas``), only those that were given. Raises
-    InvalidConfigError, a ConfigError with every problem of every source.
+    ``flags`` holds values by dotted path (``prefill.replicas``), those that were given. Raises
+    InvalidConfigError, a ConfigError with the problems of all sources.
     """
     given, problems = _from_file(path)
     for source, found in (_from_environment(environ), _from_flags(flags)):
@@ -130,7 +128,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
 
 
 def _mapping_entry(name: str, known: Mapping[str, str]) -> str | None:
-    """``PDLAUNCH_PREFILL__ENV__UCX_TLS`` is the entry ``UCX_TLS`` of ``prefill.env``."""
+    """Return ``prefill.env.UCX_TLS`` for ``PDLAUNCH_PREFILL__ENV__UCX_TLS``."""
     for variable, path in known.items():
         entry = name.removeprefix(f"{variable}__")
         if all_settings()[path].is_mapping and entry not in (name, ""):
@@ -166,7 +164,7 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
 
 
 def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchConfig | None:
-    """The models' word on the merged values; what they refuse is added to ``problems``."""
+    """Validate the merged values; whatever the models refuse is added to ``problems``."""
     tree: dict[str, Any] = {}
     for path, item in given.items():
         *parents, name = split_path(path)
@@ -197,7 +195,7 @@ def _takes_bool(path: str) -> bool:
 
 
 def _from_pydantic(detail: ErrorDetails, given: Mapping[str, _Given]) -> Problem:
-    # Whole sections are refused for the sake of one of their fields.
+    # A validator of a whole section names the field that it is about in its context.
     path = ".".join(map(str, (*detail["loc"], *filter(None, [detail.get("ctx", {}).get("field")]))))
     while path and path not in given:
         path = path.rpartition(".")[0]
@@ -229,9 +227,7 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
 
 
 def _derived_origins(config: LaunchConfig) -> dict[str, Origin]:
-    """Settings that another setting decides: the CuMem allocator where sleep mode needs it and
-    nobody set it.
-    """
+    """Return the settings that others decide: the CuMem allocator, where sleep mode needs it."""
     top = _allocator_reason(config)
     if top:
         return {_ALLOCATOR: Origin("derived", top)}

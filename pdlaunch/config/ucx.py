@@ -1,4 +1,4 @@
-"""UCX_TLS as UCX reads it: names, groups of names, and lists of what to leave out.
+"""Reads UCX_TLS as UCX does: names, groups of names, and lists of what to leave out.
 
 Source: the help text in libucp of UCX 1.19, as NIXL 1.5.1 ships it.
 """
@@ -40,8 +40,7 @@ _LOCAL_CUDA = ("cuda_ipc", "cuda_copy")
 
 
 def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"]) -> tuple[str, ...]:
-    """Return the transports of a rank whose peers are all on its host: of those that UCX_TLS names,
-    what opens no door.
+    """Return the transports in UCX_TLS that open no door, for a rank whose peers are on its host.
 
     Network transports listen without authentication; ``sysv`` segments admit the user's whole group
     (mode 0660), ``knem`` regions everybody. ``posix`` segments are unlinked and have mode 0600, CMA
@@ -56,9 +55,7 @@ def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"])
 
 
 def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
-    """Transports that UCX may use; all when UCX_TLS is not set. Names it does not know are kept as
-    they are.
-    """
+    """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
     value = environ.get("UCX_TLS", "all").strip() or "all"
     excluded = value.startswith("^")
     names = {
@@ -69,5 +66,5 @@ def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
 
 
 def setting(environ: Mapping[str, str]) -> str:
-    """UCX_TLS in a message."""
+    """Return UCX_TLS as a message shows it."""
     return ascii(environ.get("UCX_TLS", "all"))[:80]

@@ -1,5 +1,5 @@
-"""Finds the files of weights of a directory in Hugging Face layout, and what is wrong with them; no
-tensor is read.
+"""Finds the weight files of a directory in Hugging Face layout, and damage to them, without reading
+a tensor.
 
 Source of the format: https://github.com/huggingface/safetensors (length of the header, header in
 JSON, data of the tensors).
@@ -18,14 +18,15 @@ from pdlaunch.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""As in safetensors itself."""
+"""The limit of safetensors itself."""
 _LENGTH_BYTES = 8
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Find the checkpoint's safetensors files. Raises ConfigError (field ``model``) when there are
-    none, or one is damaged.
+    """Find the checkpoint's safetensors files.
+
+    Raises ConfigError (field ``model``) when there are none, or one is damaged.
     """
     index = model_dir / INDEX
     files = (
@@ -65,9 +66,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Look at the header and the length. Raises ConfigError when the file is cut off or cannot be
-    read.
-    """
+    """Check header and length. Raises ConfigError when the file is cut off or cannot be read."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -108,7 +107,7 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _data_bytes(path: Path, header: bytes) -> int:
-    """Return where the last tensor ends, in bytes; tensors lie behind each other without gaps."""
+    """Return where the last tensor ends, in bytes. Tensors follow each other without gaps."""
     try:
         entries: dict[str, Any] = json.loads(header)
         places = sorted(

@@ -1,7 +1,7 @@
 """Read a YAML file into settings by dotted path, each with its line and column.
 
-Whatever bytes the file holds, the result is settings or problems. No message repeats text of the
-file beyond names of fields, so that a misplaced secret does not show.
+Whatever bytes the file holds, the result is settings or problems. Messages repeat no text of the
+file but names of fields, so that a misplaced secret does not show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QUOTED = re.compile(r"'[^'<>]{2,}'")
 
 @dataclass(frozen=True, slots=True)
 class FileValue:
-    """A setting as it stands in the file."""
+    """The value of a setting, and where it stands in the file."""
 
     value: object
     line: int
@@ -35,7 +35,7 @@ class FileValue:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, FileValue], list[Problem]]:
-    """The settings of a file by dotted path, and what is wrong with single fields of it.
+    """Return the settings of a file by dotted path, and the problems of single fields.
 
     Raises InvalidConfigError when the file as a whole cannot be read.
     """
@@ -56,7 +56,7 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def read_section(self, node: yaml.Node, section: str) -> None:
-        """Fields of the top level (``section`` is empty) or of a section."""
+        """Read the fields of a section, or of the top level when ``section`` is empty."""
         names = known_names(section)
         for name, path, key, value in self._entries(node, section):
             if name not in names:
@@ -75,7 +75,7 @@ class _Reader:
                 self._keep(path, value, self._scalar(value, path))
 
     def _read_list(self, node: yaml.SequenceNode, path: str) -> None:
-        """A list of texts, as they were written."""
+        """Read a list of texts as they were written."""
         found = []
         for item in node.value:
             self._count(item)
@@ -91,8 +91,9 @@ class _Reader:
         self._keep(path, node, found)
 
     def _read_mapping(self, node: yaml.Node, parent: str) -> None:
-        """A mapping of free names to texts, such as ``env``; numbers and switches count as the text
-        that was written.
+        """Read a mapping of free names to texts, such as ``env``.
+
+        Numbers and switches are the text that was written.
         """
         for name, path, key, value in self._entries(node, parent):
             if not name or "=" in name or "\0" in name:
@@ -105,7 +106,7 @@ class _Reader:
     def _entries(
         self, node: yaml.Node, parent: str
     ) -> Iterator[tuple[str, str, yaml.Node, yaml.Node]]:
-        """Name, dotted path, key node and value node of a mapping's entries; each name once."""
+        """Yield name, dotted path, key node and value node of each entry; each name once."""
         if not isinstance(node, yaml.MappingNode):
             self._problem(
                 node,
@@ -142,7 +143,7 @@ class _Reader:
                 yield name, path, key, value
 
     def _count(self, node: yaml.Node) -> None:
-        """One more value has been seen. Raises InvalidConfigError when these are too many."""
+        """Count one more value. Raises InvalidConfigError when there are too many."""
         self._num_seen += 1
         if self._num_seen > MAX_VALUES:
             raise InvalidConfigError(
@@ -154,9 +155,7 @@ class _Reader:
             )
 
     def _scalar(self, node: yaml.Node, path: str) -> object:
-        """The value of a scalar node, or the node itself where that is a problem (which is
-        noted).
-        """
+        """Return the value of a scalar node, or the node itself after noting a problem with it."""
         if not isinstance(node, yaml.ScalarNode):
             self._problem(node, f"must be a single value, not {_kind(node)}", path, None)
             return node
@@ -210,7 +209,7 @@ def _problem_at(
     field: str | None = None,
     fix: str | None = None,
 ) -> Problem:
-    """``line`` and ``column`` count from 0, as YAML's marks do."""
+    """Make a problem at a YAML mark, whose ``line`` and ``column`` count from 0."""
     where = f"{shown_name(file)}:{line + 1}:{column + 1}"
     return Problem(message, field, fix=fix, where=where, line=line + 1, column=column + 1)
 
@@ -247,8 +246,8 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _compose(text: str, path: Path) -> yaml.Node | None:
-    """The node tree of a document; composing (not constructing) builds no objects and keeps the
-    positions.
+    """Return the node tree of a document. Unlike constructing, composing keeps positions and builds
+    no objects.
     """
     try:
         root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
