@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import ROLES, Context
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.resolve.models import ROLES
 
 CUDA_BLOCK_STEP_TOKENS = 16
 _LOOPBACK = ("127.", "localhost", "::1")
@@ -426,7 +427,6 @@ def weights_unreadable(context: Context) -> Iterator[Found]:
     libraries are loaded. Pickles (*.bin, *.pt, *.pth) can run any code when they are opened, so
     they are never read.
     """
-    for role, engine in context.engines.items():
-        if role in context.weight_errors:
-            error = context.weight_errors[role]
-            yield Found(engine.where("model"), str(error), error.fix)
+    for role, error in (context.probes.weight_errors or {}).items():
+        if role in context.engines:
+            yield Found(context.engines[role].where("model"), str(error), error.fix)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.footprint import footprint
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size, parse_size
 from pdlaunch.platform.facts import UNLIMITED, Libraries
@@ -116,7 +115,7 @@ def import_fails(context: Context) -> Iterator[Found]:
     A shared library that it needs is missing or of another version; every rank would end with this
     error.
     """
-    for module, error in context.import_errors.items():
+    for module, error in (context.probes.import_errors or {}).items():
         if module != "nixl" or _uses(context, "nixl"):
             yield Found(f"package {module}", f"import of {module} fails: {error}")
 
@@ -354,7 +353,7 @@ def emulated_dtype(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cpu"):
         dtype = engine.settings.dtype
-        if dtype == "float16" or (dtype == "bfloat16" and not engine.has_native_bf16):
+        if dtype == "float16" or (dtype == "bfloat16" and not engine.machine.has_native_bf16):
             yield Found(engine.where("dtype"), f"dtype is {dtype}, which this CPU emulates")
 
 
@@ -375,9 +374,9 @@ def memlock_low(context: Context) -> Iterator[Found]:
     if limit == UNLIMITED or not context.machine.rdma_devices or context.pair() is None:
         return
     for engine in context.engines.values():
-        needed = footprint(engine)
-        if needed is not None and needed.kv_bytes(engine) > limit:
-            cache = format_size(needed.kv_bytes(engine))
+        needed = engine.footprint
+        if needed is not None and needed.kv_bytes > limit:
+            cache = format_size(needed.kv_bytes)
             yield Found(
                 "limit memlock",
                 f"{format_size(limit)} may be locked, the KV cache of a rank has {cache}",
@@ -485,7 +484,7 @@ def folder_not_writable(context: Context) -> Iterator[Found]:
     The ranks put their KV blocks there and would refuse to start. This machine is checked; the
     folder belongs on all hosts.
     """
-    for where, problem in context.folder_problems.items():
+    for where, problem in (context.probes.folder_problems or {}).items():
         yield Found(where, problem)
 
 

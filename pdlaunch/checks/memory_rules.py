@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from pdlaunch.checks.context import Context, Engine
-from pdlaunch.checks.footprint import footprint, longest_request_tokens, ranks_by_gpu
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.sizes import format_size
 from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.resolve.roles import RoleEngines
 
 _TORCH = "Compared with the installed torch 2.13.0 (libc10), and with torch 2.11.0 on an H200."
 
@@ -28,7 +26,7 @@ def sleep_without_allocator(context: Context) -> Iterator[Found]:
     pools can.
     """
     for engine in context.engines.values():
-        if contradicts(engine.settings):
+        if engine.cumem_allocator is None:
             message = "enable_sleep_mode is on, but enable_cumem_allocator is false"
             yield Found(engine.where("enable_cumem_allocator"), message)
 
@@ -74,7 +72,7 @@ def sleep_unsupported(context: Context) -> Iterator[Found]:
             yield Found(engine.where("enable_sleep_mode"), message)
 
 
-def _no_cumem(context: Context, engine: Engine) -> str | None:
+def _no_cumem(context: Context, engine: RoleEngines) -> str | None:
     if engine.device == "cpu":
         detail = "" if context.machine.cumem.available else f" ({context.machine.cumem.reason})"
         return f"the engines run on a CPU{detail}"
@@ -100,13 +98,8 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     them (PD205).
     """
     for engine in context.engines.values() if context.pair() else ():
-        setting = read_expandable_segments(engine.environ)
-        if (
-            setting.variable
-            and setting.enabled
-            and not contradicts(engine.settings)
-            and not memory_options(engine.settings).cumem_allocator
-        ):
+        setting = read_expandable_segments(engine.given_environ)
+        if setting.variable and setting.enabled and engine.cumem_allocator is False:
             yield Found(
                 context.where_variable(engine, setting.variable),
                 f"{setting.variable} switches expandable_segments on, which connector "
@@ -131,7 +124,7 @@ def allocator_value_refused(context: Context) -> Iterator[Found]:
     it first allocates.
     """
     for engine in context.engines.values():
-        setting = read_expandable_segments(engine.environ)
+        setting = read_expandable_segments(engine.given_environ)
         if setting.variable and setting.refused is not None:
             message = f"expandable_segments:{setting.refused[:40]!a} is neither True nor False"
             yield Found(context.where_variable(engine, setting.variable), message)
@@ -150,9 +143,9 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
     others are ignored as a whole, not merged.
     """
     for engine in context.engines.values():
-        setting = read_expandable_segments(engine.environ)
+        setting = read_expandable_segments(engine.given_environ)
         values = {
-            engine.environ[name]
+            engine.given_environ[name]
             for name in (setting.variable, *setting.ignored)
             if name is not None
         }
@@ -179,23 +172,22 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
 
     The engine would end with an out-of-memory error, at start or under load.
     """
-    for index, ranks in ranks_by_gpu(context).items():
+    for index, ranks in _ranks_by_gpu(context).items():
         memory = context.machine.gpus[index].memory_bytes
         for engine in ranks:
-            needed = footprint(engine)
+            needed = engine.footprint
             if memory is None or needed is None:
                 continue
             share = engine.settings.gpu_memory_utilization
             budget = memory if engine.settings.kv_cache_memory else int(memory * share)
-            if needed.total_bytes(engine) > budget:
+            if needed.total_bytes > budget:
                 what = (
                     format_size(memory)
                     if budget == memory
                     else f"{share:g} x {format_size(memory)} = {format_size(budget)}"
                 )
                 message = (
-                    f"a {engine.role} rank needs {needed.arithmetic(engine)}, GPU {index} gives "
-                    f"{what}"
+                    f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index} gives {what}"
                 )
                 yield Found(f"{engine.role}.tensor_parallel_size", message)
 
@@ -215,7 +207,7 @@ def kv_cache_too_small(context: Context) -> Iterator[Found]:
     """
     for engine in context.engines.values():
         if engine.settings.max_model_len is not None or _holds_nothing(engine):
-            yield from _too_small(_within_model(engine))
+            yield from _too_small(engine)
 
 
 @rule(
@@ -236,36 +228,24 @@ def kv_cache_below_model(context: Context) -> Iterator[Found]:
             yield from _too_small(engine)
 
 
-def _holds_nothing(engine: Engine) -> bool:
+def _holds_nothing(engine: RoleEngines) -> bool:
+    needed, kv_bytes = engine.footprint, engine.kv_cache_bytes
     return (
-        engine.kv_cache_bytes is not None
-        and footprint(engine) is not None
-        and not longest_request_tokens(engine, engine.kv_cache_bytes)
+        kv_bytes is not None and needed is not None and not needed.longest_request_tokens(kv_bytes)
     )
 
 
-def _within_model(engine: Engine) -> Engine:
-    """The engine once PD106 is heeded: no advice is about lengths that the model was not made
-    for.
-    """
-    longest = engine.settings.max_model_len
-    if engine.shape is None or longest is None or longest <= engine.shape.max_position_embeddings:
-        return engine
-    update = {"max_model_len": engine.shape.max_position_embeddings}
-    return replace(engine, settings=engine.settings.model_copy(update=update))
-
-
-def _too_small(engine: Engine) -> Iterator[Found]:
-    needed, kv_bytes = footprint(engine), engine.kv_cache_bytes
+def _too_small(engine: RoleEngines) -> Iterator[Found]:
+    needed, kv_bytes = engine.footprint, engine.kv_cache_bytes
     if needed is None or kv_bytes is None or needed.min_kv_bytes <= kv_bytes:
         return
-    fits = longest_request_tokens(engine, kv_bytes)
+    fits = needed.longest_request_tokens(kv_bytes)
     message = (
         f"a request of {engine.max_model_len} tokens needs {needed.num_blocks_for_longest} blocks "
         "x "
         f"{format_size(needed.block_bytes)} = {format_size(needed.min_kv_bytes)} on each "
         f"{engine.role} rank, kv_cache_memory is "
-        f"{format_size(kv_bytes)} ({kv_bytes // needed.block_bytes} blocks)"
+        f"{format_size(kv_bytes)} ({needed.num_blocks} blocks)"
     )
     way_out = f"set max_model_len to {fits} or less, or " if fits else ""
     least = -(-needed.min_kv_bytes // 1024**2)
@@ -291,7 +271,7 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
 
     Each rank takes its share of the whole device, so that the last one to start finds too little.
     """
-    for index, ranks in ranks_by_gpu(context).items():
+    for index, ranks in _ranks_by_gpu(context).items():
         memory = context.machine.gpus[index].memory_bytes
         if memory is None or sum(ranks.values()) < 2:
             continue
@@ -311,11 +291,23 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
             )
 
 
-def _wanted_bytes(engine: Engine, memory: int) -> int:
-    needed = footprint(engine)
+def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
+    """Return by GPU how many ranks of which engines it has."""
+    return {
+        gpu: {
+            engine: num_ranks
+            for engine in context.on("cuda")
+            if (num_ranks := engine.num_ranks_on(gpu))
+        }
+        for gpu in range(len(context.machine.gpus))
+    }
+
+
+def _wanted_bytes(engine: RoleEngines, memory: int) -> int:
+    needed = engine.footprint
     if engine.settings.kv_cache_memory is None or needed is None:
         return int(memory * engine.settings.gpu_memory_utilization)
-    return needed.total_bytes(engine)
+    return needed.total_bytes
 
 
 @rule(
@@ -330,7 +322,7 @@ def gpu_shared(context: Context) -> Iterator[Found]:
 
     Prefill and decode then slow each other down, which is what disaggregation is meant to avoid.
     """
-    shared = [index for index, ranks in ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
+    shared = [index for index, ranks in _ranks_by_gpu(context).items() if sum(ranks.values()) > 1]
     if shared:
         num_ranks = sum(engine.num_ranks for engine in context.on("cuda"))
         yield Found(
@@ -354,13 +346,11 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
 
     The kernel would end a process in the middle of loading, or under load.
     """
-    needs = {
-        engine: needed for engine in context.on("cpu") if (needed := footprint(engine)) is not None
-    }
-    total = sum(engine.num_ranks * needed.total_bytes(engine) for engine, needed in needs.items())
+    needs = {engine: engine.footprint for engine in context.on("cpu") if engine.footprint}
+    total = sum(engine.num_ranks * needed.total_bytes for engine, needed in needs.items())
     if total > context.machine.memory_bytes:
         parts = "; ".join(
-            f"{e.num_ranks} {e.role} ranks: {needed.arithmetic(e)} each"
+            f"{e.num_ranks} {e.role} ranks: {needed.arithmetic()} each"
             for e, needed in needs.items()
         )
         message = (
@@ -398,7 +388,7 @@ def cumem_without_fabric(context: Context) -> Iterator[Found]:
     ):
         return
     for engine in context.on("cuda"):
-        if not contradicts(engine.settings) and memory_options(engine.settings).cumem_allocator:
+        if engine.cumem_allocator:
             message = (
                 f"connector {context.config.kv_transfer.connector} moves CuMem memory at 0.6 GB/s "
                 "on hosts without fabric handles"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, Listener
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.platform.facts import PortState
+from pdlaunch.resolve.resolve import ListenAddress
 
 _UNREACHABLE = ("127.", "localhost", "0.0.0.0", "::")
 
@@ -71,34 +71,6 @@ def host_not_here(context: Context) -> Iterator[Found]:
 
 
 @rule(
-    "PD423",
-    "error",
-    fix="Give each its own port, or 0 for a free one.",
-    source="The plan of a launch.",
-)
-def ports_twice(context: Context) -> Iterator[Found]:
-    """Two processes are to listen on one port.
-
-    The second one cannot start.
-    """
-    fixed = [listener for listener in context.listeners if listener.port]
-    counts = Counter((listener.host, listener.port) for listener in fixed)
-    for (host, port), count in counts.items():
-        if count > 1:
-            names = " and ".join(
-                listener.name
-                for listener in fixed
-                if (listener.host, listener.port) == (host, port)
-            )
-            where = next(
-                listener.where
-                for listener in fixed
-                if (listener.host, listener.port) == (host, port)
-            )
-            yield Found(where, f"{names} are all to listen on {host}:{port}")
-
-
-@rule(
     "PD424",
     "error",
     fix="Give an address of this machine that the other hosts can reach.",
@@ -110,13 +82,15 @@ def side_channel_unreachable(context: Context) -> Iterator[Found]:
     A rank tells its peers where to ask for blocks. localhost and 0.0.0.0 mean the peer's own
     machine there: every pull fails.
     """
-    if len(context.hosts) > 1 and context.side_channel_host.startswith(_UNREACHABLE):
-        message = f"ranks on {len(context.hosts)} hosts are told to ask {context.side_channel_host}"
-        yield Found("side channel host", message)
+    num_hosts = len(context.launch.machines)
+    for engine in context.engines.values() if num_hosts > 1 else ():
+        if engine.advertise_address.startswith(_UNREACHABLE):
+            message = f"ranks on {num_hosts} hosts are told to ask {engine.advertise_address}"
+            yield Found("side channel host", message)
 
 
-def _states(context: Context) -> Iterator[tuple[Listener, PortState]]:
-    for listener in context.listeners:
-        state = context.ports.get((listener.host, listener.port))
+def _states(context: Context) -> Iterator[tuple[ListenAddress, PortState]]:
+    for listener in context.launch.listeners:
+        state = (context.probes.ports or {}).get((listener.host, listener.port))
         if state is not None:
             yield listener, state

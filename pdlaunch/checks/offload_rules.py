@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, Engine
-from pdlaunch.checks.footprint import footprint
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
 from pdlaunch.platform.facts import UNLIMITED
+from pdlaunch.resolve.roles import RoleEngines
 
 SETTING = "kv_offload.host_memory"
 
@@ -46,9 +46,9 @@ def tiers_exceed_memory(context: Context) -> Iterator[Found]:
     """
     tiers = {engine: engine.num_ranks * engine.host_tier_bytes for engine in _with_tier(context)}
     others = sum(
-        engine.num_ranks * needed.total_bytes(engine)
+        engine.num_ranks * engine.footprint.total_bytes
         for engine in context.on("cpu")
-        if (needed := footprint(engine)) is not None
+        if engine.footprint is not None
     )
     total = sum(tiers.values()) + others
     if tiers and total > context.machine.memory_bytes:
@@ -126,7 +126,7 @@ def tier_holds_no_block(context: Context) -> Iterator[Found]:
     The rank would refuse to start.
     """
     for engine in _with_tier(context):
-        needed = footprint(engine)
+        needed = engine.footprint
         if needed is not None and engine.host_tier_bytes < needed.host_block_bytes:
             message = (
                 f"{SETTING} {_size(engine)} holds no block of "
@@ -153,9 +153,9 @@ def policy_without_tier(context: Context) -> Iterator[Found]:
             yield Found(where, f"{SETTING} is 0: there is nothing to evict")
 
 
-def _with_tier(context: Context) -> Iterator[Engine]:
+def _with_tier(context: Context) -> Iterator[RoleEngines]:
     return (engine for engine in context.engines.values() if engine.host_tier_bytes)
 
 
-def _size(engine: Engine) -> str:
+def _size(engine: RoleEngines) -> str:
     return format_size(engine.host_tier_bytes)

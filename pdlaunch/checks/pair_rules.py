@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdlaunch.checks.context import Context, Engine
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.resolve.roles import RoleEngines
 
 _LAYOUT = "pdlaunch's KV layout and handshake."
 
@@ -278,10 +279,7 @@ def allocators_differ(context: Context) -> Iterator[Found]:
     pair = context.pair()
     if pair is None or any(engine.device != "cuda" for engine in pair):
         return
-    wanted = [
-        engine.settings.enable_cumem_allocator or engine.settings.enable_sleep_mode
-        for engine in pair
-    ]
+    wanted = [bool(engine.cumem_allocator) for engine in pair]
     if wanted[0] != wanted[1]:
         with_cumem = pair[0].role if wanted[0] else pair[1].role
         yield Found(
@@ -302,7 +300,7 @@ def _differing(prefill: ModelShape, decode: ModelShape, names: tuple[str, ...]) 
     return ", ".join(f"{name} ({left}, {right})" for name, left, right in values if left != right)
 
 
-def _differing_place(prefill: Engine, decode: Engine, name: str) -> str:
+def _differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str:
     """The role's own setting that makes the difference."""
     return decode.where(name) if name in decode.overrides else prefill.where(name)
 

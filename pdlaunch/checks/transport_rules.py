@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context
+from pdlaunch.checks.context import Context, PairTransport
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.checks.transport_report import PairTransport
 
 CLIFF_GIGABYTES_PER_S = 1.5
 """Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
@@ -144,7 +143,7 @@ def pair_speed(context: Context) -> Iterator[Found]:
 
 
 def _pairs(context: Context) -> tuple[PairTransport, ...]:
-    return context.transport.pairs if context.transport is not None else ()
+    return context.probes.transport or ()
 
 
 def _name(pair: PairTransport) -> str:
@@ -160,9 +159,9 @@ def _reasons(context: Context, pair: PairTransport) -> str:
         reasons.append(f"kv_transfer.nixl.path is {settings.nixl.path}: {untried} was not tried")
     if pair.path.startswith("nixl"):
         values = {
-            engine.environ["UCX_TLS"]
+            engine.given_environ["UCX_TLS"]
             for engine in context.engines.values()
-            if "UCX_TLS" in engine.environ
+            if "UCX_TLS" in engine.given_environ
         }
         reasons += [f"UCX_TLS is {value}" for value in sorted(values)]
     return "".join(f"; {reason}" for reason in reasons)

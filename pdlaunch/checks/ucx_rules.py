@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdlaunch.checks.context import Context, Engine
+from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.config.ucx import CUDA, RDMA, local_transports, setting, ucx_transports
+from pdlaunch.config.ucx import CUDA, RDMA, setting, ucx_transports
 
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
@@ -25,11 +25,11 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
     UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
     """
     for engine in context.on("cuda"):
-        if _uses_ucx(context) and not CUDA.intersection(_transports(engine)):
+        if _uses_ucx(context) and not CUDA.intersection(engine.ucx_transports):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
-                    f"UCX_TLS {setting(engine.environ)} has no CUDA transport, but {engine.role} "
+                    f"UCX_TLS {setting(engine.given_environ)} has no CUDA transport, but {engine.role} "
                     "runs on GPUs"
                 ),
             )
@@ -48,11 +48,11 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     GPUs of one host then exchange blocks through host memory instead of NVLink.
     """
     for engine in context.on("cuda"):
-        transports = _transports(engine)
+        transports = engine.ucx_transports
         if _uses_ucx(context) and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} has no cuda_ipc",
+                f"UCX_TLS {setting(engine.given_environ)} has no cuda_ipc",
             )
 
 
@@ -72,11 +72,11 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     out of it again.
     """
     for engine in context.on("cpu"):
-        transports = _transports(engine)
+        transports = engine.ucx_transports
         if _uses_ucx(context) and "posix" in transports and "cma" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} has no cma",
+                f"UCX_TLS {setting(engine.given_environ)} has no cma",
             )
 
 
@@ -94,11 +94,11 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     UCX finds its peers through it.
     """
     for engine in context.engines.values():
-        if _uses_ucx(context) and "posix" not in _transports(engine):
+        if _uses_ucx(context) and "posix" not in engine.ucx_transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
-                    f"UCX_TLS {setting(engine.environ)} leaves nothing that connects two processes "
+                    f"UCX_TLS {setting(engine.given_environ)} leaves nothing that connects two processes "
                     "of this host; posix is missing"
                 ),
             )
@@ -116,14 +116,18 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
 
     Blocks between hosts then go through TCP.
     """
-    if len(context.hosts) < 2 or not context.machine.rdma_devices or not _uses_ucx(context):
+    if (
+        len(context.launch.machines) < 2
+        or not context.machine.rdma_devices
+        or not _uses_ucx(context)
+    ):
         return
     for engine in context.engines.values():
-        if not ucx_transports(engine.environ) & RDMA:
+        if not ucx_transports(engine.given_environ) & RDMA:
             devices = ", ".join(context.machine.rdma_devices[:4])
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.environ)} has no RDMA transport; this host has {devices}",
+                f"UCX_TLS {setting(engine.given_environ)} has no RDMA transport; this host has {devices}",
             )
 
 
@@ -142,7 +146,7 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     """
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
     for engine in context.on("cuda") if has_fabric else ():
-        if _uses_ucx(context) and _is_off(engine.environ.get(_MNNVL)):
+        if _uses_ucx(context) and _is_off(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles",
@@ -169,16 +173,11 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
         return
     for engine in context.on("cuda"):
-        if _uses_ucx(context) and _is_on(engine.environ.get(_MNNVL)):
+        if _uses_ucx(context) and _is_on(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
             )
-
-
-def _transports(engine: Engine) -> tuple[str, ...]:
-    """Return the transports that the ranks of an engine really use."""
-    return local_transports(engine.environ, engine.device)
 
 
 def _uses_ucx(context: Context) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.models import read_weight_errors
-from pdlaunch.checks.run import Report, listeners, run_checks
+from pdlaunch.checks.context import Probes
+from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli.findings import (
     github_line,
     github_problem,
@@ -23,16 +24,17 @@ from pdlaunch.cli.findings import (
     safe,
 )
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
-from pdlaunch.cli.preflight import probe_folders
+from pdlaunch.cli.preflight import probe_files
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine, PortState
 from pdlaunch.platform.import_probe import probe_imports
 from pdlaunch.platform.ports import probe_port
 from pdlaunch.platform.probe import assume, probe_machine
+from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 
 EXIT_FINDINGS = 1
 EXIT_UNUSABLE = 2
@@ -99,20 +101,24 @@ def check_config(
     except ConfigError as error:
         _refuse(error, output, config)
     is_this = assume_platform is None and assume_gpus is None and assume_gpu_memory is None
-    probes: dict[str, Any] = {
-        "ports": _probe_ports(loaded) if is_this else None,
-        "import_errors": probe_imports(os.environ) if probe else None,
-        "folder_problems": probe_folders(loaded.config) if is_this else None,
-        "weight_errors": read_weight_errors(loaded.config) if is_this else None,
-    }
-    report = run_checks(loaded, machine, os.environ, **probes)
+    resolved = resolve(loaded.config, {THIS_HOST: machine}, os.environ)
+    probes = Probes(import_errors=probe_imports(os.environ) if probe else None)
+    if is_this:
+        files = probe_files(resolved)
+        probes = replace(
+            probes,
+            ports=_probe_ports(resolved),
+            folder_problems=files.folder_problems,
+            weight_errors=files.weight_errors,
+        )
+    report = run_checks(resolved, loaded.origins, probes)
     if probe and is_this and report.is_ok():
         # Only a set-up without errors can start. Imported here: it takes what starting processes
         # takes.
         from pdlaunch.cli.transport import probe_transport
 
-        transport = probe_transport(loaded.config, machine, os.environ)
-        report = run_checks(loaded, machine, os.environ, transport=transport, **probes)
+        probes = replace(probes, transport=probe_transport(resolved))
+        report = run_checks(resolved, loaded.origins, probes)
     ok = report.is_ok(strict=strict)
     _print(report, output, ok=ok)
     raise typer.Exit(0 if ok else EXIT_FINDINGS)
@@ -157,11 +163,10 @@ def _memory_bytes(text: str | None) -> int | None:
     return size
 
 
-def _probe_ports(loaded: LoadedConfig) -> dict[tuple[str, int], PortState] | None:
-    """None when a host's name could not be resolved in time."""
+def _probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:
+    """Return None when a host's name could not be resolved in time."""
     states = {
-        (item.host, item.port): probe_port(item.host, item.port)
-        for item in listeners(loaded.config)
+        (item.host, item.port): probe_port(item.host, item.port) for item in resolved.listeners
     }
     known = {address: state for address, state in states.items() if state is not None}
     return known if len(known) == len(states) else None

@@ -20,6 +20,9 @@ from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
+from pdlaunch.platform.probe import probe_machine
+from pdlaunch.resolve.effective import effective_settings
+from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
 EXIT_UNUSABLE = 2
 
@@ -88,12 +91,16 @@ def show(
     derived.
     """
     try:
-        values = shown_values(load_config(config, os.environ, flags))
+        loaded = load_config(config, os.environ, flags)
     except ConfigError as error:
         Console(file=sys.stderr, soft_wrap=True).print(
             Text(f"error: {safe(str(error))}", style="red")
         )
         raise typer.Exit(EXIT_UNUSABLE) from None
+    resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
+    by_path = {item.path: item for item in shown_values(loaded)}
+    by_path |= {item.path: item for item in effective_settings(resolved)}
+    values = list(by_path.values())
     if output is Format.JSON:
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
     else:

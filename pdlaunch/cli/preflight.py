@@ -10,16 +10,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.checks.models import read_weight_errors
+from pdlaunch.checks.context import Probes
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.findings import place, safe
-from pdlaunch.cli.transport import transport_report
+from pdlaunch.cli.transport import measured_pairs
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.sources import LoadedConfig
-from pdlaunch.platform.facts import Machine
+from pdlaunch.config.sources import Origin
 from pdlaunch.platform.folders import why_not_writable
 from pdlaunch.platform.gpu_links import read_gpu_links
+from pdlaunch.resolve.models import weight_error
+from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.status import LaunchStatus
 
@@ -27,8 +28,19 @@ EXIT_FINDINGS = 1
 _STYLES = {"error": "red", "warning": "yellow", "info": "dim"}
 
 
-def probe_folders(config: LaunchConfig) -> dict[str, str]:
-    """By setting, why the folder that it names cannot be written to."""
+def probe_files(resolved: ResolvedLaunch) -> Probes:
+    """Look at the files of weights, and at the folders that must be writable."""
+    weight_errors = {
+        role: error
+        for role, engines in resolved.roles.items()
+        if engines.settings.load_format != "dummy"
+        and (error := weight_error(engines.model)) is not None
+    }
+    return Probes(folder_problems=_probe_folders(resolved.config), weight_errors=weight_errors)
+
+
+def _probe_folders(config: LaunchConfig) -> dict[str, str]:
+    """Return by setting why the folder that it names cannot be written to."""
     problems = {
         name: why_not_writable(folder) for name, folder in config.kv_transfer.folders.items()
     }
@@ -36,16 +48,10 @@ def probe_folders(config: LaunchConfig) -> dict[str, str]:
 
 
 def refuse_errors(
-    loaded: LoadedConfig, machine: Machine, environ: Mapping[str, str], console: Console
+    resolved: ResolvedLaunch, origins: Mapping[str, Origin], console: Console
 ) -> None:
-    """Print warnings and errors of all rules; raises ``typer.Exit`` when there are errors."""
-    report = run_checks(
-        loaded,
-        machine,
-        environ,
-        folder_problems=probe_folders(loaded.config),
-        weight_errors=read_weight_errors(loaded.config),
-    )
+    """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors."""
+    report = run_checks(resolved, origins, probe_files(resolved))
     for finding in report.findings:
         if finding.severity != "info":
             print_finding(console, finding)
@@ -67,14 +73,13 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 
 def judge_pairs(
-    loaded: LoadedConfig,
-    machine: Machine,
-    environ: Mapping[str, str],
+    resolved: ResolvedLaunch,
+    origins: Mapping[str, Origin],
     status: LaunchStatus,
     read_links: ReadLinks = read_gpu_links,
 ) -> tuple[Finding, ...]:
-    """What the transport rules say against the pairs that the handshakes have measured."""
-    report = transport_report(loaded.config, machine, environ, status, read_links)
-    findings = run_checks(loaded, machine, environ, transport=report, family="PD5").findings
+    """Return what the transport rules find in the pairs that the handshakes have measured."""
+    probes = Probes(transport=measured_pairs(resolved, status, read_links))
+    findings = run_checks(resolved, origins, probes, family="PD5").findings
     # The speeds themselves (infos) stand in the panel already.
     return tuple(finding for finding in findings if finding.severity != "info")

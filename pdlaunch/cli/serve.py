@@ -22,16 +22,10 @@ from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.resolve.plan import Plan
-from pdlaunch.resolve.resolve import served_model_name
+from pdlaunch.resolve.effective import effective_engines
+from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
-from pdlaunch.supervisor.launch import (
-    LaunchOutcome,
-    PlannedLaunch,
-    check_platform,
-    launch,
-    plan_launch,
-)
+from pdlaunch.supervisor.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.supervisor.ports import check_engine_ports, listening
 from pdlaunch.supervisor.status import LaunchStatus
 
@@ -76,17 +70,17 @@ def serve(
             )
         lifeline = _standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
-        machine = probe_machine()
+        resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
         if not dry_run:
             check_platform()
-            refuse_errors(loaded, machine, os.environ, errors)
-        planned = plan_launch(loaded.config, machine, os.environ)
+            refuse_errors(resolved, loaded.origins, errors)
+        resolved.require_startable()
         if dry_run:
-            print_plan(planned.plan, output)
+            print_plan(resolved, output)
             return
-        check_engine_ports(loaded.config)
+        check_engine_ports(resolved)
         with listening(loaded.config.host, loaded.config.port) as listeners:
-            outcome = _serve(loaded, planned, lifeline, listeners)
+            outcome = _serve(loaded, resolved, lifeline, listeners)
     except ConfigError as error:
         _refuse(errors, error)
     except StartupError as error:
@@ -107,29 +101,29 @@ def _standard_input() -> int:
 
 def _serve(
     loaded: LoadedConfig,
-    planned: PlannedLaunch,
+    resolved: ResolvedLaunch,
     lifeline: int | None,
     listeners: Sequence[socket.socket],
 ) -> LaunchOutcome:
-    config = planned.config
+    config = resolved.config
     launch_id = new_launch_id()
     log_dir = new_log_dir(config, launch_id)
 
     def summary(status: LaunchStatus) -> list[tuple[str, str]]:
         rows = ready_rows(
             status,
-            model=served_model_name(config),
+            model=resolved.served_model_name,
             connector=config.kv_transfer.connector,
             log_dir=str(log_dir),
             needs_key=config.api_key is not None,
         )
-        findings = judge_pairs(loaded, planned.machine, os.environ, status)
+        findings = judge_pairs(resolved, loaded.origins, status)
         return rows + [(f.severity, f"{f.rule} {f.where}: {f.message}") for f in findings]
 
     view = make_view(SteadyConsole(), summary)
     try:
         outcome = launch(
-            planned, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline
+            resolved, view, listeners, launch_id=launch_id, log_dir=log_dir, lifeline=lifeline
         )
         view.note("stopped")
     finally:
@@ -151,11 +145,12 @@ def _refuse(errors: Console, error: ConfigError) -> NoReturn:
     raise typer.Exit(EXIT_UNUSABLE) from None
 
 
-def print_plan(plan: Plan, output: Format) -> None:
-    """Every process, host, command, environment, ports and devices; secrets masked."""
-    shown = plan.shown()
+def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
+    """Print what engines use, and each process with its command and environment; secrets masked."""
+    shown = resolved.plan.shown()
     if output is Format.JSON:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(shown)) + b"\n")
+        document = {"engines": effective_engines(resolved), **msgspec.to_builtins(shown)}
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
         sys.stdout.flush()
         return
     console = Console()

@@ -21,7 +21,7 @@ from pdlaunch.client.smoke import Check, smoke, write_junit
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError, PdlaunchError
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.resolve.resolve import resolve_engines, resolve_models
+from pdlaunch.resolve.resolve import THIS_HOST, resolve
 from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 
@@ -60,8 +60,8 @@ def smoke_command(
             checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
             children = psutil.Process(deployment.process.pid).children(recursive=True)
             # Only now: a model that had to be converted can be read.
-            engines = resolve_engines(launch_config, probe_machine(), resolve_models(launch_config))
-            exact = {engine.dtype for engine in engines.values()} == {"float32"}
+            resolved = resolve(launch_config, {THIS_HOST: probe_machine()}, os.environ)
+            exact = {engines.dtype for engines in resolved.roles.values()} == {"float32"}
             if chaos is None:
                 checks += smoke(deployment.url, api_key=key, exact=exact)
             else:

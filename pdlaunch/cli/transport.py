@@ -9,15 +9,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pdlaunch.checks.transport_report import Allocator, PairTransport, TransportReport
-from pdlaunch.config.memory_options import memory_options
+from pdlaunch.checks.context import PairTransport
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.platform.allocator_conf import read_expandable_segments
-from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
+from pdlaunch.resolve.roles import Allocator
 from pdlaunch.supervisor.folders import new_launch_id
-from pdlaunch.supervisor.launch import check_platform, launch, plan_launch
+from pdlaunch.supervisor.launch import check_platform, launch
 from pdlaunch.supervisor.pair_links import ReadLinks, gpu_links
 from pdlaunch.supervisor.ports import listening
 from pdlaunch.supervisor.status import LaunchStatus
@@ -33,65 +32,52 @@ with 18 NVLinks (478 GB/s): P2P 0.71 to 0.82, NIXL 0.52 to 0.63; over PCIe 5.0 x
 little of it."""
 
 
-def transport_report(
-    config: LaunchConfig,
-    machine: Machine,
-    environ: Mapping[str, str],
-    status: LaunchStatus,
-    read_links: ReadLinks = read_gpu_links,
-) -> TransportReport:
-    """What the handshakes have measured, with the allocator that the KV cache comes from."""
-    allocator = _allocator(config, machine, environ)
+def measured_pairs(
+    resolved: ResolvedLaunch, status: LaunchStatus, read_links: ReadLinks = read_gpu_links
+) -> tuple[PairTransport, ...]:
+    """Return what the handshakes have measured, and what the link of each pair should give."""
+    allocator = _allocator(resolved)
     host_speed = HOST_SHARE * measure_copy_gigabytes_per_s() if allocator == "host" else None
     pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
-    return TransportReport(
-        tuple(
-            PairTransport(
-                puller=pair.local,
-                holder=pair.peer,
-                path=pair.path,
-                allocator=allocator,
-                gigabytes_per_s=pair.gigabytes_per_s,
-                expected_gigabytes_per_s=host_speed
-                if link is None
-                else LINK_SHARES[link.kind] * link.gigabytes_per_s,
-                link="" if link is None else link.text,
-                other_paths=pair.other_paths,
-            )
-            for pair, link in zip(
-                pairs, gpu_links(config, machine, environ, pairs, read_links), strict=True
-            )
+    return tuple(
+        PairTransport(
+            puller=pair.local,
+            holder=pair.peer,
+            path=pair.path,
+            allocator=allocator,
+            gigabytes_per_s=pair.gigabytes_per_s,
+            expected_gigabytes_per_s=host_speed
+            if link is None
+            else LINK_SHARES[link.kind] * link.gigabytes_per_s,
+            link="" if link is None else link.text,
+            other_paths=pair.other_paths,
         )
+        for pair, link in zip(pairs, gpu_links(resolved, pairs, read_links), strict=True)
     )
 
 
-def probe_transport(
-    config: LaunchConfig, machine: Machine, environ: Mapping[str, str]
-) -> TransportReport:
-    """Start the planned processes with random weights, let every pair shake hands and move bytes,
-    stop them.
+def probe_transport(resolved: ResolvedLaunch) -> tuple[PairTransport, ...]:
+    """Start the planned processes with random weights, let every pair move bytes, stop them.
 
-    What keeps them from getting ready is the error of a pair in the report. Raises ConfigError.
+    What keeps them from getting ready is the error of a pair. Raises ConfigError.
     """
     check_platform()
-    rehearsal = _rehearsal(config)
-    planned = plan_launch(rehearsal, machine, environ)
+    rehearsal = resolve(_rehearsal(resolved.config), resolved.machines, resolved.environ)
+    rehearsal.require_startable()
     with (
         tempfile.TemporaryDirectory(prefix="pdlaunch-probe-") as log_dir,
-        listening(rehearsal.host, rehearsal.port) as listeners,
+        listening(rehearsal.config.host, rehearsal.config.port) as listeners,
     ):
         observer = _StopWhenReady()
         outcome = launch(
-            planned, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir)
+            rehearsal, observer, listeners, launch_id=new_launch_id(), log_dir=Path(log_dir)
         )
     if observer.status is not None:
-        return transport_report(config, machine, environ, observer.status)
+        return measured_pairs(resolved, observer.status)
     reason = "; ".join(line.strip() for line in outcome.report) or "the processes did not get ready"
-    connector = config.kv_transfer.connector
-    broken = PairTransport(
-        "decode", "prefill", connector, _allocator(config, machine, environ), error=reason
-    )
-    return TransportReport((broken,))
+    connector = resolved.config.kv_transfer.connector
+    broken = PairTransport("decode", "prefill", connector, _allocator(resolved), error=reason)
+    return (broken,)
 
 
 class _StopWhenReady:
@@ -124,15 +110,7 @@ def _rehearsal(config: LaunchConfig) -> LaunchConfig:
     return config.model_copy(update={"load_format": "dummy", **changes})
 
 
-def _allocator(config: LaunchConfig, machine: Machine, environ: Mapping[str, str]) -> Allocator:
-    """Of the prefill engines' KV caches, which decode reads."""
-    settings = config.engine_settings("prefill")
-    if settings.device == "cpu" or not machine.gpus:
-        return "host"
-    if memory_options(settings).cumem_allocator:
-        return "cumem"
-    return (
-        "expandable_segments"
-        if read_expandable_segments({**environ, **settings.env}).enabled
-        else "cuda"
-    )
+def _allocator(resolved: ResolvedLaunch) -> Allocator:
+    """Return the allocator of the prefill engines' KV caches, which decode reads."""
+    prefill = resolved.roles.get("prefill")
+    return "host" if prefill is None else prefill.allocator

@@ -36,7 +36,12 @@ class EngineSpec(SharedSettings, EngineSettings):
     num_threads: int
     async_scheduling: bool = False
     """Always off on a CPU."""
-    http_host: str = ENGINE_HOST
+    activation_bytes: int = 0
+    """A rank that sizes its KV cache by gpu_memory_utilization sets this aside for a step."""
+    bind_address: str = ENGINE_HOST
+    """The server and the side channels of the ranks listen here."""
+    advertise_address: str = ENGINE_HOST
+    """Ranks tell their peers to connect here."""
     http_port: int = 0
     """0 takes a free port, which is registered with the supervisor."""
 

@@ -134,9 +134,9 @@ class RankProcess:
         address = Address(
             requests=server.endpoint,
             steps="" if followers is None else followers.endpoint,
-            side_channel=transfer.endpoint,
+            side_channel=self._side_channel(transfer),
         )
-        host, _, port = transfer.endpoint.removeprefix("tcp://").rpartition(":")
+        port = transfer.endpoint.rpartition(":")[2]
         scheduler = Scheduler(
             groups=runner.layout.groups,
             num_blocks=runner.num_blocks,
@@ -147,7 +147,7 @@ class RankProcess:
             enable_prefix_caching=spec.enable_prefix_caching,
             model_digest=runner.model_digest,
             kv_transfer=spec.kv_transfer,
-            local=(engine_id, host, int(port), spec.tensor_parallel_size),
+            local=(engine_id, spec.advertise_address, int(port), spec.tensor_parallel_size),
             offload=new_offload_planner(spec, runner, offload),
         )
         leader = Leader(
@@ -190,7 +190,7 @@ class RankProcess:
         offload: OffloadWorker | None,
         engine_id: EngineId,
     ) -> None:
-        self._register(engine_id, Address(side_channel=transfer.endpoint))
+        self._register(engine_id, Address(side_channel=self._side_channel(transfer)))
         tp_rank = self._bootstrap.tp_rank
         leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
         self._control.send(Ready())
@@ -268,8 +268,14 @@ class RankProcess:
             context=self._context,
             wake=self._wakeup.set,
             report=self._control.send,
+            host=spec.bind_address,
         )
         return TransferThread(setup) if faults is None else FaultyTransferThread(setup, faults)
+
+    def _side_channel(self, transfer: TransferThread) -> str:
+        """Return the endpoint that peers are told."""
+        port = transfer.endpoint.rpartition(":")[2]
+        return f"tcp://{self._spec.advertise_address}:{port}"
 
     def _await_leader(self) -> str:
         """Endpoint of rank 0's step channel in this incarnation."""

@@ -42,10 +42,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float | None], None]
 
-DEFAULT_CPU_CACHE_BYTES = 1024**3
-CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
-"""Times hidden and inner size: room for one step's temporaries beside weights and KV cache."""
-
 
 class ModelRunner:
     """Owns the model and the KV cache of one rank. Not safe for more than one thread.
@@ -405,10 +401,7 @@ class ModelRunner:
     def _cache_bytes(self) -> int:
         if self._spec.kv_cache_memory is not None:
             return self._spec.kv_cache_memory
-        if self._device.type == "cpu":
-            return DEFAULT_CPU_CACHE_BYTES
+        # The only size that is not planned: nobody knows before what a device has left.
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        inner = self.shape.hidden_size + self.shape.intermediate_size
-        activations = self._spec.max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
         unusable = total_bytes * (1 - self._spec.gpu_memory_utilization)
-        return max(0, int(free_bytes - unusable - activations))
+        return max(0, int(free_bytes - unusable - self._spec.activation_bytes))

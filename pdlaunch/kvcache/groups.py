@@ -72,3 +72,20 @@ def make_groups(layer_windows: Sequence[int | None]) -> tuple[KVCacheGroup, ...]
         for window, layers in ordered
         for start in range(0, len(layers), size)
     )
+
+
+def span_blocks(window: int, block_size: int) -> int:
+    """Return the most blocks that ``window`` neighbouring tokens touch."""
+    return (window + block_size - 2) // block_size + 1
+
+
+def min_blocks(windows: Sequence[int | None], block_size: int, num_tokens: int) -> int:
+    """Return the blocks without which ``num_tokens`` tokens cannot be computed, even one at a time.
+
+    ``windows``: the sliding window of each group; a full group (None) keeps every block.
+    """
+    num_logical = -(-num_tokens // block_size)
+    return sum(
+        num_logical if window is None else min(num_logical, span_blocks(window, block_size))
+        for window in windows
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pdlaunch.kvcache.block_pool import BlockPool
 from pdlaunch.kvcache.block_table import BlockTables
-from pdlaunch.kvcache.groups import KVCacheGroup
+from pdlaunch.kvcache.groups import KVCacheGroup, min_blocks, span_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,7 @@ class KVCacheManager:
 
     def min_blocks(self, num_tokens: int) -> int:
         """Blocks without which ``num_tokens`` tokens cannot be computed, even one at a time."""
-        num_logical = self.num_logical_blocks(num_tokens)
-        return sum(
-            num_logical if window is None else min(num_logical, self._span(window))
-            for window in self._windows
-        )
+        return min_blocks(self._windows, self._block_size, num_tokens)
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
         """The longest cached prefix of at most ``max_blocks`` logical blocks from which a request
@@ -223,7 +219,7 @@ class KVCacheManager:
 
     def _span(self, window: int) -> int:
         """Most blocks that ``window`` neighbouring tokens touch."""
-        return (window + self._block_size - 2) // self._block_size + 1
+        return span_blocks(window, self._block_size)
 
     def _plan_release(self, tables: BlockTables) -> None:
         """The first block of a group has left when the query's window begins after it."""

@@ -1,20 +1,16 @@
-"""``plan(config, machine) -> Plan``: every process of a launch, before anything is started or read
-from the model.
-"""
+"""The processes of a launch, before any is started."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from pdlaunch.config.models import LaunchConfig, Role
-from pdlaunch.errors import ConfigError
-from pdlaunch.platform.facts import Machine
+from pdlaunch.config.models import Role
+from pdlaunch.resolve.roles import RoleEngines
 
-ROLES: tuple[Role, ...] = ("prefill", "decode")
 _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
 
 
@@ -35,7 +31,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "localhost"
     command: tuple[str, ...] = ()
     environment: dict[str, str] = {}
-    """Set for the process, over what the supervisor has."""
+    """Variables that are set over the supervisor's."""
     ports: dict[str, int] = {}
     """0: a free one, chosen and registered by the process."""
     devices: tuple[str, ...] = ()
@@ -48,14 +44,14 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a launch starts."""
+    """Every process that a launch starts."""
 
     conversions: tuple[ProcessSpec, ...] = ()
     """Run first, to their end."""
     processes: tuple[ProcessSpec, ...]
 
     def shown(self) -> Plan:
-        """The plan with the values of secret-looking environment variables masked, for printing."""
+        """Return the plan with secret-looking environment variables masked, for printing."""
         return Plan(conversions=_mask(self.conversions), processes=_mask(self.processes))
 
     def engines(self, role: Role) -> list[str]:
@@ -65,154 +61,83 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return [p for p in self.processes if p.kind == "rank" and p.role == role]
 
 
-def plan(
-    config: LaunchConfig,
-    machine: Machine,
-    environ: Mapping[str, str],
-    conversions: Sequence[str] = (),
+def plan_processes(
+    roles: Sequence[RoleEngines], *, port: int, cpus: tuple[int, ...], conversions: Sequence[str]
 ) -> Plan:
-    """Every process of ``config`` on ``machine``; ranks come first, because they take longest to
-    start.
+    """Plan every process; ranks come first, because they take longest to start.
 
-    ``environ``: the supervisor's own; ``conversions``: the models that must be converted first.
-    Raises ConfigError when there is no engine, or not the device for one.
+    ``port``, ``cpus``: of the router. ``conversions``: the models that must be converted first.
     """
-    placement = Placement(config, machine)
-    ranks = [
-        _rank(placement, environ, role, index, tp_rank)
-        for role, index, tp_rank in _each_rank(config)
+    engines = [
+        process
+        for role in roles
+        for index in range(role.replicas)
+        for process in engine_processes(role, index)
     ]
-    servers = [
-        _server(config, machine, role, index)
-        for role in ROLES
-        for index in range(config.role(role).replicas)
-    ]
-    if not ranks:
-        raise ConfigError(
-            "there is no engine to start",
-            field="prefill.replicas",
-            value=0,
-            fix="set prefill.replicas and decode.replicas to 1 or more",
-        )
     return Plan(
         conversions=tuple(
-            _conversion(machine, index, source) for index, source in enumerate(conversions)
+            _conversion(cpus, index, source) for index, source in enumerate(conversions)
         ),
-        processes=(*ranks, *servers, _router(config, machine)),
+        processes=(
+            *(process for process in engines if process.kind == "rank"),
+            *(process for process in engines if process.kind != "rank"),
+            _router(port, cpus),
+        ),
     )
 
 
-class Placement:
-    """Which device and how many threads each rank gets: GPUs round-robin over all ranks, cores
-    shared evenly.
-    """
-
-    def __init__(self, config: LaunchConfig, machine: Machine) -> None:
-        self.config = config
-        self.machine = machine
-        self._ranks = list(_each_rank(config))
-
-    def device(self, role: Role) -> Literal["cpu", "cuda"]:
-        """Raises ConfigError when the machine has too few GPUs for one engine."""
-        settings = self.config.engine_settings(role)
-        wanted = settings.device
-        if wanted == "cpu" or (wanted == "auto" and not len(self.machine.gpus)):
-            return "cpu"
-        if not len(self.machine.gpus):
-            raise ConfigError(
-                "no CUDA device was found",
-                field="device",
-                value=wanted,
-                fix="set device: cpu, or check nvidia-smi",
-            )
-        tp_size = self.config.role(role).tensor_parallel_size
-        if tp_size > len(self.machine.gpus):
-            raise ConfigError(
-                (
-                    f"an engine of {tp_size} ranks needs {tp_size} GPUs, this machine has "
-                    f"{len(self.machine.gpus)}"
-                ),
-                field=f"{role}.tensor_parallel_size",
-                value=tp_size,
-                fix=f"set it to {len(self.machine.gpus)} or less",
-            )
-        return "cuda"
-
-    def device_indices(self, role: Role, index: int) -> tuple[int, ...]:
-        """CUDA device of each rank of an engine; empty on a CPU."""
-        if self.device(role) == "cpu":
-            return ()
-        on_gpus = [rank for rank in self._ranks if self.device(rank[0]) == "cuda"]
-        first = on_gpus.index((role, index, 0))
-        tp_size = self.config.role(role).tensor_parallel_size
-        return tuple((first + tp_rank) % len(self.machine.gpus) for tp_rank in range(tp_size))
-
-    def num_threads(self, role: Role) -> int:
-        wanted = self.config.engine_settings(role).num_threads
-        return wanted or max(1, len(self.machine.cpus) // len(self._ranks))
-
-
-def _each_rank(config: LaunchConfig) -> Iterator[tuple[Role, int, int]]:
-    for role in ROLES:
-        section = config.role(role)
-        for index in range(section.replicas):
-            for tp_rank in range(section.tensor_parallel_size):
-                yield role, index, tp_rank
-
-
-def _rank(
-    placement: Placement, environ: Mapping[str, str], role: Role, index: int, tp_rank: int
-) -> ProcessSpec:
-    engine = f"{role}-{index}"
-    name = f"{engine}/rank-{tp_rank}"
-    devices = placement.device_indices(role, index)
-    num_threads = placement.num_threads(role)
-    return ProcessSpec(
+def engine_processes(engines: RoleEngines, index: int) -> tuple[ProcessSpec, ...]:
+    """Plan the processes of one engine: its ranks, then its server."""
+    name = engines.engine_name(index)
+    devices = engines.device_indices(index)
+    ranks = [
+        ProcessSpec(
+            name=f"{name}/rank-{tp_rank}",
+            kind="rank",
+            unit=f"{name}/ranks",
+            engine=name,
+            role=engines.role,
+            tp_rank=tp_rank,
+            tp_size=engines.tp_size,
+            host=engines.host,
+            command=_python("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
+            environment=dict(engines.environment),
+            ports={"side_channel": 0},
+            devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
+            num_threads=engines.num_threads,
+            cpus=engines.machine.cpus,
+        )
+        for tp_rank in range(engines.tp_size)
+    ]
+    server = ProcessSpec(
         name=name,
-        kind="rank",
-        unit=f"{engine}/ranks",
-        engine=engine,
-        role=role,
-        tp_rank=tp_rank,
-        tp_size=placement.config.role(role).tensor_parallel_size,
-        command=_python("pdlaunch.engine", "--name", name),
-        environment=_rank_environment(placement, role, environ),
-        ports={"side_channel": 0},
-        devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
-        num_threads=num_threads,
-        cpus=placement.machine.cpus,
-    )
-
-
-def _server(config: LaunchConfig, machine: Machine, role: Role, index: int) -> ProcessSpec:
-    engine = f"{role}-{index}"
-    return ProcessSpec(
-        name=engine,
         kind="server",
-        unit=engine,
-        engine=engine,
-        role=role,
-        tp_size=config.role(role).tensor_parallel_size,
-        command=_python("pdlaunch.server", "--name", engine),
+        unit=name,
+        engine=name,
+        role=engines.role,
+        tp_size=engines.tp_size,
+        host=engines.host,
+        command=_python("pdlaunch.server", "--name", name),
         environment=_light_environment(),
-        ports={"http": config.role(role).port and config.role(role).port + index},
-        cpus=machine.cpus,
+        ports={"http": engines.http_port(index)},
+        cpus=engines.machine.cpus,
     )
+    return (*ranks, server)
 
 
-def _router(config: LaunchConfig, machine: Machine) -> ProcessSpec:
+def _router(port: int, cpus: tuple[int, ...]) -> ProcessSpec:
     return ProcessSpec(
         name="router",
         kind="router",
         unit="router",
         command=_python("pdlaunch.router", "--name", "router"),
         environment=_light_environment(),
-        ports={"http": config.port},
-        cpus=machine.cpus,
+        ports={"http": port},
+        cpus=cpus,
     )
 
 
-def _conversion(machine: Machine, index: int, source: str) -> ProcessSpec:
+def _conversion(cpus: tuple[int, ...], index: int, source: str) -> ProcessSpec:
     name = f"convert-{index}"
     return ProcessSpec(
         name=name,
@@ -226,7 +151,7 @@ def _conversion(machine: Machine, index: int, source: str) -> ProcessSpec:
             "--traceback",
         ),
         environment={"PYTHONUNBUFFERED": "1"},
-        cpus=machine.cpus,
+        cpus=cpus,
     )
 
 
@@ -245,33 +170,14 @@ def _light_environment() -> dict[str, str]:
     }
 
 
-def _rank_environment(
-    placement: Placement, role: Role, environ: Mapping[str, str]
-) -> dict[str, str]:
-    """Threads as planned, then what the user has set, the engine's ``env`` first; what the
-    connector needs is last.
-    """
-    env = placement.config.engine_settings(role).env
-    num_threads = placement.num_threads(role)
-    return {
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        # Models are folders by now; a rank that asks a hub would only wait for a time-out.
-        "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
-        **env,
-        **placement.config.kv_transfer.environment({**environ, **env}, placement.device(role)),
-    }
-
-
 def _mask(processes: tuple[ProcessSpec, ...]) -> tuple[ProcessSpec, ...]:
     return tuple(
-        msgspec.structs.replace(p, environment=_mask_environment(p.environment)) for p in processes
+        msgspec.structs.replace(p, environment=mask_environment(p.environment)) for p in processes
     )
 
 
-def _mask_environment(environment: dict[str, str]) -> dict[str, str]:
+def mask_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Replace the values of variables whose name speaks of a secret."""
     return {
         name: value if _SECRET_WORDS.isdisjoint(name.upper().split("_")) else "***"
         for name, value in environment.items()

@@ -1,114 +1,202 @@
-"""From a configuration, a machine and the models' own files to ``EngineSpec``: nothing is left to
-be derived after this.
+"""``resolve``: settings + machines + shapes of models -> everything that a launch uses.
+
+Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``config show`` print it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
 
-from pdlaunch.config.aliases import ResolvedModel, resolve_model
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.memory_options import memory_options
-from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape, read_model_shape
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
-from pdlaunch.config.sizes import parse_size
+from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
-from pdlaunch.resolve.plan import ROLES, Placement
+from pdlaunch.resolve.models import Model, read_models
+from pdlaunch.resolve.plan import Plan, plan_processes
+from pdlaunch.resolve.roles import RoleEngines, resolve_roles
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-
-CPU_KV_CACHE_BYTES = parse_size("1GiB")
-CPU_BATCHED_TOKENS = 512
-CUDA_BATCHED_TOKENS = 8192
+THIS_HOST = "localhost"
 
 
-def resolve_models(config: LaunchConfig) -> dict[Role, ResolvedModel]:
-    """Where the model of each role that has engines comes from. Raises ConfigError when one cannot
-    be found.
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """An address that the launch listens on for others."""
+
+    name: str
+    host: str
+    port: int
+    where: str
+    """Dotted path of the setting that gives the port."""
+
+
+@dataclass(frozen=True)
+class ResolvedLaunch:
+    """One launch with every value that is derived for it; a frozen view of its inputs."""
+
+    config: LaunchConfig
+    machines: Mapping[str, Machine]
+    """The hosts that engines run on, by name."""
+    environ: Mapping[str, str]
+    """The supervisor's environment."""
+    roles: Mapping[Role, RoleEngines]
+    """The roles that have engines."""
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that all engines run on."""
+        return next(iter(self.machines.values()))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The processes to start."""
+        return plan_processes(
+            tuple(self.roles.values()),
+            port=self.config.port,
+            cpus=self.machine.cpus,
+            conversions=tuple(dict.fromkeys(e.model.name for e in self._pending)),
+        )
+
+    @property
+    def listeners(self) -> tuple[ListenAddress, ...]:
+        """The addresses of the router and of the engines that have a fixed port."""
+        router = ListenAddress("router", self.config.host, self.config.port, "port")
+        return (router, *self.engine_addresses)
+
+    @property
+    def engine_addresses(self) -> tuple[ListenAddress, ...]:
+        """The addresses of engines with a fixed port; others choose free ones and register them."""
+        return tuple(
+            ListenAddress(
+                f"server of {engines.engine_name(index)}",
+                engines.bind_address,
+                port,
+                f"{role}.port",
+            )
+            for role, engines in self.roles.items()
+            for index, port in enumerate(engines.ports)
+        )
+
+    @property
+    def served_model_name(self) -> str:
+        """The name in the API: as set, else the alias, or the directory or file without its ending.
+
+        Empty without engines.
+        """
+        settings = next((engines.settings for engines in self.roles.values()), None)
+        if settings is None:
+            return ""
+        path = Path(settings.model).expanduser()
+        own = path.stem if path.suffix == ".gguf" else path.resolve().name
+        return self.config.served_model_name or own
+
+    def require_startable(self) -> None:
+        """Raise ConfigError for the first thing that keeps the processes from being started.
+
+        Models that are yet to be converted do not: ``after_conversion`` is asked once they are.
+        """
+        for engines in self.roles.values():
+            if engines.model.error is not None:
+                raise engines.model.error
+        if not self.roles:
+            raise ConfigError(
+                "there is no engine to start",
+                field="prefill.replicas",
+                value=0,
+                fix="set prefill.replicas and decode.replicas to 1 or more",
+            )
+        for engines in self.roles.values():
+            _require_devices(engines)
+            memory_options(engines.settings)
+            _require_length(engines)
+
+    def after_conversion(self) -> ResolvedLaunch:
+        """Resolve again, now that all models can be read. Raises ConfigError."""
+        launch = resolve(self.config, self.machines, self.environ) if self._pending else self
+        launch.require_startable()
+        return launch
+
+    def engine_specs(self) -> dict[str, EngineSpec]:
+        """Return what the processes of each engine are given, by the engine's name.
+
+        Only of a launch that can be started, and whose models have been converted.
+        """
+        specs = [
+            self._engine_spec(engines, index)
+            for engines in self.roles.values()
+            for index in range(engines.replicas)
+        ]
+        return {spec.name: spec for spec in specs}
+
+    @property
+    def _pending(self) -> list[RoleEngines]:
+        return [engines for engines in self.roles.values() if engines.model.pending]
+
+    def _engine_spec(self, engines: RoleEngines, index: int) -> EngineSpec:
+        assert engines.model.path is not None
+        assert engines.footprint is not None
+        return EngineSpec.of(
+            self.config,
+            engines.role,
+            **engines.derived(),
+            name=engines.engine_name(index),
+            model_dir=engines.model.path,
+            served_model_name=self.served_model_name,
+            activation_bytes=engines.footprint.activation_bytes,
+            device_indices=engines.device_indices(index),
+            tensor_parallel_size=engines.tp_size,
+            bind_address=engines.bind_address,
+            advertise_address=engines.advertise_address,
+            http_port=engines.http_port(index),
+        )
+
+
+def resolve(
+    config: LaunchConfig,
+    machines: Mapping[str, Machine],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model] | None = None,
+) -> ResolvedLaunch:
+    """Resolve a configuration; never raises, what cannot be derived is None.
+
+    ``machines``: the hosts that engines run on, by name; one at least. ``environ``: the
+    supervisor's. ``models``: of each role with engines; read from disk when None.
     """
-    return {
-        role: resolve_model(config.engine_settings(role).model)
-        for role in ROLES
-        if config.role(role).replicas
-    }
+    found = read_models(config) if models is None else models
+    roles = resolve_roles(config, machines, environ, found)
+    return ResolvedLaunch(config, dict(machines), dict(environ), roles)
 
 
-def resolve_engines(
-    config: LaunchConfig, machine: Machine, models: Mapping[Role, ResolvedModel]
-) -> dict[str, EngineSpec]:
-    """The spec of every engine by name. All models must have been converted. Raises ConfigError."""
-    placement = Placement(config, machine)
-    specs: dict[str, EngineSpec] = {}
-    for role, model in models.items():
-        shape = read_model_shape(model.cache_dir)
-        for index in range(config.role(role).replicas):
-            spec = _engine(placement, role, index, model, shape)
-            specs[spec.name] = spec
-    return specs
+def _require_devices(engines: RoleEngines) -> None:
+    num_gpus = len(engines.machine.gpus)
+    if engines.device == "cpu":
+        return
+    if not num_gpus:
+        raise ConfigError(
+            "no CUDA device was found",
+            field="device",
+            value=engines.settings.device,
+            fix="set device: cpu, or check nvidia-smi",
+        )
+    if engines.tp_size > num_gpus:
+        raise ConfigError(
+            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, this machine has "
+            f"{num_gpus}",
+            field=f"{engines.role}.tensor_parallel_size",
+            value=engines.tp_size,
+            fix=f"set it to {num_gpus} or less",
+        )
 
 
-def served_model_name(config: LaunchConfig) -> str:
-    """The name in the API: as set, else the alias, or the name of the directory or file without its
-    ending.
-    """
-    settings = next(config.engine_settings(role) for role in ROLES if config.role(role).replicas)
-    path = Path(settings.model).expanduser()
-    own = path.stem if path.suffix == ".gguf" else path.resolve().name
-    return config.served_model_name or own
-
-
-def _engine(
-    placement: Placement, role: Role, index: int, model: ResolvedModel, shape: ModelShape
-) -> EngineSpec:
-    config, settings = placement.config, placement.config.engine_settings(role)
-    device = placement.device(role)
-    memory = memory_options(settings)
-    on_cpu = device == "cpu"
-    return EngineSpec.of(
-        config,
-        role,
-        name=f"{role}-{index}",
-        model_dir=str(model.cache_dir),
-        served_model_name=served_model_name(config),
-        dtype=_dtype(settings, shape, device, placement.machine),
-        max_model_len=_max_model_len(settings, shape),
-        kv_cache_memory=settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None),
-        enable_cumem_allocator=memory.cumem_allocator,
-        max_num_batched_tokens=settings.max_num_batched_tokens
-        or (CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS),
-        device=device,
-        device_indices=placement.device_indices(role, index),
-        tensor_parallel_size=config.role(role).tensor_parallel_size,
-        num_threads=placement.num_threads(role),
-        async_scheduling=settings.async_scheduling and not on_cpu,
-        http_port=config.role(role).port and config.role(role).port + index,
-    )
-
-
-def _dtype(
-    settings: EngineSettings, shape: ModelShape, device: Literal["cpu", "cuda"], machine: Machine
-) -> DTypeName:
-    """``auto``: the checkpoint's, but float32 where the CPU would emulate a 16-bit type (measured:
-    6 times slower prefill).
-    """
-    if settings.dtype != "auto":
-        return settings.dtype
-    if shape.dtype not in DTYPE_BYTES:
-        return "float32"
-    emulated = device == "cpu" and not machine.has_native_bf16
-    return "float32" if emulated else cast("DTypeName", shape.dtype)
-
-
-def _max_model_len(settings: EngineSettings, shape: ModelShape) -> int:
-    limit = shape.max_position_embeddings
-    if settings.max_model_len is not None and settings.max_model_len > limit:
+def _require_length(engines: RoleEngines) -> None:
+    wanted, limit = engines.settings.max_model_len, engines.max_model_len
+    if wanted is not None and limit is not None and wanted > limit:
         raise ConfigError(
             f"max_model_len is over the model's {limit} positions",
             field="max_model_len",
-            value=settings.max_model_len,
+            value=wanted,
             fix=f"set it to {limit} or less, or leave it out",
         )
-    return settings.max_model_len or limit

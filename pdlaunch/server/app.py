@@ -53,7 +53,9 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     before.
     """
     spec = service.spec
-    guard = Guard(spec.http_host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins)
+    guard = Guard(
+        spec.bind_address, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
+    )
     endpoints = _Endpoints(service)
     generate = GenerateHandler(service)
     app = web.Application(

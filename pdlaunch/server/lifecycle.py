@@ -104,7 +104,7 @@ class ServerProcess:
 
     async def _bind(self, runner: HttpRunner) -> str:
         """Listen; returns the URL. Raises StartupError."""
-        host, port = self._spec.http_host, self._spec.http_port
+        host, port = self._spec.bind_address, self._spec.http_port
         try:
             await web.TCPSite(runner, host, port).start()
             runner.drop_stalled_readers(READER_TIMEOUT_S)

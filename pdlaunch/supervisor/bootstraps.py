@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import SecretStr
 
-from pdlaunch.config.aliases import ResolvedModel
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.hosts.host import Host
-from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
-from pdlaunch.resolve.resolve import resolve_engines, served_model_name
+from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.hangs import heartbeat_s
 
 
@@ -42,9 +39,7 @@ class LaunchBootstraps:
 
     def __init__(
         self,
-        config: LaunchConfig,
-        machine: Machine,
-        models: Mapping[Role, ResolvedModel],
+        resolved: ResolvedLaunch,
         *,
         keys: LaunchKeys,
         control: str,
@@ -52,9 +47,8 @@ class LaunchBootstraps:
         launch_id: str,
         listeners: Sequence[socket.socket],
     ) -> None:
-        self._config = config
-        self._machine = machine
-        self._models = models
+        self._resolved = resolved
+        self._config = resolved.config
         self._keys = keys
         self._control = control
         self._run_dir = run_dir
@@ -63,8 +57,8 @@ class LaunchBootstraps:
         self._engines: dict[str, EngineSpec] = {}
 
     def prepare(self) -> None:
-        """Read the models' files. Raises ConfigError."""
-        self._engines = resolve_engines(self._config, self._machine, self._models)
+        """Derive what could not be known before models were converted. Raises ConfigError."""
+        self._engines = self._resolved.after_conversion().engine_specs()
 
     def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
         engine = self._engines.get(spec.engine)
@@ -91,7 +85,7 @@ class LaunchBootstraps:
             host=config.host,
             port=int(self._listeners[0].getsockname()[1]),
             listeners=tuple(listener.fileno() for listener in self._listeners),
-            served_model_name=served_model_name(config),
+            served_model_name=self._resolved.served_model_name,
             api_key=_plain(config.api_key),
             admin_api_key=_plain(config.admin_api_key),
             allowed_hosts=config.allowed_hosts,

@@ -7,24 +7,21 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import zmq
 
-from pdlaunch.config.aliases import ResolvedModel
-from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.local import LocalHost
 from pdlaunch.observe.logs import setup_logging
-from pdlaunch.platform.facts import Machine
 from pdlaunch.process.bootstrap import raise_open_files
 from pdlaunch.protocol.sockets import SecureContext, new_launch_keys
-from pdlaunch.resolve.plan import Plan, plan
-from pdlaunch.resolve.resolve import resolve_engines, resolve_models
+from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.bootstraps import Bootstraps, LaunchBootstraps
 from pdlaunch.supervisor.events import Event, EventQueue, SignalInbox
 from pdlaunch.supervisor.failure import Failure
@@ -35,16 +32,6 @@ from pdlaunch.supervisor.status import Observer
 from pdlaunch.supervisor.supervisor import Supervisor, Timing
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedLaunch:
-    """What ``launch`` starts, and ``--dry-run`` prints."""
-
-    config: LaunchConfig
-    machine: Machine
-    models: Mapping[Role, ResolvedModel]
-    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +58,6 @@ class LaunchOutcome:
         return 0 if self.was_ready or self.stop_signal is None else 128 + self.stop_signal
 
 
-def plan_launch(
-    config: LaunchConfig, machine: Machine, environ: Mapping[str, str]
-) -> PlannedLaunch:
-    """Find the models and plan the processes; starts nothing. Raises ConfigError."""
-    models = resolve_models(config)
-    planned = plan(
-        config, machine, environ, tuple({m.model: None for m in models.values() if not m.ready})
-    )
-    if not planned.conversions:
-        resolve_engines(config, machine, models)
-    return PlannedLaunch(config, machine, models, planned)
-
-
 def check_platform(platform: str = sys.platform) -> None:
     """Raises ConfigError where pdlaunch cannot serve."""
     if platform != "linux":
@@ -94,7 +68,7 @@ def check_platform(platform: str = sys.platform) -> None:
 
 
 def launch(
-    planned: PlannedLaunch,
+    resolved: ResolvedLaunch,
     observer: Observer,
     listeners: Sequence[socket.socket],
     *,
@@ -102,12 +76,14 @@ def launch(
     log_dir: Path,
     lifeline: int | None = None,
 ) -> LaunchOutcome:
-    """Start everything, serve until told to stop, stop everything; ``check_platform`` comes before.
+    """Start everything, serve until told to stop, stop everything.
+
+    ``check_platform`` and ``resolved.require_startable`` come before.
 
     ``listeners``: of the public address (``ports.listen``); closed when no more connections are
     taken, at the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
     """
-    config = planned.config
+    config = resolved.config
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
         grace=Grace(drain_s=config.drain_timeout_s),
@@ -123,9 +99,7 @@ def launch(
     ):
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         bootstraps = LaunchBootstraps(
-            config,
-            planned.machine,
-            planned.models,
+            resolved,
             keys=keys,
             control=endpoint,
             run_dir=run_dir,
@@ -133,7 +107,7 @@ def launch(
             listeners=listeners,
         )
         return supervise(
-            planned.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners
+            resolved.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners
         )
 
 

@@ -11,12 +11,10 @@ from typing import Any
 
 import psutil
 
-from pdlaunch.config.engine_spec import ENGINE_HOST
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
 from pdlaunch.platform.ports import probe_port
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
-from pdlaunch.resolve.plan import ROLES
+from pdlaunch.resolve.resolve import ResolvedLaunch
 
 _ATTEMPTS = 16
 """To find a port that is free at every address of a host."""
@@ -38,19 +36,20 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
             listener.close()
 
 
-def check_engine_ports(config: LaunchConfig) -> None:
-    """Raises StartupError naming the setting when a fixed port of an engine is not free; its server
-    listens there later.
+def check_engine_ports(resolved: ResolvedLaunch) -> None:
+    """Raise StartupError naming the setting when an engine's port is not free.
+
+    Its server listens there later.
     """
-    for role in ROLES:
-        for port in config.role(role).ports():
-            state = probe_port(ENGINE_HOST, port)
-            if state is not None and state.problem:
-                reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
-                raise StartupError(
-                    f"port {port} of {ENGINE_HOST} cannot be used: {reason}; free it, or choose "
-                    f"other ones with {role}.port"
-                )
+    for address in resolved.engine_addresses:
+        port = address.port
+        state = probe_port(address.host, port)
+        if state is not None and state.problem:
+            reason = f"busy{_holder(port)}" if state.problem == "busy" else state.detail
+            raise StartupError(
+                f"port {port} of {address.host} cannot be used: {reason}; free it, or choose "
+                f"other ones with {address.where}"
+            )
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 
 from pdlaunch.config.models import Role
-from pdlaunch.resolve.plan import ROLES, Plan
+from pdlaunch.resolve.models import ROLES
+from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
 
 _MAX_DOUBLINGS = 32

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from pdlaunch.checks.context import Context, Listener
-from pdlaunch.checks.transport_report import PairTransport
-from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.checks.context import Context, PairTransport
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Availability, Limits, NixlInstall, PortState, SharedMemory
 from tests.checks.contexts import CPU, GB200, GIB, GPU, SHAPE, SMALL_SHAPE, on
@@ -14,11 +12,6 @@ PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 EXPERTS = replace(SHAPE, model_type="gpt_oss", num_experts=32)
 SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
-MOONCAKE = KVTransferSettings.model_construct(
-    **{**dict(KVTransferSettings()), "connector": "mooncake"}
-)
-
-
 TIER = {"kv_offload__host_memory": "8GiB"}
 
 
@@ -37,8 +30,16 @@ def libraries(base=CPU, **changes):
 
 
 def mooncake(base):
-    context = on(base)
-    return replace(context, config=context.config.model_copy(update={"kv_transfer": MOONCAKE}))
+    return on(base, kv_transfer__connector="mooncake")
+
+
+def advertising(context, address):
+    """The context with another address that ranks tell their peers."""
+    roles = {
+        role: replace(engines, advertise_address=address)
+        for role, engines in context.engines.items()
+    }
+    return replace(context, launch=replace(context.launch, roles=roles))
 
 
 def one_gpu(**changes):
@@ -101,8 +102,14 @@ CASES: dict[str, Case] = {
         [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
     ),
     "PD119": Case(
-        [on(CPU, weight_errors={"decode": ConfigError("only pickles", fix="convert them")})],
-        [on(CPU, prefill__replicas=0, weight_errors={"prefill": ConfigError("only pickles")})],
+        [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
+        [
+            on(
+                CPU,
+                prefill__replicas=0,
+                probes={"weight_errors": {"prefill": ConfigError("only pickles")}},
+            )
+        ],
     ),
     "PD201": Case(
         [
@@ -181,6 +188,7 @@ CASES: dict[str, Case] = {
                 machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus)),
                 prefill__tensor_parallel_size=2,
                 decode__tensor_parallel_size=2,
+                max_num_batched_tokens=4096,
             ),
             on(GPU, kv_cache_memory="100GiB"),
         ],
@@ -332,7 +340,8 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD404": Case(
-        [on(CPU, import_errors={"nixl": "undefined symbol"})], [on(CPU, import_errors={})]
+        [on(CPU, probes={"import_errors": {"nixl": "undefined symbol"}})],
+        [on(CPU, probes={"import_errors": {}})],
     ),
     "PD405": Case(
         [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"}))))],
@@ -379,43 +388,27 @@ CASES: dict[str, Case] = {
         [mooncake(CPU), on(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
     ),
     "PD419": Case(
-        [on(CPU, folder_problems={"kv_transfer.file.directory": "/kv is no folder"})],
-        [on(CPU, folder_problems={})],
+        [on(CPU, probes={"folder_problems": {"kv_transfer.file.directory": "/kv is no folder"}})],
+        [on(CPU, probes={"folder_problems": {}})],
     ),
     "PD420": Case(
-        [on(CPU, ports={ROUTER: PortState("busy")})], [on(CPU, ports={ROUTER: PortState()})]
+        [on(CPU, probes={"ports": {ROUTER: PortState("busy")}})],
+        [on(CPU, probes={"ports": {ROUTER: PortState()}})],
     ),
     "PD421": Case(
-        [on(CPU, port=80, ports={("127.0.0.1", 80): PortState("privileged")})],
-        [on(CPU, ports={ROUTER: PortState("busy")})],
+        [on(CPU, port=80, probes={"ports": {("127.0.0.1", 80): PortState("privileged")}})],
+        [on(CPU, probes={"ports": {ROUTER: PortState("busy")}})],
     ),
     "PD422": Case(
         [
-            on(CPU, ports={ROUTER: PortState("not here")}),
-            on(CPU, ports={ROUTER: PortState("unknown host")}),
+            on(CPU, probes={"ports": {ROUTER: PortState("not here")}}),
+            on(CPU, probes={"ports": {ROUTER: PortState("unknown host")}}),
         ],
-        [on(CPU, ports={ROUTER: PortState()})],
-    ),
-    "PD423": Case(
-        [
-            on(
-                CPU,
-                changes={"listeners": (Listener("a", "h", 1, "port"), Listener("b", "h", 1, "x"))},
-            )
-        ],
-        [
-            on(
-                CPU,
-                changes={"listeners": (Listener("a", "h", 0, "port"), Listener("b", "h", 0, "x"))},
-            )
-        ],
+        [on(CPU, probes={"ports": {ROUTER: PortState()}})],
     ),
     "PD424": Case(
-        [
-            on(CPU, changes={"hosts": ("a", "b")}),
-            on(CPU, changes={"hosts": ("a", "b"), "side_channel_host": "0.0.0.0"}),
-        ],
-        [on(CPU), on(CPU, changes={"hosts": ("a", "b"), "side_channel_host": "10.0.0.1"})],
+        [on(CPU, CPU), advertising(on(CPU, CPU), "0.0.0.0")],
+        [on(CPU), advertising(on(CPU, CPU), "10.0.0.1")],
     ),
     "PD425": Case(
         [on(CPU, prefill__tensor_parallel_size=3)],
@@ -433,20 +426,10 @@ CASES: dict[str, Case] = {
     ),
     "PD433": Case([on(CPU, environ={"UCX_TLS": "tcp"})], [on(CPU, environ={"UCX_TLS": "posix"})]),
     "PD434": Case(
-        [
-            on(
-                machine(rdma_devices=("mlx5_0",)),
-                environ={"UCX_TLS": "tcp,sm"},
-                changes={"hosts": ("a", "b")},
-            )
-        ],
+        [on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "tcp,sm"})],
         [
             on(machine(rdma_devices=("mlx5_0",)), environ={"UCX_TLS": "tcp,sm"}),
-            on(
-                machine(rdma_devices=("mlx5_0",)),
-                environ={"UCX_TLS": "rc"},
-                changes={"hosts": ("a", "b")},
-            ),
+            on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "rc"}),
         ],
     ),
     "PD435": Case(

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pdlaunch.checks.context import Context, Model
-from pdlaunch.checks.run import build_context
-from pdlaunch.checks.transport_report import PairTransport, TransportReport
+from pdlaunch.checks.context import Context, PairTransport, Probes, make_context
 from pdlaunch.config.model_shape import ModelShape
-from pdlaunch.config.models import LaunchConfig, Role
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
-from pdlaunch.config.sources import LoadedConfig, Origin
+from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import (
     Availability,
@@ -21,9 +19,10 @@ from pdlaunch.platform.facts import (
     Limits,
     Machine,
     NixlInstall,
-    PortState,
     SharedMemory,
 )
+from pdlaunch.resolve.models import Model
+from pdlaunch.resolve.resolve import resolve
 
 GIB = 1024**3
 
@@ -107,19 +106,19 @@ GB200 = replace(
 def on(
     machine: Machine,
     /,
+    *more_machines: Machine,
     environ: Mapping[str, str] | None = None,
     shapes: tuple[ModelShape | None, ModelShape | None] | None = None,
-    model_error: Exception | None = None,
+    model_error: ConfigError | None = None,
     paths: tuple[str, str] = ("/models/a", "/models/a"),
-    ports: Mapping[tuple[str, int], PortState] | None = None,
-    import_errors: Mapping[str, str] | None = None,
-    folder_problems: Mapping[str, str] | None = None,
-    weight_errors: Mapping[Role, ConfigError] | None = None,
+    probes: Mapping[str, Any] | None = None,
     pairs: tuple[PairTransport, ...] = (),
-    changes: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Context:
-    """A context in which every fact is known. ``config``: settings by path, ``__`` for dots."""
+    """Make a context in which every fact is known.
+
+    ``probes``: fields of ``Probes``; ``config``: settings by path, ``__`` for dots.
+    """
     tree: dict[str, Any] = {}
     for path, value in config.items():
         *sections, name = path.split("__")
@@ -128,24 +127,20 @@ def on(
             node = node.setdefault(section, {})
         node[name] = value
     given = {path.replace("__", "."): Origin("file", "deploy.yaml:1:1") for path in config}
-    loaded = LoadedConfig(
-        LaunchConfig.model_validate(tree),
-        {path: Origin("default") for path in all_settings()} | given,
-    )
     shape = SHAPE if machine.gpus else SMALL_SHAPE
     prefill, decode = shapes or (shape, shape)
-    context = build_context(
-        loaded,
-        machine,
+    launch = resolve(
+        LaunchConfig.model_validate(tree),
+        {f"host-{index}": each for index, each in enumerate((machine, *more_machines))},
         environ or {},
-        models={
-            "prefill": Model(paths[0], prefill, error=model_error),
-            "decode": Model(paths[1], decode, error=model_error),
+        {
+            "prefill": Model("a", paths[0], prefill, error=model_error),
+            "decode": Model("a", paths[1], decode, error=model_error),
         },
-        ports=ports or {},
-        import_errors=import_errors or {},
-        folder_problems=folder_problems or {},
-        weight_errors=weight_errors or {},
-        transport=TransportReport(pairs),
     )
-    return replace(context, **changes) if changes else context
+    known = {"ports": {}, "import_errors": {}, "folder_problems": {}, "weight_errors": {}}
+    return make_context(
+        launch,
+        {path: Origin("default") for path in all_settings()} | given,
+        Probes(**{**known, "transport": pairs, **(probes or {})}),
+    )

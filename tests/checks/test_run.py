@@ -4,22 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.checks.context import Model
-from pdlaunch.checks.models import read_models
+from pdlaunch.checks.context import PairTransport, Probes
 from pdlaunch.checks.run import run_checks
-from pdlaunch.checks.transport_report import PairTransport, TransportReport
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
 from pdlaunch.platform.probe import assume
+from pdlaunch.resolve.models import Model, read_models
+from pdlaunch.resolve.resolve import resolve
 from tests.checks.contexts import CPU, GIB, GPU, SHAPE, SMALL_SHAPE
 
-MODELS = {"prefill": Model("/m", SMALL_SHAPE), "decode": Model("/m", SMALL_SHAPE)}
-BIG_MODELS = {"prefill": Model("/m", SHAPE), "decode": Model("/m", SHAPE)}
+MODELS = {"prefill": Model("m", "/m", SMALL_SHAPE), "decode": Model("m", "/m", SMALL_SHAPE)}
+BIG_MODELS = {"prefill": Model("m", "/m", SHAPE), "decode": Model("m", "/m", SHAPE)}
 
 
-def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, **given):
+def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, family="PD", **probes):
     loaded = load_config(path, environ or {}, flags or {})
-    return run_checks(loaded, machine, environ or {}, models=models, **given)
+    launch = resolve(loaded.config, {"here": machine}, environ or {}, models)
+    return run_checks(launch, loaded.origins, Probes(**probes), family=family)
 
 
 def test_a_clean_set_up():
@@ -28,7 +29,7 @@ def test_a_clean_set_up():
         import_errors={},
         folder_problems={},
         weight_errors={},
-        transport=TransportReport(()),
+        transport=(),
     )
     assert report.findings == ()
     assert report.not_checked == ()
@@ -116,7 +117,7 @@ def test_one_family_alone():
         392.0,
         other_paths={"p2p": "not here"},
     )
-    report = check(flags={"max_model_len": 9000}, transport=TransportReport((slow,)), family="PD5")
+    report = check(flags={"max_model_len": 9000}, transport=(slow,), family="PD5")
     (finding,) = (found for found in report.findings if found.severity != "info")
     assert finding.rule == "PD503"
     assert "0.6 GB/s cliff; p2p: not here" in finding.message
@@ -153,7 +154,7 @@ def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others,
         "18 NVLinks with 478 GB/s",
         other_paths=others,
     )
-    report = check(flags=flags, environ=environ, transport=TransportReport((slow,)), family="PD5")
+    report = check(flags=flags, environ=environ, transport=(slow,), family="PD5")
     (finding,) = (found for found in report.findings if found.severity != "info")
     assert finding.rule == "PD504"
     message = (
@@ -187,7 +188,7 @@ def test_an_assumed_cpu_has_no_cumem_allocator():
 
 
 def test_a_model_that_is_not_converted_yet_is_not_checked():
-    pending = Model("/cache", pending="smollm2 is converted at the first start")
+    pending = Model("smollm2", "/cache", pending="smollm2 is converted at the first start")
     report = check(models={"prefill": pending, "decode": pending})
     assert ("PD104", pending.pending) in {(item.rule, item.reason) for item in report.not_checked}
 

@@ -10,11 +10,13 @@ import pytest
 import typer
 from rich.console import Console
 
+from pdlaunch.checks.rule import Finding
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
-from pdlaunch.config.sources import load_config
+from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
@@ -37,6 +39,16 @@ def joined_by(link: GpuLink | None) -> ReadLinks:
     return read
 
 
+def resolved(loaded: LoadedConfig, machine: Machine) -> ResolvedLaunch:
+    return resolve(loaded.config, {"here": machine}, {})
+
+
+def judge(
+    loaded: LoadedConfig, machine: Machine, status: LaunchStatus, read_links: ReadLinks
+) -> tuple[Finding, ...]:
+    return judge_pairs(resolved(loaded, machine), loaded.origins, status, read_links)
+
+
 def measured(
     speed: float, path: str = "nixl/UCX", other_paths: dict[str, str] | None = None
 ) -> LaunchStatus:
@@ -56,7 +68,7 @@ def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
     console = Console(file=io.StringIO(), width=500)
     loaded = load_config(None, {}, {"enable_cumem_allocator": True, "device": "cpu"})
     with pytest.raises(typer.Exit) as raised:
-        refuse_errors(loaded, CPU, {}, console)
+        refuse_errors(resolved(loaded, CPU), loaded.origins, console)
     assert raised.value.exit_code == 1
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
@@ -75,8 +87,9 @@ def test_models_that_cannot_be_read_refuse_the_start_in_words(kind: str, tmp_pat
     else:
         model.write_bytes(tiny_gguf().encode()[:-1])
     console = Console(file=io.StringIO(), width=500)
+    loaded = load_config(None, {}, {"model": str(model)})
     with pytest.raises(typer.Exit) as raised:
-        refuse_errors(load_config(None, {}, {"model": str(model)}), CPU, {}, console)
+        refuse_errors(resolved(loaded, CPU), loaded.origins, console)
     assert raised.value.exit_code == 1
     assert isinstance(console.file, io.StringIO)
     problem, fix, *_, end = console.file.getvalue().splitlines()
@@ -102,7 +115,7 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
     machine: Machine, flags: dict[str, object], speed: float, expected: list[str]
 ) -> None:
     loaded = load_config(None, {}, flags)
-    findings = judge_pairs(loaded, machine, {}, measured(speed), joined_by(None))
+    findings = judge(loaded, machine, measured(speed), joined_by(None))
     assert [finding.rule for finding in findings] == expected
 
 
@@ -127,7 +140,7 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
 def test_pairs_of_gpus_are_judged_by_what_joins_them(
     link: GpuLink | None, speed: float, flags: dict[str, object], expected: list[str]
 ) -> None:
-    findings = judge_pairs(load_config(None, {}, flags), GPUS, {}, measured(speed), joined_by(link))
+    findings = judge(load_config(None, {}, flags), GPUS, measured(speed), joined_by(link))
     assert [finding.rule for finding in findings] == expected
 
 
@@ -145,22 +158,20 @@ def test_pairs_of_gpus_are_judged_by_what_joins_them(
 )
 def test_nothing_is_said_of_gpus_that_nothing_joins(gpus: tuple[Gpu, ...]) -> None:
     machine = replace(GPUS, gpus=gpus)
-    assert (
-        judge_pairs(load_config(None, {}, {}), machine, {}, measured(0.6), joined_by(NVLINK)) == ()
-    )
+    assert judge(load_config(None, {}, {}), machine, measured(0.6), joined_by(NVLINK)) == ()
 
 
 def test_a_slow_pair_of_gpus_is_told_with_its_link_and_why() -> None:
     loaded = load_config(None, {}, {"kv_transfer.nixl.path": "nixl"})
-    (finding,) = judge_pairs(loaded, GPUS, {}, measured(60.0), joined_by(NVLINK))
+    (finding,) = judge(loaded, GPUS, measured(60.0), joined_by(NVLINK))
     assert (
         "nixl/UCX moves 60 GB/s where 358 GB/s are expected of 18 NVLinks with 478 GB/s (cuda "
         "memory)" in finding.message
     )
     assert "kv_transfer.nixl.path is nixl: P2P was not tried" in finding.message
     refused = {"p2p": "cuMemImportFromShareableHandle failed"}
-    (finding,) = judge_pairs(
-        load_config(None, {}, {}), GPUS, {}, measured(60.0, other_paths=refused), joined_by(NVLINK)
+    (finding,) = judge(
+        load_config(None, {}, {}), GPUS, measured(60.0, other_paths=refused), joined_by(NVLINK)
     )
     assert finding.message.endswith("; p2p: cuMemImportFromShareableHandle failed")
     assert "kv_transfer.nixl.path be auto" in finding.fix
@@ -170,7 +181,7 @@ def test_the_cliff_is_told_with_the_setting_that_leads_to_it() -> None:
     loaded = load_config(
         None, {}, {"kv_transfer.nixl.path": "nixl", "enable_cumem_allocator": True}
     )
-    (finding,) = judge_pairs(loaded, GPUS, {}, measured(0.5), joined_by(NVLINK))
+    (finding,) = judge(loaded, GPUS, measured(0.5), joined_by(NVLINK))
     assert finding.message.endswith(
         "the 0.6 GB/s cliff; kv_transfer.nixl.path is nixl: P2P was not tried"
     )

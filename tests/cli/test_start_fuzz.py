@@ -23,7 +23,8 @@ import pdlaunch.cli.serve as serve_module
 import pdlaunch.cli.smoke as smoke_module
 from pdlaunch.cli.app import build_app
 from pdlaunch.errors import StartupError
-from pdlaunch.supervisor.launch import LaunchOutcome, PlannedLaunch
+from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.supervisor.launch import LaunchOutcome
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
 from tests.config.model_files import EMPTY_SAFETENSORS
@@ -78,7 +79,7 @@ class Started:
     def __init__(self) -> None:
         self.num = 0
 
-    def launch(self, planned: PlannedLaunch, *rest: object, **named: object) -> LaunchOutcome:
+    def launch(self, planned: ResolvedLaunch, *rest: object, **named: object) -> LaunchOutcome:
         self.num += 1
         return LaunchOutcome(None, (), was_ready=True, stop_signal=None)
 

@@ -10,21 +10,22 @@ import pytest
 from pdlaunch.cli import transport
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.probe import probe_machine
-from pdlaunch.supervisor.launch import LaunchOutcome, PlannedLaunch
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
+from pdlaunch.supervisor.launch import LaunchOutcome
 
 
 def test_it_takes_no_fixed_port(monkeypatch: pytest.MonkeyPatch) -> None:
     """A deployment that runs may have them."""
-    planned: list[PlannedLaunch] = []
+    planned: list[ResolvedLaunch] = []
 
-    def launch(plan: PlannedLaunch, *_: Any, **__: Any) -> LaunchOutcome:
+    def launch(plan: ResolvedLaunch, *_: Any, **__: Any) -> LaunchOutcome:
         planned.append(plan)
         return LaunchOutcome(None, ("no launch",), was_ready=False, stop_signal=None)
 
     monkeypatch.setattr(transport, "launch", launch)
     ports = {"port": 9000, "prefill": {"port": 9001}, "decode": {"port": 9002}}
     config = LaunchConfig.model_validate({"engine_api_key": "k", "device": "cpu", **ports})
-    report = transport.probe_transport(config, probe_machine(), os.environ)
-    assert report.pairs[0].error == "no launch"
+    pairs = transport.probe_transport(resolve(config, {"here": probe_machine()}, os.environ))
+    assert pairs[0].error == "no launch"
     (plan,) = planned
     assert (plan.config.port, plan.config.prefill.port, plan.config.decode.port) == (0, 0, 0)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pdlaunch.checks.run import listeners
 from pdlaunch.cli.app import build_app
 from pdlaunch.cli.flags import to_command_line
+from pdlaunch.platform.facts import Machine
+from pdlaunch.resolve.resolve import resolve
 from tests.config.test_sources import load, only, problems
 
 KEY = {"engine_api_key": "of-another-router"}
@@ -87,7 +88,10 @@ def test_ports_of_engines_need_a_key_of_their_own() -> None:
     config = load(prefill__port=9000, prefill__replicas=2, **KEY).config
     assert list(config.prefill.ports()) == [9000, 9001]
     assert list(config.decode.ports()) == []
-    assert [(item.name, item.port, item.where) for item in listeners(config)][1:] == [
+    assert [
+        (item.name, item.port, item.where)
+        for item in resolve(config, {"here": Machine()}, {}).engine_addresses
+    ] == [
         ("server of prefill-0", 9000, "prefill.port"),
         ("server of prefill-1", 9001, "prefill.port"),
     ]

@@ -11,6 +11,8 @@ import pytest
 
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import StartupError
+from pdlaunch.platform.facts import Machine
+from pdlaunch.resolve.resolve import resolve
 from pdlaunch.supervisor.ports import check_engine_ports, listening
 
 HAS_IPV6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists()
@@ -43,8 +45,8 @@ def test_a_busy_port_of_an_engine_is_named_with_its_setting() -> None:
             {"port": 0, "engine_api_key": "k", "decode": {"port": port, "replicas": 2}}
         )
         with pytest.raises(StartupError, match=rf"port {port} of 127.0.0.1 .*busy.*decode.port"):
-            check_engine_ports(config)
-    check_engine_ports(LaunchConfig())
+            check_engine_ports(resolve(config, {"here": Machine()}, {}))
+    check_engine_ports(resolve(LaunchConfig(), {"here": Machine()}, {}))
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 300])

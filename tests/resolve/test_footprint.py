@@ -1,4 +1,4 @@
-"""The arithmetic of the memory rules against the rooms that allocate."""
+"""The footprint of a rank against the rooms that allocate."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.checks.footprint import footprint, longest_request_tokens, ranks_by_gpu
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.kvcache.manager import KVCacheManager
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
@@ -28,7 +27,7 @@ def test_blocks_are_those_of_the_kv_cache(windows, block_size, max_model_len):
         max_model_len=max_model_len,
         dtype="float32",
     ).engines["prefill"]
-    needed = footprint(engine)
+    needed = engine.footprint
     groups = make_groups(windows)
     layout = KVCacheLayout(groups, shape.num_kv_heads, shape.head_dim, block_size, 4)
     assert needed.block_bytes == layout.block_bytes
@@ -40,12 +39,12 @@ def test_blocks_are_those_of_the_kv_cache(windows, block_size, max_model_len):
 @pytest.mark.parametrize("tp_size", [1, 3, 9])
 def test_weights_of_all_ranks_cover_the_model(tp_size):
     engine = on(CPU, dtype="float32", prefill__tensor_parallel_size=tp_size).engines["prefill"]
-    assert footprint(engine).weight_bytes * tp_size >= SMALL_SHAPE.num_parameters * 4
-    assert footprint(engine).weight_bytes <= SMALL_SHAPE.num_parameters * 4
+    assert engine.footprint.weight_bytes * tp_size >= SMALL_SHAPE.num_parameters * 4
+    assert engine.footprint.weight_bytes <= SMALL_SHAPE.num_parameters * 4
 
 
 def test_unknown_models_have_no_footprint():
-    assert footprint(on(CPU, shapes=(None, None)).engines["prefill"]) is None
+    assert on(CPU, shapes=(None, None)).engines["prefill"].footprint is None
 
 
 @given(kv_mib=st.integers(1, 2000))
@@ -53,14 +52,10 @@ def test_the_longest_request_is_the_longest_that_fits(kv_mib):
     shape = replace(SMALL_SHAPE, num_layers=26, layer_windows=HYBRID)
     kv_bytes = kv_mib * 1024**2
     engine = on(CPU, shapes=(shape, shape)).engines["decode"]
-    fits = longest_request_tokens(engine, kv_bytes)
+    fits = engine.footprint.longest_request_tokens(kv_bytes)
 
     def needs(num_tokens):
-        return footprint(
-            replace(
-                engine, settings=engine.settings.model_copy(update={"max_model_len": num_tokens})
-            )
-        ).min_kv_bytes
+        return replace(engine.footprint, max_model_len=num_tokens).min_kv_bytes
 
     assert fits == 0 or needs(fits) <= kv_bytes
     assert fits == SHAPE.max_position_embeddings or needs(fits + 16) > kv_bytes
@@ -83,7 +78,15 @@ def test_ranks_are_dealt_as_the_supervisor_places_them(prefill, decode, num_gpus
     order = ["prefill"] * (prefill[0] * prefill[1]) + ["decode"] * (decode[0] * decode[1])
     expected = {gpu: order[gpu::num_gpus] for gpu in range(num_gpus)}
     dealt = {
-        gpu: [e.role for e, count in ranks.items() for _ in range(count)]
-        for gpu, ranks in ranks_by_gpu(context).items()
+        gpu: [e.role for e in context.engines.values() for _ in range(e.num_ranks_on(gpu))]
+        for gpu in range(num_gpus)
     }
     assert dealt == expected
+    placed = [
+        (index, engines.role)
+        for engines in context.engines.values()
+        for engine in range(engines.replicas)
+        for index in engines.device_indices(engine)
+    ]
+    assert [role for _, role in placed] == order
+    assert [index for index, _ in placed] == [rank % num_gpus for rank in range(len(order))]

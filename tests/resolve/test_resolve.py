@@ -10,8 +10,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.resolve.plan import plan
-from pdlaunch.resolve.resolve import resolve_engines, resolve_models, served_model_name
+from pdlaunch.resolve.resolve import resolve
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.supervisor.fakes import FakeHost
@@ -40,13 +39,13 @@ def write_model(folder: Path, **values: object) -> Path:
     return folder
 
 
-def resolve(machine: Machine, **values: object) -> dict[str, EngineSpec]:
-    config = LaunchConfig.model_validate(values)
-    return resolve_engines(config, machine, resolve_models(config))
+def specs_of(machine: Machine, **values: object) -> dict[str, EngineSpec]:
+    resolved = resolve(LaunchConfig.model_validate(values), {"here": machine}, {})
+    return resolved.after_conversion().engine_specs()
 
 
 def test_everything_is_derived_on_a_cpu(model: Path) -> None:
-    spec = resolve(CPU, model=str(model))["decode-0"]
+    spec = specs_of(CPU, model=str(model))["decode-0"]
     assert (spec.device, spec.device_indices, spec.num_threads) == ("cpu", (), 1)
     assert (spec.dtype, spec.max_model_len, spec.max_num_batched_tokens) == ("float32", 2048, 512)
     assert spec.kv_cache_memory == 1024**3
@@ -56,7 +55,7 @@ def test_everything_is_derived_on_a_cpu(model: Path) -> None:
 
 
 def test_everything_is_derived_on_gpus(model: Path) -> None:
-    specs = resolve(GPU, model=str(model), enable_sleep_mode=True)
+    specs = specs_of(GPU, model=str(model), enable_sleep_mode=True)
     spec = specs["decode-0"]
     assert (spec.device, spec.device_indices) == ("cuda", (1,))
     assert (spec.dtype, spec.max_num_batched_tokens, spec.kv_cache_memory) == (
@@ -66,7 +65,7 @@ def test_everything_is_derived_on_gpus(model: Path) -> None:
     )
     assert spec.enable_cumem_allocator
     assert spec.async_scheduling
-    specs = resolve(GPU, model=str(model), decode={"async_scheduling": False})
+    specs = specs_of(GPU, model=str(model), decode={"async_scheduling": False})
     assert [specs[name].async_scheduling for name in ("prefill-0", "decode-0")] == [True, False]
 
 
@@ -85,11 +84,11 @@ def test_dtype_auto_on_a_cpu(
 ) -> None:
     model = write_model(tmp_path / "m", dtype=checkpoint)
     machine = Machine(cpus=(0,), has_native_bf16=has_native_bf16)
-    assert resolve(machine, model=str(model))["prefill-0"].dtype == expected
+    assert specs_of(machine, model=str(model))["prefill-0"].dtype == expected
 
 
 def test_what_is_set_is_kept_and_roles_may_differ(model: Path) -> None:
-    specs = resolve(
+    specs = specs_of(
         CPU,
         model=str(model),
         dtype="bfloat16",
@@ -102,13 +101,13 @@ def test_what_is_set_is_kept_and_roles_may_differ(model: Path) -> None:
 
 
 def test_a_role_without_engines_needs_no_model(model: Path) -> None:
-    specs = resolve(CPU, model=str(model), decode={"replicas": 0, "model": "/no/such/model"})
+    specs = specs_of(CPU, model=str(model), decode={"replicas": 0, "model": "/no/such/model"})
     assert set(specs) == {"prefill-0"}
 
 
 def test_more_positions_than_the_model_has_are_refused(model: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        resolve(CPU, model=str(model), max_model_len=4096)
+        specs_of(CPU, model=str(model), max_model_len=4096)
     assert raised.value.field == "max_model_len"
     assert "2048" in str(raised.value)
 
@@ -124,16 +123,16 @@ def test_more_positions_than_the_model_has_are_refused(model: Path) -> None:
     ],
 )
 def test_the_name_in_the_api(values: dict[str, object], name: str) -> None:
-    assert served_model_name(LaunchConfig.model_validate(values)) == name
+    resolved = resolve(LaunchConfig.model_validate(values), {"here": CPU}, {})
+    assert resolved.served_model_name == name
 
 
 def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
     config = LaunchConfig.model_validate({"model": str(model), "port": 0, "api_key": "secret"})
     with listening("127.0.0.1", 0) as listeners:
+        resolved = resolve(config, {"here": CPU}, {})
         bootstraps = LaunchBootstraps(
-            config,
-            CPU,
-            resolve_models(config),
+            resolved,
             keys=new_launch_keys(),
             control="ipc:///c",
             run_dir=tmp_path,
@@ -141,7 +140,7 @@ def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
             listeners=listeners,
         )
         bootstraps.prepare()
-        rank, _, server, _, router = plan(config, CPU, {}).processes
+        rank, _, server, _, router = resolved.plan.processes
         of_rank, of_server, of_router = (
             bootstraps.make(rank, 2, FakeHost()),
             bootstraps.make(server, 1, FakeHost()),

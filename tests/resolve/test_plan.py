@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -8,7 +8,9 @@ import pytest
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
-from pdlaunch.resolve.plan import Placement, plan
+from pdlaunch.resolve.models import Model
+from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 
 CPU = Machine(cpus=(0, 1, 2, 3, 4, 5, 6, 7))
 FOUR_GPUS = Machine(cpus=tuple(range(16)), gpus=tuple(Gpu(index) for index in range(4)))
@@ -18,8 +20,21 @@ def config(**values: object) -> LaunchConfig:
     return LaunchConfig.model_validate(values)
 
 
+def resolved(
+    config: LaunchConfig, machine: Machine, environ: Mapping[str, str] | None = None
+) -> ResolvedLaunch:
+    """Resolve with models that are yet to be converted: no file is read."""
+    pending = Model("smollm2", "/cache", pending="smollm2 is converted at the first start")
+    models = {"prefill": pending, "decode": pending}
+    return resolve(config, {"localhost": machine}, environ or {}, models)
+
+
+def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str] | None = None) -> Plan:
+    return resolved(config, machine, environ).plan
+
+
 def test_one_prefill_and_one_decode_engine_are_five_processes() -> None:
-    planned = plan(config(), CPU, {})
+    planned = plan(config(), CPU)
     assert [p.name for p in planned.processes] == [
         "prefill-0/rank-0",
         "decode-0/rank-0",
@@ -37,13 +52,13 @@ def test_one_prefill_and_one_decode_engine_are_five_processes() -> None:
 
 
 def test_ranks_of_an_engine_are_one_unit_and_servers_are_their_own() -> None:
-    planned = plan(config(prefill={"tensor_parallel_size": 2}), CPU, {})
+    planned = plan(config(prefill={"tensor_parallel_size": 2}), CPU)
     units = {p.name: p.unit for p in planned.processes}
     assert units["prefill-0/rank-0"] == units["prefill-0/rank-1"] != units["prefill-0"]
 
 
 def test_engines_keep_their_order_past_nine() -> None:
-    planned = plan(config(prefill={"replicas": 11}), CPU, {})
+    planned = plan(config(prefill={"replicas": 11}), CPU)
     assert planned.engines("prefill")[-2:] == ["prefill-9", "prefill-10"]
 
 
@@ -52,23 +67,23 @@ def test_gpus_are_dealt_round_robin_over_all_ranks() -> None:
         prefill={"replicas": 1, "tensor_parallel_size": 2},
         decode={"replicas": 2, "tensor_parallel_size": 2},
     )
-    planned = plan(settings, FOUR_GPUS, {})
+    planned = plan(settings, FOUR_GPUS)
     devices = [device for p in planned.processes if p.kind == "rank" for device in p.devices]
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0", "cuda:1"]
-    assert Placement(settings, FOUR_GPUS).device_indices("decode", 1) == (0, 1)
+    assert resolved(settings, FOUR_GPUS).roles["decode"].device_indices(1) == (0, 1)
 
 
 def test_a_role_on_the_cpu_takes_no_gpu() -> None:
     settings = config(prefill={"device": "cpu"})
-    placement = Placement(settings, FOUR_GPUS)
-    assert placement.device_indices("prefill", 0) == ()
-    assert placement.device_indices("decode", 0) == (0,)
+    roles = resolved(settings, FOUR_GPUS).roles
+    assert roles["prefill"].device_indices(0) == ()
+    assert roles["decode"].device_indices(0) == (0,)
 
 
 @pytest.mark.parametrize(("num_cpus", "expected"), [(8, 2), (3, 1), (1, 1)])
 def test_cores_are_shared_evenly_and_every_rank_gets_one(num_cpus: int, expected: int) -> None:
     settings = config(prefill={"replicas": 2}, decode={"tensor_parallel_size": 2})
-    planned = plan(settings, Machine(cpus=tuple(range(num_cpus))), {})
+    planned = plan(settings, Machine(cpus=tuple(range(num_cpus))))
     ranks = [p for p in planned.processes if p.kind == "rank"]
     assert {rank.num_threads for rank in ranks} == {expected}
     assert {rank.environment["OMP_NUM_THREADS"] for rank in ranks} == {str(expected)}
@@ -102,7 +117,6 @@ def test_secrets_are_masked_where_the_plan_is_shown() -> None:
             env={"HF_TOKEN": "hf_secret", "TOKENIZERS_PARALLELISM": "true"}, api_key="top-secret"
         ),
         CPU,
-        {},
     )
     shown = msgspec.json.encode(planned.shown()).decode()
     assert "hf_secret" not in shown
@@ -112,7 +126,7 @@ def test_secrets_are_masked_where_the_plan_is_shown() -> None:
 
 
 def test_conversions_are_guarded_children() -> None:
-    planned = plan(config(), CPU, {}, conversions=("smollm2",))
+    planned = plan(config(), CPU)
     command = (
         "pdlaunch.process.guarded",
         "pdlaunch.models.convert",
@@ -135,10 +149,6 @@ def test_what_cannot_be_placed_is_a_config_error(
     values: dict[str, object], machine: Machine, field: str
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        plan(config(**values), machine, {})
+        resolved(config(**values), machine).require_startable()
     assert raised.value.field == field
     assert raised.value.fix
-
-
-def test_the_plan_does_not_read_the_model(tmp_path: Path) -> None:
-    plan(config(model=str(tmp_path / "nothing")), CPU, {})

@@ -1,0 +1,141 @@
+"""How many bytes a rank needs, from the shape of its model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.models import EngineSettings
+from pdlaunch.config.sizes import format_size
+from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, min_blocks
+
+PAGE_BYTES = 4096
+CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
+"""A rank that sizes its KV cache itself sets aside this times hidden plus inner size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The memory of one rank, in bytes and in KV blocks."""
+
+    weight_bytes: int
+    activation_bytes: int
+    """What the largest step takes: set aside where the rank sizes its KV cache itself, else an
+    estimate (hidden and inner states, float32 logits of every running request).
+    """
+    layout: KVCacheLayout
+    max_model_len: int
+    kv_cache_bytes: int | None
+    """None: what the device has left, known only at start."""
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    @property
+    def num_blocks(self) -> int | None:
+        """KV blocks of the rank; None: known only at start."""
+        return None if self.kv_cache_bytes is None else self.kv_cache_bytes // self.block_bytes
+
+    @property
+    def num_blocks_for_longest(self) -> int:
+        """KV blocks that one request of max_model_len needs, all groups together."""
+        return self._blocks_for(self.max_model_len)
+
+    @property
+    def host_block_bytes(self) -> int:
+        """Return the bytes of a block in the host tier, where it begins on a page."""
+        return -(-self.block_bytes // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def min_kv_bytes(self) -> int:
+        """Return the bytes of KV cache without which the longest request cannot run."""
+        return self.num_blocks_for_longest * self.block_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """The KV cache of the rank; the least it needs where it takes what is left."""
+        return self.min_kv_bytes if self.kv_cache_bytes is None else self.kv_cache_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes + self.kv_bytes
+
+    def longest_request_tokens(self, kv_bytes: int) -> int:
+        """Return the longest request whose KV blocks fit into ``kv_bytes``; 0: none does."""
+        size = self.layout.block_size
+        low, high = 0, math.ceil(self.max_model_len / size)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._blocks_for(middle * size) * self.block_bytes <= kv_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low * size
+
+    def arithmetic(self) -> str:
+        """Return the sum in words.
+
+        Example: ``weights 1.2 GiB + activations 30 MiB + KV cache 1 GiB = 2.2 GiB``.
+        """
+        return (
+            f"weights {format_size(self.weight_bytes)} + activations "
+            f"{format_size(self.activation_bytes)} + KV cache {format_size(self.kv_bytes)} = "
+            f"{format_size(self.total_bytes)}"
+        )
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        windows = [group.sliding_window for group in self.layout.groups]
+        return min_blocks(windows, self.layout.block_size, num_tokens)
+
+
+def make_footprint(
+    shape: ModelShape,
+    settings: EngineSettings,
+    *,
+    tp_size: int,
+    device: Literal["cpu", "cuda"],
+    dtype: str,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    kv_cache_bytes: int | None,
+) -> Footprint:
+    """Return the memory of one of ``tp_size`` ranks; sizes that do not divide are rounded down."""
+    size = DTYPE_BYTES[dtype]
+    if device == "cuda" and kv_cache_bytes is None:
+        inner = shape.hidden_size + shape.intermediate_size
+        activations = max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN
+    else:
+        inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // tp_size
+        rows = min(settings.max_num_seqs, max_num_batched_tokens)
+        activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
+    return Footprint(
+        weight_bytes=_weights_of_rank(shape, tp_size) * size,
+        activation_bytes=activations,
+        layout=KVCacheLayout(
+            make_groups(shape.layer_windows),
+            num_kv_heads=max(1, shape.num_kv_heads // tp_size),
+            head_dim=shape.head_dim,
+            block_size=settings.block_size,
+            dtype_bytes=size,
+        ),
+        max_model_len=max_model_len,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+
+
+def _weights_of_rank(shape: ModelShape, tp_size: int) -> int:
+    """Return the number of weights of a rank.
+
+    Linear layers are cut; embeddings and norms are whole on every rank, KV projections where heads
+    are replicated.
+    """
+    query, kv = shape.num_attention_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    cut = shape.num_layers * (
+        2 * shape.hidden_size * query + 3 * shape.hidden_size * shape.intermediate_size
+    )
+    kv_cut = shape.num_layers * 2 * shape.hidden_size * kv
+    whole = shape.num_parameters - cut - kv_cut
+    return whole + cut // tp_size + kv_cut // min(tp_size, shape.num_kv_heads)

@@ -1,0 +1,287 @@
+"""What the settings of a role come to on a machine: every value that is derived, derived here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pdlaunch.config.engine_spec import ENGINE_HOST
+from pdlaunch.config.field_types import set_paths
+from pdlaunch.config.memory_options import contradicts, memory_options
+from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.sizes import parse_size
+from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.platform.facts import Machine
+from pdlaunch.resolve.footprint import Footprint, make_footprint
+from pdlaunch.resolve.models import ROLES, Model
+
+DeviceKind = Literal["cpu", "cuda"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
+"""What a KV cache is allocated with."""
+
+CPU_KV_CACHE_BYTES = parse_size("1GiB")
+CPU_BATCHED_TOKENS = 512
+CUDA_BATCHED_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoleEngines:
+    """The engines of one role, which are all alike: settings, and all that follows from them.
+
+    None stands for what is not known: of a model that cannot be read or is yet to be converted, of
+    settings that contradict each other, or of a device's free memory, known only at start.
+    """
+
+    role: Role
+    replicas: int
+    tp_size: int
+    settings: EngineSettings
+    """As written, the role's own section over the top level."""
+    overrides: frozenset[str]
+    """Settings that the role's own section gives."""
+    ports: range
+    """Fixed HTTP ports of the engines; empty when they take free ones."""
+
+    host: str
+    machine: Machine
+    bind_address: str
+    """Servers and side channels listen here."""
+    advertise_address: str
+    """Peers are told to connect here."""
+
+    model: Model
+    device: DeviceKind
+    first_gpu_rank: int
+    """Number of ranks on GPUs that are placed before those of this role."""
+    dtype: DTypeName | None
+    max_model_len: int | None
+    max_num_batched_tokens: int
+    kv_cache_bytes: int | None
+    """KV cache of one rank; None: what the device has left, known only at start."""
+    num_threads: int
+    """CPU threads of one rank."""
+    async_scheduling: bool
+    cumem_allocator: bool | None
+    allocator: Allocator
+    """What the KV cache is allocated with."""
+    footprint: Footprint | None
+    """Memory of one rank."""
+    given_environ: Mapping[str, str]
+    """The user's environment of a rank: the supervisor's, and ``env`` over it."""
+    environment: Mapping[str, str]
+    """What is set for a rank over the supervisor's environment."""
+
+    @property
+    def shape(self) -> ModelShape | None:
+        return self.model.shape
+
+    @property
+    def num_ranks(self) -> int:
+        return self.replicas * self.tp_size
+
+    @property
+    def num_blocks(self) -> int | None:
+        """KV blocks of one rank; None: known only at start."""
+        return None if self.footprint is None else self.footprint.num_blocks
+
+    @property
+    def host_tier_bytes(self) -> int:
+        """Host memory of one rank for KV blocks; 0: no host tier."""
+        return self.settings.kv_offload.host_memory
+
+    def derived(self) -> dict[str, object]:
+        """Return the settings that are derived where they are not set, by name."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "kv_cache_memory": self.kv_cache_bytes,
+            "num_threads": self.num_threads,
+            "async_scheduling": self.async_scheduling,
+            "enable_cumem_allocator": self.cumem_allocator,
+        }
+
+    @property
+    def ucx_transports(self) -> tuple[str, ...]:
+        """Transports that UCX may use in a rank; empty without UCX."""
+        return tuple(self.environment.get("UCX_TLS", "").split(","))
+
+    def engine_name(self, index: int) -> str:
+        """Return the name of one engine, unique in the launch and stable over restarts."""
+        return f"{self.role}-{index}"
+
+    def http_port(self, index: int) -> int:
+        """Return the HTTP port of one engine; 0: a free one, registered with the supervisor."""
+        return self.ports[index] if self.ports else 0
+
+    def device_indices(self, index: int) -> tuple[int, ...]:
+        """Return the CUDA device of each rank of one engine; empty on a CPU or without GPUs.
+
+        GPUs are dealt out in turn over the ranks of all engines, prefill first.
+        """
+        num_gpus = len(self.machine.gpus)
+        if self.device == "cpu" or not num_gpus:
+            return ()
+        first = self.first_gpu_rank + index * self.tp_size
+        return tuple((first + tp_rank) % num_gpus for tp_rank in range(self.tp_size))
+
+    def num_ranks_on(self, gpu: int) -> int:
+        """Return how many ranks of all these engines ``device_indices`` puts on one GPU."""
+        if self.device == "cpu":
+            return 0
+        end = self.first_gpu_rank + self.num_ranks
+        return self._num_dealt(end, gpu) - self._num_dealt(self.first_gpu_rank, gpu)
+
+    def where(self, name: str) -> str:
+        """Return the dotted path that decides a setting: the role's section or the top level."""
+        return f"{self.role}.{name}" if name in self.overrides else name
+
+    def _num_dealt(self, num_ranks: int, gpu: int) -> int:
+        """Return how many of the ranks 0 to ``num_ranks`` - 1 are on a GPU."""
+        num_gpus = len(self.machine.gpus)
+        return max(0, (num_ranks - gpu + num_gpus - 1) // num_gpus)
+
+
+def resolve_roles(
+    config: LaunchConfig,
+    machines: Mapping[str, Machine],
+    environ: Mapping[str, str],
+    models: Mapping[Role, Model],
+) -> dict[Role, RoleEngines]:
+    """Resolve the engines of each role that has any; never raises, see ``RoleEngines``.
+
+    ``machines``: the hosts that engines run on, by name; today all run on the first. ``environ``:
+    the supervisor's.
+    """
+    host, machine = next(iter(machines.items()))
+    roles: dict[Role, RoleEngines] = {}
+    num_gpu_ranks = 0
+    for role in ROLES:
+        if config.role(role).replicas:
+            engines = _resolve(config, role, host, machine, environ, models[role], num_gpu_ranks)
+            roles[role] = engines
+            num_gpu_ranks += engines.num_ranks if engines.device == "cuda" else 0
+    return roles
+
+
+def _resolve(
+    config: LaunchConfig,
+    role: Role,
+    host: str,
+    machine: Machine,
+    environ: Mapping[str, str],
+    model: Model,
+    first_gpu_rank: int,
+) -> RoleEngines:
+    section, settings = config.role(role), config.engine_settings(role)
+    device = _device(settings, machine)
+    on_cpu = device == "cpu"
+    dtype = _dtype(settings, model.shape, device, machine)
+    max_model_len = _max_model_len(settings, model.shape)
+    batched_tokens = settings.max_num_batched_tokens or (
+        CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS
+    )
+    kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
+    num_threads = settings.num_threads or max(1, len(machine.cpus) // _num_ranks(config))
+    cumem = None if contradicts(settings) else memory_options(settings).cumem_allocator
+    given_environ = {**environ, **settings.env}
+    return RoleEngines(
+        role=role,
+        replicas=section.replicas,
+        tp_size=section.tensor_parallel_size,
+        settings=settings,
+        overrides=frozenset(set_paths(section)),
+        ports=section.ports(),
+        host=host,
+        machine=machine,
+        bind_address=ENGINE_HOST,
+        advertise_address=ENGINE_HOST,
+        model=model,
+        device=device,
+        first_gpu_rank=first_gpu_rank,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=batched_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+        num_threads=num_threads,
+        async_scheduling=settings.async_scheduling and not on_cpu,
+        cumem_allocator=cumem,
+        allocator=_allocator(device, cumem, given_environ),
+        footprint=None
+        if model.shape is None or dtype is None or max_model_len is None
+        else make_footprint(
+            model.shape,
+            settings,
+            tp_size=section.tensor_parallel_size,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=batched_tokens,
+            kv_cache_bytes=kv_cache_bytes,
+        ),
+        given_environ=given_environ,
+        environment={
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(num_threads),
+            "MKL_NUM_THREADS": str(num_threads),
+            # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+            "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
+            **settings.env,
+            # Last: what the connector needs narrows what the user has set.
+            **config.kv_transfer.environment(given_environ, device),
+        },
+    )
+
+
+def _num_ranks(config: LaunchConfig) -> int:
+    """Return the number of ranks of all engines; cores are shared evenly among them."""
+    return sum(
+        config.role(role).replicas * config.role(role).tensor_parallel_size for role in ROLES
+    )
+
+
+def _device(settings: EngineSettings, machine: Machine) -> DeviceKind:
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if machine.gpus else "cpu"
+
+
+def _dtype(
+    settings: EngineSettings, shape: ModelShape | None, device: DeviceKind, machine: Machine
+) -> DTypeName | None:
+    """Return the dtype; ``auto`` is the checkpoint's.
+
+    But float32 where the CPU would emulate a 16-bit type (measured: 6 times slower prefill).
+    """
+    if settings.dtype != "auto":
+        return settings.dtype
+    if device == "cpu" and not machine.has_native_bf16:
+        return "float32"
+    if shape is None:
+        return None
+    match shape.dtype:
+        case "bfloat16" | "float16":
+            return shape.dtype
+        case _:
+            return "float32"
+
+
+def _max_model_len(settings: EngineSettings, shape: ModelShape | None) -> int | None:
+    """Return the longest request; a length that the model was not made for is cut to its limit."""
+    if shape is None:
+        return settings.max_model_len
+    limit = shape.max_position_embeddings
+    return min(settings.max_model_len or limit, limit)
+
+
+def _allocator(device: DeviceKind, cumem: bool | None, environ: Mapping[str, str]) -> Allocator:
+    if device == "cpu":
+        return "host"
+    if cumem:
+        return "cumem"
+    return "expandable_segments" if read_expandable_segments(environ).enabled else "cuda"
