@@ -1,1 +1,1 @@
-"""Checksums of KV blocks, computed on the CPU or on a CUDA device."""
+"""Computes checksums of KV blocks, on the CPU or on a CUDA device."""

@@ -1,5 +1,5 @@
-"""Checksums of KV blocks: xxh3_64 over the bytes of one (block, KV head), in the byte order of
-memory.
+"""Computes checksums of KV blocks: xxh3_64 over the bytes of each (block, KV head), in the order
+of memory.
 
 A head's share of a block is one contiguous region of the KV cache, so that checksums can be
 compared between TP sizes. On a GPU a kernel computes them where the blocks lie, bit for bit the
@@ -51,7 +51,7 @@ class KnownChecksums:
 
 
 class HashBatch(Protocol):
-    """Blocks whose checksums are wanted, perhaps not all at once."""
+    """Stands for blocks whose checksums are wanted, perhaps not all at once."""
 
     def start(self, blocks: slice, after: torch.cuda.Event | None = None) -> Checksums:
         """Begin to compute those of ``blocks``, a slice of the batch. On the CPU that computes them
@@ -121,7 +121,7 @@ def _new_device_hasher(memory: torch.Tensor) -> DeviceHasher | None:
 
 
 def _digests(memory: torch.Tensor, block_ids: Sequence[int], heads: slice) -> ChecksumArray:
-    """``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
+    """Hash blocks of ``memory``: [num_blocks, num_kv_heads, head_bytes] uint8 on the host."""
     blocks = memory.numpy()
     num_heads = len(range(*heads.indices(blocks.shape[1])))
     digests = (

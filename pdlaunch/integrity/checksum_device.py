@@ -1,4 +1,4 @@
-"""Checksums computed on a CUDA device, on a stream of their own; events tell when they are there.
+"""Computes checksums on a CUDA device, on a stream of its own; events tell when they are there.
 
 The kernel reads block ids from page-locked host memory and writes checksums there, so that nothing
 is copied.
@@ -16,7 +16,7 @@ from pdlaunch.integrity.checksum_kernel import constants, hash_regions
 
 
 class DeviceChecksums:
-    """Checksums of one launch of the kernel."""
+    """Holds the checksums of one launch of the kernel."""
 
     def __init__(
         self, block_ids: torch.Tensor, results: torch.Tensor, ended: torch.cuda.Event
@@ -37,7 +37,7 @@ class DeviceChecksums:
 
 
 class PreparedChecksums:
-    """A batch that needs nothing but the launch; a ``HashBatch``."""
+    """Holds a batch that needs nothing but the launch; a ``HashBatch``."""
 
     def __init__(
         self, hasher: DeviceHasher, ids: torch.Tensor, first_head: int, results: torch.Tensor

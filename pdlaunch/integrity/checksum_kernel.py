@@ -1,5 +1,5 @@
-"""A kernel that computes xxh3_64 of many equal regions of device memory, bit for bit what the
-xxHash library gives. One program of one warp hashes one region.
+"""Computes xxh3_64 of many equal regions of device memory in a kernel, bit for bit what the xxHash
+library gives. One program of one warp hashes one region.
 
 ::
 

@@ -1,1 +1,1 @@
-"""KV transfer between engines: connectors, side channel, handshake, lease, checksums."""
+"""Transfers KV blocks between engines: connectors, side channel, prefill side and decode side."""

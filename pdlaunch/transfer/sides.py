@@ -1,4 +1,4 @@
-"""The two sides of one rank's transfers over one open connector: the prefill side lends blocks, the
+"""Builds both sides of a rank's transfers over one connector: the prefill side lends blocks, the
 decode side pulls them. Every rank has both, whatever the role of its engine.
 """
 
@@ -38,7 +38,7 @@ LONGEST_READ_SLEEP_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """The KV cache of this rank and its place in the model."""
+    """Describes the KV cache of this rank and its place in the model."""
 
     kv_cache: torch.Tensor
     """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; must outlive the
@@ -58,7 +58,7 @@ class RankMemory:
 
 @dataclass(frozen=True, slots=True)
 class TransferSetup:
-    """All that the transfers of one rank are made of."""
+    """Holds all that the transfers of one rank are made of."""
 
     spec: EngineSpec
     identity: RankIdentity
@@ -75,8 +75,8 @@ class TransferSetup:
 
 
 class TransferSides:
-    """Leases, peers and pulls of one rank that is awake. The transfer thread makes it and alone
-    uses it.
+    """Owns leases, peers and pulls of one rank that is awake. The transfer thread makes it and
+    alone uses it.
     """
 
     def __init__(
@@ -184,19 +184,19 @@ class TransferSides:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no lease, no pull of blocks, and nothing that is written to a peer."""
+        """Return whether there is no lease, no pull of blocks and no write to a peer."""
         return self._prefill.is_idle and not self._pulls.hold_blocks
 
     @property
     def is_quiet(self) -> bool:
-        """Whether nothing reads or writes the memory, and nothing can begin to: idle, and no peer
-        is left, not even for a READ.
+        """Return whether nothing reads or writes the memory, and nothing can begin to: idle, and no
+        peer is left, not even for a READ.
         """
         return self.is_idle and not self._peers.all()
 
     @property
     def has_pending_reads(self) -> bool:
-        """Whether READs may still write to memory of this rank, also after ``close``."""
+        """Return whether READs may still write to memory of this rank, also after ``close``."""
         return any(peer.youngest_read_s is not None for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:

@@ -1,5 +1,5 @@
-"""The transfer thread of one rank, which alone uses the connector, the side channel and the KV
-blocks that are leased or pulled.
+"""Runs the transfers of one rank in a thread, which alone uses the connector, the side channel and
+the KV blocks that are leased or pulled.
 
 The step loop hands it ``TransferCommand``s and fetches ``TransferEvent``s; it never waits for a
 peer. One turn of the thread::
@@ -123,13 +123,13 @@ class TransferThread:
 
     @property
     def endpoint(self) -> str:
-        """Where peers reach the side channel: ``tcp://127.0.0.1:43210``."""
+        """Return where peers reach the side channel: ``tcp://127.0.0.1:43210``."""
         return self._socket.endpoint
 
     @property
     def connected(self) -> bool:
-        """Whether all peers of the registry have shaken hands since the last ``resume``; ``wake``
-        tells when that comes true.
+        """Return whether all peers of the registry have shaken hands since the last ``resume``;
+        ``wake`` tells when that comes true.
         """
         return self._connected
 
@@ -290,7 +290,7 @@ class TransferThread:
                     self._woken.recv(zmq.NOBLOCK)
 
     def _refuse_questions(self) -> None:
-        """Whoever asks a rank that sleeps tries again later."""
+        """Refuse all questions while the rank sleeps; whoever asks tries again later."""
         for identity, message in self._socket.receive():
             refused = Refused(call_id=message.call_id, reason=f"{self._name} is asleep")
             self._socket.send(identity, refused)

@@ -59,7 +59,7 @@ def start() -> Iterator[Start]:
             **options: object,
         ) -> RankHandle:
             name = f"{role}-{index}"
-            spec = spec_of(role, name=name, path="nixl", verify=verify)
+            spec = spec_of(role, name=name, nixl={"path": "nixl"}, verify=verify)
             engine_id = f"{role[0]}{index}" * 16
             rank = RankHandle(
                 RankOptions(spec=spec, keys=keys, engine_id=engine_id, device=device, **options)

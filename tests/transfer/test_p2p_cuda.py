@@ -116,7 +116,7 @@ def test_heads_of_ranks_of_another_tp_size(
     start: Start, devices: tuple[str, str], with_cumem: bool
 ) -> None:
     """Pieces of one head each, out of and into blocks of three."""
-    spec = spec_of("prefill", name="prefill-0", path="p2p", tp_size=3)
+    spec = spec_of("prefill", name="prefill-0", nixl={"path": "p2p"}, tp_size=3)
     holders = [
         start("prefill", devices[0], with_cumem, spec=spec, tp_rank=tp_rank, num_heads=1)
         for tp_rank in range(3)

@@ -38,7 +38,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[RankHandle, RankHandl
     keys = new_launch_keys()
     holder, puller = (
         RankHandle(
-            RankOptions(spec_of(role, name=f"{role}-0", path=request.param), keys, role[0] * 32)
+            RankOptions(
+                spec_of(role, name=f"{role}-0", nixl={"path": request.param}), keys, role[0] * 32
+            )
         )
         for role in ("prefill", "decode")
     )

@@ -1,1 +1,1 @@
-"""The side channel between two ranks: sockets, handshake, and the mapping of KV heads."""
+"""Connects two ranks: sockets of the side channel, the handshake, and the mapping of KV heads."""

@@ -1,5 +1,5 @@
-"""The handshake: two ranks compare what must be equal before one reads the other's blocks, and name
-every field that differs.
+"""Compares what must be equal at two ranks before one reads the other's blocks, and names every
+field that differs.
 """
 
 from __future__ import annotations

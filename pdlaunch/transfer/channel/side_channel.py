@@ -1,4 +1,4 @@
-"""The two ends of the side channel as typed sockets. The transfer thread owns both.
+"""Gives both ends of the side channel a typed socket. The transfer thread owns them.
 
 The codec checks every frame against its schema. A malformed one is dropped and logged, and hurts
 nobody else.
@@ -26,7 +26,7 @@ MAX_MESSAGES_A_TURN = 256
 
 
 class PrefillSocket:
-    """Receives the questions of decode ranks, at the rank that holds the blocks. A ROUTER."""
+    """Receives questions of decode ranks at the rank that holds the blocks; it is a ROUTER."""
 
     def __init__(self, context: SecureContext, endpoint: str) -> None:
         """Bind at once; the attribute ``endpoint`` then says where peers reach the socket."""
@@ -56,7 +56,7 @@ class PrefillSocket:
 
 
 class DecodeSocket:
-    """Asks one prefill rank. A DEALER."""
+    """Asks one prefill rank; it is a DEALER."""
 
     def __init__(self, context: SecureContext, endpoint: str, *, watched: bool = False) -> None:
         """Connect. ``watched``: notice when the connection breaks."""
@@ -66,8 +66,8 @@ class DecodeSocket:
 
     @property
     def broken(self) -> bool:
-        """Whether the other end has closed the connection. On one host that is the end of the
-        peer's process, and no mere pause.
+        """Return whether the other end has closed the connection. On one host that is the end of
+        the peer's process, and no mere pause.
         """
         if self._monitor is not None and not self._broken:
             self._broken = bool(self._monitor.poll(0))

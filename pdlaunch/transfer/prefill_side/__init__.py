@@ -1,1 +1,1 @@
-"""Leases, and the answers to decode ranks that read leased blocks."""
+"""Keeps leases on blocks, and answers the decode ranks that read them."""

@@ -1,4 +1,4 @@
-"""The answers that decode ranks get about the leased blocks of this rank.
+"""Answers what decode ranks ask about the leased blocks of this rank.
 
 Every question gets one answer; one that makes no sense is refused and changes nothing.
 """
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankCard:
-    """What a handshake tells decode ranks about this rank."""
+    """Says to decode ranks, in the handshake, what this rank is."""
 
     identity: RankIdentity
     compatibility: Compatibility
@@ -63,7 +63,7 @@ class RankCard:
 
 @dataclass(slots=True)
 class _Hashing:
-    """A lease whose checksums are being computed, or are about to be."""
+    """Holds a lease whose checksums are being computed, or are about to be."""
 
     groups: list[GroupBlocks]
     granted_at: float
@@ -96,7 +96,7 @@ class LeaseAnswers:
 
     @property
     def known_ranks(self) -> frozenset[tuple[str, int]]:
-        """Name and incarnation of every rank that has shaken hands."""
+        """Return name and incarnation of every rank that has shaken hands."""
         return frozenset(self._known_ranks)
 
     @property
@@ -105,7 +105,7 @@ class LeaseAnswers:
 
     @property
     def hashing_since_at(self) -> float | None:
-        """Instant of the latest grant whose checksums are still being computed."""
+        """Return the instant of the latest grant whose checksums are still being computed."""
         return max((hashing.granted_at for hashing in self._hashing.values()), default=None)
 
     def next_deadline_at(self) -> float | None:

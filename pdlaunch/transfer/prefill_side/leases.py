@@ -1,4 +1,4 @@
-"""Leases: a prefill rank keeps the blocks of a finished request for its readers, up to a deadline.
+"""Keeps the blocks of finished requests for their readers, each under a lease with a deadline.
 
 ::
 

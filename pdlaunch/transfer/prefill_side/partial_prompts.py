@@ -1,4 +1,4 @@
-"""Prompts that are still being computed here, of which decode ranks may read what is ready.
+"""Tells decode ranks which blocks are ready of a prompt that is still being computed.
 
 ::
 

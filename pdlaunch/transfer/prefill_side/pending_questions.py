@@ -1,4 +1,4 @@
-"""Questions that cannot be answered yet.
+"""Keeps questions that cannot be answered yet.
 
 Rank 0 of a TP group lets the answer of a prefill go when it has sent the grants to the other ranks.
 So a decode rank may ask one of them before its grant is there: the question then waits for it, in

@@ -1,4 +1,4 @@
-"""The prefill side of a rank: takes the questions of decode ranks, and answers or makes them wait.
+"""Takes the questions of decode ranks to this rank, and answers them or makes them wait.
 
 A connector that pushes has the prefill side write what a decode rank asks for. A write that has
 begun cannot be taken back: whoever asked owns the destination until the answer is there.
@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrefillSide:
-    """Leases of one rank, and the sockets and writes that serve them. The transfer thread owns
-    it.
-    """
+    """Serves the leases of one rank to decode ranks. The transfer thread owns it."""
 
     def __init__(
         self,
@@ -81,17 +79,17 @@ class PrefillSide:
 
     @property
     def known_ranks(self) -> frozenset[tuple[str, int]]:
-        """Name and incarnation of every decode rank that has shaken hands."""
+        """Return name and incarnation of every decode rank that has shaken hands."""
         return self._answers.known_ranks
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no lease, and nothing is written to a decode rank."""
+        """Return whether there is no lease, and nothing is written to a decode rank."""
         return not self._answers.num_leases and self._writes.latest_at is None
 
     @property
     def polling_since_at(self) -> float | None:
-        """Instant at which the latest of the unfinished writes and checksums began."""
+        """Return the instant at which the latest of the unfinished writes and checksums began."""
         started = (self._writes.latest_at, self._answers.hashing_since_at)
         return max((at for at in started if at is not None), default=None)
 
@@ -120,7 +118,7 @@ class _Write:
 
 
 class Writes:
-    """Writes that decode ranks have asked for; every ``Push`` gets one answer."""
+    """Executes the writes that decode ranks ask for; every ``Push`` gets one answer."""
 
     def __init__(
         self, answers: LeaseAnswers, connector: Connector, clock: Callable[[], float]
@@ -133,7 +131,7 @@ class Writes:
 
     @property
     def latest_at(self) -> float | None:
-        """Instant at which the latest of the unfinished writes began."""
+        """Return the instant at which the latest of the unfinished writes began."""
         return max((write.started_at for write in self._writes), default=None)
 
     def start(self, identity: bytes, message: Push) -> None:
