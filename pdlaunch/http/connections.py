@@ -28,7 +28,7 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.protocol.openai.errors import error_body
+from pdlaunch.http.errors import error_body
 
 IDLE_TIMEOUT_S = 20.0
 """For the next whole header, from the accept or the last answer on."""

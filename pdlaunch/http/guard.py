@@ -26,7 +26,7 @@ from aiohttp import hdrs, web
 
 from pdlaunch.config.http_names import ANY, WILDCARDS
 from pdlaunch.errors import RequestError
-from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.http.headers import REQUEST_ID_HEADER
 
 HOST_FREE_PATHS = frozenset({"/health"})
 PREFLIGHT_MAX_AGE_S = 600

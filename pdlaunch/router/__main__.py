@@ -1,26 +1,19 @@
-"""Entry of the router process: ``python -m pdlaunch.router --name router`` with a Bootstrap on
-standard input.
+"""``python -m pdlaunch.router --name router``: the router process.
+
+The supervisor starts it, with a Bootstrap on standard input that has the name too.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sys
 
-from pdlaunch.observe.logs import setup_logging
-from pdlaunch.process.bootstrap import read_bootstrap
+from pdlaunch.http.lifecycle import Supervised, run_supervised
 from pdlaunch.router.process import RouterProcess
 
 
-def main() -> int:
-    """Run the router until the supervisor says Stop; the exit code is 1 when it failed."""
-    bootstrap = read_bootstrap()
-    setup_logging(bootstrap.name, bootstrap.log_level)
-    code = asyncio.run(RouterProcess(bootstrap).run())
-    logging.shutdown()
-    return code
+async def _serve(supervised: Supervised) -> None:
+    await RouterProcess(supervised).run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_supervised(_serve))

@@ -8,17 +8,17 @@ chooses engines; without it: all that were not given up.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import hdrs, web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.http.app import Route, request_id_of
+from pdlaunch.http.errors import error_body
+from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.control import Restarting, Role
-from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.openai.errors import error_body
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.hops import Hops
 from pdlaunch.router.pool import Engine
@@ -31,17 +31,7 @@ RESTART_TIMEOUT_S = 850.0
 INTEGRITY_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
 
-Handler = Callable[[web.Request, HttpRequestId], Awaitable[web.StreamResponse]]
-"""Of a request and its id."""
 Query = Sequence[tuple[str, str]]
-
-
-class AdminRoute(NamedTuple):
-    """One row of the table. ``method``: ``*`` for all."""
-
-    method: str
-    path: str
-    handler: Handler
 
 
 class Outcome(NamedTuple):
@@ -59,18 +49,18 @@ class Admin:
         self._hops = hops
         self._supervisor = supervisor
 
-    def routes(self) -> list[AdminRoute]:
+    def routes(self) -> list[Route]:
         """All of them; whoever adds a command adds a row."""
         return [
-            AdminRoute("POST", "/sleep", self._sleep),
-            AdminRoute("POST", "/wake_up", self._wake_up),
-            AdminRoute("GET", "/is_sleeping", self._is_sleeping),
-            AdminRoute("POST", "/pdlaunch/restart", self._restart),
-            AdminRoute("GET", "/pdlaunch/integrity", self._integrity),
-            AdminRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
+            Route("POST", "/sleep", self._sleep),
+            Route("POST", "/wake_up", self._wake_up),
+            Route("GET", "/is_sleeping", self._is_sleeping),
+            Route("POST", "/pdlaunch/restart", self._restart),
+            Route("GET", "/pdlaunch/integrity", self._integrity),
+            Route("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
-    async def _sleep(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _sleep(self, http: web.Request) -> web.Response:
         """Prefill engines first: what they hold for decode engines is fetched while those are
         awake.
         """
@@ -78,7 +68,7 @@ class Admin:
             [await self._post(engine, http) for engine in self._chosen(http, first="prefill")]
         )
 
-    async def _wake_up(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _wake_up(self, http: web.Request) -> web.Response:
         """Decode engines first: they shake hands with prefill engines as these come back."""
         outcomes = [await self._post(engine, http) for engine in self._chosen(http, first="decode")]
         await self._see_awake(
@@ -86,14 +76,14 @@ class Admin:
         )
         return _together(outcomes)
 
-    async def _is_sleeping(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _is_sleeping(self, http: web.Request) -> web.Response:
         outcomes = [await self._ask(engine, "GET", "/is_sleeping") for engine in self._chosen(http)]
         return _together(
             outcomes,
             is_sleeping=all(outcome.answer.get("is_sleeping", False) for outcome in outcomes),
         )
 
-    async def _restart(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _restart(self, http: web.Request) -> web.Response:
         """Start engines anew, one after the other, so that others serve meanwhile; answered when
         they serve again.
 
@@ -150,7 +140,7 @@ class Admin:
             (engine for engine in engines if engine.ready or engine.state == "failed"), None
         )
 
-    async def _integrity(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _integrity(self, http: web.Request) -> web.Response:
         """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
         outcomes = [
             await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S)
@@ -158,11 +148,11 @@ class Admin:
         ]
         return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
-    async def _one_engine(self, http: web.Request, request_id: HttpRequestId) -> web.Response:
+    async def _one_engine(self, http: web.Request) -> web.Response:
         """Any call to one engine, its answer as it is once it is whole."""
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{http.match_info['path']}"
-        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id}
+        headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(http)}
         if encoding := http.headers.get(hdrs.CONTENT_ENCODING):
             headers[hdrs.CONTENT_ENCODING] = encoding
         status, body, content_type = await self._hops.client.call(

@@ -6,21 +6,17 @@ choices of prompt ``p`` are numbered ``p * n`` to ``p * n + n - 1``.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
-from aiohttp import web
-
+from pdlaunch.http.sse import DONE, EventStream, encode_event
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
-from pdlaunch.protocol.openai.sse import CONTENT_TYPE, DONE, encode_event
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
 from pdlaunch.router.transcript import Transcript
 
-LAST_WORD_S = 1.0
 _HEAD = ("id", "object", "created", "model", "choices")
 
 
@@ -84,67 +80,6 @@ class Answer:
         self._metrics.output_length.observe(usage.completion_tokens)
 
 
-class EventStream(Protocol):
-    """Where the events of a streamed answer go."""
-
-    @property
-    def has_begun(self) -> bool:
-        """The client has been told that all is well; an error can have no status of its own any
-        more.
-        """
-
-    async def write(self, event: bytes) -> None:
-        """Send one event, and wait while the reader is behind. Raises ConnectionError when nobody
-        reads.
-        """
-
-    async def end(self) -> None:
-        """The answer is whole."""
-
-    async def fail(self, event: bytes) -> None:
-        """End a stream that has begun with an error event."""
-
-
-class ClientStream:
-    """A client's connection. Its headers are sent with the first event."""
-
-    def __init__(self, http_request: web.BaseRequest, headers: dict[str, str]) -> None:
-        self._http_request = http_request
-        self._preparing = asyncio.Lock()
-        self.response = web.StreamResponse(
-            headers={
-                "Content-Type": f"{CONTENT_TYPE}; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no",
-            }
-            | headers
-        )
-
-    @property
-    def has_begun(self) -> bool:
-        return self.response.prepared
-
-    async def write(self, event: bytes) -> None:
-        if not self.response.prepared:
-            async with self._preparing:
-                if not self.response.prepared:
-                    await self.response.prepare(self._http_request)
-        await self.response.write(event)
-
-    async def end(self) -> None:
-        await self.response.write_eof()
-
-    async def fail(self, event: bytes) -> None:
-        """A client that does not read is left after ``LAST_WORD_S``."""
-        try:
-            async with asyncio.timeout(LAST_WORD_S):
-                await self.write(event)
-                await self.end()
-        except TimeoutError:
-            if self._http_request.transport is not None:
-                self._http_request.transport.abort()
-
-
 class StreamedAnswer(Answer):
     """Events, as they come."""
 
@@ -175,8 +110,7 @@ class StreamedAnswer(Answer):
         if self._request.include_usage:
             last = self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}
             await self._stream.write(encode_event(last))
-        await self._stream.write(DONE)
-        await self._stream.end()
+        await self._stream.end(DONE)
         self._observe_end(usage)
 
 

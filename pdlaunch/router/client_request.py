@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import msgspec
 
 from pdlaunch.errors import RequestError
-from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
+from pdlaunch.http.errors import model_not_found
+from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.ids import HopId, HttpRequestId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
     INTERNAL_FIELDS,
@@ -22,7 +23,6 @@ from pdlaunch.protocol.openai.body import (
     read_json_object,
 )
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
-from pdlaunch.protocol.openai.errors import model_not_found
 from pdlaunch.protocol.openai.generation import MAX_CHOICES
 
 CHARACTERS_PER_TOKEN = 4

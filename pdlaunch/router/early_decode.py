@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import secrets
 
-from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.kv_params import PdlaunchParams, to_wire
 from pdlaunch.router.client_request import PromptRequest

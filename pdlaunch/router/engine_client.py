@@ -17,9 +17,10 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.errors import OverloadedError, ProtocolError
+from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
+from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.sse import DONE_DATA, EventDecoder
 from pdlaunch.router.pool import Engine
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     metrics_s: float = 2.0
 
 
-class EngineFailure(PdlaunchError):
+class EngineFailure(OverloadedError):
     """An engine did not do its work; another one may.
 
     ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``code``: of its error.
+    begin. ``engine_code``: the code of its own error. A client hears of a failure that no other
+    engine makes up for as 503, or as 502 when the engine may not return.
     """
 
     def __init__(
@@ -60,15 +62,20 @@ class EngineFailure(PdlaunchError):
         *,
         may_return: bool = True,
         turned_away: bool = False,
-        code: object = None,
+        engine_code: object = None,
     ) -> None:
-        super().__init__(f"engine {engine.name}: {reason}")
+        super().__init__(
+            f"engine {engine.name}: {reason}",
+            status=503 if may_return else 502,
+            retry_after_s=RETRY_AFTER_S,
+            code="engine_failed",
+        )
         self.may_return = may_return
         self.turned_away = turned_away
-        self.code = code
+        self.engine_code = engine_code
 
 
-class EngineRefusal(PdlaunchError):
+class EngineRefusal(RelayedError):
     """An engine's answer that is no 200, for the client as it is."""
 
     def __init__(
@@ -77,14 +84,16 @@ class EngineRefusal(PdlaunchError):
         *,
         status: int,
         body: bytes,
-        content_type: str,
-        retry_after: str | None,
+        content_type: str = "application/json",
+        retry_after: str | None = None,
     ) -> None:
-        super().__init__(f"engine {engine.name} answered {status}")
-        self.status = status
-        self.body = body
-        self.content_type = content_type
-        self.retry_after = retry_after
+        super().__init__(
+            f"engine {engine.name} answered {status}",
+            status=status,
+            body=body,
+            content_type=content_type,
+            headers={} if retry_after is None else {"Retry-After": retry_after},
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -311,19 +320,13 @@ class EngineStream:
     def _raise_error(self, data: bytes, error: object) -> None:
         fields = error if isinstance(error, dict) else {}
         if fields.get("type") in _CLIENT_ERROR_TYPES:
-            raise EngineRefusal(
-                self._engine,
-                status=400,
-                body=data,
-                content_type="application/json",
-                retry_after=None,
-            )
+            raise EngineRefusal(self._engine, status=400, body=data)
         message = f"error in its stream: {fields.get('message', error)}"
         raise EngineFailure(
             self._engine,
             message,
             may_return=fields.get("type") != "server_error",
-            code=fields.get("code"),
+            engine_code=fields.get("code"),
         )
 
 
@@ -367,7 +370,7 @@ async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> No
             message,
             may_return=may_return,
             turned_away=response.status == 503,
-            code=_error_code(body),
+            engine_code=_error_code(body),
         )
     raise EngineRefusal(
         engine,

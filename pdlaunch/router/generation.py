@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import msgspec
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.http.errors import RANK_LOST, RETRY_AFTER_S
+from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.protocol.openai.errors import RANK_LOST
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode, tell_decode
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
@@ -36,7 +36,6 @@ from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 2
 _MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
 _BROKEN = frozenset({"error", "abort"})
 """Reasons with which an engine gives a request up that nobody has cancelled."""
@@ -245,7 +244,7 @@ class Generation:
         """Know whether the engine died of this request before another one gets it. Raises
         KillsEngineError if so again.
         """
-        if isinstance(failure, EngineFailure) and failure.code == RANK_LOST:
+        if isinstance(failure, EngineFailure) and failure.engine_code == RANK_LOST:
             await self._hops.news_of_death(engine)
         self._hops.suspects.check(self._prompt.origin)
 

@@ -52,12 +52,14 @@ class Hops:
         self.recovery = recovery
         self.suspects = SuspectBook()
         self._changed = asyncio.Event()
+        self._has_registry = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def update(self, registry: Registry) -> None:
         """Take over a registry and wake those who wait for an engine."""
         self.pool.update(registry)
         self.metrics.show_pairs(registry.pairs)
+        self._has_registry.set()
         self._changed.set()
         self._changed = asyncio.Event()
         for engine in self.pool.engines:
@@ -80,6 +82,10 @@ class Hops:
                 await changed.wait()
         except TimeoutError:
             return
+
+    async def knows_engines(self) -> None:
+        """Return once there has been a registry."""
+        await self._has_registry.wait()
 
     def now_s(self) -> float:
         """The event loop's clock."""

@@ -23,8 +23,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.protocol.ids import IdempotencyKey
-from pdlaunch.router.answers import ClientStream, EventStream
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Recording:
         self._events: list[bytes] = []
         self._num_forgotten = 0
         self._has_ended = False
-        self._last_word: bytes | None = None
+        self._stream_error: BaseException | None = None
         self._response: web.Response | None = None
         self._error: Exception | None = None
         self._readers: set[_Reader] = set()
@@ -95,7 +95,7 @@ class Recording:
 
     @property
     def has_succeeded(self) -> bool:
-        return self._has_ended and self._last_word is None and self._error is None
+        return self._has_ended and self._stream_error is None and self._error is None
 
     @property
     def has_begun(self) -> bool:
@@ -113,12 +113,15 @@ class Recording:
                 )
             await self._changed.wait()
 
-    async def end(self) -> None:
+    async def end(self, last: bytes = b"") -> None:
+        if last:
+            await self.write(last)
         self._has_ended = True
         self._tell()
 
-    async def fail(self, event: bytes) -> None:
-        self._last_word = event
+    async def fail(self, error: BaseException) -> None:
+        # Without its traceback, which would keep the request's frames and its body alive.
+        self._stream_error = error.with_traceback(None)
         await self.end()
 
     async def answer(self, response: web.Response) -> None:
@@ -132,7 +135,7 @@ class Recording:
         """There is no answer: those who wait are told why."""
         if not self._readers:
             logger.warning("the request of a client that is gone failed: %s", error)
-        self._error = error
+        self._error = error.with_traceback(None)
         await self.end()
 
     async def repeat(self, request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
@@ -185,8 +188,8 @@ class Recording:
                 break
             else:
                 await self._changed.wait()
-        if self._last_word is not None:
-            await stream.fail(self._last_word)
+        if self._stream_error is not None:
+            await stream.fail(self._stream_error)
         else:
             await stream.end()
         return stream.response

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pdlaunch.errors import KillsEngineError
-from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin
+from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.control import Suspects
 from pdlaunch.protocol.ids import PromptOrigin
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.errors import OverloadedError
+from pdlaunch.http.admission import Admission, Ticket
 from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
+from pdlaunch.http.deadline import Deadlines
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
-from pdlaunch.server.admission import Admission
 from pdlaunch.server.metrics import ServerMetrics
 from pdlaunch.server.rank_link import RankLink
 from pdlaunch.server.served_model import ServedModel
@@ -42,7 +44,8 @@ class EngineService:
         rank_silence_s: float = RANK_SILENCE_S,
     ) -> None:
         self.spec = spec
-        self.admission = Admission(spec.limits.max_queued_requests)
+        self.admission = Admission(spec.limits.max_queued_requests, _shutting_down)
+        self.deadlines = Deadlines(spec.limits.request_timeout_s, _shutting_down)
         self.max_body_bytes = max_engine_body_bytes(spec.limits.max_body_bytes, spec.max_model_len)
         # Room for what a router lets in, and for one of the longest that it makes of it.
         self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
@@ -50,7 +53,7 @@ class EngineService:
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )
-        self.leases = LeaseBook()
+        self.leases = LeaseIndex()
         self.sleep = SleepDesk(spec, self.admission, self.live_link)
         self.loaded: ServedModel | None = None
         self.welcomed = asyncio.Event()
@@ -89,9 +92,18 @@ class EngineService:
     def check_health(self) -> None:
         """Raises OverloadedError (503) that says why the engine takes no work now."""
         self.admission.check_open()
+        self.sleep.check_awake()
         if self.loaded is None:
             raise _starting()
         self.live_link()
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[Ticket]:
+        """Hold a place for a request that rank 0 computes. Raises OverloadedError (429, 503)."""
+        self.admission.check_open()
+        self.sleep.check_awake()
+        with self.admission.admit() as ticket:
+            yield ticket
 
     @contextlib.asynccontextmanager
     async def read(self, http: web.Request) -> AsyncIterator[bytes]:
@@ -119,7 +131,7 @@ class EngineService:
         self.metrics.engine.stats = stats
 
 
-class LeaseBook:
+class LeaseIndex:
     """Which leases were handed out, by the client's request id and by the id in
     ``kv_transfer_params``.
     """
@@ -138,6 +150,15 @@ class LeaseBook:
     def take(self, name: str) -> RequestId | None:
         """The rank's id of the lease, which is forgotten; None when there is none of this name."""
         return self._rank_ids.pop(name, None)
+
+
+def _shutting_down() -> OverloadedError:
+    return OverloadedError(
+        "the engine is shutting down",
+        status=503,
+        retry_after_s=LEAVING_RETRY_AFTER_S,
+        code="shutting_down",
+    )
 
 
 def _starting() -> OverloadedError:

@@ -10,22 +10,26 @@ A client that goes away cancels the handler, and leaving the handler aborts what
 from __future__ import annotations
 
 import logging
+import secrets
 from functools import partial
 
 from aiohttp import web
 
+from pdlaunch.http.admission import Ticket
+from pdlaunch.http.app import request_id_of
+from pdlaunch.http.deadline import Deadline
+from pdlaunch.http.headers import ORIGIN_HEADER, TRACEPARENT_HEADER, read_origin, read_traceparent
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
+from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
-from pdlaunch.server.admission import Ticket
-from pdlaunch.server.deadline import Deadline
 from pdlaunch.server.engine_service import EngineService
-from pdlaunch.server.generation import Generation
 from pdlaunch.server.metrics import RequestClock
 from pdlaunch.server.prepare import Call, Prepared, prepare
 from pdlaunch.server.prompts import chat_prompt, completion_prompts, read_chat, read_completion
 from pdlaunch.server.render import ChatRenderer, CompletionRenderer, Renderer
 from pdlaunch.server.respond import Answerer
+from pdlaunch.server.running_choices import RunningChoices
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +40,10 @@ class GenerateHandler:
     def __init__(self, service: EngineService) -> None:
         self._service = service
 
-    async def completions(self, http: web.Request, call: Call) -> web.StreamResponse:
-        with self._service.admission.admit() as ticket:
-            deadline = Deadline(self._service.spec.limits.request_timeout_s)
+    async def completions(self, http: web.Request) -> web.StreamResponse:
+        call = _read_call(http)
+        with self._service.admit() as ticket:
+            deadline = self._service.deadlines.start()
             async with deadline.guard():
                 request, prompts = await self._read_completion(http, ticket)
             model = self._service.model
@@ -48,9 +53,10 @@ class GenerateHandler:
             )
             return await self._run(http, call, prepared, renderer, deadline)
 
-    async def chat(self, http: web.Request, call: Call) -> web.StreamResponse:
-        with self._service.admission.admit() as ticket:
-            deadline = Deadline(self._service.spec.limits.request_timeout_s)
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        call = _read_call(http)
+        with self._service.admit() as ticket:
+            deadline = self._service.deadlines.start()
             async with deadline.guard():
                 request, prompt = await self._read_chat(http, ticket)
             model = self._service.model
@@ -106,27 +112,39 @@ class GenerateHandler:
             _log.info("traceparent %s", call.traceparent)
         metrics.prompt_tokens.inc(prepared.num_prompt_tokens)
         metrics.prompt_length.observe(prepared.num_prompt_tokens)
-        generation = Generation(
+        running = RunningChoices(
             self._service.live_link(),
             prepared.choices,
             num_prompt_tokens=prepared.num_prompt_tokens,
             on_first_tokens=clock.restart,
         )
-        answerer = Answerer(http, call, prepared, renderer, generation, clock, deadline)
+        answerer = Answerer(http, call, prepared, renderer, running, clock, deadline)
         answered = False
         try:
-            generation.start()
+            running.start()
             response = await (answerer.stream() if renderer.request.stream else answerer.answer())
             answered = not answerer.broke_off
         finally:
-            generation.abort()
+            running.abort()
             if prepared.is_remote_prefill and not answered:
-                generation.release()
+                running.release()
         if prepared.is_remote_prefill and answered:
             self._service.leases.add(call.hop_id, prepared.choices[0].request.request_id)
         clock.finished(prepared.choices)
         _log.info("%s", _summary(prepared))
         return response
+
+
+def _read_call(http: web.Request) -> Call:
+    hop_id = HopId(request_id_of(http))
+    origin, is_suspect = read_origin(http.headers.get(ORIGIN_HEADER))
+    return Call(
+        hop_id=hop_id,
+        unique_id=f"{hop_id}-{secrets.token_hex(4)}",
+        traceparent=read_traceparent(http.headers.get(TRACEPARENT_HEADER)),
+        origin=origin,
+        is_suspect=is_suspect,
+    )
 
 
 def _summary(prepared: Prepared) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -13,24 +11,21 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from pdlaunch.errors import RequestError
-from pdlaunch.observe.trace import REQUEST_ID_HEADER
+from pdlaunch.http.deadline import Deadline
+from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.protocol.openai.responses import Usage
-from pdlaunch.protocol.openai.sse import CONTENT_TYPE, DONE, encode_error, encode_event
 from pdlaunch.server.choice import Delta
-from pdlaunch.server.deadline import Deadline
-from pdlaunch.server.generation import Generation
 from pdlaunch.server.metrics import RequestClock
 from pdlaunch.server.prepare import Call, Prepared
 from pdlaunch.server.render import Renderer
+from pdlaunch.server.running_choices import RunningChoices
 
 _log = logging.getLogger(__name__)
 
-LAST_WORD_S = 1.0
-"""How long a client that does not read may hold up the event that tells it of an error."""
-
 
 class Answerer:
-    """One request on its way out; ``generation`` has been started."""
+    """One request on its way out; ``running`` has been started."""
 
     def __init__(
         self,
@@ -38,7 +33,7 @@ class Answerer:
         call: Call,
         prepared: Prepared,
         renderer: Renderer,
-        generation: Generation,
+        running: RunningChoices,
         clock: RequestClock,
         deadline: Deadline,
     ) -> None:
@@ -46,10 +41,10 @@ class Answerer:
         self._headers = {REQUEST_ID_HEADER: call.hop_id}
         self._prepared = prepared
         self._renderer = renderer
-        self._generation = generation
+        self._running = running
         self._clock = clock
         self._deadline = deadline
-        self._whole = [Delta(choice.index) for choice in generation.choices]
+        self._whole = [Delta(choice.index) for choice in running.choices]
         self.broke_off = False
         """A stream has ended with an error."""
 
@@ -61,10 +56,8 @@ class Answerer:
             deltas = await self._collect()
             params: dict[str, Any] | UnsetType | None = UNSET
             if self._prepared.is_remote_prefill:
-                params = self._generation.hand_over(deltas)
-            body = msgspec.json.encode(
-                self._renderer.answer(deltas, self._generation.usage(), params)
-            )
+                params = self._running.hand_over(deltas)
+            body = msgspec.json.encode(self._renderer.answer(deltas, self._running.usage(), params))
             response = web.Response(
                 body=body, content_type="application/json", headers=self._headers
             )
@@ -76,35 +69,22 @@ class Answerer:
 
     async def stream(self) -> web.StreamResponse:
         """Server-sent events. Raises RequestError before the first one; later errors are events."""
-        response = web.StreamResponse(
-            headers=self._headers
-            | {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
+        stream = ClientStream(self._http, self._headers)
         try:
             async with self._deadline.guard():
                 async for events in self._events():
-                    if not response.prepared:
-                        await response.prepare(self._http)
-                    await response.write(events)
-                if not response.prepared:
-                    await response.prepare(self._http)
-                # At once, so that who reads the last event has the end too, and can use the
-                # connection again.
-                await response.write_eof(self._last_events())
-                return response
+                    await stream.write(events)
+                await stream.end(self._last_events())
         except ConnectionError:
             raise
         except Exception as error:
-            if not response.prepared:
+            if not stream.has_begun:
                 raise
             self.broke_off = True
             if isinstance(error, RequestError):
                 _log.warning("stream failed: %s", error)
-            else:
-                _log.error("stream failed", exc_info=error)
-            await self._say_last(response, error)
-        await response.write_eof()
-        return response
+            await stream.fail(error)
+        return stream.response
 
     async def _collect(self) -> list[Delta]:
         """Everything of each choice."""
@@ -114,7 +94,7 @@ class Answerer:
 
     def _whole_deltas(self) -> list[Delta]:
         whole = self._whole
-        for choice, delta in zip(self._generation.choices, whole, strict=True):
+        for choice, delta in zip(self._running.choices, whole, strict=True):
             delta.finish_reason, delta.stop_reason = choice.finish_reason, choice.stop_reason
         return whole
 
@@ -123,7 +103,7 @@ class Answerer:
         if self._prepared.deltas:
             self._add(self._prepared.deltas)
             yield self._prepared.deltas
-        async for deltas in self._generation.deltas():
+        async for deltas in self._running.deltas():
             self._clock.tokens(deltas)
             self._add(deltas)
             yield deltas
@@ -147,10 +127,10 @@ class Answerer:
     def _last_events(self) -> bytes:
         end = DONE
         if self._prepared.is_remote_prefill:
-            params = self._generation.hand_over(self._whole_deltas())
-            end = encode_event(self._renderer.usage_chunk(self._generation.usage(), params)) + end
+            params = self._running.hand_over(self._whole_deltas())
+            end = encode_event(self._renderer.usage_chunk(self._running.usage(), params)) + end
         elif self._renderer.request.include_usage:
-            end = encode_event(self._renderer.usage_chunk(self._generation.usage())) + end
+            end = encode_event(self._renderer.usage_chunk(self._running.usage())) + end
         return end
 
     def _chunk(self, delta: Delta) -> object:
@@ -158,7 +138,7 @@ class Answerer:
 
     def _usage(self) -> Usage | UnsetType:
         """What a chunk says of the tokens so far."""
-        return self._generation.usage() if self._renderer.request.continuous_usage else UNSET
+        return self._running.usage() if self._renderer.request.continuous_usage else UNSET
 
     def _is_shown(self, delta: Delta) -> bool:
         """Tokens whose text is held back make a chunk only where the client asked for more than
@@ -170,11 +150,3 @@ class Answerer:
         return bool(delta.tokens) and (
             request.return_token_ids or request.num_top_logprobs is not None
         )
-
-    async def _say_last(self, response: web.StreamResponse, error: Exception) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORD_S):
-                await response.write(encode_error(error))
-                return
-        if self._http.transport is not None:
-            self._http.transport.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_shape import read_model_shape
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.errors import model_not_found
+from pdlaunch.http.errors import model_not_found
 from pdlaunch.server.chat_template import ChatTemplate, load_chat_template
 from pdlaunch.server.tokenizer import TextTokenizer
 

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.errors import RequestError
+from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.http.admission import Admission
+from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import SleepReply, Welcome
-from pdlaunch.server.admission import Admission
 from pdlaunch.server.rank_link import RankLink
 
 T = TypeVar("T")
@@ -96,9 +97,21 @@ class SleepDesk:
         self._link = link
         self._turn = asyncio.Lock()
         self._tags: list[str] = []
+        self._is_closed = False
+        """The engine sleeps, or is about to."""
         self._announced = "awake"
         self._tasks: set[asyncio.Task[Any]] = set()
         self.announce: Callable[[SleepState], None] = lambda _: None
+
+    def check_awake(self) -> None:
+        """Raise OverloadedError (503) while the engine sleeps, or is about to."""
+        if self._is_closed:
+            raise OverloadedError(
+                "the engine sleeps",
+                status=503,
+                retry_after_s=LEAVING_RETRY_AFTER_S,
+                code="engine_sleeping",
+            )
 
     def status(self, num_bytes: int = 0) -> SleepStatus:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
@@ -160,7 +173,7 @@ class SleepDesk:
     def _settle(self, tags: list[str], *, draining: bool = False) -> None:
         """Take over what is true now, and tell the supervisor when it is news."""
         self._tags = tags
-        self._admission.asleep = bool(tags) or draining
+        self._is_closed = bool(tags) or draining
         state = SleepState(state="draining" if draining else "sleeping" if tags else "awake")
         if state.state != self._announced:
             self._announced = state.state

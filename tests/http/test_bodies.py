@@ -18,7 +18,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http import bodies, connections
 from pdlaunch.http.bodies import SMALL_BODY_BYTES, BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.connections import LINGERING_S, HttpRunner
-from pdlaunch.protocol.openai.errors import error_body, error_headers
+from pdlaunch.http.errors import error_response
 
 MAX_BYTES = 2 * SMALL_BODY_BYTES
 
@@ -39,9 +39,7 @@ class Server:
                 await self.go.wait()
                 return web.json_response({"length": len(body)})
         except RequestError as error:
-            return web.json_response(
-                error_body(error), status=error.status, headers=error_headers(error)
-            )
+            return error_response(error)
 
     async def post(self, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
         url = f"http://127.0.0.1:{self.port}/"

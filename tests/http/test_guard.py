@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 
 from pdlaunch.errors import RequestError
-from pdlaunch.http.bearer import has_bearer
+from pdlaunch.http.app import has_bearer
+from pdlaunch.http.errors import error_body
 from pdlaunch.http.guard import Guard
-from pdlaunch.protocol.openai.errors import error_body
 
 Send = Callable[..., Awaitable[aiohttp.ClientResponse]]
 PORT = 8000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.http import large_inputs, memory
+from pdlaunch.http import large_inputs
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import Alive
@@ -58,18 +58,18 @@ async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
 
 async def test_memory_goes_back_once_after_large_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[bool] = []
-    monkeypatch.setattr(memory, "DELAY_S", 0.01)
-    monkeypatch.setattr(memory, "trim", trimmed.append)
-    memory_return = memory.MemoryReturn()
-    memory_return.after(memory.LARGE_BYTES - 1)
+    monkeypatch.setattr(large_inputs, "DELAY_S", 0.01)
+    monkeypatch.setattr(large_inputs, "trim", trimmed.append)
+    memory_return = large_inputs.MemoryReturn()
+    memory_return.after(large_inputs.LARGE_BYTES - 1)
     await asyncio.sleep(0.05)
     assert not trimmed
     for _ in range(5):
-        memory_return.after(memory.LARGE_BYTES)
+        memory_return.after(large_inputs.LARGE_BYTES)
     while not trimmed:  # noqa: ASYNC110 - a thread sets it
         await asyncio.sleep(0.01)
     assert trimmed == [False]
-    memory_return.after(memory.COLLECT_BYTES)
+    memory_return.after(large_inputs.COLLECT_BYTES)
     while len(trimmed) < 2:  # noqa: ASYNC110 - a thread sets it
         await asyncio.sleep(0.01)
     assert trimmed == [False, True]
@@ -83,8 +83,8 @@ def test_malloc_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> Non
 
     libraries: list[Any] = [Glibc, object()]
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libraries.pop(0))
-    memory.trim()
-    memory.trim()
+    large_inputs.trim()
+    large_inputs.trim()
     assert asked == [0]
 
 
@@ -97,5 +97,5 @@ def test_what_errors_hold_in_cycles_goes_too() -> None:
     cycle: list[object] = [body]
     cycle.append(cycle)
     del body, cycle
-    memory.trim(collect=True)
+    large_inputs.trim(collect=True)
     assert gone() is None

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from pdlaunch.observe.trace import ORIGIN_HEADER, format_origin, read_origin
+from pdlaunch.http.headers import ORIGIN_HEADER, format_origin, read_origin
 from pdlaunch.protocol.control import Suspects
 from tests.router.conftest import Stand, pairs
 from tests.router.fake_engine import FakeEngine, Job, Seen

@@ -24,7 +24,7 @@ def routes(engine: Engine) -> list[tuple[str, str]]:
     return [
         (route.method, route.resource.canonical.replace("{name}", "tiny"))
         for route in found
-        if route.resource is not None
+        if route.resource is not None and route.method != "*"
     ]
 
 

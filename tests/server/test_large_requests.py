@@ -15,7 +15,8 @@ import pytest
 
 from pdlaunch.config.models import LimitSettings
 from pdlaunch.http.bodies import SMALL_BODY_BYTES
-from pdlaunch.server import tokenize
+from pdlaunch.protocol.engine import SleepReply
+from pdlaunch.server import prompts
 from pdlaunch.server.engine_service import EngineService
 from tests.server.conftest import Engine
 from tests.server.fake_rank import FakeRank
@@ -60,8 +61,8 @@ async def test_a_compressed_request_is_served(engine: Engine):
 
 
 async def test_tokenize_and_detokenize_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenize, "MIN_TEXT_CHARS", 1000)
-    monkeypatch.setattr(tokenize, "MIN_TOKEN_IDS", 1000)
+    monkeypatch.setattr(prompts, "MIN_TEXT_CHARS", 1000)
+    monkeypatch.setattr(prompts, "MIN_TOKEN_IDS", 1000)
     assert (await engine.post("/tokenize", {"prompt": "a" * 1000}))[0] == 200
     assert (await engine.post("/detokenize", {"tokens": [5] * 1000}))[0] == 200
     chat = [{"role": "user", "content": "a" * 1000}]
@@ -89,7 +90,7 @@ async def test_tokenize_takes_a_place_of_the_engine(make_engine: Callable[..., A
 
 
 async def test_an_engine_that_sleeps_tokenizes(engine: Engine):
-    engine.service.admission.asleep = True
+    engine.service.sleep.on_reply(SleepReply(call_id=0, sleeping_tags=["kv_cache"]))
     assert (await engine.post("/tokenize", {"prompt": "a"}))[0] == 200
 
 

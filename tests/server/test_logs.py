@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from pdlaunch.server.generation import Generation
+from pdlaunch.server.running_choices import RunningChoices
 from tests.server.conftest import Engine
 from tests.server.fake_rank import FakeRank
 from tests.server.test_completions import running_stream
@@ -37,16 +37,16 @@ async def test_an_error_that_nobody_expected_shows_its_traceback(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = Generation.deltas
+    told = RunningChoices.deltas
 
-    async def deltas(self: Generation) -> AsyncIterator[object]:
+    async def deltas(self: RunningChoices) -> AsyncIterator[object]:
         async for some in told(self):
             yield some
             raise ZeroDivisionError("made up")
 
-    monkeypatch.setattr(Generation, "deltas", deltas)
+    monkeypatch.setattr(RunningChoices, "deltas", deltas)
     async with running_stream(engine, rank) as (_, response):
         assert "error" in await response.text()
-    (record,) = [record for record in caplog.records if record.getMessage() == "stream failed"]
+    (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]
     assert record.exc_info is not None
     assert record.exc_info[0] is ZeroDivisionError

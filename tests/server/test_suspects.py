@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from pdlaunch.engine.lifecycle import NAN_LOGITS
-from pdlaunch.observe.trace import ORIGIN_HEADER
+from pdlaunch.http.headers import ORIGIN_HEADER
 from pdlaunch.protocol.engine import RequestFinished
 from tests.server.conftest import Engine
 from tests.server.fake_rank import FakeRank

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import ConfigError
-from pdlaunch.server.logprobs import token_name
+from pdlaunch.server.render import token_name
 from pdlaunch.server.tokenizer import TextTokenizer
 from tests.server.test_text_stream import BYTE_LEVEL, METASPACE
 

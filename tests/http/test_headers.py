@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import RequestError
-from pdlaunch.observe.trace import read_request_id, read_traceparent
+from pdlaunch.http.headers import read_request_id, read_traceparent
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import OverloadedError, ProtocolError, RequestError
-from pdlaunch.protocol.openai.errors import error_body, error_headers, error_status
-from pdlaunch.protocol.openai.responses import Completion, CompletionChoice
-from pdlaunch.protocol.openai.sse import (
+from pdlaunch.http.errors import error_body, error_response, error_status
+from pdlaunch.http.sse import (
     DONE,
     DONE_DATA,
     MAX_EVENT_BYTES,
@@ -18,6 +17,7 @@ from pdlaunch.protocol.openai.sse import (
     encode_error,
     encode_event,
 )
+from pdlaunch.protocol.openai.responses import Completion, CompletionChoice
 
 
 @given(st.lists(st.text()), st.integers(min_value=1, max_value=20))
@@ -73,10 +73,13 @@ def test_errors_have_openais_form():
 
 def test_an_overloaded_server_says_when_to_come_back():
     error = OverloadedError("full", retry_after_s=3)
-    assert (error_status(error), error_headers(error)) == (429, {"Retry-After": "3"})
+    response = error_response(error)
+    assert (response.status, response.headers["Retry-After"]) == (429, "3")
 
 
 def test_unexpected_exceptions_show_nothing():
-    body = error_body(KeyError("secret"))
-    assert body["error"]["type"] == "server_error"
+    response = error_response(KeyError("secret"))
+    assert isinstance(response.body, bytes)
+    assert msgspec.json.decode(response.body)["error"]["type"] == "server_error"
+    assert b"secret" not in response.body
     assert b"secret" not in encode_error(KeyError("secret"))

@@ -1,4 +1,4 @@
-"""One HTTP request at rank 0: all its choices, from submission to the last token or the abort."""
+"""Runs the choices of one HTTP request at rank 0, from submission to the last token or the abort."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.protocol.engine import FirstTokens, RequestFinished, Tokens
+from pdlaunch.http.errors import RANK_LOST
+from pdlaunch.protocol.engine import FirstTokens, RequestFinished, SetReaders, Tokens
 from pdlaunch.protocol.ids import RequestId
-from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.openai.errors import RANK_LOST
+from pdlaunch.protocol.kv_params import FirstToken, PdlaunchParams, RemoteKV, to_wire
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.server.choice import Choice, Delta
-from pdlaunch.server.handover import hand_over
 from pdlaunch.server.rank_link import RankEvent, RankLink, RankLost
 
 
-class Generation:
+class RunningChoices:
     """Runs the choices of one HTTP request.
 
     Choices that already have a ``finish_reason`` do not run. ``num_prompt_tokens``: of all prompts
@@ -86,7 +87,7 @@ class Generation:
         """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each
         choice.
         """
-        return hand_over(self._link, self.choices, deltas, self._remote_kv)
+        return _hand_over(self._link, self.choices, deltas, self._remote_kv)
 
     def usage(self) -> Usage:
         """Tokens so far; cached tokens are those of each prompt's first choice that reported
@@ -147,3 +148,39 @@ class Generation:
         del self._running[choice.request.request_id]
         if not isinstance(event, RequestFinished):
             self._link.abort(choice.request.request_id)
+
+
+def _hand_over(
+    link: RankLink, choices: Sequence[Choice], deltas: Sequence[Delta], remote: RemoteKV | None
+) -> dict[str, Any] | None:
+    """``kv_transfer_params`` of the answer; None when every choice ended with its first token, and
+    then the lease ends too.
+
+    Without leased blocks the decode engine gets the first tokens alone and computes the prompt
+    itself.
+    """
+    lease_id = choices[0].request.request_id
+    num_open = sum(choice.finish_reason != "stop" for choice in choices)
+    if num_open == 0:
+        link.abort(lease_id)
+        return None
+    if num_open < len(choices) and remote is not None:
+        link.send(SetReaders(request_id=lease_id, num_readers=num_open))
+    first_tokens = PdlaunchParams(first_tokens=[_first_token(delta) for delta in deltas])
+    if remote is None:
+        return {
+            "do_remote_prefill": False,
+            "do_remote_decode": False,
+            "pdlaunch": msgspec.to_builtins(first_tokens),
+        }
+    return to_wire(remote, first_tokens)
+
+
+def _first_token(delta: Delta) -> FirstToken:
+    (token,) = delta.tokens
+    return FirstToken(
+        token_id=token.token_id,
+        finish_reason="stop" if delta.finish_reason == "stop" else None,
+        logprob=token.logprob,
+        top_logprobs=list(token.top_logprobs),
+    )

@@ -1,0 +1,173 @@
+"""The door of an HTTP process: each request passes the guard and the key check, and each error
+becomes an answer.
+
+::
+
+    request ── id ── guard ── key ── handler ──> answer
+                └──────┴───────┴────────┴─────> error in OpenAI's form, counted, with the id
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from aiohttp import web
+from aiohttp.hdrs import METH_ANY
+
+from pdlaunch.errors import RequestError
+from pdlaunch.http.errors import (
+    CLIENT_CLOSED_REQUEST,
+    error_response,
+    json_response,
+    model_not_found,
+)
+from pdlaunch.http.guard import Guard
+from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
+from pdlaunch.observe.logs import request_logging
+from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.protocol.ids import HttpRequestId
+from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+KeyCheck = Callable[[web.Request], None]
+"""Raises RequestError for a request without the key."""
+
+
+_REQUEST_ID = web.RequestKey("request_id", str)
+
+
+class Route(NamedTuple):
+    """One row of an application's table of routes."""
+
+    method: str
+    """``*`` stands for all methods."""
+    path: str
+    handler: Handler
+    check_key: KeyCheck | None = None
+    """None: the application's own check."""
+
+
+class HttpApp:
+    """Builds the ``web.Application`` of a process from its table of routes.
+
+    Whoever ``is_trusted`` needs no key, and is no web page that the guard would have to look at.
+    """
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        *,
+        guard: Guard,
+        check_key: KeyCheck,
+        metrics: RequestMetrics,
+        max_body_bytes: int,
+        is_trusted: Callable[[web.Request], bool] = lambda _: False,
+    ) -> None:
+        self._guard = guard
+        self._check_key = check_key
+        self._metrics = metrics
+        self._is_trusted = is_trusted
+        self.app = web.Application(client_max_size=max_body_bytes)
+        self.app.on_response_prepare.append(guard.add_cors_headers)
+        for route in (*routes, Route("*", "/{path:.*}", self._unknown)):
+            handler = partial(self._at_the_door, route)
+            if route.method == "GET":
+                self.app.router.add_get(route.path, handler)  # answers HEAD too
+            else:
+                self.app.router.add_route(route.method, route.path, handler)
+
+    async def _at_the_door(self, route: Route, http: web.Request) -> web.StreamResponse:
+        request_id, id_error = _read_id(http)
+        http[_REQUEST_ID] = request_id
+        with request_logging(request_id):
+            try:
+                if id_error is not None:
+                    raise id_error
+                response = self._answer_at_once(route, http) or await route.handler(http)
+            except asyncio.CancelledError:
+                self._metrics.failed(CLIENT_CLOSED_REQUEST)
+                raise
+            except ConnectionError:
+                self._metrics.failed(CLIENT_CLOSED_REQUEST)
+                return web.Response(status=CLIENT_CLOSED_REQUEST)
+            except Exception as error:
+                response = error_response(error)
+                self._metrics.failed(response.status)
+        if not response.prepared:
+            response.headers[REQUEST_ID_HEADER] = request_id
+        return response
+
+    def _answer_at_once(self, route: Route, http: web.Request) -> web.Response | None:
+        """Return the answer to a preflight, None for what the handler has to answer."""
+        if self._is_trusted(http):
+            return None
+        answer = self._guard.admit(http)
+        if answer is None:
+            (route.check_key or self._check_key)(http)
+        return answer
+
+    async def _unknown(self, http: web.Request) -> web.StreamResponse:
+        allowed: set[str] = set()
+        for resource in self.app.router.resources():
+            allowed |= (await resource.resolve(http))[1] - {METH_ANY}
+        if not allowed:
+            raise RequestError(f"there is no {http.path[:200]}", status=404, code="not_found")
+        methods = ", ".join(sorted(allowed))
+        message = f"{http.path[:200]} takes {methods}, not {http.method}"
+        response = error_response(RequestError(message, status=405, code="method_not_allowed"))
+        response.headers["Allow"] = methods
+        self._metrics.failed(response.status)
+        return response
+
+
+def request_id_of(http: web.Request) -> HttpRequestId:
+    """Return the id that the door has given the request, or its client."""
+    return HttpRequestId(http[_REQUEST_ID])
+
+
+def bearer_check(
+    keys: Collection[str], *, message: str, code: str, open_paths: Collection[str] = ()
+) -> KeyCheck:
+    """Return a check that one of ``keys`` was sent as bearer token, except to ``open_paths``."""
+
+    def check(http: web.Request) -> None:
+        if http.path not in open_paths and not has_bearer(http, keys):
+            raise RequestError(message, status=401, code=code)
+
+    return check
+
+
+def has_bearer(http: web.Request, keys: Collection[str]) -> bool:
+    """Tell whether the Authorization header carries one of ``keys``."""
+    scheme, _, given = http.headers.get("Authorization", "").partition(" ")
+    sent = given.strip().encode(errors="surrogateescape")
+    # All are compared, in constant time, so that the time does not tell which one nearly matched.
+    matches = [secrets.compare_digest(sent, key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def model_routes(card: Callable[[], ModelCard]) -> list[Route]:
+    """Return the routes of /v1/models for a process that serves one model."""
+
+    async def models(_: web.Request) -> web.StreamResponse:
+        return json_response(ModelList(data=[card()]))
+
+    async def model(http: web.Request) -> web.StreamResponse:
+        served, name = card(), http.match_info["name"]
+        if name != served.id:
+            raise model_not_found(name, served.id)
+        return json_response(served)
+
+    return [Route("GET", "/v1/models", models), Route("GET", "/v1/models/{name:.+}", model)]
+
+
+def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:
+    """Return a new id for a request that is refused, as its own cannot be sent back."""
+    try:
+        return read_request_id(http.headers.get(REQUEST_ID_HEADER)), None
+    except RequestError as error:
+        return read_request_id(None), error

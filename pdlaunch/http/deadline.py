@@ -1,0 +1,77 @@
+"""Deadlines of requests: all have the same time limit, and end early when the process leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from pdlaunch.errors import OverloadedError
+
+
+class Deadlines:
+    """Starts the deadlines of a process and can end all of them; belongs to the event loop.
+
+    ``shutting_down`` makes the error for those whose deadline ends early; ``retry_after_s`` is what
+    the others are told.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        shutting_down: Callable[[], OverloadedError],
+        *,
+        retry_after_s: int = 1,
+    ) -> None:
+        self._limit_s = limit_s
+        self._retry_after_s = retry_after_s
+        self._shutting_down = shutting_down
+        self._running: set[asyncio.Timeout] = set()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End what runs and all that comes. Safe to call twice."""
+        self._is_closed = True
+        for timeout in self._running:
+            if not timeout.expired():
+                timeout.reschedule(0.0)
+
+    def start(self) -> Deadline:
+        """Start the deadline of one request now."""
+        return Deadline(self, asyncio.get_running_loop().time() + self._limit_s)
+
+    @contextlib.asynccontextmanager
+    async def guard_until(self, end_at: float) -> AsyncIterator[None]:
+        """Run the block until ``end_at`` on the loop's clock. Raises OverloadedError (503)."""
+        if self._is_closed:
+            raise self._shutting_down()
+        timeout = asyncio.timeout_at(end_at)
+        try:
+            async with timeout:
+                self._running.add(timeout)
+                try:
+                    yield
+                finally:
+                    self._running.discard(timeout)
+        except TimeoutError:
+            raise self._shutting_down() if self._is_closed else self._too_late() from None
+
+    def _too_late(self) -> OverloadedError:
+        return OverloadedError(
+            f"the request was not answered within {self._limit_s:g} s",
+            status=503,
+            retry_after_s=self._retry_after_s,
+            code="request_timeout",
+        )
+
+
+class Deadline:
+    """The deadline of one request, whose parts run under ``guard`` one after another."""
+
+    def __init__(self, deadlines: Deadlines, end_at: float) -> None:
+        self._deadlines = deadlines
+        self._end_at = end_at
+
+    def guard(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Run the block until the deadline. Raises OverloadedError (503) when it ends there."""
+        return self._deadlines.guard_until(self._end_at)

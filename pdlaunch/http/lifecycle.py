@@ -1,0 +1,117 @@
+"""The life of an HTTP process under its supervisor, from the bootstrap to the exit code.
+
+::
+
+    bootstrap ──> Register ──> Ready ──> Registry, Drain, .. ──> Stop or a signal ──> 0
+         └──────────┴────────────┴──────────────┴──> Failed ──> 1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+
+from pdlaunch.errors import PdlaunchError
+from pdlaunch.observe.logs import setup_logging
+from pdlaunch.process.bootstrap import Bootstrap, read_bootstrap
+from pdlaunch.process.control_client import ControlClient
+from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.protocol.control import (
+    Address,
+    Capabilities,
+    Failed,
+    FromSupervisor,
+    Register,
+    Stop,
+    ToSupervisor,
+)
+from pdlaunch.protocol.sockets import SecureContext
+
+SHUTDOWN_TIMEOUT_S = 1.0
+"""How long handlers may still run after Stop; draining came before."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Supervised:
+    """This process as its supervisor sees it; made and used inside a running event loop."""
+
+    def __init__(self, bootstrap: Bootstrap) -> None:
+        loop = asyncio.get_running_loop()
+        self.bootstrap = bootstrap
+        self.context = SecureContext(bootstrap.keys)
+        self.inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
+        """What the supervisor said; an error is why this process cannot go on."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        def deliver(message: FromSupervisor) -> None:
+            # Called in the control channel's thread, which may outlive the loop.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.inbox.put_nowait, message)
+
+        self._control = ControlClient(self.context, bootstrap.control, bootstrap.name, deliver)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.inbox.put_nowait, Stop())
+
+    def send(self, message: ToSupervisor) -> None:
+        """Queue a message for the supervisor; never blocks."""
+        self._control.send(message)
+
+    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+        """Tell where this process listens, and show from now on that its loop turns."""
+        self.send(
+            Register(
+                name=self.bootstrap.name,
+                incarnation=self.bootstrap.incarnation,
+                pid=os.getpid(),
+                address=Address(http=url),
+                capabilities=capabilities or Capabilities(),
+            )
+        )
+        self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run ``work`` until it ends or this process leaves."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def close(self) -> None:
+        """Send what is queued and end the channel."""
+        for task in self._tasks:
+            task.cancel()
+        self._control.close()
+        self.context.close()
+
+
+def run_supervised(serve: Callable[[Supervised], Awaitable[None]]) -> int:
+    """Read the bootstrap from standard input and serve; return the exit code, 1 after a failure.
+
+    ``serve`` returns after Stop; the supervisor is told what it raises.
+    """
+    bootstrap = read_bootstrap()
+    setup_logging(bootstrap.name, bootstrap.log_level)
+    code = asyncio.run(_run(bootstrap, serve))
+    logging.shutdown()
+    return code
+
+
+async def _run(bootstrap: Bootstrap, serve: Callable[[Supervised], Awaitable[None]]) -> int:
+    supervised = Supervised(bootstrap)
+    try:
+        await serve(supervised)
+    except PdlaunchError as error:
+        _logger.error("%s", error)
+        supervised.send(Failed(error=str(error)))
+        return 1
+    except Exception as error:
+        _logger.exception("%s failed", bootstrap.name)
+        supervised.send(Failed(error=f"{type(error).__name__}: {error}"))
+        return 1
+    finally:
+        supervised.close()
+    return 0
