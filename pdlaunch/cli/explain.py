@@ -1,4 +1,4 @@
-"""``pdlaunch explain``: why a rule of check-config exists, and how to fix its findings."""
+"""``pdlaunch explain``: show why a rule of check-config exists, and how to fix its findings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def explain(
 
 
 def rules_markdown(rules: dict[str, Rule]) -> str:
-    """``docs/rules.md``."""
+    """Return the text of docs/rules.md."""
     lines = [
         "# Rules of `pdlaunch check-config`",
         "",

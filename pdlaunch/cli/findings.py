@@ -1,4 +1,4 @@
-"""How a check's report is shown: a table for people, JSON for programs, annotations for GitHub."""
+"""Shows the report of a check: a table for people, JSON for programs, annotations for GitHub."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ _GAP = "  "
 
 
 def safe(text: str) -> str:
-    """Text that every terminal and pipe can take: lone surrogates and control characters
-    escaped.
-    """
+    """Escape lone surrogates and control characters, which not every terminal or pipe takes."""
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return "".join(shown)
 
 
 def place(finding: Finding) -> str:
-    """``block_size (deploy.yaml:3:13)``"""
+    """Return ``block_size (deploy.yaml:3:13)``."""
     return f"{finding.where} ({finding.origin})" if finding.origin else finding.where
 
 
 def print_table(console: Console, report: Report, *, ok: bool) -> None:
-    """Findings by severity, what was not checked, and a verdict."""
+    """Print the findings by severity, the rules that were not checked, and a verdict."""
     for severity in SEVERITIES:
         found = [finding for finding in report.findings if finding.severity == severity]
         if found:
@@ -57,7 +55,7 @@ def print_table(console: Console, report: Report, *, ok: bool) -> None:
 
 
 class _FindingView:
-    """One finding: side by side where it fits into a line, else one below the other."""
+    """Shows one finding: place and message in one line where they fit, else below each other."""
 
     def __init__(self, finding: Finding) -> None:
         self._finding = finding
@@ -92,7 +90,7 @@ def _count(report: Report, severity: str) -> str:
 
 
 def report_json(report: Report, *, ok: bool) -> str:
-    """``{"ok", "findings", "resolved"}``; what was not checked stands in ``resolved``."""
+    """Return ``{"ok", "findings", "resolved"}``; ``resolved`` names the rules not checked too."""
     not_checked = [{"rule": item.rule, "reason": item.reason} for item in report.not_checked]
     findings = [
         {
@@ -115,7 +113,7 @@ def report_json(report: Report, *, ok: bool) -> str:
 
 
 def problems_json(problems: Iterable[Problem]) -> str:
-    """The same form for a configuration that cannot be used."""
+    """Return the same form for a configuration that cannot be used."""
     findings = [
         {
             "rule": "input",
@@ -130,7 +128,7 @@ def problems_json(problems: Iterable[Problem]) -> str:
 
 
 def github_line(finding: Finding) -> str:
-    """A workflow command; findings of settings that stand in a file are shown at their line."""
+    """Return a workflow command, which shows a finding at its line of the file where it has one."""
     file, line, column = _split_origin(finding.origin)
     properties = {"file": file, "line": line, "col": column, "title": finding.rule}
     return _command(
@@ -141,7 +139,7 @@ def github_line(finding: Finding) -> str:
 
 
 def github_problem(problem: Problem, file: str | None) -> str:
-    """The workflow command of a configuration that cannot be used."""
+    """Return the workflow command for a configuration that cannot be used."""
     at_line = problem.line is not None
     properties = {
         "file": file if at_line else None,
@@ -160,7 +158,7 @@ def _command(level: str, properties: dict[str, str | None], message: str) -> str
 
 
 def _escape(text: str, more: str = "") -> str:
-    """As the runner decodes it."""
+    """Escape a text the way that the runner decodes it."""
     escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
     for char in more:
         escaped = escaped.replace(char, f"%{ord(char):02X}")

@@ -1,6 +1,4 @@
-"""What ``serve`` shows: a live table while it starts, one panel when it is ready, plain lines for
-the rest.
-"""
+"""The output of ``serve``: a live table while it starts, a panel once it is ready, then lines."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from pdlaunch.supervisor.states import LaunchPhase, ProcessState
 from pdlaunch.supervisor.status import LaunchStatus, ProcessStatus
 
 Summary = Callable[[LaunchStatus], list[tuple[str, str]]]
-"""The lines of the ready panel: label and text, which may have several lines."""
+"""Returns the lines of the ready panel: label and text, which may have several lines."""
 
 _STYLES = {
     ProcessState.PLANNED: "dim",
@@ -34,21 +32,21 @@ _STYLES = {
     ProcessState.GIVEN_UP: "bold red",
 }
 CONTINUATION = " \\\n  "
-"""Of a shell command over several lines."""
+"""Joins the lines of a shell command."""
 _PERCENT_EVERY_S = 5.0
 _BAR_FROM_COLUMNS = 70
-"""Narrower terminals get the percentage without a bar."""
+"""Terminals with fewer columns get the percentage without a bar."""
 
 
 class SteadyConsole(Console):
-    """A console whose reader may go away: a deployment serves on without one."""
+    """A console that goes quiet when its reader goes away: the deployment serves on."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class PlainView:
-    """One line for each change; for logs, pipes and dumb terminals."""
+    """Prints one line for each change; for logs, pipes and dumb terminals."""
 
     def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
         self._console = console
@@ -56,7 +54,7 @@ class PlainView:
         self._clock = clock
         self._start_s = clock()
         self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
-        """By process: what was last printed, and when."""
+        """For each process, what was printed last, and when."""
 
     def changed(self, status: LaunchStatus) -> None:
         if status.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING):
@@ -76,10 +74,10 @@ class PlainView:
         self._print(text)
 
     def close(self) -> None:
-        """Nothing to restore."""
+        """Do nothing: lines need no clean-up."""
 
     def _is_news(self, process: ProcessStatus) -> bool:
-        """A new state or activity, or a percentage after a while."""
+        """Say whether state or activity are new, or the last percentage is old."""
         said = (process.state, process.doing)
         before, at_s = self._said.get(process.name, (None, 0.0))
         now_s = self._clock()
@@ -94,8 +92,8 @@ class PlainView:
 
 
 class LiveView:
-    """A table that follows every process until the deployment is ready or has failed; then lines,
-    as ``PlainView``.
+    """Shows a table that follows every process until the deployment is ready or has failed, and
+    lines like ``PlainView`` from then on.
     """
 
     def __init__(self, console: Console, summary: Summary, clock: Callable[[], float]) -> None:
@@ -141,7 +139,7 @@ class LiveView:
 def make_view(
     console: Console, summary: Summary, clock: Callable[[], float] = time.monotonic
 ) -> PlainView | LiveView:
-    """The live table where the terminal can show one, else lines."""
+    """Return the live table where the terminal can show one, else plain lines."""
     fits = (
         console.is_terminal
         and not console.is_dumb_terminal
@@ -154,7 +152,7 @@ def make_view(
 def render_status(
     status: LaunchStatus, elapsed_s: float, columns: int, rows: int
 ) -> RenderableType:
-    """The table, cut to ``rows``: what is not ready comes first when there is no room for all."""
+    """Render the table. Processes that are not ready come first where ``rows`` are too few."""
     counts = Counter(process.state for process in status.processes)
     head = Text(
         f"{status.phase} · {elapsed_s:.0f} s · {counts[ProcessState.READY]} of "
@@ -187,7 +185,9 @@ def render_status(
 
 
 def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
-    """The one panel of a deployment that serves. No borders at the sides: lines can be copied."""
+    """Render the panel of a ready deployment, without borders at the sides, so that lines can be
+    copied.
+    """
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -201,7 +201,7 @@ def render_ready(rows: Sequence[tuple[str, str]]) -> RenderableType:
 def ready_rows(
     status: LaunchStatus, *, model: str, connector: str, log_dir: str, needs_key: bool
 ) -> list[tuple[str, str]]:
-    """Where, how to try it, what runs, how fast its pairs are, where to read more."""
+    """Return the lines of the panel: URL, a request to try, topology, speeds of pairs, logs."""
     key = f"{CONTINUATION}-H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
     # A prompt of one word: a narrow terminal breaks lines at spaces, which JSON allows between its
     # parts alone.
@@ -255,7 +255,7 @@ def _topology(processes: Sequence[ProcessStatus]) -> str:
 
 
 def _pairs(status: LaunchStatus) -> list[str]:
-    """Up to four pairs, the slowest first: those are the ones to look at."""
+    """Return a line for each of up to four pairs, the slowest first, which deserve a look."""
     pairs = sorted(status.pairs, key=lambda pair: pair.gigabytes_per_s or 0.0)
     lines = [
         f"{pair.peer} → {pair.local}: {pair.path}"
