@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.config.sources import Origin
 from pdlaunch.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.resolve.roles import RoleEngines
 
 _LAYOUT = "pdlaunch's KV layout and handshake."

@@ -21,8 +21,8 @@ from pdlaunch.cli.bench_values import (
     read_sizes,
 )
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
-from pdlaunch.config.aliases import resolve_model
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
+from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.config.models import LoadFormat
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.offload.measure import cuda_seconds, host_seconds
 
 CPU_BUFFER_BYTES = 512 * 1024**2

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_shape import DTYPE_BYTES, read_model_shape
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.launched_step import LaunchedStep

@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.aliases import ResolvedModel, resolve_model
-from pdlaunch.config.damage import DOWNLOAD_AGAIN, damaged
-from pdlaunch.config.gguf_file import check_gguf
-from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.model_files.aliases import ResolvedModel, resolve_model
+from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
+from pdlaunch.config.model_files.gguf import check_gguf
+from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import ConfigError
 
 Progress = Callable[[str, float | None], None]

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pdlaunch.config.model_shape import ModelShape
-from pdlaunch.config.weight_files import weight_files
+from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.attention import ATTENTION_NAME, register_attention
 from pdlaunch.models.stacked_weights import StackedPlaces

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
-from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
 
 RENDEZVOUS_TIMEOUT_S = 300.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pdlaunch.config.weight_files import weight_files
+from pdlaunch.config.model_files.weights import weight_files
 
 Cut = tuple[int, slice]
 

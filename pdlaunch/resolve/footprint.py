@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.models import EngineSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, min_blocks

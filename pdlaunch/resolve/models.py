@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from pdlaunch.config.aliases import resolve_model
-from pdlaunch.config.gguf_file import check_gguf
-from pdlaunch.config.model_shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.gguf import check_gguf
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.config.models import LaunchConfig, Role
-from pdlaunch.config.weight_files import weight_files
 from pdlaunch.errors import ConfigError
 
 ROLES: tuple[Role, ...] = get_args(Role)

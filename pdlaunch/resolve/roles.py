@@ -9,7 +9,7 @@ from typing import Literal
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.memory_options import contradicts, memory_options
-from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.platform.allocator_conf import read_expandable_segments

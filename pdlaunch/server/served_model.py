@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import model_not_found
 from pdlaunch.server.chat_template import ChatTemplate, load_chat_template

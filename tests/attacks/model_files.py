@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.attacks.verdict import Verdict
-from tests.config.model_files import tiny_gguf
+from tests.config.model_files.files import tiny_gguf
 from tests.config.test_weight_files import GOOD as GOOD_SAFETENSORS
 from tests.e2e.conftest import clean_environ
 

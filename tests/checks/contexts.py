@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdlaunch.checks.context import Context, PairTransport, Probes, make_context
-from pdlaunch.config.model_shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import all_settings
 from pdlaunch.config.sources import Origin

@@ -11,7 +11,7 @@ from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
 from tests.checks.contexts import CPU, GIB, GPU
-from tests.config.model_files import EMPTY_SAFETENSORS, tiny_gguf
+from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
 MODEL = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from pdlaunch.cli.app import build_app
 from pdlaunch.errors import ConfigError
 from pdlaunch.supervisor.launch import check_platform
-from tests.config.model_files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 MODEL = {
     "model_type": "llama",

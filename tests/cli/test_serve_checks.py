@@ -21,7 +21,7 @@ from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
 from tests.cli.test_check_config import MODEL
-from tests.config.model_files import tiny_gguf
+from tests.config.model_files.files import tiny_gguf
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)
 FIRST, SECOND = "0000:19:00.0", "0000:3b:00.0"

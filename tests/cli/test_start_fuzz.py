@@ -27,7 +27,7 @@ from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.supervisor.launch import LaunchOutcome
 from tests.checks.contexts import CPU
 from tests.cli.test_serve import MODEL
-from tests.config.model_files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 COMMANDS = (
     ("serve",),

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 FIELD = 'num_sparks: Annotated[int, Flag()] = Field(3, gt=0, description="Sparks of a rank.")'
 
 CHILD = """

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.engine.decode_graphs import batch_sizes, likeliest_tokens
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.decoder import TransformersDecoder

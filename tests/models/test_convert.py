@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from pdlaunch.config.aliases import resolve_model
-from pdlaunch.config.damage import DOWNLOAD_AGAIN
-from pdlaunch.config.model_shape import read_model_shape
-from pdlaunch.config.weight_files import weight_files
+from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN
+from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.convert import Progress, ensure_converted, main
-from tests.config.model_files import tiny_gguf
+from tests.config.model_files.files import tiny_gguf
 
 
 @pytest.fixture

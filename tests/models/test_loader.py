@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
-from pdlaunch.config.model_shape import read_model_shape
-from pdlaunch.config.weight_files import weight_files
+from pdlaunch.config.model_files.shape import read_model_shape
+from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.loader import load_model, reload_model
 from pdlaunch.models.stacked_weights import join

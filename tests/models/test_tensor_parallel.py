@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdlaunch.config.model_shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, StartupError, UnsupportedModelError
 from pdlaunch.models.tensor_parallel import (
     Shard,

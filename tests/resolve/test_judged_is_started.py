@@ -18,7 +18,7 @@ from pdlaunch.checks.context import Probes, make_context
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli.app import build_app
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.model_shape import DTYPE_BYTES, ModelShape
+from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
@@ -36,7 +36,7 @@ from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
 from tests.checks.contexts import SMALL_SHAPE
 from tests.cli.test_serve import MODEL
-from tests.config.model_files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 GIB = 1024**3
 KEYS = new_launch_keys()

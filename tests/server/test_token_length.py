@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pdlaunch.config.model_shape import read_model_shape
+from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import RequestError
 from pdlaunch.protocol.openai.completions import CompletionRequest
 from pdlaunch.server.chat_template import load_chat_template

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.weight_files import INDEX, weight_files
+from pdlaunch.config.model_files.weights import INDEX, weight_files
 from pdlaunch.errors import ConfigError
-from tests.config.model_files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS
 
 
 def safetensors(entries: dict[str, object], data: bytes) -> bytes:

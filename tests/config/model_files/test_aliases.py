@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.config.aliases import cache_root, resolve_model
+from pdlaunch.config.model_files.aliases import cache_root, resolve_model
 from pdlaunch.errors import ConfigError
 
 

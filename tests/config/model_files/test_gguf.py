@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.config.damage import DOWNLOAD_AGAIN
-from pdlaunch.config.gguf_file import MAX_STRINGS, check_gguf
+from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN
+from pdlaunch.config.model_files.gguf import MAX_STRINGS, check_gguf
 from pdlaunch.errors import ConfigError
-from tests.config.model_files import Gguf, tiny_gguf
+from tests.config.model_files.files import Gguf, tiny_gguf
 
 GOOD = tiny_gguf().encode()
 HEADER_BYTES = GOOD.index(b"blk.1.ffn_down.weight") + 100

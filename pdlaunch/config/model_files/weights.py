@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.damage import damaged, describe_content
+from pdlaunch.config.model_files.damage import damaged, describe_content
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdlaunch.config.model_families import Family, supported_families
+from pdlaunch.config.model_files.families import Family, supported_families
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}

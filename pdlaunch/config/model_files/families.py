@@ -2,7 +2,7 @@
 
 transformers writes only what differs from a family's defaults, so a file means nothing without
 them. Source: the configuration classes of transformers 5;
-``tests/config/test_model_shape.py`` compares.
+``tests/config/model_files/test_shape.py`` compares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Family:
     """Describes the models of one ``model_type``."""
 
     defaults: Mapping[str, Any]
-    """Defaults of the fields that ``model_shape`` reads; a ``head_dim`` of None is hidden_size //
+    """Defaults of the fields that ``shape`` reads; a ``head_dim`` of None is hidden_size //
     heads.
     """
     layer_windows: Callable[[Config], Windows]

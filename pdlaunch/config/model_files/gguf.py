@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pdlaunch.config.damage import damaged, describe_content
+from pdlaunch.config.model_files.damage import damaged, describe_content
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pdlaunch.config.model_families import supported_families
-from pdlaunch.config.model_shape import ModelShape, read_model_shape
+from pdlaunch.config.model_files.families import supported_families
+from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 SMALL = {
