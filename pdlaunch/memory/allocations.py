@@ -1,11 +1,11 @@
-"""Every allocation of the pools: which addresses, which physical memory, which tag, and where its
-bytes are while it sleeps.
+"""The table of all allocations of the pools: their addresses, physical memory and tag, and where
+their bytes are while they sleep.
 
 ::
 
-    allocate ──> awake ── sleep, kept ────▶ asleep, bytes in host memory ──┬─ wake ──▶ awake, same address
-                   │  └── sleep, dropped ─▶ asleep, bytes gone ────────────┘
-                   └──── free ─────────────────────────▶ gone      (also from asleep)
+    allocate ──> awake ── sleep, kept ────▶ asleep, bytes in host memory ──┬─ wake ──▶ awake,
+                   │  └── sleep, dropped ─▶ asleep, bytes gone ────────────┘     same address
+                   └──── free ────▶ gone      (also from asleep)
 
 Address ranges live from ``allocate`` to ``free``; physical memory only while awake.
 """
@@ -42,7 +42,7 @@ class ExportedHandle:
 
     tag: str
     address: int
-    """In this process."""
+    """Address in this process."""
     num_bytes: int
     kind: HandleKind
     handle: int | bytes
@@ -52,9 +52,7 @@ class ExportedHandle:
 
 
 class AllocationTable:
-    """Owner of all address ranges and physical memory of the pools. May be called from any
-    thread.
-    """
+    """Owns all address ranges and physical memory of the pools. Any thread may call it."""
 
     def __init__(self, driver: MemoryDriver) -> None:
         self._driver = driver
@@ -68,19 +66,21 @@ class AllocationTable:
         return frozenset(self._sleeping_tags)
 
     def num_bytes(self, tag: str | None = None) -> int:
-        """Size of all address ranges, or those of a tag."""
+        """Return the bytes of all address ranges, or of those of a tag."""
         with self._lock:
             return sum(found.num_bytes for found in self._of(tag))
 
     def num_mapped_bytes(self) -> int:
-        """Physical memory that is held now."""
+        """Return the bytes of physical memory that are held now."""
         with self._lock:
             return sum(
                 found.num_bytes for found in self._allocations.values() if found.handle is not None
             )
 
     def allocate(self, num_bytes: int, tag: str) -> int:
-        """Addresses with memory behind them. Raises MemoryPoolError; then nothing is held."""
+        """Return the start of an address range with memory behind it. Raises MemoryPoolError; then
+        nothing is held.
+        """
         with self._lock:
             if tag in self._sleeping_tags:
                 raise MemoryPoolError(
@@ -174,7 +174,7 @@ class AllocationTable:
             return sum(found.num_bytes for found in waking)
 
     def exported_handle(self, address: int) -> ExportedHandle | None:
-        """Of the awake allocation that holds an address, if there is one. Raises
+        """Export the awake allocation that holds an address; return None when there is none. Raises
         MemoryPoolError.
         """
         with self._lock:

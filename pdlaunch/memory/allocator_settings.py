@@ -25,7 +25,7 @@ class AllocatorSettings(Protocol):
 
 
 class TorchAllocatorSettings:
-    """Those of this process."""
+    """Reads and writes the settings of this process."""
 
     def read(self) -> str:
         """Raises KeyError when this torch tells them in a way that is not known here."""
@@ -43,7 +43,9 @@ class TorchAllocatorSettings:
 
 @contextlib.contextmanager
 def expandable_segments_off(settings: AllocatorSettings) -> Iterator[None]:
-    """Expandable segments reserve their addresses themselves, and so bypass a pool's allocator."""
+    """Switch expandable segments off inside the block: they reserve addresses themselves, and so
+    bypass a pool's allocator.
+    """
     before = settings.read()
     if not read_expandable_segments({VARIABLES[0]: before}).enabled:
         yield

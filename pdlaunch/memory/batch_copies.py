@@ -1,5 +1,5 @@
-"""Many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which leaves
-them to the copy engines.
+"""Makes many copies between addresses with one call of the driver: ``cuMemcpyBatchAsync``, which
+leaves them to the copy engines.
 
 Multiprocessors stay free. The driver takes about 0.5 us an entry with prepared arrays. Addresses
 may be those of the process' own memory, pinned memory, or memory of a peer that is mapped here.
@@ -22,7 +22,9 @@ from pdlaunch.platform.cuda_driver import DriverError, load_library
 Addresses = npt.NDArray[np.uint64]
 
 ENTRIES_A_CALL = 256
-"""An engine begins with them while the driver takes the next ones, for another engine."""
+"""Entries of one call. One copy engine begins with them while the driver takes the next ones for
+another engine.
+"""
 
 _SRC_ACCESS_ORDER_STREAM = 1
 """The source is read in the order of the stream, as any copy reads it."""
@@ -42,7 +44,7 @@ class _Attributes(ctypes.Structure):
 
 
 class BatchCopies:
-    """Needs a driver of CUDA 12.8 or newer. Not for the default stream."""
+    """Enqueues batches of copies, not on the default stream. Needs a driver of CUDA 12.8."""
 
     def __init__(self, num_streams: int, load: Callable[[], ctypes.CDLL] = load_library) -> None:
         """``num_streams`` share a batch: a copy engine works through its entries one by one,

@@ -143,7 +143,9 @@ class CudaMemoryDriver:
             return False
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """What the call returns beside its code: nothing, one thing, or a tuple."""
+        """Call the driver, and return what it gives beside its code: nothing, one value, or a
+        tuple. Raises DriverRefused.
+        """
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             kind = (

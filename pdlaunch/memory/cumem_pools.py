@@ -40,13 +40,14 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 
 def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
-    """The pools of a rank. ``enabled``: ``enable_cumem_allocator``. Raises ConfigError,
+    """Open the pools of a rank. ``enabled`` is ``enable_cumem_allocator``. Raises ConfigError,
     MemoryPoolError.
     """
     if not enabled or device.type != "cuda":
         return NoMemoryPools()
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # the primary context is there and current from now on
+        # Makes the primary context, and makes it current in this thread.
+        torch.cuda.current_stream().synchronize()
         try:
             driver = CudaMemoryDriver(torch.cuda.current_device())
         except DriverRefused as error:
@@ -59,8 +60,8 @@ class CuMemPools(MemoryPools):
 
     _owner_lock: ClassVar = threading.Lock()
     _owner: ClassVar[CuMemPools | None] = None
-    """Sleeping frees memory that others in this process may know: two owners would pull it away
-    from under each other.
+    """The one object that owns pools. Sleeping frees memory that others in this process may know:
+    two owners would pull it away from under each other.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class CuMemPools(MemoryPools):
 
 
 class _TagAllocator:
-    """What torch calls for the segments of one tag."""
+    """Gives torch the segments of one tag and takes them back."""
 
     def __init__(self, table: AllocationTable, tag: str) -> None:
         self._table = table
@@ -154,5 +155,5 @@ class _TagAllocator:
 
 
 def _keep_forever(thing: object) -> None:
-    """One reference that nobody drops, not even the interpreter's exit."""
+    """Hold one reference that nobody drops, not even the interpreter's exit."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

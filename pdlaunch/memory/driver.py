@@ -1,4 +1,5 @@
-"""What the pools need of a device's driver: physical memory, addresses, and the map between them.
+"""The pools need three things of a device's driver: physical memory, addresses, and the map between
+them.
 
 A page is the driver's granule: sizes are multiples of ``page_bytes``. Physical memory is known by a
 handle, address ranges by their start; one range is mapped to at most one handle.
@@ -23,20 +24,22 @@ class OutOfDeviceMemory(DriverRefused):
 
 
 class MemoryDriver(Protocol):
-    """One device. Every method may raise DriverRefused; addresses and sizes are in bytes."""
+    """Drives one device. Every method may raise DriverRefused; addresses and sizes are in bytes."""
 
     page_bytes: int
     handle_kind: HandleKind
-    """What ``export`` gives: an integer file descriptor, or the 64 bytes of a fabric handle."""
+    """The kind of handle that ``export`` returns: an integer file descriptor, or the 64 bytes of a
+    fabric handle.
+    """
 
     def reserve(self, num_bytes: int) -> int:
-        """An address range that nothing is mapped to; ends with ``free_address``."""
+        """Reserve an address range that nothing is mapped to, until ``free_address``."""
 
     def free_address(self, address: int, num_bytes: int) -> None: ...
 
     def create(self, num_bytes: int) -> Handle:
-        """Physical memory of the device, which lives until it is released, unmapped, and closed by
-        all peers that import it.
+        """Create physical memory of the device, which lives until it is released, unmapped, and
+        closed by all peers that import it.
 
         Raises OutOfDeviceMemory.
         """
@@ -49,16 +52,16 @@ class MemoryDriver(Protocol):
         """Let this device read and write what is mapped there."""
 
     def unmap(self, address: int, num_bytes: int) -> None:
-        """Nothing may use the addresses any more; see ``synchronize``."""
+        """Unmap the range; nothing may use the addresses any more (see ``synchronize``)."""
 
     def export(self, handle: Handle) -> int | bytes:
-        """What a peer needs to import the memory; a descriptor is the caller's to close."""
+        """Return the handle by which a peer imports the memory; the caller closes a descriptor."""
 
     def synchronize(self) -> None:
         """Wait for everything queued on the device, copies included."""
 
     def allocate_host(self, num_bytes: int) -> Any:
-        """Page-locked host memory."""
+        """Allocate page-locked host memory."""
 
     def free_host(self, buffer: Any) -> None: ...
 

@@ -29,17 +29,17 @@ _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14, not in Python's ``mmap``."""
 _PIECE_BYTES = 256 * 1024**2
-"""Other threads get a turn in between."""
+"""Bytes that are populated by one call; other threads get a turn in between."""
 
 
 class HostKVMemory(KVMemory):
-    """All pages are taken at once: the first pull into a page would take three times as long. Any
-    thread.
+    """Allocates all pages at once: the first pull into a page would take three times as long. Any
+    thread may call it.
     """
 
     def __init__(self) -> None:
         self._regions: dict[int, tuple[int, int]] = {}
-        """Descriptor and bytes of every allocation that lives, by its address."""
+        """The descriptor and size of every living allocation, by its address."""
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
         """Raises MemoryPoolError."""

@@ -11,7 +11,9 @@ from pdlaunch.memory.pools import MemoryPools
 
 
 def open_kv_memory(pools: MemoryPools, device: torch.device, *, shared: bool) -> KVMemory:
-    """``shared``: peers may map it; on a GPU that makes no difference to how it is allocated."""
+    """Return the KV memory that fits the device. With ``shared`` peers may map it; on a GPU that
+    makes no difference to how it is allocated.
+    """
     if device.type != "cpu":
         return DeviceKVMemory(pools, device)
     return HostKVMemory() if shared else PrivateKVMemory()

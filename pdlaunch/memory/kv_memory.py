@@ -1,10 +1,12 @@
-"""Where a rank's KV cache and scratch lie, how a peer on this host gets at them, and how this rank
-maps those of a peer.
+"""The memory of a rank's KV cache and scratch: how a peer on this host gets at it, and how this
+rank maps that of a peer.
 
 ::
 
-    owner:   zeros ──> export ──> a SharedRange, over the side channel, and perhaps a descriptor, over a Unix socket
-    reader:                       map ──> address ──> close      (before the owner's memory is given back)
+    owner:   zeros ──> export ──> a SharedRange, over the side channel,
+                                  and perhaps a descriptor, over a Unix socket
+    reader:                       map ──> address ──> close
+                                  (before the owner's memory is given back)
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Literal
 import torch
 
 RangeKind = Literal["memfd", "posix_fd", "fabric", "cuda_ipc"]
-"""memfd: of a CPU; posix_fd, fabric: CuMem; cuda_ipc: cudaMalloc."""
+"""memfd is memory of a CPU; posix_fd and fabric are CuMem; cuda_ipc is cudaMalloc."""
 
 
 class NotShareable(Exception):
@@ -32,7 +34,7 @@ class SharedRange:
     kind: RangeKind
     allocation_bytes: int
     offset_bytes: int
-    """Of the range in its allocation."""
+    """Offset of the range in its allocation."""
     num_bytes: int
     handle: bytes = b""
     """64 bytes of a fabric or CUDA IPC handle; empty where a descriptor is handed over."""
@@ -43,7 +45,7 @@ class SharedRange:
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:
-        """Raises NotShareable when it does not lie in its allocation: it comes from another
+        """Raise NotShareable when the range does not lie in its allocation: it comes from another
         process.
         """
         if self.offset_bytes < 0 or not (
@@ -71,7 +73,7 @@ class PeerMapping(ABC):
     """A peer's range in the addresses of this process."""
 
     address: int
-    """Of its first byte."""
+    """Address of its first byte."""
     num_bytes: int
 
     @abstractmethod
@@ -84,13 +86,15 @@ class KVMemory(ABC):
 
     @abstractmethod
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8, freed with the last tensor that shares it. Raises what the allocator
-        raises.
+        """Allocate [num_bytes] uint8, freed with the last tensor that shares it. Raises what the
+        allocator raises.
         """
 
     @abstractmethod
     def export(self, tensor: torch.Tensor) -> Export:
-        """A contiguous tensor, or view of one, that ``zeros`` has made. Raises NotShareable."""
+        """Export a contiguous tensor, or a view of one, that ``zeros`` has made. Raises
+        NotShareable.
+        """
 
     @abstractmethod
     def map(self, shared: SharedRange, fd: int | None) -> PeerMapping:

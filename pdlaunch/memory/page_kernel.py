@@ -85,7 +85,7 @@ def copy_pages(
 
 
 def padded_columns(num_pages: int) -> int:
-    """So that both rows are aligned alike in every transfer: another alignment is another
-    compilation.
+    """Return the number of columns that aligns both rows alike in every transfer: another alignment
+    would be another compilation.
     """
     return -(-num_pages // UNIT_BYTES) * UNIT_BYTES

@@ -1,4 +1,5 @@
-"""What sharing device memory needs of the driver, and the CUDA driver's way of it.
+"""Sharing device memory needs a few calls of the driver; here are their interface and the CUDA
+driver's implementation.
 
 Source: the CUDA driver API's chapters on virtual memory management and on memory (inter-process
 communication).
@@ -21,8 +22,8 @@ class PeerDriver(Protocol):
     """
 
     def import_handle(self, kind: HandleKind, handle: int | bytes) -> Handle:
-        """Physical memory of a peer, until it is released and unmapped; a descriptor stays the
-        caller's.
+        """Import physical memory of a peer, until it is released and unmapped; the caller keeps the
+        descriptor.
         """
 
     def reserve(self, num_bytes: int) -> int: ...
@@ -32,7 +33,7 @@ class PeerDriver(Protocol):
     def map(self, address: int, num_bytes: int, handle: Handle) -> None: ...
 
     def release(self, handle: Handle) -> None:
-        """What is mapped stays mapped."""
+        """Release the handle; mappings of it stay."""
 
     def set_access(self, address: int, num_bytes: int) -> None:
         """Let this device use what is mapped there, wherever it lies."""
@@ -40,21 +41,23 @@ class PeerDriver(Protocol):
     def unmap(self, address: int, num_bytes: int) -> None: ...
 
     def allocation_of(self, address: int) -> tuple[int, int]:
-        """Start and size of the allocation that holds an address."""
+        """Return start and size of the allocation that holds an address."""
 
     def ipc_handle(self, address: int) -> bytes:
-        """64 bytes, of an allocation by its start; refused where it was mapped rather than
-        allocated.
+        """Return the 64-byte handle of the allocation that starts at ``address``; refused where it
+        was mapped rather than allocated.
         """
 
     def open_ipc(self, handle: bytes) -> int:
-        """Start of a peer's allocation in this process; each call needs one ``close_ipc``."""
+        """Open a peer's allocation and return its start in this process; each call needs one
+        ``close_ipc``.
+        """
 
     def close_ipc(self, address: int) -> None: ...
 
 
 class CudaPeerDriver(CudaMemoryDriver):
-    """Over ``cuda.bindings``; the device's primary context is current in every thread that
+    """Calls ``cuda.bindings``; the device's primary context must be current in every thread that
     calls.
     """
 

@@ -16,12 +16,12 @@ TAGS = (WEIGHTS, KV_CACHE)
 
 
 class MemoryPools(ABC):
-    """Device memory by tag."""
+    """Allocates device memory by tag."""
 
     @abstractmethod
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
-        """What this thread allocates inside belongs to ``tag``; temporaries too, until they are
-        freed.
+        """Allocate under ``tag`` whatever this thread allocates inside the block; temporaries too,
+        until they are freed.
         """
 
     @abstractmethod
@@ -47,10 +47,10 @@ class MemoryPools(ABC):
 
     @abstractmethod
     def exported_handle(self, address: int) -> ExportedHandle | None:
-        """That of the awake allocation which holds an address, for a peer that maps it; a
-        descriptor is the caller's to close.
+        """Return the handle of the awake allocation that holds an address, for a peer that maps it;
+        the caller closes a descriptor.
 
-        None when the address is not of these pools. Raises MemoryPoolError.
+        Return None when the address is not of these pools. Raises MemoryPoolError.
         """
 
 

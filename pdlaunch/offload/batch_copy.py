@@ -1,5 +1,5 @@
-"""Pages by ``cuMemcpyBatchAsync``, which leaves them to the copy engines: the method for blocks of
-32 KiB and more.
+"""Copies pages with ``cuMemcpyBatchAsync``, which leaves them to the copy engines. It is the best
+method for blocks of 32 KiB and more.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GB/s.
 
 
 class BatchCopy(CopyMethod):
-    """Needs a driver of CUDA 12.8 or newer; ``load`` raises DriverError where there is none. Not
-    for the default stream.
+    """Copies pages with the copy engines. Needs a driver of CUDA 12.8 or newer, and raises
+    DriverError where there is none. Not for the default stream.
     """
 
     name = "batch"

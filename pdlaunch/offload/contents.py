@@ -1,5 +1,5 @@
-"""What really lies in a rank's host chunks, and the proof of it: xxh3_64 of each (block, KV head),
-taken when it was stored.
+"""This record says what really lies in a rank's host chunks, and proves it: it holds the xxh3_64 of
+each (block, KV head), taken when the block was stored.
 
 On the CPU host memory is hashed, beside the copy of a load. On a GPU blocks are, where they lie:
 those that have been stored, and those that a load has brought back. The scheduler's tier and this
@@ -20,21 +20,21 @@ from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.tier import ChunkKey
 
 Digests = list[tuple[int, ...]]
-"""By block: one checksum for each KV head of the rank."""
+"""A list over blocks; each entry has one checksum for each KV head of the rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkContent:
-    """One chunk."""
+    """Says what one chunk holds."""
 
     key: ChunkKey
     first_slot: int
     """Slots before it hold nothing."""
     digests: Digests | None
-    """By slot from ``first_slot`` on; None when nothing is verified."""
+    """Checksums of the slots from ``first_slot`` on; None when nothing is verified."""
 
     def digests_between(self, start: int, stop: int) -> Digests | None:
-        """Of the slots [start, stop)."""
+        """Return the checksums of the slots [start, stop); None when nothing is verified."""
         return (
             None
             if self.digests is None
@@ -44,7 +44,7 @@ class ChunkContent:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Blocks of one chunk that a transfer touches: slots [start, stop)."""
+    """The blocks of one chunk that a transfer touches: slots [start, stop)."""
 
     key: ChunkKey
     chunk_id: int
@@ -63,7 +63,9 @@ class DeviceChunkHasher:
     def submit(
         self, slots: Sequence[Slots], block_ids: Sequence[int]
     ) -> list[Future[list[Digests]]]:
-        """Digests by chunk, in order. ``block_ids``: those in the slots, one after another."""
+        """Return futures of the digests by chunk, in order. ``block_ids`` are the blocks in the
+        slots, one after another.
+        """
         return [self._executor.submit(_by_chunk, slots, self._device.start(block_ids, slice(None)))]
 
 
@@ -94,7 +96,7 @@ class ChunkHasher:
         self._num_parts = num_parts
 
     def submit(self, slots: Sequence[Slots]) -> list[Future[list[Digests]]]:
-        """Digests by chunk, in order; those of all parts together."""
+        """Return futures of the digests by chunk; together, in order, they cover all slots."""
         parts = np.array_split(np.arange(len(slots)), min(self._num_parts, len(slots)) or 1)
         return [
             self._executor.submit(self._hash_all, [slots[index] for index in part])

@@ -1,5 +1,5 @@
-"""From a transfer's blocks to copies of pages: which bytes of which tensor lie where in host
-memory.
+"""Turns the blocks of a transfer into copies of pages: which bytes of which tensor lie where in
+host memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Pages = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class PageCopies:
-    """Pages of one tensor and their places in host memory; the direction is the caller's."""
+    """The pages of one tensor and their places in host memory; the caller knows the direction."""
 
     device: Pages
     block_ids: IntArray
-    """[num_pages]; rows of ``device``, none twice."""
+    """[num_pages]: rows of ``device``, no row twice."""
     host: HostMemory
     chunk_ids: IntArray
     """[num_pages]"""
     chunk_offsets: IntArray
-    """[num_pages]; first byte of each page in its chunk."""
+    """[num_pages]: the first byte of each page in its chunk."""
 
     @property
     def page_bytes(self) -> int:
@@ -45,28 +45,28 @@ class PageCopies:
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Copies of maximal length: pages that are neighbours on both sides are one run. All
+    """Copies of maximal length: pages that are neighbours on both sides are one run. All arrays are
     [num_runs].
     """
 
     device_offsets: IntArray
-    """From the start of the tensor, in bytes."""
+    """Offsets from the start of the tensor, in bytes."""
     host_pieces: IntArray
-    """Index of the piece of host memory; no run crosses its border."""
+    """Indices of the pieces of host memory; no run crosses the border of a piece."""
     host_offsets: IntArray
-    """From the start of the piece, in bytes."""
+    """Offsets from the start of the piece, in bytes."""
     sizes: IntArray
     """Bytes."""
 
 
 def as_pages(tensor: torch.Tensor) -> Pages:
-    """The bytes of a contiguous tensor whose first dimension is the block."""
+    """Return the bytes of a contiguous tensor whose first dimension is the block."""
     assert tensor.is_contiguous()
     return tensor.view(tensor.shape[0], -1).view(torch.uint8)
 
 
 def shape_of(group: Sequence[Pages]) -> GroupShape:
-    """The tensors of one group, which hold the same blocks."""
+    """Return the shape of a group whose tensors hold the same blocks."""
     assert len({pages.shape[0] for pages in group}) == 1
     return GroupShape(group[0].shape[0], tuple(pages.shape[1] for pages in group))
 
@@ -77,8 +77,8 @@ def plan_copies(
     groups: Sequence[Sequence[Pages]],
     host: HostMemory,
 ) -> list[PageCopies]:
-    """One entry a group and tensor. In a chunk's block the pages of the group's tensors follow each
-    other.
+    """Return one entry for each group and tensor. Within a block of a chunk the pages of the
+    group's tensors follow each other.
     """
     copies = []
     for span in spans:
@@ -90,7 +90,7 @@ def plan_copies(
 
 
 def merge_runs(copies: PageCopies) -> Runs:
-    """The fewest copies that move the same bytes, in the given order of pages."""
+    """Return the fewest copies that move the same bytes, in the given order of pages."""
     page_bytes = copies.page_bytes
     device = copies.block_ids * page_bytes
     pieces = copies.host.piece_of(copies.chunk_ids)

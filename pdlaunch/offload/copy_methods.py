@@ -1,5 +1,5 @@
-"""How bytes get from device to host and back: the interface, and the two methods that need nothing
-but torch.
+"""Copy methods move bytes between device and host. Here are the interface and the two methods that
+need nothing but torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class CopyMethod(ABC):
     """
 
     name: str
-    """For people: ``batch``, ``kernel/4``."""
+    """The name in logs and benchmarks, such as ``batch`` or ``kernel/4``."""
 
     @abstractmethod
     def supports(self, copies: PageCopies) -> bool:
-        """Whether pages of this size and alignment can be copied."""
+        """Say whether pages of this size and alignment can be copied."""
 
     @abstractmethod
     def copy(self, copies: PageCopies, direction: Direction) -> None:
@@ -32,7 +32,7 @@ class CopyMethod(ABC):
 
 
 class HostCopy(CopyMethod):
-    """Between two CPU tensors; blocks the calling thread, without the GIL."""
+    """Copies between two CPU tensors; blocks the calling thread and releases the GIL."""
 
     name = "memcpy"
 
@@ -48,8 +48,8 @@ class HostCopy(CopyMethod):
 
 
 class TorchCopy(CopyMethod):
-    """One torch copy a run: slow for small blocks (12 GB/s at 64 KiB), there where nothing else
-    is.
+    """Makes one torch copy for each run. It is slow for small blocks (12 GB/s at 64 KiB) and always
+    available.
     """
 
     name = "torch"
@@ -66,7 +66,7 @@ class TorchCopy(CopyMethod):
 
 
 def _pairs(copies: PageCopies) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Device and host bytes of each run."""
+    """Yield the device and host bytes of each run."""
     device = copies.device.view(-1)
     runs = merge_runs(copies)
     columns = (runs.device_offsets, runs.host_pieces, runs.host_offsets, runs.sizes)

@@ -1,7 +1,8 @@
-"""Scattered pages between the device's memory and pinned host memory, which it maps, by a kernel.
+"""A kernel copies scattered pages between device memory and pinned host memory, which the device
+maps.
 
-PCIe is filled from a small part of the multiprocessors, the rest computes. Import this module only
-where triton is there.
+A few multiprocessors fill PCIe; the rest compute. Import this module only where triton is
+installed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pdlaunch.offload.copy_methods import CopyMethod
 from pdlaunch.offload.spec import Direction
 
 LOAD_KERNELS: tuple[KernelShape, ...] = ((5, 8192, 8), (10, 4096, 4))
-"""160 KiB in flight fill the link of an H200; with 256 KiB decoding loses 7 % instead of 5 %. By
-programs, fewest first.
+"""Kernels for loads, those with the fewest programs first. 160 KiB in flight fill the link of an
+H200; with 256 KiB decoding loses 7 % instead of 5 %.
 """
 STORE_KERNELS: tuple[KernelShape, ...] = (
     (2, 8192, 8),
@@ -25,10 +26,10 @@ STORE_KERNELS: tuple[KernelShape, ...] = (
     (4, 4096, 4),
     (8, 2048, 4),
 )
-"""Stores as fast as the link make loads wait for its upstream way, and with much in flight
-everybody: a decode step took twice as long beside 256 KiB of writes. So the least that fills the
-link, and what stays a little below it: both depend on page size and host. Figures:
-docs/performance.md.
+"""Kernels for stores. A store as fast as the link delays loads, which ask for their bytes over the
+same way up, and one with much in flight delays everybody: a decode step took twice as long beside
+256 KiB of writes. So these are the least that fills the link and some that stay a little below it;
+which is best depends on page size and host. Figures: docs/performance.md.
 """
 
 

@@ -15,13 +15,20 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pdlaunch.offload.copies import Pages, as_pages, plan_copies, shape_of
+from pdlaunch.offload.copy_streams import (
+    ChooseMethod,
+    CopyStream,
+    CudaCopyStream,
+    HostCopyStream,
+    Report,
+    TransferResult,
+)
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.lanes import ChooseMethod, CudaLane, HostLane, Lane, Report, TransferResult
 from pdlaunch.offload.spec import DIRECTIONS, ChunkLayout, Direction, TransferSpec
 
 
 def chunk_layout(groups: Sequence[Sequence[torch.Tensor]], blocks_per_chunk: int) -> ChunkLayout:
-    """How the blocks of these groups lie in host chunks; groups as ``OffloadHandler`` takes
+    """Return how the blocks of these groups lie in host chunks; groups as ``OffloadHandler`` takes
     them.
     """
     assert blocks_per_chunk > 0
@@ -57,8 +64,9 @@ class OffloadHandler:
         self._host = host
         self._wake = wake
         self._results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
-        self._lanes = {
-            direction: self._make_lane(direction, choose, self._report) for direction in DIRECTIONS
+        self._streams = {
+            direction: self._make_stream(direction, choose, self._report)
+            for direction in DIRECTIONS
         }
 
     def transfer_async(self, job_id: int, spec: TransferSpec) -> None:
@@ -69,12 +77,12 @@ class OffloadHandler:
         Whatever fails later is told by ``get_finished``. A transfer of no blocks finishes too.
         """
         spans = self._layout.split(spec, self._host.num_chunks)
-        self._lanes[spec.direction].submit(
+        self._streams[spec.direction].submit(
             job_id, plan_copies(spans, self._layout, self._groups, self._host)
         )
 
     def get_finished(self) -> list[TransferResult]:
-        """Transfers that have ended since the last call, each once."""
+        """Return the transfers that have ended since the last call, each once."""
         finished = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -82,21 +90,25 @@ class OffloadHandler:
         return finished
 
     def close(self, timeout_s: float = 10.0) -> bool:
-        """End both directions after what is queued. False: a copy still runs, and host memory must
-        stay.
+        """End both directions after what is queued. Return False when a copy still runs: host
+        memory must stay then.
         """
-        ended = [lane.close(timeout_s) for lane in self._lanes.values()]
+        ended = [stream.close(timeout_s) for stream in self._streams.values()]
         return all(ended)
 
     def _report(self, result: TransferResult) -> None:
         self._results.put(result)
         self._wake()
 
-    def _make_lane(self, direction: Direction, choose: ChooseMethod, report: Report) -> Lane:
+    def _make_stream(
+        self, direction: Direction, choose: ChooseMethod, report: Report
+    ) -> CopyStream:
         def other_is_busy() -> bool:
-            return any(lane.is_busy for other, lane in self._lanes.items() if other != direction)
+            return any(
+                stream.is_busy for other, stream in self._streams.items() if other != direction
+            )
 
         device = self._groups[0][0].device
         if device.type == "cuda":
-            return CudaLane(direction, choose, report, other_is_busy, device)
-        return HostLane(direction, choose, report, other_is_busy)
+            return CudaCopyStream(direction, choose, report, other_is_busy, device)
+        return HostCopyStream(direction, choose, report, other_is_busy)

@@ -1,5 +1,5 @@
-"""The host's share of the KV cache: chunks in pieces of about 1 GiB, allocated once at start,
-pinned beside a GPU.
+"""Host memory for KV blocks: chunks in pieces of about 1 GiB, allocated once at start and pinned
+beside a GPU.
 
 A piece is anonymous memory in huge pages, touched by several threads and then registered: 0.1 s a
 GiB on an H200's host, where the driver's allocator took 0.37 s and scattered copies of 4 KiB were
@@ -35,10 +35,10 @@ def unregister_pages(address: int) -> None:
 
 
 class HostMemory:
-    """``num_chunks`` chunks of ``chunk_bytes``; chunk i lies in piece i // chunks_per_piece.
-    ``progress`` hears of each piece.
+    """Allocates ``num_chunks`` chunks of ``chunk_bytes``; chunk i lies in piece i //
+    chunks_per_piece. ``progress`` is called after each piece.
 
-    Raises ConfigError when the machine has less memory than asked for, or does not pin it.
+    Raises ConfigError when the machine has less memory than asked for, or refuses to pin it.
     """
 
     def __init__(
@@ -69,24 +69,24 @@ class HostMemory:
         )
 
     def addresses(self, chunk_ids: IntArray) -> IntArray:
-        """Address of the first byte of each chunk."""
+        """Return the address of the first byte of each chunk."""
         return self._chunk_addresses[chunk_ids]
 
     def piece_of(self, chunk_ids: IntArray) -> IntArray:
-        """Index of the piece that holds each chunk."""
+        """Return the index of the piece that holds each chunk."""
         return chunk_ids // self.chunks_per_piece
 
     def offsets(self, chunk_ids: IntArray) -> IntArray:
-        """First byte of each chunk in its piece."""
+        """Return the offset of each chunk in its piece, in bytes."""
         return chunk_ids % self.chunks_per_piece * self.chunk_bytes
 
     def chunk(self, chunk_id: int) -> torch.Tensor:
-        """[chunk_bytes] uint8: the memory of one chunk."""
+        """Return the memory of one chunk: [chunk_bytes] uint8."""
         start = chunk_id % self.chunks_per_piece * self.chunk_bytes
         return self.pieces[chunk_id // self.chunks_per_piece][start : start + self.chunk_bytes]
 
     def close(self) -> None:
-        """Unpin. Nothing may copy any more."""
+        """Unpin the memory; no copy may run any more."""
         for address in self._pinned:
             self._unregister(address)
         self._pinned.clear()

@@ -1,5 +1,5 @@
-"""What the scheduler asks of the offload worker of every rank, and what comes back. Plain values
-that a message can carry.
+"""Jobs that the scheduler gives to the offload worker of every rank, and the reports that come
+back. They are plain values that a message can carry.
 
 Ownership: the blocks and chunks of a job belong to it from the moment it is made until all ranks
 have reported it.
@@ -14,8 +14,8 @@ from pdlaunch.offload.spec import Direction, TransferSpec
 
 @dataclass(frozen=True, slots=True)
 class OffloadJob:
-    """One transfer, the same for all ranks: each moves its own heads of the blocks. Fields as in
-    ``TransferSpec``.
+    """One transfer, the same for all ranks; each rank moves its own heads of the blocks. The fields
+    are those of ``TransferSpec``.
     """
 
     job_id: int
@@ -25,7 +25,7 @@ class OffloadJob:
     block_indices: list[int]
     chunk_ids: list[int]
     chunk_hashes: list[bytes]
-    """Of each chunk's last block: what a store writes there, what a load expects there."""
+    """The hash of each chunk's last block: a store writes it there, a load expects it there."""
 
     @property
     def spec(self) -> TransferSpec:
@@ -40,17 +40,17 @@ class JobFinished:
 
     job_id: int
     ok: bool
-    """All bytes are where they belong and, of a load, proven to be those that were stored."""
+    """All bytes are where they belong; those of a load are proven to be those that were stored."""
     error: str = ""
     failed_chunk_ids: list[int] = field(default_factory=list)
-    """Of a load: chunks that do not hold what they should."""
+    """Chunks whose content was not what this load expected."""
     num_bytes: int = 0
     seconds: float = 0.0
-    """Of the copy alone."""
+    """Duration of the copy alone."""
 
 
 class JobMerger:
-    """Reports of all ranks become one: a block is moved only when every rank has moved its
+    """Merges the reports of all ranks into one: a block is moved only when every rank has moved its
     heads.
     """
 
@@ -59,7 +59,7 @@ class JobMerger:
         self._reports: dict[int, list[JobFinished]] = {}
 
     def add(self, report: JobFinished) -> JobFinished | None:
-        """The report of the whole engine, once the last rank has sent its own."""
+        """Return the report of the whole engine once the last rank has sent its own, else None."""
         reports = self._reports.setdefault(report.job_id, [])
         reports.append(report)
         if len(reports) < self._tp_size:

@@ -1,4 +1,4 @@
-"""Timing of copies."""
+"""Times copies of scattered pages, to choose among the copy methods."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.spec import Direction, IntArray
 
 JOB_BYTES = 64 * 1024**2
-"""What one call copies: the next is prepared meanwhile, so that only the first one's preparation is
-seen.
+"""Bytes that one call copies. The next call is prepared meanwhile, so that only the first one's
+preparation is measured.
 """
 _SEED = 6
 
 
 def scattered_copies(pages: Pages, host: HostMemory, chunk_ids: IntArray) -> list[PageCopies]:
-    """All of ``pages``, in random order, to or from these chunks, an equal number of pages each; in
-    jobs of whole chunks.
+    """Return copies of all ``pages``, in random order, to or from these chunks, with an equal
+    number of pages in each chunk; each job has whole chunks.
     """
     num_jobs = min(max(1, pages.numel() // JOB_BYTES), len(chunk_ids))
     blocks_per_chunk = len(pages) // len(chunk_ids)
@@ -44,8 +44,8 @@ def scattered_copies(pages: Pages, host: HostMemory, chunk_ids: IntArray) -> lis
 
 
 class Trial:
-    """Scattered pages of one size: fresh memory of ``device``, and chunks all over host memory,
-    half for each direction.
+    """Times copies of scattered pages of one size between fresh memory of ``device`` and chunks all
+    over host memory, half of them for each direction.
 
     ``blocks_per_chunk`` pages, one after another, fill a chunk.
     """
@@ -72,24 +72,24 @@ class Trial:
             ),
         }
         self.num_bytes = num_pages * page_bytes
-        """Copied in each direction."""
+        """Bytes that are copied in each direction."""
 
     def supports(self, method: CopyMethod) -> bool:
-        """In both directions."""
+        """Say whether a method can copy these pages in both directions."""
         return all(method.supports(copies) for jobs in self._copies.values() for copies in jobs)
 
     def alone(self, method: CopyMethod, direction: Direction) -> float:
-        """Bytes per second."""
+        """Return the bytes per second of one direction."""
         return self.num_bytes / host_seconds(lambda: self._copy(method, direction))
 
     def both(self, load: CopyMethod, store: CopyMethod) -> float:
-        """Bytes per second of both directions, from the beginning of the first to the end of the
-        last.
+        """Return the bytes per second of both directions, from the beginning of the first to the
+        end of the last.
         """
         return 2 * self.num_bytes / host_seconds(lambda: self._copy_both(load, store))
 
     def _copy(self, method: CopyMethod, direction: Direction) -> None:
-        """Until all is copied."""
+        """Copy everything, and return when it has been copied."""
         for copies in self._copies[direction]:
             method.copy(copies, direction)
 
@@ -101,7 +101,7 @@ class Trial:
 
 
 class CudaTrial(Trial):
-    """Between a GPU and pinned memory."""
+    """Times copies between a GPU and pinned memory."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class CudaTrial(Trial):
         self._streams[direction].synchronize()
 
     def _copy_both(self, load: CopyMethod, store: CopyMethod) -> None:
-        """One thread enqueues by turns, as the handler's caller does."""
+        """Enqueue both directions by turns from one thread, as the handler's caller does."""
         jobs = zip(self._copies["load"], self._copies["store"], strict=True)
         for load_copies, store_copies in jobs:
             with torch.cuda.stream(self._streams["load"]):
@@ -137,8 +137,8 @@ class CudaTrial(Trial):
 
 
 def cuda_seconds(enqueue: Callable[[], object], *, repeats: int = 5) -> float:
-    """Median time from begin to end of what ``enqueue`` puts on the current stream, submitting
-    included; warmed up once.
+    """Return the median time from begin to end of what ``enqueue`` puts on the current stream,
+    submitting included; it is warmed up once.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     times: list[float] = []
@@ -155,7 +155,7 @@ def cuda_seconds(enqueue: Callable[[], object], *, repeats: int = 5) -> float:
 
 
 def host_seconds(copy: Callable[[], object], *, repeats: int = 3) -> float:
-    """Median time of a copy that blocks; warmed up once."""
+    """Return the median time of a copy that blocks; it is warmed up once."""
     times = []
     for _ in range(repeats + 1):
         begin_s = time.perf_counter()

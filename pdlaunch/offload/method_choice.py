@@ -1,10 +1,10 @@
-"""Which copy methods to use for which page size, decided by measuring them at start.
+"""Chooses the copy methods for each page size, by measuring them at start.
 
-Both directions share PCIe: a read asks upstream for what comes downstream, behind the stores that
-fill the upstream way. A store that is as fast as the link leaves a load half of its speed, so a
-direction is copied differently when the other one copies too: there pairs of a load and a store
-method are compared. A multiprocessor that copies does not compute: of what is nearly as good as the
-best, that which takes the fewest is chosen.
+Both directions share PCIe: a read sends its requests upstream, behind the stores that fill that
+way. A store as fast as the link leaves a load half of its speed, so a direction is copied
+differently while the other one copies too: for that case pairs of a load and a store method are
+compared. A multiprocessor that copies does not compute, so of the methods that are nearly as good
+as the best, the one that occupies the fewest is chosen.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from pdlaunch.platform.cuda_driver import DriverError
 logger = logging.getLogger(__name__)
 
 NEARLY = 0.97
-"""Share of the best rate that counts as equal: more than the spread of a measurement."""
+"""Share of the best rate that counts as equal to it: the spread of a measurement is smaller."""
 HOPEFUL = 0.7
 """Methods that are slower than this share of the fastest alone are not measured in pairs."""
 TRIAL_BYTES = 256 * 1024**2
 
 Candidates = Mapping[Direction, Sequence[CopyMethod]]
-"""By direction, in the order of preference: what costs the fewest multiprocessors first."""
+"""Methods of each direction in the order of preference: those that occupy the fewest
+multiprocessors first.
+"""
 Pair = tuple[CopyMethod, CopyMethod]
 """A load and a store method."""
 
@@ -41,18 +43,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class MethodRates:
-    """What was measured for one page size, in the order of preference; bytes per second."""
+    """Rates that were measured for one page size, in the order of preference; bytes per second."""
 
     alone: Mapping[Direction, Mapping[CopyMethod, float]]
     both: Mapping[Pair, float]
     """Sum of both directions at once."""
 
     def best_alone(self, direction: Direction) -> CopyMethod:
-        """For a direction while the other one rests."""
+        """Return the method for a direction while the other one rests."""
         return _first_of_the_best(self.alone[direction])
 
     def best_pair(self) -> Pair:
-        """For both directions at once."""
+        """Return the methods for both directions at once."""
         return _first_of_the_best(self.both)
 
 
@@ -79,12 +81,12 @@ class MethodTable:
 
 
 def host_methods() -> MethodTable:
-    """For CPU tensors there is nothing to choose."""
+    """Return the only method for CPU tensors."""
     return MethodTable(HostCopy())
 
 
 def cuda_candidates() -> Candidates:
-    """What this machine offers."""
+    """Return the methods that this machine offers."""
     loads: list[CopyMethod] = []
     stores: list[CopyMethod] = []
     try:
@@ -108,7 +110,7 @@ def measure_methods(
     alone: Callable[[CopyMethod, Direction], float],
     both: Callable[[CopyMethod, CopyMethod], float],
 ) -> MethodRates:
-    """All candidates alone, and pairs of those that are not far behind.
+    """Measure all candidates alone, and pairs of those that are not far behind.
 
     ``alone`` and ``both`` (load, store) return bytes per second.
     """

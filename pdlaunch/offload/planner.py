@@ -7,7 +7,7 @@ host::
 
     logical block      0   1   2   3   4   5   6
     full group       [ d   d   d   h   h   h ]        shared: 0..2, loaded: 3..5
-    sliding group            . [ d   h   h   h ]      only what the first token after the prefix sees
+    sliding group            . [ d   h   h   h ]      only what the next token sees
 
 Before a pull the groups are independent of each other: each may end where it will, the pull brings
 the rest.
@@ -39,11 +39,11 @@ class HostHit:
     """A prefix that is partly on the host."""
 
     device: PrefixHit
-    """By group: cached blocks to share; what follows them comes from the host."""
+    """Cached blocks of each group to share; what follows them comes from the host."""
     chunk_ids: list[list[int]]
-    """By group: the chunks with blocks [device.end(group), ends[group])."""
+    """For each group the chunks with blocks [device.end(group), ends[group])."""
     ends: list[int]
-    """By group: logical index after the last block; all equal, but before a pull."""
+    """For each group the logical index after its last block; all equal, except before a pull."""
 
     def num_blocks_to_load(self, group: int) -> int:
         """Device blocks that the group needs for the load."""
@@ -82,7 +82,7 @@ class OffloadPlanner:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs in flight."""
+        """Number of jobs in flight."""
         return len(self._jobs)
 
     # Loads
@@ -90,11 +90,11 @@ class OffloadPlanner:
     def find(
         self, block_hashes: Sequence[bytes], max_blocks: int, find_on_device: FindOnDevice
     ) -> HostHit | None:
-        """The longest prefix of at most ``max_blocks`` blocks on device and host; None when the
-        host adds nothing to it.
+        """Return the longest prefix of at most ``max_blocks`` blocks on device and host; None when
+        the host adds nothing to it.
 
-        Never shorter than what the device alone has. Nothing is pinned before ``begin_load``, which
-        must follow at once or never.
+        It is never shorter than what the device alone has. Nothing is pinned before ``begin_load``,
+        which must follow at once or never.
         """
         length = min(max_blocks, len(block_hashes))
         settled = False
@@ -116,11 +116,11 @@ class OffloadPlanner:
         num_computed: int,
         find_on_device: FindOnDevice,
     ) -> HostHit | None:
-        """What a pull need not bring: by group, the blocks from the first one visible to token
-        ``num_computed`` on.
+        """Return the blocks that a pull need not bring: for each group those from the first one
+        visible to token ``num_computed`` on, within the first ``max_blocks``.
 
-        Of the first ``max_blocks``; None when the host adds nothing to what the device has. Nothing
-        is pinned, as by ``find``.
+        Return None when the host adds nothing to what the device has. Nothing is pinned, as by
+        ``find``.
         """
         limit = min(max_blocks, len(block_hashes))
         first = [self._first_visible(group, num_computed) for group in range(len(self._windows))]
@@ -183,8 +183,8 @@ class OffloadPlanner:
     # Both
 
     def finish(self, report: JobFinished) -> OffloadJob | None:
-        """Account for a job that all ranks have ended; its blocks are the caller's again. None when
-        the id is unknown.
+        """Account for a job that all ranks have ended; its blocks are the caller's again. Return
+        None when the id is unknown.
         """
         job = self._jobs.pop(report.job_id, None)
         if job is None:
@@ -198,13 +198,15 @@ class OffloadPlanner:
         return job
 
     def block_ids_in_flight(self, direction: Direction) -> Iterator[int]:
-        """Device blocks of all jobs of a direction; one that is stored twice stands twice."""
+        """Yield the device blocks of all jobs of a direction; a block that is stored twice comes
+        twice.
+        """
         for job in self._jobs.values():
             if job.direction == direction:
                 yield from job.block_ids
 
     def stats(self) -> OffloadStats:
-        """Totals since the start, and what is there now."""
+        """Return totals since the start, and what is there now."""
         return replace(
             self._totals,
             num_chunks=self._tier.num_chunks,
@@ -230,8 +232,8 @@ class OffloadPlanner:
     def _fit(
         self, group: int, block_hashes: Sequence[bytes], length: int, find_on_device: FindOnDevice
     ) -> int:
-        """The longest prefix of at most ``length`` blocks whose visible blocks the group has;
-        others are not looked at.
+        """Return the longest prefix of at most ``length`` blocks whose visible blocks the group
+        has; others are not looked at.
         """
         while True:
             first = self._first_visible(group, length * self._block_size)
@@ -250,7 +252,7 @@ class OffloadPlanner:
         limit: int,
         find_on_device: FindOnDevice,
     ) -> int:
-        """Where the group's run of blocks on the device, and then on the host, ends; at most
+        """Return where the group's run of blocks on the device, and then on the host, ends; at most
         ``limit``.
         """
         index = start
@@ -267,8 +269,8 @@ class OffloadPlanner:
         ends: list[int],
         find_on_device: FindOnDevice,
     ) -> HostHit | None:
-        """The blocks [first, ends) of each group, which are all there; None when all are on the
-        device.
+        """Return the blocks [first, ends) of each group, which are all there; None when all are on
+        the device.
         """
         device = PrefixHit(
             first,
@@ -288,14 +290,14 @@ class OffloadPlanner:
         return HostHit(device, chunk_ids, ends)
 
     def _first_visible(self, group: int, num_computed: int) -> int:
-        """The first block that token ``num_computed`` sees."""
+        """Return the first block that token ``num_computed`` sees."""
         window = self._windows[group]
         return 0 if window is None else max(0, num_computed - window + 1) // self._block_size
 
     # Chunks
 
     def _find_chunk(self, group: int, block_hashes: Sequence[bytes], index: int) -> int | None:
-        """The chunk that holds logical block ``index``."""
+        """Return the chunk that holds logical block ``index``, or None."""
         chunk, slot = divmod(index, self._blocks_per_chunk)
         if (chunk + 1) * self._blocks_per_chunk > len(block_hashes):
             return None
@@ -312,7 +314,7 @@ class OffloadPlanner:
         return [chunk_id for chunk_id in found if chunk_id is not None]
 
     def _chunk_range(self, start: int, end: int) -> range:
-        """Chunks with a block of [start, end)."""
+        """Return the chunks with a block of [start, end)."""
         if start >= end:
             return range(0)
         return range(start // self._blocks_per_chunk, (end - 1) // self._blocks_per_chunk + 1)
@@ -345,7 +347,7 @@ class OffloadPlanner:
             yield run
 
     def _store_job(self, runs: Sequence[Sequence[_Run]]) -> OffloadJob:
-        """``runs``: by group one or none."""
+        """Make one job of ``runs``, which has one run or none for each group."""
         flat = [run for of_group in runs for run in of_group]
         return self._add(
             "store",

@@ -1,4 +1,5 @@
-"""Which host chunk to give up first. A policy orders keys; the tier says which of them may go.
+"""Eviction policies choose which host chunk to give up first. A policy orders keys; the tier says
+which of them may go.
 
 ``LRU`` gives up what was unused for longest: a few long documents that nobody asks for again push
 out everything. ``ARC`` keeps apart what was used once and what was used more often, and learns from
@@ -82,8 +83,8 @@ class LRU(EvictionPolicy[Key]):
 class ARC(EvictionPolicy[Key]):
     """Adaptive replacement cache. Source: Megiddo and Modha, FAST 2003.
 
-    once    keys that were not used since they came        gone_once    keys that left it lately, without content
-    often   keys that were, or that came back              gone_often
+    once    keys not used since they came        gone_once    keys that left it lately, no content
+    often   keys that were, or that came back    gone_often
 
     A key that comes back from ``gone_once`` says that ``once`` was too small, and the other way
     round: ``target`` follows.

@@ -1,12 +1,12 @@
-"""What a transfer between device and host names, and where each of its blocks lies in host memory.
-No torch.
+"""A transfer between device and host names its blocks and chunks; the layout says where each block
+lies in host memory. No torch.
 
 A host chunk holds ``blocks_per_chunk`` device blocks of one group, consecutive in the request. A
 transfer may begin and end inside a chunk. Two groups, two blocks a chunk::
 
     block_ids      [ 7  4  9 | 3  8 ]      group_sizes  [3, 2]
     block_indices  [ 1       | 6    ]      logical index of each group's first block
-    chunk_ids      [ 5   2   | 0    ]      group 0: 1 % 2 = 1 slot is skipped, ceil((3 + 1) / 2) = 2 chunks
+    chunk_ids      [ 5   2   | 0    ]      group 0 skips 1 % 2 = 1 slot: ceil((3 + 1) / 2) chunks
 
     chunk 5  [ .  7 ]    chunk 2  [ 4  9 ]    chunk 0  [ 3  8 ]
 """
@@ -33,7 +33,7 @@ CHUNK_ALIGNMENT_BYTES = 4096
 """Chunks begin on pages of the machine; pages in them keep the alignment they have in the block."""
 
 LONG_RUN_BYTES = 256 * 1024
-"""What copy engines want to find in one piece on the host. Measured on an H200, D2H: 64 KiB 49
+"""Bytes that copy engines should find in one piece on the host. Measured on an H200, D2H: 64 KiB 49
 GB/s, these 53, 1 MiB 54.
 """
 MOST_BLOCKS_PER_CHUNK = 16
@@ -43,8 +43,8 @@ win nothing from longer ones.
 
 
 def choose_blocks_per_chunk(block_bytes: int, device_type: str) -> int:
-    """How many blocks of a rank share a host chunk beside a device of this type; all ranks of an
-    engine have equal blocks.
+    """Return how many blocks of a rank share a host chunk beside a device of this type; all ranks
+    of an engine have equal blocks.
     """
     if device_type != "cuda":
         return 1
@@ -59,10 +59,10 @@ class TransferSpec:
     block_ids: Sequence[int] | IntArray
     """Device blocks."""
     group_sizes: Sequence[int]
-    """By group: number of its blocks."""
+    """Number of blocks of each group."""
     block_indices: Sequence[int]
-    """By group: logical index within the request of its first block; of no meaning where the group
-    is empty.
+    """For each group the logical index of its first block within the request; it means nothing
+    where the group is empty.
     """
     chunk_ids: Sequence[int] | IntArray
     """Host chunks, ceil((size + skip) / blocks_per_chunk) of each group."""
@@ -74,7 +74,7 @@ class GroupShape:
 
     num_blocks: int
     page_bytes: tuple[int, ...]
-    """By tensor of the group: bytes of one block."""
+    """Bytes of one block in each tensor of the group."""
 
     @property
     def block_bytes(self) -> int:
@@ -94,8 +94,8 @@ class GroupSpan:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
-    """How chunks lie in host memory: one pool of equal chunks for all groups, a chunk's blocks one
-    after another.
+    """Lays chunks out in host memory: one pool of equal chunks serves all groups, and the blocks of
+    a chunk follow one another.
 
     A group with smaller blocks than others leaves the end of its chunks unused.
     """
@@ -109,13 +109,13 @@ class ChunkLayout:
         return -(-used_bytes // CHUNK_ALIGNMENT_BYTES) * CHUNK_ALIGNMENT_BYTES
 
     def num_chunks_used(self, size: int, block_index: int) -> int:
-        """Chunks that ``size`` blocks from logical ``block_index`` on touch."""
+        """Return how many chunks ``size`` blocks from logical ``block_index`` on touch."""
         return (
             -(-(size + block_index % self.blocks_per_chunk) // self.blocks_per_chunk) if size else 0
         )
 
     def places(self, span: GroupSpan) -> tuple[IntArray, IntArray]:
-        """Of each block of the span: its chunk, and its first byte in the chunk."""
+        """Return for each block of the span its chunk and its first byte in the chunk."""
         used = slice(span.skip, span.skip + len(span.block_ids))
         offsets = (
             np.arange(self.blocks_per_chunk, dtype=np.int64) * self.groups[span.group].block_bytes
@@ -125,8 +125,8 @@ class ChunkLayout:
         )[used]
 
     def split(self, spec: TransferSpec, num_chunks: int) -> list[GroupSpan]:
-        """The spans of the groups that are not empty. Raises TransferSpecError naming the group and
-        both numbers.
+        """Return the spans of the groups that are not empty. Raises TransferSpecError, which names
+        the group and both numbers.
         """
         self._check_lengths(spec)
         block_ids = _Ids("block_ids", spec.block_ids)
@@ -173,7 +173,7 @@ class _Ids:
         self._taken = 0
 
     def take(self, group: int, count: int, limit: int) -> IntArray:
-        """The group's ids; each must be in [0, limit) and none may stand twice."""
+        """Return the group's ids; each must be in [0, limit) and none may stand twice."""
         left = len(self._ids) - self._taken
         if left < count:
             raise TransferSpecError(
@@ -203,7 +203,7 @@ class _Ids:
 
 
 def _check_chunks_differ(spans: Sequence[GroupSpan]) -> None:
-    """Groups share one pool of chunks: no two may use the same."""
+    """Raise TransferSpecError when two groups use the same chunk: they share one pool."""
     if len(spans) < 2:
         return
     twice = _first_twice(np.sort(np.concatenate([span.chunk_ids for span in spans])))

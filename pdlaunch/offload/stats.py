@@ -10,7 +10,7 @@ from pdlaunch.offload.spec import Direction
 
 @dataclass(frozen=True, slots=True)
 class OffloadStats:
-    """Immutable; what begins with ``num_`` is of now."""
+    """Totals that never change; a field that begins with ``num_`` says how many there are now."""
 
     num_chunks: int = 0
     num_used_chunks: int = 0
@@ -27,10 +27,10 @@ class OffloadStats:
     """Chunks that did not hold what was stored there."""
     evicted_chunks: int = 0
     refused_chunks: int = 0
-    """Not stored: every chunk was in flight."""
+    """Chunks that were not stored because every chunk was in flight."""
 
     def with_job(self, direction: Direction, report: JobFinished) -> OffloadStats:
-        """These totals with one more job."""
+        """Return these totals with one more job."""
         if direction == "store":
             return replace(
                 self,

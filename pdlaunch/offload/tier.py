@@ -1,10 +1,10 @@
-"""What the host tier holds: chunks by content, which are in use, and which leave when room is
+"""The host tier's record: which chunk holds what, which are in use, and which leave when room is
 short. No torch, no copies.
 
     free ── begin_store ──▶ storing ─┬─ finish_store(ok) ──▶ resident ── evict ──▶ free
                                      └─ failed ────────────▶ free
-    resident ── begin_load: pins + 1 ──▶ resident ── finish_load: pins - 1; a chunk that failed is found no more,
-                                                     and free when its last pin is gone
+    resident ── begin_load: pins + 1 ──▶ resident ── finish_load: pins - 1
+                     a chunk that failed is found no more, and free when its last pin is gone
 
 Only resident chunks are found. Storing and pinned chunks are in flight: a copy reads or writes
 them, so they never leave.
@@ -23,18 +23,20 @@ LOW_WATER = 0.95
 
 
 class HeadSlice(NamedTuple):
-    """KV heads of the model that chunks hold: [first, stop)."""
+    """The KV heads of the model that chunks hold: [first, stop)."""
 
     first: int
     stop: int
 
 
 class ChunkKey(NamedTuple):
-    """What a chunk holds."""
+    """Names the content of a chunk."""
 
     group: int
     block_hash: bytes
-    """Of the chunk's last block: it covers all tokens up to there, and model, adapter and salt."""
+    """The hash of the chunk's last block; it covers all tokens up to there, and model, adapter and
+    salt.
+    """
     heads: HeadSlice
 
 
@@ -82,12 +84,12 @@ class HostTier:
 
     @property
     def num_used_chunks(self) -> int:
-        """Chunks that hold something or are in flight."""
+        """Number of chunks that hold something or are in flight."""
         return len(self._chunks)
 
     def find(self, group: int, block_hash: bytes, slot: int = 0) -> int | None:
-        """The resident chunk with this last block, if it holds ``slot``; stays where it is until
-        ``begin_load``.
+        """Return the resident chunk with this last block if it holds ``slot``; nothing pins it
+        before ``begin_load``.
         """
         chunk_id = self._by_key.get(ChunkKey(group, block_hash, self._heads))
         if chunk_id is None:
@@ -96,8 +98,8 @@ class HostTier:
         return chunk_id if chunk.is_resident and slot >= chunk.first_slot else None
 
     def begin_store(self, group: int, block_hash: bytes, first_slot: int = 0) -> int | None:
-        """A chunk to write to until ``finish_store``. None: it is there already, is being stored,
-        or there is no room.
+        """Return a chunk to write to until ``finish_store``; None when the content is there already
+        or being stored, or when there is no room.
 
         A resident chunk that lacks slots which this one has is replaced once nobody loads it.
         """
@@ -115,7 +117,7 @@ class HostTier:
         return chunk_id
 
     def finish_store(self, chunk_id: int, *, ok: bool) -> None:
-        """The copy has ended: the chunk can be found, or is free."""
+        """Record that the copy has ended: the chunk can be found, or is free."""
         chunk = self._chunks[chunk_id]
         assert not chunk.is_resident
         if ok:
@@ -149,7 +151,7 @@ class HostTier:
                 self._release(chunk_id)
 
     def clear(self) -> int:
-        """Give up all chunks that are not in flight; how many those are."""
+        """Give up all chunks that are not in flight, and return how many those are."""
         chunk_ids = [
             chunk_id
             for chunk_id, chunk in self._chunks.items()

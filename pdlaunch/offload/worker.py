@@ -1,8 +1,8 @@
-"""The host tier of one rank: executes jobs, proves what it loads, reports. The step loop calls it
-and never waits.
+"""The host tier of one rank executes jobs, proves what it loads, and reports. The step loop calls
+it and never waits.
 
-store   copy ──▶ checksums ──▶ recorded ──▶ JobFinished
-load    recorded? ──▶ copy, checksums ──▶ equal to those recorded? ──▶ JobFinished
+store copy ──▶ checksums ──▶ recorded ──▶ JobFinished load recorded? ──▶ copy, checksums ──▶ equal
+to those recorded? ──▶ JobFinished
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pdlaunch.offload.contents import (
     Digests,
     Slots,
 )
+from pdlaunch.offload.copy_streams import TransferResult
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
-from pdlaunch.offload.lanes import TransferResult
 from pdlaunch.offload.method_choice import MethodTable, choose_cuda_methods, host_methods
 from pdlaunch.offload.tier import ChunkKey, HeadSlice
 from pdlaunch.platform.limits import usable_cpus
@@ -51,7 +51,7 @@ class _Pending:
         return self.copied is not None and all(future.done() for future in self.hashing)
 
     def digests(self) -> list[Digests] | None:
-        """By chunk; None when nothing is verified."""
+        """Return the digests by chunk; None when nothing is verified."""
         return (
             [digests for future in self.hashing for digests in future.result()]
             if self.hashing
@@ -122,7 +122,7 @@ class OffloadWorker:
 
     @property
     def num_jobs(self) -> int:
-        """Jobs whose end ``take_finished`` has not told yet."""
+        """Number of jobs whose end ``take_finished`` has not reported yet."""
         return len(self._pending) + len(self._refused)
 
     def submit(self, jobs: Sequence[OffloadJob]) -> None:
@@ -137,7 +137,7 @@ class OffloadWorker:
                 self._refuse(job, str(error), [])
 
     def take_finished(self) -> list[JobFinished]:
-        """Jobs that have ended since the last call, each once."""
+        """Return the jobs that have ended since the last call, each once."""
         for result in self._handler.get_finished():
             self._on_copied(self._pending[result.job_id], result)
         ended = [pending for pending in self._pending.values() if pending.is_ended]
@@ -147,16 +147,14 @@ class OffloadWorker:
         return refused + [self._finish(pending) for pending in ended]
 
     def checksums(self, chunk_id: int) -> Digests | None:
-        """What a chunk's blocks were stored with, from its first filled slot on; None where there
-        are none.
+        """Return the checksums that a chunk's blocks were stored with, from its first filled slot
+        on; None where there are none.
         """
         content = self._contents.get(chunk_id)
         return None if content is None else content.digests
 
     def chunk(self, chunk_id: int) -> torch.Tensor:
-        """[chunk_bytes] uint8: a chunk's memory, ``block_bytes`` a block; not to be used but for
-        tests.
-        """
+        """Return a chunk's memory, [chunk_bytes] uint8, ``block_bytes`` a block; for tests only."""
         return self._host.chunk(chunk_id)
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -186,8 +184,8 @@ class OffloadWorker:
             self._hash(pending)
 
     def _slots(self, job: OffloadJob) -> Iterator[Slots]:
-        """The job's chunks in order. Raises TransferSpecError where their number is not that of the
-        hashes.
+        """Yield the job's chunks in order. Raises TransferSpecError when there are more or fewer of
+        them than hashes.
         """
         chunks = iter(zip(job.chunk_ids, job.chunk_hashes, strict=False))
         if len(job.chunk_ids) != len(job.chunk_hashes):

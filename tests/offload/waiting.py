@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from pdlaunch.offload.copy_streams import TransferResult
 from pdlaunch.offload.handler import OffloadHandler
-from pdlaunch.offload.lanes import TransferResult
 
 TIMEOUT_S = 60.0
 

@@ -1,8 +1,8 @@
-"""A lane carries the transfers of one direction, in their order, and says when each has ended.
+"""A copy stream carries the transfers of one direction, in order, and reports when each has ended.
 
-Between two CPU tensors the lane's thread copies. On CUDA the submitting thread enqueues on the
-lane's stream, behind what the current stream holds, and the thread only waits for the event after
-the copy. Either way nobody else ever waits.
+Between two CPU tensors the stream's thread copies. On CUDA the submitting thread enqueues on a CUDA
+stream, behind what the current stream holds, and the thread waits for the event after the copy.
+Nobody else ever waits.
 """
 
 from __future__ import annotations
@@ -24,27 +24,25 @@ from pdlaunch.offload.spec import Direction
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """One transfer has ended: its memory is not touched any more."""
+    """One transfer has ended; its memory is not touched any more."""
 
     job_id: int
     direction: Direction
     ok: bool
     num_bytes: int
     seconds: float
-    """Of the copy alone, without waiting for others."""
+    """Duration of the copy alone, without waiting for others."""
     error: str = ""
 
 
 ChooseMethod = Callable[[PageCopies, Direction, bool], CopyMethod]
-"""For pages and their direction; the last is whether the other direction copies too."""
+"""Chooses the method from the pages, the direction, and whether the other direction copies too."""
 Report = Callable[[TransferResult], None]
 
 
-class Lane(ABC):
-    """Transfers of one direction. ``report`` is called from the lane's thread, once a transfer, in
-    their order.
-
-    ``other_is_busy``: whether the lane of the other direction copies.
+class CopyStream(ABC):
+    """Runs the transfers of one direction. ``report`` is called from the stream's thread, once for
+    each transfer, in order. ``other_is_busy`` says whether the other direction copies.
     """
 
     def __init__(
@@ -73,12 +71,12 @@ class Lane(ABC):
 
     @abstractmethod
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
-        """Begin to copy; the result, called by the lane's thread, returns seconds when all is
-        copied. May raise.
+        """Begin to copy, and return a function that the stream's thread calls: it waits for the end
+        and returns the seconds that the copy took. May raise RuntimeError or TransferError.
         """
 
     def submit(self, job_id: int, copies: Sequence[PageCopies]) -> None:
-        """Queue one transfer. What goes wrong is reported."""
+        """Queue one transfer; an error is reported as its result."""
         num_bytes = sum(pages.num_bytes for pages in copies)
         self._num_submitted += 1
         try:
@@ -88,7 +86,7 @@ class Lane(ABC):
         self._ends.put((job_id, num_bytes, end))
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread after the transfers that are queued; False when that takes longer."""
+        """End the thread after the queued transfers; return False when that takes longer."""
         self._ends.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -98,7 +96,8 @@ class Lane(ABC):
             job_id, num_bytes, end = item
             try:
                 result = TransferResult(job_id, self._direction, True, num_bytes, end())
-            except Exception as error:  # Whatever it is, the blocks must not be used and their owner must hear of it.
+            except Exception as error:
+                # Whatever it is, the blocks must not be used, and their owner must hear of it.
                 result = TransferResult(
                     job_id, self._direction, False, 0, 0.0, f"{type(error).__name__}: {error}"
                 )
@@ -110,8 +109,8 @@ class Lane(ABC):
             self._choose(pages, self._direction, self._other_is_busy()).copy(pages, self._direction)
 
 
-class HostLane(Lane):
-    """Between two CPU tensors."""
+class HostCopyStream(CopyStream):
+    """Copies between two CPU tensors."""
 
     def start(self, copies: Sequence[PageCopies]) -> Callable[[], float]:
         def copy() -> float:
@@ -122,8 +121,8 @@ class HostLane(Lane):
         return copy
 
 
-class CudaLane(Lane):
-    """Between a CUDA device and pinned memory, on a stream of its own."""
+class CudaCopyStream(CopyStream):
+    """Copies between a CUDA device and pinned memory on a CUDA stream of its own."""
 
     def __init__(
         self,
@@ -160,7 +159,9 @@ class CudaLane(Lane):
 
 
 def _failing(error: Exception, first: Callable[[], object] = lambda: None) -> Callable[[], float]:
-    """``first`` waits until nothing is written any more."""
+    """Return a function that calls ``first``, which waits until nothing is written any more, and
+    raises ``error``.
+    """
 
     def fail() -> float:
         first()
