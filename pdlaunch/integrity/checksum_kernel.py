@@ -24,7 +24,7 @@ import triton.language as tl
 
 SMALLEST_BYTES = 241
 """XXH3 hashes smaller inputs in other ways."""
-UNIT_BYTES = 16
+LOAD_BYTES = 16
 """Regions are multiples of the widest load of a thread."""
 TILE_BLOCKS = 8
 """Blocks that a program loads at once: 8 KiB, enough to fill the memory's pipeline with four
@@ -73,8 +73,8 @@ def supports(memory: torch.Tensor) -> bool:
     region_bytes = memory.shape[2]
     return (
         region_bytes >= SMALLEST_BYTES
-        and region_bytes % UNIT_BYTES == 0
-        and memory.data_ptr() % UNIT_BYTES == 0
+        and region_bytes % LOAD_BYTES == 0
+        and memory.data_ptr() % LOAD_BYTES == 0
     )
 
 

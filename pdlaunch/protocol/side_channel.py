@@ -1,8 +1,8 @@
-"""The side channel between ranks of different engines (ZMQ DEALER of the puller, ROUTER of the rank
-that holds the blocks).
+"""Messages of the side channel, on which a decode rank asks (DEALER) and a prefill rank answers
+(ROUTER).
 
-``handshake`` once a pair and incarnation, then for each pull ``pull_begin+ -> state_checksums ->
-heartbeat* -> pull_end``. Seconds are remaining seconds: clocks differ between hosts.
+A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin+ -> StateChecksums
+-> PullHeartbeat* -> PullEnd``. Seconds are remaining seconds, because clocks differ between hosts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from computed.
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-"""How many, or the address of the first."""
+"""Counts bytes, or is the address of the first one."""
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-"""No NaN either: deadlines are made of it."""
+"""Excludes NaN, too: deadlines are computed from it."""
 
 
 class Compatibility(Message, tag=False):
-    """What must be equal on both sides, field by field; a mismatch is named with both values."""
+    """Holds what must be equal on both sides. Each field that differs is named with both values."""
 
     protocol_version: int
     pdlaunch_version: str
@@ -44,7 +44,7 @@ class Compatibility(Message, tag=False):
     groups: str
     """Layers and window of each KV cache group, in one line."""
     num_kv_heads: int
-    """Of the whole model."""
+    """KV heads of the whole model."""
     head_dim: int
     layout: str
     connector: str
@@ -53,7 +53,7 @@ class Compatibility(Message, tag=False):
 
 
 class Geometry(Message, tag=False):
-    """Where this rank's KV blocks lie."""
+    """Says where the KV blocks of a rank lie."""
 
     base_address: Bytes
     num_blocks: Count
@@ -75,7 +75,7 @@ class Handshake(Message):
 
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]
-    """Of the puller; tells apart peers and incarnations."""
+    """The decode engine's; tells apart peers and incarnations."""
     rank_name: Annotated[str, _IS_ID]
     incarnation: int
     expected_engine_id: Annotated[EngineId, _IS_ID]
@@ -85,6 +85,8 @@ class Handshake(Message):
 
 
 class HandshakeReply(Message):
+    """Give a decode rank what it needs to read blocks of this rank."""
+
     call_id: int
     engine_id: EngineId
     rank_name: str
@@ -98,12 +100,11 @@ class HandshakeReply(Message):
 
 
 class PullBegin(Message):
-    """Ask for a leased request's blocks; extends the lease. A reader whose READ failed asks again
-    before it ends.
+    """Ask for the blocks of a lease, which extends it. A reader whose READ failed asks again under
+    the same lease.
 
-    With ``awaits`` it may be asked while the prompt is computed; the answer waits until more is
-    known than the reader knows, and only the one that tells of the lease begins the reader's share
-    of it.
+    With ``awaits`` the prompt may still be computed. Then the answer waits until there is more than
+    the reader knows of, and only the answer that tells of the lease begins the reader's share.
     """
 
     call_id: int
@@ -117,11 +118,11 @@ class PullBegin(Message):
     awaits: bool = False
     """There need not be a lease yet."""
     version: Count = 0
-    """Of the latest answer; the next one is another, or tells of the lease."""
+    """Version of the latest answer; the next one has another version, or tells of the lease."""
 
 
 class GroupBlocks(Message, tag=False):
-    """One KV cache group of a leased request."""
+    """Names the blocks of one KV cache group."""
 
     first_block_index: int
     """Logical index within the request of the first block below; earlier ones have left the
@@ -129,19 +130,17 @@ class GroupBlocks(Message, tag=False):
     """
     block_ids: list[int]
     checksums: bytes | None
-    """By block and KV head of this rank, 8 bytes each, little-endian; None when verify is off or
-    they are stated later.
+    """By block and KV head of this rank, 8 bytes each, little-endian. None when ``verify`` is off,
+    or when they follow in a ChecksumsReply.
     """
 
 
 class PullReply(Message):
-    """The blocks of a request: all of a lease, or, to who awaits one, those that the computation
-    has so far.
-    """
+    """Name the blocks of a lease, or, to a reader that awaits one, those that are there so far."""
 
     call_id: int
     num_tokens: int
-    """Of the prompt."""
+    """Tokens of the prompt."""
     block_hashes: list[bytes]
     """Chained token hashes of the prompt's blocks, the last one possibly partial; 32 bytes each."""
     groups: list[GroupBlocks]
@@ -149,24 +148,21 @@ class PullReply(Message):
     """0 without a lease."""
     first_tokens: list[FirstToken] = []
     leased: bool = True
-    """Else blocks may be taken back at any time: what was read of them counts once a lease of this
-    ``generation`` is there.
+    """False: the blocks may be taken back at any time, and what was read of them counts only under
+    a lease of the same ``generation``.
     """
     num_ready_blocks: Count = 0
-    """Without a lease: logical blocks, from the beginning of the prompt, that nothing writes to any
-    more.
+    """Without a lease: blocks, from the beginning of the prompt, that nothing writes to any more.
     """
     generation: Count = 0
-    """Of the computation that the blocks are of: those of another one may have been another
-    request's in between.
-    """
+    """Changes when blocks were taken back in between: they may have been another request's."""
     version: Count = 0
     """Without a lease: changes with every other field."""
 
 
 class StateChecksums(Message):
-    """Ask for the checksums of all blocks of a lease, of which the reader has begun a pull; the
-    answer waits for them.
+    """Ask for the checksums of all blocks of a lease whose pull has begun. The answer waits until
+    they are computed.
     """
 
     call_id: int
@@ -176,13 +172,15 @@ class StateChecksums(Message):
 
 
 class ChecksumsReply(Message):
+    """State the checksums of all blocks of a lease."""
+
     call_id: int
     groups: list[bytes | None]
-    """As in GroupBlocks."""
+    """As ``checksums`` in GroupBlocks."""
 
 
-class Heartbeat(Message):
-    """A pull is still pending: extend the lease."""
+class PullHeartbeat(Message, tag="Heartbeat"):
+    """Extend the lease of a pull that is pending."""
 
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]
@@ -191,12 +189,14 @@ class Heartbeat(Message):
 
 
 class HeartbeatReply(Message):
+    """Say how long the lease holds from now on."""
+
     call_id: int
     lease_s: Seconds
 
 
 class PullEnd(Message):
-    """The reader needs the lease no more: it has all bytes, or has given up."""
+    """Give the lease up: the reader has all bytes, or does not want them any more."""
 
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]
@@ -205,7 +205,7 @@ class PullEnd(Message):
 
 
 class PullEndReply(Message):
-    """The holder knows. A reader proves by itself that its lease has held."""
+    """Confirm the end. Nobody waits for it: a reader proves by itself that its lease has held."""
 
     call_id: int
     held: bool
@@ -213,8 +213,8 @@ class PullEndReply(Message):
 
 
 class Push(Message):
-    """Ask a rank whose connector writes to its readers to write blocks of a lease; without block
-    ids: its scratch.
+    """Ask a rank whose connector pushes to write blocks of a lease, or its scratch if there are no
+    block ids.
     """
 
     call_id: int
@@ -223,16 +223,16 @@ class Push(Message):
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
     """As in the PullBegin."""
     block_ids: list[int]
-    """Of the rank asked."""
+    """Blocks of the rank asked."""
     first_head: int
     """Index within the rank asked."""
     num_heads: int
     target: bytes
-    """Where to, in the words of the connector."""
+    """Says where to write, in the connector's own encoding."""
 
 
 class PushEnded(Message):
-    """The write is over. ``ok``: every byte is in the reader's memory."""
+    """Tell that the write is over. ``ok``: every byte is in the reader's memory."""
 
     call_id: int
     ok: bool
@@ -240,13 +240,13 @@ class PushEnded(Message):
 
 
 class Refused(Message):
-    """The question cannot be answered; the asker treats it as a failed pull or handshake."""
+    """Refuse to answer: for the asker the pull or the handshake has failed."""
 
     call_id: int
     reason: str
 
 
-ToPrefillSide = Handshake | PullBegin | StateChecksums | Heartbeat | PullEnd | Push
+ToPrefillSide = Handshake | PullBegin | StateChecksums | PullHeartbeat | PullEnd | Push
 ToDecodeSide = (
     HandshakeReply
     | PullReply

@@ -1,6 +1,6 @@
-"""What the scheduler asks of the connector on every rank, and what the connector reports back.
+"""Commands of the scheduler to the transfer thread of every rank, and the events that come back.
 
-Block ids are the engine's own. Ownership: blocks named in ``GrantLease`` belong to the lease until
+Block ids are the engine's own. Blocks named in ``GrantLease`` belong to the lease until
 ``LeaseEnded``; blocks named in ``StartPull`` belong to the transfer until ``PullFinished``, or
 ``PullDrained`` where that said ``in_flight``.
 """
@@ -13,34 +13,34 @@ from pdlaunch.protocol.wire import Message
 
 
 class AnnounceBlocks(Message):
-    """Prefill: a request that a decode engine awaits has these blocks so far; nothing writes to the
-    first of them any more.
+    """Prefill: offer the first blocks of a request that a decode engine awaits.
 
-    The request keeps them until it is granted a lease, or until ``WithdrawBlocks``.
+    Nothing writes to the ready ones any more. The request keeps all of them until it is granted a
+    lease, or until ``WithdrawBlocks``.
     """
 
     lease_id: LeaseId
     block_ids: list[list[int]]
-    """By group, from first_block_index on; those that later steps compute may be lacking."""
+    """By group, from first_block_index on; blocks that later steps compute may be missing."""
     first_block_index: list[int]
     num_ready_blocks: int
     """Logical blocks, from the beginning of the prompt, that are complete."""
     block_hashes: list[bytes]
-    """Of all blocks of the prompt."""
+    """Hashes of all blocks of the prompt."""
     num_tokens: int
-    """Of the prompt."""
+    """Tokens of the prompt."""
 
 
 class WithdrawBlocks(Message):
-    """Prefill: announced blocks go back to the engine, which may give them to others. There may be
-    a new announcement later.
+    """Prefill: take announced blocks back, as the engine may give them to others. They may be
+    announced anew later.
     """
 
     lease_id: LeaseId
 
 
 class GrantLease(Message):
-    """Prefill: the blocks of a finished request may be pulled."""
+    """Prefill: let the blocks of a finished request be pulled."""
 
     lease_id: LeaseId
     block_ids: list[list[int]]
@@ -54,15 +54,13 @@ class GrantLease(Message):
 
 
 class EndLease(Message):
-    """Prefill: the request was cancelled; the lease ends at once unless a pull has begun."""
+    """Prefill: end the lease of a cancelled request, at once or with the last pull under way."""
 
     lease_id: LeaseId
 
 
 class SetLeaseReaders(Message):
-    """Prefill: fewer readers than ``num_readers`` of the grant will come; the lease ends when this
-    many have pulled.
-    """
+    """Prefill: expect fewer readers than granted; the lease ends when this many have pulled."""
 
     lease_id: LeaseId
     num_readers: int
@@ -83,19 +81,19 @@ class StartPull(Message):
     window.
     """
     block_hashes: list[bytes]
-    """What this engine computed for its own prompt, all blocks; compared with the holder's."""
+    """Hashes of all blocks of the prompt as computed here; compared with the prefill engine's."""
     num_tokens: int
     timeout_s: float
     num_attempts: int = 1
-    """READs that one holder rank's share may take, when they fail or bring wrong bytes."""
+    """READs that the share of one prefill rank may take, when they fail or bring wrong bytes."""
     awaits: bool = False
-    """The prompt may still be computed there: ``timeout_s`` counts from when its lease is known.
-    ``block_ids`` may be empty.
+    """The prompt may still be being computed: ``timeout_s`` then counts from when its lease is
+    known, and ``block_ids`` may be empty.
     """
 
 
 class CancelPull(Message):
-    """Decode: nobody wants the blocks any more; ends in PullFinished like any other pull."""
+    """Decode: cancel a pull, which ends in PullFinished like any other."""
 
     pull_id: PullId
 
@@ -106,8 +104,8 @@ TransferCommand = PrefillCommand | DecodeCommand
 
 
 class LeaseEnded(Message):
-    """Prefill: this rank's share of the lease is over; rank 0 frees the blocks when all ranks have
-    said so.
+    """Prefill: tell that the lease has ended on this rank. Rank 0 frees the blocks when all ranks
+    have said so.
     """
 
     lease_id: LeaseId
@@ -116,7 +114,7 @@ class LeaseEnded(Message):
 
 
 class PullFinished(Message):
-    """Decode: this rank's pull has ended."""
+    """Decode: tell that this rank's pull has ended."""
 
     pull_id: PullId
     ok: bool
@@ -127,7 +125,7 @@ class PullFinished(Message):
     num_bytes: int = 0
     seconds: float = 0.0
     read_s: float = 0.0
-    """Of the slowest READ, when the blocks are proven."""
+    """Duration of the slowest READ, when the blocks are proven."""
     verification_failed: bool = False
     """Hashes or checksums differed, though perhaps not in the last attempt."""
     late: bool = False
@@ -135,13 +133,13 @@ class PullFinished(Message):
     num_retries: int = 0
     """READs that were repeated."""
     first_tokens: list[FirstToken] = []
-    """What the lease says of them, also of a pull that failed after it was known; empty when none
-    was.
+    """First tokens as the lease states them, also when the pull failed later; empty when no lease
+    was known.
     """
 
 
 class PullDrained(Message):
-    """Decode: no READ of this pull can write any more (its handle ended, or the peer is dead)."""
+    """Decode: tell that no READ of this pull can write any more."""
 
     pull_id: PullId
 

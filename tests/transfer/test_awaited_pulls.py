@@ -15,9 +15,9 @@ from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import (
     LONGEST_WAIT_S,
     ChecksumsReply,
-    Heartbeat,
     PullBegin,
     PullEnd,
+    PullHeartbeat,
     StateChecksums,
     ToPrefillSide,
 )
@@ -326,7 +326,7 @@ def test_an_answer_that_took_long_is_followed_by_a_heartbeat(world, holder):
     holder.holder.grant(lease([4], lease_s=2.0))
     world.turn()
     assert world.finished().ok
-    assert holder.sent(Heartbeat)
+    assert holder.sent(PullHeartbeat)
 
 
 def test_the_question_is_repeated_and_waits_once(world, holder):

@@ -22,9 +22,9 @@ from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.side_channel import (
     Handshake,
-    Heartbeat,
     PullBegin,
     PullEnd,
+    PullHeartbeat,
     Push,
     PushEnded,
     Refused,
@@ -276,7 +276,7 @@ def questions_for(engine_id: str) -> list[ToPrefillSide]:
             agent_metadata=b"",
         ),
         PullBegin(call_id=2, num_decode_ranks=1, **of_pull),
-        Heartbeat(call_id=3, **of_pull),
+        PullHeartbeat(call_id=3, **of_pull),
         PullEnd(call_id=4, **of_pull),
         Push(call_id=5, block_ids=[13], first_head=0, num_heads=1, target=b"", **of_pull),
     ]

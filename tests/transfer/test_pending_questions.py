@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import (
-    Heartbeat,
     PullBegin,
     PullEnd,
+    PullHeartbeat,
     PullReply,
     Refused,
     ToDecodeSide,
@@ -109,6 +109,6 @@ def test_a_reader_that_is_gone_has_no_share_of_the_lease(desk):
 
 
 def test_no_more_than_so_many_wait(desk):
-    heartbeat = Heartbeat(call_id=3, engine_id="1" * 32, lease_id="r", reader="x")
+    heartbeat = PullHeartbeat(call_id=3, engine_id="1" * 32, lease_id="r", reader="x")
     assert desk.ask(*[heartbeat] * MAX_WAITING) == []
     assert [type(answer) for answer in desk.ask(heartbeat)] == [Refused]

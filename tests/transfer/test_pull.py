@@ -18,11 +18,11 @@ from pdlaunch.kvcache.groups import KVCacheLayout
 from pdlaunch.protocol.control import Address, Entry, PairFailed, PairReady
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.side_channel import (
-    Heartbeat,
     HeartbeatReply,
     PullBegin,
     PullEnd,
     PullEndReply,
+    PullHeartbeat,
     PullReply,
     Refused,
 )
@@ -294,7 +294,7 @@ def test_no_heartbeat_after_the_end(world, holder):
     assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
     world.clock.now += 1.5
     world.turn()
-    assert holder.sent(Heartbeat) == []
+    assert holder.sent(PullHeartbeat) == []
 
 
 def test_heartbeats_keep_the_lease_of_a_slow_read(world, holder):
@@ -305,7 +305,7 @@ def test_heartbeats_keep_the_lease_of_a_slow_read(world, holder):
         world.clock.now += 0.6
         world.turn()
         assert holder.ended() == []
-    assert len(holder.sent(Heartbeat)) >= 18
+    assert len(holder.sent(PullHeartbeat)) >= 18
     world.fabric.land()
     world.turn()
     assert world.finished().ok
@@ -900,7 +900,7 @@ def test_questions_that_make_no_sense_are_refused_and_change_nothing(holder):
         PullBegin(**asked, engine_id="wrong", num_decode_ranks=1),
         PullBegin(**asked | {"lease_id": "unknown"}, engine_id=engine_id, num_decode_ranks=1),
         PullBegin(**asked, engine_id=engine_id, num_decode_ranks=-1),
-        Heartbeat(**asked, engine_id=engine_id),
+        PullHeartbeat(**asked, engine_id=engine_id),
         PullEnd(**asked, engine_id="wrong"),
     ]
     for question in questions:

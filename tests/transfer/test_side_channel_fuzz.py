@@ -17,10 +17,10 @@ from pdlaunch.errors import LeaseError, ProtocolError
 from pdlaunch.protocol.side_channel import (
     Handshake,
     HandshakeReply,
-    Heartbeat,
     HeartbeatReply,
     PullBegin,
     PullEnd,
+    PullHeartbeat,
     Push,
     StateChecksums,
     ToPrefillSide,
@@ -54,7 +54,7 @@ def of_pull(kind: Any, **fields: st.SearchStrategy[Any]) -> st.SearchStrategy[To
 QUESTIONS = st.one_of(
     of_pull(PullBegin, num_decode_ranks=NUMBERS, awaits=st.booleans(), version=st.integers(0, 2)),
     of_pull(StateChecksums),
-    of_pull(Heartbeat),
+    of_pull(PullHeartbeat),
     of_pull(PullEnd),
     of_pull(
         Push,

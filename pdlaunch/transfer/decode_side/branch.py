@@ -37,10 +37,10 @@ from pdlaunch.errors import VerificationError
 from pdlaunch.protocol.kv_params import FirstToken
 from pdlaunch.protocol.side_channel import (
     ChecksumsReply,
-    Heartbeat,
     HeartbeatReply,
     PullBegin,
     PullEnd,
+    PullHeartbeat,
     PullReply,
     Refused,
     StateChecksums,
@@ -259,11 +259,11 @@ class Branch:
         now_s = self._puller.clock()
         self._next_heartbeat_s, self._awaits_heartbeat = now_s + self._heartbeat_s, True
         self._last_heartbeat_s = now_s
-        self._ask_about(Heartbeat, partial(self._on_reply, now_s))
+        self._ask_about(PullHeartbeat, partial(self._on_reply, now_s))
 
     def _ask_about(
         self,
-        kind: type[StateChecksums | Heartbeat | PullEnd],
+        kind: type[StateChecksums | PullHeartbeat | PullEnd],
         on_reply: Callable[[ToDecodeSide], None] | None,
     ) -> None:
         """What concerns a pull that has begun."""

@@ -22,11 +22,11 @@ from pdlaunch.protocol.side_channel import (
     GroupBlocks,
     Handshake,
     HandshakeReply,
-    Heartbeat,
     HeartbeatReply,
     PullBegin,
     PullEnd,
     PullEndReply,
+    PullHeartbeat,
     PullReply,
     Push,
     Refused,
@@ -177,7 +177,7 @@ class LeaseAnswers:
         heard of, as the grant may be on its way, or for checksums that are being computed.
         """
         match message:
-            case PullBegin() | Heartbeat() | PullEnd() | StateChecksums() if (
+            case PullBegin() | PullHeartbeat() | PullEnd() | StateChecksums() if (
                 message.engine_id == self._card.identity.engine_id
             ):
                 lease_id = message.lease_id
@@ -240,7 +240,7 @@ class LeaseAnswers:
                 return self._introduce(message)
             case PullBegin():
                 return self._begin(message)
-            case Heartbeat():
+            case PullHeartbeat():
                 lease_s = self._leases.heartbeat(message.lease_id, message.reader)
                 return HeartbeatReply(call_id=message.call_id, lease_s=lease_s)
             case PullEnd():
