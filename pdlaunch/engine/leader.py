@@ -1,21 +1,21 @@
-"""Rank 0 of an engine: schedule, run with all ranks, postprocess, answer the server."""
+"""The step loop of rank 0: schedule, run with all ranks, postprocess, answer the server."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
+import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.engine.launched_step import LaunchedStep
-from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.engine.channels import LeaderChannel, ServerLink
+from pdlaunch.engine.runner import LaunchedStep, ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.server_link import ServerLink
 from pdlaunch.engine.sleep import RankSleeper, SleepCoordinator
-from pdlaunch.engine.step import SleepRank, StepPlan, WakeRank
-from pdlaunch.engine.tp_channel import LeaderChannel
+from pdlaunch.engine.step import SleepRank, StepPlan, StopRank, WakeRank
 from pdlaunch.engine.tp_events import EventAggregator
 from pdlaunch.offload.jobs import JobMerger
 from pdlaunch.offload.worker import OffloadWorker
@@ -43,9 +43,19 @@ STATS_INTERVAL_S = 1.0
 
 
 class Leader:
-    """The step loop of an engine; ``turn`` is one round of it. With ``spec.async_scheduling`` it
-    leaves a step running.
+    """The step loop of an engine; ``turn`` is one round of it: schedule, run, postprocess.
+
+    On a GPU (``spec.async_scheduling``) a turn leaves its step running, so that the host's work
+    for the next one goes on beside it::
+
+        in flight before   schedule                   run             postprocess
+        no step            N                          launch N        on a CPU: collect N
+        step N             N + 1, ahead of N's end    launch N + 1    collect N
+        step N             collect N, then N + 1      launch N + 1
+        step N             nothing goes on after it                   collect N
     """
+
+    stopped = False
 
     def __init__(
         self,
@@ -84,7 +94,8 @@ class Leader:
         self._events = EventAggregator(spec.tensor_parallel_size)
         self._clock = clock
         self._runs_ahead = spec.async_scheduling
-        self._running: tuple[StepPlan, LaunchedStep] | None = None
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+        """Launched and not collected, the oldest first: between turns at most one."""
         self._record = record
         self._stats_due_s = 0.0
         self._sleep = SleepCoordinator(
@@ -105,80 +116,77 @@ class Leader:
 
     @property
     def ready(self) -> bool:
-        """Every rank of the TP group is in the loop."""
-        return self._followers is None or self._followers.complete
+        """Whether every rank of the TP group is in its loop and a server is connected."""
+        return self._server.connected and (self._followers is None or self._followers.complete)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        followers = [] if self._followers is None else [self._followers.socket]
+        return [self._server.socket, *followers]
 
     def wait_s(self) -> float:
-        """How long the loop may sleep when no socket wakes it."""
+        """Return how long the loop may sleep when no socket wakes it."""
         if self._scheduler.has_work():
             return 0.0
         return min(STATS_INTERVAL_S, self._sleep.wait_s())
 
-    def rehearse(self) -> None:
-        """Nothing is to be done, but a step is likely to begin soon: be quick then."""
-        assert self._running is None
-        self._runner.rehearse()
-
     def turn(self) -> None:
-        """Receive, schedule, send what the step before gave, run, postprocess."""
+        """Receive, then one step: schedule, run, postprocess."""
         self._receive()
-        if not self._run_ahead():
-            if self._running is not None:
-                self._collect()
-                # What came while we waited is not to wait for another step.
-                self._receive()
-            self._run()
+        plan = self._schedule()
+        self._run(plan)
+        # On a GPU the step that was launched just now is left running.
+        num_left = 1 if self._runs_ahead and plan.scheduled else 0
+        while len(self._in_flight) > num_left:
+            self._postprocess()
+        self._requests.register_pending()
         self._sleep.advance()
         self._send_stats()
 
-    def _run(self) -> None:
-        """The next step, when the one before has ended."""
-        plan = self._scheduler.schedule()
-        # First: an answer must not reach a decode engine before the lease that it speaks of is
-        # granted.
+    def close(self) -> None:
+        """Let the other ranks leave their loops."""
+        if self._followers is not None:
+            self._followers.send(StopRank())
+
+    def _schedule(self) -> StepPlan:
+        """Plan the next step, ahead of the one in flight if its tokens are not needed for that."""
+        if self._in_flight:
+            plan = self._scheduler.schedule_ahead()
+            if plan is not None:
+                return plan
+            self._postprocess()
+            # A request that came while we waited must not wait for another step.
+            self._receive()
+        return self._scheduler.schedule()
+
+    def _run(self, plan: StepPlan) -> None:
+        """Give the plan to all ranks and launch it; send what the server has to be told."""
+        # Commands leave first: an answer must not reach a decode engine before the lease of which
+        # it speaks is granted.
         self._submit(plan)
-        if self._runs_ahead and all(item.num_tokens == 1 for item in plan.scheduled):
-            # Launched at once, and the device is idle.
-            self._running = self._launch(plan)
+        # An idle GPU is given its decode step before the answers are sent. All other launches take
+        # longer than that (prompts, any step on a CPU) or do not hurry (a step is in flight).
+        launches_first = (
+            self._runs_ahead
+            and not self._in_flight
+            and all(item.num_tokens == 1 for item in plan.scheduled)
+        )
+        if not launches_first:
             self._send_outputs()
-        else:
+        if not plan.is_empty:
+            launched = self._runner.launch(plan)
+            if plan.scheduled:
+                self._in_flight.append((plan, launched))
+        if launches_first:
             self._send_outputs()
-            self._running = self._launch(plan)
-        if self._running is not None and not self._runs_ahead:
-            self._collect()
-        self._requests.register_pending()
 
-    def _run_ahead(self) -> bool:
-        """Launch the next step while one runs, and collect that one. False: it has to be collected
-        first.
-        """
-        plan = None if self._running is None else self._scheduler.schedule_ahead()
-        if plan is None:
-            return False
-        self._submit(plan)
-        self._send_outputs()
-        following = self._launch(plan)
-        self._collect()
-        self._running = following
-        self._requests.register_pending()
-        return True
-
-    def _launch(self, plan: StepPlan) -> tuple[StepPlan, LaunchedStep] | None:
-        """None: there is nothing to wait for."""
-        if _is_empty(plan):
-            return None
-        launched = self._runner.launch(plan)
-        return (plan, launched) if plan.scheduled else None
-
-    def _collect(self) -> None:
-        """Wait for the step that runs and take in what it gave."""
-        assert self._running is not None
-        plan, launched = self._running
-        self._running = None
+    def _postprocess(self) -> None:
+        """Wait for the oldest step in flight, account for its tokens and send them."""
+        plan, launched = self._in_flight.popleft()
         self._scheduler.postprocess(plan, self._runner.collect(launched))
-        # Readers of a lease may be waiting for it: before anything is sent.
+        # Leases leave before the answers that speak of them, as in ``_run``; both leave before the
+        # next plan is made.
         self._submit(self._scheduler.hand_over())
-        # At once: the next plan is not to hold up the answers.
         self._send_outputs()
 
     def _receive(self) -> None:
@@ -217,7 +225,7 @@ class Leader:
         try:
             self._requests.check_integrity()
         except AssertionError as error:
-            logger.exception("the books of the KV blocks are wrong")
+            logger.exception("the owners of the KV blocks are inconsistent")
             return IntegrityReport(
                 call_id=call_id, error=str(error) or repr(error), stats=self._requests.stats()
             )
@@ -244,9 +252,10 @@ class Leader:
             self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
-        # Before any rank begins the step, and when one has been collected.
+        """Give the plan to the other ranks, and its commands and jobs to the threads of this one."""
+        # The record is what blames a rank's death on a step: written before any rank begins one.
         self._record(self._requests.in_flight.marks())
-        if _is_empty(plan):
+        if plan.is_empty:
             return
         if self._followers is not None:
             self._followers.send(plan)
@@ -259,13 +268,9 @@ class Leader:
             self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:
-        """Also when nothing is new: the server takes silence for a rank that hangs."""
+        """Send statistics every second, as the server takes silence for a rank that hangs."""
         now_s = self._clock()
         if now_s < self._stats_due_s:
             return
         self._stats_due_s = now_s + STATS_INTERVAL_S
         self._server.send(self._requests.stats())
-
-
-def _is_empty(plan: StepPlan) -> bool:
-    return not (plan.scheduled or plan.commands or plan.jobs or plan.freed_rows or plan.new_rows)

@@ -17,19 +17,16 @@ from collections.abc import Callable
 
 import zmq
 
+from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink, Wakeup
+from pdlaunch.engine.follower import Follower
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.leader import Leader
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
-from pdlaunch.engine.server_link import ServerLink
-from pdlaunch.engine.sleep import POLL_S, RankSleeper
-from pdlaunch.engine.step import Shutdown, SleepRank, StepDone, StepPlan, WakeRank
-from pdlaunch.engine.tp_channel import FollowerChannel, LeaderChannel
-from pdlaunch.engine.wakeup import Wakeup
+from pdlaunch.engine.stay_awake import StayAwake
 from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.platform.timer_slack import sleep_precisely
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
@@ -59,9 +56,6 @@ logger = logging.getLogger(__name__)
 GROUP_TIMEOUT_S = 300.0
 """Longest difference between the ranks of a TP group at start."""
 CONNECTOR_TIMEOUT_S = 60.0
-AWAKE_SLEEP_S = 20e-6
-REHEARSAL_BYTES = 256 * 1024**2
-"""A READ of 0.7 ms over NVLink; shorter ones are over before a rehearsal is."""
 
 
 class RankProcess:
@@ -106,9 +100,15 @@ class RankProcess:
             self._spec, runner, progress=self._progress, wake=self._wakeup.set
         )
         if self._bootstrap.tp_rank == 0:
-            self._lead(runner, transfer, offload, engine_id)
+            self._turn(
+                self._new_leader(runner, transfer, offload, engine_id),
+                info={"num_blocks": str(runner.num_blocks), "dtype": self._spec.dtype},
+                stay_awake=StayAwake(transfer, runner.rehearse)
+                if self._spec.async_scheduling
+                else None,
+            )
         else:
-            self._follow(runner, transfer, offload, engine_id)
+            self._turn(self._new_follower(runner, transfer, offload, engine_id))
         transfer.close(timeout_s=2.0)
         if offload is not None:
             offload.close(timeout_s=2.0)
@@ -117,13 +117,13 @@ class RankProcess:
         """Send what is queued to the supervisor."""
         self._control.close()
 
-    def _lead(
+    def _new_leader(
         self,
         runner: ModelRunner,
         transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
-    ) -> None:
+    ) -> Leader:
         spec = self._spec
         followers = (
             LeaderChannel(self._context, spec.tensor_parallel_size)
@@ -163,68 +163,51 @@ class RankProcess:
             announce=self._control.send,
             record=StepRecord(self._bootstrap.step_record).write,
         )
-        sleep_precisely()
-        poller = self._poller(server.socket)
-        if followers is not None:
-            poller.register(followers.socket, zmq.POLLIN)
         self._register(engine_id, address)
-        said_ready = False
-        while not self._stopped:
-            if (wait_s := leader.wait_s()) > 0:
-                self._wait_awake(poller, leader, transfer)
-            self._wait(poller, wait_s)
-            leader.turn()
-            # Routers send requests from now on: a server without its rank 0 would refuse them.
-            if leader.ready and server.connected and not said_ready:
-                said_ready = True
-                self._control.send(
-                    Ready(info={"num_blocks": str(runner.num_blocks), "dtype": spec.dtype})
-                )
-        if followers is not None:
-            followers.send(Shutdown())
+        return leader
 
-    def _follow(
+    def _new_follower(
         self,
         runner: ModelRunner,
         transfer: TransferThread,
         offload: OffloadWorker | None,
         engine_id: EngineId,
-    ) -> None:
+    ) -> Follower:
         self._register(engine_id, Address(side_channel=self._side_channel(transfer)))
         tp_rank = self._bootstrap.tp_rank
-        leader = FollowerChannel(self._context, self._await_leader(), tp_rank)
-        self._control.send(Ready())
-        poller = self._poller(leader.socket)
-        sleeper = RankSleeper(
-            runner,
-            transfer,
-            self._control.send,
-            peers_timeout_s=self._spec.kv_transfer.handshake_timeout_s,
-            clock=time.monotonic,
+        return Follower(
+            spec=self._spec,
+            tp_rank=tp_rank,
+            runner=runner,
+            transfer=transfer,
+            leader=FollowerChannel(self._context, self._await_leader(), tp_rank),
+            offload=offload,
+            announce=self._control.send,
         )
-        while not self._stopped:
-            self._wait(poller, POLL_S if sleeper.waits_for_peers else 1.0)
-            report = sleeper.advance()
-            for message in leader.receive():
-                match message:
-                    case Shutdown():
-                        return
-                    case SleepRank(level=level):
-                        report = sleeper.sleep(level)
-                    case WakeRank(tags=tags):
-                        report = sleeper.wake_up(tags)
-                    case StepPlan():
-                        transfer.submit(message.commands)
-                        if offload is not None:
-                            offload.submit(message.jobs)
-                        # Not collected: rank 0 learns of its own end, which needs ours.
-                        runner.launch(message)
-            if report is not None:
-                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, sleep=report))
-            if events := transfer.take_events():
-                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, events=events))
-            if offload is not None and (jobs := offload.take_finished()):
-                leader.report(StepDone(tp_rank=tp_rank, step_id=-1, jobs=jobs))
+
+    def _turn(
+        self,
+        loop: Leader | Follower,
+        info: dict[str, str] | None = None,
+        stay_awake: StayAwake | None = None,
+    ) -> None:
+        """Turn the step loop until the supervisor or rank 0 stops it; say Ready once it is.
+
+        ``info``: for the supervisor's status.
+        """
+        poller = self._poller(*loop.sockets)
+        said_ready = False
+        while not (self._stopped or loop.stopped):
+            # Routers send requests from now on: a server without its rank 0 would refuse them.
+            if loop.ready and not said_ready:
+                said_ready = True
+                self._control.send(Ready(info=info or {}))
+            wait_s = loop.wait_s()
+            if wait_s > 0 and stay_awake is not None:
+                stay_awake.wait(poller)
+            self._wait(poller, wait_s)
+            loop.turn()
+        loop.close()
 
     def _join_group(self) -> TPGroup | None:
         if self._spec.tensor_parallel_size == 1:
@@ -301,17 +284,6 @@ class RankProcess:
         for socket in sockets:
             poller.register(socket, zmq.POLLIN)
         return poller
-
-    def _wait_awake(self, poller: zmq.Poller, leader: Leader, transfer: TransferThread) -> None:
-        """Where a device would wait meanwhile: who sleeps when a pull ends begins the next step 0.3
-        ms later.
-        """
-        if not self._spec.async_scheduling or time.monotonic() >= transfer.awake_until_at:
-            return
-        if transfer.awaited_bytes >= REHEARSAL_BYTES:
-            leader.rehearse()
-        while time.monotonic() < transfer.awake_until_at and not poller.poll(0):
-            time.sleep(AWAKE_SLEEP_S)
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
         """Sleep until a socket or another thread has something; handle the supervisor's

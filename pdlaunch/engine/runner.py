@@ -7,6 +7,7 @@ which rows, blocks and tokens is the scheduler's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,8 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download
 from pdlaunch.engine.latest_tokens import LatestTokens
-from pdlaunch.engine.launched_step import LaunchedStep
-from pdlaunch.engine.rows import RowTable
-from pdlaunch.engine.sampler import draw_tokens
+from pdlaunch.engine.rows import Row, RowTable
+from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
@@ -41,6 +41,19 @@ if TYPE_CHECKING:
     from pdlaunch.engine.decode_graphs import DecodeGraphs
 
 Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """What has to be done when its tokens are known."""
+
+    step_id: int
+    drawn: DrawnTokens | None = None
+    """None: it draws nothing here."""
+    ended: Download | None = None
+    """Of a step that computes and draws nothing here: its blocks are nobody else's before."""
+    places: list[tuple[Row, int]] = field(default_factory=list)
+    """Where each drawn token stands in its request; rows stay until the step has been collected."""
 
 
 class ModelRunner:

@@ -76,6 +76,13 @@ class StepPlan(Message):
     steps have computed.
     """
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank has anything to do."""
+        return not (
+            self.scheduled or self.commands or self.jobs or self.freed_rows or self.new_rows
+        )
+
 
 class StepOutput(Message):
     """Of rank 0: one entry for each scheduled row with ``sample``, in their order."""
@@ -109,7 +116,7 @@ class SleepReport(Message, tag=False):
     error: str | None = None
 
 
-class Shutdown(Message):
+class StopRank(Message):
     """Rank 0 to the other ranks: leave."""
 
 
@@ -126,7 +133,7 @@ class StepDone(Message):
     sleep: SleepReport | None = None
 
 
-FromRankZero = StepPlan | Shutdown | SleepRank | WakeRank
+FromRankZero = StepPlan | StopRank | SleepRank | WakeRank
 
 from_rank_zero: Codec[FromRankZero] = Codec(FromRankZero)
 step_done: Codec[StepDone] = Codec(StepDone)

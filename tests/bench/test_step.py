@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pdlaunch.bench.__main__ import main
+from pdlaunch.bench.step.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.bench.step.timing import bench_step
 from pdlaunch.config.model_files.shape import read_model_shape
-from pdlaunch.engine.memory_floor import decode_bytes, measure_memory_rate, prefill_bytes
 from pdlaunch.errors import ConfigError
 from tests.models.tiny import save_tiny_model
 
