@@ -31,9 +31,9 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
 class PairTransport:
     """The measured path of one decode rank that reads from one prefill rank."""
 
-    puller: str
+    decode_rank: str
     """``decode-0/rank-0``"""
-    holder: str
+    prefill_rank: str
     """``prefill-0/rank-0``"""
     path: str
     """The path in use: ``nixl/UCX``, ``p2p/memfd`` and such."""
@@ -98,7 +98,7 @@ class Context:
         return origin is not None and origin.kind in ("flag", "environment", "file")
 
     def where_variable(self, engines: RoleEngines, name: str) -> str:
-        """Return the setting that gives a variable to ranks, else the environment of the command."""
+        """Return the setting that gives a variable to ranks, else the command's environment."""
         paths = (f"{engines.role}.env.{name}", f"env.{name}")
         return next((path for path in paths if self.given(path)), f"environment {name}")
 
@@ -110,6 +110,10 @@ class Context:
         """Return the prefill and the decode side, where there are both."""
         prefill, decode = self.engines.get("prefill"), self.engines.get("decode")
         return (prefill, decode) if prefill and decode else None
+
+    def uses(self, connector: str) -> bool:
+        """Return whether KV blocks go from prefill to decode over this connector."""
+        return self.pair() is not None and self.config.kv_transfer.carrier == connector
 
     def shapes(self) -> Iterator[tuple[RoleEngines, ModelShape]]:
         """Return the engines whose model is known."""

@@ -1,4 +1,4 @@
-"""PD42x: addresses and ports."""
+"""Rules PD409, PD418 and PD42x: addresses, ports and open sockets."""
 
 from __future__ import annotations
 
@@ -87,6 +87,71 @@ def side_channel_unreachable(context: Context) -> Iterator[Found]:
         if engine.advertise_address.startswith(_UNREACHABLE):
             message = f"ranks on {num_hosts} hosts are told to ask {engine.advertise_address}"
             yield Found("side channel host", message)
+
+
+@rule(
+    "PD409",
+    "warning",
+    fix=(
+        "Use connector nixl, which listens nowhere, or give the deployment a network namespace of "
+        "its own."
+    ),
+    source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
+)
+def mooncake_sockets(context: Context) -> Iterator[Found]:
+    """Mooncake's sockets admit every process of this machine.
+
+    Each rank listens on two ports without authentication. pdlaunch binds them to the loopback
+    device, so that no other host reaches them; a process of this machine could still read and write
+    KV blocks.
+    """
+    if context.uses("mooncake"):
+        yield Found(
+            "kv_transfer.connector",
+            "mooncake listens without authentication on this machine's loopback device",
+        )
+
+
+@rule(
+    "PD418",
+    "error",
+    fix="Use Linux 5.7 or later or give the ranks CAP_NET_RAW, or use connector nixl.",
+    source="SO_BINDTODEVICE in socket(7).",
+    needs=("limits",),
+)
+def mooncake_device_binding(context: Context) -> Iterator[Found]:
+    """Mooncake's sockets cannot be closed to other hosts.
+
+    It listens on all addresses, and the kernel does not let this user bind sockets to the loopback
+    device: the ranks refuse to start.
+    """
+    if context.uses("mooncake") and not context.machine.limits.can_bind_to_device:
+        yield Found("kv_transfer.connector", "the sockets of mooncake would be open to every host")
+
+
+@rule(
+    "PD425",
+    "warning",
+    fix="Use one rank an engine, or give the deployment a network namespace of its own.",
+    source="Listening sockets of torch 2.13's gloo (measured).",
+)
+def gloo_sockets(context: Context) -> Iterator[Found]:
+    """Gloo's sockets admit every process of this machine.
+
+    The ranks of a tensor parallel group on a CPU exchange activations over TCP. Each listens on a
+    port of the loopback device without authentication: a process of this machine that is there
+    while a group is formed could take a rank's place.
+    """
+    for engine in context.on("cpu"):
+        if engine.tp_size > 1:
+            place = f"{engine.role}.tensor_parallel_size"
+            yield Found(
+                place,
+                (
+                    f"each of {engine.tp_size} ranks listens without authentication on this "
+                    "machine's loopback device"
+                ),
+            )
 
 
 def _states(context: Context) -> Iterator[tuple[ListenAddress, PortState]]:

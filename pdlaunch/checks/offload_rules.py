@@ -121,16 +121,16 @@ def tier_smaller_than_cache(context: Context) -> Iterator[Found]:
     needs=("model",),
 )
 def tier_holds_no_block(context: Context) -> Iterator[Found]:
-    """The host tier has no room for a single KV block.
+    """The host tier has no room for a single chunk of KV blocks.
 
-    The rank would refuse to start.
+    The rank would refuse to start. Beside a GPU several small blocks share a chunk.
     """
     for engine in _with_tier(context):
         needed = engine.footprint
-        if needed is not None and engine.host_tier_bytes < needed.host_block_bytes:
+        if needed is not None and engine.host_tier_bytes < needed.host_chunk_bytes:
             message = (
-                f"{SETTING} {_size(engine)} holds no block of "
-                f"{format_size(needed.host_block_bytes)}"
+                f"{SETTING} {_size(engine)} holds no chunk of "
+                f"{needed.blocks_per_chunk} blocks, {format_size(needed.host_chunk_bytes)}"
             )
             yield Found(engine.where(SETTING), message)
 

@@ -6,7 +6,8 @@ from types import ModuleType
 
 from pdlaunch.checks import (
     config_rules,
-    environment_rules,
+    library_rules,
+    machine_rules,
     memory_rules,
     network_rules,
     offload_rules,
@@ -32,7 +33,8 @@ def all_rules() -> dict[str, Rule]:
         memory_rules,
         offload_rules,
         pair_rules,
-        environment_rules,
+        library_rules,
+        machine_rules,
         ucx_rules,
         network_rules,
         transport_rules,

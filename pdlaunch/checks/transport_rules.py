@@ -147,7 +147,7 @@ def _pairs(context: Context) -> tuple[PairTransport, ...]:
 
 
 def _name(pair: PairTransport) -> str:
-    return f"{pair.holder} -> {pair.puller}"
+    return f"{pair.prefill_rank} -> {pair.decode_rank}"
 
 
 def _reasons(context: Context, pair: PairTransport) -> str:

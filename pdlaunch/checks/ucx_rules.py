@@ -25,7 +25,7 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
     UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
     """
     for engine in context.on("cuda"):
-        if _uses_ucx(context) and not CUDA.intersection(engine.ucx_transports):
+        if context.uses("nixl") and not CUDA.intersection(engine.ucx_transports):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
@@ -49,7 +49,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cuda"):
         transports = engine.ucx_transports
-        if _uses_ucx(context) and "cuda_copy" in transports and "cuda_ipc" not in transports:
+        if context.uses("nixl") and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {setting(engine.given_environ)} has no cuda_ipc",
@@ -73,7 +73,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cpu"):
         transports = engine.ucx_transports
-        if _uses_ucx(context) and "posix" in transports and "cma" not in transports:
+        if context.uses("nixl") and "posix" in transports and "cma" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {setting(engine.given_environ)} has no cma",
@@ -94,7 +94,7 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     UCX finds its peers through it.
     """
     for engine in context.engines.values():
-        if _uses_ucx(context) and "posix" not in engine.ucx_transports:
+        if context.uses("nixl") and "posix" not in engine.ucx_transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
@@ -119,7 +119,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     if (
         len(context.launch.machines) < 2
         or not context.machine.rdma_devices
-        or not _uses_ucx(context)
+        or not context.uses("nixl")
     ):
         return
     for engine in context.engines.values():
@@ -146,7 +146,7 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     """
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
     for engine in context.on("cuda") if has_fabric else ():
-        if _uses_ucx(context) and _is_off(engine.given_environ.get(_MNNVL)):
+        if context.uses("nixl") and _is_off(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles",
@@ -173,15 +173,11 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
         return
     for engine in context.on("cuda"):
-        if _uses_ucx(context) and _is_on(engine.given_environ.get(_MNNVL)):
+        if context.uses("nixl") and _is_on(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
             )
-
-
-def _uses_ucx(context: Context) -> bool:
-    return context.pair() is not None and context.config.kv_transfer.carrier == "nixl"
 
 
 def _is_on(value: str | None) -> bool:

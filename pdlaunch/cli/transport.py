@@ -41,8 +41,8 @@ def measured_pairs(
     pairs = sorted(status.pairs, key=lambda pair: (pair.peer, pair.local))
     return tuple(
         PairTransport(
-            puller=pair.local,
-            holder=pair.peer,
+            decode_rank=pair.local,
+            prefill_rank=pair.peer,
             path=pair.path,
             allocator=allocator,
             gigabytes_per_s=pair.gigabytes_per_s,

@@ -15,7 +15,6 @@ from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
-from pdlaunch.offload.spec import choose_blocks_per_chunk
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.transfer.faults import read_fault_plan
@@ -43,7 +42,7 @@ def new_offload_worker(
         layout=runner.layout,
         heads=HeadSlice(first, first + runner.layout.num_kv_heads),
         host_memory_bytes=spec.kv_offload.host_memory,
-        blocks_per_chunk=_blocks_per_chunk(runner),
+        blocks_per_chunk=spec.blocks_per_chunk,
         device_hasher=KVHasher(runner.kv_cache, runner.layout) if runner.kv_cache.is_cuda else None,
         progress=progress,
         wake=wake,
@@ -63,9 +62,5 @@ def new_offload_planner(
     )
     tier = HostTier(worker.num_chunks, HeadSlice(0, runner.shape.num_kv_heads), policy=policy)
     return OffloadPlanner(
-        runner.layout.groups, spec.block_size, tier, blocks_per_chunk=_blocks_per_chunk(runner)
+        runner.layout.groups, spec.block_size, tier, blocks_per_chunk=spec.blocks_per_chunk
     )
-
-
-def _blocks_per_chunk(runner: ModelRunner) -> int:
-    return choose_blocks_per_chunk(runner.layout.block_bytes, runner.kv_cache.device.type)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdlaunch.errors import TransferSpecError
+from pdlaunch.kvcache.host_chunks import aligned_chunk_bytes
 
 Direction = Literal["store", "load"]
 """``store``: device to host; ``load``: host to device."""
@@ -28,27 +29,6 @@ Direction = Literal["store", "load"]
 DIRECTIONS: tuple[Direction, Direction] = ("store", "load")
 
 IntArray = npt.NDArray[np.int64]
-
-CHUNK_ALIGNMENT_BYTES = 4096
-"""Chunks begin on pages of the machine; pages in them keep the alignment they have in the block."""
-
-LONG_RUN_BYTES = 256 * 1024
-"""Bytes that copy engines should find in one piece on the host. Measured on an H200, D2H: 64 KiB 49
-GB/s, these 53, 1 MiB 54.
-"""
-MOST_BLOCKS_PER_CHUNK = 16
-"""A prefix is found by whole chunks: the longer they are, the less of a prompt is found. Kernels
-win nothing from longer ones.
-"""
-
-
-def choose_blocks_per_chunk(block_bytes: int, device_type: str) -> int:
-    """Return how many blocks of a rank share a host chunk beside a device of this type; all ranks
-    of an engine have equal blocks.
-    """
-    if device_type != "cuda":
-        return 1
-    return max(1, min(MOST_BLOCKS_PER_CHUNK, LONG_RUN_BYTES // block_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +86,7 @@ class ChunkLayout:
     @property
     def chunk_bytes(self) -> int:
         used_bytes = self.blocks_per_chunk * max(group.block_bytes for group in self.groups)
-        return -(-used_bytes // CHUNK_ALIGNMENT_BYTES) * CHUNK_ALIGNMENT_BYTES
+        return aligned_chunk_bytes(used_bytes)
 
     def num_chunks_used(self, size: int, block_index: int) -> int:
         """Return how many chunks ``size`` blocks from logical ``block_index`` on touch."""

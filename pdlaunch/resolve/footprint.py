@@ -10,8 +10,8 @@ from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.models import EngineSettings
 from pdlaunch.config.sizes import format_size
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups, min_blocks
+from pdlaunch.kvcache.host_chunks import aligned_chunk_bytes, choose_blocks_per_chunk
 
-PAGE_BYTES = 4096
 CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 """A rank that sizes its KV cache itself sets aside this times hidden plus inner size."""
 
@@ -26,6 +26,8 @@ class Footprint:
     estimate (hidden and inner states, float32 logits of every running request).
     """
     layout: KVCacheLayout
+    blocks_per_chunk: int
+    """KV blocks that share a chunk of the host tier."""
     max_model_len: int
     kv_cache_bytes: int | None
     """None: what the device has left, known only at start."""
@@ -45,9 +47,9 @@ class Footprint:
         return self._blocks_for(self.max_model_len)
 
     @property
-    def host_block_bytes(self) -> int:
-        """Return the bytes of a block in the host tier, where it begins on a page."""
-        return -(-self.block_bytes // PAGE_BYTES) * PAGE_BYTES
+    def host_chunk_bytes(self) -> int:
+        """The bytes of a chunk of the host tier, which holds ``blocks_per_chunk`` blocks."""
+        return aligned_chunk_bytes(self.blocks_per_chunk * self.block_bytes)
 
     @property
     def min_kv_bytes(self) -> int:
@@ -111,16 +113,18 @@ def make_footprint(
         inner = 4 * shape.hidden_size + 3 * shape.intermediate_size // tp_size
         rows = min(settings.max_num_seqs, max_num_batched_tokens)
         activations = max_num_batched_tokens * inner * size + rows * shape.vocab_size * 4
+    layout = KVCacheLayout(
+        make_groups(shape.layer_windows),
+        num_kv_heads=max(1, shape.num_kv_heads // tp_size),
+        head_dim=shape.head_dim,
+        block_size=settings.block_size,
+        dtype_bytes=size,
+    )
     return Footprint(
         weight_bytes=_weights_of_rank(shape, tp_size) * size,
         activation_bytes=activations,
-        layout=KVCacheLayout(
-            make_groups(shape.layer_windows),
-            num_kv_heads=max(1, shape.num_kv_heads // tp_size),
-            head_dim=shape.head_dim,
-            block_size=settings.block_size,
-            dtype_bytes=size,
-        ),
+        layout=layout,
+        blocks_per_chunk=choose_blocks_per_chunk(layout.block_bytes, device),
         max_model_len=max_model_len,
         kv_cache_bytes=kv_cache_bytes,
     )

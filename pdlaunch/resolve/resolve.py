@@ -146,6 +146,7 @@ class ResolvedLaunch:
             model_dir=engines.model.path,
             served_model_name=self.served_model_name,
             activation_bytes=engines.footprint.activation_bytes,
+            blocks_per_chunk=engines.footprint.blocks_per_chunk,
             device_indices=engines.device_indices(index),
             tensor_parallel_size=engines.tp_size,
             bind_address=engines.bind_address,

@@ -268,6 +268,12 @@ CASES: dict[str, Case] = {
         [
             on(CPU, kv_offload__host_memory="64KiB"),
             on(CPU, **TIER, prefill__kv_offload__host_memory="100KiB"),
+            on(
+                GPU,
+                shapes=(SMALL_SHAPE, SMALL_SHAPE),
+                block_size=1,
+                kv_offload__host_memory="64KiB",
+            ),
         ],
         [on(CPU, kv_offload__host_memory="1MiB")],
     ),

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
+from pdlaunch.kvcache.host_chunks import choose_blocks_per_chunk
 from pdlaunch.offload.copy_methods import CopyMethod, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.method_choice import choose_cuda_methods, cuda_candidates
-from pdlaunch.offload.spec import TransferSpec, choose_blocks_per_chunk
+from pdlaunch.offload.spec import TransferSpec
 from pdlaunch.offload.tier import HeadSlice
 from pdlaunch.offload.worker import OffloadWorker
 from tests.offload.transfer_model import (

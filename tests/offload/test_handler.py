@@ -10,16 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdlaunch.errors import TransferError, TransferSpecError
+from pdlaunch.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
 from pdlaunch.offload.copies import PageCopies
 from pdlaunch.offload.copy_methods import CopyMethod, HostCopy, TorchCopy
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
 from pdlaunch.offload.host_memory import HostMemory
-from pdlaunch.offload.spec import (
-    CHUNK_ALIGNMENT_BYTES,
-    Direction,
-    TransferSpec,
-    choose_blocks_per_chunk,
-)
+from pdlaunch.offload.spec import Direction, TransferSpec
 from tests.offload.transfer_model import (
     Geometry,
     block_choices,

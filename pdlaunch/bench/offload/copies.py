@@ -13,6 +13,7 @@ import torch
 
 from pdlaunch.bench.offload.traffic import DecodeLikeStep, Traffic
 from pdlaunch.errors import ConfigError
+from pdlaunch.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
 from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
 from pdlaunch.offload.host_memory import HostMemory, Progress
 from pdlaunch.offload.measure import CudaTrial, Trial
@@ -23,12 +24,7 @@ from pdlaunch.offload.method_choice import (
     cuda_candidates,
     measure_methods,
 )
-from pdlaunch.offload.spec import (
-    CHUNK_ALIGNMENT_BYTES,
-    DIRECTIONS,
-    Direction,
-    choose_blocks_per_chunk,
-)
+from pdlaunch.offload.spec import DIRECTIONS, Direction
 
 KIB = 1024
 BLOCK_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB)

@@ -1,0 +1,222 @@
+"""Rules PD401 to PD408: the packages and drivers that ranks load."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.platform.facts import Libraries
+
+OLDEST_MOONCAKE = (0, 3, 13)
+
+
+@rule(
+    "PD401",
+    "error",
+    fix="pip install pdlaunch, without --no-deps.",
+    source="The dependencies of pdlaunch.",
+    needs=("libraries",),
+)
+def packages_missing(context: Context) -> Iterator[Found]:
+    """torch or transformers is not installed.
+
+    The ranks compute with them.
+    """
+    for name, version in (
+        ("torch", context.machine.libraries.torch),
+        ("transformers", context.machine.libraries.transformers),
+    ):
+        if version is None:
+            yield Found(f"package {name}", f"{name} is not installed for this Python")
+
+
+@rule(
+    "PD402",
+    "error",
+    fix="pip install nixl",
+    source="The dependencies of the nixl connector.",
+    needs=("libraries",),
+)
+def nixl_missing(context: Context) -> Iterator[Found]:
+    """NIXL is not installed.
+
+    The nixl connector moves every KV block with it.
+    """
+    nixl = context.machine.libraries.nixl
+    if not context.uses("nixl"):
+        return
+    if nixl.version is None:
+        yield Found("package nixl", "nixl is not installed for this Python")
+    elif not nixl.backends:
+        yield Found(
+            "package nixl",
+            f"nixl {nixl.version} has no build beside it",
+            "pip install nixl-cu12, or nixl-cu13",
+        )
+
+
+@rule(
+    "PD403",
+    "error",
+    fix="Install nixl again, or correct NIXL_PLUGIN_DIR.",
+    source="NIXL 1.5.1: libplugin_UCX.so.",
+    needs=("libraries",),
+)
+def ucx_plugin_missing(context: Context) -> Iterator[Found]:
+    """The UCX plugin of NIXL is not there.
+
+    NIXL loads its backends from plugin files beside it, or from NIXL_PLUGIN_DIR. Without UCX no
+    agent can be made.
+    """
+    build = _nixl_build(context.machine.libraries)
+    if (
+        context.uses("nixl")
+        and build is not None
+        and build not in context.machine.libraries.nixl.backends_with_ucx
+    ):
+        yield Found(f"package nixl-{build}", f"libplugin_UCX.so of nixl-{build} is not found")
+
+
+@rule(
+    "PD404",
+    "error",
+    fix=(
+        "Read the error; often a CUDA library of another generation stands first in "
+        "LD_LIBRARY_PATH."
+    ),
+    source="The import, tried in a process of its own.",
+    needs=("imports",),
+)
+def import_fails(context: Context) -> Iterator[Found]:
+    """NIXL cannot be imported.
+
+    A shared library that it needs is missing or of another version; every rank would end with this
+    error.
+    """
+    for module, error in (context.probes.import_errors or {}).items():
+        if module != "nixl" or context.uses("nixl"):
+            yield Found(f"package {module}", f"import of {module} fails: {error}")
+
+
+@rule(
+    "PD405",
+    "error",
+    fix="Install the nixl build of torch's CUDA generation.",
+    source="nixl 1.5.1: the meta package asks torch for its CUDA version.",
+    needs=("libraries",),
+)
+def cuda_generations_mixed(context: Context) -> Iterator[Found]:
+    """torch and NIXL are built for different CUDA generations.
+
+    NIXL loads the build for torch's CUDA generation; with another one, two CUDA runtimes of
+    different generations meet in one process, and the import fails or copies end in errors.
+    """
+    libraries = context.machine.libraries
+    if libraries.torch_cuda is None or not libraries.nixl.backends or not context.uses("nixl"):
+        return
+    wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
+    if wanted not in libraries.nixl.backends:
+        there = ", ".join(f"nixl-{name}" for name in sorted(libraries.nixl.backends))
+        message = (
+            f"torch {libraries.torch} is built for CUDA {libraries.torch_cuda}, NIXL is there as "
+            f"{there}"
+        )
+        yield Found("package nixl", message, f"pip install nixl-{wanted}")
+
+
+@rule(
+    "PD406",
+    "error",
+    fix="Install a CUDA build of torch, or set device: cpu.",
+    source="torch/version.py.",
+    needs=("libraries", "gpus"),
+)
+def torch_without_cuda(context: Context) -> Iterator[Found]:
+    """torch is built without CUDA, and engines are to run on GPUs.
+
+    A CPU build of torch does not see any GPU.
+    """
+    libraries = context.machine.libraries
+    for engine in context.on("cuda"):
+        if libraries.torch is not None and libraries.torch_cuda is None and context.machine.gpus:
+            yield Found(engine.where("device"), f"torch {libraries.torch} is built without CUDA")
+
+
+@rule(
+    "PD407",
+    "error",
+    fix="Update the driver, or install a torch build for an older CUDA.",
+    source="CUDA compatibility: minor versions of one generation fit, later generations do not.",
+    needs=("libraries", "gpus"),
+)
+def driver_too_old(context: Context) -> Iterator[Found]:
+    """The CUDA driver is too old for torch.
+
+    A driver runs programs of its own CUDA generation and older ones.
+    """
+    driver, built = context.machine.driver_cuda, context.machine.libraries.torch_cuda
+    if driver is None or built is None or not any(True for _ in context.on("cuda")):
+        return
+    if int(built.partition(".")[0]) > driver[0]:
+        message = (
+            f"torch is built for CUDA {built}, the driver runs up to CUDA {driver[0]}.{driver[1]}"
+        )
+        yield Found("CUDA driver", message)
+
+
+@rule(
+    "PD408",
+    "error",
+    fix="On Debian and Ubuntu: apt-get install libibverbs1",
+    source=(
+        "mooncake-transfer-engine: works over tcp on a CPU once libibverbs1 is there (measured)."
+    ),
+    needs=("libraries",),
+)
+def mooncake_libraries(context: Context) -> Iterator[Found]:
+    """A library that Mooncake needs is missing.
+
+    The transfer engine is linked against it, whatever protocol is used: its import fails.
+    """
+    libraries = context.machine.libraries
+    if not context.uses("mooncake"):
+        return
+    if not libraries.mooncake:
+        yield Found(
+            "package mooncake",
+            "mooncake is not installed for this Python",
+            "pip install mooncake-transfer-engine",
+        )
+    elif (
+        libraries.mooncake_version is not None
+        and _numbers(libraries.mooncake_version) < OLDEST_MOONCAKE
+    ):
+        oldest = ".".join(map(str, OLDEST_MOONCAKE))
+        yield Found(
+            "package mooncake",
+            (
+                f"mooncake is {libraries.mooncake_version}; {oldest} is the oldest whose writes "
+                "over TCP are acknowledged"
+            ),
+            f"pip install 'mooncake-transfer-engine>={oldest}'",
+        )
+    for name in libraries.missing_for_mooncake:
+        yield Found("package mooncake", f"the loader does not find {name}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``0.3.13.post1`` as (0, 3, 13)."""
+    parts = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(map(int, parts))
+
+
+def _nixl_build(libraries: Libraries) -> str | None:
+    """The build that ``import nixl`` will take."""
+    if libraries.torch_cuda is not None:
+        wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
+        return wanted if wanted in libraries.nixl.backends else None
+    return next(
+        (name for name in ("cu13", "cu12", "rocm") if name in libraries.nixl.backends), None
+    )

@@ -1,0 +1,227 @@
+"""Rules PD400 and PD410 to PD419: the system, its devices and its limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pdlaunch.checks.context import Context
+from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.sizes import format_size, parse_size
+from pdlaunch.platform.facts import UNLIMITED
+
+MIN_SHM_BYTES = parse_size("256MiB")
+_FILES_OF_A_PROCESS = 64
+_FILES_OF_A_PAIR = 4
+
+
+@rule(
+    "PD400",
+    "error",
+    fix="Run serve on Linux, in a container or a virtual machine.",
+    source="Supported platforms.",
+)
+def not_linux(context: Context) -> Iterator[Found]:
+    """This system is not Linux.
+
+    Processes, shared memory and devices are handled the Linux way; check-config works everywhere.
+    """
+    if context.machine.system != "Linux":
+        yield Found("system", f"serve needs Linux, this is {context.machine.system}")
+
+
+@rule(
+    "PD410",
+    "error",
+    fix=(
+        "Set device: cpu, or check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's GPU option."
+    ),
+    source="cuInit and cuDeviceGetCount.",
+    needs=("gpus",),
+)
+def no_gpu(context: Context) -> Iterator[Found]:
+    """Engines are to run on GPUs, but there is none.
+
+    The driver shows no CUDA device to this process.
+    """
+    for engine in context.on("cuda"):
+        if not context.machine.gpus:
+            yield Found(
+                engine.where("device"),
+                f"device is cuda, but no CUDA device is visible: {context.machine.cumem.reason}",
+            )
+
+
+@rule(
+    "PD411",
+    "error",
+    fix="Lower tensor_parallel_size.",
+    source="NCCL: one rank a device.",
+    needs=("gpus",),
+)
+def too_few_gpus(context: Context) -> Iterator[Found]:
+    """There are fewer GPUs than one engine has ranks.
+
+    Two ranks of one engine on a device would wait for each other in collective operations that need
+    a device each.
+    """
+    there = len(context.machine.gpus)
+    for engine in context.on("cuda"):
+        if there and engine.tp_size > there:
+            message = (
+                f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"
+            )
+            yield Found(
+                f"{engine.role}.tensor_parallel_size", message, f"set it to {there} or less"
+            )
+
+
+@rule(
+    "PD412",
+    "warning",
+    fix="Use fewer engines, or more cores.",
+    source="Measured on 2 cores.",
+)
+def too_few_cores(context: Context) -> Iterator[Found]:
+    """There are fewer CPU cores than ranks.
+
+    Ranks then take turns on a core: prefill and decode do not overlap.
+    """
+    ranks, cores = sum(engine.num_ranks for engine in context.on("cpu")), len(context.machine.cpus)
+    if ranks > cores:
+        yield Found("prefill.replicas", f"{ranks} ranks compute on {cores} cores")
+
+
+@rule(
+    "PD413",
+    "warning",
+    fix="Set dtype: auto or float32.",
+    source=(
+        "SmolLM2-135M on an AVX2 machine: 2.8 s for 128 tokens in bfloat16, 0.4 s in float32 "
+        "(measured)."
+    ),
+)
+def emulated_dtype(context: Context) -> Iterator[Found]:
+    """A 16-bit dtype is computed on a CPU that emulates it.
+
+    Prefill takes six times as long as in float32, and greedy answers depend on the shape of the
+    batch.
+    """
+    for engine in context.on("cpu"):
+        dtype = engine.settings.dtype
+        if dtype == "float16" or (dtype == "bfloat16" and not engine.machine.has_native_bf16):
+            yield Found(engine.where("dtype"), f"dtype is {dtype}, which this CPU emulates")
+
+
+@rule(
+    "PD414",
+    "warning",
+    fix="ulimit -l unlimited; in containers --ulimit memlock=-1.",
+    source="ibv_reg_mr, RLIMIT_MEMLOCK.",
+    needs=("limits", "rdma", "model"),
+)
+def memlock_low(context: Context) -> Iterator[Found]:
+    """Little memory may be locked, and RDMA needs locked memory.
+
+    Registering the KV cache with an RDMA device locks it. Beyond the limit registration fails, or
+    falls back to TCP.
+    """
+    limit = context.machine.limits.memlock_bytes
+    if limit == UNLIMITED or not context.machine.rdma_devices or context.pair() is None:
+        return
+    for engine in context.engines.values():
+        needed = engine.footprint
+        if needed is not None and needed.kv_bytes > limit:
+            cache = format_size(needed.kv_bytes)
+            yield Found(
+                "limit memlock",
+                f"{format_size(limit)} may be locked, the KV cache of a rank has {cache}",
+            )
+
+
+@rule(
+    "PD415",
+    "warning",
+    fix="ulimit -n 65536; in containers --ulimit nofile=65536.",
+    source="RLIMIT_NOFILE.",
+    needs=("limits",),
+)
+def open_files_low(context: Context) -> Iterator[Found]:
+    """Few files may be open.
+
+    Every request, pair of ranks and shared-memory segment takes descriptors. Processes raise their
+    soft limit to the hard one, which is what counts. A router that has fewer than it needs serves
+    fewer requests at a time.
+    """
+    limit = context.machine.limits.num_open_files
+    ranks = [engine.num_ranks for engine in context.engines.values()]
+    needed = (
+        _FILES_OF_A_PROCESS
+        + 4 * context.config.limits.max_queued_requests
+        + _FILES_OF_A_PAIR * math.prod(ranks)
+    )
+    if limit not in (UNLIMITED, 0) and limit < needed:
+        yield Found(
+            "limit nofile", f"{limit} files may be open, a process of this set-up can need {needed}"
+        )
+
+
+@rule(
+    "PD416",
+    "warning",
+    fix="docker run --shm-size=1g, or --ipc=host.",
+    source="UCX posix and sysv transports, NCCL SHM transport.",
+    needs=("shm",),
+)
+def shm_small(context: Context) -> Iterator[Found]:
+    """There is little shared memory.
+
+    UCX, torch and NCCL exchange data through /dev/shm; containers give it 64 MB unless told
+    otherwise. A full one ends processes with a bus error.
+    """
+    shm = context.machine.shm
+    if (
+        shm.free_bytes < MIN_SHM_BYTES
+        and sum(engine.num_ranks for engine in context.engines.values()) > 1
+    ):
+        yield Found(
+            "/dev/shm", f"{format_size(shm.free_bytes)} of {format_size(shm.total_bytes)} are free"
+        )
+
+
+@rule(
+    "PD417",
+    "warning",
+    fix="Remove them, if no process in another container uses this folder too.",
+    source="/dev/shm and /proc/*/maps.",
+    needs=("shm",),
+)
+def shm_stale(context: Context) -> Iterator[Found]:
+    """Dead processes have left files in shared memory.
+
+    They hold memory until they are removed, and are a sign of processes that were killed.
+    """
+    stale = context.machine.shm.stale_files
+    if stale:
+        more = f" and {len(stale) - 3} more" if len(stale) > 3 else ""
+        yield Found("/dev/shm", f"no visible process uses {', '.join(map(ascii, stale[:3]))}{more}")
+
+
+@rule(
+    "PD419",
+    "error",
+    fix=(
+        "Name a folder that the user of the launch may write to, or may create "
+        "(--kv-file-directory)."
+    ),
+    source="access(2); the ranks make the folder at their start.",
+    needs=("folders",),
+)
+def folder_not_writable(context: Context) -> Iterator[Found]:
+    """The folder of connector file cannot be written to.
+
+    The ranks put their KV blocks there and would refuse to start. This machine is checked; the
+    folder belongs on all hosts.
+    """
+    for where, problem in (context.probes.folder_problems or {}).items():
+        yield Found(where, problem)
