@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from pdlaunch.checks.context import Context, Probes, make_context
-from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.config.sources import Origin
 from pdlaunch.resolve.effective import effective_values
@@ -52,20 +51,21 @@ def run_checks(
     origins: Mapping[str, Origin],
     probes: Probes,
     *,
+    rules: Iterable[Rule],
     family: str = "PD",
 ) -> Report:
-    """Apply every rule whose code begins with ``family``.
+    """Apply every rule whose code begins with ``family``. ``rules``: those of the engine kind.
 
     Rules that need what was not probed are listed as not checked. ``serve`` calls with
     ``family="PD5"`` and the measured pairs after the handshake.
     """
     context = make_context(launch, origins, probes)
-    rules = [rule for code, rule in all_rules().items() if code.startswith(family)]
-    findings = [finding for rule in rules for finding in apply_rule(rule, context)]
+    applied = [rule for rule in rules if rule.code.startswith(family)]
+    findings = [finding for rule in applied for finding in apply_rule(rule, context)]
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     not_checked = [
         NotChecked(rule.code, rule.title, reason)
-        for rule in rules
+        for rule in applied
         if (reason := why_not(rule, context))
     ]
     return Report(tuple(findings), tuple(not_checked), effective_values(launch, origins))

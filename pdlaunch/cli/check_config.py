@@ -29,6 +29,7 @@ from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
+from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine, PortState
 from pdlaunch.platform.import_probe import probe_imports
@@ -111,14 +112,14 @@ def check_config(
             folder_problems=files.folder_problems,
             weight_errors=files.weight_errors,
         )
-    report = run_checks(resolved, loaded.origins, probes)
+    report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and is_this and report.is_ok():
         # Only a set-up without errors can start. Imported here: it takes what starting processes
         # takes.
         from pdlaunch.cli.transport import probe_transport
 
         probes = replace(probes, transport=probe_transport(resolved))
-        report = run_checks(resolved, loaded.origins, probes)
+        report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     ok = report.is_ok(strict=strict)
     _print(report, output, ok=ok)
     raise typer.Exit(0 if ok else EXIT_FINDINGS)

@@ -17,6 +17,7 @@ from pdlaunch.cli.findings import place, safe
 from pdlaunch.cli.transport import measured_pairs
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import Origin
+from pdlaunch.engines.plan import kind_of
 from pdlaunch.platform.folders import why_not_writable
 from pdlaunch.platform.gpu_links import read_gpu_links
 from pdlaunch.resolve.models import weight_error
@@ -51,7 +52,7 @@ def refuse_errors(
     resolved: ResolvedLaunch, origins: Mapping[str, Origin], console: Console
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors."""
-    report = run_checks(resolved, origins, probe_files(resolved))
+    report = run_checks(resolved, origins, probe_files(resolved), rules=kind_of(resolved).rules())
     for finding in report.findings:
         if finding.severity != "info":
             print_finding(console, finding)
@@ -80,6 +81,8 @@ def judge_pairs(
 ) -> tuple[Finding, ...]:
     """Return what the transport rules find in the pairs that the handshakes have measured."""
     probes = Probes(transport=measured_pairs(resolved, status, read_links))
-    findings = run_checks(resolved, origins, probes, family="PD5").findings
+    findings = run_checks(
+        resolved, origins, probes, family="PD5", rules=kind_of(resolved).rules()
+    ).findings
     # The speeds themselves (infos) stand in the panel already.
     return tuple(finding for finding in findings if finding.severity != "info")

@@ -20,6 +20,7 @@ from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
+from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.effective import effective_engines
@@ -147,7 +148,7 @@ def _refuse(errors: Console, error: ConfigError) -> NoReturn:
 
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     """Print what engines use, and each process with its command and environment; secrets masked."""
-    shown = resolved.plan.shown()
+    shown = plan_processes(resolved).shown()
     if output is Format.JSON:
         document = {"engines": effective_engines(resolved), **msgspec.to_builtins(shown)}
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")

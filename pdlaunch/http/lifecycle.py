@@ -21,7 +21,6 @@ from pdlaunch.process.control_client import ControlClient
 from pdlaunch.process.heartbeat import Heartbeat
 from pdlaunch.protocol.control import (
     Address,
-    Capabilities,
     Failed,
     FromSupervisor,
     Register,
@@ -60,7 +59,7 @@ class Supervised:
         """Queue a message for the supervisor; never blocks."""
         self._control.send(message)
 
-    def register(self, url: str, capabilities: Capabilities | None = None) -> None:
+    def register(self, url: str) -> None:
         """Tell where this process listens, and show from now on that its loop turns."""
         self.send(
             Register(
@@ -68,7 +67,7 @@ class Supervised:
                 incarnation=self.bootstrap.incarnation,
                 pid=os.getpid(),
                 address=Address(http=url),
-                capabilities=capabilities or Capabilities(),
+                capabilities=self.bootstrap.capabilities,
             )
         )
         self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())

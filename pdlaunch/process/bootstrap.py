@@ -16,6 +16,7 @@ import threading
 import msgspec
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 
 LISTEN_BACKLOG = 1024
@@ -68,6 +69,8 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     """``EngineSpec`` of servers and ranks."""
     engine_api_key: str | None = None
     """Of servers: what another router sends, besides the launch's token."""
+    capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
+    """Of servers: what the engine can do, to be registered."""
     router: RouterSpec | None = None
     tp_rank: int = 0
     rendezvous: str = ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
@@ -16,7 +15,6 @@ from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.models import Model, read_models
-from pdlaunch.resolve.plan import Plan, plan_processes
 from pdlaunch.resolve.roles import RoleEngines, resolve_roles
 
 THIS_HOST = "localhost"
@@ -50,15 +48,10 @@ class ResolvedLaunch:
         """The machine that all engines run on."""
         return next(iter(self.machines.values()))
 
-    @cached_property
-    def plan(self) -> Plan:
-        """The processes to start."""
-        return plan_processes(
-            tuple(self.roles.values()),
-            port=self.config.port,
-            cpus=self.machine.cpus,
-            conversions=tuple(dict.fromkeys(e.model.name for e in self._pending)),
-        )
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """The models that must be converted before the processes are started."""
+        return tuple(dict.fromkeys(engines.model.name for engines in self._pending))
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:

@@ -21,7 +21,6 @@ from pdlaunch.errors import PdlaunchError, StartupError
 from pdlaunch.http.connections import HttpRunner, fit_connections
 from pdlaunch.http.lifecycle import SHUTDOWN_TIMEOUT_S, Supervised
 from pdlaunch.protocol.control import (
-    Capabilities,
     Drain,
     Drained,
     Progress,
@@ -65,15 +64,7 @@ class ServerProcess:
         )
         try:
             await runner.setup()
-            supervised.register(
-                await self._bind(runner),
-                Capabilities(
-                    verifies=self._spec.kv_transfer.verify,
-                    resumes=True,
-                    gives_first_token=True,
-                    awaits_lease=True,
-                ),
-            )
+            supervised.register(await self._bind(runner))
             supervised.spawn(self._start())
             await self._obey()
         finally:

@@ -10,8 +10,10 @@ from typing import Protocol
 from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.engines.kind import EngineKind
 from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
 from pdlaunch.resolve.plan import ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -46,8 +48,10 @@ class LaunchBootstraps:
         run_dir: Path,
         launch_id: str,
         listeners: Sequence[socket.socket],
+        kind: EngineKind,
     ) -> None:
         self._resolved = resolved
+        self._kind = kind
         self._config = resolved.config
         self._keys = keys
         self._control = control
@@ -71,6 +75,9 @@ class LaunchBootstraps:
             run_dir=str(self._run_dir),
             log_level=self._config.log_level,
             engine_api_key=_plain(self._config.engine_api_key) if spec.kind == "server" else None,
+            capabilities=self._kind.capabilities(engine)
+            if engine is not None and spec.kind == "server"
+            else Capabilities(),
             engine_json=None if engine is None else engine.model_dump_json(),
             router=self._router() if spec.kind == "router" else None,
             tp_rank=spec.tp_rank,

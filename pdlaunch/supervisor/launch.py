@@ -14,6 +14,8 @@ from typing import Protocol
 
 import zmq
 
+from pdlaunch.engines.kind import EngineKind
+from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.hosts.children import Children
 from pdlaunch.hosts.local import LocalHost
@@ -83,7 +85,7 @@ def launch(
     ``listeners``: of the public address (``ports.listen``); closed when no more connections are
     taken, at the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
     """
-    config = resolved.config
+    config, kind = resolved.config, kind_of(resolved)
     timing = Timing(
         startup_timeout_s=config.startup_timeout_s,
         grace=Grace(drain_s=config.drain_timeout_s),
@@ -105,14 +107,24 @@ def launch(
             run_dir=run_dir,
             launch_id=launch_id,
             listeners=listeners,
+            kind=kind,
         )
         return supervise(
-            resolved.plan, control, bootstraps, observer, timing, log_dir, lifeline, listeners
+            plan_processes(resolved),
+            kind,
+            control,
+            bootstraps,
+            observer,
+            timing,
+            log_dir,
+            lifeline,
+            listeners,
         )
 
 
 def supervise(
     plan: Plan,
+    kind: EngineKind,
     control: zmq.Socket[bytes],
     bootstraps: Bootstraps,
     observer: Observer,
@@ -126,6 +138,7 @@ def supervise(
         host = LocalHost(control, children)
         supervisor = Supervisor(
             plan,
+            kind,
             host,
             bootstraps,
             observer,

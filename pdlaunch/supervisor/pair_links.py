@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from pdlaunch.engines.plan import plan_processes
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch
@@ -45,10 +46,11 @@ def _bus_ids(resolved: ResolvedLaunch) -> dict[str, str]:
         for gpu in resolved.machine.gpus
         if gpu.pci_bus_id is not None and not gpu.is_slice
     }
+    planned = plan_processes(resolved)
     return {
         rank.name: addresses[rank.devices[0]]
         for role in resolved.roles
-        for rank in resolved.plan.ranks(role)
+        for rank in planned.ranks(role)
         if rank.devices[0] in addresses
         and not any(name in rank.environment for name in _RENUMBERING)
     }

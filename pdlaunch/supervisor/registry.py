@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from pdlaunch.engines.kind import EngineKind
 from pdlaunch.protocol.control import Entry, PairReady, Registry
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.supervisor.instance import Instance
@@ -48,11 +49,12 @@ class Pairs:
     has no engine.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._engine_of = {rank.name: rank.engine for rank in plan.ranks("prefill")}
+    def __init__(self, plan: Plan, kind: EngineKind) -> None:
+        self._engine_of = {p.name: p.engine for p in plan.processes if p.role == "prefill"}
         self._due = [
-            (rank.name, engine)
-            for rank in plan.ranks("decode")
+            (process.name, engine)
+            for process in plan.processes
+            if kind.proves_pairs(process)
             for engine in plan.engines("prefill")
         ]
         self._given_up: set[str] = set()

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pdlaunch.engines.kind import EngineKind
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
 from pdlaunch.protocol.control import (
@@ -66,6 +67,7 @@ class Supervisor:
     def __init__(
         self,
         plan: Plan,
+        kind: EngineKind,
         host: Host,
         bootstraps: Bootstraps,
         observer: Observer,
@@ -89,7 +91,7 @@ class Supervisor:
             m.name: m for unit in (*self._conversions, *self._units) for m in unit.members
         }
         self._registry = RegistryVersions()
-        self._pairs = Pairs(plan)
+        self._pairs = Pairs(plan, kind)
         self._deaths = Deaths(
             plan,
             host,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.checks.context import PairTransport, Probes
+from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
@@ -20,7 +21,9 @@ BIG_MODELS = {"prefill": Model("m", "/m", SHAPE), "decode": Model("m", "/m", SHA
 def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, family="PD", **probes):
     loaded = load_config(path, environ or {}, flags or {})
     launch = resolve(loaded.config, {"here": machine}, environ or {}, models)
-    return run_checks(launch, loaded.origins, Probes(**probes), family=family)
+    return run_checks(
+        launch, loaded.origins, Probes(**probes), rules=all_rules().values(), family=family
+    )
 
 
 def test_a_clean_set_up():

@@ -20,6 +20,7 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig
+from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.tensor_parallel import Shard
@@ -116,7 +117,7 @@ def test_what_was_judged_is_what_is_started(
         {"prefill": model, "decode": model},
     )
     judged = make_context(launch, {}, Probes()).engines
-    report = run_checks(launch, {}, Probes())
+    report = run_checks(launch, {}, Probes(), rules=kind_of(launch).rules())
     try:
         launch.require_startable()
     except ConfigError:
@@ -157,11 +158,12 @@ def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
             run_dir=Path(folder),
             launch_id="l",
             listeners=listeners,
+            kind=kind_of(launch),
         )
         made.prepare()
         return [
             (process, made.make(process, 1, None))  # type: ignore[arg-type]
-            for process in launch.plan.processes
+            for process in plan_processes(launch).processes
         ]
 
 

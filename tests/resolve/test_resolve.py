@@ -7,6 +7,8 @@ import pytest
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engines.native import NativeEngine
+from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -138,9 +140,10 @@ def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
             run_dir=tmp_path,
             launch_id="l",
             listeners=listeners,
+            kind=NativeEngine(),
         )
         bootstraps.prepare()
-        rank, _, server, _, router = resolved.plan.processes
+        rank, _, server, _, router = plan_processes(resolved).processes
         of_rank, of_server, of_router = (
             bootstraps.make(rank, 2, FakeHost()),
             bootstraps.make(server, 1, FakeHost()),

@@ -22,6 +22,7 @@ import zmq.asyncio
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.protocol.control import (
     Address,
+    Capabilities,
     Drain,
     Drained,
     Entry,
@@ -71,6 +72,7 @@ class FakeSupervisor:
             run_dir=str(self._folder),
             log_level="debug",
             engine_api_key=engine_api_key,
+            capabilities=Capabilities(gives_first_token=True),
             engine_json=engine_spec(model_dir, **changes).model_dump_json(),
         )
         command = [sys.executable, "-m", "pdlaunch.server", "--name", "prefill-0"]

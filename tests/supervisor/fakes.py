@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pdlaunch.engines.native import NativeEngine
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
 from pdlaunch.hosts.local import LOOPBACK
@@ -168,6 +169,7 @@ class World:
         self.listens = True
         self.supervisor = Supervisor(
             plan,
+            NativeEngine(),
             self.host,
             self.bootstraps,
             self.observer,

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from pdlaunch.engines.native import NativeEngine
 from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
@@ -81,6 +82,7 @@ def run_plan(
         control, endpoint = context.listen(zmq.ROUTER, f"ipc://{run_dir}/control")
         return supervise(
             plan,
+            NativeEngine(),
             control,
             FakeBootstraps(keys, endpoint, run_dir, listeners),
             observer,

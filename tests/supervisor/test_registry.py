@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pdlaunch.engines.native import NativeEngine
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.supervisor.registry import Pairs, RegistryVersions
 from tests.supervisor.fakes import make_plan, pair_ready
@@ -42,7 +43,7 @@ def to_rank(tp_rank: int, num_peers: int) -> PairReady:
 
 
 def test_a_decode_rank_is_connected_with_its_last_pair() -> None:
-    book = Pairs(make_plan())
+    book = Pairs(make_plan(), NativeEngine())
     assert book.missing() == ["decode-0/rank-0 has no path to prefill-0"]
     book.add(to_rank(0, num_peers=1))
     assert book.missing() == []
@@ -50,7 +51,7 @@ def test_a_decode_rank_is_connected_with_its_last_pair() -> None:
 
 def test_every_rank_of_the_prefill_engine_that_is_pulled_from_counts() -> None:
     plan = make_plan(tp_size=3)
-    book = Pairs(plan)
+    book = Pairs(plan, NativeEngine())
     for decode in ("decode-0/rank-1", "decode-0/rank-2"):
         book.add(pair_ready(decode, "prefill-0/rank-0", 0))
     book.add(to_rank(0, num_peers=3))

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.resolve.models import Model
@@ -30,7 +31,7 @@ def resolved(
 
 
 def plan(config: LaunchConfig, machine: Machine, environ: Mapping[str, str] | None = None) -> Plan:
-    return resolved(config, machine, environ).plan
+    return plan_processes(resolved(config, machine, environ))
 
 
 def test_one_prefill_and_one_decode_engine_are_five_processes() -> None:

@@ -1,0 +1,43 @@
+"""Defines what the rest of pdlaunch knows of one kind of engine.
+
+Supervisor, commands and checks know kinds only through ``EngineKind``. ``NativeEngine`` is the only
+one today; another kind is a module beside it, which ``plan.kind_of`` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pdlaunch.checks.rule import Rule
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.resolve.plan import ProcessSpec
+from pdlaunch.resolve.roles import RoleEngines
+
+
+class EngineKind(Protocol):
+    """One kind of engine. All engines of a launch are of one kind: kinds do not share KV blocks."""
+
+    name: str
+    """The word for the kind in settings."""
+
+    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
+        """Plan the processes of one engine on the host that its role runs on.
+
+        One of them is a ``server`` with the engine's name: it registers the URL that the router
+        uses, and says Ready, Drained and the like for an engine that cannot speak for itself.
+        """
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """Return True for a process of a decode engine that proves the path to a prefill engine.
+
+        A launch is ready when all processes have said Ready and each of these has said PairReady
+        for every prefill engine.
+        """
+
+    def capabilities(self, spec: EngineSpec) -> Capabilities:
+        """Return what the server of an engine registers and the router reads."""
+
+    def rules(self) -> Sequence[Rule]:
+        """Return the rules of ``check-config`` that say something of such engines."""

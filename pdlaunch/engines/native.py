@@ -1,0 +1,89 @@
+"""Plans engines of this project: ranks with torch, and a server for each engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.rule import Rule
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.resolve.plan import ProcessSpec
+from pdlaunch.resolve.roles import RoleEngines
+
+
+class NativeEngine:
+    """An ``EngineKind`` whose processes register themselves and speak the control channel."""
+
+    name = "native"
+
+    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
+        """Plan the ranks of one engine, then its server."""
+        name = engines.engine_name(index)
+        devices = engines.device_indices(index)
+        ranks = [
+            ProcessSpec(
+                name=f"{name}/rank-{tp_rank}",
+                kind="rank",
+                unit=f"{name}/ranks",
+                engine=name,
+                role=engines.role,
+                tp_rank=tp_rank,
+                tp_size=engines.tp_size,
+                host=engines.host,
+                command=python_command("pdlaunch.engine", "--name", f"{name}/rank-{tp_rank}"),
+                environment=dict(engines.environment),
+                ports={"side_channel": 0},
+                devices=(f"cuda:{devices[tp_rank]}",) if devices else ("cpu",),
+                num_threads=engines.num_threads,
+                cpus=engines.machine.cpus,
+            )
+            for tp_rank in range(engines.tp_size)
+        ]
+        server = ProcessSpec(
+            name=name,
+            kind="server",
+            unit=name,
+            engine=name,
+            role=engines.role,
+            tp_size=engines.tp_size,
+            host=engines.host,
+            command=python_command("pdlaunch.server", "--name", name),
+            environment=light_environment(),
+            ports={"http": engines.http_port(index)},
+            cpus=engines.machine.cpus,
+        )
+        return (*ranks, server)
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """Each decode rank shakes hands with the prefill ranks that it pulls from."""
+        return process.kind == "rank" and process.role == "decode"
+
+    def capabilities(self, spec: EngineSpec) -> Capabilities:
+        return Capabilities(
+            verifies=spec.kv_transfer.verify,
+            resumes=True,
+            gives_first_token=True,
+            awaits_lease=True,
+        )
+
+    def rules(self) -> Sequence[Rule]:
+        return tuple(all_rules().values())
+
+
+def python_command(*arguments: str) -> tuple[str, ...]:
+    """Return the command that runs a module of this package with this interpreter."""
+    # -P: files in the current folder must not stand in for modules, as with the `pdlaunch` script
+    # itself.
+    return (sys.executable, "-P", "-m", *arguments)
+
+
+def light_environment() -> dict[str, str]:
+    """Return the variables of processes without torch."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

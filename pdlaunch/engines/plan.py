@@ -1,0 +1,66 @@
+"""Plans the processes of a launch: those of its engines, the router, and conversions of models."""
+
+from __future__ import annotations
+
+from pdlaunch.engines.kind import EngineKind
+from pdlaunch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.resolve.plan import Plan, ProcessSpec
+from pdlaunch.resolve.resolve import ResolvedLaunch
+
+_NATIVE = NativeEngine()
+
+
+def kind_of(launch: ResolvedLaunch) -> EngineKind:  # noqa: ARG001 - no setting chooses one yet
+    """Return the kind of a launch's engines."""
+    return _NATIVE
+
+
+def plan_processes(launch: ResolvedLaunch) -> Plan:
+    """Plan every process; ranks come first, because they take longest to start."""
+    kind, cpus = kind_of(launch), launch.machine.cpus
+    engines = [
+        process
+        for role in launch.roles.values()
+        for index in range(role.replicas)
+        for process in kind.processes(role, index)
+    ]
+    return Plan(
+        conversions=tuple(
+            _conversion(cpus, index, model) for index, model in enumerate(launch.conversions)
+        ),
+        processes=(
+            *(process for process in engines if process.kind != "server"),
+            *(process for process in engines if process.kind == "server"),
+            _router(launch.config.port, cpus),
+        ),
+    )
+
+
+def _router(port: int, cpus: tuple[int, ...]) -> ProcessSpec:
+    return ProcessSpec(
+        name="router",
+        kind="router",
+        unit="router",
+        command=python_command("pdlaunch.router", "--name", "router"),
+        environment=light_environment(),
+        ports={"http": port},
+        cpus=cpus,
+    )
+
+
+def _conversion(cpus: tuple[int, ...], index: int, source: str) -> ProcessSpec:
+    name = f"convert-{index}"
+    return ProcessSpec(
+        name=name,
+        kind="convert",
+        unit=name,
+        command=python_command(
+            "pdlaunch.process.guarded",
+            "pdlaunch.models.convert",
+            source,
+            "--if-needed",
+            "--traceback",
+        ),
+        environment={"PYTHONUNBUFFERED": "1"},
+        cpus=cpus,
+    )

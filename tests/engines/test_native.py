@@ -1,0 +1,52 @@
+"""The supervisor, the router and the checks learn of native engines what they need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engines.native import NativeEngine
+from pdlaunch.engines.plan import kind_of, plan_processes
+from pdlaunch.platform.facts import Machine
+from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
+
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+}
+
+
+def resolved(folder: Path, **values: object) -> ResolvedLaunch:
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    config = LaunchConfig.model_validate({"model": str(folder), **values})
+    return resolve(config, {"localhost": Machine(cpus=(0, 1))}, {})
+
+
+def test_the_decode_ranks_prove_the_pairs(tmp_path: Path) -> None:
+    launch = resolved(tmp_path, decode={"tensor_parallel_size": 2})
+    kind = kind_of(launch)
+    proving = [p.name for p in plan_processes(launch).processes if kind.proves_pairs(p)]
+    assert proving == ["decode-0/rank-0", "decode-0/rank-1"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_engine_verifies_as_the_settings_say(tmp_path: Path, verify: bool) -> None:
+    launch = resolved(tmp_path, kv_transfer={"verify": verify})
+    capabilities = NativeEngine().capabilities(launch.engine_specs()["prefill-0"])
+    assert capabilities.verifies is verify
+    assert capabilities.resumes
+    assert capabilities.gives_first_token
+    assert capabilities.awaits_lease
+
+
+def test_every_rule_says_something_of_native_engines() -> None:
+    assert [rule.code for rule in NativeEngine().rules()] == list(all_rules())
