@@ -78,6 +78,7 @@ class HostBatch:
         if memory.device.type == "cpu":
             return KnownChecksums(_digests(memory, block_ids, self._heads))
         chosen = torch.tensor(block_ids, dtype=torch.int64, device=memory.device)
+        # A toy model on CUDA: its regions are too small for the kernel, so the host hashes a copy.
         on_host = memory[:, self._heads].index_select(0, chosen).cpu()
         return KnownChecksums(_digests(on_host, range(len(block_ids)), slice(None)))
 

@@ -120,6 +120,8 @@ class TransferSides:
             clock=clock,
             report=setup.report,
         )
+        # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
+        # it gets traffic.
         self._peers = new_peer_table(peer_setup, eager=spec.role == "decode")
         puller = Puller(
             engine_id=identity.engine_id,
@@ -152,6 +154,7 @@ class TransferSides:
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived, do what is due, and return what has happened."""
         self._events += self._prefill.turn()
+        # Peers receive the answers that let pulls go on.
         self._peers.advance()
         self._pulls.advance()
         events = self._events[:]
@@ -179,6 +182,7 @@ class TransferSides:
         ]
         latest_at = max((at for at in polled_since if at is not None), default=None)
         if latest_at is not None:
+            # READs and checksums on a device have no socket that could wake the thread.
             due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - latest_at)))
         return max(0.0, min(at for at in due_at if at is not None) - now)
 
@@ -208,6 +212,7 @@ class TransferSides:
             return False
         if spec.role == "decode":
             return True
+        # Decode ranks begin the handshake; this side knows those that have come.
         decode_ranks = {
             (entry.name, entry.incarnation)
             for entry in entries
@@ -239,6 +244,8 @@ class TransferSides:
 
 def _open(connector: Connector, memory: RankMemory) -> LocalMemory:
     scratch = memory.source.zeros(scratch_bytes(memory.kv_cache.device))
+    # Peers read the pattern to prove the path. It follows from the agent's name, so that memory of
+    # another rank, or of an earlier incarnation, is not mistaken for it.
     write_pattern(scratch, connector.agent_name)
     local = LocalMemory(memory.kv_cache, scratch, memory.layout, memory.source)
     connector.open(local)

@@ -209,6 +209,8 @@ class TransferThread:
 
     def _put(self, item: _Item) -> None:
         self._inbox.put(item)
+        # Any thread may come here, and sockets belong to one at a time. A full pipe is as good as
+        # sent: a wake is waiting already. After the end of the thread there is nobody to wake.
         with self._wake_lock, contextlib.suppress(zmq.ZMQError):
             self._wake.send(b"", zmq.NOBLOCK)
 
@@ -226,13 +228,13 @@ class TransferThread:
             finally:
                 self._close_sides()
         except zmq.ContextTerminated:
-            return
+            return  # The process leaves without having closed this thread.
         except Exception as error:
             logger.exception("the transfer thread has died")
             self._error = str(error)
             self._wake_engine()
         finally:
-            self._started.set()
+            self._started.set()  # Whoever waits for the start sees the error.
             self._socket.close()
             with self._wake_lock:
                 self._woken.close()
@@ -316,12 +318,14 @@ class TransferThread:
                 done.set_result(str(error))
                 return
             self._sides.update_registry(self._entries)
+            # An engine opens its door again only when its peers have shaken hands.
             self._connected = False
         done.set_result("")
 
     def _close_sides(self) -> None:
         if self._sides is not None:
             self._sides.close()
+            # A READ that cannot be taken back may still write to the KV cache: keep that alive.
             if not self._sides.has_pending_reads:
                 self._sides = None
 

@@ -1,5 +1,5 @@
 """A question for a lease, or its answer, gets lost with a connection that breaks unnoticed: real
-workers, sockets and a relay.
+transfer threads, sockets and a relay.
 """
 
 from __future__ import annotations

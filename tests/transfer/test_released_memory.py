@@ -67,7 +67,7 @@ def are_gone(storages: list[StorageWeakRef]) -> bool:
     return all(storage.expired() for storage in storages)
 
 
-def test_a_worker_that_is_closed(context: SecureContext) -> None:
+def test_a_transfer_thread_that_is_closed(context: SecureContext) -> None:
     """Whoever still refers to it, as an engine may until its process ends."""
     fabric = Fabric()
     holder, puller = (
@@ -88,7 +88,7 @@ def test_a_worker_that_is_closed(context: SecureContext) -> None:
     assert are_gone(caches)
 
 
-def test_a_worker_whose_thread_has_died(context: SecureContext) -> None:
+def test_a_transfer_thread_that_has_died(context: SecureContext) -> None:
     class Broken(FakeConnector):
         def open(self, memory: LocalMemory) -> None:
             raise TransferError("no such backend")
@@ -103,9 +103,9 @@ def test_a_worker_whose_thread_has_died(context: SecureContext) -> None:
     assert are_gone([cache])
 
 
-def test_a_worker_with_a_read_that_may_still_write_keeps_its_memory(context: SecureContext) -> None:
+def test_a_thread_with_a_read_that_may_still_write_keeps_its_memory(context: SecureContext) -> None:
     """The tensor goes with its owner, as always; what keeps the landing of the READ is the
-    worker.
+    transfer thread.
     """
     fabric = Fabric(stalled=True)
     holder, puller = (

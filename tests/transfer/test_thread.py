@@ -127,7 +127,7 @@ def remote(lease_id: str) -> RemoteKV:
     )
 
 
-def test_two_workers_shake_hands_and_pull(start):
+def test_two_threads_shake_hands_and_pull(start):
     holder, puller = start("prefill"), start("decode")
     puller.transfer.update_registry([holder.entry(), puller.entry()])
     assert isinstance(puller.reports.get(timeout=60), PairReady)
@@ -173,7 +173,7 @@ def test_a_lease_expires_without_anybody_asking(start):
     assert holder.events() == [LeaseEnded(lease_id="r", reason="expired")]
 
 
-def test_hostile_frames_are_refused_and_the_worker_goes_on(start, context):
+def test_hostile_frames_are_refused_and_the_thread_goes_on(start, context):
     holder = start("prefill")
     socket = context.connect(zmq.DEALER, holder.transfer.endpoint)
     socket.rcvtimeo = 10_000

@@ -77,6 +77,7 @@ class _HeadMapping:
 
     def readers(self, prefill_rank: int) -> list[int]:
         """Return the decode ranks that read heads of this prefill rank."""
+        # Replica r of R of a head serves the decode replicas d of D with d * R // D == r.
         return [
             decode_rank
             for decode_rank in range(self.decode_tp_size)

@@ -37,6 +37,7 @@ class PrefillSocket:
         received = []
         for frames in _receive_ready(self.socket):
             try:
+                # The identity, which the ROUTER adds, and the message.
                 if len(frames) != 2:
                     raise ProtocolError(f"{len(frames)} frames instead of 2")
                 received.append((frames[0], to_prefill_side.decode(frames[1])))

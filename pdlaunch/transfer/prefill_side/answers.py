@@ -166,6 +166,7 @@ class LeaseAnswers:
         """End the leases whose deadline has passed, and return all that have ended since the last
         call.
         """
+        # The engine frees the blocks when it hears of the end; no answer may promise them after it.
         self._leases.expire()
         return [
             LeaseEnded(lease_id=lease_id, reason=reason)
@@ -181,6 +182,7 @@ class LeaseAnswers:
                 message.engine_id == self._card.identity.engine_id
             ):
                 lease_id = message.lease_id
+                # Grants and questions travel over different connections: either may be first.
                 if isinstance(message, StateChecksums) and lease_id in self._hashing:
                     return True
                 if isinstance(message, PullBegin) and self._has_news_for(message):
@@ -203,6 +205,7 @@ class LeaseAnswers:
                 f"{identity.name} belongs to engine_id {identity.engine_id}, not to "
                 f"{message.engine_id}"
             )
+        # Whoever writes to a peer's memory decides what the peer may see.
         if message.block_ids:
             lease = self._leases.opened(message.lease_id, message.reader)
             leased = {block_id for group in lease.groups for block_id in group.block_ids}
@@ -226,6 +229,7 @@ class LeaseAnswers:
         """Return the answer to a decode rank's question."""
         asked = message.expected_engine_id if isinstance(message, Handshake) else message.engine_id
         identity = self._card.identity
+        # Another engine may have had this port before, or be a restart of the one that is meant.
         if asked != identity.engine_id:
             reason = f"{identity.name} belongs to engine_id {identity.engine_id}, not to {asked}"
             return Refused(call_id=message.call_id, reason=reason)
@@ -284,6 +288,7 @@ class LeaseAnswers:
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
         lease = self._leases.opened(message.lease_id, message.reader)
+        # The question may have waited out its time; the checksums may just have come.
         self.advance_checksums()
         if message.lease_id in self._hashing:
             raise LeaseError(f"the checksums of request {message.lease_id} are not there yet")

@@ -120,6 +120,7 @@ class LeaseTable:
             raise LeaseError(f"num_decode_ranks is {num_decode_ranks}, it must be at least 1")
         if lease.cancelled:
             raise LeaseError(f"request {lease_id} was cancelled")
+        # A repeated question that arrives late must not open the pull again.
         if reader in lease.served_readers:
             raise LeaseError(f"reader {reader} has ended its pull of request {lease_id}")
         if len(lease.open_readers) >= MAX_OPEN_READERS:
@@ -151,6 +152,7 @@ class LeaseTable:
         if lease is None or num_decode_ranks is None:
             return False
         lease.served_readers.add(reader)
+        # Fractions, as thirds must add up to one exactly.
         lease.served += Fraction(1, num_decode_ranks)
         self._end_if_done(lease)
         return True
@@ -187,6 +189,7 @@ class LeaseTable:
 
     def _extend(self, lease: Lease) -> None:
         extended = min(self._clock() + lease.grant.lease_s, lease.last_deadline_at)
+        # Never shortened: readers rely on the seconds that they were told.
         lease.deadline_at = max(lease.deadline_at, extended)
 
     def _end_if_done(self, lease: Lease) -> None:
@@ -202,6 +205,7 @@ class LeaseTable:
 
     def _end(self, lease: Lease, reason: EndReason) -> None:
         del self._leases[lease.grant.lease_id]
+        # Questions about it are refused at once, and do not wait for a grant.
         self._past[lease.grant.lease_id] = None
         if len(self._past) > MAX_PAST_LEASES:
             del self._past[next(iter(self._past))]

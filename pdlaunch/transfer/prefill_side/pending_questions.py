@@ -51,6 +51,7 @@ class PendingQuestions:
         now = self._clock()
         for identity, message in received:
             self._waiting.append(_Question(identity, message, self._deadline_at(message, now)))
+        # In their order: the end of a pull must not overtake its beginning.
         questions, self._waiting = self._waiting, []
         due: list[tuple[bytes, ToPrefillSide]] = []
         for question in questions:
