@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.run import Report, run_checks
+from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.findings import (
     github_line,
     github_problem,
@@ -24,7 +24,7 @@ from pdlaunch.cli.findings import (
     safe,
 )
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
-from pdlaunch.cli.preflight import probe_files
+from pdlaunch.cli.preflight import probe_files, probe_transport
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sizes import parse_size
@@ -37,32 +37,16 @@ from pdlaunch.platform.ports import probe_port
 from pdlaunch.platform.probe import assume, probe_machine
 from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 
-EXIT_FINDINGS = 1
-EXIT_UNUSABLE = 2
 MAX_ASSUMED_GPUS = 1024
 
-
-class Format(StrEnum):
-    """How the findings are printed."""
-
-    TABLE = "table"
-    JSON = "json"
-    GITHUB = "github"
-
-
-class Platform(StrEnum):
-    """What to check for instead of this machine."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
+Format = Literal["table", "json", "github"]
+Platform = Literal["cuda", "cpu"]
 
 
 @with_serve_flags
 def check_config(
     config: ConfigArgument = None,
-    output: Annotated[
-        Format, typer.Option("--format", help="How findings are printed.")
-    ] = Format.TABLE,
+    output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = "table",
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     probe: Annotated[
         bool,
@@ -91,8 +75,8 @@ def check_config(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Check a deployment without starting it. Exit code 0: clean, 1: findings, 2: unusable
-    input.
+    """Check a deployment without starting it. The exit code is 0 when it is clean, 1 with findings,
+    2 when the input is unusable.
     """
     try:
         loaded = load_config(config, os.environ, flags)
@@ -114,15 +98,12 @@ def check_config(
         )
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     if probe and is_this and report.is_ok():
-        # Only a set-up without errors can start. Imported here: it takes what starting processes
-        # takes.
-        from pdlaunch.cli.transport import probe_transport
-
+        # Only a set-up without errors can start.
         probes = replace(probes, transport=probe_transport(resolved))
         report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     ok = report.is_ok(strict=strict)
     _print(report, output, ok=ok)
-    raise typer.Exit(0 if ok else EXIT_FINDINGS)
+    raise typer.Exit(0 if ok else EXIT_FAILED)
 
 
 def assumed_machine(
@@ -137,7 +118,7 @@ def assumed_machine(
     """
     if platform is None and num_gpus is None and gpu_memory is None:
         return machine
-    if platform is Platform.CPU:
+    if platform == "cpu":
         if num_gpus is not None or gpu_memory is not None:
             raise ConfigError(
                 "--assume-platform cpu has no GPUs",
@@ -175,25 +156,25 @@ def _probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] |
 
 def _print(report: Report, output: Format, *, ok: bool) -> None:
     match output:
-        case Format.JSON:
+        case "json":
             typer.echo(report_json(report, ok=ok))
-        case Format.GITHUB:
+        case "github":
             for finding in report.findings:
                 typer.echo(github_line(finding))
-        case Format.TABLE:
+        case "table":
             print_table(Console(), report, ok=ok)
 
 
 def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
-    """What makes the input unusable: on stderr, and on stdout in the form of ``output``."""
+    """Print why the input is unusable: on stderr, and on stdout in the form of ``output``."""
     found = (
         error.problems
         if isinstance(error, InvalidConfigError)
         else (Problem(str(error), error.field, fix=error.fix),)
     )
-    if output is Format.JSON:
+    if output == "json":
         typer.echo(problems_json(found))
-    elif output is Format.GITHUB:
+    elif output == "github":
         for problem in found:
             typer.echo(github_problem(problem, None if path is None else str(path)))
     errors = Console(file=sys.stderr, soft_wrap=True)

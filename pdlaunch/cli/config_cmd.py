@@ -1,11 +1,10 @@
-"""``pdlaunch config``: the JSON schema of the file, and the resolved values with their origins."""
+"""``pdlaunch config``: print the JSON schema, the docs' reference, or the resolved values."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from enum import StrEnum
 from typing import Annotated, get_args
 
 import typer
@@ -13,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.output import FormatOption
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, shown_values
@@ -23,8 +24,6 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.effective import effective_settings
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
-
-EXIT_UNUSABLE = 2
 
 _REFERENCE_HEAD = """\
 # Settings
@@ -52,13 +51,6 @@ _TABLE_HEAD = (
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-class Format(StrEnum):
-    """How the values are printed."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
 @app.command("schema")
 def schema(
     markdown: Annotated[
@@ -81,9 +73,7 @@ def schema(
 @with_serve_flags
 def show(
     config: ConfigArgument = None,
-    output: Annotated[
-        Format, typer.Option("--format", help="How the values are printed.")
-    ] = Format.TABLE,
+    output: FormatOption = "table",
     *,
     flags: dict[str, object],
 ) -> None:
@@ -101,7 +91,7 @@ def show(
     by_path = {item.path: item for item in shown_values(loaded)}
     by_path |= {item.path: item for item in effective_settings(resolved)}
     values = list(by_path.values())
-    if output is Format.JSON:
+    if output == "json":
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
     else:
         _print_table(Console(), values)

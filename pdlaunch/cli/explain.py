@@ -12,10 +12,9 @@ from rich.text import Text
 
 from pdlaunch.checks.registry import all_rules, family
 from pdlaunch.checks.rule import Rule
+from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.findings import safe
 from pdlaunch.config.problems import nearest, shown_name
-
-EXIT_UNKNOWN = 2
 
 
 def explain(
@@ -39,7 +38,7 @@ def explain(
         Console(file=sys.stderr).print(
             Text(f"error: there is no rule {safe(shown_name(code))}{hint}", style="red")
         )
-        raise typer.Exit(EXIT_UNKNOWN)
+        raise typer.Exit(EXIT_UNUSABLE)
 
 
 def rules_markdown(rules: dict[str, Rule]) -> str:

@@ -14,7 +14,7 @@ from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import SEVERITIES, NotChecked, Report
 from pdlaunch.config.problems import Problem
 
-_STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
+STYLES = {"error": "red", "warning": "yellow", "info": "cyan"}
 _GITHUB_LEVELS = {"error": "error", "warning": "warning", "info": "notice"}
 _GAP = "  "
 
@@ -38,7 +38,7 @@ def print_table(console: Console, report: Report, *, ok: bool) -> None:
             console.print(
                 Text(
                     f"{severity}s" if len(found) > 1 else severity,
-                    style=f"bold {_STYLES[severity]}",
+                    style=f"bold {STYLES[severity]}",
                 )
             )
             console.print(Group(*(_FindingView(finding) for finding in found)))
@@ -61,7 +61,7 @@ class _FindingView:
         self._finding = finding
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        finding, style = self._finding, _STYLES[self._finding.severity]
+        finding, style = self._finding, STYLES[self._finding.severity]
         head = Text(f"  {finding.rule} ", style=f"bold {style}") + Text(
             safe(place(finding)), style="bold"
         )

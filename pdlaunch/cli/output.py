@@ -18,7 +18,7 @@ _ENOUGH = 10_000
 """A width in characters that fits any table."""
 
 Format = Literal["table", "json"]
-FormatOption = Annotated[Format, typer.Option("--format", help="How the figures are printed.")]
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print what was found.")]
 
 
 def print_json(found: object) -> None:

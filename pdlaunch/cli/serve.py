@@ -7,7 +7,6 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -16,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
+from pdlaunch.cli.output import Format
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
@@ -30,17 +31,8 @@ from pdlaunch.supervisor.launch import LaunchOutcome, check_platform, launch
 from pdlaunch.supervisor.ports import check_engine_ports, listening
 from pdlaunch.supervisor.status import LaunchStatus
 
-EXIT_FAILED = 1
-EXIT_UNUSABLE = 2
 STDIN = 0
 """File descriptor."""
-
-
-class Format(StrEnum):
-    """How the plan is printed."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 @with_serve_flags
@@ -50,12 +42,14 @@ def serve(
         bool,
         typer.Option("--dry-run", help="Print every process that would start, and start none."),
     ] = False,
-    output: Annotated[Format, typer.Option("--format", help="Of --dry-run.")] = Format.TABLE,
+    output: Annotated[
+        Format, typer.Option("--format", help="How --dry-run prints the plan.")
+    ] = "table",
     stop_on_stdin_eof: Annotated[
         bool,
         typer.Option(
             "--stop-on-stdin-eof",
-            help="Stop when standard input ends: it never outlives who holds the pipe.",
+            help="Stop when standard input ends, for programs that must not leave it behind.",
         ),
     ] = False,
     *,
@@ -64,7 +58,7 @@ def serve(
     """Start prefill and decode engines behind one router and serve the OpenAI API."""
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        if output is not Format.TABLE and not dry_run:
+        if output != "table" and not dry_run:
             raise ConfigError(
                 f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
                 "--format out"
@@ -133,7 +127,7 @@ def _serve(
 
 
 def _refuse(errors: Console, error: ConfigError) -> NoReturn:
-    """Field, value and fix of a setting that cannot be used; exit code 2."""
+    """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
     errors.print(Text(f"error: {error}", style="red"))
     problems = getattr(error, "problems", ())
     if not problems:
@@ -149,7 +143,7 @@ def _refuse(errors: Console, error: ConfigError) -> NoReturn:
 def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
     """Print what engines use, and each process with its command and environment; secrets masked."""
     shown = plan_processes(resolved).shown()
-    if output is Format.JSON:
+    if output == "json":
         document = {"engines": effective_engines(resolved), **msgspec.to_builtins(shown)}
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(document)) + b"\n")
         sys.stdout.flush()

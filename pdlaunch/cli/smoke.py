@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pdlaunch.cli import EXIT_INTERRUPTED
+from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
@@ -42,8 +42,9 @@ def smoke_command(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it;
-    exit 0 or 1.
+    """Start the deployment, compare prefill/decode with one engine alone token by token, stop it.
+
+    The exit code is 1 when a check failed.
     """
     refuse_address(flags)
     console = Console()
@@ -51,7 +52,7 @@ def smoke_command(
         launch_config = load_config(config, os.environ, flags).config
     except ConfigError as error:
         Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(2) from None
+        raise typer.Exit(EXIT_UNUSABLE) from None
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
     try:
@@ -109,7 +110,7 @@ def _write(checks: list[Check], path: Path) -> bool:
 
 
 def _stop(deployment: Deployment, children: list[psutil.Process]) -> Check:
-    """SIGTERM ends the deployment with code 0 and leaves no process."""
+    """Check that SIGTERM ends the deployment with code 0 and leaves no process."""
     start_s = time.monotonic()
     try:
         code = deployment.stop()

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.cli.app import build_app
 
 
+@pytest.mark.processes
 def test_a_report_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     report = tmp_path / "file" / "smoke.xml"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pdlaunch.cli import transport
+from pdlaunch.cli import preflight
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
@@ -22,10 +22,10 @@ def test_it_takes_no_fixed_port(monkeypatch: pytest.MonkeyPatch) -> None:
         planned.append(plan)
         return LaunchOutcome(None, ("no launch",), was_ready=False, stop_signal=None)
 
-    monkeypatch.setattr(transport, "launch", launch)
+    monkeypatch.setattr(preflight, "launch", launch)
     ports = {"port": 9000, "prefill": {"port": 9001}, "decode": {"port": 9002}}
     config = LaunchConfig.model_validate({"engine_api_key": "k", "device": "cpu", **ports})
-    pairs = transport.probe_transport(resolve(config, {"here": probe_machine()}, os.environ))
+    pairs = preflight.probe_transport(resolve(config, {"here": probe_machine()}, os.environ))
     assert pairs[0].error == "no launch"
     (plan,) = planned
     assert (plan.config.port, plan.config.prefill.port, plan.config.decode.port) == (0, 0, 0)
