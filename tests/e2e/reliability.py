@@ -1,6 +1,6 @@
 # ruff: noqa: T201 - a script
-"""Repeats the figures of docs/reliability.md: ``python -m tests.e2e.reliability soak | kills |
-cancels``.
+"""Repeats the figures of docs/measurements/soaks_and_kills.md: ``python -m tests.e2e.reliability
+soak | kills | cancels``.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def run_soak(model: Path, asked: argparse.Namespace) -> int:
 
 
 def run_kills(model: Path, seed: int, only: str = "") -> int:
-    """Default options; one deployment for each scenario. Prints the table of docs/reliability.md at
-    the end.
+    """Default options; one deployment for each scenario. Prints the table of
+    docs/measurements/soaks_and_kills.md at the end.
     """
     rows, code, num_requests, num_migrations = [], 0, 0, 0.0
     for scenario in [each for each in SCENARIOS if only in each.title]:
