@@ -18,12 +18,12 @@ from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.sampler import likeliest_tokens
 from pdlaunch.models.decoder import Decoder
 from pdlaunch.models.packed import PackedBatch
+from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.step_inputs import DecodeInputs, Staging
 
 if TYPE_CHECKING:
     from pdlaunch.models.triton_attention import TritonAttention
 
-Progress = Callable[[str, float | None], None]
 Captured = TypeVar("Captured")
 
 SIZE_STEP = 8
@@ -53,7 +53,7 @@ class DecodeGraphs:
         max_rows: int,
         max_blocks: int,
         latest: LatestTokens | None,
-        progress: Progress,
+        progress: ReportProgress,
     ) -> None:
         """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up;
         None: they are token ids.
@@ -100,7 +100,7 @@ def batch_sizes(max_rows: int) -> list[int]:
 
 
 def capture_all(
-    sizes: list[int], capture: Callable[[int], Captured], progress: Progress
+    sizes: list[int], capture: Callable[[int], Captured], progress: ReportProgress
 ) -> dict[int, Captured]:
     """What ``capture`` gives for each size, the largest first, so that smaller graphs find room in
     its memory.

@@ -22,19 +22,19 @@ from pdlaunch.protocol.engine import TokenOutput
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
-    AnnounceBlocks,
     CancelPull,
     GrantLease,
+    OfferPartialPrompt,
     PullFinished,
     StartPull,
-    WithdrawBlocks,
+    WithdrawPartialPrompt,
 )
 
-Source = tuple[EngineId, LeaseId]
+LeaseSource = tuple[EngineId, LeaseId]
 """Names the engine and the lease there at another engine."""
 
 
-class LeaseBook:
+class BlockLeases:
     """Blocks that decode engines may pull: of finished requests, and of running ones that are
     awaited.
 
@@ -60,12 +60,12 @@ class LeaseBook:
     def __contains__(self, lease_id: LeaseId) -> bool:
         return lease_id in self._block_ids
 
-    def announce(self, request: Request) -> AnnounceBlocks:
+    def offer(self, request: Request) -> OfferPartialPrompt:
         """Let readers begin with the blocks that are complete; the request has those that its next
         step fills, too.
         """
-        request.is_announced = True
-        return AnnounceBlocks(
+        request.is_offered = True
+        return OfferPartialPrompt(
             lease_id=lease_of(request.request_id),
             block_ids=[block_ids.copy() for block_ids in request.tables.block_ids],
             first_block_index=request.tables.first.copy(),
@@ -74,17 +74,17 @@ class LeaseBook:
             num_tokens=request.num_prompt_tokens,
         )
 
-    def withdraw(self, request: Request) -> WithdrawBlocks:
+    def withdraw(self, request: Request) -> WithdrawPartialPrompt:
         """There is no lease on what was announced: others may get the blocks."""
-        request.is_announced = False
-        return WithdrawBlocks(lease_id=lease_of(request.request_id))
+        request.is_offered = False
+        return WithdrawPartialPrompt(lease_id=lease_of(request.request_id))
 
     def grant(
         self, request: Request, first_token: TokenOutput, finish_reason: str
     ) -> tuple[GrantLease, RemoteKV]:
         """Keep the prompt's blocks of a request that ends now; its other blocks are freed."""
         hashes = request.prompt_hashes()
-        request.is_announced = False
+        request.is_offered = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
         self._block_ids[lease_of(request.request_id)] = leased.block_ids
         engine_id, host, port, tp_size = self._local
@@ -131,12 +131,12 @@ def _first_token(token: TokenOutput, finish_reason: str) -> FirstToken:
 
 
 @dataclass(slots=True)
-class Pull:
+class BlockPull:
     """What a pull owns, and for whom."""
 
     request: Request | None
     """Who waits for it; None: cancelled, or it only tells the holder that this reader is done."""
-    source: Source
+    source: LeaseSource
     hit: PrefixHit
     """Cached blocks that ``request`` shares meanwhile."""
     block_ids: list[list[int]]
@@ -149,13 +149,13 @@ class Pull:
         return any(self.block_ids) and (bool(event.first_tokens) or not self.awaits)
 
 
-class PullBook:
+class BlockPulls:
     """Pulls in flight and what they own."""
 
     def __init__(self, kv: KVCacheManager, settings: KVTransferSettings) -> None:
         self._kv = kv
         self._settings = settings
-        self._in_flight: dict[PullId, Pull] = {}
+        self._in_flight: dict[PullId, BlockPull] = {}
         self._quarantined: dict[PullId, list[list[int]]] = {}
         self._num_started = 0
 
@@ -192,7 +192,7 @@ class PullBook:
         for cached in hit.block_ids:
             self._kv.pool.share(cached)
         block_ids = [self._kv.pool.allocate_for_pull(count) for count in counts]
-        pull_id = self._add(Pull(request, source_of(request), hit, block_ids, awaits))
+        pull_id = self._add(BlockPull(request, source_of(request), hit, block_ids, awaits))
         request.pull_id = pull_id
         return self._command(
             pull_id,
@@ -205,7 +205,9 @@ class PullBook:
     def tell_holder(self, request: Request) -> StartPull:
         """A pull of nothing: the holder learns that this reader needs the lease no more."""
         num_groups = len(request.tables.first)
-        pull_id = self._add(Pull(None, source_of(request), PrefixHit([0] * num_groups, []), []))
+        pull_id = self._add(
+            BlockPull(None, source_of(request), PrefixHit([0] * num_groups, []), [])
+        )
         end = self._kv.num_logical_blocks(request.num_prompt_tokens)
         return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
 
@@ -219,7 +221,7 @@ class PullBook:
         self._release_hit(pull)
         return CancelPull(pull_id=request.pull_id)
 
-    def finish(self, event: PullFinished) -> Pull | None:
+    def finish(self, event: PullFinished) -> BlockPull | None:
         """Move the pull's blocks to where they belong now. None when the id is unknown."""
         pull = self._in_flight.pop(event.pull_id, None)
         if pull is None:
@@ -266,13 +268,13 @@ class PullBook:
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         return [num_logical - hit.end(group) for group in range(len(hit.first))]
 
-    def _add(self, pull: Pull) -> PullId:
+    def _add(self, pull: BlockPull) -> PullId:
         pull_id = PullId(f"pull-{self._num_started}")
         self._num_started += 1
         self._in_flight[pull_id] = pull
         return pull_id
 
-    def _release_hit(self, pull: Pull) -> None:
+    def _release_hit(self, pull: BlockPull) -> None:
         for block_ids in pull.hit.block_ids:
             self._kv.pool.release(reversed(block_ids))
 
@@ -301,7 +303,7 @@ class PullBook:
         )
 
 
-def source_of(request: Request) -> Source:
+def source_of(request: Request) -> LeaseSource:
     """The lease that the request pulls from; choices of one prompt have the same."""
     remote = request.message.remote_kv
     assert remote is not None

@@ -14,7 +14,7 @@ import msgspec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
-from pdlaunch.engine.kv_requests import LeaseBook, PullBook
+from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
 from pdlaunch.engine.queues import RequestQueues
 from pdlaunch.engine.request import Intake, Phase, Request
 from pdlaunch.engine.request_blocks import RequestBlocks
@@ -83,9 +83,9 @@ class RequestLifecycle:
         )
         self._block_size = block_size
         self._settings = kv_transfer
-        self._leases = LeaseBook(self._kv, block_size, kv_transfer, local)
+        self._leases = BlockLeases(self._kv, block_size, kv_transfer, local)
         self.blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
-        self.pulls = PullBook(self._kv, kv_transfer)
+        self.pulls = BlockPulls(self._kv, kv_transfer)
         self.host = HostLoads(self._kv, offload)
         self.builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self.queues = RequestQueues()
@@ -222,7 +222,7 @@ class RequestLifecycle:
     def offer_partial(self, requests: Iterable[Request]) -> None:
         """Let decode engines read what is complete of the prompts for which they wait."""
         self.commands += [
-            self._leases.announce(request) for request in requests if request.message.is_awaited
+            self._leases.offer(request) for request in requests if request.message.is_awaited
         ]
 
     def register_pending(self) -> None:
@@ -465,5 +465,5 @@ class RequestLifecycle:
 
     def _withdraw(self, request: Request) -> None:
         """Stop decode engines from reading the request's partial prompt, if it was offered."""
-        if request.is_announced:
+        if request.is_offered:
             self.commands.append(self._leases.withdraw(request))

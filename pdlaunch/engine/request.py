@@ -49,7 +49,7 @@ class Request:
     __slots__ = (
         "arrival",
         "block_hasher",
-        "is_announced",
+        "is_offered",
         "is_suspect",
         "load_id",
         "mark",
@@ -121,7 +121,7 @@ class Request:
         """Until a step has drawn a token for it here."""
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
-        self.is_announced = False
+        self.is_offered = False
         """Decode engines may read its blocks while they are computed, until a lease takes over or
         they are withdrawn.
         """

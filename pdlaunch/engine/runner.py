@@ -6,7 +6,7 @@ which rows, blocks and tokens is the scheduler's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import torch
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
-from pdlaunch.engine.device_copies import Download
+from pdlaunch.engine.device_copies import Download, upload_array
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
@@ -30,7 +30,8 @@ from pdlaunch.models.attention import AttentionBackend
 from pdlaunch.models.decoder import Decoder, TransformersDecoder
 from pdlaunch.models.kv_memory import allocate_kv_cache
 from pdlaunch.models.loader import load_model, reload_model
-from pdlaunch.models.packed import IntArray, PackedBatch
+from pdlaunch.models.packed import PackedBatch
+from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.tensor_parallel import Shard, TPGroup
 from pdlaunch.models.torch_attention import TorchAttention
 from pdlaunch.models.weights import digest_model
@@ -39,8 +40,6 @@ from pdlaunch.protocol.ids import RequestId
 
 if TYPE_CHECKING:
     from pdlaunch.engine.decode_graphs import DecodeGraphs
-
-Progress = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class ModelRunner:
         spec: EngineSpec,
         *,
         tp: TPGroup | None,
-        progress: Progress,
+        progress: ReportProgress,
         pools: MemoryPools | None = None,
     ) -> None:
         """``pools``: where weights and KV cache are allocated; made from ``spec`` when not
@@ -279,10 +278,10 @@ class ModelRunner:
             logits, likeliest = replayed
             if sampled_tokens == [*range(batch.num_rows)]:
                 return logits, likeliest
-            places = self._to_device(np.array(sampled_tokens, dtype=np.int64))
+            places = upload_array(np.array(sampled_tokens, dtype=np.int64), self._device)
             return logits[places], likeliest[places]
         token_ids, positions, kept = (
-            self._to_device(array)
+            upload_array(array, self._device)
             for array in (
                 batch.token_ids,
                 batch.positions,
@@ -294,14 +293,6 @@ class ModelRunner:
         return self._decoder.logits(
             token_ids, positions, kept, self._attention.prepare(batch)
         ), None
-
-    def _to_device(self, array: IntArray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return (
-            tensor
-            if self._device.type == "cpu"
-            else tensor.pin_memory().to(self._device, non_blocking=True)
-        )
 
     def _draw(
         self,

@@ -19,12 +19,12 @@ from typing import Protocol
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import SleepRank, SleepReport, WakeRank
 from pdlaunch.errors import ConfigError, MemoryPoolError, TransferError
+from pdlaunch.memory.pools import TAGS
 from pdlaunch.protocol.control import SleepState
 from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
 
 logger = logging.getLogger(__name__)
 
-TAGS = ("weights", "kv_cache")
 TRANSFER_TIMEOUT_S = 20.0
 """For the transfer thread to let go of its memory, or to take it again."""
 UNMAP_TIMEOUT_S = 5.0

@@ -9,15 +9,13 @@ KV cache and attend over it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pdlaunch.errors import UnsupportedModelError
 from pdlaunch.models.packed import PackedBatch
-
-Progress = Callable[[str, float | None], None]
+from pdlaunch.models.progress import ReportProgress
 
 ATTENTION_NAME = "pdlaunch_paged"
 """Name under which transformers finds the function. No mask function has that name: transformers
@@ -54,7 +52,7 @@ class AttentionBackend(ABC):
     reads_only_context = False
     """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
 
-    def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:  # noqa: B027 - most have nothing to do
+    def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
         """Do once what the first step of each size would have to. ``num_heads``: query heads of
         this rank.
         """

@@ -25,9 +25,9 @@ from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
 from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import ConfigError
+from pdlaunch.models.progress import ReportProgress
 
-Progress = Callable[[str, float | None], None]
-Converter = Callable[[Path, Path, Progress], None]
+Converter = Callable[[Path, Path, ReportProgress], None]
 """(source file, target directory, progress)"""
 
 MAX_REASON = 300
@@ -37,7 +37,9 @@ LARGE_FILE_BYTES = 1024**3
 """GGUF files from this size on are written as bfloat16, smaller ones as float32."""
 
 
-def ensure_converted(model: str, progress: Progress, *, convert: Converter | None = None) -> Path:
+def ensure_converted(
+    model: str, progress: ReportProgress, *, convert: Converter | None = None
+) -> Path:
     """The directory to serve ``model`` from, converted now if it is not in the cache.
 
     Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot
@@ -52,7 +54,9 @@ def ensure_converted(model: str, progress: Progress, *, convert: Converter | Non
     return resolved.cache_dir
 
 
-def _convert_into_place(resolved: ResolvedModel, progress: Progress, convert: Converter) -> None:
+def _convert_into_place(
+    resolved: ResolvedModel, progress: ReportProgress, convert: Converter
+) -> None:
     folder = resolved.cache_dir.parent
     for left_behind in folder.glob(f".{resolved.cache_dir.name}-*"):
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -65,7 +69,7 @@ def _convert_into_place(resolved: ResolvedModel, progress: Progress, convert: Co
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
+def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files of
     ``source`` into ``target``.
 

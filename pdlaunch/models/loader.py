@@ -18,11 +18,10 @@ from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
 from pdlaunch.models.attention import ATTENTION_NAME, register_attention
+from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.stacked_weights import StackedPlaces
 from pdlaunch.models.tensor_parallel import Shard, TPGroup, add_up_rowwise, plan_cuts
 from pdlaunch.models.weights import Cut, dummy_tensor, read_tensors
-
-Progress = Callable[[str, float | None], None]
 
 
 def load_model(
@@ -33,7 +32,7 @@ def load_model(
     device: torch.device,
     dummy: bool,
     tp: TPGroup | None,
-    progress: Progress,
+    progress: ReportProgress,
     stacked: bool = False,
 ) -> nn.Module:
     """A causal language model in evaluation mode, called with ``use_cache=False`` and
@@ -86,7 +85,7 @@ def reload_model(
     dtype: torch.dtype,
     dummy: bool,
     tp: TPGroup | None,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """Write what ``load_model`` has loaded into the same tensors again; their content is lost,
     their addresses stay.
@@ -131,7 +130,7 @@ def _fill(
     weights: Iterator[tuple[str, torch.Tensor]],
     cuts: dict[str, Cut],
     put: Callable[[str, torch.Tensor], None],
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """``put`` each weight in its place; tied ones once."""
     tied = set(model.all_tied_weights_keys)

@@ -70,7 +70,9 @@ class StepTensors:
     chunks: Chunks | None
 
 
-def upload(arrays: Sequence[IntArray | Int32Array], device: torch.device) -> list[torch.Tensor]:
+def upload_int32(
+    arrays: Sequence[IntArray | Int32Array], device: torch.device
+) -> list[torch.Tensor]:
     """int32 copies of ``arrays`` on ``device``, flat, from one transfer that the host does not wait
     for.
     """

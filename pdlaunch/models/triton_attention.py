@@ -10,14 +10,13 @@ module only where triton is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheGroup, KVCacheLayout
 from pdlaunch.models.attention import AttentionBackend
 from pdlaunch.models.packed import IntArray, PackedBatch
+from pdlaunch.models.progress import ReportProgress
 from pdlaunch.models.prompt_attention import (
     CUDNN_MAX_HEAD_DIM,
     CUDNN_PLANNED_TOKENS,
@@ -27,10 +26,15 @@ from pdlaunch.models.prompt_attention import (
     has_fast_cudnn,
     varlen_flash,
 )
-from pdlaunch.models.step_inputs import Chunks, DecodeInputs, Prefix, StepTensors, slots_of, upload
+from pdlaunch.models.step_inputs import (
+    Chunks,
+    DecodeInputs,
+    Prefix,
+    StepTensors,
+    slots_of,
+    upload_int32,
+)
 from pdlaunch.models.triton_step import KernelSetup, TritonStep
-
-Progress = Callable[[str, float | None], None]
 
 
 class TritonAttention(AttentionBackend):
@@ -51,7 +55,7 @@ class TritonAttention(AttentionBackend):
             is_half and layout.head_dim <= CUDNN_MAX_HEAD_DIM and has_fast_cudnn(kv_cache.device)
         )
 
-    def warm_up(self, num_heads: int, max_tokens: int, progress: Progress) -> None:
+    def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:
         """Let cuDNN plan for the lengths that prompts of up to ``max_tokens`` are padded to."""
         if not self._has_cudnn:
             return
@@ -74,7 +78,7 @@ class TritonAttention(AttentionBackend):
         gathered = self._gathered(batch) if has_chunks and self.setup.flash is not None else []
         if has_chunks:
             arrays += [*self._chunk_arrays(batch), *(array for pair in gathered for array in pair)]
-        stride_at, lengths, tables, *rest = upload(arrays, self.setup.kv_cache.device)
+        stride_at, lengths, tables, *rest = upload_int32(arrays, self.setup.kv_cache.device)
         uploaded = rest[num_shared - 3 :]
         tensors = StepTensors(
             slots=tuple(rest[: num_shared - 3]),

@@ -12,11 +12,11 @@ from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.wire import Message
 
 
-class AnnounceBlocks(Message):
+class OfferPartialPrompt(Message):
     """Prefill: offer the first blocks of a request that a decode engine awaits.
 
     Nothing writes to the ready ones any more. The request keeps all of them until it is granted a
-    lease, or until ``WithdrawBlocks``.
+    lease, or until ``WithdrawPartialPrompt``.
     """
 
     lease_id: LeaseId
@@ -31,9 +31,9 @@ class AnnounceBlocks(Message):
     """Tokens of the prompt."""
 
 
-class WithdrawBlocks(Message):
-    """Prefill: take announced blocks back, as the engine may give them to others. They may be
-    announced anew later.
+class WithdrawPartialPrompt(Message):
+    """Prefill: take offered blocks back, as the engine may give them to others. They may be
+    offered anew later.
     """
 
     lease_id: LeaseId
@@ -98,7 +98,9 @@ class CancelPull(Message):
     pull_id: PullId
 
 
-PrefillCommand = AnnounceBlocks | WithdrawBlocks | GrantLease | EndLease | SetLeaseReaders
+PrefillCommand = (
+    OfferPartialPrompt | WithdrawPartialPrompt | GrantLease | EndLease | SetLeaseReaders
+)
 DecodeCommand = StartPull | CancelPull
 TransferCommand = PrefillCommand | DecodeCommand
 

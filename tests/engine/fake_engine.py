@@ -25,17 +25,17 @@ from pdlaunch.protocol.engine import (
 )
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
-    AnnounceBlocks,
     CancelPull,
     EndLease,
     GrantLease,
     LeaseEnded,
+    OfferPartialPrompt,
     PullDrained,
     PullFinished,
     SetLeaseReaders,
     StartPull,
     TransferCommand,
-    WithdrawBlocks,
+    WithdrawPartialPrompt,
 )
 from tests.engine.fake_host_memory import FakeHostMemory
 from tests.engine.fake_runner import KV, FakeRunner, FakeStep, expected_output, extend_chain
@@ -139,7 +139,7 @@ class FakeEngine:
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.finished: dict[str, RequestFinished] = {}
         self.pulls: dict[str, StartPull] = {}
-        self.announced: dict[str, AnnounceBlocks] = {}
+        self.offered: dict[str, OfferPartialPrompt] = {}
         """The latest of each request that has neither a lease nor been withdrawn."""
         self.withdrawn: list[str] = []
         self.first_tokens: dict[str, list[int]] = {}
@@ -209,7 +209,7 @@ class FakeEngine:
         self.scheduler.postprocess(plan, output)
         self.scheduler.requests.check_integrity()
         self._check_leases()
-        self._check_announced()
+        self._check_offered()
         if self.in_flight:
             self.scheduler.requests.register_pending()
             self._submit(self.scheduler.hand_over())
@@ -220,7 +220,7 @@ class FakeEngine:
             self._on_command(command)
         for job in plan.jobs:
             self._begin_job(job)
-        self._check_announced()
+        self._check_offered()
 
     def run(self, max_steps: int = 20_000) -> list[StepPlan]:
         """Step until the scheduler has nothing to do."""
@@ -318,10 +318,8 @@ class FakeEngine:
             case GrantLease():
                 assert command.lease_id not in self.leases
                 self._check_granted(command)
-                assert (command.lease_id in self.announced) == self.added[
-                    command.lease_id
-                ].is_awaited
-                self.announced.pop(command.lease_id, None)
+                assert (command.lease_id in self.offered) == self.added[command.lease_id].is_awaited
+                self.offered.pop(command.lease_id, None)
                 self.leases[command.lease_id] = (command, self._snapshot(command))
             case SetLeaseReaders():
                 self.readers[command.lease_id] = command.num_readers
@@ -332,11 +330,11 @@ class FakeEngine:
                 self._check_pull(command)
                 self.pulls[command.pull_id] = command
                 self.num_pulls += 1
-            case AnnounceBlocks():
-                self._check_announcement(command)
-                self.announced[command.lease_id] = command
-            case WithdrawBlocks():
-                del self.announced[command.lease_id]
+            case OfferPartialPrompt():
+                self._check_offer(command)
+                self.offered[command.lease_id] = command
+            case WithdrawPartialPrompt():
+                del self.offered[command.lease_id]
                 self.withdrawn.append(command.lease_id)
             case CancelPull():
                 # The pull may have ended while the command was on its way.
@@ -352,12 +350,12 @@ class FakeEngine:
         """The leased blocks hold what the last prompt token sees."""
         request = self.added[grant.lease_id]
         assert grant.block_hashes == self._hashes(request)
-        if (announced := self.announced.get(grant.lease_id)) is not None:
+        if (offered := self.offered.get(grant.lease_id)) is not None:
             for group in range(len(self.groups)):
                 places = _places(grant, group)
                 assert (
                     places.items()
-                    >= _seen(_places(announced, group), grant.first_block_index[group]).items()
+                    >= _seen(_places(offered, group), grant.first_block_index[group]).items()
                 )
         chain = extend_chain([], request.prompt_token_ids)
         for group, kind in enumerate(self.groups):
@@ -369,29 +367,29 @@ class FakeEngine:
                     found = runner.memory[grant.block_ids[group][index]][position % self.block_size]
                     assert found == (group, chain[position])
 
-    def _check_announcement(self, new: AnnounceBlocks) -> None:
+    def _check_offer(self, new: OfferPartialPrompt) -> None:
         request = self.added[new.lease_id]
         assert request.is_awaited
         assert new.lease_id not in self.finished
         assert new.block_hashes == self._hashes(request)
         assert new.num_tokens == len(request.prompt_token_ids)
-        if (known := self.announced.get(new.lease_id)) is not None:
+        if (known := self.offered.get(new.lease_id)) is not None:
             assert new.num_ready_blocks >= known.num_ready_blocks
             for group, first in enumerate(new.first_block_index):
                 assert _places(new, group).items() >= _seen(_places(known, group), first).items()
 
-    def _check_announced(self) -> None:
+    def _check_offered(self) -> None:
         """What readers may read and will need is there, and stays as it is."""
-        for announced in self.announced.values():
-            chain = extend_chain([], self.added[announced.lease_id].prompt_token_ids)
+        for offered in self.offered.values():
+            chain = extend_chain([], self.added[offered.lease_id].prompt_token_ids)
             for group, kind in enumerate(self.groups):
                 seen = (
                     0
                     if kind.sliding_window is None
                     else max(0, len(chain) - kind.sliding_window) // self.block_size
                 )
-                for index, block_id in _seen(_places(announced, group), seen).items():
-                    if index < announced.num_ready_blocks:
+                for index, block_id in _seen(_places(offered, group), seen).items():
+                    if index < offered.num_ready_blocks:
                         links = chain[index * self.block_size : (index + 1) * self.block_size]
                         assert all(
                             runner.memory[block_id] == [(group, link) for link in links]
@@ -447,7 +445,7 @@ class FakeEngine:
             assert self._snapshot(grant) == snapshot, "leased blocks were overwritten"
 
 
-def _places(message: AnnounceBlocks | GrantLease, group: int) -> dict[int, int]:
+def _places(message: OfferPartialPrompt | GrantLease, group: int) -> dict[int, int]:
     """Blocks of a group by their logical indices."""
     return dict(enumerate(message.block_ids[group], message.first_block_index[group]))
 

@@ -249,7 +249,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             stats.num_leased_blocks == stats.num_quarantined_blocks == stats.num_offload_jobs == 0
         )
         assert not any(runner.rows for runner in self.engine.runners)
-        assert not self.engine.announced, "neither leased nor withdrawn"
+        assert not self.engine.offered, "neither leased nor withdrawn"
 
     def run_to_the_end(self):
         """Waiting requests need no more than the ends of those leases and pulls that exist."""

@@ -18,7 +18,8 @@ from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.errors import ConfigError
-from pdlaunch.models.convert import Progress, ensure_converted, main
+from pdlaunch.models.convert import ensure_converted, main
+from pdlaunch.models.progress import ReportProgress
 from tests.config.model_files.files import tiny_gguf
 
 
@@ -38,7 +39,7 @@ class FakeConverter:
         self.half_done = threading.Event()
         self.go_on = threading.Event()
 
-    def __call__(self, source: Path, target: Path, progress: Progress) -> None:
+    def __call__(self, source: Path, target: Path, progress: ReportProgress) -> None:
         self.calls += 1
         (target / "config.json").write_text("{}")
         self.half_done.set()
@@ -71,7 +72,7 @@ def test_two_launches_convert_once_and_never_see_half_of_it(source: str) -> None
 
 
 def test_failed_conversion_leaves_nothing_and_can_be_repeated(source: str) -> None:
-    def fail(source: Path, target: Path, progress: Progress) -> None:
+    def fail(source: Path, target: Path, progress: ReportProgress) -> None:
         (target / "config.json").write_text("{}")
         raise ConfigError("broken")
 

@@ -22,14 +22,14 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import (
-    AnnounceBlocks,
     CancelPull,
     EndLease,
     GrantLease,
     LeaseEnded,
+    OfferPartialPrompt,
     PullDrained,
     StartPull,
-    WithdrawBlocks,
+    WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.decode_side.branch import REPEAT_S
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
@@ -97,8 +97,8 @@ def awaited(
     return replace(pull(pull_id, holder.remote("r"), block_ids, **options), awaits=True)
 
 
-def announce(block_ids: list[int], num_ready: int, num_blocks: int) -> AnnounceBlocks:
-    return AnnounceBlocks(
+def announce(block_ids: list[int], num_ready: int, num_blocks: int) -> OfferPartialPrompt:
+    return OfferPartialPrompt(
         lease_id="r",
         block_ids=[block_ids],
         first_block_index=[0],
@@ -175,7 +175,7 @@ def test_blocks_that_went_back_to_the_engine_are_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3]))
     holder.holder.announce(announce([4, 5], 2, 3))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
+    holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.kv_cache[4] += 1
     world.turn()
     holder.holder.announce(announce([4, 5], 1, 3))
@@ -196,7 +196,7 @@ def test_a_lease_without_announcement_voids_what_was_read(verify):
     world.pulls.start(awaited(holder, [1, 2]))
     holder.holder.announce(announce([4, 5], 1, 2))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
+    holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.kv_cache[4] += 1
     holder.holder.grant(lease([4, 5]))
     world.turn()
@@ -209,7 +209,7 @@ def test_a_read_of_blocks_that_went_back_is_over_before_they_are_read_again(worl
     world.fabric.stalled = True
     holder.holder.announce(announce([4, 5], 1, 2))
     world.turn()
-    holder.holder.withdraw(WithdrawBlocks(lease_id="r"))
+    holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.holder.grant(lease([6, 7]))
     world.turn()
     assert world.reads == [[1]]

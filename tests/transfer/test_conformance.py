@@ -33,7 +33,7 @@ from pdlaunch.protocol.side_channel import (
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
-from pdlaunch.protocol.transfer import AnnounceBlocks, LeaseEnded, PullDrained, PullFinished
+from pdlaunch.protocol.transfer import LeaseEnded, OfferPartialPrompt, PullDrained, PullFinished
 from pdlaunch.transfer.channel.handshake import compatibility_of
 from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
 from tests.transfer.fakes import layout_of, spec_of
@@ -130,7 +130,7 @@ def test_a_prompt_is_pulled_while_it_is_computed(pair):
     )
     for num_ready in (0, 2):
         holder.submit(
-            AnnounceBlocks(
+            OfferPartialPrompt(
                 lease_id="early",
                 block_ids=[[16, 17, 18, 19]],
                 first_block_index=[0],

@@ -35,12 +35,12 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import (
-    AnnounceBlocks,
     EndLease,
     GrantLease,
     LeaseEnded,
+    OfferPartialPrompt,
     SetLeaseReaders,
-    WithdrawBlocks,
+    WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import PushJob
@@ -112,11 +112,11 @@ class LeaseAnswers:
         """Return when the next lease expires."""
         return self._leases.next_deadline_at()
 
-    def announce(self, command: AnnounceBlocks) -> None:
+    def announce(self, command: OfferPartialPrompt) -> None:
         """Let readers that await this prompt have the blocks that are ready."""
         self._partial.announce(command)
 
-    def withdraw(self, command: WithdrawBlocks) -> None:
+    def withdraw(self, command: WithdrawPartialPrompt) -> None:
         """Take announced blocks back: they may be overwritten."""
         self._partial.end(command.lease_id)
 

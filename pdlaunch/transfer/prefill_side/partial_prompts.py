@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from pdlaunch.protocol.ids import LeaseId
 from pdlaunch.protocol.side_channel import GroupBlocks, PullReply
-from pdlaunch.protocol.transfer import AnnounceBlocks
+from pdlaunch.protocol.transfer import OfferPartialPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class _PartialPrompt:
-    command: AnnounceBlocks
+    command: OfferPartialPrompt
     generation: int
     version: int
 
@@ -31,7 +31,7 @@ class PartialPrompts:
         self._num_announced = 0
         """Numbers all announcements, so that each generation and version has a name of its own."""
 
-    def announce(self, command: AnnounceBlocks) -> None:
+    def announce(self, command: OfferPartialPrompt) -> None:
         """Take in more blocks of a prompt, or its first ones."""
         self._num_announced += 1
         earlier = self._prompts.get(command.lease_id)

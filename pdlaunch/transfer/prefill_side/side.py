@@ -15,13 +15,13 @@ from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.protocol.transfer import (
-    AnnounceBlocks,
     EndLease,
     GrantLease,
     LeaseEnded,
+    OfferPartialPrompt,
     PrefillCommand,
     SetLeaseReaders,
-    WithdrawBlocks,
+    WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.channel.side_channel import PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, PushHandle
@@ -52,9 +52,9 @@ class PrefillSide:
     def execute(self, command: PrefillCommand) -> None:
         """Take a command of the scheduler."""
         match command:
-            case AnnounceBlocks():
+            case OfferPartialPrompt():
                 self._answers.announce(command)
-            case WithdrawBlocks():
+            case WithdrawPartialPrompt():
                 self._answers.withdraw(command)
             case GrantLease():
                 self._answers.grant(command)

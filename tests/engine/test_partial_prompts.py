@@ -4,7 +4,12 @@ checked by ``FakeEngine``.
 
 from __future__ import annotations
 
-from pdlaunch.protocol.transfer import AnnounceBlocks, GrantLease, TransferCommand, WithdrawBlocks
+from pdlaunch.protocol.transfer import (
+    GrantLease,
+    OfferPartialPrompt,
+    TransferCommand,
+    WithdrawPartialPrompt,
+)
 from tests.engine.fake_engine import FULL, FakeEngine, sliding, stop_at_first
 
 PROMPT = [*range(6), *range(6), *range(6), 1, 2]
@@ -24,7 +29,9 @@ def commands(engine: FakeEngine) -> list[TransferCommand]:
 
 
 def ready(found: list[TransferCommand]) -> list[int]:
-    return [command.num_ready_blocks for command in found if isinstance(command, AnnounceBlocks)]
+    return [
+        command.num_ready_blocks for command in found if isinstance(command, OfferPartialPrompt)
+    ]
 
 
 def test_each_chunk_tells_of_the_ones_before_and_the_lease_comes_last() -> None:
@@ -32,16 +39,16 @@ def test_each_chunk_tells_of_the_ones_before_and_the_lease_comes_last() -> None:
     compute(engine)
     found = commands(engine)
     assert [type(command) for command in found] == [
-        AnnounceBlocks,
-        AnnounceBlocks,
-        AnnounceBlocks,
+        OfferPartialPrompt,
+        OfferPartialPrompt,
+        OfferPartialPrompt,
         GrantLease,
     ]
     assert ready(found) == [0, 2, 4]
-    *announced, grant = found
+    *offered, grant = found
     assert isinstance(grant, GrantLease)
-    for number, command in enumerate(announced):
-        assert isinstance(command, AnnounceBlocks)
+    for number, command in enumerate(offered):
+        assert isinstance(command, OfferPartialPrompt)
         assert (command.num_tokens, command.first_block_index, command.block_hashes) == (
             20,
             [0],
@@ -63,7 +70,7 @@ def test_what_has_left_a_window_is_not_told_of() -> None:
     engine = FakeEngine(groups=(FULL, sliding(6)), max_num_batched_tokens=8)
     compute(engine)
     *_, last, grant = commands(engine)
-    assert isinstance(last, AnnounceBlocks)
+    assert isinstance(last, OfferPartialPrompt)
     assert isinstance(grant, GrantLease)
     assert last.first_block_index == [0, 2]
     assert grant.first_block_index == [0, 3]
@@ -97,7 +104,7 @@ def test_a_preempted_prompt_is_withdrawn_and_told_of_anew() -> None:
     compute(engine)
     found = commands(engine)
     assert engine.scheduler.requests.stats().preemptions == 1
-    withdrawn = found.index(WithdrawBlocks(lease_id="a"))
+    withdrawn = found.index(WithdrawPartialPrompt(lease_id="a"))
     before, after = found[:withdrawn], found[withdrawn + 1 :]
     assert ready(before)[0] == ready(after)[0] == 0
     assert len(ready(before)) == len(before) > 1
@@ -108,14 +115,14 @@ def test_a_preempted_prompt_is_withdrawn_and_told_of_anew() -> None:
 def test_the_plan_in_which_others_get_the_blocks_withdraws_them() -> None:
     engine = FakeEngine(num_blocks=6, max_num_batched_tokens=8, caching=False)
     compute(engine)
-    (announced,) = engine.step().commands
-    assert isinstance(announced, AnnounceBlocks)
+    (offered,) = engine.step().commands
+    assert isinstance(offered, OfferPartialPrompt)
     engine.scheduler.requests.abort("a")
     engine.take_outputs()
     engine.add("next", [6] * 20, max_tokens=1)
     plan = engine.step()
-    assert plan.commands == [WithdrawBlocks(lease_id="a")]
-    assert {*announced.block_ids[0]} & {
+    assert plan.commands == [WithdrawPartialPrompt(lease_id="a")]
+    assert {*offered.block_ids[0]} & {
         block_id for new in plan.new_blocks for block_id in new.block_ids
     }
 
@@ -124,7 +131,9 @@ def test_one_that_ends_without_a_lease_is_withdrawn() -> None:
     engine = FakeEngine(max_num_batched_tokens=8)
     compute(engine, sampling=stop_at_first(PROMPT, 1))
     found = commands(engine)
-    assert [type(command) for command in found] == [AnnounceBlocks] * 3 + [WithdrawBlocks]
+    assert [type(command) for command in found] == [OfferPartialPrompt] * 3 + [
+        WithdrawPartialPrompt
+    ]
 
 
 def test_one_that_was_never_told_of_needs_no_withdrawal() -> None:

@@ -1,0 +1,8 @@
+"""How long work at a start reports its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+ReportProgress = Callable[[str, float | None], None]
+"""Called with what is done now and the fraction that is complete; None where that is unknown."""
