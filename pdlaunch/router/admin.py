@@ -8,7 +8,10 @@ chooses engines; without it: all that were not given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,11 +21,10 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import Route, request_id_of
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.protocol.control import Restarting, Role
+from pdlaunch.protocol.control import Restart, Restarting, Role
+from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
-from pdlaunch.router.hops import Hops
-from pdlaunch.router.pool import Engine
-from pdlaunch.router.supervisor_link import SupervisorLink
+from pdlaunch.router.state import RouterState
 
 AWAKE_TIMEOUT_S = 10.0
 """For the registry to say what an engine has just said itself."""
@@ -45,8 +47,8 @@ class Outcome(NamedTuple):
 class Admin:
     """The commands of one router."""
 
-    def __init__(self, hops: Hops, supervisor: SupervisorLink) -> None:
-        self._hops = hops
+    def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
+        self._state = state
         self._supervisor = supervisor
 
     def routes(self) -> list[Route]:
@@ -106,9 +108,9 @@ class Admin:
                 status,
                 error_body(RequestError(begun.error, param="engine", status=status, code=code)),
             )
-        until_s = self._hops.now_s() + RESTART_TIMEOUT_S
+        until_s = self._state.now() + RESTART_TIMEOUT_S
         while (successor := self._successor(begun)) is None:
-            left_s = until_s - self._hops.now_s()
+            left_s = until_s - self._state.now()
             if left_s <= 0:
                 message = (
                     f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was "
@@ -119,7 +121,7 @@ class Admin:
                     503,
                     error_body(OverloadedError(message, status=503, code="not_ready")),
                 )
-            await self._hops.registry_change(left_s)
+            await self._state.registry_change(left_s)
         if successor.state == "failed":
             error = OverloadedError(
                 f"{begun.engine} is given up again: {successor.reason}",
@@ -133,7 +135,7 @@ class Admin:
         """The engine once it serves again, or is given up again."""
         engines = [
             e
-            for e in self._hops.pool.engines
+            for e in self._state.pool.engines
             if e.name == begun.engine and e.processes[0] > begun.incarnation
         ]
         return next(
@@ -155,7 +157,7 @@ class Admin:
         headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(http)}
         if encoding := http.headers.get(hdrs.CONTENT_ENCODING):
             headers[hdrs.CONTENT_ENCODING] = encoding
-        status, body, content_type = await self._hops.client.call(
+        status, body, content_type = await self._state.client.call(
             engine, http.method, path, list(http.query.items()), await http.read(), headers=headers
         )
         return web.Response(status=status, body=body, headers={"Content-Type": content_type})
@@ -174,7 +176,7 @@ class Admin:
         timeout_s: float | None = None,
     ) -> Outcome:
         try:
-            status, body, _ = await self._hops.client.call(
+            status, body, _ = await self._state.client.call(
                 engine, method, path, query, timeout_s=timeout_s
             )
             answer = msgspec.json.decode(body, type=dict[str, Any])
@@ -191,12 +193,12 @@ class Admin:
         engines = (
             self._named(names)
             if names
-            else [e for e in self._hops.pool.engines if e.state != "failed"]
+            else [e for e in self._state.pool.engines if e.state != "failed"]
         )
         return sorted(engines, key=lambda engine: (engine.role != first, engine.name))
 
     def _named(self, names: Iterable[str]) -> list[Engine]:
-        known = {engine.name: engine for engine in self._hops.pool.engines}
+        known = {engine.name: engine for engine in self._state.pool.engines}
         if unknown := [name for name in names if name not in known]:
             there = ", ".join(known) or "none yet"
             raise RequestError(
@@ -211,19 +213,19 @@ class Admin:
         """Wait until the registry says so too: requests that follow shall find these engines.
         Raises OverloadedError.
         """
-        until_s = self._hops.now_s() + AWAKE_TIMEOUT_S
+        until_s = self._state.now() + AWAKE_TIMEOUT_S
         while any(
             engine.name in names and engine.state == "sleeping"
-            for engine in self._hops.pool.engines
+            for engine in self._state.pool.engines
         ):
-            left_s = until_s - self._hops.now_s()
+            left_s = until_s - self._state.now()
             if left_s <= 0:
                 raise OverloadedError(
                     "the engines are awake, but not yet in the registry",
                     status=503,
                     code="not_listed_yet",
                 )
-            await self._hops.registry_change(left_s)
+            await self._state.registry_change(left_s)
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
@@ -238,3 +240,39 @@ def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
     return web.Response(
         status=status, body=msgspec.json.encode(body), content_type="application/json"
     )
+
+
+ANSWER_TIMEOUT_S = 10.0
+
+
+class SupervisorLink:
+    """Matches answers with questions; belongs to the event loop. ``send`` does not wait."""
+
+    def __init__(self, send: Callable[[Restart], None]) -> None:
+        self._send = send
+        # An answer to a router that has died is none to this one.
+        self._numbers = itertools.count(secrets.randbits(40))
+        self._asked: dict[int, asyncio.Future[Restarting]] = {}
+
+    async def restart(self, name: str) -> Restarting:
+        """Have an engine started anew; returns when that has begun, or was refused. Raises
+        OverloadedError.
+        """
+        question = next(self._numbers)
+        answer: asyncio.Future[Restarting] = asyncio.get_running_loop().create_future()
+        self._asked[question] = answer
+        self._send(Restart(question=question, name=name))
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            message = f"the supervisor has not answered within {ANSWER_TIMEOUT_S:g} s"
+            raise OverloadedError(message, status=503, code="no_answer") from None
+        finally:
+            del self._asked[question]
+
+    def answered(self, message: Restarting) -> None:
+        """Hand an answer to who waits for it, if anybody still does."""
+        answer = self._asked.get(message.question)
+        if answer is not None and not answer.done():
+            answer.set_result(message)

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 
@@ -29,7 +31,7 @@ from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
-from pdlaunch.router.admin import Admin
+from pdlaunch.router.admin import Admin, SupervisorLink
 from pdlaunch.router.admin_socket import came_through_admin_socket
 from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import (
@@ -39,13 +41,14 @@ from pdlaunch.router.client_request import (
     Endpoint,
     read_client_request,
 )
+from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
-from pdlaunch.router.generation import Generation, Sink
-from pdlaunch.router.hops import Hops
+from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
-from pdlaunch.router.pool import EngineKey
-from pdlaunch.router.scrape import scrape
-from pdlaunch.router.supervisor_link import SupervisorLink
+from pdlaunch.router.metrics import scrape
+from pdlaunch.router.policy import RoutingRequest
+from pdlaunch.router.recovery import no_engine
+from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -60,9 +63,9 @@ _TRACESTATE_HEADER = "tracestate"
 class RouterApp:
     """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
 
-    def __init__(self, spec: RouterSpec, hops: Hops, supervisor: SupervisorLink) -> None:
+    def __init__(self, spec: RouterSpec, state: RouterState, supervisor: SupervisorLink) -> None:
         self._spec = spec
-        self._hops = hops
+        self._state = state
         self._started = int(time.time())
         self.admission = Admission(spec.max_queued_requests, _shutting_down)
         self._deadlines = Deadlines(
@@ -84,14 +87,14 @@ class RouterApp:
                 Route("GET", "/pdlaunch/status", self._status),
                 *(
                     route._replace(check_key=check_admin_key)
-                    for route in Admin(hops, supervisor).routes()
+                    for route in Admin(state, supervisor).routes()
                 ),
             ],
             guard=Guard(
                 spec.host, allowed_hosts=spec.allowed_hosts, cors_origins=spec.cors_origins
             ),
             check_key=_client_key_check(spec.api_key),
-            metrics=hops.metrics.requests,
+            metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
             is_trusted=came_through_admin_socket,
         ).app
@@ -108,7 +111,7 @@ class RouterApp:
             )
 
     async def _generate(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        if not self._hops.pool.serving:
+        if not self._state.pool.serving:
             raise OverloadedError(
                 "the deployment is starting",
                 status=503,
@@ -161,7 +164,7 @@ class RouterApp:
         )
         with (
             self.admission.admit(len(client_request.prompts)),
-            self._hops.metrics.requests.in_flight.track_inprogress(),
+            self._state.metrics.requests.in_flight.track_inprogress(),
         ):
             if client_request.stream:
                 await self._stream(client_request, stream)
@@ -173,7 +176,7 @@ class RouterApp:
             client_request,
             stream,
             model=self._spec.served_model_name,
-            metrics=self._hops.metrics.requests,
+            metrics=self._state.metrics.requests,
             clock=time.perf_counter,
         )
         try:
@@ -184,29 +187,24 @@ class RouterApp:
         except Exception as error:
             if not stream.has_begun:
                 raise
-            self._hops.metrics.requests.failed(error_status(error))
+            self._state.metrics.requests.failed(error_status(error))
             await stream.fail(error)
 
     async def _whole(self, client_request: ClientRequest) -> web.Response:
         answer = WholeAnswer(
             client_request,
             model=self._spec.served_model_name,
-            metrics=self._hops.metrics.requests,
+            metrics=self._state.metrics.requests,
             clock=time.perf_counter,
         )
         async with self._deadlines.start().guard():
             transcripts = await self._run(client_request, answer)
         return json_response(answer.finish(transcripts))
 
-    async def _run(self, client_request: ClientRequest, sink: Sink) -> list[Transcript]:
-        """All prompts at once; the first error ends the others. Raises what a Generation raises."""
-        generations = [Generation(prompt, self._hops, sink) for prompt in client_request.prompts]
-        try:
-            async with asyncio.TaskGroup() as group:
-                for generation in generations:
-                    group.create_task(generation.run())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+    async def _run(self, client_request: ClientRequest, sink: ChunkSink) -> list[Transcript]:
+        """Answer all prompts at once; the first error ends the others and is raised."""
+        generations = [Generation(prompt, self._state, sink) for prompt in client_request.prompts]
+        await _together([generation.run() for generation in generations])
         return [generation.transcript for generation in generations]
 
     async def _proxied(self, request: web.Request) -> web.Response:
@@ -217,25 +215,23 @@ class RouterApp:
                 return await self._ask_any(request, body)
 
     async def _ask_any(self, request: web.Request, body: bytes) -> web.Response:
-        pool = self._hops.pool
-        tried: set[EngineKey] = set()
-        while (engine := pool.pick("decode", exclude=tried)) is not None:
+        pool = self._state.pool
+        tried: frozenset[EngineKey] = frozenset()
+        while (engine := pool.route(RoutingRequest(hop="decode", tried=tried)).decode) is not None:
             try:
                 headers = _headers_to_pass(request) | {
                     REQUEST_ID_HEADER: _hop_id(request_id_of(request), is_own=False)
                 }
                 async with self._deadlines.start().guard():
-                    answer = await self._hops.client.ask(engine, request.path, body, headers)
+                    answer = await self._state.client.ask(engine, request.path, body, headers)
                 return web.Response(body=answer, content_type="application/json")
             except EngineFailure:
                 pool.failed(engine)
-                tried.add(engine.key)
-        raise OverloadedError(
-            "no engine is ready", status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready"
-        )
+                tried |= {engine.key}
+        raise no_engine("no engine is ready")
 
     def _model_card(self) -> ModelCard:
-        pool = self._hops.pool
+        pool = self._state.pool
         return ModelCard(
             id=self._spec.served_model_name,
             created=self._started,
@@ -245,7 +241,7 @@ class RouterApp:
 
     async def _health(self, _: web.Request) -> web.Response:
         """200 once the launch is ready, while some engine can serve and the door is open."""
-        pool = self._hops.pool
+        pool = self._state.pool
         engines = pool.engines
         status = (
             "starting"
@@ -270,15 +266,17 @@ class RouterApp:
                 "reason": engine.reason,
                 "streams": engine.num_streams,
             }
-            for engine in self._hops.pool.engines
+            for engine in self._state.pool.engines
         ]
         return json_response({"engines": engines})
 
     async def _metrics(self, _: web.Request) -> web.Response:
         """The router's metrics and those of all engines."""
-        self._hops.metrics.in_flight.set(self.admission.in_flight)
-        self._hops.metrics.show_engines([engine.state for engine in self._hops.pool.engines])
-        page = await scrape(self._hops.metrics.text(), self._hops.client, self._hops.pool.engines)
+        self._state.metrics.in_flight.set(self.admission.in_flight)
+        self._state.metrics.show_engines([engine.state for engine in self._state.pool.engines])
+        page = await scrape(
+            self._state.metrics.text(), self._state.client, self._state.pool.engines
+        )
         return web.Response(body=page, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
 
@@ -308,6 +306,21 @@ def _headers_to_pass(request: web.Request) -> dict[str, str]:
     return {TRACEPARENT_HEADER: traceparent} | (
         {} if tracestate is None else {_TRACESTATE_HEADER: tracestate}
     )
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run all works at once; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # A task holds its error, whose traceback holds this frame: the request's body would stay
+        # in memory until the garbage collector comes.
+        tasks.clear()
+        del task
 
 
 def _client_key_check(key: str | None) -> KeyCheck:

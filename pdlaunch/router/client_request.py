@@ -1,6 +1,6 @@
 """What the router reads of a client's request, and the bodies it sends to engines.
 
-The engines check the fields; the router checks those alone that it replaces on one of the hops.
+The engines check the fields; the router checks those alone that it replaces on one of the state.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     num_choices: int
     max_tokens: int | None
-    prompt_tokens: int
-    """Estimate of the prompt's length."""
+    num_prompt_tokens: int
+    """Estimate."""
     hop_id: HopId
     headers: dict[str, str]
     origin: PromptOrigin
@@ -136,6 +136,12 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         if body.get("min_tokens") is not None and not knows_whole_request:
             body["min_tokens"] = min(1, body["min_tokens"])
         return msgspec.json.encode(body)
+
+    @property
+    def text(self) -> msgspec.Raw | None:
+        """The prompt or the messages as the client wrote them."""
+        text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
+        return text if isinstance(text, msgspec.Raw) else None
 
     @property
     def wanted_token_ids(self) -> msgspec.Raw | None:
@@ -232,7 +238,7 @@ def read_client_request(
                 index=index,
                 num_choices=fields.n or 1,
                 max_tokens=max_tokens,
-                prompt_tokens=_estimate_tokens(
+                num_prompt_tokens=_estimate_tokens(
                     one.get("messages") if endpoint.is_chat else one.get("prompt")
                 ),
                 hop_id=hop_id if len(bodies) == 1 else HopId(f"{hop_id}-{index}"),

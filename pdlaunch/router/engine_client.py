@@ -21,7 +21,7 @@ from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.ids import HopId, LeaseId
-from pdlaunch.router.pool import Engine
+from pdlaunch.router.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +270,11 @@ class EngineClient:
             task.add_done_callback(_discard_result)
             task.cancel()
             raise
-        return task.result()
+        try:
+            return task.result()
+        finally:
+            # It holds its error, whose traceback holds this frame.
+            del task
 
     async def _probe(self, engine: Engine) -> None:
         if not await self.is_alive(engine):

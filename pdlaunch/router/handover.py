@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 
 from pdlaunch.protocol.ids import LeaseId
+from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk
-from pdlaunch.router.pool import Engine
-from pdlaunch.router.transcript import chunks_of_answer
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,3 +127,43 @@ def read_handover(engine: Engine, raw: bytes, *, is_chat: bool) -> Handover:
 
 def _ends(first_tokens: list[dict[str, Any]], choice: int) -> bool:
     return choice < len(first_tokens) and first_tokens[choice].get("finish_reason") is not None
+
+
+def chunks_of_answer(
+    answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
+) -> list[Chunk]:
+    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their
+    finish_reason is left out.
+    """
+    head = {
+        name: value
+        for name, value in answer.items()
+        if name not in ("choices", "kv_transfer_params", "object")
+    }
+    usage = head.pop("usage", None)
+    chunks: list[Chunk] = [] if usage is None else [head | {"choices": [], "usage": usage}]
+    for choice in answer["choices"]:
+        if is_chat:
+            message = choice.pop("message")
+            chunks.append(
+                head
+                | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]}
+            )
+            choice["delta"] = {
+                name: value
+                for name, value in message.items()
+                if name != "role" and value not in (None, [])
+            }
+        if choice["index"] in open_choices:
+            choice["finish_reason"] = None
+        chunks.append(head | {"choices": [choice]})
+    return chunks
+
+
+def _role_choice(index: int, role: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "delta": {"role": role, "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }

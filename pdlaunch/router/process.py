@@ -29,14 +29,14 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
+from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.membership import Membership, SupervisedMembership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.supervisor_link import SupervisorLink
+from pdlaunch.router.state import RecoverySettings, RouterState
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +54,14 @@ class RouterProcess:
         self._spec = spec
         self._url = local_url(spec.host, spec.port)
         self._membership = SupervisedMembership()
-        self._hops = Hops(
+        self._state = RouterState(
             EnginePool(time.monotonic),
             EngineClient(supervised.bootstrap.keys.http_token, EngineTimeouts()),
             RouterMetrics(spec.served_model_name),
             RecoverySettings(),
         )
         self._link = SupervisorLink(supervised.send)
-        self._router = RouterApp(spec, self._hops, self._link)
+        self._router = RouterApp(spec, self._state, self._link)
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -74,11 +74,11 @@ class RouterProcess:
         runners: list[web.AppRunner] = [runner]
         await runner.setup()
         self._supervised.register(self._url)
-        self._supervised.spawn(_follow(self._membership, self._hops))
+        self._supervised.spawn(_follow(self._membership, self._state))
         obeying = asyncio.ensure_future(self._obey())
         try:
             # Clients who waited for this router are not to hear that the deployment starts.
-            await _first([obeying, asyncio.ensure_future(self._hops.knows_engines())])
+            await _first([obeying, asyncio.ensure_future(self._state.knows_engines())])
             if not obeying.done():
                 runners.append(await self._take_commands())
                 await listen(runner, self._spec.listeners)
@@ -88,7 +88,7 @@ class RouterProcess:
         finally:
             obeying.cancel()
             await asyncio.gather(*(each.cleanup() for each in runners))
-            await self._hops.close()
+            await self._state.close()
 
     async def _take_commands(self) -> web.AppRunner:
         """Listen at the launch's admin socket, and leave the card by which commands find it."""
@@ -109,7 +109,7 @@ class RouterProcess:
                 case Restarting() as answer:
                     self._link.answered(answer)
                 case Suspects() as suspects:
-                    self._hops.suspects.take(suspects)
+                    self._state.suspects.take(suspects)
                 case Drain(timeout_s=timeout_s):
                     self._draining = self._supervised.spawn(self._drain(timeout_s))
                 case Stop():
@@ -152,9 +152,9 @@ def _fit(spec: RouterSpec) -> RouterSpec:
     return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
 
 
-async def _follow(membership: Membership, hops: Hops) -> None:
+async def _follow(membership: Membership, state: RouterState) -> None:
     async for registry in membership.versions():
-        hops.update(registry)
+        state.update(registry)
 
 
 async def _first(tasks: Sequence[asyncio.Future[None]]) -> None:

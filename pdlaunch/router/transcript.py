@@ -6,7 +6,6 @@ were sent, choices that are over and the prompt's tokens are not told twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -156,43 +155,3 @@ def _resumed(choice: ChoiceTranscript) -> list[dict[str, Any]]:
     if tokens and choice.finish_reason is not None:
         tokens[-1]["finish_reason"] = choice.finish_reason
     return tokens
-
-
-def chunks_of_answer(
-    answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
-) -> list[Chunk]:
-    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their
-    finish_reason is left out.
-    """
-    head = {
-        name: value
-        for name, value in answer.items()
-        if name not in ("choices", "kv_transfer_params", "object")
-    }
-    usage = head.pop("usage", None)
-    chunks: list[Chunk] = [] if usage is None else [head | {"choices": [], "usage": usage}]
-    for choice in answer["choices"]:
-        if is_chat:
-            message = choice.pop("message")
-            chunks.append(
-                head
-                | {"choices": [_role_choice(choice["index"], message.get("role", "assistant"))]}
-            )
-            choice["delta"] = {
-                name: value
-                for name, value in message.items()
-                if name != "role" and value not in (None, [])
-            }
-        if choice["index"] in open_choices:
-            choice["finish_reason"] = None
-        chunks.append(head | {"choices": [choice]})
-    return chunks
-
-
-def _role_choice(index: int, role: str) -> dict[str, Any]:
-    return {
-        "index": index,
-        "delta": {"role": role, "content": ""},
-        "logprobs": None,
-        "finish_reason": None,
-    }

@@ -12,13 +12,13 @@ import pytest
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.control import Registry, Restart
+from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.process import listen
-from pdlaunch.router.supervisor_link import SupervisorLink
+from pdlaunch.router.state import RecoverySettings, RouterState
 from tests.router.fake_engine import FakeEngine
 
 SPEC = RouterSpec(
@@ -59,7 +59,7 @@ class Stand:
         client = EngineClient(
             "launch-token", EngineTimeouts(stall_s=stall_s, probe_s=1.0, metrics_s=metrics_s)
         )
-        self.hops = Hops(
+        self.state = RouterState(
             self.pool,
             client,
             self.metrics,
@@ -67,7 +67,7 @@ class Stand:
         )
         self.asked: list[Restart] = []
         self.link = SupervisorLink(self.asked.append)
-        self.router = RouterApp(spec, self.hops, self.link)
+        self.router = RouterApp(spec, self.state, self.link)
         self.runner = HttpRunner(
             self.router.app, max_connections=spec.max_connections, shutdown_timeout_s=0.1
         )
@@ -78,7 +78,7 @@ class Stand:
         self.url = f"http://127.0.0.1:{port}"
         self.session = aiohttp.ClientSession(self.url)
         self.publish()
-        await self.hops.settled()
+        await self.state.settled()
 
     def publish(self, *, without: Sequence[str] = (), starting: Sequence[str] = ()) -> None:
         self.version += 1
@@ -88,12 +88,12 @@ class Stand:
             if engine.name not in without
             for entry in engine.entries(ready=engine.name not in starting)
         ]
-        self.hops.update(Registry(version=self.version, entries=entries))
+        self.state.update(Registry(version=self.version, entries=entries))
 
     async def close(self) -> None:
         await self.session.close()
         await self.runner.cleanup()
-        await self.hops.close()
+        await self.state.close()
         for engine in self.engines.values():
             engine.go.set()
             await engine.stop()

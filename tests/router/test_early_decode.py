@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from pdlaunch.router.client_request import REMOTE_DECODE
-from pdlaunch.router.early_decode import MAX_QUEUED
+from pdlaunch.router.policy import MAX_QUEUED
 from tests.router.conftest import Answer, Stand, pair, pairs
 from tests.router.fake_engine import FakeEngine, expected_tokens
 from tests.router.test_disconnects import all_is_quiet, send
@@ -36,7 +36,7 @@ async def test_decode_knows_of_the_prompt_before_prefill_answers(
     prefill, decode = lend(pair())
     prefill.hold_prefill = True
     await stand.start([prefill, decode])
-    stand.hops.spawn(let_go_once_told(prefill, decode))
+    stand.state.spawn(let_go_once_told(prefill, decode))
     answer = await stand.post(
         chat(stream=stream) if path == CHAT else completion(stream=stream), path=path
     )
@@ -54,9 +54,9 @@ async def test_decode_knows_of_the_prompt_before_prefill_answers(
     )
     assert params["pdlaunch"]["awaits_lease"] is True
     assert prefill.released == []
-    await stand.hops.settled()
+    await stand.state.settled()
     assert all(
-        engine.prompt_tokens == engine.num_streams == engine.num_works == 0
+        engine.num_prompt_tokens == engine.num_streams == engine.num_works == 0
         for engine in stand.pool.engines
     )
     assert stand.metric('pdlaunch_router_early_decodes_total{outcome="used"}') == 1
@@ -88,7 +88,7 @@ async def test_nobody_waits_behind_a_long_queue_of_prompts(stand: Stand, num_que
     busy = next(engine for engine in stand.pool.engines if engine.role == "prefill")
     with contextlib.ExitStack() as stack:
         for _ in range(num_queued):
-            stack.enter_context(busy.working(prompt_tokens=1))
+            stack.enter_context(busy.working(num_prompt_tokens=1))
         answer = await stand.post(completion())
     assert answer.texts() == {0: expected_text("hello", 6)}
     params = engines[1].seen[0].body["kv_transfer_params"]["pdlaunch"]
@@ -100,7 +100,7 @@ async def test_an_answer_that_ends_with_prefill_needs_decode_no_more(stand: Stan
     prefill.ends = {0: 1}
     prefill.hold_prefill = True
     await stand.start([prefill, decode])
-    stand.hops.spawn(let_go_once_told(prefill, decode))
+    stand.state.spawn(let_go_once_told(prefill, decode))
     answer = await stand.post(completion(stream=True))
     assert answer.finish_reasons() == {0: ["stop"]}
     await decode.aborted.wait()
@@ -117,7 +117,7 @@ async def test_another_prefill_engine_means_another_lease(stand: Stand) -> None:
         engine.seen[0].body["kv_transfer_params"]["pdlaunch"]["lease_id"] for engine in engines[:2]
     ]
     assert len(set(asked)) == 2
-    await stand.hops.settled()
+    await stand.state.settled()
     assert sum(engine.num_streams for engine in stand.pool.engines) == 0
 
 

@@ -5,11 +5,15 @@ error.
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import msgspec
 import pytest
 
+from pdlaunch.router import app
+from pdlaunch.router.generation import Generation
 from tests.router.conftest import SPEC, Stand, pair, pairs
 from tests.router.fake_engine import expected_tokens, until
 from tests.router.test_life_of_a_request import (
@@ -214,7 +218,7 @@ async def test_a_refusal_after_the_first_token_is_an_event(stand: Stand) -> None
     assert answer.events()[-1] == msgspec.json.decode(decode.error_body)
     whole = await stand.post(completion())
     assert (whole.status, whole.raw) == (400, decode.error_body)
-    await stand.hops.settled()
+    await stand.state.settled()
     assert not prefill.leases
 
 
@@ -303,6 +307,36 @@ async def test_one_failing_prompt_of_a_list_ends_the_others(stand: Stand) -> Non
     prefill.status = 500
     await decode.stop()
     stand.publish(without=["decode-0", "prefill-0"])
-    stand.hops.recovery = msgspec.structs.replace(stand.hops.recovery, wait_s=0.0)
+    stand.state.recovery = msgspec.structs.replace(stand.state.recovery, wait_s=0.0)
     answer = await request
     assert "error" in answer.events()[-1]
+
+
+@pytest.mark.parametrize("prompts", ["hello", ["hello", "hello too"]])
+async def test_a_failed_request_leaves_no_reference_cycle(
+    stand: Stand,
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: str | list[str],
+) -> None:
+    """Bodies are large: they must not wait for the garbage collector."""
+    prefill, decode = pair()
+    decode.status = prefill.status = 500
+    await stand.start([prefill, decode], recovery_wait_s=0.05)
+    made: list[weakref.ref[Generation]] = []
+
+    class Watched(Generation):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(app, "Generation", Watched)
+    gc.collect()
+    gc.disable()
+    try:
+        answer = await stand.post(completion(prompt=prompts))
+        assert answer.status >= 500
+        await stand.state.settled()
+        assert made
+        assert [one() for one in made] == [None] * len(made)
+    finally:
+        gc.enable()

@@ -1,4 +1,4 @@
-"""Two hops, one answer: what clients see and what engines are asked, with engines that follow the
+"""Two state, one answer: what clients see and what engines are asked, with engines that follow the
 protocol.
 """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry, Role
-from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, Engine, EnginePool
+from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.policy import NO_NEEDS, least_work
+from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, EnginePool
 
 
 class Clock:
@@ -59,43 +62,58 @@ def update(pool: EnginePool, *entries: Entry) -> None:
     pool.update(Registry(version=1, entries=list(entries)))
 
 
+def pick(
+    pool: EnginePool,
+    role: Role,
+    *,
+    strict: bool = False,
+    tried: Collection[EngineKey] = (),
+    needs: Capabilities = NO_NEEDS,
+) -> Engine | None:
+    """Choose as the pool's policy does for one hop, and count it as the pool does."""
+    engine = least_work(pool.engines, role, pool._clock(), strict=strict, tried=tried, needs=needs)
+    if engine is not None:
+        engine.num_picks += 1
+    return engine
+
+
 def named(engine: Engine | None) -> str:
     assert engine is not None
     return engine.name
 
 
 def test_an_empty_pool_has_nobody(pool: EnginePool) -> None:
-    assert pool.pick("prefill") is None
+    assert pick(pool, "prefill") is None
     assert not pool.has_ready("decode")
     assert pool.max_model_len("decode") is None
 
 
 def test_the_role_is_preferred_but_not_demanded(pool: EnginePool) -> None:
     update(pool, server("prefill-0"), server("decode-0"))
-    assert named(pool.pick("prefill")) == "prefill-0"
+    assert named(pick(pool, "prefill")) == "prefill-0"
     update(pool, server("decode-0"))
-    assert named(pool.pick("prefill")) == "decode-0"
-    assert pool.pick("prefill", strict=True) is None
+    assert named(pick(pool, "prefill")) == "decode-0"
+    assert pick(pool, "prefill", strict=True) is None
 
 
 def test_least_outstanding_work_wins(pool: EnginePool) -> None:
     update(pool, *(server(f"{role}-{index}") for role in ("prefill", "decode") for index in (0, 1)))
     engines = {engine.name: engine for engine in pool.engines}
     with (
-        engines["prefill-0"].working(prompt_tokens=100),
-        engines["prefill-1"].working(prompt_tokens=99, num_streams=5),
+        engines["prefill-0"].working(num_prompt_tokens=100),
+        engines["prefill-1"].working(num_prompt_tokens=99, num_streams=5),
     ):
-        assert named(pool.pick("prefill")) == "prefill-1"
+        assert named(pick(pool, "prefill")) == "prefill-1"
     with (
         engines["decode-0"].working(num_streams=2),
-        engines["decode-1"].working(num_streams=1, prompt_tokens=1000),
+        engines["decode-1"].working(num_streams=1, num_prompt_tokens=1000),
     ):
-        assert named(pool.pick("decode")) == "decode-1"
+        assert named(pick(pool, "decode")) == "decode-1"
 
 
 def test_equal_engines_take_turns(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1"), server("decode-2"))
-    assert sorted(named(pool.pick("decode")) for _ in range(6)) == [
+    assert sorted(named(pick(pool, "decode")) for _ in range(6)) == [
         f"decode-{index}" for index in (0, 0, 1, 1, 2, 2)
     ]
 
@@ -109,12 +127,12 @@ def test_an_engine_that_failed_is_the_last_choice_for_a_while(
         for name in ("prefill-0", "prefill-1", "decode-0")
     )
     pool.failed(failed)
-    assert named(pool.pick("prefill")) == "prefill-1"
-    assert named(pool.pick("prefill", exclude={other.key})) == "decode-0"
-    assert named(pool.pick("prefill", exclude={other.key, decode.key})) == "prefill-0"
-    assert pool.pick("prefill", strict=True, exclude={other.key}) is None
+    assert named(pick(pool, "prefill")) == "prefill-1"
+    assert named(pick(pool, "prefill", tried={other.key})) == "decode-0"
+    assert named(pick(pool, "prefill", tried={other.key, decode.key})) == "prefill-0"
+    assert pick(pool, "prefill", strict=True, tried={other.key}) is None
     clock.now_s += BACKOFF_S
-    assert named(pool.pick("prefill", exclude={other.key})) == "prefill-0"
+    assert named(pick(pool, "prefill", tried={other.key})) == "prefill-0"
 
 
 def test_the_backoff_grows_to_a_limit_and_ends_with_success(pool: EnginePool, clock: Clock) -> None:
@@ -123,12 +141,12 @@ def test_the_backoff_grows_to_a_limit_and_ends_with_success(pool: EnginePool, cl
     waits = []
     for _ in range(1100):
         pool.failed(engine)
-        waits.append(engine.avoid_until_s - clock.now_s)
+        waits.append(engine.avoid_until_at - clock.now_s)
     assert waits == sorted(waits)
     assert waits[0] == BACKOFF_S
     assert waits[-1] == MAX_BACKOFF_S
     pool.succeeded(engine)
-    assert named(pool.pick("decode", strict=True)) == "decode-0"
+    assert named(pick(pool, "decode", strict=True)) == "decode-0"
 
 
 @pytest.mark.parametrize(
@@ -148,13 +166,13 @@ def test_the_backoff_grows_to_a_limit_and_ends_with_success(pool: EnginePool, cl
 )
 def test_readiness(pool: EnginePool, entries: list[Entry], ready: bool) -> None:
     update(pool, *entries)
-    assert (pool.pick("decode") is not None) == ready
+    assert (pick(pool, "decode") is not None) == ready
 
 
 def test_an_engine_that_has_shown_ranks_needs_them(pool: EnginePool) -> None:
     update(pool, server("decode-0"), rank("decode-0"))
     update(pool, server("decode-0"))
-    assert pool.pick("decode") is None
+    assert pick(pool, "decode") is None
 
 
 def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> None:
@@ -163,7 +181,7 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
     first.max_model_len = 10
     with first.working(num_streams=1):
         update(pool, server("decode-0"), rank("decode-0"), server("decode-1"))
-        assert named(pool.pick("decode")) == "decode-1"
+        assert named(pick(pool, "decode")) == "decode-1"
         update(pool, server("decode-0"), rank("decode-0", incarnation=2))
         (second,) = pool.engines
         assert second.key != first.key
@@ -173,10 +191,9 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
 
 def test_needs_filter(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
-    assert {
-        named(pool.pick("decode", needs=lambda engine: engine.capabilities.resumes))
-        for _ in range(3)
-    } == {"decode-1"}
+    assert {named(pick(pool, "decode", needs=Capabilities(resumes=True))) for _ in range(3)} == {
+        "decode-1"
+    }
 
 
 Action = tuple[Literal["start", "end", "fail", "tick"], int]
@@ -190,9 +207,9 @@ def test_no_engine_is_starved_or_overloaded(actions: list[Action]) -> None:
     running: list[tuple[Engine, object]] = []
     for action, number in actions:
         if action == "start":
-            engine = pool.pick("decode")
+            engine = pick(pool, "decode")
             assert engine is not None
-            fair = [other for other in pool.engines if other.avoid_until_s <= clock.now_s]
+            fair = [other for other in pool.engines if other.avoid_until_at <= clock.now_s]
             assert engine.num_streams == min(other.num_streams for other in fair or pool.engines)
             assert engine in fair or not fair
             work = engine.working(num_streams=1)
@@ -215,17 +232,17 @@ def test_an_engine_of_which_a_process_has_stalled_gets_no_work_until_it_speaks_a
         pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2, state="stalled")
     )
     assert pool.engines[0].state == "stalled"
-    assert pool.pick("decode") is None
+    assert pick(pool, "decode") is None
     update(
         pool, server("decode-0", state="stalled"), rank("decode-0", 0, 2), rank("decode-0", 1, 2)
     )
     assert pool.engines[0].state == "stalled"
     update(pool, server("decode-0"), rank("decode-0", 0, 2), rank("decode-0", 1, 2))
-    assert named(pool.pick("decode")) == "decode-0"
+    assert named(pick(pool, "decode")) == "decode-0"
 
 
 def test_an_engine_that_was_given_up_is_shown_and_never_asked(pool: EnginePool) -> None:
     update(pool, server("decode-0"), rank("decode-0"))
     update(pool, server("decode-0", state="failed", address=Address()))
     assert [(engine.name, engine.state) for engine in pool.engines] == [("decode-0", "failed")]
-    assert pool.pick("decode") is None
+    assert pick(pool, "decode") is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdlaunch.protocol.control import Registry, Restarting
-from pdlaunch.router import admin, supervisor_link
+from pdlaunch.router import admin
 from tests.router.conftest import Stand
 from tests.router.fake_engine import until
 from tests.router.test_admin import AdminStand, admin_stand
@@ -61,7 +61,7 @@ async def test_one_that_is_given_up_again_is_an_error(admin_stand: AdminStand) -
     stand.link.answered(Restarting(question=await asked(stand), engine="decode-0", incarnation=1))
     (server, _) = stand.engines["decode-0"].entries()
     server.incarnation, server.state, server.reason = 6, "failed", "died 5 times: disk full"
-    stand.hops.update(Registry(version=99, entries=[server]))
+    stand.state.update(Registry(version=99, entries=[server]))
     status, body = await answer
     assert (status, body["error"]["message"]) == (
         503,
@@ -93,7 +93,7 @@ async def test_without_a_name_nothing_is_restarted(admin_stand: AdminStand) -> N
 async def test_a_supervisor_that_does_not_answer_is_503(
     admin_stand: AdminStand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor_link, "ANSWER_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(admin, "ANSWER_TIMEOUT_S", 0.01)
     status, body = await restart(admin_stand, "decode-0")
     assert (status, body["error"]["code"]) == (503, "no_answer")
     admin_stand.stand.link.answered(

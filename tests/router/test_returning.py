@@ -25,7 +25,7 @@ async def engine(stand: Stand) -> FakeEngine:
 
 
 def patience(stand: Stand, **changes: float) -> None:
-    stand.hops.recovery = msgspec.structs.replace(stand.hops.recovery, **changes)
+    stand.state.recovery = msgspec.structs.replace(stand.state.recovery, **changes)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -35,7 +35,7 @@ async def test_an_engine_that_turns_requests_away_is_asked_until_it_does_not(
     patience(stand, retry_wait_s=0.001)
     engine.status = 503
     request = asyncio.ensure_future(stand.post(completion(stream=stream)))
-    await until(lambda: len(engine.seen) > 2 * stand.hops.recovery.max_attempts)
+    await until(lambda: len(engine.seen) > 2 * stand.state.recovery.max_attempts)
     engine.status = None
     assert (await request).texts() == {0: expected_text("hello", 6)}
     ids = [seen.headers["X-Request-Id"] for seen in engine.seen]
@@ -55,7 +55,7 @@ async def test_an_engine_that_cannot_be_reached_is_asked_again(
         await until(
             lambda: (
                 stand.metric("pdlaunch_router_engine_failures_total")
-                > 2 * stand.hops.recovery.max_attempts
+                > 2 * stand.state.recovery.max_attempts
             )
         )
         await engine.listen_too(unheard.dup())
@@ -84,7 +84,7 @@ async def test_a_request_that_breaks_an_engine_is_not_repeated_for_ever(
     engine.die_after = 0
     answer = await stand.post(completion())
     assert answer.status == 503
-    assert len(engine.seen) == stand.hops.recovery.max_attempts
+    assert len(engine.seen) == stand.state.recovery.max_attempts
 
 
 async def test_every_restart_of_an_engine_that_turns_a_request_away_counts(
@@ -93,7 +93,7 @@ async def test_every_restart_of_an_engine_that_turns_a_request_away_counts(
     patience(stand, retry_wait_s=NEVER_S)
     engine.status = 503
     request = asyncio.ensure_future(stand.post(completion()))
-    for num_asked in range(1, stand.hops.recovery.max_attempts + 1):
+    for num_asked in range(1, stand.state.recovery.max_attempts + 1):
         await until(
             lambda num_asked=num_asked: (
                 stand.metric("pdlaunch_router_engine_failures_total") == num_asked
@@ -103,7 +103,7 @@ async def test_every_restart_of_an_engine_that_turns_a_request_away_counts(
         stand.publish()
     answer = await request
     assert answer.status == 503
-    assert len(engine.seen) == stand.hops.recovery.max_attempts
+    assert len(engine.seen) == stand.state.recovery.max_attempts
 
 
 async def test_the_wait_has_an_end(stand: Stand, engine: FakeEngine) -> None:

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.router.scrape import MetricFamilies
+from pdlaunch.router.metrics import MetricFamilies
 from tests.router.conftest import Stand, pair, pairs
 from tests.router.test_life_of_a_request import completion
 

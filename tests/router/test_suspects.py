@@ -41,7 +41,7 @@ def tell_of_death(stand: Stand, engine: FakeEngine, seen: Seen, after_s: float =
     assert origin
 
     def tell() -> None:
-        stand.hops.suspects.take(
+        stand.state.suspects.take(
             Suspects(origins=[origin, 12345], repeated=[origin] if is_suspect else [])
         )
         stand.publish(starting=[engine.name])
@@ -89,7 +89,7 @@ async def test_innocent_request_is_answered_by_the_next_engine_which_is_told(
     assert sorted(marks(stand)) == [False, True, True], "prefill, prefill again, decode"
     await stand.post(completion())
     assert True not in marks(stand)[-1:], "the next request has nothing to do with it"
-    assert stand.hops.suspects._num_deaths == {}
+    assert stand.state.suspects._num_deaths == {}
 
 
 async def test_decode_is_not_told_early_of_a_suspect(stand: Stand) -> None:
@@ -135,11 +135,11 @@ async def test_deaths_after_survived_steps_are_first_deaths_each(stand: Stand) -
     """An engine says that a suspect has survived: then a later death may have had another cause."""
     await stand.start(pairs(2))
     origin = 77
-    with stand.hops.suspects.watch(origin):
+    with stand.state.suspects.watch(origin):
         for _ in range(3):
-            stand.hops.suspects.take(Suspects(origins=[origin], repeated=[]))
-            stand.hops.suspects.check(origin)
-        assert stand.hops.suspects.header(origin) == {ORIGIN_HEADER: "77;suspect"}
+            stand.state.suspects.take(Suspects(origins=[origin], repeated=[]))
+            stand.state.suspects.check(origin)
+        assert stand.state.suspects.header(origin) == {ORIGIN_HEADER: "77;suspect"}
 
 
 @pytest.mark.parametrize("header", [None, "", "0", "-1", "x", "1;other", str(2**63), "1" * 30])

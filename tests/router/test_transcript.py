@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.router.answers import merge
-from pdlaunch.router.transcript import Transcript, chunks_of_answer
+from pdlaunch.router.handover import chunks_of_answer
+from pdlaunch.router.transcript import Transcript
 
 
 def chat_chunk(

@@ -19,13 +19,13 @@ from pdlaunch.process import run_dirs
 from pdlaunch.process.run_dirs import ADMIN_SOCKET, LaunchCard
 from pdlaunch.protocol.control import Address, Entry, Registry, SleepState
 from pdlaunch.protocol.engine import Sleep, SleepReply, WakeUp
+from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.hops import Hops, RecoverySettings
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
-from pdlaunch.router.supervisor_link import SupervisorLink
+from pdlaunch.router.state import RecoverySettings, RouterState
 from pdlaunch.supervisor.folders import new_run_dir
 from tests.router.conftest import SPEC
 from tests.server.conftest import TOKEN, Engine
@@ -42,31 +42,31 @@ async def launch(
     what the engine says.
     """
     engine: Engine = await make_engine(enable_sleep_mode=True, enable_cumem_allocator=True)
-    hops = Hops(
+    state = RouterState(
         EnginePool(time.monotonic),
         EngineClient(TOKEN, EngineTimeouts()),
         RouterMetrics("tiny"),
         RecoverySettings(),
     )
 
-    def announce(state: SleepState) -> None:
+    def announce(said: SleepState) -> None:
         server = Entry(
             name="prefill-0", kind="server", incarnation=1, engine="prefill-0", role="prefill"
         )
         server.address = Address(http=engine.url)
-        server.state = "ready" if state.state == "awake" else state.state
-        hops.update(Registry(version=1, entries=[server]))
+        server.state = "ready" if said.state == "awake" else said.state
+        state.update(Registry(version=1, entries=[server]))
 
     engine.service.sleep.announce = announce
     announce(SleepState(state="awake"))
     monkeypatch.setattr(run_dirs, "base_dir", lambda: tmp_path)
     with new_run_dir(tmp_path) as run_dir:
-        router = RouterApp(SPEC, hops, SupervisorLink(lambda _: None))
+        router = RouterApp(SPEC, state, SupervisorLink(lambda _: None))
         runner = await listen_at_admin_socket(router.app, run_dir / ADMIN_SOCKET)
         LaunchCard(launch_id="id", url="http://127.0.0.1:8000").write(run_dir)
         yield engine
         await runner.cleanup()
-    await hops.close()
+    await state.close()
 
 
 def run(*arguments: str) -> Result:

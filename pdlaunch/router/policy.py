@@ -1,0 +1,188 @@
+"""Routing policies decide which engines serve a prompt.
+
+A policy is pure: everything that it may look at is an argument, and it changes nothing. So it can
+be tested by properties, and a simulator can replay it on a clock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from pdlaunch.protocol.control import Capabilities, PairReady, Role
+from pdlaunch.router.engine import Engine, EngineKey
+
+Hop = Literal["prefill", "decode"]
+
+NO_NEEDS = Capabilities()
+MAX_QUEUED = 8
+"""Decode is told early only of prompts behind at most so many at the prefill engine.
+
+A prompt further behind would keep decode waiting, and that time counts as decode's work.
+"""
+
+
+class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy sees of a prompt, and how far the prompt has come."""
+
+    hop: Hop
+    """``prefill``: nobody has computed anything. ``decode``: one engine is to do all that is left,
+    with or without blocks of a prefill engine.
+    """
+    num_prompt_tokens: int = 0
+    """Estimated length of the prompt."""
+    max_tokens: int | None = None
+    num_choices: int = 1
+    prefix: msgspec.Raw | None = None
+    """The prompt or messages as the client wrote them."""
+    priority: int = 0
+    """Lower numbers go first, as in vLLM; clients cannot set it yet."""
+    is_suspect: bool = False
+    """A rank may have died of it."""
+    tried: frozenset[EngineKey] = frozenset()
+    """Engines that failed this prompt and are not to be asked again now."""
+    needs: Capabilities = msgspec.field(default_factory=Capabilities)
+    """What the next engine must be able to do."""
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy's answer."""
+
+    reason: str
+    """For people and logs: why these engines."""
+    prefill: Engine | None = None
+    """Computes the prompt and hands it over; None: the decode engine does all."""
+    decode: Engine | None = None
+    """With a prefill engine: the one that is told of the prompt while that computes, None: decode
+    is chosen afterwards. Alone: the one that is asked now, None: nobody can be asked.
+    """
+
+    def __str__(self) -> str:
+        engines = (self.prefill, self.decode)
+        names = [engine.name for engine in engines if engine is not None]
+        return f"{' -> '.join(names) or 'no engine'}: {self.reason}"
+
+
+class PrefixIndex(Protocol):
+    """Knows approximately what the engines' prefix caches hold."""
+
+    def num_cached_tokens(self, engine: Engine, prefix: msgspec.Raw | None) -> int:
+        """Return how many tokens of the prefix this engine need not compute."""
+
+
+class NoIndex:
+    """A PrefixIndex that knows nothing."""
+
+    def num_cached_tokens(self, engine: Engine, prefix: msgspec.Raw | None) -> int:
+        return 0
+
+
+class Policy(Protocol):
+    """Chooses the engines of a prompt, again for each hop and after each failure."""
+
+    def choose(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route:
+        """Return the route. ``pairs``: proven paths between ranks; ``now_at``: the pool's clock."""
+
+
+class LeastWork:
+    """Gives each hop to the ready engine of its role with the least outstanding work.
+
+    Work is prompt tokens for prefill and active streams for decode. A role is a preference: where
+    nobody else is left, any engine serves. An engine that failed a moment ago is the last choice.
+    """
+
+    def choose(
+        self,
+        request: RoutingRequest,
+        engines: Sequence[Engine],
+        pairs: Sequence[PairReady],
+        index: PrefixIndex,
+        now_at: float,
+    ) -> Route:
+        if request.hop == "decode":
+            return _serve_alone(request, engines, now_at)
+        if request.max_tokens == 1:
+            return Route(reason="one token needs no decode engine")
+        if not any(engine.ready and engine.role == "decode" for engine in engines):
+            return Route(reason="no decode engine is ready")
+        prefill = least_work(engines, "prefill", now_at, strict=True, tried=request.tried)
+        if prefill is None:
+            return Route(reason="no prefill engine is ready")
+        return Route(
+            reason="least work",
+            prefill=prefill,
+            decode=_told_early(request, prefill, engines, now_at),
+        )
+
+
+def least_work(
+    engines: Sequence[Engine],
+    role: Role,
+    now_at: float,
+    *,
+    strict: bool = False,
+    tried: Collection[EngineKey] = (),
+    needs: Capabilities = NO_NEEDS,
+) -> Engine | None:
+    """Return the engine with the least work for ``role``, None when none can take it.
+
+    ``strict``: only engines of this role, and none that failed a moment ago.
+    """
+    candidates = [
+        engine
+        for engine in engines
+        if engine.ready
+        and engine.key not in tried
+        and covers(engine.capabilities, needs)
+        and not (strict and (engine.role != role or engine.avoid_until_at > now_at))
+    ]
+    return min(candidates, key=lambda engine: _rank(engine, role, now_at), default=None)
+
+
+def covers(has: Capabilities, needs: Capabilities) -> bool:
+    """Tell whether an engine can do everything that is needed."""
+    pairs = zip(msgspec.structs.astuple(has), msgspec.structs.astuple(needs), strict=True)
+    return all(can or not must for can, must in pairs)
+
+
+def _serve_alone(request: RoutingRequest, engines: Sequence[Engine], now_at: float) -> Route:
+    role: Role = "prefill" if request.max_tokens == 1 else "decode"
+    engine = least_work(engines, role, now_at, tried=request.tried, needs=request.needs)
+    if engine is None:
+        return Route(reason="no engine is ready")
+    reason = "least work" if engine.role == role else f"no {role} engine is ready"
+    return Route(decode=engine, reason=reason)
+
+
+def _told_early(
+    request: RoutingRequest, prefill: Engine, engines: Sequence[Engine], now_at: float
+) -> Engine | None:
+    waits = Capabilities(awaits_lease=True)
+    if (
+        request.is_suspect
+        or request.num_choices > 1
+        or prefill.num_works > MAX_QUEUED
+        or prefill.lender is None
+        or not covers(prefill.capabilities, waits)
+    ):
+        return None
+    return least_work(engines, "decode", now_at, strict=True, needs=waits)
+
+
+def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, bool, int, int, int]:
+    """Smallest is best; engines of equal work take turns."""
+    work = (
+        (engine.num_prompt_tokens, engine.num_streams)
+        if role == "prefill"
+        else (engine.num_streams, engine.num_prompt_tokens)
+    )
+    return (engine.avoid_until_at > now_at, engine.role != role, *work, engine.num_picks)

@@ -1,0 +1,124 @@
+"""Recovery of a prompt that engines have failed: whom to ask next, how long to wait, when to stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from pdlaunch.errors import OverloadedError
+from pdlaunch.http.errors import RETRY_AFTER_S
+from pdlaunch.router.engine import Engine, EngineKey
+from pdlaunch.router.engine_client import EngineFailure, EngineRefusal
+from pdlaunch.router.policy import Hop, RoutingRequest
+from pdlaunch.router.state import RouterState
+
+logger = logging.getLogger(__name__)
+
+
+class Attempts:
+    """What was tried for one prompt and failed, and who is asked next."""
+
+    def __init__(self, state: RouterState) -> None:
+        self.tried: set[EngineKey] = set()
+        self._state = state
+        self._failure: EngineFailure | EngineRefusal | None = None
+        self._retry_at = 0.0
+        """When those who were tried may be asked again."""
+        self._trouble_since_at: float | None = None
+        """When the first engine failed since something was heard."""
+        self._num_decode_failures = 0
+        self._turned_away_by: set[EngineKey] = set()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def heard(self) -> None:
+        """An engine has said something: the time for waiting begins anew."""
+        self._trouble_since_at = None
+
+    def begin_decode(self) -> None:
+        """Prefill has answered: what went wrong before is of no more interest."""
+        self.tried.clear()
+        self.forget()
+        self.heard()
+
+    def forget(self) -> None:
+        """Let go of the last failure, whose traceback leads back to here."""
+        self._failure = None
+
+    def is_final(self, engine: Engine, hop: Hop, failure: EngineFailure | EngineRefusal) -> bool:
+        """Note what went wrong; True for a refusal that no other engine would take back."""
+        if isinstance(failure, EngineRefusal) and not failure.is_busy:
+            return True
+        if isinstance(failure, EngineFailure):
+            logger.warning("%s hop failed: %s", hop, str(failure))
+            self._state.pool.failed(engine)
+            self._state.metrics.engine_failed(engine.name, hop)
+            now_at = self._state.now()
+            self._retry_at = now_at + self._state.recovery.retry_wait_s
+            if self._trouble_since_at is None:
+                self._trouble_since_at = now_at
+        else:
+            self.heard()
+        self.tried.add(engine.key)
+        self._failure = failure
+        return False
+
+    def exhausts_decode(self, engine: Engine, failure: EngineFailure | EngineRefusal) -> bool:
+        """Count a failure of decode; True when there have been too many.
+
+        An engine that turns the request away again has survived it, and is not counted.
+        """
+        if isinstance(failure, EngineFailure):
+            is_known = engine.key in self._turned_away_by
+            if failure.turned_away:
+                self._turned_away_by.add(engine.key)
+            self._num_decode_failures += not (failure.turned_away and is_known)
+        return self._num_decode_failures >= self._state.recovery.max_attempts
+
+    async def next_engine(
+        self, request: Callable[[], RoutingRequest], *, has_begun: bool, may_wait: bool
+    ) -> Engine:
+        """Return the engine for the next attempt; after a failure it is waited for.
+
+        ``request`` is asked before each try. ``has_begun``: the client has tokens. ``may_wait``:
+        somebody has worked for the request. Raises the last failure, or OverloadedError.
+        """
+        state = self._state
+        since_at = state.now() if self._trouble_since_at is None else self._trouble_since_at
+        end_at = since_at + state.recovery.wait_s
+        while True:
+            route = state.pool.route(request())
+            logger.debug("route: %s", route)
+            if route.decode is not None:
+                return route.decode
+            left_s = end_at - state.now()
+            if self._failure is None and not may_wait:
+                raise no_engine("no engine is ready")
+            if isinstance(self._failure, EngineRefusal):
+                # All are busy. A client without an answer is told so; a stream waits.
+                if left_s <= 0 or not has_begun:
+                    raise self._failure
+                await state.registry_change(min(left_s, state.recovery.busy_wait_s))
+                self.tried.clear()
+            elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
+                raise self._failure or no_engine("no engine can go on with this request")
+            else:
+                await self._wait_for_return(left_s)
+
+    async def _wait_for_return(self, left_s: float) -> None:
+        """Wait for news of the registry, or until who failed may be asked again.
+
+        The registry need not know that an engine was away.
+        """
+        state = self._state
+        retry_in_s = max(0.0, self._retry_at - state.now()) if self.tried else left_s
+        await state.registry_change(min(left_s, retry_in_s))
+        if state.now() >= self._retry_at:
+            self.tried.clear()
+
+
+def no_engine(message: str) -> OverloadedError:
+    """Return the error for a request that no engine can be given now."""
+    return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

@@ -1,0 +1,162 @@
+"""What every request of the router shares: the pool, the client side, metrics, suspects, and news
+of the registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from pdlaunch.errors import KillsEngineError
+from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
+from pdlaunch.protocol.control import Registry, Suspects
+from pdlaunch.protocol.ids import PromptOrigin
+from pdlaunch.router.engine import Engine
+from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.metrics import RouterMetrics
+from pdlaunch.router.pool import EnginePool
+
+CLOSE_TIMEOUT_S = 2.0
+DEATH_NEWS_S = 1.0
+"""How long the supervisor may take to tell of a death that an engine's server has spoken of."""
+
+
+class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How hard the router tries to save a request that an engine has dropped."""
+
+    max_attempts: int = 4
+    """Engines asked for one hop: a request that kills engines must not kill them all."""
+    wait_s: float = 60.0
+    """How long to wait after a failure for an engine to come, or to come back."""
+    retry_wait_s: float = 1.0
+    """How long to leave an engine alone that failed and that the registry still calls ready, where
+    there is no other.
+    """
+    busy_wait_s: float = 1.0
+    """How long to leave a busy engine alone."""
+
+
+class SuspectBook:
+    """Remembers what is known against the requests that run, and nothing of others.
+
+    A rank that dies by itself makes the requests of its last step suspects. An engine never has two
+    suspects in a step, so that one whose step ends with a death again is the cause.
+    """
+
+    def __init__(self) -> None:
+        self._num_deaths: dict[PromptOrigin, int] = {}
+        """1 for a suspect, 2 for one that was a suspect already."""
+
+    @contextmanager
+    def watch(self, origin: PromptOrigin) -> Iterator[None]:
+        """Watch a prompt for as long as the block runs."""
+        self._num_deaths[origin] = 0
+        try:
+            yield
+        finally:
+            del self._num_deaths[origin]
+
+    def take(self, news: Suspects) -> None:
+        """Note that a rank has died."""
+        for origin in news.origins:
+            if origin in self._num_deaths:
+                self._num_deaths[origin] = (
+                    2 if origin in news.repeated else max(1, self._num_deaths[origin])
+                )
+
+    def is_suspect(self, origin: PromptOrigin) -> bool:
+        return self._num_deaths[origin] > 0
+
+    def header(self, origin: PromptOrigin) -> dict[str, str]:
+        """Return the header that tells an engine of a suspect; empty for others."""
+        if not self.is_suspect(origin):
+            return {}
+        return {ORIGIN_HEADER: format_origin(origin, is_suspect=True)}
+
+    def check(self, origin: PromptOrigin) -> None:
+        """Raise KillsEngineError when a second rank has died of the request."""
+        if self._num_deaths[origin] > 1:
+            raise KillsEngineError(
+                "this request made an engine crash twice, the second time alone; it is not tried "
+                "again"
+            )
+
+
+class RouterState:
+    """Shared by all requests of the process; lives in its event loop."""
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        client: EngineClient,
+        metrics: RouterMetrics,
+        recovery: RecoverySettings,
+    ) -> None:
+        self.pool = pool
+        self.client = client
+        self.metrics = metrics
+        self.recovery = recovery
+        self.suspects = SuspectBook()
+        self._changed = asyncio.Event()
+        self._has_registry = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def update(self, registry: Registry) -> None:
+        """Take over a registry and wake those who wait for an engine."""
+        self.pool.update(registry)
+        self.metrics.show_pairs(registry.pairs)
+        self._has_registry.set()
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for engine in self.pool.engines:
+            if engine.ready and engine.max_model_len is None:
+                self.spawn(self._learn_max_model_len(engine))
+
+    async def knows_engines(self) -> None:
+        """Return once there has been a registry."""
+        await self._has_registry.wait()
+
+    async def news_of_death(self, engine: Engine) -> None:
+        """Return when the registry knows of the death that an engine's server has spoken of.
+
+        Usually it does already.
+        """
+        end_at = self.now() + DEATH_NEWS_S
+        while self.pool.lists(engine) and (left_s := end_at - self.now()) > 0:
+            await self.registry_change(left_s)
+
+    async def registry_change(self, timeout_s: float) -> None:
+        """Return at the next change of the registry, at the latest after ``timeout_s``."""
+        changed = self._changed
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return
+
+    def now(self) -> float:
+        """Return the instant on the event loop's clock, in seconds."""
+        return asyncio.get_running_loop().time()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` beyond the life of the request that wants it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settled(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until what was spawned is done."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    async def close(self) -> None:
+        """Finish what was spawned, then close the client side."""
+        await self.settled()
+        await self.client.close()
+
+    async def _learn_max_model_len(self, engine: Engine) -> None:
+        engine.max_model_len = await self.client.read_max_model_len(engine)

@@ -1,0 +1,131 @@
+"""The routing policy is pure: it answers from its arguments alone, and changes none of them."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.router.engine import Engine, Lender
+from pdlaunch.router.policy import (
+    MAX_QUEUED,
+    LeastWork,
+    NoIndex,
+    Route,
+    RoutingRequest,
+    covers,
+)
+
+LENDER = Lender(engine_id="e", host="127.0.0.1", port=1, tp_size=1)
+
+
+def engine(name: str, **fields: object) -> Engine:
+    default = {
+        "name": name,
+        "processes": (1,),
+        "url": f"http://{name}",
+        "role": name.partition("-")[0],
+        "capabilities": Capabilities(awaits_lease=True, resumes=True, gives_first_token=True),
+        "ready": True,
+        "state": "ready",
+        "lender": LENDER,
+    }
+    return Engine(**(default | fields))
+
+
+def choose(request: RoutingRequest, engines: list[Engine], now_at: float = 0.0) -> Route:
+    return LeastWork().choose(request, engines, [], NoIndex(), now_at)
+
+
+def prompt(**fields: object) -> RoutingRequest:
+    return RoutingRequest(**({"hop": "prefill", "num_prompt_tokens": 100} | fields))
+
+
+def test_decode_is_told_while_prefill_computes() -> None:
+    prefill, decode = engine("prefill-0"), engine("decode-0")
+    route = choose(prompt(), [prefill, decode])
+    assert (route.prefill, route.decode) == (prefill, decode)
+    assert str(route) == "prefill-0 -> decode-0: least work"
+
+
+def test_decode_is_not_told_of_prompts_that_would_keep_it_waiting() -> None:
+    decode = engine("decode-0")
+    for request, fields in [
+        (prompt(is_suspect=True), {}),
+        (prompt(num_choices=2), {}),
+        (prompt(), {"num_works": MAX_QUEUED + 1}),
+        (prompt(), {"lender": None}),
+        (prompt(), {"capabilities": Capabilities()}),
+    ]:
+        prefill = engine("prefill-0", **fields)
+        route = choose(request, [prefill, decode])
+        assert (route.prefill, route.decode) == (prefill, None)
+
+
+def test_without_a_pair_the_reason_says_what_is_missing() -> None:
+    prefill, decode = engine("prefill-0"), engine("decode-0")
+    assert choose(prompt(), [prefill]).reason == "no decode engine is ready"
+    assert choose(prompt(), [decode]).reason == "no prefill engine is ready"
+    assert choose(prompt(max_tokens=1), [prefill, decode]).prefill is None
+    alone = choose(prompt(hop="decode"), [prefill])
+    assert (alone.decode, alone.reason) == (prefill, "no decode engine is ready")
+    assert str(choose(prompt(hop="decode"), [])) == "no engine: no engine is ready"
+
+
+ENGINES = st.lists(
+    st.builds(
+        engine,
+        st.sampled_from(["prefill-0", "prefill-1", "decode-0", "decode-1"]),
+        ready=st.booleans(),
+        num_prompt_tokens=st.integers(0, 3),
+        num_streams=st.integers(0, 3),
+        num_works=st.integers(0, MAX_QUEUED + 1),
+        num_picks=st.integers(0, 3),
+        avoid_until_at=st.floats(0, 2),
+        capabilities=st.builds(Capabilities, resumes=st.booleans(), awaits_lease=st.booleans()),
+    ),
+    max_size=4,
+    unique_by=lambda one: one.name,
+)
+REQUESTS = st.builds(
+    prompt,
+    hop=st.sampled_from(["prefill", "decode"]),
+    max_tokens=st.sampled_from([None, 1, 5]),
+    num_choices=st.integers(1, 2),
+    is_suspect=st.booleans(),
+    needs=st.builds(Capabilities, resumes=st.booleans()),
+)
+
+
+@given(REQUESTS, ENGINES, st.floats(0, 2), st.data())
+def test_what_is_chosen_can_serve_and_nothing_is_changed(
+    request: RoutingRequest, engines: list[Engine], now_at: float, data: st.DataObject
+) -> None:
+    tried = data.draw(st.frozensets(st.sampled_from(engines))) if engines else frozenset()
+    request = msgspec.structs.replace(request, tried=frozenset(one.key for one in tried))
+    before = [msgspec.structs.asdict(one) for one in engines]
+    route = choose(request, engines, now_at)
+    assert choose(request, engines, now_at) == route
+    assert [msgspec.structs.asdict(one) for one in engines] == before
+    if request.hop == "decode":
+        able = [
+            one
+            for one in engines
+            if one.ready and one not in tried and covers(one.capabilities, request.needs)
+        ]
+        assert route.prefill is None
+        assert (route.decode in able) if able else route.decode is None
+        return
+    if route.prefill is None:
+        assert route.decode is None
+        return
+    assert route.prefill.role == "prefill"
+    assert route.prefill not in tried
+    others = [
+        one
+        for one in engines
+        if one.ready and one.role == "prefill" and one not in tried and one.avoid_until_at <= now_at
+    ]
+    assert route.prefill.num_prompt_tokens == min(one.num_prompt_tokens for one in others)
+    assert route.decode is None or (route.decode.role == "decode" and route.decode.ready)
