@@ -31,9 +31,8 @@ from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
+from pdlaunch.platform.availability import probe_imports, probe_port
 from pdlaunch.platform.facts import Machine, PortState
-from pdlaunch.platform.import_probe import probe_imports
-from pdlaunch.platform.ports import probe_port
 from pdlaunch.platform.probe import assume, probe_machine
 from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 

@@ -22,7 +22,7 @@ from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of
-from pdlaunch.platform.folders import why_not_writable
+from pdlaunch.platform.availability import why_not_writable
 from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.resolve.models import weight_error

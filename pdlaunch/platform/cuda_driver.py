@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdlaunch.platform.facts import Gpu
+from pdlaunch.platform.facts import Availability, Gpu
 from pdlaunch.platform.library_calls import LibraryCalls
 
 LIBRARY = "libcuda.so.1"
@@ -107,3 +108,43 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
         has_fabric_handles=has_imex_channel and bool(calls.attribute(_HANDLE_TYPE_FABRIC, device)),
         pci_bus_id=calls.pci_bus_id(device),
     )
+
+
+def is_cumem_allocator_available() -> bool:
+    """Never raises; ``probe_cumem`` says why not."""
+    return probe_cumem().available
+
+
+def probe_cumem(read: Callable[[], Driver] = read_driver) -> Availability:
+    """Ask the driver; never raises."""
+    try:
+        return judge_cumem(read())
+    except DriverError as error:
+        return Availability(False, str(error))
+    except Exception as error:  # A broken driver can fail in any way; the answer is still no.
+        return Availability(
+            False, f"the probe of the CUDA driver failed: {type(error).__name__}: {error}"
+        )
+
+
+def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
+    """From what the driver said."""
+    if system != "linux":
+        return Availability(False, f"CuMem pools need Linux; this is {system}")
+    if not driver.gpus:
+        return Availability(False, "cuDeviceGetCount: no CUDA device is visible")
+    without = [str(gpu.index) for gpu in driver.gpus if not gpu.has_virtual_memory]
+    if without:
+        devices = ", ".join(without)
+        return Availability(
+            False, f"cuDeviceGetAttribute: no virtual memory management on device {devices}"
+        )
+    return Availability(True, "cuDeviceGetAttribute: virtual memory management on every device")
+
+
+def has_accelerator(read: Callable[[], Driver] = read_driver) -> bool:
+    """Never raises."""
+    try:
+        return bool(read().gpus)
+    except DriverError:
+        return False

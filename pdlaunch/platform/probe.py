@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from pdlaunch.platform.cuda_driver import Driver, DriverError, read_driver
-from pdlaunch.platform.cumem import judge_cumem, probe_cumem
+from pdlaunch.platform.cuda_driver import Driver, DriverError, judge_cumem, probe_cumem, read_driver
 from pdlaunch.platform.facts import UNLIMITED, Fact, Gpu, Libraries, Limits, Machine, SharedMemory
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.platform.limits import (

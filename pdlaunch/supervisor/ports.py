@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from pdlaunch.errors import StartupError
-from pdlaunch.platform.ports import probe_port
+from pdlaunch.platform.availability import probe_port
 from pdlaunch.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.resolve.resolve import ResolvedLaunch
 

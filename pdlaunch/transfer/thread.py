@@ -29,7 +29,7 @@ from typing import Any
 import zmq
 
 from pdlaunch.errors import TransferError
-from pdlaunch.platform.timer_slack import sleep_precisely
+from pdlaunch.platform.kernel import sleep_precisely
 from pdlaunch.protocol.control import Entry
 from pdlaunch.protocol.side_channel import Refused
 from pdlaunch.protocol.transfer import TransferCommand, TransferEvent

@@ -3,8 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.platform.cuda_driver import Driver, DriverError, load_library, read_driver
-from pdlaunch.platform.cumem import is_cumem_allocator_available, judge_cumem, probe_cumem
+from pdlaunch.platform.cuda_driver import (
+    Driver,
+    DriverError,
+    is_cumem_allocator_available,
+    judge_cumem,
+    load_library,
+    probe_cumem,
+    read_driver,
+)
 from pdlaunch.platform.facts import Gpu
 
 ATTRIBUTES = {75: 9, 76: 0, 102: 1, 128: 1}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdlaunch.platform.folders import why_not_writable
+from pdlaunch.platform.availability import why_not_writable
 
 
 def test_a_folder_that_is_there_or_can_be_made(

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.platform import probe
+from pdlaunch.platform.availability import probe_imports, probe_port
 from pdlaunch.platform.cuda_driver import Driver
 from pdlaunch.platform.facts import Gpu, Machine
-from pdlaunch.platform.import_probe import probe_imports
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.platform.limits import has_native_bf16, memory_bytes, read_shared_memory, usable_cpus
-from pdlaunch.platform.ports import probe_port
 from pdlaunch.platform.probe import assume, probe_machine
 
 

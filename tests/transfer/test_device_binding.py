@@ -10,8 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from pdlaunch.platform.accelerator import has_accelerator
-from pdlaunch.platform.cuda_driver import DriverError
+from pdlaunch.platform.cuda_driver import DriverError, has_accelerator
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,

@@ -4,9 +4,17 @@ it under our feet.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from pdlaunch.platform.accelerator import DeviceSwitch, has_accelerator
+from pdlaunch.platform.cuda_driver import has_accelerator
+
+
+class DeviceSwitch(Protocol):
+    """Sets the CUDA device of the calling thread, as ``torch.cuda`` does."""
+
+    def set_device(self, device: int) -> None: ...
 
 
 class DeviceBinding:

@@ -19,7 +19,7 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.batch_copies import Addresses
 from pdlaunch.memory.kv_memory import Export, NotShareable, PeerMapping, SharedRange
-from pdlaunch.platform.host_identity import host_identity
+from pdlaunch.platform.kernel import host_identity
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,

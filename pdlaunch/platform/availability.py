@@ -1,0 +1,137 @@
+"""Asks by trying whether a port, a folder or a library can be used; never raises."""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pdlaunch.platform.facts import PortState
+
+RESOLVE_TIMEOUT_S = 0.3
+
+_PROBLEMS = {errno.EADDRINUSE: "busy", errno.EACCES: "privileged", errno.EADDRNOTAVAIL: "not here"}
+IMPORT_TIMEOUT_S = 60.0
+
+_NIXL = """
+import os
+from nixl._api import nixl_agent, nixl_agent_config
+nixl_agent("pdlaunch-probe", nixl_agent_config(backends=["UCX"]))
+os._exit(0)
+"""
+_PROGRAMS: Mapping[str, str] = {"nixl": _NIXL}
+
+Access = Callable[[Path, int], bool]
+
+
+def probe_port(host: str, port: int) -> PortState | None:
+    """Never raises; port 0 (a free one) only asks for the host. None: the name of the host was not
+    resolved in time.
+    """
+    found = _resolve(host, port)
+    if found is None or isinstance(found, PortState):
+        return found
+    for family, kind, protocol, _, address in found:
+        state = _try_to_bind(family, kind, protocol, address)
+        if state.problem:
+            return state
+    return PortState()
+
+
+def _try_to_bind(family: int, kind: int, protocol: int, address: Any) -> PortState:
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do: a port whose last connections are still fading away is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        detail = error.strerror or str(error)
+        match _PROBLEMS.get(error.errno or 0):
+            case "busy":
+                return PortState("busy", detail)
+            case "privileged":
+                return PortState("privileged", detail)
+            case "not here":
+                return PortState("not here", detail)
+            case _:
+                return PortState("other", detail)
+    return PortState()
+
+
+def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
+    """In a thread of its own: a name server that does not answer must not hold up the check."""
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | PortState] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(
+                list(
+                    socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+                )
+            )
+        except (OSError, UnicodeError, ValueError) as error:
+            answers.put(PortState("unknown host", str(error)))
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    try:
+        return answers.get(timeout=RESOLVE_TIMEOUT_S)
+    except queue.Empty:
+        return None
+
+
+def why_not_writable(folder: str, access: Access = os.access) -> str | None:
+    """What keeps this user from writing to ``folder``, which need not exist yet; None: nothing
+    known.
+    """
+    try:
+        path = Path(folder).absolute()
+        nearest = next(known for known in (path, *path.parents) if os.path.lexists(known))
+        if not nearest.is_dir():
+            what = (
+                "a link to nothing"
+                if nearest.is_symlink() and not nearest.exists()
+                else "no folder"
+            )
+            return f"{nearest} is {what}"
+        if not access(nearest, os.W_OK | os.X_OK):
+            return f"this user may not write to {nearest}"
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return None
+
+
+def probe_imports(
+    environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S
+) -> dict[str, str]:
+    """Modules that cannot be imported and used, and why; never raises."""
+    errors = {name: _try(program, environ, timeout_s) for name, program in _PROGRAMS.items()}
+    return {name: error for name, error in errors.items() if error is not None}
+
+
+def _try(program: str, environ: Mapping[str, str], timeout_s: float) -> str | None:
+    # UCX listens on every network device that it may use; loopback is enough for a probe.
+    quiet = {"UCX_NET_DEVICES": "lo", "UCX_WARN_UNUSED_ENV_VARS": "n", **environ}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=quiet,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {timeout_s:g} s"
+    except (OSError, ValueError) as error:
+        return f"cannot be tried: {error}"
+    if result.returncode == 0:
+        return None
+    lines = result.stderr.decode(errors="backslashreplace").strip().splitlines()
+    return lines[-1][:200] if lines else f"exit code {result.returncode}"
