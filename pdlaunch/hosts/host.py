@@ -65,15 +65,11 @@ class ProcessExited:
 
 
 class Host(Protocol):
-    """A machine on which processes of a launch run. No method blocks."""
+    """A machine on which processes of a launch run. No method blocks.
 
-    @property
-    def bind_address(self) -> str:
-        """Return the address at which its processes listen for other processes of the launch."""
-
-    @property
-    def advertise_address(self) -> str:
-        """Return the address by which processes of the launch reach them."""
+    The addresses that its processes bind and advertise are in the resolved launch
+    (``RoleEngines.bind_address``, ``advertise_address``), where checks can judge them.
+    """
 
     def spawn(self, spec: ProcessSpec, incarnation: int, bootstrap: Bootstrap | None) -> None:
         """Start a process and give it ``bootstrap`` on its standard input.

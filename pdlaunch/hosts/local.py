@@ -23,16 +23,12 @@ from pdlaunch.resolve.plan import ProcessSpec
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-"""Everything is on one machine: nothing listens where another machine could reach it."""
 CONVERSION_POLL_S = 0.25
 """How often the progress of a conversion is read from its log."""
 
 
 class LocalHost:
     """This machine as a ``Host``. ``control``: the bound ROUTER socket of the control channel."""
-
-    bind_address = advertise_address = LOOPBACK
 
     def __init__(self, control: zmq.Socket[bytes], children: Children) -> None:
         self._control = control

@@ -1,4 +1,4 @@
-"""What each child of a launch is given."""
+"""Works out what each child of a launch is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engines.kind import EngineKind
-from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.sockets import LaunchKeys
@@ -24,17 +23,17 @@ class Bootstraps(Protocol):
     """Knows what each child of a launch is given."""
 
     def prepare(self) -> None:
-        """All models are converted: work out what servers and ranks are given. Raises
-        PdlaunchError.
+        """Work out what servers and ranks are given, now that all models are converted.
+
+        Raises PdlaunchError.
         """
 
-    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
-        """Make the bootstrap of one incarnation, which runs on ``host``."""
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
+        """Make the bootstrap of one incarnation."""
 
 
 class LaunchBootstraps:
-    """Makes bootstraps for one launch; ``prepare`` once all models are converted, before the first
-    ``make``.
+    """Makes bootstraps for one launch; ``prepare`` comes before the first ``make``.
 
     ``listeners``: the open sockets of the public address, one or more, all of one port.
     """
@@ -64,7 +63,7 @@ class LaunchBootstraps:
         """Derive what could not be known before models were converted. Raises ConfigError."""
         self._engines = self._resolved.after_conversion().engine_specs()
 
-    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         engine = self._engines.get(spec.engine)
         rendezvous = self._run_dir / f"{spec.engine}.tp.{incarnation}"
         return Bootstrap(

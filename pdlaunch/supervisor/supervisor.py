@@ -210,13 +210,11 @@ class Supervisor:
         unit.kill_at = self._clock() + self._timing.startup_timeout_s
         for instance in unit.members:
             instance.begin(unit.incarnation)
-            is_conversion = instance.spec.kind == "convert"
-            bootstrap = (
-                None
-                if is_conversion
-                else self._bootstraps.make(instance.spec, unit.incarnation, self._host)
-            )
-            self._host.spawn(instance.spec, unit.incarnation, bootstrap)
+            spec = instance.spec
+            # A conversion knows nothing of the supervisor.
+            is_conversion = spec.kind == "convert"
+            bootstrap = None if is_conversion else self._bootstraps.make(spec, unit.incarnation)
+            self._host.spawn(spec, unit.incarnation, bootstrap)
 
     # Messages
 

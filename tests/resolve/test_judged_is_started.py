@@ -161,10 +161,7 @@ def bootstraps(launch: ResolvedLaunch) -> list[tuple[ProcessSpec, Bootstrap]]:
             kind=kind_of(launch),
         )
         made.prepare()
-        return [
-            (process, made.make(process, 1, None))  # type: ignore[arg-type]
-            for process in plan_processes(launch).processes
-        ]
+        return [(process, made.make(process, 1)) for process in plan_processes(launch).processes]
 
 
 def assert_same_settings(engines: RoleEngines, spec: EngineSpec, launch: ResolvedLaunch) -> None:

@@ -15,7 +15,6 @@ from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.resolve.resolve import resolve
 from pdlaunch.supervisor.bootstraps import LaunchBootstraps
 from pdlaunch.supervisor.ports import listening
-from tests.supervisor.fakes import FakeHost
 
 CPU = Machine(cpus=(0, 1))
 GPU = Machine(cpus=(0, 1), gpus=(Gpu(0), Gpu(1)))
@@ -145,9 +144,9 @@ def test_children_are_given_what_is_theirs(model: Path, tmp_path: Path) -> None:
         bootstraps.prepare()
         rank, _, server, _, router = plan_processes(resolved).processes
         of_rank, of_server, of_router = (
-            bootstraps.make(rank, 2, FakeHost()),
-            bootstraps.make(server, 1, FakeHost()),
-            bootstraps.make(router, 2, FakeHost()),
+            bootstraps.make(rank, 2),
+            bootstraps.make(server, 1),
+            bootstraps.make(router, 2),
         )
         assert of_rank.engine().name == "prefill-0"
         assert of_rank.rendezvous == f"file://{tmp_path}/prefill-0.tp.2"

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from pdlaunch.engines.native import NativeEngine
 from pdlaunch.errors import PdlaunchError
-from pdlaunch.hosts.host import Host, MessageReceived, ProcessExited
-from pdlaunch.hosts.local import LOOPBACK
+from pdlaunch.hosts.host import MessageReceived, ProcessExited
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.process.step_record import LastStep
 from pdlaunch.protocol.control import (
@@ -80,7 +79,6 @@ class FakeHost:
     signals: list[tuple[str, int]] = field(default_factory=list)
     sent: list[tuple[str, FromSupervisor]] = field(default_factory=list)
     last_steps: dict[str, LastStep] = field(default_factory=dict)
-    bind_address = advertise_address = LOOPBACK
     sources = ()
     poll_s = math.inf
 
@@ -130,7 +128,7 @@ class FakeBootstraps:
         if self.prepare_error is not None:
             raise self.prepare_error
 
-    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,

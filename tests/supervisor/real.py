@@ -12,7 +12,6 @@ import msgspec
 import zmq
 
 from pdlaunch.engines.native import NativeEngine
-from pdlaunch.hosts.host import Host
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.resolve.plan import Plan, ProcessSpec
@@ -38,7 +37,7 @@ class FakeBootstraps:
     def prepare(self) -> None:
         pass
 
-    def make(self, spec: ProcessSpec, incarnation: int, host: Host) -> Bootstrap:
+    def make(self, spec: ProcessSpec, incarnation: int) -> Bootstrap:
         return Bootstrap(
             name=spec.name,
             incarnation=incarnation,
