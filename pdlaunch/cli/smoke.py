@@ -56,7 +56,10 @@ def smoke_command(
     key = launch_config.api_key.get_secret_value() if launch_config.api_key else None
     checks: list[Check] = []
     try:
-        faults = None if chaos is None else chaos_environment(chaos)
+        faults: dict[str, str] = {}
+        if chaos is not None:
+            faults = chaos_environment(chaos, launch_config.kv_transfer.connector)
+            flags = flags | {"kv_transfer.connector": "faulty"}
         with own_deployment(config, flags, launch_config, faults) as deployment:
             checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
             children = psutil.Process(deployment.process.pid).children(recursive=True)

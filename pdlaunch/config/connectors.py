@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -47,6 +47,10 @@ class ConnectorSpec(Generic[S]):
     """
     settings: type[S] = NoSettings  # type: ignore[assignment]
     """The model of the section ``kv_transfer.NAME``."""
+    stand_ins: Mapping[str, str] = MappingProxyType({})
+    """For tests: ``module:class`` by the name of the class of a rank that it stands for. It is
+    called as that one is, after the section of this connector. See ``opening.rank_part``.
+    """
     needs_cuda: bool = False
     """The connector moves device memory only."""
 
@@ -175,6 +179,8 @@ class FileSpec(ConnectorSpec[FileSettings]):
         return {} if section.directory is None else {"directory": section.directory}
 
 
+_LAZY: Mapping[str, str] = MappingProxyType({"faulty": "pdlaunch.testing.faults:FAULTY"})
+"""Connectors of pdlaunch that come as those of other packages do."""
 BUILT_IN: Mapping[str, ConnectorSpec[Any]] = MappingProxyType(
     {"nixl": NixlSpec(), "mooncake": MooncakeSpec(), "file": FileSpec()}
 )
@@ -190,7 +196,7 @@ NO_SPEC: ConnectorSpec[NoSettings] = ConnectorSpec()
 
 def connector_names() -> list[str]:
     """Return the names of all connectors that are installed; imports none of them."""
-    return [*BUILT_IN, *(name for name in _entry_points() if name not in BUILT_IN)]
+    return [*BUILT_IN, *(name for name in _others() if name not in BUILT_IN)]
 
 
 def connector_spec(name: str) -> ConnectorSpec[Any]:
@@ -200,7 +206,7 @@ def connector_spec(name: str) -> ConnectorSpec[Any]:
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
-    found = load_named(_entry_points()[name].value, f"connector {name}")
+    found = load_named(_others()[name], f"connector {name}")
     if not isinstance(found, ConnectorSpec):
         raise ConnectorImportError(f"connector {name}: {found!r} is no ConnectorSpec")
     return found
@@ -240,8 +246,10 @@ def load_named(path: str, what: str) -> Any:
 
 
 @functools.cache
-def _entry_points() -> Mapping[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+def _others() -> Mapping[str, str]:
+    """Return ``module:attribute`` of the spec of each connector that is imported when named."""
+    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {**found, **_LAZY}
 
 
 def _with_defaults(environ: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:

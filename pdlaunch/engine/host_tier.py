@@ -4,20 +4,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import partial
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.host_memory import Progress
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
 from pdlaunch.offload.worker import OffloadWorker
-from pdlaunch.transfer.faults import read_fault_plan
+from pdlaunch.transfer.connectors.opening import rank_part
 
 
 def new_offload_worker(
@@ -28,14 +25,7 @@ def new_offload_worker(
     """
     if not spec.kv_offload.host_memory:
         return None
-    plan = read_fault_plan(os.environ)
-    make_worker = (
-        OffloadWorker
-        if plan is None
-        else partial(
-            FaultyOffloadWorker, ChunkFaults(plan.of_chunk, plan.copy_delay_s, plan.copies_wait)
-        )
-    )
+    make_worker = rank_part(OffloadWorker, spec.kv_transfer)
     first = runner.first_kv_head
     return make_worker(
         kv_cache=runner.kv_cache,

@@ -45,9 +45,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
 from pdlaunch.transfer.channel.handshake import RankIdentity, draw_engine_id
-from pdlaunch.transfer.connectors.opening import new_connector
-from pdlaunch.transfer.faults import read_fault_plan
-from pdlaunch.transfer.faulty_connector import FaultyTransferThread
+from pdlaunch.transfer.connectors.opening import new_connector, rank_part
 from pdlaunch.transfer.sides import RankMemory, TransferSetup
 from pdlaunch.transfer.thread import TransferThread
 
@@ -227,7 +225,6 @@ class RankProcess:
         return EngineId(tp.broadcast_bytes(bytes.fromhex(drawn)).hex())
 
     def _new_transfer(self, runner: ModelRunner, engine_id: EngineId) -> TransferThread:
-        faults = read_fault_plan(os.environ)
         spec, bootstrap = self._spec, self._bootstrap
         setup = TransferSetup(
             spec=spec,
@@ -253,7 +250,7 @@ class RankProcess:
             report=self._control.send,
             host=spec.bind_address,
         )
-        return TransferThread(setup) if faults is None else FaultyTransferThread(setup, faults)
+        return rank_part(TransferThread, spec.kv_transfer)(setup)
 
     def _side_channel(self, transfer: TransferThread) -> str:
         """Return the endpoint that peers are told."""

@@ -5,7 +5,6 @@ early and a rank dies.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import signal
 import time
@@ -20,11 +19,10 @@ RATE = 0.2
 """Share of the READs that meet a fault."""
 
 
-def chaos_environment(seed: int) -> dict[str, str]:
-    """Settings of a deployment whose transfers are faulty, as variables: ranks read the plan in
-    their environment.
-    """
-    return {"PDLAUNCH_ENV__PDLAUNCH_CHAOS": json.dumps({"seed": seed, "rate": RATE})}
+def chaos_environment(seed: int, connector: str) -> dict[str, str]:
+    """Return the settings of the connector faulty around ``connector``, as variables."""
+    faults = {"INNER": connector, "SEED": str(seed), "RATE": str(RATE)}
+    return {f"PDLAUNCH_KV_TRANSFER__FAULTY__{name}": value for name, value in faults.items()}
 
 
 def smoke_under_chaos(

@@ -114,7 +114,7 @@ class TransferSides:
             head_bytes=memory.layout.head_bytes,
             connector=connector,
             open_channel=lambda endpoint: DecodeSocket(
-                setup.context, endpoint, watched=connector.pushes
+                setup.context, endpoint, watched=connector.pusher is not None
             ),
             handshake_timeout_s=spec.kv_transfer.handshake_timeout_s,
             clock=clock,

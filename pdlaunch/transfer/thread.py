@@ -186,7 +186,8 @@ class TransferThread:
         """Wait, while suspended, until no peer maps this rank's memory any more. Returns False when
         that takes longer.
         """
-        return self._connector.wait_unmapped(timeout_s)
+        mapper = self._connector.mapper
+        return mapper is None or mapper.wait_unmapped(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """End the thread and let go of memory and sockets, or give up after ``timeout_s``. The

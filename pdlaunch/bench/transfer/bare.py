@@ -220,7 +220,7 @@ class BareCopy:
     def move(self, parts: Sequence[Part]) -> float:
         """Return the seconds of the slowest copy from a holder; as in pulls, all begin at once."""
         copies = [self._copier.start(self._pieces(part)) for part in parts]
-        while "pending" in [copy.state() for copy in copies]:
+        while "pending" in [copy.poll() for copy in copies]:
             time.sleep(0)
         return max(copy.seconds() for copy in copies)
 

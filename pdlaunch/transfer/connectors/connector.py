@@ -1,7 +1,14 @@
 """The interface of a connector: what moves the bytes of KV blocks between ranks.
 
-A connector is used by one thread only, that of the ``TransferThread``. It reads whole blocks, or
-heads of blocks, of a peer into local blocks, and it knows nothing of requests, leases or proofs.
+::
+
+    connector.open(memory) ── connect(peer) ──▶ Connection ── read(blocks) ──▶ Read ── poll .. release
+           ▲    │                                  └─ prepare(blocks), close once all its READs have ended
+           └────┴─ close
+
+One thread uses a connector, its connections and READs: that of the ``TransferThread``. They read
+whole blocks, or heads of blocks, of a peer into local blocks, and know nothing of requests, leases
+or proofs. What only some connectors do is a protocol of its own: ``Pusher`` and ``MemoryMapper``.
 """
 
 from __future__ import annotations
@@ -9,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NewType
+from typing import Literal, Protocol
 
 import torch
 
@@ -18,16 +25,9 @@ from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
 from pdlaunch.protocol.ids import LeaseId, ReaderId
 from pdlaunch.protocol.side_channel import Geometry
 
-PeerHandle = NewType("PeerHandle", object)
-"""A peer's agent, its memory and connections, as the connector knows them."""
-ReadHandle = NewType("ReadHandle", object)
-"""A READ that was started and not yet released."""
-PushHandle = NewType("PushHandle", object)
-"""A write of the holder, for the READ of a peer."""
-
 ReadState = Literal["pending", "done", "failed"]
-Landing = tuple[int, torch.cuda.Event]
-"""After the event the READ's blocks before this number are there."""
+ReadPart = tuple[int, torch.cuda.Event]
+"""A number of blocks, and the event after which that many blocks of a READ are in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,19 @@ class LocalMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerAgent:
+    """A peer's connector, as its handshake describes it."""
+
+    name: str
+    metadata: bytes
+    """From its ``agent_metadata``."""
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BlockRead:
     """Which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads ``local_heads``
-    of ``local_blocks[i]``.
+    of ``local_blocks[i]``. Compared by identity.
     """
 
     local_blocks: Sequence[int]
@@ -60,89 +70,76 @@ class BlockRead:
     """Index within the peer's rank; as many as local heads."""
     lease_id: LeaseId = field(default=LeaseId(""))
     reader: ReaderId = field(default=ReaderId(""))
-    """Under whose lease, as in the PullBegin: a holder that writes checks it."""
+    """Whose lease it is, as in the PullBegin: a prefill side that writes checks both."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
-    memo: dict[PeerHandle, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a connector has worked out ahead of the READ; of a peer that was removed it is worth
-    nothing.
-    """
 
 
-@dataclass(frozen=True, slots=True)
-class PushJob:
-    """What a holder writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when there
-    are no blocks.
-    """
+class Read(ABC):
+    """A READ that has been started and not yet released."""
+
+    @abstractmethod
+    def poll(self) -> ReadState:
+        """Return where the READ stands. After done or failed it writes no more."""
+
+    def parts(self) -> Sequence[ReadPart]:
+        """Return, for a pending READ of blocks, when its first blocks are in place for good; empty
+        where the device cannot tell.
+        """
+        return ()
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """Return how long a READ that is done took from its post to its end."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free a READ that is done or failed. Never raises."""
+
+
+class PushedRead(Read):
+    """A READ whose bytes the prefill side writes, once it is asked to over the side channel."""
 
     target: bytes
-    """What the peer's connector has stated."""
-    blocks: Sequence[int]
-    heads: range
-    """Index within this rank."""
-
-
-class Connector(ABC):
-    """Moves KV blocks. Life: ``open``, then peers and READs come and go, then ``close``; then
-    perhaps ``open`` again.
-    """
-
-    name: str
-    """As in the config."""
-    path: str
-    """What carries the bytes, for people: ``nixl/UCX``; see ``paths``."""
-    agent_name: str
-    """Unique over ranks and incarnations."""
-    pushes: ClassVar[bool] = False
-    """The holder writes: ``start_read`` only gets ready, and the holder is asked over the side
-    channel, with ``push_target``.
-    """
+    """Tells the peer's connector where to write."""
 
     @abstractmethod
-    def open(self, memory: LocalMemory) -> None:
-        """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""
-
-    @abstractmethod
-    def agent_metadata(self) -> bytes:
-        """What a peer needs for ``add_peer``; the same until ``close``."""
-
-    @abstractmethod
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        """Get ready to read from a peer. Raises TransferError."""
-
-    @abstractmethod
-    def remove_peer(self, peer: PeerHandle) -> None:
-        """Forget a peer and its connections; its READs have ended and are released. Never
-        raises.
+    def end(self, error: str) -> None:
+        """Tell that the prefill side has ended its write, or has died; ``error`` is empty when all
+        bytes have landed. ``poll`` says done or failed as soon as nothing can land any more.
         """
 
-    def paths(self, peer: PeerHandle) -> Sequence[str]:
-        """The ways to read this peer, the preferred one first; each is tried with a READ of the
-        scratch.
+
+class Connection(ABC):
+    """A way to read one peer's memory, or several ways; see ``paths``."""
+
+    @abstractmethod
+    def paths(self) -> Sequence[str]:
+        """Return the ways to read this peer, the preferred one first; each is tried with a READ of
+        the scratch.
         """
-        return (self.path,)
 
-    def use_path(self, peer: PeerHandle, path: str) -> None:
-        """From now on ``start_read`` goes this way; the others may be let go."""
-        assert path == self.path
+    def use_path(self, path: str) -> None:
+        """Send every ``read`` from now on this way; the other paths may be let go."""
+        return
 
-    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
-        """This READ is likely to be started soon: what can be done for it now will not delay it
-        then. Raises TransferError.
+    def prepare(self, blocks: BlockRead) -> None:
+        """Do what can be done ahead for a READ that is likely to start soon. Raises
+        TransferError.
         """
         return
 
     @abstractmethod
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
+    def read(self, blocks: BlockRead) -> Read:
         """Start to read at least one block and head; may block while the bytes are copied. Raises
         TransferError.
 
-        From here until ``poll`` says done or failed the READ may write to the local blocks,
-        whatever else happens.
+        Until ``poll`` says done or failed the READ may write to the local blocks, whatever else
+        happens. The READ of a connector with a ``pusher`` is a ``PushedRead``.
         """
 
     @abstractmethod
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
         """Start to read the peer's scratch into fresh memory, which lives as long as the READ.
         Raises TransferError.
 
@@ -150,62 +147,83 @@ class Connector(ABC):
         """
 
     @abstractmethod
-    def poll(self, handle: ReadHandle) -> ReadState:
-        """Where a READ stands. After done or failed it writes no more."""
+    def close(self) -> None:
+        """Forget the peer; the READs have ended and are released. Never raises."""
 
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        """Of a READ of blocks that is pending: when its parts are there for good, in their order,
-        where the device can tell.
+
+@dataclass(frozen=True, slots=True)
+class PushJob:
+    """What the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when
+    there are no blocks.
+    """
+
+    target: bytes
+    """As ``PushedRead.target``."""
+    blocks: Sequence[int]
+    heads: range
+    """Index within this rank."""
+
+
+class Write(Protocol):
+    """A write to a peer that has begun; it cannot be taken back."""
+
+    def poll(self) -> str | None:
+        """Return None while it is pending, "" when all bytes have landed, else why it failed."""
+
+
+class Pusher(Protocol):
+    """What a connector has whose prefill side writes."""
+
+    def push(self, job: PushJob) -> Write:
+        """Begin to write to a peer; never waits."""
+
+
+class MemoryMapper(Protocol):
+    """What a connector has whose peers map this rank's memory."""
+
+    def wait_unmapped(self, timeout_s: float) -> bool:
+        """After ``Connector.close``: wait until no peer maps the memory; False when that takes
+        longer. Any thread may call.
         """
-        return ()
+
+
+class Connector(ABC):
+    """Moves KV blocks. It may be opened again after ``close``."""
+
+    name: str
+    """As in the settings; ranks whose names differ do not connect."""
+    path: str
+    """What carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
+    agent_name: str
+    """Unique over ranks and incarnations."""
+
+    @property
+    def pusher(self) -> Pusher | None:
+        """Writes to peers; None where they read by themselves."""
+        return None
+
+    @property
+    def mapper(self) -> MemoryMapper | None:
+        """Knows who maps this rank's memory; None where nobody does."""
+        return None
 
     @abstractmethod
-    def read_s(self, handle: ReadHandle) -> float:
-        """Seconds from the post of a READ that is done to its end, as exactly as this connector
-        knows them.
-        """
+    def open(self, memory: LocalMemory) -> None:
+        """Register the memory, once, and keep it alive until ``close``. Raises TransferError."""
 
     @abstractmethod
-    def release(self, handle: ReadHandle) -> None:
-        """Free a READ that is done or failed. Never raises."""
+    def agent_metadata(self) -> bytes:
+        """Return what a peer needs to connect; the same until ``close``."""
 
-    def push_target(self, handle: ReadHandle) -> bytes:
-        """Where the holder shall write. Only of a connector that pushes, as all methods down to
-        ``end_read``.
-        """
-        raise NotImplementedError
-
-    def start_push(self, job: PushJob) -> PushHandle:
-        """At the holder: begin to write; never waits. A write that has begun cannot be taken
-        back.
-        """
-        raise NotImplementedError
-
-    def poll_push(self, handle: PushHandle) -> str | None:
-        """At the holder: None while the write is pending, then "" or why it failed. Done: all bytes
-        have landed.
-        """
-        raise NotImplementedError
-
-    def end_read(self, handle: ReadHandle, *, error: str) -> None:
-        """At the reader: the holder has ended its write, ``error`` is empty when all bytes have
-        landed, or its process has died.
-
-        ``poll`` then says done or failed as soon as nothing can land any more.
-        """
-        raise NotImplementedError
+    @abstractmethod
+    def connect(self, peer: PeerAgent) -> Connection:
+        """Get ready to read from a peer. Raises TransferError."""
 
     @abstractmethod
     def close(self) -> None:
         """Deregister and let go of everything. READs that are pending are abandoned: the process is
         about to exit.
         """
-
-    def wait_unmapped(self, timeout_s: float) -> bool:
-        """After ``close``: wait until no peer maps this rank's memory; False when that takes
-        longer. Any thread may call.
-        """
-        return True
 
 
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:

@@ -22,8 +22,8 @@ import torch
 from pdlaunch.errors import TransferError
 from pdlaunch.memory.batch_copies import BatchCopies
 from pdlaunch.platform.cuda_driver import DriverError
-from pdlaunch.transfer.connectors.connector import Landing, ReadState
-from pdlaunch.transfer.connectors.piece_copies import Copy, PieceCopier, Pieces
+from pdlaunch.transfer.connectors.connector import Read, ReadPart, ReadState
+from pdlaunch.transfer.connectors.piece_copies import PieceCopier, Pieces
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class _CudaCopier(PieceCopier):
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
-    def start(self, pieces: Pieces) -> Copy:
+    def start(self, pieces: Pieces) -> Read:
         parts = pieces.parts
         begin, *ends = (torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
@@ -114,15 +114,15 @@ class KernelCopier(_CudaCopier):
         )
 
 
-class CudaCopy(Copy):
+class CudaCopy(Read):
     def __init__(
         self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]
     ) -> None:
         """``ends``: of the parts, of ``num_pieces`` each, in the order in which they are copied."""
         self._begin, self._end = begin, ends[-1]
-        self._landings = list(zip(accumulate(num_pieces), ends, strict=True))
+        self._parts = list(zip(accumulate(num_pieces), ends, strict=True))
 
-    def state(self) -> ReadState:
+    def poll(self) -> ReadState:
         try:
             ended = self._end.query()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -130,11 +130,14 @@ class CudaCopy(Copy):
             return "failed"
         return "done" if ended else "pending"
 
-    def landings(self) -> Sequence[Landing]:
-        return self._landings
+    def parts(self) -> Sequence[ReadPart]:
+        return self._parts
 
     def seconds(self) -> float:
         return float(self._begin.elapsed_time(self._end)) / 1000
+
+    def release(self) -> None:
+        """Nothing is kept of a copy."""
 
 
 def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import torch
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     LocalMemory,
-    PeerHandle,
+    PeerAgent,
     PushJob,
-    ReadHandle,
+    Read,
     ReadState,
 )
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
@@ -30,12 +31,6 @@ from pdlaunch.transfer.connectors.file_store import FileStore, file_name
 from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector, parse_agent_metadata
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    agent_name: str
-    scratch_bytes: int
 
 
 class FileConnector(PushingConnector):
@@ -62,26 +57,21 @@ class FileConnector(PushingConnector):
     def agent_metadata(self) -> bytes:
         return b"file"
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        parse_agent_metadata(agent_name, metadata)
-        return cast(PeerHandle, _Peer(agent_name, geometry.scratch_bytes))
+    def connect(self, peer: PeerAgent) -> Connection:
+        parse_agent_metadata(peer)
+        return _FileConnection(self, peer)
 
-    def remove_peer(self, peer: PeerHandle) -> None:
-        """Nothing is kept of a peer."""
+    def read(self, peer: PeerAgent, blocks: BlockRead) -> PendingRead:
+        """Wait for the file that the prefill side is asked to write."""
+        name = file_name(blocks.digest, f"{peer.name} {blocks.reader}")
+        return PendingRead(name.encode(), self._settle, blocks)
 
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        name = file_name(read.digest, f"{cast(_Peer, peer).agent_name} {read.reader}")
-        return cast(ReadHandle, PendingRead(name.encode(), read))
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        landing = self._new_landing(cast(_Peer, peer).scratch_bytes)
+    def read_scratch(self, peer: PeerAgent) -> tuple[PendingRead, torch.Tensor]:
+        """Wait for the peer's scratch in a file that ``release`` removes."""
+        landing = self._new_landing(peer.geometry.scratch_bytes)
         name = file_name(secrets.token_hex(16), self.agent_name)
-        return cast(ReadHandle, PendingRead(name.encode(), None, landing)), landing
-
-    def release(self, handle: ReadHandle) -> None:
-        read = cast(PendingRead, handle)
-        if read.landing is not None:
-            self._store.remove(read.target.decode())
+        let_go = partial(self._store.remove, name)
+        return PendingRead(name.encode(), self._settle, None, landing, let_go), landing
 
     def _start(self, memory: LocalMemory) -> None:
         self._store = FileStore(self._directory, self._size_limit_bytes)
@@ -114,18 +104,36 @@ class FileConnector(PushingConnector):
     def _load(self, read: PendingRead) -> None:
         name, kv_cache = read.target.decode(), self._memory.kv_cache
         found = self._store.read(name, kv_cache.device)
-        if read.read is None:
+        if read.blocks is None:
             assert read.landing is not None
             _check_fits(name, found, read.landing)
             read.landing.copy_(found)
             _await_device(read.landing)
             return
-        heads = read.read.local_heads
-        blocks = torch.tensor(read.read.local_blocks, device=kv_cache.device)
+        heads = read.blocks.local_heads
+        blocks = torch.tensor(read.blocks.local_blocks, device=kv_cache.device)
         share = kv_cache[:, heads.start : heads.stop]
         _check_fits(name, found, share, len(blocks))
         share.index_copy_(0, blocks, found)
         _await_device(kv_cache)
+
+
+@dataclass(frozen=True, slots=True)
+class _FileConnection(Connection):
+    connector: FileConnector
+    peer: PeerAgent
+
+    def paths(self) -> Sequence[str]:
+        return (FileConnector.path,)
+
+    def read(self, blocks: BlockRead) -> Read:
+        return self.connector.read(self.peer, blocks)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        return self.connector.read_scratch(self.peer)
+
+    def close(self) -> None:
+        """Nothing is kept of a peer."""
 
 
 def _await_device(memory: torch.Tensor) -> None:

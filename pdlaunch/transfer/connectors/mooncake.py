@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import msgspec
 import torch
@@ -19,13 +21,13 @@ from pdlaunch.config.connectors import MooncakeProtocol
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.platform import tcp_sockets
-from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     LocalMemory,
-    PeerHandle,
+    PeerAgent,
     PushJob,
-    ReadHandle,
+    Read,
     ReadState,
 )
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding, new_device_binding
@@ -79,27 +81,22 @@ class MooncakeConnector(PushingConnector):
     def agent_metadata(self) -> bytes:
         return self._segment.encode()
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        parse_agent_metadata(agent_name, metadata)
-        return cast(PeerHandle, geometry)
+    def connect(self, peer: PeerAgent) -> Connection:
+        parse_agent_metadata(peer)
+        return _MooncakeConnection(self, peer)
 
-    def remove_peer(self, peer: PeerHandle) -> None:
-        """Nothing is kept of a peer that writes."""
+    def read(self, blocks: BlockRead) -> PendingRead:
+        """Wait for the write that the prefill side is asked for."""
+        addresses, piece_bytes = _pieces(self._memory, blocks.local_blocks, blocks.local_heads)
+        return PendingRead(self._target(addresses, piece_bytes), self._settle, blocks)
 
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        addresses, piece_bytes = _pieces(self._memory, read.local_blocks, read.local_heads)
-        return self._pending(addresses, piece_bytes, read)
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        num_bytes = cast(Geometry, peer).scratch_bytes
+    def read_scratch(self, num_bytes: int) -> tuple[PendingRead, torch.Tensor]:
+        """Wait for a scratch in memory that is registered until ``release``."""
         landing = self._new_landing(num_bytes)
         self._register(landing)
-        return self._pending([landing.data_ptr()], num_bytes, None, landing), landing
-
-    def release(self, handle: ReadHandle) -> None:
-        landing = cast(PendingRead, handle).landing
-        if landing is not None:
-            self._engine.unregister_memory(landing.data_ptr())
+        target = self._target([landing.data_ptr()], num_bytes)
+        let_go = partial(self._engine.unregister_memory, landing.data_ptr())
+        return PendingRead(target, self._settle, None, landing, let_go), landing
 
     def _start(self, memory: LocalMemory) -> None:
         self._engine = self._new_engine()
@@ -185,15 +182,26 @@ class MooncakeConnector(PushingConnector):
                 f"Mooncake cannot register {num_bytes} bytes on {tensor.device}: code {code}"
             )
 
-    def _pending(
-        self,
-        addresses: list[int],
-        piece_bytes: int,
-        read: BlockRead | None,
-        landing: torch.Tensor | None = None,
-    ) -> ReadHandle:
-        target = msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
-        return cast(ReadHandle, PendingRead(target, read, landing))
+    def _target(self, addresses: list[int], piece_bytes: int) -> bytes:
+        return msgspec.msgpack.encode(_Target(self._segment, addresses, piece_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _MooncakeConnection(Connection):
+    connector: MooncakeConnector
+    peer: PeerAgent
+
+    def paths(self) -> Sequence[str]:
+        return (self.connector.path,)
+
+    def read(self, blocks: BlockRead) -> Read:
+        return self.connector.read(blocks)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        return self.connector.read_scratch(self.peer.geometry.scratch_bytes)
+
+    def close(self) -> None:
+        """Nothing is kept of a peer that writes."""
 
 
 def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:

@@ -10,20 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
     LocalMemory,
-    PeerHandle,
-    ReadHandle,
+    PeerAgent,
+    Read,
     ReadState,
     memory_kind,
 )
@@ -41,28 +41,6 @@ _TIMED_SPIN_S = 0.002
 """A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it
 is.
 """
-
-
-@dataclass(slots=True)
-class _Peer:
-    name: str
-    device_index: int
-    geometry: Geometry
-    blocks: Any
-    """Prepared descriptors, one a block."""
-    heads: Any
-    """One a (block, head)."""
-
-
-@dataclass(slots=True)
-class _Read:
-    handle: Any
-    state: str
-    landing: torch.Tensor | None = None
-    registration: Any = None
-    """Memory of a scratch READ."""
-    posted_s: float = 0.0
-    ended_s: float = 0.0
 
 
 def load_nixl() -> tuple[Any, Any]:
@@ -89,8 +67,7 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
     config.pthrDelay = _PROGRESS_INTERVAL_US[kind]
     agent.agent = bindings.nixlAgent(name, config)
     # With error handling UCX insists on a transport that listens on TCP, where it takes writes to
-    # any address from anybody. Without it nobody is told of a peer's death: see
-    # ``Connector.reports_deaths``.
+    # any address from anybody. Without it nobody is told of a peer's death.
     agent.create_backend(BACKEND, {"ucx_error_handling_mode": "none"})
     return agent
 
@@ -148,47 +125,47 @@ class NixlConnector(Connector):
     def agent_metadata(self) -> bytes:
         return self._metadata
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+    def connect(self, peer: PeerAgent) -> Connection:
         try:
-            name = self._agent.add_remote_agent(metadata)
+            name = self._agent.add_remote_agent(peer.metadata)
         except self._backend_errors as error:
-            raise TransferError(f"agent {agent_name} cannot be added: {error}") from error
+            raise TransferError(f"agent {peer.name} cannot be added: {error}") from error
         found = name.decode() if isinstance(name, bytes) else str(name)
-        if found != agent_name:
+        if found != peer.name:
             self._forget(found)
-            raise TransferError(f"the metadata of agent {agent_name} is that of {found}")
+            raise TransferError(f"the metadata of agent {peer.name} is that of {found}")
         try:
-            return self._describe_peer(found, geometry)
+            return self._describe_peer(peer)
         except self._backend_errors as error:
             self._forget(found)
-            raise TransferError(f"agent {agent_name} cannot be read: {error}") from error
+            raise TransferError(f"agent {peer.name} cannot be read: {error}") from error
 
-    def remove_peer(self, peer: PeerHandle) -> None:
-        known = cast(_Peer, peer)
-        for prepared in (known.blocks, known.heads):
+    def disconnect(self, connection: _NixlConnection) -> None:
+        """Forget a peer. Never raises."""
+        for prepared in (connection.blocks, connection.heads):
             self._quietly(prepared.release)
-        self._forget(known.name)
+        self._forget(connection.peer.name)
 
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        known = cast(_Peer, peer)
-        remote_num_heads = known.geometry.num_kv_heads
-        whole_blocks = len(read.local_heads) == self._num_heads == remote_num_heads
+    def read(self, connection: _NixlConnection, blocks: BlockRead) -> Read:
+        """As ``Connection.read``."""
+        remote_num_heads = connection.peer.geometry.num_kv_heads
+        whole_blocks = len(blocks.local_heads) == self._num_heads == remote_num_heads
         if whole_blocks:
-            local, remote = _indices(read.local_blocks), _indices(read.remote_blocks)
-            sides = self._local_blocks, known.blocks
+            local, remote = _indices(blocks.local_blocks), _indices(blocks.remote_blocks)
+            sides = self._local_blocks, connection.blocks
         else:
-            local = _head_indices(read.local_blocks, self._num_heads, read.local_heads)
-            remote = _head_indices(read.remote_blocks, remote_num_heads, read.remote_heads)
-            sides = self._local_heads, known.heads
+            local = _head_indices(blocks.local_blocks, self._num_heads, blocks.local_heads)
+            remote = _head_indices(blocks.remote_blocks, remote_num_heads, blocks.remote_heads)
+            sides = self._local_heads, connection.heads
         try:
             handle = self._agent.make_prepped_xfer("READ", sides[0], local, sides[1], remote)
         except self._backend_errors as error:
-            raise TransferError(f"READ from {known.name} was refused: {error}") from error
-        return self._post(known, _Read(handle, "PROC"))
+            raise TransferError(f"READ from {connection.peer.name} was refused: {error}") from error
+        return self._post(connection.peer.name, _NixlRead(self, handle))
 
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        known = cast(_Peer, peer)
-        geometry = known.geometry
+    def read_scratch(self, peer: PeerAgent) -> tuple[Read, torch.Tensor]:
+        """As ``Connection.read_scratch``."""
+        geometry = peer.geometry
         offsets, size = piece_offsets(
             geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes
         )
@@ -196,42 +173,32 @@ class NixlConnector(Connector):
         registration = self._agent.register_memory(landing)
         try:
             local = self._describe(landing.data_ptr(), offsets, size, self._device_index)
-            remote = self._describe(geometry.scratch_address, offsets, size, known.device_index)
-            handle = self._agent.initialize_xfer("READ", local, remote, known.name)
+            remote = self._describe(geometry.scratch_address, offsets, size, geometry.device_index)
+            handle = self._agent.initialize_xfer("READ", local, remote, peer.name)
         except self._backend_errors as error:
             self._quietly(lambda: self._agent.deregister_memory(registration))
-            raise TransferError(f"READ from {known.name} was refused: {error}") from error
-        read = _Read(handle, "PROC", landing, registration)
-        posted = self._post(known, read)
+            raise TransferError(f"READ from {peer.name} was refused: {error}") from error
+        read = self._post(peer.name, _NixlRead(self, handle, registration))
         while (
             self._kind == "VRAM"
-            and self.poll(posted) == "pending"
-            and time.perf_counter() < read.posted_s + _TIMED_SPIN_S
+            and read.poll() == "pending"
+            and time.perf_counter() < read.posted_at + _TIMED_SPIN_S
         ):
             continue
-        return posted, landing
+        return read, landing
 
-    def poll(self, handle: ReadHandle) -> ReadState:
-        read = cast(_Read, handle)
-        if read.state == "PROC":
-            try:
-                read.state = self._agent.check_xfer_state(read.handle)
-            except self._backend_errors:
-                read.state = "ERR"
-            read.ended_s = time.perf_counter()
-        if read.state == "PROC":
-            return "pending"
-        return "done" if read.state == "DONE" else "failed"
+    def state_of(self, handle: Any) -> str:
+        """Return NIXL's word on a READ: ``PROC``, ``DONE`` or ``ERR``."""
+        try:
+            return str(self._agent.check_xfer_state(handle))
+        except self._backend_errors:
+            return "ERR"
 
-    def read_s(self, handle: ReadHandle) -> float:
-        read = cast(_Read, handle)
-        return read.ended_s - read.posted_s
-
-    def release(self, handle: ReadHandle) -> None:
-        read = cast(_Read, handle)
-        self._quietly(read.handle.release)
-        if read.registration is not None:
-            self._quietly(lambda: self._agent.deregister_memory(read.registration))
+    def release(self, handle: Any, registration: Any) -> None:
+        """Let go of a READ, and of the memory of a scratch READ. Never raises."""
+        self._quietly(handle.release)
+        if registration is not None:
+            self._quietly(lambda: self._agent.deregister_memory(registration))
 
     def close(self) -> None:
         for prepared in (self._local_blocks, self._local_heads):
@@ -245,13 +212,14 @@ class NixlConnector(Connector):
         self._backend_errors = _PYTHON_ERRORS + _binding_errors(bindings)
         return new_agent(api, bindings, self.agent_name, self._kind)
 
-    def _describe_peer(self, agent_name: str, geometry: Geometry) -> PeerHandle:
+    def _describe_peer(self, peer: PeerAgent) -> _NixlConnection:
+        geometry = peer.geometry
         base, num_blocks, device = geometry.base_address, geometry.num_blocks, geometry.device_index
-        blocks = self._prepare(agent_name, base, geometry.block_bytes, num_blocks, device)
+        blocks = self._prepare(peer.name, base, geometry.block_bytes, num_blocks, device)
         heads = self._prepare(
-            agent_name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device
+            peer.name, base, geometry.head_bytes, num_blocks * geometry.num_kv_heads, device
         )
-        return cast(PeerHandle, _Peer(agent_name, device, geometry, blocks, heads))
+        return _NixlConnection(self, peer, blocks, heads)
 
     def _prepare(
         self, agent_name: str, base: int, piece_bytes: int, count: int, device_index: int
@@ -267,16 +235,15 @@ class NixlConnector(Connector):
         )
         return self._agent.get_xfer_descs(pieces, self._kind)
 
-    def _post(self, peer: _Peer, read: _Read) -> ReadHandle:
-        handle = cast(ReadHandle, read)
-        read.posted_s = time.perf_counter()
+    def _post(self, peer_name: str, read: _NixlRead) -> _NixlRead:
+        read.posted_at = time.perf_counter()
         try:
             read.state = self._agent.transfer(read.handle)
-            read.ended_s = time.perf_counter()
+            read.ended_at = time.perf_counter()
         except self._backend_errors as error:
-            self.release(handle)
-            raise TransferError(f"READ from {peer.name} failed at once: {error}") from error
-        return handle
+            read.release()
+            raise TransferError(f"READ from {peer_name} failed at once: {error}") from error
+        return read
 
     def _forget(self, agent_name: str) -> None:
         self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
@@ -289,6 +256,53 @@ class NixlConnector(Connector):
             act()
         except self._backend_errors:
             return
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NixlConnection(Connection):
+    connector: NixlConnector
+    peer: PeerAgent
+    blocks: Any
+    """Prepared descriptors, one for each block."""
+    heads: Any
+    """Prepared descriptors, one for each (block, head)."""
+
+    def paths(self) -> Sequence[str]:
+        return (NixlConnector.path,)
+
+    def read(self, blocks: BlockRead) -> Read:
+        return self.connector.read(self, blocks)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        return self.connector.read_scratch(self.peer)
+
+    def close(self) -> None:
+        self.connector.disconnect(self)
+
+
+@dataclass(slots=True, eq=False)
+class _NixlRead(Read):
+    connector: NixlConnector
+    handle: Any
+    registration: Any = None
+    """Memory of a scratch READ."""
+    state: str = "PROC"
+    posted_at: float = 0.0
+    ended_at: float = 0.0
+
+    def poll(self) -> ReadState:
+        if self.state == "PROC":
+            self.state = self.connector.state_of(self.handle)
+            self.ended_at = time.perf_counter()
+        if self.state == "PROC":
+            return "pending"
+        return "done" if self.state == "DONE" else "failed"
+
+    def seconds(self) -> float:
+        return self.ended_at - self.posted_at
+
+    def release(self) -> None:
+        self.connector.release(self.handle, self.registration)
 
 
 def _binding_errors(bindings: Any) -> tuple[type[Exception], ...]:

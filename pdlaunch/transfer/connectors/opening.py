@@ -1,11 +1,27 @@
-"""Makes the connector that the configuration names; no other one is imported."""
+"""Makes the connector that the settings name; no other one is imported."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from pdlaunch.config.connectors import connector_spec, load_named
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import ConfigError
 from pdlaunch.transfer.connectors.connector import Connector
+
+T = TypeVar("T")
+
+
+def rank_part(kind: type[T], settings: KVTransferSettings) -> Callable[..., T]:
+    """Return ``kind``, or what the connector in use puts in its place; faults do, in tests."""
+    path = connector_spec(settings.connector).stand_ins.get(kind.__name__)
+    if path is None:
+        return kind
+    stand_in = load_named(path, f"connector {settings.connector}")
+    assert issubclass(stand_in, kind)
+    return partial(stand_in, settings.section(settings.connector))
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:

@@ -8,9 +8,8 @@ cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -23,16 +22,16 @@ from pdlaunch.platform.kernel import host_identity
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
-    Landing,
     LocalMemory,
-    PeerHandle,
-    ReadHandle,
-    ReadState,
+    MemoryMapper,
+    PeerAgent,
+    Read,
 )
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.fd_channel import FdConnection, FdServer, fetch_fds
-from pdlaunch.transfer.connectors.piece_copies import Copy, HostCopier, PieceCopier, Pieces
+from pdlaunch.transfer.connectors.piece_copies import HostCopier, PieceCopier, Pieces
 from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
 
 logger = logging.getLogger(__name__)
@@ -52,23 +51,6 @@ class _Card(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.msgpack.Decoder(_Card)
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    name: str
-    kind: str
-    geometry: Geometry
-    kv_cache: PeerMapping
-    scratch: PeerMapping
-    connection: FdConnection
-    copier: PieceCopier
-
-
-@dataclass(slots=True, eq=False)
-class _Read:
-    copy: Copy
-    landing: torch.Tensor | None = None
 
 
 class P2PConnector(Connector):
@@ -113,104 +95,36 @@ class P2PConnector(Connector):
         card = _Card(self._host, self._server.address, self._server.token, kv_cache, scratch)
         self._metadata = msgspec.msgpack.encode(card)
 
+    @property
+    def mapper(self) -> MemoryMapper:
+        return self
+
     def agent_metadata(self) -> bytes:
         return self._metadata
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        """Takes about a millisecond; ``fd_channel.TIMEOUT_S`` where the peer was stopped since it
-        answered the handshake.
+    def connect(self, peer: PeerAgent) -> Connection:
+        """Map the peer's memory; takes about a millisecond, and ``fd_channel.TIMEOUT_S`` where the
+        peer was stopped since it answered the handshake.
         """
         try:
-            card = _decoder.decode(metadata)
+            card = _decoder.decode(peer.metadata)
         except msgspec.MsgspecError as error:
             raise TransferError(
-                f"the metadata of agent {agent_name} cannot be read: {error}"
+                f"the metadata of agent {peer.name} cannot be read: {error}"
             ) from None
         if not self._host or card.host != self._host:
-            raise TransferError(
-                f"{agent_name} is not on this host, or in another network namespace"
-            )
-        _check_sizes(card, geometry)
-        num_fds = card.kv_cache.needs_fd + card.scratch.needs_fd
-        connection = fetch_fds(card.address, card.token, num_fds)
+            raise TransferError(f"{peer.name} is not on this host, or in another network namespace")
+        _check_sizes(card, peer.geometry)
+        descriptors = fetch_fds(
+            card.address, card.token, card.kv_cache.needs_fd + card.scratch.needs_fd
+        )
         try:
-            return cast(PeerHandle, self._map_peer(agent_name, card, geometry, connection))
+            return self._map_peer(peer, card, descriptors)
         except NotShareable as error:
-            connection.close_fds()
-            connection.close()
-            raise TransferError(f"the memory of {agent_name} cannot be mapped: {error}") from error
-
-    def remove_peer(self, peer: PeerHandle) -> None:
-        known = cast(_Peer, peer)
-        for mapping in (known.kv_cache, known.scratch):
-            _unmap(mapping)
-        known.connection.close()
-
-    def paths(self, peer: PeerHandle) -> Sequence[str]:
-        return [_path_of(cast(_Peer, peer), copier) for copier in self._copiers]
-
-    def use_path(self, peer: PeerHandle, path: str) -> None:
-        known = cast(_Peer, peer)
-        known.copier = self._copier_of(known, path)
-
-    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
-        known = cast(_Peer, peer)
-        pieces = read.memo[peer] = self._pieces_of(known, read)
-        for part in pieces.parts:
-            part.merged  # noqa: B018 - it is kept
-
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        known = cast(_Peer, peer)
-        pieces = read.memo.get(peer) or self._pieces_of(known, read)
-        copier = known.copier if known.copier.supports(pieces) else self._copiers[0]
-        return cast(ReadHandle, _Read(copier.start(pieces)))
-
-    def _pieces_of(self, known: _Peer, read: BlockRead) -> Pieces:
-        geometry, layout = known.geometry, self._memory.layout
-        if not 0 <= min(read.remote_blocks) <= max(read.remote_blocks) < geometry.num_blocks:
-            raise TransferError(
-                f"{known.name} has {geometry.num_blocks} blocks: others were asked for"
-            )
-        head_bytes, base = layout.head_bytes, self._memory.kv_cache.data_ptr()
-        return Pieces(
-            _addresses(
-                base + read.local_heads.start * head_bytes, read.local_blocks, layout.block_bytes
-            ),
-            _addresses(
-                known.kv_cache.address + read.remote_heads.start * head_bytes,
-                read.remote_blocks,
-                geometry.block_bytes,
-            ),
-            len(read.local_heads) * head_bytes,
-        )
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        known = cast(_Peer, peer)
-        offsets, size = piece_offsets(
-            known.scratch.num_bytes, self._memory.layout.block_bytes, known.geometry.block_bytes
-        )
-        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
-        pieces = Pieces(
-            _addresses(landing.data_ptr(), offsets),
-            _addresses(known.scratch.address, offsets),
-            size,
-        )
-        copier = self._copier_of(known, path)
-        if not copier.supports(pieces):
-            raise TransferError(f"pieces of {size} bytes cannot be copied by {copier.name}")
-        return cast(ReadHandle, _Read(copier.start(pieces), landing)), landing
-
-    def poll(self, handle: ReadHandle) -> ReadState:
-        return cast(_Read, handle).copy.state()
-
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        return cast(_Read, handle).copy.landings()
-
-    def read_s(self, handle: ReadHandle) -> float:
-        return cast(_Read, handle).copy.seconds()
-
-    def release(self, handle: ReadHandle) -> None:
-        """Nothing is kept of a READ."""
+            descriptors.close()
+            raise TransferError(f"the memory of {peer.name} cannot be mapped: {error}") from error
+        finally:
+            descriptors.close_fds()  # mappings hold the memory by themselves
 
     def close(self) -> None:
         if self._server is not None:
@@ -225,10 +139,8 @@ class P2PConnector(Connector):
     def wait_unmapped(self, timeout_s: float) -> bool:
         return self._server is None or self._server.wait_unused(timeout_s)
 
-    def _map_peer(
-        self, agent_name: str, card: _Card, geometry: Geometry, connection: FdConnection
-    ) -> _Peer:
-        fds = iter(connection.fds)
+    def _map_peer(self, peer: PeerAgent, card: _Card, descriptors: FdConnection) -> _P2PConnection:
+        fds = iter(descriptors.fds)
         kv_fd, scratch_fd = (
             next(fds) if shared.needs_fd else None for shared in (card.kv_cache, card.scratch)
         )
@@ -239,22 +151,90 @@ class P2PConnector(Connector):
         except NotShareable:
             kv_cache.close()
             raise
-        connection.close_fds()  # mappings hold the memory by themselves
         logger.info(
-            "%s is mapped: %s, %d bytes", agent_name, card.kv_cache.kind, card.kv_cache.num_bytes
+            "%s is mapped: %s, %d bytes", peer.name, card.kv_cache.kind, card.kv_cache.num_bytes
         )
-        return _Peer(
-            agent_name,
-            card.kv_cache.kind,
-            geometry,
-            kv_cache,
-            scratch,
-            connection,
-            self._copiers[0],
-        )
+        copiers = {_path_of(card.kv_cache.kind, copier): copier for copier in self._copiers}
+        return _P2PConnection(peer, self._memory, kv_cache, scratch, descriptors, copiers)
 
-    def _copier_of(self, peer: _Peer, path: str) -> PieceCopier:
-        return next(copier for copier in self._copiers if _path_of(peer, copier) == path)
+
+class _P2PConnection(Connection):
+    """A peer's mapped memory."""
+
+    def __init__(
+        self,
+        peer: PeerAgent,
+        memory: LocalMemory,
+        kv_cache: PeerMapping,
+        scratch: PeerMapping,
+        use: FdConnection,
+        copiers: Mapping[str, PieceCopier],
+    ) -> None:
+        """``use`` tells the owner, as long as it is open, that its memory is mapped; ``copiers``
+        by path, the preferred one first.
+        """
+        self._peer = peer
+        self._memory = memory
+        self._kv_cache = kv_cache
+        self._scratch = scratch
+        self._use = use
+        self._copiers = copiers
+        self._any_copier = self._copier = next(iter(copiers.values()))
+        self._prepared: WeakKeyDictionary[BlockRead, Pieces] = WeakKeyDictionary()
+
+    def paths(self) -> Sequence[str]:
+        return list(self._copiers)
+
+    def use_path(self, path: str) -> None:
+        self._copier = self._copiers[path]
+
+    def prepare(self, blocks: BlockRead) -> None:
+        pieces = self._prepared[blocks] = self._pieces_of(blocks)
+        for part in pieces.parts:
+            part.merged  # noqa: B018 - it is kept
+
+    def read(self, blocks: BlockRead) -> Read:
+        pieces = self._prepared.pop(blocks, None) or self._pieces_of(blocks)
+        copier = self._copier if self._copier.supports(pieces) else self._any_copier
+        return copier.start(pieces)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        offsets, size = piece_offsets(
+            self._scratch.num_bytes,
+            self._memory.layout.block_bytes,
+            self._peer.geometry.block_bytes,
+        )
+        landing = new_landing(len(offsets) * size, self._memory.kv_cache.device)
+        pieces = Pieces(
+            _addresses(landing.data_ptr(), offsets),
+            _addresses(self._scratch.address, offsets),
+            size,
+        )
+        copier = self._copiers[path]
+        if not copier.supports(pieces):
+            raise TransferError(f"pieces of {size} bytes cannot be copied by {copier.name}")
+        return copier.start(pieces), landing
+
+    def close(self) -> None:
+        for mapping in (self._kv_cache, self._scratch):
+            _unmap(mapping)
+        self._use.close()
+
+    def _pieces_of(self, blocks: BlockRead) -> Pieces:
+        geometry, layout = self._peer.geometry, self._memory.layout
+        remote = blocks.remote_blocks
+        if not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
+            raise TransferError(
+                f"{self._peer.name} has {geometry.num_blocks} blocks: others were asked for"
+            )
+        head_bytes = layout.head_bytes
+        ours = self._memory.kv_cache.data_ptr() + blocks.local_heads.start * head_bytes
+        theirs = self._kv_cache.address + blocks.remote_heads.start * head_bytes
+        return Pieces(
+            _addresses(ours, blocks.local_blocks, layout.block_bytes),
+            _addresses(theirs, remote, geometry.block_bytes),
+            len(blocks.local_heads) * head_bytes,
+        )
 
 
 def _copiers_of(memory: LocalMemory) -> Sequence[PieceCopier]:
@@ -285,8 +265,8 @@ def _check_sizes(card: _Card, geometry: Geometry) -> None:
             raise TransferError(f"{what}: {found} bytes are shared, {wanted} are described")
 
 
-def _path_of(peer: _Peer, copier: PieceCopier) -> str:
-    return f"p2p/{peer.kind}" + (f"/{copier.name}" if copier.name else "")
+def _path_of(kind: str, copier: PieceCopier) -> str:
+    return f"p2p/{kind}" + (f"/{copier.name}" if copier.name else "")
 
 
 def _addresses(start: int, indices: Sequence[int], stride_bytes: int = 1) -> Addresses:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from pdlaunch.errors import TransferError
-from pdlaunch.transfer.connectors.connector import ReadHandle, ReadState
+from pdlaunch.transfer.connectors.connector import Read
 
 NUM_WARM_READS = 3
 """Of which the best counts: a READ of half a millisecond is easily disturbed."""
@@ -45,25 +45,22 @@ class PathFigure:
 
 
 class ScratchReads(Protocol):
-    """READs of one peer's scratch."""
+    """Reads one peer's scratch."""
 
-    def start_scratch_read(self, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        """Raises TransferError."""
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        """Start a READ. Raises TransferError."""
 
-    def poll(self, handle: ReadHandle) -> ReadState: ...
+    def release(self, read: Read) -> None:
+        """Free a READ that has ended."""
 
-    def read_s(self, handle: ReadHandle) -> float: ...
-
-    def release(self, handle: ReadHandle) -> None: ...
-
-    def abandon(self, handle: ReadHandle, landing: torch.Tensor) -> None:
+    def abandon(self, read: Read, landing: torch.Tensor) -> None:
         """Take over a READ that is pending: keep its memory, and release it when it has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
     path: str
-    handle: ReadHandle
+    read: Read
     landing: torch.Tensor
     is_cold: bool
 
@@ -132,24 +129,24 @@ class PathTrial:
 
     def _start(self, path: str, *, is_cold: bool) -> None:
         try:
-            handle, landing = self._reads.start_scratch_read(path)
+            read, landing = self._reads.read_scratch(path)
         except TransferError as error:
             self._end_path(error=str(error))
         else:
-            self._running = _Running(path, handle, landing, is_cold)
+            self._running = _Running(path, read, landing, is_cold)
 
     def _end_read(self, running: _Running) -> bool:
         """False while the READ is pending and in time."""
-        state = self._reads.poll(running.handle)
+        state = running.read.poll()
         if state == "pending":
             if self._clock() < self._deadline_s:
                 return False
             self._let_go()
             self._end_path(error=f"the first READ did not end within {self._path_timeout_s:.3g} s")
             return True
-        read_s = self._reads.read_s(running.handle) if state == "done" else 0.0
+        read_s = running.read.seconds() if state == "done" else 0.0
         self._running = None
-        self._reads.release(running.handle)
+        self._reads.release(running.read)
         if state == "failed":
             self._end_path(error="the first READ failed")
         elif running.is_cold and not self._is_right(running.landing):
@@ -174,4 +171,4 @@ class PathTrial:
     def _let_go(self) -> None:
         running, self._running = self._running, None
         if running is not None:
-            self._reads.abandon(running.handle, running.landing)
+            self._reads.abandon(running.read, running.landing)

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
-from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
-    Landing,
     LocalMemory,
-    PeerHandle,
-    ReadHandle,
+    MemoryMapper,
+    PeerAgent,
+    Read,
+    ReadPart,
     ReadState,
 )
 from pdlaunch.transfer.connectors.device_binding import new_device_binding
@@ -45,34 +45,12 @@ class _Offer(msgspec.Struct, frozen=True):
 _decoder = msgspec.msgpack.Decoder(dict[str, _Offer])
 
 
-@dataclass(slots=True, eq=False)
-class _Side:
-    """A peer as one of the connectors knows it."""
-
-    connector: Connector
-    peer: PeerHandle | None
-    error: str = ""
-    num_reads: int = 0
-    """Not released."""
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    sides: list[_Side] = field(default_factory=list)
-    chosen: _Side | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Read:
-    side: _Side
-    handle: ReadHandle
-
-
 class PathsConnector(Connector):
     """Passes every READ on to the connector whose path is used."""
 
     def __init__(self, connectors: Sequence[Connector]) -> None:
-        """``connectors``: of one rank, none of which pushes; the preferred one last."""
+        """``connectors``: of one rank, none of which has a pusher and at most one a mapper; the preferred
+        one is last."""
         self._connectors = connectors
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
@@ -94,84 +72,30 @@ class PathsConnector(Connector):
     def agent_metadata(self) -> bytes:
         return msgspec.msgpack.encode(self._offers)
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+    def connect(self, peer: PeerAgent) -> Connection:
         try:
-            offers = _decoder.decode(metadata)
+            offers = _decoder.decode(peer.metadata)
         except msgspec.MsgspecError as error:
             raise TransferError(
-                f"the metadata of agent {agent_name} cannot be read: {error}"
+                f"the metadata of agent {peer.name} cannot be read: {error}"
             ) from None
-        peer = _Peer(
-            [
-                _add_side(connector, agent_name, self._offer(connector, offers), geometry)
-                for connector in self._connectors
-            ]
-        )
-        if all(side.peer is None for side in peer.sides):
-            raise TransferError(
-                "; ".join(f"{side.connector.path}: {side.error}" for side in peer.sides)
-            )
-        return cast(PeerHandle, peer)
-
-    def remove_peer(self, peer: PeerHandle) -> None:
-        for side in cast(_Peer, peer).sides:
-            _let_go(side)
-
-    def paths(self, peer: PeerHandle) -> Sequence[str]:
-        return [path for side in reversed(cast(_Peer, peer).sides) for path in _paths_of(side)]
-
-    def use_path(self, peer: PeerHandle, path: str) -> None:
-        known = cast(_Peer, peer)
-        known.chosen = _side_of(known, path)
-        assert known.chosen.peer is not None
-        known.chosen.connector.use_path(known.chosen.peer, path)
-        for side in known.sides:
-            if side is not known.chosen and not side.num_reads:
-                _let_go(side)
-
-    def prepare_read(self, peer: PeerHandle, read: BlockRead) -> None:
-        side = cast(_Peer, peer).chosen
-        assert side is not None
-        assert side.peer is not None
-        side.connector.prepare_read(side.peer, read)
-
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        side = cast(_Peer, peer).chosen
-        assert side is not None
-        assert side.peer is not None
-        return _begun(side, side.connector.start_read(side.peer, read))
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        side = _side_of(cast(_Peer, peer), path)
-        if side.peer is None:
-            raise TransferError(side.error)
-        handle, landing = side.connector.start_scratch_read(side.peer, path)
-        return _begun(side, handle), landing
-
-    def poll(self, handle: ReadHandle) -> ReadState:
-        read = cast(_Read, handle)
-        return read.side.connector.poll(read.handle)
-
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        read = cast(_Read, handle)
-        return read.side.connector.landings(read.handle)
-
-    def read_s(self, handle: ReadHandle) -> float:
-        read = cast(_Read, handle)
-        return read.side.connector.read_s(read.handle)
-
-    def release(self, handle: ReadHandle) -> None:
-        read = cast(_Read, handle)
-        read.side.connector.release(read.handle)
-        read.side.num_reads -= 1
+        ways = [
+            _connect(connector, peer, self._offer(connector, offers))
+            for connector in self._connectors
+        ]
+        if all(way.connection is None for way in ways):
+            raise TransferError("; ".join(f"{way.path}: {way.error}" for way in ways))
+        return _PathsConnection(ways)
 
     def close(self) -> None:
         for connector in self._connectors:
             if not self._offers[connector.name].error:
                 connector.close()
 
-    def wait_unmapped(self, timeout_s: float) -> bool:
-        return all(connector.wait_unmapped(timeout_s) for connector in self._connectors)
+    @property
+    def mapper(self) -> MemoryMapper | None:
+        mappers = [connector.mapper for connector in self._connectors]
+        return next((mapper for mapper in mappers if mapper is not None), None)
 
     def _offer(self, connector: Connector, offers: dict[str, _Offer]) -> _Offer:
         """Of the peer, or why either of the two sides has none."""
@@ -183,32 +107,100 @@ class PathsConnector(Connector):
         )
 
 
-def _add_side(connector: Connector, agent_name: str, offer: _Offer, geometry: Geometry) -> _Side:
+@dataclass(slots=True, eq=False)
+class _Way:
+    """A peer as one of the connectors reaches it."""
+
+    path: str
+    """The connector's, for the case that there is no connection."""
+    connection: Connection | None
+    error: str = ""
+    """Why there is no connection."""
+    num_reads: int = 0
+    """READs that are not released."""
+
+    def paths(self) -> Sequence[str]:
+        return [self.path] if self.connection is None else self.connection.paths()
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+class _PathsConnection(Connection):
+    """A peer that is reached in several ways until one is chosen."""
+
+    def __init__(self, ways: Sequence[_Way]) -> None:
+        """``ways`` are in the order of the connectors: the preferred one is last."""
+        self._ways = ways
+        self._chosen: Connection | None = None
+
+    def paths(self) -> Sequence[str]:
+        return [path for way in reversed(self._ways) for path in way.paths()]
+
+    def use_path(self, path: str) -> None:
+        chosen = self._way_of(path)
+        assert chosen.connection is not None
+        chosen.connection.use_path(path)
+        self._chosen = chosen.connection
+        for way in self._ways:
+            if way is not chosen and not way.num_reads:
+                way.close()
+
+    def prepare(self, blocks: BlockRead) -> None:
+        assert self._chosen is not None
+        self._chosen.prepare(blocks)
+
+    def read(self, blocks: BlockRead) -> Read:
+        assert self._chosen is not None
+        return self._chosen.read(blocks)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        way = self._way_of(path)
+        if way.connection is None:
+            raise TransferError(way.error)
+        read, landing = way.connection.read_scratch(path)
+        way.num_reads += 1
+        return _CountedRead(way, read), landing
+
+    def close(self) -> None:
+        for way in self._ways:
+            way.close()
+
+    def _way_of(self, path: str) -> _Way:
+        return next(way for way in self._ways if path in way.paths())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _CountedRead(Read):
+    """A READ of a scratch: the way that it goes stays open until it is released."""
+
+    way: _Way
+    read: Read
+
+    def poll(self) -> ReadState:
+        return self.read.poll()
+
+    def parts(self) -> Sequence[ReadPart]:
+        return self.read.parts()
+
+    def seconds(self) -> float:
+        return self.read.seconds()
+
+    def release(self) -> None:
+        self.read.release()
+        self.way.num_reads -= 1
+
+
+def _connect(connector: Connector, peer: PeerAgent, offer: _Offer) -> _Way:
     if offer.error:
-        return _Side(connector, None, offer.error)
+        return _Way(connector.path, None, offer.error)
     try:
-        return _Side(connector, connector.add_peer(agent_name, offer.metadata, geometry))
+        connection = connector.connect(PeerAgent(peer.name, offer.metadata, peer.geometry))
     except TransferError as error:
-        return _Side(connector, None, str(error))
-
-
-def _begun(side: _Side, handle: ReadHandle) -> ReadHandle:
-    side.num_reads += 1
-    return cast(ReadHandle, _Read(side, handle))
-
-
-def _let_go(side: _Side) -> None:
-    if side.peer is not None:
-        side.connector.remove_peer(side.peer)
-        side.peer = None
-
-
-def _paths_of(side: _Side) -> Sequence[str]:
-    return [side.connector.path] if side.peer is None else side.connector.paths(side.peer)
-
-
-def _side_of(peer: _Peer, path: str) -> _Side:
-    return next(side for side in peer.sides if path in _paths_of(side))
+        return _Way(connector.path, None, str(error))
+    return _Way(connector.path, connection)
 
 
 def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> Connector:

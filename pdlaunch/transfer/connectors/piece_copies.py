@@ -8,7 +8,7 @@ import ctypes
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from pdlaunch.memory.batch_copies import Addresses
-from pdlaunch.transfer.connectors.connector import Landing, ReadState
+from pdlaunch.transfer.connectors.connector import Read, ReadState
 
 logger = logging.getLogger(__name__)
 
@@ -59,22 +59,6 @@ class Pieces:
         return self.destinations[starts], self.sources[starts], sizes
 
 
-class Copy(ABC):
-    """One that has begun."""
-
-    @abstractmethod
-    def state(self) -> ReadState:
-        """After done or failed it writes no more."""
-
-    def landings(self) -> Sequence[Landing]:
-        """When its pieces are there, part by part, where the device can tell."""
-        return ()
-
-    @abstractmethod
-    def seconds(self) -> float:
-        """From its begin to its end; once done."""
-
-
 class PieceCopier(ABC):
     """One way to copy. Used by one thread, which it never keeps waiting."""
 
@@ -86,7 +70,7 @@ class PieceCopier(ABC):
         return True
 
     @abstractmethod
-    def start(self, pieces: Pieces) -> Copy:
+    def start(self, pieces: Pieces) -> Read:
         """Raises TransferError; then nothing is written."""
 
     @abstractmethod
@@ -104,7 +88,7 @@ class HostCopier(PieceCopier):
         self._move = move
         self._thread = ThreadPoolExecutor(1, "p2p-copy")
 
-    def start(self, pieces: Pieces) -> Copy:
+    def start(self, pieces: Pieces) -> Read:
         return HostCopy(self._thread.submit(self._copy, pieces))
 
     def close(self) -> None:
@@ -119,11 +103,11 @@ class HostCopier(PieceCopier):
         return time.perf_counter() - begin_s
 
 
-class HostCopy(Copy):
+class HostCopy(Read):
     def __init__(self, future: Future[float]) -> None:
         self._future = future
 
-    def state(self) -> ReadState:
+    def poll(self) -> ReadState:
         if not self._future.done():
             return "pending"
         if self._future.cancelled():
@@ -135,3 +119,6 @@ class HostCopy(Copy):
 
     def seconds(self) -> float:
         return self._future.result()
+
+    def release(self) -> None:
+        """Nothing is kept of a copy."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.transfer.channel.handshake import RankIdentity
-from pdlaunch.transfer.connectors.connector import BlockRead, Connector, ReadHandle
+from pdlaunch.transfer.connectors.connector import BlockRead, Connector, PushedRead
 from pdlaunch.transfer.decode_side.peer_setup import Channel
 
 
@@ -23,40 +23,38 @@ class AskedPushes:
         self._holder = holder
         self._connector = connector
         self._call_ids = call_ids
-        self._handles: dict[int, ReadHandle] = {}
+        self._reads: dict[int, PushedRead] = {}
         """By call_id."""
 
     def check_channel(self, channel: Channel | None) -> None:
         """A write must not be asked for over a connection whose answers may be lost. Raises
         TransferError.
         """
-        if self._connector.pushes and (channel is None or channel.broken):
+        if self._connector.pusher is not None and (channel is None or channel.broken):
             raise TransferError(f"the connection to {self._holder.name} broke")
 
-    def ask(self, channel: Channel | None, handle: ReadHandle, read: BlockRead) -> None:
-        """Where the holder is the one to write: ask it to, over a channel that has been checked."""
-        if not self._connector.pushes:
-            return
+    def ask(self, channel: Channel | None, read: PushedRead, blocks: BlockRead) -> None:
+        """Ask the prefill side to write, over a channel that has been checked."""
         assert channel is not None
         call_id = next(self._call_ids)
-        self._handles[call_id] = handle
+        self._reads[call_id] = read
         channel.send(
             Push(
                 call_id=call_id,
                 engine_id=self._holder.engine_id,
-                lease_id=read.lease_id,
-                reader=read.reader,
-                block_ids=list(read.remote_blocks),
-                first_head=read.remote_heads.start,
-                num_heads=len(read.remote_heads),
-                target=self._connector.push_target(handle),
+                lease_id=blocks.lease_id,
+                reader=blocks.reader,
+                block_ids=list(blocks.remote_blocks),
+                first_head=blocks.remote_heads.start,
+                num_heads=len(blocks.remote_heads),
+                target=read.target,
             )
         )
 
     def take_answer(self, answer: ToDecodeSide) -> bool:
         """End the READ that the message answers; False when it answers none."""
-        handle = self._handles.pop(answer.call_id, None)
-        if handle is None:
+        read = self._reads.pop(answer.call_id, None)
+        if read is None:
             return False
         match answer:
             case PushEnded():
@@ -65,21 +63,21 @@ class AskedPushes:
                 error = answer.reason or "refused"
             case _:
                 error = f"unexpected {type(answer).__name__}"
-        self._connector.end_read(handle, error=error)
+        read.end(error)
         return True
 
     def end_those_of_the_dead(self, channel: Channel) -> None:
         """A process that is gone writes no more."""
-        if self._handles and channel.broken:
-            for handle in self._handles.values():
-                self._connector.end_read(handle, error="the peer's process has ended")
-            self._handles.clear()
+        if self._reads and channel.broken:
+            for read in self._reads.values():
+                read.end("the peer's process has ended")
+            self._reads.clear()
 
     def retire(self, channel: Channel) -> None:
         """Answers about writes that are under way must still arrive; no other channel is opened
         before they have.
         """
-        if self._handles:
+        if self._reads:
             assert self.old_channel is None
             self.old_channel = channel
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,7 +11,7 @@ from pdlaunch.integrity.checksum import KVHasher
 from pdlaunch.protocol.ids import EngineId, PullId, ReaderId
 from pdlaunch.protocol.side_channel import Geometry, ToDecodeSide, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from pdlaunch.transfer.connectors.connector import BlockRead, Landing, ReadHandle, ReadState
+from pdlaunch.transfer.connectors.connector import BlockRead, Read
 
 LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 
@@ -44,18 +44,14 @@ class HolderLink(Protocol):
     def forget(self, call_id: int) -> None:
         """Nobody waits for this answer any more."""
 
-    def prepare_read(self, read: BlockRead) -> None:
-        """It is likely to be started soon. Raises TransferError."""
+    def prepare(self, blocks: BlockRead) -> None:
+        """Get ready for a READ that is likely to start soon. Raises TransferError."""
 
-    def start_read(self, read: BlockRead) -> ReadHandle: ...
+    def read(self, blocks: BlockRead) -> Read:
+        """Start to read. Raises TransferError."""
 
-    def poll(self, handle: ReadHandle) -> ReadState: ...
-
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]: ...
-
-    def read_s(self, handle: ReadHandle) -> float: ...
-
-    def release(self, handle: ReadHandle) -> None: ...
+    def release(self, read: Read) -> None:
+        """Free a READ that has ended."""
 
     def reconnect(self) -> None:
         """A READ has failed: the connection is not to be trusted."""

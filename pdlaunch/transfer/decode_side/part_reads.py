@@ -25,7 +25,7 @@ from pdlaunch.errors import TransferError, VerificationError
 from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
-from pdlaunch.transfer.connectors.connector import Landing, ReadHandle
+from pdlaunch.transfer.connectors.connector import Read, ReadPart
 from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
 from pdlaunch.transfer.decode_side.read_plan import (
     PullFailed,
@@ -96,16 +96,12 @@ class _Places:
     """By group: the first logical index, and the blocks of the holder."""
 
 
-def _worth_hashing(landings: Sequence[Landing]) -> list[Landing]:
+def _worth_hashing(parts: Sequence[ReadPart]) -> list[ReadPart]:
     """The last two and every fourth before: a launch takes the host 0.1 to 0.4 ms, and the last one
     is to find little to do.
     """
-    last = len(landings) - 1
-    return [
-        landing
-        for index, landing in enumerate(landings)
-        if index == last or (last - index) % 4 == 1
-    ]
+    last = len(parts) - 1
+    return [part for index, part in enumerate(parts) if index == last or (last - index) % 4 == 1]
 
 
 def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
@@ -131,7 +127,7 @@ class PartReads:
         self._generation: int | None = None
         self._next_block = 0
         """Logical blocks before this one have been read, or are being read."""
-        self._handle: ReadHandle | None = None
+        self._reading: Read | None = None
         self._current: _Part | None = None
         self._parts: list[_Part] = []
         """Those that are done."""
@@ -141,7 +137,7 @@ class PartReads:
     @property
     def in_flight(self) -> bool:
         """A READ may still write to the blocks."""
-        return self._handle is not None
+        return self._reading is not None
 
     @property
     def num_bytes_in_flight(self) -> int:
@@ -153,7 +149,7 @@ class PartReads:
         """All blocks of the lease have been read."""
         return (
             self._lease is not None
-            and self._handle is None
+            and self._reading is None
             and self._next_block >= len(self._command.block_hashes)
         )
 
@@ -200,7 +196,7 @@ class PartReads:
         """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed,
         PullFailed.
         """
-        if self._handle is None:
+        if self._reading is None:
             self._start_next()
 
     def advance(self) -> None:
@@ -211,7 +207,7 @@ class PartReads:
 
     def settle(self) -> None:
         """No READ begins any more: release the one that is in flight once it is over."""
-        if self._handle is not None and self._link.poll(self._handle) != "pending":
+        if self._reading is not None and self._reading.poll() != "pending":
             self._release()
 
     def is_proven(self) -> bool:
@@ -244,7 +240,7 @@ class PartReads:
         )
         if not part.plan.is_empty:
             try:
-                self._handle = link.start_read(part.plan.read)
+                self._reading = link.read(part.plan.read)
             except TransferError as error:
                 link.reconnect()
                 raise ReadFailed(f"{self._share.holder}: {error}") from error
@@ -268,7 +264,7 @@ class PartReads:
         lease.
         """
         offer, link = self._offer, self._link
-        if offer is None or offer.leased or self._prepared is not None or self._handle is not None:
+        if offer is None or offer.leased or self._prepared is not None or self._reading is not None:
             return
         if link.status != "ready" or not link.reads_early:
             return
@@ -276,22 +272,22 @@ class PartReads:
         with contextlib.suppress(TransferError):
             part = self._part(offer, range(places.first_block, places.end_block))
             if not part.plan.is_empty:
-                link.prepare_read(part.plan.read)
+                link.prepare(part.plan.read)
                 self._prepared = places, part
 
     def _poll(self) -> bool:
         """False: a READ is pending."""
-        if self._handle is None:
+        if self._reading is None:
             return True
         part = self._current
         assert part is not None
-        state = self._link.poll(self._handle)
+        state = self._reading.poll()
         if state == "pending":
-            for num_blocks, landed in _worth_hashing(self._link.landings(self._handle)):
+            for num_blocks, landed in _worth_hashing(self._reading.parts()):
                 part.hash_until(num_blocks, landed)
             return False
         self.ended_s = self._puller.clock()
-        read_s = self._link.read_s(self._handle) if state == "done" else 0.0
+        read_s = self._reading.seconds() if state == "done" else 0.0
         self._release()
         if state == "failed":
             if part.counts:
@@ -316,6 +312,6 @@ class PartReads:
         )
 
     def _release(self) -> None:
-        assert self._handle is not None
-        self._link.release(self._handle)
-        self._handle = self._current = None
+        assert self._reading is not None
+        self._link.release(self._reading)
+        self._reading = self._current = None

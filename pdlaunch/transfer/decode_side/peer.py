@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum, auto
 
 import torch
@@ -30,10 +30,10 @@ from pdlaunch.protocol.side_channel import (
 from pdlaunch.transfer.channel.handshake import check_geometry, compare
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
-    Landing,
-    PeerHandle,
-    ReadHandle,
-    ReadState,
+    Connection,
+    PeerAgent,
+    PushedRead,
+    Read,
 )
 from pdlaunch.transfer.connectors.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.connectors.scratch import has_pattern
@@ -81,14 +81,15 @@ class Peer:
         self._call_ids = itertools.count(1)
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
         """Who waits for an answer, by call_id."""
-        self._agent: PeerHandle | None = None
-        self._old_agents: list[PeerHandle] = []
+        self._connection: Connection | None = None
+        self._old_connections: list[Connection] = []
+        """Given up; kept while a READ may still write."""
         self._geometry: Geometry | None = None
-        self._reads: dict[int, float] = {}
-        """Start of every READ that is not released, by id of its handle."""
+        self._reads: dict[Read, float] = {}
+        """Every READ that is not released, and when it started."""
         self._pushes = AskedPushes(address.identity, setup.connector, self._call_ids)
         self._trial: PathTrial | None = None
-        self._old_probes: list[tuple[ReadHandle, torch.Tensor]] = []
+        self._old_probes: list[tuple[Read, torch.Tensor]] = []
         """READs of its scratch that nobody waits for, and the memory that they may write to."""
         self._asked_s = 0.0
         self._deadline_s = float("inf")
@@ -110,7 +111,7 @@ class Peer:
 
     @property
     def reads_early(self) -> bool:
-        return not self._setup.connector.pushes
+        return self._setup.connector.pusher is None
 
     @property
     def closed(self) -> bool:
@@ -165,29 +166,37 @@ class Peer:
     def forget(self, call_id: int) -> None:
         self._calls.pop(call_id, None)
 
-    def prepare_read(self, read: BlockRead) -> None:
-        assert self._agent is not None
-        self._setup.connector.prepare_read(self._agent, read)
+    def prepare(self, blocks: BlockRead) -> None:
+        assert self._connection is not None
+        self._connection.prepare(blocks)
 
-    def start_read(self, read: BlockRead) -> ReadHandle:
-        """Raises TransferError."""
-        assert self._agent is not None
+    def read(self, blocks: BlockRead) -> Read:
+        """Start to read. Raises TransferError."""
+        assert self._connection is not None
         self._pushes.check_channel(self.channel)
-        handle = self._setup.connector.start_read(self._agent, read)
-        self._reads[id(handle)] = self._setup.clock()
-        self._pushes.ask(self.channel, handle, read)
-        return handle
+        return self._started(self._connection.read(blocks), blocks)
 
-    def poll(self, handle: ReadHandle) -> ReadState:
-        return self._setup.connector.poll(handle)
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        """Start to read the scratch. Raises TransferError."""
+        assert self._connection is not None
+        self._pushes.check_channel(self.channel)
+        read, landing = self._connection.read_scratch(path)
+        return self._started(read, BlockRead([], [], range(0), range(0))), landing
 
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        return self._setup.connector.landings(handle)
+    def release(self, read: Read) -> None:
+        read.release()
+        del self._reads[read]
+        self._close_old_connections()
 
-    def release(self, handle: ReadHandle) -> None:
-        self._setup.connector.release(handle)
-        del self._reads[id(handle)]
-        self._remove_old_agents()
+    def abandon(self, read: Read, landing: torch.Tensor) -> None:
+        """Keep the memory of a READ of the scratch until it has ended."""
+        self._old_probes.append((read, landing))
+
+    def _started(self, read: Read, blocks: BlockRead) -> Read:
+        self._reads[read] = self._setup.clock()
+        if isinstance(read, PushedRead):
+            self._pushes.ask(self.channel, read, blocks)
+        return read
 
     def _receive(self) -> None:
         for channel in (self.channel, self._pushes.old_channel):
@@ -240,11 +249,13 @@ class Peer:
         )
         self._geometry = reply.geometry
         connector = self._setup.connector
-        self._agent = connector.add_peer(reply.agent_name, reply.agent_metadata, reply.geometry)
+        self._connection = connector.connect(
+            PeerAgent(reply.agent_name, reply.agent_metadata, reply.geometry)
+        )
         self._state = _State.PROBING
         self._trial = PathTrial(
             self,
-            connector.paths(self._agent),
+            self._connection.paths(),
             is_right=lambda landing: has_pattern(landing, reply.agent_name),
             clock=self._setup.clock,
             timeout_s=self._deadline_s - self._setup.clock(),
@@ -265,22 +276,6 @@ class Peer:
                     f"{reply.rank_name} answers with {found!r}"
                 )
 
-    def start_scratch_read(self, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        """Raises TransferError."""
-        assert self._agent is not None
-        self._pushes.check_channel(self.channel)
-        handle, landing = self._setup.connector.start_scratch_read(self._agent, path)
-        self._reads[id(handle)] = self._setup.clock()
-        self._pushes.ask(self.channel, handle, BlockRead([], [], range(0), range(0)))
-        return handle, landing
-
-    def read_s(self, handle: ReadHandle) -> float:
-        return self._setup.connector.read_s(handle)
-
-    def abandon(self, handle: ReadHandle, landing: torch.Tensor) -> None:
-        """Keep the memory of a READ of the scratch until it has ended."""
-        self._old_probes.append((handle, landing))
-
     def _try_paths(self) -> None:
         trial = self._trial
         assert trial is not None
@@ -296,8 +291,8 @@ class Peer:
 
     def _be_ready(self, best: PathFigure, others: dict[str, str]) -> None:
         setup = self._setup
-        assert self._agent is not None
-        setup.connector.use_path(self._agent, best.path)
+        assert self._connection is not None
+        self._connection.use_path(best.path)
         self._state = _State.READY
         self._deadline_s = float("inf")
         self._num_failures = 0
@@ -358,9 +353,8 @@ class Peer:
         )
 
     def _on_deadline(self) -> None:
-        if self._state is _State.WAITING and self._old_agents:
-            # The peer's agent cannot be added twice, and cannot be removed while a READ may still
-            # write.
+        if self._state is _State.WAITING and self._old_connections:
+            # A peer cannot be connected twice, and a connection stays while a READ may still write.
             self._deadline_s = float("inf")
         elif self._state is _State.WAITING:
             self._start_handshake()
@@ -373,7 +367,7 @@ class Peer:
             )
 
     def _disconnect(self) -> None:
-        """No new use of this connection. Its agent stays only as long as a READ may still write."""
+        """Give the connection up; it stays only as long as a READ may still write."""
         self._calls.clear()
         if self.channel is not None:
             self._pushes.retire(self.channel)
@@ -381,23 +375,23 @@ class Peer:
         if self._trial is not None:
             self._trial.abandon()
             self._trial = None
-        if self._agent is not None:
-            self._old_agents.append(self._agent)
-            self._agent = None
+        if self._connection is not None:
+            self._old_connections.append(self._connection)
+            self._connection = None
         self._release_old()
 
     def _release_old(self) -> None:
-        ended = [handle for handle, _ in self._old_probes if self.poll(handle) != "pending"]
+        ended = [read for read, _ in self._old_probes if read.poll() != "pending"]
         self._old_probes = [probe for probe in self._old_probes if probe[0] not in ended]
-        for handle in ended:
-            self.release(handle)
-        self._remove_old_agents()
+        for read in ended:
+            self.release(read)
+        self._close_old_connections()
 
-    def _remove_old_agents(self) -> None:
+    def _close_old_connections(self) -> None:
         if self._reads:
             return
         self._pushes.close_old_channel()
-        while self._old_agents:
-            self._setup.connector.remove_peer(self._old_agents.pop())
+        while self._old_connections:
+            self._old_connections.pop().close()
         if self._state is _State.WAITING and self._deadline_s == float("inf"):
             self._deadline_s = self._setup.clock()

@@ -24,7 +24,7 @@ from pdlaunch.protocol.transfer import (
     WithdrawPartialPrompt,
 )
 from pdlaunch.transfer.channel.side_channel import PrefillSocket
-from pdlaunch.transfer.connectors.connector import Connector, PushHandle
+from pdlaunch.transfer.connectors.connector import Connector, Pusher, Write
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from pdlaunch.transfer.prefill_side.pending_questions import PendingQuestions
 
@@ -44,10 +44,10 @@ class PrefillSide:
     ) -> None:
         """``hasher`` is None when ``kv_transfer.verify`` is off. The socket stays the caller's."""
         self._socket = socket
-        self._pushes = connector.pushes
+        self._pusher = connector.pusher
         self._answers = LeaseAnswers(card, hasher, clock)
         self._pending = PendingQuestions(self._answers.must_wait, clock)
-        self._writes = Writes(self._answers, connector, clock)
+        self._writes = Writes(self._answers, clock)
 
     def execute(self, command: PrefillCommand) -> None:
         """Take a command of the scheduler."""
@@ -100,8 +100,8 @@ class PrefillSide:
 
     def _answer(self) -> None:
         for identity, message in self._pending.sift(self._socket.receive()):
-            if isinstance(message, Push) and self._pushes:
-                self._writes.start(identity, message)
+            if isinstance(message, Push) and self._pusher is not None:
+                self._writes.start(self._pusher, identity, message)
             else:
                 self._socket.send(identity, self._answers.answer(message))
         for identity, ended in self._writes.take_answers():
@@ -113,18 +113,15 @@ class _Write:
     identity: bytes
     """Names the socket of the decode rank that asked."""
     call_id: int
-    handle: PushHandle
+    write: Write
     started_at: float
 
 
 class Writes:
     """Executes the writes that decode ranks ask for; every ``Push`` gets one answer."""
 
-    def __init__(
-        self, answers: LeaseAnswers, connector: Connector, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, answers: LeaseAnswers, clock: Callable[[], float]) -> None:
         self._answers = answers
-        self._connector = connector
         self._clock = clock
         self._writes: list[_Write] = []
         self._refused: list[tuple[bytes, ToDecodeSide]] = []
@@ -134,28 +131,28 @@ class Writes:
         """Return the instant at which the latest of the unfinished writes began."""
         return max((write.started_at for write in self._writes), default=None)
 
-    def start(self, identity: bytes, message: Push) -> None:
+    def start(self, pusher: Pusher, identity: bytes, message: Push) -> None:
         """Begin to write, or refuse. ``identity`` names the socket to answer."""
         try:
-            handle = self._connector.start_push(self._answers.job_of(message))
+            write = pusher.push(self._answers.job_of(message))
         except (LeaseError, TransferError) as error:
             self._refused.append((identity, Refused(call_id=message.call_id, reason=str(error))))
             return
-        self._writes.append(_Write(identity, message.call_id, handle, self._clock()))
+        self._writes.append(_Write(identity, message.call_id, write, self._clock()))
 
     def take_answers(self) -> list[tuple[bytes, ToDecodeSide]]:
         """Return what was refused or has ended since the last call; never waits."""
         answers, self._refused = self._refused, []
         pending = []
-        for write in self._writes:
-            error = self._connector.poll_push(write.handle)
+        for asked in self._writes:
+            error = asked.write.poll()
             if error is None:
-                pending.append(write)
+                pending.append(asked)
                 continue
             if error:
                 logger.warning("a write to a reader failed: %s", error)
             answers.append(
-                (write.identity, PushEnded(call_id=write.call_id, ok=not error, error=error))
+                (asked.identity, PushEnded(call_id=asked.call_id, ok=not error, error=error))
             )
         self._writes = pending
         return answers

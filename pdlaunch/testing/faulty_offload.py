@@ -1,17 +1,15 @@
-"""A host tier that is slow and whose memory goes bad, for tests and ``pdlaunch smoke --chaos``
-only.
-"""
+"""A host tier that is slow and whose memory goes bad, as a ``FaultPlan`` says."""
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.worker import OffloadWorker
+from pdlaunch.testing.faults import FaultPlan
 
 _TIMER_SLACK_S = 0.001
 """A wake before the report is due would be in vain."""
@@ -19,25 +17,12 @@ _WAIT_S = 0.02
 """Between two looks at whether ends may be seen again."""
 
 
-class ChunkFaults(NamedTuple):
-    """What goes wrong. Each function takes a number that counts up, so that a plan decides."""
-
-    corrupt: Callable[[int], random.Random | None]
-    """Of a stored chunk: what place and value of its wrong byte are drawn from; None: it stays as
-    it is.
-    """
-    delay_s: Callable[[int], float]
-    """Of a copy: how much later its end is reported."""
-    copies_wait: Callable[[], bool] = lambda: False
-    """No end is to be reported now."""
-
-
 class FaultyOffloadWorker(OffloadWorker):
     """Reports the ends of copies late, and changes a byte of some chunks once their checksums are
     taken.
     """
 
-    def __init__(self, faults: ChunkFaults, **setup: Any) -> None:
+    def __init__(self, faults: FaultPlan, **setup: Any) -> None:
         super().__init__(**setup)
         self._faults = faults
         self._stores: dict[int, OffloadJob] = {}
@@ -67,7 +52,7 @@ class FaultyOffloadWorker(OffloadWorker):
         for chunk_id in job.chunk_ids if job is not None and report.ok else ():
             self._spoil(chunk_id)
         self._num_copies += 1
-        self._report_in(self._faults.delay_s(self._num_copies), report)
+        self._report_in(self._faults.copy_delay_s(self._num_copies), report)
 
     def _report_in(self, delay_s: float, report: JobFinished) -> None:
         self._late.append((time.monotonic() + delay_s, report))
@@ -77,6 +62,6 @@ class FaultyOffloadWorker(OffloadWorker):
 
     def _spoil(self, chunk_id: int) -> None:
         self._num_chunks_stored += 1
-        source = self._faults.corrupt(self._num_chunks_stored)
+        source = self._faults.of_chunk(self._num_chunks_stored)
         if source is not None:
             self.chunk(chunk_id)[source.randrange(self.block_bytes)] ^= source.randrange(1, 256)

@@ -1,0 +1,282 @@
+"""Passes everything on to another connector, but for the faults of a ``FaultPlan``."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.errors import TransferError
+from pdlaunch.protocol.transfer import TransferCommand
+from pdlaunch.testing.faults import Fault, FaultPlan
+from pdlaunch.transfer.connectors import opening
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connection,
+    Connector,
+    LocalMemory,
+    MemoryMapper,
+    PeerAgent,
+    PushedRead,
+    Pusher,
+    Read,
+    ReadPart,
+    ReadState,
+)
+from pdlaunch.transfer.sides import TransferSetup
+from pdlaunch.transfer.thread import TransferThread
+
+
+class FaultyConnector(Connector):
+    """Never breaks the contract: after the end of a READ nothing is written.
+
+    What peers write to (``pusher``) and who maps the memory (``mapper``) are the inner connector's
+    own: no fault touches them.
+    """
+
+    def __init__(
+        self, inner: Connector, faults: FaultPlan, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = inner.name
+        self.path = inner.path
+        self.agent_name = inner.agent_name
+        self.faults = faults
+        self.clock = clock
+        self._inner = inner
+        self._num_reads = 0
+        self._num_probes = 0
+
+    @property
+    def pusher(self) -> Pusher | None:
+        return self._inner.pusher
+
+    @property
+    def mapper(self) -> MemoryMapper | None:
+        return self._inner.mapper
+
+    def open(self, memory: LocalMemory) -> None:
+        self._inner.open(memory)
+        layout = memory.layout
+        shape = memory.kv_cache.shape[0], layout.num_kv_heads, layout.head_bytes
+        self._bytes = memory.kv_cache.view(torch.uint8).view(shape)
+
+    def agent_metadata(self) -> bytes:
+        return self._inner.agent_metadata()
+
+    def connect(self, peer: PeerAgent) -> Connection:
+        return FaultyConnection(self, self._inner.connect(peer))
+
+    def close(self) -> None:
+        self._inner.close()
+        del self._bytes
+
+    def read(self, connection: Connection, blocks: BlockRead) -> Read:
+        """Start the next READ, with its fault."""
+        self._num_reads += 1
+        fault, source = self.faults.of_read(self.agent_name, self._num_reads)
+        heads = slice(blocks.local_heads.start, blocks.local_heads.stop)
+        memory = [self._bytes[block_id, heads] for block_id in blocks.local_blocks]
+        return self._begin(fault, source, memory, lambda: connection.read(blocks))
+
+    def read_scratch(self, connection: Connection, path: str) -> tuple[Read, torch.Tensor]:
+        """Start the next READ of a handshake, with its fault."""
+        self._num_probes += 1
+        fault, source = self.faults.of_probe(self.agent_name, self._num_probes)
+        if fault is Fault.REFUSE:
+            raise TransferError("injected: the READ was refused")
+        read, landing = connection.read_scratch(path)
+        return self._begin(fault, source, [landing.view(1, -1)], lambda: read), landing
+
+    def _begin(
+        self,
+        fault: Fault | None,
+        source: random.Random,
+        memory: Sequence[torch.Tensor],
+        start: Callable[[], Read],
+    ) -> Read:
+        kind = FaultyRead if self.pusher is None else FaultyPushedRead
+        return kind(fault, source, memory, start, self.faults, self.clock)
+
+
+class FaultyConnection(Connection):
+    """Starts READs that meet faults."""
+
+    def __init__(self, connector: FaultyConnector, inner: Connection) -> None:
+        self._connector = connector
+        self._inner = inner
+
+    def paths(self) -> Sequence[str]:
+        return self._inner.paths()
+
+    def use_path(self, path: str) -> None:
+        self._inner.use_path(path)
+
+    def prepare(self, blocks: BlockRead) -> None:
+        self._inner.prepare(blocks)
+
+    def read(self, blocks: BlockRead) -> Read:
+        return self._connector.read(self._inner, blocks)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        return self._connector.read_scratch(self._inner, path)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class FaultyRead(Read):
+    """A READ and its fault."""
+
+    can_start_later = True
+    """The READ may be held back, and repeated: nobody else has been asked to write."""
+
+    def __init__(
+        self,
+        fault: Fault | None,
+        source: random.Random,
+        memory: Sequence[torch.Tensor],
+        start: Callable[[], Read],
+        faults: FaultPlan,
+        clock: Callable[[], float],
+    ) -> None:
+        """``memory`` is [num_heads, num_bytes] uint8 of each block that is written; ``start``
+        begins the true READ, and again for a duplicate. Raises TransferError.
+        """
+        self._fault = fault
+        self._source = source
+        self._memory = memory
+        self._start = start
+        self._clock = clock
+        self._wait_until = 0.0
+        """Pending until then: before the start of a delayed READ, after that of a lost one."""
+        self._unwritten: torch.Tensor | None = None
+        """What the second half of the last block held before."""
+        self._end: ReadState = "pending"
+        self._inner: Read | None = None
+        match fault:
+            case Fault.REFUSE:
+                raise TransferError("injected: the READ was refused")
+            case Fault.DELAY:
+                self._wait_until = clock() + source.uniform(0, faults.slow_s)
+                if self.can_start_later:
+                    return
+            case Fault.LOSE:
+                self._wait_until = clock() + source.uniform(0, faults.lost_s)
+            case Fault.TRUNCATE:
+                self._unwritten = _second_half(memory[-1]).clone()
+                _await_device(self._unwritten)
+            case _:
+                pass
+        self._inner = start()
+
+    @property
+    def inner(self) -> Read:
+        """The true READ, once it has started."""
+        assert self._inner is not None
+        return self._inner
+
+    def poll(self) -> ReadState:
+        if self._end == "pending":
+            self._end = self._advance()
+        return self._end
+
+    def parts(self) -> Sequence[ReadPart]:
+        """Nothing is final in a READ with a fault: its bytes may change up to its end."""
+        return () if self._fault is not None or self._inner is None else self._inner.parts()
+
+    def seconds(self) -> float:
+        return self.inner.seconds()
+
+    def release(self) -> None:
+        if self._inner is not None:
+            self._inner.release()
+
+    def _advance(self) -> ReadState:
+        if self._clock() < self._wait_until:
+            return "pending"
+        if self._inner is None:
+            try:
+                self._inner = self._start()
+            except TransferError:
+                return "failed"
+        state = self._inner.poll()
+        return self._finish() if state == "done" else state
+
+    def _finish(self) -> ReadState:
+        """Return what the end of the true READ looks like."""
+        match self._fault:
+            case Fault.FAIL:
+                return "failed"
+            case Fault.CORRUPT:
+                _corrupt(self._memory, self._source)
+                _await_device(self._memory[0])
+            case Fault.TRUNCATE if self._unwritten is not None:
+                _second_half(self._memory[-1]).copy_(self._unwritten)
+                _await_device(self._memory[0])
+            case Fault.DUPLICATE if self.can_start_later:
+                self._fault = None
+                self.inner.release()
+                self._inner = None
+                return self._advance()
+            case _:
+                pass
+        return "done"
+
+
+class FaultyPushedRead(FaultyRead, PushedRead):
+    """A READ that the prefill side writes, and its fault."""
+
+    can_start_later = False
+
+    @property
+    def target(self) -> bytes:  # type: ignore[override]
+        return self._pushed.target
+
+    def end(self, error: str) -> None:
+        self._pushed.end(error)
+
+    @property
+    def _pushed(self) -> PushedRead:
+        assert isinstance(self.inner, PushedRead)
+        return self.inner
+
+
+class FaultyTransferThread(TransferThread):
+    """A ``TransferThread`` that cuts leases short."""
+
+    def __init__(self, faults: FaultPlan, setup: TransferSetup) -> None:
+        self._faults = faults
+        self._agent_name = setup.connector.agent_name
+        super().__init__(setup)
+
+    def submit(self, commands: Sequence[TransferCommand]) -> None:
+        super().submit(self._faults.on_commands(self._agent_name, commands))
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> FaultyConnector:
+    """Make the connector of a rank around the one that ``kv_transfer.faulty.inner`` names."""
+    plan = settings.section("faulty")
+    assert isinstance(plan, FaultPlan)
+    inner = settings.model_copy(update={"connector": plan.inner})
+    return FaultyConnector(opening.new_connector(inner, name, incarnation), plan)
+
+
+def _await_device(memory: torch.Tensor) -> None:
+    """The fault is there before anybody hears of the READ's end: checksums are computed on another
+    stream.
+    """
+    if memory.is_cuda:
+        torch.cuda.current_stream(memory.device).synchronize()
+
+
+def _second_half(block: torch.Tensor) -> torch.Tensor:
+    return block[:, block.shape[1] // 2 :]
+
+
+def _corrupt(memory: Sequence[torch.Tensor], source: random.Random) -> None:
+    block = source.choice(memory)
+    row, column = source.randrange(block.shape[0]), source.randrange(block.shape[1])
+    block[row, column] ^= source.randrange(1, 256)
