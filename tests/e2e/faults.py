@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,15 @@ SHORT_DEADLINES = {
 }
 
 
+def fault_variables(faults: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of the connector faulty, as variables."""
+    fields = {
+        f"PDLAUNCH_KV_TRANSFER__FAULTY__{name.upper()}": str(value)
+        for name, value in faults.items()
+    }
+    return {"PDLAUNCH_KV_CONNECTOR": "faulty", **fields}
+
+
 @contextmanager
 def faulty_deployment(
     model: Path,
@@ -32,7 +40,7 @@ def faulty_deployment(
     environ: Mapping[str, str] = SHORT_DEADLINES,
 ) -> Iterator[Deployment]:
     """One prefill and one decode engine; ``faults``: fields of ``FaultPlan``."""
-    plan = {} if faults is None else {"PDLAUNCH_ENV__PDLAUNCH_CHAOS": json.dumps(faults)}
+    plan = {} if faults is None else fault_variables(faults)
     command = ("--model", str(model), *TINY, *arguments)
     # Prompts take several steps: faults meet chunked prefills too.
     chunks = {"PDLAUNCH_MAX_NUM_BATCHED_TOKENS": "96"}

@@ -4,6 +4,7 @@ side channels.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,15 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import TransferError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
-from pdlaunch.protocol.side_channel import Geometry, ToDecodeSide, ToPrefillSide
+from pdlaunch.protocol.side_channel import ToDecodeSide, ToPrefillSide
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
-    Landing,
     LocalMemory,
-    PeerHandle,
-    ReadHandle,
+    PeerAgent,
+    Read,
+    ReadPart,
     ReadState,
 )
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES
@@ -94,7 +96,7 @@ class Fabric:
     """READs stay pending until ``land``."""
     failing: bool = False
     """READs end as failed."""
-    landings: Sequence[Landing] = ()
+    parts: Sequence[ReadPart] = ()
     """Of every READ that is pending."""
     reads: list[FakeRead] = field(default_factory=list)
 
@@ -109,10 +111,12 @@ class Fabric:
             read.fail()
 
 
-class FakeRead:
+class FakeRead(Read):
     """Refers to memory only as long as it may write."""
 
-    def __init__(self, copy: Callable[[], object]) -> None:
+    def __init__(self, fabric: Fabric, copy: Callable[[], object]) -> None:
+        self.fabric = weakref.proxy(fabric)
+        """The fabric holds its READs."""
         self.state: ReadState = "pending"
         self.released = False
         self._copy: Callable[[], object] | None = copy
@@ -128,12 +132,28 @@ class FakeRead:
         if self._copy is not None:
             self.state, self._copy = "failed", None
 
+    def poll(self) -> ReadState:
+        assert not self.released
+        return self.state
+
+    def parts(self) -> Sequence[ReadPart]:
+        return self.fabric.parts
+
+    def seconds(self) -> float:
+        return 0.001
+
+    def release(self) -> None:
+        assert self.state != "pending"
+        assert not self.released
+        self.released = True
+
 
 class FakeConnector(Connector):
     """Copies within this process."""
 
     name = "fake"
     path = "fake/memory"
+    read_class = FakeRead
 
     def __init__(self, agent_name: str, fabric: Fabric) -> None:
         self.agent_name = agent_name
@@ -141,6 +161,7 @@ class FakeConnector(Connector):
         self.peers: list[str] = []
         self.added: list[str] = []
         self.block_reads: list[BlockRead] = []
+        self.prepared: list[BlockRead] = []
 
     def open(self, memory: LocalMemory) -> None:
         self.memory = memory
@@ -149,63 +170,61 @@ class FakeConnector(Connector):
     def agent_metadata(self) -> bytes:
         return self.agent_name.encode()
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
-        assert metadata.decode() == agent_name
-        if agent_name in self.peers:
-            raise TransferError(f"{agent_name} is there already")
-        self.peers.append(agent_name)
-        self.added.append(agent_name)
-        return agent_name  # type: ignore[return-value]
-
-    def remove_peer(self, peer: PeerHandle) -> None:
-        self.peers.remove(peer)  # type: ignore[arg-type]
-
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        self.block_reads.append(read)
-        remote = self.fabric.agents[peer].kv_cache  # type: ignore[index]
-        local = self.memory.kv_cache
-
-        def copy() -> None:
-            for here, there in zip(read.local_blocks, read.remote_blocks, strict=True):
-                for local_head, remote_head in zip(
-                    read.local_heads, read.remote_heads, strict=True
-                ):
-                    local[here, local_head] = remote[there, remote_head]
-
-        return self._start(copy)
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        remote = self.fabric.agents[peer].scratch.view(-1, PATTERN_BYTES)[0]  # type: ignore[index]
-        landing = torch.zeros_like(remote)
-        return self._start(lambda: landing.copy_(remote)), landing
-
-    def poll(self, handle: ReadHandle) -> ReadState:
-        assert not handle.released  # type: ignore[attr-defined]
-        return handle.state  # type: ignore[attr-defined]
-
-    def landings(self, handle: ReadHandle) -> Sequence[Landing]:
-        return self.fabric.landings
-
-    def read_s(self, handle: ReadHandle) -> float:
-        return 0.001
-
-    def release(self, handle: ReadHandle) -> None:
-        assert handle.state != "pending"  # type: ignore[attr-defined]
-        assert not handle.released  # type: ignore[attr-defined]
-        handle.released = True  # type: ignore[attr-defined]
+    def connect(self, peer: PeerAgent) -> FakeConnection:
+        assert peer.metadata.decode() == peer.name
+        if peer.name in self.peers:
+            raise TransferError(f"{peer.name} is there already")
+        self.peers.append(peer.name)
+        self.added.append(peer.name)
+        return FakeConnection(self, peer.name)
 
     def close(self) -> None:
         assert not self.peers or any(read.state == "pending" for read in self.fabric.reads)
         del self.memory, self.fabric.agents[self.agent_name]
 
-    def _start(self, copy: Callable[[], object]) -> ReadHandle:
-        read = FakeRead(copy)
+
+class FakeConnection(Connection):
+    def __init__(self, connector: FakeConnector, peer: str) -> None:
+        self.connector = connector
+        self.peer = peer
+        self.fabric = connector.fabric
+
+    def paths(self) -> Sequence[str]:
+        return (self.connector.path,)
+
+    def prepare(self, blocks: BlockRead) -> None:
+        self.connector.prepared.append(blocks)
+
+    def read(self, blocks: BlockRead) -> Read:
+        self.connector.block_reads.append(blocks)
+        remote = self.fabric.agents[self.peer].kv_cache
+        local = self.connector.memory.kv_cache
+
+        def copy() -> None:
+            for here, there in zip(blocks.local_blocks, blocks.remote_blocks, strict=True):
+                for local_head, remote_head in zip(
+                    blocks.local_heads, blocks.remote_heads, strict=True
+                ):
+                    local[here, local_head] = remote[there, remote_head]
+
+        return self._start(copy)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        remote = self.fabric.agents[self.peer].scratch.view(-1, PATTERN_BYTES)[0]
+        landing = torch.zeros_like(remote)
+        return self._start(lambda: landing.copy_(remote)), landing
+
+    def close(self) -> None:
+        self.connector.peers.remove(self.peer)
+
+    def _start(self, copy: Callable[[], object]) -> Read:
+        read = self.connector.read_class(self.fabric, copy)
         self.fabric.reads.append(read)
         if self.fabric.failing:
             read.fail()
         elif not self.fabric.stalled:
             read.land()
-        return read  # type: ignore[return-value]
+        return read
 
 
 @dataclass

@@ -70,9 +70,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.models.kv_memory import allocate_kv_cache
     from pdlaunch.protocol.sockets import SecureContext
     from pdlaunch.transfer.channel.handshake import RankIdentity
+    from pdlaunch.transfer.connectors.connector import BlockRead, Connection, PeerAgent, Read
     from pdlaunch.transfer.connectors.opening import new_connector
-    from pdlaunch.transfer.faults import read_fault_plan
-    from pdlaunch.transfer.faulty_connector import FaultyConnector
     from pdlaunch.transfer.sides import RankMemory, TransferSetup
     from pdlaunch.transfer.thread import TransferThread
 
@@ -104,38 +103,51 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
 
     going_on = threading.Event()
     going_on.set()
-    if options.spec.kv_transfer.nixl.path == "p2p" and device.type == "cpu":
+    transfer = options.spec.kv_transfer
+    if (transfer.connector, transfer.nixl.path, device.type) == ("nixl", "p2p", "cpu"):
         connector = held_connector(options, going_on)
     else:
         connector = new_connector(options.spec.kv_transfer, options.name, options.incarnation)
-    if (faults := read_fault_plan(os.environ)) is not None:
-        connector = FaultyConnector(connector, faults)
     victims: list[int] = []
     doomed_before: list[int] = []
     doomed_after: list[int] = []
-    start_read = connector.start_read
+    connect = connector.connect
 
-    def stop_and_start_read(peer: Any, read: Any) -> Any:
+    class StoppingConnection(Connection):
         """Stops the holder's process just before a READ is posted; one that does not need it stops
         after its first piece.
 
         Or kills it, before that or just after.
         """
-        if doomed_before:
-            kill_process(doomed_before.pop())
-        if doomed_after:
-            handle = start_read(peer, read)
-            os.kill(doomed_after.pop(), signal.SIGKILL)
-            return handle
-        if not victims:
-            return start_read(peer, read)
-        stop_process(victims.pop())
-        going_on.clear()
-        handle = start_read(peer, read)
-        send("posted", None)
-        return handle
 
-    connector.start_read = stop_and_start_read  # type: ignore[method-assign]
+        def __init__(self, peer: PeerAgent) -> None:
+            self.inner = connect(peer)
+            self.paths, self.use_path = self.inner.paths, self.inner.use_path  # type: ignore[method-assign]
+            self.prepare, self.close = self.inner.prepare, self.inner.close  # type: ignore[method-assign]
+
+        def read(self, blocks: BlockRead) -> Read:
+            if doomed_before:
+                kill_process(doomed_before.pop())
+            if doomed_after:
+                read = self.inner.read(blocks)
+                os.kill(doomed_after.pop(), signal.SIGKILL)
+                return read
+            if not victims:
+                return self.inner.read(blocks)
+            stop_process(victims.pop())
+            going_on.clear()
+            read = self.inner.read(blocks)
+            send("posted", None)
+            return read
+
+        def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+            return self.inner.read_scratch(path)
+
+        def paths(self) -> Any: ...
+
+        def close(self) -> None: ...
+
+    connector.connect = StoppingConnection  # type: ignore[method-assign]
     identity = RankIdentity(
         options.name,
         options.spec.name,

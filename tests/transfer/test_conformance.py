@@ -34,8 +34,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, OfferPartialPrompt, PullDrained, PullFinished
+from pdlaunch.testing.faults import Fault, FaultPlan
 from pdlaunch.transfer.channel.handshake import compatibility_of
-from pdlaunch.transfer.faults import FAULTS_VARIABLE, Fault, FaultPlan
 from tests.transfer.fakes import layout_of, spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 
@@ -347,7 +347,7 @@ def test_a_restarted_holder_is_found_again(holder_options, puller_options, setti
             rank.stop()
 
 
-def test_different_tp_sizes_in_both_directions(keys, make_spec):
+def test_different_tp_sizes_in_both_directions(keys, settings):
     """Every puller rank gets the heads that it holds, from the ranks that hold them, and every
     lease ends.
 
@@ -355,10 +355,8 @@ def test_different_tp_sizes_in_both_directions(keys, make_spec):
     lease that the others have ended.
     """
 
-    def ranks(
-        role: str, tp_size: int, engine_id: str, *environment: tuple[str, str]
-    ) -> list[RankHandle]:
-        spec = make_spec(role, name=f"{role}-0", tp_size=tp_size)
+    def ranks(role: str, tp_size: int, engine_id: str, **kv_transfer: Any) -> list[RankHandle]:
+        spec = spec_of(role, name=f"{role}-0", tp_size=tp_size, **{**settings, **kv_transfer})
         options = [
             RankOptions(
                 spec,
@@ -366,18 +364,16 @@ def test_different_tp_sizes_in_both_directions(keys, make_spec):
                 engine_id,
                 tp_rank=tp_rank,
                 num_heads=3 // tp_size,
-                environment=environment,
             )
             for tp_rank in range(tp_size)
         ]
         return [RankHandle(each) for each in options]
 
-    faults = msgspec.json.encode(
-        one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
-    ).decode()
+    faults = one_corrupt_read("decode-0/rank-1#1", "decode-0/rank-0#1", "decode-0/rank-2#1")
+    faults = faults.model_copy(update={"inner": settings["connector"]})
     one, three = (
         ranks("prefill", 1, "a" * 32),
-        ranks("decode", 3, "b" * 32, (FAULTS_VARIABLE, faults)),
+        ranks("decode", 3, "b" * 32, connector="faulty", faulty=faults.model_dump()),
     )
     try:
         registry = [rank.entry() for rank in (*one, *three)]

@@ -11,17 +11,9 @@ import pytest
 import torch
 
 from pdlaunch.platform.cuda_driver import DriverError, has_accelerator
-from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connectors.connector import (
-    BlockRead,
-    LocalMemory,
-    PeerHandle,
-    PushJob,
-    ReadHandle,
-    ReadState,
-)
+from pdlaunch.transfer.connectors.connector import Connection, LocalMemory, PeerAgent, PushJob
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
-from pdlaunch.transfer.connectors.pushing import PendingRead, PushingConnector
+from pdlaunch.transfer.connectors.pushing import PushingConnector
 from tests.transfer.fakes import layout_of, random_cache
 
 NUM_SENDERS = 3
@@ -72,24 +64,11 @@ class BuildingConnector(PushingConnector):
         self.all_write.wait(10)
         self.written_from.append(getattr(self.cuda.local, "device", None))
 
-    def _settle(self, read: PendingRead) -> ReadState:
-        return "done"
-
     def agent_metadata(self) -> bytes:
         return b""
 
-    def add_peer(self, agent_name: str, metadata: bytes, geometry: Geometry) -> PeerHandle:
+    def connect(self, peer: PeerAgent) -> Connection:
         raise NotImplementedError
-
-    def remove_peer(self, peer: PeerHandle) -> None: ...
-
-    def start_read(self, peer: PeerHandle, read: BlockRead) -> ReadHandle:
-        raise NotImplementedError
-
-    def start_scratch_read(self, peer: PeerHandle, path: str) -> tuple[ReadHandle, torch.Tensor]:
-        raise NotImplementedError
-
-    def release(self, handle: ReadHandle) -> None: ...
 
 
 @pytest.fixture
@@ -108,10 +87,10 @@ def connectors(
 
 def write_twice_with_every_sender(connector: BuildingConnector) -> None:
     for _ in range(2):
-        handles = [connector.start_push(JOB) for _ in range(NUM_SENDERS)]
+        handles = [connector.push(JOB) for _ in range(NUM_SENDERS)]
         for handle in handles:
-            cast(Any, handle).result(10)
-            assert connector.poll_push(handle) == ""
+            cast(Any, handle).future.result(10)
+            assert handle.poll() == ""
 
 
 def test_the_device_is_bound_before_and_after_building_and_once_in_every_sender(
@@ -143,9 +122,9 @@ def test_nothing_is_bound_for_a_kv_cache_on_the_host(cuda: FakeCuda) -> None:
 def test_an_error_in_a_sender_is_the_answer(cuda: FakeCuda) -> None:
     for connector in connectors(cuda, DeviceBinding(cuda), FakeTensor()):
         connector.all_write.abort()
-        handle = connector.start_push(JOB)
-        assert cast(Any, handle).exception(10) is not None
-        assert "prefill-0/rank-2#1: " in str(connector.poll_push(handle))
+        handle = connector.push(JOB)
+        assert cast(Any, handle).future.exception(10) is not None
+        assert "prefill-0/rank-2#1: " in str(handle.poll())
 
 
 def test_the_platform_says_whether_there_is_an_accelerator() -> None:

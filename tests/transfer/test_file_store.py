@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
-from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory
+from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, PeerAgent, PushedRead
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.file import FileConnector
 from pdlaunch.transfer.connectors.file_store import FileStore, file_name
@@ -193,15 +193,16 @@ def test_blocks_are_loaded_to_the_device_of_the_kv_cache_and_to_no_assumed_one(
         binding=DeviceBinding(None),
     )
     connector.open(LocalMemory(cast(torch.Tensor, TensorElsewhere()), torch.zeros(1), layout_of()))
-    peer = connector.add_peer(
+    peer = PeerAgent(
         "prefill-0/rank-0#1",
         b"prefill-0/rank-0#1",
         cast(Geometry, SimpleNamespace(scratch_bytes=1)),
     )
-    handle = connector.start_read(
-        peer, BlockRead([1], [2], range(3), range(3), digest=DIGESTS[0], reader="x")
+    read = connector.connect(peer).read(
+        BlockRead([1], [2], range(3), range(3), digest=DIGESTS[0], reader="x")
     )
-    connector.end_read(handle, error="")
-    assert connector.poll(handle) == "failed"
+    assert isinstance(read, PushedRead)
+    read.end("")
+    assert read.poll() == "failed"
     assert connector._store.devices == [torch.device("cuda:2")]
     connector.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pdlaunch.transfer.channel.handshake import geometry_of
-from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, PeerHandle
+from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, PeerAgent
 from pdlaunch.transfer.connectors.nixl import NixlConnector
 from tests.transfer.fakes import layout_of, random_cache
 
@@ -125,17 +125,15 @@ class Rank:
         self.connector.open(self.memory)
         self.geometry = geometry_of(self.memory, first_head)
 
-    def meet(self, other: Rank) -> PeerHandle:
-        return self.connector.add_peer(
-            other.connector.agent_name, other.connector.agent_metadata(), other.geometry
+    def meet(self, other: Rank) -> Connection:
+        return self.connector.connect(
+            PeerAgent(other.connector.agent_name, other.connector.agent_metadata(), other.geometry)
         )
 
-    def read(self, peer: PeerHandle, local_heads: range, remote_heads: range) -> Transfer:
-        handle = self.connector.start_read(
-            peer, BlockRead(LOCAL_BLOCKS, REMOTE_BLOCKS, local_heads, remote_heads)
-        )
-        assert self.connector.poll(handle) == "done"
-        self.connector.release(handle)
+    def read(self, peer: Connection, local_heads: range, remote_heads: range) -> Transfer:
+        read = peer.read(BlockRead(LOCAL_BLOCKS, REMOTE_BLOCKS, local_heads, remote_heads))
+        assert read.poll() == "done"
+        read.release()
         return self.agent.transfers[-1]
 
 
@@ -179,10 +177,10 @@ def test_memory_is_registered_and_described_once_whatever_is_read_from_whom() ->
     for number in range(3):
         holder = Rank(f"prefill-{number}/rank-0", 3)
         peer = reader.meet(holder)
-        probe, landing = reader.connector.start_scratch_read(peer, reader.connector.path)
+        probe, landing = peer.read_scratch(reader.connector.path)
         assert len(reader.agent.registered) == 3, "the memory that the scratch is read into"
         assert landing.equal(holder.memory.scratch[: len(landing)])
-        reader.connector.release(probe)
+        probe.release()
         for _ in range(4):
             reader.read(peer, range(3), range(3))
             reader.read(peer, range(1), range(2, 3))

@@ -22,10 +22,11 @@ from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.transfer.channel.handshake import geometry_of
 from pdlaunch.transfer.connectors.connector import (
     BlockRead,
+    Connection,
     Connector,
     LocalMemory,
-    PeerHandle,
-    ReadHandle,
+    PeerAgent,
+    Read,
 )
 from pdlaunch.transfer.connectors.device_binding import DeviceBinding
 from pdlaunch.transfer.connectors.p2p import P2PConnector
@@ -50,11 +51,18 @@ class Rank:
     def geometry(self) -> Geometry:
         return geometry_of(self.memory, self.first_kv_head)
 
-    def add(self, peer: Rank) -> PeerHandle:
-        connector = peer.connector
-        return self.connector.add_peer(
-            connector.agent_name, connector.agent_metadata(), peer.geometry
-        )
+    def add(self, peer: Rank) -> Connection:
+        return self.connector.connect(peer.card())
+
+    def card(self, **changes: Any) -> PeerAgent:
+        """What a peer hears of this rank."""
+        connector = self.connector
+        card = PeerAgent(connector.agent_name, connector.agent_metadata(), self.geometry)
+        return replace(card, **changes)
+
+    def unmapped(self, timeout_s: float = TIMEOUT_S) -> bool:
+        assert self.connector.mapper is not None
+        return self.connector.mapper.wait_unmapped(timeout_s)
 
 
 def memory_of(name: str, *, num_heads: int = 3) -> LocalMemory:
@@ -103,29 +111,26 @@ def ranks() -> Iterator[Callable[..., Rank]]:
     yield open_one
     for rank in opened:
         rank.connector.close()
-        assert rank.connector.wait_unmapped(TIMEOUT_S)
+        assert rank.unmapped()
     opened.clear()  # pytest keeps the function above
 
 
-def await_end(connector: Connector, handle: ReadHandle) -> str:
+def await_end(begun: Read) -> str:
     deadline_s = time.monotonic() + TIMEOUT_S
-    while (state := connector.poll(handle)) == "pending" and time.monotonic() < deadline_s:
+    while (state := begun.poll()) == "pending" and time.monotonic() < deadline_s:
         time.sleep(0.001)
-    connector.release(handle)
+    begun.release()
     return state
 
 
 def read(
-    rank: Rank,
-    peer: PeerHandle,
+    peer: Connection,
     local: list[int],
     remote: list[int],
     here: range = range(3),
     there: range = range(3),
 ) -> str:
-    return await_end(
-        rank.connector, rank.connector.start_read(peer, BlockRead(local, remote, here, there))
-    )
+    return await_end(peer.read(BlockRead(local, remote, here, there)))
 
 
 def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -> None:
@@ -133,13 +138,13 @@ def test_blocks_and_heads_arrive_where_they_belong(ranks: Callable[..., Rank]) -
     peer = one.add(two)
     expected = one.memory.kv_cache.clone()
     expected[[6, 2, 3], 1] = two.memory.kv_cache[[1, 4, 5], 0]
-    assert read(one, peer, [6, 2, 3], [1, 4, 5], range(1, 2), range(0, 1)) == "done"
+    assert read(peer, [6, 2, 3], [1, 4, 5], range(1, 2), range(0, 1)) == "done"
     assert torch.equal(one.memory.kv_cache, expected)
     back = two.add(one)
-    assert read(two, back, [0], [7], range(0, 1), range(2, 3)) == "done"
+    assert read(back, [0], [7], range(0, 1), range(2, 3)) == "done"
     assert torch.equal(two.memory.kv_cache[0, 0], one.memory.kv_cache[7, 2])
-    one.connector.remove_peer(peer)
-    two.connector.remove_peer(back)
+    peer.close()
+    back.close()
 
 
 def test_what_was_prepared_for_a_mapping_is_worth_nothing_for_the_next(
@@ -149,46 +154,46 @@ def test_what_was_prepared_for_a_mapping_is_worth_nothing_for_the_next(
     puller, holder, other = ranks("a"), ranks("b"), ranks("c")
     prepared = BlockRead([1, 2], [3, 4], range(3), range(3))
     peer = puller.add(holder)
-    puller.connector.prepare_read(peer, prepared)
-    puller.connector.remove_peer(peer)
+    peer.prepare(prepared)
+    peer.close()
     between, peer = puller.add(other), puller.add(holder)
-    assert await_end(puller.connector, puller.connector.start_read(peer, prepared)) == "done"
+    assert await_end(peer.read(prepared)) == "done"
     assert torch.equal(puller.memory.kv_cache[[1, 2]], holder.memory.kv_cache[[3, 4]])
     for added in (between, peer):
-        puller.connector.remove_peer(added)
+        added.close()
 
 
 def test_the_scratch_is_read_over_the_path_that_is_offered(ranks: Callable[..., Rank]) -> None:
     puller, holder = ranks("a"), ranks("b")
     peer = puller.add(holder)
-    assert puller.connector.paths(peer) == ["p2p/memfd"]
-    handle, landing = puller.connector.start_scratch_read(peer, "p2p/memfd")
-    while puller.connector.poll(handle) == "pending":
+    assert peer.paths() == ["p2p/memfd"]
+    begun, landing = peer.read_scratch("p2p/memfd")
+    while begun.poll() == "pending":
         time.sleep(0.001)
     assert has_pattern(landing, "b#1")
-    assert puller.connector.read_s(handle) > 0
-    puller.connector.release(handle)
-    puller.connector.use_path(peer, "p2p/memfd")
-    puller.connector.remove_peer(peer)
+    assert begun.seconds() > 0
+    begun.release()
+    peer.use_path("p2p/memfd")
+    peer.close()
 
 
 def test_memory_is_unmapped_with_its_peer_and_mapped_anew_after_a_sleep(
     ranks: Callable[..., Rank],
 ) -> None:
     puller, holder = ranks("a"), ranks("b")
-    peer, metadata = puller.add(holder), holder.connector.agent_metadata()
+    peer, card = puller.add(holder), holder.card()
     holder.connector.close()
-    assert not holder.connector.wait_unmapped(0)
-    assert read(puller, peer, [0], [1]) == "done", "what is mapped stays so until it is removed"
-    puller.connector.remove_peer(peer)
-    assert holder.connector.wait_unmapped(TIMEOUT_S)
+    assert not holder.unmapped(0)
+    assert read(peer, [0], [1]) == "done", "what is mapped stays so until it is removed"
+    peer.close()
+    assert holder.unmapped()
     with pytest.raises(TransferError, match="no memory was handed over"):
-        puller.connector.add_peer("b#1", metadata, holder.geometry)
+        puller.connector.connect(card)
     holder.connector.open(holder.memory)
     again = puller.add(holder)
-    assert read(puller, again, [3], [4]) == "done"
+    assert read(again, [3], [4]) == "done"
     assert torch.equal(puller.memory.kv_cache[3], holder.memory.kv_cache[4])
-    puller.connector.remove_peer(again)
+    again.close()
 
 
 def test_a_read_that_is_pending_keeps_its_own_thread_alone(ranks: Callable[..., Rank]) -> None:
@@ -196,11 +201,11 @@ def test_a_read_that_is_pending_keeps_its_own_thread_alone(ranks: Callable[..., 
     copier = HostCopier(lambda *_: going_on.wait(TIMEOUT_S))
     puller, holder = ranks("a", new_copiers=lambda memory: [copier]), ranks("b")
     peer = puller.add(holder)
-    handle = puller.connector.start_read(peer, BlockRead([0], [1], range(3), range(3)))
-    assert puller.connector.poll(handle) == "pending"
+    begun = peer.read(BlockRead([0], [1], range(3), range(3)))
+    assert begun.poll() == "pending"
     going_on.set()
-    assert await_end(puller.connector, handle) == "done"
-    puller.connector.remove_peer(peer)
+    assert await_end(begun) == "done"
+    peer.close()
 
 
 def test_blocks_that_the_peer_does_not_have_are_refused(ranks: Callable[..., Rank]) -> None:
@@ -208,8 +213,8 @@ def test_blocks_that_the_peer_does_not_have_are_refused(ranks: Callable[..., Ran
     peer = puller.add(holder)
     for block_id in (-1, NUM_BLOCKS):
         with pytest.raises(TransferError, match="b#1 has 8 blocks"):
-            puller.connector.start_read(peer, BlockRead([0], [block_id], range(3), range(3)))
-    puller.connector.remove_peer(peer)
+            peer.read(BlockRead([0], [block_id], range(3), range(3)))
+    peer.close()
 
 
 def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothing_open(
@@ -219,16 +224,15 @@ def test_a_peer_of_another_host_or_with_other_sizes_is_refused_and_leaves_nothin
     before = num_open_fds()
     metadata = holder.connector.agent_metadata()
     with pytest.raises(TransferError, match="metadata of agent b#1 cannot be read"):
-        puller.connector.add_peer("b#1", b"nonsense", holder.geometry)
+        puller.connector.connect(holder.card(metadata=b"nonsense"))
     for changes in ({"num_blocks": 9}, {"scratch_bytes": 1}):
+        card = holder.card(geometry=msgspec.structs.replace(holder.geometry, **changes))
         with pytest.raises(TransferError, match="bytes are shared"):
-            puller.connector.add_peer(
-                "b#1", metadata, msgspec.structs.replace(holder.geometry, **changes)
-            )
+            puller.connector.connect(card)
     card = msgspec.msgpack.decode(metadata)
     wrong = msgspec.msgpack.encode(card | {"kv_cache": card["kv_cache"] | {"offset_bytes": 4096}})
     with pytest.raises(TransferError, match=r"cannot be mapped: .* not within"):
-        puller.connector.add_peer("b#1", wrong, holder.geometry)
+        puller.connector.connect(holder.card(metadata=wrong))
     assert num_open_fds() <= before + 1, (
         "the holder may be about to close its end of the last connection"
     )
@@ -285,7 +289,7 @@ def both() -> Iterator[Callable[..., Both]]:
     yield open_one
     for found in opened:
         found.paths.close()
-        assert found.paths.wait_unmapped(TIMEOUT_S)
+        assert found.rank.unmapped()
     opened.clear()
     fabric.agents.clear()
     fabric.reads.clear()
@@ -297,27 +301,27 @@ def test_the_path_that_is_used_carries_the_reads_and_the_other_is_let_go(
     puller, holder = both("a"), both("b")
     assert puller.paths.name == "fake+p2p"
     peer = puller.rank.add(holder.rank)
-    assert puller.paths.paths(peer) == ["p2p/memfd", "fake/memory"]
-    for path in puller.paths.paths(peer):
-        handle, _ = puller.paths.start_scratch_read(peer, path)
-        assert await_end(puller.paths, handle) == "done"
-    puller.paths.use_path(peer, "p2p/memfd")
+    assert peer.paths() == ["p2p/memfd", "fake/memory"]
+    for path in peer.paths():
+        begun, _ = peer.read_scratch(path)
+        assert await_end(begun) == "done"
+    peer.use_path("p2p/memfd")
     assert puller.fake.peers == []
     num_reads = len(puller.fake.fabric.reads)
-    assert read(puller.rank, peer, [1], [2]) == "done"
+    assert read(peer, [1], [2]) == "done"
     assert torch.equal(puller.rank.memory.kv_cache[1], holder.rank.memory.kv_cache[2])
     assert len(puller.fake.fabric.reads) == num_reads
-    puller.paths.remove_peer(peer)
+    peer.close()
 
 
 def test_the_other_path_is_used_just_as_well(both: Callable[..., Both]) -> None:
     puller, holder = both("a"), both("b")
     peer = puller.rank.add(holder.rank)
-    puller.paths.use_path(peer, "fake/memory")
-    assert read(puller.rank, peer, [1], [2]) == "done"
+    peer.use_path("fake/memory")
+    assert read(peer, [1], [2]) == "done"
     holder.paths.close()
-    assert holder.paths.wait_unmapped(TIMEOUT_S), "what is not used is unmapped"
-    puller.paths.remove_peer(peer)
+    assert holder.rank.unmapped(), "what is not used is unmapped"
+    peer.close()
     assert puller.fake.peers == []
     holder.paths.open(holder.rank.memory)
 
@@ -328,12 +332,12 @@ def test_a_path_with_a_read_that_nobody_waits_for_stays_until_the_peer_goes(
     puller, holder = both("a"), both("b")
     peer = puller.rank.add(holder.rank)
     puller.fake.fabric.stalled = True
-    handle, _ = puller.paths.start_scratch_read(peer, "fake/memory")
-    puller.paths.use_path(peer, "p2p/memfd")
+    begun, _ = peer.read_scratch("fake/memory")
+    peer.use_path("p2p/memfd")
     assert puller.fake.peers == ["b#1"], "its READ may still write"
     puller.fake.fabric.land()
-    assert await_end(puller.paths, handle) == "done"
-    puller.paths.remove_peer(peer)
+    assert await_end(begun) == "done"
+    peer.close()
     assert puller.fake.peers == []
 
 
@@ -347,21 +351,21 @@ def test_a_path_that_one_side_lacks_is_tried_and_says_why(
         both("b", **lacking if side == "holder" else {}),
     )
     peer = puller.rank.add(holder.rank)
-    assert puller.paths.paths(peer) == ["p2p", "fake/memory"]
+    assert peer.paths() == ["p2p", "fake/memory"]
     with pytest.raises(TransferError, match="this process alone"):
-        puller.paths.start_scratch_read(peer, "p2p")
-    puller.paths.use_path(peer, "fake/memory")
-    assert read(puller.rank, peer, [1], [2]) == "done"
-    puller.paths.remove_peer(peer)
+        peer.read_scratch("p2p")
+    peer.use_path("fake/memory")
+    assert read(peer, [1], [2]) == "done"
+    peer.close()
 
 
 def test_a_peer_out_of_reach_of_one_path_is_read_over_the_other(both: Callable[..., Both]) -> None:
     puller, holder = both("a"), both("b", host="elsewhere")
     peer = puller.rank.add(holder.rank)
     with pytest.raises(TransferError, match="not on this host"):
-        puller.paths.start_scratch_read(peer, "p2p")
-    puller.paths.use_path(peer, "fake/memory")
-    puller.paths.remove_peer(peer)
+        peer.read_scratch("p2p")
+    peer.use_path("fake/memory")
+    peer.close()
 
 
 def test_without_any_path_the_reasons_of_all_are_told(both: Callable[..., Both]) -> None:
@@ -373,4 +377,4 @@ def test_without_any_path_the_reasons_of_all_are_told(both: Callable[..., Both])
         puller.rank.add(holder.rank)
     puller.fake.peers.clear()
     with pytest.raises(TransferError, match="cannot be read"):
-        puller.paths.add_peer("b#1", b"nonsense", holder.rank.geometry)
+        puller.paths.connect(holder.rank.card(metadata=b"nonsense"))

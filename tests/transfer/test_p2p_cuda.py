@@ -197,11 +197,11 @@ def test_every_way_to_copy_brings_the_same_bytes(
         pieces = Pieces(*sides, piece_bytes)
         assert copier.supports(pieces)
         copy = copier.start(pieces)
-        while copy.state() == "pending":
+        while copy.poll() == "pending":
             continue
-        assert copy.state() == "done"
-        assert copy.landings()[-1][0] == 9
-        assert len(copy.landings()) == num_parts
+        assert copy.poll() == "done"
+        assert copy.parts()[-1][0] == 9
+        assert len(copy.parts()) == num_parts
         assert copy.seconds() > 0
         assert torch.equal(found[to], source[of]), copier.name
         copier.close()

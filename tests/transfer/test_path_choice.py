@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pdlaunch.errors import TransferError
+from pdlaunch.transfer.connectors.connector import Read, ReadState
 from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS, STEADY_S, PathTrial
 from pdlaunch.transfer.connectors.scratch import (
     DEVICE_SCRATCH_BYTES,
@@ -36,41 +37,46 @@ class FakePath:
 
 
 @dataclass(eq=False)
-class Handle:
+class FakeRead(Read):
+    reads: FakeReads
     path: str
     time_s: float
+
+    def poll(self) -> ReadState:
+        assert self in self.reads.open
+        return self.reads.paths[self.path].state
+
+    def seconds(self) -> float:
+        assert self in self.reads.open
+        return self.time_s
+
+    def release(self) -> None:
+        assert self.poll() != "pending"
+        self.reads.open.remove(self)
 
 
 class FakeReads:
     def __init__(self, **paths: FakePath) -> None:
         self.paths = paths
         self.started: list[str] = []
-        self.open: list[Handle] = []
-        self.abandoned: list[Handle] = []
+        self.open: list[FakeRead] = []
+        self.abandoned: list[FakeRead] = []
 
-    def start_scratch_read(self, path: str) -> tuple[Any, torch.Tensor]:
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
         found = self.paths[path]
         if found.refusal:
             raise TransferError(found.refusal)
         self.started.append(path)
         times_s = found.times_s
-        self.open.append(Handle(path, times_s.pop(0) if len(times_s) > 1 else times_s[0]))
+        time_s = times_s.pop(0) if len(times_s) > 1 else times_s[0]
+        self.open.append(FakeRead(self, path, time_s))
         return self.open[-1], LANDING
 
-    def poll(self, handle: Any) -> Any:
-        assert handle in self.open
-        return self.paths[handle.path].state
+    def release(self, read: Read) -> None:
+        read.release()
 
-    def read_s(self, handle: Any) -> float:
-        assert handle in self.open
-        return handle.time_s
-
-    def release(self, handle: Any) -> None:
-        assert self.poll(handle) != "pending"
-        self.open.remove(handle)
-
-    def abandon(self, handle: Any, landing: torch.Tensor) -> None:
-        self.abandoned.append(handle)
+    def abandon(self, read: Any, landing: torch.Tensor) -> None:
+        self.abandoned.append(read)
 
 
 def trial_of(reads: FakeReads, clock: FakeClock | None = None) -> PathTrial:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.transfer.connectors import piece_copies
-from pdlaunch.transfer.connectors.piece_copies import Copy, HostCopier, Pieces
+from pdlaunch.transfer.connectors.connector import Read
+from pdlaunch.transfer.connectors.piece_copies import HostCopier, Pieces
 from tests.interpreter import needs_triton, run_interpreted
 
 SIZE = 4
@@ -27,10 +28,10 @@ def pieces_of(destination: np.ndarray, source: np.ndarray, to: list[int], of: li
     )
 
 
-def wait(copy: Copy) -> str:
+def wait(copy: Read) -> str:
     future = copy._future  # type: ignore[attr-defined]
     future.exception(timeout=60)
-    return copy.state()
+    return copy.poll()
 
 
 @given(to=slots, of=slots, count=st.integers(1, NUM_SLOTS))
@@ -59,7 +60,7 @@ def test_a_copy_on_the_host_never_keeps_its_thread_waiting() -> None:
     copier = HostCopier(move)
     source, destination = np.arange(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
     copy = copier.start(pieces_of(destination, source, [0, 3], [5, 9]))
-    assert copy.state() == "pending"
+    assert copy.poll() == "pending"
     going_on.set()
     assert wait(copy) == "done"
     assert copy.seconds() >= 0
@@ -105,11 +106,11 @@ def test_a_copy_on_a_gpu_knows_which_parts_have_landed() -> None:
 
     ends: list[Any] = [FakeEvent() for _ in range(3)]
     copy = CudaCopy(ends[0], ends, [4, 4, 1])
-    assert copy.landings() == [(4, ends[0]), (8, ends[1]), (9, ends[2])]
+    assert copy.parts() == [(4, ends[0]), (8, ends[1]), (9, ends[2])]
     steps = []
     for passed in (1, 0, 2):
         ends[passed].has_passed = True
-        steps.append(copy.state())
+        steps.append(copy.poll())
     assert steps == ["pending", "pending", "done"]
 
 

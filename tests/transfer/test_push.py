@@ -10,28 +10,36 @@ import torch
 
 from pdlaunch.protocol.side_channel import PullBegin, Push, PushEnded, Refused, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained
-from pdlaunch.transfer.connectors.connector import ReadHandle
+from pdlaunch.transfer.connectors.connector import PushedRead, Pusher, PushJob, Write
 from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from tests.transfer import test_pull
-from tests.transfer.fakes import FakeChannel, FakeConnector
+from tests.transfer.fakes import FakeChannel, FakeConnector, FakeRead
 from tests.transfer.rank_process import cancel, grant, pull
 from tests.transfer.test_pull import HolderRank, World
 
 
-class WritingConnector(FakeConnector):
-    """Its READs land when the holder's answer says so."""
+class WrittenRead(FakeRead, PushedRead):
+    """Lands when the holder's answer says so."""
 
-    pushes = True
+    target = b"target"
 
-    def push_target(self, handle: ReadHandle) -> bytes:
-        return b"target"
-
-    def end_read(self, handle: Any, *, error: str) -> None:
+    def end(self, error: str) -> None:
         if error:
-            handle.fail()
+            self.fail()
         else:
-            handle.land()
+            self.land()
+
+
+class WritingConnector(FakeConnector):
+    read_class = WrittenRead
+
+    @property
+    def pusher(self) -> Pusher:
+        return self
+
+    def push(self, job: PushJob) -> Write:
+        raise NotImplementedError
 
 
 class PushChannel(FakeChannel):

@@ -187,10 +187,10 @@ def test_a_pull_ends_when_its_checksums_are_there(world):
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
-def landings(world: SlowPuller, *ends: int) -> list[Any]:
+def parts_of(world: SlowPuller, *ends: int) -> list[Any]:
     """As a device tells them: an event for each part."""
-    world.fabric.landings = [(end, object()) for end in ends]  # type: ignore[misc]
-    return [event for _, event in world.fabric.landings]
+    world.fabric.parts = [(end, object()) for end in ends]  # type: ignore[misc]
+    return [event for _, event in world.fabric.parts]
 
 
 def test_what_lands_is_hashed_while_the_rest_is_under_way(world):
@@ -198,7 +198,7 @@ def test_what_lands_is_hashed_while_the_rest_is_under_way(world):
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5, 6, 7]))
     world.fabric.stalled = True
-    events = landings(world, 1, 3, 4)
+    events = parts_of(world, 1, 3, 4)
     world.pulls.start(pull("p", holder.remote("r"), [1, 2, 3, 8]))
     world.turn()
     assert [started.after for started in world.hasher.started] == events[1:]
@@ -218,7 +218,7 @@ def test_of_many_parts_only_some_are_hashed_by_themselves(world):
     holder = world.connect()
     holder.holder.grant(grant("r", list(range(1, 13))))
     world.fabric.stalled = True
-    events = landings(world, *range(1, 13))
+    events = parts_of(world, *range(1, 13))
     world.pulls.start(pull("p", holder.remote("r"), list(range(1, 13))))
     world.turn()
     world.fabric.land()
@@ -233,7 +233,7 @@ def test_wrong_bytes_in_any_part_are_found_and_all_parts_are_read_again(world):
     holder = world.connect()
     holder.holder.grant(grant("r", [4, 5, 6]))
     world.fabric.stalled = True
-    landings(world, 1, 3)
+    parts_of(world, 1, 3)
     world.pulls.start(replace_struct(pull("p", holder.remote("r"), [1, 2, 3]), num_attempts=2))
     world.turn()
     world.fabric.land()

@@ -77,7 +77,7 @@ class DecodeEngine:
         sampling = SamplingParams(max_tokens=8)
         self.scheduler.requests.add(
             AddRequest(
-                lease_id=lease_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote
+                request_id=lease_id, prompt_token_ids=prompt, sampling=sampling, remote_kv=remote
             )
         )
 

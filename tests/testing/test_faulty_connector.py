@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import msgspec
 import pytest
 import torch
+from pydantic import ValidationError
 
-from pdlaunch.errors import ConfigError, TransferError
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Geometry
 from pdlaunch.protocol.transfer import EndLease
-from pdlaunch.transfer.connectors.connector import BlockRead, LocalMemory, ReadState
-from pdlaunch.transfer.faults import Fault, FaultPlan, read_fault_plan
-from pdlaunch.transfer.faulty_connector import FaultyConnector
+from pdlaunch.testing.faults import Fault, FaultPlan
+from pdlaunch.testing.faulty_connector import (
+    FaultyConnection,
+    FaultyConnector,
+    FaultyPushedRead,
+    FaultyRead,
+)
+from pdlaunch.transfer.connectors import connector as interfaces
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connection,
+    Connector,
+    LocalMemory,
+    PeerAgent,
+    PushedRead,
+    Read,
+    ReadState,
+)
+from pdlaunch.transfer.connectors.opening import new_connector, rank_part
+from pdlaunch.transfer.thread import TransferThread
 from tests.transfer.fakes import Fabric, FakeClock, FakeConnector, layout_of, random_cache
 from tests.transfer.rank_process import grant
 
@@ -19,7 +41,7 @@ LAYOUT = layout_of()
 READ = BlockRead([1, 2], [5, 6], range(3), range(3))
 
 
-class OneFault(FaultPlan, frozen=True, kw_only=True):
+class OneFault(FaultPlan):
     """Every READ meets the same fault."""
 
     fault: str
@@ -37,16 +59,17 @@ class Pair:
         holder.open(LocalMemory(self.there, torch.zeros(8, dtype=torch.uint8), LAYOUT))
         self.faulty = FaultyConnector(FakeConnector("puller", self.fabric), plan, self.clock)
         self.faulty.open(LocalMemory(self.here, torch.zeros(8, dtype=torch.uint8), LAYOUT))
-        self.peer = self.faulty.add_peer("holder", b"holder", Geometry(0, 8, 1, 1, 3, 0, 0, 0, 8))
+        geometry = Geometry(0, 8, 1, 1, 3, 0, 0, 0, 8)
+        self.peer = self.faulty.connect(PeerAgent("holder", b"holder", geometry))
 
     def pull(self) -> list[ReadState]:
         """States of one READ, a second apart."""
-        handle = self.faulty.start_read(self.peer, READ)
+        read = self.peer.read(READ)
         states = []
         while not states or states[-1] == "pending":
-            states.append(self.faulty.poll(handle))
+            states.append(read.poll())
             self.clock.now += 1
-        self.faulty.release(handle)
+        read.release()
         return states
 
     def num_wrong_bytes(self) -> int:
@@ -122,10 +145,68 @@ def test_some_leases_are_cut_short_and_nothing_else():
     assert changed[-1] == EndLease(lease_id="r1")
 
 
-def test_a_plan_comes_from_the_environment_or_is_refused():
-    assert read_fault_plan({}) is None
-    assert read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rate": 0.5}'}) == FaultPlan(
-        seed=7, rate=0.5
+def public_names(kind: type) -> set[str]:
+    """Methods, properties and attributes that a class itself declares."""
+    names = {*vars(kind), *getattr(kind, "__annotations__", {})}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("interface", "wrapper"),
+    [
+        (Connector, FaultyConnector),
+        (Connection, FaultyConnection),
+        (Read, FaultyRead),
+        (PushedRead, FaultyPushedRead),
+    ],
+)
+def test_the_wrapper_forgets_no_method(interface, wrapper):
+    """An inherited default would hide what the inner connector does; its pusher and its mapper are
+    handed out themselves.
+    """
+    own = public_names(wrapper) | set(vars(Pair(FaultPlan(rate=0)).faulty))
+    assert public_names(interface)
+    assert public_names(interface) - own == set()
+
+
+def test_every_interface_that_a_connector_hands_out_is_wrapped_or_handed_on():
+    kinds = {
+        kind.__name__
+        for kind in vars(interfaces).values()
+        if inspect.isclass(kind) and kind.__module__ == interfaces.__name__
+        if inspect.isabstract(kind) or getattr(kind, "_is_protocol", False)
+    }
+    wrapped, handed_on = (
+        {"Connector", "Connection", "Read", "PushedRead"},
+        {"Pusher", "MemoryMapper"},
     )
-    with pytest.raises(ConfigError, match="PDLAUNCH_CHAOS"):
-        read_fault_plan({"PDLAUNCH_CHAOS": '{"seed": 7, "rat": 0.5}'})
+    assert kinds == wrapped | handed_on | {"Write"}
+    pair = Pair(FaultPlan(rate=0))
+    inner = pair.faulty._inner
+    assert (pair.faulty.pusher, pair.faulty.mapper) == (inner.pusher, inner.mapper)
+
+
+def test_a_prepared_read_is_prepared_by_the_inner_connector():
+    pair = Pair(FaultPlan(rate=0))
+    pair.peer.prepare(READ)
+    assert pair.faulty._inner.prepared == [READ]
+
+
+@pytest.mark.parametrize("fields", [{"rat": 0.5}, {"inner": "faulty"}, {"inner": "nobody"}])
+def test_a_plan_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(ValidationError):
+        KVTransferSettings(connector="faulty", faulty=fields)
+
+
+def test_what_faulty_wraps_decides_what_a_rank_needs():
+    settings = KVTransferSettings(connector="faulty", nixl={"path": "nixl"})
+    assert (settings.carrier, settings.maps_memory) == ("nixl", False)
+    assert "UCX_TLS" in settings.environment({}, "cpu")
+    assert KVTransferSettings(connector="faulty").maps_memory
+    with pytest.raises(ValidationError, match="needs kv_transfer"):
+        KVTransferSettings(connector="faulty", faulty={"inner": "file"})
+    again = KVTransferSettings.model_validate_json(settings.model_dump_json())
+    assert again.section("faulty") == FaultPlan()
+    assert isinstance(new_connector(again, "a", 1), FaultyConnector)
+    assert isinstance(rank_part(TransferThread, again), partial)
+    assert rank_part(TransferThread, KVTransferSettings()) is TransferThread

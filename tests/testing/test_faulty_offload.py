@@ -7,16 +7,17 @@ import threading
 
 import torch
 
-from pdlaunch.offload.faulty_worker import ChunkFaults, FaultyOffloadWorker
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.tier import HeadSlice
+from pdlaunch.testing.faults import FaultPlan
+from pdlaunch.testing.faulty_offload import FaultyOffloadWorker
 from tests.offload.test_worker import make_layout
 
 STORE = OffloadJob(1, "store", [3, 4], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
 LOAD = OffloadJob(2, "load", [8, 9], [2, 0], [0, 0], [5, 6], [b"a", b"b"])
 
 
-def new_worker(faults: ChunkFaults, wakes: threading.Semaphore) -> FaultyOffloadWorker:
+def new_worker(faults: FaultPlan, wakes: threading.Semaphore) -> FaultyOffloadWorker:
     layout = make_layout()
     return FaultyOffloadWorker(
         faults,
@@ -29,10 +30,22 @@ def new_worker(faults: ChunkFaults, wakes: threading.Semaphore) -> FaultyOffload
     )
 
 
+class SecondChunk(FaultPlan):
+    def of_chunk(self, index: int) -> random.Random | None:
+        return random.Random(1) if index == 2 else None
+
+
+class Waiting(FaultPlan):
+    waits: list[bool]
+
+    def copies_wait(self) -> bool:
+        return bool(self.waits) and self.waits.pop()
+
+
 def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
     wakes = threading.Semaphore(0)
     worker = new_worker(
-        ChunkFaults(lambda index: random.Random(1) if index == 2 else None, lambda _index: 0.01),
+        SecondChunk(copy_slow_s=0.01),
         wakes,
     )
     found: list[JobFinished] = []
@@ -48,15 +61,15 @@ def test_the_second_chunk_goes_bad_and_every_end_is_told() -> None:
 
 
 def test_an_end_is_told_when_it_may_be() -> None:
-    wakes, waits = threading.Semaphore(0), iter([True, True, True])
-    worker = new_worker(
-        ChunkFaults(lambda index: None, lambda _index: 0.0, lambda: next(waits, False)), wakes
-    )
+    wakes, waits = threading.Semaphore(0), [True, True, True]
+    plan = Waiting(chunk_rate=0, copy_slow_s=0, waits=[])
+    plan = plan.model_copy(update={"waits": waits})
+    worker = new_worker(plan, wakes)
     worker.submit([STORE])
     found: list[JobFinished] = []
     while not found:
         assert wakes.acquire(timeout=60)
         found += worker.take_finished()
     assert [report.job_id for report in found] == [STORE.job_id]
-    assert next(waits, None) is None, "it has been looked for as long as it had to wait"
+    assert not waits, "it has been looked for as long as it had to wait"
     worker.close()
