@@ -85,7 +85,7 @@ class DecodeEngine:
         plan = self.scheduler.schedule()
         if plan.commands:
             self.rank.submit(*plan.commands)
-        self._lease_ids |= {row.row: row.lease_id for row in plan.new_rows}
+        self._lease_ids |= {row.row: row.request_id for row in plan.new_rows}
         for blocks in plan.new_blocks:
             self.tables.setdefault(self._lease_ids[blocks.row], []).extend(blocks.block_ids)
         tokens = [TokenOutput(token_id=7) for row in plan.scheduled if row.sample]
