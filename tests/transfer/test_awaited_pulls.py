@@ -97,7 +97,7 @@ def awaited(
     return replace(pull(pull_id, holder.remote("r"), block_ids, **options), awaits=True)
 
 
-def announce(block_ids: list[int], num_ready: int, num_blocks: int) -> OfferPartialPrompt:
+def offered(block_ids: list[int], num_ready: int, num_blocks: int) -> OfferPartialPrompt:
     return OfferPartialPrompt(
         lease_id="r",
         block_ids=[block_ids],
@@ -128,13 +128,13 @@ def test_a_pull_waits_for_the_lease_and_brings_the_first_token(world, holder):
 
 def test_what_is_ready_is_read_while_the_rest_is_computed(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3, 6]))
-    holder.holder.announce(announce([4, 5], 0, 4))
+    holder.holder.offer(offered([4, 5], 0, 4))
     world.turn()
     assert world.reads == []
-    holder.holder.announce(announce([4, 5, 7], 2, 4))
+    holder.holder.offer(offered([4, 5, 7], 2, 4))
     world.turn()
     assert world.reads == [[1, 2]]
-    holder.holder.announce(announce([4, 5, 7, 8], 3, 4))
+    holder.holder.offer(offered([4, 5, 7, 8], 3, 4))
     world.turn()
     assert world.reads == [[1, 2], [3]]
     assert world.events == []
@@ -149,7 +149,7 @@ def test_what_is_ready_is_read_while_the_rest_is_computed(world, holder):
 
 def test_what_is_cached_is_not_read(world, holder):
     world.pulls.start(awaited(holder, [1, 2], skip=2))
-    holder.holder.announce(announce([4, 5, 7, 8], 3, 4))
+    holder.holder.offer(offered([4, 5, 7, 8], 3, 4))
     world.turn()
     assert world.reads == [[1]]
     holder.holder.grant(lease([4, 5, 7, 8]))
@@ -173,12 +173,12 @@ def test_where_all_is_cached_the_first_token_is_waited_for(world, holder):
 
 def test_blocks_that_went_back_to_the_engine_are_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3]))
-    holder.holder.announce(announce([4, 5], 2, 3))
+    holder.holder.offer(offered([4, 5], 2, 3))
     world.turn()
     holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.kv_cache[4] += 1
     world.turn()
-    holder.holder.announce(announce([4, 5], 1, 3))
+    holder.holder.offer(offered([4, 5], 1, 3))
     world.turn()
     assert world.reads == [[1, 2], [1]]
     holder.holder.grant(lease([4, 5, 6]))
@@ -189,12 +189,12 @@ def test_blocks_that_went_back_to_the_engine_are_read_again(world, holder):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_lease_without_announcement_voids_what_was_read(verify):
+def test_a_lease_without_offer_voids_what_was_read(verify):
     """Also where no checksum would find it out."""
     world = PatientWorld(verify=verify)
     holder = world.connect()
     world.pulls.start(awaited(holder, [1, 2]))
-    holder.holder.announce(announce([4, 5], 1, 2))
+    holder.holder.offer(offered([4, 5], 1, 2))
     world.turn()
     holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.kv_cache[4] += 1
@@ -207,7 +207,7 @@ def test_a_lease_without_announcement_voids_what_was_read(verify):
 def test_a_read_of_blocks_that_went_back_is_over_before_they_are_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2]))
     world.fabric.stalled = True
-    holder.holder.announce(announce([4, 5], 1, 2))
+    holder.holder.offer(offered([4, 5], 1, 2))
     world.turn()
     holder.holder.withdraw(WithdrawPartialPrompt(lease_id="r"))
     holder.holder.grant(lease([6, 7]))
@@ -225,7 +225,7 @@ def test_a_read_of_blocks_that_went_back_is_over_before_they_are_read_again(worl
 def test_wrong_bytes_of_an_pending_part_are_found_and_read_again(world, holder):
     world.pulls.start(awaited(holder, [1, 2], num_attempts=2))
     holder.kv_cache[4] += 1
-    holder.holder.announce(announce([4, 5], 1, 2))
+    holder.holder.offer(offered([4, 5], 1, 2))
     world.turn()
     holder.kv_cache[4] -= 1
     holder.kv_cache[4] *= 2
@@ -241,10 +241,10 @@ def test_wrong_bytes_of_an_pending_part_are_found_and_read_again(world, holder):
 
 def test_an_pending_read_that_fails_is_repeated(world, holder):
     world.pulls.start(awaited(holder, [1, 2, 3], num_attempts=2))
-    holder.holder.announce(announce([4, 5, 6], 1, 3))
+    holder.holder.offer(offered([4, 5, 6], 1, 3))
     world.turn()
     world.fabric.failing = True
-    holder.holder.announce(announce([4, 5, 6], 2, 3))
+    holder.holder.offer(offered([4, 5, 6], 2, 3))
     world.turn(1)
     world.turn(1)
     world.fabric.failing = False
@@ -260,7 +260,7 @@ def test_an_pending_read_that_fails_is_repeated(world, holder):
 
 def test_another_prompt_is_refused_before_a_byte_is_read(world, holder):
     world.pulls.start(replace(awaited(holder, [1, 2]), block_hashes=hashes(2, "other")))
-    holder.holder.announce(announce([4, 5], 1, 2))
+    holder.holder.offer(offered([4, 5], 1, 2))
     world.turn()
     finished = world.finished()
     assert not finished.ok
@@ -270,7 +270,7 @@ def test_another_prompt_is_refused_before_a_byte_is_read(world, holder):
 
 def test_who_gives_up_before_the_lease_leaves_it_to_another(world, holder):
     world.pulls.start(awaited(holder, [1, 2]))
-    holder.holder.announce(announce([4, 5], 0, 2))
+    holder.holder.offer(offered([4, 5], 0, 2))
     world.turn()
     world.pulls.cancel(CancelPull(pull_id="p"))
     world.turn()
@@ -306,7 +306,7 @@ def test_who_gives_up_after_the_lease_has_had_its_share(world, holder):
 def test_an_pending_read_of_a_pull_that_was_given_up_keeps_its_blocks(world, holder):
     world.pulls.start(awaited(holder, [1, 2]))
     world.fabric.stalled = True
-    holder.holder.announce(announce([4, 5], 1, 2))
+    holder.holder.offer(offered([4, 5], 1, 2))
     world.turn()
     world.pulls.cancel(CancelPull(pull_id="p"))
     assert world.finished().in_flight
@@ -354,7 +354,7 @@ def test_who_waits_too_long_is_refused(world, holder):
 
 def test_a_prompt_that_makes_no_progress_is_not_waited_for_forever(world, holder):
     world.pulls.start(awaited(holder, [1, 2]))
-    holder.holder.announce(announce([4], 1, 2))
+    holder.holder.offer(offered([4], 1, 2))
     world.turn()
     world.clock.now += LONGEST_WAIT_S
     world.turn()
@@ -404,7 +404,7 @@ def test_a_reader_of_a_group_waits_at_each_rank(world):
     world.turn()
     for holder in holders:
         assert world.events == []
-        holder.holder.announce(announce([4, 5], 1, 2))
+        holder.holder.offer(offered([4, 5], 1, 2))
         world.turn()
     for holder in holders:
         assert world.events == []

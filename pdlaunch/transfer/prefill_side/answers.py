@@ -112,12 +112,12 @@ class LeaseAnswers:
         """Return when the next lease expires."""
         return self._leases.next_deadline_at()
 
-    def announce(self, command: OfferPartialPrompt) -> None:
+    def offer(self, command: OfferPartialPrompt) -> None:
         """Let readers that await this prompt have the blocks that are ready."""
-        self._partial.announce(command)
+        self._partial.offer(command)
 
     def withdraw(self, command: WithdrawPartialPrompt) -> None:
-        """Take announced blocks back: they may be overwritten."""
+        """Take offered blocks back: they may be overwritten."""
         self._partial.end(command.lease_id)
 
     def grant(self, command: GrantLease) -> None:
@@ -143,7 +143,7 @@ class LeaseAnswers:
         self._leases.cancel(command.lease_id)
 
     def set_readers(self, command: SetLeaseReaders) -> None:
-        """Expect fewer readers than were announced."""
+        """Expect fewer readers than were granted."""
         self._leases.set_readers(command.lease_id, command.num_readers)
 
     def advance_checksums(self) -> bool:

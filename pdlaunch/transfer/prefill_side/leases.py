@@ -46,7 +46,7 @@ class Lease:
     num_readers: int
     """Choices that will pull; fewer than granted when some have ended with their first token."""
     generation: int = 0
-    """Generation under which the prompt was announced; 0 if it was not."""
+    """Generation under which the prompt was offered; 0 if it was not."""
     open_readers: dict[ReaderId, int] = field(default_factory=dict)
     """Pulls that have begun and not ended, with their number of decode ranks."""
     served_readers: set[ReaderId] = field(default_factory=set)

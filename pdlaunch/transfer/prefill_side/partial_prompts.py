@@ -2,9 +2,9 @@
 
 ::
 
-    announce ──> announce (more blocks) ──> .. ──┬─> lease, of the same generation
-         ▲                                       └─> withdrawn: the blocks may be another request's
-         └────────── a new generation ───────────────────┘
+    offer ──> offer (more blocks) ──> .. ──┬─> lease, of the same generation
+      ▲                                    └─> withdrawn: the blocks may be another request's
+      └────────── a new generation ──────────────┘
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class _PartialPrompt:
 
 
 class PartialPrompts:
-    """Keeps what was announced and neither withdrawn nor leased. The transfer thread owns it."""
+    """Keeps what was offered and neither withdrawn nor leased. The transfer thread owns it."""
 
     def __init__(self) -> None:
         self._prompts: dict[LeaseId, _PartialPrompt] = {}
-        self._num_announced = 0
-        """Numbers all announcements, so that each generation and version has a name of its own."""
+        self._num_offers = 0
+        """Numbers all offers, so that each generation and version has a name of its own."""
 
-    def announce(self, command: OfferPartialPrompt) -> None:
+    def offer(self, command: OfferPartialPrompt) -> None:
         """Take in more blocks of a prompt, or its first ones."""
-        self._num_announced += 1
+        self._num_offers += 1
         earlier = self._prompts.get(command.lease_id)
-        generation = self._num_announced if earlier is None else earlier.generation
-        self._prompts[command.lease_id] = _PartialPrompt(command, generation, self._num_announced)
+        generation = self._num_offers if earlier is None else earlier.generation
+        self._prompts[command.lease_id] = _PartialPrompt(command, generation, self._num_offers)
 
     def end(self, lease_id: LeaseId) -> int:
         """Forget a prompt that is withdrawn or leased. Returns its generation, 0 if it was never
-        announced.
+        offered.
         """
         ended = self._prompts.pop(lease_id, None)
         return 0 if ended is None else ended.generation
@@ -51,7 +51,7 @@ class PartialPrompts:
         return found is not None and found.version != version
 
     def reply(self, call_id: int, lease_id: LeaseId) -> PullReply:
-        """Return what there is so far of a prompt that was announced."""
+        """Return what there is so far of a prompt that was offered."""
         found = self._prompts[lease_id]
         command = found.command
         pairs = zip(command.first_block_index, command.block_ids, strict=True)

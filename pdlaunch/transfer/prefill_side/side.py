@@ -53,7 +53,7 @@ class PrefillSide:
         """Take a command of the scheduler."""
         match command:
             case OfferPartialPrompt():
-                self._answers.announce(command)
+                self._answers.offer(command)
             case WithdrawPartialPrompt():
                 self._answers.withdraw(command)
             case GrantLease():
