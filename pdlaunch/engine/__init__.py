@@ -1,1 +1,1 @@
-"""Scheduler, model runner, step loop, rank process."""
+"""Scheduler, model runner, step loop and rank process: what computes tokens."""

@@ -1,6 +1,4 @@
-"""Entry of a rank process: ``python -m pdlaunch.engine --name prefill-0/rank-0`` with a Bootstrap
-on standard input.
-"""
+"""Start a rank: ``python -m pdlaunch.engine --name NAME``, with a Bootstrap on standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the step loop of a rank polls: rank 0's server, the ranks of its TP group, other threads."""
+"""The channels that the step loop of a rank polls: to rank 0's server, to ranks, to threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerLink:
-    """Rank 0's end of the channel to its engine's server.
+    """Holds rank 0's end of the channel to its engine's server.
 
     The server that said Hello last is the engine's; messages of any other are dropped.
     """
@@ -28,7 +28,7 @@ class ServerLink:
 
     @property
     def connected(self) -> bool:
-        """Whether a server has said Hello."""
+        """Return whether a server has said Hello."""
         return self._server is not None
 
     def receive(self) -> list[ToRank]:
@@ -53,7 +53,7 @@ class ServerLink:
 
 
 class LeaderChannel:
-    """Rank 0's end of the step channel of a TP group.
+    """Holds rank 0's end of the step channel of a TP group.
 
     Rank 0 sends every plan to the other ranks, which report the ends of transfers and copies back.
     """
@@ -65,7 +65,7 @@ class LeaderChannel:
 
     @property
     def complete(self) -> bool:
-        """Whether every other rank has said something."""
+        """Return whether every other rank has said something."""
         return len(self._followers) == self._num_followers
 
     def send(self, message: FromRankZero) -> None:
@@ -84,7 +84,7 @@ class LeaderChannel:
 
 
 class FollowerChannel:
-    """The end of any other rank of the step channel."""
+    """Holds the end of any other rank of the step channel."""
 
     def __init__(self, context: SecureContext, endpoint: str, tp_rank: int) -> None:
         self.socket = context.connect(zmq.DEALER, endpoint)
@@ -102,7 +102,7 @@ class FollowerChannel:
 class Wakeup:
     """Wakes a thread that polls sockets, from any other thread.
 
-    ``fd`` is the end of a pipe for the poller; ``set`` may be called from anywhere and never blocks.
+    ``fd`` is the end of a pipe, for the poller; ``set`` never blocks.
     """
 
     def __init__(self) -> None:

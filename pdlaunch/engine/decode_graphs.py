@@ -1,7 +1,8 @@
-"""Decode steps as CUDA graphs: one launch for a whole step, captured at start for some batch sizes.
+"""Decode steps as CUDA graphs: one launch runs a whole step.
 
-A batch takes the smallest graph that holds it; the rows that remain have no context and write
-nothing. Graphs share their memory: the result of a replay is good until the next.
+Graphs are captured at start, for some batch sizes. A batch takes the smallest graph that holds it;
+the rows that remain have no context and write nothing. Graphs share their memory: the result of a
+replay is good until the next.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """For batches of decode rows, one token each. Captures when it is made, the largest batch
-    first.
+    """Runs batches of decode rows, one token each, from graphs.
+
+    It captures them when it is made, the largest batch first.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class DecodeGraphs:
         latest: LatestTokens | None,
         progress: ReportProgress,
     ) -> None:
-        """``max_blocks``: of one row's block table. ``latest``: where input tokens are looked up;
-        None: they are token ids.
+        """Capture the graphs.
+
+        ``max_blocks``: length of one row's block table. ``latest``: where input tokens are looked
+        up; None: they are token ids.
         """
         layout, device = attention.setup.layout, attention.setup.kv_cache.device
         self._layout = layout
@@ -72,10 +76,10 @@ class DecodeGraphs:
         )
 
     def run(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits [num_rows, vocab_size] and the likeliest tokens [num_rows], to be read before the
-        next call.
+        """Return logits [num_rows, vocab_size] and the likeliest tokens [num_rows]; None if no
+        graph fits.
 
-        None: not a batch for a graph.
+        Both have to be read before the next call.
         """
         if batch.num_decode_rows < batch.num_rows or batch.num_rows > self._sizes[-1]:
             return None
@@ -85,7 +89,7 @@ class DecodeGraphs:
         return captured.logits[: batch.num_rows], captured.likeliest[: batch.num_rows]
 
     def rehearse(self) -> None:
-        """Fill in a batch that is not run."""
+        """Fill in a batch that is not run, so that the code for it is warm."""
         one, zero = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         tables = (np.zeros((1, 1), dtype=np.int64),) * len(self._layout.groups)
         self._graphs[self._sizes[0]].inputs.fill(
@@ -94,7 +98,7 @@ class DecodeGraphs:
 
 
 def batch_sizes(max_rows: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8; the last one holds ``max_rows``."""
+    """Return 1, 2, 4, 8, then steps of 8; the last size holds ``max_rows``."""
     sizes = [size for size in (1, 2, 4) if size < max_rows]
     return [*sizes, *range(SIZE_STEP, max_rows, SIZE_STEP), max_rows]
 
@@ -102,9 +106,7 @@ def batch_sizes(max_rows: int) -> list[int]:
 def capture_all(
     sizes: list[int], capture: Callable[[int], Captured], progress: ReportProgress
 ) -> dict[int, Captured]:
-    """What ``capture`` gives for each size, the largest first, so that smaller graphs find room in
-    its memory.
-    """
+    """Capture each size, the largest first, so that smaller graphs find room in its memory."""
     captured = {}
     for index, size in enumerate(reversed(sizes)):
         progress(f"capturing CUDA graphs, batch of {size}", index / len(sizes))

@@ -1,4 +1,4 @@
-"""Small copies between host and device that the host does not wait for."""
+"""Small copies between host and device for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pdlaunch.models.packed import FloatArray, IntArray
 
 
 class Download:
-    """Copies of small tensors of ``device``, begun behind the work that is queued there. On a CPU
-    there is nothing to copy.
+    """Copies small tensors of ``device`` to the host, behind the work that is queued there.
+
+    On a CPU there is nothing to copy.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -22,8 +23,9 @@ class Download:
             self._done.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors on the host, as they were when the copy was begun; all work queued before it
-        is done.
+        """Return the tensors on the host, as they were when the copy began.
+
+        All work that was queued before it is done then.
         """
         if self._done is not None:
             self._done.synchronize()
@@ -41,15 +43,16 @@ class Download:
 def upload(
     values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """[len(values)] on ``device``; the host does not wait for the copy, as it would for that of
-    ``torch.tensor``.
+    """Return [len(values)] on ``device``; unlike ``torch.tensor``, the host does not wait for the
+    copy.
     """
     return _send(torch.tensor(values, dtype=dtype), device)
 
 
 def upload_array(array: IntArray | FloatArray, device: torch.device) -> torch.Tensor:
-    """The array on ``device``; the host does not wait for the copy. On a CPU it shares the array's
-    memory.
+    """Return the array on ``device``; the host does not wait for the copy.
+
+    On a CPU the tensor shares the array's memory.
     """
     return _send(torch.from_numpy(array), device)
 

@@ -20,7 +20,7 @@ IDLE_WAIT_S = 1.0
 
 
 class Follower:
-    """The step loop of one such rank; ``turn`` is one round of it."""
+    """Turns the step loop of one rank other than 0; ``turn`` is one round of it."""
 
     ready = True
 
@@ -35,7 +35,9 @@ class Follower:
         offload: OffloadWorker | None,
         announce: Callable[[SleepState], None],
     ) -> None:
-        """``announce`` tells the supervisor whether peers may read this rank's memory."""
+        """Begin with no row in use; ``announce`` tells the supervisor whether peers may read this
+        memory.
+        """
         self._tp_rank = tp_rank
         self._runner = runner
         self._transfer = transfer

@@ -1,5 +1,4 @@
-"""The host tier as the scheduler sees it: who waits for blocks from host memory, and which blocks
-copies hold.
+"""Loads and stores of the host tier, as the scheduler sees them.
 
     load    find ─▶ start ─▶ in flight ─┬─ ok ──────────────────────▶ the request's
                                         ├─ ok, the rest is pulled ──▶ cached
@@ -25,19 +24,20 @@ from pdlaunch.protocol.engine import EngineStats
 
 @dataclass(slots=True)
 class Load:
-    """Blocks on their way from host memory."""
+    """Describes blocks on their way from host memory."""
 
     request: Request | None
-    """Who waits for it; None: nobody any more."""
+    """The request that waits for it; None: none any more."""
     hit: HostHit
     """``request`` shares its device blocks meanwhile."""
     block_ids: list[list[int]]
-    """By group: the destination, from the end of the device blocks on."""
+    """The destination by group, from the end of the device blocks on."""
 
 
 class HostLoads:
-    """Loads and stores in flight and what they own. ``planner`` None: there is no tier, nothing is
-    found or stored.
+    """Knows which requests wait for loads, and which blocks loads and stores use.
+
+    ``planner`` is None where there is no host tier: then nothing is found or stored.
     """
 
     def __init__(self, kv: KVCacheManager, planner: OffloadPlanner | None) -> None:
@@ -47,9 +47,10 @@ class HostLoads:
         self._jobs: list[OffloadJob] = []
 
     def find(self, request: Request, max_blocks: int) -> HostHit | None:
-        """What host memory has and the device lacks of the first ``max_blocks`` logical blocks.
+        """Return the blocks that host memory has and the device lacks, None if there are none.
 
-        Of the longest prefix from which the request can compute on, or of what a pull would bring.
+        Looked at are the first ``max_blocks`` logical blocks: the longest prefix from which the
+        request can compute on, or what a pull would bring.
         """
         if self._planner is None or not request.may_load:
             return None
@@ -61,8 +62,8 @@ class HostLoads:
         return self._planner.find(hashes, max_blocks, find_on_device)
 
     def is_waited_for(self, hit: HostHit) -> bool:
-        """Another request waits for a part of it already, which will be in the prefix cache
-        soon.
+        """Return whether another request waits for a part of ``hit``, which it will leave in the
+        prefix cache.
         """
         wanted = {chunk_id for chunk_ids in hit.chunk_ids for chunk_id in chunk_ids}
         return any(
@@ -84,8 +85,8 @@ class HostLoads:
         self._jobs.append(job)
 
     def cancel(self, request: Request) -> None:
-        """The waiting request has ended: its shared blocks are free, those of the load stay with it
-        until it ends.
+        """Free the shared blocks of a waiting request that has ended; the load keeps its own until
+        it ends.
         """
         assert request.load_id is not None
         load = self._loads[request.load_id]
@@ -127,37 +128,38 @@ class HostLoads:
 
     @property
     def has_jobs(self) -> bool:
-        """``take_jobs`` has something."""
+        """Return whether ``take_jobs`` has something."""
         return bool(self._jobs)
 
     def take_jobs(self) -> list[OffloadJob]:
-        """Jobs that the ranks have not heard of, in the order in which they must begin."""
+        """Return the jobs of which the ranks have not heard, in the order of their begin."""
         jobs, self._jobs = self._jobs, []
         return jobs
 
     def frees_blocks_soon(self) -> bool:
-        """Blocks wait for nothing but the end of copies: better than to take them from a
-        request.
+        """Return whether some blocks wait only for the end of copies.
+
+        To wait for these is better than to take blocks from a request.
         """
         return self._kv.pool.has_only_held(self.held_ids())
 
     def shared_ids(self) -> Iterator[int]:
-        """What waiting requests own."""
+        """Yield the blocks that waiting requests share."""
         for load in self._loads.values():
             if load.request is not None:
                 for block_ids in load.hit.device.block_ids:
                     yield from block_ids
 
     def loading_ids(self) -> Iterator[int]:
-        """What loads may write to."""
+        """Return the blocks to which loads may write."""
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("load")
 
     def held_ids(self) -> Iterator[int]:
-        """What stores read."""
+        """Return the blocks that stores read."""
         return iter(()) if self._planner is None else self._planner.block_ids_in_flight("store")
 
     def add_to(self, stats: EngineStats) -> EngineStats:
-        """``stats`` with what is known of the tier."""
+        """Return ``stats`` with the numbers of the tier."""
         if self._planner is None:
             return stats
         totals = self._planner.stats()
@@ -180,7 +182,7 @@ class HostLoads:
         )
 
     def check_integrity(self) -> None:
-        """Prove that the tier's books are those of the jobs. Raises AssertionError."""
+        """Prove that the tier's entries are those of the jobs. Raises AssertionError."""
         if self._planner is not None:
             self._planner.check_integrity()
 
@@ -191,7 +193,7 @@ class HostLoads:
             self._release_hit(load)
 
     def _cache(self, load: Load, request: Request) -> None:
-        """The pull of what is left finds the blocks in the prefix cache."""
+        """Put the loaded blocks into the prefix cache, where the pull of the others finds them."""
         hashes = request.block_hasher.block_hashes
         for group, block_ids in enumerate(load.block_ids):
             self._kv.pool.finish_pull(block_ids)

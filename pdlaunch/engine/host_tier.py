@@ -1,6 +1,4 @@
-"""What a rank needs for the host tier: memory and copies on every rank, the books of it on rank
-0.
-"""
+"""Build what a rank needs for the host tier: memory and copies; on rank 0 the planner, too."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def new_offload_worker(
 def new_offload_planner(
     spec: EngineSpec, runner: ModelRunner, worker: OffloadWorker | None
 ) -> OffloadPlanner | None:
-    """The books of an engine whose ranks have such workers; empty, as host memory is after a
-    start.
-    """
+    """Return the planner of an engine whose ranks have such workers; its tier is empty."""
     if worker is None:
         return None
     policy: EvictionPolicy[ChunkKey] = (

@@ -18,7 +18,7 @@ from pdlaunch.engine.step import ScheduledRow, StepPlan
 
 
 class StepsInFlight:
-    """The scheduler's memory of launched steps; oldest first, at most two."""
+    """Remembers launched steps and their requests; oldest first, at most two."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[StepPlan, list[Request]]] = deque()
@@ -28,8 +28,9 @@ class StepsInFlight:
         return len(self._steps)
 
     def launch(self, plan: StepPlan, requests: list[Request]) -> None:
-        """``requests``: those of ``plan.scheduled``, in their order. A plan that computes nothing
-        is not in flight.
+        """Note a launched step for ``requests``, those of ``plan.scheduled`` in their order.
+
+        A plan that computes nothing is not in flight.
         """
         if not plan.scheduled:
             return
@@ -39,8 +40,9 @@ class StepsInFlight:
             request.num_unknown += item.sample
 
     def collect(self, plan: StepPlan) -> Iterator[tuple[ScheduledRow, Request]]:
-        """What the oldest step computed, and for whom; each request as it is once this is no longer
-        in flight.
+        """Take the oldest step out: yield what it computed and for which request.
+
+        Each request's counts are already without this step.
         """
         if not plan.scheduled:
             return
@@ -58,20 +60,20 @@ class StepsInFlight:
         return [request.mark for _, requests in self._steps for request in requests]
 
     def keep(self, request: Request) -> bool:
-        """A request ends: whether its row and blocks have to wait for ``is_free``."""
+        """Return whether a request that ends has to keep its row and blocks until ``is_free``."""
         if request.num_in_flight:
             self._ended[request] = None
         return request.num_in_flight > 0
 
     def is_free(self, request: Request) -> bool:
-        """Once for each request kept: True when nothing computes it any more."""
+        """Return True, once for each request kept, when no step computes it any more."""
         if request.num_in_flight or request not in self._ended:
             return False
         del self._ended[request]
         return True
 
     def ended(self) -> Iterator[Request]:
-        """Requests that have ended and still own a row and blocks."""
+        """Return the requests that have ended and still own a row and blocks."""
         return iter(self._ended)
 
     def check_integrity(self, living: set[Request]) -> None:

@@ -1,13 +1,14 @@
 """Leases and pulls of an engine: which blocks they own, and the commands that start and end them.
 
-    lease   running request ─┬─ announce ──▶ its own, may be read ─┬─ grant ──▶ leased ── LeaseEnded ──▶ free
-                             │                                     └─ withdraw ──▶ its own
-                             └─ grant ──▶ leased ── LeaseEnded ──▶ free
-    pull    start ──▶ in flight ─┬─ ok ──────────────────────────▶ the request's
-                                 ├─ failed ──────────────────────▶ free
-                                 └─ failed, READ may still write ▶ quarantined ── PullDrained ──▶ free
+    lease   running ─┬─ offer ─▶ its own, may be read ─┬─ grant ─▶ leased ─ LeaseEnded ─▶ free
+                     │                                 └─ withdraw ─▶ its own
+                     └─ grant ─▶ leased ─ LeaseEnded ─▶ free
+    pull    start ─▶ in flight ─┬─ ok ──────────────────────────▶ the request's
+                                ├─ failed ──────────────────────▶ free
+                                └─ failed, READ may still write ▶ quarantined ─ PullDrained ─▶ free
 
-The ranks' workers own every deadline; each lease and each pull ends in exactly one event here.
+The ranks' transfer threads own every deadline. Each lease and each pull ends in exactly one event
+here.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ LeaseSource = tuple[EngineId, LeaseId]
 
 
 class BlockLeases:
-    """Blocks that decode engines may pull: of finished requests, and of running ones that are
-    awaited.
+    """Holds the blocks that decode engines may pull.
 
+    They are those of finished requests, and of running ones whose partial prompts are offered.
     ``local``: engine_id, host, port and tp_size of this engine.
     """
 
@@ -61,8 +62,9 @@ class BlockLeases:
         return lease_id in self._block_ids
 
     def offer(self, request: Request) -> OfferPartialPrompt:
-        """Let readers begin with the blocks that are complete; the request has those that its next
-        step fills, too.
+        """Let readers begin with the blocks of a partial prompt that are complete.
+
+        The request has the blocks that its next step fills, too.
         """
         request.is_offered = True
         return OfferPartialPrompt(
@@ -75,14 +77,14 @@ class BlockLeases:
         )
 
     def withdraw(self, request: Request) -> WithdrawPartialPrompt:
-        """There is no lease on what was announced: others may get the blocks."""
+        """Take an offered partial prompt back, so that others may get its blocks."""
         request.is_offered = False
         return WithdrawPartialPrompt(lease_id=lease_of(request.request_id))
 
     def grant(
         self, request: Request, first_token: TokenOutput, finish_reason: str
     ) -> tuple[GrantLease, RemoteKV]:
-        """Keep the prompt's blocks of a request that ends now; its other blocks are freed."""
+        """Keep the prompt's blocks of a request that ends now, and free its other blocks."""
         hashes = request.prompt_hashes()
         request.is_offered = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
@@ -132,25 +134,25 @@ def _first_token(token: TokenOutput, finish_reason: str) -> FirstToken:
 
 @dataclass(slots=True)
 class BlockPull:
-    """What a pull owns, and for whom."""
+    """Says which blocks a pull owns, and for whom."""
 
     request: Request | None
-    """Who waits for it; None: cancelled, or it only tells the holder that this reader is done."""
+    """The request that waits for it; None: cancelled, or the pull only ends a reader's lease."""
     source: LeaseSource
     hit: PrefixHit
     """Cached blocks that ``request`` shares meanwhile."""
     block_ids: list[list[int]]
-    """By group: the destination, from the end of the hit on."""
+    """The destination by group, from the end of the hit on."""
     awaits: bool = False
-    """There may be no lease yet."""
+    """The lease may not be granted yet."""
 
     def tells_of_blocks(self, event: PullFinished) -> bool:
-        """Whether ``event`` tells of blocks: some were to be brought, and their lease was there."""
+        """Return whether ``event`` is about blocks: some were lacking, and there was a lease."""
         return any(self.block_ids) and (bool(event.first_tokens) or not self.awaits)
 
 
 class BlockPulls:
-    """Pulls in flight and what they own."""
+    """Holds the pulls in flight and the blocks that they own."""
 
     def __init__(self, kv: KVCacheManager, settings: KVTransferSettings) -> None:
         self._kv = kv
@@ -160,18 +162,18 @@ class BlockPulls:
         self._num_started = 0
 
     def is_waited_for(self, request: Request) -> bool:
-        """Another choice of the same prompt waits for a pull from the same lease."""
+        """Return whether another choice of the same prompt waits for a pull from the same lease."""
         source = source_of(request)
         return any(
             pull.source == source and pull.request is not None for pull in self._in_flight.values()
         )
 
     def may_await(self, request: Request, hit: PrefixHit) -> bool:
-        """Prompts that are still being computed have at most half of the blocks, but for a single
-        one: others can be pulled.
+        """Return whether a pull may begin before its prompt is complete.
 
-        Else these could wait for each other: a prefill engine whose blocks are leased for what
-        finds no room here.
+        Pulls of unfinished prompts reserve at most half of the pool, so that finished ones can be
+        pulled; a lone pull may exceed it. Otherwise two engines could wait for each other: a
+        prefill engine whose blocks are leased for prompts that find no room here.
         """
         num_awaiting = sum(
             len(ids) for pull in self._in_flight.values() if pull.awaits for ids in pull.block_ids
@@ -180,10 +182,10 @@ class BlockPulls:
         return not num_awaiting or num_awaiting + num_needed <= self._kv.pool.num_blocks // 2
 
     def start(self, request: Request, hit: PrefixHit) -> StartPull | None:
-        """Share ``hit`` and pull the prompt's other blocks. None, and nothing has changed, when
-        there is nothing to wait for.
+        """Share ``hit`` and pull the prompt's other blocks.
 
-        That is, no block is lacking; a request that awaits its lease needs that in any case.
+        None, and nothing has changed, when no block is lacking; a request that waits for its lease
+        pulls in any case.
         """
         awaits = request.message.awaits_lease
         counts = self._counts(request, hit)
@@ -202,8 +204,10 @@ class BlockPulls:
             awaits=awaits,
         )
 
-    def tell_holder(self, request: Request) -> StartPull:
-        """A pull of nothing: the holder learns that this reader needs the lease no more."""
+    def tell_prefill_side(self, request: Request) -> StartPull:
+        """Pull nothing: this tells the prefill side that the reader does not need the lease any
+        more.
+        """
         num_groups = len(request.tables.first)
         pull_id = self._add(
             BlockPull(None, source_of(request), PrefixHit([0] * num_groups, []), [])
@@ -212,8 +216,8 @@ class BlockPulls:
         return self._command(pull_id, request, [[] for _ in range(num_groups)], [end] * num_groups)
 
     def cancel(self, request: Request) -> CancelPull:
-        """The waiting request has ended: its shared blocks are free, those of the pull stay with it
-        until it ends.
+        """Free the shared blocks of a waiting request that has ended; the pull keeps its own until
+        it ends.
         """
         assert request.pull_id is not None
         pull = self._in_flight[request.pull_id]
@@ -242,12 +246,14 @@ class BlockPulls:
         return pull
 
     def drained(self, pull_id: PullId) -> None:
-        """Nothing can write to the blocks of a failed pull any more. Unknown ids are ignored."""
+        """Free the blocks of a failed pull, to which nothing can write any more. Unknown ids are
+        ignored.
+        """
         for block_ids in self._quarantined.pop(pull_id, []):
             self._kv.pool.drain(block_ids)
 
     def shared_ids(self) -> Iterator[int]:
-        """What waiting requests own."""
+        """Yield the blocks that waiting requests share."""
         for pull in self._in_flight.values():
             if pull.request is not None:
                 for block_ids in pull.hit.block_ids:
@@ -264,7 +270,7 @@ class BlockPulls:
                 yield from block_ids
 
     def _counts(self, request: Request, hit: PrefixHit) -> list[int]:
-        """By group: blocks that a pull brings."""
+        """Return by group how many blocks a pull brings."""
         num_logical = self._kv.num_logical_blocks(request.num_prompt_tokens)
         return [num_logical - hit.end(group) for group in range(len(hit.first))]
 
@@ -304,7 +310,7 @@ class BlockPulls:
 
 
 def source_of(request: Request) -> LeaseSource:
-    """The lease that the request pulls from; choices of one prompt have the same."""
+    """Return the lease that the request pulls from; choices of one prompt have the same."""
     remote = request.message.remote_kv
     assert remote is not None
     return remote.engine_id, remote.lease_id

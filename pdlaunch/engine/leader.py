@@ -43,7 +43,7 @@ STATS_INTERVAL_S = 1.0
 
 
 class Leader:
-    """The step loop of an engine; ``turn`` is one round of it: schedule, run, postprocess.
+    """Turns the step loop of an engine; ``turn`` is one round of it: schedule, run, postprocess.
 
     On a GPU (``spec.async_scheduling``) a turn leaves its step running, so that the host's work
     for the next one goes on beside it::
@@ -73,7 +73,9 @@ class Leader:
         record: Callable[[Sequence[int]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
+        """Begin with no step in flight.
+
+        ``announce`` tells the supervisor whether peers may read this rank's memory; ``record``
         notes for whom steps run.
         """
         self._welcome = Welcome(
@@ -116,7 +118,7 @@ class Leader:
 
     @property
     def ready(self) -> bool:
-        """Whether every rank of the TP group is in its loop and a server is connected."""
+        """Return whether every rank of the TP group is in its loop and a server is connected."""
         return self._server.connected and (self._followers is None or self._followers.complete)
 
     @property
@@ -252,7 +254,7 @@ class Leader:
             self._followers.send(message)
 
     def _submit(self, plan: StepPlan) -> None:
-        """Give the plan to the other ranks, and its commands and jobs to the threads of this one."""
+        """Give the plan to other ranks, its commands and jobs to the threads of this one."""
         # The record is what blames a rank's death on a step: written before any rank begins one.
         self._record(self._requests.in_flight.marks())
         if plan.is_empty:

@@ -199,7 +199,7 @@ class RequestLifecycle:
             self.commands.append(command)
             self.queues.await_kv(request, Phase.PULLING)
             return
-        self.commands.append(self.pulls.tell_holder(request))
+        self.commands.append(self.pulls.tell_prefill_side(request))
         self._kv.share(request.tables, hit)
         request.phase = Phase.READY
         self._take_pulled(request)
@@ -273,7 +273,7 @@ class RequestLifecycle:
         return outputs
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached blocks, whose content is lost. No request, lease or transfer is left."""
+        """Forget all cached blocks, as their content is lost; nobody uses any block."""
         assert not self.queues.by_id
         self._kv.pool.forget_cached()
 
@@ -365,7 +365,7 @@ class RequestLifecycle:
         return not self._finish_if_complete(request, token.token_id)
 
     def _do_without(self, request: Request, cause: str) -> None:
-        """Recompute the prompt whose pull has failed, or end the request, as settings say."""
+        """Recompute the prompt whose pull has failed, or end the request if ``on_failure`` says so."""
         logger.warning("pull of request %s failed: %s", request.request_id, cause)
         if self._settings.on_failure == "fail":
             self._finish(
@@ -446,7 +446,7 @@ class RequestLifecycle:
             and not request.message.awaits_lease
             and request.phase is not Phase.PULLING
         ):
-            self.commands.append(self.pulls.tell_holder(request))
+            self.commands.append(self.pulls.tell_prefill_side(request))
         if not self.in_flight.keep(request):
             self.let_go(request)
         self.queues.end(request)

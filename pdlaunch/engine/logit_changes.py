@@ -22,8 +22,9 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(frozen=True, slots=True)
 class TokenBias:
-    """A request's ``logit_bias`` as arrays: made once a request, as it may have an entry for each
-    token.
+    """Holds a request's ``logit_bias`` as arrays.
+
+    They are made once a request, as it may have an entry for each token.
     """
 
     token_ids: IntArray
@@ -66,7 +67,9 @@ class SampleRow:
 
     @property
     def takes_the_likeliest(self) -> bool:
-        """It takes the likeliest of the logits as they are, and tells no log-probabilities."""
+        """Return whether the row takes the likeliest of unchanged logits, without
+        log-probabilities.
+        """
         return self.is_greedy and self.sampling.num_top_logprobs is None and not self.changes_logits
 
     @property
@@ -75,7 +78,7 @@ class SampleRow:
 
     @property
     def changes_apart(self) -> bool:
-        """It changes logits by what depends on its tokens, and is worked out for this row alone."""
+        """Return whether the row's logits change with its tokens, which is done for it alone."""
         sampling = self.sampling
         return (
             len(self.output) < sampling.min_tokens
@@ -86,8 +89,9 @@ class SampleRow:
 
 
 def change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """``raw``: [num_rows, vocab_size] float32; the result shares its memory when no row changes
-    any.
+    """Return ``raw``, [num_rows, vocab_size] float32, with the rows' changes.
+
+    The result shares its memory when no row changes any.
     """
     if not any(row.changes_logits for row in rows):
         return raw
@@ -100,8 +104,9 @@ def change_logits(raw: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def _add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    """In place, of all rows at once: a request may have an entry for each token, and an operation
-    an entry holds up everybody.
+    """Add the biases of all rows at once, in place.
+
+    A request may have an entry for each token, and an operation for each would hold up everybody.
     """
     vocab_size = logits.shape[-1]
     biased = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
@@ -118,7 +123,7 @@ def _add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
 
 
 def _change_row(logits: torch.Tensor, row: SampleRow) -> None:
-    """In place, ``logits``: [vocab_size]."""
+    """Change one row's ``logits``, [vocab_size], in place."""
     sampling = row.sampling
     if len(row.output) < sampling.min_tokens:
         forbidden = {*sampling.eos_token_ids, *sampling.stop_token_ids}

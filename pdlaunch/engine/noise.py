@@ -1,5 +1,4 @@
-"""Noise that decides sampled tokens: a pure function of (seed, choice, index, number), the same on
-a CPU and on a GPU.
+"""Noise that decides sampled tokens: a pure function of (seed, choice, index, number).
 
 The host hashes (seed, choice, index) to a key a row, the device hashes key and number (SplitMix64)
 to a uniform number, of which it makes the time that passes until the first of rare events. No
@@ -32,8 +31,9 @@ def draw_key(seed: int, choice: int, index: int) -> int:
 
 
 def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64. Returns float64
-    [num_rows, n] in (0, 1).
+    """Return float64 [num_rows, n] in (0, 1).
+
+    ``keys``: [num_rows] int64; ``numbers``: [n] or [num_rows, n] int64.
     """
     mixed = keys[:, None] + numbers * _INCREMENT
     mixed = (mixed ^ _shift_right(mixed, 30)) * _FIRST_FACTOR
@@ -46,7 +46,8 @@ def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The number with the largest weight divided by its noise is drawn as its weight says.
+    """Return noise such that the largest of weights divided by it is drawn as its weight says.
+
     Arguments as of ``uniform_noise``.
     """
     return -uniform_noise(keys, numbers).log()

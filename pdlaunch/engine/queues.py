@@ -1,4 +1,4 @@
-"""Where each request of an engine stands; both queues are kept in order of arrival."""
+"""The queues of an engine's requests, each in order of arrival."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _by_arrival = attrgetter("arrival")
 
 
 class RequestQueues:
-    """Requests from their arrival to their end; every move also sets ``Request.phase``."""
+    """Holds requests from their arrival to their end; every move also sets ``Request.phase``."""
 
     def __init__(self) -> None:
         self.by_id: dict[RequestId, Request] = {}
@@ -23,41 +23,41 @@ class RequestQueues:
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Requests that are in neither queue: a pull or a load has to end first."""
+        """Return how many requests are in neither queue, as a pull or a load has to end first."""
         return len(self.by_id) - len(self.waiting) - len(self.running)
 
     def add(self, request: Request) -> None:
-        """A request has come."""
+        """Take a request that has arrived."""
         self.by_id[request.request_id] = request
         self.wait(request)
 
     def wait(
         self, request: Request, phase: Literal[Phase.WAITING, Phase.READY] = Phase.WAITING
     ) -> None:
-        """What was in neither queue waits for a place in the batch."""
+        """Let a request that is in neither queue wait for a place in the batch."""
         request.phase = phase
         insort(self.waiting, request, key=_by_arrival)
 
     def run(self, request: Request) -> None:
-        """What waited is in the batch."""
+        """Move a waiting request into the batch."""
         self._remove(self.waiting, request)
         request.phase = Phase.RUNNING
         insort(self.running, request, key=_by_arrival)
 
     def await_kv(self, request: Request, phase: Literal[Phase.LOADING, Phase.PULLING]) -> None:
-        """What waited is in neither queue until its blocks are there."""
+        """Take a waiting request out of the queues until its blocks are there."""
         self._remove(self.waiting, request)
         request.phase = phase
 
     def preempt(self, request: Request) -> None:
-        """What was running or ready waits again."""
+        """Let a running or ready request wait again."""
         if request.phase is Phase.RUNNING:
             self._remove(self.running, request)
             insort(self.waiting, request, key=_by_arrival)
         request.phase = Phase.WAITING
 
     def end(self, request: Request) -> None:
-        """A request has ended."""
+        """Remove a request that has ended."""
         del self.by_id[request.request_id]
         if request.phase is Phase.RUNNING:
             self._remove(self.running, request)
@@ -66,11 +66,11 @@ class RequestQueues:
         request.phase = Phase.FINISHED
 
     def ready(self) -> list[Request]:
-        """Those that wait and own blocks."""
+        """Return the requests that wait and own blocks."""
         return [request for request in self.waiting if request.phase is Phase.READY]
 
     def latest_owner(self) -> Request:
-        """The latest arrival that owns blocks and is not at work with a connector; there is one."""
+        """Return the latest arrival that owns blocks and waits for no connector; there is one."""
         return max(self.ready()[-1:] + self.running[-1:], key=_by_arrival)
 
     def check_integrity(self) -> None:

@@ -1,9 +1,9 @@
-"""A rank process: one device's share of an engine. Rank 0 (``leader.py``) also schedules and talks
-to the engine's server.
+"""A rank process: one device's share of an engine.
 
-``start`` brings things up in the order that the handshake needs: TP group, engine_id (drawn by rank
-0, broadcast over the group), model and KV cache, connector, addresses. Then the loop turns until
-the supervisor says Stop.
+Rank 0 turns ``leader.py``, which also schedules and talks to the engine's server; other ranks turn
+``follower.py``. ``RankProcess.run`` brings things up in the order that the handshake needs: TP
+group, engine_id (drawn by rank 0, broadcast over the group), model and KV cache, connector,
+addresses.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ class RankProcess:
     def __init__(
         self, bootstrap: Bootstrap, draw_engine_id: Callable[[], EngineId] = draw_engine_id
     ) -> None:
-        """``draw_engine_id``: what this host would name the engine; that of rank 0 counts."""
+        """Connect to the supervisor.
+
+        ``draw_engine_id`` gives what this host would name the engine; the name that rank 0 draws
+        counts.
+        """
         self._bootstrap = bootstrap
         self._draw_engine_id = draw_engine_id
         self._spec = bootstrap.engine()
@@ -191,7 +195,7 @@ class RankProcess:
     ) -> None:
         """Turn the step loop until the supervisor or rank 0 stops it; say Ready once it is.
 
-        ``info``: for the supervisor's status.
+        ``info`` is for the supervisor's status.
         """
         poller = self._poller(*loop.sockets)
         said_ready = False
@@ -218,7 +222,7 @@ class RankProcess:
         )
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> EngineId:
-        """Every rank draws an id, as every host of an engine would; rank 0's is the engine's."""
+        """Draw an id, as every host of an engine would; rank 0's is the engine's."""
         drawn = self._draw_engine_id()
         if tp is None:
             return drawn
@@ -258,7 +262,7 @@ class RankProcess:
         return f"tcp://{self._spec.advertise_address}:{port}"
 
     def _await_leader(self) -> str:
-        """Endpoint of rank 0's step channel in this incarnation."""
+        """Return the endpoint of rank 0's step channel in this incarnation."""
         name = f"{self._spec.name}/rank-0"
         deadline_s = time.monotonic() + GROUP_TIMEOUT_S
         poller = self._poller()
@@ -283,9 +287,7 @@ class RankProcess:
         return poller
 
     def _wait(self, poller: zmq.Poller, timeout_s: float) -> None:
-        """Sleep until a socket or another thread has something; handle the supervisor's
-        messages.
-        """
+        """Sleep until a socket or a thread has something; handle the supervisor's messages."""
         poller.poll(int(timeout_s * 1000))
         self._wakeup.clear()
         self._heartbeat.beat()
@@ -305,7 +307,7 @@ class RankProcess:
                 self._stopped = True
 
     def _on_control(self, message: FromSupervisor) -> None:
-        """Called in the control thread."""
+        """Take a message of the supervisor; called in the control thread."""
         self._inbox.put(message)
         self._wakeup.set()
 

@@ -1,4 +1,4 @@
-"""One request inside the scheduler."""
+"""One request inside the scheduler, from its message on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdlaunch.protocol.ids import PullId, RequestId
 
 
 class Phase(enum.Enum):
-    """Where a request stands, and what it owns.
+    """Says where a request stands, and what it owns.
 
     WAITING ──▶ RUNNING ──▶ FINISHED        every phase may end in FINISHED (abort, error)
      │ ▲  ▲      │  ▲
@@ -25,25 +25,26 @@ class Phase(enum.Enum):
     """
 
     WAITING = "waiting"
-    """In the queue; owns no block."""
+    """It is queued and owns no block."""
     LOADING = "loading"
-    """Waits for blocks from host memory; owns the cached blocks it shares, the others belong to the
-    load.
+    """It waits for blocks from host memory. It owns the cached blocks it shares; the others belong
+    to the load.
     """
     PULLING = "pulling"
-    """Waits for KV, which may still be computed elsewhere; owns the cached blocks it shares, the
-    others belong to the pull.
+    """It waits for KV, which may still be computed elsewhere. It owns the cached blocks it shares;
+    the others belong to the pull.
     """
     READY = "ready"
-    """In the queue; owns the blocks of its computed tokens."""
+    """It is queued and owns the blocks of its computed tokens."""
     RUNNING = "running"
-    """Owns a row and blocks."""
+    """It is in the batch and owns a row and blocks."""
     FINISHED = "finished"
 
 
 class Request:
-    """State of one request. ``token_ids`` is prompt and output; its first ``num_computed`` tokens
-    are in the KV cache.
+    """Holds the state of one request.
+
+    ``token_ids`` is prompt and output; its first ``num_computed`` tokens are in the KV cache.
     """
 
     __slots__ = (
@@ -108,7 +109,7 @@ class Request:
         self.num_sent_blocks: int | None = None
         """Logical blocks that the ranks know of; None while they do not know the row."""
         self.wants_pull = message.remote_kv is not None
-        """The holder of the remote blocks has not heard of this request for the last time."""
+        """The prefill side still counts this request as a reader of its lease."""
         self.num_remote_tokens = 0
         """Prompt tokens that a pull has brought."""
         self.pull_id: PullId | None = None
@@ -118,13 +119,11 @@ class Request:
         """Prompt tokens that came from host memory."""
         self.load_id: int | None = None
         self.is_suspect = message.is_suspect
-        """Until a step has drawn a token for it here."""
+        """A rank may have died of it; False once a step has drawn a token for it here."""
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
         self.is_offered = False
-        """Decode engines may read its blocks while they are computed, until a lease takes over or
-        they are withdrawn.
-        """
+        """Decode engines may read its complete blocks, until it gets a lease or they are withdrawn."""
 
     @property
     def request_id(self) -> RequestId:
@@ -136,31 +135,29 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet; 1 while it decodes."""
+        """Return how many known tokens are not computed yet; 1 while the request decodes."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_scheduled(self) -> int:
-        """Tokens that are computed or in flight: the next step begins after them."""
+        """Return how many tokens are computed or in flight: the next step begins after them."""
         return self.num_computed + self.num_in_flight
 
     @property
     def num_to_schedule(self) -> int:
-        """Tokens that no step computes yet; 1 while it decodes."""
+        """Return how many tokens no step computes yet; 1 while the request decodes."""
         return len(self.token_ids) + self.num_unknown - self.num_computed - self.num_in_flight
 
     @property
     def ends_in_flight(self) -> bool:
-        """The steps in flight draw its last token, whichever that is."""
+        """Return whether the steps in flight draw its last token, whichever that is."""
         return (
             self.num_unknown > 0 and self.num_output_tokens + self.num_unknown >= self.output_limit
         )
 
     @property
     def draws_from_its_output(self) -> bool:
-        """A token depends on the one before not only through the model: the host has to know that
-        one.
-        """
+        """Return whether the host has to know a token before the next is drawn, as penalties do."""
         sampling = self.message.sampling
         return sampling.repetition_penalty != 1.0 or bool(
             sampling.presence_penalty or sampling.frequency_penalty
@@ -168,27 +165,27 @@ class Request:
 
     @property
     def num_pulled_tokens(self) -> int:
-        """Tokens that count as computed after a pull: the prompt; without an output token its last
-        one is computed here.
+        """Return how many tokens count as computed after a pull: the whole prompt.
 
-        The lease that it awaits brings an output token.
+        A request without an output token computes its last prompt token here, unless the lease for
+        which it waits brings the first output token.
         """
         return self.num_prompt_tokens - (
             self.num_output_tokens == 0 and not self.message.awaits_lease
         )
 
     def survive(self) -> None:
-        """A step has drawn a token for it: no rank died of that one."""
+        """Note that a step has drawn a token for the request: no rank died of that step."""
         self.is_suspect = False
         self.mark = self.message.origin
 
     def prompt_hashes(self) -> list[bytes]:
-        """What proves a hand-over of the prompt; 32 bytes a block."""
+        """Return the hashes of the prompt's blocks, 32 bytes each, which prove a hand-over."""
         return self.block_hasher.prompt_hashes(self.token_ids, self.num_prompt_tokens)
 
     def end_of(self, token_id: int) -> FinishReason | None:
-        """Why the request ends now that ``token_id`` is its last token: ``stop``, ``length``, or
-        None when it goes on.
+        """Return why the request ends with ``token_id``: ``stop``, ``length``, or None when it goes
+        on.
         """
         sampling = self.message.sampling
         if token_id in sampling.stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
@@ -197,7 +194,7 @@ class Request:
 
 
 class Intake:
-    """Makes the scheduler's requests and knows the engine's limits."""
+    """Makes the requests of an engine, and refuses those that exceed its limits."""
 
     def __init__(
         self, kv: KVCacheManager, *, block_size: int, max_model_len: int, model_digest: str
@@ -209,7 +206,7 @@ class Intake:
         self._num_arrived = 0
 
     def new_request(self, message: AddRequest) -> Request:
-        """The next request in order of arrival."""
+        """Return the next request in order of arrival."""
         output_limit = min(
             message.sampling.max_tokens, self._max_model_len - len(message.prompt_token_ids)
         )
@@ -223,7 +220,7 @@ class Intake:
         return Request(message, self._num_arrived, output_limit, self._kv.new_tables(), hasher)
 
     def refusal(self, request: Request) -> str | None:
-        """Why this engine can never serve the request; None when it can."""
+        """Return why this engine can never serve the request; None when it can."""
         if request.num_prompt_tokens == 0:
             return "the prompt has no tokens"
         if request.num_prompt_tokens >= self._max_model_len:

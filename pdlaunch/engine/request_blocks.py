@@ -1,6 +1,4 @@
-"""The KV blocks of requests: how many there is room for, which ones the prefix cache has, which
-ones it learns of.
-"""
+"""KV blocks of requests: how many fit, which are cached, which become known to the prefix cache."""
 
 from __future__ import annotations
 
@@ -11,8 +9,9 @@ from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
 
 
 class RequestBlocks:
-    """What the scheduler asks of the KV cache on behalf of one request. ``caches``: prefix caching
-    is on.
+    """Answers the scheduler's questions about the blocks of one request.
+
+    ``caches``: prefix caching is on.
     """
 
     def __init__(self, kv: KVCacheManager, block_size: int, *, caches: bool) -> None:
@@ -21,8 +20,8 @@ class RequestBlocks:
         self._caches = caches
 
     def room(self, request: Request) -> int:
-        """Tokens, after the scheduled ones, that fit into the request's blocks and all free
-        ones.
+        """Return how many tokens, after the scheduled ones, fit into the request's and all free
+        blocks.
         """
         return (
             self._kv.max_tokens(request.tables, self._kv.pool.num_free_blocks)
@@ -30,15 +29,17 @@ class RequestBlocks:
         )
 
     def have_room_for_one_more(self, requests: Iterable[Request]) -> bool:
-        """Whether each can have its next token without taking blocks from others."""
+        """Return whether each request can have its next token without taking blocks from others."""
         num_full = sum(
             request.num_scheduled >= request.tables.end * self._block_size for request in requests
         )
         return num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
 
     def has_room_for(self, request: Request, hit: PrefixHit, num_running: int) -> bool:
-        """All known tokens fit, and one more block for each running request, lest the newcomer be
-        preempted at once.
+        """Return whether all known tokens of a new request fit.
+
+        One more block for each running request has to fit too, or the new one would be preempted at
+        once.
         """
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
 
@@ -53,26 +54,30 @@ class RequestBlocks:
         self._kv.release_left(request.tables, request.num_computed)
 
     def find_prefix(self, request: Request) -> PrefixHit:
-        """The cached blocks from which the request can compute on."""
+        """Return the cached blocks from which the request can compute on."""
         if self._caches:
             request.block_hasher.extend(request.token_ids)
         return self._kv.find_prefix(request.block_hasher.block_hashes, self._max_shared(request))
 
     def find_for_pull(self, request: Request) -> PrefixHit:
-        """The cached blocks of the prompt that a pull need not bring."""
+        """Return the cached blocks of the prompt, which a pull need not bring."""
         return self._kv.find_for_pull(
             request.prompt_hashes(), self._max_pull_hit(request), request.num_pulled_tokens
         )
 
     def gains_from_sibling(self, request: Request) -> bool:
-        """Whether the request could share blocks that another pull of the same prompt brings."""
+        """Return whether the request could share blocks that another pull of the same prompt
+        brings.
+        """
         return self._max_pull_hit(request) > 0
 
     def is_computed_elsewhere(
         self, request: Request, hit: PrefixHit, running: Iterable[Request]
     ) -> bool:
-        """A running request is about to compute at least half of what this one could share and does
-        not find.
+        """Return whether a running request is about to compute blocks for which this one had better
+        wait.
+
+        These are at least half of what this one could share and does not find.
         """
         max_blocks = self._max_shared(request)
         middle = (hit.end(0) + max_blocks) // 2
@@ -87,14 +92,16 @@ class RequestBlocks:
         )
 
     def max_loadable(self, request: Request) -> int:
-        """Logical blocks that are worth bringing from host memory; what a pull brings lies behind
-        them.
+        """Return how many logical blocks are worth loading from host memory.
+
+        What a pull brings lies behind them.
         """
         return self._max_pull_hit(request) if request.wants_pull else self._max_shared(request)
 
     def register(self, request: Request) -> range:
-        """Let others find the blocks that are full and computed since the last call; returns their
-        logical indices.
+        """Let others find the blocks that are full and computed since the last call.
+
+        Returns their logical indices.
         """
         new = range(request.num_registered_blocks, request.num_computed // self._block_size)
         if not self._caches or not new:
@@ -106,9 +113,9 @@ class RequestBlocks:
         return new
 
     def _max_pull_hit(self, request: Request) -> int:
-        """Full blocks that a pull need not bring."""
+        """Return the number of full blocks that a pull need not bring."""
         return request.num_pulled_tokens // self._block_size if self._caches else 0
 
     def _max_shared(self, request: Request) -> int:
-        """Full blocks that may be shared: the last known token is always computed."""
+        """Return how many full blocks may be shared: the last known token is always computed."""
         return (len(request.token_ids) - 1) // self._block_size if self._caches else 0

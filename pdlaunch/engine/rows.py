@@ -1,6 +1,4 @@
-"""The runner's memory of requests: a row each, with its tokens, block tables and sampling
-parameters.
-"""
+"""Rows of the runner, one a request, with its tokens, block tables and sampling parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from pdlaunch.protocol.engine import SamplingParams
 
 @dataclass(slots=True)
 class Row:
-    """One request."""
+    """Holds one request of the runner."""
 
     token_ids: IntArray
     """[max_model_len + 1], of the table; the first ``num_tokens`` are known or expected"""
@@ -36,27 +34,31 @@ class Row:
         return SampleRow(self.sampling, self.known, self.num_prompt_tokens, self.bias)
 
     def append(self, position: int, token_ids: list[int]) -> None:
-        """Write tokens from ``position`` on; what was known there is the same."""
+        """Write tokens from ``position`` on; tokens that are known there already are the same."""
         assert position <= self.num_tokens
         stop = position + len(token_ids)
         self.token_ids[position:stop] = token_ids
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """One more token, which ``set`` tells later: until then ``number`` stands for it. Returns
-        its position.
+        """Make room for a token that ``set`` tells later, and return its position.
+
+        Until then ``number`` stands for it.
         """
         position = self.num_tokens
         self.append(position, [number])
         return position
 
     def set(self, position: int, token_id: int) -> None:
-        """The token that was expected there."""
+        """Write the token that was expected at ``position``."""
         self.token_ids[position] = token_id
 
 
 class RowTable:
-    """All rows of a rank. Block tables: one [max_num_seqs, max_blocks] array a KV cache group."""
+    """Holds all rows of a rank.
+
+    Block tables are one [max_num_seqs, max_blocks] array a KV cache group.
+    """
 
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
@@ -76,7 +78,7 @@ class RowTable:
         return self._rows[row]
 
     def apply(self, plan: StepPlan) -> None:
-        """Take over what the scheduler says is new."""
+        """Take over what the plan says is new."""
         for row in plan.freed_rows:
             del self._rows[row]
         for new in plan.new_rows:
@@ -87,7 +89,7 @@ class RowTable:
             self._set_blocks(blocks)
 
     def pack(self, scheduled: list[ScheduledRow]) -> PackedBatch:
-        """The batch of one step; rows in the order given, which has rows of one token first."""
+        """Return the batch of one step; rows in the order given, with decode rows first."""
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int64)
         computed = np.array([item.num_computed_tokens for item in scheduled], dtype=np.int64)
         row_starts = np.concatenate([[0], np.cumsum(counts)])
@@ -107,12 +109,12 @@ class RowTable:
         )
 
     def unclean_blocks(self, scheduled: list[ScheduledRow]) -> list[tuple[int, list[int]]]:
-        """Blocks that rows begin to end in with this step: (first slot past the row's end, block id
-        in every group).
+        """Return blocks that become the last ones of rows in this step, before any slot is written.
 
-        A block may hold anything past the row's end, another request's values or what a broken
-        transfer left. Attention masks these slots, but a NaN would show through; so they have to be
-        made zero once.
+        Each comes as the first slot past the row's end, and the block's id in every group. A block
+        may hold anything past the row's end: another request's values, or the rest of a broken
+        transfer. Attention masks these slots, but a NaN would show through, so they have to be made
+        zero once.
         """
         found = []
         for item in scheduled:

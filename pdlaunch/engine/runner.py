@@ -1,7 +1,7 @@
 """The model runner of one rank: takes a StepPlan, computes KV blocks and logits, draws tokens.
 
-``apply -> pack -> attend -> sample`` is launched, what was drawn is collected later. It obeys:
-which rows, blocks and tokens is the scheduler's business.
+``apply -> pack -> attend -> sample`` is launched; the tokens are collected later. The runner only
+obeys: the scheduler decides on rows, blocks and tokens.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """What has to be done when its tokens are known."""
+    """Holds what has to be done when the step's tokens are known."""
 
     step_id: int
     drawn: DrawnTokens | None = None
-    """None: it draws nothing here."""
+    """None if it draws nothing here."""
     ended: Download | None = None
-    """Of a step that computes and draws nothing here: its blocks are nobody else's before."""
+    """Marks the end of a step that draws nothing here; its blocks are in use until then."""
     places: list[tuple[Row, int]] = field(default_factory=list)
-    """Where each drawn token stands in its request; rows stay until the step has been collected."""
+    """Rows with the position of each drawn token; rows stay until the step has been collected."""
 
 
 class ModelRunner:
@@ -71,8 +71,9 @@ class ModelRunner:
         progress: ReportProgress,
         pools: MemoryPools | None = None,
     ) -> None:
-        """``pools``: where weights and KV cache are allocated; made from ``spec`` when not
-        given.
+        """Load the model and allocate the KV cache.
+
+        ``pools``: where weights and KV cache are allocated; made from ``spec`` when not given.
         """
         self._spec = spec
         self._tp = tp
@@ -126,8 +127,10 @@ class ModelRunner:
         self._rows = self._new_rows()
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Compute one step. Tokens only come from tp rank 0, which also appends them to its rows.
-        ``commands`` are not for us.
+        """Compute one step and wait for it.
+
+        Tokens come from tp rank 0 only, which also appends them to its rows. ``commands`` are not
+        for the runner.
         """
         return self.collect(self.launch(plan))
 
@@ -160,14 +163,15 @@ class ModelRunner:
         )
 
     def rehearse(self) -> None:
-        """While no step is in flight: what a decode step does first on the host; after a pause it
-        takes thrice as long.
+        """Do what a decode step does first on the host, while no step is in flight.
+
+        After a pause that code takes three times as long.
         """
         if self._graphs is not None:
             self._graphs.rehearse()
 
     def collect(self, step: LaunchedStep) -> StepOutput:
-        """Wait for the end of a launched step, in the order of launches; gives its tokens."""
+        """Wait for the end of a launched step, in the order of launches; return its tokens."""
         if step.ended is not None:
             step.ended.wait()
         tokens = [] if step.drawn is None else step.drawn.collect()
@@ -222,7 +226,7 @@ class ModelRunner:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all parameters, tied ones once."""
+        """Return the bytes of all parameters, tied ones counted once."""
         return sum(
             parameter.numel() * parameter.element_size() for parameter in self._model.parameters()
         )
@@ -270,8 +274,9 @@ class ModelRunner:
     def _forward(
         self, batch: PackedBatch, sampled_tokens: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [num_sampled, vocab_size] of the tokens at these places in the batch, and their
-        argmax if it is known.
+        """Return logits [num_sampled, vocab_size] of the tokens at these places in the batch.
+
+        Their argmax comes with them where it is known.
         """
         replayed = None if self._graphs is None else self._graphs.run(batch)
         if replayed is not None:
@@ -313,8 +318,9 @@ class ModelRunner:
         return LaunchedStep(step_id, drawn, places=places)
 
     def _expect(self, step_id: int, sampled: list[ScheduledRow]) -> LaunchedStep:
-        """On ranks other than 0: the next step may need what rank 0 draws before a plan tells of
-        it.
+        """Make room for what rank 0 draws, on other ranks.
+
+        The next step may need it before a plan tells of it.
         """
         if self._latest is not None:
             assert self._tp is not None
@@ -353,7 +359,9 @@ class ModelRunner:
         return TritonAttention(self.layout, self.kv_cache)
 
     def _capture_graphs(self) -> DecodeGraphs | None:
-        """All ranks of a TP group do the same: their sums are in the graphs."""
+        """Capture the decode graphs; all ranks of a TP group do it, as their sums are in the
+        graphs.
+        """
         if (
             self._device.type == "cpu"
             or self._spec.enforce_eager

@@ -38,8 +38,9 @@ NO_TOKEN = -1
 
 
 class DrawnTokens:
-    """One token a row, on the device, and on their way to the host with the log-probabilities that
-    rows tell.
+    """Holds one token a row, and the log-probabilities that rows ask for.
+
+    They are on the device, and on their way to the host.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class DrawnTokens:
         *,
         tells: bool = False,
     ) -> None:
-        """``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were. ``tells``: rows
-        may want log-probabilities.
+        """Begin the copy to the host.
+
+        ``drawn``: [num_rows]; ``logits``: [num_rows, vocab_size], as they were. ``tells``: rows may
+        want log-probabilities.
         """
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
@@ -64,8 +67,9 @@ class DrawnTokens:
         self._copy = Download([drawn, *told], drawn.device)
 
     def collect(self) -> list[TokenOutput | None]:
-        """In the order of the rows, None where no token could be drawn; waits until they are
-        here.
+        """Wait for the tokens and return them in the order of the rows.
+
+        None stands for a row of which no token could be drawn.
         """
         token_ids, *told = (tensor.tolist() for tensor in self._copy.wait())
         outputs = [TokenOutput(token_id=token_id) for token_id in token_ids]
@@ -82,7 +86,8 @@ class DrawnTokens:
 def draw_tokens(
     logits: torch.Tensor, rows: list[SampleRow], likeliest: torch.Tensor | None = None
 ) -> DrawnTokens:
-    """``logits``: [num_rows, vocab_size], left as they are. One token a row, in their order.
+    """Draw one token a row, in their order, and leave ``logits``, [num_rows, vocab_size], as they
+    are.
 
     ``likeliest``: [num_rows], ``likeliest_tokens`` of the logits, when they are known. On a GPU the
     host waits for nothing, unless a row has penalties.
@@ -102,7 +107,7 @@ def draw_tokens(
 
 
 def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """[num_rows] of [num_rows, vocab_size]; NO_TOKEN where one of the logits is NaN."""
+    """Return [num_rows] of [num_rows, vocab_size]; NO_TOKEN where one of the logits is NaN."""
     # On a GPU in two stages: one would keep a multiprocessor a row busy for 37 us.
     num_rows, vocab_size = logits.shape
     num_parts = next(parts for parts in (64, 32, 16, 8, 4, 2, 1) if vocab_size % parts == 0)
@@ -115,8 +120,10 @@ def likeliest_tokens(logits: torch.Tensor) -> torch.Tensor:
 def _logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, num_tops: dict[int, int]
 ) -> list[torch.Tensor]:
-    """Return of the rows in ``num_tops`` [n] of the token, [n, k] of the likeliest, [n, k] their
-    ids; k is the largest wanted.
+    """Return log-probabilities of the rows in ``num_tops``.
+
+    They are [n] of the token, [n, k] of the likeliest, and [n, k] the ids of these; k is the
+    largest number wanted.
     """
     rows = _indices([*num_tops], logits)
     logprobs = logits[rows].float().nan_to_num().log_softmax(dim=-1).clamp_(min=LOWEST_LOGPROB)
@@ -127,8 +134,9 @@ def _logprobs(
 def _sample_in_slices(
     logits: torch.Tensor, sampled: list[int], rows: list[SampleRow]
 ) -> torch.Tensor:
-    """Token ids of the rows ``sampled``. On a CPU a few rows at once: temporaries that fit the
-    cache are four times as fast.
+    """Return the token ids of the rows ``sampled``.
+
+    On a CPU a few rows are computed at once: temporaries that fit the cache are four times as fast.
     """
     at_once = (
         max(1, CPU_SLICE_LOGITS // logits.shape[-1])
@@ -145,7 +153,7 @@ def _sample_in_slices(
 
 
 def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """``logits``: [num_rows, vocab_size], ours to change; returns token ids [num_rows]."""
+    """Return token ids [num_rows]; ``logits``, [num_rows, vocab_size], are overwritten."""
     # The likeliest becomes 0: whatever the temperature makes of the others is at most that.
     scaled = logits.nan_to_num_().sub_(logits.amax(dim=-1, keepdim=True))
     scaled.div_(_column([row.temperature for row in rows], scaled))
@@ -157,12 +165,11 @@ def _sample(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
-    Returns token ids [num_rows].
+    """Return token ids [num_rows], each drawn as its weight says.
 
-    First a group of neighbours, by the sum of its weights, then one of them: each token is drawn as
-    its weight says. Groups have the numbers up to -1, places in a group those from 0 on, as one
-    group alone is looked into.
+    ``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
+    First a group of neighbours is drawn by the sum of its weights, then one of them. Groups have
+    the numbers up to -1, places in a group those from 0 on, as one group alone is looked into.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))
@@ -228,7 +235,10 @@ def _keep_top_p(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 
 def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Tensor:
-    """[num_rows, 1] of [num_rows, vocab_size]; sorts everything, but the host waits for nothing."""
+    """Return [num_rows, 1], the smallest probability in each nucleus, of [num_rows, vocab_size].
+
+    It sorts everything, but the host waits for nothing.
+    """
     best = probabilities.sort(dim=-1, descending=True).values
     cumulated = best.cumsum(dim=-1, dtype=torch.float64)
     last = (cumulated < _column(wanted, cumulated)).sum(dim=-1, keepdim=True)
@@ -236,7 +246,7 @@ def nucleus_edges(probabilities: torch.Tensor, wanted: list[float]) -> torch.Ten
 
 
 def _nucleus_edge(probabilities: torch.Tensor, wanted: float, num_tokens: int) -> torch.Tensor:
-    """``probabilities``: [vocab_size]; the smallest one in the nucleus."""
+    """Return the smallest probability in the nucleus of ``probabilities``, [vocab_size]."""
     best = probabilities.topk(min(num_tokens, len(probabilities))).values
     cumulated = best.cumsum(dim=-1, dtype=torch.float64)
     if num_tokens < len(probabilities) and float(cumulated[-1]) < wanted:

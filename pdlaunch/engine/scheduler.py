@@ -47,7 +47,7 @@ class Scheduler:
         local: tuple[EngineId, str, int, int],
         offload: OffloadPlanner | None = None,
     ) -> None:
-        """``local``: see ``RequestLifecycle``."""
+        """Begin with free blocks and no request; ``local``: see ``RequestLifecycle``."""
         self.requests = RequestLifecycle(
             groups=groups,
             num_blocks=num_blocks,

@@ -1,5 +1,4 @@
-"""Sleep mode of an engine: rank 0 decides when, every rank lets go of its peers and memory, and
-takes both back.
+"""Sleep mode of an engine: rank 0 decides when; every rank lets go of its peers and memory.
 
 ::
 
@@ -26,17 +25,17 @@ from pdlaunch.protocol.engine import EngineStats, Sleep, SleepReply, WakeUp
 logger = logging.getLogger(__name__)
 
 TRANSFER_TIMEOUT_S = 20.0
-"""For the transfer thread to let go of its memory, or to take it again."""
+"""Longest time that the transfer thread may take to let go of its memory, or to take it again."""
 UNMAP_TIMEOUT_S = 5.0
-"""For peers to hear that this rank sleeps, and to unmap its memory: until then the device does not
-get it back.
+"""Longest time that peers get to unmap this rank's memory; until then the device does not get it
+back.
 """
 POLL_S = 0.05
-"""Between two looks at whether what still runs has ended, or peers are back."""
+"""Time between two looks at whether the engine is idle, or peers are back."""
 
 
 class SleepingMemory(Protocol):
-    """The memory of one rank; a ``ModelRunner``."""
+    """Gives and takes the memory of one rank; a ``ModelRunner``."""
 
     @property
     def sleeping_tags(self) -> frozenset[str]: ...
@@ -47,7 +46,7 @@ class SleepingMemory(Protocol):
 
 
 class SleepingTransfer(Protocol):
-    """What lets peers read that memory; a ``TransferThread``."""
+    """Lets peers read that memory; a ``TransferThread``."""
 
     @property
     def connected(self) -> bool: ...
@@ -60,8 +59,9 @@ class SleepingTransfer(Protocol):
 
 
 class RankSleeper:
-    """One rank falls asleep and wakes up. Its methods may take seconds: the engine has nothing else
-    to do.
+    """Puts one rank to sleep and wakes it up.
+
+    Its methods may take seconds: the engine has nothing else to do.
     """
 
     def __init__(
@@ -73,7 +73,9 @@ class RankSleeper:
         peers_timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """``announce``: to the supervisor, whose registry tells the peers. ``peers_timeout_s``: for
+        """Begin awake.
+
+        ``announce`` tells the supervisor, whose registry tells the peers. ``peers_timeout_s``: for
         their handshakes.
         """
         self._memory = memory
@@ -93,8 +95,9 @@ class RankSleeper:
         return self._woken is not None
 
     def sleep(self, level: int) -> SleepReport:
-        """Let peers go, then the memory. An error leaves the rank awake; asleep already is no
-        error.
+        """Let peers go, then give the memory back. An error leaves the rank awake.
+
+        A rank that sleeps already just reports.
         """
         if self._memory.sleeping_tags:
             return self._report()
@@ -115,8 +118,8 @@ class RankSleeper:
             return self._report(error=error)
 
     def wake_up(self, tags: Collection[str]) -> SleepReport | None:
-        """Take memory, and when all is there, the peers. None: ``advance`` reports when they are
-        back.
+        """Take memory back and, when all is there, let peers come; ``advance`` reports after a
+        None.
         """
         was_asleep = bool(self._memory.sleeping_tags)
         try:
@@ -131,7 +134,9 @@ class RankSleeper:
         return self.advance()
 
     def advance(self) -> SleepReport | None:
-        """The report of a ``wake_up`` once all peers have shaken hands, or had their time to."""
+        """Return the report of a ``wake_up`` once all peers have shaken hands, or had their time
+        to.
+        """
         if self._woken is None:
             return None
         if not self._transfer.connected:
@@ -144,8 +149,8 @@ class RankSleeper:
         return report
 
     def _reconnect(self) -> None:
-        """Raises TransferError: without its transfers the rank is of no use, a new one takes its
-        place.
+        """Let peers come again. Raises TransferError: a rank that cannot transfer has to be
+        replaced.
         """
         self._transfer.resume(TRANSFER_TIMEOUT_S)
         self._announce(SleepState(state="awake"))
@@ -159,7 +164,7 @@ class RankSleeper:
 
 
 class SleepPhase(enum.Enum):
-    """Where the engine stands; see the module."""
+    """Says where the engine stands; see the module."""
 
     AWAKE = enum.auto()
     DRAINING = enum.auto()
@@ -169,7 +174,7 @@ class SleepPhase(enum.Enum):
 
 
 class SleepCoordinator:
-    """Rank 0's part: one Sleep or WakeUp at a time, each answered with exactly one SleepReply."""
+    """Does rank 0's part: one Sleep or WakeUp at a time, each answered with one SleepReply."""
 
     def __init__(
         self,
@@ -193,21 +198,21 @@ class SleepCoordinator:
         self._deadline_s = 0.0
         self._reports: list[SleepReport] = []
         self._failure: str | None = None
-        """Of a rank that could not fall asleep; told once all are awake again."""
+        """Error of a rank that could not fall asleep; told once all are awake again."""
         self.phase = SleepPhase.AWAKE
 
     @property
     def computes(self) -> bool:
-        """Requests may be scheduled: all memory is there."""
+        """Return whether requests may be scheduled: all memory is there."""
         return self.phase in (SleepPhase.AWAKE, SleepPhase.DRAINING)
 
     @property
     def sleeping_tags(self) -> list[str]:
-        """Not empty while the engine serves nothing."""
+        """Return the tags whose memory sleeps; not empty while the engine serves nothing."""
         return [] if self.computes else self._sleeper.sleeping_tags or list(TAGS)
 
     def wait_s(self) -> float:
-        """How long nothing is due here."""
+        """Return for how long nothing is due here."""
         return (
             POLL_S
             if self.phase is SleepPhase.DRAINING or self._sleeper.waits_for_peers
@@ -243,14 +248,14 @@ class SleepCoordinator:
             self._wake(message.tags or list(TAGS))
 
     def forget_caller(self) -> None:
-        """The server that asked has restarted. What it asked for goes on, unless it has not
+        """Forget the server that asked, as it has restarted; what it asked for goes on if it has
         begun.
         """
         if self.phase is SleepPhase.DRAINING:
             self._call, self.phase = None, SleepPhase.AWAKE
 
     def on_report(self, report: SleepReport) -> None:
-        """A rank has done what it was told, or could not."""
+        """Take the report of a rank that has done what it was told, or could not."""
         self._reports.append(report)
         if len(self._reports) == self._num_ranks:
             self._conclude()
@@ -282,7 +287,7 @@ class SleepCoordinator:
             self.on_report(report)
 
     def _conclude(self) -> None:
-        """All ranks have reported."""
+        """Answer, as all ranks have reported."""
         errors = sorted({report.error for report in self._reports if report.error is not None})
         num_bytes = sum(report.num_bytes for report in self._reports)
         sleeping = any(report.sleeping_tags for report in self._reports)
@@ -326,7 +331,7 @@ class SleepCoordinator:
 
 
 def what_holds_blocks(stats: EngineStats) -> str:
-    """Requests, leases and transfers that keep the KV cache in use; empty when there are none."""
+    """Return, in words, what keeps the KV cache in use; empty when nothing does."""
     counts = {
         "running": stats.num_running,
         "waiting": stats.num_waiting,

@@ -1,4 +1,4 @@
-"""One step of the engine: what the scheduler asks of every rank, and what comes back.
+"""The messages of one step: what the scheduler asks of every rank, and what comes back.
 
 The runner keeps a row for each request (its tokens, block tables and sampling state), so that a
 step carries only what is new. Rank 0 sends the same ``StepPlan`` to all ranks of the TP group.
@@ -14,8 +14,9 @@ from pdlaunch.protocol.wire import Codec, Message
 
 
 class NewRow(Message, tag=False):
-    """A request enters the batch (also again after preemption); block tables of the row start
-    empty.
+    """Says that a request enters the batch, also again after preemption.
+
+    The block tables of the row start empty.
     """
 
     row: int
@@ -28,7 +29,7 @@ class NewRow(Message, tag=False):
 
 
 class NewBlocks(Message, tag=False):
-    """Entries of a row's block table in one KV cache group."""
+    """Gives entries of a row's block table in one KV cache group."""
 
     row: int
     group: int
@@ -38,9 +39,7 @@ class NewBlocks(Message, tag=False):
 
 
 class RowTokens(Message, tag=False):
-    """Tokens appended to a row that the runner has not sampled itself in its last step (other TP
-    ranks, first tokens).
-    """
+    """Gives tokens of a row that this rank has not sampled itself in its last step."""
 
     row: int
     position: int
@@ -49,9 +48,7 @@ class RowTokens(Message, tag=False):
 
 
 class ScheduledRow(Message, tag=False):
-    """What one row computes in this step: tokens [num_computed_tokens, num_computed_tokens +
-    num_tokens).
-    """
+    """Says what one row computes: ``num_tokens`` tokens, from ``num_computed_tokens`` on."""
 
     row: int
     num_computed_tokens: int
@@ -61,7 +58,10 @@ class ScheduledRow(Message, tag=False):
 
 
 class StepPlan(Message):
-    """Everything a rank has to do for one step; rows are applied in the order of the fields."""
+    """Says everything that a rank has to do for one step.
+
+    Rows are applied in the order of the fields.
+    """
 
     step_id: int
     freed_rows: list[int] = []
@@ -78,14 +78,14 @@ class StepPlan(Message):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no rank has anything to do."""
+        """Return whether no rank has anything to do."""
         return not (
             self.scheduled or self.commands or self.jobs or self.freed_rows or self.new_rows
         )
 
 
 class StepOutput(Message):
-    """Of rank 0: one entry for each scheduled row with ``sample``, in their order."""
+    """Holds rank 0's tokens: one entry for each scheduled row with ``sample``, in their order."""
 
     step_id: int
     tokens: list[TokenOutput | None] = []
@@ -93,23 +93,25 @@ class StepOutput(Message):
 
 
 class SleepRank(Message):
-    """Rank 0 to the other ranks: nothing runs; let peers go and give the memory back. Answered with
-    a SleepReport.
+    """Rank 0 tells the other ranks to let peers go and give the memory back; nothing runs.
+
+    It is answered with a SleepReport.
     """
 
     level: int
 
 
 class WakeRank(Message):
-    """Rank 0 to the other ranks: take the memory of these tags back. Answered with a
-    SleepReport.
+    """Rank 0 tells the other ranks to take the memory of these tags back.
+
+    It is answered with a SleepReport.
     """
 
     tags: list[str]
 
 
 class SleepReport(Message, tag=False):
-    """What became of a SleepRank or WakeRank on one rank."""
+    """Says what became of a SleepRank or WakeRank on one rank."""
 
     num_bytes: int = 0
     sleeping_tags: list[str] = []
@@ -117,13 +119,11 @@ class SleepReport(Message, tag=False):
 
 
 class StopRank(Message):
-    """Rank 0 to the other ranks: leave."""
+    """Rank 0 tells the other ranks to leave."""
 
 
 class StepDone(Message):
-    """A rank other than 0 has finished a step, or has ends of transfers and offload jobs to report
-    (step_id -1).
-    """
+    """A rank other than 0 reports the end of transfers, offload jobs or a change of sleep."""
 
     tp_rank: int
     step_id: int

@@ -1,4 +1,4 @@
-"""Rows of the batch, and the plan of a step: ranks are told only what they do not know yet."""
+"""Rows of the batch and plans of steps, which tell ranks only what they do not know yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pdlaunch.protocol.transfer import TransferCommand
 
 
 class StepDraft:
-    """The step that is being put together."""
+    """Collects what the next step computes."""
 
     __slots__ = ("budget", "preempted", "scheduled")
 
@@ -28,10 +28,10 @@ class StepDraft:
 
 
 class StepBuilder:
-    """Seats requests on the rows 0 <= row < ``max_num_seqs`` and remembers what the ranks have been
-    told of each.
+    """Seats requests on rows and remembers what the ranks have been told of each.
 
-    Sampled tokens are sent only when there are ranks (``tp_size`` > 1) that did not sample them.
+    Rows are 0 <= row < ``max_num_seqs``. Sampled tokens are sent only when there are ranks
+    (``tp_size`` > 1) that did not sample them.
     """
 
     def __init__(self, max_num_seqs: int, tp_size: int) -> None:
@@ -48,7 +48,7 @@ class StepBuilder:
 
     @property
     def has_freed_rows(self) -> bool:
-        """The ranks have yet to be told of rows that ended."""
+        """Return whether the ranks have yet to be told of rows that ended."""
         return bool(self._freed_rows)
 
     def seat(self, request: Request) -> None:
@@ -57,8 +57,9 @@ class StepBuilder:
         self._seated[request.row] = request
 
     def unseat(self, request: Request) -> None:
-        """Take the request's row back; the ranks hear of it in the next plan, before they hear of
-        the row's next request.
+        """Take the request's row back.
+
+        The ranks hear of it in the next plan, before they hear of the row's next request.
         """
         assert request.row is not None
         self._seated[request.row] = None
@@ -71,14 +72,14 @@ class StepBuilder:
         return self._seated[row]
 
     def add_sampled(self, request: Request) -> None:
-        """The last token of the request was sampled by rank 0 in the step just run."""
+        """Note that rank 0 has sampled the request's last token in the step that has just run."""
         if self._shares_tokens:
             self._sampled.append(request)
 
     def build(
         self, scheduled: dict[Request, int], commands: list[TransferCommand], jobs: list[OffloadJob]
     ) -> StepPlan:
-        """The plan in which each request computes its number of tokens."""
+        """Return the plan in which each request computes its number of tokens."""
         plan = StepPlan(
             step_id=self._step_id,
             freed_rows=self._freed_rows,
@@ -108,7 +109,7 @@ class StepBuilder:
         return plan
 
     def _new_tokens(self) -> list[RowTokens]:
-        """The tokens of the last step, but for rows that have ended since."""
+        """Return the tokens of the last step, without those of rows that have ended since."""
         sampled, self._sampled = self._sampled, []
         return [
             RowTokens(

@@ -1,4 +1,4 @@
-"""What the scheduler has counted since the start."""
+"""Totals of an engine since its start."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pdlaunch.protocol.transfer import PullFinished
 
 
 class Totals:
-    """``counts`` holds the totals; what is of now is filled in by whoever sends them."""
+    """Counts in ``counts``; ``RequestLifecycle.stats`` adds what is there now."""
 
     def __init__(self, num_blocks: int) -> None:
         self.counts = EngineStats(num_blocks=num_blocks)
 
     def add_prompt(self, request: Request, num_cached: int) -> None:
-        """A request begins with ``num_cached`` tokens of its prompt: where did they come from?"""
+        """Count where the tokens of a prompt come from, of which ``num_cached`` need not be
+        computed.
+        """
         num_remote = min(request.num_remote_tokens, num_cached)
         num_host = min(request.num_host_tokens, num_cached - num_remote)
         counts = self.counts
@@ -25,7 +27,7 @@ class Totals:
         counts.device_hit_tokens += num_cached - num_remote - num_host
 
     def add_pull(self, event: PullFinished) -> None:
-        """A pull that had blocks to bring has ended."""
+        """Count a pull that has ended and had blocks to bring."""
         counts = self.counts
         if event.ok:
             counts.transfers += 1

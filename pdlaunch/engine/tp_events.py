@@ -1,5 +1,6 @@
-"""Transfer events of all ranks of a TP group become one event each: a block is moved only when
-every rank has moved its heads.
+"""Merge the transfer events of all ranks of a TP group into one event each.
+
+A block is moved only when every rank has moved its heads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pdlaunch.protocol.transfer import (
 
 
 class EventAggregator:
-    """Counts what each rank has reported; ``add`` returns the events that are now true of the whole
+    """Counts what each rank has reported; ``add`` returns events that are now true of the whole
     engine.
     """
 
@@ -67,8 +68,9 @@ class EventAggregator:
 
 
 def _merge(reports: list[PullFinished], *, in_flight: bool) -> PullFinished:
-    """All ranks' reports as one: right only if all are; one that failed may not have heard of the
-    lease.
+    """Return all ranks' reports as one, which is right only if all are.
+
+    The first tokens come from any of them, as a rank that failed may not have heard of the lease.
     """
     failed = [report for report in reports if not report.ok]
     return PullFinished(
