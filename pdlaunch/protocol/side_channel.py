@@ -22,7 +22,7 @@ from computed.
 """
 
 _IS_ID = msgspec.Meta(min_length=1, max_length=256)
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 """Counts bytes, or is the address of the first one."""
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -56,14 +56,14 @@ class Geometry(Message, tag=False):
     """Says where the KV blocks of a rank lie."""
 
     base_address: Bytes
-    num_blocks: Count
+    num_blocks: NonNegative
     block_bytes: Bytes
     head_bytes: Bytes
-    num_kv_heads: Count
+    num_kv_heads: NonNegative
     """KV heads of this rank."""
-    first_kv_head: Count
+    first_kv_head: NonNegative
     """Global index of its first one."""
-    device_index: Count
+    device_index: NonNegative
     """0 on a CPU."""
     scratch_address: Bytes = 0
     scratch_bytes: Bytes = 0
@@ -117,7 +117,7 @@ class PullBegin(Message):
     """Ranks of the decode engine's TP group that pull from this rank."""
     awaits: bool = False
     """There need not be a lease yet."""
-    version: Count = 0
+    version: NonNegative = 0
     """Version of the latest answer; the next one has another version, or tells of the lease."""
 
 
@@ -151,12 +151,12 @@ class PullReply(Message):
     """False: the blocks may be taken back at any time, and what was read of them counts only under
     a lease of the same ``generation``.
     """
-    num_ready_blocks: Count = 0
+    num_ready_blocks: NonNegative = 0
     """Without a lease: blocks, from the beginning of the prompt, that nothing writes to any more.
     """
-    generation: Count = 0
+    generation: NonNegative = 0
     """Changes when blocks were taken back in between: they may have been another request's."""
-    version: Count = 0
+    version: NonNegative = 0
     """Without a lease: changes with every other field."""
 
 
