@@ -28,8 +28,7 @@ from pdlaunch.errors import StartupError
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.process.bootstrap import Bootstrap
-from pdlaunch.process.control_client import ControlClient
-from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.process.step_record import StepRecord
 from pdlaunch.protocol.control import (
     Address,
@@ -40,7 +39,9 @@ from pdlaunch.protocol.control import (
     Ready,
     Register,
     Registry,
+    Restarting,
     Stop,
+    Suspects,
 )
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.sockets import SecureContext
@@ -305,6 +306,8 @@ class RankProcess:
                 self._control.send(Drained())
             case Stop():
                 self._stopped = True
+            case Suspects() | Restarting():
+                pass  # said to routers alone
 
     def _on_control(self, message: FromSupervisor) -> None:
         """Take a message of the supervisor; called in the control thread."""

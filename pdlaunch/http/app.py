@@ -40,7 +40,7 @@ KeyCheck = Callable[[web.Request], None]
 _REQUEST_ID = web.RequestKey("request_id", str)
 
 
-class Route(NamedTuple):
+class AppRoute(NamedTuple):
     """One row of an application's table of routes."""
 
     method: str
@@ -59,7 +59,7 @@ class HttpApp:
 
     def __init__(
         self,
-        routes: Sequence[Route],
+        routes: Sequence[AppRoute],
         *,
         guard: Guard,
         check_key: KeyCheck,
@@ -73,14 +73,14 @@ class HttpApp:
         self._is_trusted = is_trusted
         self.app = web.Application(client_max_size=max_body_bytes)
         self.app.on_response_prepare.append(guard.add_cors_headers)
-        for route in (*routes, Route("*", "/{path:.*}", self._unknown)):
+        for route in (*routes, AppRoute("*", "/{path:.*}", self._unknown)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too
             else:
                 self.app.router.add_route(route.method, route.path, handler)
 
-    async def _at_the_door(self, route: Route, http: web.Request) -> web.StreamResponse:
+    async def _at_the_door(self, route: AppRoute, http: web.Request) -> web.StreamResponse:
         request_id, id_error = _read_id(http)
         http[_REQUEST_ID] = request_id
         with request_logging(request_id):
@@ -101,7 +101,7 @@ class HttpApp:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response
 
-    def _answer_at_once(self, route: Route, http: web.Request) -> web.Response | None:
+    def _answer_at_once(self, route: AppRoute, http: web.Request) -> web.Response | None:
         """Return the answer to a preflight, None for what the handler has to answer."""
         if self._is_trusted(http):
             return None
@@ -150,7 +150,7 @@ def has_bearer(http: web.Request, keys: Collection[str]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
-def model_routes(card: Callable[[], ModelCard]) -> list[Route]:
+def model_routes(card: Callable[[], ModelCard]) -> list[AppRoute]:
     """Return the routes of /v1/models for a process that serves one model."""
 
     async def models(_: web.Request) -> web.StreamResponse:
@@ -162,7 +162,7 @@ def model_routes(card: Callable[[], ModelCard]) -> list[Route]:
             raise model_not_found(name, served.id)
         return json_response(served)
 
-    return [Route("GET", "/v1/models", models), Route("GET", "/v1/models/{name:.+}", model)]
+    return [AppRoute("GET", "/v1/models", models), AppRoute("GET", "/v1/models/{name:.+}", model)]
 
 
 def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:

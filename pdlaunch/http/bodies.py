@@ -23,7 +23,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.large_inputs import MemoryReturn
 from pdlaunch.protocol.openai.generation import MAX_CHOICES
 
-PIECE_BYTES = 256 * 1024
+DECODED_PIECE_BYTES = 256 * 1024
 _ZLIB, _GZIP, _RAW = zlib.MAX_WBITS, zlib.MAX_WBITS | 16, -zlib.MAX_WBITS
 _CM_DEFLATE = 8
 """Lower half of the first byte of a zlib header; without it deflate came raw, as some clients send
@@ -55,14 +55,14 @@ class _Inflater(ContentDecoder):
             if self._stream.eof:
                 raise self._broken("it goes on after its end")
             try:
-                piece = self._stream.decompress(sent, PIECE_BYTES)
+                piece = self._stream.decompress(sent, DECODED_PIECE_BYTES)
             except zlib.error as error:
                 raise self._broken(str(error)) from None
             yield piece
             sent = self._stream.unused_data or self._stream.unconsumed_tail
             # A full piece may leave some of its output inside the stream, of which nothing is left
             # to be sent.
-            has_more = bool(sent) or (len(piece) == PIECE_BYTES and not self._stream.eof)
+            has_more = bool(sent) or (len(piece) == DECODED_PIECE_BYTES and not self._stream.eof)
 
     def check_end(self) -> None:
         if self._stream is None or not self._stream.eof:

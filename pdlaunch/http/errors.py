@@ -137,6 +137,8 @@ def _error_headers(error: BaseException, explained: RequestError) -> dict[str, s
             return {"X-Should-Retry": "false"}
         case OverloadedError(status=429 | 503):
             return {"Retry-After": str(explained.retry_after_s)}
+        case _:
+            pass
     if isinstance(error, web.HTTPMethodNotAllowed):
         return {"Allow": error.headers["Allow"]}
     return {}

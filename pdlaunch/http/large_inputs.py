@@ -62,7 +62,7 @@ LARGE_TEXT_BYTES = 4 * 1024
 """From here on parsing, or tokenizing, takes about a millisecond, and a thread is worth its 0.1
 ms.
 """
-NUM_THREADS = 2
+NUM_INPUT_THREADS = 2
 """What one piece of work needs, in memory above all, is needed so many times at most."""
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class LargeInputs:
     """The threads of one process; further work waits for one of them."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="large-input")
+        self._threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")
 
     async def run(self, is_large: bool, work: Callable[[], T]) -> T:
         """Do ``work``, in a thread when its input is large."""

@@ -17,8 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pdlaunch.errors import PdlaunchError
 from pdlaunch.observe.logs import setup_logging
 from pdlaunch.process.bootstrap import Bootstrap, read_bootstrap
-from pdlaunch.process.control_client import ControlClient
-from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.process.control_client import ControlClient, Heartbeat
 from pdlaunch.protocol.control import (
     Address,
     Failed,

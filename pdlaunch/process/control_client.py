@@ -1,15 +1,23 @@
-"""A child process's end of the control channel."""
+"""A child process's end of the control channel, and its heartbeat on it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import zmq
 
-from pdlaunch.protocol.control import FromSupervisor, ToSupervisor, from_supervisor, to_supervisor
+from pdlaunch.protocol.control import (
+    Alive,
+    FromSupervisor,
+    ToSupervisor,
+    from_supervisor,
+    to_supervisor,
+)
 from pdlaunch.protocol.sockets import SecureContext
 
 
@@ -77,3 +85,31 @@ class ControlClient:
                 return False
             socket.send(to_supervisor.encode(message))
         return True
+
+
+class Heartbeat:
+    """Says Alive every ``interval_s``, never when that is 0."""
+
+    def __init__(
+        self,
+        send: Callable[[Alive], None],
+        interval_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._send = send
+        self._interval_s = interval_s
+        self._clock = clock
+        self._due_s = clock()
+
+    def beat(self) -> None:
+        """Call it with every turn of a loop."""
+        now_s = self._clock()
+        if self._interval_s and now_s >= self._due_s:
+            self._due_s = now_s + self._interval_s
+            self._send(Alive())
+
+    async def run(self) -> None:
+        """Beat with the event loop, until cancelled."""
+        while self._interval_s:
+            self.beat()
+            await asyncio.sleep(self._interval_s)

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import msgspec
 
-from pdlaunch.process.file_lock import is_locked
-
 PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
@@ -93,3 +91,30 @@ def _is_ours(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
     return False
+
+
+def take_lock(descriptor: int) -> None:
+    """Hold an open file until it is closed. Raises OSError when another process holds it."""
+    # Imported here: a plan can be made, and a clear error given, on systems that do not have it.
+    import fcntl
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(path: Path) -> bool:
+    """Somebody holds the file, or it cannot be told. Raises FileNotFoundError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return True
+    try:
+        take_lock(descriptor)
+    except OSError:
+        return True
+    else:
+        # Removed meanwhile: by another launch that cleans up.
+        return os.fstat(descriptor).st_nlink == 0
+    finally:
+        os.close(descriptor)

@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.app import Route, request_id_of
+from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.protocol.control import Restart, Restarting, Role
@@ -30,7 +30,7 @@ AWAKE_TIMEOUT_S = 10.0
 """For the registry to say what an engine has just said itself."""
 RESTART_TIMEOUT_S = 850.0
 """For an engine to serve again; a little less than `pdlaunch restart` waits."""
-INTEGRITY_TIMEOUT_S = 40.0
+ENGINE_CHECK_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
 
 Query = Sequence[tuple[str, str]]
@@ -51,15 +51,15 @@ class Admin:
         self._state = state
         self._supervisor = supervisor
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[AppRoute]:
         """All of them; whoever adds a command adds a row."""
         return [
-            Route("POST", "/sleep", self._sleep),
-            Route("POST", "/wake_up", self._wake_up),
-            Route("GET", "/is_sleeping", self._is_sleeping),
-            Route("POST", "/pdlaunch/restart", self._restart),
-            Route("GET", "/pdlaunch/integrity", self._integrity),
-            Route("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
+            AppRoute("POST", "/sleep", self._sleep),
+            AppRoute("POST", "/wake_up", self._wake_up),
+            AppRoute("GET", "/is_sleeping", self._is_sleeping),
+            AppRoute("POST", "/pdlaunch/restart", self._restart),
+            AppRoute("GET", "/pdlaunch/integrity", self._integrity),
+            AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:
@@ -145,7 +145,7 @@ class Admin:
     async def _integrity(self, http: web.Request) -> web.Response:
         """Tell who owns each KV block of each engine; an engine that cannot be asked is not ok."""
         outcomes = [
-            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=INTEGRITY_TIMEOUT_S)
+            await self._ask(engine, "GET", "/pdlaunch/integrity", timeout_s=ENGINE_CHECK_TIMEOUT_S)
             for engine in self._chosen(http)
         ]
         return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.admission import Admission
-from pdlaunch.http.app import HttpApp, KeyCheck, Route, bearer_check, model_routes, request_id_of
+from pdlaunch.http.app import AppRoute, HttpApp, KeyCheck, bearer_check, model_routes, request_id_of
 from pdlaunch.http.bodies import BodyBudget, Hold, read_body
 from pdlaunch.http.deadline import Deadlines
 from pdlaunch.http.errors import (
@@ -47,7 +47,7 @@ from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.policy import RoutingRequest
-from pdlaunch.router.recovery import no_engine
+from pdlaunch.router.recovery import no_engine_ready
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
 
@@ -77,14 +77,14 @@ class RouterApp:
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
-                Route("POST", COMPLETIONS.path, partial(self._generate, COMPLETIONS)),
-                Route("POST", CHAT.path, partial(self._generate, CHAT)),
+                AppRoute("POST", COMPLETIONS.path, partial(self._generate, COMPLETIONS)),
+                AppRoute("POST", CHAT.path, partial(self._generate, CHAT)),
                 *model_routes(self._model_card),
-                Route("POST", "/tokenize", self._proxied),
-                Route("POST", "/detokenize", self._proxied),
-                Route("GET", "/health", self._health),
-                Route("GET", "/metrics", self._metrics),
-                Route("GET", "/pdlaunch/status", self._status),
+                AppRoute("POST", "/tokenize", self._proxied),
+                AppRoute("POST", "/detokenize", self._proxied),
+                AppRoute("GET", "/health", self._health),
+                AppRoute("GET", "/metrics", self._metrics),
+                AppRoute("GET", "/pdlaunch/status", self._status),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in Admin(state, supervisor).routes()
@@ -228,7 +228,7 @@ class RouterApp:
             except EngineFailure:
                 pool.failed(engine)
                 tried |= {engine.key}
-        raise no_engine("no engine is ready")
+        raise no_engine_ready("no engine is ready")
 
     def _model_card(self) -> ModelCard:
         pool = self._state.pool

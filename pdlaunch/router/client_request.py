@@ -38,7 +38,7 @@ REMOTE_DECODE: dict[str, Any] = {
 }
 """What vLLM's routers send to a prefill engine."""
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
 """How several prompts begin."""
@@ -89,8 +89,8 @@ class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamFields | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: _Positive | None = None
+    max_completion_tokens: _Positive | None = None
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     seed: int | None = None
     return_token_ids: bool | None = None

@@ -22,7 +22,7 @@ from pdlaunch.router.policy import (
 
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 30.0
-MAX_DOUBLINGS = 10
+_MAX_DOUBLINGS = 10
 """Doublings past the longest back-off are not counted, so that no number overflows."""
 
 
@@ -98,7 +98,7 @@ class EnginePool:
 
     def failed(self, engine: Engine) -> None:
         """Avoid the engine for a while, twice as long after each failure in a row."""
-        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(engine.num_failures, MAX_DOUBLINGS))
+        backoff_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(engine.num_failures, _MAX_DOUBLINGS))
         engine.num_failures += 1
         engine.avoid_until_at = self._clock() + backoff_s
 

@@ -40,7 +40,7 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 
 logger = logging.getLogger(__name__)
 
-READER_TIMEOUT_S = 20.0
+CLIENT_READ_TIMEOUT_S = 20.0
 """How long a client may take no byte of its answer."""
 
 
@@ -82,7 +82,7 @@ class RouterProcess:
             if not obeying.done():
                 runners.append(await self._take_commands())
                 await listen(runner, self._spec.listeners)
-                runner.drop_stalled_readers(READER_TIMEOUT_S)
+                runner.drop_stalled_readers(CLIENT_READ_TIMEOUT_S)
                 self._supervised.send(Ready(info={"url": self._url}))
             await obeying
         finally:

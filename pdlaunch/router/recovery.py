@@ -95,7 +95,7 @@ class Attempts:
                 return route.decode
             left_s = end_at - state.now()
             if self._failure is None and not may_wait:
-                raise no_engine("no engine is ready")
+                raise no_engine_ready("no engine is ready")
             if isinstance(self._failure, EngineRefusal):
                 # All are busy. A client without an answer is told so; a stream waits.
                 if left_s <= 0 or not has_begun:
@@ -103,7 +103,7 @@ class Attempts:
                 await state.registry_change(min(left_s, state.recovery.busy_wait_s))
                 self.tried.clear()
             elif left_s <= 0 or (self._failure is not None and not self._failure.may_return):
-                raise self._failure or no_engine("no engine can go on with this request")
+                raise self._failure or no_engine_ready("no engine can go on with this request")
             else:
                 await self._wait_for_return(left_s)
 
@@ -119,6 +119,6 @@ class Attempts:
             self.tried.clear()
 
 
-def no_engine(message: str) -> OverloadedError:
+def no_engine_ready(message: str) -> OverloadedError:
     """Return the error for a request that no engine can be given now."""
     return OverloadedError(message, status=503, retry_after_s=RETRY_AFTER_S, code="no_engine_ready")

@@ -20,7 +20,7 @@ from pdlaunch.router.engine_client import EngineClient
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 
-CLOSE_TIMEOUT_S = 2.0
+SETTLE_TIMEOUT_S = 2.0
 DEATH_NEWS_S = 1.0
 """How long the supervisor may take to tell of a death that an engine's server has spoken of."""
 
@@ -148,7 +148,7 @@ class RouterState:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def settled(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    async def settled(self, timeout_s: float = SETTLE_TIMEOUT_S) -> None:
         """Wait until what was spawned is done."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.app import HttpApp, Route, bearer_check, model_routes
+from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.large_inputs import LARGE_TEXT_BYTES
@@ -23,7 +23,7 @@ from pdlaunch.server.prompts import detokenize, tokenize
 from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import read_sleep_query, read_tags
 
-INTEGRITY_TIMEOUT_S = 30.0
+RANK_CHECK_TIMEOUT_S = 30.0
 
 
 def make_app(service: EngineService, *, keys: Collection[str]) -> web.Application:
@@ -32,18 +32,18 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     endpoints = _Endpoints(service)
     generate = GenerateHandler(service)
     routes = [
-        Route("POST", "/v1/completions", generate.completions),
-        Route("POST", "/v1/chat/completions", generate.chat),
+        AppRoute("POST", "/v1/completions", generate.completions),
+        AppRoute("POST", "/v1/chat/completions", generate.chat),
         *model_routes(endpoints.card),
-        Route("POST", "/tokenize", endpoints.tokenize),
-        Route("POST", "/detokenize", endpoints.detokenize),
-        Route("GET", "/health", endpoints.health),
-        Route("GET", "/metrics", endpoints.metrics),
-        Route("POST", "/pdlaunch/release", endpoints.release),
-        Route("GET", "/pdlaunch/integrity", endpoints.integrity),
-        Route("POST", "/sleep", endpoints.sleep),
-        Route("POST", "/wake_up", endpoints.wake_up),
-        Route("GET", "/is_sleeping", endpoints.is_sleeping),
+        AppRoute("POST", "/tokenize", endpoints.tokenize),
+        AppRoute("POST", "/detokenize", endpoints.detokenize),
+        AppRoute("GET", "/health", endpoints.health),
+        AppRoute("GET", "/metrics", endpoints.metrics),
+        AppRoute("POST", "/pdlaunch/release", endpoints.release),
+        AppRoute("GET", "/pdlaunch/integrity", endpoints.integrity),
+        AppRoute("POST", "/sleep", endpoints.sleep),
+        AppRoute("POST", "/wake_up", endpoints.wake_up),
+        AppRoute("GET", "/is_sleeping", endpoints.is_sleeping),
     ]
     return HttpApp(
         [_counted(route, service) for route in routes],
@@ -62,7 +62,7 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
     ).app
 
 
-def _counted(route: Route, service: EngineService) -> Route:
+def _counted(route: AppRoute, service: EngineService) -> AppRoute:
     """Return the route with its requests counted as in flight."""
 
     async def handle(http: web.Request) -> web.StreamResponse:
@@ -129,7 +129,7 @@ class _Endpoints:
         The answer is 200 with ``ok``, what is wrong in ``error``, and the counts of the moment.
         """
         try:
-            async with asyncio.timeout(INTEGRITY_TIMEOUT_S):
+            async with asyncio.timeout(RANK_CHECK_TIMEOUT_S):
                 report = await self._service.link.check_integrity()
         except TimeoutError:
             raise OverloadedError(

@@ -26,7 +26,9 @@ from pdlaunch.protocol.control import (
     Progress,
     Ready,
     Registry,
+    Restarting,
     Stop,
+    Suspects,
 )
 from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
@@ -35,7 +37,7 @@ from pdlaunch.server.served_model import load_served_model
 
 _log = logging.getLogger(__name__)
 
-READER_TIMEOUT_S = 60.0
+ROUTER_READ_TIMEOUT_S = 60.0
 """How long a connection may take no byte of its answer.
 
 It is longer than a router's limit, because a router waits for its own client in turn.
@@ -76,7 +78,7 @@ class ServerProcess:
         host, port = self._spec.bind_address, self._spec.http_port
         try:
             await web.TCPSite(runner, host, port).start()
-            runner.drop_stalled_readers(READER_TIMEOUT_S)
+            runner.drop_stalled_readers(ROUTER_READ_TIMEOUT_S)
         except OSError as error:
             raise StartupError(
                 f"{self._spec.name} cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}"
@@ -113,8 +115,8 @@ class ServerProcess:
                     return
                 case PdlaunchError() as error:
                     raise error
-                case message:
-                    _log.warning("not for a server: %s", type(message).__name__)
+                case Suspects() | Restarting():
+                    pass  # said to routers alone
 
     async def _find_rank(self, registry: Registry) -> None:
         """Link to this engine's rank 0; a new incarnation gets a new link, a lost one none."""

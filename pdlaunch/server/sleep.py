@@ -26,7 +26,7 @@ from pdlaunch.server.rank_link import RankLink
 
 T = TypeVar("T")
 
-TAGS = ("weights", "kv_cache")
+SLEEP_TAGS = ("weights", "kv_cache")
 
 
 class SleepQuery(msgspec.Struct, frozen=True):
@@ -68,9 +68,10 @@ def read_tags(query: Any) -> list[str]:
     """
     _check_names(query, ("tags",))
     tags = [tag for value in query.getall("tags", []) for tag in value.split(",")]
-    if unknown := [tag for tag in tags if tag not in TAGS]:
+    if unknown := [tag for tag in tags if tag not in SLEEP_TAGS]:
         raise RequestError(
-            f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(TAGS)}", param="tags"
+            f"there is no pool {unknown[0]!r:.50}; tags are {' and '.join(SLEEP_TAGS)}",
+            param="tags",
         )
     return list(dict.fromkeys(tags))
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from pdlaunch.config.model_files.aliases import cache_root
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.errors import ConfigError
-from pdlaunch.process.file_lock import is_locked, take_lock
-from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, own_run_dirs
+from pdlaunch.process.run_dirs import LOCK, PREFIX, base_dir, is_locked, own_run_dirs, take_lock
 
 KEPT_LAUNCHES = 20
 """Number of log folders in the cache that stay, the new one included.

@@ -93,7 +93,7 @@ def engine_routes(folder: Path) -> list[tuple[str, str]]:
     return [
         (route.method, route.resource.canonical)
         for route in app.router.routes()
-        if route.resource is not None
+        if route.resource is not None and route.method != "*"
     ]
 
 

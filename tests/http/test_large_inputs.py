@@ -10,7 +10,7 @@ import pytest
 
 from pdlaunch.http import large_inputs
 from pdlaunch.http.large_inputs import LargeInputs
-from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.process.control_client import Heartbeat
 from pdlaunch.protocol.control import Alive
 
 
@@ -39,7 +39,7 @@ async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
     inputs, lock, together = (
         LargeInputs(),
         threading.Lock(),
-        threading.Barrier(large_inputs.NUM_THREADS),
+        threading.Barrier(large_inputs.NUM_INPUT_THREADS),
     )
     running, most = 0, 0
 
@@ -53,7 +53,7 @@ async def test_few_large_inputs_are_worked_at_at_a_time() -> None:
             running -= 1
 
     await asyncio.gather(*[inputs.run(True, work) for _ in range(8)])
-    assert most == large_inputs.NUM_THREADS
+    assert most == large_inputs.NUM_INPUT_THREADS
 
 
 async def test_memory_goes_back_once_after_large_requests(monkeypatch: pytest.MonkeyPatch) -> None:

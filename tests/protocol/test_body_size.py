@@ -29,7 +29,7 @@ def test_the_values_of_a_body_are_counted_before_it_is_parsed(
     """The body itself and the name of its member are two more."""
     times = 50
     monkeypatch.setattr(
-        "pdlaunch.protocol.openai.body.MAX_VALUES", 3 + VALUES[kind] * times - surplus
+        "pdlaunch.protocol.openai.body.MAX_JSON_VALUES", 3 + VALUES[kind] * times - surplus
     )
     raw = ('{"x": [' + ",".join([LISTS[kind]] * times) + "]}").encode()
     if surplus:

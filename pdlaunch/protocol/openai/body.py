@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pdlaunch.errors import RequestError
 
-MAX_VALUES = 100_000
+MAX_JSON_VALUES = 100_000
 """Strings, lists and objects of a body: what Python makes of them is far larger than their text."""
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
@@ -69,14 +69,14 @@ def check_num_values(raw: bytes) -> None:
 
     ``resume``, which only routers may send, grows with the answer that is to go on.
     """
-    if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_VALUES:
+    if raw.count(b'"') // 2 + raw.count(b"[") + raw.count(b"{") <= MAX_JSON_VALUES:
         return
     try:
         resume = msgspec.json.decode(raw, type=_Resume).resume
     except (ValueError, RecursionError):
         resume = msgspec.Raw()
-    if _num_values(raw) - _num_values(bytes(resume)) > MAX_VALUES:
-        message = f"the body has more than {MAX_VALUES} strings, lists and objects"
+    if _num_values(raw) - _num_values(bytes(resume)) > MAX_JSON_VALUES:
+        message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
         raise RequestError(message, code="too_many_values")
 
 
@@ -86,7 +86,7 @@ def _num_values(raw: bytes) -> int:
         b'\\"', b""
     )  # what is left of quotes begins and ends strings
     num_strings = text.count(b'"') // 2
-    if num_strings > MAX_VALUES:
+    if num_strings > MAX_JSON_VALUES:
         return num_strings
     outside = b"".join(text.split(b'"')[::2])
     return num_strings + outside.count(b"[") + outside.count(b"{")
@@ -189,4 +189,6 @@ def _bounds(field: FieldInfo) -> str:
                 upper = f"{value}]"
             case Lt(lt=value):
                 upper = f"{value})"
+            case _:
+                pass  # length and the like
     return f"must be in {lower or '(-inf'}, {upper or 'inf)'}" if lower or upper else ""

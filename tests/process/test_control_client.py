@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from pdlaunch.process.heartbeat import Heartbeat
+from pdlaunch.process.control_client import Heartbeat
 from pdlaunch.protocol.control import Alive
 
 
