@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.checks.context import Probes
+from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.findings import (
@@ -24,17 +25,17 @@ from pdlaunch.cli.findings import (
     safe,
 )
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
-from pdlaunch.cli.preflight import probe_files, probe_transport
+from pdlaunch.cli.preflight import probe_transport
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.availability import probe_imports, probe_port
-from pdlaunch.platform.facts import Machine, PortState
+from pdlaunch.platform.availability import probe_imports
+from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.probe import assume, probe_machine
-from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
+from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
 MAX_ASSUMED_GPUS = 1024
 
@@ -91,7 +92,7 @@ def check_config(
         files = probe_files(resolved)
         probes = replace(
             probes,
-            ports=_probe_ports(resolved),
+            ports=probe_ports(resolved),
             folder_problems=files.folder_problems,
             weight_errors=files.weight_errors,
         )
@@ -142,15 +143,6 @@ def _memory_bytes(text: str | None) -> int | None:
     if size <= 0:
         raise ConfigError("--assume-gpu-memory: must be more than 0")
     return size
-
-
-def _probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:
-    """Return None when a host's name could not be resolved in time."""
-    states = {
-        (item.host, item.port): probe_port(item.host, item.port) for item in resolved.listeners
-    }
-    known = {address: state for address, state in states.items() if state is not None}
-    return known if len(known) == len(states) else None
 
 
 def _print(report: Report, output: Format, *, ok: bool) -> None:

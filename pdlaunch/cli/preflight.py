@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.checks.context import PairTransport, Probes
+from pdlaunch.checks.probes import probe_files
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED
@@ -22,10 +23,8 @@ from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of
-from pdlaunch.platform.availability import why_not_writable
 from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
-from pdlaunch.resolve.models import weight_error
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 from pdlaunch.resolve.roles import Allocator
 from pdlaunch.supervisor.folders import new_launch_id
@@ -45,25 +44,6 @@ LINK_SHARES: Mapping[LinkKind, float] = {"NVLink": 0.75, "PCIe": 0.8}
 Between two H200s with 18 NVLinks (478 GB/s) P2P reached 0.71 to 0.82 and NIXL 0.52 to 0.63; over
 PCIe 5.0 x16 to the host 0.87 were reached. A GPU's scratch of 128 MiB takes 0.3 ms even at
 that speed, of which starting a READ is little."""
-
-
-def probe_files(resolved: ResolvedLaunch) -> Probes:
-    """Look at the files of weights, and at the folders that must be writable."""
-    weight_errors = {
-        role: error
-        for role, engines in resolved.roles.items()
-        if engines.settings.load_format != "dummy"
-        and (error := weight_error(engines.model)) is not None
-    }
-    return Probes(folder_problems=_probe_folders(resolved.config), weight_errors=weight_errors)
-
-
-def _probe_folders(config: LaunchConfig) -> dict[str, str]:
-    """Return by setting why the folder that it names cannot be written to."""
-    problems = {
-        name: why_not_writable(folder) for name, folder in config.kv_transfer.folders.items()
-    }
-    return {name: problem for name, problem in problems.items() if problem is not None}
 
 
 def refuse_errors(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from pdlaunch.config.http_names import local_url
 from pdlaunch.errors import PdlaunchError, StartupError
 
 _POLL_S = 0.1
@@ -89,18 +90,20 @@ def running_deployment(
     *,
     environ: Mapping[str, str] | None = None,
     log_dir: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[Deployment]:
-    """Start ``pdlaunch serve`` with ``arguments`` on a free loopback port, wait until it is
-    healthy, and stop it at the end.
+    """Start ``pdlaunch serve`` with ``arguments``, wait until it is healthy, stop it at the end.
 
+    ``port``: None takes a free one.
     ``log_dir``: the folder of its log files, which are otherwise gone when the block ends. Raises
     StartupError, with what it printed, when it ends or does not get healthy in time.
     """
     with tempfile.TemporaryDirectory(prefix="pdlaunch-deployment-") as folder:
         output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
-        port = free_port()
-        own = ["--host", "127.0.0.1", "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
+        port = port or free_port()
+        own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         started_s = time.monotonic()
         with output.open("wb") as sink:
@@ -112,7 +115,7 @@ def running_deployment(
                 env=dict(os.environ if environ is None else environ),
                 start_new_session=True,
             )
-        deployment = Deployment(process, f"http://127.0.0.1:{port}", Path(logs), output, 0.0)
+        deployment = Deployment(process, local_url(host, port), Path(logs), output, 0.0)
         try:
             _await_health(deployment, started_s + timeout_s)
             deployment.start_s = time.monotonic() - started_s

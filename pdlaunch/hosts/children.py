@@ -19,7 +19,9 @@ from pdlaunch.resolve.plan import ProcessSpec
 logger = logging.getLogger(__name__)
 
 _CANNOT_EXECUTE = 127
-_HIDDEN_VARIABLES = frozenset({"PDLAUNCH_API_KEY"})
+_HIDDEN_VARIABLES = frozenset(
+    {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
+)
 """Not handed on: children get keys on standard input, as their environment can be read by others.
 """
 

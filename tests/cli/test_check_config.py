@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
+from pdlaunch.checks import probes
 from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
@@ -43,7 +44,7 @@ def check(model, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
     monkeypatch.setattr(module, "probe_machine", lambda: CPU)
-    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState())
+    monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState())
 
     def run(*arguments, columns="80", **environ):
         arguments = ["check-config", *map(str, arguments)]
@@ -320,7 +321,7 @@ class TestAssumptions:
 
 
 def test_a_busy_port_is_named(check, monkeypatch):
-    monkeypatch.setattr(module, "probe_port", lambda host, port: PortState("busy"))
+    monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState("busy"))
     result = check("--port", 9000)
     assert result.exit_code == 1
     assert "port 9000" in result.stdout
@@ -329,7 +330,7 @@ def test_a_busy_port_is_named(check, monkeypatch):
 def test_a_busy_port_of_an_engine_is_named(check, file, monkeypatch):
     path = file("engine_api_key: k\ndecode: {port: 9100, replicas: 2}\n")
     monkeypatch.setattr(
-        module, "probe_port", lambda host, port: PortState("busy" if port == 9101 else None)
+        probes, "probe_port", lambda host, port: PortState("busy" if port == 9101 else None)
     )
     result = check(path, columns="200")
     assert result.exit_code == 1
@@ -338,7 +339,7 @@ def test_a_busy_port_of_an_engine_is_named(check, file, monkeypatch):
 
 
 def test_a_host_that_is_not_resolved_in_time_is_not_checked(check, monkeypatch):
-    monkeypatch.setattr(module, "probe_port", lambda host, port: None)
+    monkeypatch.setattr(probes, "probe_port", lambda host, port: None)
     result = check()
     assert result.exit_code == 0
     assert "PD420" in result.stdout

@@ -1,0 +1,169 @@
+"""Implements the public Python API; ``import pdlaunch`` offers all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import SecretStr
+
+from pdlaunch.checks.probes import probe_files, probe_ports
+from pdlaunch.checks.run import Report, run_checks
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.config import sources
+from pdlaunch.config.settings import VARIABLE_PREFIX, variable_paths
+from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
+from pdlaunch.engines.plan import kind_of, plan_processes
+from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
+from pdlaunch.platform.probe import probe_machine
+from pdlaunch.resolve.plan import Plan
+from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
+
+__all__ = [
+    "ConfigError",
+    "Launch",
+    "LoadedConfig",
+    "PdlaunchError",
+    "Plan",
+    "Report",
+    "StartupError",
+    "check",
+    "load_config",
+    "plan",
+]
+
+_START_MARGIN_S = 60.0
+"""Time for what a launch does before its own ``startup_timeout_s`` begins, and after its end."""
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None, settings: Mapping[str, object] | None = None
+) -> LoadedConfig:
+    """Merge a file, this process's ``PDLAUNCH_*`` variables and ``settings`` into a configuration.
+
+    ``settings`` are by dotted path, ``{"prefill.replicas": 2}``, and win over variables, which win
+    over the file. Raises ConfigError, whose text names every problem of all sources.
+    """
+    file = None if path is None else Path(path)
+    return sources.load_config(file, os.environ, dict(settings or {}))
+
+
+def check(config: LoadedConfig) -> Report:
+    """Judge a configuration on this machine by the rules of ``pdlaunch check-config``.
+
+    Starts nothing. ``Report.is_ok()`` says whether it can be launched, ``Report.findings`` what was
+    found: each has a rule's code, a severity, a message and a fix.
+    """
+    resolved = _resolve(config)
+    probes = replace(probe_files(resolved), ports=probe_ports(resolved))
+    return run_checks(resolved, config.origins, probes, rules=kind_of(resolved).rules())
+
+
+def plan(config: LoadedConfig) -> Plan:
+    """Plan every process that a launch on this machine starts, with its command and environment.
+
+    Starts nothing. ``Plan.shown()`` masks secrets in environments. Raises ConfigError when the
+    configuration cannot be started here.
+    """
+    resolved = _resolve(config)
+    resolved.require_startable()
+    return plan_processes(resolved)
+
+
+class Launch:
+    """Runs a deployment on this machine for as long as a ``with`` block lasts.
+
+    ::
+
+        with pdlaunch.Launch(pdlaunch.load_config("deploy.yaml")) as launch:
+            client = OpenAI(base_url=f"{launch.url}/v1", api_key="unused")
+
+    The deployment serves when the block begins, and all of its processes are gone when it ends, or
+    when this process dies. Without ``port`` in the configuration it listens on a free one. Log
+    files are kept when ``log_dir`` is set.
+    """
+
+    def __init__(self, config: LoadedConfig) -> None:
+        self._config = config
+        self._exit = contextlib.ExitStack()
+        self._deployment: Deployment | None = None
+
+    def __enter__(self) -> Launch:
+        """Start and wait until the deployment serves.
+
+        Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that.
+        """
+        config, origins = self._config.config, self._config.origins
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdlaunch-api-"))
+            file = Path(folder) / "deploy.json"
+            settings, secrets = _child_settings(self._config)
+            file.write_text(json.dumps(settings))
+            self._deployment = stack.enter_context(
+                running_deployment(
+                    [str(file)],
+                    environ=_child_environ() | secrets,
+                    log_dir=config.log_dir,
+                    host=config.host,
+                    port=None if origins["port"].kind == "default" else config.port,
+                    timeout_s=config.startup_timeout_s + _START_MARGIN_S,
+                )
+            )
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the deployment, which finishes running requests for up to ``drain_timeout_s``."""
+        self._exit.close()
+        self._deployment = None
+
+    @property
+    def url(self) -> str:
+        """The base URL of the OpenAI API, without ``/v1``: ``http://127.0.0.1:8000``."""
+        return self._running().url
+
+    def output(self) -> str:
+        """Return what ``pdlaunch serve`` has printed so far."""
+        return self._running().output()
+
+    def _running(self) -> Deployment:
+        if self._deployment is None:
+            raise PdlaunchError("the deployment runs only inside the `with` block of its Launch")
+        return self._deployment
+
+
+def _resolve(config: LoadedConfig) -> ResolvedLaunch:
+    return resolve(config.config, {THIS_HOST: probe_machine()}, os.environ)
+
+
+def _child_settings(loaded: LoadedConfig) -> tuple[dict[str, object], dict[str, str]]:
+    """Split the settings that were given into those of a file, and secrets by variable."""
+    given = loaded.config.model_dump(exclude_unset=True)
+    variables = {path: name for name, path in variable_paths().items()}
+    secrets = {
+        variables[name]: value.get_secret_value()
+        for name, value in given.items()
+        if isinstance(value, SecretStr)
+    }
+    masked = loaded.config.model_dump(mode="json", exclude_unset=True)
+    return {name: masked[name] for name in given if variables.get(name) not in secrets}, secrets
+
+
+def _child_environ() -> dict[str, str]:
+    """Return our environment without settings: they are in the configuration, or were overruled."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES
+    }

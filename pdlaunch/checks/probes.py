@@ -1,0 +1,37 @@
+"""Looks at what rules judge beside the settings of this machine: ports, folders, files of weights."""
+
+from __future__ import annotations
+
+from pdlaunch.checks.context import Probes
+from pdlaunch.platform.availability import probe_port, why_not_writable
+from pdlaunch.platform.facts import PortState
+from pdlaunch.resolve.models import weight_error
+from pdlaunch.resolve.resolve import ResolvedLaunch
+
+
+def probe_files(resolved: ResolvedLaunch) -> Probes:
+    """Look at the files of weights, and at the folders that must be writable."""
+    folders = resolved.config.kv_transfer.folders
+    problems = {name: why_not_writable(folder) for name, folder in folders.items()}
+    weight_errors = {
+        role: error
+        for role, engines in resolved.roles.items()
+        if engines.settings.load_format != "dummy"
+        and (error := weight_error(engines.model)) is not None
+    }
+    return Probes(
+        folder_problems={name: text for name, text in problems.items() if text is not None},
+        weight_errors=weight_errors,
+    )
+
+
+def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | None:
+    """Look whether the ports of the launch are free.
+
+    Returns None when a host's name could not be resolved in time.
+    """
+    states = {
+        (item.host, item.port): probe_port(item.host, item.port) for item in resolved.listeners
+    }
+    known = {address: state for address, state in states.items() if state is not None}
+    return known if len(known) == len(states) else None

@@ -1,0 +1,22 @@
+"""The example of the Python API starts a deployment, has an answer, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.e2e.conftest import clean_environ
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "launch.py"
+
+
+def test_the_example_launches_and_is_answered() -> None:
+    environ = clean_environ()
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE)], capture_output=True, text=True, env=environ, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    *_, count, answer = result.stdout.strip().splitlines()
+    assert count == "5 processes"
+    assert answer.strip()
