@@ -57,5 +57,4 @@ def _values(loaded: LoadedConfig) -> Iterator[tuple[str, Any, Origin]]:
             origin = loaded.origins.get(entry_path, Origin("default"))
             if is_secret(entry_path) and entry is not None:
                 entry = SECRET
-            # The one setting that is derived is the allocator, which sleep mode turns on.
-            yield entry_path, True if origin.kind == "derived" else entry, origin
+            yield entry_path, entry, origin

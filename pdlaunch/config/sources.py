@@ -4,19 +4,17 @@ beats the defaults.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pdlaunch.config.kv_transfer import RENAMED
-from pdlaunch.config.memory_options import contradicts, memory_options
-from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
 from pdlaunch.config.settings import (
     VARIABLE_PREFIX,
@@ -29,12 +27,8 @@ from pdlaunch.config.settings import (
 )
 from pdlaunch.config.yaml_file import read_yaml
 
-_log = logging.getLogger(__name__)
-
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
-
-_ALLOCATOR = "enable_cumem_allocator"
 
 OriginKind = Literal["flag", "environment", "file", "default", "derived"]
 
@@ -80,13 +74,10 @@ def load_config(
     config = _validate(given, problems)
     if config is None or problems:
         raise InvalidConfigError(problems)
-    derived = _derived_origins(config)
-    if derived:
-        _log.info("%s", next(iter(derived.values())).detail)
     origins = {path: Origin("default") for path in all_settings()} | {
         path: item.origin for path, item in given.items()
     }
-    return LoadedConfig(config, MappingProxyType(origins | derived))
+    return LoadedConfig(config, MappingProxyType(origins))
 
 
 def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
@@ -224,19 +215,3 @@ def _refused(path: str, item: _Given | None, message: str, fix: str | None) -> P
         else message
     )
     return Problem(text, shown_name(path), value, fix, item.origin.detail, item.line, item.column)
-
-
-def _derived_origins(config: LaunchConfig) -> dict[str, Origin]:
-    """Return the settings that others decide: the CuMem allocator, where sleep mode needs it."""
-    top = _allocator_reason(config)
-    if top:
-        return {_ALLOCATOR: Origin("derived", top)}
-    roles = {
-        f"{role}.{_ALLOCATOR}": _allocator_reason(config.engine_settings(role))
-        for role in get_args(Role)
-    }
-    return {path: Origin("derived", reason) for path, reason in roles.items() if reason}
-
-
-def _allocator_reason(settings: EngineSettings) -> str | None:
-    return None if contradicts(settings) else memory_options(settings).reason

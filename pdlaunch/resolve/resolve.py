@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
-from pdlaunch.config.memory_options import memory_options
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
@@ -103,7 +102,7 @@ class ResolvedLaunch:
             )
         for engines in self.roles.values():
             _require_devices(engines)
-            memory_options(engines.settings)
+            _require_allocator(engines)
             _require_length(engines)
 
     def after_conversion(self) -> ResolvedLaunch:
@@ -162,6 +161,17 @@ def resolve(
     found = read_models(config) if models is None else models
     roles = resolve_roles(config, machines, environ, found)
     return ResolvedLaunch(config, dict(machines), dict(environ), roles)
+
+
+def _require_allocator(engines: RoleEngines) -> None:
+    if engines.cumem_allocator is None:
+        raise ConfigError(
+            "enable_sleep_mode needs the CuMem allocator, which enable_cumem_allocator: false "
+            "switches off",
+            field="enable_cumem_allocator",
+            value=False,
+            fix="remove enable_cumem_allocator, or switch enable_sleep_mode off",
+        )
 
 
 def _require_devices(engines: RoleEngines) -> None:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
 from pdlaunch.config.field_types import set_paths
-from pdlaunch.config.memory_options import contradicts, memory_options
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sizes import parse_size
@@ -187,7 +186,7 @@ def _resolve(
     )
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
     num_threads = settings.num_threads or max(1, len(machine.cpus) // _num_ranks(config))
-    cumem = None if contradicts(settings) else memory_options(settings).cumem_allocator
+    cumem = _cumem_allocator(settings)
     given_environ = {**environ, **settings.env}
     return RoleEngines(
         role=role,
@@ -277,6 +276,15 @@ def _max_model_len(settings: EngineSettings, shape: ModelShape | None) -> int | 
         return settings.max_model_len
     limit = shape.max_position_embeddings
     return min(settings.max_model_len or limit, limit)
+
+
+def _cumem_allocator(settings: EngineSettings) -> bool | None:
+    """Say whether memory comes from CuMem pools, which sleep mode needs; None: it is off by name,
+    and sleep mode is on.
+    """
+    if settings.enable_sleep_mode:
+        return None if settings.enable_cumem_allocator is False else True
+    return settings.enable_cumem_allocator is True
 
 
 def _allocator(device: DeviceKind, cumem: bool | None, environ: Mapping[str, str]) -> Allocator:

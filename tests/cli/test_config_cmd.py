@@ -48,8 +48,11 @@ def test_show_names_every_origin(run, tmp_path):
         "detail": "PDLAUNCH_PREFILL_TP",
     }
     assert values["block_size"] == {"value": 32, "origin": "file", "detail": f"{path}:1:13"}
-    assert values["enable_cumem_allocator"]["value"] is True
-    assert values["enable_cumem_allocator"]["origin"] == "derived"
+    assert values["decode.enable_cumem_allocator"] == {
+        "value": True,
+        "origin": "derived",
+        "detail": "enable_sleep_mode turns it on",
+    }
     assert values["model"] == {"value": "smollm2", "origin": "default", "detail": ""}
     assert "prefill.model" not in values
 

@@ -1,12 +1,10 @@
-import logging
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from pdlaunch.config.kv_transfer import RENAMED
-from pdlaunch.config.memory_options import memory_options
-from pdlaunch.config.models import EngineSettings, KVOffloadSettings, LaunchConfig
+from pdlaunch.config.models import KVOffloadSettings, LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.settings import all_settings, variable_name, variable_paths
 from pdlaunch.config.sources import LoadedConfig, Origin, load_config
@@ -325,39 +323,7 @@ class TestSecrets:
         assert loaded.config.api_key.get_secret_value() == self.SECRET
 
 
-class TestMemoryOptions:
-    def test_off_by_default(self):
-        options = memory_options(EngineSettings())
-        assert (options.cumem_allocator, options.sleep_mode, options.reason) == (False, False, None)
-
-    def test_sleep_mode_turns_the_allocator_on_and_says_so_once(self, caplog):
-        with caplog.at_level(logging.INFO, "pdlaunch.config.sources"):
-            loaded = load(enable_sleep_mode=True)
-        assert memory_options(loaded.config).cumem_allocator
-        (record,) = caplog.records
-        assert "enable_sleep_mode" in record.message
-        assert loaded.origins["enable_cumem_allocator"].kind == "derived"
-
-    def test_of_one_role(self):
-        loaded = load(decode__enable_sleep_mode=True)
-        assert memory_options(loaded.config.engine_settings("decode")).cumem_allocator
-        assert not memory_options(loaded.config.engine_settings("prefill")).cumem_allocator
-        assert loaded.origins["decode.enable_cumem_allocator"].kind == "derived"
-        assert "prefill" not in {
-            path.partition(".")[0] for path, o in loaded.origins.items() if o.kind == "derived"
-        }
-
-    def test_allocator_alone_needs_no_reason(self):
-        options = memory_options(EngineSettings(enable_cumem_allocator=True))
-        assert (options.cumem_allocator, options.sleep_mode, options.reason) == (True, False, None)
-
-    def test_explicitly_off_with_sleep_mode_is_an_error(self):
-        loaded = load(enable_sleep_mode=True, enable_cumem_allocator=False)
-        with pytest.raises(ConfigError, match="enable_sleep_mode needs") as caught:
-            memory_options(loaded.config)
-        assert caught.value.field == "enable_cumem_allocator"
-        assert caught.value.fix
-
+class TestSwitches:
     @pytest.mark.parametrize("source", ["flag", "environment", "file"])
     @pytest.mark.parametrize("name", ["enable_cumem_allocator", "enable_sleep_mode"])
     def test_every_source_reaches_the_field(self, source, name, file):

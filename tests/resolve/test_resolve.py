@@ -101,6 +101,22 @@ def test_what_is_set_is_kept_and_roles_may_differ(model: Path) -> None:
     assert [spec.block_size for spec in specs.values()] == [16, 32, 32]
 
 
+def test_sleep_mode_turns_the_allocator_on_for_its_role_alone(model: Path) -> None:
+    specs = specs_of(GPU, model=str(model), decode={"enable_sleep_mode": True})
+    assert specs["decode-0"].enable_cumem_allocator
+    assert not specs["prefill-0"].enable_cumem_allocator
+    specs = specs_of(GPU, model=str(model), enable_cumem_allocator=True)
+    assert specs["prefill-0"].enable_cumem_allocator
+    assert not specs["prefill-0"].enable_sleep_mode
+
+
+def test_sleep_mode_without_its_allocator_is_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="enable_sleep_mode needs") as caught:
+        specs_of(GPU, model=str(model), enable_sleep_mode=True, enable_cumem_allocator=False)
+    assert caught.value.field == "enable_cumem_allocator"
+    assert caught.value.fix
+
+
 def test_a_role_without_engines_needs_no_model(model: Path) -> None:
     specs = specs_of(CPU, model=str(model), decode={"replicas": 0, "model": "/no/such/model"})
     assert set(specs) == {"prefill-0"}
