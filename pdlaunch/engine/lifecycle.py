@@ -365,7 +365,7 @@ class RequestLifecycle:
         return not self._finish_if_complete(request, token.token_id)
 
     def _do_without(self, request: Request, cause: str) -> None:
-        """Recompute the prompt whose pull has failed, or end the request if ``on_failure`` says so."""
+        """Recompute the prompt whose pull has failed, or end the request, by ``on_failure``."""
         logger.warning("pull of request %s failed: %s", request.request_id, cause)
         if self._settings.on_failure == "fail":
             self._finish(

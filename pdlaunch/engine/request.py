@@ -123,7 +123,7 @@ class Request:
         self.mark = message.origin | (SUSPECT_BIT if message.is_suspect else 0)
         """The number that stands for the request in the record of steps."""
         self.is_offered = False
-        """Decode engines may read its complete blocks, until it gets a lease or they are withdrawn."""
+        """Decode engines may read its complete blocks until it is leased or they are withdrawn."""
 
     @property
     def request_id(self) -> RequestId:

@@ -1,10 +1,10 @@
 """The owner of every KV block of an engine; each move between owners is one method.
 
-    free ──┬─ allocate ───────▶ owned by r requests and l leases ── the last owner leaves ──▶ cached if registered, else free
-    cached ┘                      │  ▲  ▲
-      │ ▲                         │  │  └─ share: r + 1 (also cached ▶ owned)
-      │ └── register, then free   │  └─ lease: r - 1, l + 1; release: r - 1; end_lease: l - 1
-      │                           └─ register: can be found by its hash
+    free ──┬─ allocate ─▶ owned by r requests and l leases ─ the last owner leaves ─▶ cached or free
+    cached ┘                │  ▲  ▲
+      │ ▲                   │  │  └─ share: r + 1 (also cached ▶ owned)
+      │ └ registered        │  └─ lease: r - 1, l + 1; release: r - 1; end_lease: l - 1
+      │                     └─ register: can be found by its hash, is cached afterwards
       └ or free ─ allocate_for_pull ─▶ pulling ─┬─ finish_pull ─▶ owned by one request
                                                 ├─ drop_pull ───▶ free
                                                 └─ quarantine ──▶ quarantined ─ drain ─▶ free
@@ -25,7 +25,9 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """Counts of owners and the hashes of ``num_blocks`` blocks; ids are 0 <= id < num_blocks."""
+    """Counts the owners and holds the hashes of ``num_blocks`` blocks; ids are 0 <= id <
+    num_blocks.
+    """
 
     def __init__(self, num_blocks: int, num_groups: int) -> None:
         self.num_blocks = num_blocks
@@ -43,12 +45,12 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that ``allocate`` can give: free and cached ones."""
+        """Return how many blocks ``allocate`` can give: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_leased_blocks(self) -> int:
-        """Blocks with at least one lease; requests may share them."""
+        """Return how many blocks have at least one lease; requests may share them."""
         return self._num_leased_blocks
 
     @property
@@ -71,7 +73,7 @@ class BlockPool:
         return block_ids
 
     def share(self, block_ids: Iterable[int]) -> None:
-        """One more request owns these registered blocks."""
+        """Let one more request own these registered blocks."""
         for block_id in block_ids:
             assert self._keys[block_id] is not None
             if self._is_unowned(block_id):
@@ -79,14 +81,14 @@ class BlockPool:
             self._num_requests[block_id] += 1
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """One request owns these blocks no more; of several, the first is reused first."""
+        """Take these blocks from one request; of several free ones, the first is reused first."""
         for block_id in block_ids:
             assert self._num_requests[block_id] > 0
             self._num_requests[block_id] -= 1
             self._free_if_unowned(block_id)
 
     def lease(self, block_ids: Iterable[int]) -> None:
-        """What one request owned belongs to a lease."""
+        """Turn what one request owned into a lease."""
         for block_id in block_ids:
             assert self._num_requests[block_id] > 0
             self._num_requests[block_id] -= 1
@@ -94,7 +96,7 @@ class BlockPool:
             self._num_leased_blocks += self._num_leases[block_id] == 1
 
     def end_lease(self, block_ids: Iterable[int]) -> None:
-        """One lease on these blocks is over."""
+        """End one lease on these blocks."""
         for block_id in block_ids:
             assert self._num_leases[block_id] > 0
             self._num_leases[block_id] -= 1
@@ -102,22 +104,22 @@ class BlockPool:
             self._free_if_unowned(block_id)
 
     def hold(self, block_ids: Iterable[int]) -> None:
-        """A copy reads these owned blocks: they keep their content until ``unhold``, whatever
-        becomes of their owners.
+        """Keep the content of these owned blocks for a copy until ``unhold``, whatever their owners
+        do.
         """
         for block_id in block_ids:
             assert not self._is_unowned(block_id)
             self._num_holds[block_id] += 1
 
     def unhold(self, block_ids: Iterable[int]) -> None:
-        """One copy that read these blocks has ended."""
+        """End one copy that read these blocks."""
         for block_id in block_ids:
             assert self._num_holds[block_id] > 0
             self._num_holds[block_id] -= 1
             self._free_if_unowned(block_id)
 
     def has_only_held(self, block_ids: Iterable[int]) -> bool:
-        """Whether one of these blocks waits for nothing but the end of copies."""
+        """Return whether one of these blocks waits for nothing but the end of copies."""
         return any(
             self._num_holds[block_id]
             and not (self._num_requests[block_id] or self._num_leases[block_id])
@@ -125,34 +127,33 @@ class BlockPool:
         )
 
     def finish_pull(self, block_ids: Iterable[int]) -> None:
-        """The transfer succeeded: the blocks belong to one request."""
+        """Give the blocks of a transfer that has succeeded to one request."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._num_requests[block_id] = 1
 
     def drop_pull(self, block_ids: Iterable[int]) -> None:
-        """The transfer has ended and nobody wants its blocks."""
+        """Free the blocks of a transfer that has ended without an owner for them."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._free.append(block_id)
 
     def quarantine(self, block_ids: Iterable[int]) -> None:
-        """The transfer was given up, but may still write: nobody gets the blocks before
-        ``drain``.
-        """
+        """Set the blocks of an abandoned transfer, which may still write, aside until ``drain``."""
         for block_id in block_ids:
             self._pulling.remove(block_id)
             self._quarantined.add(block_id)
 
     def drain(self, block_ids: Iterable[int]) -> None:
-        """Nothing can write to these quarantined blocks any more."""
+        """Free quarantined blocks to which nothing can write any more."""
         for block_id in block_ids:
             self._quarantined.remove(block_id)
             self._free.append(block_id)
 
     def register(self, block_id: int, group: int, block_hash: bytes) -> None:
-        """Make an owned block's content findable; where the cache has the content already, the
-        block stays unregistered.
+        """Let an owned block be found by its content.
+
+        Where the cache has the content already, the block stays unregistered.
         """
         assert not self._is_unowned(block_id)
         by_hash = self._by_hash[group]
@@ -161,11 +162,13 @@ class BlockPool:
             self._keys[block_id] = (group, block_hash)
 
     def find(self, group: int, block_hash: bytes) -> int | None:
-        """The block that holds this content for ``group``; stays where it is until ``share``."""
+        """Return the block that holds this content for ``group``; it stays where it is until
+        ``share``.
+        """
         return self._by_hash[group].get(block_hash)
 
     def forget_cached(self) -> None:
-        """The memory has lost its content; blocks whose content can be found are all free."""
+        """Forget all content, as the memory has lost it; blocks that can be found are all free."""
         while self._cached:
             block_id, _ = self._cached.popitem(last=False)
             self._forget(block_id)
@@ -173,7 +176,7 @@ class BlockPool:
         assert not any(self._by_hash)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks ``share`` would take out of the free ones."""
+        """Count how many of these blocks ``share`` would take out of the free ones."""
         return sum(block_id in self._cached for block_id in block_ids)
 
     def check_integrity(
@@ -185,8 +188,7 @@ class BlockPool:
         pulling: Iterable[int] = (),
         quarantined: Iterable[int] = (),
     ) -> None:
-        """Prove that every block has exactly one kind of owner, that the owners agree, and that
-        hashes lead to their blocks.
+        """Prove that every block has one kind of owner and that hashes lead to their blocks.
 
         Given are the ids that all requests, leases, copies and transfers hold, an id once for each
         holder. Raises AssertionError.

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 
 class BlockTables:
-    """Which block holds which tokens: logical block i of a group holds tokens [i * block_size, (i +
-    1) * block_size).
+    """Says which block holds which tokens of one request.
 
-    All groups end at the same logical block. A sliding group begins later: its earlier blocks have
-    left the window.
+    Logical block i of a group holds tokens [i * block_size, (i + 1) * block_size). All groups end
+    at the same logical block. A sliding group begins later: its earlier blocks have left the
+    window.
 
         logical block    0   1   2   3   4
         full group     [ a   b   c   d   e ]     first 0, end 5
@@ -21,17 +21,18 @@ class BlockTables:
 
     def __init__(self, num_groups: int) -> None:
         self.first = [0] * num_groups
-        """By group: logical index of the first block held."""
+        """Logical index of the first block held, by group."""
         self.end = 0
         """Logical index after the last block held."""
         self.block_ids: list[list[int]] = [[] for _ in range(num_groups)]
-        """By group: the blocks [first, end)."""
+        """The blocks [first, end), by group."""
         self.next_release = 0
         """Number of computed tokens from which on the next block has left a window."""
 
     def append(self, first: Sequence[int], block_ids: Sequence[Sequence[int]]) -> None:
-        """Add by group the blocks from ``first[group]`` on; a group without blocks yet may begin
-        anywhere.
+        """Add by group the blocks from ``first[group]`` on.
+
+        A group without blocks may begin anywhere.
         """
         for group, new_ids in enumerate(block_ids):
             held = self.block_ids[group]
@@ -46,7 +47,7 @@ class BlockTables:
         )
 
     def between(self, group: int, start: int, end: int) -> list[int]:
-        """Blocks of the logical indices [start, end) that the group still holds."""
+        """Return the blocks of the logical indices [start, end) that the group still holds."""
         first = self.first[group]
         return self.block_ids[group][max(0, start - first) : max(0, end - first)]
 

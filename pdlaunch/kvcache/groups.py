@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KVCacheGroup:
-    """Layers that share block tables."""
+    """Names the layers that share block tables."""
 
     layers: tuple[int, ...]
     """Model layers in the order of their slot in the block; at most
@@ -25,10 +25,11 @@ class KVCacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class KVCacheLayout:
-    """The KV cache of one rank: ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size,
-    head_dim]``.
+    """Gives the shape of one rank's KV cache.
 
-    Block-major, then heads: a block is one contiguous region, and so is one head's share of it.
+    It is ``[num_blocks, num_kv_heads, num_layers_per_block, 2, block_size, head_dim]``:
+    block-major, then heads, so that a block is one contiguous region, and so is one head's share of
+    it.
     """
 
     groups: tuple[KVCacheGroup, ...]
@@ -44,7 +45,7 @@ class KVCacheLayout:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of one KV head in one block: all layers of a group, K and V."""
+        """Return the bytes of one KV head in one block: all layers of a group, K and V."""
         return self.num_layers_per_block * 2 * self.block_size * self.head_dim * self.dtype_bytes
 
     @property

@@ -1,5 +1,4 @@
-"""Chained hashes of the token blocks of a request: key of the prefix cache, and proof of a KV
-hand-over.
+"""Chained hashes of a request's token blocks: keys of the prefix cache, proof of a hand-over.
 
     h[-1] = H(model content, adapter, cache_salt)
     h[i]  = H(h[i-1], tokens of block i as int32 little endian, number of tokens)
@@ -18,7 +17,7 @@ _FORMAT = b"pdlaunch kv block hash 1"
 
 
 def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> bytes:
-    """h[-1]; each part carries its length, so that no two triples share a hash."""
+    """Return h[-1]; each part carries its length, so that no two triples share a hash."""
     digest = sha256(_FORMAT)
     for part in (model_digest, adapter, cache_salt):
         data = part.encode("utf-8", "surrogatepass")
@@ -28,9 +27,7 @@ def root_hash(model_digest: str, *, adapter: str = "", cache_salt: str = "") -> 
 
 
 class TokenHasher:
-    """The hashes of one request's full blocks; grows with the request, each block is hashed
-    once.
-    """
+    """Hashes one request's full blocks, each once; grows with the request."""
 
     __slots__ = ("_block_size", "_root", "block_hashes")
 
@@ -40,9 +37,7 @@ class TokenHasher:
         self.block_hashes: list[bytes] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are not hashed
-        yet.
-        """
+        """Hash the full blocks of ``token_ids`` (prompt and output so far) that are new."""
         start = len(self.block_hashes) * self._block_size
         num_blocks = (len(token_ids) - start) // self._block_size
         if num_blocks > 0:
@@ -50,8 +45,9 @@ class TokenHasher:
             self.block_hashes.extend(_chain(self._last(), token_ids[start:end], self._block_size))
 
     def prompt_hashes(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[bytes]:
-        """The hashes of all blocks of the prompt, the last one possibly partial; what both ends of
-        a hand-over compare.
+        """Return the hashes of all blocks of the prompt, which both ends of a hand-over compare.
+
+        The last block may be partial.
         """
         self.extend(token_ids)
         num_full_blocks = num_prompt_tokens // self._block_size

@@ -1,5 +1,4 @@
-"""The KV cache of an engine: block tables of all groups from one pool, and the prefix cache over
-them.
+"""The KV cache of an engine: block tables of all groups from one pool, with a prefix cache.
 
 A query at token q sees all tokens up to q in a full group, tokens [q - window + 1, q] in a sliding
 one. A request that has computed ``num_computed`` tokens asks next for q = num_computed, and never
@@ -19,21 +18,22 @@ from pdlaunch.kvcache.groups import KVCacheGroup, min_blocks, span_blocks
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Cached blocks that a request can share."""
+    """Names cached blocks that a request can share."""
 
     first: list[int]
-    """By group: logical index of the first block."""
+    """Logical index of the first block, by group."""
     block_ids: list[list[int]]
-    """By group: the blocks from there on."""
+    """The blocks from there on, by group."""
 
     def end(self, group: int) -> int:
-        """Logical index after the group's last block."""
+        """Return the logical index after the group's last block."""
         return self.first[group] + len(self.block_ids[group])
 
 
 class KVCacheManager:
-    """Finds, gives and takes back the blocks of requests. Sizes in blocks count all groups unless
-    said otherwise.
+    """Finds, gives and takes back the blocks of requests.
+
+    Sizes in blocks count all groups unless said otherwise.
     """
 
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
@@ -48,7 +48,7 @@ class KVCacheManager:
         return tables
 
     def num_logical_blocks(self, num_tokens: int) -> int:
-        """Blocks of one full group that hold ``num_tokens``."""
+        """Return how many blocks of one full group hold ``num_tokens``."""
         return -(-num_tokens // self._block_size)
 
     @property
@@ -56,21 +56,20 @@ class KVCacheManager:
         return self._num_groups
 
     def first_visible(self, num_computed: int) -> list[int]:
-        """By group: the first logical block that the queries from token ``num_computed`` on can
-        see.
-        """
+        """Return by group the first logical block that tokens from ``num_computed`` on see."""
         return [self._first_visible(window, num_computed) for window in self._windows]
 
     def min_blocks(self, num_tokens: int) -> int:
-        """Blocks without which ``num_tokens`` tokens cannot be computed, even one at a time."""
+        """Return how many blocks ``num_tokens`` tokens need, even if they are computed one at a
+        time.
+        """
         return min_blocks(self._windows, self._block_size, num_tokens)
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
-        """The longest cached prefix of at most ``max_blocks`` logical blocks from which a request
-        can compute on.
+        """Return the longest cached prefix from which a request can compute on.
 
-        Every full group has all its blocks, every sliding group those that the first token after
-        the prefix sees.
+        It has at most ``max_blocks`` logical blocks. Every full group has all its blocks, every
+        sliding group those that the first token after the prefix sees.
         """
         length = max_blocks
         for group, window in enumerate(self._windows):
@@ -95,10 +94,11 @@ class KVCacheManager:
     def find_for_pull(
         self, block_hashes: Sequence[bytes], max_blocks: int, num_computed: int
     ) -> PrefixHit:
-        """What a pull need not bring: by group, the cached blocks from the first one visible to
-        token ``num_computed`` on.
+        """Return what a pull need not bring.
 
-        Groups are independent of each other here: no token before ``num_computed`` is computed.
+        These are, by group, the cached blocks from the first one on that token ``num_computed``
+        sees. Groups are independent of each other here, as no token before ``num_computed`` is
+        computed.
         """
         first = self.first_visible(num_computed)
         block_ids = []
@@ -108,12 +108,11 @@ class KVCacheManager:
         return PrefixHit(first, block_ids)
 
     def has_room_for(self, hit: PrefixHit, num_tokens: int, num_reserved: int) -> bool:
-        """Whether a request that begins with ``hit`` can compute ``num_tokens`` tokens without
-        touching ``num_reserved`` blocks.
+        """Return whether a request that begins with ``hit`` can compute ``num_tokens`` tokens.
 
-        Sharing takes cached blocks from the free ones. Those of a sliding group come back when they
-        leave the window, but blocks shared with other owners do not: only what is taken from the
-        free ones counts.
+        ``num_reserved`` blocks stay untouched. Sharing takes cached blocks from the free ones.
+        Those of a sliding group come back when they leave the window, but blocks shared with other
+        owners do not: only what is taken from the free ones counts.
         """
         num_logical = self.num_logical_blocks(num_tokens)
         num_needed = 0
@@ -132,12 +131,13 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def max_tokens(self, tables: BlockTables, num_takeable_blocks: int) -> int:
-        """Tokens for which ``tables`` have room if they took so many more blocks."""
+        """Return for how many tokens ``tables`` would have room with so many more blocks."""
         return (tables.end + num_takeable_blocks // self._num_groups) * self._block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` tokens in all groups; False, and nothing has changed, when
-        blocks are short.
+        """Make room for ``num_tokens`` tokens in all groups.
+
+        False, and nothing has changed, when blocks are short.
         """
         count = self.num_logical_blocks(num_tokens) - tables.end
         if count <= 0:
@@ -163,9 +163,7 @@ class KVCacheManager:
     def adopt_pulled(
         self, tables: BlockTables, hit: PrefixHit, pulled: Sequence[Sequence[int]]
     ) -> None:
-        """Fill empty ``tables`` with shared blocks (owned already) and the blocks of a pull that
-        has succeeded.
-        """
+        """Fill empty ``tables`` with shared blocks and the blocks of a pull that has succeeded."""
         for block_ids in pulled:
             self.pool.finish_pull(block_ids)
         tables.append(
@@ -176,9 +174,7 @@ class KVCacheManager:
     def register(
         self, tables: BlockTables, block_hashes: Sequence[bytes], start: int, end: int
     ) -> None:
-        """Let other requests find the logical blocks [start, end), whose tokens are all
-        computed.
-        """
+        """Let others find the logical blocks [start, end), whose tokens are all computed."""
         for group in range(self._num_groups):
             begin = max(start, tables.first[group])
             for index, block_id in enumerate(tables.between(group, begin, end), begin):
@@ -194,11 +190,10 @@ class KVCacheManager:
         self._plan_release(tables)
 
     def lease(self, tables: BlockTables, num_tokens: int) -> PrefixHit:
-        """Turn a finished request's blocks into a lease on its first ``num_tokens`` tokens; other
-        blocks are freed.
+        """Turn a finished request's blocks into a lease on its first ``num_tokens`` tokens.
 
-        Held is what the last of these tokens sees: a reader without the next token computes that
-        one again.
+        Leased is what the last of these tokens sees, because a reader without the next token
+        computes that one again. Other blocks are freed.
         """
         end = self.num_logical_blocks(num_tokens)
         first = self.first_visible(num_tokens - 1)
@@ -218,11 +213,11 @@ class KVCacheManager:
         return 0 if window is None else max(0, num_computed - window + 1) // self._block_size
 
     def _span(self, window: int) -> int:
-        """Most blocks that ``window`` neighbouring tokens touch."""
+        """Return the largest number of blocks that ``window`` neighbouring tokens touch."""
         return span_blocks(window, self._block_size)
 
     def _plan_release(self, tables: BlockTables) -> None:
-        """The first block of a group has left when the query's window begins after it."""
+        """Note when the next block leaves: its group's window then begins after it."""
         tables.next_release = min(
             (
                 (tables.first[group] + 1) * self._block_size + window - 1
@@ -233,8 +228,9 @@ class KVCacheManager:
         )
 
     def _count_cached(self, group: int, block_hashes: Sequence[bytes], start: int, end: int) -> int:
-        """Logical index of the first block from ``start`` on that is not cached, at most
-        ``end``.
+        """Return the logical index of the first block from ``start`` on that is not cached.
+
+        At most ``end``.
         """
         for index in range(start, end):
             if self.pool.find(group, block_hashes[index]) is None:
@@ -244,8 +240,9 @@ class KVCacheManager:
     def _fit_window(
         self, group: int, window: int, block_hashes: Sequence[bytes], length: int
     ) -> int:
-        """The longest prefix of at most ``length`` blocks whose visible blocks are all cached for a
-        sliding group.
+        """Return the longest prefix of which a sliding group has all visible blocks cached.
+
+        At most ``length`` blocks.
         """
         index = length
         while index > self._first_visible(window, length * self._block_size):

@@ -1,1 +1,1 @@
-"""Loading a transformers model, paged attention, tensor parallelism."""
+"""Models: loading from transformers, paged attention, tensor parallelism."""

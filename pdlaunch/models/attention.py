@@ -1,5 +1,4 @@
-"""Attention over the paged KV cache: the seam between a transformers model and an attention
-backend.
+"""Attention over the paged KV cache: the seam between transformers models and backends.
 
 The function registered with transformers hands each layer's queries, keys and values to the step
 that the runner passed to the model as ``attention_step``. Backends write keys and values into the
@@ -24,7 +23,7 @@ then builds no masks.
 
 
 class AttentionStep(ABC):
-    """One step's attention; made by a backend, used by every layer once."""
+    """Attends over the KV cache for one step; made by a backend, used by every layer once."""
 
     @abstractmethod
     def attend(
@@ -36,25 +35,26 @@ class AttentionStep(ABC):
         scaling: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write keys and values of the step's tokens into the KV cache, attend, return [num_tokens,
-        num_heads, head_dim].
+        """Write keys and values of the step's tokens into the KV cache, and attend over it.
 
-        ``query``: [num_heads, num_tokens, head_dim]; ``key``, ``value``: [num_kv_heads, num_tokens,
-        head_dim]; heads of this rank, rotary embedding applied. Query head h belongs to KV head h
-        // (num_heads / num_kv_heads). ``sinks``: [num_heads]; a logit of each head that takes its
-        share of the softmax and gives nothing.
+        Returns [num_tokens, num_heads, head_dim]. ``query``: [num_heads, num_tokens, head_dim];
+        ``key``, ``value``: [num_kv_heads, num_tokens, head_dim]; heads of this rank, rotary
+        embedding applied. Query head h belongs to KV head h // (num_heads / num_kv_heads).
+        ``sinks``: [num_heads]; a logit of each head that takes its share of the softmax and gives
+        nothing.
         """
 
 
 class AttentionBackend(ABC):
-    """Owns nothing but its view of the KV cache and work space."""
+    """Prepares steps; owns nothing but its view of the KV cache and work space."""
 
     reads_only_context = False
     """Slots past a row's context are never read. Otherwise whatever lies there has to be finite."""
 
     def warm_up(self, num_heads: int, max_tokens: int, progress: ReportProgress) -> None:  # noqa: B027 - most have nothing to do
-        """Do once what the first step of each size would have to. ``num_heads``: query heads of
-        this rank.
+        """Do once what the first step of each size would have to do.
+
+        ``num_heads``: query heads of this rank.
         """
 
     @abstractmethod
@@ -84,8 +84,9 @@ def _attend(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: query [1, num_heads, num_tokens, head_dim], result [1, num_tokens,
-    num_heads, head_dim].
+    """Attend as transformers asks for it.
+
+    Query: [1, num_heads, num_tokens, head_dim]; result: [1, num_tokens, num_heads, head_dim].
     """
     if softcap is not None:
         raise UnsupportedModelError("attention logit soft-capping is not supported", field="model")

@@ -1,5 +1,4 @@
-"""Triton kernels of paged attention: write keys and values, decode over splits of the context,
-chunks of prompts, gather.
+"""Triton kernels of paged attention: write, decode in splits, attend over chunks, gather.
 
 All read ``kv_cache: [num_blocks, H, L, 2, B, D]`` (heads, layers of a block, block size, head dim)
 in place; ``layer_offset`` is the distance of a layer's keys from its block and head, in elements.
@@ -23,15 +22,16 @@ import triton.language as tl
 def _row_offsets(
     table, positions, is_context, block_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
 ):
-    """Distance of each position's row of D from the first block's."""
+    """Return the distance of each position's row of D from the first block's."""
     blocks = tl.load(table + positions // BLOCK_SIZE, mask=is_context, other=0)
     return blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
 
 
 @triton.jit
 def _split_size(span, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one split: equal shares of the context, at most NUM_SPLITS, each of at least
-    MIN_SPLIT tokens; whole tiles.
+    """Return the tokens of one split: equal shares of the context, in whole tiles.
+
+    There are at most NUM_SPLITS, each of at least MIN_SPLIT tokens.
     """
     num_splits = tl.minimum(tl.maximum(span // MIN_SPLIT, 1), NUM_SPLITS)
     share = (span + num_splits - 1) // num_splits
@@ -63,8 +63,9 @@ def write_kv(
     PADDED_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """``slots``: [num_tokens]; block * B + offset, or -1. Grid: tiles of TOKENS tokens, KV
-    heads.
+    """Write keys and values. ``slots``: [num_tokens]; block * B + offset, or -1.
+
+    Grid: tiles of TOKENS tokens, KV heads.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
@@ -111,11 +112,11 @@ def attend_decode(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One split of one row's context for the GROUP query heads of one KV head; the row's query is
-    its last token.
+    """Attend over one split of one row's context, for the GROUP query heads of one KV head.
 
-    ``tables``: [.., table_stride] int32, of which the batch's rows begin at ``table_row``. Grid:
-    rows, KV heads, splits. Splits that a row does not need write nothing.
+    The row's query is its last token. ``tables``: [.., table_stride] int32, of which the batch's
+    rows begin at ``table_row``. Grid: rows, KV heads, splits. Splits that a row does not need write
+    nothing.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -255,8 +256,7 @@ def attend_chunks(
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """TOKENS tokens of a row's chunk for one query head, over everything before them that the KV
-    cache holds.
+    """Attend for TOKENS tokens of a row's chunk and one query head, over all that lies before them.
 
     Program (i, h): tokens from ``tile_tokens[i]`` on, counted in the chunk of row ``tile_rows[i]``.
     ``row_starts``: [rows + 1] first token of each row in ``query`` and ``result``.

@@ -40,7 +40,7 @@ LARGE_FILE_BYTES = 1024**3
 def ensure_converted(
     model: str, progress: ReportProgress, *, convert: Converter | None = None
 ) -> Path:
-    """The directory to serve ``model`` from, converted now if it is not in the cache.
+    """Return the directory to serve ``model`` from; convert it now if it is not in the cache.
 
     Raises ConfigError when the model cannot be found or read, UnsupportedModelError when it cannot
     be served.
@@ -129,8 +129,9 @@ def _not_converted(source: Path, error: Exception, fix: str) -> ConfigError:
 
 
 def _refuse_misfits(source: Path, loaded: dict[str, Any]) -> None:
-    """transformers makes up the weights that are missing or have another shape, and only warns of
-    it.
+    """Refuse weights that are missing or have another shape.
+
+    transformers makes such weights up, and only warns of it.
     """
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # Mismatched ones come with their shapes.
@@ -171,8 +172,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exit code 0 when the directory is there, 1 with the reason on standard
-    error.
+    """Convert a model from the command line.
+
+    Exit code 0 when the directory is there, 1 with the reason on standard error.
     """
     parser = argparse.ArgumentParser(prog="python -m pdlaunch.models.convert", description=__doc__)
     parser.add_argument("model", help="alias or .gguf file")

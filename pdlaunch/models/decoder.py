@@ -14,12 +14,13 @@ _ROTARY_WITH_STATE = {"dynamic", "longrope"}
 
 
 class Decoder(Protocol):
-    """A language model over the paged KV cache."""
+    """Computes logits of packed tokens with a language model over the paged KV cache."""
 
     @property
     def can_be_captured(self) -> bool:
-        """A CUDA graph may replay a step: nothing in it waits for the device or depends on values
-        there.
+        """Return whether a CUDA graph may replay a step.
+
+        Nothing in it may wait for the device or depend on values there.
         """
         ...
 
@@ -30,8 +31,9 @@ class Decoder(Protocol):
         kept: torch.Tensor | None,
         step: AttentionStep,
     ) -> torch.Tensor:
-        """``token_ids``, ``positions``: [num_tokens]; returns [len(kept), vocab_size] of the tokens
-        ``kept``, None keeps all.
+        """Return [len(kept), vocab_size] of the tokens ``kept``; None keeps all.
+
+        ``token_ids``, ``positions``: [num_tokens].
         """
         ...
 
@@ -67,7 +69,7 @@ class TransformersDecoder:
 
 
 def _waits_for_experts(model: nn.Module) -> bool:
-    """How many tokens each expert gets may have to be known on the host."""
+    """Return whether the host may have to know how many tokens each expert gets."""
     config: Any = model.config
     return bool(getattr(config, "num_local_experts", 0))
 

@@ -1,7 +1,6 @@
-"""The decoder of Llama and its kin, Gemma 3 among them, with fewer, larger operations, on CUDA
-devices.
+"""The decoder of Llama, Gemma 3 and similar models in fewer, larger operations on CUDA devices.
 
-Takes the weights of a loaded transformers model. Per layer ten launches instead of some forty:
+It takes the weights of a loaded transformers model. A layer has ten launches instead of some forty:
 norms with the residual's addition, queries, keys and values from one product, rotation with the
 write into the KV cache, gate and up projection from one product. Import this module only where
 triton is there.
@@ -42,7 +41,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMS norm."""
+    """Holds an RMS norm."""
 
     weight: torch.Tensor
     """[size]"""
@@ -59,7 +58,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Linear layers of the same input, one below the other."""
+    """Holds linear layers of the same input, one below the other."""
 
     weight: torch.Tensor
     """[sum of out_features, in_features]"""
@@ -67,7 +66,7 @@ class Stacked:
 
     @staticmethod
     def of(*layers: nn.Linear) -> Stacked:
-        """The layers' parameters have to be loaded ``stacked``: no memory is taken."""
+        """Return the layers' weights as one, in place: they have to be loaded ``stacked``."""
         weight = join([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         assert weight is not None
@@ -80,21 +79,21 @@ class Stacked:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer."""
+    """Holds one decoder layer."""
 
     input_norm: Norm
     qkv: Stacked
     head_norms: HeadNorms | None
     rotary: tuple[str, ...] | None
-    """What the model's rotary embedding has to be told to give this layer's; None: no rotation."""
+    """Arguments for the model's rotary embedding to give this layer's; None: no rotation."""
     output: nn.Module
     output_norm: Norm | None
-    """Of what is added to the residual."""
+    """Norm of what is added to the residual."""
     middle_norm: Norm
     gate_and_up: Stacked
     down: nn.Module
     down_norm: Norm | None
-    """Of what is added to the residual."""
+    """Norm of what is added to the residual."""
 
     @staticmethod
     def of(layer: Any) -> Layer:
@@ -118,7 +117,7 @@ class Layer:
 
 
 class FusedDecoder:
-    """A ``Decoder``; ``model`` is one that ``can_fuse`` accepts, loaded ``stacked``."""
+    """Is a ``Decoder`` of a model that ``can_fuse`` accepts, loaded ``stacked``."""
 
     def __init__(self, model: Any) -> None:
         self._plain = TransformersDecoder(model)
@@ -174,7 +173,7 @@ class FusedDecoder:
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether ``FusedDecoder`` computes what ``model`` does."""
+    """Return whether ``FusedDecoder`` computes what ``model`` does."""
     name, is_capped = (
         type(model).__name__,
         getattr(model.config, "final_logit_softcapping", None) is not None,
@@ -200,8 +199,10 @@ def _head_norms(attention: Any) -> HeadNorms | None:
 def _normalize(
     hidden: torch.Tensor | None, residual: torch.Tensor, norm: Norm, hidden_norm: Norm | None = None
 ) -> torch.Tensor:
-    """``residual += hidden``, or what ``hidden_norm`` makes of it, in place; returns its norm. All
-    [num_tokens, size].
+    """Add ``hidden``, or what ``hidden_norm`` makes of it, to ``residual`` in place; return its
+    norm.
+
+    All are [num_tokens, size].
     """
     result = torch.empty_like(residual)
     size = residual.shape[1]
@@ -224,7 +225,7 @@ def _normalize(
 
 
 def _multiply_gated(gate_and_up: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
-    """[num_tokens, 2 * size] to [num_tokens, size]"""
+    """Return [num_tokens, size] of [num_tokens, 2 * size]."""
     num_tokens, size = len(gate_and_up), gate_and_up.shape[1] // 2
     result = gate_and_up.new_empty((num_tokens, size))
     grid = (num_tokens, triton.cdiv(size, GATE_COLUMNS))

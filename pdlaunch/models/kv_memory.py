@@ -1,4 +1,4 @@
-"""Memory of the KV cache."""
+"""The tensor of the KV cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdlaunch.memory.kv_memory import KVMemory
 def allocate_kv_cache(
     layout: KVCacheLayout, num_blocks: int, dtype: torch.dtype, memory: KVMemory
 ) -> torch.Tensor:
-    """``[num_blocks, *layout.block_shape()]`` of zeros."""
+    """Return ``[num_blocks, *layout.block_shape()]`` of zeros."""
     return (
         memory.zeros(num_blocks * layout.block_bytes)
         .view(dtype)

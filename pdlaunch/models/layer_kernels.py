@@ -100,11 +100,10 @@ def add_and_normalize(
     NORMALIZES_HIDDEN: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
 ):
-    """``residual += hidden`` if ADDS, then its RMS norm into ``result``; all [num_tokens, SIZE].
-    Grid: tokens.
+    """Add ``hidden`` to ``residual`` if ADDS, then write its RMS norm into ``result``.
 
-    NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is added, with weights of its own. NORM_OFFSET is
-    added to all weights.
+    All are [num_tokens, SIZE]. Grid: tokens. NORMALIZES_HIDDEN: the RMS norm of ``hidden`` is
+    added, with weights of its own. NORM_OFFSET is added to all weights.
     """
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, PADDED_SIZE)
     mask = tl.arange(0, PADDED_SIZE) < SIZE
@@ -136,10 +135,10 @@ def add_and_normalize(
 def multiply_gated(
     gate_and_up, result, SIZE: tl.constexpr, COLUMNS: tl.constexpr, IS_GELU: tl.constexpr
 ):
-    """``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE]. Grid: tokens, tiles of
-    COLUMNS columns.
+    """Compute ``silu(gate) * up``: [num_tokens, 2 * SIZE] to [num_tokens, SIZE].
 
-    IS_GELU: GELU by its approximation with tanh, as 0.5 * (1 + tanh(x)) is sigmoid(2 * x).
+    Grid: tokens, tiles of COLUMNS columns. IS_GELU: GELU by its approximation with tanh, as 0.5 *
+    (1 + tanh(x)) is sigmoid(2 * x).
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

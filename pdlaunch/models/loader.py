@@ -1,5 +1,4 @@
-"""Build a transformers model whose attention is ours, with the weights that this rank holds and no
-others.
+"""Build a transformers model with our attention and only the weights that this rank holds.
 
 The model is built without memory (meta device), then each weight is read, cut, converted and put in
 place.
@@ -35,14 +34,13 @@ def load_model(
     progress: ReportProgress,
     stacked: bool = False,
 ) -> nn.Module:
-    """A causal language model in evaluation mode, called with ``use_cache=False`` and
-    ``attention_step``.
+    """Return a causal language model in evaluation mode.
 
-    ``shape``: of ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up
-    weights, only config.json is read. ``stacked``: weights lie in memory as ``StackedPlaces`` says.
-
-    Raises ConfigError when the checkpoint does not fit the configuration or the heads do not divide
-    by the ranks.
+    It is called with ``use_cache=False`` and ``attention_step``. ``shape``: of
+    ``read_model_shape``, which has refused what cannot be served. ``dummy``: made-up weights, only
+    config.json is read. ``stacked``: weights lie in memory as ``StackedPlaces`` says. Raises
+    ConfigError when the checkpoint does not fit the configuration or the heads do not divide by the
+    ranks.
     """
     progress("loading libraries", None)
     register_attention()
@@ -132,7 +130,7 @@ def _fill(
     put: Callable[[str, torch.Tensor], None],
     progress: ReportProgress,
 ) -> None:
-    """``put`` each weight in its place; tied ones once."""
+    """Put each weight in its place with ``put``; tied ones once."""
     tied = set(model.all_tied_weights_keys)
     expected = {
         name: parameter.shape for name, parameter in model.named_parameters() if name not in tied
@@ -173,9 +171,7 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _initialize(modules: list[nn.Module], model: Any) -> None:
-    """Buffers are computed in place from the configuration by the model's own initialisation, which
-    spares the parameters.
-    """
+    """Compute buffers in place, by the model's own initialisation, which spares the parameters."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in modules:
@@ -185,7 +181,7 @@ def _initialize(modules: list[nn.Module], model: Any) -> None:
 def _dummy_weights(
     model: Any, cuts: dict[str, Cut], device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Norms get what the model's own initialisation gives them, all else random numbers."""
+    """Yield random weights, but for norms, which get what the model's own initialisation gives."""
     tied = set(model.all_tied_weights_keys)
     for module_name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))

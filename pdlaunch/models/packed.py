@@ -1,6 +1,4 @@
-"""The tokens of one step, packed without padding: what the runner builds and attention backends
-read.
-"""
+"""The tokens of one step, packed without padding: the runner builds them, backends read them."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows one after another; rows of one token (decode) come first.
+    """Holds rows one after another; rows of one token (decode) come first.
 
     ``|d0|d1|d2|p0 p0 p0 p0|p1 p1|``: three decode rows, then two chunks of prompts.
     """
@@ -31,7 +29,7 @@ class PackedBatch:
     context_lengths: IntArray
     """[num_rows]; tokens of the row that the KV cache holds after this step"""
     block_tables: tuple[IntArray, ...]
-    """By KV cache group: [num_rows, max_blocks]; entries past the context or before the window may
+    """[num_rows, max_blocks] by KV cache group; entries past the context or before the window may
     be stale
     """
     num_decode_rows: int

@@ -1,4 +1,4 @@
-"""How long work at a start reports its progress."""
+"""The type of functions to which long work reports its progress."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Attention of whole prompts and of chunks over contiguous keys and values, by libraries that come
-with torch.
-"""
+"""Attention over contiguous keys and values, by libraries that come with torch."""
 
 from __future__ import annotations
 
@@ -29,8 +27,9 @@ met.
 def attend_whole_prompts(
     lengths: tuple[int, ...], stacked: torch.Tensor, num_heads: int, scaling: float
 ) -> torch.Tensor:
-    """Prompts of these lengths, one after another in ``stacked``. Padding comes after all that a
-    token sees.
+    """Attend over prompts of these lengths, one after another in ``stacked``.
+
+    Padding comes after all that a token sees.
     """
     results, start = [], 0
     for length in lengths:
@@ -45,10 +44,10 @@ def attend_whole_prompts(
 
 
 def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> torch.Tensor:
-    """Causal attention of one prompt: [num_tokens, num_heads, D].
+    """Return the causal attention of one prompt: [num_tokens, num_heads, D].
 
-    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. Always laid out like this:
-    cuDNN plans by strides too.
+    ``heads``: [num_tokens, num_heads + 2 * H, D]; queries, keys, values. They are always laid out
+    like this, as cuDNN plans by strides too.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     query, key, value = torch.split(
@@ -62,13 +61,13 @@ def attend_with_cudnn(heads: torch.Tensor, num_heads: int, scaling: float) -> to
 
 
 def has_fast_cudnn(device: torch.device) -> bool:
-    """Whether cuDNN's attention is the faster one on ``device``."""
+    """Return whether cuDNN's attention is the faster one on ``device``."""
     has_cudnn: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     return has_cudnn and torch.cuda.get_device_capability(device)[0] >= CUDNN_CAPABILITY
 
 
 def varlen_flash() -> Callable[..., torch.Tensor]:
-    """torch's varlen attention; from 2.12 on it wants to be told that query heads share keys."""
+    """Return torch's varlen attention, which from 2.12 on is told that query heads share keys."""
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
     attend: Any = varlen_attn  # returns a tuple only where more is asked for
     return partial(attend, enable_gqa=True) if knows_groups else attend

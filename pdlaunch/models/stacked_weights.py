@@ -1,5 +1,4 @@
-"""Weights of layers with the same input lie side by side in memory, so that one product computes
-them together.
+"""Weights of layers with the same input, side by side in memory for one product.
 
 They are put there while loading: stacking afterwards would leave the memory of the single weights
 with the allocator.
@@ -16,21 +15,22 @@ STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class StackedPlaces:
-    """Where weights and biases of stacked layers go. Memory of a stack is allocated with its first
-    member.
+    """Gives weights and biases of stacked layers their places.
+
+    The memory of a stack is allocated with its first member.
     """
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """``shapes``: of all parameters by name, as this rank holds them."""
+        """Begin without stacks. ``shapes``: of all parameters by name, as this rank holds them."""
         self._shapes = shapes
         self._dtype = dtype
         self._device = device
         self._stacks: dict[tuple[str, ...], torch.Tensor] = {}
 
     def place(self, name: str) -> torch.Tensor | None:
-        """A contiguous part of the stack, with anything in it. None: this parameter stands
+        """Return a contiguous part of the stack, with anything in it; None: this parameter stands
         alone.
         """
         members = self._members(name)
@@ -54,8 +54,9 @@ class StackedPlaces:
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor of which ``parts`` are neighbours along dimension 0, in their order, in place.
-    None: they are not.
+    """Return, in place, the tensor of which ``parts`` are neighbours along dimension 0.
+
+    None if they are not, in their order.
     """
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:

@@ -1,6 +1,4 @@
-"""What the kernels of one step read beside the KV cache: integers, put together on the host and
-copied to the device at once.
-"""
+"""Integers that the kernels of a step read; they are copied to the device at once."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ class Chunks:
     tile_tokens: torch.Tensor
     """[num_tiles] int32"""
     prefixes: tuple[Prefix, ...] | None
-    """By group; None: no chunk has anything before it."""
+    """One for each group; None: no chunk has anything before it."""
     lengths: tuple[int, ...]
     """Tokens of each chunk, if cuDNN can do them: long ones without anything before them. Else
     empty.
@@ -59,7 +57,7 @@ class StepTensors:
     """Holds a step's integers on the device."""
 
     slots: tuple[torch.Tensor, ...]
-    """By group: [num_tokens] int32; -1 writes nothing"""
+    """[num_tokens] int32 by group; -1 writes nothing"""
     lengths: torch.Tensor
     """[num_rows] int32"""
     tables: torch.Tensor
@@ -73,8 +71,9 @@ class StepTensors:
 def upload_int32(
     arrays: Sequence[IntArray | Int32Array], device: torch.device
 ) -> list[torch.Tensor]:
-    """int32 copies of ``arrays`` on ``device``, flat, from one transfer that the host does not wait
-    for.
+    """Return flat int32 copies of ``arrays`` on ``device``.
+
+    It is one transfer, for which the host does not wait.
     """
     starts = np.concatenate([[0], np.cumsum([_aligned(array.size) for array in arrays])])
     host = _host_buffer(int(starts[-1]), device)
@@ -88,15 +87,13 @@ def upload_int32(
 
 
 def slots_of(tables: tuple[IntArray, ...], batch: PackedBatch, block_size: int) -> list[IntArray]:
-    """By KV cache group: [num_tokens]; block * block_size + offset of each token of the step."""
+    """Return [num_tokens] by KV cache group: block * block_size + offset of each token."""
     blocks, offsets = np.divmod(batch.positions, block_size)
     return [table[batch.row_of_token, blocks] * block_size + offsets for table in tables]
 
 
 class Staging:
-    """Integers on the device at an address that stays, and the pinned host memory that they are
-    copied from.
-    """
+    """Holds integers on the device at an address that stays, and pinned host memory for them."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = torch.zeros(size, dtype=torch.int32, device=device)
@@ -104,7 +101,7 @@ class Staging:
         self._sent = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def host(self) -> Int32Array:
-        """To be written to; waits until the last copy from here is done."""
+        """Return the array to be written to; waits until the last copy from it is done."""
         if self._sent is not None:
             self._sent.synchronize()
         content: Int32Array = self._host.numpy()
@@ -119,12 +116,11 @@ class Staging:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """Inputs of decode steps of up to ``num_rows`` rows, at addresses that stay: a CUDA graph reads
-    them.
+    """Holds the inputs of decode steps of up to ``num_rows`` rows, where CUDA graphs read them.
 
-    One buffer: ``| stride | lengths | token_ids | positions | slots of each group | tables of each
-    group |``. Block tables are as wide as the step's longest context asks for, so that only their
-    used part is copied.
+    One buffer, at an address that stays: ``| stride | lengths | token_ids | positions | slots of
+    each group | tables of each group |``. Block tables are as wide as the step's longest context
+    asks for, so that only their used part is copied.
     """
 
     layout: KVCacheLayout
@@ -138,7 +134,7 @@ class DecodeInputs:
 
     @staticmethod
     def buffer_size(layout: KVCacheLayout, num_rows: int, max_blocks: int) -> int:
-        """Integers that ``num_rows`` rows with block tables of ``max_blocks`` need."""
+        """Return how many integers ``num_rows`` rows with block tables of ``max_blocks`` need."""
         num_groups = len(layout.groups)
         return (
             ALIGNMENT + (3 + num_groups) * _aligned(num_rows) + num_groups * num_rows * max_blocks
@@ -146,38 +142,36 @@ class DecodeInputs:
 
     @property
     def table_stride_at(self) -> torch.Tensor:
-        """[1]; blocks in a row of ``tables``."""
+        """Return [1]: the blocks in a row of ``tables``."""
         return self.buffer[:1]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[num_rows]; 0 for rows that pad the batch"""
+        """Return [num_rows]; 0 for rows that pad the batch."""
         return self._line(0)
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """[num_rows]"""
+        """Return [num_rows]."""
         return self._line(1)
 
     @property
     def positions(self) -> torch.Tensor:
-        """[num_rows]"""
+        """Return [num_rows]."""
         return self._line(2)
 
     @property
     def slots(self) -> tuple[torch.Tensor, ...]:
-        """By group: [num_rows]; -1 for rows that pad the batch"""
+        """Return by group [num_rows]; -1 for rows that pad the batch."""
         return tuple(self._line(3 + group) for group in range(len(self.layout.groups)))
 
     @property
     def tables(self) -> torch.Tensor:
-        """[num_groups * num_rows * table_stride]"""
+        """Return [num_groups * num_rows * table_stride]."""
         return self.buffer[self._tables_start :]
 
     def fill(self, batch: PackedBatch) -> None:
-        """Copy a batch of decode rows, at most ``num_rows``, behind the work that is queued on the
-        device.
-        """
+        """Copy a batch of at most ``num_rows`` decode rows, behind the device's queued work."""
         stride = max(table.shape[1] for table in batch.block_tables)
         used = self._tables_start + len(batch.block_tables) * self.num_rows * stride
         content = self.staging.host()
@@ -211,7 +205,9 @@ def _aligned(size: int) -> int:
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """torch keeps pinned memory until the copies that were queued from it are done, then gives it
-    out again.
+    """Allocate a buffer, pinned where there is a device.
+
+    torch keeps pinned memory until the copies that were queued from it are done, then gives it out
+    again.
     """
     return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -1,5 +1,4 @@
-"""Tensor parallelism: the group of ranks, and how a model's linear layers are cut by transformers'
-own plan.
+"""Tensor parallelism: the group of ranks, and the cuts of linear layers by transformers' plan.
 
 ``colwise`` layers compute a share of their outputs, ``rowwise`` layers take a share of their inputs
 and add up over the group. Embedding and output layers are whole on every rank. A KV head is on
@@ -28,7 +27,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class TPGroup:
-    """The ranks of one engine; collective calls must be made by all of them in the same order."""
+    """Joins the ranks of one engine; all of them make collective calls in the same order."""
 
     def __init__(
         self, tp_rank: int, tp_size: int, device: str, group: dist.ProcessGroup | None
@@ -53,7 +52,7 @@ class TPGroup:
         return tensor
 
     def least(self, number: int) -> int:
-        """The smallest of the ranks' numbers, on every rank."""
+        """Return the smallest of the ranks' numbers, on every rank."""
         if self._group is None:
             return number
         smallest = torch.tensor([number], dtype=torch.int64, device=self._device)
@@ -61,8 +60,9 @@ class TPGroup:
         return int(smallest)
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Rank 0's ``data`` on every rank; what the others pass is not looked at. Raw bytes,
-        nothing is unpickled.
+        """Return rank 0's ``data`` on every rank; what the others pass is not looked at.
+
+        Raw bytes travel, nothing is unpickled.
         """
         if self._group is None:
             assert data is not None
@@ -77,8 +77,9 @@ class TPGroup:
         return bytes(payload.cpu().numpy())
 
     def close(self) -> None:
-        """Leave the group. On CUDA only once all graphs that hold its sums are gone: NCCL waits for
-        them.
+        """Leave the group.
+
+        On CUDA only once all graphs that hold its sums are gone: NCCL waits for them.
         """
         if self._group is not None:
             dist.destroy_process_group()
@@ -93,8 +94,7 @@ def init_tp_group(
     *,
     timeout_s: float = RENDEZVOUS_TIMEOUT_S,
 ) -> TPGroup:
-    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that no earlier group
-    has used.
+    """Meet the other ranks over ``rendezvous``, a ``file://`` URL on a path that is new.
 
     A file store listens nowhere, and the group's own sockets are bound to loopback (unless
     GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say otherwise). ``device``: ``cpu``, or this rank's
@@ -145,16 +145,14 @@ def says_that_a_rank_is_gone(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which part of the model one rank holds. ``group`` None: all of it."""
+    """Says which part of the model one rank holds."""
 
     tp_rank: int
     tp_size: int
     shape: ModelShape
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when the heads, the inner size or experts cannot be cut into
-        ``tp_size`` parts.
-        """
+        """Raise ConfigError for heads, inner size or experts that ``tp_size`` does not divide."""
         shape, size = self.shape, self.tp_size
         if shape.num_experts and size > 1:
             raise ConfigError(
@@ -186,8 +184,9 @@ class Shard:
         return self.tp_rank * self.shape.num_kv_heads // self.tp_size
 
     def share(self, module_name: str, size: int) -> slice:
-        """Of a cut dimension of ``size``: what this rank holds. Ranks that share a KV head hold the
-        same keys and values.
+        """Return what this rank holds of a cut dimension of ``size``.
+
+        Ranks that share a KV head hold the same keys and values.
         """
         if module_name.endswith((".k_proj", ".v_proj")):
             head_dim = size // self.shape.num_kv_heads
@@ -199,9 +198,7 @@ class Shard:
 
 
 class RowwiseLinear(nn.Module):
-    """A linear layer whose inputs are spread over the ranks. The bias is added once, after the
-    sum.
-    """
+    """Computes a linear layer whose inputs are spread over ranks; adds the bias after the sum."""
 
     def __init__(self, layer: nn.Linear, tp: TPGroup) -> None:
         super().__init__()
@@ -210,9 +207,7 @@ class RowwiseLinear(nn.Module):
         self._tp = tp
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """``inputs``: [..., in_features / tp_size]; returns [..., out_features], the same on every
-        rank.
-        """
+        """Return [..., out_features], the same on every rank, of [..., in_features / tp_size]."""
         result = self._tp.all_reduce(linear(inputs, self.weight))
         return result if self.bias is None else result + self.bias
 
@@ -220,7 +215,8 @@ class RowwiseLinear(nn.Module):
 def plan_cuts(
     model: nn.Module, base_prefix: str, plan: Mapping[str, str] | None, shard: Shard
 ) -> dict[str, tuple[int, slice]]:
-    """Which parameters of ``model`` are cut: name -> (dimension, what this rank holds of it).
+    """Return which parameters of ``model`` are cut: name -> (dimension, what this rank holds of
+    it).
 
     ``plan``: ``config.base_model_tp_plan`` of transformers, with names relative to ``base_prefix``.
     Raises UnsupportedModelError when there is none or it asks for something other than cut linear

@@ -1,5 +1,4 @@
-"""Paged attention with torch's own operators: for CPUs, and as the reference that other backends
-are compared with.
+"""Paged attention with torch's own operators: for CPUs, and as the reference of other backends.
 
 Rows of one token are padded to buckets of like length; one gather and one attention call a bucket
 and layer. Query heads that share a KV head become query rows, so that keys and values are never
@@ -34,7 +33,7 @@ MAX_BUCKET_BYTES = 64 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Decode rows attended together."""
+    """Holds decode rows that are attended together."""
 
     rows: torch.Tensor
     """[num_rows] int64; which of the packed tokens"""
@@ -48,7 +47,7 @@ class _Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Some tokens of one prompt."""
+    """Holds some tokens of one prompt."""
 
     start: int
     stop: int
@@ -62,7 +61,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _GroupStep:
-    """What the layers of one KV cache group share in a step."""
+    """Holds what the layers of one KV cache group share in a step."""
 
     write: torch.Tensor
     """[num_tokens * H] int64; rows of D, token-major"""
@@ -71,7 +70,7 @@ class _GroupStep:
 
 
 class TorchAttention(AttentionBackend):
-    """``kv_cache`` as ``KVCacheLayout`` says, on any device; its dtype is that of the model."""
+    """Attends on any device over ``kv_cache`` as ``KVCacheLayout`` says, in the model's dtype."""
 
     def __init__(self, layout: KVCacheLayout, kv_cache: torch.Tensor) -> None:
         self.layout = layout
@@ -103,7 +102,7 @@ class TorchAttention(AttentionBackend):
         )
 
     def _reserve(self, num_rows: int) -> None:
-        """Fresh memory for every gather would cost more in page faults than the copy."""
+        """Keep memory for gathers: fresh memory for each would cost more than the copy."""
         if len(self._workspace) < num_rows:
             self._workspace = self.block_rows.new_empty(
                 (num_rows * 5 // 4, self.block_rows.shape[1])
@@ -127,8 +126,10 @@ class TorchAttention(AttentionBackend):
     def _make_buckets(
         self, group: KVCacheGroup, table: IntArray, batch: PackedBatch
     ) -> Iterator[_Bucket]:
-        """Longest rows first; a row less than half as long as the bucket's first opens the next, so
-        padding at most doubles.
+        """Sort rows into buckets, the longest first.
+
+        A row less than half as long as the bucket's first opens the next, so padding at most
+        doubles.
         """
         lengths = batch.context_lengths[: batch.num_decode_rows]
         first, num_blocks = self._blocks_in_sight(group, lengths - 1, lengths)
@@ -212,8 +213,10 @@ class TorchAttention(AttentionBackend):
     def _blocks_in_sight(
         self, group: KVCacheGroup, positions: IntArray, lengths: IntArray
     ) -> tuple[IntArray, IntArray]:
-        """First block that a query at ``positions`` sees, and how many there are up to ``lengths``;
-        earlier ones are not read.
+        """Return the first block that a query at ``positions`` sees, and how many follow up to
+        ``lengths``.
+
+        Earlier ones are not read.
         """
         size = self.layout.block_size
         if group.sliding_window is None:
@@ -235,7 +238,7 @@ class TorchAttention(AttentionBackend):
         return max(1, MAX_BUCKET_BYTES // row_bytes)
 
     def _head_rows(self, blocks: IntArray) -> IntArray:
-        """[..., H]: rows of B * D of the keys of slot 0."""
+        """Return [..., H]: rows of B * D of the keys of slot 0."""
         heads = np.arange(self.layout.num_kv_heads)
         rows: IntArray = (
             (blocks[..., None] * self.layout.num_kv_heads + heads)
@@ -245,8 +248,9 @@ class TorchAttention(AttentionBackend):
         return rows
 
     def _gather_index(self, blocks: IntArray) -> torch.Tensor:
-        """``blocks``: [num_rows, num_blocks]; result orders keys, then values, each by row, head,
-        block.
+        """Return indices in the order keys, then values, each by row, head, block.
+
+        ``blocks``: [num_rows, num_blocks].
         """
         keys = self._head_rows(blocks).transpose(0, 2, 1).reshape(-1)
         return self._tensor(np.concatenate([keys, keys + 1]))
@@ -313,7 +317,7 @@ class _TorchStep(AttentionStep):
         scaling: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """``query``: [num_rows, num_heads, head_dim]; the result too."""
+        """Attend for a bucket; ``query`` and the result are [num_rows, num_heads, head_dim]."""
         num_rows, num_heads, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
         keys, values = self._backend.gather(bucket.gather, slot).view(
@@ -334,7 +338,7 @@ class _TorchStep(AttentionStep):
         scaling: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The result: [num_tokens, num_heads, head_dim] of the chunk's tokens."""
+        """Return [num_tokens, num_heads, head_dim] of the chunk's tokens."""
         num_heads, _, head_dim = query.shape
         num_kv_heads = self._backend.layout.num_kv_heads
         share = num_heads // num_kv_heads
@@ -358,8 +362,9 @@ def _attend(
     scaling: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None:
-    causal.
+    """Attend over contiguous keys and values.
+
+    ``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None: causal.
 
     ``sinks``: [.., num_queries or 1, 1]. Each becomes what one more key, before all others, scores:
     in a dimension of its own where that key alone is not zero. Its value is zero. Where the mask is

@@ -1,5 +1,4 @@
-"""Paged attention on CUDA devices with Triton kernels, and torch's varlen flash attention for
-prompts in 16 bits.
+"""Paged attention on CUDA devices: Triton kernels, and libraries for prompts in 16 bits.
 
 Decode reads the KV cache in place, in splits of the context. Whole prompts go through cuDNN where
 it is faster; other chunks through flash attention, with what lies before them gathered into
@@ -43,7 +42,9 @@ class TritonAttention(AttentionBackend):
     reads_only_context = True
 
     def __init__(self, layout: KVCacheLayout, kv_cache: torch.Tensor) -> None:
-        """``kv_cache``: as ``layout`` says, contiguous; its dtype is that of the model."""
+        """Choose kernels. ``kv_cache``: as ``layout`` says, contiguous; its dtype is that of the
+        model.
+        """
         is_half = (
             kv_cache.is_cuda
             and kv_cache.dtype in (torch.float16, torch.bfloat16)
@@ -69,7 +70,7 @@ class TritonAttention(AttentionBackend):
             attend_with_cudnn(heads, num_heads, 1.0)
 
     def prepare(self, batch: PackedBatch) -> TritonStep:
-        """Everything the layers share, in one copy to the device."""
+        """Copy all that the layers share to the device at once."""
         slots = slots_of(batch.block_tables, batch, self.setup.layout.block_size)
         stride = np.array([batch.block_tables[0].shape[1]])
         arrays = [stride, batch.context_lengths, np.stack(batch.block_tables), *slots]
@@ -91,8 +92,8 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self.setup, tensors)
 
     def decode_step(self, inputs: DecodeInputs) -> TritonStep:
-        """A step over ``inputs`` that can be captured and replayed for whatever ``inputs`` are
-        filled with.
+        """Return a step over ``inputs`` that a graph can replay, whatever they are filled with
+        then.
         """
         tensors = StepTensors(
             slots=inputs.slots,
@@ -105,7 +106,7 @@ class TritonAttention(AttentionBackend):
         return TritonStep(self.setup, tensors)
 
     def _chunk_arrays(self, batch: PackedBatch) -> list[IntArray]:
-        """starts, row_starts, tile_rows, tile_tokens"""
+        """Return starts, row_starts, tile_rows and tile_tokens."""
         starts = batch.row_starts[batch.num_decode_rows :] - batch.row_starts[batch.num_decode_rows]
         counts = -(-np.diff(starts) // self.setup.chunk_tokens)
         tile_rows = np.repeat(np.arange(batch.num_decode_rows, batch.num_rows), counts)
@@ -115,8 +116,9 @@ class TritonAttention(AttentionBackend):
         return [starts, batch.row_starts, tile_rows, tile_tokens]
 
     def _gathered(self, batch: PackedBatch) -> list[tuple[IntArray, IntArray]]:
-        """By group: slots of all that the chunks see, and where each chunk's begin. Empty when
-        there is nothing before any.
+        """Return by group the slots of all that chunks see, and where each chunk's begin.
+
+        Empty when there is nothing before any chunk.
         """
         rows = np.arange(batch.num_decode_rows, batch.num_rows)
         lengths = batch.context_lengths[rows]

@@ -1,4 +1,4 @@
-"""One step of ``TritonAttention``: the kernels that it launches for each layer.
+"""One step of ``TritonAttention``: it launches the kernels of each layer.
 
 Decode reads the KV cache in place and cuts contexts into splits, so that few long rows fill the
 device too.
@@ -46,7 +46,7 @@ class SplitPlan:
 
     @staticmethod
     def of(num_rows: int, num_kv_heads: int) -> SplitPlan:
-        """Cut few rows into many splits, and cut rows that fill the device only where they are long."""
+        """Cut few rows into many splits; cut rows that fill the device only where they are long."""
         wanted = -(-TARGET_PROGRAMS // (num_rows * num_kv_heads))
         min_tokens = 1024 if wanted == 1 else 256 if wanted <= 4 else 32
         return SplitPlan(min(MAX_SPLITS, max(8, triton.next_power_of_2(wanted))), min_tokens)
@@ -71,11 +71,11 @@ class KernelSetup:
 
     layout: KVCacheLayout
     kv_cache: torch.Tensor
-    """As ``layout`` says, contiguous; its dtype is that of the model."""
+    """Laid out as ``layout`` says, contiguous; its dtype is that of the model."""
     flash: Callable[..., torch.Tensor] | None
     """torch's varlen attention; None where it does not fit."""
     place: dict[int, tuple[int, int]] = field(init=False)
-    """By layer: its group, and its slot in the group's blocks."""
+    """The group of each layer, and the layer's slot in the group's blocks."""
     padded_dim: int = field(init=False)
     tile: int = 32
     chunk_tokens: int = field(init=False)

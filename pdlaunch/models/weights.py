@@ -1,6 +1,4 @@
-"""Weights of a directory in Hugging Face layout: read piece by piece, made up for ``load_format:
-dummy``, and hashed.
-"""
+"""Weights of a directory in Hugging Face layout: read in pieces, made up, and hashed."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ _WRAPPED_PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
-"""Where multimodal checkpoints keep the language model."""
+"""The place where multimodal checkpoints keep the language model."""
 _IGNORED_PREFIXES = (
     "model.vision_tower.",
     "vision_tower.",
@@ -37,9 +35,7 @@ _PIECES_PER_TENSOR = 3
 
 
 def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the language model with its name in the model, one at a time; of cut ones
-    only this rank's part.
-    """
+    """Yield every tensor of the language model with its name; of cut ones only this rank's part."""
     for file in files:
         with safe_open(file, framework="pt") as checkpoint:
             for key in checkpoint.keys():  # noqa: SIM118 - not a mapping
@@ -58,8 +54,9 @@ def read_tensors(files: list[Path], cuts: dict[str, Cut]) -> Iterator[tuple[str,
 def dummy_tensor(
     name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, cut: Cut | None
 ) -> torch.Tensor:
-    """Small random numbers that depend on the name alone, so that every rank of every engine draws
-    the same model.
+    """Return small random numbers that depend on the name alone.
+
+    So every rank of every engine draws the same model.
     """
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     whole = torch.empty(shape, dtype=dtype, device=device).normal_(
@@ -69,8 +66,9 @@ def dummy_tensor(
 
 
 def digest_model(model_dir: Path, *, dummy: bool) -> str:
-    """SHA-256 (hex) over config.json and, of each file of weights, its size, header and pieces of
-    every tensor.
+    """Return the SHA-256 (hex) of config.json and the weights.
+
+    Of each file of weights, size, header and pieces of every tensor are hashed.
     """
     config = json.loads((model_dir / "config.json").read_text("utf-8"))
     kept = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
@@ -85,8 +83,9 @@ def digest_model(model_dir: Path, *, dummy: bool) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """Size, header, then the start, middle and end of every tensor. Source: the safetensors format
-    (length, JSON, tensors).
+    """Yield size and header, then the start, middle and end of every tensor.
+
+    Source: the safetensors format (length, JSON, tensors).
     """
     yield path.stat().st_size.to_bytes(8, "little")
     with path.open("rb") as file:
@@ -118,8 +117,9 @@ def _name_in_model(key: str) -> str | None:
 
 
 def _part(source: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """``source``: a tensor, or a slice object of safetensors, which reads only what is asked
-    for.
+    """Return the part of ``source``, a tensor or a slice object of safetensors.
+
+    The latter reads only what is asked for.
     """
     dimension, share = cut
     return source[share] if dimension == 0 else source[:, share]
