@@ -22,10 +22,9 @@ from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, 
 from pdlaunch.transfer.channel.side_channel import DecodeSocket, PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
-from pdlaunch.transfer.decode_side.holder_link import Puller
-from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
+from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import new_peer_table
-from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.decode_side.pull import PullTable
 from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
 
@@ -123,7 +122,7 @@ class TransferSides:
         # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
         # it gets traffic.
         self._peers = new_peer_table(peer_setup, eager=spec.role == "decode")
-        puller = Puller(
+        pull_setup = PullSetup(
             engine_id=identity.engine_id,
             tp_rank=identity.tp_rank,
             first_kv_head=memory.first_kv_head,
@@ -133,7 +132,7 @@ class TransferSides:
             emit=self._events.append,
             alert=alert,
         )
-        self._pulls = PullTable(puller, self._peers)
+        self._pulls = PullTable(pull_setup, self._peers)
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""

@@ -31,7 +31,7 @@ from pdlaunch.protocol.transfer import (
     StartPull,
     WithdrawPartialPrompt,
 )
-from pdlaunch.transfer.decode_side.branch import REPEAT_S
+from pdlaunch.transfer.decode_side.rank_pull import REPEAT_S
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import FakeChannel, FakeClock

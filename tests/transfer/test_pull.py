@@ -38,10 +38,9 @@ from pdlaunch.protocol.transfer import (
 from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
 from pdlaunch.transfer.connectors.connector import LocalMemory
 from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
-from pdlaunch.transfer.decode_side.holder_link import Puller
-from pdlaunch.transfer.decode_side.peer_setup import PeerSetup
+from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
-from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.decode_side.pull import PullTable
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from tests.transfer.fakes import (
     Fabric,
@@ -193,7 +192,7 @@ class World:
         )
         self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
         hasher = KVHasher(self.kv_cache, layout) if self.verify else None
-        puller = Puller(
+        puller = PullSetup(
             "d" * 32,
             0,
             0,

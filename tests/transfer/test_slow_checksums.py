@@ -23,7 +23,7 @@ from pdlaunch.protocol.side_channel import (
     ToPrefillSide,
 )
 from pdlaunch.protocol.transfer import EndLease, LeaseEnded
-from pdlaunch.transfer.decode_side.pull_table import PullTable
+from pdlaunch.transfer.decode_side.pull import PullTable
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
@@ -160,7 +160,7 @@ class SlowPuller(World):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.hasher = HandHasher(self.kv_cache, layout_of())
-        self.pulls = PullTable(replace(self.pulls._puller, hasher=self.hasher), self.peers)
+        self.pulls = PullTable(replace(self.pulls._setup, hasher=self.hasher), self.peers)
 
     def arrive(self, **options: Any) -> HolderRank:
         """A pull whose bytes are here, and nothing is known of them."""

@@ -11,7 +11,7 @@ from pdlaunch.errors import TransferError
 from pdlaunch.protocol.side_channel import Push, PushEnded, Refused, ToDecodeSide
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.connectors.connector import BlockRead, Connector, PushedRead
-from pdlaunch.transfer.decode_side.peer_setup import Channel
+from pdlaunch.transfer.decode_side.links import Channel
 
 
 class AskedPushes:

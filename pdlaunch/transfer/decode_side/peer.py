@@ -38,8 +38,7 @@ from pdlaunch.transfer.connectors.connector import (
 from pdlaunch.transfer.connectors.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.connectors.scratch import has_pattern
 from pdlaunch.transfer.decode_side.asked_pushes import AskedPushes
-from pdlaunch.transfer.decode_side.holder_link import LinkStatus
-from pdlaunch.transfer.decode_side.peer_setup import Channel, PeerAddress, PeerSetup
+from pdlaunch.transfer.decode_side.links import Channel, LinkStatus, PeerAddress, PeerSetup
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ _STATUS: dict[_State, LinkStatus] = {
 
 
 class Peer:
-    """Handshake, connection and READs of one peer; a ``HolderLink`` for its pulls."""
+    """Handshake, connection and READs of one peer; a ``PrefillLink`` for its pulls."""
 
     def __init__(self, address: PeerAddress, setup: PeerSetup) -> None:
         self.address = address

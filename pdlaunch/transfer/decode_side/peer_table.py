@@ -11,8 +11,8 @@ from pdlaunch.protocol.control import Entry, PairFailed
 from pdlaunch.protocol.ids import EngineId
 from pdlaunch.transfer.channel.handshake import RankIdentity
 from pdlaunch.transfer.channel.head_mapping import SourceRank
+from pdlaunch.transfer.decode_side.links import PeerAddress, PeerSetup
 from pdlaunch.transfer.decode_side.peer import Peer
-from pdlaunch.transfer.decode_side.peer_setup import PeerAddress, PeerSetup
 
 logger = logging.getLogger(__name__)
 

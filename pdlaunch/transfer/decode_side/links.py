@@ -1,22 +1,25 @@
-"""What pulls need of this rank and of the ranks that hold blocks."""
+"""Says what pulls and peers need of this rank and of the prefill ranks."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pdlaunch.integrity.checksum import KVHasher
+from pdlaunch.protocol.control import ToSupervisor
 from pdlaunch.protocol.ids import EngineId, PullId, ReaderId
-from pdlaunch.protocol.side_channel import Geometry, ToDecodeSide, ToPrefillSide
+from pdlaunch.protocol.side_channel import Compatibility, Geometry, ToDecodeSide, ToPrefillSide
 from pdlaunch.protocol.transfer import PullDrained, PullFinished
-from pdlaunch.transfer.connectors.connector import BlockRead, Read
+from pdlaunch.transfer.channel.handshake import RankIdentity
+from pdlaunch.transfer.channel.head_mapping import SourceRank, map_sources
+from pdlaunch.transfer.connectors.connector import BlockRead, Connector, Read
 
 LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 
 
-class HolderLink(Protocol):
+class PrefillLink(Protocol):
     """What a pull needs of a holder rank."""
 
     name: str
@@ -57,8 +60,61 @@ class HolderLink(Protocol):
         """A READ has failed: the connection is not to be trusted."""
 
 
+class Channel(Protocol):
+    """The setup's end of a side channel."""
+
+    socket: Any
+    """For the poller."""
+
+    @property
+    def broken(self) -> bool:
+        """The peer's process has ended; only known where the connector pushes."""
+
+    def send(self, message: ToPrefillSide) -> None: ...
+
+    def receive(self) -> list[ToDecodeSide]: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class Puller:
+class PeerAddress:
+    """A holder rank as the registry shows it."""
+
+    identity: RankIdentity
+    endpoint: str
+    """Of its side channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSetup:
+    """What all peers of this rank share."""
+
+    identity: RankIdentity
+    """Of this rank."""
+    compatibility: Compatibility
+    head_bytes: int
+    connector: Connector
+    open_channel: Callable[[str], Channel]
+    """From an endpoint."""
+    handshake_timeout_s: float
+    clock: Callable[[], float]
+    report: Callable[[ToSupervisor], None]
+
+    def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
+        """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes
+        do not fit.
+        """
+        return map_sources(
+            num_kv_heads=self.compatibility.num_kv_heads,
+            prefill_tp_size=prefill_tp_size,
+            decode_tp_size=self.identity.tp_size,
+            decode_tp_rank=self.identity.tp_rank,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PullSetup:
     """This rank's side of all its pulls."""
 
     engine_id: EngineId

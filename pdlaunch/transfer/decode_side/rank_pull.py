@@ -48,8 +48,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.channel.head_mapping import SourceRank
-from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
-from pdlaunch.transfer.decode_side.part_reads import PartReads, ReadFailed
+from pdlaunch.transfer.decode_side.chunked_reads import ChunkedReads, ReadFailed
+from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.read_plan import PullFailed, Share
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,13 @@ class Stage(Enum):
     ENDED = auto()
 
 
-class Branch:
+class RankPull:
     """Talks to one holder rank and reads from it. The holder learns of the end, however the pull
     ends.
     """
 
     def __init__(
-        self, command: StartPull, source: SourceRank, link: HolderLink, puller: Puller
+        self, command: StartPull, source: SourceRank, link: PrefillLink, setup: PullSetup
     ) -> None:
         self.name = link.name
         self.stage = Stage.CONNECTING
@@ -89,13 +89,13 @@ class Branch:
         self._command = command
         self._source = source
         self._link = link
-        self._puller = puller
-        self._reader = puller.reader(command.pull_id)
-        self._reads = PartReads(
+        self._setup = setup
+        self._reader = setup.reader(command.pull_id)
+        self._reads = ChunkedReads(
             command,
             link,
-            puller,
-            Share(link.name, self._reader, source.heads, puller.first_kv_head),
+            setup,
+            Share(link.name, self._reader, source.heads, setup.first_kv_head),
         )
         self._begun: list[int] = []
         """Calls of pull_begin that have no answer."""
@@ -192,7 +192,7 @@ class Branch:
         self._forget_begun()
         if self._link.status != "ready":
             self._on_disconnected()
-        self._owes_until_s = self._puller.clock() + self._command.timeout_s
+        self._owes_until_s = self._setup.clock() + self._command.timeout_s
         self.settle()
 
     def settle(self) -> None:
@@ -213,12 +213,12 @@ class Branch:
                 # there is one has none.
                 self._link.ask(self._begin_message, None)
             self._ask_about(PullEnd, None)
-        if status != "connecting" or self._puller.clock() >= owes_until_s:
+        if status != "connecting" or self._setup.clock() >= owes_until_s:
             self._owes_until_s = None
 
     def _on_disconnected(self) -> None:
         """Answers that were awaited do not come any more."""
-        now_s = self._puller.clock()
+        now_s = self._setup.clock()
         self._version, self._awaits_heartbeat = 0, False
         if self.stage is Stage.BEGINNING:
             self.stage, self._next_begin_s = Stage.CONNECTING, float("inf")
@@ -229,7 +229,7 @@ class Branch:
 
     def _ask(self) -> None:
         """Whatever is to be asked now."""
-        now_s = self._puller.clock()
+        now_s = self._setup.clock()
         if self.stage is Stage.CONNECTING or now_s >= self._next_begin_s:
             self._begin()
         if now_s >= self._next_checksums_s:
@@ -241,7 +241,7 @@ class Branch:
         """Also to learn more than the last answer has said: the holder answers when there is
         more.
         """
-        now_s = self._puller.clock()
+        now_s = self._setup.clock()
         self.stage, self._next_begin_s = Stage.BEGINNING, now_s + REPEAT_S
         self._begun.append(self._link.ask(self._begin_message, partial(self._on_reply, now_s)))
 
@@ -251,12 +251,12 @@ class Branch:
             self._link.forget(self._begun.pop())
 
     def _ask_for_checksums(self) -> None:
-        self._next_checksums_s = self._puller.clock() + REPEAT_S
+        self._next_checksums_s = self._setup.clock() + REPEAT_S
         self._ask_about(StateChecksums, partial(self._on_reply, 0.0))
 
     def _heartbeat(self) -> None:
         """The next is due as long after this one, or after its answer."""
-        now_s = self._puller.clock()
+        now_s = self._setup.clock()
         self._next_heartbeat_s, self._awaits_heartbeat = now_s + self._heartbeat_s, True
         self._last_heartbeat_s = now_s
         self._ask_about(PullHeartbeat, partial(self._on_reply, now_s))
@@ -327,7 +327,7 @@ class Branch:
                 self._last_answered_s = max(self._last_answered_s, asked_s)
                 if self.stage in (Stage.READING, Stage.VERIFYING, Stage.PROVEN):
                     self._held_until_s = asked_s + reply.lease_s
-                    self._next_heartbeat_s = self._puller.clock() + self._heartbeat_s
+                    self._next_heartbeat_s = self._setup.clock() + self._heartbeat_s
             case Refused():
                 raise PullFailed(
                     f"{self.name} refused: {reply.reason}", late=self.lease_known_s is not None
@@ -339,7 +339,7 @@ class Branch:
         """Read first, all else can wait. An answer that took long says little of how long the lease
         holds now.
         """
-        now_s = self._puller.clock()
+        now_s = self._setup.clock()
         self.stage, self._next_begin_s = Stage.READING, float("inf")
         self.first_tokens = reply.first_tokens
         self.lease_known_s = now_s if self.lease_known_s is None else self.lease_known_s
@@ -350,7 +350,7 @@ class Branch:
             self._next_checksums_s = now_s
         self._reads.start()
         self._ask()
-        self._puller.alert(self._reads.num_bytes_in_flight)
+        self._setup.alert(self._reads.num_bytes_in_flight)
         self._read()
 
     def _read(self) -> None:
@@ -363,14 +363,14 @@ class Branch:
 
     def _has_held(self) -> bool:
         """The lease, throughout the READ. False: not known yet. Raises PullFailed."""
-        if self._puller.hasher is None and self._last_answered_s < self._reads.ended_s:
+        if self._setup.hasher is None and self._last_answered_s < self._reads.ended_s:
             if self._last_heartbeat_s < self._reads.ended_s:
-                self._next_heartbeat_s = self._puller.clock()
+                self._next_heartbeat_s = self._setup.clock()
             return False
         if self._reads.ended_s < self._held_until_s:
             return True
         if self._command.awaits and (
-            self._awaits_heartbeat or self._next_heartbeat_s <= self._puller.clock()
+            self._awaits_heartbeat or self._next_heartbeat_s <= self._setup.clock()
         ):
             # The answer was to a question of long before.
             return False

@@ -6,7 +6,7 @@
     before the lease        ├─ next answer ──▶         what prefill has computed is read while it computes the rest
     with it                 ├───────────────▶┤         the rest
 
-One READ at a time: a part goes into blocks that nothing else writes to. What was read before there
+One READ at a time: a chunk goes into blocks that nothing else writes to. What was read before there
 was a lease counts only if the lease is of the same generation: else these blocks went back to the
 engine in between.
 """
@@ -26,7 +26,7 @@ from pdlaunch.integrity.checksum import ChecksumArray, Checksums, HashBatch
 from pdlaunch.protocol.side_channel import Geometry, GroupBlocks, PullReply
 from pdlaunch.protocol.transfer import StartPull
 from pdlaunch.transfer.connectors.connector import Read, ReadPart
-from pdlaunch.transfer.decode_side.holder_link import HolderLink, Puller
+from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.read_plan import (
     PullFailed,
     ReadPlan,
@@ -42,7 +42,7 @@ class ReadFailed(PullFailed):
 
 
 @dataclass(slots=True)
-class _Part:
+class _Chunk:
     """One READ and the checksums of what it brings, asked for while it is under way."""
 
     plan: ReadPlan
@@ -109,10 +109,12 @@ def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
     return _Places(offer.generation, first_block, end_block, groups)
 
 
-class PartReads:
+class ChunkedReads:
     """Reads what the holder offers, as soon as it does."""
 
-    def __init__(self, command: StartPull, link: HolderLink, puller: Puller, share: Share) -> None:
+    def __init__(
+        self, command: StartPull, link: PrefillLink, setup: PullSetup, share: Share
+    ) -> None:
         self.num_bytes = 0
         self.read_s = 0.0
         """Of all READs, as exactly as the connector knows."""
@@ -120,7 +122,7 @@ class PartReads:
         """Clock time at which the last one was over."""
         self._command = command
         self._link = link
-        self._puller = puller
+        self._setup = setup
         self._share = share
         self._offer: PullReply | None = None
         self._lease: PullReply | None = None
@@ -128,10 +130,10 @@ class PartReads:
         self._next_block = 0
         """Logical blocks before this one have been read, or are being read."""
         self._reading: Read | None = None
-        self._current: _Part | None = None
-        self._parts: list[_Part] = []
+        self._current: _Chunk | None = None
+        self._chunks: list[_Chunk] = []
         """Those that are done."""
-        self._prepared: tuple[_Places, _Part] | None = None
+        self._prepared: tuple[_Places, _Chunk] | None = None
         """The READ of all that is left, for when there is a lease."""
 
     @property
@@ -157,7 +159,7 @@ class PartReads:
     def lacks_checksums(self) -> bool:
         """The holder has to state what the bytes are."""
         groups = () if self._lease is None else self._lease.groups
-        return self._puller.hasher is not None and any(group.checksums is None for group in groups)
+        return self._setup.hasher is not None and any(group.checksums is None for group in groups)
 
     def offer(self, reply: PullReply) -> None:
         """The holder's latest answer. Raises PullFailed when it is not about this prompt."""
@@ -177,8 +179,8 @@ class PartReads:
         pairs = zip(lease.groups, checksums, strict=True)
         groups = [msgspec.structs.replace(group, checksums=stated) for group, stated in pairs]
         self._lease = msgspec.structs.replace(lease, groups=groups)
-        for part in self._parts if self._current is None else (*self._parts, self._current):
-            part.expected = stated_checksums(groups, self._link.geometry, part.plan)
+        for chunk in self._chunks if self._current is None else (*self._chunks, self._current):
+            chunk.expected = stated_checksums(groups, self._link.geometry, chunk.plan)
 
     def wait(self) -> None:
         """Read no more before the next offer."""
@@ -186,7 +188,7 @@ class PartReads:
 
     def forget(self) -> None:
         """Nothing that was read so far counts."""
-        self._parts.clear()
+        self._chunks.clear()
         self._prepared = None
         self._next_block = self.num_bytes = 0
         if self._current is not None:
@@ -214,13 +216,13 @@ class PartReads:
         """All bytes are right; False: not known yet. Raises VerificationError."""
         if not self.is_complete or self.lacks_checksums:
             return False
-        if self._puller.hasher is None:
+        if self._setup.hasher is None:
             return True
-        if not all(checksums.ready() for part in self._parts for checksums in part.found):
+        if not all(checksums.ready() for chunk in self._chunks for checksums in chunk.found):
             return False
         assert self._lease is not None
-        for part in self._parts:
-            part.check(self._lease.groups, self._link.geometry)
+        for chunk in self._chunks:
+            chunk.check(self._lease.groups, self._link.geometry)
         return True
 
     def _start_next(self) -> bool:
@@ -233,31 +235,31 @@ class PartReads:
         if end <= self._next_block:
             return False
         prepared, self._prepared = self._prepared, None
-        part = (
+        chunk = (
             prepared[1]
             if prepared is not None and prepared[0] == _places(offer, self._next_block, end)
-            else self._part(offer, range(self._next_block, end))
+            else self._chunk(offer, range(self._next_block, end))
         )
-        if not part.plan.is_empty:
+        if not chunk.plan.is_empty:
             try:
-                self._reading = link.read(part.plan.read)
+                self._reading = link.read(chunk.plan.read)
             except TransferError as error:
                 link.reconnect()
                 raise ReadFailed(f"{self._share.holder}: {error}") from error
-            self._current = part
+            self._current = chunk
         self._next_block = end
         return True
 
-    def _part(self, offer: PullReply, blocks: range) -> _Part:
+    def _chunk(self, offer: PullReply, blocks: range) -> _Chunk:
         """What is wanted of ``blocks``, logical indices. Raises PullFailed."""
         plan, hasher = (
             plan_read(self._command, offer, self._link.geometry, self._share, blocks),
-            self._puller.hasher,
+            self._setup.hasher,
         )
         if hasher is None or plan.is_empty:
-            return _Part(plan, None)
+            return _Chunk(plan, None)
         heads = slice(plan.read.local_heads.start, plan.read.local_heads.stop)
-        return _Part(plan, hasher.prepare(plan.read.local_blocks, heads))
+        return _Chunk(plan, hasher.prepare(plan.read.local_blocks, heads))
 
     def _prepare_rest(self) -> None:
         """While the last blocks are computed: their READ is to begin as soon as there is a
@@ -270,45 +272,45 @@ class PartReads:
             return
         places = _places(offer, self._next_block, len(self._command.block_hashes))
         with contextlib.suppress(TransferError):
-            part = self._part(offer, range(places.first_block, places.end_block))
-            if not part.plan.is_empty:
-                link.prepare(part.plan.read)
-                self._prepared = places, part
+            chunk = self._chunk(offer, range(places.first_block, places.end_block))
+            if not chunk.plan.is_empty:
+                link.prepare(chunk.plan.read)
+                self._prepared = places, chunk
 
     def _poll(self) -> bool:
         """False: a READ is pending."""
         if self._reading is None:
             return True
-        part = self._current
-        assert part is not None
+        chunk = self._current
+        assert chunk is not None
         state = self._reading.poll()
         if state == "pending":
             for num_blocks, landed in _worth_hashing(self._reading.parts()):
-                part.hash_until(num_blocks, landed)
+                chunk.hash_until(num_blocks, landed)
             return False
-        self.ended_s = self._puller.clock()
+        self.ended_s = self._setup.clock()
         read_s = self._reading.seconds() if state == "done" else 0.0
         self._release()
         if state == "failed":
-            if part.counts:
-                self._next_block = min(span.start for _, span in part.plan.spans)
+            if chunk.counts:
+                self._next_block = min(span.start for _, span in chunk.plan.spans)
             self._link.reconnect()
             raise ReadFailed(f"READ from {self._share.holder} failed")
-        if part.counts:
-            self._count(part, read_s)
+        if chunk.counts:
+            self._count(chunk, read_s)
         return True
 
-    def _count(self, part: _Part, read_s: float) -> None:
-        self.num_bytes += self._num_bytes(part)
+    def _count(self, chunk: _Chunk, read_s: float) -> None:
+        self.num_bytes += self._num_bytes(chunk)
         self.read_s += read_s
-        part.hash_until(len(part.plan.read.local_blocks))
-        self._parts.append(part)
+        chunk.hash_until(len(chunk.plan.read.local_blocks))
+        self._chunks.append(chunk)
 
-    def _num_bytes(self, part: _Part) -> int:
+    def _num_bytes(self, chunk: _Chunk) -> int:
         return (
-            len(part.plan.read.local_blocks)
-            * len(part.plan.read.local_heads)
-            * self._puller.head_bytes
+            len(chunk.plan.read.local_blocks)
+            * len(chunk.plan.read.local_heads)
+            * self._setup.head_bytes
         )
 
     def _release(self) -> None:
