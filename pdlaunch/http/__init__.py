@@ -1,3 +1,1 @@
-"""The room of what routers and engines' servers share: it decides who may speak to them, and how
-much.
-"""
+"""Serves HTTP: what routers and engines' servers share."""

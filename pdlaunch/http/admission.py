@@ -10,7 +10,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 
 
 class Ticket:
-    """The places that one request takes, one for each of its answers."""
+    """Holds the places that one request takes, one for each of its choices."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission

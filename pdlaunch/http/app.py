@@ -41,7 +41,7 @@ _REQUEST_ID = web.RequestKey("request_id", str)
 
 
 class AppRoute(NamedTuple):
-    """One row of an application's table of routes."""
+    """Describes one route of an application."""
 
     method: str
     """``*`` stands for all methods."""

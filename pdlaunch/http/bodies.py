@@ -35,11 +35,11 @@ class ContentDecoder:
     """Decodes nothing: the body is as it was sent."""
 
     def feed(self, sent: bytes) -> Iterator[bytes]:
-        """The pieces that ``sent`` stands for. Raises RequestError."""
+        """Yield the pieces that ``sent`` stands for. Raises RequestError."""
         yield sent
 
     def check_end(self) -> None:
-        """Raises RequestError when the body has ended before its compressed stream."""
+        """Raise RequestError when the body has ended before its compressed stream."""
 
 
 class _Inflater(ContentDecoder):
@@ -73,7 +73,7 @@ class _Inflater(ContentDecoder):
 
 
 def content_decoder(encoding: str) -> ContentDecoder:
-    """The decoder for a Content-Encoding header. Raises RequestError (415)."""
+    """Return the decoder for a Content-Encoding header. Raises RequestError (415)."""
     match encoding.strip().lower():
         case "" | "identity":
             return ContentDecoder()
@@ -120,13 +120,13 @@ class BodyBudget:
             yield hold
 
     def give_back(self, num_bytes: int) -> None:
-        """A body is needed no more."""
+        """Release the room of a body that is needed no more."""
         self.held_bytes -= num_bytes
         self._memory_return.after(num_bytes)
 
 
 class Hold:
-    """The room of one body."""
+    """Holds the room of one body."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
@@ -148,8 +148,9 @@ class Hold:
                 self.num_bytes = 0
 
     def grow_to(self, num_bytes: int) -> None:
-        """Never shrinks. Raises OverloadedError (503) when all bodies together have become too
-        long.
+        """Hold room for ``num_bytes`` in all; it never shrinks.
+
+        Raises OverloadedError (503) when all bodies together have become too long.
         """
         more = max(0, num_bytes - self.num_bytes)
         budget = self._budget
@@ -203,9 +204,10 @@ async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
 
 
 def max_engine_body_bytes(max_body_bytes: int, max_model_len: int) -> int:
-    """Longest body that a router may send to an engine: a client's, and what the router adds.
+    """Return the longest body that a router may send to an engine.
 
-    To continue an answer elsewhere it adds all of its tokens so far, for each choice.
+    That is a client's and what the router adds: to continue an answer elsewhere, all of its tokens
+    so far, for each choice.
     """
     return max_body_bytes + ROUTER_ADDS_BYTES + RESUMED_TOKEN_BYTES * MAX_CHOICES * max_model_len
 

@@ -66,7 +66,8 @@ class HttpRunner(web.AppRunner):
             "access_log": None,
             "keepalive_timeout": idle_timeout_s,
             "lingering_time": LINGERING_S,
-            "auto_decompress": False,  # ``bodies.read_body`` does it within bounds, and tells what is broken
+            # ``bodies.read_body`` does it within bounds, and tells what is broken.
+            "auto_decompress": False,
         }
         super().__init__(
             app, handler_cancellation=True, shutdown_timeout=shutdown_timeout_s, **options
@@ -133,8 +134,9 @@ class _Front:
 
 
 class _Connection(web.RequestHandler):
-    """A connection that is counted; what it looks at is aiohttp's own state, which has no public
-    name.
+    """Counts itself among the open connections.
+
+    What it looks at is aiohttp's own state, which has no public name.
     """
 
     def __init__(
@@ -173,11 +175,11 @@ class _Connection(web.RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """No request is there, nor being answered."""
+        """Tell whether no request is there, nor being answered."""
         return self.transport is not None and not self._request_in_progress and not self._messages
 
     def idle_until_s(self) -> float:
-        """When aiohttp would close it."""
+        """Return the instant at which aiohttp would close it."""
         return self._next_keepalive_close_time
 
 
@@ -203,8 +205,10 @@ class _Refusal(asyncio.Protocol):
 
 
 class AcceptErrors:
-    """An event loop's exception handler that logs accepts without a descriptor once a minute, not a
-    thousand times a second.
+    """Handles errors of an event loop.
+
+    Accepts that fail for want of a descriptor are logged once a minute, not a thousand times a
+    second.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -225,8 +229,9 @@ class AcceptErrors:
 
 
 def fit_requests(max_requests: int) -> int:
-    """Requests that a router's descriptors allow at a time; as many connections that are idle find
-    room beside them.
+    """Return how many requests a router's descriptors allow at a time.
+
+    As many idle connections find room beside them.
     """
     return max(
         1,
@@ -237,8 +242,9 @@ def fit_requests(max_requests: int) -> int:
 
 
 def fit_connections(max_connections: int, *, num_forwarded: int = 0) -> int:
-    """Connections of clients that the descriptors allow beside those of ``num_forwarded`` requests
-    to engines.
+    """Return how many connections of clients the descriptors allow.
+
+    ``num_forwarded`` requests to engines find room beside them.
     """
     return max(
         1,

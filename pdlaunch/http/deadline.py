@@ -66,7 +66,7 @@ class Deadlines:
 
 
 class Deadline:
-    """The deadline of one request, whose parts run under ``guard`` one after another."""
+    """Limits the life of one request, whose parts run under ``guard`` one after another."""
 
     def __init__(self, deadlines: Deadlines, end_at: float) -> None:
         self._deadlines = deadlines

@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 class RelayedError(PdlaunchError):
-    """Another server's answer that is no 200; this server's client gets it as it is."""
+    """Carries another server's answer that is no 200; this server's client gets it as it is."""
 
     def __init__(
         self, message: str, *, status: int, body: bytes, content_type: str, headers: dict[str, str]

@@ -114,7 +114,7 @@ def _check_content_type(http: web.Request) -> None:
 
 
 def _preflight_answer(http: web.Request) -> web.Response:
-    """Any method and any headers may be sent: keys, not preflights, decide what they open."""
+    """Allow any method and any headers: keys, not preflights, decide what they open."""
     headers = {
         hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST",
         hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_MAX_AGE_S),
@@ -126,7 +126,9 @@ def _preflight_answer(http: web.Request) -> web.Response:
 
 
 def _is_same_origin(http: web.Request) -> bool:
-    """Host and port decide: behind a proxy that ends TLS the server does not know the scheme."""
+    """Compare host and port alone: behind a proxy that ends TLS the server does not know the
+    scheme.
+    """
     origins, hosts = http.headers.getall(hdrs.ORIGIN), http.headers.getall(hdrs.HOST, [])
     try:
         return (
@@ -138,8 +140,9 @@ def _is_same_origin(http: web.Request) -> bool:
 
 
 def _host_name(host_header: str) -> str:
-    """``[::1]:8000`` is ``::1``, ``Example.com.:80`` is ``example.com``; empty when it is
-    malformed.
+    """Return the name in a Host header; empty when the header is malformed.
+
+    ``[::1]:8000`` is ``::1``, ``Example.com.:80`` is ``example.com``.
     """
     try:
         parts = urlsplit(f"//{host_header}")
@@ -162,8 +165,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _local_address(http: web.Request) -> str | None:
-    """The address of this machine that the connection came in on: what a server of all addresses
-    goes by.
+    """Return the address of this machine that the connection came in on.
+
+    It tells a server of all addresses which one is meant.
     """
     name = None if http.transport is None else http.transport.get_extra_info("sockname")
     return name[0].partition("%")[0] if isinstance(name, tuple) else None

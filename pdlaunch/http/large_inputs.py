@@ -1,7 +1,7 @@
 """Large requests must not hold up a process, nor leave it large.
 
-Their inputs are worked at in threads, so that the event loop turns meanwhile: others are served, and
-heartbeats go out. Afterwards their memory goes back to the system: malloc would keep it.
+Their inputs are worked at in threads, so that the event loop turns meanwhile: others are served,
+and heartbeats go out. Afterwards their memory goes back to the system: malloc would keep it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MemoryReturn:
         self._longest_bytes = 0
 
     def after(self, num_bytes: int) -> None:
-        """A request that has held ``num_bytes`` is over."""
+        """Note that a request which has held ``num_bytes`` is over."""
         self._longest_bytes = max(self._longest_bytes, num_bytes)
         if num_bytes >= LARGE_BYTES and self._due is None:
             self._due = asyncio.get_running_loop().call_later(DELAY_S, self._run)
@@ -69,7 +69,7 @@ T = TypeVar("T")
 
 
 class LargeInputs:
-    """The threads of one process; further work waits for one of them."""
+    """Runs large work in a few threads; further work waits for one of them."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_INPUT_THREADS, thread_name_prefix="large-input")

@@ -1,4 +1,4 @@
-"""Server-sent events: one ``data:`` line for each event, and ``[DONE]`` at the end, as OpenAI does."""
+"""Server-sent events as OpenAI sends them: ``data:`` lines, and ``[DONE]`` at the end."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EventStream(Protocol):
 
 
 class ClientStream:
-    """An EventStream to a client's connection. Its headers are sent with the first event."""
+    """Sends events to a client's connection, its headers with the first event."""
 
     def __init__(self, http: web.BaseRequest, headers: Mapping[str, str]) -> None:
         self._http = http

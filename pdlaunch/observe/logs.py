@@ -17,7 +17,7 @@ _current_request: ContextVar[str] = ContextVar("pdlaunch_request", default="")
 
 
 class _LineFormatter(logging.Formatter):
-    """``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.server.app [request-id] text``."""
+    """Writes ``2026-01-31T12:00:00.123Z INFO prefill-0 pdlaunch.server.app [request-id] text``."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def setup_logging(
 
 @contextlib.contextmanager
 def request_logging(request_id: str) -> Iterator[None]:
-    """Records made inside, also by awaited coroutines, carry ``request_id``."""
+    """Mark records made inside, also by awaited coroutines, with ``request_id``."""
     token = _current_request.set(request_id)
     try:
         yield

@@ -93,13 +93,14 @@ TOKEN_BUCKETS = (
 
 
 def render_metrics(registry: Collector) -> bytes:
-    """The registry, or whatever else collects, in Prometheus's text format."""
+    """Return the registry, or whatever else collects, in Prometheus's text format."""
     return generate_latest(registry)
 
 
 class RequestMetrics:
-    """What the client of an HTTP process sees: requests, tokens, times. ``prefix``: of the names,
-    by the kind of process.
+    """Counts what the client of an HTTP process sees: requests, tokens, times.
+
+    ``prefix``: of the names, by the kind of process.
     """
 
     def __init__(

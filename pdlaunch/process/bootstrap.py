@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the router process needs."""
+    """Holds what the router process needs."""
 
     host: str
     port: int
@@ -54,7 +54,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
-    """Identity, settings and keys of one child process."""
+    """Holds identity, settings and keys of one child process."""
 
     name: str
     """``router``, ``prefill-0``, ``prefill-0/rank-0``."""
@@ -106,8 +106,10 @@ def raise_open_files() -> None:
 
 
 def die_with_parent() -> None:
-    """Two ropes: the kernel's parent-death signal, and the end of standard input (covers the time
-    before the first).
+    """Make sure that this process ends with its parent, in two ways.
+
+    The kernel sends a signal at the parent's death; the end of standard input covers the time
+    before that is set.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -11,7 +11,7 @@ from pdlaunch.process.bootstrap import die_with_parent
 
 
 def main() -> None:
-    """Standard input must be a pipe that the supervisor holds open."""
+    """Run the module; standard input must be a pipe that the supervisor holds open."""
     die_with_parent()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

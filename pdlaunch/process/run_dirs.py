@@ -45,7 +45,7 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunningLaunch(msgspec.Struct, frozen=True):
-    """A launch of this user that lives."""
+    """Describes a launch of this user that lives."""
 
     run_dir: Path
     card: LaunchCard
@@ -56,8 +56,9 @@ class RunningLaunch(msgspec.Struct, frozen=True):
 
 
 def base_dir() -> Path:
-    """The folder for temporary files, unless it is so deep that sockets in it would have too long a
-    path.
+    """Return the folder for temporary files.
+
+    It is /tmp where sockets in the usual one would have too long a path.
     """
     base = Path(tempfile.gettempdir())
     longest = len(os.fsencode(base)) + len(f"/{PREFIX}12345678/") + _SOCKET_NAME_BYTES
@@ -65,14 +66,15 @@ def base_dir() -> Path:
 
 
 def own_run_dirs(base: Path) -> list[Path]:
-    """This user's folders in ``base``, of launches that live and of dead ones; links are left
-    out.
+    """Return this user's folders in ``base``, of launches that live and of dead ones.
+
+    Links are left out.
     """
     return sorted(path for path in base.glob(f"{PREFIX}*") if _is_ours(path))
 
 
 def running_launches(base: Path | None = None) -> list[RunningLaunch]:
-    """Launches of this user whose router has listened."""
+    """Return the launches of this user whose router has listened."""
     found = []
     for run_dir in own_run_dirs(base or base_dir()):
         with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -87,7 +89,10 @@ def running_launches(base: Path | None = None) -> list[RunningLaunch]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Others may make folders of this name too, to be sent the commands."""
+    """Tell whether this user owns the folder.
+
+    Others may make folders of this name too, to be sent the commands.
+    """
     with contextlib.suppress(OSError):
         return path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink()
     return False
@@ -102,7 +107,7 @@ def take_lock(descriptor: int) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Somebody holds the file, or it cannot be told. Raises FileNotFoundError."""
+    """Tell whether somebody holds the file, or it cannot be told. Raises FileNotFoundError."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

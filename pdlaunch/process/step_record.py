@@ -38,14 +38,17 @@ class LastStep(msgspec.Struct, frozen=True):
 
 
 def new_step_record() -> tuple[int, mmap.mmap]:
-    """A descriptor for the rank, which the caller closes, and what is seen through it here."""
+    """Return a descriptor for the rank, which the caller closes, and the memory behind it."""
     descriptor = os.memfd_create("pdlaunch-step")
     os.ftruncate(descriptor, _NUM_BYTES)
     return descriptor, mmap.mmap(descriptor, _NUM_BYTES, prot=mmap.PROT_READ)
 
 
 class StepRecord:
-    """The record as its rank writes it. ``descriptor``: closed here; negative: nobody reads it."""
+    """Writes the record of one rank.
+
+    ``descriptor`` is closed here; negative: nobody reads the record.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._words = memoryview(mmap.mmap(descriptor, _NUM_BYTES)).cast("Q")
@@ -53,7 +56,10 @@ class StepRecord:
             os.close(descriptor)
 
     def write(self, marks: Sequence[int]) -> None:
-        """``marks``: the origin of each request in flight, with ``SUSPECT_BIT`` for a suspect."""
+        """Write which requests are in flight.
+
+        ``marks``: the origin of each request, with ``SUSPECT_BIT`` for a suspect.
+        """
         known = array("Q", marks[:MAX_REQUESTS])
         self._words[1 : 1 + len(known)] = known
         self._words[0] = len(known)

@@ -25,7 +25,7 @@ left alone for a while.
 
 
 class Address(Message, tag=False):
-    """Where a process listens; empty strings where it has no such socket."""
+    """Tells where a process listens; empty strings where it has no such socket."""
 
     http: str = ""
     """``http://127.0.0.1:8101``"""
@@ -38,7 +38,7 @@ class Address(Message, tag=False):
 
 
 class Capabilities(Message, tag=False):
-    """What an engine can do; the router reads it instead of assuming it."""
+    """Tells what an engine can do; the router reads it instead of assuming it."""
 
     verifies: bool = False
     """Pulled KV blocks are proven before use."""
@@ -53,9 +53,7 @@ class Capabilities(Message, tag=False):
 
 
 class Entry(Message, tag=False):
-    """One living process in the registry, or the server of an engine that was given up: it has no
-    address.
-    """
+    """Lists one living process, or the server of an engine that was given up, without address."""
 
     name: str
     """``router``, ``prefill-0``, ``prefill-0/rank-0``: unique, stable over restarts."""
@@ -75,7 +73,7 @@ class Entry(Message, tag=False):
 
 
 class Register(Message):
-    """First message of a process; sent again when its addresses change."""
+    """Registers a process, as its first message and when its addresses change."""
 
     name: str
     incarnation: int
@@ -86,25 +84,26 @@ class Register(Message):
 
 
 class Progress(Message):
-    """What a starting process is doing; shown live."""
+    """Tells what a starting process is doing; shown live."""
 
     text: str
     fraction: float | None = None
 
 
 class Ready(Message):
-    """The process does its job. ``info`` is shown in the ready panel."""
+    """Tells that the process does its job. ``info`` is shown in the ready panel."""
 
     info: dict[str, str] = {}
 
 
 class Alive(Message):
-    """The main loop of a process turns; said every ``Bootstrap.heartbeat_s``."""
+    """Tells that the main loop of a process turns, every ``Bootstrap.heartbeat_s``."""
 
 
 class PairReady(Message):
-    """A decode rank has proven the path to a prefill rank: handshake done and a small READ
-    verified.
+    """Tells that a decode rank has proven the path to a prefill rank.
+
+    The handshake is done and a small READ was verified.
     """
 
     local: str
@@ -121,7 +120,10 @@ class PairReady(Message):
 
 
 class PairFailed(Message):
-    """The handshake of a pair failed; ``fatal`` when no retry can help (incompatible engines)."""
+    """Tells that the handshake of a pair failed.
+
+    ``fatal``: no retry can help, because the engines are incompatible.
+    """
 
     local: str
     peer: str
@@ -130,7 +132,7 @@ class PairFailed(Message):
 
 
 class Failed(Message):
-    """The process is about to exit because of this; ``error`` is for the user."""
+    """Tells why the process is about to exit; ``error`` is for the user."""
 
     error: str
 
@@ -140,20 +142,20 @@ class Drained(Message):
 
 
 class SleepState(Message):
-    """A process that is ready cannot work for a while: the registry shows it, routers and peers
-    keep away.
+    """Tells that a process that was ready cannot work for a while, or can again.
 
-    A server says ``draining`` when it takes no new work, ``sleeping`` when the engine sleeps; a
-    rank says ``sleeping`` when its memory cannot be read by peers any more. Both say ``awake`` when
-    they are ready again.
+    The registry shows it, and routers and peers keep away. A server says ``draining`` when it takes
+    no new work, ``sleeping`` when the engine sleeps; a rank says ``sleeping`` when its memory
+    cannot be read by peers any more. Both say ``awake`` when they are ready again.
     """
 
     state: Literal["awake", "draining", "sleeping"]
 
 
 class Restart(Message):
-    """The router asks, for somebody who may: start an engine anew. It is answered with
-    Restarting.
+    """Asks, from the router for somebody who may, to start an engine anew.
+
+    It is answered with Restarting.
     """
 
     question: int
@@ -177,7 +179,7 @@ ToSupervisor = (
 
 
 class Registry(Message):
-    """All living processes and the engines that were given up; replaces the one before."""
+    """Lists all living processes and the engines that were given up; replaces the one before."""
 
     version: int
     entries: list[Entry]
@@ -190,10 +192,9 @@ class Registry(Message):
 
 
 class Suspects(Message):
-    """To the router: a rank of an engine has died by itself, and what of its last step it may have
-    died of.
+    """Tells the router that a rank has died by itself, and of which requests it may have died.
 
-    Sent before the registry without that rank.
+    It is sent before the registry without that rank.
     """
 
     origins: list[PromptOrigin]

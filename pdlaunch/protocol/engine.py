@@ -17,8 +17,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(Message, tag=False):
-    """How output tokens are drawn. Output token ``i`` is a pure function of the logits and (seed,
-    choice, i).
+    """Says how output tokens are drawn.
+
+    Output token ``i`` is a pure function of the logits and (seed, choice, i).
     """
 
     max_tokens: int
@@ -46,7 +47,7 @@ class SamplingParams(Message, tag=False):
 
 
 class TokenOutput(Message, tag=False):
-    """One output token."""
+    """Holds one output token."""
 
     token_id: int
     logprob: float | None = None
@@ -56,7 +57,7 @@ class TokenOutput(Message, tag=False):
 
 
 def output_of(first_token: FirstToken) -> TokenOutput:
-    """The output token that a prefill engine has drawn."""
+    """Return the output token that a prefill engine has drawn."""
     return TokenOutput(
         token_id=first_token.token_id,
         logprob=first_token.logprob,
@@ -107,16 +108,16 @@ class AbortRequest(Message):
 
 
 class Hello(Message):
-    """First message of a server; requests of an earlier server incarnation are aborted."""
+    """Opens the connection of a server; requests of an earlier server incarnation are aborted."""
 
     server_incarnation: int
 
 
 class SetReaders(Message):
-    """Fewer choices than ``num_readers`` go on after their first token: the lease ends when this
-    many have pulled.
+    """Lowers the number of readers: fewer choices go on after their first token.
 
-    Sent before the prefill engine's answer. Unknown ids are ignored.
+    The lease ends when this many have pulled. It is sent before the prefill engine's answer.
+    Unknown ids are ignored.
     """
 
     request_id: RequestId
@@ -159,15 +160,16 @@ ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | Sleep
 
 
 class Tokens(Message):
-    """New output of a request that goes on."""
+    """Carries new output of a request that goes on."""
 
     request_id: RequestId
     tokens: list[TokenOutput]
 
 
 class FirstTokens(Message):
-    """Output of a request with ``awaits_lease`` that another engine has drawn and told the client
-    of.
+    """Carries output of a request with ``awaits_lease`` that another engine has drawn.
+
+    The client has been told of it.
     """
 
     request_id: RequestId
@@ -175,7 +177,7 @@ class FirstTokens(Message):
 
 
 class RequestFinished(Message):
-    """The one terminal message of a request, with the tokens not sent before."""
+    """Ends a request, once, with the tokens not sent before."""
 
     request_id: RequestId
     reason: FinishReason
@@ -206,16 +208,16 @@ class Welcome(Message):
 
 
 class Outputs(Message):
-    """All messages of one step in one frame."""
+    """Holds all messages of one step in one frame."""
 
     items: list[Tokens | FirstTokens | RequestFinished]
 
 
 class EngineStats(Message):
-    """Sent about once a second, news or not, unless a step takes longer: silence means that the
-    rank hangs.
+    """Counts what the engine does; sent about once a second, unless a step takes longer.
 
-    Values are totals since the rank started unless named ``num_``.
+    It is sent without news too: silence means that the rank hangs. Values are totals since the rank
+    started unless named ``num_``.
     """
 
     num_running: int = 0

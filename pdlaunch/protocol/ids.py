@@ -2,22 +2,21 @@
 
 ::
 
-    type           made by                          ends with                 on the wire
-    HttpRequestId  client, else router              the router's answer       X-Request-Id, cmpl-ID
-    IdempotencyKey client                           its answer is forgotten   Idempotency-Key
-    PromptOrigin   router, for each prompt          the prompt's answer       X-Pdlaunch-Origin, origin
-    HopId          router, for each call of an      the engine's answer       X-Request-Id to an engine
-                   engine (or another caller)
-    RequestId      engine's server, for each        RequestFinished           request_id
-                   choice: HOP-RANDOM/INDEX
-    LeaseId        prefill engine (its RequestId)   last reader's PullEnd,    remote_request_id,
-                   or router                        expiry                    pdlaunch.lease_id;
-                                                                              side channel: request_id
-    PullId         rank 0 of a decode engine        PullFinished/PullDrained  pull_id
-    ReaderId       decode rank, for each pull:      PullEnd                   reader
-                   ENGINE/RANK/DIGEST
-    EngineId       rank 0, at each start            the engine's ranks        engine_id,
-                                                                              remote_engine_id
+    type            made by                         ends with                on the wire
+    HttpRequestId   client, else router             the router's answer      X-Request-Id, cmpl-ID
+    IdempotencyKey  client                          answer is forgotten      Idempotency-Key
+    PromptOrigin    router, for each prompt         the prompt's answer      X-Pdlaunch-Origin
+    HopId           router, for each call of an     the engine's answer      X-Request-Id
+                    engine (or another caller)
+    RequestId       engine's server, for each       RequestFinished          request_id
+                    choice: HOP-RANDOM/INDEX
+    LeaseId         prefill engine (its RequestId)  last reader's PullEnd,   remote_request_id,
+                    or router                       or expiry                pdlaunch.lease_id,
+                                                                             side: request_id
+    PullId          rank 0 of a decode engine       PullFinished, Drained    pull_id
+    ReaderId        decode rank, for each pull:     PullEnd                  reader
+                    ENGINE/RANK/DIGEST
+    EngineId        rank 0, at each start           the engine's ranks       engine_id
 
 The first request of a remote prefill lends its RequestId to its lease, or takes the LeaseId that
 the router has named. They stay two types, because a request ends with its last token and a lease

@@ -23,7 +23,7 @@ _IS_ID = msgspec.Meta(min_length=1, max_length=256)
 
 
 class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks under lease at a prefill engine."""
+    """Locates blocks under lease at a prefill engine."""
 
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, _IS_ID]
@@ -37,7 +37,7 @@ class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
-    """The first output token of one choice, sampled by the prefill engine."""
+    """Holds the first output token of one choice, sampled by the prefill engine."""
 
     token_id: _Count
     finish_reason: str | None = None
@@ -47,7 +47,7 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Our key ``pdlaunch`` inside kv_transfer_params."""
+    """Holds our key ``pdlaunch`` inside kv_transfer_params."""
 
     first_tokens: list[FirstToken] = []
     """By choice; filled by prefill."""
@@ -64,7 +64,7 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]:
-    """The ``kv_transfer_params`` of a prefill engine's answer."""
+    """Return the ``kv_transfer_params`` of a prefill engine's answer."""
     params: dict[str, Any] = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -87,7 +87,7 @@ def to_wire(remote: RemoteKV, pdlaunch: PdlaunchParams | None) -> dict[str, Any]
 
 
 class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine was asked to do with KV blocks."""
+    """Says what an engine was asked to do with KV blocks."""
 
     do_remote_decode: bool = False
     remote_kv: RemoteKV | None = None
@@ -95,14 +95,14 @@ class KVTransferParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lease_id(self) -> LeaseId:
-        """What the router wants the lease to be called; empty: anything."""
+        """Return what the router wants the lease to be called; empty: anything."""
         if self.pdlaunch is None or not self.do_remote_decode:
             return LeaseId("")
         return self.pdlaunch.lease_id
 
     @property
     def awaits_lease(self) -> bool:
-        """The blocks are still being computed."""
+        """Tell whether the blocks are still being computed."""
         return self.pdlaunch is not None and self.pdlaunch.awaits_lease
 
 

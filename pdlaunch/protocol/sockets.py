@@ -18,8 +18,9 @@ from pdlaunch.protocol.wire import MAX_FRAME_BYTES
 
 
 class LaunchKeys(msgspec.Struct, frozen=True):
-    """The CURVE key pair (Z85) that all processes of one launch share, and the token of their HTTP
-    ports.
+    """Holds the secrets that all processes of one launch share.
+
+    They are a CURVE key pair (Z85) and the token of the HTTP ports.
     """
 
     public: str
@@ -31,7 +32,7 @@ class LaunchKeys(msgspec.Struct, frozen=True):
 
 
 def new_launch_keys() -> LaunchKeys:
-    """Fresh keys for one launch."""
+    """Return fresh keys for one launch."""
     public, secret = zmq.curve_keypair()
     return LaunchKeys(public.decode(), secret.decode(), secrets.token_urlsafe(32))
 
@@ -47,8 +48,8 @@ class _OneKey:
 
 
 class SecureContext:
-    """A ZMQ context whose TCP and IPC sockets are closed to strangers. One a process; ``close``
-    ends its threads.
+    """Makes ZMQ sockets that are closed to strangers. One for each process; ``close`` ends its
+    threads.
 
     Sockets belong to the thread that made them. ``socket_class`` as in ``zmq.Context.socket``: pass
     ``zmq.asyncio.Socket`` for an event loop.
@@ -103,7 +104,7 @@ class SecureContext:
         return socket
 
     def pair(self, name: str) -> tuple[Any, Any]:
-        """Two connected in-process sockets, to wake a polling thread from another one."""
+        """Return two connected in-process sockets, to wake a polling thread from another one."""
         sockets = self._socket(zmq.PAIR, None), self._socket(zmq.PAIR, None)
         sockets[0].bind(f"inproc://{name}")
         sockets[1].connect(f"inproc://{name}")

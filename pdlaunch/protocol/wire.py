@@ -15,13 +15,11 @@ M = TypeVar("M")
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every message between processes; the class name is its tag in the union of its
-    channel.
-    """
+    """Carries every message between processes; the class name is its tag in its channel's union."""
 
 
 class Codec(Generic[M]):
-    """Encoder and decoder of one channel's union of messages."""
+    """Encodes and decodes one channel's union of messages."""
 
     def __init__(self, union: object) -> None:
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
@@ -31,7 +29,7 @@ class Codec(Generic[M]):
         return self._encoder.encode(message)
 
     def decode(self, frame: bytes | memoryview) -> M:
-        """Raises ProtocolError when the frame is no message of this channel."""
+        """Return the message in a frame. Raises ProtocolError when it is none of this channel."""
         try:
             return self._decoder.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:

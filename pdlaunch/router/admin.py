@@ -45,14 +45,14 @@ class Outcome(NamedTuple):
 
 
 class Admin:
-    """The commands of one router."""
+    """Answers the commands of one router."""
 
     def __init__(self, state: RouterState, supervisor: SupervisorLink) -> None:
         self._state = state
         self._supervisor = supervisor
 
     def routes(self) -> list[AppRoute]:
-        """All of them; whoever adds a command adds a row."""
+        """Return all of them; whoever adds a command adds a row."""
         return [
             AppRoute("POST", "/sleep", self._sleep),
             AppRoute("POST", "/wake_up", self._wake_up),
@@ -63,7 +63,7 @@ class Admin:
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:
-        """Prefill engines first: what they hold for decode engines is fetched while those are
+        """Put engines to sleep, prefill engines first: decode engines fetch what those hold while
         awake.
         """
         return _together(
@@ -132,7 +132,7 @@ class Admin:
         return Outcome(begun.engine, 200, {"incarnation": successor.processes[0]})
 
     def _successor(self, begun: Restarting) -> Engine | None:
-        """The engine once it serves again, or is given up again."""
+        """Return the engine once it serves again, or is given up again."""
         engines = [
             e
             for e in self._state.pool.engines
@@ -151,7 +151,7 @@ class Admin:
         return _together(outcomes, ok=all(outcome.answer.get("ok", False) for outcome in outcomes))
 
     async def _one_engine(self, http: web.Request) -> web.Response:
-        """Any call to one engine, its answer as it is once it is whole."""
+        """Pass any call on to one engine, and its answer back once it is whole."""
         (engine,) = self._named([http.match_info["engine"]])
         path = f"/{http.match_info['path']}"
         headers: dict[str, str] = {REQUEST_ID_HEADER: request_id_of(http)}
@@ -186,8 +186,9 @@ class Admin:
         return Outcome(engine.name, status, answer)
 
     def _chosen(self, http: web.Request, first: Role = "prefill") -> list[Engine]:
-        """The engines that the query names, those of role ``first`` at first. Raises
-        RequestError.
+        """Return the engines that the query names, those of role ``first`` at first.
+
+        Raises RequestError.
         """
         names = http.query.getall("engine", [])
         engines = (
@@ -229,7 +230,7 @@ class Admin:
 
 
 def _together(outcomes: Sequence[Outcome], **fields: Any) -> web.Response:
-    """One answer of all engines, with the status and the error of the first that failed."""
+    """Return one answer of all engines, with the status and the error of the first that failed."""
     failed = next((outcome for outcome in outcomes if outcome.status != 200), None)
     body = fields | {
         "engines": [{"engine": outcome.engine, **outcome.answer} for outcome in outcomes]

@@ -33,9 +33,7 @@ async def listen_at_admin_socket(
 
 
 def _bind(path: Path) -> socket.socket:
-    """A socket of mode 0600 from its first moment on, in place of what an earlier router has left
-    there.
-    """
+    """Bind a socket of mode 0600, in place of what an earlier router has left there."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -21,7 +21,7 @@ _HEAD = ("id", "object", "created", "model", "choices")
 
 
 class Answer:
-    """What both forms share; a ``Sink`` for the generations of one request."""
+    """Numbers and counts the chunks of one request; a ``ChunkSink`` for its generations."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Answer:
                 choice["index"] += prompt.index * prompt.num_choices
 
     def _observe_times(self, chunk: Chunk) -> None:
-        """Time to the first token of any choice, then between the chunks of each."""
+        """Measure the time to the first token of any choice, then between the chunks of each."""
         now_s = self._clock()
         for choice in chunk["choices"]:
             num_tokens = len(choice.get("token_ids") or ())
@@ -81,7 +81,7 @@ class Answer:
 
 
 class StreamedAnswer(Answer):
-    """Events, as they come."""
+    """Sends events as they come."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class StreamedAnswer(Answer):
             await self._stream.write(encode_event(chunk))
 
     async def finish(self, transcripts: Iterable[Transcript]) -> None:
-        """The usage, if it was asked for, and the end."""
+        """Send the usage, if it was asked for, and the end."""
         usage = total_usage(transcripts)
         if self._request.include_usage:
             last = self._head(self._request.endpoint.chunk_object) | {"choices": [], "usage": usage}
@@ -115,7 +115,7 @@ class StreamedAnswer(Answer):
 
 
 class WholeAnswer(Answer):
-    """One JSON object, put together from the chunks."""
+    """Puts one JSON object together from the chunks."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class WholeAnswer(Answer):
             merge(self._choices.setdefault(choice["index"], {}), choice)
 
     def finish(self, transcripts: Iterable[Transcript]) -> dict[str, Any]:
-        """The body of the answer."""
+        """Return the body of the answer."""
         usage = total_usage(transcripts)
         self._observe_end(usage)
         choices = [self._choices[index] for index in sorted(self._choices)]
@@ -151,7 +151,7 @@ class WholeAnswer(Answer):
 
 
 def total_usage(transcripts: Iterable[Transcript]) -> Usage:
-    """The sum over all prompts of a request."""
+    """Return the sum over all prompts of a request."""
     usages = [transcript.usage() for transcript in transcripts]
     cached = [
         usage.prompt_tokens_details.cached_tokens or 0

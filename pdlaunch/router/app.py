@@ -208,7 +208,7 @@ class RouterApp:
         return [generation.transcript for generation in generations]
 
     async def _proxied(self, request: web.Request) -> web.Response:
-        """Any engine can answer; the first that does."""
+        """Pass a request on to any engine that answers it."""
         with self._bodies.hold() as hold:
             body = await read_body(request, hold, max_bytes=self._spec.max_body_bytes)
             with self.admission.admit(1):
@@ -240,7 +240,7 @@ class RouterApp:
         )
 
     async def _health(self, _: web.Request) -> web.Response:
-        """200 once the launch is ready, while some engine can serve and the door is open."""
+        """Answer 200 once the launch is ready, while some engine can serve and the door is open."""
         pool = self._state.pool
         engines = pool.engines
         status = (
@@ -256,7 +256,7 @@ class RouterApp:
         return json_response(body, status=200 if status == "ok" else 503)
 
     async def _status(self, _: web.Request) -> web.Response:
-        """The engines and where they answer, for `pdlaunch smoke` and people."""
+        """List the engines and where they answer, for `pdlaunch smoke` and people."""
         engines = [
             {
                 "name": engine.name,
@@ -271,7 +271,7 @@ class RouterApp:
         return json_response({"engines": engines})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        """The router's metrics and those of all engines."""
+        """Answer with the router's metrics and those of all engines."""
         self._state.metrics.in_flight.set(self.admission.in_flight)
         self._state.metrics.show_engines([engine.state for engine in self._state.pool.engines])
         page = await scrape(
@@ -292,7 +292,7 @@ async def _keep_and(
 
 
 def _hop_id(request_id: HttpRequestId, *, is_own: bool) -> HopId:
-    """Unique at the engines, which the ids of clients need not be."""
+    """Return an id that is unique at the engines, which the ids of clients need not be."""
     if is_own:
         return HopId(request_id)
     return HopId(f"{request_id[:MAX_HOP_ID_LENGTH]}-{secrets.token_hex(4)}")

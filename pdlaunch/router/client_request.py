@@ -50,7 +50,7 @@ _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the two completion APIs."""
+    """Names what differs between the two completion APIs."""
 
     path: str
     id_prefix: str
@@ -76,14 +76,14 @@ CHAT = Endpoint(
 
 
 class StreamFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``stream_options``; the engines see the router's own."""
+    """Holds the client's ``stream_options``; the engines see the router's own."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
-    """The members of a body that the router acts on."""
+    """Holds the members of a body that the router acts on."""
 
     model: str | None = None
     stream: bool | None = None
@@ -97,7 +97,7 @@ class ClientFields(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt of a client's request: what one engine request is made of."""
+    """Holds one prompt of a client's request, from which the requests to engines are made."""
 
     endpoint: Endpoint
     body: dict[str, Any]
@@ -139,13 +139,13 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> msgspec.Raw | None:
-        """The prompt or the messages as the client wrote them."""
+        """Return the prompt or the messages as the client wrote them."""
         text = self.body.get("messages" if self.endpoint.is_chat else "prompt")
         return text if isinstance(text, msgspec.Raw) else None
 
     @property
     def wanted_token_ids(self) -> msgspec.Raw | None:
-        """The prompt's token ids, if they are known here and the client wants them back."""
+        """Return the prompt's token ids if they are known here and the client wants them back."""
         prompt = self.body.get("prompt")
         is_known = (
             isinstance(prompt, msgspec.Raw)
@@ -155,7 +155,10 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
         return prompt if is_known else None
 
     def decode_body(self, extra: dict[str, Any]) -> bytes:
-        """The whole request as a stream; ``extra`` holds ``kv_transfer_params`` or ``resume``."""
+        """Return the body that asks for the whole answer as a stream.
+
+        ``extra`` holds ``kv_transfer_params`` or ``resume``.
+        """
         stream = {
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -165,7 +168,7 @@ class PromptRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A client's request to one of the completion APIs."""
+    """Holds a client's request to one of the completion APIs."""
 
     endpoint: Endpoint
     request_id: HttpRequestId
@@ -193,7 +196,7 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_choices(self) -> int:
-        """Of each prompt."""
+        """Return the number of choices of each prompt."""
         return self.fields.n or 1
 
 
@@ -250,7 +253,7 @@ def read_client_request(
 
 
 def _read_body(raw: bytes) -> dict[str, Any]:
-    """A client's body; of messages and prompts only their text. Raises RequestError."""
+    """Read a client's body, leaving messages and prompts as text. Raises RequestError."""
     check_num_values(raw)
     try:
         members = _members_decoder.decode(raw)
@@ -272,7 +275,10 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
 
 
 def _check_limits(fields: ClientFields) -> int | None:
-    """The client's limit of output tokens, which prefill does not get to see."""
+    """Return the client's limit of output tokens, which prefill does not get to see.
+
+    Raises RequestError.
+    """
     if fields.stream_options is not None and not fields.stream:
         raise RequestError(
             "stream_options needs stream: true", param="stream_options", code="invalid_value"
@@ -287,7 +293,7 @@ def _check_limits(fields: ClientFields) -> int | None:
 
 
 def _split_prompts(prompt: msgspec.Raw | None) -> list[msgspec.Raw | None]:
-    """One entry a prompt; what is in them is checked by the engine."""
+    """Return one entry for each prompt; the engines check what is in them."""
     if prompt is None or not _PROMPTS.match(prompt):
         return [prompt]
     prompts = msgspec.json.decode(prompt, type=list[msgspec.Raw])

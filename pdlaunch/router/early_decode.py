@@ -6,8 +6,8 @@
     decode    reads, hashes, waits ──┴─> pulls, computes ──> next tokens ──> router ──> client
 
 So neither the prompt's way to decode nor the router's work stand between the first token and the
-second. If decode fails before its first chunk, the request goes its usual way, as if nobody had been
-told.
+second. If decode fails before its first chunk, the request goes its usual way, as if nobody had
+been told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ first token.
 
 
 class EarlyDecode:
-    """Keeps one request to a decode engine open that waits for ``lease_id``; the caller closes it."""
+    """Keeps one request open to a decode engine that waits for ``lease_id``, until ``close``."""
 
     def __init__(
         self, engine: Engine, lender: Lender, prompt: PromptRequest, client: EngineClient

@@ -42,7 +42,7 @@ class Lender(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(msgspec.Struct, kw_only=True, eq=False):
-    """One engine and its load; lives as long as the engine's processes do."""
+    """Counts the load of one engine; lives as long as the engine's processes do."""
 
     name: str
     processes: Processes

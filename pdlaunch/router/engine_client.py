@@ -48,11 +48,11 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFailure(OverloadedError):
-    """An engine did not do its work; another one may.
+    """Tells that an engine did not do its work; another one may.
 
     ``may_return``: it, or its successor, may be there again soon. ``turned_away``: it did not even
-    begin. ``engine_code``: the code of its own error. A client hears of a failure that no other
-    engine makes up for as 503, or as 502 when the engine may not return.
+    begin. ``engine_code``: the code of its own error. If no other engine makes up for it, the
+    client is told 503, or 502 when the engine may not return.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class EngineFailure(OverloadedError):
 
 
 class EngineRefusal(RelayedError):
-    """An engine's answer that is no 200, for the client as it is."""
+    """Carries an engine's answer that is no 200, for the client as it is."""
 
     def __init__(
         self,
@@ -97,13 +97,14 @@ class EngineRefusal(RelayedError):
 
     @property
     def is_busy(self) -> bool:
-        """The engine has no room now; another one may, or this one later."""
+        """Tell whether another engine, or this one later, may have room."""
         return self.status == 429
 
 
 class EngineClient:
-    """The router's client side; one a process. ``http_token``: the launch's own, which engines ask
-    for.
+    """Sends the router's requests to engines; one object for the process.
+
+    ``http_token``: the launch's own, which engines ask for.
     """
 
     def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
@@ -120,17 +121,16 @@ class EngineClient:
         await self._session.close()
 
     async def ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
-        """The whole answer to a POST. Raises EngineFailure, EngineRefusal."""
+        """Return the whole answer to a POST. Raises EngineFailure, EngineRefusal."""
         return await self._while_alive(engine, self._ask(engine, path, body, headers))
 
     @contextlib.asynccontextmanager
     async def stream(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
     ) -> AsyncIterator[EngineStream]:
-        """A stream that the engine has begun (status 200); leaving the block early aborts it at the
-        engine.
+        """Open a stream (status 200); leaving the block early aborts it at the engine.
 
-        Raises EngineFailure, EngineRefusal, from the block too.
+        Raises EngineFailure and EngineRefusal, from the block too.
         """
         response = await self._while_alive(engine, self._open(engine, path, body, headers))
         try:
@@ -151,8 +151,9 @@ class EngineClient:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> tuple[int, bytes, str]:
-        """Status, body and content type of any call. Raises EngineFailure when there is no
-        answer.
+        """Return status, body and content type of any call.
+
+        Raises EngineFailure when there is no answer.
         """
         url = URL(engine.url).with_path(path).with_query(list(query))
         try:
@@ -183,7 +184,7 @@ class EngineClient:
             logger.warning("%s: lease of %s not released: %r", engine.name, name, error)
 
     async def is_alive(self, engine: Engine) -> bool:
-        """The engine's server answers."""
+        """Tell whether the engine's server answers."""
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             async with self._session.get(engine.url + "/health", timeout=timeout) as response:
@@ -192,7 +193,7 @@ class EngineClient:
             return False
 
     async def read_max_model_len(self, engine: Engine) -> int | None:
-        """What the engine's /v1/models says; None when it says nothing."""
+        """Return what the engine's /v1/models says; None when it says nothing."""
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             async with self._session.get(engine.url + "/v1/models", timeout=timeout) as response:
@@ -210,8 +211,9 @@ class EngineClient:
             return None
 
     async def read_metrics(self, engine: Engine) -> str | None:
-        """The engine's /metrics; None when it has no address yet or does not answer in
-        ``metrics_s``.
+        """Return the engine's /metrics.
+
+        None when it has no address yet or does not answer within ``metrics_s``.
         """
         if not engine.url:
             return None
@@ -224,8 +226,9 @@ class EngineClient:
             return None
 
     async def read_some(self, engine: Engine, response: aiohttp.ClientResponse) -> bytes:
-        """The next bytes of a stream, empty at its end; raises EngineFailure when the engine has
-        died or hangs.
+        """Return the next bytes of a stream, none at its end.
+
+        Raises EngineFailure when the engine has died or hangs.
         """
         while True:
             try:
@@ -282,7 +285,7 @@ class EngineClient:
 
 
 class EngineStream:
-    """The chunks of one answer, in order; ends after ``[DONE]`` or at the end of the connection."""
+    """Reads the chunks of one answer, up to ``[DONE]`` or the end of the connection."""
 
     def __init__(
         self, engine: Engine, response: aiohttp.ClientResponse, client: EngineClient
@@ -294,8 +297,9 @@ class EngineStream:
         self._pending: deque[bytes] = deque()
 
     async def next_chunk(self) -> Chunk | None:
-        """The next chunk, None at the end. Raises EngineFailure, EngineRefusal (an error event
-        about the request).
+        """Return the next chunk, None at the end.
+
+        Raises EngineFailure, or EngineRefusal for an error event about the request.
         """
         while not self._pending:
             received = await self._client.read_some(self._engine, self._response)

@@ -4,7 +4,7 @@
 
     prefill(max_tokens=1) ── first tokens ──> client
          └ kv_transfer_params ──> decode ── chunks ──> client
-                                     └ died: another engine with `resume` = the tokens so far ──> client
+                                     └ died: another engine resumes after the tokens so far
 
 A request that only one engine can or need serve goes there at once. Where both can, prefill's
 answer is a stream, and decode has been told of the prompt meanwhile (``early_decode.py``). All that
@@ -53,7 +53,7 @@ class ChunkSink(Protocol):
 
 
 class Generation:
-    """The life of one prompt; ``run`` once."""
+    """Answers one prompt; ``run`` once."""
 
     def __init__(self, prompt: PromptRequest, state: RouterState, sink: ChunkSink) -> None:
         self.transcript = Transcript(prompt.num_choices)

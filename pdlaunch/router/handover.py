@@ -13,7 +13,7 @@ from pdlaunch.router.engine_client import Chunk
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
-    """What prefill has done for one prompt."""
+    """Says what prefill has done for one prompt."""
 
     engine: Engine
     params: dict[str, Any] | None
@@ -28,21 +28,20 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_final(self) -> bool:
-        """Every choice ended with its first token: the answer is whole."""
+        """Tell whether every choice ended with its first token, so that the answer is whole."""
         return not self.open_choices
 
     @property
     def lease_id(self) -> LeaseId | None:
-        """The request that the prefill engine holds blocks for."""
+        """Return the lease that the prefill engine holds; None when it holds none."""
         lease_id = None if self.params is None else self.params.get("remote_request_id")
         return LeaseId(lease_id) if isinstance(lease_id, str) else None
 
     def decode_params(self, engine: Engine, *, first_token_sent: bool) -> dict[str, Any] | None:
-        """The ``kv_transfer_params`` for ``engine``; None: it computes the prompt as if it were the
-        first.
+        """Return the ``kv_transfer_params`` for ``engine``; None when it is to compute the prompt.
 
-        Blocks are handed to decode engines; others stand in for them (this one too) with the first
-        tokens alone.
+        Blocks are handed to decode engines. Others that stand in for them, the prefill engine too,
+        get the first tokens alone.
         """
         if self.params is None or (engine.role != "decode" and not first_token_sent):
             return None
@@ -86,7 +85,7 @@ class HandoverStream:
             self.is_final |= choice["finish_reason"] is not None
 
     def handover(self) -> Handover:
-        """What all of the chunks say."""
+        """Return what all of the chunks say."""
         if not self._has_ended:
             raise LookupError("the answer ended without kv_transfer_params")
         ours = (self._params or {}).get("pdlaunch") or {}
@@ -132,8 +131,9 @@ def _ends(first_tokens: list[dict[str, Any]], choice: int) -> bool:
 def chunks_of_answer(
     answer: dict[str, Any], *, is_chat: bool, open_choices: Collection[int]
 ) -> list[Chunk]:
-    """The chunks that say what a whole answer says; choices in ``open_choices`` go on, so their
-    finish_reason is left out.
+    """Return the chunks that say what a whole answer says.
+
+    Choices in ``open_choices`` go on, so their finish_reason is left out.
     """
     head = {
         name: value

@@ -4,7 +4,7 @@ same answer.
 ::
 
     first request ──▶ run ── events ──▶ Recording ──▶ its client
-    the same again ───────────────────────┴─────────▶ whoever asks again: while it runs, and for KEEP_S after its end
+    the same again ───────────────────────┴─────────▶ whoever asks again, until KEEP_S after its end
 
 A key belongs to the API key that it came with and to one request. The run goes on when its client
 goes away. Only answers that succeeded are kept; what failed runs again. All of it is this process's
@@ -60,18 +60,17 @@ def read_idempotency_key(headers: Mapping[str, str]) -> IdempotencyKey | None:
 
 
 class _Reader:
-    """A client that is told a recording."""
+    """Marks how far one client has been told a recording."""
 
     position = 0
     """Events that it was sent."""
 
 
 class Recording:
-    """One answer as far as it is known: an ``EventStream`` for who makes it, repeated to any number
-    of clients.
+    """Keeps one answer, as far as it is known, and repeats it to any number of clients.
 
-    ``account``: adds to, or takes from, the bytes of all recordings; says whether this one can be
-    kept.
+    It is the ``EventStream`` of the run that makes the answer. ``account`` adds to, or takes from,
+    the bytes of all recordings, and says whether this one can be kept.
     """
 
     def __init__(
@@ -102,7 +101,10 @@ class Recording:
         return bool(self._events) or self._num_forgotten > 0
 
     async def write(self, event: bytes) -> None:
-        """Raises ConnectionError when the answer is too long to be kept and nobody reads it."""
+        """Record an event.
+
+        Raises ConnectionError when the answer is too long to be kept and nobody reads it.
+        """
         self._events.append(event)
         self._grow(len(event) + _EVENT_OVERHEAD_BYTES)
         self._tell()
@@ -132,7 +134,7 @@ class Recording:
         await self.end()
 
     async def give_up(self, error: Exception) -> None:
-        """There is no answer: those who wait are told why."""
+        """Tell those who wait why there is no answer."""
         if not self._readers:
             logger.warning("the request of a client that is gone failed: %s", error)
         self._error = error.with_traceback(None)
@@ -217,7 +219,7 @@ class Recording:
 
 
 def _first(events: list[bytes], start: int) -> list[bytes]:
-    """The events from ``start`` on that fill a window; one at least, if there is one."""
+    """Return the events from ``start`` on that fill a window, at least one if there is one."""
     end = start
     num_bytes = 0
     while end < len(events) and num_bytes < WINDOW_BYTES:
@@ -227,7 +229,7 @@ def _first(events: list[bytes], start: int) -> list[bytes]:
 
 
 class Repeats:
-    """The recordings of a router, the least recently used first."""
+    """Holds the recordings of a router, the least recently used first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -24,7 +24,7 @@ class Membership(Protocol):
 
 
 class SupervisedMembership:
-    """The engines of a launch, as its supervisor announces them; belongs to the event loop."""
+    """Passes on the registries of the launch's supervisor; belongs to the event loop."""
 
     def __init__(self) -> None:
         self._latest: Registry | None = None

@@ -23,7 +23,7 @@ EarlyOutcome = Literal["used", "dropped"]
 
 
 class RouterMetrics:
-    """What clients see (``requests``) and what the router did with the engines."""
+    """Counts what clients see (``requests``) and what the router did with the engines."""
 
     def __init__(self, served_model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
@@ -84,13 +84,13 @@ class RouterMetrics:
         )
 
     def show_engines(self, states: Sequence[str]) -> None:
-        """``states``: of each engine, now."""
+        """Show the present state of each engine."""
         self._engines_ready.set(states.count("ready"))
         for state in get_args(ListedState):
             self._engines.labels(state).set(states.count(state))
 
     def show_pairs(self, pairs: Sequence[PairReady]) -> None:
-        """``pairs``: those that are proven now."""
+        """Show the speed of the pairs that are proven now."""
         self._pairs.clear()
         for pair in pairs:
             if pair.gigabytes_per_s is not None:
@@ -115,7 +115,7 @@ class RouterMetrics:
         self._releases.inc()
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return the metrics in Prometheus's text format."""
         return render_metrics(self._registry)
 
 
@@ -146,13 +146,14 @@ class MetricFamilies:
                 ]
 
     def collect(self) -> Iterator[Metric]:
-        """As prometheus_client wants a collector to."""
+        """Yield the families, as prometheus_client wants a collector to."""
         return iter(self._families.values())
 
 
 async def scrape(own_page: bytes, client: EngineClient, engines: Collection[Engine]) -> bytes:
-    """``own_page`` and the pages of all engines, merged; an engine that does not answer in time is
-    missing.
+    """Return ``own_page`` merged with the pages of all engines.
+
+    An engine that does not answer in time is missing.
     """
     families = MetricFamilies()
     families.add(own_page.decode())

@@ -25,7 +25,7 @@ A prompt further behind would keep decode waiting, and that time counts as decod
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy sees of a prompt, and how far the prompt has come."""
+    """Describes a prompt, and how far it has come, to a policy."""
 
     hop: Hop
     """``prefill``: nobody has computed anything. ``decode``: one engine is to do all that is left,
@@ -48,7 +48,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy's answer."""
+    """Names the engines that a policy has chosen, and why."""
 
     reason: str
     """For people and logs: why these engines."""
@@ -73,7 +73,7 @@ class PrefixIndex(Protocol):
 
 
 class NoIndex:
-    """A PrefixIndex that knows nothing."""
+    """Knows nothing, as a PrefixIndex."""
 
     def num_cached_tokens(self, engine: Engine, prefix: msgspec.Raw | None) -> int:
         return 0
@@ -179,7 +179,7 @@ def _told_early(
 
 
 def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, bool, int, int, int]:
-    """Smallest is best; engines of equal work take turns."""
+    """Return a key whose smallest value is best; engines of equal work take turns."""
     work = (
         (engine.num_prompt_tokens, engine.num_streams)
         if role == "prefill"

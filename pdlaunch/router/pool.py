@@ -27,7 +27,7 @@ _MAX_DOUBLINGS = 10
 
 
 class EnginePool:
-    """All engines of the launch. ``clock`` counts seconds."""
+    """Holds all engines of the launch. ``clock`` counts seconds."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class EnginePool:
 
     @property
     def engines(self) -> list[Engine]:
-        """All engines, by name."""
+        """Return all engines, by name."""
         return [self._engines[name] for name in sorted(self._engines)]
 
     def lists(self, engine: Engine) -> bool:

@@ -1,4 +1,4 @@
-"""Recovery of a prompt that engines have failed: whom to ask next, how long to wait, when to stop."""
+"""Recovery of a prompt that engines have failed: who is asked next, and when that ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Attempts:
-    """What was tried for one prompt and failed, and who is asked next."""
+    """Remembers what was tried for one prompt and failed, and decides who is asked next."""
 
     def __init__(self, state: RouterState) -> None:
         self.tried: set[EngineKey] = set()
@@ -34,11 +34,11 @@ class Attempts:
         return self._failure is not None
 
     def heard(self) -> None:
-        """An engine has said something: the time for waiting begins anew."""
+        """Note that an engine has said something: the time for waiting begins anew."""
         self._trouble_since_at = None
 
     def begin_decode(self) -> None:
-        """Prefill has answered: what went wrong before is of no more interest."""
+        """Forget the failures of prefill, which has answered."""
         self.tried.clear()
         self.forget()
         self.heard()

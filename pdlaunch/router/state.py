@@ -26,7 +26,7 @@ DEATH_NEWS_S = 1.0
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How hard the router tries to save a request that an engine has dropped."""
+    """Says how hard the router tries to save a request that an engine has dropped."""
 
     max_attempts: int = 4
     """Engines asked for one hop: a request that kills engines must not kill them all."""
@@ -87,7 +87,7 @@ class SuspectBook:
 
 
 class RouterState:
-    """Shared by all requests of the process; lives in its event loop."""
+    """Holds what all requests of the process share; lives in its event loop."""
 
     def __init__(
         self,

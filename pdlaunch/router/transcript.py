@@ -15,7 +15,7 @@ from pdlaunch.router.engine_client import Chunk
 
 
 class ChoiceTranscript(msgspec.Struct):
-    """One choice so far."""
+    """Remembers what was told of one choice."""
 
     token_ids: list[int] = []
     finish_reason: str | None = None
@@ -24,7 +24,7 @@ class ChoiceTranscript(msgspec.Struct):
 
 
 class Transcript:
-    """One prompt's answer so far; every chunk passes through ``admit``."""
+    """Remembers what was told of one prompt's answer; every chunk passes through ``admit``."""
 
     def __init__(self, num_choices: int) -> None:
         self._choices = [ChoiceTranscript() for _ in range(num_choices)]
@@ -35,22 +35,22 @@ class Transcript:
 
     @property
     def is_done(self) -> bool:
-        """Every choice has its finish_reason."""
+        """Tell whether every choice has its finish_reason."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
     @property
     def num_tokens(self) -> int:
-        """Output tokens of all choices whose ids are known."""
+        """Count the output tokens of all choices whose ids are known."""
         return sum(len(choice.token_ids) for choice in self._choices)
 
     @property
     def has_tokens(self) -> bool:
-        """The client may have been sent output."""
+        """Tell whether the client may have been sent output."""
         return self._has_untold_tokens or self.num_tokens > 0
 
     @property
     def can_resume(self) -> bool:
-        """The ids of all tokens sent are known."""
+        """Tell whether the ids of all tokens that were sent are known."""
         return not self._has_untold_tokens
 
     def admit(self, chunk: Chunk) -> bool:
@@ -69,13 +69,11 @@ class Transcript:
         return bool(chunk["choices"])
 
     def resume_field(self) -> dict[str, Any]:
-        """The field ``resume`` with which another engine goes on."""
+        """Return the field ``resume`` with which another engine goes on."""
         return {"choices": [_resumed(choice) for choice in self._choices], "sent": True}
 
     def usage(self) -> Usage:
-        """Tokens of the prompt as the first engine counted them, and of the output as they went
-        by.
-        """
+        """Return the prompt tokens that the first engine counted, and the output as it went by."""
         completion_tokens = (
             self._usage.completion_tokens if self._has_untold_tokens else self.num_tokens
         )
@@ -87,8 +85,10 @@ class Transcript:
         )
 
     def _note_usage(self, usage: dict[str, Any] | None) -> None:
-        """The first engine knows what its prefix cache held; the second one found all of the prompt
-        computed.
+        """Note the usage of a chunk.
+
+        The first engine knows what its prefix cache held; for the second one all of the prompt had
+        been computed.
         """
         if usage is None:
             return

@@ -38,7 +38,7 @@ class ChatTemplate:
     """Messages to the text of a prompt."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises ConfigError when ``source`` is no valid template."""
+        """Compile the template. Raises ConfigError when ``source`` is not valid."""
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
@@ -56,8 +56,9 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int,
     ) -> str:
-        """The prompt's text, up to ``max_chars``. ``variables``: chat_template_kwargs of the
-        request. Raises RequestError.
+        """Return the prompt's text, up to ``max_chars``.
+
+        ``variables``: chat_template_kwargs of the request. Raises RequestError.
         """
         for name in variables or {}:
             if name in _OWN_NAMES:
@@ -109,8 +110,9 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
 
 
 def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
-    """The template of a model: chat_template.jinja, else tokenizer_config.json; None when it has
-    none. Raises ConfigError.
+    """Return a model's template, None when it has none.
+
+    It is chat_template.jinja, else the one in tokenizer_config.json. Raises ConfigError.
     """
     directory = Path(model_dir)
     settings = _read_settings(directory / "tokenizer_config.json")
@@ -137,8 +139,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}...{% endgeneration %}`` marks the assistant's text for training; here it
-    is only its content.
+    """Renders the content of ``{% generation %}...{% endgeneration %}``.
+
+    The tag marks the assistant's text for training, and means nothing here.
     """
 
     tags = {"generation"}
@@ -155,7 +158,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; Jinja's own filter escapes for HTML."""
+    """Return plain JSON; Jinja's own filter escapes for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -166,7 +169,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _cut_after(text: str, content: str) -> str:
-    """The text up to the end of the last message's content, so that the model goes on with it."""
+    """Cut the text after the last message's content, so that the model goes on with it."""
     start = text.rfind(content.strip())
     if start < 0:
         raise RequestError(
@@ -179,7 +182,7 @@ def _cut_after(text: str, content: str) -> str:
 
 
 def _named_template(templates: object) -> str | None:
-    """Of a list of ``{"name", "template"}`` the one named default."""
+    """Return the one named default from a list of ``{"name", "template"}``."""
     if isinstance(templates, list):
         named = {
             item.get("name"): item.get("template") for item in templates if isinstance(item, dict)

@@ -11,7 +11,7 @@ from pdlaunch.server.text_stream import TextStream
 
 @dataclass(slots=True)
 class Delta:
-    """What a choice has new for the client."""
+    """Holds what a choice has new for the client."""
 
     index: int
     text: str = ""
@@ -34,7 +34,7 @@ class Delta:
 
 
 class Choice:
-    """The state of one choice, fed with tokens in order; ends with a ``finish_reason``, once."""
+    """Turns the tokens of one choice into text; ends with a ``finish_reason``, once."""
 
     def __init__(
         self,
@@ -45,8 +45,10 @@ class Choice:
         include_stop: bool = False,
         goes_on_elsewhere: bool = False,
     ) -> None:
-        """``goes_on_elsewhere``: another engine continues at ``length``, so held back text stays
-        held back.
+        """Start without tokens.
+
+        ``goes_on_elsewhere``: another engine continues at ``length``, so held back text stays held
+        back.
         """
         self.index = index
         self.request = request
@@ -123,7 +125,7 @@ class Choice:
             self.finish_reason, self.stop_reason = "stop", self._text.stop_string
 
     def _add_stop_token(self, delta: Delta, token: TokenOutput) -> None:
-        """The token that ends a choice counts, but its text is left out."""
+        """Count the token that ends a choice; its text is left out unless the client wants it."""
         if self._include_stop:
             self._add(delta, token)
         else:

@@ -34,7 +34,7 @@ hang.
 
 
 class EngineService:
-    """One engine as its HTTP handlers see it; belongs to the event loop."""
+    """Holds what the HTTP handlers of one engine share; belongs to the event loop."""
 
     def __init__(
         self,
@@ -62,23 +62,25 @@ class EngineService:
 
     @property
     def model(self) -> ServedModel:
-        """Raises OverloadedError (503) while the server loads."""
+        """Return the model. Raises OverloadedError (503) while the server loads."""
         if self.loaded is None:
             raise _starting()
         return self.loaded
 
     @property
     def link(self) -> RankLink:
-        """The link to a rank that has said Welcome. Raises OverloadedError (503) while there is
-        none.
+        """Return the link to a rank that has said Welcome.
+
+        Raises OverloadedError (503) while there is none.
         """
         if self._link is None or not self.welcomed.is_set():
             raise _starting()
         return self._link
 
     def live_link(self) -> RankLink:
-        """The link to a rank that can be given work. Raises OverloadedError (503) while there is
-        none.
+        """Return the link to a rank that can be given work.
+
+        Raises OverloadedError (503) while there is none.
         """
         link = self.link
         if link.silence_s >= self._rank_silence_s:
@@ -90,7 +92,7 @@ class EngineService:
         return link
 
     def check_health(self) -> None:
-        """Raises OverloadedError (503) that says why the engine takes no work now."""
+        """Raise OverloadedError (503) that says why the engine takes no work now."""
         self.admission.check_open()
         self.sleep.check_awake()
         if self.loaded is None:
@@ -107,7 +109,7 @@ class EngineService:
 
     @contextlib.asynccontextmanager
     async def read(self, http: web.Request) -> AsyncIterator[bytes]:
-        """The body of a request, whose room is held while the block runs. Raises RequestError."""
+        """Read a request's body and hold its room while the block runs. Raises RequestError."""
         with self.bodies.hold() as hold:
             yield await read_body(http, hold, max_bytes=self.max_body_bytes)
 
@@ -132,9 +134,7 @@ class EngineService:
 
 
 class LeaseIndex:
-    """Which leases were handed out, by the client's request id and by the id in
-    ``kv_transfer_params``.
-    """
+    """Finds the leases that were handed out, by the hop's id and by the lease's."""
 
     def __init__(self) -> None:
         self._rank_ids: OrderedDict[str, RequestId] = OrderedDict()
@@ -148,7 +148,7 @@ class LeaseIndex:
             self._rank_ids.popitem(last=False)
 
     def take(self, name: str) -> RequestId | None:
-        """The rank's id of the lease, which is forgotten; None when there is none of this name."""
+        """Forget a lease and return its request's id; None when there is none of this name."""
         return self._rank_ids.pop(name, None)
 
 

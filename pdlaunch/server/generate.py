@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class GenerateHandler:
-    """Both completion endpoints of one engine."""
+    """Answers both completion endpoints of one engine."""
 
     def __init__(self, service: EngineService) -> None:
         self._service = service
@@ -67,8 +67,9 @@ class GenerateHandler:
     async def _read_completion(
         self, http: web.Request, ticket: Ticket
     ) -> tuple[CompletionRequest, list[list[int]]]:
-        """The request, which has all its places then, and the token ids of its prompts. Raises
-        RequestError.
+        """Return the request, and the token ids of its prompts.
+
+        The ticket has all the request's places then. Raises RequestError.
         """
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
@@ -85,7 +86,10 @@ class GenerateHandler:
     async def _read_chat(
         self, http: web.Request, ticket: Ticket
     ) -> tuple[ChatCompletionRequest, list[int]]:
-        """The same of a chat, which has one prompt."""
+        """Return the request, and the token ids of its one prompt.
+
+        The ticket has all the request's places then. Raises RequestError.
+        """
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
             request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_chat, raw, model))
@@ -103,8 +107,10 @@ class GenerateHandler:
         renderer: Renderer,
         deadline: Deadline,
     ) -> web.StreamResponse:
-        """Whatever is not finished on the way out is aborted; so is a lease whose answer could not
-        be written.
+        """Answer the request.
+
+        On the way out, whatever is not finished is aborted, and so is a lease whose answer could
+        not be written.
         """
         metrics = self._service.metrics.requests
         clock = RequestClock(metrics)

@@ -45,7 +45,7 @@ It is longer than a router's limit, because a router waits for its own client in
 
 
 class ServerProcess:
-    """One engine's HTTP server; made inside a running event loop, ``run`` once."""
+    """Runs one engine's HTTP server; made inside a running event loop, ``run`` once."""
 
     def __init__(self, supervised: Supervised) -> None:
         self._supervised = supervised

@@ -92,8 +92,9 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
 
 
 class EngineStatsCollector(Collector):
-    """The last ``EngineStats`` as metrics; totals begin again with each rank incarnation, which
-    Prometheus expects.
+    """Shows the last ``EngineStats`` as metrics.
+
+    Totals begin again with each rank incarnation, which Prometheus expects.
     """
 
     def __init__(self, labels: Mapping[str, str]) -> None:
@@ -135,7 +136,7 @@ class EngineStatsCollector(Collector):
 
 
 class ServerMetrics:
-    """All metrics of an engine's server, in ``registry``."""
+    """Holds all metrics of an engine's server, in ``registry``."""
 
     def __init__(
         self, registry: CollectorRegistry, *, engine: str, role: str, model_name: str
@@ -156,11 +157,11 @@ class RequestClock:
         self._last: dict[int, float] = {}
 
     def restart(self) -> None:
-        """Only now this engine's work begins."""
+        """Start anew: only now this engine's work begins."""
         self._start = time.monotonic()
 
     def tokens(self, deltas: Sequence[Delta]) -> None:
-        """New tokens go to the client."""
+        """Count new tokens on their way to the client."""
         now = time.monotonic()
         for delta in deltas:
             if not delta.tokens:
@@ -174,7 +175,7 @@ class RequestClock:
             self._metrics.generation_tokens.inc(len(delta.tokens))
 
     def finished(self, choices: Sequence[Choice]) -> None:
-        """The answer is out."""
+        """Count an answer that is out."""
         num_tokens = sum(choice.num_tokens for choice in choices)
         self._metrics.request_time.observe(time.monotonic() - self._start)
         self._metrics.output_length.observe(num_tokens)

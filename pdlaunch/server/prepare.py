@@ -32,7 +32,7 @@ _SEED_BITS = 63
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What identifies one HTTP request on its way."""
+    """Identifies one HTTP request on its way."""
 
     hop_id: HopId
     """Names the request for its caller; the answer's id has it."""
@@ -46,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What one choice has before the engine has done anything."""
+    """Holds what one choice has before the engine has done anything."""
 
     tokens: list[TokenOutput]
     finish_reason: str | None = None
@@ -56,7 +56,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The choices of a request, and what there is to say before rank 0 says anything."""
+    """Holds the choices of a request, and what there is to say before rank 0 says anything."""
 
     choices: list[Choice]
     deltas: list[Delta]
@@ -124,7 +124,10 @@ def prepare(
 
 
 def _known(request: GenerationRequest, transfer: KVTransferParams) -> list[Known] | None:
-    """By choice, the tokens that exist; ``resume`` beats first tokens, as it has them too."""
+    """Return the tokens that exist, by choice; None without any.
+
+    ``resume`` beats first tokens, as it has them too.
+    """
     resume = request.resumed()
     if resume is not None:
         return [_known_tokens(tokens, resume.sent) for tokens in resume.choices]
@@ -146,7 +149,10 @@ def _known_tokens(tokens: list[FirstToken], sent: bool) -> Known:
 
 
 def _check_remote_prefill(request: GenerationRequest, *, may_stream: bool) -> None:
-    """``may_stream``: the router knows what such a stream ends with."""
+    """Raise RequestError for what a remote prefill cannot do.
+
+    ``may_stream``: the router knows what such a stream ends with.
+    """
     if request.token_limit != 1:
         raise RequestError("do_remote_decode needs max_tokens: 1", param="max_tokens")
     if request.stream and not may_stream:
@@ -177,8 +183,9 @@ def _ids_of(tokens: Sequence[FirstToken]) -> list[int]:
 def _limit(
     request: GenerationRequest, model: ServedModel, num_prompt_tokens: int, prompt_param: str
 ) -> int:
-    """Output tokens of a choice: as asked; else what remains, for completions at most 16 as OpenAI
-    has it.
+    """Return the number of output tokens of a choice.
+
+    Without a limit it is what remains, for completions at most 16 as OpenAI has it.
     """
     remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
     if request.token_limit is not None:

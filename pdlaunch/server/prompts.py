@@ -27,7 +27,7 @@ MIN_TOKEN_IDS = 2**16
 
 
 def tokenize(raw: bytes, model: ServedModel) -> bytes:
-    """The body of the answer. Raises RequestError."""
+    """Answer the body of a /tokenize request. Raises RequestError."""
     body = read_json_object(raw)
     max_chars = max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * model.max_model_len)
     request: TokenizeCompletionRequest | TokenizeChatRequest
@@ -56,7 +56,7 @@ def tokenize(raw: bytes, model: ServedModel) -> bytes:
 
 
 def detokenize(raw: bytes, model: ServedModel) -> bytes:
-    """The body of the answer. Raises RequestError."""
+    """Answer the body of a /detokenize request. Raises RequestError."""
     num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, model.max_model_len)
     if num_ids > max_ids:
         raise RequestError(
@@ -93,7 +93,7 @@ def read_chat(raw: bytes, model: ServedModel) -> ChatCompletionRequest:
 
 
 def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """One list a prompt; token ids are taken as they are. Raises RequestError."""
+    """Return one list for each prompt; token ids are taken as they are. Raises RequestError."""
     return [
         _encode(prompt, model, "prompt", request.add_special_tokens)
         if isinstance(prompt, str)
@@ -103,7 +103,7 @@ def completion_prompts(request: CompletionRequest, model: ServedModel) -> list[l
 
 
 def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> list[int]:
-    """The messages, rendered by the model's chat template. Raises RequestError."""
+    """Return the messages, rendered by the model's chat template. Raises RequestError."""
     text = render_chat(request, model, max_chars=model.max_prompt_chars)
     return _encode(text, model, "messages", request.add_special_tokens)
 
@@ -111,7 +111,7 @@ def chat_prompt(request: ChatCompletionRequest, model: ServedModel) -> list[int]
 def render_chat(
     request: ChatCompletionRequest | TokenizeChatRequest, model: ServedModel, *, max_chars: int
 ) -> str:
-    """The text of a chat's prompt. Raises RequestError."""
+    """Return the text of a chat's prompt. Raises RequestError."""
     if model.chat_template is None:
         raise RequestError(
             f"the model {model.name!r} has no chat template; use /v1/completions", param="messages"
@@ -126,7 +126,10 @@ def render_chat(
 
 
 def _encode(text: str, model: ServedModel, param: str, add_special_tokens: bool) -> list[int]:
-    """Tokenizing takes 100 bytes a character: of a very long text a part is tried first."""
+    """Return the token ids of a text.
+
+    Tokenizing takes 100 bytes for each character, so of a very long text a part is tried first.
+    """
     length = model.tokenizer.token_length
     if length is not None and len(text) > model.max_prompt_chars:
         num_tokens = length.fewest_tokens(text)

@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """The rank died or was replaced while it worked on the request."""
+    """Tells that the rank died or was replaced while it worked on the request."""
 
     request_id: RequestId
 
@@ -88,7 +88,7 @@ class RankLink:
 
     @property
     def silence_s(self) -> float:
-        """Since the rank said anything, or since this link was made."""
+        """Return the seconds since the rank said anything, or since this link was made."""
         return self._clock() - self._heard_at_s
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
@@ -198,7 +198,7 @@ class RankLink:
                     check.set_result(message)
 
     def _deliver(self, item: Tokens | FirstTokens | RequestFinished) -> None:
-        """Items of requests that were aborted meanwhile are dropped."""
+        """Hand an item to its request; items of aborted requests are dropped."""
         finished = isinstance(item, RequestFinished)
         sink = (
             self._sinks.pop(item.request_id, None) if finished else self._sinks.get(item.request_id)

@@ -35,8 +35,9 @@ _LOWEST = -9999.0
 
 
 def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> CompletionLogprobs:
-    """Of a delta's tokens; the drawn token is always among the top ones, so there may be ``num_top
-    + 1``.
+    """Return the log probabilities of a delta's tokens.
+
+    The drawn token is always among the top ones, so there may be ``num_top + 1``.
     """
     return CompletionLogprobs(
         tokens=[token_name(tokenizer.token_bytes(token.token_id)) for token in delta.tokens],
@@ -51,14 +52,14 @@ def completion_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) ->
 
 
 def chat_logprobs(delta: Delta, tokenizer: TextTokenizer, num_top: int) -> ChatLogprobs:
-    """Of a delta's tokens, with their bytes."""
+    """Return the log probabilities of a delta's tokens, with their bytes."""
     return ChatLogprobs(
         content=[_token_logprob(token, tokenizer, num_top) for token in delta.tokens]
     )
 
 
 def token_name(token_bytes: bytes) -> str:
-    """The token's text; ``bytes:\\xe4\\xbd`` where it is no whole character."""
+    """Return the token's text; ``bytes:\\xe4\\xbd`` where it is no whole character."""
     try:
         return token_bytes.decode()
     except UnicodeDecodeError:
@@ -121,35 +122,36 @@ class Renderer(ABC):
 
     @abstractmethod
     def opening(self, usage: Usage | UnsetType) -> list[object]:
-        """Chunks before any text."""
+        """Return the chunks before any text."""
 
     @abstractmethod
     def chunk(self, delta: Delta, usage: Usage | UnsetType) -> object:
-        """A chunk of the stream."""
+        """Return a chunk of the stream."""
 
     @abstractmethod
     def usage_chunk(
         self, usage: Usage, kv_transfer_params: KVParams | UnsetType | None = UNSET
     ) -> object:
-        """The last chunk of a stream with include_usage, or of a remote prefill's; it has no
-        choices.
+        """Return the last chunk, which has no choices.
+
+        It ends a stream with include_usage, and that of a remote prefill.
         """
 
     @abstractmethod
     def answer(
         self, deltas: Sequence[Delta], usage: Usage, kv_transfer_params: KVParams | UnsetType | None
     ) -> object:
-        """The whole answer; ``deltas``: everything of each choice."""
+        """Return the whole answer; ``deltas`` hold everything of each choice."""
 
     def token_ids(self, delta: Delta) -> list[int] | UnsetType:
-        """With return_token_ids those that belong to the delta's text."""
+        """Return the ids that belong to the delta's text, UNSET without return_token_ids."""
         return (
             [token.token_id for token in delta.tokens] if self.request.return_token_ids else UNSET
         )
 
 
 class CompletionRenderer(Renderer):
-    """/v1/completions."""
+    """Writes answers of /v1/completions."""
 
     PREFIX = "cmpl-"
 
@@ -211,7 +213,7 @@ class CompletionRenderer(Renderer):
 
 
 class ChatRenderer(Renderer):
-    """/v1/chat/completions."""
+    """Writes answers of /v1/chat/completions."""
 
     PREFIX = "chatcmpl-"
 

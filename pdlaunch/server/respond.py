@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Answerer:
-    """One request on its way out; ``running`` has been started."""
+    """Writes the answer of one request; ``running`` has been started."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Answerer:
         """A stream has ended with an error."""
 
     async def answer(self) -> web.StreamResponse:
-        """One JSON body. Raises RequestError, or ConnectionError when the client did not take
+        """Write one JSON body. Raises RequestError, or ConnectionError when the client did not take
         it.
         """
         async with self._deadline.guard():
@@ -68,7 +68,9 @@ class Answerer:
         return response
 
     async def stream(self) -> web.StreamResponse:
-        """Server-sent events. Raises RequestError before the first one; later errors are events."""
+        """Write server-sent events. Raises RequestError before the first one; later errors are
+        events.
+        """
         stream = ClientStream(self._http, self._headers)
         try:
             async with self._deadline.guard():
@@ -87,7 +89,7 @@ class Answerer:
         return stream.response
 
     async def _collect(self) -> list[Delta]:
-        """Everything of each choice."""
+        """Return everything of each choice."""
         async for _ in self._deltas():
             pass
         return self._whole_deltas()
@@ -99,7 +101,7 @@ class Answerer:
         return whole
 
     async def _deltas(self) -> AsyncIterator[Sequence[Delta]]:
-        """First what was known before the engine began."""
+        """Yield what was known before the engine began, then what comes."""
         if self._prepared.deltas:
             self._add(self._prepared.deltas)
             yield self._prepared.deltas
@@ -109,14 +111,14 @@ class Answerer:
             yield deltas
 
     def _add(self, deltas: Sequence[Delta]) -> None:
-        """Nobody asks a plain stream for all that it has said."""
+        """Keep the deltas, except of a plain stream, of which nobody asks for all that it said."""
         if self._renderer.request.stream and not self._prepared.is_remote_prefill:
             return
         for delta in deltas:
             self._whole[delta.index].add(delta)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """The stream but for its end, in pieces; each piece is what has come at once."""
+        """Yield the stream but for its end, in pieces; each piece is what has come at once."""
         opening = [] if self._prepared.continues else self._renderer.opening(self._usage())
         async for deltas in self._deltas():
             chunks = opening + [self._chunk(delta) for delta in deltas if self._is_shown(delta)]
@@ -137,12 +139,13 @@ class Answerer:
         return self._renderer.chunk(delta, self._usage())
 
     def _usage(self) -> Usage | UnsetType:
-        """What a chunk says of the tokens so far."""
+        """Return what a chunk says of the tokens so far."""
         return self._running.usage() if self._renderer.request.continuous_usage else UNSET
 
     def _is_shown(self, delta: Delta) -> bool:
-        """Tokens whose text is held back make a chunk only where the client asked for more than
-        text.
+        """Tell whether a delta makes a chunk.
+
+        Tokens whose text is held back do so only where the client asked for more than text.
         """
         request = self._renderer.request
         if delta.text or delta.finish_reason is not None:

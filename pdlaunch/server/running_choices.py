@@ -1,4 +1,4 @@
-"""Runs the choices of one HTTP request at rank 0, from submission to the last token or the abort."""
+"""The choices of one HTTP request at rank 0, from submission to the last token or the abort."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ class RunningChoices:
         self._remote_kv: RemoteKV | None = None
 
     def start(self) -> None:
-        """Raises RequestError when one of the ids is in use: then that request is somebody else's,
-        and is left alone.
+        """Submit the choices.
+
+        Raises RequestError when one of the ids is in use: that request is somebody else's, and is
+        left alone.
         """
         for request_id, choice in self._running.items():
             self._link.submit(choice.request, self._events.put_nowait)
@@ -57,7 +59,7 @@ class RunningChoices:
                 self._give_up_lease(choice)
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What is new, until every choice has ended; all that has arrived comes at once.
+        """Yield what is new, until every choice has ended; all that has arrived comes at once.
 
         Raises OverloadedError (503) when the rank is lost, RequestError (500) when it failed; then
         abort is up to the caller.
@@ -84,15 +86,14 @@ class RunningChoices:
             self._link.abort(lease_id)
 
     def hand_over(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """``kv_transfer_params`` of a finished remote prefill; ``deltas``: the first token of each
-        choice.
+        """Return the ``kv_transfer_params`` of a finished remote prefill.
+
+        ``deltas``: the first token of each choice.
         """
         return _hand_over(self._link, self.choices, deltas, self._remote_kv)
 
     def usage(self) -> Usage:
-        """Tokens so far; cached tokens are those of each prompt's first choice that reported
-        any.
-        """
+        """Return the tokens so far; cached ones are those of each prompt's first choice."""
         completion = sum(choice.num_tokens for choice in self.choices)
         cached = sum(
             choice.num_cached_tokens
@@ -107,8 +108,9 @@ class RunningChoices:
         )
 
     def _give_up_lease(self, choice: Choice) -> None:
-        """The holder waits for this reader, which needs no blocks: the rank tells it so for a
-        request that comes and goes.
+        """Let the prefill side know that this reader needs no blocks.
+
+        It waits for each reader; the rank tells it so for a request that comes and goes.
         """
         self._link.submit(choice.request, lambda _: None)
         self._link.abort(choice.request.request_id)
@@ -153,11 +155,10 @@ class RunningChoices:
 def _hand_over(
     link: RankLink, choices: Sequence[Choice], deltas: Sequence[Delta], remote: RemoteKV | None
 ) -> dict[str, Any] | None:
-    """``kv_transfer_params`` of the answer; None when every choice ended with its first token, and
-    then the lease ends too.
+    """Return the ``kv_transfer_params`` of the answer.
 
-    Without leased blocks the decode engine gets the first tokens alone and computes the prompt
-    itself.
+    None when every choice ended with its first token; then the lease ends too. Without leased
+    blocks the decode engine gets the first tokens alone and computes the prompt itself.
     """
     lease_id = choices[0].request.request_id
     num_open = sum(choice.finish_reason != "stop" for choice in choices)

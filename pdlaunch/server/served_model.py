@@ -18,7 +18,7 @@ UNBOUNDED_PROMPT_CHARS = 2**26
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model under one name."""
+    """Describes one model under one name."""
 
     name: str
     model_dir: str
@@ -31,12 +31,12 @@ class ServedModel:
 
     @property
     def max_prompt_chars(self) -> int:
-        """Longest text of a prompt that is accepted without looking closer."""
+        """Return the longest text of a prompt that is accepted without looking closer."""
         length = self.tokenizer.token_length
         return UNBOUNDED_PROMPT_CHARS if length is None else self.max_model_len * length.max_chars
 
     def too_long(self, finding: str, param: str) -> RequestError:
-        """The refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
+        """Return the refusal of a prompt that does not fit. ``finding``: ``has 9000 tokens``."""
         return RequestError(
             f"the prompt {finding}; this model's maximum context length is {self.max_model_len} "
             "tokens, one of which is for the "
@@ -46,12 +46,12 @@ class ServedModel:
         )
 
     def check_name(self, given: str | None) -> None:
-        """No name means this model. Raises RequestError (404)."""
+        """Raise RequestError (404) for another model's name; no name means this model."""
         if given is not None and given != self.name:
             raise model_not_found(given, self.name)
 
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
-        """Raises RequestError for ids that the model does not have."""
+        """Raise RequestError for ids that the model does not have."""
         highest = max(token_ids, default=0)
         if highest >= self.vocab_size:
             raise RequestError(
@@ -59,8 +59,9 @@ class ServedModel:
             )
 
     def remaining_tokens(self, num_prompt_tokens: int, wanted: int | None, param: str) -> int:
-        """How many tokens may follow a prompt; raises RequestError when the prompt, or it and
-        ``wanted``, are too long.
+        """Return how many tokens may follow a prompt.
+
+        Raises RequestError when the prompt, or it and ``wanted``, are too long.
         """
         if num_prompt_tokens == 0:
             raise RequestError("the prompt has no tokens", param=param)

@@ -30,7 +30,7 @@ SLEEP_TAGS = ("weights", "kv_cache")
 
 
 class SleepQuery(msgspec.Struct, frozen=True):
-    """The query of POST /sleep."""
+    """Holds the query of POST /sleep."""
 
     level: int
     waits: bool
@@ -47,7 +47,7 @@ class SleepStatus(msgspec.Struct, frozen=True):
 
 
 def read_sleep_query(query: Mapping[str, str]) -> SleepQuery:
-    """Raises RequestError."""
+    """Read the query of POST /sleep. Raises RequestError."""
     _check_names(query, ("level", "mode"))
     level, mode = query.get("level", "1"), query.get("mode", "wait")
     if level not in ("1", "2"):
@@ -63,8 +63,9 @@ def read_sleep_query(query: Mapping[str, str]) -> SleepQuery:
 
 
 def read_tags(query: Any) -> list[str]:
-    """``tags`` of POST /wake_up, repeated or with commas, without repetitions. Raises
-    RequestError.
+    """Return the ``tags`` of POST /wake_up, repeated or with commas, each once.
+
+    Raises RequestError.
     """
     _check_names(query, ("tags",))
     tags = [tag for value in query.getall("tags", []) for tag in value.split(",")]
@@ -85,8 +86,9 @@ def _check_names(query: Mapping[str, str], known: tuple[str, ...]) -> None:
 
 
 class SleepDesk:
-    """One call at a time. ``announce`` tells the supervisor, whose registry makes routers keep
-    away.
+    """Puts the engine to sleep and wakes it up, one call at a time.
+
+    ``announce`` tells the supervisor, whose registry makes routers keep away.
     """
 
     def __init__(
@@ -118,24 +120,30 @@ class SleepDesk:
         return SleepStatus(bool(self._tags), self._tags, num_bytes)
 
     def on_welcome(self, welcome: Welcome) -> None:
-        """A rank 0 says how it is: it may have slept through a restart of this server, or have been
-        restarted itself.
+        """Take over how a rank 0 is.
+
+        It may have slept through a restart of this server, or have been restarted itself.
         """
         self._settle(welcome.sleeping_tags)
 
     def on_reply(self, reply: SleepReply) -> None:
-        """What an earlier server has asked for is done."""
+        """Take over the end of a call that an earlier server has made."""
         self._settle(reply.sleeping_tags)
 
     async def fall_asleep(self, query: SleepQuery) -> SleepStatus:
-        """Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
+        """Put the engine to sleep.
+
+        Raises RequestError: 400 without sleep mode, 409 while the engine is busy and the caller
         does not wait.
         """
         self._check_enabled()
         return await self._to_the_end(self._fall_asleep(query))
 
     async def wake_up(self, tags: list[str]) -> SleepStatus:
-        """Raises RequestError: 400 without sleep mode, 409 when the engine cannot wake up now."""
+        """Wake these pools up.
+
+        Raises RequestError: 400 without sleep mode, 409 when the engine cannot wake up now.
+        """
         self._check_enabled()
         return await self._to_the_end(self._wake_up(tags))
 

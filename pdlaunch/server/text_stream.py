@@ -21,7 +21,7 @@ earlier.
 
 
 class IncrementalDetokenizer:
-    """Text of a growing list of tokens.
+    """Decodes a growing list of tokens.
 
     ::
 
@@ -48,7 +48,7 @@ class IncrementalDetokenizer:
         self._emitted = 0
 
     def push(self, token_id: int) -> str:
-        """The text that is certain with this token; empty while a character is incomplete."""
+        """Return the text that is certain now; empty while a character is incomplete."""
         self._window.append(token_id)
         text = self._decode(self._window)
         stable = text.rstrip(_REPLACEMENT)
@@ -62,7 +62,7 @@ class IncrementalDetokenizer:
         return new
 
     def flush(self) -> str:
-        """What is left at the end: incomplete characters as U+FFFD."""
+        """Return what is left at the end: incomplete characters as U+FFFD."""
         rest = self._decode(self._window)[len(self._prefix) + self._emitted :]
         self._emitted += len(rest)
         return rest
@@ -100,15 +100,16 @@ class TextStream:
         """The stop string that was found; the choice is over."""
 
     def push(self, token_id: int) -> str:
-        """Text to emit after one more token; text of earlier tokens than ``min_tokens`` is not
-        searched.
+        """Return the text to emit after one more token.
+
+        Text of earlier tokens than ``min_tokens`` is not searched.
         """
         assert self.stop_string is None
         self._num_tokens += 1
         return self._take(self._detokenizer.push(token_id))
 
     def finish(self) -> str:
-        """Text to emit when the choice has ended by anything but a stop string."""
+        """Return the text to emit when the choice has ended by anything but a stop string."""
         rest = self._detokenizer.flush()
         self.num_chars += len(rest)
         text, self._held = self._held + rest, ""
@@ -130,14 +131,15 @@ class TextStream:
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """Where the earliest stop string begins, and which; of two at one place the shorter one, which
-    was complete first.
+    """Find where the earliest stop string begins, and which it is.
+
+    Of two at one place it is the shorter one, which was complete first.
     """
     found = [(start, len(stop), stop) for stop in stops if (start := text.find(stop)) >= 0]
     return (min(found)[0], min(found)[2]) if found else None
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    """Return the length of the longest end of ``text`` that ``stop`` begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

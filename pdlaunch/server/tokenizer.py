@@ -40,7 +40,7 @@ _KEEPING_PRE_TOKENIZERS = {"ByteLevel", "Metaspace", "Digits", "Punctuation", "S
 
 @dataclass(frozen=True, slots=True)
 class TokenLength:
-    """The longest token of a tokenizer."""
+    """Bounds how much text one token of a tokenizer can stand for."""
 
     max_chars: int
     """Of a text as it was sent."""
@@ -48,13 +48,14 @@ class TokenLength:
     """Characters of which no token says anything."""
 
     def fewest_tokens(self, text: str) -> int:
-        """No fewer tokens than these can stand for ``text``."""
+        """Return a number of tokens that ``text`` has at least."""
         return -(-(len(text) - sum(map(text.count, self.lost_chars))) // self.max_chars)
 
 
 def token_length(tokenizer: Tokenizer, byte_alphabet: Mapping[str, int]) -> TokenLength | None:
-    """The bound, or None when there is none. ``byte_alphabet``: how byte-level vocabularies write
-    the 256 bytes.
+    """Return the bound, or None when there is none.
+
+    ``byte_alphabet``: how byte-level vocabularies write the 256 bytes.
     """
     added = tokenizer.get_added_tokens_decoder().values()
     normalizers = _parts(tokenizer.normalizer, "normalizers")
@@ -84,7 +85,7 @@ def token_length(tokenizer: Tokenizer, byte_alphabet: Mapping[str, int]) -> Toke
 
 
 def _parts(component: Any, name: str) -> list[dict[str, Any]]:
-    """The settings of a component, or of those that a sequence has, in order."""
+    """Return the settings of a component, or of those that a sequence has, in order."""
     if component is None:
         return []
     settings: dict[str, Any] = json.loads(component.__getstate__())
@@ -92,14 +93,14 @@ def _parts(component: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _keeps_normalized(part: dict[str, Any]) -> bool:
-    """No text gets shorter, but by composition."""
+    """Tell whether no text gets shorter, but by composition."""
     if part["type"] == "Replace":
         return len(part["content"]) >= len(part["pattern"].get("String", part["content"] + " "))
     return part["type"] in _KEEPING_NORMALIZERS
 
 
 def _keeps_split(part: dict[str, Any]) -> bool:
-    """Nothing between the pieces is dropped."""
+    """Tell whether nothing between the pieces is dropped."""
     return part["type"] in _KEEPING_PRE_TOKENIZERS and part.get("behavior") != "Removed"
 
 
@@ -107,7 +108,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextTokenizer:
-    """The model's tokenizer; safe to use from several threads."""
+    """Wraps the model's tokenizer; safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.no_truncation()
@@ -137,7 +138,7 @@ class TextTokenizer:
             ) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``; special tokens that stand in it as text are recognised."""
+        """Return the token ids of ``text``; it may spell special tokens."""
         # encode_batch_fast, unlike encode, lets go of the GIL and computes no offsets.
         (encoding,) = self._tokenizer.encode_batch_fast(
             [text], add_special_tokens=add_special_tokens
@@ -146,15 +147,17 @@ class TextTokenizer:
         return token_ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8. Unknown ids
-        give no text.
+        """Return the text of ``token_ids``; U+FFFD stands for bytes that are no valid UTF-8.
+
+        Unknown ids give no text.
         """
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for within a text; empty for ids that the tokenizer does
-        not know.
+        """Return the bytes that a token stands for within a text.
+
+        They are empty for ids that the tokenizer does not know.
         """
         if token_id in self._added:
             return self._added[token_id].encode()
@@ -167,7 +170,7 @@ class TextTokenizer:
         return bytes([int(byte_token[1], 16)]) if byte_token else piece.replace("▁", " ").encode()
 
     def token_piece(self, token_id: int) -> str:
-        """The token as the vocabulary spells it."""
+        """Return the token as the vocabulary spells it."""
         piece: str | None = self._tokenizer.id_to_token(token_id)
         return piece or ""
 
@@ -184,7 +187,7 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies.
+    """Return the printable character that stands for each byte in byte-level vocabularies.
 
     Printable Latin-1 characters stand for themselves, the other bytes for 256, 257, ... in order.
     Source: GPT-2's byte-level BPE, as the ``tokenizers`` library's ByteLevel.

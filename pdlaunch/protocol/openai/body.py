@@ -27,9 +27,7 @@ R = TypeVar("R", bound="RequestBody")
 
 
 class RequestBody(BaseModel):
-    """Base of every request model: strict types, unknown fields refused, ``null`` means the
-    default.
-    """
+    """Checks strictly: unknown fields are refused, ``null`` means the default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -53,7 +51,7 @@ class _Resume(msgspec.Struct):
 
 
 def read_json_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object in ``raw``; raises RequestError for anything else."""
+    """Return the JSON object in ``raw``; raises RequestError for anything else."""
     check_num_values(raw)
     try:
         body = msgspec.json.decode(raw)
@@ -81,7 +79,10 @@ def check_num_values(raw: bytes) -> None:
 
 
 def _num_values(raw: bytes) -> int:
-    """Strings, lists and objects of a JSON text; at the speed of memory, 0.1 s for 16 MiB."""
+    """Count strings, lists and objects of a JSON text.
+
+    It runs at the speed of memory, 0.1 s for 16 MiB.
+    """
     text = raw.replace(b"\\\\", b"").replace(
         b'\\"', b""
     )  # what is left of quotes begins and ends strings
@@ -93,8 +94,9 @@ def _num_values(raw: bytes) -> int:
 
 
 def num_token_ids(raw: bytes, member: str) -> int:
-    """Length of a member that is one list of token ids, without parsing it; 0 when it is something
-    else. Raises RequestError.
+    """Return the length of a member that is one list of token ids, without parsing it.
+
+    It is 0 when the member is something else. Raises RequestError.
     """
     check_num_values(raw)
     try:
@@ -146,13 +148,14 @@ def _unknown_field(kind: type[RequestBody], name: str, public: bool) -> str:
 
 
 def _same(value: object, neutral: object) -> bool:
-    """Equal and of one type, as ``True == 1`` in Python."""
+    """Tell whether both are equal and of one type, as ``True == 1`` in Python."""
     return type(value) is type(neutral) and value == neutral
 
 
 def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestError:
-    """The first finding of pydantic, with the path to the field as OpenAI writes it:
-    ``messages[0].role``.
+    """Return the first finding of pydantic.
+
+    The path to the field is written as OpenAI does: ``messages[0].role``.
     """
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
@@ -177,7 +180,7 @@ _OUT_OF_RANGE = frozenset(
 
 
 def _bounds(field: FieldInfo) -> str:
-    """``must be in (0, 1]``; empty for a field without bounds."""
+    """Return ``must be in (0, 1]``; empty for a field without bounds."""
     lower, upper = "", ""
     for bound in field.metadata:
         match bound:

@@ -16,7 +16,7 @@ MAX_PARTS = 4096
 
 
 class TextPart(RequestBody):
-    """One part of a message's content; only text is served."""
+    """Holds one part of a message's content; only text is served."""
 
     type: Literal["text"]
     text: str
@@ -27,7 +27,7 @@ def _as_parts(value: object) -> object:
 
 
 class ChatMessage(RequestBody):
-    """One message; ``null`` members of an answer that a client sends back are tolerated."""
+    """Holds one message; ``null`` members of an answer that a client sends back are tolerated."""
 
     role: str = Field(min_length=1, max_length=64)
     content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
@@ -39,11 +39,11 @@ class ChatMessage(RequestBody):
     function_call: None = None
 
     def text(self) -> str:
-        """The content; parts are joined by line ends, as vLLM does."""
+        """Return the content; parts are joined by line ends, as vLLM does."""
         return "\n".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, str]:
-        """What a chat template sees."""
+        """Return what a chat template sees."""
         message = {"role": self.role, "content": self.text()}
         return message if self.name is None else message | {"name": self.name}
 
@@ -62,7 +62,7 @@ Messages = Annotated[
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """A chat completion."""
+    """Asks for a chat completion."""
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = GenerationRequest.NEUTRAL | {
         "audio": (),

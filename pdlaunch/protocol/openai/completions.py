@@ -18,9 +18,7 @@ _TokenIds = list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 def _check_prompt(value: object) -> Prompt | list[Prompt]:
-    """By hand, as a union of lists would be tried item by item and answer with one error per
-    try.
-    """
+    """Check by hand: pydantic would try a union of lists item by item, and name every try."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -36,8 +34,9 @@ def _check_prompt(value: object) -> Prompt | list[Prompt]:
 
 
 def _token_ids(value: object) -> list[int] | None:
-    """``value`` if it is a non-empty list of token ids. A prompt can have very many: no loop over
-    them in Python.
+    """Return ``value`` if it is a non-empty list of token ids.
+
+    A prompt can have very many, so there is no loop over them in Python.
     """
     try:
         return msgspec.convert(value, _TokenIds) if isinstance(value, list) and value else None
@@ -46,7 +45,7 @@ def _token_ids(value: object) -> list[int] | None:
 
 
 class CompletionRequest(GenerationRequest):
-    """A text completion of one or several prompts."""
+    """Asks for a text completion of one or several prompts."""
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = GenerationRequest.NEUTRAL | {
         "best_of": (1,),
@@ -59,12 +58,12 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def has_token_ids(self) -> bool:
-        """One prompt, given as token ids."""
+        """Tell whether there is one prompt, given as token ids."""
         return not isinstance(self.prompt, str) and isinstance(self.prompt[0], int)
 
     @property
     def prompts(self) -> list[Prompt]:
-        """One entry a prompt, in order."""
+        """Return one entry for each prompt, in order."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]

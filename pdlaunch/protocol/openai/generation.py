@@ -19,7 +19,7 @@ from pdlaunch.protocol.openai.body import RequestBody
 
 
 class Resume(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Output tokens that exist already, by choice."""
+    """Holds output tokens that exist already, by choice."""
 
     choices: list[list[FirstToken]]
     sent: bool = True
@@ -56,7 +56,7 @@ def _as_list(value: object) -> object:
 
 
 def _int_keys(value: object) -> object:
-    """JSON has no integer keys: ``{"15043": -100}``."""
+    """Convert keys to integers, which JSON does not have: ``{"15043": -100}``."""
     if not isinstance(value, dict):
         return value
     if len(value) > MAX_LOGIT_BIAS:
@@ -79,17 +79,17 @@ LogitBias = Annotated[
 
 
 class StreamOptions(RequestBody):
-    """What a stream carries besides text."""
+    """Says what a stream carries besides text."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class GenerationRequest(RequestBody):
-    """Sampling and streaming of both completion APIs.
+    """Holds the sampling and streaming fields of both completion APIs.
 
-    Neutral defaults: a model's generation_config.json changes nothing but the end tokens. ``user``,
-    ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
+    Defaults are neutral: a model's generation_config.json changes nothing but the end tokens.
+    ``user``, ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
@@ -156,7 +156,9 @@ class GenerationRequest(RequestBody):
 
     @property
     def is_remote_prefill(self) -> bool:
-        """A router asks for the first token only; other fields are those of the whole request."""
+        """Tell whether a router asks for the first token only; other fields are of the whole
+        request.
+        """
         return (
             self.kv_transfer_params is not None
             and self.kv_transfer_params.get("do_remote_decode") is True
@@ -164,7 +166,7 @@ class GenerationRequest(RequestBody):
 
     @property
     def token_limit(self) -> int | None:
-        """max_completion_tokens, else max_tokens."""
+        """Return max_completion_tokens, else max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -181,11 +183,11 @@ class GenerationRequest(RequestBody):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """None: no logprobs; 0: only of the token itself."""
+        """Return None for no logprobs, 0 for those of the token itself."""
         raise NotImplementedError
 
     def kv_transfer(self) -> KVTransferParams:
-        """``kv_transfer_params``, checked; raises RequestError naming the key."""
+        """Return ``kv_transfer_params``, checked; raises RequestError naming the key."""
         return (
             KVTransferParams()
             if self.kv_transfer_params is None
@@ -193,5 +195,5 @@ class GenerationRequest(RequestBody):
         )
 
     def resumed(self) -> Resume | None:
-        """``resume``, checked; raises RequestError."""
+        """Return ``resume``, checked; raises RequestError."""
         return None if self.resume is None else read_resume(self.resume, self.n)

@@ -13,13 +13,13 @@ from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """What of the prompt was not computed for this request."""
+    """Tells how much of the prompt was not computed for this request."""
 
     cached_tokens: int | None = None
 
 
 class Usage(msgspec.Struct, kw_only=True):
-    """Tokens of a request over all prompts and choices; a prompt counts once."""
+    """Counts the tokens of a request over all prompts and choices; a prompt counts once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -28,7 +28,10 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    """Log probabilities of the completions API; a token that is no valid UTF-8 reads ``bytes:\\xe4\\xbd``."""
+    """Holds the log probabilities of the completions API.
+
+    A token that is no valid UTF-8 reads ``bytes:`` and its bytes in hexadecimal.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -37,7 +40,7 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
-    """One alternative at a position."""
+    """Holds one alternative at a position."""
 
     token: str
     logprob: float
@@ -45,21 +48,22 @@ class TopLogprob(msgspec.Struct, kw_only=True):
 
 
 class TokenLogprob(TopLogprob, kw_only=True):
-    """The token that was drawn, and the most probable ones."""
+    """Holds the token that was drawn, and the most probable ones."""
 
     top_logprobs: list[TopLogprob] = []
 
 
 class ChatLogprobs(msgspec.Struct, kw_only=True):
-    """Log probabilities of the chat API."""
+    """Holds the log probabilities of the chat API."""
 
     content: list[TokenLogprob] | None = None
     refusal: None = None
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """A choice of an answer or of a chunk; ``token_ids`` are those of this answer or chunk
-    (``return_token_ids``).
+    """Holds a choice of an answer or of a chunk.
+
+    With ``return_token_ids``, ``token_ids`` are those of this answer or chunk.
     """
 
     index: int = 0
@@ -72,7 +76,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """Answer of /v1/completions, and, with ``usage`` UNSET, a chunk of its stream."""
+    """Answers /v1/completions; with ``usage`` UNSET it is a chunk of the stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -84,7 +88,7 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
-    """The answer's message."""
+    """Holds the answer's message."""
 
     role: str = "assistant"
     content: str | None = None
@@ -92,7 +96,7 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
-    """One choice of an answer."""
+    """Holds one choice of an answer."""
 
     index: int = 0
     message: AssistantMessage
@@ -103,7 +107,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
-    """Answer of /v1/chat/completions."""
+    """Answers /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -116,14 +120,14 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
-    """What a chunk adds to the message."""
+    """Says what a chunk adds to the message."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
-    """One choice of a chunk; ``token_ids`` are those of this chunk."""
+    """Holds one choice of a chunk; ``token_ids`` are those of this chunk."""
 
     index: int = 0
     delta: ChatDelta
@@ -134,7 +138,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
-    """A chunk of a chat stream."""
+    """Holds a chunk of a chat stream."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -147,7 +151,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """One entry of /v1/models."""
+    """Describes one model of /v1/models."""
 
     id: str
     object: Literal["model"] = "model"
@@ -158,7 +162,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct, kw_only=True):
-    """Answer of /v1/models."""
+    """Answers /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard] = []

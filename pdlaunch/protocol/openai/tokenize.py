@@ -12,7 +12,7 @@ from pdlaunch.protocol.openai.generation import TokenId
 
 
 class TokenizeCompletionRequest(RequestBody):
-    """Text to token ids."""
+    """Asks for the token ids of a text."""
 
     model: str | None = None
     prompt: str
@@ -21,7 +21,7 @@ class TokenizeCompletionRequest(RequestBody):
 
 
 class TokenizeChatRequest(RequestBody):
-    """Messages, rendered by the chat template, to token ids."""
+    """Asks for the token ids of messages, rendered by the chat template."""
 
     model: str | None = None
     messages: Messages
@@ -33,14 +33,14 @@ class TokenizeChatRequest(RequestBody):
 
 
 class DetokenizeRequest(RequestBody):
-    """Token ids to text; special tokens are kept."""
+    """Asks for the text of token ids; special tokens are kept."""
 
     model: str | None = None
     tokens: list[TokenId]
 
 
 class TokenizeResponse(msgspec.Struct, kw_only=True):
-    """Answer of /tokenize."""
+    """Answers /tokenize."""
 
     count: int
     max_model_len: int
@@ -49,6 +49,6 @@ class TokenizeResponse(msgspec.Struct, kw_only=True):
 
 
 class DetokenizeResponse(msgspec.Struct, kw_only=True):
-    """Answer of /detokenize."""
+    """Answers /detokenize."""
 
     prompt: str
