@@ -1,1 +1,1 @@
-"""The rules behind check-config: pure functions over config and a probed environment."""
+"""The rules behind check-config are pure functions over a resolved launch and what was probed."""

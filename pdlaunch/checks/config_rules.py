@@ -1,4 +1,4 @@
-"""PD1xx: options that contradict each other or the model."""
+"""Rules PD1xx judge settings that contradict each other or the model."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
     needs=("model",),
 )
 def max_len_over_model(context: Context) -> Iterator[Found]:
-    """max_model_len is over what the model was made for.
+    """max_model_len is longer than the model was made for.
 
     Positions beyond max_position_embeddings have no meaning to the model: it answers with noise.
     """
@@ -158,8 +158,8 @@ def lease_too_short(context: Context) -> Iterator[Found]:
     """The lease on prefill's blocks is shorter than the longest transfer.
 
     When a lease ends, prefill gives the blocks to other requests. Heartbeats extend it while a pull
-    runs; when they do not get through, a pull that is still allowed to go on reads what belongs to
-    somebody else, and the prompt is computed again.
+    runs; when they do not get through, a pull that is still allowed to go on reads blocks of other
+    requests, and the prompt is computed again.
     """
     transfer = context.config.kv_transfer
     if context.pair() and transfer.lease_s <= transfer.pull_timeout_s:
@@ -263,7 +263,7 @@ def not_verified(context: Context) -> Iterator[Found]:
     "PD112",
     "warning",
     fix="Set PDLAUNCH_API_KEY, or --host 127.0.0.1 behind a proxy that authenticates.",
-    source="Common sense.",
+    source="An open port answers whoever reaches it.",
 )
 def open_without_key(context: Context) -> Iterator[Found]:
     """The API listens beyond this machine without a key.
@@ -303,7 +303,7 @@ def request_shorter_than_pulls(context: Context) -> Iterator[Found]:
 def without_effect(context: Context) -> Iterator[Found]:
     """A setting has no effect on this set-up.
 
-    What is set and then ignored gives a wrong idea of what runs.
+    A setting that is ignored gives a wrong idea of what runs.
     """
     for engine in context.engines.values():
         where = engine.where("gpu_memory_utilization")

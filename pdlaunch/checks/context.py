@@ -1,4 +1,4 @@
-"""What the rules look at: a resolved launch, where its settings come from, and what was probed."""
+"""Holds what rules look at: a resolved launch, the origins of its settings, and what was probed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
 }
-"""By field of ``Probes``: the fact, and why it is missing where nobody has probed it."""
+"""Names, for each field of ``Probes``, the fact and why it is missing where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairTransport:
-    """The measured path of one decode rank that reads from one prefill rank."""
+    """Says how fast one decode rank reads from one prefill rank."""
 
     decode_rank: str
     """``decode-0/rank-0``"""
@@ -38,7 +38,7 @@ class PairTransport:
     path: str
     """The path in use: ``nixl/UCX``, ``p2p/memfd`` and such."""
     allocator: Allocator
-    """What the KV cache of the prefill rank is allocated with."""
+    """Allocator of the prefill rank's KV cache."""
     gigabytes_per_s: float | None = None
     """None: too few bytes moved to tell, or nothing could be moved."""
     expected_gigabytes_per_s: float | None = None
@@ -55,23 +55,23 @@ class PairTransport:
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What was probed for one check; None where nobody looked."""
+    """Holds what was probed for one check; None where nobody looked."""
 
     ports: Mapping[tuple[str, int], PortState] | None = None
-    """By host and port: whether it can be listened on."""
+    """Says for each host and port whether it can be listened on."""
     import_errors: Mapping[str, str] | None = None
     """Modules whose import was tried and failed, and why."""
     folder_problems: Mapping[str, str] | None = None
-    """By setting: why its folder cannot be written to."""
+    """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None
-    """Why the engines of a role could not read their weights."""
+    """Reasons why the engines of a role cannot read their weights."""
     transport: tuple[PairTransport, ...] | None = None
     """Every pair of ranks of a launch that was measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Everything that a rule may look at."""
+    """Holds everything that a rule may look at."""
 
     launch: ResolvedLaunch
     origins: Mapping[str, Origin]

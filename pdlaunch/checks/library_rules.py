@@ -1,4 +1,4 @@
-"""Rules PD401 to PD408: the packages and drivers that ranks load."""
+"""Rules PD401 to PD408 judge the packages and drivers that ranks load."""
 
 from __future__ import annotations
 
@@ -207,13 +207,13 @@ def mooncake_libraries(context: Context) -> Iterator[Found]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """``0.3.13.post1`` as (0, 3, 13)."""
+    """Return ``0.3.13.post1`` as (0, 3, 13)."""
     parts = itertools.takewhile(str.isdecimal, version.split("."))
     return tuple(map(int, parts))
 
 
 def _nixl_build(libraries: Libraries) -> str | None:
-    """The build that ``import nixl`` will take."""
+    """Return the build that ``import nixl`` will take."""
     if libraries.torch_cuda is not None:
         wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
         return wanted if wanted in libraries.nixl.backends else None

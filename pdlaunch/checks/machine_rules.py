@@ -1,4 +1,4 @@
-"""Rules PD400 and PD410 to PD419: the system, its devices and its limits."""
+"""Rules PD400 and PD410 to PD419 judge the system, its devices and its limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _FILES_OF_A_PAIR = 4
 def not_linux(context: Context) -> Iterator[Found]:
     """This system is not Linux.
 
-    Processes, shared memory and devices are handled the Linux way; check-config works everywhere.
+    Processes, shared memory and devices are handled in ways that only Linux has; check-config works
+    everywhere.
     """
     if context.machine.system != "Linux":
         yield Found("system", f"serve needs Linux, this is {context.machine.system}")
@@ -121,7 +122,7 @@ def emulated_dtype(context: Context) -> Iterator[Found]:
     needs=("limits", "rdma", "model"),
 )
 def memlock_low(context: Context) -> Iterator[Found]:
-    """Little memory may be locked, and RDMA needs locked memory.
+    """The limit of locked memory is too low for RDMA.
 
     Registering the KV cache with an RDMA device locks it. Beyond the limit registration fails, or
     falls back to TCP.
@@ -147,7 +148,7 @@ def memlock_low(context: Context) -> Iterator[Found]:
     needs=("limits",),
 )
 def open_files_low(context: Context) -> Iterator[Found]:
-    """Few files may be open.
+    """The limit of open files is low.
 
     Every request, pair of ranks and shared-memory segment takes descriptors. Processes raise their
     soft limit to the hard one, which is what counts. A router that has fewer than it needs serves
@@ -220,8 +221,8 @@ def shm_stale(context: Context) -> Iterator[Found]:
 def folder_not_writable(context: Context) -> Iterator[Found]:
     """The folder of connector file cannot be written to.
 
-    The ranks put their KV blocks there and would refuse to start. This machine is checked; the
-    folder belongs on all hosts.
+    The ranks put their KV blocks there and would refuse to start. All hosts must have the folder;
+    only this machine is checked.
     """
     for where, problem in (context.probes.folder_problems or {}).items():
         yield Found(where, problem)

@@ -1,4 +1,4 @@
-"""PD2xx: the memory options, and whether everything fits."""
+"""Rules PD20x and PD21x judge memory settings, and whether everything fits."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ def _no_cumem(context: Context, engine: RoleEngines) -> str | None:
 @rule(
     "PD204",
     "error",
-    fix="Remove expandable_segments from the environment, or allocate the KV cache elsewhere: --enable-cumem-allocator or "
-    "--enable-sleep-mode.",
+    fix=(
+        "Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
+        "--enable-cumem-allocator or --enable-sleep-mode."
+    ),
     source=f"Measured on two H200s with NIXL 1.5.1. {_TORCH}",
 )
 def expandable_segments(context: Context) -> Iterator[Found]:
@@ -292,7 +294,7 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
 
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:
-    """Return by GPU how many ranks of which engines it has."""
+    """Return for each GPU how many ranks of which engines run on it."""
     return {
         gpu: {
             engine: num_ranks
@@ -363,8 +365,8 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
     "PD213",
     "warning",
     fix=(
-        "Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give the host an "
-        "IMEX channel."
+        "Let kv_transfer.nixl.path be auto or p2p, switch the CuMem allocator off, or give the "
+        "host an IMEX channel."
     ),
     source=(
         "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 "

@@ -1,4 +1,4 @@
-"""Rules PD409, PD418 and PD42x: addresses, ports and open sockets."""
+"""Rules PD409, PD418 and PD42x judge addresses, ports and open sockets."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def host_not_here(context: Context) -> Iterator[Found]:
 def side_channel_unreachable(context: Context) -> Iterator[Found]:
     """Peers on other hosts cannot reach the side channel.
 
-    A rank tells its peers where to ask for blocks. localhost and 0.0.0.0 mean the peer's own
-    machine there: every pull fails.
+    A rank tells its peers where to ask for blocks. To a peer on another host, localhost and 0.0.0.0
+    mean its own machine: every pull fails.
     """
     num_hosts = len(context.launch.machines)
     for engine in context.engines.values() if num_hosts > 1 else ():

@@ -1,4 +1,4 @@
-"""PD22x: the host tier of the KV cache."""
+"""Rules PD22x judge the host tier of the KV cache."""
 
 from __future__ import annotations
 

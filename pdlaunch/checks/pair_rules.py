@@ -1,4 +1,4 @@
-"""PD3xx: what must be equal, or fit, between a prefill and a decode engine.
+"""Rules PD3xx judge what must be equal, or fit, between a prefill and a decode engine.
 
 vLLM sees these at the first request, when both engines are already "healthy".
 """
@@ -24,9 +24,9 @@ _LAYOUT = "pdlaunch's KV layout and handshake."
     needs=("model",),
 )
 def models_differ(context: Context) -> Iterator[Found]:
-    """Prefill and decode serve models of different form.
+    """Prefill and decode serve models of different shapes.
 
-    KV blocks are numbers inside one model: to another model they mean nothing.
+    The numbers in KV blocks have a meaning to one model only.
     """
     for prefill, decode in _shapes(context):
         names = (
@@ -52,15 +52,15 @@ def models_differ(context: Context) -> Iterator[Found]:
 def model_paths_differ(context: Context) -> Iterator[Found]:
     """Prefill and decode load their model from different folders.
 
-    The form is the same, but a fine-tuned or newer revision has other weights: the handshake
-    compares their content and refuses the pair, after both engines have loaded.
+    The shapes are equal, but a fine-tuned or newer revision has other weights: the handshake
+    compares the weights and refuses the pair, after both engines have loaded them.
     """
     if (pair := context.pair()) is None:
         return
     prefill, decode = pair
-    same_form = prefill.shape == decode.shape
+    same_shape = prefill.shape == decode.shape
     if (
-        same_form
+        same_shape
         and prefill.model.path
         and decode.model.path
         and not _same_folder(prefill.model.path, decode.model.path)
@@ -295,13 +295,13 @@ def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:
 
 
 def _differing(prefill: ModelShape, decode: ModelShape, names: tuple[str, ...]) -> str:
-    """``num_layers (30, 32), vocab_size (...)``; empty when all are equal."""
+    """Return ``num_layers (30, 32), vocab_size (...)``; empty when all are equal."""
     values = ((name, getattr(prefill, name), getattr(decode, name)) for name in names)
     return ", ".join(f"{name} ({left}, {right})" for name, left, right in values if left != right)
 
 
 def _differing_place(prefill: RoleEngines, decode: RoleEngines, name: str) -> str:
-    """The role's own setting that makes the difference."""
+    """Return the role's own setting that makes the difference."""
     return decode.where(name) if name in decode.overrides else prefill.where(name)
 
 

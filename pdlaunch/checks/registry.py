@@ -1,4 +1,4 @@
-"""All rules, by code."""
+"""Collects the rules of all families."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES = {
 
 
 def all_rules() -> dict[str, Rule]:
-    """Every rule, in the order of the codes."""
+    """Return every rule, in the order of the codes."""
     modules: tuple[ModuleType, ...] = (
         config_rules,
         memory_rules,
@@ -48,5 +48,5 @@ def all_rules() -> dict[str, Rule]:
 
 
 def family(rule: Rule) -> str:
-    """Name of the rule's family."""
+    """Return the name of the rule's family."""
     return FAMILIES[rule.code[:3]]

@@ -1,4 +1,4 @@
-"""A rule, and how one is written: a function over a ``Context`` that yields what it finds.
+"""Defines a rule: a function over a ``Context`` that yields what it finds.
 
 ::
 
@@ -28,21 +28,21 @@ Severity = Literal["error", "warning", "info"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One thing that a rule has found."""
+    """Says one thing that a rule has found."""
 
     where: str
     """Dotted path of the setting to change, or the name of what is at fault (a variable, a folder,
     a package).
     """
     message: str
-    """What is wrong here, with the values."""
+    """Says what is wrong here, with the values."""
     fix: str | None = None
-    """What to do here; the rule's own text when None."""
+    """Says what to do here; None takes the rule's own text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding of a check, ready to be shown."""
+    """Is one finding of a check, ready to be shown."""
 
     rule: str
     severity: Severity
@@ -50,14 +50,15 @@ class Finding:
     message: str
     fix: str
     origin: str = ""
-    """Where the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``; empty for
-    defaults and machine facts.
+    """The place that the setting comes from: ``deploy.yaml:3:5``, ``--port``, ``PDLAUNCH_PORT``.
+
+    Empty for defaults and facts of the machine.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A way in which a set-up is known to break."""
+    """Knows one way in which a set-up breaks."""
 
     code: str
     severity: Severity
@@ -66,7 +67,7 @@ class Rule:
     why: str
     fix: str
     source: str
-    """Where the knowledge comes from."""
+    """The source of the knowledge."""
     needs: tuple[Need, ...]
     """Facts without which the rule cannot say anything; it is then listed as not checked."""
     check: Callable[[Context], Iterable[Found]]

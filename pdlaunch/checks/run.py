@@ -1,4 +1,4 @@
-"""Run the rules over a resolved launch: what ``check-config`` shows and ``serve`` refuses on."""
+"""Runs the rules over a resolved launch; ``check-config`` shows what they find."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 @dataclass(frozen=True, slots=True)
 class NotChecked:
-    """A rule that could say nothing here."""
+    """Names a rule that could say nothing here."""
 
     rule: str
     title: str
@@ -26,7 +26,7 @@ class NotChecked:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of a check."""
+    """Holds the outcome of a check."""
 
     findings: tuple[Finding, ...]
     """Errors first, then warnings and infos; by code."""

@@ -1,4 +1,4 @@
-"""PD5xx: what was measured between the ranks, with the allocator and connector of the launch."""
+"""Rules PD5xx judge what was measured between the ranks, with the launch's own connector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdlaunch.checks.rule import Found, rule
 CLIFF_GIGABYTES_PER_S = 1.5
 """Below this, memory that no peer can map is the likely cause: 0.4 to 0.6 GB/s were measured."""
 SLOW_SHARE = 0.5
-"""Of what the link should give."""
+"""A pair below this share of what its link should give is slow."""
 
 _UNMAPPABLE = ("cumem", "expandable_segments")
 
@@ -43,7 +43,7 @@ def pair_broken(context: Context) -> Iterator[Found]:
     needs=("transport",),
 )
 def bytes_differ(context: Context) -> Iterator[Found]:
-    """What arrives is not what was sent.
+    """The bytes that arrive are not those that were sent.
 
     The path between the two ranks changes bytes, or one of them reads the wrong memory.
     """
@@ -56,8 +56,8 @@ def bytes_differ(context: Context) -> Iterator[Found]:
     "PD503",
     "warning",
     fix=(
-        "Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give the host an "
-        "IMEX channel (fabric handles)."
+        "Let kv_transfer.nixl.path be auto or p2p; switch expandable_segments off; or give the "
+        "host an IMEX channel (fabric handles)."
     ),
     source=(
         "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 GB/s."
@@ -65,7 +65,7 @@ def bytes_differ(context: Context) -> Iterator[Found]:
     needs=("transport",),
 )
 def cliff(context: Context) -> Iterator[Found]:
-    """The 0.6 GB/s cliff: KV blocks in memory that a peer cannot map.
+    """KV blocks lie in memory that a peer cannot map: the 0.6 GB/s cliff.
 
     CuMem pools and expandable segments without fabric handles cannot be opened by a peer through
     CUDA IPC. NIXL/UCX then copies through the host in small pieces, with no error: 0.6 GB/s instead
@@ -84,21 +84,25 @@ def cliff(context: Context) -> Iterator[Found]:
 @rule(
     "PD504",
     "warning",
-    fix="Let kv_transfer.nixl.path be auto, so that ranks of one host use P2P; with path nixl take larger blocks; look at UCX_TLS, at "
-    "the placement of the ranks (NUMA node, PCIe switch), and at what else uses the link.",
-    source="The READ at the end of the handshake against what the link should give. Between GPUs: 75 % of what the wires of "
-    "their NVLinks carry, 80 % with PCIe, as NVML tells them (P2P between two H200s: 340 to 394 of "
-    "478 GB/s). On a CPU: a share "
-    "of a plain copy.",
+    fix=(
+        "Let kv_transfer.nixl.path be auto, so that ranks of one host use P2P; with path nixl take "
+        "larger blocks; look at UCX_TLS, at the placement of the ranks (NUMA node, PCIe switch), "
+        "and at what else uses the link."
+    ),
+    source=(
+        "The READ at the end of the handshake against what the link should give. Between GPUs: "
+        "75 % of what the wires of their NVLinks carry, 80 % with PCIe, as NVML tells them (P2P "
+        "between two H200s: 340 to 394 of 478 GB/s). On a CPU: a share of a plain copy."
+    ),
     needs=("transport",),
 )
 def pair_slow(context: Context) -> Iterator[Found]:
     """A pair of ranks is far slower than its link.
 
     Time to first token on decode grows with every byte of the prompt's KV cache. Only the path in
-    use is judged: with kv_transfer.nixl.path auto it is the fastest of those that can be used, and the
-    finding says what the others gave, or why they cannot be used. Far slower is less than half of
-    what a good path over the link gives. Two GPUs of a host are judged with the connector nixl,
+    use is judged: with kv_transfer.nixl.path auto it is the fastest of those that can be used, and
+    the finding says what the others gave, or why they cannot be used. Far slower is less than half
+    of what a good path over the link gives. Two GPUs of a host are judged with the connector nixl,
     where NVML knows their NVLinks, or their PCIe slots at one CPU; not MIG devices, nor ranks whose
     env gives GPUs other numbers.
     """
@@ -129,7 +133,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
     needs=("transport",),
 )
 def pair_speed(context: Context) -> Iterator[Found]:
-    """How fast KV blocks move between a pair of ranks.
+    """KV blocks move between a pair of ranks at the speed that is shown.
 
     The time that a prompt's KV cache takes from prefill to decode is its size divided by this
     figure.
@@ -151,7 +155,7 @@ def _name(pair: PairTransport) -> str:
 
 
 def _reasons(context: Context, pair: PairTransport) -> str:
-    """What kept the pair from a faster path, as far as that is known."""
+    """Return what kept the pair from a faster path, as far as that is known."""
     settings = context.config.kv_transfer
     reasons = [f"{path}: {said}" for path, said in pair.other_paths.items()]
     if settings.carrier == "nixl" and settings.nixl.path != "auto":

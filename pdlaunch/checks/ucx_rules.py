@@ -1,4 +1,4 @@
-"""PD43x: settings of UCX, which NIXL moves KV blocks with."""
+"""Rules PD43x judge the settings of UCX, with which NIXL moves KV blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.ucx import CUDA, RDMA, setting, ucx_transports
+from pdlaunch.resolve.roles import RoleEngines
 
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
@@ -28,10 +29,7 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
         if context.uses("nixl") and not CUDA.intersection(engine.ucx_transports):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                (
-                    f"UCX_TLS {setting(engine.given_environ)} has no CUDA transport, but {engine.role} "
-                    "runs on GPUs"
-                ),
+                (f"UCX_TLS {_given(engine)} has no CUDA transport, but {engine.role} runs on GPUs"),
             )
 
 
@@ -52,7 +50,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
         if context.uses("nixl") and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.given_environ)} has no cuda_ipc",
+                f"UCX_TLS {_given(engine)} has no cuda_ipc",
             )
 
 
@@ -61,8 +59,8 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     "warning",
     fix="Add cma to UCX_TLS, or unset it.",
     source=(
-        "NIXL 1.5.1, measured: without CMA a READ needs the holder's process, and never ends when "
-        "that dies in its middle."
+        "NIXL 1.5.1, measured: without CMA a READ needs the prefill rank's process, and never ends "
+        "when that dies meanwhile."
     ),
 )
 def ucx_without_cma(context: Context) -> Iterator[Found]:
@@ -76,7 +74,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
         if context.uses("nixl") and "posix" in transports and "cma" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.given_environ)} has no cma",
+                f"UCX_TLS {_given(engine)} has no cma",
             )
 
 
@@ -98,7 +96,7 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
-                    f"UCX_TLS {setting(engine.given_environ)} leaves nothing that connects two processes "
+                    f"UCX_TLS {_given(engine)} leaves nothing that connects two processes "
                     "of this host; posix is missing"
                 ),
             )
@@ -127,7 +125,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
             devices = ", ".join(context.machine.rdma_devices[:4])
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
-                f"UCX_TLS {setting(engine.given_environ)} has no RDMA transport; this host has {devices}",
+                f"UCX_TLS {_given(engine)} has no RDMA transport; this host has {devices}",
             )
 
 
@@ -178,6 +176,11 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
             )
+
+
+def _given(engine: RoleEngines) -> str:
+    """Return the user's UCX_TLS, for messages."""
+    return setting(engine.given_environ)
 
 
 def _is_on(value: str | None) -> bool:

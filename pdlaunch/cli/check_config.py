@@ -36,6 +36,7 @@ from pdlaunch.platform.availability import probe_imports
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.probe import assume, probe_machine
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
+from pdlaunch.resolve.roles import count_ranks
 
 MAX_ASSUMED_GPUS = 1024
 
@@ -125,11 +126,7 @@ def assumed_machine(
                 fix="leave out --assume-gpus and --assume-gpu-memory",
             )
         return assume(machine, num_gpus=0, gpu_memory_bytes=None)
-    num_ranks = sum(
-        section.replicas * section.tensor_parallel_size
-        for section in (config.prefill, config.decode)
-    )
-    gpus = num_gpus or len(machine.gpus) or min(max(num_ranks, 1), MAX_ASSUMED_GPUS)
+    gpus = num_gpus or len(machine.gpus) or min(max(count_ranks(config), 1), MAX_ASSUMED_GPUS)
     return assume(machine, num_gpus=gpus, gpu_memory_bytes=_memory_bytes(gpu_memory))
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
+from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
@@ -158,10 +159,27 @@ def print_plan(resolved: ResolvedLaunch, output: Format) -> None:
         table.add_row(
             process.name, process.host, " ".join(process.devices), str(process.num_threads), ports
         )
-    console.print(table)
+    console.print(_effective_table(resolved), table)
     for process in processes:
         environment = " ".join(
             f"{name}={shlex.quote(value)}" for name, value in process.environment.items()
         )
         console.print(Text(process.name, style="bold"))
         console.print(Text(f"  {environment} \\\n  {shlex.join(process.command)}"), soft_wrap=True)
+
+
+def _effective_table(resolved: ResolvedLaunch) -> Table:
+    """Return what the engines of each role use; their environment is shown with the processes."""
+    by_role = effective_engines(resolved)
+    for values in by_role.values():
+        del values["environment"]
+        values.update(values.pop("memory_of_a_rank") or {})
+    table = Table()
+    for heading in ("engines", *by_role):
+        table.add_column(heading, overflow="fold")
+    for name in dict.fromkeys(name for values in by_role.values() for name in values):
+        shown = (values.get(name) for values in by_role.values())
+        table.add_row(
+            name, *("not known yet" if value is None else safe(str(value)) for value in shown)
+        )
+    return table

@@ -1,1 +1,1 @@
-"""What this machine is: devices, driver, limits; the only room that asks, and it never raises."""
+"""Finds out what this machine is: devices, driver, limits. Probes never raise."""

@@ -1,5 +1,4 @@
-"""What torch's allocator will do with `expandable_segments`, read from the environment as torch
-reads it.
+"""Reads `expandable_segments` from the environment as torch's allocator does.
 
 Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``) and 2.11.0 on an H200: the
 first of PYTORCH_CUDA_ALLOC_CONF, PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, be it
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""By precedence in torch 2.11 to 2.13."""
+"""Variables in the order in which torch 2.11 to 2.13 prefers them."""
 
 _TOKEN = re.compile(r"[,:\[\]]|[^,:\[\]]+")
 _SPACE = re.compile(r"\s+", re.ASCII)
@@ -24,7 +23,7 @@ _KEY = "expandable_segments"
 
 @dataclass(frozen=True, slots=True)
 class ExpandableSegments:
-    """The setting as torch takes it."""
+    """Holds the setting as torch takes it."""
 
     variable: str | None
     """The variable that torch reads; None: none is set."""
@@ -37,7 +36,7 @@ class ExpandableSegments:
 
 
 def read_expandable_segments(environ: Mapping[str, str]) -> ExpandableSegments:
-    """What a process with this environment gets."""
+    """Return what a process with this environment gets."""
     variables = [name for name in VARIABLES if name in environ]
     if not variables:
         return ExpandableSegments(None, (), False)
@@ -48,8 +47,9 @@ def read_expandable_segments(environ: Mapping[str, str]) -> ExpandableSegments:
 
 
 def _values(conf: str) -> list[str]:
-    """Each value of the key, in order. Walks the tokens as torch does: key, separator, value or
-    list, separator.
+    """Return each value of the key, in order.
+
+    Tokens are walked as torch does: key, separator, value or list, separator.
     """
     tokens = _TOKEN.findall(_SPACE.sub("", conf))
     found = []

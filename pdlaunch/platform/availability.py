@@ -32,8 +32,9 @@ Access = Callable[[Path, int], bool]
 
 
 def probe_port(host: str, port: int) -> PortState | None:
-    """Never raises; port 0 (a free one) only asks for the host. None: the name of the host was not
-    resolved in time.
+    """Return whether an address can be listened on; port 0 (a free one) only asks for the host.
+
+    None: the name of the host was not resolved in time.
     """
     found = _resolve(host, port)
     if found is None or isinstance(found, PortState):
@@ -66,7 +67,7 @@ def _try_to_bind(family: int, kind: int, protocol: int, address: Any) -> PortSta
 
 
 def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
-    """In a thread of its own: a name server that does not answer must not hold up the check."""
+    """Resolve in a thread: a name server that does not answer must not hold up the check."""
     answers: queue.SimpleQueue[list[tuple[Any, ...]] | PortState] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -87,8 +88,9 @@ def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
 
 
 def why_not_writable(folder: str, access: Access = os.access) -> str | None:
-    """What keeps this user from writing to ``folder``, which need not exist yet; None: nothing
-    known.
+    """Return what keeps this user from writing to ``folder``; None: nothing known.
+
+    The folder need not exist yet, and nothing is written.
     """
     try:
         path = Path(folder).absolute()
@@ -110,7 +112,10 @@ def why_not_writable(folder: str, access: Access = os.access) -> str | None:
 def probe_imports(
     environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S
 ) -> dict[str, str]:
-    """Modules that cannot be imported and used, and why; never raises."""
+    """Return the modules that cannot be imported and used, and why.
+
+    Each is tried in a process of its own, for ``timeout_s`` at most.
+    """
     errors = {name: _try(program, environ, timeout_s) for name, program in _PROGRAMS.items()}
     return {name: error for name, error in errors.items() if error is not None}
 

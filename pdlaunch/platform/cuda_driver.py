@@ -1,4 +1,4 @@
-"""The CUDA driver through ctypes: devices and what they can do, without torch. Creates no context.
+"""Asks the CUDA driver for devices and what they can do; without torch, and without a context.
 
 Source: cuda.h of CUDA 12 and 13 (numbers of the attributes).
 """
@@ -25,19 +25,19 @@ _HANDLE_TYPE_FABRIC = 128
 
 
 class DriverError(Exception):
-    """The driver is not there or refuses; the text says which call said so."""
+    """Says that there is no driver or that it refuses; the text names the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the driver says about this machine."""
+    """Holds what the driver says about this machine."""
 
     cuda_version: tuple[int, int]
     gpus: tuple[Gpu, ...]
 
 
 def load_library(name: str = LIBRARY) -> ctypes.CDLL:
-    """Raises DriverError where there is no driver."""
+    """Load the driver's library. Raises DriverError where there is none."""
     try:
         return ctypes.CDLL(name)
     except OSError as error:
@@ -47,7 +47,7 @@ def load_library(name: str = LIBRARY) -> ctypes.CDLL:
 def read_driver(
     load: Callable[[], ctypes.CDLL] = load_library, imex_channels: Path = IMEX_CHANNELS
 ) -> Driver:
-    """Version and devices. Raises DriverError naming the call that failed."""
+    """Read version and devices. Raises DriverError naming the call that failed."""
     calls = _Calls(load())
     calls("cuInit", 0)
     version = calls.read_int("cuDriverGetVersion")
@@ -62,20 +62,20 @@ class _Calls(LibraryCalls):
     owner = "the CUDA driver"
 
     def read_int(self, name: str, *arguments: object) -> int:
-        """A call whose first parameter is where the driver writes an int."""
+        """Call a function whose first parameter is where the driver writes an int."""
         value = ctypes.c_int()
         self(name, ctypes.byref(value), *arguments)
         return value.value
 
     def attribute(self, attribute: int, device: int) -> int | None:
-        """None: this driver does not know the attribute."""
+        """Read an attribute of a device; None: this driver does not know it."""
         try:
             return self.read_int("cuDeviceGetAttribute", attribute, device)
         except DriverError:
             return None
 
     def pci_bus_id(self, device: int) -> str | None:
-        """None: this driver does not tell."""
+        """Read the PCI address of a device; None: this driver does not tell."""
         address = ctypes.create_string_buffer(32)
         try:
             self("cuDeviceGetPCIBusId", address, len(address), device)
@@ -111,12 +111,12 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
 
 
 def is_cumem_allocator_available() -> bool:
-    """Never raises; ``probe_cumem`` says why not."""
+    """Return whether CuMem pools work here; ``probe_cumem`` says why not. Never raises."""
     return probe_cumem().available
 
 
 def probe_cumem(read: Callable[[], Driver] = read_driver) -> Availability:
-    """Ask the driver; never raises."""
+    """Ask the driver whether CuMem pools work here; never raises."""
     try:
         return judge_cumem(read())
     except DriverError as error:
@@ -128,7 +128,7 @@ def probe_cumem(read: Callable[[], Driver] = read_driver) -> Availability:
 
 
 def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
-    """From what the driver said."""
+    """Decide from what the driver said whether CuMem pools work."""
     if system != "linux":
         return Availability(False, f"CuMem pools need Linux; this is {system}")
     if not driver.gpus:
@@ -143,7 +143,7 @@ def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
 
 
 def has_accelerator(read: Callable[[], Driver] = read_driver) -> bool:
-    """Never raises."""
+    """Return whether threads of this process must be bound to a CUDA device; never raises."""
     try:
         return bool(read().gpus)
     except DriverError:

@@ -1,4 +1,4 @@
-"""What a machine is, as plain values; rules and planning are pure functions of them."""
+"""Describes machines as plain values, of which planning and rules are pure functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 UNLIMITED = -1
-"""Value of a limit that is not set."""
+"""Stands for a limit that is not set."""
 
 Fact = Literal["gpus", "gpu_memory", "cumem", "memory", "limits", "shm", "libraries", "rdma"]
 """Groups of facts that can be unknown."""
@@ -15,7 +15,7 @@ Fact = Literal["gpus", "gpu_memory", "cumem", "memory", "limits", "shm", "librar
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether something can be used here, and which probe said so."""
+    """Says whether something can be used here, and which probe said so."""
 
     available: bool
     reason: str
@@ -23,7 +23,7 @@ class Availability:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One CUDA device, in the order of CUDA_VISIBLE_DEVICES. None: not known."""
+    """Describes one CUDA device, in the order of CUDA_VISIBLE_DEVICES. None: not known."""
 
     index: int
     name: str = "GPU"
@@ -40,20 +40,21 @@ class Gpu:
 
     @property
     def is_slice(self) -> bool:
-        """A MIG device: part of a GPU, with no way to the memory of other GPUs."""
+        """Return True for a MIG device: part of a GPU, with no way to the memory of other GPUs."""
         return "MIG" in self.name.split()
 
     @property
     def is_grace(self) -> bool:
-        """A GB-series (or GH-series) device, which may sit in a multi-node NVLink domain."""
+        """Return True for a GB or GH device, which may sit in a multi-node NVLink domain."""
         return any(word.upper().startswith(("GB2", "GB3", "GH2")) for word in self.name.split())
 
 
 @dataclass(frozen=True, slots=True)
 class NixlInstall:
-    """The NIXL packages of this Python. ``version`` None: the ``nixl`` package is not installed."""
+    """Describes the NIXL packages of this Python."""
 
     version: str | None = None
+    """None: the ``nixl`` package is not installed."""
     backends: Mapping[str, str] = field(default_factory=dict)
     """Installed builds and their versions: ``{"cu12": "1.5.1"}``; also ``rocm``."""
     backends_with_ucx: frozenset[str] = frozenset()
@@ -62,7 +63,7 @@ class NixlInstall:
 
 @dataclass(frozen=True, slots=True)
 class Libraries:
-    """Packages of this Python, found on disk without importing them."""
+    """Describes packages of this Python, found on disk without importing them."""
 
     torch: str | None = None
     """Version with its build (``2.13.0+cpu``); None: not installed."""
@@ -79,7 +80,7 @@ class Libraries:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Resource limits of this process; UNLIMITED where there is none."""
+    """Holds the resource limits of this process; UNLIMITED where there is none."""
 
     memlock_bytes: int
     num_open_files: int
@@ -89,7 +90,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """``/dev/shm``."""
+    """Describes ``/dev/shm``."""
 
     total_bytes: int
     free_bytes: int
@@ -99,7 +100,7 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class PortState:
-    """Whether an address can be listened on."""
+    """Says whether an address can be listened on."""
 
     problem: Literal["busy", "privileged", "not here", "unknown host", "other"] | None = None
     detail: str = ""
@@ -107,9 +108,7 @@ class PortState:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine, or one that is assumed. ``unknown``: facts that could not be probed, and
-    why.
-    """
+    """Describes this machine, or one that is assumed."""
 
     system: str = "Linux"
     architecture: str = "x86_64"
@@ -118,7 +117,7 @@ class Machine:
     has_native_bf16: bool = False
     """The CPU multiplies bfloat16 by itself; emulated it is several times slower."""
     memory_bytes: int = 0
-    """Of the machine or its control group, whichever is less."""
+    """Memory of the machine or of its control group, whichever is less."""
     gpus: tuple[Gpu, ...] = ()
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
@@ -128,3 +127,4 @@ class Machine:
     shm: SharedMemory = SharedMemory(0, 0)
     rdma_devices: tuple[str, ...] = ()
     unknown: Mapping[Fact, str] = field(default_factory=dict)
+    """Facts that could not be probed, and why."""

@@ -1,5 +1,6 @@
-"""What joins two GPUs of this host, as NVML tells it through ctypes: NVLink or PCIe, and how much
-its wires carry. Without torch; creates no CUDA context.
+"""Asks NVML what joins two GPUs of this host: NVLink or PCIe, and how much its wires carry.
+
+Without torch; creates no CUDA context.
 
 Sources: nvml.h of CUDA 12 and 13 (numbers, layouts); PCI Express base specification (speeds and
 encodings).
@@ -17,7 +18,7 @@ from pdlaunch.platform.library_calls import LibraryCalls
 
 LIBRARY = "libnvidia-ml.so.1"
 MOST_LINKS = 64
-"""Of one GPU, that are asked for; NVML says sooner that there are no more."""
+"""Links of one GPU that are asked for at most; NVML says sooner that there are no more."""
 
 _P2P_READ = 0
 _P2P_NVLINK = 2
@@ -26,15 +27,15 @@ _ACTIVE = 1
 _REMOTE_GPU = 0
 _REMOTE_CPU = 1
 _FIELD_LINK_SPEED = 164
-"""Of the link in scopeId, MB/s (10^6 bytes) each way."""
+"""Speed of the link in scopeId, MB/s (10^6 bytes) each way."""
 _FIELD_COMMON_SPEED = 90
-"""Of every active link; drivers that do not know the field above have it."""
+"""Speed of every active link; drivers that do not know the field above have it."""
 _UNSIGNED_INT = 1
 _SAME_CPU = 40
 """Common ancestor in the PCIe tree: anything up to a NUMA node; 50 is another socket."""
 
 _LANE_GIGABYTES_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
-"""By PCIe generation, one way, after its line code."""
+"""Speed of a lane by PCIe generation, one way, after its line code."""
 
 LinkKind = Literal["NVLink", "PCIe"]
 BusPair = tuple[str, str]
@@ -42,22 +43,22 @@ BusPair = tuple[str, str]
 
 
 class NvmlError(Exception):
-    """NVML is not there or refuses; the text says which call said so."""
+    """Says that NVML is not there or refuses; the text names the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuLink:
-    """What joins two GPUs."""
+    """Describes what joins two GPUs."""
 
     kind: LinkKind
     gigabytes_per_s: float
-    """On the wires, one way; what copies reach is less."""
+    """Speed on the wires, one way; copies reach less."""
     text: str
     """``18 NVLinks with 478 GB/s``"""
 
 
 def load_nvml(name: str = LIBRARY) -> ctypes.CDLL:
-    """Raises NvmlError where there is no driver."""
+    """Load NVML. Raises NvmlError where there is no driver."""
     try:
         return ctypes.CDLL(name)
     except OSError as error:
@@ -67,7 +68,7 @@ def load_nvml(name: str = LIBRARY) -> ctypes.CDLL:
 def read_gpu_links(
     pairs: Iterable[BusPair], load: Callable[[], ctypes.CDLL] = load_nvml
 ) -> dict[BusPair, GpuLink]:
-    """The links of those pairs about which NVML knows all that it takes; never raises."""
+    """Return the links of those pairs about which NVML knows enough; never raises."""
     wanted = dict.fromkeys(pairs)
     if not wanted:
         return {}
@@ -81,7 +82,7 @@ def read_gpu_links(
 
 @contextlib.contextmanager
 def open_nvml(load: Callable[[], ctypes.CDLL] = load_nvml) -> Iterator[Nvml]:
-    """NVML for as long as the scope lasts. Raises NvmlError."""
+    """Open NVML for as long as the scope lasts. Raises NvmlError."""
     calls = _Calls(load())
     calls("nvmlInit_v2")
     try:
@@ -92,10 +93,10 @@ def open_nvml(load: Callable[[], ctypes.CDLL] = load_nvml) -> Iterator[Nvml]:
 
 @dataclass(frozen=True, slots=True)
 class NvLink:
-    """One active NVLink of a GPU."""
+    """Describes one active NVLink of a GPU."""
 
     gigabytes_per_s: float
-    """One way."""
+    """Speed one way."""
     peer: tuple[int, int, int] | None
     """PCI domain, bus and device of the GPU at its other end; None: a switch, which leads to every
     GPU.
@@ -103,15 +104,16 @@ class NvLink:
 
 
 class Nvml:
-    """Questions about GPUs, named by their PCI addresses. Each method raises NvmlError."""
+    """Answers questions about GPUs, named by PCI addresses. Each method raises NvmlError."""
 
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._nvlinks: dict[str, list[NvLink]] = {}
 
     def link(self, first: str, second: str) -> GpuLink | None:
-        """None: they are one GPU, cannot read each other, or nobody says what their link
-        carries.
+        """Return the link between two GPUs.
+
+        None: they are one GPU, cannot read each other, or nobody says what their link carries.
         """
         if first == second:
             return None
@@ -122,7 +124,7 @@ class Nvml:
         return None
 
     def nvlinks(self, bus_id: str) -> list[NvLink]:
-        """The active ones that do not lead to a CPU."""
+        """Return the active NVLinks that do not lead to a CPU."""
         if bus_id not in self._nvlinks:
             device = self._device(bus_id)
             found = (self._nvlink(device, number) for number in self._active(device))
@@ -130,8 +132,9 @@ class Nvml:
         return self._nvlinks[bus_id]
 
     def pcie(self, bus_id: str) -> tuple[int, int]:
-        """Generation and number of lanes that GPU and slot both have; an idle GPU drives less of
-        it.
+        """Return the PCIe generation and number of lanes that GPU and slot both have.
+
+        An idle GPU drives less of it.
         """
         device = self._device(bus_id)
         return (
@@ -187,7 +190,7 @@ class Nvml:
         return pci.domain, pci.bus, pci.device
 
     def _field(self, device: ctypes.c_void_p, field: int, scope: int) -> int:
-        """0: this driver does not know it."""
+        """Read a field of a device; 0: this driver does not know it."""
         value = _FieldValue(field_id=field, scope_id=scope)
         self._calls("nvmlDeviceGetFieldValues", device, 1, ctypes.byref(value))
         return int(value.unsigned) if value.code == 0 and value.value_type == _UNSIGNED_INT else 0
@@ -201,7 +204,7 @@ class Nvml:
         )
 
     def _on_one_cpu(self, first: str, second: str) -> bool:
-        """What a link between two sockets leaves of PCIe is not known here."""
+        """Return whether both GPUs are at one CPU: the link between two sockets is not known."""
         ancestor = self._calls.read_uint(
             "nvmlDeviceGetTopologyCommonAncestor", self._device(first), self._device(second)
         )
@@ -218,13 +221,13 @@ class _Calls(LibraryCalls):
     owner = "NVML"
 
     def read_uint(self, name: str, *arguments: object) -> int:
-        """A call whose last parameter is where NVML writes an unsigned int."""
+        """Call a function whose last parameter is where NVML writes an unsigned int."""
         value = ctypes.c_uint()
         self(name, *arguments, ctypes.byref(value))
         return value.value
 
     def find_uint(self, name: str, *arguments: object) -> int | None:
-        """None: NVML cannot tell."""
+        """Do as ``read_uint``; None: NVML cannot tell."""
         try:
             return self.read_uint(name, *arguments)
         except NvmlError:
@@ -244,7 +247,7 @@ class _PciInfo(ctypes.Structure):
 
 
 class _FieldValue(ctypes.Structure):
-    """The value itself is a union of 8 bytes, of which an unsigned int takes the first 4."""
+    """Mirrors nvmlFieldValue_t; an unsigned int takes the first 4 of the value's 8 bytes."""
 
     _fields_ = (
         ("field_id", ctypes.c_uint),
@@ -266,6 +269,6 @@ def _known_link(nvml: Nvml, first: str, second: str) -> GpuLink | None:
 
 
 def _address(bus_id: str) -> tuple[int, int, int]:
-    """Domain, bus and device. CUDA and NVML write domains with different numbers of digits."""
+    """Return domain, bus and device; CUDA and NVML write domains with more or fewer digits."""
     domain, bus, rest = bus_id.split(":")
     return int(domain, 16), int(bus, 16), int(rest.partition(".")[0], 16)

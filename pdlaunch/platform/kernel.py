@@ -1,4 +1,4 @@
-"""What the Linux kernel tells this process, and grants it."""
+"""Asks the Linux kernel for what it knows and grants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which packages and plugins are installed: looked up on disk, nothing is imported."""
+"""Finds installed packages and plugins on disk; nothing is imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ASSIGNMENT = r"^{name}\s*(?::[^=\n]*)?=\s*['\"]([^'\"\n]*)['\"]"
 
 
 def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
-    """What this Python has."""
+    """Return what this Python has."""
     torch = _folder("torch")
     version_file = _read(torch / "version.py") if torch else ""
     mooncake = _folder("mooncake")
@@ -46,7 +46,10 @@ def _find_nixl(environ: Mapping[str, str]) -> NixlInstall:
 
 
 def _has_ucx(module: str, environ: Mapping[str, str]) -> bool:
-    """The plugin lies beside the package: editable builds and wheels use different folders."""
+    """Return whether the UCX plugin lies beside the package.
+
+    Editable builds and wheels use different folders.
+    """
     package = _folder(module)
     if package is None:
         return False
@@ -60,7 +63,7 @@ def _has_ucx(module: str, environ: Mapping[str, str]) -> bool:
 
 
 def _version(module: str) -> str | None:
-    """From the folder of its metadata; ``unknown`` when it is installed without."""
+    """Read the version from the folder of metadata; ``unknown`` when there is none."""
     folder = _folder(module)
     if folder is None:
         return None
@@ -69,8 +72,9 @@ def _version(module: str) -> str | None:
 
 
 def _mooncake_version(package: Path) -> str | None:
-    """Of whichever build is installed: ``mooncake_transfer_engine``, with ``_non_cuda`` or a CUDA
-    version behind it.
+    """Return the version of whichever build is there.
+
+    ``mooncake_transfer_engine`` may have ``_non_cuda`` or a CUDA version behind its name.
     """
     found = sorted(package.parent.glob("mooncake_transfer_engine*-*.dist-info"))
     return found[-1].name.removesuffix(".dist-info").partition("-")[2] if found else None

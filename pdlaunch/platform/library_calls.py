@@ -1,4 +1,4 @@
-"""Calls of a C library that answers with an error code, through ctypes."""
+"""Calls a C library that answers with an error code, through ctypes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import ClassVar
 
 
 class LibraryCalls:
-    """An error code becomes an exception that names the call."""
+    """Turns an error code into an exception that names the call."""
 
     error: ClassVar[type[Exception]]
     owner: ClassVar[str]
-    """Who lacks a call, for people."""
+    """The library's name, for people."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library

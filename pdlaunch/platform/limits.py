@@ -1,4 +1,4 @@
-"""Cores, memory, resource limits and shared memory of this process."""
+"""Reads cores, memory, resource limits and shared memory of this process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """Cores that this process may run on."""
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """The CPU has instructions that multiply bfloat16 (x86: AVX-512 BF16 or AMX; ARM: BF16)."""
+    """Return whether the CPU multiplies bfloat16 itself (x86: AVX-512 BF16, AMX; ARM: BF16)."""
     try:
         with cpuinfo.open(encoding="utf-8", errors="replace") as file:
             flags = next(
@@ -41,8 +41,9 @@ def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the control group where that is less. Raises OSError, ValueError
-    where it is not known.
+    """Return the memory of the machine, or of the control group where that is less.
+
+    Raises OSError or ValueError where it is not known.
     """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([total, *_cgroup_limits()])
@@ -59,7 +60,7 @@ def _cgroup_limits() -> Iterator[int]:
 
 
 def read_limits() -> Limits:
-    """Raises ImportError on systems without resource limits."""
+    """Read the limits. Raises ImportError on systems without them."""
     import resource
 
     def known(limit: int) -> int:
@@ -75,7 +76,10 @@ def read_limits() -> Limits:
 
 
 def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:
-    """Size of /dev/shm and what dead processes left there. Raises OSError where there is none."""
+    """Read the size of /dev/shm and what dead processes left there.
+
+    Raises OSError where there is none.
+    """
     stats = os.statvfs(folder)
     candidates = [path for path in folder.iterdir() if _STALE_NAMES.match(path.name)]
     used = _mapped_files(folder) if candidates else frozenset[str]()
@@ -86,7 +90,7 @@ def read_shared_memory(folder: Path = SHM_FOLDER) -> SharedMemory:
 
 
 def _is_ours(path: Path) -> bool:
-    """Only then can its use be seen, and only then may this user remove it."""
+    """Return whether the file is this user's, who can see its use and may remove it."""
     try:
         return path.stat().st_uid == os.geteuid()
     except OSError:
@@ -94,7 +98,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _mapped_files(folder: Path) -> frozenset[str]:
-    """Files of the folder that some visible process has mapped or open."""
+    """Return the files of the folder that some visible process has mapped or open."""
     used = (
         path
         for process in Path("/proc").glob("[0-9]*")

@@ -1,6 +1,4 @@
-"""How fast this machine copies memory now: the yardstick for KV transfers between processes of one
-host.
-"""
+"""Measures how fast this machine copies memory now: the yardstick for transfers within a host."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ _NUM_COPIES = 5
 
 
 def measure_copy_gigabytes_per_s(clock: Callable[[], float] = time.perf_counter) -> float:
-    """The best of a few plain copies of 16 MiB by one thread; takes some milliseconds."""
+    """Return the best of a few plain copies of 16 MiB by one thread; takes some milliseconds."""
     buffers = [(ctypes.c_char * _NUM_BYTES).from_buffer(bytearray(_NUM_BYTES)) for _ in range(2)]
     best_s = float("inf")
     for _ in range(_NUM_COPIES):

@@ -1,6 +1,4 @@
-"""``probe_machine()``: every fact about this machine in well under a second; what cannot be found
-out is named.
-"""
+"""Probes every fact about this machine in well under a second; names what cannot be found out."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ RDMA_FOLDER = Path("/sys/class/infiniband")
 
 
 def probe_machine() -> Machine:
-    """This machine; never raises."""
+    """Return what this machine is; never raises."""
     probes = _Probes()
     driver = probes.ask("gpus", _read_driver, None)
     return Machine(
@@ -48,7 +46,7 @@ def probe_machine() -> Machine:
 
 
 def assume(machine: Machine, *, num_gpus: int, gpu_memory_bytes: int | None) -> Machine:
-    """``machine`` as it would be with this many equal GPUs; no GPUs: a machine without CUDA.
+    """Return ``machine`` as it would be with this many equal GPUs; without any it has no CUDA.
 
     Everything that only a probe on the real machine can tell is unknown.
     """
@@ -75,7 +73,7 @@ def assume(machine: Machine, *, num_gpus: int, gpu_memory_bytes: int | None) -> 
 
 
 class _Probes:
-    """Asks, and keeps the reasons of those that cannot answer."""
+    """Asks probes, and keeps the reasons of those that cannot answer."""
 
     def __init__(self) -> None:
         self.unknown: dict[Fact, str] = {}
@@ -91,7 +89,7 @@ class _Probes:
 
 
 def _read_driver() -> Driver | None:
-    """None: this machine has no CUDA device, which is a fact and not a failed probe."""
+    """Return None where there is no CUDA device, which is a fact and not a failed probe."""
     try:
         return read_driver()
     except DriverError:

@@ -1,6 +1,4 @@
-"""Listening sockets that a library has opened in this process, and what the kernel still holds for
-them.
-"""
+"""Finds the listening sockets that a library has opened, and what the kernel holds for them."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A TCP socket of this process that listens."""
+    """Names a TCP socket of this process that listens."""
 
     fd: int
     address: str
@@ -30,7 +28,7 @@ class Listener:
 
 
 def listeners() -> frozenset[Listener]:
-    """TCP sockets that this process listens on."""
+    """Return the TCP sockets that this process listens on."""
     return frozenset(
         Listener(connection.fd, connection.laddr.ip, connection.laddr.port)
         for connection in psutil.Process().net_connections("tcp")
@@ -39,8 +37,9 @@ def listeners() -> frozenset[Listener]:
 
 
 def bind_to_loopback(listener: Listener) -> None:
-    """Packets from other hosts reach the socket no more, whatever address it listens on. Raises
-    OSError.
+    """Keep packets of other hosts from a socket, whatever address it listens on.
+
+    Raises OSError.
 
     Source: SO_BINDTODEVICE in socket(7); since Linux 5.7 without a capability, for sockets that
     have no device yet.
@@ -50,7 +49,7 @@ def bind_to_loopback(listener: Listener) -> None:
 
 
 def bound_device(listener: Listener) -> str:
-    """Name of the device that a socket is bound to; empty: any."""
+    """Return the name of the device that a socket is bound to; empty: any."""
     with socket.socket(fileno=os.dup(listener.fd)) as listening:
         return (
             listening.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
@@ -60,7 +59,7 @@ def bound_device(listener: Listener) -> str:
 
 
 def can_bind_to_loopback() -> bool:
-    """Whether the kernel lets this process bind sockets to a device; never raises."""
+    """Return whether the kernel lets this process bind sockets to a device; never raises."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LOOPBACK_DEVICE.encode())
@@ -70,7 +69,7 @@ def can_bind_to_loopback() -> bool:
 
 
 def has_bytes_under_way(port: int, tables: tuple[Path, ...] = _TABLES) -> bool:
-    """Whether a connection to ``port`` on this host holds bytes that its receiver has not read.
+    """Return whether a connection to ``port`` on this host holds bytes that nobody has read yet.
 
     Bytes wait at the receiver's end or, when that is full, at the sender's; both ends are in the
     tables of one host, and those of processes that have ended stay there until the bytes have left.

@@ -1,1 +1,1 @@
-"""From settings, machines and the shapes of models to one resolved launch; nothing else derives."""
+"""Turns settings, machines and shapes of models into a resolved launch; nothing else derives."""

@@ -1,4 +1,4 @@
-"""The effective values of a launch, for people and programs; secrets masked."""
+"""Shows the effective values of a launch to people and programs; secrets are masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many bytes a rank needs, from the shape of its model."""
+"""Computes how many bytes a rank needs, from the shape of its model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ CUDA_ACTIVATION_BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """The memory of one rank, in bytes and in KV blocks."""
+    """Holds the memory of one rank, in bytes and in KV blocks."""
 
     weight_bytes: int
     activation_bytes: int
-    """What the largest step takes: set aside where the rank sizes its KV cache itself, else an
-    estimate (hidden and inner states, float32 logits of every running request).
+    """Memory of the largest step.
+
+    Set aside where the rank sizes its KV cache itself, else an estimate: hidden and inner states,
+    float32 logits of every running request.
     """
     layout: KVCacheLayout
     blocks_per_chunk: int
     """KV blocks that share a chunk of the host tier."""
     max_model_len: int
     kv_cache_bytes: int | None
-    """None: what the device has left, known only at start."""
+    """Size of the KV cache; None: what the device has left, known only at start."""
 
     @property
     def block_bytes(self) -> int:

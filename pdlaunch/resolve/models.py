@@ -1,4 +1,4 @@
-"""The models of a configuration, as far as they can be read before anything runs."""
+"""Reads the models of a configuration, as far as that is possible before anything runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is known of a model before anything runs; a shape, or the reason why there is none."""
+    """Holds what is known of a model before anything runs: a shape, or why there is none."""
 
     name: str = ""
     """The model as the user wrote it."""

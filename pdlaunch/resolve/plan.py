@@ -13,7 +13,7 @@ _SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD"})
 
 
 class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One process as planned; what runs is an ``instance.Instance`` of it."""
+    """Describes one process as planned; what runs is an ``instance.Instance`` of it."""
 
     name: str
     """``router``, ``prefill-0`` (its server), ``prefill-0/rank-0``, ``convert-0``: unique, stable
@@ -42,7 +42,7 @@ class ProcessSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Every process that a launch starts."""
+    """Lists every process that a launch starts."""
 
     conversions: tuple[ProcessSpec, ...] = ()
     """Run first, to their end."""

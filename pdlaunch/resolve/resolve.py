@@ -1,4 +1,4 @@
-"""``resolve``: settings + machines + shapes of models -> everything that a launch uses.
+"""Resolves settings, machines and shapes of models to everything that a launch uses.
 
 Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``config show`` print it.
 """
@@ -21,7 +21,7 @@ THIS_HOST = "localhost"
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """An address that the launch listens on for others."""
+    """Names an address that the launch listens on for others."""
 
     name: str
     host: str
@@ -32,7 +32,7 @@ class ListenAddress:
 
 @dataclass(frozen=True)
 class ResolvedLaunch:
-    """One launch with every value that is derived for it; a frozen view of its inputs."""
+    """Holds one launch with every value that is derived for it."""
 
     config: LaunchConfig
     machines: Mapping[str, Machine]

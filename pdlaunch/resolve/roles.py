@@ -1,4 +1,4 @@
-"""What the settings of a role come to on a machine: every value that is derived, derived here."""
+"""Derives what the settings of a role come to on a machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pdlaunch.resolve.models import ROLES, Model
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 Allocator = Literal["host", "cuda", "cumem", "expandable_segments"]
-"""What a KV cache is allocated with."""
+"""Allocators of KV caches."""
 
 CPU_KV_CACHE_BYTES = parse_size("1GiB")
 CPU_BATCHED_TOKENS = 512
@@ -28,7 +28,7 @@ CUDA_BATCHED_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoleEngines:
-    """The engines of one role, which are all alike: settings, and all that follows from them.
+    """Describes the engines of one role, which are all alike, with every derived value.
 
     None stands for what is not known: of a model that cannot be read or is yet to be converted, of
     settings that contradict each other, or of a device's free memory, known only at start.
@@ -38,7 +38,7 @@ class RoleEngines:
     replicas: int
     tp_size: int
     settings: EngineSettings
-    """As written, the role's own section over the top level."""
+    """The settings as written, the role's own section over the top level."""
     overrides: frozenset[str]
     """Settings that the role's own section gives."""
     ports: range
@@ -65,13 +65,13 @@ class RoleEngines:
     async_scheduling: bool
     cumem_allocator: bool | None
     allocator: Allocator
-    """What the KV cache is allocated with."""
+    """Allocator of the KV cache."""
     footprint: Footprint | None
     """Memory of one rank."""
     given_environ: Mapping[str, str]
     """The user's environment of a rank: the supervisor's, and ``env`` over it."""
     environment: Mapping[str, str]
-    """What is set for a rank over the supervisor's environment."""
+    """Variables that are set for a rank over the supervisor's environment."""
 
     @property
     def shape(self) -> ModelShape | None:
@@ -185,7 +185,7 @@ def _resolve(
         CPU_BATCHED_TOKENS if on_cpu else CUDA_BATCHED_TOKENS
     )
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
-    num_threads = settings.num_threads or max(1, len(machine.cpus) // _num_ranks(config))
+    num_threads = settings.num_threads or max(1, len(machine.cpus) // count_ranks(config))
     cumem = _cumem_allocator(settings)
     given_environ = {**environ, **settings.env}
     return RoleEngines(
@@ -237,8 +237,8 @@ def _resolve(
     )
 
 
-def _num_ranks(config: LaunchConfig) -> int:
-    """Return the number of ranks of all engines; cores are shared evenly among them."""
+def count_ranks(config: LaunchConfig) -> int:
+    """Return the number of ranks of all engines."""
     return sum(
         config.role(role).replicas * config.role(role).tensor_parallel_size for role in ROLES
     )
