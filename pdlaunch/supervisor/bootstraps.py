@@ -20,7 +20,7 @@ from pdlaunch.supervisor.hangs import heartbeat_s
 
 
 class Bootstraps(Protocol):
-    """Knows what each child of a launch is given."""
+    """Works out what each child of a launch is given."""
 
     def prepare(self) -> None:
         """Work out what servers and ranks are given, now that all models are converted.

@@ -1,4 +1,4 @@
-"""One launch from configuration to exit: the plan, the folders, the control channel, the loop."""
+"""Runs one launch from its resolved configuration to its exit: plan, spawn, watch, stop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LaunchOutcome:
-    """How a launch ended."""
+    """Tells how a launch ended."""
 
     failure: Failure | None
     report: tuple[str, ...]
@@ -50,8 +50,8 @@ class LaunchOutcome:
 
     @property
     def exit_code(self) -> int:
-        """0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 + signal:
-        stopped before it was ready.
+        """Return 0: served, then stopped; 1: failed; 2: the configuration cannot be used; 128 +
+        signal: stopped before it was ready.
         """
         if self.failure is not None:
             return 2 if isinstance(self.failure.cause, ConfigError) else 1
@@ -61,7 +61,7 @@ class LaunchOutcome:
 
 
 def check_platform(platform: str = sys.platform) -> None:
-    """Raises ConfigError where pdlaunch cannot serve."""
+    """Raise ConfigError where pdlaunch cannot serve."""
     if platform != "linux":
         raise ConfigError(
             f"serve needs Linux; this is {platform}",
@@ -80,10 +80,9 @@ def launch(
 ) -> LaunchOutcome:
     """Start everything, serve until told to stop, stop everything.
 
-    ``check_platform`` and ``resolved.require_startable`` come before.
-
-    ``listeners``: of the public address (``ports.listen``); closed when no more connections are
-    taken, at the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
+    ``check_platform`` and ``resolved.require_startable`` come before. ``listeners``: the sockets of
+    the public address (``ports.listening``); they are closed when no more connections are taken, at
+    the latest at the end. ``lifeline``: a descriptor whose end is a request to stop.
     """
     config, kind = resolved.config, kind_of(resolved)
     timing = Timing(
@@ -173,7 +172,7 @@ class EventSource(Protocol):
 
 
 def drive(supervisor: Supervisor, events: EventSource, clock: Callable[[], float]) -> None:
-    """Drive a launch to its end."""
+    """Drive a launch to its end: wait for events, act on them, do what is due."""
     supervisor.start()
     while not supervisor.done:
         timeout_s = max(0.0, supervisor.next_tick_at() - clock())

@@ -1,5 +1,6 @@
-"""What joins the GPUs of each pair of ranks: from the plan, which says where they run, and from
-NVML.
+"""Finds what joins the GPUs of each pair of ranks.
+
+The plan says where ranks run, and NVML what joins GPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
 ReadLinks = Callable[[Iterable[BusPair]], Mapping[BusPair, GpuLink]]
-"""``platform.gpu_links.read_gpu_links``"""
+"""Reads links as ``platform.gpu_links.read_gpu_links`` does."""
 
 _RENUMBERING = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 """An engine's own value of these gives ``cuda:0`` another meaning than it has here."""
@@ -23,8 +24,8 @@ def gpu_links(
 ) -> list[GpuLink | None]:
     """Return the link of each pair.
 
-    None: not two GPUs of this host, or the connector does not use what joins them, or it is not
-    known.
+    None: the pair is not two GPUs of this host, the connector does not use what joins them, or that
+    is not known.
     """
     if resolved.config.kv_transfer.connector != "nixl":
         return [None] * len(pairs)

@@ -1,4 +1,4 @@
-"""The public address: the supervisor listens there before anything is started, and each router in
+"""Opens the public address: the supervisor listens before anything is started, and each router in
 turn accepts.
 """
 
@@ -17,16 +17,15 @@ from pdlaunch.process.bootstrap import LISTEN_BACKLOG
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
 _ATTEMPTS = 16
-"""To find a port that is free at every address of a host."""
+"""Number of tries to find a port that is free at every address of a host."""
 
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Listen at ``port`` of all addresses of ``host``, for the block at most; 0 is a free port, the
-    same for all of them.
+    """Listen at ``port`` of all addresses of ``host`` until the block ends.
 
-    No child inherits the sockets by itself. Raises StartupError naming what is wrong with the
-    address.
+    0 is a free port, the same for all of them. No child inherits the sockets by itself. Raises
+    StartupError naming what is wrong with the address.
     """
     listeners = _listen(host, port)
     try:
@@ -66,8 +65,9 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
-    """Listen as servers do: a port whose last connections are fading away is free, and IPv6 does
-    not take IPv4's port.
+    """Listen as servers do.
+
+    A port whose last connections are fading away is free, and IPv6 does not take IPv4's port.
     """
     with contextlib.ExitStack() as undo:
         sockets: list[socket.socket] = []
@@ -85,7 +85,7 @@ def _listen_at(addresses: dict[tuple[int, Any], None]) -> list[socket.socket]:
 
 
 def _port_of(sockets: list[socket.socket]) -> int:
-    """The port that the first address was given; 0 while there is none."""
+    """Return the port that the first address was given; 0 while there is none."""
     return int(sockets[0].getsockname()[1]) if sockets else 0
 
 
@@ -113,7 +113,9 @@ def _explain(host: str, port: int, error: Exception) -> str:
 
 
 def _holder(port: int) -> str:
-    """Empty when the system does not say: other users' processes are hidden."""
+    """Return who holds a busy port; empty when the system does not say, as of other users'
+    processes.
+    """
     try:
         connections = psutil.net_connections(kind="tcp")
     except (psutil.Error, OSError):

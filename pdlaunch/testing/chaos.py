@@ -1,5 +1,5 @@
-"""``pdlaunch smoke --chaos SEED``: the same promise while transfers fail, bytes change, leases end
-early and a rank dies.
+"""Runs ``pdlaunch smoke --chaos SEED``: the promises hold while transfers fail, bytes change,
+leases end early and a rank dies.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def chaos_environment(seed: int, connector: str) -> dict[str, str]:
 def smoke_under_chaos(
     deployment: Deployment, seed: int, *, api_key: str | None, exact: bool
 ) -> list[Check]:
-    """Load with known answers and one ``kill -9``. ``exact``: it computes in float32; else greedy
-    answers may differ.
+    """Send load with known answers, and kill a rank.
+
+    ``exact``: the deployment computes in float32; in other dtypes greedy answers may differ.
     """
     start_s = time.monotonic()
     options = SoakOptions(

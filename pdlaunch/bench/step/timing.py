@@ -28,8 +28,8 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.protocol.engine import SamplingParams
 from pdlaunch.protocol.ids import RequestId
+from pdlaunch.resolve.roles import DTypeName
 
-DType = Literal["float32", "bfloat16", "float16"]
 NUM_WARM_UPS = 2
 
 
@@ -67,7 +67,7 @@ def bench_step(
     context_tokens: int = 128,
     num_steps: int = 20,
     prefill_tokens: int | Sequence[int] = 128,
-    dtype: DType = "float32",
+    dtype: DTypeName = "float32",
     num_threads: int = 1,
     block_size: int = 16,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -182,7 +182,12 @@ class _BareModel:
     """Runs transformers' model with its own attention and cache."""
 
     def __init__(
-        self, model_dir: Path, shape: ModelShape, dtype: DType, device: str, load_format: LoadFormat
+        self,
+        model_dir: Path,
+        shape: ModelShape,
+        dtype: DTypeName,
+        device: str,
+        load_format: LoadFormat,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
@@ -308,7 +313,7 @@ class _Engine:
 def _make_spec(
     model_dir: Path,
     shape: ModelShape,
-    dtype: DType,
+    dtype: DTypeName,
     num_threads: int,
     block_size: int,
     device: Literal["cpu", "cuda"],

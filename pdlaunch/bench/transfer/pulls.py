@@ -22,7 +22,7 @@ import torch
 
 from pdlaunch.bench.transfer.bare import BARE, BareKind, Part, parts_of
 from pdlaunch.bench.transfer.rank import Process, PullTimes, RankOptions, run_rank
-from pdlaunch.bench.transfer.shape import BenchShape, DType
+from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.connectors import (
     FileSettings,
     KVPath,
@@ -39,6 +39,7 @@ from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
 from pdlaunch.protocol.kv_params import RemoteKV
 from pdlaunch.protocol.sockets import new_launch_keys
 from pdlaunch.protocol.transfer import GrantLease, StartPull
+from pdlaunch.resolve.roles import DTypeName
 from pdlaunch.transfer.channel.handshake import draw_engine_id
 from pdlaunch.transfer.channel.head_mapping import map_sources
 
@@ -98,7 +99,7 @@ def bench_transfer(
     num_kv_heads: int = 3,
     head_dim: int = 64,
     block_size: int = 16,
-    dtype: DType = "float32",
+    dtype: DTypeName = "float32",
     device: Literal["cpu", "cuda"] = "cpu",
     enable_cumem_allocator: bool = False,
     mooncake_protocol: MooncakeProtocol = "tcp",

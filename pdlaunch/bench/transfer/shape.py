@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.kv_memory import KVMemory, PrivateKVMemory
-
-DType = Literal["float32", "bfloat16", "float16"]
+from pdlaunch.resolve.roles import DTypeName
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +20,7 @@ class BenchShape:
     num_kv_heads: int
     head_dim: int
     block_size: int
-    dtype: DType
+    dtype: DTypeName
 
     def layout(self, tp_size: int = 1) -> KVCacheLayout:
         """Return the layout of one rank of ``tp_size``."""
