@@ -14,12 +14,13 @@ from pdlaunch.platform.facts import Fact, Machine, PortState
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 
-Need = Fact | Literal["model", "ports", "imports", "folders", "weights", "transport"]
+Need = Fact | Literal["model", "ports", "imports", "connector", "folders", "weights", "transport"]
 """Facts that can be missing."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
     "import_errors": ("imports", "libraries are imported only with --probe"),
+    "connector_errors": ("connector", "the connector was not imported on this machine"),
     "folder_problems": ("folders", "folders were not probed on this machine"),
     "weight_errors": ("weights", "files of weights were not looked at"),
     "transport": ("transport", "serve measures it after the handshake"),
@@ -61,6 +62,8 @@ class Probes:
     """Says for each host and port whether it can be listened on."""
     import_errors: Mapping[str, str] | None = None
     """Modules whose import was tried and failed, and why."""
+    connector_errors: Mapping[str, str] | None = None
+    """By name, why a connector of another package that is in use cannot be imported."""
     folder_problems: Mapping[str, str] | None = None
     """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None

@@ -101,6 +101,43 @@ def import_fails(context: Context) -> Iterator[Found]:
 
 
 @rule(
+    "PD437",
+    "error",
+    fix="Install the connector's package and what it needs, or name another connector.",
+    source="The import, tried in a process of its own.",
+    needs=("connector",),
+)
+def connector_import_fails(context: Context) -> Iterator[Found]:
+    """The connector of another package cannot be imported.
+
+    Its entry point in the group `pdlaunch.connectors` names a spec, and the spec names what the
+    ranks import. Every rank would end with this error.
+    """
+    for error in (context.probes.connector_errors or {}).values():
+        yield Found("kv_transfer.connector", error)
+
+
+@rule(
+    "PD438",
+    "error",
+    fix="Name another connector, or use GPUs.",
+    source="The connector's spec (`needs_cuda`).",
+)
+def connector_needs_cuda(context: Context) -> Iterator[Found]:
+    """The connector moves device memory only, and an engine computes on the CPU.
+
+    Its ranks could not register their KV cache.
+    """
+    transfer = context.config.kv_transfer
+    for engines in context.on("cpu"):
+        if transfer.needs_cuda and context.pair() is not None:
+            yield Found(
+                "kv_transfer.connector",
+                f"connector {transfer.carrier} needs GPUs; {engines.role} is on the CPU",
+            )
+
+
+@rule(
     "PD405",
     "error",
     fix="Install the nixl build of torch's CUDA generation.",

@@ -1,16 +1,22 @@
-"""Looks at what rules judge beside the settings of this machine: ports, folders, files of weights."""
+"""Looks at what rules judge beside the settings: ports, folders, files of weights, connectors of
+other packages.
+"""
 
 from __future__ import annotations
 
+import os
+
 from pdlaunch.checks.context import Probes
-from pdlaunch.platform.availability import probe_port, why_not_writable
+from pdlaunch.config.connectors import ConnectorImportError, connector_spec
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.platform.availability import probe_port, why_not_importable, why_not_writable
 from pdlaunch.platform.facts import PortState
 from pdlaunch.resolve.models import weight_error
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
 
 def probe_files(resolved: ResolvedLaunch) -> Probes:
-    """Look at the files of weights, and at the folders that must be writable."""
+    """Look at the files of weights, at the folders that must be writable, and at the connector."""
     folders = resolved.config.kv_transfer.folders
     problems = {name: why_not_writable(folder) for name, folder in folders.items()}
     weight_errors = {
@@ -20,6 +26,7 @@ def probe_files(resolved: ResolvedLaunch) -> Probes:
         and (error := weight_error(engines.model)) is not None
     }
     return Probes(
+        connector_errors=_connector_errors(resolved.config),
         folder_problems={name: text for name, text in problems.items() if text is not None},
         weight_errors=weight_errors,
     )
@@ -35,3 +42,17 @@ def probe_ports(resolved: ResolvedLaunch) -> dict[tuple[str, int], PortState] | 
     }
     known = {address: state for address, state in states.items() if state is not None}
     return known if len(known) == len(states) else None
+
+
+def _connector_errors(config: LaunchConfig) -> dict[str, str]:
+    """Return by name why a connector in use that is not pdlaunch's own cannot be imported."""
+    errors: dict[str, str] = {}
+    for name in {config.kv_transfer.connector, config.kv_transfer.carrier}:
+        try:
+            factory = connector_spec(name).factory
+        except ConnectorImportError as error:
+            errors[name] = str(error)
+            continue
+        if not factory.startswith("pdlaunch.") and (why := why_not_importable(factory, os.environ)):
+            errors[name] = f"connector {name} cannot be imported from {factory}: {why}"
+    return errors

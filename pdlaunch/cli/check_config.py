@@ -94,6 +94,7 @@ def check_config(
         probes = replace(
             probes,
             ports=probe_ports(resolved),
+            connector_errors=files.connector_errors,
             folder_problems=files.folder_problems,
             weight_errors=files.weight_errors,
         )

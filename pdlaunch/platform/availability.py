@@ -120,6 +120,15 @@ def probe_imports(
     return {name: error for name, error in errors.items() if error is not None}
 
 
+def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
+    """Return why ``module:attribute`` cannot be imported, tried in a process of its own; None when
+    it can.
+    """
+    module, _, name = path.partition(":")
+    program = f"import importlib; getattr(importlib.import_module({module!r}), {name!r})"
+    return _try(program, environ, IMPORT_TIMEOUT_S)
+
+
 def _try(program: str, environ: Mapping[str, str], timeout_s: float) -> str | None:
     # UCX listens on every network device that it may use; loopback is enough for a probe.
     quiet = {"UCX_NET_DEVICES": "lo", "UCX_WARN_UNUSED_ENV_VARS": "n", **environ}

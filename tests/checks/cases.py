@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pdlaunch.checks.context import Context, PairTransport
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Availability, Limits, NixlInstall, PortState, SharedMemory
 from tests.checks.contexts import CPU, GB200, GIB, GPU, SHAPE, SMALL_SHAPE, on
@@ -31,6 +32,20 @@ def libraries(base=CPU, **changes):
 
 def mooncake(base):
     return on(base, kv_transfer__connector="mooncake")
+
+
+class NeedsCuda(KVTransferSettings):
+    """Those of a connector that moves device memory only."""
+
+    @property
+    def needs_cuda(self):
+        return True
+
+
+def needing_cuda(base):
+    context = on(base)
+    config = context.config.model_copy(update={"kv_transfer": NeedsCuda()})
+    return replace(context, launch=replace(context.launch, config=config))
 
 
 def advertising(context, address):
@@ -349,6 +364,11 @@ CASES: dict[str, Case] = {
         [on(CPU, probes={"import_errors": {"nixl": "undefined symbol"}})],
         [on(CPU, probes={"import_errors": {}})],
     ),
+    "PD437": Case(
+        [on(CPU, probes={"connector_errors": {"theirs": "connector theirs cannot be imported"}})],
+        [on(CPU, probes={"connector_errors": {}})],
+    ),
+    "PD438": Case([needing_cuda(CPU)], [needing_cuda(GPU), on(CPU)]),
     "PD405": Case(
         [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"}))))],
         [on(libraries(nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"})))), on(GPU)],

@@ -138,7 +138,8 @@ def on(
             "decode": Model("a", paths[1], decode, error=model_error),
         },
     )
-    known = {"ports": {}, "import_errors": {}, "folder_problems": {}, "weight_errors": {}}
+    names = ("ports", "import_errors", "connector_errors", "folder_problems", "weight_errors")
+    known: dict[str, Any] = {name: {} for name in names}
     return make_context(
         launch,
         {path: Origin("default") for path in all_settings()} | given,

@@ -30,6 +30,7 @@ def test_a_clean_set_up():
     report = check(
         ports={},
         import_errors={},
+        connector_errors={},
         folder_problems={},
         weight_errors={},
         transport=(),

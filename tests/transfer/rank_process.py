@@ -65,6 +65,7 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     """Main function of the process."""
     import torch
 
+    from pdlaunch.config import connectors
     from pdlaunch.memory.cumem_pools import open_memory_pools
     from pdlaunch.memory.kv_memories import open_kv_memory
     from pdlaunch.models.kv_memory import allocate_kv_cache
@@ -75,6 +76,8 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     from pdlaunch.transfer.sides import RankMemory, TransferSetup
     from pdlaunch.transfer.thread import TransferThread
 
+    # The server that this process was forked from may have looked before a test added a package.
+    connectors._others.cache_clear()
     environ = dict(options.environment)
     on = "cpu" if options.device == "cpu" else "cuda"
     os.environ.update(environ | options.spec.kv_transfer.environment(environ, on))

@@ -1,0 +1,124 @@
+"""Reads the memory of another process of this host with ``process_vm_readv``."""
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from example_connector import ExampleSettings
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.errors import TransferError
+from pdlaunch.transfer.connectors.connector import (
+    BlockRead,
+    Connection,
+    Connector,
+    LocalMemory,
+    PeerAgent,
+    Read,
+    ReadState,
+)
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
+
+
+class _Span(ctypes.Structure):
+    """``struct iovec``."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t)]
+
+
+class ExampleConnector(Connector):
+    name = "example"
+    path = "example/process_vm_readv"
+
+    def __init__(self, rank: str, incarnation: int, max_read_bytes: int) -> None:
+        self.agent_name = f"{rank}#{incarnation}"
+        self.max_read_bytes = max_read_bytes
+
+    def open(self, memory: LocalMemory) -> None:
+        if memory.kv_cache.device.type != "cpu":
+            raise TransferError("the example reads host memory only")
+        _LIBC.prctl(_PR_SET_PTRACER, _ANY)  # peers are no parents of this process
+        self.memory = memory
+
+    def agent_metadata(self) -> bytes:
+        return str(os.getpid()).encode()
+
+    def connect(self, peer: PeerAgent) -> Connection:
+        return _Connection(self, peer, int(peer.metadata))
+
+    def close(self) -> None:
+        del self.memory
+
+
+class _Connection(Connection):
+    def __init__(self, connector: ExampleConnector, peer: PeerAgent, pid: int) -> None:
+        self.connector, self.peer, self.pid = connector, peer, pid
+
+    def paths(self) -> Sequence[str]:
+        return (ExampleConnector.path,)
+
+    def read(self, blocks: BlockRead) -> Read:
+        memory, geometry = self.connector.memory, self.peer.geometry
+        head_bytes = memory.layout.head_bytes
+        num_bytes = len(blocks.local_heads) * head_bytes
+        if num_bytes * len(blocks.local_blocks) > self.connector.max_read_bytes:
+            raise TransferError("longer than kv_transfer.example.max_read_bytes")
+        ours = memory.kv_cache.data_ptr() + blocks.local_heads.start * head_bytes
+        theirs = geometry.base_address + blocks.remote_heads.start * head_bytes
+        began_at = time.perf_counter()
+        for local, remote in zip(blocks.local_blocks, blocks.remote_blocks, strict=True):
+            self._copy(
+                ours + local * memory.layout.block_bytes,
+                theirs + remote * geometry.block_bytes,
+                num_bytes,
+            )
+        return _DoneRead(time.perf_counter() - began_at)
+
+    def read_scratch(self, path: str) -> tuple[Read, torch.Tensor]:
+        landing = torch.zeros(self.peer.geometry.scratch_bytes, dtype=torch.uint8)
+        began_at = time.perf_counter()
+        self._copy(landing.data_ptr(), self.peer.geometry.scratch_address, landing.numel())
+        return _DoneRead(time.perf_counter() - began_at), landing
+
+    def close(self) -> None:
+        """Nothing is kept of a peer."""
+
+    def _copy(self, ours: int, theirs: int, num_bytes: int) -> None:
+        to, source = _Span(ours, num_bytes), _Span(theirs, num_bytes)
+        copied = _LIBC.process_vm_readv(
+            self.pid,
+            ctypes.byref(to),
+            ctypes.c_ulong(1),
+            ctypes.byref(source),
+            ctypes.c_ulong(1),
+            0,
+        )
+        if copied != num_bytes:
+            reason = os.strerror(ctypes.get_errno())
+            raise TransferError(f"{self.peer.name}: {copied} of {num_bytes} bytes: {reason}")
+
+
+class _DoneRead(Read):
+    """``read`` blocks until all bytes are there."""
+
+    def __init__(self, read_s: float) -> None:
+        self.read_s = read_s
+
+    def poll(self) -> ReadState:
+        return "done"
+
+    def seconds(self) -> float:
+        return self.read_s
+
+    def release(self) -> None:
+        """Nothing is kept of a READ."""
+
+
+def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> ExampleConnector:
+    section = settings.section("example")
+    assert isinstance(section, ExampleSettings)
+    return ExampleConnector(name, incarnation, section.max_read_bytes)

@@ -1,0 +1,126 @@
+"""Connectors of other packages: ``example`` is one, found by the entry point of its distribution."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pdlaunch.config import connectors
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.protocol.control import PairReady
+from pdlaunch.protocol.sockets import new_launch_keys
+from pdlaunch.protocol.transfer import PullFinished
+from tests.transfer.fakes import spec_of
+from tests.transfer.rank_process import RankHandle, RankOptions, grant, pull
+
+EXAMPLE = Path(__file__).parent / "example"
+
+
+@pytest.fixture
+def _example(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package is installed, as far as this process and its children can tell."""
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    forget_connectors()
+    yield
+    monkeypatch.undo()
+    forget_connectors()
+
+
+def forget_connectors() -> None:
+    connectors._others.cache_clear()
+    connectors.other_sections.cache_clear()
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("_example")
+def test_a_pull_over_a_connector_of_another_package() -> None:
+    keys, settings = new_launch_keys(), {"connector": "example"}
+    options = [
+        RankOptions(spec_of(role, name=f"{role}-0", **settings), keys, role[0] * 32)
+        for role in ("prefill", "decode")
+    ]
+    ranks = holder, puller = [RankHandle(each) for each in options]
+    try:
+        puller.call("registry", [rank.entry() for rank in ranks])
+        ready = puller.report(PairReady)
+        assert ready.path == "example/process_vm_readv"
+        holder.submit(grant("r", [3, 1, 4]))
+        puller.submit(pull("p", holder.remote("r"), [9, 2, 6]))
+        finished = puller.event(PullFinished)
+        assert finished.ok, finished.error
+        np.testing.assert_array_equal(puller.blocks([9, 2, 6]), holder.blocks([3, 1, 4]))
+    finally:
+        for rank in ranks:
+            rank.stop()
+
+
+@pytest.mark.usefixtures("_example")
+def test_its_section_is_checked_with_its_own_model() -> None:
+    settings = KVTransferSettings(connector="example", example={"max_read_bytes": "2KiB"})
+    assert settings.section("example").model_dump() == {"max_read_bytes": 2048}
+    again = KVTransferSettings.model_validate_json(settings.model_dump_json())
+    assert again.section("example") == settings.section("example")
+    with pytest.raises(ValueError, match=r"example\.max_bytes"):
+        KVTransferSettings(example={"max_bytes": 1})
+
+
+def pdlaunch(
+    *arguments: str, path: Path = EXAMPLE, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """A command that may use the packages of ``path``, and must not import torch."""
+    program = (
+        "import sys; from pdlaunch.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    found = os.pathsep.join([str(path), *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": found, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.processes
+def test_its_settings_come_from_variables_and_are_shown() -> None:
+    variables = {"PDLAUNCH_KV_TRANSFER__EXAMPLE__MAX_READ_BYTES": "4KiB"}
+    shown = pdlaunch("config", "show", "--kv-connector", "example", "--format", "json", **variables)
+    assert shown.returncode == 0, shown.stderr
+    value = json.loads(shown.stdout)["kv_transfer.example.max_read_bytes"]["value"]
+    assert value == 4096
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("spec", "factory"),
+    [
+        ("raise OSError('no library')", ""),
+        (
+            "from pdlaunch.config.connectors import ConnectorSpec\nSPEC = ConnectorSpec()",
+            "gone:new",
+        ),
+    ],
+)
+def test_what_cannot_be_imported_is_a_finding(tmp_path: Path, spec: str, factory: str) -> None:
+    (tmp_path / "broken.py").write_text(f"{spec}\nif {bool(factory)}: SPEC.factory = {factory!r}\n")
+    metadata = tmp_path / "broken-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[pdlaunch.connectors]\nbroken = broken:SPEC\n")
+    arguments = ("check-config", "--kv-connector", "broken", "--device", "cpu", "--format", "json")
+    variables = {} if factory else {"PDLAUNCH_KV_TRANSFER__BROKEN__SPEED": "9"}
+    checked = pdlaunch(*arguments, path=tmp_path, **variables)
+    assert checked.returncode == 1, checked.stderr
+    assert "PD437" in checked.stdout
+    assert ("no library" if not factory else "No module named 'gone'") in checked.stdout
+    unused = pdlaunch("check-config", "--device", "cpu", path=tmp_path)
+    assert "PD437" not in unused.stdout
