@@ -98,7 +98,9 @@ def step(
     num_steps: Annotated[
         int, typer.Option(min=1, help="Steps measured; the median is shown.")
     ] = 20,
-    dtype: Annotated[Precision, typer.Option(help="Precision.")] = "float32",
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of weights and KV cache.")
+    ] = "float32",
     num_threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
     device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
@@ -144,7 +146,7 @@ def offload(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Copied in each direction (1GiB; 32MiB on a CPU); host memory takes twice as much."
+            help="Bytes copied in each direction (1GiB; 32MiB on a CPU), twice that on the host."
         ),
     ] = None,
     device: Annotated[
@@ -190,17 +192,21 @@ def transfer(
         int, typer.Option(min=1, help="Pulls measured; the median is shown.")
     ] = 10,
     num_layers: Annotated[
-        int, typer.Option(min=1, help="Of the model; smollm2's by default.")
+        int, typer.Option(min=1, help="Layers of the model; smollm2's by default.")
     ] = 30,
     num_kv_heads: Annotated[
-        int, typer.Option(min=1, help="Of the model; smollm2's by default.")
+        int, typer.Option(min=1, help="KV heads of the model; smollm2's by default.")
     ] = 3,
-    head_dim: Annotated[int, typer.Option(min=1, help="Of the model; smollm2's by default.")] = 64,
+    head_dim: Annotated[
+        int, typer.Option(min=1, help="Size of a head of the model; smollm2's by default.")
+    ] = 64,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens in a KV block.")] = 16,
-    dtype: Annotated[Precision, typer.Option(help="Precision.")] = "float32",
+    dtype: Annotated[
+        Precision, typer.Option(help="Precision of weights and KV cache.")
+    ] = "float32",
     device: Annotated[Device, typer.Option(help="Where to measure.")] = "cpu",
     enable_cumem_allocator: Annotated[
-        bool, typer.Option(help="KV caches on a GPU lie in CuMem pools.")
+        bool, typer.Option(help="Allocate KV caches on a GPU from CuMem pools.")
     ] = False,
     mooncake_protocol: Annotated[
         str, typer.Option(help=f"{', '.join(_MOONCAKE_PROTOCOLS)}.")

@@ -64,7 +64,7 @@ _TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 def serve(
     config: ConfigArgument = None,
     url: Annotated[
-        str | None, typer.Option(help="A running deployment; without it one is started.")
+        str | None, typer.Option(help="URL of a running deployment; without it one is started.")
     ] = None,
     input_tokens: Annotated[
         str, typer.Option(help="Prompt length, one or several: 128,2000,8000.")
@@ -93,7 +93,7 @@ def serve(
     bare_gb_per_s: Annotated[
         str | None,
         typer.Option(
-            help="Bare transfer of these prompts, of `bench transfer`: shows the goal of the gap."
+            help="Bare speed for these prompts from `bench transfer`; shows the goal of the gap."
         ),
     ] = None,
     step_ms: Annotated[
@@ -106,10 +106,13 @@ def serve(
         ),
     ] = None,
     multi_turn: Annotated[
-        bool, typer.Option("--multi-turn", help="Chats that send all that was said before.")
+        bool,
+        typer.Option(
+            "--multi-turn", help="Measure chats whose messages repeat all that was said before."
+        ),
     ] = False,
     conversations: Annotated[
-        int | None, typer.Option(min=1, help="Chats (16).", show_default=False)
+        int | None, typer.Option(min=1, help="Number of chats (16).", show_default=False)
     ] = None,
     turns: Annotated[
         int | None, typer.Option(min=1, help="Messages of each chat (4).", show_default=False)

@@ -54,7 +54,7 @@ class PlainView:
         self._clock = clock
         self._start_s = clock()
         self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
-        """For each process, what was printed last, and when."""
+        """What was printed last for each process, and when."""
 
     def changed(self, status: LaunchStatus) -> None:
         if status.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING):

@@ -1,4 +1,4 @@
-"""What rules judge beside the settings: files, folders, and the measured paths of pairs of ranks.
+"""Probes what rules judge beside the settings: files, folders, and the paths of pairs of ranks.
 
 ``serve`` has them judged before anything starts, and again once the pairs have shaken hands.
 """

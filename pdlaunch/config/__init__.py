@@ -1,1 +1,1 @@
-"""Config models: the only knobs, where their values come from, and what is derived from them."""
+"""Settings: the models that declare them, the sources of their values, what a model's files say."""

@@ -1,6 +1,4 @@
-"""What one engine is once everything has been resolved: the supervisor writes it, the engine's
-processes read it.
-"""
+"""The resolved settings of one engine: the supervisor writes them, the engine's processes read."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ class EngineSpec(SharedSettings, EngineSettings):
     """``prefill-0``, ``decode-1``: unique in the launch, stable over restarts."""
     role: Role
     model_dir: str
-    """Directory in Hugging Face layout with config.json, tokenizer.json and weights."""
+    """The directory in Hugging Face layout with config.json, tokenizer.json and weights."""
     served_model_name: str
     dtype: Literal["float32", "bfloat16", "float16"]
     max_model_len: int

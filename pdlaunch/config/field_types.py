@@ -1,4 +1,4 @@
-"""How a setting is declared: once, as a field of a frozen pydantic model.
+"""Types with which a setting is declared: once, as a field of a frozen pydantic model.
 
 The field's type and constraints check the value, its description explains it, a ``Flag`` in its
 annotation puts it on the command line. ``config.settings`` derives everything else from that.
@@ -19,7 +19,7 @@ ModelType = TypeVar("ModelType", bound="FrozenModel")
 
 
 class FrozenModel(BaseModel):
-    """The base of every settings model: frozen, unknown fields refused, defaults validated."""
+    """Is the base of every settings model: frozen, no unknown fields, defaults validated."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -31,15 +31,15 @@ class Flag:
     """Gives a setting a flag, and a ``PDLAUNCH_*`` variable of the same name."""
 
     name: str = ""
-    """Without the dashes in front; the field's own name when empty. ``{role}`` stands for the
+    """The flag without its dashes; the field's own name when empty. ``{role}`` stands for the
     section that the field is in.
     """
     panel: str = "Engines"
-    """Heading in ``pdlaunch serve --help``."""
+    """The heading in ``pdlaunch serve --help``."""
     metavar: str = ""
-    """Follows from the type when empty."""
+    """The form of the value in help; follows from the type when empty."""
     help: str = ""
-    """The field's description when empty; may hold ``{role}``."""
+    """The text in help; the field's description when empty. May hold ``{role}``."""
 
 
 ByteSize = Annotated[

@@ -12,7 +12,7 @@ from pdlaunch.config.sources import LoadedConfig, Origin
 
 @dataclass(frozen=True, slots=True)
 class ShownValue:
-    """One setting with its value and origin."""
+    """A setting with its value and origin, as people see them."""
 
     path: str
     value: Any

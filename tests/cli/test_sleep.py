@@ -126,10 +126,8 @@ def test_a_server_of_another_kind_is_named(router: Router) -> None:
     router.page = b"<html>"
     code, output = run("wake", *router.address)
     assert code == 1
-    assert (
-        output
-        == f"error: {router.url}/wake_up answers HTTP 200, but not as a deployment of pdlaunch does\n"
-    )
+    said = "answers HTTP 200, but not as a deployment of pdlaunch does"
+    assert output == f"error: {router.url}/wake_up {said}\n"
 
 
 def test_nobody_there() -> None:

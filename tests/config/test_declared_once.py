@@ -19,7 +19,8 @@ mark = "    block_size: "
 assert source.count(mark) == 1
 models = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = models
-exec(compile(source.replace(mark, f"    {sys.argv[1]}\\n{mark}"), spec.origin, "exec"), vars(models))
+changed = source.replace(mark, f"    {sys.argv[1]}\\n{mark}")
+exec(compile(changed, spec.origin, "exec"), vars(models))
 
 from pdlaunch.cli.app import build_app
 from pdlaunch.config.engine_spec import EngineSpec

@@ -312,10 +312,8 @@ class TestSecrets:
         with pytest.raises(InvalidConfigError) as caught:
             load(file(text.format(s=self.SECRET)))
         error = caught.value
-        assert (
-            self.SECRET
-            not in f"{error} {error.problems!r} {error.value!r} {error.__context__ if error.__cause__ else ''}"
-        )
+        cause = error.__context__ if error.__cause__ else ""
+        assert self.SECRET not in f"{error} {error.problems!r} {error.value!r} {cause}"
 
     def test_never_in_origins_or_shown_config(self):
         loaded = load(environ={"PDLAUNCH_API_KEY": self.SECRET})

@@ -1,1 +1,1 @@
-"""What the files of a model say: where they are, whether they are whole, what shape it has."""
+"""Reads the files of a model: where they are, whether they are whole, what shape it has."""
