@@ -171,13 +171,13 @@ class TransferSides:
         now = self._setup.clock()
         due_at = [
             self._prefill.next_deadline_at(),
-            self._pulls.next_deadline_s(),
-            *(peer.next_deadline_s() for peer in self._peers.all()),
+            self._pulls.next_deadline_at(),
+            *(peer.next_deadline_at() for peer in self._peers.all()),
         ]
         polled_since = [
             self._prefill.polling_since_at,
-            self._pulls.youngest_hashing_s,
-            *(peer.youngest_read_s for peer in self._peers.all()),
+            self._pulls.hashing_since_at,
+            *(peer.reading_since_at for peer in self._peers.all()),
         ]
         latest_at = max((at for at in polled_since if at is not None), default=None)
         if latest_at is not None:
@@ -200,7 +200,7 @@ class TransferSides:
     @property
     def has_pending_reads(self) -> bool:
         """Return whether READs may still write to memory of this rank, also after ``close``."""
-        return any(peer.youngest_read_s is not None for peer in self._peers.all())
+        return any(peer.reading_since_at is not None for peer in self._peers.all())
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         """Return whether every rank of the registry that shakes hands at once has done so, in

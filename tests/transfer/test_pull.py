@@ -339,7 +339,7 @@ def test_nothing_is_due_while_a_read_that_was_given_up_goes_on(world, holder):
     assert world.finished().in_flight
     world.clock.now += 1.0
     world.turn()
-    assert world.pulls.next_deadline_s() > world.clock.now
+    assert world.pulls.next_deadline_at() > world.clock.now
     world.fabric.land()
     world.turn()
     assert world.events == [PullDrained(pull_id="p")]
@@ -460,7 +460,7 @@ def test_a_rank_that_stays_out_of_reach_is_not_waited_for_for_ever(world):
     world.pulls.cancel(CancelPull(pull_id="p"))
     world.turn()
     assert len(world.pulls) == 1
-    assert world.pulls.next_deadline_s() == world.clock.now + 5.0
+    assert world.pulls.next_deadline_at() == world.clock.now + 5.0
     world.clock.now += 5.0
     world.turn()
     assert len(world.pulls) == 0
@@ -640,7 +640,7 @@ def test_a_begin_without_an_answer_is_asked_again(world, holder):
     receive, holder.channel.receive = holder.channel.receive, list
     world.turn()
     assert len(holder.sent(PullBegin)) == 1
-    world.clock.now = world.pulls.next_deadline_s()
+    world.clock.now = world.pulls.next_deadline_at()
     world.turn()
     assert len(holder.sent(PullBegin)) == 2
     holder.channel.receive = receive
@@ -870,10 +870,10 @@ def group(block_ids: list[int], first: int = 0, checksums: Any = None) -> Any:
         ({"groups": [group([4])]}, "does not hold all blocks of group 0 from 0 on"),
         ({"groups": [group([4, 5], first=1)]}, "does not hold all blocks of group 0 from 0 on"),
         ({"groups": [group([4, 99])]}, "named a block outside of its 16"),
-        ({"groups": [group([4, 5], checksums=bytes(8))]}, "the holder stated no checksums"),
+        ({"groups": [group([4, 5], checksums=bytes(8))]}, "the prefill rank stated no checksums"),
         (
             {"groups": [group([4, 5], checksums=bytes(2 * 3 * 8 + 1))]},
-            "the holder stated no checksums",
+            "the prefill rank stated no checksums",
         ),
         ({"groups": [group([4, 5], checksums=bytes(2 * 3 * 8))]}, "checksum of KV head 0 differs"),
         ({"num_tokens": 31}, "token hashes of request r differ"),

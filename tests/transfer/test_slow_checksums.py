@@ -169,7 +169,7 @@ class SlowPuller(World):
         self.pulls.start(replace_struct(pull("p", holder.remote("r"), [1, 2]), **options))
         self.turn()
         assert self.events == []
-        assert self.pulls.youngest_hashing_s == self.clock.now
+        assert self.pulls.hashing_since_at == self.clock.now
         return holder
 
 
@@ -183,7 +183,7 @@ def test_a_pull_ends_when_its_checksums_are_there(world):
     world.hasher.finish()
     world.turn()
     assert world.finished().ok
-    assert world.pulls.youngest_hashing_s is None
+    assert world.pulls.hashing_since_at is None
     assert torch.equal(world.kv_cache[[1, 2]], holder.kv_cache[[4, 5]])
 
 
@@ -294,7 +294,7 @@ def test_checksums_that_never_come_fail_the_pull(world):
     assert not finished.ok
     assert not finished.in_flight
     assert "prefill-0/rank-0 is verifying" in finished.error
-    assert world.pulls.youngest_hashing_s is None
+    assert world.pulls.hashing_since_at is None
     assert len(world.pulls) == 0
     assert holder.ended() == [LeaseEnded(lease_id="r", reason="pulled")]
 

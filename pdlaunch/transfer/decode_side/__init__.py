@@ -1,1 +1,1 @@
-"""Pulls: what a decode rank reads from each prefill rank, and the proof of it."""
+"""Pulls blocks from prefill ranks, and proves them."""

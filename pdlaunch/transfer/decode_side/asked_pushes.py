@@ -1,6 +1,6 @@
-"""READs that a holder has been asked to write, because its connector pushes, and has not answered.
+"""Keeps READs that a prefill rank was asked to write, as its connector pushes, until it answers.
 
-Whoever asked owns the destination until the answer is there, or until the holder's process is gone.
+The destination belongs to such a READ until then, or until the process of that rank is gone.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from pdlaunch.transfer.decode_side.links import Channel
 
 
 class AskedPushes:
-    """Of one peer. Does nothing where the connector reads by itself."""
+    """Keeps those of one peer. Does nothing where the connector reads by itself."""
 
-    def __init__(self, holder: RankIdentity, connector: Connector, call_ids: Iterator[int]) -> None:
+    def __init__(
+        self, prefill_rank: RankIdentity, connector: Connector, call_ids: Iterator[int]
+    ) -> None:
         self.old_channel: Channel | None = None
-        """Retired; still brings answers."""
-        self._holder = holder
+        """Channel of a connection that was given up; still brings answers."""
+        self._prefill_rank = prefill_rank
         self._connector = connector
         self._call_ids = call_ids
         self._reads: dict[int, PushedRead] = {}
         """By call_id."""
 
     def check_channel(self, channel: Channel | None) -> None:
-        """A write must not be asked for over a connection whose answers may be lost. Raises
-        TransferError.
+        """Raise TransferError when answers over this connection may be lost: no write must be asked
+        for then.
         """
         if self._connector.pusher is not None and (channel is None or channel.broken):
-            raise TransferError(f"the connection to {self._holder.name} broke")
+            raise TransferError(f"the connection to {self._prefill_rank.name} broke")
 
     def ask(self, channel: Channel | None, read: PushedRead, blocks: BlockRead) -> None:
         """Ask the prefill side to write, over a channel that has been checked."""
@@ -41,7 +43,7 @@ class AskedPushes:
         channel.send(
             Push(
                 call_id=call_id,
-                engine_id=self._holder.engine_id,
+                engine_id=self._prefill_rank.engine_id,
                 lease_id=blocks.lease_id,
                 reader=blocks.reader,
                 block_ids=list(blocks.remote_blocks),
@@ -67,15 +69,15 @@ class AskedPushes:
         return True
 
     def end_those_of_the_dead(self, channel: Channel) -> None:
-        """A process that is gone writes no more."""
+        """End all READs of a process that is gone: it writes no more."""
         if self._reads and channel.broken:
             for read in self._reads.values():
                 read.end("the peer's process has ended")
             self._reads.clear()
 
     def retire(self, channel: Channel) -> None:
-        """Answers about writes that are under way must still arrive; no other channel is opened
-        before they have.
+        """Close a channel, or keep it while it must bring answers about writes that are under way.
+        No other channel is opened before they have come.
         """
         if self._reads:
             assert self.old_channel is None
@@ -84,7 +86,7 @@ class AskedPushes:
             channel.close()
 
     def close_old_channel(self) -> None:
-        """No READ is left that it could bring an answer about."""
+        """Close the channel that was kept: no READ is left that it could bring an answer about."""
         if self.old_channel is not None:
             self.old_channel.close()
             self.old_channel = None

@@ -1,9 +1,9 @@
-"""The READs of one holder rank's share of a pull, and the proof of what they have brought.
+"""Reads one prefill rank's share of a pull in chunks, and proves what has come.
 
 ::
 
     prompt    0 ........... ready ........... end      logical blocks of the prompt
-    before the lease        ├─ next answer ──▶         what prefill has computed is read while it computes the rest
+    before the lease        ├─ next answer ──▶         read while prefill computes the rest
     with it                 ├───────────────▶┤         the rest
 
 One READ at a time: a chunk goes into blocks that nothing else writes to. What was read before there
@@ -38,33 +38,33 @@ from pdlaunch.transfer.decode_side.read_plan import (
 
 
 class ReadFailed(PullFailed):
-    """A READ has failed, or its bytes are wrong; it is over, and may be repeated."""
+    """Says that a READ has failed or brought wrong bytes; it is over, and may be repeated."""
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """One READ and the checksums of what it brings, asked for while it is under way."""
+    """Holds one READ and the checksums of what it brings, asked for while it is under way."""
 
     plan: ReadPlan
     batch: HashBatch | None
     """None when ``kv_transfer.verify`` is off."""
     expected: ChecksumArray | None = None
-    """What the holder states; [num_blocks, num_heads]."""
+    """Stated by the prefill rank; [num_blocks, num_heads]."""
     counts: bool = True
     found: list[Checksums] = field(default_factory=list)
     num_hashed: int = 0
     """Blocks whose checksums were asked for."""
 
     def hash_until(self, num_blocks: int, after: torch.cuda.Event | None = None) -> None:
-        """Of the blocks before ``num_blocks``: nothing writes to them any more, or not after the
-        event.
+        """Hash the blocks before ``num_blocks``, which are final now, or once ``after`` has
+        fired.
         """
         if self.batch is not None and num_blocks > self.num_hashed:
             self.found.append(self.batch.start(slice(self.num_hashed, num_blocks), after))
             self.num_hashed = num_blocks
 
     def check(self, groups: Sequence[GroupBlocks], geometry: Geometry) -> None:
-        """Raises VerificationError that names the first block and head that differ."""
+        """Raise a VerificationError that names the first block and head that differ."""
         read = self.plan.read
         expected = (
             stated_checksums(groups, geometry, self.plan)
@@ -72,7 +72,7 @@ class _Chunk:
             else self.expected
         )
         if len(expected) != len(read.local_blocks):
-            raise VerificationError("the holder stated no checksums")
+            raise VerificationError("the prefill rank stated no checksums")
         wrong = np.argwhere(
             np.concatenate([checksums.result() for checksums in self.found]) != expected
         )
@@ -87,18 +87,18 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where a READ's blocks lie at the holder: equal places, equal READ."""
+    """Says where a READ's blocks lie at the prefill rank: equal places mean an equal READ."""
 
     generation: int
     first_block: int
     end_block: int
     groups: list[tuple[int, list[int]]]
-    """By group: the first logical index, and the blocks of the holder."""
+    """By group: the first logical index, and the blocks there."""
 
 
 def _worth_hashing(parts: Sequence[ReadPart]) -> list[ReadPart]:
-    """The last two and every fourth before: a launch takes the host 0.1 to 0.4 ms, and the last one
-    is to find little to do.
+    """Return the last two parts and every fourth before. A launch takes the host 0.1 to 0.4 ms, and
+    the last one should find little left to do.
     """
     last = len(parts) - 1
     return [part for index, part in enumerate(parts) if index == last or (last - index) % 4 == 1]
@@ -110,16 +110,16 @@ def _places(offer: PullReply, first_block: int, end_block: int) -> _Places:
 
 
 class ChunkedReads:
-    """Reads what the holder offers, as soon as it does."""
+    """Reads what the prefill rank offers, as soon as it does."""
 
     def __init__(
         self, command: StartPull, link: PrefillLink, setup: PullSetup, share: Share
     ) -> None:
         self.num_bytes = 0
         self.read_s = 0.0
-        """Of all READs, as exactly as the connector knows."""
-        self.ended_s = 0.0
-        """Clock time at which the last one was over."""
+        """Duration of all READs, as exactly as the connector knows."""
+        self.ended_at = 0.0
+        """Instant at which the last one was over."""
         self._command = command
         self._link = link
         self._setup = setup
@@ -132,23 +132,23 @@ class ChunkedReads:
         self._reading: Read | None = None
         self._current: _Chunk | None = None
         self._chunks: list[_Chunk] = []
-        """Those that are done."""
+        """Chunks that are done."""
         self._prepared: tuple[_Places, _Chunk] | None = None
         """The READ of all that is left, for when there is a lease."""
 
     @property
     def in_flight(self) -> bool:
-        """A READ may still write to the blocks."""
+        """Return whether a READ may still write to the blocks."""
         return self._reading is not None
 
     @property
     def num_bytes_in_flight(self) -> int:
-        """Of the READ that is pending."""
+        """Return the size of the READ that is pending."""
         return 0 if self._current is None else self._num_bytes(self._current)
 
     @property
     def is_complete(self) -> bool:
-        """All blocks of the lease have been read."""
+        """Return whether all blocks of the lease have been read."""
         return (
             self._lease is not None
             and self._reading is None
@@ -157,13 +157,13 @@ class ChunkedReads:
 
     @property
     def lacks_checksums(self) -> bool:
-        """The holder has to state what the bytes are."""
+        """Return whether the prefill rank has yet to state checksums."""
         groups = () if self._lease is None else self._lease.groups
         return self._setup.hasher is not None and any(group.checksums is None for group in groups)
 
     def offer(self, reply: PullReply) -> None:
-        """The holder's latest answer. Raises PullFailed when it is not about this prompt."""
-        check_hashes(self._command, reply, self._share.holder)
+        """Take in the latest answer. Raises PullFailed when it is not about this prompt."""
+        check_hashes(self._command, reply, self._share.prefill_rank)
         if reply.generation != self._generation:
             self.forget()
             self._generation = reply.generation
@@ -172,10 +172,10 @@ class ChunkedReads:
             self._lease = reply
 
     def state(self, checksums: Sequence[bytes | None]) -> None:
-        """What the holder says of the blocks of its lease, by group. Raises PullFailed."""
+        """Take in the checksums of the leased blocks, by group. Raises PullFailed."""
         lease = self._lease
         if lease is None or len(checksums) != len(lease.groups) or None in checksums:
-            raise PullFailed(f"{self._share.holder} stated no checksums", verification=True)
+            raise PullFailed(f"{self._share.prefill_rank} stated no checksums", verification=True)
         pairs = zip(lease.groups, checksums, strict=True)
         groups = [msgspec.structs.replace(group, checksums=stated) for group, stated in pairs]
         self._lease = msgspec.structs.replace(lease, groups=groups)
@@ -187,7 +187,7 @@ class ChunkedReads:
         self._offer = self._lease = None
 
     def forget(self) -> None:
-        """Nothing that was read so far counts."""
+        """Count nothing that was read so far."""
         self._chunks.clear()
         self._prepared = None
         self._next_block = self.num_bytes = 0
@@ -195,9 +195,7 @@ class ChunkedReads:
             self._current.counts = False
 
     def start(self) -> None:
-        """Begin to read, if that can be. ``advance`` does the rest. Raises ReadFailed,
-        PullFailed.
-        """
+        """Begin to read, if possible; ``advance`` does the rest. Raises ReadFailed, PullFailed."""
         if self._reading is None:
             self._start_next()
 
@@ -208,12 +206,14 @@ class ChunkedReads:
         self._prepare_rest()
 
     def settle(self) -> None:
-        """No READ begins any more: release the one that is in flight once it is over."""
+        """Release the READ in flight once it is over; no other begins any more."""
         if self._reading is not None and self._reading.poll() != "pending":
             self._release()
 
     def is_proven(self) -> bool:
-        """All bytes are right; False: not known yet. Raises VerificationError."""
+        """Return whether all bytes are known to be right. Raises VerificationError when some are
+        wrong.
+        """
         if not self.is_complete or self.lacks_checksums:
             return False
         if self._setup.hasher is None:
@@ -226,7 +226,7 @@ class ChunkedReads:
         return True
 
     def _start_next(self) -> bool:
-        """Begin the next READ. False: there is nothing to read, or nothing yet."""
+        """Begin the next READ. Returns False when there is nothing to read, or nothing yet."""
         offer, link = self._offer, self._link
         if offer is None or link.status != "ready" or not (offer.leased or link.reads_early):
             return False
@@ -245,13 +245,13 @@ class ChunkedReads:
                 self._reading = link.read(chunk.plan.read)
             except TransferError as error:
                 link.reconnect()
-                raise ReadFailed(f"{self._share.holder}: {error}") from error
+                raise ReadFailed(f"{self._share.prefill_rank}: {error}") from error
             self._current = chunk
         self._next_block = end
         return True
 
     def _chunk(self, offer: PullReply, blocks: range) -> _Chunk:
-        """What is wanted of ``blocks``, logical indices. Raises PullFailed."""
+        """Plan a READ of what is wanted of ``blocks``, logical indices. Raises PullFailed."""
         plan, hasher = (
             plan_read(self._command, offer, self._link.geometry, self._share, blocks),
             self._setup.hasher,
@@ -262,8 +262,8 @@ class ChunkedReads:
         return _Chunk(plan, hasher.prepare(plan.read.local_blocks, heads))
 
     def _prepare_rest(self) -> None:
-        """While the last blocks are computed: their READ is to begin as soon as there is a
-        lease.
+        """Prepare the READ of the last blocks while they are computed, so that it begins as soon as
+        there is a lease.
         """
         offer, link = self._offer, self._link
         if offer is None or offer.leased or self._prepared is not None or self._reading is not None:
@@ -278,7 +278,7 @@ class ChunkedReads:
                 self._prepared = places, chunk
 
     def _poll(self) -> bool:
-        """False: a READ is pending."""
+        """Return False while a READ is pending. Raises ReadFailed."""
         if self._reading is None:
             return True
         chunk = self._current
@@ -288,14 +288,14 @@ class ChunkedReads:
             for num_blocks, landed in _worth_hashing(self._reading.parts()):
                 chunk.hash_until(num_blocks, landed)
             return False
-        self.ended_s = self._setup.clock()
+        self.ended_at = self._setup.clock()
         read_s = self._reading.seconds() if state == "done" else 0.0
         self._release()
         if state == "failed":
             if chunk.counts:
                 self._next_block = min(span.start for _, span in chunk.plan.spans)
             self._link.reconnect()
-            raise ReadFailed(f"READ from {self._share.holder} failed")
+            raise ReadFailed(f"READ from {self._share.prefill_rank} failed")
         if chunk.counts:
             self._count(chunk, read_s)
         return True

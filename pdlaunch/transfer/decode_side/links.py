@@ -20,7 +20,7 @@ LinkStatus = Literal["connecting", "ready", "lost", "incompatible"]
 
 
 class PrefillLink(Protocol):
-    """What a pull needs of a holder rank."""
+    """Gives a pull what it needs of one prefill rank."""
 
     name: str
     error: str
@@ -31,21 +31,21 @@ class PrefillLink(Protocol):
 
     @property
     def geometry(self) -> Geometry:
-        """Once ready."""
+        """Return how its blocks lie; only of a link that is ready."""
 
     @property
     def reads_early(self) -> bool:
-        """A READ needs no lease, as far as the holder is concerned."""
+        """Return whether the prefill rank takes no part in a READ, so that none needs a lease."""
 
     def ask(
         self, build: Callable[[int], ToPrefillSide], on_reply: Callable[[ToDecodeSide], None] | None
     ) -> int:
-        """Send what ``build`` makes of a fresh call_id, which is returned; ``on_reply`` gets the
-        answer, if one comes.
+        """Send the question that ``build`` makes of a fresh call_id, and return that. ``on_reply``
+        gets the answer, if one comes.
         """
 
     def forget(self, call_id: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Drop the answer to this call: nobody waits for it any more."""
 
     def prepare(self, blocks: BlockRead) -> None:
         """Get ready for a READ that is likely to start soon. Raises TransferError."""
@@ -57,18 +57,18 @@ class PrefillLink(Protocol):
         """Free a READ that has ended."""
 
     def reconnect(self) -> None:
-        """A READ has failed: the connection is not to be trusted."""
+        """Make a new connection, because a READ over this one has failed."""
 
 
 class Channel(Protocol):
-    """The setup's end of a side channel."""
+    """Stands for the decode side's end of a side channel."""
 
     socket: Any
-    """For the poller."""
+    """Registered with the thread's poller."""
 
     @property
     def broken(self) -> bool:
-        """The peer's process has ended; only known where the connector pushes."""
+        """Return whether the peer's process has ended; only known where the connector pushes."""
 
     def send(self, message: ToPrefillSide) -> None: ...
 
@@ -79,31 +79,31 @@ class Channel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """A holder rank as the registry shows it."""
+    """Describes a prefill rank as the registry shows it."""
 
     identity: RankIdentity
     endpoint: str
-    """Of its side channel."""
+    """Endpoint of its side channel."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSetup:
-    """What all peers of this rank share."""
+    """Holds what all peers of this rank share."""
 
     identity: RankIdentity
-    """Of this rank."""
+    """This rank."""
     compatibility: Compatibility
     head_bytes: int
     connector: Connector
     open_channel: Callable[[str], Channel]
-    """From an endpoint."""
+    """Opens a channel to an endpoint."""
     handshake_timeout_s: float
     clock: Callable[[], float]
     report: Callable[[ToSupervisor], None]
 
     def sources(self, prefill_tp_size: int) -> tuple[SourceRank, ...]:
-        """The ranks of an engine that this rank pulls from. Raises HandshakeError when the TP sizes
-        do not fit.
+        """Return the ranks of an engine that this rank pulls from. Raises HandshakeError when the
+        TP sizes do not fit.
         """
         return map_sources(
             num_kv_heads=self.compatibility.num_kv_heads,
@@ -115,7 +115,7 @@ class PeerSetup:
 
 @dataclass(frozen=True, slots=True)
 class PullSetup:
-    """This rank's side of all its pulls."""
+    """Holds what all pulls of this rank share."""
 
     engine_id: EngineId
     tp_rank: int
@@ -126,11 +126,11 @@ class PullSetup:
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]
     alert: Callable[[int], None]
-    """A pull reads so many bytes under its lease: its end is near."""
+    """Called when a pull begins to read so many bytes under its lease: its end is near."""
 
     def reader(self, pull_id: PullId) -> ReaderId:
-        """Unique over engines, ranks and choices; of bounded length, whatever the request's id
-        is.
+        """Return the reader's name, unique over engines, ranks and choices. Its length is bounded,
+        however long the request's id is.
         """
         digest = hashlib.sha256(pull_id.encode()).hexdigest()
         return ReaderId(f"{self.engine_id}/{self.tp_rank}/{digest}")

@@ -1,11 +1,11 @@
-"""A peer: one incarnation of one holder rank, as seen by this rank.
+"""Keeps the handshake and the connection to a peer: one incarnation of one prefill rank.
 
 ::
 
     idle ── want ──> asking ── compatible ──> probing ── a path is proven ──> ready
       any of them ── time-out, refusal, failed READ ──> waiting ── back-off over ──> asking
       any of them ── the engines do not fit ──> incompatible        (final)
-      any of them ── gone from the registry ──> lost                (final; READs that are pending are waited for)
+      any of them ── gone from the registry ──> lost                (final, once READs have ended)
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
 MAX_DOUBLINGS = 10
-"""Of the first back-off: past its longest, and no number that overflows, however long a peer is
-away.
+"""Limit for the first back-off: past the longest one, so that no number overflows however long a
+peer is away.
 """
 
 
@@ -68,7 +68,7 @@ _STATUS: dict[_State, LinkStatus] = {
 
 
 class Peer:
-    """Handshake, connection and READs of one peer; a ``PrefillLink`` for its pulls."""
+    """Keeps handshake, connection and READs of one peer; a ``PrefillLink`` for its pulls."""
 
     def __init__(self, address: PeerAddress, setup: PeerSetup) -> None:
         self.address = address
@@ -79,19 +79,19 @@ class Peer:
         self._state = _State.IDLE
         self._call_ids = itertools.count(1)
         self._calls: dict[int, Callable[[ToDecodeSide], None]] = {}
-        """Who waits for an answer, by call_id."""
+        """Receivers of answers, by call_id."""
         self._connection: Connection | None = None
         self._old_connections: list[Connection] = []
-        """Given up; kept while a READ may still write."""
+        """Connections that were given up, kept while a READ may still write."""
         self._geometry: Geometry | None = None
         self._reads: dict[Read, float] = {}
-        """Every READ that is not released, and when it started."""
+        """READs that are not released, and when they started."""
         self._pushes = AskedPushes(address.identity, setup.connector, self._call_ids)
         self._trial: PathTrial | None = None
         self._old_probes: list[tuple[Read, torch.Tensor]] = []
-        """READs of its scratch that nobody waits for, and the memory that they may write to."""
-        self._asked_s = 0.0
-        self._deadline_s = float("inf")
+        """READs of its scratch that nobody waits for, each with the memory that it may write to."""
+        self._asked_at = 0.0
+        self._deadline_at = float("inf")
         self._num_failures = 0
 
     @property
@@ -100,7 +100,7 @@ class Peer:
 
     @property
     def connecting(self) -> bool:
-        """Somebody needs this peer, and it may still become ready."""
+        """Return whether somebody needs this peer, and it may still become ready."""
         return self._state in (_State.ASKING, _State.PROBING, _State.WAITING)
 
     @property
@@ -114,32 +114,32 @@ class Peer:
 
     @property
     def closed(self) -> bool:
-        """Lost, and no READ can write any more."""
+        """Return whether it is lost, and no READ can write any more."""
         return self._state is _State.LOST and not self._reads
 
     @property
-    def youngest_read_s(self) -> float | None:
-        """Clock time at which the last of the unfinished READs began."""
+    def reading_since_at(self) -> float | None:
+        """Return when the latest of the unfinished READs began."""
         return max(self._reads.values(), default=None)
 
-    def next_deadline_s(self) -> float:
-        """Clock time at which ``advance`` has something to do, READs and messages aside."""
-        return self._deadline_s
+    def next_deadline_at(self) -> float:
+        """Return when ``advance`` has something to do, READs and messages aside."""
+        return self._deadline_at
 
     def want(self) -> None:
-        """Somebody needs this peer: shake hands, unless that is done or under way."""
+        """Shake hands, unless that is done or under way: somebody needs this peer."""
         if self._state is _State.IDLE:
             self._start_handshake()
 
     def lose(self, reason: str) -> None:
-        """It cannot be read any more."""
+        """Read it no more; final."""
         self.error = reason
         self._disconnect()
         self._state = _State.LOST
-        self._deadline_s = float("inf")
+        self._deadline_at = float("inf")
 
     def reconnect(self) -> None:
-        """A READ has failed: the connection is not to be trusted, make a new one."""
+        """Make a new connection: a READ over this one has failed."""
         if self._state is _State.READY:
             self._retry_later("a READ has failed")
 
@@ -149,7 +149,7 @@ class Peer:
         self._release_old()
         if self._state is _State.PROBING:
             self._guard(self._try_paths)
-        if self._setup.clock() >= self._deadline_s:
+        if self._setup.clock() >= self._deadline_at:
             self._on_deadline()
 
     def ask(
@@ -207,8 +207,8 @@ class Peer:
     def _start_handshake(self) -> None:
         setup, peer = self._setup, self.address.identity
         self._state = _State.ASKING
-        self._asked_s = setup.clock()
-        self._deadline_s = self._asked_s + setup.handshake_timeout_s
+        self._asked_at = setup.clock()
+        self._deadline_at = self._asked_at + setup.handshake_timeout_s
         self.channel = setup.open_channel(self.address.endpoint)
         self.ask(
             lambda call_id: Handshake(
@@ -224,7 +224,7 @@ class Peer:
         )
 
     def _on_message(self, message: ToDecodeSide) -> None:
-        """Answers to calls that nobody waits for any more are dropped."""
+        """Pass an answer on, or drop it when nobody waits for it any more."""
         if self._pushes.take_answer(message):
             return
         on_reply = self._calls.pop(message.call_id, None)
@@ -257,13 +257,13 @@ class Peer:
             self._connection.paths(),
             is_right=lambda landing: has_pattern(landing, reply.agent_name),
             clock=self._setup.clock,
-            timeout_s=self._deadline_s - self._setup.clock(),
+            timeout_s=self._deadline_at - self._setup.clock(),
         )
         self._try_paths()
 
     def _check_identity(self, reply: HandshakeReply) -> None:
-        """Who answers is who the registry named. A mere restart in between is settled by the next
-        registry.
+        """Check that the rank that answers is the one in the registry. After a mere restart in
+        between the next registry settles it. Raises TransferError.
         """
         expected = self.address.identity
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):
@@ -293,10 +293,10 @@ class Peer:
         assert self._connection is not None
         self._connection.use_path(best.path)
         self._state = _State.READY
-        self._deadline_s = float("inf")
+        self._deadline_at = float("inf")
         self._num_failures = 0
         self.error = ""
-        seconds = setup.clock() - self._asked_s
+        seconds = setup.clock() - self._asked_at
         logger.info(
             "%s is ready to be read over %s, %s, after %.3f s; other paths: %s",
             self.name,
@@ -332,7 +332,7 @@ class Peer:
         logger.error("handshake with %s: %s", self.name, error)
         self._disconnect()
         self._state = _State.INCOMPATIBLE
-        self._deadline_s = float("inf")
+        self._deadline_at = float("inf")
         self._setup.report(
             PairFailed(
                 local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True
@@ -346,7 +346,7 @@ class Peer:
         logger.warning("%s; next handshake in %.2f s", reason, backoff_s)
         self._disconnect()
         self._state = _State.WAITING
-        self._deadline_s = self._setup.clock() + backoff_s
+        self._deadline_at = self._setup.clock() + backoff_s
         self._setup.report(
             PairFailed(local=self._setup.identity.name, peer=self.name, error=reason, fatal=False)
         )
@@ -354,7 +354,7 @@ class Peer:
     def _on_deadline(self) -> None:
         if self._state is _State.WAITING and self._old_connections:
             # A peer cannot be connected twice, and a connection stays while a READ may still write.
-            self._deadline_s = float("inf")
+            self._deadline_at = float("inf")
         elif self._state is _State.WAITING:
             self._start_handshake()
         else:
@@ -392,5 +392,5 @@ class Peer:
         self._pushes.close_old_channel()
         while self._old_connections:
             self._old_connections.pop().close()
-        if self._state is _State.WAITING and self._deadline_s == float("inf"):
-            self._deadline_s = self._setup.clock()
+        if self._state is _State.WAITING and self._deadline_at == float("inf"):
+            self._deadline_at = self._setup.clock()

@@ -1,4 +1,4 @@
-"""All peers of this rank, kept equal to the registry."""
+"""Keeps the peers of this rank equal to the registry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PeerTable:
     """Lost, with READs that are pending."""
 
     def update(self, entries: Iterable[Entry]) -> None:
-        """The registry has changed."""
+        """Take in a new registry."""
         entries = list(entries)
         ranks = [
             entry
@@ -64,14 +64,14 @@ class PeerTable:
             self.peers[name].want()
 
     def lose_all(self, reason: str) -> None:
-        """Let every peer go, until the next update."""
+        """Lose every peer, until the next update."""
         for peer in self.all():
             peer.lose(reason)
         self.gone.extend(self.peers.values())
         self.peers.clear()
 
     def all(self) -> list[Peer]:
-        """Those in the registry, and those that are gone from it and still kept."""
+        """Return the peers in the registry, and those that have left it and are still kept."""
         return [*self.peers.values(), *self.gone]
 
     def advance(self) -> None:
@@ -81,7 +81,7 @@ class PeerTable:
         self.gone[:] = [peer for peer in self.gone if not peer.closed]
 
     def sources_of(self, engine_id: EngineId) -> list[tuple[SourceRank, Peer]]:
-        """The ranks of an engine that this rank pulls from, wanted from now on.
+        """Return the ranks of an engine that this rank pulls from, and want them from now on.
 
         Raises TransferError when the engine or one of these ranks is not in the registry, or does
         not fit.
@@ -115,8 +115,8 @@ class PeerTable:
                 self.peers[name] = Peer(address, self.setup)
 
     def _report_disagreement(self, entry: Entry, leader: Entry) -> None:
-        """Ranks of one TP group must carry one engine_id; while an engine restarts they may differ
-        for a moment.
+        """Report that ranks of one TP group carry different engine_ids, which is a fault except for
+        a moment while an engine restarts.
         """
         error = HandshakeError(
             f"engine_id: {leader.name} at {leader.address.side_channel} has {leader.engine_id}, "
@@ -129,7 +129,7 @@ class PeerTable:
 
 
 def new_peer_table(setup: PeerSetup, *, eager: bool) -> PeerTable:
-    """A table without peers."""
+    """Return a table without peers."""
     return PeerTable(setup, eager, {}, [])
 
 

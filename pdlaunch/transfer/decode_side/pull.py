@@ -1,12 +1,12 @@
-"""One pull: the blocks of one prompt, from one or more holder ranks into blocks of this rank.
+"""Pulls the blocks of prompts, each from one or more prefill ranks into blocks of this rank.
 
 ::
 
-    every rank_pull (holder rank) proven ──> PullFinished(ok), and every holder is told of the end
-    any rank_pull fails, time-out, cancel ── all are given up ──> PullFinished
+    every rank pull is proven ──> PullFinished(ok); every prefill rank is told of the end
+    a rank pull fails, the deadline passes, cancel ──> all are given up ──> PullFinished
 
-A READ that is still pending when the pull fails goes on to own its destination blocks: the pull
-says ``in_flight`` and lives until the handle has ended, however long that takes.
+A READ that is pending when its pull fails still owns its destination blocks. The pull then says
+``in_flight``, and lives until the READ has ended, however long that takes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Pull:
     def __init__(
         self, command: StartPull, links: list[tuple[SourceRank, PrefillLink]], setup: PullSetup
     ) -> None:
-        """``links``: the holder ranks that this rank turns to, from ``map_sources``."""
+        """``links`` are the prefill ranks that this rank turns to, from ``map_sources``."""
         self.command = command
         self._setup = setup
         self._rank_pulls = [RankPull(command, source, link, setup) for source, link in links]
-        self._started_s = setup.clock()
-        """When the lease was known, where that is awaited."""
-        self._deadline_s = (
-            self._started_s + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
+        self._started_at = setup.clock()
+        """Instant at which the lease was known, where the pull awaits it."""
+        self._deadline_at = (
+            self._started_at + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
         )
         self._awaits = command.awaits
         self._finished = False
@@ -45,33 +45,31 @@ class Pull:
 
     @property
     def holds_blocks(self) -> bool:
-        """Blocks of this rank belong to it."""
+        """Return whether blocks of this rank belong to the pull."""
         return not self._finished or self._draining
 
     @property
     def closed(self) -> bool:
-        """Nothing is left to do or to wait for."""
+        """Return whether nothing is left to do or to wait for."""
         return not self.holds_blocks and not any(
             rank_pull.owes_end for rank_pull in self._rank_pulls
         )
 
     @property
-    def youngest_hashing_s(self) -> float | None:
-        """Clock time at which checksums were asked for, latest, that are still being computed;
-        None: none are.
-        """
-        since_s = [
-            rank_pull.hashing_since_s for rank_pull in self._rank_pulls if not self._finished
+    def hashing_since_at(self) -> float | None:
+        """Return when the latest of the checksums that are being computed were asked for."""
+        since_at = [
+            rank_pull.hashing_since_at for rank_pull in self._rank_pulls if not self._finished
         ]
-        return max((at_s for at_s in since_s if at_s is not None), default=None)
+        return max((at for at in since_at if at is not None), default=None)
 
-    def next_deadline_s(self) -> float:
-        """Clock time at which ``advance`` has something to do, pending READs and messages aside."""
-        due_s = [rank_pull.next_deadline_s() for rank_pull in self._rank_pulls]
-        return min(due_s) if self._finished else min(self._deadline_s, *due_s)
+    def next_deadline_at(self) -> float:
+        """Return when ``advance`` has something to do, READs and messages aside."""
+        due_at = [rank_pull.next_deadline_at() for rank_pull in self._rank_pulls]
+        return min(due_at) if self._finished else min(self._deadline_at, *due_at)
 
     def cancel(self) -> None:
-        """Nobody wants the blocks any more."""
+        """Give up: nobody wants the blocks any more."""
         if not self._finished:
             self._fail(PullFailed("cancelled"))
 
@@ -88,20 +86,23 @@ class Pull:
     def _step(self) -> None:
         for rank_pull in self._rank_pulls:
             rank_pull.advance()
-        known_s = [
-            rank_pull.lease_known_s
+        known_at = [
+            rank_pull.lease_known_at
             for rank_pull in self._rank_pulls
-            if rank_pull.lease_known_s is not None
+            if rank_pull.lease_known_at is not None
         ]
-        if self._awaits and known_s:
+        if self._awaits and known_at:
             self._awaits = False
-            self._started_s, self._deadline_s = min(known_s), min(known_s) + self.command.timeout_s
-        if self._setup.clock() >= self._deadline_s:
+            self._started_at, self._deadline_at = (
+                min(known_at),
+                min(known_at) + self.command.timeout_s,
+            )
+        if self._setup.clock() >= self._deadline_at:
             where = ", ".join(
                 f"{rank_pull.name} is {rank_pull.stage.name.lower()}"
                 for rank_pull in self._rank_pulls
             )
-            raise PullFailed(f"no end within {self._deadline_s - self._started_s:g} s; {where}")
+            raise PullFailed(f"no end within {self._deadline_at - self._started_at:g} s; {where}")
         if all(rank_pull.is_proven for rank_pull in self._rank_pulls):
             for rank_pull in self._rank_pulls:
                 rank_pull.end()
@@ -129,7 +130,7 @@ class Pull:
                 error=error,
                 in_flight=self._draining,
                 num_bytes=sum(rank_pull.num_bytes for rank_pull in self._rank_pulls) if ok else 0,
-                seconds=self._setup.clock() - self._started_s,
+                seconds=self._setup.clock() - self._started_at,
                 read_s=max(rank_pull.read_s for rank_pull in self._rank_pulls) if ok else 0.0,
                 verification_failed=verification_failed
                 or any(rank_pull.verification_failed for rank_pull in self._rank_pulls),
@@ -167,22 +168,20 @@ class PullTable:
 
     @property
     def hold_blocks(self) -> bool:
-        """Blocks of this rank belong to a pull; else some only have to tell holders of their
-        end.
+        """Return whether blocks of this rank belong to a pull. If not, pulls may still have to tell
+        prefill ranks of their end.
         """
         return any(pull.holds_blocks for pull in self._pulls.values())
 
     @property
-    def youngest_hashing_s(self) -> float | None:
-        """Clock time at which checksums were asked for, latest, that are still being computed;
-        None: none are.
-        """
-        since_s = [pull.youngest_hashing_s for pull in self._pulls.values()]
-        return max((at_s for at_s in since_s if at_s is not None), default=None)
+    def hashing_since_at(self) -> float | None:
+        """Return when the latest of the checksums that are being computed were asked for."""
+        since_at = [pull.hashing_since_at for pull in self._pulls.values()]
+        return max((at for at in since_at if at is not None), default=None)
 
     def start(self, command: StartPull) -> None:
-        """Begin a pull. The holder is found in the registry by its engine_id: the request's host
-        and port are not trusted.
+        """Begin a pull. The registry shows its prefill ranks by their engine_id: the host and port
+        of the request are not trusted.
         """
         assert command.pull_id not in self._pulls
         try:
@@ -193,7 +192,7 @@ class PullTable:
         self._pulls[command.pull_id] = Pull(command, list(links), self._setup)
 
     def cancel(self, command: CancelPull) -> None:
-        """Unknown pulls have ended already."""
+        """Cancel a pull. Unknown pulls have ended already."""
         if (pull := self._pulls.get(command.pull_id)) is not None:
             pull.cancel()
 
@@ -204,6 +203,6 @@ class PullTable:
             if pull.closed:
                 del self._pulls[pull.command.pull_id]
 
-    def next_deadline_s(self) -> float:
-        """Clock time at which ``advance`` has something to do, READs and messages aside."""
-        return min((pull.next_deadline_s() for pull in self._pulls.values()), default=float("inf"))
+    def next_deadline_at(self) -> float:
+        """Return when ``advance`` has something to do, READs and messages aside."""
+        return min((pull.next_deadline_at() for pull in self._pulls.values()), default=float("inf"))

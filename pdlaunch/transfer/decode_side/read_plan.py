@@ -1,5 +1,5 @@
-"""What a pull reads from one holder rank: which blocks of the prompt, from where to where, for this
-very prompt.
+"""Plans what a pull reads from one prefill rank: which blocks, from where to where, and only blocks
+of this very prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pdlaunch.transfer.connectors.connector import BlockRead
 
 
 class PullFailed(TransferError):
-    """Why a pull cannot go on."""
+    """Says why a pull cannot go on."""
 
     def __init__(self, message: str, *, verification: bool = False, late: bool = False) -> None:
         super().__init__(message)
@@ -34,26 +34,26 @@ class PullFailed(TransferError):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What of a model's KV heads comes from one holder rank."""
+    """Names the KV heads of a model that come from one prefill rank."""
 
-    holder: str
-    """Its name."""
+    prefill_rank: str
+    """Name of the prefill rank."""
     reader: ReaderId
-    """As in the PullBegin."""
+    """Name of the reader, as in the PullBegin."""
     heads: range
-    """Of the model."""
+    """Global indices."""
     first_local_head: int
-    """Of the model, this rank's first one."""
+    """Global index of this rank's first one."""
 
     @property
     def local_heads(self) -> range:
-        """Index within this rank."""
+        """Return the indices within this rank."""
         return range(
             self.heads.start - self.first_local_head, self.heads.stop - self.first_local_head
         )
 
     def remote_heads(self, geometry: Geometry) -> range:
-        """Index within the holder's rank."""
+        """Return the indices within the prefill rank."""
         return range(
             self.heads.start - geometry.first_kv_head, self.heads.stop - geometry.first_kv_head
         )
@@ -61,20 +61,20 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """One READ."""
+    """Holds the plan of one READ."""
 
     read: BlockRead
     spans: tuple[tuple[int, range], ...]
-    """Which blocks that are, one after another: group, and logical indices within the request."""
+    """The blocks, one after another: group, and logical indices within the request."""
 
     @property
     def is_empty(self) -> bool:
-        """Nothing of this holder is needed."""
+        """Return whether nothing is needed of this prefill rank."""
         return not self.read.local_blocks or not self.read.local_heads
 
 
-def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
-    """The holder's blocks are computed for this very prompt. Raises PullFailed."""
+def check_hashes(command: StartPull, reply: PullReply, prefill_rank: str) -> None:
+    """Check that the blocks were computed for this very prompt. Raises PullFailed."""
     ours = command.block_hashes
     if reply.num_tokens < command.num_tokens or reply.block_hashes[: len(ours)] != ours:
         pairs = zip(ours, reply.block_hashes, strict=False)
@@ -83,7 +83,7 @@ def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
             len(reply.block_hashes),
         )
         raise PullFailed(
-            f"{holder}: token hashes of request {command.remote.lease_id} differ from block "
+            f"{prefill_rank}: token hashes of request {command.remote.lease_id} differ from block "
             f"{first} on "
             f"({command.num_tokens} tokens here, {reply.num_tokens} there)",
             verification=True,
@@ -93,12 +93,13 @@ def check_hashes(command: StartPull, reply: PullReply, holder: str) -> None:
 def plan_read(
     command: StartPull, reply: PullReply, geometry: Geometry, share: Share, blocks: range
 ) -> ReadPlan:
-    """What the pull wants of ``blocks``, logical indices; ``geometry``: the holder's. Raises
-    PullFailed.
+    """Plan to read what the pull wants of ``blocks``, logical indices. ``geometry`` is that of the
+    prefill rank. Raises PullFailed.
     """
     if len(reply.groups) != len(command.block_ids):
         raise PullFailed(
-            f"{share.holder} has {len(reply.groups)} KV cache groups, {len(command.block_ids)} here"
+            f"{share.prefill_rank} has {len(reply.groups)} KV cache groups, "
+            f"{len(command.block_ids)} here"
         )
     local: list[int] = []
     remote: list[int] = []
@@ -109,12 +110,13 @@ def plan_read(
         found = group.block_ids[start : start + len(span)] if start >= 0 else []
         if len(found) != len(span) or span.stop > len(command.block_hashes):
             raise PullFailed(
-                f"{share.holder} does not hold all blocks of group {index} from {span.start} on"
+                f"{share.prefill_rank} does not hold all blocks of group {index} from "
+                f"{span.start} on"
             )
         local += command.block_ids[index][span.start - first : span.stop - first]
         remote += found
     if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
-        raise PullFailed(f"{share.holder} named a block outside of its {geometry.num_blocks}")
+        raise PullFailed(f"{share.prefill_rank} named a block outside of its {geometry.num_blocks}")
     read = BlockRead(
         local_blocks=local,
         remote_blocks=remote,
@@ -139,8 +141,8 @@ def _wanted_spans(command: StartPull, blocks: range) -> Iterator[tuple[int, rang
 def stated_checksums(
     groups: Sequence[GroupBlocks], geometry: Geometry, plan: ReadPlan
 ) -> ChecksumArray:
-    """What the holder states of a READ's blocks: [num_blocks, num_heads]; fewer rows where it does
-    not state all.
+    """Return the checksums that the prefill rank states of a READ's blocks: [num_blocks,
+    num_heads], or fewer rows where it does not state all.
     """
     heads = plan.read.remote_heads
     found = [np.empty((0, len(heads)), np.uint64)]
