@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 MARKER = "processes"
+GPU_MARKERS = ("gpu", "multi_gpu")
+"""Tests on a GPU may start compilers."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +48,7 @@ class ProcessGuard:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
         result = yield
-        if self._started and item.get_closest_marker(MARKER) is None:
+        if self._started and not any(map(item.get_closest_marker, (MARKER, *GPU_MARKERS))):
             pytest.fail(
                 f"{item.nodeid} started {', '.join(self._started)}: mark it with "
                 f"pytest.mark.{MARKER}, or use a fake",

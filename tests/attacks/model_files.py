@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.attacks.verdict import Verdict
 from tests.config.model_files.files import tiny_gguf
-from tests.config.test_weight_files import GOOD as GOOD_SAFETENSORS
+from tests.config.model_files.test_weights import GOOD as GOOD_SAFETENSORS
 from tests.e2e.conftest import clean_environ
 
 LIMIT_S = 10.0
