@@ -104,6 +104,7 @@ class Launch:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdlaunch-api-"))
             file = Path(folder) / "deploy.json"
             settings, secrets = _child_settings(self._config)
+            # JSON is YAML; the folder is for this user alone.
             file.write_text(json.dumps(settings))
             self._deployment = stack.enter_context(
                 running_deployment(

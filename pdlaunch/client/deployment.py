@@ -104,6 +104,7 @@ def running_deployment(
         output, logs = Path(folder) / "output", log_dir or f"{folder}/logs"
         port = port or free_port()
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
+        # -P: a folder named pdlaunch where the user stands is not the installed one.
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
         started_s = time.monotonic()
         with output.open("wb") as sink:

@@ -67,6 +67,7 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
     prefill = [admin.engine(engine["name"]) for engine in engines if engine["role"] == "prefill"]
     if not (decode or prefill):
         return [Check("the deployment has engines", 0.0, "it lists none that lives")]
+    # One engine alone moves no KV blocks: its answers are the reference.
     alone = (decode or prefill)[0]
     pulled_before = _pulled_bytes(decode)
     checks = [

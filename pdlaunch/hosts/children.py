@@ -74,11 +74,13 @@ class Children:
                 with contextlib.suppress(OSError):
                     log.write(f"cannot be started: {error}\n".encode())
                 return ProcessExited(spec.name, incarnation, _CANNOT_EXECUTE)
+        # Unlike a pid it cannot come to mean another process, and it can be waited for.
         pidfd = os.pidfd_open(process.pid)
         self._children[spec.name] = _Child(process, incarnation, pidfd)
         self._ended.register(pidfd, select.EPOLLIN)
         assert process.stdin is not None
         assert len(first_line) < 32 * 1024, "fits the pipe's buffer: the write cannot block"
+        # A child that has died already has an exit that tells of it.
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(first_line)
         return None
@@ -145,6 +147,7 @@ class Children:
 
         Waits at most ``CLOSE_TIMEOUT_S`` for each process.
         """
+        # All are signalled before the first is waited for.
         for name in list(self._children):
             self.signal(name, signal.SIGKILL)
         for name, child in list(self._children.items()):

@@ -58,6 +58,7 @@ class LocalHost:
         with self._new_step_record(spec) as step_record:
             if bootstrap is not None and step_record is not None:
                 inherited.append(step_record)
+                # A descriptor has the same number in the child that inherits it.
                 bootstrap = msgspec.structs.replace(bootstrap, step_record=step_record)
             first_line = b"" if bootstrap is None else msgspec.json.encode(bootstrap) + b"\n"
             stillborn = self._children.spawn(spec, incarnation, first_line, inherited)
@@ -110,6 +111,7 @@ class LocalHost:
             try:
                 yield MessageReceived(identity.decode(), to_supervisor.decode(frames[0]))
             except (ProtocolError, UnicodeDecodeError, IndexError):
+                # A broken child must not end the launch of all.
                 logger.warning("malformed message from %r", identity[:80])
 
     def _conversion_progress(self) -> Iterator[MessageReceived]:

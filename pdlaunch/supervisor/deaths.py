@@ -62,6 +62,7 @@ class Deaths:
         """
         instance.move(ProcessState.FAILED)
         self._pairs.forget(instance.name)
+        # The first to die is the cause; the others die of it, or are killed for it.
         if unit.cause is None:
             unit.cause = instance
             self.tell(unit, instance, event)
@@ -89,6 +90,7 @@ class Deaths:
         """
         said = f": {instance.error}" if instance.error else ""
         self._note(f"{instance.name} {event.how()}{said}")
+        # A rank that never served, or that somebody killed, has died of no request.
         if instance.spec.kind == "rank" and unit.ready_at is not None and event.by_itself:
             self._tell_suspects(unit.engine)
 
@@ -131,6 +133,7 @@ class Deaths:
 
     def _back_off(self, unit: Unit, cause: Instance) -> None:
         now = self._clock()
+        # Time in which it hung was no service.
         worked_until = cause.heard_at if cause.stalled else now
         ready_for_s = None if unit.ready_at is None else worked_until - unit.ready_at
         if self._policy.is_quick(ready_for_s):

@@ -108,6 +108,7 @@ class EngineRestarts:
         for unit in units:
             unit.num_quick_deaths = 0
             unit.respawn_at = unit.kill_at = None
+        # An engine that does not serve has nothing to finish.
         if not serves or self._grace.drain_s <= 0:
             self._stop(engine, restart)
             return
@@ -148,6 +149,7 @@ class EngineRestarts:
             for member in unit.members:
                 if not member.alive:
                     continue
+                # Deaths.tick kills what has not left by then.
                 unit.kill_at = self._clock() + self._grace.stop_s
                 member.registration = None
                 if member.state is ProcessState.STARTING:

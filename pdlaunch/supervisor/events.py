@@ -58,6 +58,7 @@ class EventQueue:
         stops = [StopRequested(number) for number in self._signals.take()]
         lifeline = self._lifeline
         if lifeline is not None and lifeline in readable and not os.read(lifeline, 4096):
+            # It would stay readable, and the loop would turn without a rest.
             self._poller.unregister(lifeline)
             self._lifeline = None
             stops.append(StopRequested(signal.SIGHUP, "whoever started this is gone"))

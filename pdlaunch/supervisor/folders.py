@@ -103,6 +103,7 @@ def new_run_dir(base: Path | None = None) -> Iterator[Path]:
         take_lock(lock)
         yield run_dir
     finally:
+        # While it is still locked: nobody shall take what is half removed for stale.
         shutil.rmtree(run_dir, ignore_errors=True)
         os.close(lock)
 

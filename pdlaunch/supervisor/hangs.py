@@ -69,6 +69,7 @@ class HangWatch:
         self._looked_at = now
         watched = [instance for instance in instances if instance.state is ProcessState.READY]
         for instance in watched:
+            # Nobody could be heard while this process was stopped itself.
             if overslept:
                 self.heard(instance)
             instance.stalled = now - instance.heard_at >= self._limits.of(instance) / 2

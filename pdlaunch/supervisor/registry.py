@@ -88,6 +88,7 @@ class Pairs:
         due = [
             (rank, engine)
             for rank, engine in self._due
+            # Names of ranks begin with that of their engine.
             if self._given_up.isdisjoint((rank.partition("/")[0], engine))
         ]
         return [

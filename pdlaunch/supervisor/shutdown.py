@@ -61,6 +61,7 @@ class LaunchShutdown:
         for instance in self._instances:
             if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 instance.move(ProcessState.EXITED)
+        # Without a drain the router ends first, too: it tells clients why while engines still answer.
         self._enter(LaunchPhase.DRAINING_ROUTER if drain else LaunchPhase.STOPPING_ROUTER)
         self.advance()
 
@@ -76,6 +77,7 @@ class LaunchShutdown:
     def advance(self) -> None:
         """Leave every phase that is over."""
         while self.phase is not LaunchPhase.STOPPED and self._over():
+            # Without processes there is nothing to terminate or kill.
             following = _ORDER[_ORDER.index(self.phase) + 1]
             stopped = self.phase not in _DRAINED_KIND and not self._alive()
             self._enter(LaunchPhase.STOPPED if stopped else following)

@@ -207,6 +207,7 @@ class Supervisor:
     def _spawn(self, unit: Unit) -> None:
         unit.incarnation += 1
         unit.respawn_at = unit.ready_at = unit.cause = None
+        # Before the launch is ready its own deadline comes first; later this one counts.
         unit.kill_at = self._clock() + self._timing.startup_timeout_s
         for instance in unit.members:
             instance.begin(unit.incarnation)
@@ -235,6 +236,7 @@ class Supervisor:
                 instance.progress = message
             case Alive():
                 pass
+            # Messages of a dead incarnation may still be in the queue.
             case _ if instance.registration is None or not instance.alive:
                 logger.warning("%s from %s before it registered", type(message).__name__, name)
             case Ready():
@@ -255,6 +257,7 @@ class Supervisor:
                 self._host.send(name, self._restarts.ask(message, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
+        # A predecessor's message may arrive after its successor was started.
         if (
             message.name != instance.name
             or message.incarnation != instance.incarnation
@@ -268,6 +271,7 @@ class Supervisor:
             )
             return
         instance.registration = message
+        # It needs the registry now, and not with the next change.
         self._host.send(instance.name, self._registry.current)
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
@@ -285,11 +289,13 @@ class Supervisor:
 
     def _on_failed(self, instance: Instance, error: str) -> None:
         instance.error = error
+        # Its own words may arrive after its end, which was reported first.
         if self.failure is not None and self.failure.process == instance.name:
             self.failure.said = error
         if self._shutdown is not None or not instance.alive:
             return
         if self._phase is LaunchPhase.READY:
+            # It is about to leave by itself, and its end restarts the unit.
             self._unit_of[instance.name].kill_at = self._clock() + FAILED_GRACE_S
         else:
             self._fail(
@@ -299,6 +305,7 @@ class Supervisor:
     def _on_pair_ready(self, instance: Instance, pair: PairReady) -> None:
         peer = self._instances.get(pair.peer)
         if (
+            # A proof of a peer's earlier incarnation is worth nothing.
             peer is not None
             and peer.incarnation == pair.peer_incarnation
             and pair.local == instance.name
@@ -322,6 +329,7 @@ class Supervisor:
 
     def _on_exit(self, event: ProcessExited) -> None:
         instance = self._instances[event.name]
+        # An end counts once, and only that of the incarnation that runs.
         if event.incarnation != instance.incarnation or not instance.alive:
             return
         unit = self._unit_of[instance.name]
@@ -406,6 +414,7 @@ class Supervisor:
         if self._registry.update(
             self._instances.values(), self._pairs.proven(), serving=self.was_ready
         ):
+            # All get every version: who is told late would use a peer that is gone.
             for entry in self._registry.current.entries:
                 self._host.send(entry.name, self._registry.current)
         self._observer.changed(self.status())

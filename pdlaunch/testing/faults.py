@@ -1,8 +1,8 @@
-"""The connector ``faulty``: which faults are injected into a rank's transfers, and when.
+"""Decides which faults the connector ``faulty`` injects into a rank's transfers, and when.
 
 It wraps the connector that ``kv_transfer.faulty.inner`` names; tests, the soaks and ``pdlaunch
-smoke --chaos`` use it. Which fault the i-th READ of a rank meets is a pure function of (seed, agent,
-i), which lease is cut short one of (seed, agent, lease).
+smoke --chaos`` use it. Which fault the i-th READ of a rank meets is a pure function of (seed,
+agent, i); which lease is cut short, one of (seed, agent, lease).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pdlaunch.protocol.transfer import GrantLease, TransferCommand
 
 
 class Fault(Enum):
-    """What can happen to one READ."""
+    """Names what can happen to one READ."""
 
     REFUSE = auto()
     """It is refused at its start."""
@@ -43,7 +43,7 @@ _PROBE_FAULTS = (Fault.REFUSE, Fault.FAIL, Fault.CORRUPT)
 
 
 class FaultPlan(FrozenModel):
-    """How often faults come and how hard they are."""
+    """Sets how often faults come and how hard they are."""
 
     inner: str = Field("nixl", description="The connector that moves the bytes.")
     seed: int = Field(0, description="What all faults are drawn from.")
@@ -124,7 +124,7 @@ class FaultPlan(FrozenModel):
 
 
 class FaultySpec(ConnectorSpec[FaultPlan]):
-    """Faults around another connector, in the leases and in the host tier."""
+    """Adds faults around another connector, in the leases and in the host tier."""
 
     factory = "pdlaunch.testing.faulty_connector:new_connector"
     settings = FaultPlan

@@ -31,7 +31,8 @@ from pdlaunch.transfer.thread import TransferThread
 
 
 class FaultyConnector(Connector):
-    """Never breaks the contract: after the end of a READ nothing is written.
+    """A connector that injects faults and never breaks the contract: after the end of a READ
+    nothing is written.
 
     What peers write to (``pusher``) and who maps the memory (``mapper``) are the inner connector's
     own: no fault touches them.
@@ -265,8 +266,9 @@ def new_connector(settings: KVTransferSettings, name: str, incarnation: int) -> 
 
 
 def _await_device(memory: torch.Tensor) -> None:
-    """The fault is there before anybody hears of the READ's end: checksums are computed on another
-    stream.
+    """Wait for the device, so that the fault is there before anybody hears of the READ's end.
+
+    Checksums are computed on another stream.
     """
     if memory.is_cuda:
         torch.cuda.current_stream(memory.device).synchronize()

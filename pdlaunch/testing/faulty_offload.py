@@ -1,4 +1,4 @@
-"""A host tier that is slow and whose memory goes bad, as a ``FaultPlan`` says."""
+"""Slows the host tier down and lets its memory go bad, as a ``FaultPlan`` says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pdlaunch.offload.worker import OffloadWorker
 from pdlaunch.testing.faults import FaultPlan
 
 _TIMER_SLACK_S = 0.001
-"""A wake before the report is due would be in vain."""
+"""Added to a timer: a wake before the report is due would be in vain."""
 _WAIT_S = 0.02
-"""Between two looks at whether ends may be seen again."""
+"""Time between two looks at whether ends may be seen again."""
 
 
 class FaultyOffloadWorker(OffloadWorker):
@@ -27,7 +27,7 @@ class FaultyOffloadWorker(OffloadWorker):
         self._faults = faults
         self._stores: dict[int, OffloadJob] = {}
         self._late: list[tuple[float, JobFinished]] = []
-        """When to report what."""
+        """Reports that are held back, with the instants at which they are due."""
         self._num_chunks_stored = 0
         self._num_copies = 0
 
