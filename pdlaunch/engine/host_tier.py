@@ -18,8 +18,9 @@ from pdlaunch.transfer.connectors.opening import rank_part
 def new_offload_worker(
     spec: EngineSpec, runner: ModelRunner, *, progress: Progress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
-    """Take the rank's host memory; None without ``kv_offload``. Raises ConfigError when it cannot
-    be had.
+    """Take the rank's host memory; None without ``kv_offload``.
+
+    Raises ConfigError when there is too little.
     """
     if not spec.kv_offload.host_memory:
         return None

@@ -52,14 +52,10 @@ def test_the_tier_is_as_large_as_the_memory(policy: str) -> None:
     worker.close()
 
 
-def test_books_are_kept_in_the_chunks_of_the_ranks() -> None:
-    """Beside a GPU 16 blocks of this size share one."""
-    runner = make_runner()
-    runner.kv_cache = SimpleNamespace(device=torch.device("cuda"))
+def test_the_planner_counts_in_the_chunks_of_the_ranks() -> None:
     worker: Any = SimpleNamespace(num_chunks=10)
-    planner = new_offload_planner(
-        make_spec("unused", kv_offload={"host_memory": 1}), runner, worker
-    )
+    spec = make_spec("unused", kv_offload={"host_memory": 1}, blocks_per_chunk=16)
+    planner = new_offload_planner(spec, make_runner(), worker)
     assert planner is not None
     tables = BlockTables(2)
     tables.append([0, 20], [list(range(40)), list(range(40, 60))])
