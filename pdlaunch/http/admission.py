@@ -1,4 +1,4 @@
-"""Admission of requests: a limit on those in flight, and a closed door while the process drains."""
+"""Admits requests up to a limit of those in flight, and none while the process drains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The door of an HTTP process: each request passes the guard and the key check, and each error
-becomes an answer.
+"""Builds the door of an HTTP process: each request passes the guard and the key check, and each
+error becomes an answer.
 
 ::
 

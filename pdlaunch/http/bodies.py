@@ -1,5 +1,4 @@
-"""Bodies of requests on their way in: how long one may be, how long it may take, and how much all
-of them may hold.
+"""Reads bodies of requests within limits: their length, their time, and what all of them hold.
 
 A body counts from its first byte: with the length that its header states, or with what it has come
 to once it is decompressed, whichever is more. A router holds it until the request is answered,

@@ -1,4 +1,4 @@
-"""The connections of one HTTP process: how many it keeps, and how long one may be of no use.
+"""Limits the connections of one HTTP process, and how long one may be of no use.
 
 ::
 
@@ -31,16 +31,16 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.errors import error_body
 
 IDLE_TIMEOUT_S = 20.0
-"""For the next whole header, from the accept or the last answer on."""
+"""The next whole header must have come, counted from the accept or the last answer."""
 LINGERING_S = 2.0
-"""For a client to finish sending a body that was answered unread."""
+"""A client may go on sending a body that was answered unread."""
 REFUSAL_S = 1.0
-"""For a client to read that there is no room for its connection."""
+"""A client has this long to read that there is no room for its connection."""
 ACCEPT_LOG_INTERVAL_S = 60.0
 RESERVED_DESCRIPTORS = 64
-"""For all that is no connection of a client: logs, control channel, event loop, refusals."""
+"""Descriptors that are no clients' connections: logs, control channel, event loop, refusals."""
 UPSTREAM_CONNECTIONS = 2
-"""Of the router to engines for one request: prefill and decode at once."""
+"""One request may have prefill and decode at once."""
 _GIVING_WAY = 16
 """At the cap this part of the connections, those that idle the longest, is closed at once: a look
 at all of them costs time.

@@ -1,4 +1,4 @@
-"""Deadlines of requests: all have the same time limit, and end early when the process leaves."""
+"""Limits the life of requests: all have the same time, less when the process leaves."""
 
 from __future__ import annotations
 

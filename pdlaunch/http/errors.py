@@ -1,4 +1,4 @@
-"""Exceptions as answers: OpenAI's form ``{"error": {"message", "type", "param", "code"}}``."""
+"""Turns exceptions into answers: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The guard at the door of routers and engines: what a web page of somebody else must not be able
-to send.
+"""Keeps out what a web page of somebody else must not be able to send to routers and engines.
 
 A browser lets any page send requests to ``127.0.0.1``, and a page whose own name is made to resolve
 to it (DNS rebinding) may read the answers too. Three checks, before any key is asked for, close

@@ -1,4 +1,4 @@
-"""Headers that follow a request from the client through the router to engines."""
+"""Reads the headers that follow a request from the client through the router to engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large requests must not hold up a process, nor leave it large.
+"""Keeps large requests from holding up a process, and from leaving it large.
 
 Their inputs are worked at in threads, so that the event loop turns meanwhile: others are served,
 and heartbeats go out. Afterwards their memory goes back to the system: malloc would keep it.
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 LARGE_BYTES = 64 * 1024
-"""Of a body; tokenizing its text takes a hundred times as much."""
+"""A body from this size on counts as large: tokenizing takes a hundred times as much."""
 COLLECT_BYTES = 1024**2
 """From here on it is worth 50 ms to have the garbage collector look for bodies: errors that were
 raised hold them in cycles.
@@ -63,7 +63,7 @@ LARGE_TEXT_BYTES = 4 * 1024
 ms.
 """
 NUM_INPUT_THREADS = 2
-"""What one piece of work needs, in memory above all, is needed so many times at most."""
+"""Bounds the memory of large work, which each thread needs once."""
 
 T = TypeVar("T")
 

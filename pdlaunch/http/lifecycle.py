@@ -1,4 +1,4 @@
-"""The life of an HTTP process under its supervisor, from the bootstrap to the exit code.
+"""Runs an HTTP process under its supervisor, from the bootstrap to the exit code.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI sends them: ``data:`` lines, and ``[DONE]`` at the end."""
+"""Sends and reads server-sent events as OpenAI does: ``data:`` lines, and ``[DONE]`` at the end."""
 
 from __future__ import annotations
 

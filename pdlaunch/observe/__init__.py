@@ -1,1 +1,1 @@
-"""Logging, metrics, trace context."""
+"""Writes logs and metrics."""

@@ -1,6 +1,4 @@
-"""Logging of a process: one line a record, to standard error or a file, with the request it belongs
-to.
-"""
+"""Logs one line for each record, to standard error or a file, with the request it belongs to."""
 
 from __future__ import annotations
 

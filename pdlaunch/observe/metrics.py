@@ -1,4 +1,4 @@
-"""Prometheus metrics that the router and the engines' servers share, in an injected registry.
+"""Defines the Prometheus metrics that the router and the engines' servers share.
 
 Names of engines are vLLM's with the prefix ``pdlaunch_``, those of the router begin with
 ``pdlaunch_router_``: a request that the router serves is two or more at engines, and no sum may add

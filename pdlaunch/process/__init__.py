@@ -1,1 +1,1 @@
-"""What every child process of the supervisor shares: bootstrap, parent guard, control channel."""
+"""Implements the child's side of supervision: bootstrap, parent guard, control channel."""

@@ -1,4 +1,4 @@
-"""What a child process is given, and how: one line of JSON on its standard input.
+"""Reads what a child process is given: one line of JSON on its standard input.
 
 Secrets so never stand in argv or environment. Standard input stays open: its end means that the
 supervisor is gone.
@@ -42,7 +42,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Clients send it; it opens no command."""
     max_body_bytes: int
     body_budget_bytes: int
-    """For all bodies in flight."""
+    """Bounds all bodies in flight."""
     max_queued_requests: int
     max_connections: int
     request_timeout_s: float
@@ -68,16 +68,16 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     engine_json: str | None = None
     """``EngineSpec`` of servers and ranks."""
     engine_api_key: str | None = None
-    """Of servers: what another router sends, besides the launch's token."""
+    """Another router sends it to servers; the launch's own sends the token."""
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
-    """Of servers: what the engine can do, to be registered."""
+    """A server registers that its engine can do this."""
     router: RouterSpec | None = None
     tp_rank: int = 0
     rendezvous: str = ""
     """``file://`` URL of this incarnation's TP group."""
     launch_id: str = ""
     step_record: int = -1
-    """Of rank 0: the inherited descriptor of its ``StepRecord``."""
+    """Rank 0's inherited descriptor of its ``StepRecord``."""
     heartbeat_s: float = 0.0
     """How often its main loop says Alive; 0: nobody listens."""
 

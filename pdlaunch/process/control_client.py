@@ -1,4 +1,4 @@
-"""A child process's end of the control channel, and its heartbeat on it."""
+"""Connects a child process to the control channel, and beats its heart there."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``python -m pdlaunch.process.guarded MODULE ...`` runs a module that knows nothing of the
-supervisor, and dies with it.
+"""Runs a module that knows nothing of the supervisor, and dies with it: ``python -m
+pdlaunch.process.guarded MODULE ...``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The folders of running launches: what each is called, what lies in it, and how a launch of this
-user is found.
+"""Finds the folders of running launches, and says what lies in them.
 
 ::
 
@@ -23,11 +22,11 @@ PREFIX = "pdlaunch-run-"
 LOCK = "lock"
 ADMIN_SOCKET = "admin.sock"
 MAX_PATH_BYTES = 107
-"""Of a Unix socket's path on Linux."""
+"""Linux allows a Unix socket no longer path."""
 
 _CARD = "launch.json"
 _SOCKET_NAME_BYTES = 60
-"""What is kept free for the names of sockets inside."""
+"""Room that is kept free for the names of sockets inside."""
 
 
 class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +34,7 @@ class LaunchCard(msgspec.Struct, frozen=True, kw_only=True):
 
     launch_id: str
     url: str
-    """Of the router, as processes on this host reach it."""
+    """The router's URL, as processes on this host reach it."""
 
     def write(self, run_dir: Path) -> None:
         """Leave the card in the launch's folder, whole or not at all."""

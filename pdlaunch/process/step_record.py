@@ -1,5 +1,5 @@
-"""Which requests a rank computes, in memory that outlives it: who reads it knows the last step of a
-rank that died by itself.
+"""Records which requests a rank computes, in memory that outlives it: the supervisor so knows the
+last step of a rank that died by itself.
 
 The supervisor makes it for each rank 0 and keeps it mapped; the rank inherits the descriptor and
 writes before each step, without a system call. It is memory without a file, so that neither a full

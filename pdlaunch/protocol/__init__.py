@@ -1,1 +1,1 @@
-"""Typed messages between processes, and the wire forms of the public API."""
+"""Defines the messages between processes, and the wire forms of the public API."""

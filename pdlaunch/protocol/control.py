@@ -1,5 +1,4 @@
-"""The control channel: every process (ZMQ DEALER) to the supervisor (ROUTER), and the registry
-back.
+"""Defines the control channel: every process (ZMQ DEALER) to the supervisor (ROUTER), and back.
 
 A process registers its addresses, reports its state and receives the whole registry, with a growing
 version, on every change.
@@ -64,7 +63,7 @@ class Entry(Message, tag=False):
     tp_rank: int = 0
     tp_size: int = 1
     engine_id: EngineId = EngineId("")
-    """Of a rank: the TP group's id of this incarnation."""
+    """The id of a rank's TP group in this incarnation."""
     address: Address = msgspec.field(default_factory=Address)
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
@@ -161,7 +160,7 @@ class Restart(Message):
     question: int
     """Comes back with the answer."""
     name: str
-    """Of the engine, or of one of its processes."""
+    """Names the engine, or one of its processes."""
 
 
 ToSupervisor = (
@@ -223,7 +222,7 @@ class Restarting(Message):
     question: int
     engine: str = ""
     incarnation: int = 0
-    """Of the server that is replaced."""
+    """The incarnation of the server that is replaced."""
     error: str = ""
 
 

@@ -1,5 +1,4 @@
-"""Messages between an engine's server and its rank 0 (ZMQ DEALER in the server, ROUTER in the
-rank).
+"""Defines the messages between an engine's server (ZMQ DEALER) and its rank 0 (ROUTER).
 
 A request is one prompt and one choice; the server splits ``n`` choices and lists of prompts. Each
 request ends in exactly one ``RequestFinished``.
@@ -268,9 +267,9 @@ class IntegrityReport(Message):
 
     call_id: int
     error: str | None
-    """What does not hold; None: everything does."""
+    """Says what does not hold; None: everything does."""
     stats: EngineStats
-    """As of the check."""
+    """Counts at the time of the check."""
 
 
 class SleepReply(Message):
@@ -278,7 +277,7 @@ class SleepReply(Message):
 
     call_id: int
     sleeping_tags: list[str]
-    """As of now; also after an error."""
+    """Pools that sleep now; also after an error."""
     num_bytes: int = 0
     """Device memory given back or taken, over all ranks."""
     error: str | None = None

@@ -1,4 +1,4 @@
-"""The ids of the package: each is one type, with one name from where it is made to where it ends.
+"""Defines the ids of the package: each is one type, with one name for all of its life.
 
 ::
 

@@ -1,4 +1,4 @@
-"""``kv_transfer_params``: vLLM's wire form for the KV hand-over, plus one key of ours.
+"""Reads and writes ``kv_transfer_params``: vLLM's wire form, plus one key of ours.
 
 What a prefill engine answers and a decode engine is given. The routers of vLLM pass it on unread;
 ours reads and completes the ``pdlaunch`` key. Source: vLLM 0.24 to 0.32, NIXL connector.
@@ -30,7 +30,7 @@ class RemoteKV(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     block_ids: list[list[_Count]]
-    """By KV cache group; informative, decode uses what ``pull_begin`` says."""
+    """One list for each KV cache group. Informative: decode uses what ``pull_begin`` says."""
     num_tokens: _Count
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1
     lease_s: float = 0.0
@@ -50,7 +50,7 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     """Holds our key ``pdlaunch`` inside kv_transfer_params."""
 
     first_tokens: list[FirstToken] = []
-    """By choice; filled by prefill."""
+    """One for each choice; filled by prefill."""
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=250)] = LeaseId("")

@@ -1,4 +1,4 @@
-"""ZMQ sockets that only processes of the same launch can use.
+"""Makes ZMQ sockets that only processes of the same launch can use.
 
 Every socket speaks CURVE with the launch's key pair, and an authenticator admits that key alone:
 CURVE without an allow-list lets any fresh key in.

@@ -1,4 +1,4 @@
-"""Typed messages as msgpack frames: encode, decode, refuse what does not fit."""
+"""Encodes typed messages as msgpack frames, and refuses frames that do not fit."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""P/D routing; no torch."""
+"""Routes requests to prefill and decode engines; no torch."""

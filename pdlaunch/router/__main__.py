@@ -1,4 +1,4 @@
-"""``python -m pdlaunch.router --name router``: the router process.
+"""Runs as ``python -m pdlaunch.router --name router``: the router process.
 
 The supervisor starts it, with a Bootstrap on standard input that has the name too.
 """

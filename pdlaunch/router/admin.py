@@ -1,5 +1,4 @@
-"""Routes that command a launch or look inside its engines: a table; the clients' key opens none of
-them.
+"""Commands a launch and looks inside its engines; the clients' key opens none of these routes.
 
 They answer at the admin socket of the launch without a key, and over TCP with ``admin_api_key``,
 where one is set. The engines are asked with the launch's own token. ``engine=NAME``, repeated,
@@ -27,9 +26,9 @@ from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.state import RouterState
 
 AWAKE_TIMEOUT_S = 10.0
-"""For the registry to say what an engine has just said itself."""
+"""The registry may take this long to say what an engine has just said itself."""
 RESTART_TIMEOUT_S = 850.0
-"""For an engine to serve again; a little less than `pdlaunch restart` waits."""
+"""An engine must serve again by then; `pdlaunch restart` waits a little longer."""
 ENGINE_CHECK_TIMEOUT_S = 40.0
 """Longer than an engine waits for its rank."""
 

@@ -1,4 +1,4 @@
-"""The Unix socket on which the router takes commands: who can open it is who may command."""
+"""Listens at the Unix socket for commands: whoever can open it may command."""
 
 from __future__ import annotations
 

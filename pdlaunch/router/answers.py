@@ -1,4 +1,4 @@
-"""From the chunks of all prompts to what the client is sent: a stream of events, or one answer.
+"""Turns the chunks of all prompts into what the client is sent: a stream, or one answer.
 
 Ids, model and creation time are the router's own, so that they do not change with the engine. The
 choices of prompt ``p`` are numbered ``p * n`` to ``p * n + n - 1``.

@@ -1,4 +1,4 @@
-"""The public HTTP API of a deployment."""
+"""Answers the public HTTP API of a deployment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router reads of a client's request, and the bodies it sends to engines.
+"""Reads what the router needs of a client's request, and makes the bodies that engines get.
 
 The engines check the fields; the router checks those alone that it replaces on one of the state.
 """
@@ -36,12 +36,12 @@ REMOTE_DECODE: dict[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
-"""What vLLM's routers send to a prefill engine."""
+"""vLLM's routers send this to a prefill engine."""
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 _PROMPTS = re.compile(rb'\s*\[\s*["\[]')
-"""How several prompts begin."""
+"""Several prompts begin like this."""
 _TEXTS = ("messages", "prompt")
 """Members that can be very long: they go to the engines as they are written, and the engines look
 at what is in them.

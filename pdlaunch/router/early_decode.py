@@ -1,4 +1,4 @@
-"""A decode engine that is told of a prompt while prefill still computes it.
+"""Tells a decode engine of a prompt while prefill still computes it.
 
 ::
 

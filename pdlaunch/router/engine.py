@@ -1,4 +1,4 @@
-"""An engine as the router sees it."""
+"""Describes an engine as the router sees it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Engine(msgspec.Struct, kw_only=True, eq=False):
     capabilities: Capabilities
     ready: bool
     state: str
-    """For people: ``ready``, or the ``ListedState`` that says why not."""
+    """``ready``, or the ``ListedState`` that says why not; for people."""
     reason: str = ""
     """Why it has ``failed``, and what comes next."""
     lender: Lender | None = None

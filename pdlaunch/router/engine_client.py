@@ -1,4 +1,4 @@
-"""HTTP from the router to engines: ask for an answer, open a stream, end a lease.
+"""Speaks HTTP to engines: asks for an answer, opens a stream, ends a lease.
 
 Whatever goes wrong becomes one of two errors: an EngineFailure, after which another engine may be
 asked, or an EngineRefusal, which is the engine's answer to the client.
@@ -43,7 +43,7 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float = 15.0
     """Silence after which a working engine is asked whether it lives."""
     probe_s: float = 5.0
-    """For the answer to that, and for the release of a lease."""
+    """Limits the answer to that question, and the release of a lease."""
     metrics_s: float = 2.0
 
 

@@ -1,4 +1,4 @@
-"""One prompt through the engines: prefill, hand over, decode; another engine where one fails.
+"""Takes one prompt through the engines: prefill, hand over, decode; another engine where one fails.
 
 ::
 

@@ -1,4 +1,4 @@
-"""A prefill engine's answer, and what it means for the second hop."""
+"""Reads a prefill engine's answer, and makes of it what decode is given."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``Idempotency-Key``: a request that is sent again is not run again, and its client is told the
-same answer.
+"""Honours ``Idempotency-Key``: a request that is sent again is not run again, and its client is
+told the same answer.
 
 ::
 
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 IDEMPOTENCY_KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotent-Replayed"
-"""In an answer that was not made for this request."""
+"""Marks an answer that was not made for this request."""
 MAX_KEY_LENGTH = 255
 KEEP_S = 600.0
-"""After the end of an answer."""
+"""Answers are kept this long after their end."""
 MAX_KEPT = 1024
 MAX_ANSWER_BYTES = 4 * 1024**2
 MAX_BYTES = 32 * 1024**2
-"""Of all answers, those that are still being made too."""
+"""Bounds all answers together, those that are still being made too."""
 MAX_READERS = 8
-"""Of one answer at a time: what each of them has not read yet is kept for it alone."""
+"""Bounds the readers of one answer: what each has not read yet is kept for it alone."""
 WINDOW_BYTES = 64 * 1024
 """What the readers of an answer that is too long to be kept may be behind, and what a reader is
 sent at a time.

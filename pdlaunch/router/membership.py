@@ -1,4 +1,4 @@
-"""Membership: which engines a router may use, as a stream of registries.
+"""Tells a router which engines it may use, as a stream of registries.
 
 Today the supervisor is the only source. A list of URLs, a watched file or an admin API would be
 others: each is a Membership, and the router follows any of them in the same way.

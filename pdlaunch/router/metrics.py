@@ -1,6 +1,4 @@
-"""The router's Prometheus metrics, and the page of a whole deployment: the router's own metrics and
-what every engine's ``/metrics`` says.
-"""
+"""Counts what the router does, and merges its metrics with every engine's on one page."""
 
 from __future__ import annotations
 

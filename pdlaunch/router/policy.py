@@ -44,14 +44,14 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     tried: frozenset[EngineKey] = frozenset()
     """Engines that failed this prompt and are not to be asked again now."""
     needs: Capabilities = msgspec.field(default_factory=Capabilities)
-    """What the next engine must be able to do."""
+    """The next engine must be able to do this."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """Names the engines that a policy has chosen, and why."""
 
     reason: str
-    """For people and logs: why these engines."""
+    """Says for people and logs why these engines were chosen."""
     prefill: Engine | None = None
     """Computes the prompt and hands it over; None: the decode engine does all."""
     decode: Engine | None = None

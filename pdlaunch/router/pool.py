@@ -1,4 +1,4 @@
-"""The engines of the deployment, as the registry and the outcomes of requests show them.
+"""Holds the engines of the deployment, as the registry and the outcomes of requests show them.
 
 The pool asks nobody. A role is a preference: every engine can prefill and decode.
 """

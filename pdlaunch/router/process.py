@@ -1,6 +1,4 @@
-"""The router as a child of the supervisor: listens, registers, follows the registry, drains and
-stops.
-"""
+"""Runs the router under the supervisor: it registers, listens, follows the registry, drains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recovery of a prompt that engines have failed: who is asked next, and when that ends."""
+"""Recovers a prompt that engines have failed: decides who is asked next, and when that ends."""
 
 from __future__ import annotations
 

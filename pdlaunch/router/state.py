@@ -1,5 +1,5 @@
-"""What every request of the router shares: the pool, the client side, metrics, suspects, and news
-of the registry.
+"""Holds what all requests of the router share: pool, client, metrics, suspects, news of the
+registry.
 """
 
 from __future__ import annotations

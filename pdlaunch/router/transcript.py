@@ -1,4 +1,4 @@
-"""What the client has been told of one prompt's answer, and what of an engine's chunk is new to it.
+"""Remembers what a client has been told, and finds what is new to it in an engine's chunk.
 
 Engines change in the middle of an answer (prefill to decode, decode to its successor): roles that
 were sent, choices that are over and the prompt's tokens are not told twice.

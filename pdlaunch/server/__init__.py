@@ -1,1 +1,1 @@
-"""HTTP of one engine; no torch."""
+"""Serves one engine over HTTP; no torch."""

@@ -1,4 +1,4 @@
-"""``python -m pdlaunch.server --name NAME``: the HTTP server of one engine.
+"""Runs as ``python -m pdlaunch.server --name NAME``: the HTTP server of one engine.
 
 The supervisor starts it, with a Bootstrap on standard input that has the name too.
 """

@@ -1,4 +1,4 @@
-"""The HTTP application of one engine: its routes, and what answers those that do not generate."""
+"""Builds the HTTP application of one engine, and answers what does not generate."""
 
 from __future__ import annotations
 

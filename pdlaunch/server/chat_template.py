@@ -1,6 +1,4 @@
-"""Chat templates: Jinja from the model's folder, rendered in a sandbox with the names that
-transformers offers.
-"""
+"""Renders chat templates of models in a sandbox, with the names that transformers offers."""
 
 from __future__ import annotations
 

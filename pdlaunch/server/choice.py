@@ -1,4 +1,4 @@
-"""One choice of a request: what the rank sends becomes what the client gets."""
+"""Turns what the rank sends for one choice into what the client gets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Delta:
     text: str = ""
     tokens: list[TokenOutput] = field(default_factory=list)
     text_offsets: list[int] = field(default_factory=list)
-    """By token: characters of the output before it."""
+    """Characters of the output before each token."""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     """The stop string or the token of ``stop_token_ids`` that ended it; None for the model's own

@@ -1,6 +1,4 @@
-"""What the HTTP handlers of one engine share: the model, the link to rank 0, limits, leases,
-metrics.
-"""
+"""Holds what the HTTP handlers of one engine share: model, link to rank 0, limits, leases."""
 
 from __future__ import annotations
 

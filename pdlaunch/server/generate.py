@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: read, prepare, generate, answer or stream.
+"""Answers /v1/completions and /v1/chat/completions: read, prepare, generate, answer or stream.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The server process from its start to its end, as the supervisor steers it.
+"""Runs the server process from its start to its end, as the supervisor steers it.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Metrics of one engine: what its server measures, and the totals that its rank 0 reports."""
+"""Measures one engine: what its server sees, and the totals that its rank 0 reports."""
 
 from __future__ import annotations
 

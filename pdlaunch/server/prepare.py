@@ -1,4 +1,4 @@
-"""From a checked request to the choices that rank 0 works on, and what is already known of them.
+"""Splits a checked request into the choices that rank 0 works on, with what is known of them.
 
 Each prompt has ``n`` choices, each choice is one request to the rank: ``<request id>/<index>``, or
 what a router that names the lease wants (``lease_id``).

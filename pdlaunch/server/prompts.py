@@ -1,4 +1,4 @@
-"""Text to token ids: prompts of requests, and /tokenize and /detokenize.
+"""Converts text to token ids: prompts of requests, and /tokenize and /detokenize.
 
 A prompt that cannot fit is refused before work is done for it. All of this runs in threads too.
 """

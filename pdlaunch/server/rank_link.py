@@ -1,4 +1,4 @@
-"""The server's connection to one incarnation of its rank 0."""
+"""Connects the server to one incarnation of its rank 0."""
 
 from __future__ import annotations
 

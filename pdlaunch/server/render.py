@@ -1,4 +1,4 @@
-"""Deltas to the answers and stream chunks of the two completion APIs."""
+"""Writes answers and stream chunks of the two completion APIs."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Renderer(ABC):
     """Writes one request's answer, or its stream."""
 
     PREFIX: str
-    """Of the answer's id."""
+    """Begins the answer's id."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The choices of one HTTP request at rank 0, from submission to the last token or the abort."""
+"""Runs the choices of one HTTP request at rank 0, up to the last token or the abort."""
 
 from __future__ import annotations
 

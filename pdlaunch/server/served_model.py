@@ -1,4 +1,4 @@
-"""What the server knows of the model: tokenizer, chat template and limits."""
+"""Describes the model to the server: tokenizer, chat template and limits."""
 
 from __future__ import annotations
 

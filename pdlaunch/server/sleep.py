@@ -1,4 +1,4 @@
-"""Sleep mode at the door of an engine: nothing new comes in, what runs ends, then rank 0 is told.
+"""Puts an engine to sleep: nothing new comes in, what runs ends, then rank 0 is told.
 
 ::
 
@@ -34,7 +34,7 @@ class SleepQuery(msgspec.Struct, frozen=True):
 
     level: int
     waits: bool
-    """For what runs; else it is refused while something runs."""
+    """True waits for what runs; False refuses while something runs."""
 
 
 class SleepStatus(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Output tokens of one choice to the text that a stream emits.
+"""Converts the output tokens of one choice to the text that a stream emits.
 
 The text emitted after k tokens is a pure function of the prompt, these k tokens and the stop
 strings: another engine that is fed the same tokens is at the same place. Three things hold text

@@ -1,5 +1,5 @@
-"""Text to token ids and back, with the ``tokenizers`` library alone: transformers would bring torch
-into the process.
+"""Converts text to token ids and back with the ``tokenizers`` library alone, because transformers
+would bring torch into the process.
 
 From what a tokenizer is made of follows how many characters one token can stand for at most. A text
 of more characters than that for each token of the context does not fit, and need not be tokenized
@@ -43,7 +43,7 @@ class TokenLength:
     """Bounds how much text one token of a tokenizer can stand for."""
 
     max_chars: int
-    """Of a text as it was sent."""
+    """Characters of a text as it was sent."""
     lost_chars: str = ""
     """Characters of which no token says anything."""
 

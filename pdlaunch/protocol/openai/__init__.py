@@ -1,3 +1,1 @@
-"""The OpenAI API as pdlaunch speaks it: request models, response structs, errors and server-sent
-events.
-"""
+"""Defines the OpenAI API as pdlaunch speaks it: request models and response structs."""

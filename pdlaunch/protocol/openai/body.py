@@ -1,6 +1,4 @@
-"""From the bytes of an HTTP body to a checked request model; every refusal is a RequestError that
-names the field.
-"""
+"""Checks the bytes of an HTTP body against a request model; every refusal names the field."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
 
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
-"""How a list of token ids begins."""
+"""A list of token ids begins like this."""
 
 R = TypeVar("R", bound="RequestBody")
 

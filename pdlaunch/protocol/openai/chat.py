@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""Defines the request of POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdlaunch.protocol.openai.generation import MAX_LOGPROBS, GenerationRequest
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
-"""Of all messages together."""
+"""Bounds the parts of all messages together."""
 
 
 class TextPart(RequestBody):

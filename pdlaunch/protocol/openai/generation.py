@@ -1,4 +1,4 @@
-"""The fields that completions and chat completions share.
+"""Defines the fields that completions and chat completions share.
 
 Among them is the internal field ``resume``, with which a choice goes on at another engine:
 ``{"choices": [[{"token_id": 5, "logprob": -0.1, "top_logprobs": [[5, -0.1]]}, ...], ...], "sent":

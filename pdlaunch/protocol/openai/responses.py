@@ -1,4 +1,4 @@
-"""Answers and stream chunks, encoded and decoded by msgspec.
+"""Defines answers and stream chunks, encoded and decoded by msgspec.
 
 They read what vLLM writes as well: members that we do not know are dropped, those that others leave
 out have defaults. ``UNSET`` members are not written.

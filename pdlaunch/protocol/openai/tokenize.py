@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in the forms of vLLM."""
+"""Defines POST /tokenize and /detokenize, in the forms of vLLM."""
 
 from __future__ import annotations
 
