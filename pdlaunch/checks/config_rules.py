@@ -39,6 +39,7 @@ def role_without_peer(context: Context) -> Iterator[Found]:
     Prefill hands its KV blocks to decode: without a peer nothing is handed over, and one role does
     the work of both.
     """
+    # PD101 speaks of a launch without any engine.
     if len(context.engines) == 1:
         (present,) = context.engines
         absent = next(role for role in ROLES if role != present)
@@ -335,6 +336,7 @@ def too_many_threads(context: Context) -> Iterator[Found]:
 
     Threads that wait for a core spin: a step then takes many times as long.
     """
+    # Shared evenly, threads are never more than cores, or one a rank, of which PD412 speaks.
     engines = [engine for engine in context.on("cpu") if engine.settings.num_threads is not None]
     threads = sum(engine.num_ranks * (engine.settings.num_threads or 0) for engine in engines)
     cores = len(context.machine.cpus)

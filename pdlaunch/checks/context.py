@@ -129,7 +129,7 @@ class Context:
 
 def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: Probes) -> Context:
     """Put together what the rules look at, and name what is not known."""
-    missing: dict[Need, str] = dict(launch.machine.unknown)  # type: ignore[arg-type]
+    missing: dict[Need, str] = {fact: reason for fact, reason in launch.machine.unknown.items()}  # noqa: C416
     for engines in launch.roles.values():
         if engines.model.pending:
             missing["model"] = engines.model.pending

@@ -68,6 +68,7 @@ def too_few_gpus(context: Context) -> Iterator[Found]:
     """
     there = len(context.machine.gpus)
     for engine in context.on("cuda"):
+        # PD410 speaks of machines without any GPU.
         if there and engine.tp_size > there:
             message = (
                 f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"

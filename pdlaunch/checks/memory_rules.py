@@ -151,6 +151,7 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
             for name in (setting.variable, *setting.ignored)
             if name is not None
         }
+        # Equal values do no harm, whichever of them is read.
         if len(values) > 1:
             ignored = " and ".join(setting.ignored)
             yield Found(
@@ -181,6 +182,7 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
             if memory is None or needed is None:
                 continue
             share = engine.settings.gpu_memory_utilization
+            # A rank that is given the size of its KV cache does not ask for its share.
             budget = memory if engine.settings.kv_cache_memory else int(memory * share)
             if needed.total_bytes > budget:
                 what = (
@@ -208,6 +210,7 @@ def kv_cache_too_small(context: Context) -> Iterator[Found]:
     within max_model_len. A rank whose KV cache holds no request does not start.
     """
     for engine in context.engines.values():
+        # An error for a length that somebody wants; PD209 warns of the model's own.
         if engine.settings.max_model_len is not None or _holds_nothing(engine):
             yield from _too_small(engine)
 
@@ -285,6 +288,7 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
                 for engine, count in ranks.items()
             )
             message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
+            # What CUDA contexts take is in no engine's share: 5 % are left for them.
             share = min(0.9, 0.95 / sum(ranks.values()))
             yield Found(
                 "gpu_memory_utilization",

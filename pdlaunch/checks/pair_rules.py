@@ -122,6 +122,7 @@ def groups_differ(context: Context) -> Iterator[Found]:
     on the other.
     """
     for prefill, decode in _shapes(context):
+        # PD301 speaks of models with another number of layers.
         if (
             prefill.num_layers == decode.num_layers
             and prefill.layer_windows != decode.layer_windows
@@ -195,6 +196,7 @@ def tp_direction(context: Context) -> Iterator[Found]:
     if (pair := context.pair()) is None:
         return
     prefill, decode = pair[0].tp_size, pair[1].tp_size
+    # PD307 speaks of sizes that do not divide each other.
     if prefill > decode and prefill % decode == 0:
         message = f"prefill has {prefill} ranks an engine, decode {decode}"
         yield Found("prefill.tensor_parallel_size", message)

@@ -42,6 +42,7 @@ def all_rules() -> dict[str, Rule]:
     rules = [
         value for module in modules for value in vars(module).values() if isinstance(value, Rule)
     ]
+    # Sorted here, as rules of one family stand in several modules.
     by_code = {rule.code: rule for rule in sorted(rules, key=lambda rule: rule.code)}
     assert len(by_code) == len(rules), "two rules share a code"
     return by_code

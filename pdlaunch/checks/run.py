@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from pdlaunch.checks.context import Context, Probes, make_context
 from pdlaunch.checks.rule import Finding, Rule, Severity
@@ -31,7 +31,7 @@ class Report:
     findings: tuple[Finding, ...]
     """Errors first, then warnings and infos; by code."""
     not_checked: tuple[NotChecked, ...]
-    resolved: Mapping[str, Any]
+    resolved: Mapping[str, object]
     """The values that were judged; plain JSON without secrets."""
 
     @property
@@ -78,6 +78,7 @@ def apply_rule(rule: Rule, context: Context) -> list[Finding]:
     """
     if why_not(rule, context):
         return []
+    # A setting of the top level is found once for each role: dict keys keep the first.
     found = dict.fromkeys(rule.check(context))
     return [
         Finding(

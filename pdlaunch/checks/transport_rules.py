@@ -112,7 +112,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
             speed is not None
             and expected is not None
             and speed < SLOW_SHARE * expected
-            and not _is_cliff(pair)
+            and not _is_cliff(pair)  # PD503 tells these, with the reason.
         ):
             link = f" of {pair.link}" if pair.link else ""
             message = (

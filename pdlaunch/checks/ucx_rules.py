@@ -47,6 +47,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cuda"):
         transports = engine.ucx_transports
+        # PD430 speaks of UCX_TLS without any CUDA transport.
         if context.uses("nixl") and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
@@ -71,6 +72,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cpu"):
         transports = engine.ucx_transports
+        # Without posix nothing connects two processes at all: PD433.
         if context.uses("nixl") and "posix" in transports and "cma" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
@@ -121,6 +123,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     ):
         return
     for engine in context.engines.values():
+        # What the user wrote, not what ranks get: that is narrowed to transports within a host.
         if not ucx_transports(engine.given_environ) & RDMA:
             devices = ", ".join(context.machine.rdma_devices[:4])
             yield Found(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Annotated
 
 import typer
@@ -46,10 +47,7 @@ def rules_markdown(rules: dict[str, Rule]) -> str:
     lines = [
         "# Rules of `pdlaunch check-config`",
         "",
-        (
-            "Made by `make rules` from the registry in `pdlaunch/checks`; `pdlaunch explain CODE` "
-            "shows one of them."
-        ),
+        "Made by `make rules` from `pdlaunch/checks`; `pdlaunch explain CODE` shows one rule.",
         "Errors keep `serve` from starting; with `--strict` warnings fail a check too.",
     ]
     title = ""
@@ -57,11 +55,20 @@ def rules_markdown(rules: dict[str, Rule]) -> str:
         if family(rule) != title:
             title = family(rule)
             lines += ["", f"## {rule.code[:3]}xx: {title}"]
-        lines += ["", f"### {rule.code} ({rule.severity})", "", f"**{rule.title}** {rule.why}", ""]
-        lines += [f"- Fix: {rule.fix}", f"- Source: {rule.source}"]
+        lines += ["", f"### {rule.code} ({rule.severity})", ""]
+        lines += [*_wrap(f"**{rule.title}** {rule.why}"), ""]
+        lines += _wrap(f"- Fix: {rule.fix}") + _wrap(f"- Source: {rule.source}")
         if rule.needs:
-            lines.append(f"- Needs: {', '.join(rule.needs)}")
+            lines += _wrap(f"- Needs: {', '.join(rule.needs)}")
     return "\n".join(lines) + "\n"
+
+
+def _wrap(text: str) -> list[str]:
+    """Return the lines of a paragraph, or of an item of a list."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _print_list(console: Console, rules: dict[str, Rule]) -> None:

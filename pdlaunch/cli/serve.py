@@ -173,7 +173,8 @@ def _effective_table(resolved: ResolvedLaunch) -> Table:
     by_role = effective_engines(resolved)
     for values in by_role.values():
         del values["environment"]
-        values.update(values.pop("memory_of_a_rank") or {})
+        memory = values.pop("memory_of_a_rank")
+        values.update(memory if isinstance(memory, dict) else {})
     table = Table()
     for heading in ("engines", *by_role):
         table.add_column(heading, overflow="fold")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from pdlaunch.config.shown import ShownValue, shown_config
 from pdlaunch.config.sources import LoadedConfig, Origin
@@ -12,7 +11,7 @@ from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import RoleEngines
 
 
-def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, Any]:
+def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> dict[str, object]:
     """Return the configuration, what it comes to for each role, and the machine; plain JSON."""
     machine = launch.machine
     return {
@@ -35,7 +34,7 @@ def effective_values(launch: ResolvedLaunch, origins: Mapping[str, Origin]) -> d
     }
 
 
-def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, Any]]:
+def effective_engines(launch: ResolvedLaunch) -> dict[str, dict[str, object]]:
     """Return by role what its engines will use; null: not known before the start."""
     return {
         role: {
@@ -102,7 +101,7 @@ def _dtype_reason(engines: RoleEngines) -> str:
     return f"the checkpoint has {engines.shape.dtype or 'no dtype'}"
 
 
-def _memory(engines: RoleEngines) -> dict[str, Any] | None:
+def _memory(engines: RoleEngines) -> dict[str, object] | None:
     """Return the memory of one rank; None while its model is not known."""
     needed = engines.footprint
     if needed is None:

@@ -70,6 +70,7 @@ class Footprint:
     def longest_request_tokens(self, kv_bytes: int) -> int:
         """Return the longest request whose KV blocks fit into ``kv_bytes``; 0: none does."""
         size = self.layout.block_size
+        # Blocks never get fewer with more tokens, so that halving finds the last that fits.
         low, high = 0, math.ceil(self.max_model_len / size)
         while low < high:
             middle = (low + high + 1) // 2
@@ -108,6 +109,7 @@ def make_footprint(
 ) -> Footprint:
     """Return the memory of one of ``tp_size`` ranks; sizes that do not divide are rounded down."""
     size = DTYPE_BYTES[dtype]
+    # Not an estimate here: the rank leaves exactly this out of its KV cache.
     if device == "cuda" and kv_cache_bytes is None:
         inner = shape.hidden_size + shape.intermediate_size
         activations = max_num_batched_tokens * inner * CUDA_ACTIVATION_BYTES_PER_TOKEN

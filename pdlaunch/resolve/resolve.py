@@ -90,6 +90,7 @@ class ResolvedLaunch:
 
         Models that are yet to be converted do not: ``after_conversion`` is asked once they are.
         """
+        # Models first: what is wrong with one says more than what follows from it.
         for engines in self.roles.values():
             if engines.model.error is not None:
                 raise engines.model.error

@@ -132,6 +132,7 @@ class RoleEngines:
         """Return how many ranks of all these engines ``device_indices`` puts on one GPU."""
         if self.device == "cpu":
             return 0
+        # Counted, not listed: settings may name a million ranks, and checks still answer at once.
         end = self.first_gpu_rank + self.num_ranks
         return self._num_dealt(end, gpu) - self._num_dealt(self.first_gpu_rank, gpu)
 
@@ -141,6 +142,7 @@ class RoleEngines:
 
     def _num_dealt(self, num_ranks: int, gpu: int) -> int:
         """Return how many of the ranks 0 to ``num_ranks`` - 1 are on a GPU."""
+        # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..: of ranks 0 to 7 these are (8 - 1 + 2) // 3 = 3.
         num_gpus = len(self.machine.gpus)
         return max(0, (num_ranks - gpu + num_gpus - 1) // num_gpus)
 
@@ -207,6 +209,7 @@ def _resolve(
         max_num_batched_tokens=batched_tokens,
         kv_cache_bytes=kv_cache_bytes,
         num_threads=num_threads,
+        # A CPU computes the step itself: nobody is free to prepare the next one meanwhile.
         async_scheduling=settings.async_scheduling and not on_cpu,
         cumem_allocator=cumem,
         allocator=_allocator(device, cumem, given_environ),
@@ -279,8 +282,9 @@ def _max_model_len(settings: EngineSettings, shape: ModelShape | None) -> int | 
 
 
 def _cumem_allocator(settings: EngineSettings) -> bool | None:
-    """Say whether memory comes from CuMem pools, which sleep mode needs; None: it is off by name,
-    and sleep mode is on.
+    """Return whether memory comes from CuMem pools, which sleep mode turns on.
+
+    None: sleep mode is on, and the pools are switched off by name.
     """
     if settings.enable_sleep_mode:
         return None if settings.enable_cumem_allocator is False else True

@@ -207,7 +207,7 @@ def test_resolved_is_plain_json_without_secrets():
     text = json.dumps(report.resolved)
     assert "hunter2" not in text + repr(report)
     assert report.resolved["config"]["env"] == {"HF_TOKEN": "**********", "UCX_TLS": "sm"}
-    assert report.resolved["config"]["enable_cumem_allocator"] is True
+    assert report.resolved["engines"]["decode"]["enable_cumem_allocator"] is True
     assert (
         report.resolved["engines"]["decode"]["memory_of_a_rank"]["blocks_for_longest_request"]
         == 512
