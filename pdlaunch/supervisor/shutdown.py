@@ -61,7 +61,7 @@ class LaunchShutdown:
         for instance in self._instances:
             if instance.state in (ProcessState.BACKING_OFF, ProcessState.PLANNED):
                 instance.move(ProcessState.EXITED)
-        # Without a drain the router ends first, too: it tells clients why while engines still answer.
+        # Without a drain the router ends first, too: it tells clients why while engines are there.
         self._enter(LaunchPhase.DRAINING_ROUTER if drain else LaunchPhase.STOPPING_ROUTER)
         self.advance()
 
