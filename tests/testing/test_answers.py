@@ -1,0 +1,95 @@
+"""A soak proves something only when a wrong answer is told from a right one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.testing.answers import (
+    LOGPROB_TOLERANCE,
+    ReceivedAnswer,
+    collect_stream,
+    difference,
+    read_answer,
+)
+
+WHOLE = {
+    "index": 0,
+    "token_ids": [4, 5, 6],
+    "text": "abc",
+    "logprobs": {"token_logprobs": [-1.0, -2.0, -3.0]},
+    "finish_reason": "length",
+}
+
+
+def answer(**changes: Any) -> ReceivedAnswer:
+    return read_answer({"choices": [WHOLE | changes]})
+
+
+async def lines(*events: object, done: bool = True) -> AsyncIterator[bytes]:
+    for event in events:
+        yield f"data: {json.dumps(event)}\n".encode()
+        yield b"\n"
+    if done:
+        yield b"data: [DONE]\n"
+
+
+def pieces() -> list[dict[str, Any]]:
+    first = {"index": 0, "token_ids": [4], "text": "a", "logprobs": {"token_logprobs": [-1.0]}}
+    rest = WHOLE | {
+        "token_ids": [5, 6],
+        "text": "bc",
+        "logprobs": {"token_logprobs": [-2.0, -3.0]},
+    }
+    return [{"choices": [first]}, {"choices": [rest]}]
+
+
+def test_equal_answers_do_not_differ() -> None:
+    assert difference(answer(), answer(), is_whole=True) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": [4, 5, 7]},
+        {"token_ids": [4, 5]},
+        {"text": "abd"},
+        {"finish_reason": "stop"},
+        {"logprobs": {"token_logprobs": [-1.0, -2.0, -3.0 - 2 * LOGPROB_TOLERANCE]}},
+        {"logprobs": {"token_logprobs": [-1.0, -2.0]}},
+        {"logprobs": None},
+        {"index": 1},
+    ],
+)
+def test_whatever_is_wrong_is_told(changes: dict[str, Any]) -> None:
+    assert difference(answer(**changes), answer(), is_whole=True)
+
+
+async def test_a_stream_is_the_sum_of_its_pieces() -> None:
+    received = ReceivedAnswer()
+    assert await collect_stream(lines(*pieces()), received) is None
+    assert difference(received, answer(), is_whole=True) == ""
+    assert len(received.times_s) == 2
+
+
+async def test_of_an_answer_that_was_cancelled_only_what_came_is_compared() -> None:
+    begun = ReceivedAnswer()
+    with pytest.raises(ProtocolError, match="without"):
+        await collect_stream(lines(pieces()[0], done=False), begun)
+    assert difference(begun, answer(), is_whole=False) == ""
+    assert difference(begun, answer(token_ids=[9, 5, 6]), is_whole=False)
+    assert difference(begun, answer(), is_whole=True)
+
+
+async def test_an_error_in_a_stream_is_returned() -> None:
+    stream = lines(pieces()[0], {"error": {"message": "the engine died"}}, done=False)
+    assert await collect_stream(stream, ReceivedAnswer()) == "in the stream: the engine died"
+
+
+async def test_a_choice_that_goes_on_after_its_end_is_an_error() -> None:
+    with pytest.raises(ProtocolError, match="goes on after its end"):
+        await collect_stream(lines({"choices": [WHOLE]}, pieces()[0]), ReceivedAnswer())
