@@ -88,7 +88,7 @@ class TransferThread:
     def __init__(self, setup: TransferSetup) -> None:
         """Bind the side channel and start the thread, which opens the connector.
 
-        ``connector_environment`` must have been applied when the connector needs it.
+        The variables of ``KVTransferSettings.environment`` must have been applied.
         """
         self._name = setup.identity.name
         self._clock = setup.clock

@@ -1,10 +1,10 @@
-"""The interface of a connector: what moves the bytes of KV blocks between ranks.
+"""Interfaces of a connector, which moves the bytes of KV blocks between ranks.
 
 ::
 
-    connector.open(memory) ── connect(peer) ──▶ Connection ── read(blocks) ──▶ Read ── poll .. release
-           ▲    │                                  └─ prepare(blocks), close once all its READs have ended
-           └────┴─ close
+    open(memory) ── connect(peer) ──▶ Connection ── read(blocks) ──▶ Read ── poll .. release
+      ▲    │                              └─ prepare(blocks); close, once its READs have ended
+      └────┴─ close
 
 One thread uses a connector, its connections and READs: that of the ``TransferThread``. They read
 whole blocks, or heads of blocks, of a peer into local blocks, and know nothing of requests, leases

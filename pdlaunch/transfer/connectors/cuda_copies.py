@@ -1,4 +1,4 @@
-"""Copies from a peer's mapped memory on a GPU: by the copy engines, or by a kernel. Import this
+"""Copies from a peer's mapped memory on a GPU, with the copy engines or with a kernel. Import this
 module only beside a GPU.
 
 The copy engines leave all multiprocessors to the model, and are as fast as the link for large
@@ -29,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 BATCH_STREAMS = (1, 3)
 KERNELS = ((32, 8192, 8),)
-"""Programs, words of a tile, warps: 1 MiB in flight, about what NVLink holds at 400 GB/s."""
+"""Shapes of the copy kernel (programs, words of a tile, warps) with 1 MiB in flight, which is about
+what NVLink holds at 400 GB/s.
+"""
 
 
 class _CudaCopier(PieceCopier):
-    """Enqueues on a stream; the end of each part is an event."""
+    """Enqueues copies on a stream; an event marks the end of each part."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -59,14 +61,14 @@ class _CudaCopier(PieceCopier):
 
     @abstractmethod
     def _prepare(self, pieces: Pieces) -> Callable[[], object]:
-        """What enqueues them on the current stream."""
+        """Return a function that enqueues the copies on the current stream."""
 
 
 class BatchCopier(_CudaCopier):
-    """The copy engines."""
+    """Copies with the copy engines."""
 
     def __init__(self, stream: torch.cuda.Stream, num_streams: int) -> None:
-        """Raises DriverError where the driver is too old."""
+        """Raise DriverError where the driver is too old."""
         super().__init__(stream)
         self.name = f"batch{num_streams}"
         self._batches = BatchCopies(num_streams)
@@ -76,12 +78,12 @@ class BatchCopier(_CudaCopier):
 
 
 class KernelCopier(_CudaCopier):
-    """Programs of a kernel; each takes at most one multiprocessor while it copies."""
+    """Copies with programs of a kernel; each takes at most one multiprocessor meanwhile."""
 
     def __init__(
         self, stream: torch.cuda.Stream, anchor: torch.Tensor, shape: tuple[int, int, int]
     ) -> None:
-        """``anchor``: device memory that addresses are told relative to."""
+        """``anchor`` is device memory that the kernel's addresses are relative to."""
         super().__init__(stream)
         self.name = f"kernel{shape[0]}"
         self._anchor = anchor.view(-1).view(torch.uint8)
@@ -118,7 +120,9 @@ class CudaCopy(Read):
     def __init__(
         self, begin: torch.cuda.Event, ends: Sequence[torch.cuda.Event], num_pieces: Sequence[int]
     ) -> None:
-        """``ends``: of the parts, of ``num_pieces`` each, in the order in which they are copied."""
+        """``ends`` are the events of the parts, of ``num_pieces`` each, in the order of the
+        copies.
+        """
         self._begin, self._end = begin, ends[-1]
         self._parts = list(zip(accumulate(num_pieces), ends, strict=True))
 
@@ -137,12 +141,12 @@ class CudaCopy(Read):
         return float(self._begin.elapsed_time(self._end)) / 1000
 
     def release(self) -> None:
-        """Nothing is kept of a copy."""
+        """Keep nothing: a copy holds no resource."""
 
 
 def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
-    """[2, num_columns] int64: sources and destinations in units of 16 bytes from ``anchor``, before
-    it or behind it.
+    """Return sources and destinations in units of 16 bytes from ``anchor``, before it or behind it:
+    [2, num_columns] int64.
     """
     from pdlaunch.memory.page_kernel import UNIT_BYTES, padded_columns
 
@@ -154,8 +158,8 @@ def relative_units(pieces: Pieces, anchor: int, *, pin: bool) -> torch.Tensor:
 
 
 def new_cuda_copiers(anchor: torch.Tensor) -> list[PieceCopier]:
-    """What this machine offers, what costs the fewest multiprocessors first. Raises TransferError
-    when that is nothing.
+    """Return the copiers that this machine offers; the first one takes the fewest multiprocessors.
+    Raises TransferError when there is none.
     """
     stream = torch.cuda.Stream(anchor.device, priority=-1)  # type: ignore[no-untyped-call]
     found: list[PieceCopier] = []

@@ -1,5 +1,6 @@
-"""The CUDA device of every thread that touches KV blocks: it is thread-local, and libraries change
-it under our feet.
+"""Binds the KV cache's CUDA device to every thread that touches KV blocks.
+
+The current device is thread-local, and libraries change it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ class DeviceBinding:
     """Captures the device of the KV cache once; ``bind`` makes it that of the calling thread."""
 
     def __init__(self, switch: DeviceSwitch | None) -> None:
-        """``switch``: None on a machine without an accelerator, where there is nothing to bind."""
+        """``switch`` is None on a machine without an accelerator, where there is nothing to
+        bind.
+        """
         self._switch = switch
         self._device_index: int | None = None
 
     def capture(self, kv_cache: torch.Tensor) -> None:
-        """Before any library is asked to do anything: the index that ``bind`` uses from now on."""
+        """Keep the device's index for ``bind``. Call it before any library is asked to do
+        anything.
+        """
         if kv_cache.device.type != "cpu":
             self._device_index = kv_cache.get_device()
 
@@ -37,5 +42,5 @@ class DeviceBinding:
 
 
 def new_device_binding() -> DeviceBinding:
-    """For this machine."""
+    """Make a binding for this machine."""
     return DeviceBinding(torch.cuda if has_accelerator() else None)

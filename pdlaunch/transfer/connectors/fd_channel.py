@@ -1,8 +1,9 @@
-"""File descriptors from one rank to the ranks of the same launch on its host, over a Unix socket.
+"""Hands file descriptors to ranks of the same launch on this host, over a Unix socket.
 
 ::
 
-    reader: connect ── token ──▶ owner: uid and token right ── descriptors ──▶ reader keeps the connection while it uses them
+    reader: connect ── token ──▶ owner: uid and token right ── descriptors ──▶ reader
+            └─ keeps the connection for as long as it uses them
 
 The socket has a name that nobody can guess in the abstract namespace, and gives nothing to a
 process of another user, or to one that does not know the token: both travel over the side channel,
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 TOKEN_BYTES = 32
 MAX_FDS = 64
 TIMEOUT_S = 5.0
-"""For an owner to hand its descriptors over, which takes well under a millisecond unless it was
-stopped.
+"""Time for an owner to hand over its descriptors, which takes well under a millisecond unless it
+was stopped.
 """
 
 _OK = b"ok"
@@ -40,10 +41,10 @@ _FD = struct.Struct("i")
 
 
 class FdServer:
-    """The owner's side; a thread of its own answers. Methods may be called from any thread."""
+    """Hands descriptors to peers; a thread of its own answers. Any thread may call the methods."""
 
     def __init__(self, fds: Sequence[int]) -> None:
-        """``fds`` stay the caller's, until ``close`` has returned. Raises OSError."""
+        """The caller keeps ``fds`` open until ``close`` has returned. Raises OSError."""
         assert len(fds) <= MAX_FDS
         self.address = f"pdlaunch-{secrets.token_hex(16)}"
         self.token = secrets.token_bytes(TOKEN_BYTES)
@@ -65,7 +66,7 @@ class FdServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Hand nothing over any more; from now on ``wait_unused`` can come true for good."""
+        """Stop to hand descriptors over; from now on ``wait_unused`` can come true for good."""
         with self._lock:
             self._fds = None
         with contextlib.suppress(OSError):
@@ -108,7 +109,7 @@ class FdServer:
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _receive(self, connection: socket.socket) -> None:
-        """A token, once; after that only the end."""
+        """Take the token once; after it only the end of the connection is expected."""
         try:
             message = connection.recv(TOKEN_BYTES + 1)
         except BlockingIOError:
@@ -143,8 +144,8 @@ class FdServer:
             self._unused.set()
 
     def _stop_listening(self) -> None:
-        """Connections that have not shown the token stay without answer until the last reader has
-        gone.
+        """Close the listener. Connections that have not shown the token get no answer and stay
+        until the last reader has gone.
         """
         if self._listening:
             self._listening = False
@@ -155,9 +156,7 @@ class FdServer:
 
 @dataclass(frozen=True, slots=True)
 class FdConnection:
-    """The reader's side: the descriptors, and the connection that tells the owner they are in
-    use.
-    """
+    """Keeps a reader's descriptors, and the connection that tells the owner they are in use."""
 
     fds: list[int]
     connection: socket.socket
@@ -168,7 +167,7 @@ class FdConnection:
             os.close(fd)
 
     def close(self) -> None:
-        """Nothing of the owner's is in use any more."""
+        """Tell the owner that nothing of its memory is in use any more."""
         self.connection.close()
 
 
@@ -222,7 +221,7 @@ def _send(connection: socket.socket, fds: Sequence[int]) -> None:
 
 
 def _uid_of(connection: socket.socket) -> int:
-    """Of the process at the other end, as the kernel knows it."""
+    """Return the user of the process at the other end, as the kernel knows it."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     uid: int = _CREDENTIALS.unpack(credentials)[1]
     return uid

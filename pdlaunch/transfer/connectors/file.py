@@ -1,8 +1,7 @@
-"""KV blocks through files in a shared folder, for debugging and offline runs: the holder writes a
-file, its reader loads it.
+"""Moves KV blocks through files in a shared folder, for debugging and offline runs.
 
-Nothing but the reader itself writes to its memory, so a READ whose holder has failed or died is
-over at once.
+The prefill side writes a file and the decode side loads it. Only the decode rank itself writes to
+its memory, so a READ whose prefill side has failed or died is over at once.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class FileConnector(PushingConnector):
         num_sender_threads: int,
         binding: DeviceBinding,
     ) -> None:
-        """``directory``: shared by all engines, and theirs alone."""
+        """``directory`` is shared by all engines, and theirs alone."""
         super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
         self._directory = directory
         self._size_limit_bytes = size_limit_bytes
@@ -77,7 +76,7 @@ class FileConnector(PushingConnector):
         self._store = FileStore(self._directory, self._size_limit_bytes)
 
     def _stop(self) -> None:
-        """The files stay: they are there to be looked at."""
+        """Leave the files: they are there to be looked at."""
 
     def _write(self, memory: LocalMemory, job: PushJob) -> None:
         if job.blocks:
@@ -89,8 +88,8 @@ class FileConnector(PushingConnector):
         self._store.write(job.target.decode("ascii", "replace"), data)
 
     def _settle(self, read: PendingRead) -> ReadState:
-        """Load what the holder has written; what cannot be loaded, or does not fit, is a failed
-        READ.
+        """Load what the prefill side has written. What cannot be loaded, or does not fit, is a
+        failed READ.
         """
         if read.error:
             return "failed"
@@ -133,11 +132,11 @@ class _FileConnection(Connection):
         return self.connector.read_scratch(self.peer)
 
     def close(self) -> None:
-        """Nothing is kept of a peer."""
+        """Keep nothing: a peer is only a name here."""
 
 
 def _await_device(memory: torch.Tensor) -> None:
-    """What was written is there for every stream."""
+    """Wait until the writes are visible to every stream."""
     if memory.is_cuda:
         torch.cuda.current_stream(memory.device).synchronize()
 

@@ -27,17 +27,17 @@ _TENSOR = "blocks"
 
 
 def file_name(digest: str, purpose: str) -> str:
-    """``<digest>/<digest of the purpose>``; digest: 32 to 128 hexadecimal digits. ``purpose``: one
-    holder's share of one READ.
+    """Return ``<digest>/<digest of the purpose>``. ``digest`` has 32 to 128 hexadecimal digits;
+    ``purpose`` names one prefill rank's share of one READ.
     """
     return f"{digest}/{hashlib.sha256(purpose.encode()).hexdigest()}"
 
 
 class FileStore:
-    """Files under one folder. Several processes may use it at once."""
+    """Keeps files under one folder. Several processes may use it at once."""
 
     def __init__(self, folder: str, size_limit_bytes: int) -> None:
-        """Creates the folder. Raises TransferError."""
+        """Create the folder. Raises TransferError."""
         self._size_limit_bytes = size_limit_bytes
         self._folder = Path(folder)
         try:
@@ -51,8 +51,8 @@ class FileStore:
             ) from error
 
     def write(self, name: str, blocks: torch.Tensor) -> None:
-        """``blocks``: contiguous, on the host. Deletes what is too much afterwards. Raises
-        TransferError.
+        """Write ``blocks``, which are contiguous and on the host, then delete the oldest files
+        beyond the limit. Raises TransferError.
         """
         num_bytes = blocks.numel() * blocks.element_size()
         if num_bytes > self._size_limit_bytes:
@@ -74,7 +74,7 @@ class FileStore:
             raise TransferError(f"{path} cannot be written: {error}") from error
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
-        """Straight to ``device``. Raises TransferError."""
+        """Load a file straight to ``device``. Raises TransferError."""
         path = self._path(name)
         try:
             self._check_inside(path.parent)
@@ -99,7 +99,7 @@ class FileStore:
         return self._folder / f"{name}{_SUFFIX}"
 
     def _check_inside(self, folder: Path) -> None:
-        """A link must not lead elsewhere."""
+        """Refuse links that lead out of the folder."""
         if folder.resolve().parent != self._folder:
             raise TransferError(f"{folder} leads out of {self._folder}")
 
@@ -118,7 +118,7 @@ class FileStore:
 
 
 def _folder_bytes(folder: Path) -> int:
-    """0 when another process has deleted it meanwhile."""
+    """Return the bytes of a prompt's folder; 0 when another process has deleted it meanwhile."""
     try:
         return sum(_size_bytes(path) for path in folder.iterdir())
     except OSError:
@@ -126,7 +126,7 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def _size_bytes(path: Path) -> int:
-    """0 when another process has deleted it meanwhile."""
+    """Return a file's bytes; 0 when another process has deleted it meanwhile."""
     try:
         return path.stat().st_size
     except OSError:

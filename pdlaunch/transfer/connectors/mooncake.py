@@ -1,4 +1,4 @@
-"""KV blocks over Mooncake's transfer engine: the holder writes to its readers.
+"""Moves KV blocks over Mooncake's transfer engine: the prefill side writes to its readers.
 
 Mooncake has no authentication, and listens on two ports of all network devices. These sockets are
 bound to the loopback device as soon as they exist. A write counts as done when the reader's engine
@@ -44,19 +44,19 @@ _FIX = (
 
 class _Target(msgspec.Struct, frozen=True):
     segment: str
-    """The reader's engine: ``127.0.0.1:12345``."""
+    """Address of the reader's engine: ``127.0.0.1:12345``."""
     addresses: list[int]
-    """By block: where its heads shall begin."""
+    """Where the heads of each block shall begin."""
     piece_bytes: int
-    """Of each block."""
+    """Bytes to write to each address."""
 
 
 _decoder = msgspec.msgpack.Decoder(_Target)
 
 
 class MooncakeConnector(PushingConnector):
-    """Writes through one transfer engine. ``mooncake`` is imported by ``open``, with
-    ``connector_environment`` applied.
+    """Writes through one transfer engine. ``open`` imports ``mooncake``, with the variables of
+    ``MooncakeSpec.environment`` applied.
     """
 
     name = "mooncake"
@@ -71,7 +71,7 @@ class MooncakeConnector(PushingConnector):
         num_sender_threads: int,
         binding: DeviceBinding,
     ) -> None:
-        """``devices``: of RDMA, with commas between them; empty: all."""
+        """``devices`` are RDMA devices with commas between them; empty for all."""
         super().__init__(name, incarnation, num_sender_threads=num_sender_threads, binding=binding)
         self.path = f"mooncake/{protocol}"
         self._protocol = protocol
@@ -131,8 +131,8 @@ class MooncakeConnector(PushingConnector):
             )
 
     def _settle(self, read: PendingRead) -> ReadState:
-        """A write that failed may have left bytes in the kernel, which this process' engine still
-        puts where they belong.
+        """Return what the READ is now. A write that failed may have left bytes in the kernel, which
+        this process' engine still puts where they belong.
         """
         if not read.error:
             return "done"
@@ -201,11 +201,13 @@ class _MooncakeConnection(Connection):
         return self.connector.read_scratch(self.peer.geometry.scratch_bytes)
 
     def close(self) -> None:
-        """Nothing is kept of a peer that writes."""
+        """Keep nothing: a peer that writes needs no state here."""
 
 
 def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[list[int], int]:
-    """Address of each block's heads, and their bytes: the heads of a block are neighbours."""
+    """Return the address of each block's heads, and their bytes: the heads of a block are
+    neighbours.
+    """
     layout, base = memory.layout, memory.kv_cache.data_ptr()
     first = base + heads.start * layout.head_bytes
     return [first + block * layout.block_bytes for block in blocks], len(heads) * layout.head_bytes
@@ -214,7 +216,9 @@ def _pieces(memory: LocalMemory, blocks: Sequence[int], heads: range) -> tuple[l
 def _merge(
     sources: Sequence[int], targets: Sequence[int], piece_bytes: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Source, target and length; pieces that are neighbours on both sides become one."""
+    """Yield source, target and length of each copy; pieces that are neighbours on both sides become
+    one.
+    """
     start, length = 0, piece_bytes
     for index in range(1, len(sources)):
         if sources[index] - sources[start] == length == targets[index] - targets[start]:
@@ -226,7 +230,7 @@ def _merge(
 
 
 def _engine_protocol(protocol: MooncakeProtocol, build: Mapping[str, Any]) -> str:
-    """Mooncake's own word. Raises TransferError when this build of it cannot."""
+    """Return Mooncake's own word for a protocol. Raises TransferError when this build lacks it."""
     if protocol != "nvlink":
         return protocol
     words = {"SUPPORT_INTRA_NVLINK": "nvlink_intra", "SUPPORT_MNNVL": "nvlink"}

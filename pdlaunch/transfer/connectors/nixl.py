@@ -1,7 +1,8 @@
-"""KV blocks over NIXL with its UCX backend.
+"""Moves KV blocks over NIXL with its UCX backend.
 
-Descriptors of the KV cache are prepared once for each side: one a block, and one a (block, head)
-for peers with other heads. A READ then names indices only, and NIXL merges neighbours.
+Descriptors of the KV cache are prepared once for each side: one for each block, and one for each
+(block, head) for peers with other heads. A READ then names indices only, and NIXL merges
+neighbours.
 """
 
 from __future__ import annotations
@@ -34,17 +35,15 @@ BACKEND = "UCX"
 _PYTHON_ERRORS = (RuntimeError, ValueError, ImportError)
 
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
-"""How long UCX's progress thread sleeps when no event wakes it. NIXL's Python API fixes 0 here,
-which spins on a whole core.
+"""Sleep of UCX's progress thread when no event wakes it. NIXL's Python API fixes 0 here, which
+spins on a whole core.
 """
 _TIMED_SPIN_S = 0.002
-"""A READ between GPUs that is timed is polled so long without a pause: pauses are longer than it
-is.
-"""
+"""A timed READ between GPUs is polled for so long without a pause: a pause takes longer than it."""
 
 
 def load_nixl() -> tuple[Any, Any]:
-    """NIXL's Python API and its C++ bindings; importing them takes seconds, and reads the
+    """Return NIXL's Python API and its C++ bindings. Importing them takes seconds, and reads the
     environment.
     """
     from nixl import _api, _bindings
@@ -53,11 +52,10 @@ def load_nixl() -> tuple[Any, Any]:
 
 
 def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
-    """An agent whose progress thread sleeps between events.
+    """Make an agent whose progress thread sleeps between events.
 
-    Args:
-        api, bindings: as ``load_nixl`` returns them.
-        kind: ``DRAM`` or ``VRAM``, of the memory that it reads.
+    ``api`` and ``bindings`` come from ``load_nixl``; ``kind`` is that of the memory it reads,
+    ``DRAM`` or ``VRAM``.
     """
     agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
     config = bindings.nixlAgentConfig()
@@ -73,8 +71,8 @@ def new_agent(api: Any, bindings: Any, name: str, kind: str) -> Any:
 
 
 class NixlConnector(Connector):
-    """Reads through one NIXL agent. ``open`` loads the library, and must find
-    ``connector_environment`` applied.
+    """Reads through one NIXL agent. ``open`` loads the library, with the variables of
+    ``NixlSpec.environment`` applied.
     """
 
     name = "nixl"
@@ -83,13 +81,13 @@ class NixlConnector(Connector):
     def __init__(
         self, name: str, incarnation: int, load: Callable[[], tuple[Any, Any]] = load_nixl
     ) -> None:
-        """``name``: of the rank, ``prefill-0/rank-0``."""
+        """``name`` is the rank's, ``prefill-0/rank-0``."""
         self.agent_name = f"{name}#{incarnation}"
         self._load = load
         self._backend_errors: tuple[type[Exception], ...] = _PYTHON_ERRORS
         self._agent: Any = None
-        """Outlives ``close``: READs may be pending when the process exits. ``open`` lets go of
-        it.
+        """Outlives ``close``, because READs may be pending when the process exits; ``open`` lets go
+        of it.
         """
 
     def open(self, memory: LocalMemory) -> None:
@@ -147,7 +145,7 @@ class NixlConnector(Connector):
         self._forget(connection.peer.name)
 
     def read(self, connection: _NixlConnection, blocks: BlockRead) -> Read:
-        """As ``Connection.read``."""
+        """Start the READ of a connection; see ``Connection.read``."""
         remote_num_heads = connection.peer.geometry.num_kv_heads
         whole_blocks = len(blocks.local_heads) == self._num_heads == remote_num_heads
         if whole_blocks:
@@ -164,7 +162,7 @@ class NixlConnector(Connector):
         return self._post(connection.peer.name, _NixlRead(self, handle))
 
     def read_scratch(self, peer: PeerAgent) -> tuple[Read, torch.Tensor]:
-        """As ``Connection.read_scratch``."""
+        """Start to read a peer's scratch; see ``Connection.read_scratch``."""
         geometry = peer.geometry
         offsets, size = piece_offsets(
             geometry.scratch_bytes, self._memory.layout.block_bytes, geometry.block_bytes
@@ -249,8 +247,8 @@ class NixlConnector(Connector):
         self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
 
     def _quietly(self, act: Callable[[], object]) -> None:
-        """Backends refuse to let go of what has failed already: nothing more can be done about
-        it.
+        """Call ``act``, which backends refuse for what has failed already: nothing more can be done
+        about it.
         """
         try:
             act()

@@ -1,8 +1,8 @@
-"""KV blocks straight out of a peer's memory: its allocations are mapped into this process, and
-copied from.
+"""Copies KV blocks straight out of a peer's memory, which is mapped into this process.
 
-Only for ranks of one host. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one of
-cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy or stopped.
+It serves ranks of one host only. On a CPU the memory is a memfd, on a GPU a CuMem allocation or one
+of cudaMalloc. The owner takes no part in a READ, so it goes on when the owner is busy, stopped, or
+dead.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class _Card(msgspec.Struct, frozen=True):
-    """What a rank tells its peers of its memory; it travels over the side channel alone."""
+    """Tells peers how to get a rank's memory; it travels over the side channel alone."""
 
     host: str
     address: str
-    """Of the socket that hands over the descriptors of the KV cache and of the scratch, as far as
-    there are any.
+    """Address of the socket that hands over the descriptors of the KV cache and of the scratch, as
+    far as they have any.
     """
     token: bytes
     kv_cache: SharedRange
@@ -68,8 +68,8 @@ class P2PConnector(Connector):
         host: str | None = None,
         new_copiers: Callable[[LocalMemory], Sequence[PieceCopier]] | None = None,
     ) -> None:
-        """``name``: of the rank, ``prefill-0/rank-0``. ``host``: that of this process;
-        ``new_copiers``: those of its device.
+        """``name`` is the rank's, ``prefill-0/rank-0``; ``host`` is this process'; ``new_copiers``
+        makes those of its device.
         """
         self.agent_name = f"{name}#{incarnation}"
         self._binding = binding
@@ -246,7 +246,7 @@ def _copiers_of(memory: LocalMemory) -> Sequence[PieceCopier]:
 
 
 def _export_all(memory: LocalMemory) -> list[Export]:
-    """Of the KV cache and of the scratch. Raises NotShareable; then nothing is open."""
+    """Export the KV cache and the scratch. Raises NotShareable; then nothing is open."""
     kv_cache = memory.source.export(memory.kv_cache)
     try:
         return [kv_cache, memory.source.export(memory.scratch)]
@@ -276,5 +276,5 @@ def _addresses(start: int, indices: Sequence[int], stride_bytes: int = 1) -> Add
 def _unmap(mapping: PeerMapping) -> None:
     try:
         mapping.close()
-    except Exception:  # Whatever a driver says of the memory of a process that is gone: there is nothing more to be done.
+    except Exception:  # of a driver, about the memory of a process that may be gone
         logger.exception("memory of a peer was not unmapped")

@@ -1,5 +1,4 @@
-"""Which path to a peer is the fastest: its scratch is read over each of them, once to prove the
-path, then to time it.
+"""Finds the fastest path to a peer: reads its scratch over each, once to prove it, then to time it.
 
 ::
 
@@ -20,24 +19,26 @@ from pdlaunch.errors import TransferError
 from pdlaunch.transfer.connectors.connector import Read
 
 NUM_WARM_READS = 3
-"""Of which the best counts: a READ of half a millisecond is easily disturbed."""
+"""READs that are timed; the best one counts, because a READ of half a millisecond is easily
+disturbed.
+"""
 STEADY_S = 0.02
-"""Where there is no choice, a READ that takes this long is not repeated: what disturbs it is short
-beside it.
+"""A READ of a single path that takes this long is not repeated: what disturbs it is short beside
+it.
 """
 NEARLY = 0.95
-"""Share of the best speed that counts as equal: more than the spread of a measurement. Then the
-connector's preference counts.
+"""Share of the best speed that counts as equal; it is more than the spread of a measurement. Among
+equals the connector's preference counts.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PathFigure:
-    """What came of one path."""
+    """The result of trying one path."""
 
     path: str
     gigabytes_per_s: float | None
-    """None: it cannot be used."""
+    """None when the path cannot be used."""
     error: str = ""
 
     def __str__(self) -> str:
@@ -66,7 +67,7 @@ class _Running:
 
 
 class PathTrial:
-    """The trial of all paths to one peer. ``advance`` it until it says that it is over; it never
+    """Tries all paths to one peer. Call ``advance`` until it says that it is over; it never
     waits.
     """
 
@@ -79,8 +80,8 @@ class PathTrial:
         clock: Callable[[], float],
         timeout_s: float,
     ) -> None:
-        """``is_right``: whether these are the bytes of the peer's scratch. ``timeout_s``: of all
-        paths together.
+        """``is_right`` says whether these are the bytes of the peer's scratch. ``timeout_s`` is for
+        all paths together.
         """
         self.figures: list[PathFigure] = []
         self._reads = reads
@@ -107,8 +108,8 @@ class PathTrial:
         return True
 
     def best(self) -> PathFigure:
-        """The first of the paths that are nearly as fast as the fastest. Raises TransferError when
-        there is none.
+        """Return the first of the paths that are nearly as fast as the fastest. Raises
+        TransferError when there is none.
         """
         speeds = [
             figure.gigabytes_per_s for figure in self.figures if figure.gigabytes_per_s is not None
@@ -123,7 +124,7 @@ class PathTrial:
         raise TransferError("; ".join(f"{figure.path}: {figure.error}" for figure in self.figures))
 
     def abandon(self) -> None:
-        """The connection is given up: hand over the READ that is pending."""
+        """Hand over the READ that is pending, because the connection is given up."""
         self._paths.clear()
         self._let_go()
 
@@ -136,7 +137,7 @@ class PathTrial:
             self._running = _Running(path, read, landing, is_cold)
 
     def _end_read(self, running: _Running) -> bool:
-        """False while the READ is pending and in time."""
+        """Look at the READ; return False while it is pending and in time."""
         state = running.read.poll()
         if state == "pending":
             if self._clock() < self._deadline_s:

@@ -1,8 +1,7 @@
-"""NIXL and P2P together: each peer is read by whichever the handshake has found to be faster for
-it.
+"""Joins NIXL and P2P: each peer is read by whichever the handshake has found to be faster.
 
-The first connector must open; what the others need may not be there, and a peer may not be in their
-reach. Why not is an error of their paths, which comes out where paths are tried.
+The first connector must open. What the others need may not be there, and a peer may not be in their
+reach: the reason is an error of their paths, which comes out where paths are tried.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Offer(msgspec.Struct, frozen=True):
-    """One connector of a rank, for its peers."""
+    """Describes one connector of a rank to its peers."""
 
     metadata: bytes = b""
     error: str = ""
@@ -49,8 +48,9 @@ class PathsConnector(Connector):
     """Passes every READ on to the connector whose path is used."""
 
     def __init__(self, connectors: Sequence[Connector]) -> None:
-        """``connectors``: of one rank, none of which has a pusher and at most one a mapper; the preferred
-        one is last."""
+        """``connectors`` are those of one rank, the preferred one last. None has a pusher, and at
+        most one has a mapper.
+        """
         self._connectors = connectors
         self.name = "+".join(connector.name for connector in connectors)
         self.path = " or ".join(connector.path for connector in connectors)
@@ -98,7 +98,7 @@ class PathsConnector(Connector):
         return next((mapper for mapper in mappers if mapper is not None), None)
 
     def _offer(self, connector: Connector, offers: dict[str, _Offer]) -> _Offer:
-        """Of the peer, or why either of the two sides has none."""
+        """Return the peer's offer, or the reason why one of the two sides has none."""
         own = self._offers[connector.name]
         return (
             own
@@ -112,7 +112,7 @@ class _Way:
     """A peer as one of the connectors reaches it."""
 
     path: str
-    """The connector's, for the case that there is no connection."""
+    """Path of the connector, for the case that there is no connection."""
     connection: Connection | None
     error: str = ""
     """Why there is no connection."""

@@ -1,5 +1,5 @@
-"""Copies of scattered pieces of equal size from a peer's mapped memory to this rank's, and the
-CPU's way to do them.
+"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's; the CPU's way
+to do so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 PART_BYTES = 128 * 1024**2
-"""A third of a millisecond at 400 GB/s."""
+"""Bytes of one part: a third of a millisecond at 400 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Pieces:
 
     destinations: Addresses
     sources: Addresses
-    """As many."""
+    """As many as destinations."""
     piece_bytes: int
 
     @cached_property
     def parts(self) -> list[Pieces]:
-        """One after another, in parts of about ``PART_BYTES``."""
+        """Split the pieces, in their order, into parts of about ``PART_BYTES``."""
         step = max(1, PART_BYTES // self.piece_bytes)
         return [
             Pieces(
@@ -49,8 +49,8 @@ class Pieces:
 
     @cached_property
     def merged(self) -> tuple[Addresses, Addresses, Addresses]:
-        """Destinations, sources and sizes of the fewest copies: pieces that are neighbours on both
-        sides are one.
+        """Return destinations, sources and sizes of the fewest copies: pieces that are neighbours
+        on both sides are one.
         """
         size = self.piece_bytes
         breaks = (np.diff(self.destinations) != size) | (np.diff(self.sources) != size)
@@ -60,22 +60,22 @@ class Pieces:
 
 
 class PieceCopier(ABC):
-    """One way to copy. Used by one thread, which it never keeps waiting."""
+    """One way to copy. One thread uses it, and is never kept waiting."""
 
     name: str
-    """``batch``; empty where there is only one."""
+    """``batch3`` and such; empty where there is only one."""
 
     def supports(self, pieces: Pieces) -> bool:
-        """Whether it can copy pieces of this size and alignment."""
+        """Return whether it can copy pieces of this size and alignment."""
         return True
 
     @abstractmethod
     def start(self, pieces: Pieces) -> Read:
-        """Raises TransferError; then nothing is written."""
+        """Begin to copy. Raises TransferError; then nothing is written."""
 
     @abstractmethod
     def close(self) -> None:
-        """Nothing is copied any more when this returns."""
+        """End the copies: nothing is copied any more when this returns."""
 
 
 class HostCopier(PieceCopier):
@@ -84,7 +84,7 @@ class HostCopier(PieceCopier):
     name = ""
 
     def __init__(self, move: Callable[[int, int, int], object] = ctypes.memmove) -> None:
-        """``move``: destination, source, bytes."""
+        """``move`` takes destination, source and bytes."""
         self._move = move
         self._thread = ThreadPoolExecutor(1, "p2p-copy")
 
@@ -121,4 +121,4 @@ class HostCopy(Read):
         return self._future.result()
 
     def release(self) -> None:
-        """Nothing is kept of a copy."""
+        """Keep nothing: a copy holds no resource."""

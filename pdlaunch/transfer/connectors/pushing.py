@@ -1,9 +1,10 @@
-"""What connectors share whose prefill side writes: a pool of sender threads, and READs that wait to
+"""Base of connectors whose prefill side writes: a pool of sender threads, and READs that wait to
 hear of the end.
 
 ::
 
-    decode side:    read ── asked over the side channel ──▶ pending ── end ──▶ done, or failed once nothing can land any more
+    decode side:    read ── Push over the side channel ──▶ pending ── end ──▶ done, or failed
+                                                                              (nothing can land now)
     prefill side:   push ── a thread of the pool writes ──▶ poll: "" or why it failed
 """
 

@@ -1,5 +1,5 @@
-"""The scratch of a rank: memory with a known pattern that peers read in pieces to prove a path and
-to time it.
+"""Fills and checks the scratch of a rank: memory with a known pattern that peers read in pieces to
+prove a path and to time it.
 """
 
 from __future__ import annotations
@@ -10,47 +10,48 @@ import torch
 
 PATTERN_BYTES = 1024**2
 SCRATCH_BYTES = 16 * PATTERN_BYTES
-"""Of a CPU: enough to time a path of several GB/s."""
+"""Scratch on a CPU: enough to time a path of several GB/s."""
 DEVICE_SCRATCH_BYTES = 128 * PATTERN_BYTES
-"""Of a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ."""
+"""Scratch on a GPU: a third of a millisecond at 400 GB/s, long against the cost of starting a READ.
+"""
 LEAST_PIECE_BYTES = 4 * 1024
-"""Of the pieces in which a scratch is read: where blocks are smaller, what a piece costs is nearly
+"""Smallest piece that a scratch is read in: where blocks are smaller, a piece's own cost is nearly
 all of its time anyway.
 """
 COVERING_PIECE_BYTES = 16 * 1024
-"""Pieces of this size on cover the scratch. Of smaller ones there are no more than of these: more
+"""Pieces from this size on cover the scratch. There are no more of smaller ones than of these: more
 would only take longer.
 """
 
 
 def scratch_bytes(device: torch.device) -> int:
-    """Size of the scratch of a rank on ``device``."""
+    """Return the size of the scratch of a rank on ``device``."""
     return SCRATCH_BYTES if device.type == "cpu" else DEVICE_SCRATCH_BYTES
 
 
 def scratch_pattern(agent_name: str, num_bytes: int = SCRATCH_BYTES) -> bytes:
-    """What the scratch of an agent holds; it differs for every incarnation, so that a stale mapping
-    shows.
+    """Return the bytes of an agent's scratch. They differ for every incarnation, so that a stale
+    mapping shows.
     """
     return _row(agent_name) * (num_bytes // PATTERN_BYTES)
 
 
 def write_pattern(scratch: torch.Tensor, agent_name: str) -> None:
-    """``scratch``: [num_bytes] uint8."""
+    """Fill ``scratch``, [num_bytes] uint8."""
     scratch.view(-1, PATTERN_BYTES).copy_(_row_tensor(agent_name))
 
 
 def has_pattern(landing: torch.Tensor, agent_name: str) -> bool:
-    """Whether that agent's scratch begins with these bytes. ``landing``: [num_bytes] uint8, a
-    multiple of PATTERN_BYTES.
+    """Return whether that agent's scratch begins with these bytes. ``landing`` is [num_bytes]
+    uint8, a multiple of PATTERN_BYTES.
     """
     row = _row_tensor(agent_name).to(landing.device)
     return bool((landing.view(-1, PATTERN_BYTES) == row).all())
 
 
 def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """[num_bytes] uint8 of zeros to read a scratch into, its pages touched: their first use would
-    count as time of the READ.
+    """Return [num_bytes] uint8 of zeros to read a scratch into. Its pages are touched: their first
+    use would count as time of the READ.
     """
     landing = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(0)
     if device.type == "cuda":
@@ -59,11 +60,11 @@ def new_landing(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
-    """Where the pieces to read of a scratch begin, and their size: about that of the smaller block,
-    so that its cost shows.
+    """Return where the pieces to read of a scratch begin, and their size: about that of the smaller
+    block, so that its cost shows.
 
-    Last to first: no connector takes neighbours for one piece, as blocks of a prompt are none.
-    Together they are the beginning of the scratch, a quarter of it at least.
+    They go from last to first: no connector takes neighbours for one piece then, as blocks of a
+    prompt are none. Together they are the beginning of the scratch, a quarter of it at least.
     """
     wanted = min(num_bytes, max(min(block_bytes), LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)
