@@ -84,6 +84,7 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
+    # Importing one command takes up to a second; help lists the others by the table alone.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     for command in commands:
         loaded = (

@@ -139,6 +139,7 @@ def serve(
             "--bare-gb-per-s": bare_gb_per_s,
             "--step-ms": step_ms,
         }
+        # An option without an effect would make people trust a figure that it did not shape.
         _refuse(of_rows, "not for --multi-turn")
         if len(lengths) + len(numbers) > 2:
             raise typer.BadParameter("--multi-turn takes one --input-tokens and one --concurrency")

@@ -110,6 +110,7 @@ def restart(
     failed = False
     try:
         admin = admin_api(url, admin_api_key)
+        # One after the other, so that the others of a role serve meanwhile.
         for each in dict.fromkeys(name):
             outcome = restart_engine(admin, each)
             if outcome.error is None:

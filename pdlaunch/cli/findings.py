@@ -67,6 +67,7 @@ class _FindingView:
         )
         message = Text(safe(finding.message), style="default")
         rest: list[RenderableType] = []
+        # Cells, not characters: wide ones take two columns.
         if head.cell_len + len(_GAP) + message.cell_len <= options.max_width:
             yield head + Text(_GAP) + message
         else:

@@ -34,6 +34,7 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
         command(**values, flags={path: value for path, value in given.items() if value is not None})
 
     declared = [_parameters(all_settings()[path], flag) for path, flag in all_flags().items()]
+    # typer reads the signature, so flags are declared without a function that lists them.
     vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
     call.__name__ = command.__name__
     call.__doc__ = command.__doc__

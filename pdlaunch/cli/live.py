@@ -166,6 +166,7 @@ def render_status(
     head.truncate(columns, overflow="ellipsis")
     room = max(1, rows - 2)
     processes = list(status.processes)
+    # `rich` would cut the table at the bottom, where a failing process may stand.
     if len(processes) > room:
         processes = sorted(processes, key=lambda process: process.state is ProcessState.READY)[
             : room - 1

@@ -40,6 +40,7 @@ def print_table(
     for row in rows:
         table.add_row(*(_short(row[field]) for field in headings))
     width = console.measure(table, options=console.options.update(max_width=_ENOUGH)).maximum
+    # A pipe has no width: its reader gets the table whole.
     if not console.is_terminal:
         console.width = max(console.width, width)
     if width <= console.width:

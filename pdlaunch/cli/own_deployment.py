@@ -36,6 +36,7 @@ def own_deployment(
     ``config`` is the configuration that they give, ``environ`` holds further variables. Raises
     StartupError.
     """
+    # Keys go through the environment: `ps` shows arguments to everybody.
     arguments, secrets = to_command_line(flags)
     with running_deployment(
         [*([str(file)] if file else []), *arguments],

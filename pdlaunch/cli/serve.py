@@ -74,6 +74,7 @@ def serve(
         if dry_run:
             print_plan(resolved, output)
             return
+        # Before anything is started, so that a taken port costs no start.
         check_engine_ports(resolved)
         with listening(loaded.config.host, loaded.config.port) as listeners:
             outcome = _serve(loaded, resolved, lifeline, listeners)

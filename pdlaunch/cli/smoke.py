@@ -62,6 +62,7 @@ def smoke_command(
             flags = flags | {"kv_transfer.connector": "faulty"}
         with own_deployment(config, flags, launch_config, faults) as deployment:
             checks.append(Check("the deployment gets ready", round(deployment.start_s, 3)))
+            # Known before the stop, to see afterwards whether one of them is left.
             children = psutil.Process(deployment.process.pid).children(recursive=True)
             # Only now: a model that had to be converted can be read.
             resolved = resolve(launch_config, {THIS_HOST: probe_machine()}, os.environ)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Optional, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
@@ -78,6 +78,7 @@ def may_override(model: type[FrozenModel]) -> Callable[[type[ModelType]], type[M
 
 def override(settings: ModelType, overrides: FrozenModel) -> ModelType:
     """Return ``settings`` with what ``overrides`` sets; mappings are merged entry by entry."""
+    # By name, as `settings` may have more fields than the overrides, and the other way round.
     values = {name: getattr(settings, name) for name in type(settings).model_fields}
     for name, mine in values.items():
         match getattr(overrides, name):
@@ -121,5 +122,5 @@ def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
         kind: Any = info.annotation
         for item in kept:
             kind = Annotated[kind, item]
-        fields[name] = (Optional[kind], Field(None, description=info.description))  # noqa: UP045
+        fields[name] = (kind | None, Field(None, description=info.description))
     return fields

@@ -281,6 +281,7 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     @model_validator(mode="after")
     def _has_a_port_for_each_server(self) -> Self:
+        # Found here, and not only when a process tries to listen.
         taken = {self.port: "port"} if self.port else {}
         for role in get_args(Role):
             field = {"field": f"{role}.port"}

@@ -83,6 +83,7 @@ class Setting:
         value = self.info.default
         if value is None or value is PydanticUndefined or value in ("", ()):
             return ""
+        # Before numbers: a bool is an int, too.
         if isinstance(value, bool):
             return "on" if value else "off"
         if self.is_size and value:
@@ -180,6 +181,7 @@ def is_secret(path: str) -> bool:
 
 def split_path(path: str) -> list[str]:
     """Split a dotted path; the name of a mapping's entry may hold dots itself."""
+    # A dot in the name of a variable must not make it a section.
     for setting in all_settings().values():
         if setting.is_mapping and path.startswith(f"{setting.path}."):
             return [*setting.path.split("."), path.removeprefix(f"{setting.path}.")]
@@ -209,6 +211,7 @@ def _walk_sections(
 
 
 def _kinds(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
+    # pydantic moves the metadata of an annotation into the field, but not that of a union's parts.
     yield from (item.func for item in metadata if isinstance(item, BeforeValidator))
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

@@ -36,6 +36,7 @@ def parse_size(value: object) -> int:
         )
     if match is None or unit not in _UNITS:
         raise ValueError(f"{value!r:.100} is not a size; write for example 512MiB or 4GiB")
+    # Exact, unlike with floats.
     return int(Fraction(match[1]) * _UNITS[unit])
 
 

@@ -68,10 +68,12 @@ def load_config(
     InvalidConfigError, a ConfigError with the problems of all sources.
     """
     given, problems = _from_file(path)
+    # Later sources win.
     for source, found in (_from_environment(environ), _from_flags(flags)):
         given |= source
         problems += found
     config = _validate(given, problems)
+    # All problems are raised at once, so that a file is corrected once.
     if config is None or problems:
         raise InvalidConfigError(problems)
     origins = {path: Origin("default") for path in all_settings()} | {
@@ -100,6 +102,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
     known = variable_paths()
     given: dict[str, _Given] = {}
     problems = []
+    # In a fixed order, so that the same problems read the same.
     for name in sorted(environ):
         if not name.startswith(VARIABLE_PREFIX) or name in OTHER_VARIABLES:
             continue
@@ -109,6 +112,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, _Given], li
         elif path in given:
             message = f"gives {path}, and so does {given[path].origin.detail}"
             problems.append(Problem(message, path, fix="unset one of them", where=name))
+        # Scripts pass on variables that they never set; an empty api_key would open the API.
         elif not environ[name]:
             problems.append(
                 Problem("is empty", path, fix=f"unset {name}, or give it a value", where=name)
@@ -162,6 +166,7 @@ def _validate(given: Mapping[str, _Given], problems: list[Problem]) -> LaunchCon
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+        # pydantic would take `port: yes` as port 1.
         if isinstance(item.value, bool) and not _takes_bool(path):
             problems.append(
                 _refused(

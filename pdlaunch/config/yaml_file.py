@@ -135,6 +135,7 @@ class _Reader:
                     parent or None,
                     "settings of both roles go to the top level",
                 )
+            # YAML would keep the last of two without a word.
             elif name in first_lines:
                 message = f"given twice, first on line {first_lines[name]}"
                 self._problem(key, message, path, "remove one of them")
@@ -145,6 +146,7 @@ class _Reader:
     def _count(self, node: yaml.Node) -> None:
         """Count one more value. Raises InvalidConfigError when there are too many."""
         self._num_seen += 1
+        # Aliases of aliases let a short file expand without end.
         if self._num_seen > MAX_VALUES:
             raise InvalidConfigError(
                 [

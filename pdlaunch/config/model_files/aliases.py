@@ -52,6 +52,7 @@ def resolve_model(model: str) -> ResolvedModel:
     Raises ConfigError (field ``model``) with a fix.
     """
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
+    # Checked first: a directory may be called smollm2.gguf.
     if (source / "config.json").is_file():
         return ResolvedModel(model, source, source.resolve(), ready=True)
     if source.suffix == ".gguf" and source.is_file():
@@ -97,6 +98,7 @@ def _content_key(path: Path) -> str:
     The supervisor asks at every start, so it does not read the whole file.
     """
     size = path.stat().st_size
+    # A new converter makes a new directory, so that nobody serves the output of an old one.
     digest = hashlib.sha256(f"{CONVERTER_VERSION}:{size}".encode())
     with path.open("rb") as file:
         for piece in range(_NUM_SAMPLES):
@@ -118,6 +120,7 @@ def _how_to_find(source: Path) -> str:
         f"Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, or a .gguf "
         "file."
     )
+    # `org/name` is how models are named on a hub, so most users mean that.
     looks_like_hub_name = (
         not source.exists() and len(source.parts) == 2 and not source.is_absolute()
     )

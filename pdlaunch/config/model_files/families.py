@@ -92,6 +92,7 @@ def _mistral_windows(config: Config) -> Windows:
     windows: Windows = (config["sliding_window"],) * config["num_hidden_layers"]
     layer_types = config.get("layer_types")
     if (
+        # transformers ignores layer_types here: what they say must not differ from what it runs.
         layer_types is not None
         and _windows_of_types(config, layer_types, config["sliding_window"]) != windows
     ):

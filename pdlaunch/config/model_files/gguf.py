@@ -162,6 +162,7 @@ def _check_header(reader: _Reader, size: int) -> None:
         )
     num_tensors = reader.count("Q", "the number of tensors")
     num_values = reader.count("Q", "the number of values")
+    # Counts come before their items: a damaged one must not start a long loop.
     reader.check_room(num_values, _MIN_VALUE_BYTES, "values")
     reader.check_room(num_tensors, _MIN_TENSOR_BYTES, "tensors")
     values = _read_values(reader, num_values)
@@ -170,6 +171,7 @@ def _check_header(reader: _Reader, size: int) -> None:
         raise _DamageError(f"general.alignment {alignment!r} is no power of two")
     tensors = _read_tensors(reader, num_tensors, alignment)
     _refuse_parts(values)
+    # Data begins at the next multiple of the alignment after the header.
     _check_places(tensors, data_start=-(-reader.position // alignment) * alignment, size=size)
     _check_model(values, tensors)
 
@@ -197,6 +199,7 @@ def _read_value(reader: _Reader, kind: int, what: str) -> Value:
     if item_kind in _SCALARS:
         reader.skip(length * struct.calcsize("<" + _SCALARS[item_kind]), what)
     elif item_kind == _STRING:
+        # A text takes 8 bytes at least, for its length.
         reader.check_room(length, 8, f"texts in {what}")
         if length > MAX_STRINGS:
             raise _DamageError(f"{what} has {length} texts, at most {MAX_STRINGS} are read")

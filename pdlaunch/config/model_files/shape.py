@@ -62,6 +62,7 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
     """
     directory = Path(model_dir)
     outer = _read_json(directory / "config.json")
+    # A multimodal file says some things outside, others only in its text_config.
     _refuse_unsupported(outer)
     config = _language_model(outer)
     _refuse_unsupported(config)
@@ -119,6 +120,7 @@ def _shape(
         dtype=_dtype(outer) or _dtype(config),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
         bos_token_id=_first_id(generation, outer, config, key="bos_token_id"),
+        # The inner ids may be the family's defaults; what the outer file states is the model's.
         eos_token_ids=_end_tokens(generation, outer if "eos_token_id" in outer else config),
         num_parameters=_count_parameters(config, family, **sizes),
         num_experts=_positive(config, "num_local_experts") if family.has_experts else 0,
@@ -135,6 +137,7 @@ def _windows(config: dict[str, Any], family: Family) -> tuple[int | None, ...]:
             field="model",
             fix="Correct config.json of the model.",
         ) from None
+    # A window includes the current token, so it is at least 1.
     for window in windows:
         if window is not None:
             _positive({"sliding_window": window}, "sliding_window")
@@ -154,6 +157,7 @@ def _count_parameters(
     vocab_size: int,
 ) -> int:
     query_size, kv_size = num_attention_heads * head_dim, num_kv_heads * head_dim
+    # Queries and output, keys and values; then norms, biases and the inner layer.
     layer = 2 * hidden_size * query_size + 2 * hidden_size * kv_size
     layer += family.norms_per_layer * hidden_size + (2 * head_dim if family.qk_norm else 0)
     if family.qkv_bias or _reads(config, family, "attention_bias"):
@@ -169,6 +173,7 @@ def _count_parameters(
         )
     else:
         layer += 3 * hidden_size * intermediate_size
+    # A tied output layer is the embedding itself.
     embeddings = vocab_size * hidden_size * (1 if config["tie_word_embeddings"] else 2)
     return num_layers * layer + embeddings + hidden_size
 
@@ -299,6 +304,7 @@ def _has_moving_rope(config: dict[str, Any]) -> bool:
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
+    # True is an int to Python, and JSON may hold one by mistake.
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ConfigError(
             f"config.json: {key} must be a positive integer, found {value!r}",

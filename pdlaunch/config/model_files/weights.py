@@ -39,6 +39,7 @@ def weight_files(model_dir: Path) -> list[Path]:
         for file in files:
             _check_safetensors(file)
         return files
+    # Pickles are named only where there is nothing else: many checkpoints have both.
     pickles = sorted(file.name for pattern in _PICKLES for file in model_dir.glob(pattern))
     if pickles and not files:
         raise ConfigError(
@@ -70,6 +71,7 @@ def _check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            # A wrong file is told by its first bytes, before a length in them is believed.
             head = file.read(64)
             length = int.from_bytes(head[:_LENGTH_BYTES], "little")
             if (
@@ -116,6 +118,7 @@ def _data_bytes(path: Path, header: bytes) -> int:
             if name != "__metadata__"
         )
         end = 0
+        # | header | tensor | tensor | ... | end of the file: a gap or an overlap is damage, too.
         for start, stop in places:
             if start != end or stop < start:
                 raise damaged(
@@ -124,6 +127,7 @@ def _data_bytes(path: Path, header: bytes) -> int:
                 )
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # Those raised above are ValueErrors, too.
         if isinstance(error, ConfigError):
             raise
         raise damaged(
