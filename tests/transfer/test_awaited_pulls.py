@@ -35,8 +35,8 @@ from pdlaunch.transfer.decode_side.rank_pull import REPEAT_S
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import FakeChannel, FakeClock
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, hashes, pull
-from tests.transfer.test_pull import HolderRank, World
 
 TOKENS = [FirstToken(token_id=7)]
 

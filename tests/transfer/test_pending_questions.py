@@ -22,8 +22,8 @@ from pdlaunch.transfer.prefill_side.pending_questions import (
     PendingQuestions,
 )
 from tests.transfer.fakes import Fabric, FakeClock
+from tests.transfer.pull_world import HolderRank
 from tests.transfer.rank_process import grant
-from tests.transfer.test_pull import HolderRank
 
 
 class Desk:

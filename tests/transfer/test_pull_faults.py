@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pdlaunch.protocol.transfer import CancelPull, EndLease, PullDrained, PullFinished
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World
 
 NUM_BLOCKS = 16
 PULL_BLOCKS = 2

@@ -13,10 +13,10 @@ from pdlaunch.protocol.transfer import PullDrained
 from pdlaunch.transfer.connectors.connector import PushedRead, Pusher, PushJob, Write
 from pdlaunch.transfer.connectors.path_choice import NUM_WARM_READS
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
-from tests.transfer import test_pull
+from tests.transfer import pull_world
 from tests.transfer.fakes import FakeChannel, FakeConnector, FakeRead
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import cancel, grant, pull
-from tests.transfer.test_pull import HolderRank, World
 
 
 class WrittenRead(FakeRead, PushedRead):
@@ -87,7 +87,7 @@ class PushWorld(World):
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushWorld]:
-    monkeypatch.setattr(test_pull, "FakeConnector", WritingConnector)
+    monkeypatch.setattr(pull_world, "FakeConnector", WritingConnector)
     world = PushWorld()
     yield world
     world.close()

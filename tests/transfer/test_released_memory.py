@@ -28,9 +28,9 @@ from pdlaunch.transfer.connectors.nixl import NixlConnector
 from pdlaunch.transfer.connectors.p2p import P2PConnector
 from pdlaunch.transfer.connectors.paths import PathsConnector
 from tests.transfer.fakes import Fabric, FakeConnector
+from tests.transfer.pull_world import World
 from tests.transfer.rank_process import cancel, grant, pull
 from tests.transfer.test_p2p import memory_of
-from tests.transfer.test_pull import World
 from tests.transfer.test_pull_faults import History
 from tests.transfer.test_thread import Rank, remote
 

@@ -29,8 +29,8 @@ from pdlaunch.protocol.side_channel import (
 )
 from pdlaunch.transfer.channel.handshake import compatibility_of
 from tests.transfer.fakes import layout_of, spec_of
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World
 
 ENGINE_IDS = st.sampled_from(["1" * 32, "1" * 32, "1" * 32, "2" * 32, "x"])
 REQUEST_IDS = st.sampled_from(["r", "r", "r", "unknown", "../r", "\0", "r" * 256])

@@ -28,8 +28,8 @@ from pdlaunch.transfer.prefill_side.answers import LeaseAnswers
 from pdlaunch.transfer.prefill_side.pending_questions import GRANT_LAG_S, PendingQuestions
 from tests.transfer.fakes import Fabric, FakeClock, layout_of
 from tests.transfer.hand_hasher import HandHasher, stated_checksums
+from tests.transfer.pull_world import HolderRank, PromptHolder, World
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, PromptHolder, World
 
 
 class SlowHolder:

@@ -11,8 +11,8 @@ import pytest
 
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.transfer import LeaseEnded
+from tests.transfer.pull_world import HolderRank, World
 from tests.transfer.rank_process import grant, pull
-from tests.transfer.test_pull import HolderRank, World
 
 
 @pytest.fixture

@@ -1,0 +1,230 @@
+"""One decode rank and the prefill ranks that it reaches, in one process: real LeaseAnswers, Peer and
+Pull over a fake connector and fake channels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pdlaunch.integrity.checksum import KVHasher
+from pdlaunch.kvcache.groups import KVCacheLayout
+from pdlaunch.protocol.control import Address, Entry, PairReady
+from pdlaunch.protocol.kv_params import RemoteKV
+from pdlaunch.protocol.transfer import (
+    GrantLease,
+    LeaseEnded,
+    PullFinished,
+    TransferEvent,
+)
+from pdlaunch.transfer.channel.handshake import RankIdentity, compatibility_of, geometry_of
+from pdlaunch.transfer.connectors.connector import LocalMemory
+from pdlaunch.transfer.connectors.scratch import PATTERN_BYTES, SCRATCH_BYTES, scratch_pattern
+from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
+from pdlaunch.transfer.decode_side.peer_table import PeerTable, new_peer_table
+from pdlaunch.transfer.decode_side.pull import PullTable
+from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
+from tests.transfer.fakes import (
+    Fabric,
+    FakeChannel,
+    FakeClock,
+    FakeConnector,
+    layout_of,
+    random_cache,
+    spec_of,
+)
+
+
+class PromptHolder(LeaseAnswers):
+    """Has the checksums at once, as the transfer thread has them by its next turn."""
+
+    def grant(self, command: GrantLease) -> None:
+        super().grant(command)
+        self.advance_checksums()
+
+
+class HolderRank:
+    """A prefill rank without thread and sockets."""
+
+    def __init__(
+        self,
+        clock: FakeClock,
+        fabric: Fabric,
+        *,
+        incarnation: int = 1,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        **spec: Any,
+    ) -> None:
+        self.layout = layout_of(3 // tp_size, block_size=spec.get("block_size", 16))
+        self.kv_cache = random_cache(self.layout, 16, seed=incarnation + tp_rank)
+        name = f"prefill-0/rank-{tp_rank}"
+        self.identity = RankIdentity(
+            name, "prefill-0", f"{incarnation}" * 32, incarnation, tp_rank, tp_size
+        )
+        connector = FakeConnector(f"{name}#{incarnation}", fabric)
+        memory = local_memory(connector.agent_name, self.kv_cache, self.layout)
+        connector.open(memory)
+        compatibility = compatibility_of(
+            spec_of(**spec),
+            self.layout,
+            torch.float32,
+            model_digest="m",
+            total_kv_heads=3,
+            connector="fake",
+        )
+        card = RankCard(
+            self.identity,
+            compatibility,
+            geometry_of(memory, tp_rank),
+            connector.agent_name,
+            connector.agent_metadata(),
+        )
+        hasher = KVHasher(self.kv_cache, self.layout) if spec.get("verify", True) else None
+        self.holder = PromptHolder(card, hasher, clock)
+        self.channels: list[FakeChannel] = []
+
+    @property
+    def channel(self) -> FakeChannel:
+        """The newest connection to this rank."""
+        return self.channels[-1]
+
+    def entry(self) -> Entry:
+        return Entry(
+            name=self.identity.name,
+            kind="rank",
+            incarnation=self.identity.incarnation,
+            engine=self.identity.engine,
+            role="prefill",
+            tp_rank=self.identity.tp_rank,
+            tp_size=self.identity.tp_size,
+            engine_id=self.identity.engine_id,
+            address=Address(
+                side_channel=f"fake://{self.identity.incarnation + 10 * self.identity.tp_rank}"
+            ),
+        )
+
+    def remote(self, lease_id: str) -> RemoteKV:
+        return RemoteKV(
+            engine_id=self.identity.engine_id,
+            lease_id=lease_id,
+            host="h",
+            port=1,
+            block_ids=[],
+            num_tokens=1,
+        )
+
+    def ended(self) -> list[LeaseEnded]:
+        return self.holder.take_ended()
+
+    def sent(self, kind: type) -> list[Any]:
+        return [
+            message
+            for channel in self.channels
+            for message in channel.sent
+            if isinstance(message, kind)
+        ]
+
+
+def local_memory(agent_name: str, kv_cache: torch.Tensor, layout: KVCacheLayout) -> LocalMemory:
+    """The rows of its scratch, [16, PATTERN_BYTES], share their memory: all are equal, and nobody
+    writes to them.
+    """
+    row = torch.frombuffer(bytearray(scratch_pattern(agent_name, PATTERN_BYTES)), dtype=torch.uint8)
+    return LocalMemory(kv_cache, row.expand(SCRATCH_BYTES // PATTERN_BYTES, PATTERN_BYTES), layout)
+
+
+@dataclass
+class World:
+    """One puller rank and the holders that it can reach."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    fabric: Fabric = field(default_factory=Fabric)
+    holders: dict[str, HolderRank] = field(default_factory=dict)
+    events: list[TransferEvent] = field(default_factory=list)
+    reports: list[Any] = field(default_factory=list)
+    eager: bool = True
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        layout = layout_of()
+        self.kv_cache = random_cache(layout, 16, seed=99)
+        self.connector = FakeConnector("decode-0/rank-0#1", self.fabric)
+        self.connector.open(local_memory(self.connector.agent_name, self.kv_cache, layout))
+        weak = weakref.proxy(
+            self
+        )  # peers that refer to the world would be a cycle, which keeps its tensors
+        setup = PeerSetup(
+            identity=RankIdentity("decode-0/rank-0", "decode-0", "d" * 32, 1, 0, 1),
+            compatibility=compatibility_of(
+                spec_of("decode", verify=self.verify),
+                layout,
+                torch.float32,
+                model_digest="m",
+                total_kv_heads=3,
+                connector="fake",
+            ),
+            head_bytes=layout.head_bytes,
+            connector=self.connector,
+            open_channel=lambda endpoint: weak.open_channel(endpoint),
+            handshake_timeout_s=5.0,
+            clock=self.clock,
+            report=self.reports.append,
+        )
+        self.peers: PeerTable = new_peer_table(setup, eager=self.eager)
+        hasher = KVHasher(self.kv_cache, layout) if self.verify else None
+        puller = PullSetup(
+            "d" * 32,
+            0,
+            0,
+            layout.head_bytes,
+            hasher,
+            self.clock,
+            self.events.append,
+            lambda _: None,
+        )
+        self.pulls = PullTable(puller, self.peers)
+
+    def close(self) -> None:
+        """Let go of what was asked and has no answer."""
+        self.peers.lose_all("the world is closed")
+
+    def open_channel(self, endpoint: str) -> FakeChannel:
+        holder = self.holders.get(endpoint)
+        if holder is None:
+            return FakeChannel(lambda message: None)
+        holder.channels.append(FakeChannel(holder.holder.answer))
+        return holder.channel
+
+    def add(self, **options: Any) -> HolderRank:
+        holder = HolderRank(self.clock, self.fabric, verify=self.verify, **options)
+        self.holders[holder.entry().address.side_channel] = holder
+        return holder
+
+    def turn(self, times: int = 4) -> None:
+        for _ in range(times):
+            self.peers.advance()
+            self.pulls.advance()
+
+    def connect(self, **options: Any) -> HolderRank:
+        holder = self.add(**options)
+        self.peers.update([holder.entry()])
+        self.turn()
+        assert isinstance(self.reports[-1], PairReady)
+        return holder
+
+    def connect_group(self, tp_size: int) -> list[HolderRank]:
+        """All ranks of a holder with tensor parallelism."""
+        holders = [self.add(tp_rank=tp_rank, tp_size=tp_size) for tp_rank in range(tp_size)]
+        self.peers.update([holder.entry() for holder in holders])
+        self.turn()
+        assert [type(report) for report in self.reports[-tp_size:]] == [PairReady] * tp_size
+        return holders
+
+    def finished(self) -> PullFinished:
+        event = self.events.pop(0)
+        assert isinstance(event, PullFinished)
+        return event
