@@ -25,6 +25,7 @@ from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import new_peer_table
 from pdlaunch.transfer.decode_side.pull import PullTable
+from pdlaunch.transfer.instants import earliest, latest
 from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
 
@@ -166,8 +167,8 @@ class TransferSides:
             if peer.channel is not None:
                 poller.register(peer.channel.socket, zmq.POLLIN)
 
-    def sleep_s(self) -> float:
-        """Return how long nothing is due, messages aside."""
+    def sleep_s(self, longest_s: float) -> float:
+        """Return how long nothing is due, messages aside; at most ``longest_s``."""
         now = self._setup.clock()
         due_at = [
             self._prefill.next_deadline_at(),
@@ -179,11 +180,11 @@ class TransferSides:
             self._pulls.hashing_since_at,
             *(peer.reading_since_at for peer in self._peers.all()),
         ]
-        latest_at = max((at for at in polled_since if at is not None), default=None)
-        if latest_at is not None:
+        if (latest_at := latest(polled_since)) is not None:
             # READs and checksums on a device have no socket that could wake the thread.
             due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - latest_at)))
-        return max(0.0, min(at for at in due_at if at is not None) - now)
+        next_at = earliest(due_at)
+        return longest_s if next_at is None else min(longest_s, max(0.0, next_at - now))
 
     @property
     def is_idle(self) -> bool:

@@ -278,7 +278,7 @@ class TransferThread:
         """Wait for a message, an item or a deadline."""
         sleep_s = LONGEST_SLEEP_S if self._suspension is None else SUSPENSION_SLEEP_S
         if self._sides is not None:
-            sleep_s = min(sleep_s, self._sides.sleep_s())
+            sleep_s = self._sides.sleep_s(sleep_s)
         if sleep_s < SHORTEST_SLEEP_S:
             time.sleep(0)  # Others may want the interpreter.
             return

@@ -39,6 +39,7 @@ from pdlaunch.transfer.connectors.path_choice import PathFigure, PathTrial
 from pdlaunch.transfer.connectors.scratch import has_pattern
 from pdlaunch.transfer.decode_side.asked_pushes import AskedPushes
 from pdlaunch.transfer.decode_side.links import Channel, LinkStatus, PeerAddress, PeerSetup
+from pdlaunch.transfer.instants import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Peer:
         self._old_probes: list[tuple[Read, torch.Tensor]] = []
         """READs of its scratch that nobody waits for, each with the memory that it may write to."""
         self._asked_at = 0.0
-        self._deadline_at = float("inf")
+        self._deadline_at: float | None = None
         self._num_failures = 0
 
     @property
@@ -122,7 +123,7 @@ class Peer:
         """Return when the latest of the unfinished READs began."""
         return max(self._reads.values(), default=None)
 
-    def next_deadline_at(self) -> float:
+    def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""
         return self._deadline_at
 
@@ -136,7 +137,7 @@ class Peer:
         self.error = reason
         self._disconnect()
         self._state = _State.LOST
-        self._deadline_at = float("inf")
+        self._deadline_at = None
 
     def reconnect(self) -> None:
         """Make a new connection: a READ over this one has failed."""
@@ -149,7 +150,7 @@ class Peer:
         self._release_old()
         if self._state is _State.PROBING:
             self._guard(self._try_paths)
-        if self._setup.clock() >= self._deadline_at:
+        if is_due(self._deadline_at, self._setup.clock()):
             self._on_deadline()
 
     def ask(
@@ -257,7 +258,7 @@ class Peer:
             self._connection.paths(),
             is_right=lambda landing: has_pattern(landing, reply.agent_name),
             clock=self._setup.clock,
-            timeout_s=self._deadline_at - self._setup.clock(),
+            timeout_s=self._asked_at + self._setup.handshake_timeout_s - self._setup.clock(),
         )
         self._try_paths()
 
@@ -293,7 +294,7 @@ class Peer:
         assert self._connection is not None
         self._connection.use_path(best.path)
         self._state = _State.READY
-        self._deadline_at = float("inf")
+        self._deadline_at = None
         self._num_failures = 0
         self.error = ""
         seconds = setup.clock() - self._asked_at
@@ -332,7 +333,7 @@ class Peer:
         logger.error("handshake with %s: %s", self.name, error)
         self._disconnect()
         self._state = _State.INCOMPATIBLE
-        self._deadline_at = float("inf")
+        self._deadline_at = None
         self._setup.report(
             PairFailed(
                 local=self._setup.identity.name, peer=self.name, error=self.error, fatal=True
@@ -354,7 +355,7 @@ class Peer:
     def _on_deadline(self) -> None:
         if self._state is _State.WAITING and self._old_connections:
             # A peer cannot be connected twice, and a connection stays while a READ may still write.
-            self._deadline_at = float("inf")
+            self._deadline_at = None
         elif self._state is _State.WAITING:
             self._start_handshake()
         else:
@@ -392,5 +393,5 @@ class Peer:
         self._pushes.close_old_channel()
         while self._old_connections:
             self._old_connections.pop().close()
-        if self._state is _State.WAITING and self._deadline_at == float("inf"):
+        if self._state is _State.WAITING and self._deadline_at is None:
             self._deadline_at = self._setup.clock()

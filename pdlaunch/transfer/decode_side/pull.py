@@ -20,6 +20,7 @@ from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.peer_table import PeerTable
 from pdlaunch.transfer.decode_side.rank_pull import RankPull
 from pdlaunch.transfer.decode_side.read_plan import PullFailed
+from pdlaunch.transfer.instants import earliest, latest
 
 
 class Pull:
@@ -58,15 +59,14 @@ class Pull:
     @property
     def hashing_since_at(self) -> float | None:
         """Return when the latest of the checksums that are being computed were asked for."""
-        since_at = [
-            rank_pull.hashing_since_at for rank_pull in self._rank_pulls if not self._finished
-        ]
-        return max((at for at in since_at if at is not None), default=None)
+        if self._finished:
+            return None
+        return latest(rank_pull.hashing_since_at for rank_pull in self._rank_pulls)
 
-    def next_deadline_at(self) -> float:
+    def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""
         due_at = [rank_pull.next_deadline_at() for rank_pull in self._rank_pulls]
-        return min(due_at) if self._finished else min(self._deadline_at, *due_at)
+        return earliest(due_at if self._finished else [self._deadline_at, *due_at])
 
     def cancel(self) -> None:
         """Give up: nobody wants the blocks any more."""
@@ -176,8 +176,7 @@ class PullTable:
     @property
     def hashing_since_at(self) -> float | None:
         """Return when the latest of the checksums that are being computed were asked for."""
-        since_at = [pull.hashing_since_at for pull in self._pulls.values()]
-        return max((at for at in since_at if at is not None), default=None)
+        return latest(pull.hashing_since_at for pull in self._pulls.values())
 
     def start(self, command: StartPull) -> None:
         """Begin a pull. The registry shows its prefill ranks by their engine_id: the host and port
@@ -203,6 +202,6 @@ class PullTable:
             if pull.closed:
                 del self._pulls[pull.command.pull_id]
 
-    def next_deadline_at(self) -> float:
+    def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""
-        return min((pull.next_deadline_at() for pull in self._pulls.values()), default=float("inf"))
+        return earliest(pull.next_deadline_at() for pull in self._pulls.values())

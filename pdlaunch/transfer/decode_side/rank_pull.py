@@ -49,6 +49,7 @@ from pdlaunch.transfer.channel.head_mapping import SourceRank
 from pdlaunch.transfer.decode_side.chunked_reads import ChunkedReads, ReadFailed
 from pdlaunch.transfer.decode_side.links import PrefillLink, PullSetup
 from pdlaunch.transfer.decode_side.read_plan import PullFailed, Share
+from pdlaunch.transfer.instants import earliest, is_due
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +100,15 @@ class RankPull:
         """Calls of PullBegin without an answer."""
         self._version = 0
         """Version of the latest answer over this connection."""
-        self._next_begin_at = float("inf")
+        self._next_begin_at: float | None = None
         """When PullBegin is sent again, while no lease is known."""
-        self._next_checksums_at = float("inf")
+        self._next_checksums_at: float | None = None
         """When the checksums are asked for, while they are missing."""
         self._held_until_at = 0.0
         """Instant until which the lease is known to hold."""
-        self._heartbeat_s = float("inf")
-        """Time between two heartbeats."""
-        self._next_heartbeat_at = float("inf")
+        self._heartbeat_s = 0.0
+        """Time between two heartbeats, once there is a lease."""
+        self._next_heartbeat_at: float | None = None
         self._awaits_heartbeat = False
         self._last_heartbeat_at = self._last_answered_at = 0.0
         """Instants at which the last heartbeat, and the last one that was answered, were sent."""
@@ -148,13 +149,13 @@ class RankPull:
         """Return whether it is over, and the prefill rank has not been told."""
         return self._owes_until_at is not None
 
-    def next_deadline_at(self) -> float:
+    def next_deadline_at(self) -> float | None:
         """Return when there is something to do, READs and messages aside."""
         if self._owes_until_at is not None:
             return self._owes_until_at
         if self._given_up or self._link.status != "ready":
-            return float("inf")
-        return min(self._next_heartbeat_at, self._next_begin_at, self._next_checksums_at)
+            return None
+        return earliest((self._next_heartbeat_at, self._next_begin_at, self._next_checksums_at))
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
@@ -219,20 +220,20 @@ class RankPull:
         now = self._setup.clock()
         self._version, self._awaits_heartbeat = 0, False
         if self.stage is Stage.BEGINNING:
-            self.stage, self._next_begin_at = Stage.CONNECTING, float("inf")
+            self.stage, self._next_begin_at = Stage.CONNECTING, None
         if self.stage is not Stage.CONNECTING:
             self._next_heartbeat_at = now
-        if self._next_checksums_at != float("inf"):
+        if self._next_checksums_at is not None:
             self._next_checksums_at = now
 
     def _ask(self) -> None:
         """Ask what is to be asked now."""
         now = self._setup.clock()
-        if self.stage is Stage.CONNECTING or now >= self._next_begin_at:
+        if self.stage is Stage.CONNECTING or is_due(self._next_begin_at, now):
             self._begin()
-        if now >= self._next_checksums_at:
+        if is_due(self._next_checksums_at, now):
             self._ask_for_checksums()
-        if now >= self._next_heartbeat_at:
+        if is_due(self._next_heartbeat_at, now):
             self._heartbeat()
 
     def _begin(self) -> None:
@@ -318,7 +319,7 @@ class RankPull:
             case ChecksumsReply():
                 if self._reads.lacks_checksums:
                     self._reads.state(reply.groups)
-                    self._next_checksums_at = float("inf")
+                    self._next_checksums_at = None
                     self._read()
             case HeartbeatReply():
                 self._awaits_heartbeat = False
@@ -338,7 +339,7 @@ class RankPull:
         how long the lease holds now.
         """
         now = self._setup.clock()
-        self.stage, self._next_begin_at = Stage.READING, float("inf")
+        self.stage, self._next_begin_at = Stage.READING, None
         self.first_tokens = reply.first_tokens
         self.lease_known_at = now if self.lease_known_at is None else self.lease_known_at
         self._held_until_at = asked_at + reply.lease_s
@@ -370,7 +371,7 @@ class RankPull:
         if self._reads.ended_at < self._held_until_at:
             return True
         if self._command.awaits and (
-            self._awaits_heartbeat or self._next_heartbeat_at <= self._setup.clock()
+            self._awaits_heartbeat or is_due(self._next_heartbeat_at, self._setup.clock())
         ):
             # The answer was to a question of long before.
             return False
@@ -396,5 +397,5 @@ class RankPull:
         logger.warning("pull %s begins anew: %s", self._command.pull_id, failure)
         self._reads.wait()
         self.stage = Stage.CONNECTING
-        self._next_begin_at = self._next_heartbeat_at = self._next_checksums_at = float("inf")
+        self._next_begin_at = self._next_heartbeat_at = self._next_checksums_at = None
         return True

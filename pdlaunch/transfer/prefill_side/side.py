@@ -25,6 +25,7 @@ from pdlaunch.protocol.transfer import (
 )
 from pdlaunch.transfer.channel.side_channel import PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, Pusher, Write
+from pdlaunch.transfer.instants import earliest, latest
 from pdlaunch.transfer.prefill_side.answers import LeaseAnswers, RankCard
 from pdlaunch.transfer.prefill_side.pending_questions import PendingQuestions
 
@@ -90,13 +91,11 @@ class PrefillSide:
     @property
     def polling_since_at(self) -> float | None:
         """Return the instant at which the latest of the unfinished writes and checksums began."""
-        started = (self._writes.latest_at, self._answers.hashing_since_at)
-        return max((at for at in started if at is not None), default=None)
+        return latest((self._writes.latest_at, self._answers.hashing_since_at))
 
     def next_deadline_at(self) -> float | None:
         """Return when ``turn`` has something to do, messages aside."""
-        due_at = (self._pending.next_deadline_at(), self._answers.next_deadline_at())
-        return min((at for at in due_at if at is not None), default=None)
+        return earliest((self._pending.next_deadline_at(), self._answers.next_deadline_at()))
 
     def _answer(self) -> None:
         for identity, message in self._pending.sift(self._socket.receive()):
