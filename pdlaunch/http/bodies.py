@@ -177,12 +177,12 @@ async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
     decoder = content_decoder(http.headers.get(hdrs.CONTENT_ENCODING, ""))
     pieces: list[bytes] = []
     num_bytes = 0
-    now_s = asyncio.get_running_loop().time
-    end_at_s = now_s() + BODY_TIMEOUT_S
+    now = asyncio.get_running_loop().time
+    end_at = now() + BODY_TIMEOUT_S
     try:
-        async with asyncio.timeout_at(now_s() + BODY_SILENCE_S) as timeout:
+        async with asyncio.timeout_at(now() + BODY_SILENCE_S) as timeout:
             while sent := await http.content.readany():
-                timeout.reschedule(min(end_at_s, now_s() + BODY_SILENCE_S))
+                timeout.reschedule(min(end_at, now() + BODY_SILENCE_S))
                 for piece in decoder.feed(sent):
                     num_bytes += len(piece)
                     _check_length(num_bytes, max_bytes)

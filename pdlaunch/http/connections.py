@@ -126,7 +126,7 @@ class _Front:
         """Close those that idle the longest; False when none does."""
         idle = [connection for connection in self._open if connection.is_idle]
         for connection in heapq.nsmallest(
-            1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_s
+            1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_at
         ):
             self._open.discard(connection)
             connection.force_close()
@@ -178,7 +178,7 @@ class _Connection(web.RequestHandler):
         """Tell whether no request is there, nor being answered."""
         return self.transport is not None and not self._request_in_progress and not self._messages
 
-    def idle_until_s(self) -> float:
+    def idle_until_at(self) -> float:
         """Return the instant at which aiohttp would close it."""
         return self._next_keepalive_close_time
 
@@ -213,13 +213,13 @@ class AcceptErrors:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._due_s = clock()
+        self._due_at = clock()
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept()" not in context.get("message", ""):
             loop.default_exception_handler(context)
-        elif self._clock() >= self._due_s:
-            self._due_s = self._clock() + ACCEPT_LOG_INTERVAL_S
+        elif self._clock() >= self._due_at:
+            self._due_at = self._clock() + ACCEPT_LOG_INTERVAL_S
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             _logger.error(
                 "connections wait: %s; this process may open %d files (ulimit -n)",

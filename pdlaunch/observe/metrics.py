@@ -7,7 +7,8 @@ them up. Building blocks: label names are fixed at construction, as are their va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -157,3 +158,41 @@ class RequestMetrics:
     def failed(self, status: int) -> None:
         """Count a request that was answered with an error; 499: the client went away."""
         self._failed.labels(*self._values, str(status)).inc()
+
+
+class RequestClock:
+    """Measures one HTTP request, and reports to the metrics as tokens come.
+
+    ``clock`` counts seconds.
+    """
+
+    def __init__(
+        self, metrics: RequestMetrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._start_at = clock()
+        self._last_at: dict[int, float] = {}
+
+    def restart(self) -> None:
+        """Start anew: only now this engine's work begins."""
+        self._start_at = self._clock()
+
+    def tokens(self, choice: int, num_tokens: int) -> None:
+        """Count new tokens of a choice on their way to the client."""
+        if not num_tokens:
+            return
+        now_at = self._clock()
+        last_at = self._last_at.get(choice)
+        if last_at is not None:
+            # Tokens that come together took the time since the last chunk in equal parts.
+            self._metrics.inter_token.observe((now_at - last_at) / num_tokens)
+        elif not self._last_at:
+            self._metrics.time_to_first_token.observe(now_at - self._start_at)
+        self._last_at[choice] = now_at
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def end(self, num_output_tokens: int) -> None:
+        """Count an answer that is out."""
+        self._metrics.request_time.observe(self._clock() - self._start_at)
+        self._metrics.output_length.observe(num_output_tokens)

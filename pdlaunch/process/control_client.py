@@ -99,13 +99,13 @@ class Heartbeat:
         self._send = send
         self._interval_s = interval_s
         self._clock = clock
-        self._due_s = clock()
+        self._due_at = clock()
 
     def beat(self) -> None:
         """Call it with every turn of a loop."""
-        now_s = self._clock()
-        if self._interval_s and now_s >= self._due_s:
-            self._due_s = now_s + self._interval_s
+        now_at = self._clock()
+        if self._interval_s and now_at >= self._due_at:
+            self._due_at = now_at + self._interval_s
             self._send(Alive())
 
     async def run(self) -> None:

@@ -107,9 +107,9 @@ class Admin:
                 status,
                 error_body(RequestError(begun.error, param="engine", status=status, code=code)),
             )
-        until_s = self._state.now() + RESTART_TIMEOUT_S
+        until_at = self._state.now() + RESTART_TIMEOUT_S
         while (successor := self._successor(begun)) is None:
-            left_s = until_s - self._state.now()
+            left_s = until_at - self._state.now()
             if left_s <= 0:
                 message = (
                     f"{begun.engine} does not serve {RESTART_TIMEOUT_S:g} s after it was "
@@ -213,12 +213,12 @@ class Admin:
         """Wait until the registry says so too: requests that follow shall find these engines.
         Raises OverloadedError.
         """
-        until_s = self._state.now() + AWAKE_TIMEOUT_S
+        until_at = self._state.now() + AWAKE_TIMEOUT_S
         while any(
             engine.name in names and engine.state == "sleeping"
             for engine in self._state.pool.engines
         ):
-            left_s = until_s - self._state.now()
+            left_s = until_at - self._state.now()
             if left_s <= 0:
                 raise OverloadedError(
                     "the engines are awake, but not yet in the registry",

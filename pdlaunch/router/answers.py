@@ -7,11 +7,11 @@ choices of prompt ``p`` are numbered ``p * n`` to ``p * n + n - 1``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from pdlaunch.http.sse import DONE, EventStream, encode_event
-from pdlaunch.observe.metrics import RequestMetrics
+from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
 from pdlaunch.router.client_request import ClientRequest, PromptRequest
 from pdlaunch.router.engine_client import Chunk
@@ -29,13 +29,10 @@ class Answer:
         *,
         model: str,
         metrics: RequestMetrics,
-        clock: Callable[[], float],
     ) -> None:
         self._request = request
         self._metrics = metrics
-        self._clock = clock
-        self._start_s = clock()
-        self._last_s: dict[int, float] = {}
+        self._clock = RequestClock(metrics)
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
         self._created = int(time.time())
@@ -43,7 +40,7 @@ class Answer:
     async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
         """Take one chunk that is new to the client."""
         self._number_choices(prompt, chunk)
-        self._observe_times(chunk)
+        self._observe(chunk)
         await self._take(transcript, chunk)
 
     async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
@@ -57,27 +54,16 @@ class Answer:
             for choice in chunk["choices"]:
                 choice["index"] += prompt.index * prompt.num_choices
 
-    def _observe_times(self, chunk: Chunk) -> None:
-        """Measure the time to the first token of any choice, then between the chunks of each."""
-        now_s = self._clock()
+    def _observe(self, chunk: Chunk) -> None:
         for choice in chunk["choices"]:
-            num_tokens = len(choice.get("token_ids") or ())
-            if num_tokens:
-                self._metrics.generation_tokens.inc(num_tokens)
-                last_s = self._last_s.get(choice["index"])
-                if last_s is not None:
-                    self._metrics.inter_token.observe((now_s - last_s) / num_tokens)
-                elif not self._last_s:
-                    self._metrics.time_to_first_token.observe(now_s - self._start_s)
-                self._last_s[choice["index"]] = now_s
+            self._clock.tokens(choice["index"], len(choice.get("token_ids") or ()))
             if choice.get("finish_reason") is not None:
                 self._metrics.finished(choice["finish_reason"])
 
     def _observe_end(self, usage: Usage) -> None:
-        self._metrics.request_time.observe(self._clock() - self._start_s)
+        self._clock.end(usage.completion_tokens)
         self._metrics.prompt_tokens.inc(usage.prompt_tokens)
         self._metrics.prompt_length.observe(usage.prompt_tokens)
-        self._metrics.output_length.observe(usage.completion_tokens)
 
 
 class StreamedAnswer(Answer):
@@ -90,9 +76,8 @@ class StreamedAnswer(Answer):
         *,
         model: str,
         metrics: RequestMetrics,
-        clock: Callable[[], float],
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics, clock=clock)
+        super().__init__(request, model=model, metrics=metrics)
         self._stream = stream
 
     async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
@@ -123,9 +108,8 @@ class WholeAnswer(Answer):
         *,
         model: str,
         metrics: RequestMetrics,
-        clock: Callable[[], float],
     ) -> None:
-        super().__init__(request, model=model, metrics=metrics, clock=clock)
+        super().__init__(request, model=model, metrics=metrics)
         self._choices: dict[int, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
 

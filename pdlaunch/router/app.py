@@ -177,7 +177,6 @@ class RouterApp:
             stream,
             model=self._spec.served_model_name,
             metrics=self._state.metrics.requests,
-            clock=time.perf_counter,
         )
         try:
             async with self._deadlines.start().guard():
@@ -195,7 +194,6 @@ class RouterApp:
             client_request,
             model=self._spec.served_model_name,
             metrics=self._state.metrics.requests,
-            clock=time.perf_counter,
         )
         async with self._deadlines.start().guard():
             transcripts = await self._run(client_request, answer)

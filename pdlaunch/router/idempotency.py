@@ -81,7 +81,7 @@ class Recording:
         self.num_bytes = 0
         self.kept = True
         """False once it is too long; then events go as soon as all readers have them."""
-        self.ended_at_s: float | None = None
+        self.ended_at: float | None = None
         self._account = account
         self._events: list[bytes] = []
         self._num_forgotten = 0
@@ -286,7 +286,7 @@ class Repeats:
         except Exception as error:
             await recording.give_up(error)
         finally:
-            recording.ended_at_s = self._clock()
+            recording.ended_at = self._clock()
             if not (recording.has_succeeded and recording.kept):
                 self._drop(recording)
             self._make_room()
@@ -300,7 +300,7 @@ class Repeats:
         """Drop answers that are over, until the others fit; False when they do not."""
         if self._is_full():
             for recording in [
-                each for each in self._recordings.values() if each.ended_at_s is not None
+                each for each in self._recordings.values() if each.ended_at is not None
             ]:
                 if self._is_full():
                     self._drop(recording)
@@ -310,9 +310,9 @@ class Repeats:
         return self._num_bytes > MAX_BYTES or len(self._recordings) > MAX_KEPT
 
     def _drop_expired(self) -> None:
-        oldest_s = self._clock() - KEEP_S
+        oldest_at = self._clock() - KEEP_S
         for recording in list(self._recordings.values()):
-            if recording.ended_at_s is not None and recording.ended_at_s <= oldest_s:
+            if recording.ended_at is not None and recording.ended_at <= oldest_at:
                 self._drop(recording)
 
     def _drop(self, recording: Recording) -> None:

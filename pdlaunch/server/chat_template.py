@@ -86,7 +86,7 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
     """Render a template piece by piece, within bounds. Raises RequestError."""
     rendered: list[str] = []
     num_chars = 0
-    end_at_s = time.monotonic() + RENDER_TIMEOUT_S
+    end_at = time.monotonic() + RENDER_TIMEOUT_S
     for piece in pieces:
         rendered.append(piece)
         num_chars += len(piece)
@@ -99,7 +99,7 @@ def _join(pieces: Iterator[str], max_chars: int) -> str:
                 param="messages",
                 code="context_length_exceeded",
             )
-        if time.monotonic() > end_at_s:
+        if time.monotonic() > end_at:
             raise RequestError(
                 f"the model's chat template takes more than {RENDER_TIMEOUT_S:g} s",
                 param="messages",

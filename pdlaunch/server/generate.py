@@ -20,11 +20,11 @@ from pdlaunch.http.app import request_id_of
 from pdlaunch.http.deadline import Deadline
 from pdlaunch.http.headers import ORIGIN_HEADER, TRACEPARENT_HEADER, read_origin, read_traceparent
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.ids import HopId
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 from pdlaunch.server.engine_service import EngineService
-from pdlaunch.server.metrics import RequestClock
 from pdlaunch.server.prepare import Call, Prepared, prepare
 from pdlaunch.server.prompts import chat_prompt, completion_prompts, read_chat, read_completion
 from pdlaunch.server.render import ChatRenderer, CompletionRenderer, Renderer
@@ -136,7 +136,9 @@ class GenerateHandler:
                 running.release()
         if prepared.is_remote_prefill and answered:
             self._service.leases.add(call.hop_id, prepared.choices[0].request.request_id)
-        clock.finished(prepared.choices)
+        clock.end(sum(choice.num_tokens for choice in prepared.choices))
+        for choice in prepared.choices:
+            metrics.finished(choice.finish_reason or "abort")
         _log.info("%s", _summary(prepared))
         return response
 

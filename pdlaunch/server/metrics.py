@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -12,7 +11,6 @@ from prometheus_client.registry import Collector
 
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.engine import EngineStats
-from pdlaunch.server.choice import Choice, Delta
 
 _GAUGES: Mapping[str, tuple[str, str]] = {
     "num_running": ("num_requests_running", "Requests in the batch."),
@@ -146,38 +144,3 @@ class ServerMetrics:
         self.requests = RequestMetrics(registry, labels)
         self.engine = EngineStatsCollector(labels)
         registry.register(self.engine)
-
-
-class RequestClock:
-    """Times of one HTTP request; reports to the metrics as tokens come."""
-
-    def __init__(self, metrics: RequestMetrics) -> None:
-        self._metrics = metrics
-        self._start = time.monotonic()
-        self._last: dict[int, float] = {}
-
-    def restart(self) -> None:
-        """Start anew: only now this engine's work begins."""
-        self._start = time.monotonic()
-
-    def tokens(self, deltas: Sequence[Delta]) -> None:
-        """Count new tokens on their way to the client."""
-        now = time.monotonic()
-        for delta in deltas:
-            if not delta.tokens:
-                continue
-            last = self._last.get(delta.index)
-            if last is not None:
-                self._metrics.inter_token.observe((now - last) / len(delta.tokens))
-            elif not self._last:
-                self._metrics.time_to_first_token.observe(now - self._start)
-            self._last[delta.index] = now
-            self._metrics.generation_tokens.inc(len(delta.tokens))
-
-    def finished(self, choices: Sequence[Choice]) -> None:
-        """Count an answer that is out."""
-        num_tokens = sum(choice.num_tokens for choice in choices)
-        self._metrics.request_time.observe(time.monotonic() - self._start)
-        self._metrics.output_length.observe(num_tokens)
-        for choice in choices:
-            self._metrics.finished(choice.finish_reason or "abort")

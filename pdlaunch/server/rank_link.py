@@ -78,7 +78,7 @@ class RankLink:
         self._on_stats = on_stats
         self._on_sleep = on_sleep
         self._clock = clock
-        self._heard_at_s = clock()
+        self._heard_at = clock()
         self._sinks: dict[RequestId, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
@@ -89,7 +89,7 @@ class RankLink:
     @property
     def silence_s(self) -> float:
         """Return the seconds since the rank said anything, or since this link was made."""
-        return self._clock() - self._heard_at_s
+        return self._clock() - self._heard_at
 
     def submit(self, request: AddRequest, sink: Sink) -> None:
         """Start a request; ``sink`` is called from the event loop with whatever comes back. Raises
@@ -171,7 +171,7 @@ class RankLink:
     async def _read(self) -> None:
         while True:
             frame = await self._socket.recv()
-            self._heard_at_s = self._clock()
+            self._heard_at = self._clock()
             try:
                 message = from_rank.decode(frame)
             except ProtocolError as error:

@@ -14,9 +14,9 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.deadline import Deadline
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
+from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.server.choice import Delta
-from pdlaunch.server.metrics import RequestClock
 from pdlaunch.server.prepare import Call, Prepared
 from pdlaunch.server.render import Renderer
 from pdlaunch.server.running_choices import RunningChoices
@@ -106,7 +106,8 @@ class Answerer:
             self._add(self._prepared.deltas)
             yield self._prepared.deltas
         async for deltas in self._running.deltas():
-            self._clock.tokens(deltas)
+            for delta in deltas:
+                self._clock.tokens(delta.index, len(delta.tokens))
             self._add(deltas)
             yield deltas
 
