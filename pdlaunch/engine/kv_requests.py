@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.request import Request
 from pdlaunch.kvcache.manager import KVCacheManager, PrefixHit
-from pdlaunch.protocol.engine import TokenOutput
+from pdlaunch.protocol.engine import FinishReason, TokenOutput
 from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, lease_of
 from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
 from pdlaunch.protocol.transfer import (
@@ -82,9 +82,21 @@ class BlockLeases:
         return WithdrawPartialPrompt(lease_id=lease_of(request.request_id))
 
     def grant(
-        self, request: Request, first_token: TokenOutput, finish_reason: str
-    ) -> tuple[GrantLease, RemoteKV]:
-        """Keep the prompt's blocks of a request that ends now, and free its other blocks."""
+        self, request: Request, first_token: TokenOutput, reason: FinishReason
+    ) -> tuple[GrantLease, RemoteKV] | None:
+        """Keep the prompt's blocks of a request that ends now, if another engine may decode on.
+
+        A stopped choice gets a lease too if there are others, which may go on; the server ends a
+        lease that nobody needs. The request's other blocks are freed.
+        """
+        num_readers = request.message.num_readers
+        assert not (request.message.do_remote_decode and request.num_in_flight)
+        if (
+            not request.message.do_remote_decode
+            or num_readers < 1
+            or (reason == "stop" and num_readers == 1)
+        ):
+            return None
         hashes = request.prompt_hashes()
         request.is_offered = False
         leased = self._kv.lease(request.tables, request.num_prompt_tokens)
@@ -97,7 +109,7 @@ class BlockLeases:
             block_hashes=hashes,
             num_tokens=request.num_prompt_tokens,
             num_readers=request.message.num_readers,
-            first_tokens=[_first_token(first_token, finish_reason)],
+            first_tokens=[_first_token(first_token, reason)],
             lease_s=self._lease_s,
         )
         remote = RemoteKV(

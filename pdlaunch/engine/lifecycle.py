@@ -381,17 +381,15 @@ class RequestLifecycle:
         reason = request.end_of(token_id)
         if reason is None:
             return False
-        remote_kv = None if token is None else self._grant_lease(request, token, reason)
-        if (
-            remote_kv is not None
-            and token is not None
-            and reason == "length"
-            and request.message.num_readers == 1
-        ):
-            # The token can be streamed before the answer with the lease. With more choices the
-            # answer needs all their tokens at once.
-            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
-            token = None
+        remote_kv = None
+        if token is not None and (granted := self._leases.grant(request, token, reason)):
+            command, remote_kv = granted
+            self.commands.append(command)
+            if reason == "length" and request.message.num_readers == 1:
+                # The token can be streamed before the answer with the lease. With more choices the
+                # answer needs all their tokens at once.
+                self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+                token = None
         self._finish(
             request,
             reason,
@@ -400,26 +398,6 @@ class RequestLifecycle:
             remote_kv=remote_kv,
         )
         return True
-
-    def _grant_lease(
-        self, request: Request, token: TokenOutput, reason: FinishReason
-    ) -> RemoteKV | None:
-        """Put the prompt's blocks under a lease if another engine may decode on.
-
-        A stopped choice gets one too if there are others, which may go on; the server ends a lease
-        that nobody needs.
-        """
-        num_readers = request.message.num_readers
-        assert not (request.message.do_remote_decode and request.num_in_flight)
-        if (
-            not request.message.do_remote_decode
-            or num_readers < 1
-            or (reason == "stop" and num_readers == 1)
-        ):
-            return None
-        command, remote = self._leases.grant(request, token, reason)
-        self.commands.append(command)
-        return remote
 
     def _finish(
         self,

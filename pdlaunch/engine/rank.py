@@ -21,6 +21,7 @@ from pdlaunch.engine.channels import FollowerChannel, LeaderChannel, ServerLink,
 from pdlaunch.engine.follower import Follower
 from pdlaunch.engine.host_tier import new_offload_planner, new_offload_worker
 from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.stay_awake import StayAwake
@@ -141,17 +142,19 @@ class RankProcess:
         )
         port = transfer.endpoint.rpartition(":")[2]
         scheduler = Scheduler(
-            groups=runner.layout.groups,
-            num_blocks=runner.num_blocks,
-            block_size=spec.block_size,
-            max_num_seqs=spec.max_num_seqs,
+            RequestLifecycle(
+                groups=runner.layout.groups,
+                num_blocks=runner.num_blocks,
+                block_size=spec.block_size,
+                max_num_seqs=spec.max_num_seqs,
+                max_model_len=spec.max_model_len,
+                enable_prefix_caching=spec.enable_prefix_caching,
+                model_digest=runner.model_digest,
+                kv_transfer=spec.kv_transfer,
+                local=(engine_id, spec.advertise_address, int(port), spec.tensor_parallel_size),
+                offload=new_offload_planner(spec, runner, offload),
+            ),
             max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_model_len=spec.max_model_len,
-            enable_prefix_caching=spec.enable_prefix_caching,
-            model_digest=runner.model_digest,
-            kv_transfer=spec.kv_transfer,
-            local=(engine_id, spec.advertise_address, int(port), spec.tensor_parallel_size),
-            offload=new_offload_planner(spec, runner, offload),
         )
         leader = Leader(
             spec=spec,

@@ -11,16 +11,10 @@ This module only chooses; ``lifecycle.py`` does what it has chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.request import Phase, Request
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.engine.step_builder import StepDraft
-from pdlaunch.kvcache.groups import KVCacheGroup
-from pdlaunch.offload.planner import OffloadPlanner
-from pdlaunch.protocol.ids import EngineId
 from pdlaunch.protocol.transfer import TransferCommand
 
 
@@ -32,41 +26,14 @@ class Scheduler:
     to ``requests`` in between.
     """
 
-    def __init__(
-        self,
-        *,
-        groups: Sequence[KVCacheGroup],
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        enable_prefix_caching: bool,
-        model_digest: str,
-        kv_transfer: KVTransferSettings,
-        local: tuple[EngineId, str, int, int],
-        offload: OffloadPlanner | None = None,
-    ) -> None:
-        """Begin with free blocks and no request; ``local``: see ``RequestLifecycle``."""
-        self.requests = RequestLifecycle(
-            groups=groups,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            enable_prefix_caching=enable_prefix_caching,
-            model_digest=model_digest,
-            kv_transfer=kv_transfer,
-            local=local,
-            offload=offload,
-        )
-        self._blocks = self.requests.blocks
-        self._builder = self.requests.builder
-        self._host = self.requests.host
-        self._in_flight = self.requests.in_flight
-        self._pulls = self.requests.pulls
-        self._queues = self.requests.queues
-        self._block_size = block_size
+    def __init__(self, requests: RequestLifecycle, *, max_num_batched_tokens: int) -> None:
+        self.requests = requests
+        self._blocks = requests.blocks
+        self._builder = requests.builder
+        self._host = requests.host
+        self._in_flight = requests.in_flight
+        self._pulls = requests.pulls
+        self._queues = requests.queues
         self._max_num_batched_tokens = max_num_batched_tokens
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
@@ -170,7 +137,7 @@ class Scheduler:
         self._blocks.release_left(request)
         start = request.num_scheduled
         num_tokens = min(request.num_to_schedule, step.budget)
-        if start + num_tokens > request.tables.end * self._block_size:
+        if num_tokens > self._blocks.num_open_slots(request):
             while not (room := self._blocks.room(request)):
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepPlan
 from pdlaunch.kvcache.groups import KVCacheGroup
@@ -101,19 +102,21 @@ class FakeEngine:
         self.block_size = block_size
         tier = HostTier(num_chunks, HeadSlice(0, 1)) if num_chunks else None
         self.scheduler = Scheduler(
-            groups=groups,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
+            RequestLifecycle(
+                groups=groups,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                enable_prefix_caching=caching,
+                model_digest="model",
+                kv_transfer=kv_transfer or KVTransferSettings(),
+                local=("local-engine", "127.0.0.1", 5, tp_size),
+                offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk)
+                if tier
+                else None,
+            ),
             max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            enable_prefix_caching=caching,
-            model_digest="model",
-            kv_transfer=kv_transfer or KVTransferSettings(),
-            local=("local-engine", "127.0.0.1", 5, tp_size),
-            offload=OffloadPlanner(groups, block_size, tier, blocks_per_chunk=blocks_per_chunk)
-            if tier
-            else None,
         )
         self.runners = [
             FakeRunner(

@@ -19,6 +19,7 @@ from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.leader import Leader
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.logit_changes import SampleRow, token_bias
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.engine.sampler import draw_tokens
@@ -64,16 +65,18 @@ class Engine:
         self.runner.warm_up()
         self.runner.num_ahead = self.runner.num_running = 0
         self.scheduler = Scheduler(
-            groups=self.runner.layout.groups,
-            num_blocks=min(60, self.runner.num_blocks),
-            block_size=spec.block_size,
-            max_num_seqs=spec.max_num_seqs,
+            RequestLifecycle(
+                groups=self.runner.layout.groups,
+                num_blocks=min(60, self.runner.num_blocks),
+                block_size=spec.block_size,
+                max_num_seqs=spec.max_num_seqs,
+                max_model_len=spec.max_model_len,
+                enable_prefix_caching=True,
+                model_digest="m",
+                kv_transfer=KVTransferSettings(),
+                local=("engine", "127.0.0.1", 1, 1),
+            ),
             max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_model_len=spec.max_model_len,
-            enable_prefix_caching=True,
-            model_digest="m",
-            kv_transfer=KVTransferSettings(),
-            local=("engine", "127.0.0.1", 1, 1),
         )
         self.server = Recorder([])
         transfer: Any = self.server

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.leader import STATS_INTERVAL_S, Leader
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.groups import make_groups
@@ -63,17 +64,19 @@ class Recorder:
 def make_scheduler(*, tp_size: int = 1, offload: OffloadPlanner | None = None) -> Scheduler:
     """Of one full group, with 16 blocks of 4 tokens."""
     return Scheduler(
-        groups=make_groups([None]),
-        num_blocks=16,
-        block_size=4,
-        max_num_seqs=2,
+        RequestLifecycle(
+            groups=make_groups([None]),
+            num_blocks=16,
+            block_size=4,
+            max_num_seqs=2,
+            max_model_len=64,
+            enable_prefix_caching=True,
+            model_digest="m",
+            kv_transfer=KVTransferSettings(),
+            local=("engine", "127.0.0.1", 1, tp_size),
+            offload=offload,
+        ),
         max_num_batched_tokens=64,
-        max_model_len=64,
-        enable_prefix_caching=True,
-        model_digest="m",
-        kv_transfer=KVTransferSettings(),
-        local=("engine", "127.0.0.1", 1, tp_size),
-        offload=offload,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
 from pdlaunch.kvcache.hashing import TokenHasher, root_hash
@@ -53,18 +54,22 @@ class DecodeEngine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
-            groups=layout_of(
-                block_size=BLOCK_SIZE, num_layers=SHAPE["num_layers"], head_dim=SHAPE["head_dim"]
-            ).groups,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            max_num_seqs=8,
+            RequestLifecycle(
+                groups=layout_of(
+                    block_size=BLOCK_SIZE,
+                    num_layers=SHAPE["num_layers"],
+                    head_dim=SHAPE["head_dim"],
+                ).groups,
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                max_num_seqs=8,
+                max_model_len=1024,
+                enable_prefix_caching=False,
+                model_digest=MODEL,
+                kv_transfer=KVTransferSettings(),
+                local=("b" * 32, "127.0.0.1", 1, 1),
+            ),
             max_num_batched_tokens=512,
-            max_model_len=1024,
-            enable_prefix_caching=False,
-            model_digest=MODEL,
-            kv_transfer=KVTransferSettings(),
-            local=("b" * 32, "127.0.0.1", 1, 1),
         )
         self._lease_ids: dict[int, str] = {}
 

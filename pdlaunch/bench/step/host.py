@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.engine.lifecycle import RequestLifecycle
 from pdlaunch.engine.rows import RowTable
 from pdlaunch.engine.scheduler import Scheduler
 from pdlaunch.engine.step import StepOutput, StepPlan
@@ -34,16 +35,18 @@ class HostStep:
     def __init__(self, batch_size: int, context_tokens: int, num_steps: int) -> None:
         length = context_tokens + num_steps + 8
         self._scheduler = Scheduler(
-            groups=[KVCacheGroup((0,), None)],
-            num_blocks=batch_size * (length // BLOCK_SIZE + 2),
-            block_size=BLOCK_SIZE,
-            max_num_seqs=batch_size,
+            RequestLifecycle(
+                groups=[KVCacheGroup((0,), None)],
+                num_blocks=batch_size * (length // BLOCK_SIZE + 2),
+                block_size=BLOCK_SIZE,
+                max_num_seqs=batch_size,
+                max_model_len=length,
+                enable_prefix_caching=True,
+                model_digest="",
+                kv_transfer=KVTransferSettings(),
+                local=(EngineId("bench"), "127.0.0.1", 0, 1),
+            ),
             max_num_batched_tokens=batch_size * context_tokens,
-            max_model_len=length,
-            enable_prefix_caching=True,
-            model_digest="",
-            kv_transfer=KVTransferSettings(),
-            local=(EngineId("bench"), "127.0.0.1", 0, 1),
         )
         self._rows = RowTable(
             max_num_seqs=batch_size, max_model_len=length, block_size=BLOCK_SIZE, num_groups=1
