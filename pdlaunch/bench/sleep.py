@@ -71,10 +71,10 @@ def _free_bytes() -> int:
 
 
 def _seconds(act: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
+    start_at = time.perf_counter()
     act()
     torch.cuda.synchronize()
-    return time.perf_counter() - start_s
+    return time.perf_counter() - start_at
 
 
 def _spec(model_dir: Path, dtype: str, kv_cache_bytes: int, *, dummy: bool) -> EngineSpec:

@@ -118,7 +118,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Connect, or wait for the next router while one that has died is being replaced."""
-        until_s = time.monotonic() + ROUTER_RETURN_S
+        until = time.monotonic() + ROUTER_RETURN_S
         while True:
             self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.sock.settimeout(self.timeout)
@@ -127,7 +127,7 @@ class _UnixConnection(http.client.HTTPConnection):
                 return
             except ConnectionRefusedError:
                 self.sock.close()
-                if time.monotonic() >= until_s:
+                if time.monotonic() >= until:
                     raise
                 time.sleep(_POLL_S)
 

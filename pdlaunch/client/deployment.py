@@ -106,7 +106,7 @@ def running_deployment(
         own = ["--host", host, "--port", str(port), "--log-dir", logs, "--stop-on-stdin-eof"]
         # -P: a folder named pdlaunch where the user stands is not the installed one.
         command = [sys.executable, "-P", "-m", "pdlaunch", "serve", *arguments, *own]
-        started_s = time.monotonic()
+        start_at = time.monotonic()
         with output.open("wb") as sink:
             process = subprocess.Popen(
                 command,
@@ -118,8 +118,8 @@ def running_deployment(
             )
         deployment = Deployment(process, local_url(host, port), Path(logs), output, 0.0)
         try:
-            _await_health(deployment, started_s + timeout_s)
-            deployment.start_s = time.monotonic() - started_s
+            _await_health(deployment, start_at + timeout_s)
+            deployment.start_s = time.monotonic() - start_at
             yield deployment
         finally:
             deployment.stop()
@@ -132,8 +132,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _await_health(deployment: Deployment, deadline_s: float) -> None:
-    while time.monotonic() < deadline_s:
+def _await_health(deployment: Deployment, deadline_at: float) -> None:
+    while time.monotonic() < deadline_at:
         if deployment.process.poll() is not None:
             raise StartupError(
                 "pdlaunch serve ended with code "

@@ -28,10 +28,10 @@ def await_idle(admin: Api, *, timeout_s: float) -> list[str]:
 
     Returns what is left, or wrong, after ``timeout_s``; empty when all is well.
     """
-    deadline_s = time.monotonic() + timeout_s
+    deadline_at = time.monotonic() + timeout_s
     while True:
         left = _left(admin)
-        if not left or time.monotonic() > deadline_s:
+        if not left or time.monotonic() > deadline_at:
             return left
         time.sleep(_POLL_S)
 

@@ -87,13 +87,13 @@ def smoke(url: str, *, api_key: str | None = None, exact: bool) -> list[Check]:
 
 
 def _check(name: str, run: Callable[[], None]) -> Check:
-    start_s = time.monotonic()
+    start_at = time.monotonic()
     failure = None
     try:
         run()
     except (_Failure, PdlaunchError, KeyError, ValueError) as error:
         failure = str(error) or repr(error)
-    return Check(name, round(time.monotonic() - start_s, 3), failure)
+    return Check(name, round(time.monotonic() - start_at, 3), failure)
 
 
 def engines_of(router: Api) -> list[dict[str, Any]]:
@@ -176,9 +176,9 @@ def _pulled_bytes(engines: list[Api]) -> float:
 
 
 def _moved(engines: list[Api], before: float) -> None:
-    deadline_s = time.monotonic() + _IDLE_TIMEOUT_S
+    deadline_at = time.monotonic() + _IDLE_TIMEOUT_S
     while _pulled_bytes(engines) <= before:
-        if time.monotonic() > deadline_s:
+        if time.monotonic() > deadline_at:
             raise _Failure(
                 "no KV byte was pulled: every prompt was recomputed by the decode engines"
             )

@@ -29,7 +29,7 @@ class ReceivedAnswer(msgspec.Struct):
     """Holds the choices of an answer by index, as far as they have come."""
 
     choices: dict[int, AnsweredChoice] = {}
-    times_s: list[float] = []
+    events_at: list[float] = []
     """Instants of the monotonic clock at which the events of a stream came."""
 
 
@@ -54,7 +54,7 @@ async def collect_stream(lines: AsyncIterable[bytes], answer: ReceivedAnswer) ->
         event = json.loads(line[5:])
         if "error" in event:
             return f"in the stream: {event['error']['message']}"
-        answer.times_s.append(time.monotonic())
+        answer.events_at.append(time.monotonic())
         for choice in event["choices"]:
             _add(answer, choice)
     raise ProtocolError("a stream that ended without [DONE]")

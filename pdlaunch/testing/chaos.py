@@ -32,7 +32,7 @@ def smoke_under_chaos(
 
     ``exact``: the deployment computes in float32; in other dtypes greedy answers may differ.
     """
-    start_s = time.monotonic()
+    start_at = time.monotonic()
     options = SoakOptions(
         url=deployment.url,
         api_key=api_key,
@@ -43,7 +43,7 @@ def smoke_under_chaos(
         max_token_id=200,
     )
     report = asyncio.run(_load_and_kill(deployment, options))
-    seconds = round(time.monotonic() - start_s, 3)
+    seconds = round(time.monotonic() - start_at, 3)
     wrong = ("wrong",) if exact else ()
     answers = [
         f"{report.outcomes[kind]} {kind}"

@@ -78,7 +78,7 @@ async def load_with_kills(
         name: round(value + counted_before[name], 3) for name, value in report.totals.items()
     }
     for kill in kills:
-        hit = [sent for sent in report.sent if sent.start_s <= kill.killed_at <= sent.end_s]
+        hit = [sent for sent in report.sent if sent.start_at <= kill.killed_at <= sent.end_at]
         kill.num_in_flight = len(hit)
         kill.num_lost = sum(sent.outcome not in ("equal", "cancelled") for sent in hit)
         kill.longest_gap_s = max((sent.longest_gap_s for sent in hit), default=0.0)

@@ -73,8 +73,8 @@ class SentRequest(msgspec.Struct, frozen=True):
     """Records the times of one request, in seconds of the monotonic clock."""
 
     outcome: str
-    start_s: float
-    end_s: float
+    start_at: float
+    end_at: float
     longest_gap_s: float
     """Longest time between two pieces of its answer, or before the first."""
 
@@ -165,10 +165,10 @@ async def run_load(
 ) -> SoakReport:
     """Send every request, or those until ``stop``, then check that the engines hold nothing."""
     load, admin = _Load(session, options, cases, stop or asyncio.Event()), admin_api(options.url)
-    start_s = time.monotonic()
+    start_at = time.monotonic()
     await asyncio.gather(*(load.work() for _ in range(options.concurrency)))
     report = load.report
-    report.seconds = round(time.monotonic() - start_s, 2)
+    report.seconds = round(time.monotonic() - start_at, 2)
     report.left = await asyncio.to_thread(await_idle, admin, timeout_s=options.idle_timeout_s)
     report.totals = await asyncio.to_thread(engine_totals, admin)
     return report
@@ -214,18 +214,18 @@ class _Load:
     async def _account(
         self, number: int, answer: ReceivedAnswer, case: Case, salt: str, patience_s: float | None
     ) -> None:
-        report, start_s = self.report, time.monotonic()
+        report, start_at = self.report, time.monotonic()
         outcome, detail = await self._send(answer, case, salt, patience_s)
-        end_s = time.monotonic()
+        end_at = time.monotonic()
         report.outcomes[outcome] += 1
-        times_s = [start_s, *answer.times_s, end_s]
-        gap_s = max(late - early for early, late in pairwise(times_s))
-        report.sent.append(SentRequest(outcome, start_s, end_s, gap_s))
+        instants = [start_at, *answer.events_at, end_at]
+        gap_s = max(late - early for early, late in pairwise(instants))
+        report.sent.append(SentRequest(outcome, start_at, end_at, gap_s))
         if outcome in ("equal", "error"):
-            report.longest_s = round(max(report.longest_s, end_s - start_s), 2)
+            report.longest_s = round(max(report.longest_s, end_at - start_at), 2)
         if outcome not in ("equal", "cancelled") and len(report.details) < 20:
             report.details.append(
-                f"request {number}: {outcome} after {end_s - start_s:.1f} s: {detail}"
+                f"request {number}: {outcome} after {end_at - start_at:.1f} s: {detail}"
             )
 
     async def _send(

@@ -29,14 +29,12 @@ pdlaunch_request_prompt_tokens_sum{role="decode"} 9.0
 """
 
 
-def answered(*token_times_s: float) -> TimedCompletion:
-    return TimedCompletion(
-        start_s=0.0, token_times_s=list(token_times_s), num_tokens=len(token_times_s)
-    )
+def answered(*tokens_at: float) -> TimedCompletion:
+    return TimedCompletion(start_at=0.0, tokens_at=list(tokens_at), num_tokens=len(tokens_at))
 
 
 def failed(error: str) -> TimedCompletion:
-    return TimedCompletion(start_s=0.0, token_times_s=[99.0], error=error)
+    return TimedCompletion(start_at=0.0, tokens_at=[99.0], error=error)
 
 
 def row(*done: TimedCompletion, counted: EngineCounters | None = None, **limits: float) -> BenchRow:

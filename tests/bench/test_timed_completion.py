@@ -27,7 +27,7 @@ async def read(*timed_pieces: tuple[float, bytes]) -> TimedCompletion:
             yield piece
 
     times_s = iter([time_s for time_s, _ in timed_pieces])
-    completion = TimedCompletion(start_s=10.0)
+    completion = TimedCompletion(start_at=10.0)
     await read_stream(pieces(), completion, lambda: next(times_s))
     return completion
 
@@ -49,7 +49,7 @@ async def test_tokens_of_one_read_came_at_the_same_time() -> None:
     found = await read(
         (11.0, token(4)), (12.0, token(5) + token(6)), (14.0, token(7, 8)), (15.0, DONE)
     )
-    assert found.token_times_s == [11.0, 12.0, 12.0, 14.0, 14.0]
+    assert found.tokens_at == [11.0, 12.0, 12.0, 14.0, 14.0]
 
 
 async def test_a_token_came_when_its_last_byte_was_read() -> None:
@@ -59,7 +59,7 @@ async def test_a_token_came_when_its_last_byte_was_read() -> None:
         assert found.token_ids == [4, 5]
         # A line is whole with its end.
         expected = [11.0 if cut >= end else 12.0 for end in (len(token(4)) - 1, len(whole) - 1)]
-        assert found.token_times_s == expected
+        assert found.tokens_at == expected
 
 
 async def test_chunks_of_servers_that_do_not_tell_token_ids_are_tokens() -> None:
@@ -67,7 +67,7 @@ async def test_chunks_of_servers_that_do_not_tell_token_ids_are_tokens() -> None
         (11.0, event(choices=[{"index": 0, "text": "a"}])),
         (12.0, event(choices=[{"text": "b"}]) + DONE),
     )
-    assert found.token_times_s == [11.0, 12.0]
+    assert found.tokens_at == [11.0, 12.0]
     assert found.token_ids == []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
+    deadline_at = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {what}"
+        assert time.monotonic() < deadline_at, f"not in {timeout_s:g} s: {what}"
         time.sleep(0.05)

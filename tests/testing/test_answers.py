@@ -73,7 +73,7 @@ async def test_a_stream_is_the_sum_of_its_pieces() -> None:
     received = ReceivedAnswer()
     assert await collect_stream(lines(*pieces()), received) is None
     assert difference(received, answer(), is_whole=True) == ""
-    assert len(received.times_s) == 2
+    assert len(received.events_at) == 2
 
 
 async def test_of_an_answer_that_was_cancelled_only_what_came_is_compared() -> None:

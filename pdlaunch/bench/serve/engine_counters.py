@@ -68,10 +68,10 @@ async def counters_when(
     """Return the counters once all that is awaited was counted, or as they are after
     ``patience_s``.
     """
-    deadline_s = time.monotonic() + patience_s
+    deadline_at = time.monotonic() + patience_s
     while True:
         counters = await read_counters(session)
-        if is_complete(counters) or time.monotonic() > deadline_s:
+        if is_complete(counters) or time.monotonic() > deadline_at:
             return counters
         await asyncio.sleep(_POLL_S)
 

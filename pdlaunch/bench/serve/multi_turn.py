@@ -161,9 +161,9 @@ async def _run_turn(
     conversations: Sequence[_Conversation],
 ) -> TurnRow:
     waiting, done = iter(conversations), list[TimedCompletion]()
-    start_s = time.perf_counter()
+    start_at = time.perf_counter()
     await asyncio.gather(*(_work(target, waiting, done) for _ in range(options.concurrency)))
-    seconds = time.perf_counter() - start_s
+    seconds = time.perf_counter() - start_at
     prompt_tokens = options.first_tokens + turn * (options.output_tokens + options.turn_tokens)
     good = [completion for completion in done if completion.error is None]
     ttft_s = [completion.ttft_s for completion in good]

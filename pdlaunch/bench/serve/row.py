@@ -70,7 +70,7 @@ def summarise(
     from ``bench step``.
     """
     good = [completion for completion in done if completion.error is None]
-    several = [completion for completion in good if len(completion.token_times_s) > 1]
+    several = [completion for completion in good if len(completion.tokens_at) > 1]
     gaps_s = [completion.first_gap_s for completion in several]
     itl_s = [gap_s for completion in good for gap_s in completion.inter_token_s]
     itl_ms = milliseconds(itl_s, 0.5)
@@ -90,10 +90,7 @@ def summarise(
         itl_ms_median=itl_ms,
         itl_ms_p99=milliseconds(itl_s, 0.99),
         tpot_ms_median=milliseconds(
-            [
-                (item.token_times_s[-1] - item.token_times_s[0]) / (item.num_tokens - 1)
-                for item in several
-            ],
+            [(item.tokens_at[-1] - item.tokens_at[0]) / (item.num_tokens - 1) for item in several],
             0.5,
         ),
         together_share=_together_share(several),
@@ -129,9 +126,7 @@ def count_errors(done: Collection[TimedCompletion]) -> list[str]:
 
 def _together_share(several: Sequence[TimedCompletion]) -> float | None:
     is_together = [
-        late == early
-        for completion in several
-        for early, late in pairwise(completion.token_times_s)
+        late == early for completion in several for early, late in pairwise(completion.tokens_at)
     ]
     return round(sum(is_together) / len(is_together), 4) if is_together else None
 

@@ -103,9 +103,9 @@ async def _run(
             )
 
     before = await read_counters(target.session)
-    start_s = time.perf_counter()
+    start_at = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
-    seconds = time.perf_counter() - start_s
+    seconds = time.perf_counter() - start_at
     return summarise(
         input_tokens,
         concurrency,

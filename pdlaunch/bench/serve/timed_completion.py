@@ -19,9 +19,9 @@ _MAX_REASON_LENGTH = 300
 class TimedCompletion(msgspec.Struct):
     """Records one completion; times are instants of ``time.perf_counter``."""
 
-    start_s: float
+    start_at: float
     """Instant just before the request is written."""
-    token_times_s: list[float] = []
+    tokens_at: list[float] = []
     """Instant at which the bytes that tell of an output token were read; tokens that came in one
     read have the same.
     """
@@ -36,19 +36,19 @@ class TimedCompletion(msgspec.Struct):
     @property
     def ttft_s(self) -> float:
         """Return the time from the request to the first token."""
-        return self.token_times_s[0] - self.start_s
+        return self.tokens_at[0] - self.start_at
 
     @property
     def first_gap_s(self) -> float:
         """Return the time from the first token to the second; KV blocks move in it, with prefill
         and decode apart.
         """
-        return self.token_times_s[1] - self.token_times_s[0]
+        return self.tokens_at[1] - self.tokens_at[0]
 
     @property
     def inter_token_s(self) -> list[float]:
         """Return the times between tokens from the second on, so without the first gap."""
-        return [late - early for early, late in pairwise(self.token_times_s[1:])]
+        return [late - early for early, late in pairwise(self.tokens_at[1:])]
 
 
 class _Choice(msgspec.Struct):
@@ -92,7 +92,7 @@ async def complete(
             "return_token_ids": True,
         }
     )
-    completion = TimedCompletion(start_s=time.perf_counter())
+    completion = TimedCompletion(start_at=time.perf_counter())
     try:
         async with session.post(
             "/v1/completions", data=body, headers={"Content-Type": "application/json"}
@@ -122,23 +122,23 @@ async def read_stream(
     """
     rest = b""
     async for piece in pieces:
-        now_s = clock()
+        now = clock()
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 if line.strip() == b"data: [DONE]":
                     return
-                _take(_event_decoder.decode(line[5:]), now_s, completion)
+                _take(_event_decoder.decode(line[5:]), now, completion)
     completion.error = completion.error or "the stream ended without [DONE]"
 
 
-def _take(event: _Event, now_s: float, completion: TimedCompletion) -> None:
+def _take(event: _Event, now: float, completion: TimedCompletion) -> None:
     if event.error is not None:
         completion.error = f"in the stream: {_message(event.error)}"
     for choice in event.choices:
         # Who does not know token ids sends one token a chunk.
         num_tokens = 1 if choice.token_ids is None else len(choice.token_ids)
-        completion.token_times_s += [now_s] * num_tokens
+        completion.tokens_at += [now] * num_tokens
         completion.token_ids += choice.token_ids or ()
     if event.usage is not None:
         completion.num_tokens = event.usage.completion_tokens
@@ -149,7 +149,7 @@ def _take(event: _Event, now_s: float, completion: TimedCompletion) -> None:
 def _what_is_missing(completion: TimedCompletion, output_tokens: int) -> str | None:
     if completion.num_tokens != output_tokens:
         return f"{completion.num_tokens} tokens instead of {output_tokens}"
-    if not completion.token_times_s:
+    if not completion.tokens_at:
         return "no chunk with a token"
     return None
 

@@ -174,11 +174,11 @@ class BareMooncake:
         segment, base = self._peers[part.reader]
         ours = [self._cache.data_ptr() + place for place in part.remote]
         theirs = [base + place for place in part.local]
-        started_s = time.perf_counter()
+        start_at = time.perf_counter()
         code = self._engine.batch_transfer_sync_write(
             segment, ours, theirs, [part.piece_bytes] * len(ours)
         )
-        seconds = time.perf_counter() - started_s
+        seconds = time.perf_counter() - start_at
         if code != 0:
             raise TransferError(f"a bare write ended with code {code}")
         return seconds

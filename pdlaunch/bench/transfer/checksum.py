@@ -84,9 +84,9 @@ def _measure(
 def _median_s(act: Callable[[], object]) -> float:
     times_s = []
     for _ in range(NUM_RUNS):
-        start_s = time.perf_counter()
+        start_at = time.perf_counter()
         act()
-        times_s.append(time.perf_counter() - start_s)
+        times_s.append(time.perf_counter() - start_at)
     return statistics.median(times_s)
 
 
