@@ -124,6 +124,7 @@ def fetch_and_wait(address: str, token: bytes, pipe: object) -> None:
     pipe.recv()  # type: ignore[attr-defined]
 
 
+@pytest.mark.processes
 def test_a_killed_reader_uses_nothing_any_more(server: FdServer) -> None:
     context = multiprocessing.get_context("forkserver")
     pipe, child_end = context.Pipe()
