@@ -58,7 +58,7 @@ class Admission:
         """
         self.check_open()
         ticket = Ticket(self)
-        ticket.grow(size, param)
+        ticket.grow(size, param)  # raises before the door counts anything
         self._idle.clear()
         try:
             yield ticket

@@ -54,7 +54,8 @@ class AppRoute(NamedTuple):
 class HttpApp:
     """Builds the ``web.Application`` of a process from its table of routes.
 
-    Whoever ``is_trusted`` needs no key, and is no web page that the guard would have to look at.
+    A request that ``is_trusted`` needs no key, and cannot come from a web page that the guard would
+    have to look at.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class HttpApp:
         self._is_trusted = is_trusted
         self.app = web.Application(client_max_size=max_body_bytes)
         self.app.on_response_prepare.append(guard.add_cors_headers)
+        # The last route catches the rest, so that 404 and 405 pass the door too.
         for route in (*routes, AppRoute("*", "/{path:.*}", self._unknown)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
@@ -89,6 +91,7 @@ class HttpApp:
                     raise id_error
                 response = self._answer_at_once(route, http) or await route.handler(http)
             except asyncio.CancelledError:
+                # The client has closed its connection, or this process leaves.
                 self._metrics.failed(CLIENT_CLOSED_REQUEST)
                 raise
             except ConnectionError:
@@ -97,6 +100,7 @@ class HttpApp:
             except Exception as error:
                 response = error_response(error)
                 self._metrics.failed(response.status)
+        # A stream has sent its headers already, with the id among them.
         if not response.prepared:
             response.headers[REQUEST_ID_HEADER] = request_id
         return response

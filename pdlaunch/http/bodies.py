@@ -4,9 +4,9 @@ A body counts from its first byte: with the length that its header states, or wi
 to once it is decompressed, whichever is more. A router holds it until the request is answered,
 because another engine may be asked; an engine until it has read token ids from it.
 
-Who finds no room is answered 503 at once instead of being made to wait: its client knows better
-whether to try again, and bodies that wait would hold connections. Small bodies find room when large
-ones do not.
+A body that finds no room is answered 503 at once instead of being made to wait: its client knows
+better whether to try again, and bodies that wait would hold connections. Small bodies find room
+when large ones do not.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ class Hold:
         """
         more = max(0, num_bytes - self.num_bytes)
         budget = self._budget
+        # The last quarter is left to small bodies, so that a few large ones lock nobody out.
         share = 1.0 if num_bytes <= SMALL_BODY_BYTES else LARGE_SHARE
         if more and budget.held_bytes + more > budget.max_bytes * share:
             raise OverloadedError(
@@ -173,6 +174,7 @@ async def read_body(http: web.Request, hold: Hold, *, max_bytes: int) -> bytes:
     """
     stated = http.content_length or 0
     _check_length(stated, max_bytes)
+    # Before a byte is read: whoever states much must find room for it first.
     hold.grow_to(stated)
     decoder = content_decoder(http.headers.get(hdrs.CONTENT_ENCODING, ""))
     pieces: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Limits the connections of one HTTP process, and how long one may be of no use.
+"""Limits the connections of one HTTP process, and how long one may idle or stall.
 
 ::
 
@@ -124,6 +124,7 @@ class _Front:
 
     def _close_idle(self) -> bool:
         """Close those that idle the longest; False when none does."""
+        # One look at all of them closes a sixteenth: at the cap every new connection comes here.
         idle = [connection for connection in self._open if connection.is_idle]
         for connection in heapq.nsmallest(
             1 + self._limit // _GIVING_WAY, idle, key=_Connection.idle_until_at
@@ -156,9 +157,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what is no HTTP in the form of all errors, without a traceback in the log for
-        each.
-        """
+        """Answer malformed HTTP like any other error, without a traceback in the log."""
         if status >= 500:
             return super().handle_error(request, status, exc, message)
         _logger.debug("no valid HTTP from %s: %s", request.remote, message)

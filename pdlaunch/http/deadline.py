@@ -33,6 +33,7 @@ class Deadlines:
         """End what runs and all that comes. Safe to call twice."""
         self._is_closed = True
         for timeout in self._running:
+            # One that has just expired cannot be moved any more; it ends anyway.
             if not timeout.expired():
                 timeout.reschedule(0.0)
 

@@ -75,6 +75,7 @@ class Guard:
     def _check_host(self, http: web.Request) -> None:
         if self._any_host or http.path in HOST_FREE_PATHS:
             return
+        # Two Host headers: servers disagree on which one counts, so neither does.
         given = http.headers.getall(hdrs.HOST, [])
         host = _host_name(given[0]) if len(given) == 1 else ""
         if host not in self._hosts and not _is_loopback(host) and host != _local_address(http):

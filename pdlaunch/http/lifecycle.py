@@ -69,6 +69,7 @@ class Supervised:
                 capabilities=self.bootstrap.capabilities,
             )
         )
+        # Only now: the supervisor takes Register for the first message of a process.
         self.spawn(Heartbeat(self.send, self.bootstrap.heartbeat_s).run())
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:

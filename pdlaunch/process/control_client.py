@@ -51,6 +51,7 @@ class ControlClient:
 
     def close(self) -> None:
         """Send what is queued and stop; at most two seconds."""
+        # Behind all that is queued, so that a last Failed still leaves.
         self._put(None)
         self._thread.join(timeout=2)
 

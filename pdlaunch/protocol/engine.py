@@ -124,7 +124,7 @@ class SetReaders(Message):
 
 
 class CheckIntegrity(Message):
-    """Prove that every KV block has the owner that the engine's books say; answered with one
+    """Prove that every KV block has the owner that the engine believes; answered with one
     IntegrityReport.
     """
 

@@ -210,7 +210,7 @@ class Admin:
         return [known[name] for name in dict.fromkeys(names)]
 
     async def _see_awake(self, names: set[str]) -> None:
-        """Wait until the registry says so too: requests that follow shall find these engines.
+        """Wait until the registry says so too: requests that follow must find these engines.
         Raises OverloadedError.
         """
         until_at = self._state.now() + AWAKE_TIMEOUT_S
@@ -272,7 +272,7 @@ class SupervisorLink:
             del self._asked[question]
 
     def answered(self, message: Restarting) -> None:
-        """Hand an answer to who waits for it, if anybody still does."""
+        """Hand an answer to the call that waits for it, if one still does."""
         answer = self._asked.get(message.question)
         if answer is not None and not answer.done():
             answer.set_result(message)

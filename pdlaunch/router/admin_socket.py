@@ -17,8 +17,8 @@ async def listen_at_admin_socket(
 ) -> web.AppRunner:
     """Listen at ``path``; the caller cleans the runner up. Raises OSError.
 
-    It is another runner than that of the public address: who takes all connections there locks
-    nobody out here.
+    It has a runner of its own: clients that take all connections of the public address lock nobody
+    out here.
     """
     runner = web.AppRunner(
         app,

@@ -110,6 +110,7 @@ class EngineClient:
     def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
         self._timeouts = timeouts
         self._session = aiohttp.ClientSession(
+            # The router admits requests by itself; a limit here would make them wait unseen.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
             headers={"Authorization": f"Bearer {http_token}", "Content-Type": "application/json"},

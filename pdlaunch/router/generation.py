@@ -83,6 +83,7 @@ class Generation:
             finally:
                 self._drop_early()
                 self._release_untaken_lease()
+                # Its traceback leads back here: a cycle would keep the body in memory.
                 self._attempts.forget()
 
     async def _prefill(self) -> None:
@@ -171,8 +172,10 @@ class Generation:
         """Tell the client what prefill knows, if the decode engines need not tell it again."""
         self._handover = handover
         self._attempts.begin_decode()
+        # Before anything is sent: this is the last moment for a status.
         if not handover.is_final:
             self._refuse_too_long(handover.num_prompt_tokens)
+        # The client gets the first token from prefill only if decode need not say it again.
         self._first_token_sent = (handover.is_final or self.transcript.has_tokens) or (
             handover.has_first_tokens and self._state.pool.has_ready("decode", _TAKES_FIRST_TOKEN)
         )
@@ -261,7 +264,7 @@ class Generation:
         """
         while (chunk := await stream.next_chunk()) is not None:
             self._decode_has_answered = True
-            self._lease_taken |= pulls
+            self._lease_taken |= pulls  # a stream that pulls starts after its pull has ended
             await self._tell(engine, chunk)
         if not self.transcript.is_done:
             raise EngineFailure(engine, "its stream ended too early")

@@ -19,10 +19,11 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 from aiohttp import web
 
-from pdlaunch.errors import OverloadedError, RequestError
+from pdlaunch.errors import OverloadedError, PdlaunchError, RequestError
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.protocol.ids import IdempotencyKey
 
@@ -45,6 +46,9 @@ WINDOW_BYTES = 64 * 1024
 sent at a time.
 """
 _EVENT_OVERHEAD_BYTES = 64
+"""Python takes about this much for each event besides its bytes."""
+
+E = TypeVar("E", bound=BaseException)
 
 Work = Callable[[EventStream], Awaitable[web.Response | None]]
 """Makes one answer: whole, or None when the stream was told all of it."""
@@ -108,6 +112,7 @@ class Recording:
         self._events.append(event)
         self._grow(len(event) + _EVENT_OVERHEAD_BYTES)
         self._tell()
+        # An answer that is not kept goes at the pace of its slowest reader, as without a key.
         while not self.kept and self.num_bytes > WINDOW_BYTES:
             if not self._readers:
                 raise ConnectionResetError(
@@ -122,8 +127,7 @@ class Recording:
         self._tell()
 
     async def fail(self, error: BaseException) -> None:
-        # Without its traceback, which would keep the request's frames and its body alive.
-        self._stream_error = error.with_traceback(None)
+        self._stream_error = _light(error)
         await self.end()
 
     async def answer(self, response: web.Response) -> None:
@@ -137,7 +141,7 @@ class Recording:
         """Tell those who wait why there is no answer."""
         if not self._readers:
             logger.warning("the request of a client that is gone failed: %s", error)
-        self._error = error.with_traceback(None)
+        self._error = _light(error)
         await self.end()
 
     async def repeat(self, request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
@@ -214,8 +218,17 @@ class Recording:
         self._tell()
 
     def _tell(self) -> None:
+        # A new event each time: no reader can miss news by clearing what another one waits for.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _light(error: E) -> E:
+    """Return the error without its traceback, which keeps the request's body alive.
+
+    An unexpected error keeps it for the log.
+    """
+    return error.with_traceback(None) if isinstance(error, PdlaunchError) else error
 
 
 def _first(events: list[bytes], start: int) -> list[bytes]:
@@ -287,6 +300,7 @@ class Repeats:
             await recording.give_up(error)
         finally:
             recording.ended_at = self._clock()
+            # A failure is not repeated: who asks again shall have another try.
             if not (recording.has_succeeded and recording.kept):
                 self._drop(recording)
             self._make_room()

@@ -38,6 +38,7 @@ class SupervisedMembership:
     async def versions(self) -> AsyncIterator[Registry]:
         while True:
             await self._has_news.wait()
+            # Cleared before the yield: what comes while the reader works is news again.
             self._has_news.clear()
             assert self._latest is not None
             yield self._latest

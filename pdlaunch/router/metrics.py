@@ -137,7 +137,7 @@ class MetricFamilies:
             known = self._families.setdefault(
                 family.name, Metric(family.name, family.documentation, family.type)
             )
-            # A page has one type a family; whoever comes with another one is left out.
+            # A family has one type on a page; samples of another type are left out.
             if known.type == family.type:
                 known.samples += [
                     sample._replace(labels=sample.labels | label) for sample in family.samples

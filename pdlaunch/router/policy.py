@@ -185,4 +185,5 @@ def _rank(engine: Engine, role: Role, now_at: float) -> tuple[bool, bool, int, i
         if role == "prefill"
         else (engine.num_streams, engine.num_prompt_tokens)
     )
+    # A recent failure outweighs a wrong role: any engine can do the work of the other role.
     return (engine.avoid_until_at > now_at, engine.role != role, *work, engine.num_picks)

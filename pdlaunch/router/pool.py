@@ -122,6 +122,7 @@ class EnginePool:
                 ready=False,
                 state="",
             )
+        # Ready again, it counts as another engine: requests that it failed may ask it once more.
         engine.times_ready += ready and not engine.ready
         engine.ready = ready
         engine.role = server.role

@@ -23,7 +23,7 @@ class Attempts:
         self._state = state
         self._failure: EngineFailure | EngineRefusal | None = None
         self._retry_at = 0.0
-        """When those who were tried may be asked again."""
+        """When engines that were tried may be asked again."""
         self._trouble_since_at: float | None = None
         """When the first engine failed since something was heard."""
         self._num_decode_failures = 0
@@ -86,6 +86,7 @@ class Attempts:
         somebody has worked for the request. Raises the last failure, or OverloadedError.
         """
         state = self._state
+        # The time counts from the first failure, so that engines that fail in turn end it too.
         since_at = state.now() if self._trouble_since_at is None else self._trouble_since_at
         end_at = since_at + state.recovery.wait_s
         while True:
@@ -94,6 +95,7 @@ class Attempts:
             if route.decode is not None:
                 return route.decode
             left_s = end_at - state.now()
+            # Nothing is lost yet: the client can ask another deployment, or again.
             if self._failure is None and not may_wait:
                 raise no_engine_ready("no engine is ready")
             if isinstance(self._failure, EngineRefusal):
@@ -108,7 +110,7 @@ class Attempts:
                 await self._wait_for_return(left_s)
 
     async def _wait_for_return(self, left_s: float) -> None:
-        """Wait for news of the registry, or until who failed may be asked again.
+        """Wait for news of the registry, or until engines that failed may be asked again.
 
         The registry need not know that an engine was away.
         """

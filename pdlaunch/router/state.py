@@ -106,10 +106,11 @@ class RouterState:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def update(self, registry: Registry) -> None:
-        """Take over a registry and wake those who wait for an engine."""
+        """Take over a registry and wake the requests that wait for an engine."""
         self.pool.update(registry)
         self.metrics.show_pairs(registry.pairs)
         self._has_registry.set()
+        # A new event for each change: those that wait from now on wait for the next one.
         self._changed.set()
         self._changed = asyncio.Event()
         for engine in self.pool.engines:

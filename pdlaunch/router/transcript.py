@@ -104,6 +104,7 @@ class Transcript:
 
     def _admit_choice(self, choice: dict[str, Any]) -> bool:
         told = self._choices[choice["index"]]
+        # Prefill may have ended the choice, or an engine before this one.
         if told.finish_reason is not None:
             return False
         token_ids = choice.get("token_ids") or []

@@ -125,6 +125,7 @@ class GenerateHandler:
             on_first_tokens=clock.restart,
         )
         answerer = Answerer(http, call, prepared, renderer, running, clock, deadline)
+        # Until the last byte is written nobody knows of the lease, and nobody else would end it.
         answered = False
         try:
             running.start()

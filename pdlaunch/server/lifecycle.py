@@ -126,6 +126,7 @@ class ServerProcess:
             None,
         )
         rank = None if found is None else (found.incarnation, found.address.requests)
+        # Registries come for every change of any process; most say nothing of this rank.
         if rank == self._rank:
             return
         if self._rank is not None:

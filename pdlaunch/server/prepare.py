@@ -274,7 +274,7 @@ def _replay(choice: Choice, known: Known) -> list[Delta]:
     if not known.sent:
         seen.add(end)
         return [seen]
-    # Whoever said that the choice is over has told the client so.
+    # The engine that ended the choice has told the client so.
     if known.finish_reason is not None or not choice.is_over():
         return []
     return [

@@ -100,6 +100,7 @@ class RankLink:
                 f"a request {request.request_id} is under way; give each lease an id of its own",
                 param="kv_transfer_params.pdlaunch.lease_id",
             )
+        # First sent, then remembered: a request that cannot be encoded leaves nothing behind.
         self.send(request)
         self._sinks[request.request_id] = sink
 

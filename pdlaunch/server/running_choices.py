@@ -65,6 +65,7 @@ class RunningChoices:
         abort is up to the caller.
         """
         while self._running:
+            # All that has come makes one write: at high load a step's tokens wait for each other.
             events = [await self._events.get()]
             while not self._events.empty():
                 events.append(self._events.get_nowait())

@@ -158,6 +158,7 @@ class SleepDesk:
                 )
             reply = None
             try:
+                # The registry first keeps routers away; then what is here can come to its end.
                 self._settle(self._tags, draining=True)
                 if not await self._admission.wait_idle(self._timeout_s):
                     raise _conflict(f"requests were still in flight after {self._timeout_s:g} s")
@@ -195,6 +196,7 @@ class SleepDesk:
             )
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        # Shielded: half a sleep, with the door shut and memory held, would help nobody.
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
