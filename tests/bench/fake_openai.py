@@ -1,6 +1,4 @@
-"""A server that streams made-up completions, as a deployment does, and remembers what it was
-asked.
-"""
+"""Streams made-up completions as a deployment does, and remembers what it was asked."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ class FakeOpenAI:
 
     @contextmanager
     def in_thread(self) -> Iterator[FakeOpenAI]:
-        """For callers that run an event loop of their own."""
+        """Run the server in a thread, for callers that run an event loop of their own."""
         loop = asyncio.new_event_loop()
         runner = loop.run_until_complete(self.start())
         thread = threading.Thread(target=loop.run_forever)

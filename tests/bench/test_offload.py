@@ -1,4 +1,4 @@
-"""The benchmark runs on a CPU; figures are not looked at."""
+"""The offload benchmark runs on a CPU; its figures are not looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks against a made-up deployment; its times are nobody's business."""
+"""The benchmarks of a deployment run against a made-up one; its times are not looked at."""
 
 from __future__ import annotations
 

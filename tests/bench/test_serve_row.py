@@ -1,4 +1,4 @@
-"""Figures from known times."""
+"""Rows have the right figures for known times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When tokens came, from the pieces in which a stream was read."""
+"""Tokens get the time at which the piece of the stream that tells of them was read."""
 
 from __future__ import annotations
 

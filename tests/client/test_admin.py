@@ -1,4 +1,4 @@
-"""Which launch a command goes to."""
+"""A command goes to the launch that is meant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pdlaunch.supervisor.folders import new_run_dir
 
 
 class Launches:
-    """Folders of launches that run."""
+    """Makes folders of launches that run."""
 
     def __init__(self, base: Path, stack: ExitStack) -> None:
         self.base = base

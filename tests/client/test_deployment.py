@@ -12,8 +12,9 @@ from pdlaunch.errors import PdlaunchError
 
 
 class FakeProcess:
-    """``pdlaunch serve`` that ends at signal ``ends_at``; while it is waited for, Ctrl-C is pressed
-    ``interrupts`` times.
+    """Stands for a ``pdlaunch serve`` that ends at signal ``ends_at``.
+
+    While it is waited for, Ctrl-C is pressed ``interrupts`` times.
     """
 
     def __init__(self, *, ends_at: int, interrupts: int = 0) -> None:

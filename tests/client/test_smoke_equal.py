@@ -1,4 +1,4 @@
-"""When smoke takes two answers for the same."""
+"""Smoke takes two answers for the same when they should be, and only then."""
 
 from __future__ import annotations
 

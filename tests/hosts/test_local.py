@@ -1,4 +1,4 @@
-"""This machine as a host: processes are spawned, heard, signalled and buried; nothing waits."""
+"""This machine as a host spawns, hears, signals and buries processes, and waits for nothing."""
 
 from __future__ import annotations
 

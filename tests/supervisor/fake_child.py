@@ -1,4 +1,4 @@
-"""A child that speaks the control protocol and does nothing else; words on its command line make it
+"""Speaks the control protocol as a child and does nothing else; words on its command line make it
 misbehave.
 """
 

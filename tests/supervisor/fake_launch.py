@@ -1,5 +1,6 @@
-"""A launch of fake children in a process of its own: prints their pids when it is ready; ends on
-SIGTERM, or with its input.
+"""Runs a launch of fake children in a process of its own.
+
+It prints their pids when it is ready, and ends on SIGTERM, or with its input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A world without processes: the supervisor's host, observer and clock, all in the test's hand."""
+"""A world without processes: the supervisor's host, observer and clock are in the test's hand."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class FakeHost:
         ]
 
     def registry(self, name: str) -> Registry:
-        """The newest registry that a process was sent."""
+        """Return the newest registry that a process was sent."""
         newest = self.sent_to(name, Registry)[-1]
         assert isinstance(newest, Registry)
         return newest
@@ -156,7 +156,7 @@ class FakeObserver:
 
 
 class World:
-    """A supervisor and all that it sees; methods are what children and users do."""
+    """Holds a supervisor and all that it sees; methods are what children and users do."""
 
     def __init__(self, plan: Plan, timing: Timing | None = None) -> None:
         self.plan = plan
@@ -217,8 +217,8 @@ class World:
     def pass_time_alive(
         self, seconds: float, *, silent: Collection[str] = (), step_s: float = 1.0
     ) -> None:
-        """Time in which every process that runs, but those that are ``silent``, says that it is
-        alive.
+        """Let time pass in which every process that runs says that it is alive, but those that are
+        ``silent``.
         """
         until = self.clock.now + seconds
         while self.clock.now < until:
@@ -228,8 +228,8 @@ class World:
             self.pass_time(min(step_s, until - self.clock.now))
 
     def listed(self, name: str) -> str | None:
-        """The state that the router's newest registry gives a process; None when it is not in
-        it.
+        """Return the state that the router's newest registry gives a process; None when it is not
+        in it.
         """
         return next(
             (entry.state for entry in self.host.registry("router").entries if entry.name == name),

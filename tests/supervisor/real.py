@@ -1,4 +1,4 @@
-"""Run plans of fake children for real: processes, sockets, signals."""
+"""Runs plans of fake children for real: processes, sockets, signals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FakeBootstraps:
 
 
 def real_plan(words: Mapping[str, str] | None = None, **shape: int) -> Plan:
-    """``words``: by process name, how it misbehaves."""
+    """Plan fake children; ``words`` say by process name how it misbehaves."""
     plan = make_plan(**shape)
     own = words or {}
     processes = [

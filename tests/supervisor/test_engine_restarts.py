@@ -1,4 +1,4 @@
-"""``pdlaunch restart NAME`` as the supervisor sees it."""
+"""``pdlaunch restart NAME`` drains, stops and starts an engine, as the supervisor sees it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def world() -> World:
 
 
 def ask(world: World, name: str) -> Restarting:
-    """What the router is answered."""
+    """Return what the router is answered."""
     world.say("router", Restart(question=7, name=name))
     answer = world.host.sent_to("router", Restarting)[-1]
     assert isinstance(answer, Restarting)

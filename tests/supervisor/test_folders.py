@@ -24,7 +24,7 @@ from pdlaunch.supervisor.folders import (
 
 
 def make_folders(folder: Path, count: int) -> list[Path]:
-    """Of launches that have ended, oldest first."""
+    """Make folders of launches that have ended, oldest first."""
     paths = [folder / f"20260101-{number:06d}-abcdef" for number in range(count)]
     for path in paths:
         path.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Processes that live and do nothing."""
+"""Processes that live and do nothing are noticed and killed."""
 
 from __future__ import annotations
 

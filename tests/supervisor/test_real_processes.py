@@ -1,5 +1,6 @@
-"""What only real processes show: spawning, signals, deaths, nothing left behind. One core, so few
-and small launches.
+"""Real processes are spawned, signalled and buried; nothing is left behind.
+
+There may be one core, so launches are few and small.
 """
 
 from __future__ import annotations
@@ -240,8 +241,9 @@ def test_no_connection_is_refused_while_a_router_is_dead(tmp_path: Path) -> None
 
 
 def visit(port: int, over: threading.Event) -> int:
-    """Connections that were made until the launch was told to stop. Raises
-    ConnectionRefusedError.
+    """Return the number of connections that were made until the launch was told to stop.
+
+    Raises ConnectionRefusedError.
     """
     num_connected = 0
     while not over.wait(0.01):

@@ -1,4 +1,4 @@
-"""What every process is told: versions of the registry, pairs that are proven or missing."""
+"""Every process is told the registry's versions; pairs are proven or missing."""
 
 from __future__ import annotations
 

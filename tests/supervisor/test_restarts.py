@@ -1,5 +1,5 @@
-"""An engine that dies again and again, while others of its role serve: it is given up, and more and
-more slowly tried again.
+"""An engine that dies again and again while others of its role serve is given up, and tried again
+more and more slowly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def crash_loop(world: World, name: str, *, times: int = 5, returncode: int = 1) 
 
 
 def give_up(world: World, name: str = "decode-0") -> None:
-    """All of its processes."""
+    """Let all processes of an engine die too often."""
     crash_loop(world, name)
     world.exit(f"{name}/rank-0", -9)
 

@@ -1,4 +1,4 @@
-"""What the registry shows of processes that sleep."""
+"""The registry shows which processes sleep."""
 
 from __future__ import annotations
 

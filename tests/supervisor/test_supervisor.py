@@ -1,4 +1,4 @@
-"""The supervisor's decisions, replayed from event histories."""
+"""The supervisor's decisions are replayed from event histories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is told what a rank may have died of."""
+"""The router is told what a rank may have died of."""
 
 from __future__ import annotations
 

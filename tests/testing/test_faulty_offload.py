@@ -1,4 +1,6 @@
-"""The worker for tests of faults: bad memory is found by the load, late ends are told after all."""
+"""Injected faults of the host tier are noticed: bad memory by the load, late ends are told after
+all.
+"""
 
 from __future__ import annotations
 
