@@ -1,0 +1,59 @@
+"""A case of a rule, and how the contexts of cases are made."""
+
+from dataclasses import dataclass, replace
+
+from pdlaunch.checks.context import Context, PairTransport
+from pdlaunch.config.kv_transfer import KVTransferSettings
+from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+
+ROUTER = ("127.0.0.1", 8000)
+PAIR = PairTransport("decode-0/rank-0", "prefill-0/rank-0", "nixl/UCX", "cuda", 390.0, 400.0)
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+EXPERTS = replace(SHAPE, model_type="gpt_oss", num_experts=32)
+SLIDING = replace(SMALL_SHAPE, layer_windows=(1024,) * 30)
+TIER = {"kv_offload__host_memory": "8GiB"}
+
+
+@dataclass(frozen=True)
+class Case:
+    fires: list[Context]
+    quiet: list[Context]
+
+
+def machine(base=CPU, **changes):
+    return replace(base, **changes)
+
+
+def libraries(base=CPU, **changes):
+    return replace(base, libraries=replace(base.libraries, **changes))
+
+
+def mooncake(base):
+    return on(base, kv_transfer__connector="mooncake")
+
+
+class NeedsCuda(KVTransferSettings):
+    """Those of a connector that moves device memory only."""
+
+    @property
+    def needs_cuda(self):
+        return True
+
+
+def needing_cuda(base):
+    context = on(base)
+    config = context.config.model_copy(update={"kv_transfer": NeedsCuda()})
+    return replace(context, launch=replace(context.launch, config=config))
+
+
+def advertising(context, address):
+    """The context with another address that ranks tell their peers."""
+    roles = {
+        role: replace(engines, advertise_address=address)
+        for role, engines in context.engines.items()
+    }
+    return replace(context, launch=replace(context.launch, roles=roles))
+
+
+def one_gpu(**changes):
+    return replace(GPU, gpus=GPU.gpus[:1], **changes)

@@ -1,0 +1,187 @@
+"""For each rule on machines and transport (PD4xx, PD5xx): where it fires, and near misses."""
+
+from dataclasses import replace
+
+from pdlaunch.platform.facts import Limits, NixlInstall, PortState, SharedMemory
+from tests.checks.case import (
+    PAIR,
+    ROUTER,
+    Case,
+    advertising,
+    libraries,
+    machine,
+    mooncake,
+    needing_cuda,
+)
+from tests.checks.contexts import CPU, GB200, GIB, GPU, on
+
+CASES: dict[str, Case] = {
+    "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
+    "PD401": Case([on(libraries(torch=None)), on(libraries(transformers=None))], [on(CPU)]),
+    "PD402": Case(
+        [on(libraries(nixl=NixlInstall())), on(libraries(nixl=NixlInstall("1.5.1")))], [on(CPU)]
+    ),
+    "PD403": Case(
+        [
+            on(libraries(nixl=NixlInstall("1", {"cu12": "1"}, frozenset()))),
+            on(
+                libraries(
+                    GPU, nixl=NixlInstall("1", {"cu12": "1", "cu13": "1"}, frozenset({"cu12"}))
+                )
+            ),
+        ],
+        [
+            on(
+                libraries(
+                    GPU, nixl=NixlInstall("1", {"cu12": "1", "cu13": "1"}, frozenset({"cu13"}))
+                )
+            )
+        ],
+    ),
+    "PD404": Case(
+        [on(CPU, probes={"import_errors": {"nixl": "undefined symbol"}})],
+        [on(CPU, probes={"import_errors": {}})],
+    ),
+    "PD437": Case(
+        [on(CPU, probes={"connector_errors": {"theirs": "connector theirs cannot be imported"}})],
+        [on(CPU, probes={"connector_errors": {}})],
+    ),
+    "PD438": Case([needing_cuda(CPU)], [needing_cuda(GPU), on(CPU)]),
+    "PD405": Case(
+        [on(libraries(GPU, nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"}))))],
+        [on(libraries(nixl=NixlInstall("1", {"cu12": "1"}, frozenset({"cu12"})))), on(GPU)],
+    ),
+    "PD406": Case([on(libraries(GPU, torch="2.13.0+cpu", torch_cuda=None))], [on(CPU), on(GPU)]),
+    "PD407": Case(
+        [on(machine(GPU, driver_cuda=(12, 8)))], [on(libraries(GPU, torch_cuda="12.8")), on(GPU)]
+    ),
+    "PD408": Case(
+        [
+            mooncake(CPU),
+            mooncake(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",))),
+            mooncake(libraries(mooncake=True, mooncake_version="0.3.12.post9")),
+        ],
+        [
+            mooncake(libraries(mooncake=True, mooncake_version="0.3.13.post1")),
+            mooncake(libraries(mooncake=True)),
+            on(libraries(mooncake=True, missing_for_mooncake=("libibverbs.so.1",))),
+        ],
+    ),
+    "PD409": Case([mooncake(CPU)], [on(CPU)]),
+    "PD410": Case([on(CPU, device="cuda")], [on(CPU), on(GPU, device="cuda")]),
+    "PD411": Case(
+        [on(GPU, decode__tensor_parallel_size=16)], [on(GPU, decode__tensor_parallel_size=8)]
+    ),
+    "PD412": Case([on(machine(cpus=(0,)))], [on(machine(cpus=(0, 1)))]),
+    "PD413": Case(
+        [on(machine(has_native_bf16=False), dtype="bfloat16"), on(CPU, dtype="float16")],
+        [on(CPU, dtype="bfloat16"), on(machine(has_native_bf16=False))],
+    ),
+    "PD414": Case(
+        [on(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",)))],
+        [on(machine(limits=Limits(8 << 20, 65536))), on(machine(rdma_devices=("mlx5_0",)))],
+    ),
+    "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 4096)))]),
+    "PD416": Case(
+        [on(machine(shm=SharedMemory(64 << 20, 64 << 20)))],
+        [on(machine(shm=SharedMemory(1 << 30, 1 << 30)))],
+    ),
+    "PD417": Case([on(machine(shm=SharedMemory(GIB, GIB, ("ucx_shm_posix_1",))))], [on(CPU)]),
+    "PD418": Case(
+        [mooncake(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
+        [mooncake(CPU), on(machine(limits=Limits(-1, 65536, can_bind_to_device=False)))],
+    ),
+    "PD419": Case(
+        [on(CPU, probes={"folder_problems": {"kv_transfer.file.directory": "/kv is no folder"}})],
+        [on(CPU, probes={"folder_problems": {}})],
+    ),
+    "PD420": Case(
+        [on(CPU, probes={"ports": {ROUTER: PortState("busy")}})],
+        [on(CPU, probes={"ports": {ROUTER: PortState()}})],
+    ),
+    "PD421": Case(
+        [on(CPU, port=80, probes={"ports": {("127.0.0.1", 80): PortState("privileged")}})],
+        [on(CPU, probes={"ports": {ROUTER: PortState("busy")}})],
+    ),
+    "PD422": Case(
+        [
+            on(CPU, probes={"ports": {ROUTER: PortState("not here")}}),
+            on(CPU, probes={"ports": {ROUTER: PortState("unknown host")}}),
+        ],
+        [on(CPU, probes={"ports": {ROUTER: PortState()}})],
+    ),
+    "PD424": Case(
+        [on(CPU, CPU), advertising(on(CPU, CPU), "0.0.0.0")],
+        [on(CPU), advertising(on(CPU, CPU), "10.0.0.1")],
+    ),
+    "PD425": Case(
+        [on(CPU, prefill__tensor_parallel_size=3)],
+        [on(CPU), on(GPU, prefill__tensor_parallel_size=2)],
+    ),
+    "PD430": Case(
+        [on(GPU, environ={"UCX_TLS": "rc,sm,tcp"}), on(GPU, environ={"UCX_TLS": "^cuda"})],
+        [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"}), on(CPU, environ={"UCX_TLS": "tcp"})],
+    ),
+    "PD431": Case(
+        [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"})], [on(GPU, environ={"UCX_TLS": "^tcp"})]
+    ),
+    "PD432": Case(
+        [on(CPU, environ={"UCX_TLS": "posix"})], [on(CPU, environ={"UCX_TLS": "tcp,sm"}), on(CPU)]
+    ),
+    "PD433": Case([on(CPU, environ={"UCX_TLS": "tcp"})], [on(CPU, environ={"UCX_TLS": "posix"})]),
+    "PD434": Case(
+        [on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "tcp,sm"})],
+        [
+            on(machine(rdma_devices=("mlx5_0",)), environ={"UCX_TLS": "tcp,sm"}),
+            on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "rc"}),
+        ],
+    ),
+    "PD435": Case(
+        [on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "n"})],
+        [
+            on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}),
+            on(GPU, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "n"}),
+        ],
+    ),
+    "PD436": Case(
+        [on(GPU, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"})],
+        [on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}), on(GPU)],
+    ),
+    "PD501": Case(
+        [on(CPU, pairs=(replace(PAIR, error="REMOTE_DISCONNECT"),))], [on(CPU, pairs=(PAIR,))]
+    ),
+    "PD502": Case(
+        [on(CPU, pairs=(PAIR, replace(PAIR, bytes_equal=False)))], [on(CPU, pairs=(PAIR,))]
+    ),
+    "PD503": Case(
+        [
+            on(GPU, pairs=(replace(PAIR, allocator=allocator, gigabytes_per_s=0.6),))
+            for allocator in ("cumem", "expandable_segments")
+        ],
+        [
+            on(GPU, pairs=(replace(PAIR, allocator="cumem", path="p2p"),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=0.6),)),
+        ],
+    ),
+    "PD504": Case(
+        [
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=12.0),)),
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=199.0),)),
+        ],
+        [
+            on(GPU, pairs=(replace(PAIR, gigabytes_per_s=300.0),)),
+            on(GPU, pairs=(replace(PAIR, allocator="cumem", gigabytes_per_s=0.6),)),
+            on(
+                GPU,
+                pairs=(
+                    replace(PAIR, gigabytes_per_s=None),
+                    replace(PAIR, expected_gigabytes_per_s=None),
+                ),
+            ),
+        ],
+    ),
+    "PD505": Case(
+        [on(CPU, pairs=(PAIR,))],
+        [on(CPU, pairs=(replace(PAIR, gigabytes_per_s=None), replace(PAIR, error="gone")))],
+    ),
+}

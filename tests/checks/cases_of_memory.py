@@ -1,0 +1,184 @@
+"""For each rule on memory (PD2xx): where it fires, and near misses."""
+
+from dataclasses import replace
+
+from pdlaunch.platform.facts import Availability, Limits
+from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
+from tests.checks.contexts import CPU, GB200, GIB, GPU, SMALL_SHAPE, on
+
+CASES: dict[str, Case] = {
+    "PD201": Case(
+        [
+            on(GPU, enable_sleep_mode=True, enable_cumem_allocator=False),
+            on(GPU, enable_cumem_allocator=False, decode__enable_sleep_mode=True),
+        ],
+        [on(GPU, enable_sleep_mode=True), on(GPU, enable_cumem_allocator=False)],
+    ),
+    "PD202": Case(
+        [
+            on(CPU, enable_cumem_allocator=True),
+            on(GPU, enable_cumem_allocator=True, device="cpu"),
+            on(
+                machine(GPU, cumem=Availability(False, "cuInit failed")),
+                decode__enable_cumem_allocator=True,
+            ),
+        ],
+        [on(CPU, enable_cumem_allocator=False), on(GPU, enable_cumem_allocator=True)],
+    ),
+    "PD203": Case(
+        [
+            on(CPU, enable_sleep_mode=True),
+            on(machine(GPU, cumem=Availability(False, "old")), enable_sleep_mode=True),
+        ],
+        [on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
+    ),
+    "PD204": Case(
+        [
+            on(GPU, environ=EXPANDABLE),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": " expandable_segments : true "}),
+            on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": "expandable_segments:1"}),
+            on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
+            on(GPU, environ={}, decode__env=EXPANDABLE),
+        ],
+        [
+            on(GPU, environ=EXPANDABLE, enable_cumem_allocator=True),
+            on(GPU, environ=EXPANDABLE, enable_sleep_mode=True),
+            on(
+                GPU,
+                environ={
+                    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,expandable_segments:False"
+                },
+            ),
+            on(
+                GPU,
+                environ={
+                    "PYTORCH_CUDA_ALLOC_CONF": "",
+                    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+                },
+            ),
+            on(
+                GPU,
+                environ=EXPANDABLE,
+                env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"},
+            ),
+        ],
+    ),
+    "PD205": Case(
+        [on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments:true"})],
+        [on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments: Tr ue"})],
+    ),
+    "PD206": Case(
+        [on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"})],
+        [
+            on(GPU, environ=EXPANDABLE),
+            on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ],
+    ),
+    "PD207": Case(
+        [
+            on(machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus))),
+            on(GPU, kv_cache_memory="130GiB"),
+        ],
+        [
+            on(
+                machine(GPU, gpus=tuple(replace(gpu, memory_bytes=16 * GIB) for gpu in GPU.gpus)),
+                prefill__tensor_parallel_size=2,
+                decode__tensor_parallel_size=2,
+                max_num_batched_tokens=4096,
+            ),
+            on(GPU, kv_cache_memory="100GiB"),
+        ],
+    ),
+    "PD208": Case(
+        [on(CPU, max_model_len=8192, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="1KiB")],
+        [on(CPU, max_model_len=1024, kv_cache_memory="64MiB"), on(CPU, kv_cache_memory="64MiB")],
+    ),
+    "PD209": Case(
+        [on(CPU, kv_cache_memory="64MiB")],
+        [
+            on(CPU, max_model_len=8192, kv_cache_memory="64MiB"),
+            on(CPU, kv_cache_memory="64MiB", shapes=(SLIDING, SLIDING)),
+            on(CPU, kv_cache_memory="1KiB"),
+        ],
+    ),
+    "PD210": Case(
+        [on(one_gpu()), on(one_gpu(), kv_cache_memory="60GiB")],
+        [
+            on(one_gpu(), gpu_memory_utilization=0.45),
+            on(one_gpu(), kv_cache_memory="20GiB"),
+            on(GPU),
+        ],
+    ),
+    "PD211": Case(
+        [on(one_gpu(), gpu_memory_utilization=0.4)],
+        [on(GPU, prefill__replicas=4, decode__replicas=4)],
+    ),
+    "PD212": Case(
+        [on(CPU, kv_cache_memory="40GiB"), on(CPU, decode__replicas=60)],
+        [on(CPU, kv_cache_memory="20GiB")],
+    ),
+    "PD213": Case(
+        [
+            on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, enable_sleep_mode=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, enable_sleep_mode=True, kv_transfer__connector="mooncake"),
+        ],
+        [
+            on(GPU, kv_transfer__nixl__path="nixl"),
+            on(GB200, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, enable_cumem_allocator=True),
+        ],
+    ),
+    "PD220": Case(
+        [
+            on(CPU, **TIER, enable_prefix_caching=False),
+            on(CPU, **TIER, decode__enable_prefix_caching=False),
+        ],
+        [
+            on(CPU, **TIER),
+            on(CPU, enable_prefix_caching=False),
+            on(CPU, **TIER, decode__kv_offload__host_memory=0),
+        ],
+    ),
+    "PD221": Case(
+        [on(CPU, kv_offload__host_memory="31GiB"), on(GPU, **TIER, decode__replicas=8)],
+        [
+            on(CPU, kv_offload__host_memory="28GiB"),
+            on(GPU, kv_offload__host_memory="32GiB"),
+            on(CPU, kv_cache_memory="40GiB"),
+        ],
+    ),
+    "PD222": Case(
+        [on(machine(GPU, limits=Limits(GIB, 65536)), **TIER)],
+        [
+            on(GPU, **TIER),
+            on(machine(limits=Limits(GIB, 65536)), **TIER),
+            on(machine(GPU, limits=Limits(32 * GIB, 65536)), **TIER),
+        ],
+    ),
+    "PD223": Case(
+        [on(CPU, kv_offload__host_memory="1GiB"), on(GPU, **TIER, kv_cache_memory="40GiB")],
+        [on(CPU, **TIER), on(GPU, **TIER), on(CPU, **TIER, kv_offload__policy="lru")],
+    ),
+    "PD224": Case(
+        [
+            on(CPU, kv_offload__host_memory="64KiB"),
+            on(CPU, **TIER, prefill__kv_offload__host_memory="100KiB"),
+            on(
+                GPU,
+                shapes=(SMALL_SHAPE, SMALL_SHAPE),
+                block_size=1,
+                kv_offload__host_memory="64KiB",
+            ),
+        ],
+        [on(CPU, kv_offload__host_memory="1MiB")],
+    ),
+    "PD225": Case(
+        [on(CPU, kv_offload__policy="lru"), on(CPU, prefill__kv_offload__policy="lru")],
+        [
+            on(CPU, **TIER, kv_offload__policy="lru"),
+            on(CPU, **TIER, kv_offload__policy="lru", decode__kv_offload__host_memory=0),
+            on(CPU),
+        ],
+    ),
+}

@@ -1,0 +1,112 @@
+"""For each rule on settings and pairs (PD1xx, PD3xx): where it fires, and near misses."""
+
+from dataclasses import replace
+
+from pdlaunch.errors import ConfigError
+from tests.checks.case import EXPERTS, SLIDING, Case, machine
+from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+
+CASES: dict[str, Case] = {
+    "PD101": Case(
+        [on(CPU, prefill__replicas=0, decode__replicas=0)], [on(CPU, prefill__replicas=0)]
+    ),
+    "PD102": Case(
+        [on(CPU, prefill__replicas=0), on(CPU, decode__replicas=0)],
+        [on(CPU, prefill__replicas=0, decode__replicas=0)],
+    ),
+    "PD103": Case([on(CPU, model_error=ConfigError("no such model", fix="name one"))], [on(CPU)]),
+    "PD104": Case(
+        [on(CPU, prefill__tensor_parallel_size=2), on(GPU, decode__tensor_parallel_size=64)],
+        [on(CPU, prefill__tensor_parallel_size=3)],
+    ),
+    "PD105": Case(
+        [on(CPU, decode__tensor_parallel_size=2), on(GPU, decode__tensor_parallel_size=12)],
+        [on(GPU, decode__tensor_parallel_size=16), on(CPU, decode__tensor_parallel_size=9)],
+    ),
+    "PD106": Case(
+        [on(CPU, max_model_len=8193), on(CPU, decode__max_model_len=9000)],
+        [on(CPU, max_model_len=8192)],
+    ),
+    "PD107": Case(
+        [on(CPU, kv_transfer__lease_s=20.0)],
+        [on(CPU, kv_transfer__lease_s=5.0, kv_transfer__pull_timeout_s=4.0)],
+    ),
+    "PD108": Case([on(GPU, block_size=24)], [on(CPU, block_size=24), on(GPU, block_size=48)]),
+    "PD109": Case(
+        [on(CPU, block_size=128, max_model_len=100)], [on(CPU, block_size=128, max_model_len=128)]
+    ),
+    "PD110": Case([on(CPU, max_num_batched_tokens=63)], [on(CPU, max_num_batched_tokens=64)]),
+    "PD111": Case([on(CPU, kv_transfer__verify="off")], [on(CPU, kv_transfer__verify="on")]),
+    "PD112": Case(
+        [on(CPU, host="0.0.0.0"), on(CPU, host="::")],
+        [on(CPU, host="localhost"), on(CPU, host="0.0.0.0", api_key="k"), on(CPU, host="::1")],
+    ),
+    "PD113": Case(
+        [on(CPU, limits__request_timeout_s=20.0)],
+        [on(CPU, limits__request_timeout_s=20.5)],
+    ),
+    "PD114": Case(
+        [
+            on(CPU, gpu_memory_utilization=0.9),
+            on(GPU, gpu_memory_utilization=0.5, kv_cache_memory="4GiB"),
+        ],
+        [on(GPU, gpu_memory_utilization=0.5)],
+    ),
+    "PD115": Case(
+        [on(CPU, num_threads=9)], [on(CPU, num_threads=8), on(machine(cpus=(0,)), num_threads=1)]
+    ),
+    "PD116": Case([on(CPU, startup_timeout_s=20.0)], [on(CPU, startup_timeout_s=20.5)]),
+    "PD117": Case([on(CPU, load_format="dummy")], [on(CPU, load_format="auto")]),
+    "PD118": Case(
+        [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
+        [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
+    ),
+    "PD119": Case(
+        [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
+        [
+            on(
+                CPU,
+                prefill__replicas=0,
+                probes={"weight_errors": {"prefill": ConfigError("only pickles")}},
+            )
+        ],
+    ),
+    "PD301": Case(
+        [
+            on(GPU, shapes=(SHAPE, SMALL_SHAPE)),
+            on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, vocab_size=1))),
+        ],
+        [on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, eos_token_ids=(7,))))],
+    ),
+    "PD302": Case(
+        [on(CPU, paths=("/models/a", "/models/b"))],
+        [on(CPU, paths=("/models/a", "/models/x/../a"))],
+    ),
+    "PD303": Case(
+        [on(CPU, prefill__dtype="float32"), on(GPU, decode__dtype="float16")],
+        [on(GPU, decode__dtype="bfloat16"), on(CPU, dtype="float32")],
+    ),
+    "PD304": Case(
+        [on(CPU, decode__block_size=32)], [on(CPU, block_size=32, decode__block_size=32)]
+    ),
+    "PD305": Case([on(CPU, shapes=(SMALL_SHAPE, SLIDING))], [on(CPU, shapes=(SLIDING, SLIDING))]),
+    "PD306": Case(
+        [on(CPU, shapes=(SMALL_SHAPE, replace(SMALL_SHAPE, num_kv_heads=9)))],
+        [on(CPU, decode__tensor_parallel_size=3)],
+    ),
+    "PD307": Case(
+        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=3)],
+        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4)],
+    ),
+    "PD308": Case(
+        [on(GPU, prefill__tensor_parallel_size=4, decode__tensor_parallel_size=2)],
+        [on(GPU, prefill__tensor_parallel_size=2, decode__tensor_parallel_size=4), on(GPU)],
+    ),
+    "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
+    "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
+    "PD311": Case([on(GPU, prefill__device="cpu")], [on(GPU, device="cpu")]),
+    "PD313": Case(
+        [on(GPU, prefill__enable_cumem_allocator=True), on(GPU, decode__enable_sleep_mode=True)],
+        [on(GPU, enable_cumem_allocator=True), on(CPU, prefill__enable_cumem_allocator=True)],
+    ),
+}
