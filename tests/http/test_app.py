@@ -1,0 +1,136 @@
+"""The door of an HTTP process: ids, keys and errors of every route."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from pdlaunch.errors import KillsEngineError, OverloadedError
+from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes, request_id_of
+from pdlaunch.http.connections import HttpRunner
+from pdlaunch.http.errors import RelayedError, json_response
+from pdlaunch.http.guard import Guard
+from pdlaunch.observe.metrics import RequestMetrics, render_metrics
+from pdlaunch.protocol.openai.responses import ModelCard
+
+Ask = Callable[..., Awaitable[tuple[int, dict, aiohttp.ClientResponse]]]
+KEY = {"Authorization": "Bearer key"}
+
+
+async def echo(http: web.Request) -> web.StreamResponse:
+    return json_response({"id": request_id_of(http)})
+
+
+def raising(error: Exception) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(_: web.Request) -> web.StreamResponse:
+        raise error
+
+    return handle
+
+
+ERRORS = {
+    "/busy": OverloadedError("full", retry_after_s=3),
+    "/deadly": KillsEngineError("crashed twice"),
+    "/broken": ZeroDivisionError("secret"),
+    "/relayed": RelayedError(
+        "engine e answered 418",
+        status=418,
+        body=b'{"a": 1}',
+        content_type="application/json",
+        headers={"Retry-After": "9"},
+    ),
+}
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
+    check = bearer_check(["key"], message="wrong key", code="no_key", open_paths=("/open",))
+    other = bearer_check(["other"], message="wrong other key", code="no_other_key")
+    app = HttpApp(
+        [
+            AppRoute("GET", "/open", echo),
+            AppRoute("POST", "/closed", echo),
+            AppRoute("GET", "/other", echo, other),
+            *(AppRoute("GET", path, raising(error)) for path, error in ERRORS.items()),
+            *model_routes(lambda: ModelCard(id="org/tiny")),
+        ],
+        guard=Guard("127.0.0.1"),
+        check_key=check,
+        metrics=RequestMetrics(registry, {"model_name": "tiny"}),
+        max_body_bytes=1000,
+    ).app
+    runner = HttpRunner(app, max_connections=10, shutdown_timeout_s=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
+
+        async def send(
+            method: str, path: str, **headers: str
+        ) -> tuple[int, dict, aiohttp.ClientResponse]:
+            async with session.request(method, path, headers=headers) as response:
+                return response.status, await response.json() if method != "HEAD" else {}, response
+
+        yield send
+    await runner.cleanup()
+
+
+def failed(registry: CollectorRegistry, status: int) -> float | None:
+    return registry.get_sample_value(
+        "pdlaunch_request_errors_total", {"model_name": "tiny", "status": str(status)}
+    )
+
+
+async def test_every_answer_has_the_requests_id(ask: Ask) -> None:
+    status, body, response = await ask("GET", "/open", **{"X-Request-Id": "mine"})
+    assert (status, body["id"], response.headers["X-Request-Id"]) == (200, "mine", "mine")
+    _, body, response = await ask("GET", "/open")
+    assert body["id"] == response.headers["X-Request-Id"]
+    status, body, response = await ask("GET", "/open", **{"X-Request-Id": "a b"})
+    assert (status, body["error"]["param"]) == (400, "X-Request-Id")
+    assert response.headers["X-Request-Id"] != "a b"
+
+
+async def test_each_route_asks_for_its_key(ask: Ask) -> None:
+    assert (await ask("HEAD", "/open"))[0] == 200
+    assert (await ask("POST", "/closed"))[1]["error"]["code"] == "no_key"
+    assert (await ask("POST", "/closed", **KEY))[0] == 200
+    assert (await ask("GET", "/other", **KEY))[1]["error"]["code"] == "no_other_key"
+    assert (await ask("GET", "/other", Authorization="Bearer other"))[0] == 200
+    assert (await ask("GET", "/nothing"))[1]["error"]["code"] == "no_key"
+
+
+async def test_unknown_paths_and_methods_are_errors_like_others(ask: Ask) -> None:
+    status, body, _ = await ask("GET", "/nothing", **KEY)
+    assert (status, body["error"]["code"]) == (404, "not_found")
+    status, body, response = await ask("DELETE", "/closed", **KEY)
+    assert (status, body["error"]["code"]) == (405, "method_not_allowed")
+    assert response.headers["Allow"] == "POST"
+
+
+async def test_errors_become_answers_and_are_counted(ask: Ask, registry: CollectorRegistry) -> None:
+    status, body, response = await ask("GET", "/busy", **KEY)
+    assert (status, response.headers["Retry-After"]) == (429, "3")
+    status, body, response = await ask("GET", "/deadly", **KEY)
+    assert (status, response.headers["X-Should-Retry"]) == (500, "false")
+    status, body, response = await ask("GET", "/broken", **KEY)
+    assert (status, "secret" in str(body)) == (500, False)
+    status, body, response = await ask("GET", "/relayed", **KEY)
+    assert (status, body, response.headers["Retry-After"]) == (418, {"a": 1}, "9")
+    assert [failed(registry, status) for status in (429, 500, 418)] == [1, 2, 1]
+    assert b"pdlaunch_request_errors" in render_metrics(registry)
+
+
+async def test_models_are_found_by_names_with_slashes(ask: Ask) -> None:
+    assert (await ask("GET", "/v1/models", **KEY))[1]["data"][0]["id"] == "org/tiny"
+    assert (await ask("GET", "/v1/models/org/tiny", **KEY))[1]["id"] == "org/tiny"
+    status, body, _ = await ask("GET", "/v1/models/other", **KEY)
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
