@@ -165,6 +165,7 @@ class ChunkedReads:
         """Take in the latest answer. Raises PullFailed when it is not about this prompt."""
         check_hashes(self._command, reply, self._share.prefill_rank)
         if reply.generation != self._generation:
+            # The blocks were withdrawn in between: what was read may be another request's.
             self.forget()
             self._generation = reply.generation
         self._offer = reply
@@ -228,6 +229,7 @@ class ChunkedReads:
     def _start_next(self) -> bool:
         """Begin the next READ. Returns False when there is nothing to read, or nothing yet."""
         offer, link = self._offer, self._link
+        # A prefill rank that writes by itself does so only under a lease.
         if offer is None or link.status != "ready" or not (offer.leased or link.reads_early):
             return False
         num_blocks = len(self._command.block_hashes)
@@ -292,6 +294,7 @@ class ChunkedReads:
         read_s = self._reading.seconds() if state == "done" else 0.0
         self._release()
         if state == "failed":
+            # The next READ begins with the same blocks, unless all of them are read anew anyway.
             if chunk.counts:
                 self._next_block = min(span.start for _, span in chunk.plan.spans)
             self._link.reconnect()

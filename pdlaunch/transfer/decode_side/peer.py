@@ -141,6 +141,7 @@ class Peer:
 
     def reconnect(self) -> None:
         """Make a new connection: a READ over this one has failed."""
+        # In other states a new connection is under way anyway.
         if self._state is _State.READY:
             self._retry_later("a READ has failed")
 
@@ -159,6 +160,7 @@ class Peer:
         call_id = next(self._call_ids)
         if on_reply is not None:
             self._calls[call_id] = on_reply
+        # Without a channel the question is lost, as over a connection that breaks: pulls ask again.
         if self.channel is not None:
             self.channel.send(build(call_id))
         return call_id
@@ -368,6 +370,7 @@ class Peer:
 
     def _disconnect(self) -> None:
         """Give the connection up; it stays only as long as a READ may still write."""
+        # Their answers would have come over this connection.
         self._calls.clear()
         if self.channel is not None:
             self._pushes.retire(self.channel)
@@ -389,7 +392,7 @@ class Peer:
 
     def _close_old_connections(self) -> None:
         if self._reads:
-            return
+            return  # They may still write, and answers about them may still come.
         self._pushes.close_old_channel()
         while self._old_connections:
             self._old_connections.pop().close()

@@ -45,6 +45,8 @@ class PeerTable:
         addresses: dict[str, PeerAddress] = {}
         wanted: set[str] = set()
         for entry in ranks:
+            # Rank 0's engine_id counts: others are compared with it. A rank that sleeps has no
+            # memory, and one that has just started no side channel.
             leader = leaders.get(entry.engine)
             if (
                 leader is None

@@ -52,20 +52,18 @@ class Pull:
     @property
     def closed(self) -> bool:
         """Return whether nothing is left to do or to wait for."""
-        return not self.holds_blocks and not any(
-            rank_pull.owes_end for rank_pull in self._rank_pulls
-        )
+        return not self.holds_blocks and not any(pull.owes_end for pull in self._rank_pulls)
 
     @property
     def hashing_since_at(self) -> float | None:
         """Return when the latest of the checksums that are being computed were asked for."""
         if self._finished:
             return None
-        return latest(rank_pull.hashing_since_at for rank_pull in self._rank_pulls)
+        return latest(pull.hashing_since_at for pull in self._rank_pulls)
 
     def next_deadline_at(self) -> float | None:
         """Return when ``advance`` has something to do, READs and messages aside."""
-        due_at = [rank_pull.next_deadline_at() for rank_pull in self._rank_pulls]
+        due_at = [pull.next_deadline_at() for pull in self._rank_pulls]
         return earliest(due_at if self._finished else [self._deadline_at, *due_at])
 
     def cancel(self) -> None:
@@ -84,34 +82,28 @@ class Pull:
             self._fail(failure)
 
     def _step(self) -> None:
-        for rank_pull in self._rank_pulls:
-            rank_pull.advance()
-        known_at = [
-            rank_pull.lease_known_at
-            for rank_pull in self._rank_pulls
-            if rank_pull.lease_known_at is not None
-        ]
-        if self._awaits and known_at:
+        for pull in self._rank_pulls:
+            pull.advance()
+        known_at = earliest(pull.lease_known_at for pull in self._rank_pulls)
+        if self._awaits and known_at is not None:
+            # From here on it is a pull like any other, however long prefill has computed before.
             self._awaits = False
-            self._started_at, self._deadline_at = (
-                min(known_at),
-                min(known_at) + self.command.timeout_s,
-            )
+            self._started_at, self._deadline_at = known_at, known_at + self.command.timeout_s
         if self._setup.clock() >= self._deadline_at:
             where = ", ".join(
-                f"{rank_pull.name} is {rank_pull.stage.name.lower()}"
-                for rank_pull in self._rank_pulls
+                f"{pull.name} is {pull.stage.name.lower()}" for pull in self._rank_pulls
             )
             raise PullFailed(f"no end within {self._deadline_at - self._started_at:g} s; {where}")
-        if all(rank_pull.is_proven for rank_pull in self._rank_pulls):
-            for rank_pull in self._rank_pulls:
-                rank_pull.end()
+        if all(pull.is_proven for pull in self._rank_pulls):
+            for pull in self._rank_pulls:
+                pull.end()
             self._finish(ok=True)
 
     def _fail(self, failure: PullFailed) -> None:
-        for rank_pull in self._rank_pulls:
-            rank_pull.give_up()
-        self._draining = any(rank_pull.in_flight for rank_pull in self._rank_pulls)
+        # First: no READ may begin once the engine knows of the end and gives the blocks to others.
+        for pull in self._rank_pulls:
+            pull.give_up()
+        self._draining = any(pull.in_flight for pull in self._rank_pulls)
         self._finish(
             ok=False,
             error=str(failure),
@@ -129,28 +121,23 @@ class Pull:
                 ok=ok,
                 error=error,
                 in_flight=self._draining,
-                num_bytes=sum(rank_pull.num_bytes for rank_pull in self._rank_pulls) if ok else 0,
+                num_bytes=sum(pull.num_bytes for pull in self._rank_pulls) if ok else 0,
                 seconds=self._setup.clock() - self._started_at,
-                read_s=max(rank_pull.read_s for rank_pull in self._rank_pulls) if ok else 0.0,
+                read_s=max(pull.read_s for pull in self._rank_pulls) if ok else 0.0,
                 verification_failed=verification_failed
-                or any(rank_pull.verification_failed for rank_pull in self._rank_pulls),
+                or any(pull.verification_failed for pull in self._rank_pulls),
                 late=late,
-                num_retries=sum(rank_pull.num_retries for rank_pull in self._rank_pulls),
+                num_retries=sum(pull.num_retries for pull in self._rank_pulls),
                 first_tokens=next(
-                    (
-                        rank_pull.first_tokens
-                        for rank_pull in self._rank_pulls
-                        if rank_pull.first_tokens
-                    ),
-                    [],
+                    (pull.first_tokens for pull in self._rank_pulls if pull.first_tokens), []
                 ),
             )
         )
 
     def _settle(self) -> None:
-        for rank_pull in self._rank_pulls:
-            rank_pull.settle()
-        if self._draining and not any(rank_pull.in_flight for rank_pull in self._rank_pulls):
+        for pull in self._rank_pulls:
+            pull.settle()
+        if self._draining and not any(pull.in_flight for pull in self._rank_pulls):
             self._draining = False
             self._setup.emit(PullDrained(pull_id=self.command.pull_id))
 

@@ -159,6 +159,7 @@ class RankPull:
 
     def advance(self) -> None:
         """Do what can be done now; never waits. Raises PullFailed."""
+        # Answers come while peers are advanced; a failure that they bring is raised here.
         if self._failure is not None:
             raise self._failure.without_traceback()
         if self.stage is Stage.ENDED:
@@ -315,7 +316,7 @@ class RankPull:
                     self._begin()
                     self._read()
             case PullReply():
-                return  # to a pull_begin that was repeated
+                return  # To a PullBegin that was repeated.
             case ChecksumsReply():
                 if self._reads.lacks_checksums:
                     self._reads.state(reply.groups)
@@ -347,6 +348,7 @@ class RankPull:
         self._next_heartbeat_at = max(now, asked_at + self._heartbeat_s)
         if self._reads.lacks_checksums:
             self._next_checksums_at = now
+        # The READ takes longest: it begins before further questions, and before the step loop wakes.
         self._reads.start()
         self._ask()
         self._setup.alert(self._reads.num_bytes_in_flight)

@@ -115,6 +115,7 @@ def plan_read(
             )
         local += command.block_ids[index][span.start - first : span.stop - first]
         remote += found
+    # What a peer says is not trusted: a block out of range would be somebody else's memory.
     if remote and not 0 <= min(remote) <= max(remote) < geometry.num_blocks:
         raise PullFailed(f"{share.prefill_rank} named a block outside of its {geometry.num_blocks}")
     read = BlockRead(
