@@ -73,7 +73,7 @@ def test_two_launches_at_once_end_each_for_itself(
 
 
 class TestRestarts:
-    """One after another in one launch."""
+    """One after another in one launch, which the last one ends."""
 
     @pytest.mark.parametrize(
         "name", ["prefill-0/rank-0", "decode-0/rank-0", "prefill-0", "decode-0", "router"]
@@ -135,6 +135,26 @@ class TestRestarts:
         }
         assert tracebacks(deployment) == {}
 
+    def test_requests_during_a_drain_get_503_and_running_ones_finish(
+        self, deployment: Deployment, expected: list[int]
+    ) -> None:
+        # What needs one token needs no decode engine, so that only the running request waits for it.
+        one_token = {"prompt": PROMPT, "max_tokens": 1}
+        with ThreadPoolExecutor(1) as pool:
+            with paused(deployment.processes()["decode-0/rank-0"]):
+                running = pool.submit(complete, deployment.url, PROMPT, 16)
+                await_true(
+                    lambda: requests_in_flight(deployment.url) == 1, "the request is running"
+                )
+                deployment.process.send_signal(signal.SIGTERM)
+                await_true(
+                    lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503,
+                    "refusal of new requests",
+                )
+                assert not running.done()
+            assert running.result() == expected
+        assert deployment.process.wait(60) == 0
+
 
 def ask_until(restart: Future[subprocess.CompletedProcess[str]], url: str) -> list[list[int]]:
     """Answers that were given until it was over."""
@@ -142,25 +162,6 @@ def ask_until(restart: Future[subprocess.CompletedProcess[str]], url: str) -> li
     while not restart.done():
         answers.append(complete(url, PROMPT, 16))
     return answers
-
-
-def test_requests_during_a_drain_get_503_and_running_ones_finish(
-    deployment: Deployment, expected: list[int]
-) -> None:
-    # What needs one token needs no decode engine, so that only the running request waits for it.
-    one_token = {"prompt": PROMPT, "max_tokens": 1}
-    with ThreadPoolExecutor(1) as pool:
-        with paused(deployment.processes()["decode-0/rank-0"]):
-            running = pool.submit(complete, deployment.url, PROMPT, 16)
-            await_true(lambda: requests_in_flight(deployment.url) == 1, "the request is running")
-            deployment.process.send_signal(signal.SIGTERM)
-            await_true(
-                lambda: Api(deployment.url).post("/v1/completions", one_token)[0] == 503,
-                "refusal of new requests",
-            )
-            assert not running.done()
-        assert running.result() == expected
-    assert deployment.process.wait(60) == 0
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
