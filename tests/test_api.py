@@ -1,4 +1,4 @@
-"""``import pdlaunch``: what it offers, that it is cheap, and that a launch gets what was asked for."""
+"""``import pdlaunch``: what it offers, that it is cheap, that a launch gets what was asked for."""
 
 from __future__ import annotations
 
