@@ -24,7 +24,6 @@ import msgspec
 from pdlaunch.errors import PdlaunchError, RequestError
 from pdlaunch.http.errors import RANK_LOST
 from pdlaunch.http.headers import REQUEST_ID_HEADER
-from pdlaunch.protocol.control import Capabilities
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.client_request import PromptRequest
 from pdlaunch.router.early_decode import EarlyDecode
@@ -32,7 +31,7 @@ from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import Chunk, EngineFailure, EngineRefusal, EngineStream
 from pdlaunch.router.handover import Handover, HandoverStream, read_handover
 from pdlaunch.router.metrics import EarlyOutcome
-from pdlaunch.router.policy import Hop, RoutingRequest, covers
+from pdlaunch.router.policy import NO_NEEDS, Hop, Need, RoutingRequest, covers
 from pdlaunch.router.recovery import Attempts
 from pdlaunch.router.state import RouterState
 from pdlaunch.router.transcript import Transcript
@@ -42,7 +41,8 @@ logger = logging.getLogger(__name__)
 _MALFORMED = (msgspec.DecodeError, LookupError, TypeError, AttributeError, ValueError)
 _BROKEN = frozenset({"error", "abort"})
 """Reasons with which an engine gives a request up that nobody has cancelled."""
-_TAKES_FIRST_TOKEN = Capabilities(gives_first_token=True)
+_RESUMES: frozenset[Need] = frozenset({"resumes"})
+_TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
 
 
 class ChunkSink(Protocol):
@@ -296,9 +296,9 @@ class Generation:
     def _routing_request(self, hop: Hop) -> RoutingRequest:
         """Say where the prompt stands."""
         if self._must_resume():
-            needs = Capabilities(resumes=True)
+            needs = _RESUMES
         else:
-            needs = Capabilities(gives_first_token=self._first_token_sent)
+            needs = _TAKES_FIRST_TOKEN if self._first_token_sent else NO_NEEDS
         prompt = self._prompt
         return RoutingRequest(
             hop=hop,

@@ -16,7 +16,9 @@ from pdlaunch.router.engine import Engine, EngineKey
 
 Hop = Literal["prefill", "decode"]
 
-NO_NEEDS = Capabilities()
+Need = Literal["resumes", "gives_first_token", "awaits_lease"]
+"""Names a capability that an engine must have."""
+NO_NEEDS: frozenset[Need] = frozenset()
 MAX_QUEUED = 8
 """Decode is told early only of prompts behind at most so many at the prefill engine.
 
@@ -43,7 +45,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A rank may have died of it."""
     tried: frozenset[EngineKey] = frozenset()
     """Engines that failed this prompt and are not to be asked again now."""
-    needs: Capabilities = msgspec.field(default_factory=Capabilities)
+    needs: frozenset[Need] = NO_NEEDS
     """The next engine must be able to do this."""
 
 
@@ -131,7 +133,7 @@ def least_work(
     *,
     strict: bool = False,
     tried: Collection[EngineKey] = (),
-    needs: Capabilities = NO_NEEDS,
+    needs: Collection[Need] = NO_NEEDS,
 ) -> Engine | None:
     """Return the engine with the least work for ``role``, None when none can take it.
 
@@ -148,10 +150,9 @@ def least_work(
     return min(candidates, key=lambda engine: _rank(engine, role, now_at), default=None)
 
 
-def covers(has: Capabilities, needs: Capabilities) -> bool:
+def covers(has: Capabilities, needs: Collection[Need]) -> bool:
     """Tell whether an engine can do everything that is needed."""
-    pairs = zip(msgspec.structs.astuple(has), msgspec.structs.astuple(needs), strict=True)
-    return all(can or not must for can, must in pairs)
+    return all(getattr(has, need) for need in needs)
 
 
 def _serve_alone(request: RoutingRequest, engines: Sequence[Engine], now_at: float) -> Route:
@@ -166,7 +167,7 @@ def _serve_alone(request: RoutingRequest, engines: Sequence[Engine], now_at: flo
 def _told_early(
     request: RoutingRequest, prefill: Engine, engines: Sequence[Engine], now_at: float
 ) -> Engine | None:
-    waits = Capabilities(awaits_lease=True)
+    waits: frozenset[Need] = frozenset({"awaits_lease"})
     if (
         request.is_suspect
         or request.num_choices > 1

@@ -5,13 +5,14 @@ The pool asks nobody. A role is a preference: every engine can prefill and decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from pdlaunch.protocol.control import Capabilities, Entry, ListedState, PairReady, Registry, Role
+from pdlaunch.protocol.control import Entry, ListedState, PairReady, Registry, Role
 from pdlaunch.router.engine import Engine, Lender
 from pdlaunch.router.policy import (
     NO_NEEDS,
     LeastWork,
+    Need,
     NoIndex,
     Policy,
     PrefixIndex,
@@ -78,7 +79,7 @@ class EnginePool:
                 engine.num_picks += 1
         return route
 
-    def has_ready(self, role: Role, needs: Capabilities = NO_NEEDS) -> bool:
+    def has_ready(self, role: Role, needs: Collection[Need] = NO_NEEDS) -> bool:
         """Tell whether some engine of this role can be given work."""
         return any(
             engine.ready and engine.role == role and covers(engine.capabilities, needs)

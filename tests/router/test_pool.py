@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdlaunch.protocol.control import Address, Capabilities, Entry, Registry, Role
 from pdlaunch.router.engine import Engine, EngineKey
-from pdlaunch.router.policy import NO_NEEDS, least_work
+from pdlaunch.router.policy import NO_NEEDS, Need, least_work
 from pdlaunch.router.pool import BACKOFF_S, MAX_BACKOFF_S, EnginePool
 
 
@@ -68,7 +68,7 @@ def pick(
     *,
     strict: bool = False,
     tried: Collection[EngineKey] = (),
-    needs: Capabilities = NO_NEEDS,
+    needs: Collection[Need] = NO_NEEDS,
 ) -> Engine | None:
     """Choose as the pool's policy does for one hop, and count it as the pool does."""
     engine = least_work(pool.engines, role, pool._clock(), strict=strict, tried=tried, needs=needs)
@@ -191,9 +191,7 @@ def test_work_is_kept_over_updates_but_not_over_restarts(pool: EnginePool) -> No
 
 def test_needs_filter(pool: EnginePool) -> None:
     update(pool, server("decode-0"), server("decode-1", capabilities=Capabilities(resumes=True)))
-    assert {named(pick(pool, "decode", needs=Capabilities(resumes=True))) for _ in range(3)} == {
-        "decode-1"
-    }
+    assert {named(pick(pool, "decode", needs={"resumes"})) for _ in range(3)} == {"decode-1"}
 
 
 Action = tuple[Literal["start", "end", "fail", "tick"], int]
