@@ -348,7 +348,7 @@ class RankPull:
         self._next_heartbeat_at = max(now, asked_at + self._heartbeat_s)
         if self._reads.lacks_checksums:
             self._next_checksums_at = now
-        # The READ takes longest: it begins before further questions, and before the step loop wakes.
+        # The READ takes longest: it begins before other questions, and before the step loop wakes.
         self._reads.start()
         self._ask()
         self._setup.alert(self._reads.num_bytes_in_flight)
