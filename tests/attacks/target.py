@@ -189,7 +189,7 @@ class Target:
         ]
 
     def left(self) -> list[str]:
-        """What the engines' books hold that should be empty, and what is wrong with them."""
+        """Return what engines still hold that should be gone, and what is wrong with them."""
         found = []
         for name in self.names[1:]:
             answer = self.send(name, "/pdlaunch/integrity", None, method="GET")
@@ -209,7 +209,7 @@ class Target:
         return found
 
     def settle(self, verdict: Verdict, before: Mapping[str, float], how: str) -> None:
-        """After an attack: processes live, books are empty and right, memory is back; each within
+        """After an attack: processes live, engines hold nothing, memory is back; each within
         ``CALM_S``.
         """
         self.check_alive(verdict, how)

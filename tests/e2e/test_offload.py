@@ -97,7 +97,7 @@ def test_tokens_of_a_hybrid_model_are_those_of_transformers(tmp_path: Path) -> N
             assert count_now(engine_of(deployment, role), "host_hit_tokens") > 0, role
         answers.check_together(engine_of(deployment, "decode"))
         assert total_now(deployment.url, "offload_load_failures") == 0
-        check_books(deployment)
+        check_integrity(deployment)
 
 
 def test_tokens_and_hits_with_another_connector(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_tokens_and_hits_with_another_connector(tmp_path: Path) -> None:
         assert total_now(deployment.url, "transfer_failures") == 0
         for role in ("prefill", "decode"):
             assert count_now(engine_of(deployment, role), "host_hit_tokens") > 0, role
-        check_books(deployment)
+        check_integrity(deployment)
 
 
 def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_bad_blocks_and_kills_in_the_middle_of_copies_change_no_token(tmp_path: 
         answers.check_together(engine_of(deployment, "prefill"))
         for role, tp_rank in (("prefill", 0), ("decode", 1)):
             kill_in_the_middle_of_copies(deployment, answers, role, tp_rank, copies_wait)
-        check_books(deployment)
+        check_integrity(deployment)
 
 
 def kill_in_the_middle_of_copies(
@@ -158,7 +158,7 @@ def kill_in_the_middle_of_copies(
         running.result()
 
 
-def check_books(deployment: Deployment) -> None:
+def check_integrity(deployment: Deployment) -> None:
     """All blocks are free, and ``/pdlaunch/integrity`` has nothing to say, of the tier neither."""
     for api in engine_apis(deployment.url):
         await_true(

@@ -11,15 +11,15 @@ from tests.supervisor.fakes import make_plan, pair_ready
 
 
 def test_a_new_version_for_every_change_and_none_without() -> None:
-    book = RegistryVersions()
-    assert not book.update([], serving=False)
-    assert book.update([], serving=True)
-    assert (book.current.version, book.current.serving) == (1, True)
-    assert not book.update([], serving=True)
+    versions = RegistryVersions()
+    assert not versions.update([], serving=False)
+    assert versions.update([], serving=True)
+    assert (versions.current.version, versions.current.serving) == (1, True)
+    assert not versions.update([], serving=True)
 
 
 def test_a_proven_pair_is_a_change() -> None:
-    book, pair = (
+    versions, pair = (
         RegistryVersions(),
         PairReady(
             local="d",
@@ -30,11 +30,11 @@ def test_a_proven_pair_is_a_change() -> None:
             gigabytes_per_s=9.0,
         ),
     )
-    book.update([], serving=True)
-    assert book.update([], [pair], serving=True)
-    assert book.current.pairs == [pair]
-    assert not book.update([], [pair], serving=True)
-    assert book.update([], serving=True)
+    versions.update([], serving=True)
+    assert versions.update([], [pair], serving=True)
+    assert versions.current.pairs == [pair]
+    assert not versions.update([], [pair], serving=True)
+    assert versions.update([], serving=True)
 
 
 def to_rank(tp_rank: int, num_peers: int) -> PairReady:
@@ -43,24 +43,24 @@ def to_rank(tp_rank: int, num_peers: int) -> PairReady:
 
 
 def test_a_decode_rank_is_connected_with_its_last_pair() -> None:
-    book = Pairs(make_plan(), NativeEngine())
-    assert book.missing() == ["decode-0/rank-0 has no path to prefill-0"]
-    book.add(to_rank(0, num_peers=1))
-    assert book.missing() == []
+    pairs = Pairs(make_plan(), NativeEngine())
+    assert pairs.missing() == ["decode-0/rank-0 has no path to prefill-0"]
+    pairs.add(to_rank(0, num_peers=1))
+    assert pairs.missing() == []
 
 
 def test_every_rank_of_the_prefill_engine_that_is_pulled_from_counts() -> None:
     plan = make_plan(tp_size=3)
-    book = Pairs(plan, NativeEngine())
+    pairs = Pairs(plan, NativeEngine())
     for decode in ("decode-0/rank-1", "decode-0/rank-2"):
-        book.add(pair_ready(decode, "prefill-0/rank-0", 0))
-    book.add(to_rank(0, num_peers=3))
-    book.fail("decode-0/rank-0", "prefill-0/rank-1", "the first READ failed")
+        pairs.add(pair_ready(decode, "prefill-0/rank-0", 0))
+    pairs.add(to_rank(0, num_peers=3))
+    pairs.fail("decode-0/rank-0", "prefill-0/rank-1", "the first READ failed")
     expected = "decode-0/rank-0 has a path to only 1 of 3 ranks of prefill-0: the first READ failed"
-    assert book.missing() == [expected]
-    book.add(to_rank(1, num_peers=3))
-    assert book.missing() == ["decode-0/rank-0 has a path to only 2 of 3 ranks of prefill-0"]
-    book.add(to_rank(2, num_peers=3))
-    assert book.missing() == []
-    book.forget("prefill-0/rank-2")
-    assert book.missing() != []
+    assert pairs.missing() == [expected]
+    pairs.add(to_rank(1, num_peers=3))
+    assert pairs.missing() == ["decode-0/rank-0 has a path to only 2 of 3 ranks of prefill-0"]
+    pairs.add(to_rank(2, num_peers=3))
+    assert pairs.missing() == []
+    pairs.forget("prefill-0/rank-2")
+    assert pairs.missing() != []
