@@ -77,16 +77,16 @@ class RequestLifecycle:
         offload: OffloadPlanner | None = None,
     ) -> None:
         assert offload is None or enable_prefix_caching
-        self._kv = KVCacheManager(groups, num_blocks, block_size)
+        self.kv = KVCacheManager(groups, num_blocks, block_size)
         self._intake = Intake(
-            self._kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest
+            self.kv, block_size=block_size, max_model_len=max_model_len, model_digest=model_digest
         )
         self._block_size = block_size
         self._settings = kv_transfer
-        self._leases = BlockLeases(self._kv, block_size, kv_transfer, local)
-        self.blocks = RequestBlocks(self._kv, block_size, caches=enable_prefix_caching)
-        self.pulls = BlockPulls(self._kv, kv_transfer)
-        self.host = HostLoads(self._kv, offload)
+        self._leases = BlockLeases(self.kv, block_size, kv_transfer, local)
+        self.blocks = RequestBlocks(self.kv, block_size, caches=enable_prefix_caching)
+        self.pulls = BlockPulls(self.kv, kv_transfer)
+        self.host = HostLoads(self.kv, offload)
         self.builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self.queues = RequestQueues()
         self.in_flight = StepsInFlight()
@@ -179,7 +179,7 @@ class RequestLifecycle:
 
     def share(self, request: Request, hit: PrefixHit) -> None:
         """Give a waiting request the cached blocks of ``hit``; it computes on from their end."""
-        self._kv.share(request.tables, hit)
+        self.kv.share(request.tables, hit)
         self._skip_to(request, request.tables.end * self._block_size)
 
     def seat(self, request: Request) -> None:
@@ -200,7 +200,7 @@ class RequestLifecycle:
             self.queues.await_kv(request, Phase.PULLING)
             return
         self.commands.append(self.pulls.tell_prefill_side(request))
-        self._kv.share(request.tables, hit)
+        self.kv.share(request.tables, hit)
         request.phase = Phase.READY
         self._take_pulled(request)
 
@@ -213,7 +213,7 @@ class RequestLifecycle:
         self.queues.preempt(request)
         self._withdraw(request)
         self.host.store(request, range(request.num_registered_blocks))
-        self._kv.free(request.tables)
+        self.kv.free(request.tables)
         request.num_computed = request.num_registered_blocks = 0
         request.may_load = True
         self._totals.counts.preemptions += 1
@@ -233,14 +233,15 @@ class RequestLifecycle:
         """
         pending, self._unregistered = self._unregistered, []
         for request in pending:
-            self._register(request)
+            self.register(request)
 
     # What a step has computed
 
-    def advance(self, request: Request, num_tokens: int) -> None:
-        """Account for ``num_tokens`` more computed tokens."""
-        request.num_computed += num_tokens
-        self._register(request)
+    def register(self, request: Request) -> None:
+        """Let others find the request's full blocks, here and in host memory."""
+        # Most tokens fill no block: asking here first spares every request of a step two calls.
+        if (request.num_registered_blocks + 1) * self._block_size <= request.num_computed:
+            self.host.store(request, self.blocks.register(request))
 
     def take_token(self, request: Request, token: TokenOutput | None) -> None:
         """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
@@ -262,7 +263,7 @@ class RequestLifecycle:
             self.register_pending()
         if request.row is not None:
             self.builder.unseat(request)
-        self._kv.free(request.tables)
+        self.kv.free(request.tables)
         self.may_progress = True
 
     # What others ask
@@ -275,11 +276,11 @@ class RequestLifecycle:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as their content is lost; nobody uses any block."""
         assert not self.queues.by_id
-        self._kv.pool.forget_cached()
+        self.kv.pool.forget_cached()
 
     def stats(self) -> EngineStats:
         """Return the totals since the start, and how many requests and blocks are where now."""
-        pool = self._kv.pool
+        pool = self.kv.pool
         return msgspec.structs.replace(
             self.host.add_to(self._totals.counts),
             num_running=len(self.queues.running),
@@ -297,7 +298,7 @@ class RequestLifecycle:
         """
         requests = {*self.queues.by_id.values(), *self.in_flight.ended()}
         owned = [block_id for request in requests for block_id in request.tables.all_ids()]
-        self._kv.pool.check_integrity(
+        self.kv.pool.check_integrity(
             owned=[*owned, *self.pulls.shared_ids(), *self.host.shared_ids()],
             leased=self._leases.all_ids(),
             held=self.host.held_ids(),
@@ -320,10 +321,6 @@ class RequestLifecycle:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._totals.add_prompt(request, request.num_cached_tokens)
         self._unregistered.append(request)
-
-    def _register(self, request: Request) -> None:
-        """Let others find the request's full blocks, here and in host memory."""
-        self.host.store(request, self.blocks.register(request))
 
     def _take_pulled(self, request: Request) -> None:
         """Note that the request owns all blocks of its prompt."""

@@ -19,10 +19,6 @@ class RequestBlocks:
         self._block_size = block_size
         self._caches = caches
 
-    def num_open_slots(self, request: Request) -> int:
-        """Return how many tokens, after the scheduled ones, fit into the request's own blocks."""
-        return request.tables.end * self._block_size - request.num_scheduled
-
     def room(self, request: Request) -> int:
         """Return how many tokens, after the scheduled ones, fit into the request's and all free
         blocks.
@@ -34,7 +30,9 @@ class RequestBlocks:
 
     def have_room_for_one_more(self, requests: Iterable[Request]) -> bool:
         """Return whether each request can have its next token without taking blocks from others."""
-        num_full = sum(self.num_open_slots(request) <= 0 for request in requests)
+        num_full = sum(
+            request.num_scheduled >= request.tables.end * self._block_size for request in requests
+        )
         return num_full * self._kv.num_groups <= self._kv.pool.num_free_blocks
 
     def has_room_for(self, request: Request, hit: PrefixHit, num_running: int) -> bool:
@@ -44,16 +42,6 @@ class RequestBlocks:
         once.
         """
         return self._kv.has_room_for(hit, len(request.token_ids), num_reserved=num_running)
-
-    def extend(self, request: Request, num_tokens: int) -> None:
-        """Give the request blocks for its first ``num_tokens`` tokens; the caller has looked for
-        room.
-        """
-        self._kv.extend(request.tables, num_tokens)
-
-    def release_left(self, request: Request) -> None:
-        """Free the blocks that the request's next token does not see any more."""
-        self._kv.release_left(request.tables, request.num_computed)
 
     def find_prefix(self, request: Request) -> PrefixHit:
         """Return the cached blocks from which the request can compute on."""

@@ -28,6 +28,7 @@ class Scheduler:
 
     def __init__(self, requests: RequestLifecycle, *, max_num_batched_tokens: int) -> None:
         self.requests = requests
+        self._kv = requests.kv
         self._blocks = requests.blocks
         self._builder = requests.builder
         self._host = requests.host
@@ -85,7 +86,8 @@ class Scheduler:
                 if self._in_flight.is_free(request):
                     self.requests.let_go(request)
                 continue
-            self.requests.advance(request, item.num_tokens)
+            request.num_computed += item.num_tokens
+            self.requests.register(request)
             if item.sample:
                 self.requests.take_token(request, drawn)
 
@@ -134,15 +136,15 @@ class Scheduler:
         """
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return
-        self._blocks.release_left(request)
+        self._kv.release_left(request.tables, request.num_computed)
         start = request.num_scheduled
         num_tokens = min(request.num_to_schedule, step.budget)
-        if num_tokens > self._blocks.num_open_slots(request):
+        if start + num_tokens > request.tables.end * self._kv.block_size:
             while not (room := self._blocks.room(request)):
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
-            self._blocks.extend(request, start + num_tokens)
+            self._kv.extend(request.tables, start + num_tokens)
         step.add(request, num_tokens)
 
     def _schedule_waiting(self, step: StepDraft) -> None:
@@ -191,7 +193,7 @@ class Scheduler:
             return False
         self.requests.seat(request)
         num_tokens = min(request.num_remaining, step.budget, room)
-        self._blocks.extend(request, request.num_computed + num_tokens)
+        self._kv.extend(request.tables, request.num_computed + num_tokens)
         step.add(request, num_tokens)
         return True
 

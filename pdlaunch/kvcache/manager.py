@@ -39,7 +39,7 @@ class KVCacheManager:
     def __init__(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
         self._windows = [group.sliding_window for group in groups]
         self._num_groups = len(groups)
-        self._block_size = block_size
+        self.block_size = block_size
         self.pool = BlockPool(num_blocks, self._num_groups)
 
     def new_tables(self) -> BlockTables:
@@ -49,7 +49,7 @@ class KVCacheManager:
 
     def num_logical_blocks(self, num_tokens: int) -> int:
         """Return how many blocks of one full group hold ``num_tokens``."""
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.block_size)
 
     @property
     def num_groups(self) -> int:
@@ -63,7 +63,7 @@ class KVCacheManager:
         """Return how many blocks ``num_tokens`` tokens need, even if they are computed one at a
         time.
         """
-        return min_blocks(self._windows, self._block_size, num_tokens)
+        return min_blocks(self._windows, self.block_size, num_tokens)
 
     def find_prefix(self, block_hashes: Sequence[bytes], max_blocks: int) -> PrefixHit:
         """Return the longest cached prefix from which a request can compute on.
@@ -82,7 +82,7 @@ class KVCacheManager:
                 if window is not None:
                     shorter = self._fit_window(group, window, block_hashes, shorter)
             settled, length = shorter == length, shorter
-        first = self.first_visible(length * self._block_size)
+        first = self.first_visible(length * self.block_size)
         return PrefixHit(
             first,
             [
@@ -132,7 +132,7 @@ class KVCacheManager:
 
     def max_tokens(self, tables: BlockTables, num_takeable_blocks: int) -> int:
         """Return for how many tokens ``tables`` would have room with so many more blocks."""
-        return (tables.end + num_takeable_blocks // self._num_groups) * self._block_size
+        return (tables.end + num_takeable_blocks // self._num_groups) * self.block_size
 
     def extend(self, tables: BlockTables, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` tokens in all groups.
@@ -210,17 +210,17 @@ class KVCacheManager:
         return PrefixHit(first, leased)
 
     def _first_visible(self, window: int | None, num_computed: int) -> int:
-        return 0 if window is None else max(0, num_computed - window + 1) // self._block_size
+        return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
 
     def _span(self, window: int) -> int:
         """Return the largest number of blocks that ``window`` neighbouring tokens touch."""
-        return span_blocks(window, self._block_size)
+        return span_blocks(window, self.block_size)
 
     def _plan_release(self, tables: BlockTables) -> None:
         """Note when the next block leaves: its group's window then begins after it."""
         tables.next_release = min(
             (
-                (tables.first[group] + 1) * self._block_size + window - 1
+                (tables.first[group] + 1) * self.block_size + window - 1
                 for group, window in enumerate(self._windows)
                 if window is not None
             ),
@@ -245,7 +245,7 @@ class KVCacheManager:
         At most ``length`` blocks.
         """
         index = length
-        while index > self._first_visible(window, length * self._block_size):
+        while index > self._first_visible(window, length * self.block_size):
             index -= 1
             if self.pool.find(group, block_hashes[index]) is None:
                 length = index
