@@ -114,6 +114,7 @@ def test_a_copy_on_a_gpu_knows_which_parts_have_landed() -> None:
     assert steps == ["pending", "pending", "done"]
 
 
+@pytest.mark.processes
 @needs_triton
 def test_the_kernel_equals_plain_copies() -> None:
     run_interpreted("tests.transfer.interpreted_peer_kernel")
