@@ -38,9 +38,9 @@ class FaultyOffloadWorker(OffloadWorker):
     def take_finished(self) -> list[JobFinished]:
         for report in super().take_finished():
             self._hold_back(report)
-        now_s = time.monotonic()
-        finished = [report for due_s, report in self._late if due_s <= now_s]
-        self._late = [(due_s, report) for due_s, report in self._late if due_s > now_s]
+        now = time.monotonic()
+        finished = [report for due_at, report in self._late if due_at <= now]
+        self._late = [(due_at, report) for due_at, report in self._late if due_at > now]
         if not finished or not self._faults.copies_wait():
             return finished
         for report in finished:

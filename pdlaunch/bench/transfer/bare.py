@@ -72,8 +72,8 @@ def parts_of(
 class _Read:
     handle: Any
     state: str = ""
-    posted_s: float = 0.0
-    ended_s: float = 0.0
+    posted_at: float = 0.0
+    ended_at: float = 0.0
 
 
 class BareNixl:
@@ -106,9 +106,9 @@ class BareNixl:
         """
         reads = [_Read(self._prepare(part)) for part in parts]
         for read in reads:
-            read.posted_s = time.perf_counter()
+            read.posted_at = time.perf_counter()
             read.state = self._agent.transfer(read.handle)
-            read.ended_s = time.perf_counter()
+            read.ended_at = time.perf_counter()
             self._look(read)
         while pending := [read for read in reads if read.state == "PROC"]:
             for read in pending:
@@ -117,12 +117,12 @@ class BareNixl:
             self._agent.release_xfer_handle(read.handle)
         if (states := {read.state for read in reads}) != {"DONE"}:
             raise TransferError(f"bare READs ended as {', '.join(sorted(states))}")
-        return max(read.ended_s - read.posted_s for read in reads)
+        return max(read.ended_at - read.posted_at for read in reads)
 
     def _look(self, read: _Read) -> None:
         if read.state == "PROC":
             read.state = self._agent.check_xfer_state(read.handle)
-            read.ended_s = time.perf_counter()
+            read.ended_at = time.perf_counter()
 
     def _prepare(self, part: Part) -> Any:
         name, base, index = self._peers[part.holder]

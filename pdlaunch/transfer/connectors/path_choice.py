@@ -88,11 +88,11 @@ class PathTrial:
         self._paths = deque(paths)
         self._is_right = is_right
         self._clock = clock
-        self._steady_s = float("inf") if len(paths) > 1 else STEADY_S
-        # The last word on a single path has whoever waits for the trial; of several, one that hangs
-        # must not cost the others.
-        self._path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else float("inf")
-        self._deadline_s = 0.0
+        self._steady_s = None if len(paths) > 1 else STEADY_S
+        # One of several paths that hangs must not cost the others; a single one has until the
+        # handshake's own time-out.
+        self._path_timeout_s = timeout_s / (len(paths) + 1) if len(paths) > 1 else None
+        self._began_at = 0.0
         self._running: _Running | None = None
         self._times_s: list[float] = []
 
@@ -101,7 +101,7 @@ class PathTrial:
         while self._paths:
             if self._running is None:
                 self._times_s = []
-                self._deadline_s = self._clock() + self._path_timeout_s
+                self._began_at = self._clock()
                 self._start(self._paths[0], is_cold=True)
             elif not self._end_read(self._running):
                 return False
@@ -140,10 +140,11 @@ class PathTrial:
         """Look at the READ; return False while it is pending and in time."""
         state = running.read.poll()
         if state == "pending":
-            if self._clock() < self._deadline_s:
+            timeout_s = self._path_timeout_s
+            if timeout_s is None or self._clock() < self._began_at + timeout_s:
                 return False
             self._let_go()
-            self._end_path(error=f"the first READ did not end within {self._path_timeout_s:.3g} s")
+            self._end_path(error=f"the first READ did not end within {timeout_s:.3g} s")
             return True
         read_s = running.read.seconds() if state == "done" else 0.0
         self._running = None
@@ -159,7 +160,10 @@ class PathTrial:
     def _count(self, running: _Running, read_s: float) -> None:
         if not running.is_cold:
             self._times_s.append(read_s)
-        if len(self._times_s) < NUM_WARM_READS and max(self._times_s, default=0.0) < self._steady_s:
+        is_steady = self._steady_s is not None and bool(
+            self._times_s and max(self._times_s) >= self._steady_s
+        )
+        if len(self._times_s) < NUM_WARM_READS and not is_steady:
             self._start(running.path, is_cold=False)
         else:
             self._end_path(

@@ -95,12 +95,12 @@ class HostCopier(PieceCopier):
         self._thread.shutdown(cancel_futures=True)
 
     def _copy(self, pieces: Pieces) -> float:
-        begin_s = time.perf_counter()
+        began_at = time.perf_counter()
         for destination, source, size in zip(
             *(column.tolist() for column in pieces.merged), strict=True
         ):
             self._move(destination, source, size)
-        return time.perf_counter() - begin_s
+        return time.perf_counter() - began_at
 
 
 class HostCopy(Read):
