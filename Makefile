@@ -73,7 +73,7 @@ settings: $(STAMP)  ## Write docs/settings.md from the fields of the settings
 	$(BIN)/pdlaunch config schema --markdown > docs/settings.md
 
 clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
 
 .PHONY: help install serve test test-fast coverage soak kills cancels attack lint types format rules \
   settings clean

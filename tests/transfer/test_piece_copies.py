@@ -117,5 +117,6 @@ def test_a_copy_on_a_gpu_knows_which_parts_have_landed() -> None:
 
 @pytest.mark.processes
 @needs_triton
+@pytest.mark.processes
 def test_the_kernel_equals_plain_copies() -> None:
     run_interpreted("tests.transfer.interpreted_peer_kernel")
