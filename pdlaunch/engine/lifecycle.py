@@ -212,6 +212,7 @@ class RequestLifecycle:
             self.builder.unseat(request)
         self.queues.preempt(request)
         self._withdraw(request)
+        # While the blocks are still its own: it will find them in host memory.
         self.host.store(request, range(request.num_registered_blocks))
         self.kv.free(request.tables)
         request.num_computed = request.num_registered_blocks = 0
@@ -260,6 +261,7 @@ class RequestLifecycle:
     def let_go(self, request: Request) -> None:
         """Free row and blocks of a request that has ended and that no step computes any more."""
         if request in self._unregistered:
+            # Freed unregistered, the pulled or loaded blocks could not be found again.
             self.register_pending()
         if request.row is not None:
             self.builder.unseat(request)

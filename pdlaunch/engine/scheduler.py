@@ -83,6 +83,7 @@ class Scheduler:
         for item, request in self._in_flight.collect(plan):
             drawn = next(tokens) if item.sample else None
             if request.phase is Phase.FINISHED:
+                # It ended while the step ran: what the step drew for it is dropped.
                 if self._in_flight.is_free(request):
                     self.requests.let_go(request)
                 continue
@@ -104,6 +105,7 @@ class Scheduler:
         self.requests.may_progress = False
         step = StepDraft(self._max_num_batched_tokens)
         self._schedule_running(step)
+        # After a preemption blocks are short: a newcomer would take what running requests need next.
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
@@ -141,6 +143,7 @@ class Scheduler:
         num_tokens = min(request.num_to_schedule, step.budget)
         if start + num_tokens > request.tables.end * self._kv.block_size:
             while not (room := self._blocks.room(request)):
+                # The request itself is the victim if it came last; then it is not computed now.
                 if self._host.frees_blocks_soon() or self._preempt_latest(step) is request:
                     return
             num_tokens = min(num_tokens, room)
@@ -157,6 +160,7 @@ class Scheduler:
             if lacks_blocks and request.phase is Phase.WAITING:
                 continue
             if request.phase is Phase.WAITING:
+                # Its prefix may be among the blocks that another request has just got.
                 self.requests.register_pending()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
@@ -182,6 +186,7 @@ class Scheduler:
         if request.phase is Phase.WAITING:
             hit = self._blocks.find_prefix(request)
             if self._blocks.is_computed_elsewhere(request, hit, self._queues.running):
+                # It shares these blocks a few steps later instead of computing them twice.
                 return True
             if not self._blocks.has_room_for(request, hit, len(self._queues.running)):
                 return False
@@ -219,6 +224,7 @@ class Scheduler:
         if self._start_load(request):
             return True
         if request.message.awaits_lease and not self._pulls.may_await(request, hit):
+            # No lack of blocks that should hold others back: it waits for unfinished prompts only.
             return True
         self.requests.pull(request, hit)
         return True

@@ -64,6 +64,7 @@ class StepBuilder:
         assert request.row is not None
         self._seated[request.row] = None
         self._free_rows.append(request.row)
+        # Ranks that have never heard of the row have nothing to free.
         if request.num_sent_blocks is not None:
             self._freed_rows.append(request.row)
         request.row = request.num_sent_blocks = None

@@ -156,6 +156,7 @@ class BlockPool:
         Where the cache has the content already, the block stays unregistered.
         """
         assert not self._is_unowned(block_id)
+        # Two requests may have computed the same content at once: one copy is enough to be found.
         by_hash = self._by_hash[group]
         if self._keys[block_id] is None and block_hash not in by_hash:
             by_hash[block_hash] = block_id
@@ -237,6 +238,7 @@ class BlockPool:
 
     def _take(self, num_blocks: int) -> list[int]:
         assert num_blocks <= self.num_free_blocks
+        # Cached blocks go last, the one unused for longest first, so that content stays findable.
         num_fresh = min(num_blocks, len(self._free))
         block_ids = [self._free.pop() for _ in range(num_fresh)]
         for _ in range(num_blocks - num_fresh):

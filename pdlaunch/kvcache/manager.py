@@ -75,6 +75,8 @@ class KVCacheManager:
         for group, window in enumerate(self._windows):
             if window is None:
                 length = self._count_cached(group, block_hashes, 0, length)
+        # A shorter prefix moves every window towards the beginning, where other blocks have to be
+        # cached: repeat until no sliding group shortens it any more.
         settled = False
         while not settled:
             shorter = length
