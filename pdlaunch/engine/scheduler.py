@@ -105,7 +105,7 @@ class Scheduler:
         self.requests.may_progress = False
         step = StepDraft(self._max_num_batched_tokens)
         self._schedule_running(step)
-        # After a preemption blocks are short: a newcomer would take what running requests need next.
+        # After a preemption blocks are short: a new one would take what running requests need next.
         if not step.preempted:
             self._schedule_waiting(step)
         self._stalls = bool(self._queues.running) and not step.scheduled
