@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 from pdlaunch.errors import ConfigError
 
 MAX_SHOWN_CHARACTERS = 80
+MAX_PATH_CHARACTERS = 4096
+"""No system opens a longer path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,15 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: str, max_characters: int = MAX_SHOWN_CHARACTERS) -> str:
     """Return a name as a message shows it: without quotes, but escaped and short."""
     text = name if name and name.isprintable() else ascii(name)[1:-1] or "''"
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 3]}..."
+    return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
+
+
+def shown_path(path: Path | str) -> str:
+    """Return the path of a file as a message shows it: whole, so that people and tools find it."""
+    return shown_name(str(path), MAX_PATH_CHARACTERS)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -15,7 +15,14 @@ from pydantic_core import ErrorDetails
 
 from pdlaunch.config.kv_transfer import RENAMED
 from pdlaunch.config.models import LaunchConfig
-from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown, shown_name
+from pdlaunch.config.problems import (
+    InvalidConfigError,
+    Problem,
+    nearest,
+    shown,
+    shown_name,
+    shown_path,
+)
 from pdlaunch.config.settings import (
     VARIABLE_PREFIX,
     all_settings,
@@ -89,7 +96,7 @@ def _from_file(path: Path | None) -> tuple[dict[str, _Given], list[Problem]]:
     given = {
         name: _Given(
             found.value,
-            Origin("file", f"{shown_name(str(path))}:{found.line}:{found.column}"),
+            Origin("file", f"{shown_path(path)}:{found.line}:{found.column}"),
             found.line,
             found.column,
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from pdlaunch.config.kv_transfer import RENAMED
-from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name
+from pdlaunch.config.problems import InvalidConfigError, Problem, nearest, shown_name, shown_path
 from pdlaunch.config.settings import all_settings, known_names, sections
 
 MAX_FILE_BYTES = 256 * 1024
@@ -212,7 +212,7 @@ def _problem_at(
     fix: str | None = None,
 ) -> Problem:
     """Make a problem at a YAML mark, whose ``line`` and ``column`` count from 0."""
-    where = f"{shown_name(file)}:{line + 1}:{column + 1}"
+    where = f"{shown_path(file)}:{line + 1}:{column + 1}"
     return Problem(message, field, fix=fix, where=where, line=line + 1, column=column + 1)
 
 
@@ -288,4 +288,4 @@ def _at_offset(path: Path, before: str, message: str, fix: str) -> InvalidConfig
 
 
 def _unreadable(path: Path, message: str, fix: str) -> InvalidConfigError:
-    return InvalidConfigError([Problem(message, fix=fix, where=shown_name(str(path)))])
+    return InvalidConfigError([Problem(message, fix=fix, where=shown_path(path))])
