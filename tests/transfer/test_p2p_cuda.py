@@ -161,7 +161,8 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     finished = finish(puller)
     if finished.ok:
         assert puller.call("digest", False) == expected
-    if finished.in_flight:
+    # A READ over NIXL that needs its dead holder may never end: its blocks stay in quarantine.
+    if finished.in_flight and path == "p2p":
         puller.wait("event", PullDrained, TIMEOUT_S)
     second = start("prefill", devices[0], with_cumem, **options, incarnation=2, engine_id="e" * 32)
     assert connect(puller, second).peer_incarnation == 2
