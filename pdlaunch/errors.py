@@ -1,20 +1,20 @@
 """The exception tree of pdlaunch; each class says who has to act.
 
 PdlaunchError
-├── ConfigError             the user: a setting is wrong; names the field, the value and the fix
-│   ├── InvalidConfigError      the user: several settings are wrong, told at once (``config.problems``)
+├── ConfigError             the user: a setting is wrong; names field, value and fix
+│   ├── InvalidConfigError      the user: several settings are wrong (``config.problems``)
 │   └── UnsupportedModelError   the user: pdlaunch cannot serve this model; names the reason
-├── StartupError            the user: a process or a pair of engines did not come up; names the root cause
-├── RequestError            the caller of the API: answered with HTTP 400 (or ``status``), names the parameter
+├── StartupError            the user: a process or a pair did not come up; names the root cause
+├── RequestError            the caller of the API: HTTP 400 (or ``status``), names the parameter
 │   ├── KillsEngineError    us: engines crash of this request, it is not tried again (HTTP 500)
-│   └── OverloadedError     the caller of the API: try again after ``retry_after_s`` (HTTP 429 or 503)
-├── TransferError           nobody: a KV block could not be moved or proven; the engine pulls again or recomputes
+│   └── OverloadedError     the caller: try again after ``retry_after_s`` (HTTP 429 or 503)
+├── TransferError           nobody: a KV block was not moved or proven; pulled again or recomputed
 │   ├── HandshakeError      the user: two engines do not fit; names the field and both values
 │   ├── LeaseError          nobody: the lease on the blocks has ended
 │   ├── VerificationError   nobody: token hash or checksum differ; the blocks are not used
-│   └── TransferSpecError   us: blocks to copy between device and host are not described consistently
-├── MemoryPoolError         the user: a memory pool has no room, sleeps, or is owned already; names pool and bytes
-└── ProtocolError           us, or a stranger on the socket: a message does not have the agreed form
+│   └── TransferSpecError   us: blocks to copy between device and host are described wrongly
+├── MemoryPoolError         the user: a memory pool has no room, sleeps, or is owned already
+└── ProtocolError           us, or a stranger on the socket: a message has not the agreed form
 """
 
 from __future__ import annotations

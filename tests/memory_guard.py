@@ -80,7 +80,8 @@ class MemoryGuard:
         if growth_bytes > self._growth_limit_bytes and is_judged:
             pytest.fail(
                 f"{item.nodeid} added {growth_bytes // MIB} MiB to the memory of this process, "
-                f"{self._growth_limit_bytes // MIB} MiB are allowed: give it smaller tensors and inputs",
+                f"{self._growth_limit_bytes // MIB} MiB are allowed: give it smaller tensors and "
+                "inputs",
                 pytrace=False,
             )
         return result

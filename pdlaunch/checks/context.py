@@ -47,7 +47,7 @@ class PairTransport:
     link: str = ""
     """The link, in words: ``18 NVLinks with 478 GB/s``."""
     error: str | None = None
-    """Why nothing could be moved."""
+    """The reason why nothing could be moved."""
     bytes_equal: bool = True
     """The bytes that arrived are those that were sent."""
     other_paths: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +63,9 @@ class Probes:
     import_errors: Mapping[str, str] | None = None
     """Modules whose import was tried and failed, and why."""
     connector_errors: Mapping[str, str] | None = None
-    """By name, why a connector of another package that is in use cannot be imported."""
+    """Maps a name to the reason why that connector of another package that is in use cannot be
+    imported.
+    """
     folder_problems: Mapping[str, str] | None = None
     """Reasons why folders cannot be written to, by setting."""
     weight_errors: Mapping[Role, ConfigError] | None = None

@@ -54,7 +54,7 @@ class PlainView:
         self._clock = clock
         self._start_s = clock()
         self._said: dict[str, tuple[tuple[ProcessState, str] | None, float]] = {}
-        """What was printed last for each process, and when."""
+        """The last line printed for each process, and its time."""
 
     def changed(self, status: LaunchStatus) -> None:
         if status.phase not in (LaunchPhase.PREPARING, LaunchPhase.STARTING):

@@ -1,9 +1,9 @@
-"""What processes without torch know of each connector: settings, environment, where its class is.
+"""Processes without torch know this of each connector: settings, environment, where its class is.
 
 A connector is named in ``kv_transfer.connector``. Those of pdlaunch stand in ``BUILT_IN``; another
 package adds one with an entry point of the group ``pdlaunch.connectors``, whose value is a
-``ConnectorSpec``. Only the spec is imported here, so it must be light. docs/connectors.md shows
-how to write one.
+``ConnectorSpec``. Only the spec is imported here, so it must be light. docs/connectors.md shows how
+to write one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ConnectorSpec(Generic[S]):
     settings: type[S] = NoSettings  # type: ignore[assignment]
     """The model of the section ``kv_transfer.NAME``."""
     stand_ins: Mapping[str, str] = MappingProxyType({})
-    """For tests: ``module:class`` by the name of the class of a rank that it stands for. It is
+    """Tests put ``module:class`` here, by the name of the class of a rank that it stands for. It is
     called as that one is, after the section of this connector. See ``opening.rank_part``.
     """
     needs_cuda: bool = False

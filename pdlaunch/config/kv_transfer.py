@@ -43,11 +43,7 @@ def _with_other_sections(schema: dict[str, JsonValue]) -> None:
 
 
 class KVTransferSettings(FrozenModel):
-    """How KV blocks get from prefill to decode.
-
-    Sections of connectors of other packages are pydantic's extra fields: each is checked with the
-    model that the package names, and stays a plain mapping where that cannot be imported.
-    """
+    """Settings of the way that KV blocks take from prefill to decode."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_other_sections)
 

@@ -22,7 +22,8 @@ _CANNOT_EXECUTE = 127
 _HIDDEN_VARIABLES = frozenset(
     {"PDLAUNCH_API_KEY", "PDLAUNCH_ADMIN_API_KEY", "PDLAUNCH_ENGINE_API_KEY"}
 )
-"""Not handed on: children get keys on standard input, as their environment can be read by others.
+"""These are not handed on: children get keys on standard input, as their environment can be read by
+others.
 """
 
 

@@ -24,7 +24,7 @@ from pdlaunch.resolve.plan import ProcessSpec
 logger = logging.getLogger(__name__)
 
 CONVERSION_POLL_S = 0.25
-"""How often the progress of a conversion is read from its log."""
+"""Seconds between two looks: the progress of a conversion is read from its log."""
 
 
 class LocalHost:

@@ -16,9 +16,9 @@ RANK_LOST = "engine_restarting"
 CLIENT_CLOSED_REQUEST = 499
 """The status, in metrics alone, of a request whose client went away."""
 RETRY_AFTER_S = 2
-"""How long a client should wait for an engine that starts or returns."""
+"""Seconds that a client should wait for an engine that starts or returns."""
 LEAVING_RETRY_AFTER_S = 5
-"""How long a client should wait for the successor of a process that leaves."""
+"""Seconds that a client should wait for the successor of a process that leaves."""
 
 _TYPES = {
     400: "invalid_request_error",

@@ -11,7 +11,7 @@ from pdlaunch.protocol.ids import NO_ORIGIN, HttpRequestId, PromptOrigin
 REQUEST_ID_HEADER = "X-Request-Id"
 TRACEPARENT_HEADER = "traceparent"
 ORIGIN_HEADER = "X-Pdlaunch-Origin"
-"""From the router to engines: the PromptOrigin, and whether a rank may have died of the prompt."""
+"""The router tells engines the PromptOrigin, and whether a rank may have died of the prompt."""
 MAX_REQUEST_ID_LENGTH = 200
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")

@@ -16,12 +16,12 @@ from typing import TypeVar
 LARGE_BYTES = 64 * 1024
 """A body from this size on counts as large: tokenizing takes a hundred times as much."""
 COLLECT_BYTES = 1024**2
-"""From here on it is worth 50 ms to have the garbage collector look for bodies: errors that were
-raised hold them in cycles.
+"""Bytes from which on it is worth 50 ms to have the garbage collector look for bodies: errors that
+were raised hold them in cycles.
 """
 DELAY_S = 1.0
-"""From the end of a large request on: its last objects are gone by then, and others' ends with
-it.
+"""Seconds after the end of a large request: its last objects are gone by then, and others' ends
+with it.
 """
 
 
@@ -59,8 +59,8 @@ def trim(collect: bool = False) -> None:
 
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_TEXT_BYTES = 4 * 1024
-"""From here on parsing, or tokenizing, takes about a millisecond, and a thread is worth its 0.1
-ms.
+"""Bytes from which on parsing, or tokenizing, takes about a millisecond, and a thread is worth its
+0.1 ms.
 """
 NUM_INPUT_THREADS = 2
 """Bounds the memory of large work, which each thread needs once."""

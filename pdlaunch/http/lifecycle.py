@@ -29,7 +29,7 @@ from pdlaunch.protocol.control import (
 from pdlaunch.protocol.sockets import SecureContext
 
 SHUTDOWN_TIMEOUT_S = 1.0
-"""How long handlers may still run after Stop; draining came before."""
+"""Seconds that handlers may still run after Stop; draining came before."""
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Supervised:
         self.bootstrap = bootstrap
         self.context = SecureContext(bootstrap.keys)
         self.inbox: asyncio.Queue[FromSupervisor | PdlaunchError] = asyncio.Queue()
-        """What the supervisor said; an error is why this process cannot go on."""
+        """The supervisor's message; an error is the reason why this process cannot go on."""
         self._tasks: set[asyncio.Task[None]] = set()
 
         def deliver(message: FromSupervisor) -> None:

@@ -22,8 +22,8 @@ from pdlaunch.protocol.sockets import LaunchKeys
 LISTEN_BACKLOG = 1024
 """Connections to the router that wait to be accepted, for as long as no router runs too."""
 MAX_OPEN_FILES = 65_536
-"""As many as any process here needs; some systems allow a billion, which slows down programs that
-walk over all.
+"""The number of descriptors that any process here needs at most; some systems allow a billion,
+which slows down programs that walk over all.
 """
 _PR_SET_PDEATHSIG = 1
 
@@ -79,7 +79,7 @@ class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):
     step_record: int = -1
     """Rank 0's inherited descriptor of its ``StepRecord``."""
     heartbeat_s: float = 0.0
-    """How often its main loop says Alive; 0: nobody listens."""
+    """Seconds between two Alive messages of its main loop; 0: nobody listens."""
 
     def engine(self) -> EngineSpec:
         assert self.engine_json is not None

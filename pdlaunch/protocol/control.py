@@ -68,7 +68,7 @@ class Entry(Message, tag=False):
     capabilities: Capabilities = msgspec.field(default_factory=Capabilities)
     state: ListedState = "starting"
     reason: str = ""
-    """Why it is ``failed``, and what comes next; for people."""
+    """The reason why it is ``failed``, and what comes next; for people."""
 
 
 class Register(Message):
@@ -113,7 +113,7 @@ class PairReady(Message):
     """``nixl/UCX`` and such: the fastest of those that can be used."""
     gigabytes_per_s: float | None = None
     other_paths: dict[str, str] = {}
-    """How fast the others are, or why they cannot be used."""
+    """The speeds of the other paths, or why they cannot be used."""
     num_peers: int = 1
     """Ranks of the peer's engine that this one pulls from."""
 

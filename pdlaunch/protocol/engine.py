@@ -83,8 +83,8 @@ class AddRequest(Message):
     token.
     """
     is_awaited: bool = False
-    """With do_remote_decode: a decode engine knows the id and may ask for the blocks before there
-    is a lease.
+    """Set with do_remote_decode: a decode engine knows the id and may ask for the blocks before
+    there is a lease.
     """
     cache_salt: str = ""
     origin: PromptOrigin = NO_ORIGIN
@@ -142,7 +142,7 @@ class Sleep(Message):
     level: int
     """1 keeps the weights in host memory, 2 reads them again on waking."""
     timeout_s: float
-    """How long to wait for what still runs; 0: refuse at once."""
+    """Seconds to wait for what still runs; 0: refuse at once."""
 
 
 class WakeUp(Message):
@@ -189,8 +189,8 @@ class RequestFinished(Message):
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed here: prefix cache and pulled blocks."""
     remote_kv: RemoteKV | None = None
-    """With do_remote_decode: where the leased blocks can be pulled from; None when nothing is left
-    to decode.
+    """Set with do_remote_decode: says where the leased blocks can be pulled from; None when nothing
+    is left to decode.
     """
 
 

@@ -54,12 +54,12 @@ class PdlaunchParams(msgspec.Struct, frozen=True, kw_only=True):
     first_token_sent: bool = False
     """Set by a router that has streamed to the client what the prefill engine's answer holds."""
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=250)] = LeaseId("")
-    """To prefill: what the lease shall be called, never used before; the router needs to know it in
+    """The name of the lease, told to prefill, never used before; the router needs to know it in
     advance.
     """
     awaits_lease: bool = False
-    """To decode: prefill still computes the prompt. Its lease brings the first token, which the
-    client is told by others.
+    """Tells decode that prefill still computes the prompt. Its lease brings the first token, which
+    the client is told by others.
     """
 
 

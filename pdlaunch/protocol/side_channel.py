@@ -79,7 +79,7 @@ class Handshake(Message):
     rank_name: Annotated[str, _IS_ID]
     incarnation: int
     expected_engine_id: Annotated[EngineId, _IS_ID]
-    """From the registry; the answer must carry the same."""
+    """The value in the registry; the answer must carry the same."""
     compatibility: Compatibility
     agent_metadata: bytes
 
@@ -109,7 +109,7 @@ class PullBegin(Message):
 
     call_id: int
     engine_id: Annotated[EngineId, _IS_ID]
-    """Of the rank asked; another id is answered with Refused."""
+    """The engine_id of the rank asked; another id is answered with Refused."""
     lease_id: Annotated[LeaseId, _IS_ID] = msgspec.field(name="request_id")
     reader: Annotated[ReaderId, _IS_ID]
     """Names this pull: unique over engines, ranks and choices."""
@@ -130,8 +130,8 @@ class GroupBlocks(Message, tag=False):
     """
     block_ids: list[int]
     checksums: bytes | None
-    """By block and KV head of this rank, 8 bytes each, little-endian. None when ``verify`` is off,
-    or when they follow in a ChecksumsReply.
+    """Checksums of each block and KV head of this rank, 8 bytes each, little-endian. None when
+    ``verify`` is off, or when they follow in a ChecksumsReply.
     """
 
 
@@ -152,12 +152,13 @@ class PullReply(Message):
     a lease of the same ``generation``.
     """
     num_ready_blocks: NonNegative = 0
-    """Without a lease: blocks, from the beginning of the prompt, that nothing writes to any more.
+    """Blocks of a prompt without a lease, from the beginning of the prompt, that nothing writes to
+    any more.
     """
     generation: NonNegative = 0
     """Changes when blocks were taken back in between: they may have been another request's."""
     version: NonNegative = 0
-    """Without a lease: changes with every other field."""
+    """A version number for a prompt without a lease: it changes with every other field."""
 
 
 class StateChecksums(Message):
@@ -176,7 +177,7 @@ class ChecksumsReply(Message):
 
     call_id: int
     groups: list[bytes | None]
-    """As ``checksums`` in GroupBlocks."""
+    """Checksums in the form of those in GroupBlocks."""
 
 
 class PullHeartbeat(Message, tag="Heartbeat"):
@@ -221,7 +222,7 @@ class Push(Message):
     engine_id: Annotated[EngineId, _IS_ID]
     lease_id: Annotated[LeaseId, msgspec.Meta(max_length=256)] = msgspec.field(name="request_id")
     reader: Annotated[ReaderId, msgspec.Meta(max_length=256)]
-    """As in the PullBegin."""
+    """The id that stood in the PullBegin."""
     block_ids: list[int]
     """Blocks of the rank asked."""
     first_head: int

@@ -21,7 +21,9 @@ class OfferPartialPrompt(Message):
 
     lease_id: LeaseId
     block_ids: list[list[int]]
-    """By group, from first_block_index on; blocks that later steps compute may be missing."""
+    """Blocks of each group from first_block_index on; blocks that later steps compute may be
+    missing.
+    """
     first_block_index: list[int]
     num_ready_blocks: int
     """Logical blocks, from the beginning of the prompt, that are complete."""
@@ -44,7 +46,7 @@ class GrantLease(Message):
 
     lease_id: LeaseId
     block_ids: list[list[int]]
-    """By group, from first_block_index on."""
+    """Blocks of each group from first_block_index on."""
     first_block_index: list[int]
     block_hashes: list[bytes]
     num_tokens: int
@@ -75,7 +77,7 @@ class StartPull(Message):
     request_id: RequestId
     remote: RemoteKV
     block_ids: list[list[int]]
-    """By group: destination of the blocks from first_block_index on."""
+    """Destinations in each group of the blocks from first_block_index on."""
     first_block_index: list[int]
     """Logical index of the first block to pull; earlier ones are in the prefix cache or out of the
     window.

@@ -26,9 +26,9 @@ class Model:
     """The directory that is served."""
     shape: ModelShape | None = None
     error: ConfigError | None = None
-    """Why the model cannot be served."""
+    """The reason why the model cannot be served."""
     pending: str = ""
-    """Why the shape is not known yet: the model is converted first."""
+    """The reason why the shape is not known yet: the model is converted first."""
 
 
 def read_models(config: LaunchConfig) -> dict[Role, Model]:

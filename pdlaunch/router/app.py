@@ -54,9 +54,9 @@ from pdlaunch.router.transcript import Transcript
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
-"""How long clients may take to read that the router leaves."""
+"""Seconds that clients may take to read that the router leaves."""
 MAX_HOP_ID_LENGTH = 160
-"""How much of a client's request id the engines get to see; suffixes come behind it."""
+"""Characters of a client's request id the engines get to see; suffixes come behind it."""
 _TRACESTATE_HEADER = "tracestate"
 
 

@@ -39,7 +39,7 @@ from pdlaunch.router.state import RecoverySettings, RouterState
 logger = logging.getLogger(__name__)
 
 CLIENT_READ_TIMEOUT_S = 20.0
-"""How long a client may take no byte of its answer."""
+"""Seconds for which a client may take no byte of its answer."""
 
 
 class RouterProcess:

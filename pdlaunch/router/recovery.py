@@ -23,9 +23,9 @@ class Attempts:
         self._state = state
         self._failure: EngineFailure | EngineRefusal | None = None
         self._retry_at = 0.0
-        """When engines that were tried may be asked again."""
+        """The instant from which engines that were tried may be asked again."""
         self._trouble_since_at: float | None = None
-        """When the first engine failed since something was heard."""
+        """The instant at which the first engine failed since something was heard."""
         self._num_decode_failures = 0
         self._turned_away_by: set[EngineKey] = set()
 

@@ -22,7 +22,7 @@ from pdlaunch.router.pool import EnginePool
 
 SETTLE_TIMEOUT_S = 2.0
 DEATH_NEWS_S = 1.0
-"""How long the supervisor may take to tell of a death that an engine's server has spoken of."""
+"""Seconds that the supervisor may take to tell of a death that an engine's server has spoken of."""
 
 
 class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,13 +31,13 @@ class RecoverySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 4
     """Engines asked for one hop: a request that kills engines must not kill them all."""
     wait_s: float = 60.0
-    """How long to wait after a failure for an engine to come, or to come back."""
+    """Seconds to wait after a failure for an engine to come, or to come back."""
     retry_wait_s: float = 1.0
-    """How long to leave an engine alone that failed and that the registry still calls ready, where
+    """Seconds to leave an engine alone that failed and that the registry still calls ready, where
     there is no other.
     """
     busy_wait_s: float = 1.0
-    """How long to leave a busy engine alone."""
+    """Seconds to leave a busy engine alone."""
 
 
 class SuspectBook:

@@ -38,7 +38,7 @@ from pdlaunch.server.served_model import load_served_model
 _log = logging.getLogger(__name__)
 
 ROUTER_READ_TIMEOUT_S = 60.0
-"""How long a connection may take no byte of its answer.
+"""Seconds for which a connection may take no byte of its answer.
 
 It is longer than a router's limit, because a router waits for its own client in turn.
 """

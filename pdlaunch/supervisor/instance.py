@@ -29,7 +29,7 @@ class Instance:
     sleep_state: Literal["awake", "draining", "sleeping"] = "awake"
     """The last state that a ready process told of itself."""
     given_up_for: str = ""
-    """Why its engine was given up when it last was, and when it is tried again."""
+    """The reason why its engine was last given up, and the time of the next try."""
     heard_at: float = 0.0
     """Instant at which its loop last turned, as far as is known."""
     stalled: bool = False

@@ -36,7 +36,9 @@ class RestartPolicy:
     max_quick_deaths: int = 5
     first_retry_s: float = 60.0
     max_retry_s: float = 900.0
-    """How long an engine that was given up is left alone: twice as long each time, up to this."""
+    """Seconds for which an engine that was given up is left alone: twice as long each time, up to
+    this.
+    """
 
     def is_quick(self, ready_for_s: float | None) -> bool:
         return ready_for_s is None or ready_for_s < self.quick_s
@@ -72,7 +74,7 @@ class GivenUp:
         """Reasons of the engines that are given up or on trial."""
         self._retry_at: dict[str, float] = {}
         self._num_times: dict[str, int] = {}
-        """How often an engine was given up in a row, without long service between."""
+        """The number of times an engine was given up in a row, without long service between."""
 
     def __contains__(self, engine: str) -> bool:
         return engine in self._retry_at

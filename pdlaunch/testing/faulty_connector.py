@@ -154,7 +154,7 @@ class FaultyRead(Read):
         self._wait_until = 0.0
         """Pending until then: before the start of a delayed READ, after that of a lost one."""
         self._unwritten: torch.Tensor | None = None
-        """What the second half of the last block held before."""
+        """The bytes that the second half of the last block held before."""
         self._end: ReadState = "pending"
         self._inner: Read | None = None
         match fault:

@@ -91,7 +91,7 @@ class SoakReport(msgspec.Struct, kw_only=True):
     details: list[str] = []
     """The first few requests that ended neither equal nor cancelled."""
     left: list[str] = []
-    """What the engines still hold, or what is wrong with them."""
+    """Return what the engines still hold, or what is wrong with them."""
     totals: dict[str, float] = {}
     """Counters of engines and router; only of processes that were alive at the end."""
     seconds: float = 0.0

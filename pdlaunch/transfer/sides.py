@@ -30,9 +30,10 @@ from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
 
 SLEEP_SHARE = 1 / 32
-"""Of the age of a READ, or of checksums that a device computes, to sleep between two looks at it:
-what is short ends without delay, what is long with at most this much, and what is stalled costs
-next to nothing."""
+"""Share of the age of a READ, or of checksums that a device computes, for which the thread sleeps
+between two looks at it: what is short ends without delay, what is long with at most this much, and
+what is stalled costs next to nothing.
+"""
 LONGEST_READ_SLEEP_S = 0.05
 
 

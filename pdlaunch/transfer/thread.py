@@ -39,14 +39,14 @@ from pdlaunch.transfer.sides import TransferSetup, TransferSides
 logger = logging.getLogger(__name__)
 
 CONFIRMATION_S = 5.0
-"""For the transfer thread to answer once its deadline has passed."""
+"""Seconds for the transfer thread to answer once its deadline has passed."""
 AWAKE_S = 0.005
 """The step loop stays awake so long after a pull has begun to read."""
 LONGEST_SLEEP_S = 60.0
 SHORTEST_SLEEP_S = 0.0001
 """Shorter sleeps are left out: READs of up to 3 ms are waited for awake."""
 SUSPENSION_SLEEP_S = 0.01
-"""Between two looks at whether READs that nobody waits for have ended."""
+"""Seconds between two looks at whether READs that nobody waits for have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class _Resume:
     """Open the connector again."""
 
     done: Future[str]
-    """As that of ``_Suspend``."""
+    """The event, as in ``_Suspend``."""
 
 
 class _Stop:
@@ -103,13 +103,15 @@ class TransferThread:
         self._connected = True
         self._started = threading.Event()
         self._error: str | None = None
-        """Why the thread has died. Its exception is not kept: the traceback would keep the KV cache
-        alive.
+        """The reason why the thread has died. Its exception is not kept: the traceback would keep
+        the KV cache alive.
         """
         self.awake_until_at = 0.0
-        """Until then a pull is likely to end at any moment; ``wake`` tells when it moves."""
+        """The instant until which a pull is likely to end at any moment; ``wake`` tells when it
+        moves.
+        """
         self.awaited_bytes = 0
-        """What that pull reads."""
+        """The blocks that the pull reads."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = setup.context.pair(
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"

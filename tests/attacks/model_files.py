@@ -111,7 +111,9 @@ def damaged_safetensors(folder: Path) -> Iterator[tuple[str, Path]]:
 def _directory(path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(
-        '{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,'
+        '{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128,'
+        ' "num_hidden_layers": 2,'
+        ' "num_attention_heads": 4,'
         ' "vocab_size": 256, "max_position_embeddings": 512}'
     )
     return path

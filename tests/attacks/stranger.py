@@ -43,7 +43,10 @@ PATHS = (
         ("GET", "/pdlaunch/status"),
     ),
 )
-BODY = b'{"prompt":"a","max_tokens":1,"tokens":[1],"request_id":"x","messages":[{"role":"user","content":"a"}]}'
+BODY = (
+    b'{"prompt":"a","max_tokens":1,"tokens":[1],"request_id":"x",'
+    b'"messages":[{"role":"user","content":"a"}]}'
+)
 
 
 def speaks(port: int, first: bytes) -> str:

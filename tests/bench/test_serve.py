@@ -83,7 +83,8 @@ def page(pulls: int, num_bytes: float, seconds: float) -> str:
         "kv_transfer_seconds": seconds,
     }
     lines = [
-        f'# TYPE pdlaunch_{name}_total counter\npdlaunch_{name}_total{{role="decode"}} {counters[name]}'
+        f"# TYPE pdlaunch_{name}_total counter\n"
+        f'pdlaunch_{name}_total{{role="decode"}} {counters[name]}'
         for name in counters
     ]
     return "\n".join(lines) + "\n"
@@ -125,7 +126,10 @@ async def test_a_context_that_is_too_long_is_told_before_anything_is_sent(kind: 
     lengths: dict[str, Any] = {"input_tokens": (8, 29), "output_tokens": 2} if kind is bench else {}
     with pytest.raises(
         PdlaunchError,
-        match=r"a prompt of 2[89] tokens and . tokens of output .* max_model_len 30: .*--max-model-len",
+        match=(
+            r"a prompt of 2[89] tokens and . tokens of output .* "
+            r"max_model_len 30: .*--max-model-len"
+        ),
     ):
         await kind(server, **lengths)
     assert server.prompts == []

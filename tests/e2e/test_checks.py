@@ -86,7 +86,8 @@ def test_smoke_fails_when_no_block_moves(tiny_model: Path, tmp_path: Path) -> No
     """Every pull times out at once: answers stay right, and smoke says what is wrong."""
     config = tmp_path / "pdlaunch.yaml"
     config.write_text(
-        f"model: {tiny_model}\nkv_cache_memory: 16MiB\nkv_transfer: {{pull_timeout_s: 0.000001, pull_attempts: 1}}\n"
+        f"model: {tiny_model}\nkv_cache_memory: 16MiB\n"
+        "kv_transfer: {pull_timeout_s: 0.000001, pull_attempts: 1}\n"
     )
     report = tmp_path / "smoke.xml"
     result = pdlaunch("smoke", str(config), "--junit", str(report))

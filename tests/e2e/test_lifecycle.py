@@ -138,7 +138,7 @@ class TestRestarts:
     def test_requests_during_a_drain_get_503_and_running_ones_finish(
         self, deployment: Deployment, expected: list[int]
     ) -> None:
-        # What needs one token needs no decode engine, so that only the running request waits for it.
+        # One token needs no decode engine, so that only the running request waits for it.
         one_token = {"prompt": PROMPT, "max_tokens": 1}
         with ThreadPoolExecutor(1) as pool:
             with paused(deployment.processes()["decode-0/rank-0"]):

@@ -30,7 +30,7 @@ SICK_RUNNER = f"""
 import importlib.abc, importlib.util, os, signal, sys
 
 class Hook(importlib.abc.MetaPathFinder):
-    '''Makes the runner of a rank crash in a step with token {POISON}, as a bug in a kernel would.'''
+    '''Makes a rank's runner crash in a step with token {POISON}, as a bug in a kernel would.'''
 
     def find_spec(self, name, path, target=None):
         if name != "pdlaunch.engine.runner":

@@ -148,7 +148,11 @@ segments = [
     for segment in torch.cuda.memory_snapshot()
     if segment["address"] <= elsewhere.data_ptr() < segment["address"] + segment["total_size"]
 ]
-print([segment["is_expandable"] for segment in segments], TorchAllocatorSettings().read(), int(weights.sum()))
+print(
+    [segment["is_expandable"] for segment in segments],
+    TorchAllocatorSettings().read(),
+    int(weights.sum()),
+)
 """
     environ = os.environ | ({"PYTORCH_ALLOC_CONF": conf} if conf else {})
     result = subprocess.run(

@@ -8,8 +8,12 @@ from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:
     text = render_metrics(registry).decode()
+
+    def label(labels: dict[str, str]) -> str:
+        return labels.get("finished_reason") or labels.get("status") or ""
+
     return {
-        f"{sample.name}/{sample.labels.get('finished_reason') or sample.labels.get('status') or ''}": sample.value
+        f"{sample.name}/{label(sample.labels)}": sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if "le" not in sample.labels

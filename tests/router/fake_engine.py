@@ -80,7 +80,10 @@ class FakeEngine:
         self.num_aborted = 0
         self.aborted = asyncio.Event()
         self.status: int | None = None
-        self.error_body = b'{"error": {"message": "made up", "type": "server_error", "param": null, "code": null}}'
+        self.error_body = (
+            b'{"error": {"message": "made up", "type": "server_error", "param": null, '
+            b'"code": null}}'
+        )
         self.die_after: int | None = None
         self.error_after: int | None = None
         self.hold_after: int | None = None

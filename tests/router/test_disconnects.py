@@ -14,7 +14,10 @@ from tests.router.conftest import SPEC, Stand, pair
 from tests.router.fake_engine import until
 from tests.router.test_life_of_a_request import completion
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
 
 
 async def send(

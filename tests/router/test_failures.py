@@ -211,7 +211,10 @@ async def test_an_engines_refusal_is_passed_on_unchanged(stand: Stand) -> None:
 async def test_a_refusal_after_the_first_token_is_an_event(stand: Stand) -> None:
     prefill, decode = pair()
     decode.status = 400
-    decode.error_body = b'{"error": {"message": "no", "type": "invalid_request_error", "param": "stop", "code": null}}'
+    decode.error_body = (
+        b'{"error": {"message": "no", "type": "invalid_request_error", "param": "stop", '
+        b'"code": null}}'
+    )
     await stand.start([prefill, decode])
     answer = await stand.post(completion(stream=True))
     assert answer.status == 200

@@ -44,6 +44,7 @@ def test_pairs_of_gpus_are_shown_by_the_copies_in_use() -> None:
     )
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith(NAME)]
     assert lines == [
-        f'{NAME}{{holder="prefill-0/rank-0",path="p2p/posix_fd/batch1",puller="decode-0/rank-0"}} 391.7',
+        f'{NAME}{{holder="prefill-0/rank-0",path="p2p/posix_fd/batch1",'
+        'puller="decode-0/rank-0"} 391.7',
         f'{NAME}{{holder="prefill-0/rank-0",path="nixl/UCX",puller="decode-0/rank-1"}} 0.583',
     ]

@@ -28,7 +28,8 @@ from pdlaunch.server.tokenizer import TextTokenizer
 from tests.server.fake_rank import FakeRank
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CORPUS = ["hello world, the quick brown fox stops here", "prefill and decode are two engines"] * 4

@@ -1,4 +1,4 @@
-"""One decode rank and the prefill ranks that it reaches, in one process: real LeaseAnswers, Peer and
+"""One decode rank and its prefill ranks in one process: real LeaseAnswers, Peer and
 Pull over a fake connector and fake channels.
 """
 

@@ -1,4 +1,4 @@
-"""Connectors of other packages: ``example`` is one, found by the entry point of its distribution."""
+"""Connectors of other packages: ``example`` is found by the entry point of its distribution."""
 
 from __future__ import annotations
 

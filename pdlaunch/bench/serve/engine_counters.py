@@ -97,7 +97,7 @@ _TIERS = {
     "host": ("prefix_cache_host_hits", "prefix_cache_queries"),
     "remote": ("prefix_cache_remote_hits", "prefix_cache_queries"),
 }
-"""By tier: the counters of prompt tokens that it held, and of all prompt tokens."""
+"""For each tier this names the counters of prompt tokens that it held, and of all prompt tokens."""
 
 
 class TierRow(msgspec.Struct, frozen=True, kw_only=True):

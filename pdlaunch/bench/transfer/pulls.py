@@ -289,7 +289,7 @@ class _Pair:
         self._engine_id, self._tp_size = engine_id, len(holders)
         self._num_pulls = 0
         self.paths: set[str] = set()
-        """In use, once connected."""
+        """The path in use, once connected."""
 
     def connect(self, num_kv_heads: int) -> None:
         """Let every reader shake hands with every holder."""

@@ -1,1 +1,1 @@
-"""What moves the bytes of KV blocks between ranks: NIXL, mapped memory, Mooncake, files."""
+"""Connectors move the bytes of KV blocks between ranks: NIXL, mapped memory, Mooncake, files."""

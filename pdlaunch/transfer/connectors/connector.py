@@ -32,7 +32,7 @@ ReadPart = tuple[int, torch.cuda.Event]
 
 @dataclass(frozen=True, slots=True)
 class LocalMemory:
-    """What a rank lets others read."""
+    """The memory that a rank lets others read."""
 
     kv_cache: torch.Tensor
     """[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim], contiguous; outlives the
@@ -42,7 +42,7 @@ class LocalMemory:
     """[num_bytes] uint8; a known pattern that peers read to prove the path."""
     layout: KVCacheLayout
     source: KVMemory = field(default_factory=PrivateKVMemory)
-    """What KV cache and scratch were allocated from."""
+    """The memory that KV cache and scratch were allocated from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +51,26 @@ class PeerAgent:
 
     name: str
     metadata: bytes
-    """From its ``agent_metadata``."""
+    """The peer's address, out of its ``agent_metadata``."""
     geometry: Geometry
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class BlockRead:
-    """Which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads ``local_heads``
-    of ``local_blocks[i]``. Compared by identity.
+    """Says which bytes go where: heads ``remote_heads`` of ``remote_blocks[i]`` to heads
+    ``local_heads`` of ``local_blocks[i]``. Compared by identity.
     """
 
     local_blocks: Sequence[int]
     remote_blocks: Sequence[int]
-    """As many as local blocks."""
+    """The blocks to read, as many as local ones."""
     local_heads: range
     """Index within the rank."""
     remote_heads: range
     """Index within the peer's rank; as many as local heads."""
     lease_id: LeaseId = field(default=LeaseId(""))
     reader: ReaderId = field(default=ReaderId(""))
-    """Whose lease it is, as in the PullBegin: a prefill side that writes checks both."""
+    """The owner of the lease, as in the PullBegin: a prefill side that writes checks both."""
     digest: str = ""
     """Hexadecimal; names the prompt by its content."""
 
@@ -153,12 +153,12 @@ class Connection(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PushJob:
-    """What the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch when
-    there are no blocks.
+    """Names what the prefill side writes for a peer's READ: ``heads`` of ``blocks``, or its scratch
+    when there are no blocks.
     """
 
     target: bytes
-    """As ``PushedRead.target``."""
+    """The target, as in ``PushedRead``."""
     blocks: Sequence[int]
     heads: range
     """Index within this rank."""
@@ -172,18 +172,18 @@ class Write(Protocol):
 
 
 class Pusher(Protocol):
-    """What a connector has whose prefill side writes."""
+    """A connector whose prefill side writes has one of these."""
 
     def push(self, job: PushJob) -> Write:
         """Begin to write to a peer; never waits."""
 
 
 class MemoryMapper(Protocol):
-    """What a connector has whose peers map this rank's memory."""
+    """A connector whose peers map this rank's memory has one of these."""
 
     def wait_unmapped(self, timeout_s: float) -> bool:
-        """After ``Connector.close``: wait until no peer maps the memory; False when that takes
-        longer. Any thread may call.
+        """Call this after ``Connector.close``: wait until no peer maps the memory; False when that
+        takes longer. Any thread may call.
         """
 
 
@@ -191,9 +191,9 @@ class Connector(ABC):
     """Moves KV blocks. It may be opened again after ``close``."""
 
     name: str
-    """As in the settings; ranks whose names differ do not connect."""
+    """The name in the settings; ranks whose names differ do not connect."""
     path: str
-    """What carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
+    """The name of what carries the bytes, for people: ``nixl/UCX``; see ``Connection.paths``."""
     agent_name: str
     """Unique over ranks and incarnations."""
 

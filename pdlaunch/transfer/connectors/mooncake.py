@@ -46,7 +46,7 @@ class _Target(msgspec.Struct, frozen=True):
     segment: str
     """Address of the reader's engine: ``127.0.0.1:12345``."""
     addresses: list[int]
-    """Where the heads of each block shall begin."""
+    """Return the addresses at which the heads of each block shall begin."""
     piece_bytes: int
     """Bytes to write to each address."""
 

@@ -38,7 +38,7 @@ class _Offer(msgspec.Struct, frozen=True):
 
     metadata: bytes = b""
     error: str = ""
-    """Why it did not open; empty when it did."""
+    """The reason why it did not open; empty when it did."""
 
 
 _decoder = msgspec.msgpack.Decoder(dict[str, _Offer])
@@ -115,7 +115,7 @@ class _Way:
     """Path of the connector, for the case that there is no connection."""
     connection: Connection | None
     error: str = ""
-    """Why there is no connection."""
+    """The reason why there is no connection."""
     num_reads: int = 0
     """READs that are not released."""
 

@@ -31,7 +31,7 @@ class Pieces:
 
     destinations: Addresses
     sources: Addresses
-    """As many as destinations."""
+    """Sources, as many as destinations."""
     piece_bytes: int
 
     @cached_property

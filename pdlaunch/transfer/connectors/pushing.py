@@ -48,7 +48,7 @@ class PendingRead(PushedRead):
     """Frees what a scratch READ has taken."""
     state: ReadState = "pending"
     error: str | None = None
-    """How the prefill side's write has ended; None until that is known."""
+    """The outcome of the prefill side's write; None until that is known."""
     began_at: float = field(default_factory=time.perf_counter)
     ended_at: float = 0.0
 

@@ -26,7 +26,7 @@ class AskedPushes:
         self._connector = connector
         self._call_ids = call_ids
         self._reads: dict[int, PushedRead] = {}
-        """By call_id."""
+        """The questions that are open, by call_id."""
 
     def check_channel(self, channel: Channel | None) -> None:
         """Raise TransferError when answers over this connection may be lost: no write must be asked

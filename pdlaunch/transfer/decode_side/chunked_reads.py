@@ -93,7 +93,7 @@ class _Places:
     first_block: int
     end_block: int
     groups: list[tuple[int, list[int]]]
-    """By group: the first logical index, and the blocks there."""
+    """For each group, the first logical index, and the blocks there."""
 
 
 def _worth_hashing(parts: Sequence[ReadPart]) -> list[ReadPart]:

@@ -24,7 +24,7 @@ class PrefillLink(Protocol):
 
     name: str
     error: str
-    """Why it is not ready."""
+    """Return the reason why it is not ready."""
 
     @property
     def status(self) -> LinkStatus: ...

@@ -29,7 +29,7 @@ class PeerTable:
     pull.
     """
     peers: dict[str, Peer]
-    """As the registry shows them."""
+    """The ranks as the registry shows them."""
     gone: list[Peer]
     """Lost, with READs that are pending."""
 

@@ -101,9 +101,9 @@ class RankPull:
         self._version = 0
         """Version of the latest answer over this connection."""
         self._next_begin_at: float | None = None
-        """When PullBegin is sent again, while no lease is known."""
+        """The instant at which PullBegin is sent again, while no lease is known."""
         self._next_checksums_at: float | None = None
-        """When the checksums are asked for, while they are missing."""
+        """The instant at which the checksums are asked for, while they are missing."""
         self._held_until_at = 0.0
         """Instant until which the lease is known to hold."""
         self._heartbeat_s = 0.0
