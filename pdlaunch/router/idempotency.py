@@ -42,8 +42,8 @@ MAX_BYTES = 32 * 1024**2
 MAX_READERS = 8
 """Bounds the readers of one answer: what each has not read yet is kept for it alone."""
 WINDOW_BYTES = 64 * 1024
-"""What the readers of an answer that is too long to be kept may be behind, and what a reader is
-sent at a time.
+"""Bytes that a reader is sent at a time, and by which the readers of an answer that is too long to
+be kept may be behind.
 """
 _EVENT_OVERHEAD_BYTES = 64
 """Python takes about this much for each event besides its bytes."""
