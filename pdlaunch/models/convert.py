@@ -25,6 +25,7 @@ from pdlaunch.config.model_files.damage import DOWNLOAD_AGAIN, damaged
 from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import ConfigError
+from pdlaunch.models.gguf_reads import read_once
 from pdlaunch.models.progress import ReportProgress
 
 Converter = Callable[[Path, Path, ReportProgress], None]
@@ -85,21 +86,22 @@ def convert_gguf(source: Path, target: Path, progress: ReportProgress) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        progress("reading the configuration", 0.1)
-        config = AutoConfig.from_pretrained(**where)
-        config.save_pretrained(target)
-        read_model_shape(target)
-        progress("reading the tokenizer", 0.2)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        progress("reading weights", 0.4)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=config,
-            dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **_dequantizing(),
-        )
+        with read_once():
+            progress("reading the configuration", 0.1)
+            config = AutoConfig.from_pretrained(**where)
+            config.save_pretrained(target)
+            read_model_shape(target)
+            progress("reading the tokenizer", 0.2)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            progress("reading weights", 0.4)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **where,
+                config=config,
+                dtype=torch.float32 if source.stat().st_size < LARGE_FILE_BYTES else torch.bfloat16,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **_dequantizing(),
+            )
         _refuse_misfits(source, loaded)
         _refuse_non_finite(source, model.named_parameters())
     except ConfigError:

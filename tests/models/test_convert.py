@@ -9,7 +9,9 @@ import json
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 from tokenizers import Tokenizer
 
@@ -110,6 +112,26 @@ def test_a_whole_file_is_converted(source: str) -> None:
     assert read_model_shape(directory).num_layers == 2
     assert (directory / "tokenizer.json").is_file()
     assert weight_files(directory)
+
+
+def test_header_and_names_are_read_once(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_gguf().write(Path(source))
+    read: list[str] = []
+
+    class CountingReader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append("header")
+            super().__init__(path)
+
+    def name_map(*arguments: Any, made: Any = gguf.get_tensor_name_map) -> Any:
+        read.append("names")
+        return made(*arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", name_map)
+    ensure_converted(source, quiet)
+    assert sorted(read) == ["header", "names"]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (CountingReader, name_map)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(
