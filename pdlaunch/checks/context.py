@@ -48,8 +48,6 @@ class PairTransport:
     """The link, in words: ``18 NVLinks with 478 GB/s``."""
     error: str | None = None
     """The reason why nothing could be moved."""
-    bytes_equal: bool = True
-    """The bytes that arrived are those that were sent."""
     other_paths: Mapping[str, str] = field(default_factory=dict)
     """Speed of the paths that are not in use, or why they cannot be."""
 

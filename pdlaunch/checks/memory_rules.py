@@ -164,8 +164,8 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
     "PD207",
     "error",
     fix=(
-        "Use more ranks, a smaller dtype, a smaller max_model_len or kv_cache_memory, or a larger "
-        "gpu_memory_utilization."
+        "Use more ranks, a smaller dtype, a smaller max_num_batched_tokens (activations), "
+        "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization."
     ),
     source="The model's config.json and the driver.",
     needs=("model", "gpus", "gpu_memory"),

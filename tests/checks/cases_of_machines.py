@@ -150,9 +150,6 @@ CASES: dict[str, Case] = {
     "PD501": Case(
         [on(CPU, pairs=(replace(PAIR, error="REMOTE_DISCONNECT"),))], [on(CPU, pairs=(PAIR,))]
     ),
-    "PD502": Case(
-        [on(CPU, pairs=(PAIR, replace(PAIR, bytes_equal=False)))], [on(CPU, pairs=(PAIR,))]
-    ),
     "PD503": Case(
         [
             on(GPU, pairs=(replace(PAIR, allocator=allocator, gigabytes_per_s=0.6),))

@@ -1,0 +1,67 @@
+"""Every rule is seen by ``pdlaunch check-config``, and gone after each fix that its page gives."""
+
+import pytest
+
+from pdlaunch.checks.registry import all_rules
+from tests.checks import (
+    fires_configuration,
+    fires_environment,
+    fires_memory,
+    fires_pairs,
+    fires_transport,
+)
+from tests.checks.firing import found_by_check_config, write_models
+
+CASES = [
+    *fires_configuration.CASES,
+    *fires_memory.CASES,
+    *fires_pairs.CASES,
+    *fires_environment.CASES,
+    *fires_transport.CASES,
+]
+IMPORTS = fires_environment.IMPORTS
+CODES = {case.code for case in [*CASES, *IMPORTS]}
+WAITS_FOR = {
+    "PD424": "engines on several hosts",
+    "PD434": "engines on several hosts",
+}
+"""Rules that no set-up of today can fire, and what they wait for."""
+SEEN_IN_A_LAUNCH = {"PD501", "PD505"}
+"""Rules on measurements that ``tests/e2e/test_checks.py`` sees in a launch on a CPU."""
+
+
+def named(case):
+    return pytest.param(case, id=case.code)
+
+
+def starting_processes(case):
+    return pytest.param(case, id=case.code, marks=pytest.mark.processes)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+def test_every_rule_has_a_case_or_says_what_it_waits_for():
+    assert sorted(CODES | set(WAITS_FOR)) == sorted(all_rules())
+    assert not CODES & set(WAITS_FOR)
+
+
+def test_what_only_hardware_can_show_is_marked():
+    made_up = {case.code for case in CASES if case.broken.measured is not None}
+    assert made_up == SEEN_IN_A_LAUNCH | {case.code for case in CASES if case.only_on}
+
+
+@pytest.mark.parametrize("case", [*map(named, CASES), *map(starting_processes, IMPORTS)])
+def test_it_fires_and_the_fixes_of_its_page_end_it(case, models):
+    rule = all_rules()[case.code]
+    assert found_by_check_config(case.broken, models).get(rule.code) == rule.severity
+    assert case.fixes or rule.severity == "info", "what is wrong can be mended"
+    for words, fixed in case.fixes.items():
+        assert words in rule.fix, "the page of the rule says something else"
+        found = found_by_check_config(fixed, models)
+        assert rule.code not in found, words
+        assert "error" not in found.values(), (words, found)
