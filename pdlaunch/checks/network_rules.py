@@ -93,8 +93,8 @@ def side_channel_unreachable(context: Context) -> Iterator[Found]:
     "PD409",
     "warning",
     fix=(
-        "Use connector nixl, which listens nowhere, or give the deployment a network namespace of "
-        "its own."
+        "Use connector nixl, which listens nowhere. In a network namespace of its own a deployment "
+        "is safe, though the warning stays."
     ),
     source="Listening sockets of Mooncake 0.3.13 (measured); SO_BINDTODEVICE in socket(7).",
 )
@@ -132,7 +132,10 @@ def mooncake_device_binding(context: Context) -> Iterator[Found]:
 @rule(
     "PD425",
     "warning",
-    fix="Use one rank an engine, or give the deployment a network namespace of its own.",
+    fix=(
+        "Use one rank an engine. In a network namespace of its own a deployment is safe, though "
+        "the warning stays."
+    ),
     source="Listening sockets of torch 2.13's gloo (measured).",
 )
 def gloo_sockets(context: Context) -> Iterator[Found]:

@@ -132,5 +132,6 @@ CASES = [
             )
         },
     ),
-    Case("PD119", Setup(model="no-weights"), {"Complete the download": Setup(model="tiny")}),
+    Case("PD119", Setup(model="no-weights"), {"Complete the download": PLAIN}),
+    Case("PD119", Setup(model="pickles"), {"convert the weights to safetensors": PLAIN}),
 ]

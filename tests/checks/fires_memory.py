@@ -12,11 +12,11 @@ def with_gpu_memory(gibibytes: int) -> Machine:
 
 
 OLD_DRIVER = replace(GPU, cumem=Availability(False, "the driver has no cuMemCreate"))
+TWO_GPUS = replace(GPU, gpus=GPU.gpus[:2])
 ONE_GPU = replace(GPU, gpus=GPU.gpus[:1])
 SMALL_GPUS = with_gpu_memory(16)
 GPUS_OF_24 = with_gpu_memory(24)
 LOW_MEMLOCK = replace(GPU, limits=Limits(8 << 20, 65536))
-EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 TIER = "kv_offload: {host_memory: 8GiB}\n"
 ON_NIXL = "kv_transfer: {nixl: {path: nixl}}\n"
 
@@ -48,43 +48,6 @@ CASES = [
         {
             "Switch enable_sleep_mode off": Setup(),
             "run on a CUDA device": Setup(flags=("--enable-sleep-mode",), machine=GPU),
-        },
-    ),
-    Case(
-        "PD204",
-        Setup(ON_NIXL, environ=EXPANDABLE, machine=GPU),
-        {
-            "Remove expandable_segments from the environment": Setup(ON_NIXL, machine=GPU),
-            "--enable-cumem-allocator": Setup(
-                flags=("--enable-cumem-allocator",), environ=EXPANDABLE, machine=GPU
-            ),
-            "--enable-sleep-mode": Setup(
-                flags=("--enable-sleep-mode",), environ=EXPANDABLE, machine=GPU
-            ),
-        },
-    ),
-    Case(
-        "PD205",
-        Setup(environ={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:yes"}, machine=GPU),
-        {
-            "expandable_segments:False": Setup(
-                environ={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, machine=GPU
-            )
-        },
-    ),
-    Case(
-        "PD206",
-        Setup(
-            environ={
-                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
-                "PYTORCH_ALLOC_CONF": "max_split_size_mb:100",
-            },
-            machine=GPU,
-        ),
-        {
-            "Keep one of them": Setup(
-                environ={"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"}, machine=GPU
-            )
         },
     ),
     Case(
@@ -183,9 +146,19 @@ CASES = [
         },
     ),
     Case(
+        "PD210",
+        Setup(flags=("--decode", "2"), machine=TWO_GPUS),
+        {"use fewer engines": Setup(machine=TWO_GPUS)},
+    ),
+    Case(
         "PD211",
         Setup("gpu_memory_utilization: 0.4\n", machine=ONE_GPU),
         {"Use as many GPUs as there are ranks": Setup(machine=GPU)},
+    ),
+    Case(
+        "PD211",
+        Setup("gpu_memory_utilization: 0.4\n", flags=("--decode", "2"), machine=TWO_GPUS),
+        {"fewer engines": Setup(machine=TWO_GPUS)},
     ),
     Case(
         "PD212",

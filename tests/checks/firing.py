@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -110,12 +109,13 @@ class Case:
 
 
 def write_models(folder: Path) -> None:
-    """Write the models, and ``no-weights``, whose download has stopped early."""
-    for name, config in {**MODELS, "no-weights": TINY}.items():
+    """Write the models, and two without weights that can be read: ``no-weights``, ``pickles``."""
+    for name, config in {**MODELS, "no-weights": TINY, "pickles": TINY}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
-        if name != "no-weights":
-            (folder / name / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    for name in MODELS:
+        (folder / name / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    (folder / "pickles" / "pytorch_model.bin").touch()
 
 
 def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
@@ -141,17 +141,3 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
     findings = json.loads(result.stdout)["findings"]
     assert all(re.fullmatch(r"PD\d{3}", item["rule"]) for item in findings), findings
     return {item["rule"]: item["severity"] for item in findings}
-
-
-@contextlib.contextmanager
-def busy_port() -> Iterator[tuple[str, ...]]:
-    """Somebody listens on the router's port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield "--port", str(server.getsockname()[1])
-
-
-@contextlib.contextmanager
-def free_port() -> Iterator[tuple[str, ...]]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    yield "--port", str(port)

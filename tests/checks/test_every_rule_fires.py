@@ -4,22 +4,30 @@ import pytest
 
 from pdlaunch.checks.registry import all_rules
 from tests.checks import (
+    fires_allocators,
     fires_configuration,
-    fires_environment,
+    fires_libraries,
+    fires_machine,
     fires_memory,
+    fires_network,
     fires_pairs,
     fires_transport,
+    fires_ucx,
 )
 from tests.checks.firing import found_by_check_config, write_models
 
 CASES = [
     *fires_configuration.CASES,
     *fires_memory.CASES,
+    *fires_allocators.CASES,
     *fires_pairs.CASES,
-    *fires_environment.CASES,
+    *fires_libraries.CASES,
+    *fires_machine.CASES,
+    *fires_ucx.CASES,
+    *fires_network.CASES,
     *fires_transport.CASES,
 ]
-IMPORTS = fires_environment.IMPORTS
+IMPORTS = fires_libraries.IMPORTS
 CODES = {case.code for case in [*CASES, *IMPORTS]}
 WAITS_FOR = {
     "PD424": "engines on several hosts",

@@ -1,0 +1,152 @@
+"""For each rule on libraries (PD40x, PD437, PD438): a machine that fires it, and its fixes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+from pdlaunch.config import connectors
+from pdlaunch.platform.facts import NixlInstall
+from tests.checks.contexts import CPU, GPU
+from tests.checks.firing import Case, Setup
+from tests.checks.machines import MOONCAKE, ON_MOONCAKE, libraries
+
+CU12, CU13 = frozenset({"cu12"}), frozenset({"cu13"})
+NEEDS_IBVERBS = libraries(MOONCAKE, missing_for_mooncake=("libibverbs.so.1",))
+
+
+@contextlib.contextmanager
+def connector_of_another_package(spec: str) -> Iterator[tuple[str, ...]]:
+    """A package with connector ``theirs`` is installed, whose module holds ``spec``."""
+    with tempfile.TemporaryDirectory() as folder:
+        info = Path(folder, "theirs-1.0.dist-info")
+        info.mkdir()
+        info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+        info.joinpath("entry_points.txt").write_text(
+            "[pdlaunch.connectors]\ntheirs = theirs:SPEC\n"
+        )
+        Path(folder, "theirs.py").write_text(spec)
+        sys.path.insert(0, folder)
+        forget_connectors()
+        try:
+            yield ("--kv-connector", "theirs")
+        finally:
+            sys.path.remove(folder)
+            sys.modules.pop("theirs", None)
+            forget_connectors()
+
+
+def forget_connectors() -> None:
+    connectors._others.cache_clear()
+    connectors.other_sections.cache_clear()
+
+
+def broken_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
+    return connector_of_another_package("import no_such_module_of_theirs\n")
+
+
+def cuda_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
+    return connector_of_another_package(
+        "from pdlaunch.config.connectors import ConnectorSpec\n"
+        "SPEC = ConnectorSpec()\nSPEC.needs_cuda = True\n"
+        "SPEC.factory = 'pdlaunch.transfer.connectors.file:new_connector'\n"
+    )
+
+
+@contextlib.contextmanager
+def nixl_of_another_cuda() -> Iterator[tuple[str, ...]]:
+    """The first NIXL on the path needs a library that is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = "raise ImportError('libcudart.so.11.0: cannot open shared object file')\n"
+        Path(folder, "nixl.py").write_text(text)
+        with patch.dict(os.environ, PYTHONPATH=folder):
+            yield NO_LAUNCH
+
+
+@contextlib.contextmanager
+def nixl_as_installed() -> Iterator[tuple[str, ...]]:
+    yield NO_LAUNCH
+
+
+NO_LAUNCH = ("--probe", "--assume-platform", "cpu")
+"""Libraries are imported, and nothing is started."""
+IMPORTS = [
+    Case(
+        "PD404",
+        Setup(machine=None, arrange=nixl_of_another_cuda),
+        {"stands first in LD_LIBRARY_PATH": Setup(machine=None, arrange=nixl_as_installed)},
+    ),
+]
+"""Cases that start processes."""
+
+CASES = [
+    Case("PD401", Setup(machine=libraries(CPU, torch=None)), {"pip install pdlaunch": Setup()}),
+    Case(
+        "PD402",
+        Setup(machine=libraries(CPU, nixl=NixlInstall())),
+        {"pip install nixl": Setup()},
+    ),
+    Case(
+        "PD403",
+        Setup(machine=libraries(CPU, nixl=NixlInstall("1.5.1", {"cu12": "1.5.1"}, frozenset()))),
+        {"Install nixl again": Setup()},
+    ),
+    Case(
+        "PD405",
+        Setup(machine=libraries(GPU, nixl=NixlInstall("1.5.1", {"cu12": "1.5.1"}, CU12))),
+        {
+            "Install the nixl build of torch's CUDA generation": Setup(
+                machine=libraries(GPU, nixl=NixlInstall("1.5.1", {"cu13": "1.5.1"}, CU13))
+            )
+        },
+    ),
+    Case(
+        "PD406",
+        Setup(machine=libraries(GPU, torch="2.13.0+cpu", torch_cuda=None)),
+        {
+            "Install a CUDA build of torch": Setup(machine=GPU),
+            "set device: cpu": Setup(
+                "device: cpu\n", machine=libraries(GPU, torch="2.13.0+cpu", torch_cuda=None)
+            ),
+        },
+    ),
+    Case(
+        "PD407",
+        Setup(machine=replace(GPU, driver_cuda=(12, 8))),
+        {
+            "Update the driver": Setup(machine=GPU),
+            "install a torch build for an older CUDA": Setup(
+                machine=libraries(
+                    replace(GPU, driver_cuda=(12, 8)), torch="2.13.0+cu126", torch_cuda="12.6"
+                )
+            ),
+        },
+    ),
+    Case(
+        "PD408",
+        Setup(flags=ON_MOONCAKE, machine=NEEDS_IBVERBS),
+        {"apt-get install libibverbs1": Setup(flags=ON_MOONCAKE, machine=MOONCAKE)},
+    ),
+    Case(
+        "PD437",
+        Setup(machine=None, arrange=broken_connector),
+        {
+            "Install the connector's package": Setup(machine=GPU, arrange=cuda_connector),
+            "name another connector": Setup(),
+        },
+    ),
+    Case(
+        "PD438",
+        Setup(arrange=cuda_connector),
+        {
+            "Name another connector": Setup(),
+            "use GPUs": Setup(machine=GPU, arrange=cuda_connector),
+        },
+    ),
+]

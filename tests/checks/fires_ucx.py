@@ -1,0 +1,51 @@
+"""For each rule on UCX (PD43x): variables that fire it, and its fixes."""
+
+from pdlaunch.platform.facts import Machine
+from tests.checks.contexts import CPU, GB200, GPU
+from tests.checks.firing import Case, Setup
+
+
+def with_ucx(machine: Machine = GPU, **variables: str) -> Setup:
+    return Setup("kv_transfer: {nixl: {path: nixl}}\n", environ=variables, machine=machine)
+
+
+CASES = [
+    Case(
+        "PD430",
+        with_ucx(UCX_TLS="rc,sm,tcp"),
+        {
+            "Add cuda to UCX_TLS": with_ucx(UCX_TLS="rc,sm,tcp,cuda"),
+            "unset it": with_ucx(),
+        },
+    ),
+    Case(
+        "PD431",
+        with_ucx(UCX_TLS="sm,cuda_copy"),
+        {
+            "Add cuda to UCX_TLS": with_ucx(UCX_TLS="sm,cuda_copy,cuda"),
+            "unset it": with_ucx(),
+        },
+    ),
+    Case(
+        "PD432",
+        with_ucx(CPU, UCX_TLS="posix"),
+        {"Add cma to UCX_TLS": with_ucx(CPU, UCX_TLS="posix,cma"), "unset it": with_ucx(CPU)},
+    ),
+    Case("PD433", with_ucx(CPU, UCX_TLS="tcp"), {"Unset UCX_TLS": with_ucx(CPU)}),
+    Case(
+        "PD435",
+        with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="n"),
+        {
+            "Unset UCX_CUDA_IPC_ENABLE_MNNVL": with_ucx(GB200),
+            "set it to y": with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="y"),
+        },
+    ),
+    Case(
+        "PD436",
+        with_ucx(UCX_CUDA_IPC_ENABLE_MNNVL="y"),
+        {
+            "Unset UCX_CUDA_IPC_ENABLE_MNNVL": with_ucx(),
+            "start the IMEX service": with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="y"),
+        },
+    ),
+]
