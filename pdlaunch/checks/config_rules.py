@@ -87,7 +87,7 @@ def tp_splits_heads(context: Context) -> Iterator[Found]:
         for name, number in numbers.items():
             if number % engine.tp_size:
                 yield Found(
-                    f"{engine.role}.tensor_parallel_size",
+                    engine.where("tensor_parallel_size"),
                     (
                         f"tensor_parallel_size {engine.tp_size} does not divide the model's "
                         f"{number} {name}"
@@ -117,7 +117,7 @@ def tp_splits_kv_heads(context: Context) -> Iterator[Found]:
                 if heads % n == 0 and shape.num_attention_heads % n == 0
             ]
             yield Found(
-                f"{engine.role}.tensor_parallel_size",
+                engine.where("tensor_parallel_size"),
                 f"tensor_parallel_size {size} does not fit the model's {heads} KV heads",
                 f"choose {', '.join(sizes)} or a multiple of {heads}",
             )
@@ -412,7 +412,7 @@ def tp_cuts_no_experts(context: Context) -> Iterator[Found]:
                 f"tensor_parallel_size {engine.tp_size} for {shape.model_type}, which has "
                 f"{shape.num_experts} experts a layer"
             )
-            yield Found(f"{engine.role}.tensor_parallel_size", message)
+            yield Found(engine.where("tensor_parallel_size"), message)
 
 
 @rule(

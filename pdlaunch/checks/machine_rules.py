@@ -73,9 +73,7 @@ def too_few_gpus(context: Context) -> Iterator[Found]:
             message = (
                 f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"
             )
-            yield Found(
-                f"{engine.role}.tensor_parallel_size", message, f"set it to {there} or less"
-            )
+            yield Found(engine.where("tensor_parallel_size"), message, f"set it to {there} or less")
 
 
 @rule(

@@ -193,7 +193,7 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
                 message = (
                     f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index} gives {what}"
                 )
-                yield Found(f"{engine.role}.tensor_parallel_size", message)
+                yield Found(engine.where("tensor_parallel_size"), message)
 
 
 @rule(

@@ -147,7 +147,7 @@ def gloo_sockets(context: Context) -> Iterator[Found]:
     """
     for engine in context.on("cpu"):
         if engine.tp_size > 1:
-            place = f"{engine.role}.tensor_parallel_size"
+            place = engine.where("tensor_parallel_size")
             yield Found(
                 place,
                 (

@@ -178,7 +178,7 @@ def tp_sizes_cross(context: Context) -> Iterator[Found]:
             f"prefill has {prefill} ranks an engine, decode {decode}: each decode rank reads from "
             "several prefill ranks"
         )
-        yield Found("decode.tensor_parallel_size", message)
+        yield Found(pair[1].where("tensor_parallel_size"), message)
 
 
 @rule(
@@ -199,7 +199,7 @@ def tp_direction(context: Context) -> Iterator[Found]:
     # PD307 speaks of sizes that do not divide each other.
     if prefill > decode and prefill % decode == 0:
         message = f"prefill has {prefill} ranks an engine, decode {decode}"
-        yield Found("prefill.tensor_parallel_size", message)
+        yield Found(pair[0].where("tensor_parallel_size"), message)
 
 
 @rule(

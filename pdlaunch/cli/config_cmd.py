@@ -102,12 +102,12 @@ def settings_markdown() -> str:
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
     for path, setting in all_settings().items():
         first, _, rest = path.partition(".")
-        own_to_role = rest.partition(".")[0] not in EngineSettings.model_fields
         if first in EngineSettings.model_fields:
             groups["Engines"].append(_row(setting))
         elif first not in get_args(Role):
             groups[f"`{first}`" if rest else "Deployment"].append(_row(setting))
-        elif own_to_role:
+        # Overrides are not listed but for those with a flag.
+        elif setting.flag or rest.partition(".")[0] not in EngineSettings.model_fields:
             groups["Roles"].append(_row(setting))
     lines = [_REFERENCE_HEAD]
     for title, rows in groups.items():

@@ -40,6 +40,8 @@ class Flag:
     """The form of the value in help; follows from the type when empty."""
     help: str = ""
     """The text in help; the field's description when empty. May hold ``{role}``."""
+    of_role: Flag | None = None
+    """The flag of a role's override, which has none otherwise."""
 
 
 ByteSize = Annotated[
@@ -117,10 +119,14 @@ def _optional_fields(model: type[FrozenModel]) -> dict[str, Any]:
             )
             fields[name] = (part, part())
             continue
-        # A role's override has no flag. The constraints hold for the value alone, not for None.
-        kept = [item for item in info.metadata if not isinstance(item, Flag)]
+        # The constraints hold for the value alone, not for None.
         kind: Any = info.annotation
-        for item in kept:
-            kind = Annotated[kind, item]
-        fields[name] = (kind | None, Field(None, description=info.description))
+        for item in info.metadata:
+            if not isinstance(item, Flag):
+                kind = Annotated[kind, item]
+        kind = kind | None
+        for item in info.metadata:
+            if isinstance(item, Flag) and item.of_role is not None:
+                kind = Annotated[kind, item.of_role]
+        fields[name] = (kind, Field(None, description=info.description))
     return fields

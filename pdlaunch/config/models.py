@@ -59,7 +59,10 @@ class EngineSettings(FrozenModel):
         min_length=1,
         description="Alias, directory in Hugging Face layout, or .gguf file.",
     )
-    load_format: LoadFormat = Field(
+    tensor_parallel_size: Annotated[
+        int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))
+    ] = Field(1, gt=0, le=1024, description="Ranks of an engine.")
+    load_format: Annotated[LoadFormat, Flag()] = Field(
         "auto", description="`dummy` makes random weights up, for benchmarks."
     )
     dtype: Annotated[DType, Flag()] = Field(
@@ -79,10 +82,10 @@ class EngineSettings(FrozenModel):
             "gpu_memory_utilization leaves on a GPU."
         ),
     )
-    gpu_memory_utilization: float = Field(
+    gpu_memory_utilization: Annotated[float, Flag()] = Field(
         0.9, gt=0, le=1, description="Share of a GPU's memory that a rank may use."
     )
-    enable_prefix_caching: bool = Field(
+    enable_prefix_caching: Annotated[bool, Flag()] = Field(
         True, description="Keep KV blocks for later requests whose prompts begin alike."
     )
     kv_offload: KVOffloadSettings = KVOffloadSettings()
@@ -98,8 +101,10 @@ class EngineSettings(FrozenModel):
     async_scheduling: Annotated[bool, Flag()] = Field(
         True, description="Prepare a GPU's next step on the CPU while one runs."
     )
-    max_num_seqs: int = Field(64, gt=0, description="Largest number of requests in one batch.")
-    max_num_batched_tokens: int | None = Field(
+    max_num_seqs: Annotated[int, Flag()] = Field(
+        64, gt=0, description="Largest number of requests in one batch."
+    )
+    max_num_batched_tokens: Annotated[int | None, Flag()] = Field(
         None, gt=0, description="Tokens in one step; when unset, 512 on a CPU and 8192 on a GPU."
     )
     device: Annotated[Device, Flag()] = Field(
@@ -119,9 +124,6 @@ class RoleSettings(FrozenModel):
 
     replicas: Annotated[int, Flag("{role}", help="Number of {role} engines.")] = Field(
         1, ge=0, le=1024, description="Number of engines."
-    )
-    tensor_parallel_size: Annotated[int, Flag("{role}-tp", help="Ranks of a {role} engine.")] = (
-        Field(1, gt=0, le=1024, description="Ranks of one engine.")
     )
     port: int = Field(
         0,
@@ -203,8 +205,8 @@ class LaunchConfig(SharedSettings, EngineSettings):
 
     prefill: RoleSettings = RoleSettings()
     decode: RoleSettings = RoleSettings()
-    served_model_name: str | None = Field(
-        None, description="Name in the API; the model's own name when unset."
+    served_model_name: Annotated[str | None, Flag(panel=DEPLOYMENT)] = Field(
+        None, min_length=1, description="Name in the API; the model's own name when unset."
     )
     host: Annotated[str, Flag(panel=DEPLOYMENT)] = Field(
         "127.0.0.1", min_length=1, description="Address of the router."

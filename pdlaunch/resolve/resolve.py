@@ -190,7 +190,7 @@ def _require_devices(engines: RoleEngines) -> None:
         raise ConfigError(
             f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, this machine has "
             f"{num_gpus}",
-            field=f"{engines.role}.tensor_parallel_size",
+            field=engines.where("tensor_parallel_size"),
             value=engines.tp_size,
             fix=f"set it to {num_gpus} or less",
         )

@@ -193,7 +193,7 @@ def _resolve(
     return RoleEngines(
         role=role,
         replicas=section.replicas,
-        tp_size=section.tensor_parallel_size,
+        tp_size=settings.tensor_parallel_size,
         settings=settings,
         overrides=frozenset(set_paths(section)),
         ports=section.ports(),
@@ -218,7 +218,7 @@ def _resolve(
         else make_footprint(
             model.shape,
             settings,
-            tp_size=section.tensor_parallel_size,
+            tp_size=settings.tensor_parallel_size,
             device=device,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -243,7 +243,8 @@ def _resolve(
 def count_ranks(config: LaunchConfig) -> int:
     """Return the number of ranks of all engines."""
     return sum(
-        config.role(role).replicas * config.role(role).tensor_parallel_size for role in ROLES
+        config.role(role).replicas * config.engine_settings(role).tensor_parallel_size
+        for role in ROLES
     )
 
 
