@@ -70,6 +70,7 @@ COMMANDS = (
     ),
 )
 
+_NAME = "pdlaunch"
 _COMPLETION_VARIABLE = "_PDLAUNCH_COMPLETE"
 
 
@@ -78,18 +79,17 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
     are only listed.
     """
     app = typer.Typer(
-        name="pdlaunch",
+        name=_NAME,
         help="Launch disaggregated prefill/decode LLM serving with one command.",
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
     # Importing one command takes up to a second; help lists the others by the table alone.
-    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    words = _words_to_complete() if _COMPLETION_VARIABLE in os.environ else arguments
+    called = next((word for word in words if not word.startswith("-")), None)
     for command in commands:
-        loaded = (
-            command.load() if command.name == called or _COMPLETION_VARIABLE in os.environ else None
-        )
+        loaded = command.load() if command.name == called else None
         if command.is_group:
             app.add_typer(
                 loaded or typer.Typer(callback=_placeholder),
@@ -97,13 +97,20 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
                 help=command.summary,
             )
         else:
-            app.command(command.name, help=command.summary)(loaded or _placeholder)
+            kind = getattr(loaded, "command_class", None)
+            app.command(command.name, help=command.summary, cls=kind)(loaded or _placeholder)
     return app
 
 
 def run() -> None:
     """Run the command that the arguments of this process name."""
-    build_app(sys.argv[1:])()
+    build_app(sys.argv[1:])(prog_name=_NAME)
+
+
+def _words_to_complete() -> list[str]:
+    """Return the words behind ``pdlaunch`` that a shell wants completed."""
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return line.split()[1:]
 
 
 def _print_version(wanted: bool) -> None:

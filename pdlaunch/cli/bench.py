@@ -21,6 +21,7 @@ from pdlaunch.cli.bench_values import (
     read_sizes,
 )
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
+from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.config.models import LoadFormat
@@ -28,7 +29,7 @@ from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True)
-app.command("serve")(serve)
+app.command("serve", cls=ServeCommand)(serve)
 
 STDERR = 2
 """File descriptor."""

@@ -16,9 +16,10 @@ from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.output import FormatOption
+from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.settings import Setting, all_settings
-from pdlaunch.config.shown import ShownValue, shown_values
+from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.probe import probe_machine
@@ -69,11 +70,14 @@ def schema(
     typer.echo(json.dumps(document, indent=2))
 
 
-@app.command("show")
+@app.command("show", cls=ServeCommand)
 @with_serve_flags
 def show(
     config: ConfigArgument = None,
     output: FormatOption = "table",
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Print only what differs from the defaults.")
+    ] = False,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -87,10 +91,13 @@ def show(
             Text(f"error: {safe(str(error))}", style="red")
         )
         raise typer.Exit(EXIT_UNUSABLE) from None
-    resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
-    by_path = {item.path: item for item in shown_values(loaded)}
-    by_path |= {item.path: item for item in effective_settings(resolved)}
-    values = list(by_path.values())
+    if changed:
+        values = changed_values(loaded)
+    else:
+        resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
+        by_path = {item.path: item for item in shown_values(loaded)}
+        by_path |= {item.path: item for item in effective_settings(resolved)}
+        values = list(by_path.values())
     if output == "json":
         typer.echo(json.dumps({item.path: _entry(item) for item in values}, indent=2))
     else:
@@ -135,6 +142,9 @@ def _entry(item: ShownValue) -> dict[str, object]:
 
 
 def _print_table(console: Console, values: list[ShownValue]) -> None:
+    if not values:
+        console.print("every setting has its default")
+        return
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "origin"):
         table.add_column(heading, overflow="fold")

@@ -14,6 +14,7 @@ from rich.text import Text
 from pdlaunch.checks.registry import all_rules, family
 from pdlaunch.checks.rule import Rule
 from pdlaunch.cli import EXIT_UNUSABLE
+from pdlaunch.cli.completion import complete_rule
 from pdlaunch.cli.findings import safe
 from pdlaunch.config.problems import nearest, shown_name
 
@@ -21,7 +22,11 @@ from pdlaunch.config.problems import nearest, shown_name
 def explain(
     code: Annotated[
         str | None,
-        typer.Argument(metavar="CODE", help="A rule such as PD204; all are listed without it."),
+        typer.Argument(
+            metavar="CODE",
+            help="A rule such as PD204; all are listed without it.",
+            autocompletion=complete_rule,
+        ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/rules.md.")] = False,
 ) -> None:

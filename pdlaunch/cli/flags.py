@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pdlaunch.cli.completion import Complete, value_completion
+from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.settings import Setting, all_flags, all_settings
 
@@ -22,6 +24,7 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
 
     ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
     config path, ready for ``config.sources.load_config``. Its other parameters stay as they are.
+    ``command_class`` of what is returned is the class that typer is to make of it.
     """
     own = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -36,6 +39,7 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     declared = [_parameters(all_settings()[path], flag) for path, flag in all_flags().items()]
     # typer reads the signature, so flags are declared without a function that lists them.
     vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
+    vars(call)["command_class"] = ServeCommand
     call.__name__ = command.__name__
     call.__doc__ = command.__doc__
     return call
@@ -69,10 +73,13 @@ def _parameters(setting: Setting, flag: Flag) -> list[inspect.Parameter]:
     if setting.is_switch:
         return [_parameter(flag, flag.name, bool), _parameter(flag, f"no-{flag.name}", bool)]
     kind = next((kind for kind in (int, float) if kind in setting.kinds), str)
-    return [_parameter(flag, flag.name, str if setting.is_size else kind)]
+    kind = str if setting.is_size else kind
+    return [_parameter(flag, flag.name, kind, value_completion(setting))]
 
 
-def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
+def _parameter(
+    flag: Flag, name: str, kind: type, complete: Complete | None = None
+) -> inspect.Parameter:
     option = typer.Option(
         f"--{name}",
         help=flag.help,
@@ -80,6 +87,7 @@ def _parameter(flag: Flag, name: str, kind: type) -> inspect.Parameter:
         show_default=False,
         rich_help_panel=flag.panel,
         hidden=name != flag.name,
+        autocompletion=complete,
     )
     annotated: Any = Annotated  # typed by value, which a type checker takes for a type
     return inspect.Parameter(

@@ -91,10 +91,15 @@ class Setting:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     @property
+    def choices(self) -> list[str]:
+        """The words that it may be, none where it is no choice of words."""
+        return [kind for kind in self.kinds if isinstance(kind, str)]
+
+    @property
     def form(self) -> str:
         """The form of its value: ``N``, ``SIZE``, ``auto|cpu|cuda``."""
-        if choices := [kind for kind in self.kinds if isinstance(kind, str)]:
-            return "|".join(choices)
+        if self.choices:
+            return "|".join(self.choices)
         if self.path.endswith("_s"):
             return "SECONDS"
         return next((form for kind, form in _FORMS.items() if kind in self.kinds), "TEXT")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import SECRET, all_settings, is_secret, split_path
 from pdlaunch.config.sources import LoadedConfig, Origin
 
@@ -29,6 +30,12 @@ def shown_values(loaded: LoadedConfig) -> list[ShownValue]:
         or origin.kind != "default"
         or not path.startswith(("prefill.", "decode."))
     ]
+
+
+def changed_values(loaded: LoadedConfig) -> list[ShownValue]:
+    """Return the settings that were given another value than their default."""
+    defaults = {path: value for path, value, _ in _values(LoadedConfig(LaunchConfig(), {}))}
+    return [item for item in shown_values(loaded) if item.value != defaults.get(item.path)]
 
 
 def shown_config(loaded: LoadedConfig) -> dict[str, Any]:

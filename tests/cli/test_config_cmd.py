@@ -63,6 +63,28 @@ def test_show_as_a_table(run):
     assert line.split() == ["block_size", "32", "flag", "(--block-size)"]
 
 
+def test_changed_shows_what_differs_from_the_defaults_and_where_it_came_from(run, tmp_path):
+    path = tmp_path / "deploy.yaml"
+    path.write_text("block_size: 32\nmax_num_seqs: 64\ndecode:\n  tensor_parallel_size: 2\n")
+    arguments = ("show", path, "--changed", "--port", "9000", "--host", "127.0.0.1")
+    environ = {"PDLAUNCH_ENV__UCX_TLS": "tcp", "PDLAUNCH_API_KEY": "hunter2"}
+    values = json.loads(run(*arguments, "--format", "json", **environ).stdout)
+    assert {name: (item["value"], item["detail"]) for name, item in values.items()} == {
+        "block_size": (32, f"{path}:1:13"),
+        "decode.tensor_parallel_size": (2, f"{path}:4:25"),
+        "port": (9000, "--port"),
+        "env.UCX_TLS": ("tcp", "PDLAUNCH_ENV__UCX_TLS"),
+        "api_key": ("**********", "PDLAUNCH_API_KEY"),
+    }
+    table = run(*arguments, **environ).stdout
+    assert [line.split()[0] for line in table.splitlines()] == ["setting", *values]
+
+
+def test_changed_of_nothing_says_so(run):
+    assert run("show", "--changed").stdout == "every setting has its default\n"
+    assert json.loads(run("show", "--changed", "--format", "json").stdout) == {}
+
+
 @pytest.mark.parametrize("output", ["table", "json"])
 def test_show_hides_secrets(run, output):
     result = run(

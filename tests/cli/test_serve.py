@@ -109,6 +109,26 @@ def test_flags_beat_environment_beats_file(
     ]
 
 
+def test_ranks_of_both_roles_are_set_at_once_and_a_role_differs(model: str) -> None:
+    plan = ("--model", model, "--dry-run", "--format", "json")
+    both = json.loads(serve(*plan, "--tensor-parallel-size", "2").stdout)["engines"]
+    assert [both[role]["tensor_parallel_size"] for role in ("prefill", "decode")] == [2, 2]
+    differs = ("--tensor-parallel-size", "2", "--decode-tp", "4")
+    engines = json.loads(serve(*plan, *differs).stdout)["engines"]
+    assert [engines[role]["tensor_parallel_size"] for role in ("prefill", "decode")] == [2, 4]
+
+
+def test_names_and_limits_of_engines_are_flags(model: str) -> None:
+    result = serve("--model", model, "--served-model-name", "mine", "--max-num-seqs", "3",
+                   "--gpu-memory-utilization", "0.5", "--max-num-batched-tokens", "99",
+                   "--dry-run", "--format", "json")  # fmt: skip
+    decode = json.loads(result.stdout)["engines"]["decode"]
+    assert (decode["served_model_name"], decode["max_num_batched_tokens"]) == ("mine", 99)
+    refused = serve("--model", model, "--gpu-memory-utilization", "1.5", "--dry-run")
+    assert refused.exit_code == 2
+    assert "--gpu-memory-utilization" in refused.output
+
+
 def test_secrets_are_never_printed(model: str) -> None:
     for output in ("json", "table"):
         result = serve(
