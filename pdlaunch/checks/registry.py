@@ -6,6 +6,7 @@ from types import ModuleType
 
 from pdlaunch.checks import (
     config_rules,
+    kv_cache_rules,
     library_rules,
     machine_rules,
     memory_rules,
@@ -31,6 +32,7 @@ def all_rules() -> dict[str, Rule]:
     modules: tuple[ModuleType, ...] = (
         config_rules,
         memory_rules,
+        kv_cache_rules,
         offload_rules,
         pair_rules,
         library_rules,

@@ -46,12 +46,17 @@ class Footprint:
     @property
     def num_blocks_for_longest(self) -> int:
         """KV blocks that one request of max_model_len needs, all groups together."""
-        return self._blocks_for(self.max_model_len)
+        return self.blocks_for(self.max_model_len)
 
     @property
     def host_chunk_bytes(self) -> int:
         """The bytes of a chunk of the host tier, which holds ``blocks_per_chunk`` blocks."""
         return aligned_chunk_bytes(self.blocks_per_chunk * self.block_bytes)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return the KV blocks that one request of so many tokens needs, all groups together."""
+        windows = [group.sliding_window for group in self.layout.groups]
+        return min_blocks(windows, self.layout.block_size, num_tokens)
 
     @property
     def min_kv_bytes(self) -> int:
@@ -74,7 +79,7 @@ class Footprint:
         low, high = 0, math.ceil(self.max_model_len / size)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._blocks_for(middle * size) * self.block_bytes <= kv_bytes:
+            if self.blocks_for(middle * size) * self.block_bytes <= kv_bytes:
                 low = middle
             else:
                 high = middle - 1
@@ -90,10 +95,6 @@ class Footprint:
             f"{format_size(self.activation_bytes)} + KV cache {format_size(self.kv_bytes)} = "
             f"{format_size(self.total_bytes)}"
         )
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        windows = [group.sliding_window for group in self.layout.groups]
-        return min_blocks(windows, self.layout.block_size, num_tokens)
 
 
 def make_footprint(

@@ -129,6 +129,14 @@ CASES: dict[str, Case] = {
             on(GPU, enable_cumem_allocator=True),
         ],
     ),
+    "PD214": Case(
+        [on(CPU, kv_cache_memory="64MiB", max_num_seqs=1000), on(CPU, kv_cache_memory="20MiB")],
+        [
+            on(CPU, kv_cache_memory="64MiB"),
+            on(CPU, kv_cache_memory="1KiB"),
+            on(CPU, kv_cache_memory="1MiB", max_model_len=32, max_num_seqs=2),
+        ],
+    ),
     "PD220": Case(
         [
             on(CPU, **TIER, enable_prefix_caching=False),

@@ -126,6 +126,29 @@ CASES = [
         },
     ),
     Case(
+        "PD208",
+        Setup("kv_cache_memory: 16KiB\n"),
+        {
+            "Raise kv_cache_memory": Setup("kv_cache_memory: 1MiB\n"),
+            "lower max_model_len": Setup("kv_cache_memory: 16KiB\nmax_model_len: 32\n"),
+        },
+    ),
+    Case(
+        "PD208",
+        Setup("decode: {kv_cache_memory: 8KiB}\n"),
+        {"Raise kv_cache_memory": Setup("decode: {kv_cache_memory: 1MiB}\n")},
+    ),
+    Case(
+        "PD214",
+        Setup("kv_cache_memory: 16KiB\nmax_model_len: 32\n"),
+        {
+            "Raise kv_cache_memory": Setup("kv_cache_memory: 512KiB\nmax_model_len: 32\n"),
+            "lower max_num_seqs": Setup(
+                "kv_cache_memory: 16KiB\nmax_model_len: 32\nmax_num_seqs: 2\n"
+            ),
+        },
+    ),
+    Case(
         "PD209",
         Setup("kv_cache_memory: 128KiB\n"),
         {
