@@ -198,6 +198,10 @@ class SharedSettings(FrozenModel):
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
     )
+    strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
+        False,
+        description="Refuse requests with unknown fields; they are ignored and named otherwise.",
+    )
 
 
 class LaunchConfig(SharedSettings, EngineSettings):

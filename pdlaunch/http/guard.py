@@ -26,10 +26,11 @@ from aiohttp import hdrs, web
 from pdlaunch.config.http_names import ANY, WILDCARDS
 from pdlaunch.errors import RequestError
 from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 
 HOST_FREE_PATHS = frozenset({"/health"})
 PREFLIGHT_MAX_AGE_S = 600
-_EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, Retry-After"
+_EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, {IGNORED_FIELDS_HEADER}, Retry-After"
 
 
 class Guard:

@@ -43,6 +43,9 @@ class EventStream(Protocol):
     def has_begun(self) -> bool:
         """Tell whether the client has been sent a status, so that an error must be an event."""
 
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Add headers to those of the answer, which has not begun."""
+
     async def write(self, event: bytes) -> None:
         """Send one event, and wait while the reader is behind.
 
@@ -67,6 +70,9 @@ class ClientStream:
     @property
     def has_begun(self) -> bool:
         return self.response.prepared
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        self.response.headers.update(headers)
 
     async def write(self, event: bytes) -> None:
         await self._begin()

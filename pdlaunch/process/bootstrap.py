@@ -51,6 +51,7 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Opens the commands over TCP; None: they are taken at the admin socket alone."""
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    strict_fields: bool = False
 
 
 class Bootstrap(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.sse import DONE, EventStream, encode_event
 from pdlaunch.observe.metrics import RequestClock, RequestMetrics
 from pdlaunch.protocol.openai.responses import PromptTokensDetails, Usage
@@ -36,6 +37,16 @@ class Answer:
         self._id = request.endpoint.id_prefix + request.request_id
         self._model = model
         self._created = int(time.time())
+        self._ignored_fields = dict.fromkeys(request.ignored_fields)
+
+    @property
+    def ignored_fields(self) -> Iterable[str]:
+        """Return the names of the request's fields that were ignored, each once."""
+        return self._ignored_fields
+
+    def ignores(self, names: Iterable[str]) -> None:
+        """Take the names of fields that an engine has ignored."""
+        self._ignored_fields |= dict.fromkeys(names)
 
     async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
         """Take one chunk that is new to the client."""
@@ -76,9 +87,11 @@ class StreamedAnswer(Answer):
         *,
         model: str,
         metrics: RequestMetrics,
+        ignored: IgnoredFields,
     ) -> None:
         super().__init__(request, model=model, metrics=metrics)
         self._stream = stream
+        self._ignored = ignored
 
     async def _take(self, transcript: Transcript, chunk: Chunk) -> None:
         chunk |= self._head(self._request.endpoint.chunk_object)
@@ -87,6 +100,8 @@ class StreamedAnswer(Answer):
         if self._request.include_usage:
             chunk["usage"] = transcript.usage() if self._request.continuous_usage else None
         if chunk["choices"]:
+            if not self._stream.has_begun:
+                self._stream.add_headers(self._ignored.headers(self.ignored_fields))
             await self._stream.write(encode_event(chunk))
 
     async def finish(self, transcripts: Iterable[Transcript]) -> None:

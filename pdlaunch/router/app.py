@@ -25,6 +25,7 @@ from pdlaunch.http.errors import (
 )
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_traceparent
+from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
@@ -74,6 +75,7 @@ class RouterApp:
         self._repeats = Repeats()
         self._bodies = BodyBudget(spec.body_budget_bytes)
         self._inputs = LargeInputs()
+        self._ignored_fields = IgnoredFields()
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
@@ -160,6 +162,7 @@ class RouterApp:
                 request_id=request_id,
                 hop_id=_hop_id(request_id, is_own=REQUEST_ID_HEADER not in request.headers),
                 headers=_headers_to_pass(request),
+                strict_fields=self._spec.strict_fields,
             ),
         )
         with (
@@ -169,7 +172,7 @@ class RouterApp:
             if client_request.stream:
                 await self._stream(client_request, stream)
                 return None
-            return await self._whole(client_request)
+            return await self._whole(client_request, stream)
 
     async def _stream(self, client_request: ClientRequest, stream: EventStream) -> None:
         answer = StreamedAnswer(
@@ -177,6 +180,7 @@ class RouterApp:
             stream,
             model=self._spec.served_model_name,
             metrics=self._state.metrics.requests,
+            ignored=self._ignored_fields,
         )
         try:
             async with self._deadlines.start().guard():
@@ -189,7 +193,7 @@ class RouterApp:
             self._state.metrics.requests.failed(error_status(error))
             await stream.fail(error)
 
-    async def _whole(self, client_request: ClientRequest) -> web.Response:
+    async def _whole(self, client_request: ClientRequest, stream: EventStream) -> web.Response:
         answer = WholeAnswer(
             client_request,
             model=self._spec.served_model_name,
@@ -197,7 +201,9 @@ class RouterApp:
         )
         async with self._deadlines.start().guard():
             transcripts = await self._run(client_request, answer)
-        return json_response(answer.finish(transcripts))
+        headers = self._ignored_fields.headers(answer.ignored_fields)
+        stream.add_headers(headers)  # a recording repeats them
+        return json_response(answer.finish(transcripts), headers=headers)
 
     async def _run(self, client_request: ClientRequest, sink: ChunkSink) -> list[Transcript]:
         """Answer all prompts at once; the first error ends the others and is raised."""
@@ -222,7 +228,11 @@ class RouterApp:
                 }
                 async with self._deadlines.start().guard():
                     answer = await self._state.client.ask(engine, request.path, body, headers)
-                return web.Response(body=answer, content_type="application/json")
+                return web.Response(
+                    body=answer.body,
+                    content_type="application/json",
+                    headers=self._ignored_fields.headers(answer.ignored_fields),
+                )
             except EngineFailure:
                 pool.failed(engine)
                 tried |= {engine.key}

@@ -17,13 +17,15 @@ from pdlaunch.http.errors import model_not_found
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin
 from pdlaunch.protocol.ids import HopId, HttpRequestId, LeaseId, PromptOrigin
 from pdlaunch.protocol.openai.body import (
-    INTERNAL_FIELDS,
     TOKEN_IDS,
+    IgnoredNames,
     check_num_values,
     read_json_object,
+    refuse_internal_fields,
+    refuse_unknown,
 )
 from pdlaunch.protocol.openai.completions import MAX_PROMPTS
-from pdlaunch.protocol.openai.generation import MAX_CHOICES
+from pdlaunch.protocol.openai.generation import MAX_CHOICES, StreamOptions
 
 CHARACTERS_PER_TOKEN = 4
 """Rough; only compares the work of engines."""
@@ -75,7 +77,7 @@ CHAT = Endpoint(
 )
 
 
-class StreamFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StreamFields(msgspec.Struct, frozen=True):
     """Holds the client's ``stream_options``; the engines see the router's own."""
 
     include_usage: bool | None = None
@@ -174,6 +176,8 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: HttpRequestId
     fields: ClientFields
     prompts: list[PromptRequest]
+    ignored_fields: tuple[str, ...] = ()
+    """Names of unknown fields in ``stream_options``; the engines see all others."""
 
     @property
     def stream(self) -> bool:
@@ -208,19 +212,18 @@ def read_client_request(
     request_id: HttpRequestId,
     hop_id: HopId,
     headers: dict[str, str],
+    strict_fields: bool = False,
     draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
 ) -> ClientRequest:
     """Check and split a client's body. ``headers`` go to the engines with it. Raises
     RequestError.
     """
     body = _read_body(raw)
-    for name in sorted(INTERNAL_FIELDS & body.keys()):
-        raise RequestError(
-            f"{name} is set by pdlaunch itself; leave it out",
-            param=name,
-            code="unsupported_parameter",
-        )
+    refuse_internal_fields(body)
     fields = _read_fields(body)
+    ignored_fields = _unknown_stream_options(body)
+    if strict_fields:
+        refuse_unknown(ignored_fields, StreamOptions.model_fields)
     if fields.model is not None and fields.model != served_model_name:
         raise model_not_found(fields.model, served_model_name)
     max_tokens = _check_limits(fields)
@@ -233,6 +236,7 @@ def read_client_request(
         endpoint=endpoint,
         request_id=request_id,
         fields=fields,
+        ignored_fields=ignored_fields,
         prompts=[
             PromptRequest(
                 endpoint=endpoint,
@@ -272,6 +276,13 @@ def _read_fields(body: dict[str, Any]) -> ClientFields:
         raise RequestError(
             f"{field}: {text}" if field else text, param=field, code="invalid_value"
         ) from None
+
+
+def _unknown_stream_options(body: dict[str, Any]) -> tuple[str, ...]:
+    known, names = {*StreamOptions.model_fields, *StreamOptions.HINTS}, IgnoredNames()
+    given = body.get("stream_options") or {}
+    names.add(StreamOptions.PLACE, (name for name in given if name not in known))
+    return names.all()
 
 
 def _check_limits(fields: ClientFields) -> int | None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
@@ -19,6 +19,7 @@ from yarl import URL
 
 from pdlaunch.errors import OverloadedError, ProtocolError
 from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
+from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
 from pdlaunch.protocol.ids import HopId, LeaseId
 from pdlaunch.router.engine import Engine
@@ -45,6 +46,14 @@ class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     probe_s: float = 5.0
     """Limits the answer to that question, and the release of a lease."""
     metrics_s: float = 2.0
+
+
+class EngineAnswer(NamedTuple):
+    """Holds an engine's whole answer."""
+
+    body: bytes
+    ignored_fields: Sequence[str]
+    """Names of the fields that the engine has ignored."""
 
 
 class EngineFailure(OverloadedError):
@@ -121,7 +130,9 @@ class EngineClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    async def ask(
+        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+    ) -> EngineAnswer:
         """Return the whole answer to a POST. Raises EngineFailure, EngineRefusal."""
         return await self._while_alive(engine, self._ask(engine, path, body, headers))
 
@@ -240,13 +251,15 @@ class EngineClient:
             except aiohttp.ClientError as error:
                 raise EngineFailure(engine, f"stream broke: {error!r}") from error
 
-    async def _ask(self, engine: Engine, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    async def _ask(
+        self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
+    ) -> EngineAnswer:
         try:
             async with self._session.post(
                 engine.url + path, data=body, headers=headers
             ) as response:
                 await _refuse_errors(engine, response)
-                return await response.read()
+                return EngineAnswer(await response.read(), _ignored_fields(response))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(engine, error) from error
 
@@ -296,6 +309,8 @@ class EngineStream:
         self._client = client
         self._events = EventDecoder()
         self._pending: deque[bytes] = deque()
+        self.ignored_fields = _ignored_fields(response)
+        """Names of the fields that the engine has ignored."""
 
     async def next_chunk(self) -> Chunk | None:
         """Return the next chunk, None at the end.
@@ -354,6 +369,10 @@ def _broken(
 ) -> EngineFailure:
     unheard = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
     return EngineFailure(engine, repr(error), turned_away=unheard)
+
+
+def _ignored_fields(response: aiohttp.ClientResponse) -> list[str]:
+    return read_ignored_fields(response.headers.get(IGNORED_FIELDS_HEADER))
 
 
 def _error_code(body: bytes) -> object:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -47,6 +47,9 @@ _TAKES_FIRST_TOKEN: frozenset[Need] = frozenset({"gives_first_token"})
 
 class ChunkSink(Protocol):
     """Takes the chunks of all prompts of a request."""
+
+    def ignores(self, names: Iterable[str]) -> None:
+        """Take the names of fields that an engine has ignored; it comes before any chunk."""
 
     async def chunk(self, prompt: PromptRequest, transcript: Transcript, chunk: Chunk) -> None:
         """Take one chunk that is new to the client."""
@@ -144,6 +147,7 @@ class Generation:
         async with self._state.client.stream(
             engine, prompt.endpoint.path, body, self._headers(attempt=0)
         ) as stream:
+            self._sink.ignores(stream.ignored_fields)
             while (chunk := await stream.next_chunk()) is not None:
                 with _malformed_is_failure(engine):
                     answer.take(chunk)
@@ -159,11 +163,12 @@ class Generation:
     async def _await_prefill(self, engine: Engine) -> Handover:
         prompt = self._prompt
         body = prompt.prefill_body(knows_whole_request=engine.capabilities.gives_first_token)
-        raw = await self._state.client.ask(
+        answer = await self._state.client.ask(
             engine, prompt.endpoint.path, body, self._headers(attempt=0)
         )
+        self._sink.ignores(answer.ignored_fields)
         with _malformed_is_failure(engine):
-            handover = read_handover(engine, raw, is_chat=prompt.endpoint.is_chat)
+            handover = read_handover(engine, answer.body, is_chat=prompt.endpoint.is_chat)
         for chunk in handover.chunks:
             _refuse_broken(engine, chunk)
         return handover
@@ -255,6 +260,7 @@ class Generation:
             async with self._state.client.stream(
                 engine, prompt.endpoint.path, body, self._headers(attempt)
             ) as stream:
+                self._sink.ignores(stream.ignored_fields)
                 await self._relay(engine, stream, pulls=pulls)
 
     async def _relay(self, engine: Engine, stream: EngineStream, *, pulls: bool) -> None:

@@ -91,6 +91,7 @@ class Recording:
         self._num_forgotten = 0
         self._has_ended = False
         self._stream_error: BaseException | None = None
+        self._headers: dict[str, str] = {}
         self._response: web.Response | None = None
         self._error: Exception | None = None
         self._readers: set[_Reader] = set()
@@ -103,6 +104,9 @@ class Recording:
     @property
     def has_begun(self) -> bool:
         return bool(self._events) or self._num_forgotten > 0
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        self._headers |= headers
 
     async def write(self, event: bytes) -> None:
         """Record an event.
@@ -168,6 +172,7 @@ class Recording:
         try:
             while not self.has_begun and not self._has_ended:
                 await self._changed.wait()
+            headers = headers | self._headers
             if self._error is not None:
                 raise self._error
             if self._response is not None:

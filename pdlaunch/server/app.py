@@ -19,7 +19,7 @@ from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.server.engine_service import EngineService
 from pdlaunch.server.generate import GenerateHandler
-from pdlaunch.server.prompts import detokenize, tokenize
+from pdlaunch.server.prompts import Converted, detokenize, tokenize
 from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import read_sleep_query, read_tags
 
@@ -91,16 +91,21 @@ class _Endpoints:
         return await self._convert(http, detokenize)
 
     async def _convert(
-        self, http: web.Request, convert: Callable[[bytes, ServedModel], bytes]
+        self, http: web.Request, convert: Callable[[bytes, ServedModel, bool], Converted]
     ) -> web.Response:
         """Convert text to token ids or back; it takes a place as a request that generates does."""
         service = self._service
         with service.admission.admit():
             async with service.deadlines.start().guard(), service.read(http) as raw:
-                answer = await service.inputs.run(
-                    len(raw) >= LARGE_TEXT_BYTES, partial(convert, raw, service.model)
+                converted = await service.inputs.run(
+                    len(raw) >= LARGE_TEXT_BYTES,
+                    partial(convert, raw, service.model, service.spec.strict_fields),
                 )
-        return web.Response(body=answer, content_type="application/json")
+        return web.Response(
+            body=converted.answer,
+            content_type="application/json",
+            headers=service.ignored_fields.headers(converted.ignored_fields),
+        )
 
     async def health(self, http: web.Request) -> web.Response:
         self._service.check_health()

@@ -35,10 +35,18 @@ _OWN_NAMES = frozenset(
 class ChatTemplate:
     """Messages to the text of a prompt."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Compile the template. Raises ConfigError when ``source`` is not valid."""
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
+        """Compile the template, and the one for requests with tools where the model has one.
+
+        Raises ConfigError when one is not valid.
+        """
         try:
             self._template = _environment().from_string(source)
+            self._tool_template = (
+                self._template if tool_source is None else _environment().from_string(tool_source)
+            )
         except TemplateError as error:
             raise ConfigError(
                 f"the model's chat template is broken: {error}", field="model"
@@ -47,8 +55,9 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -64,10 +73,11 @@ class ChatTemplate:
                     f"{name} has a field of its own", param=f"chat_template_kwargs.{name}"
                 )
         try:
-            pieces = self._template.generate(
+            template = self._tool_template if tools else self._template
+            pieces = template.generate(
                 **self._special_tokens | dict(variables or {}),
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -115,12 +125,13 @@ def load_chat_template(model_dir: str | Path) -> ChatTemplate | None:
     directory = Path(model_dir)
     settings = _read_settings(directory / "tokenizer_config.json")
     file = directory / "chat_template.jinja"
-    source = (
-        file.read_text("utf-8")
-        if file.is_file()
-        else _named_template(settings.get("chat_template"))
-    )
-    return None if source is None else ChatTemplate(source, _special_tokens(settings))
+    if file.is_file():
+        return ChatTemplate(file.read_text("utf-8"), _special_tokens(settings))
+    templates = settings.get("chat_template")
+    source = templates if isinstance(templates, str) else _named_template(templates, "default")
+    if source is None:
+        return None
+    return ChatTemplate(source, _special_tokens(settings), _named_template(templates, "tool_use"))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -179,14 +190,13 @@ def _cut_after(text: str, content: str) -> str:
     )
 
 
-def _named_template(templates: object) -> str | None:
-    """Return the one named default from a list of ``{"name", "template"}``."""
-    if isinstance(templates, list):
-        named = {
-            item.get("name"): item.get("template") for item in templates if isinstance(item, dict)
-        }
-        templates = named.get("default")
-    return templates if isinstance(templates, str) else None
+def _named_template(templates: object, name: str) -> str | None:
+    """Return a template from a list of ``{"name", "template"}``."""
+    if not isinstance(templates, list):
+        return None
+    named = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
+    template = named.get(name)
+    return template if isinstance(template, str) else None
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pdlaunch.http.admission import Admission, Ticket
 from pdlaunch.http.bodies import BodyBudget, max_engine_body_bytes, read_body
 from pdlaunch.http.deadline import Deadlines
 from pdlaunch.http.errors import LEAVING_RETRY_AFTER_S
+from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LargeInputs
 from pdlaunch.protocol.engine import EngineStats, Welcome
 from pdlaunch.protocol.ids import HopId, RequestId
@@ -48,6 +49,7 @@ class EngineService:
         # Room for what a router lets in, and for one of the longest that it makes of it.
         self.bodies = BodyBudget(spec.limits.body_budget_bytes + 2 * self.max_body_bytes)
         self.inputs = LargeInputs()
+        self.ignored_fields = IgnoredFields()
         self.metrics = ServerMetrics(
             registry, engine=spec.name, role=spec.role, model_name=spec.served_model_name
         )

@@ -18,7 +18,13 @@ from aiohttp import web
 from pdlaunch.http.admission import Ticket
 from pdlaunch.http.app import request_id_of
 from pdlaunch.http.deadline import Deadline
-from pdlaunch.http.headers import ORIGIN_HEADER, TRACEPARENT_HEADER, read_origin, read_traceparent
+from pdlaunch.http.headers import (
+    ORIGIN_HEADER,
+    REQUEST_ID_HEADER,
+    TRACEPARENT_HEADER,
+    read_origin,
+    read_traceparent,
+)
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LARGE_TEXT_BYTES
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.ids import HopId
@@ -74,7 +80,8 @@ class GenerateHandler:
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
             request = await inputs.run(
-                len(raw) >= LARGE_BODY_BYTES, partial(read_completion, raw, model)
+                len(raw) >= LARGE_BODY_BYTES,
+                partial(read_completion, raw, model, self._service.spec.strict_fields),
             )
             num_prompts = len(request.prompts)
             ticket.grow(num_prompts * request.n, "n" if num_prompts == 1 else "prompt")
@@ -92,7 +99,10 @@ class GenerateHandler:
         """
         async with self._service.read(http) as raw:
             inputs, model = self._service.inputs, self._service.model
-            request = await inputs.run(len(raw) >= LARGE_BODY_BYTES, partial(read_chat, raw, model))
+            request = await inputs.run(
+                len(raw) >= LARGE_BODY_BYTES,
+                partial(read_chat, raw, model, self._service.spec.strict_fields),
+            )
             ticket.grow(request.n, "n")
             prompt = await inputs.run(
                 len(raw) >= LARGE_TEXT_BYTES, partial(chat_prompt, request, model)
@@ -124,7 +134,10 @@ class GenerateHandler:
             num_prompt_tokens=prepared.num_prompt_tokens,
             on_first_tokens=clock.restart,
         )
-        answerer = Answerer(http, call, prepared, renderer, running, clock, deadline)
+        headers = {REQUEST_ID_HEADER: call.hop_id} | self._service.ignored_fields.headers(
+            renderer.request.ignored_fields
+        )
+        answerer = Answerer(http, headers, prepared, renderer, running, clock, deadline)
         # Until the last byte is written nobody knows of the lease, and nobody else would end it.
         answered = False
         try:

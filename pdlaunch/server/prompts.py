@@ -5,6 +5,8 @@ A prompt that cannot fit is refused before work is done for it. All of this runs
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from pdlaunch.errors import RequestError
@@ -26,16 +28,25 @@ TEXT_CHARS_PER_TOKEN = 8
 MIN_TOKEN_IDS = 2**16
 
 
-def tokenize(raw: bytes, model: ServedModel) -> bytes:
+class Converted(NamedTuple):
+    """Holds the body that answers /tokenize or /detokenize."""
+
+    answer: bytes
+    ignored_fields: tuple[str, ...]
+
+
+def tokenize(raw: bytes, model: ServedModel, strict_fields: bool) -> Converted:
     """Answer the body of a /tokenize request. Raises RequestError."""
     body = read_json_object(raw)
     max_chars = max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * model.max_model_len)
     request: TokenizeCompletionRequest | TokenizeChatRequest
     if "messages" in body:
-        request = parse_request(TokenizeChatRequest, body, public=True)
+        request = parse_request(TokenizeChatRequest, body, public=True, strict_fields=strict_fields)
         text = render_chat(request, model, max_chars=max_chars)
     else:
-        request = parse_request(TokenizeCompletionRequest, body, public=True)
+        request = parse_request(
+            TokenizeCompletionRequest, body, public=True, strict_fields=strict_fields
+        )
         text = request.prompt
         if len(text) > max_chars:
             raise RequestError(
@@ -52,10 +63,10 @@ def tokenize(raw: bytes, model: ServedModel) -> bytes:
     answer = TokenizeResponse(
         count=len(tokens), max_model_len=model.max_model_len, tokens=tokens, token_strs=pieces
     )
-    return msgspec.json.encode(answer)
+    return Converted(msgspec.json.encode(answer), request.ignored_fields)
 
 
-def detokenize(raw: bytes, model: ServedModel) -> bytes:
+def detokenize(raw: bytes, model: ServedModel, strict_fields: bool) -> Converted:
     """Answer the body of a /detokenize request. Raises RequestError."""
     num_ids, max_ids = num_token_ids(raw, "tokens"), max(MIN_TOKEN_IDS, model.max_model_len)
     if num_ids > max_ids:
@@ -63,31 +74,36 @@ def detokenize(raw: bytes, model: ServedModel) -> bytes:
             f"tokens has {num_ids} token ids; at most {max_ids} are detokenized at a time",
             param="tokens",
         )
-    request = parse_request(DetokenizeRequest, read_json_object(raw), public=True)
+    request = parse_request(
+        DetokenizeRequest, read_json_object(raw), public=True, strict_fields=strict_fields
+    )
     model.check_name(request.model)
     model.check_token_ids(request.tokens, "tokens")
-    return msgspec.json.encode(
-        DetokenizeResponse(prompt=model.tokenizer.decode(request.tokens, skip_special_tokens=False))
-    )
+    text = model.tokenizer.decode(request.tokens, skip_special_tokens=False)
+    return Converted(msgspec.json.encode(DetokenizeResponse(prompt=text)), request.ignored_fields)
 
 
 PROBED_CHARS_PER_TOKEN = 16
 """Text of the whole context has a third of it."""
 
 
-def read_completion(raw: bytes, model: ServedModel) -> CompletionRequest:
+def read_completion(raw: bytes, model: ServedModel, strict_fields: bool) -> CompletionRequest:
     """Check a body; raises RequestError."""
     num_tokens = num_token_ids(raw, "prompt") if len(raw) > model.max_model_len else 0
     if num_tokens >= model.max_model_len:
         raise model.too_long(f"has {num_tokens} tokens", "prompt")
-    request = parse_request(CompletionRequest, read_json_object(raw), public=False)
+    request = parse_request(
+        CompletionRequest, read_json_object(raw), public=False, strict_fields=strict_fields
+    )
     model.check_name(request.model)
     return request
 
 
-def read_chat(raw: bytes, model: ServedModel) -> ChatCompletionRequest:
+def read_chat(raw: bytes, model: ServedModel, strict_fields: bool) -> ChatCompletionRequest:
     """Check a body; raises RequestError."""
-    request = parse_request(ChatCompletionRequest, read_json_object(raw), public=False)
+    request = parse_request(
+        ChatCompletionRequest, read_json_object(raw), public=False, strict_fields=strict_fields
+    )
     model.check_name(request.model)
     return request
 
@@ -118,9 +134,10 @@ def render_chat(
         )
     return model.chat_template.render(
         [message.for_template() for message in request.messages],
+        tools=[tool.for_template() for tool in request.tools],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        variables=request.chat_template_kwargs,
+        variables=request.template_variables,
         max_chars=max_chars,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,12 +12,11 @@ from msgspec import UNSET, UnsetType
 
 from pdlaunch.errors import RequestError
 from pdlaunch.http.deadline import Deadline
-from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.sse import DONE, ClientStream, encode_event
 from pdlaunch.observe.metrics import RequestClock
 from pdlaunch.protocol.openai.responses import Usage
 from pdlaunch.server.choice import Delta
-from pdlaunch.server.prepare import Call, Prepared
+from pdlaunch.server.prepare import Prepared
 from pdlaunch.server.render import Renderer
 from pdlaunch.server.running_choices import RunningChoices
 
@@ -30,7 +29,7 @@ class Answerer:
     def __init__(
         self,
         http: web.Request,
-        call: Call,
+        headers: Mapping[str, str],
         prepared: Prepared,
         renderer: Renderer,
         running: RunningChoices,
@@ -38,7 +37,7 @@ class Answerer:
         deadline: Deadline,
     ) -> None:
         self._http = http
-        self._headers = {REQUEST_ID_HEADER: call.hop_id}
+        self._headers = headers
         self._prepared = prepared
         self._renderer = renderer
         self._running = running

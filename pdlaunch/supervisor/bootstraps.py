@@ -96,6 +96,7 @@ class LaunchBootstraps:
             admin_api_key=_plain(config.admin_api_key),
             allowed_hosts=config.allowed_hosts,
             cors_origins=config.cors_origins,
+            strict_fields=config.strict_fields,
             max_body_bytes=config.limits.max_body_bytes,
             body_budget_bytes=config.limits.body_budget_bytes,
             max_queued_requests=config.limits.max_queued_requests,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.body import _num_values, num_token_ids, read_json_object
+from pdlaunch.protocol.openai.body import num_token_ids, num_values, read_json_object
 
 LISTS = {
     "in lists": "[" * 30 + "]" * 30,
@@ -59,7 +59,7 @@ def test_values_are_counted_as_they_are(value: object):
                 return int(isinstance(value, str))
 
     for raw in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
-        assert _num_values(raw.encode()) == count(value)
+        assert num_values(raw.encode()) == count(value)
 
 
 def test_long_texts_are_one_value():

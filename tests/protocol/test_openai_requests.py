@@ -7,9 +7,11 @@ import contextlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types import completion_create_params as openai_completions
+from openai.types.chat import completion_create_params as openai_chat
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.body import parse_request, read_json_object
+from pdlaunch.protocol.openai.body import MAX_IGNORED_NAMES, parse_request, read_json_object
 from pdlaunch.protocol.openai.chat import ChatCompletionRequest
 from pdlaunch.protocol.openai.completions import CompletionRequest
 
@@ -68,10 +70,74 @@ def test_a_missing_prompt_is_named():
     assert caught.value.param == "prompt"
 
 
-def test_an_unknown_field_gets_the_nearest_name():
-    error = refusal(completion, temprature=0.5)
-    assert error.param == "temprature"
-    assert "did you mean 'temperature'?" in str(error)
+def test_unknown_fields_are_ignored_and_named_with_their_place():
+    part = TEXT | {"x": 1, "cache_control": {"type": "ephemeral"}}
+    request = chat(
+        messages=[{"role": "user", "content": [part, part], "y": 1}],
+        tools=[{"type": "function", "function": {"name": "f", "z": 1}}],
+        no_stop_trim=False,
+        of_no_value=None,
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": True, "w": 1},
+    )
+    assert sorted(request.ignored_fields) == [
+        "messages.content.x",
+        "messages.y",
+        "no_stop_trim",
+        "stream_options.w",
+        "tools.function.z",
+    ]
+    assert request.include_usage
+
+
+def test_only_so_many_names_of_ignored_fields_are_kept():
+    many = {f"{number}{'x' * 100}": 1 for number in range(1000)}
+    assert len(completion(**many).ignored_fields) == MAX_IGNORED_NAMES
+
+
+def test_strict_fields_refuse_an_unknown_field_with_the_nearest_name():
+    with pytest.raises(RequestError) as caught:
+        parse_request(
+            CompletionRequest, {"prompt": "x", "temprature": 1}, public=True, strict_fields=True
+        )
+    assert (caught.value.param, caught.value.code) == ("temprature", "unknown_parameter")
+    assert "did you mean 'temperature'?" in str(caught.value)
+    given = {"messages": [{"role": "user", "content": "x", "nam": "y"}]}
+    with pytest.raises(RequestError) as caught:
+        parse_request(ChatCompletionRequest, given, public=True, strict_fields=True)
+    assert caught.value.param == "messages.nam"
+
+
+def test_hints_of_any_value_are_accepted():
+    """Every parameter of OpenAI's client is known here, and nothing of it is refused as a hint."""
+    hints = {
+        "metadata": {"a": "b"},
+        "store": True,
+        "user": "me",
+        "reasoning_effort": "low",
+        "prediction": {"type": "content", "content": "x"},
+        "verbosity": "high",
+        "service_tier": "flex",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "parallel_tool_calls": False,
+        "stream_interval": 4,
+        "session_id": "s",
+        "vllm_xargs": {"a": 1},
+    }
+    assert chat(**hints).ignored_fields == ()
+    for kind, params in (
+        (ChatCompletionRequest, openai_chat.CompletionCreateParamsBase),
+        (CompletionRequest, openai_completions.CompletionCreateParamsBase),
+    ):
+        known = {*kind.model_fields, *kind.NEUTRAL, *kind.HINTS}
+        assert set(params.__annotations__) <= known
+
+
+@pytest.mark.parametrize("field", ["guided_json", "regex", "structured_outputs", "lora_path"])
+def test_constraints_are_not_ignored(field):
+    assert refusal(completion, **{field: {"a": 1}}).code == "unsupported_parameter"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +159,8 @@ def test_fields_that_are_not_served_answer_400_unless_neutral(field, neutral, ot
 
 
 @pytest.mark.parametrize(
-    ("field", "neutral", "other"), [("tools", [], [{}]), ("tool_choice", "auto", "required")]
+    ("field", "neutral", "other"),
+    [("tool_choice", "auto", "required"), ("functions", [], [{}]), ("documents", [], [{}])],
 )
 def test_chat_fields_that_are_not_served(field, neutral, other):
     chat(**{field: neutral})
@@ -236,11 +303,80 @@ def test_content_parts_are_joined():
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "messages[0].content[0].type",
         ),
-        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
+        ([{"role": "assistant", "audio": {"id": "x"}}], "messages[0].audio"),
     ],
 )
 def test_what_a_message_may_not_be(messages, param):
     assert refusal(chat, messages=messages).param == param
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "video_url", "file", "image"])
+def test_images_and_the_like_get_an_error_that_says_so(kind):
+    for part in ({"type": kind, kind: {"url": "data:"}}, {kind: {"url": "data:"}}):
+        error = refusal(chat, messages=[*USER, {"role": "user", "content": [TEXT, part]}])
+        assert error.param == "messages[1].content[1].type"
+        assert str(error).startswith(
+            f"messages[1].content[1]: content of type '{kind}' is not supported: the model reads "
+            "text alone, no images, audio, video or files"
+        )
+
+
+def test_every_form_of_text_is_a_text():
+    parts = ["a", TEXT, {"text": "b"}, {"type": "input_text", "text": "c"}]
+    (message,) = chat(messages=[{"role": "user", "content": parts}]).messages
+    assert message.text() == "a\nhi\nb\nc"
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert chat(messages=[refused]).messages[0].text() == "no"
+
+
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Bern", "days": [1, 2]}'},
+}
+
+
+def test_a_history_with_tool_calls_is_shown_to_the_template():
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    request = chat(messages=messages, tools=[tool])
+    called, result = (message.for_template() for message in request.messages[1:])
+    assert called["content"] == ""
+    assert called["tool_calls"][0]["function"] == {
+        "name": "weather",
+        "arguments": {"city": "Bern", "days": [1, 2]},
+    }
+    assert called["reasoning"] == called["reasoning_content"] == "hm"
+    assert result == {"role": "tool", "content": "sunny", "tool_call_id": "1"}
+    assert [tool.for_template() for tool in request.tools] == [tool]
+
+
+def test_arguments_that_are_no_object_stay_as_the_model_wrote_them():
+    for written, shown in [("{oops", "{oops"), ("[1]", "[1]"), ("", {}), ({"a": 1}, {"a": 1})]:
+        call = {"function": {"name": "f", "arguments": written}}
+        (message,) = chat(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
+        assert message.for_template()["tool_calls"][0]["function"]["arguments"] == shown
+
+
+@pytest.mark.parametrize(
+    "choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}]
+)
+def test_calls_that_would_have_to_be_parsed_are_refused(choice):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    chat(tools=tools, tool_choice="none")
+    assert refusal(chat, tools=tools, tool_choice=choice).param == "tool_choice"
+
+
+def test_an_effort_reaches_the_template_unless_its_own_variables_say_otherwise():
+    assert chat().template_variables == {}
+    assert chat(reasoning_effort="none").template_variables["enable_thinking"] is False
+    request = chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})
+    assert request.template_variables == {"reasoning_effort": "low", "enable_thinking": False}
 
 
 def test_an_answer_sent_back_with_its_nulls_is_accepted():
@@ -304,6 +440,22 @@ def test_any_body_is_a_request_or_a_request_error(kind, data):
             ("1025", "1024"),
         ),
         (completion, {"user": "x" * 1025}, "user", ("1024",)),
+        (
+            chat,
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {"function": {"name": "f", "arguments": "[]" * 60_000}},
+                            {"function": {"name": "f", "arguments": "[]" * 60_000}},
+                        ],
+                    }
+                ]
+            },
+            "messages",
+            ("100000",),
+        ),
         (completion, {"stop": ["x"] * 33}, "stop", ("33", "32")),
         (completion, {"stop": ["x" * 1001]}, "stop[0]", ("1000",)),
         (completion, {"prompt": ["x"] * 1025}, "prompt", ("1024",)),

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 from pdlaunch.observe.metrics import render_metrics
 from pdlaunch.protocol.control import Address, Capabilities, Entry, ListedState, Role
 from pdlaunch.server.metrics import ServerMetrics
@@ -94,6 +95,7 @@ class FakeEngine:
         self.ends: dict[int, int] = {}
         self.may_die: Callable[[], bool] = lambda: True
         self.padding = ""
+        self.ignored_fields: str | None = None
         self.healthy = True
         self.probed = asyncio.Event()
         self.hands_over = True
@@ -246,7 +248,11 @@ class FakeEngine:
             assert request.transport is not None
             request.transport.abort()
             raise ConnectionResetError
-        return web.json_response(job.whole())
+        return web.json_response(job.whole(), headers=self._told())
+
+    def _told(self) -> dict[str, str]:
+        told = self.ignored_fields
+        return {} if told is None else {IGNORED_FIELDS_HEADER: told}
 
     def _refusal(self, body: dict[str, Any]) -> str | None:
         if body.get("temperature", 0) < 0:
@@ -268,7 +274,7 @@ class FakeEngine:
     async def _open_stream(self, request: web.Request) -> web.StreamResponse:
         if self.die_after == 0:
             _break(request)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(headers=self._told() | {"Content-Type": "text/event-stream"})
         await response.prepare(request)
         return response
 

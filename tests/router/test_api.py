@@ -23,7 +23,6 @@ JSON = {"Content-Type": "application/json"}
     ("fields", "param"),
     [
         ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
-        ({"kv_transfer_params": None}, "kv_transfer_params"),
         ({"resume": {}}, "resume"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),

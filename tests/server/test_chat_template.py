@@ -79,13 +79,15 @@ def test_where_a_template_is_found(tmp_path: Path):
     assert load_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     named = [
-        {"name": "tool_use", "template": "tools"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
         {"name": "default", "template": "{{ bos_token }}!"},
     ]
     config.write_text(json.dumps({"chat_template": named, "bos_token": {"content": "<s>"}}))
     template = load_chat_template(tmp_path)
     assert template is not None
     assert template.render(HELLO, add_generation_prompt=True, max_chars=100) == "<s>!"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert template.render(HELLO, tools=tools, add_generation_prompt=True, max_chars=100) == "f"
     (tmp_path / "chat_template.jinja").write_text("file")
     template = load_chat_template(tmp_path)
     assert template is not None

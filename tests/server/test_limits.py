@@ -26,7 +26,7 @@ JSON = {"Content-Type": "application/json"}
         ({"logit_bias": {"512": 1}}, 400, "logit_bias", None),
         ({"stop_token_ids": [512]}, 400, "stop_token_ids", None),
         ({"echo": True}, 400, "echo", "unsupported_parameter"),
-        ({"nonsense": True}, 400, "nonsense", "unknown_parameter"),
+        ({"regex": "a+"}, 400, "regex", "unsupported_parameter"),
         ({"n": 9}, 400, "n", None),
         ({"prompt": ["a"] * 9}, 400, "prompt", None),
     ],

@@ -27,7 +27,7 @@ async def test_requests_tokens_and_times_are_counted(engine: Engine, rank: FakeR
     rank.script = rank.says(rank.ids("hello world") + rank.ids(END_TOKEN), ends=True)
     await engine.complete(prompt=[5, 6, 7])
     await engine.stream(prompt=[5, 6, 7], max_tokens=2)
-    await engine.refusal(nonsense=1)
+    await engine.refusal(n=0)
     found = await scrape(engine)
     num_tokens = len(rank.ids("hello world")) + 1
     assert found["pdlaunch_request_success_total/stop"] == 1

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from pdlaunch.errors import RequestError
@@ -18,30 +26,78 @@ MAX_JSON_VALUES = 100_000
 INTERNAL_FIELDS = frozenset({"kv_transfer_params", "resume"})
 """Accepted by engines; refused by the public router."""
 
+MAX_IGNORED_NAMES = 64
+"""Names of ignored fields that a request is remembered by; it may have very many."""
+
 TOKEN_IDS = re.compile(rb"\s*\[\s*\d")
 """A list of token ids begins like this."""
 
 R = TypeVar("R", bound="RequestBody")
 
 
-class RequestBody(BaseModel):
-    """Checks strictly: unknown fields are refused, ``null`` means the default."""
+class IgnoredNames:
+    """Collects the names of a body's unknown fields, the first ``MAX_IGNORED_NAMES`` of them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def add(self, place: str, names: Iterable[str]) -> None:
+        """Add names of fields that stand at ``place``, such as ``messages.``."""
+        for name in names:
+            if len(self._names) >= MAX_IGNORED_NAMES:
+                return
+            self._names[place + name] = None
+
+    def all(self) -> tuple[str, ...]:
+        """Return the names in the order in which they were found, each once."""
+        return tuple(self._names)
+
+
+class RequestBody(BaseModel):
+    """Checks known fields strictly and ignores others; ``null`` means the default."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {}
     """Fields of the API that pdlaunch does not serve, with the values, besides ``null``, under
     which they change nothing.
     """
+    HINTS: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the API that no answer has to follow: any value is accepted, and not used."""
+    PLACE: ClassVar[str] = ""
+    """Says where such objects stand in a body: ``messages.``; indices are left out."""
+
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """Return the names of the body's fields, at all depths, that nobody here knows."""
+        return self._ignored
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, body: object) -> object:
-        return (
-            {name: value for name, value in body.items() if value is not None}
-            if isinstance(body, dict)
-            else body
-        )
+    def _take_known(cls, body: object, info: ValidationInfo) -> object:
+        """Drop nulls, hints and unknown fields. Raises RequestError for fields not served."""
+        if not isinstance(body, dict):
+            return body
+        known: dict[str, object] = {}
+        unknown: list[str] = []
+        for name, value in body.items():
+            if value is None or name in cls.HINTS:
+                pass
+            elif name in cls.model_fields:
+                known[name] = value
+            elif name not in cls.NEUTRAL:
+                unknown.append(name)
+            elif not any(_same(value, neutral) for neutral in cls.NEUTRAL[name]):
+                raise RequestError(
+                    f"{name} is not supported; leave it out",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        if unknown and isinstance(info.context, IgnoredNames):
+            info.context.add(cls.PLACE, unknown)
+        return known
 
 
 class _Resume(msgspec.Struct):
@@ -71,12 +127,12 @@ def check_num_values(raw: bytes) -> None:
         resume = msgspec.json.decode(raw, type=_Resume).resume
     except (ValueError, RecursionError):
         resume = msgspec.Raw()
-    if _num_values(raw) - _num_values(bytes(resume)) > MAX_JSON_VALUES:
+    if num_values(raw) - num_values(bytes(resume)) > MAX_JSON_VALUES:
         message = f"the body has more than {MAX_JSON_VALUES} strings, lists and objects"
         raise RequestError(message, code="too_many_values")
 
 
-def _num_values(raw: bytes) -> int:
+def num_values(raw: bytes) -> int:
     """Count strings, lists and objects of a JSON text.
 
     It runs at the speed of memory, 0.1 s for 16 MiB.
@@ -104,45 +160,51 @@ def num_token_ids(raw: bytes, member: str) -> int:
     return value.count(b",") + 1 if TOKEN_IDS.match(value) else 0
 
 
-def parse_request(kind: type[R], body: dict[str, Any], *, public: bool) -> R:
+def parse_request(
+    kind: type[R], body: dict[str, Any], *, public: bool, strict_fields: bool = False
+) -> R:
     """Check ``body`` against ``kind``.
 
     ``public``: the body comes from a client of the deployment, who may not set ``INTERNAL_FIELDS``.
-    Raises RequestError with ``param`` set to the field.
+    ``strict_fields``: unknown fields are refused, not ignored. Raises RequestError with ``param``
+    set to the field.
     """
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, value in given.items():
-        _refuse_unserved(kind, name, value, public)
+    if public:
+        refuse_internal_fields(body)
+    ignored = IgnoredNames()
     try:
-        return kind.model_validate(
-            {name: value for name, value in given.items() if name not in kind.NEUTRAL}
-        )
+        request = kind.model_validate(body, context=ignored)
     except ValidationError as error:
         raise _request_error(kind, error) from None
+    if strict_fields:
+        refuse_unknown(
+            ignored.all(), set(kind.model_fields) - (INTERNAL_FIELDS if public else set())
+        )
+    request._ignored = ignored.all()
+    return request
 
 
-def _refuse_unserved(kind: type[RequestBody], name: str, value: object, public: bool) -> None:
-    if name in kind.NEUTRAL:
-        if not any(_same(value, neutral) for neutral in kind.NEUTRAL[name]):
+def refuse_internal_fields(body: dict[str, Any]) -> None:
+    """Raise RequestError for a client's body with fields that only routers may send."""
+    for name in sorted(INTERNAL_FIELDS & body.keys()):
+        if body[name] is not None:
             raise RequestError(
-                f"{name} is not supported; leave it out", param=name, code="unsupported_parameter"
+                f"{name} is set by pdlaunch itself; leave it out",
+                param=name,
+                code="unsupported_parameter",
             )
-    elif public and name in INTERNAL_FIELDS:
-        raise RequestError(
-            f"{name} is set by pdlaunch itself; leave it out",
-            param=name,
-            code="unsupported_parameter",
-        )
-    elif name not in kind.model_fields:
-        raise RequestError(
-            _unknown_field(kind, name, public), param=name[:100], code="unknown_parameter"
-        )
 
 
-def _unknown_field(kind: type[RequestBody], name: str, public: bool) -> str:
-    known = set(kind.model_fields) - (INTERNAL_FIELDS if public else set())
-    nearest = difflib.get_close_matches(name[:100], known, n=1)
-    return f"unknown field {name[:100]!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise RequestError for the first of these names, with the most similar known one."""
+    for name in names:
+        nearest = difflib.get_close_matches(name[:100], known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise RequestError(
+            f"unknown field {name[:100]!r}{hint} (strict_fields is on)",
+            param=name[:100],
+            code="unknown_parameter",
+        )
 
 
 def _same(value: object, neutral: object) -> bool:
@@ -156,12 +218,12 @@ def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestEr
     The path to the field is written as OpenAI does: ``messages[0].role``.
     """
     first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        return cause
     path = ""
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return _at(path, cause)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in _OUT_OF_RANGE:
         name, *inside = first["loc"]
@@ -170,6 +232,14 @@ def _request_error(kind: type[RequestBody], error: ValidationError) -> RequestEr
     return RequestError(
         f"{path}: {message}" if path else message, param=path or None, code="invalid_value"
     )
+
+
+def _at(path: str, error: RequestError) -> RequestError:
+    """Return the refusal of an inner object as one of the whole body."""
+    if not path:
+        return error
+    param = ".".join(filter(None, (path, error.param)))
+    return RequestError(f"{path}: {error}", param=param, status=error.status, code=error.code)
 
 
 _OUT_OF_RANGE = frozenset(

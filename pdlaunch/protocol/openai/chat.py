@@ -2,63 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from pdlaunch.errors import RequestError
-from pdlaunch.protocol.openai.body import RequestBody
 from pdlaunch.protocol.openai.generation import MAX_LOGPROBS, GenerationRequest
-
-MAX_MESSAGES = 4096
-MAX_PARTS = 4096
-"""Bounds the parts of all messages together."""
-
-
-class TextPart(RequestBody):
-    """Holds one part of a message's content; only text is served."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class ChatMessage(RequestBody):
-    """Holds one message; ``null`` members of an answer that a client sends back are tolerated."""
-
-    role: str = Field(min_length=1, max_length=64)
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
-    name: str | None = None
-    tool_calls: list[Any] = Field([], max_length=0)
-    annotations: list[Any] = Field([], max_length=0)
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-
-    def text(self) -> str:
-        """Return the content; parts are joined by line ends, as vLLM does."""
-        return "\n".join(part.text for part in self.content)
-
-    def for_template(self) -> dict[str, str]:
-        """Return what a chat template sees."""
-        message = {"role": self.role, "content": self.text()}
-        return message if self.name is None else message | {"name": self.name}
-
-
-def _check_parts(messages: list[ChatMessage]) -> list[ChatMessage]:
-    num_parts = sum(len(message.content) for message in messages)
-    # A message of text alone has one part.
-    if num_parts - len(messages) > MAX_PARTS:
-        raise ValueError(f"{num_parts} parts of content; at most {MAX_PARTS} are accepted")
-    return messages
-
-
-Messages = Annotated[
-    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_parts)
-]
+from pdlaunch.protocol.openai.messages import Messages, Tools
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -70,16 +20,17 @@ class ChatCompletionRequest(GenerationRequest):
         "documents": ([],),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "include_reasoning": (True, False),
-        "mm_processor_kwargs": (),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "reasoning_effort": (),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "verbosity": ("medium",),
         "web_search_options": (),
+    }
+    HINTS: ClassVar[frozenset[str]] = GenerationRequest.HINTS | {
+        "include_reasoning",
+        "media_io_kwargs",
+        "mm_payload",
+        "mm_processor_kwargs",
+        "parallel_tool_calls",
+        "prediction",
+        "verbosity",
     }
 
     messages: Messages
@@ -89,6 +40,9 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = Field(None, max_length=64)
+    tools: Tools = []
+    tool_choice: Any = "none"
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatCompletionRequest:
@@ -99,7 +53,26 @@ class ChatCompletionRequest(GenerationRequest):
                 "continue_final_message needs add_generation_prompt: false",
                 param="continue_final_message",
             )
+        allowed = ("none",) if self.tools else ("none", "auto")
+        if self.tool_choice not in allowed:
+            raise RequestError(
+                "tool_choice: the model's calls are not parsed; leave tool_choice out or send "
+                '"none", and a call is in the text of the answer as the model writes it',
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
         return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return what the chat template is told besides messages and tools, as vLLM tells it."""
+        effort = self.reasoning_effort
+        told = (
+            {}
+            if effort is None
+            else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        )
+        return told | self.chat_template_kwargs
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -81,6 +81,9 @@ LogitBias = Annotated[
 class StreamOptions(RequestBody):
     """Says what a stream carries besides text."""
 
+    PLACE = "stream_options."
+    HINTS = frozenset({"include_obfuscation"})
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -92,25 +95,58 @@ class GenerationRequest(RequestBody):
     ``user``, ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
+    # What would change the answer is refused, also where vLLM has it no more (``guided_*``): an
+    # answer without the constraint that was asked for would be wrong in silence.
     NEUTRAL: ClassVar[dict[str, tuple[object, ...]]] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
         "early_stopping": (False,),
+        "ebnf": (),
+        "ec_transfer_params": ({},),
         "echo": (False,),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "json_schema": (),
         "length_penalty": (1, 1.0),
         "logits_processors": ([],),
-        "metadata": ({},),
+        "logprob_token_ids": (),
+        "lora_path": (),
+        "moderation": (),
         "priority": (0,),
+        "prompt_embeds": (),
         "prompt_logprobs": (),
+        "regex": (),
+        "repetition_detection": (),
         "response_format": ({"type": "text"},),
+        "return_prompt_text": (False,),
         "return_tokens_as_token_ids": (False,),
-        "service_tier": ("auto", "default"),
         "spaces_between_special_tokens": (True,),
-        "store": (False,),
+        "structural_tag": (),
         "structured_outputs": (),
+        "thinking_token_budget": (-1,),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
+        "watermarking": (False,),
     }
+    HINTS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "request_id",
+            "return_mm_kwargs",
+            "return_token_offsets",
+            "routed_experts_prompt_start",
+            "service_tier",
+            "session_id",
+            "store",
+            "stream_interval",
+            "truncation_side",
+            "vllm_xargs",
+        }
+    )
 
     model: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from pdlaunch.protocol.openai.body import RequestBody
-from pdlaunch.protocol.openai.chat import Messages
 from pdlaunch.protocol.openai.generation import TokenId
+from pdlaunch.protocol.openai.messages import Messages, Tools
 
 
 class TokenizeCompletionRequest(RequestBody):
@@ -30,6 +30,12 @@ class TokenizeChatRequest(RequestBody):
     add_special_tokens: bool = False
     return_token_strs: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return what the chat template is told besides messages and tools."""
+        return self.chat_template_kwargs
 
 
 class DetokenizeRequest(RequestBody):
