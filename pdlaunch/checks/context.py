@@ -118,6 +118,11 @@ class Context:
         """Return whether KV blocks go from prefill to decode over this connector."""
         return self.pair() is not None and self.config.kv_transfer.carrier == connector
 
+    @property
+    def uses_ucx(self) -> bool:
+        """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
+        return self.uses("nixl") and self.config.kv_transfer.nixl.path != "p2p"
+
     def shapes(self) -> Iterator[tuple[RoleEngines, ModelShape]]:
         """Return the engines whose model is known."""
         return (

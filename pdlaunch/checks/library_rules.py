@@ -45,7 +45,7 @@ def nixl_missing(context: Context) -> Iterator[Found]:
     The nixl connector moves every KV block with it.
     """
     nixl = context.machine.libraries.nixl
-    if not context.uses("nixl"):
+    if not context.uses_ucx:
         return
     if nixl.version is None:
         yield Found("package nixl", "nixl is not installed for this Python")
@@ -72,7 +72,7 @@ def ucx_plugin_missing(context: Context) -> Iterator[Found]:
     """
     build = _nixl_build(context.machine.libraries)
     if (
-        context.uses("nixl")
+        context.uses_ucx
         and build is not None
         and build not in context.machine.libraries.nixl.backends_with_ucx
     ):
@@ -96,7 +96,7 @@ def import_fails(context: Context) -> Iterator[Found]:
     error.
     """
     for module, error in (context.probes.import_errors or {}).items():
-        if module != "nixl" or context.uses("nixl"):
+        if module != "nixl" or context.uses_ucx:
             yield Found(f"package {module}", f"import of {module} fails: {error}")
 
 
@@ -151,7 +151,7 @@ def cuda_generations_mixed(context: Context) -> Iterator[Found]:
     different generations meet in one process, and the import fails or copies end in errors.
     """
     libraries = context.machine.libraries
-    if libraries.torch_cuda is None or not libraries.nixl.backends or not context.uses("nixl"):
+    if libraries.torch_cuda is None or not libraries.nixl.backends or not context.uses_ucx:
         return
     wanted = f"cu{libraries.torch_cuda.partition('.')[0]}"
     if wanted not in libraries.nixl.backends:

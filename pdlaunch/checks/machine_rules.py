@@ -123,11 +123,15 @@ def emulated_dtype(context: Context) -> Iterator[Found]:
 def memlock_low(context: Context) -> Iterator[Found]:
     """The limit of locked memory is too low for RDMA.
 
-    Registering the KV cache with an RDMA device locks it. Beyond the limit registration fails, or
-    falls back to TCP.
+    Registering the KV cache with an RDMA device locks it, and beyond the limit fails. Of the
+    connectors only mooncake uses RDMA, with the protocol rdma: pdlaunch keeps UCX's InfiniBand
+    modules from NIXL.
     """
     limit = context.machine.limits.memlock_bytes
-    if limit == UNLIMITED or not context.machine.rdma_devices or context.pair() is None:
+    uses_rdma = (
+        context.uses("mooncake") and context.config.kv_transfer.mooncake.protocol == "rdma"
+    )
+    if limit == UNLIMITED or not context.machine.rdma_devices or not uses_rdma:
         return
     for engine in context.engines.values():
         needed = engine.footprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.rule import Found, rule
+from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
 from pdlaunch.platform.facts import PortState
 from pdlaunch.resolve.resolve import ListenAddress
 
@@ -75,6 +75,7 @@ def host_not_here(context: Context) -> Iterator[Found]:
     "error",
     fix="Give an address of this machine that the other hosts can reach.",
     source="vLLM: the side channel listens on localhost by default, and the first request hangs.",
+    waits_for=MANY_HOSTS,
 )
 def side_channel_unreachable(context: Context) -> Iterator[Found]:
     """Peers on other hosts cannot reach the side channel.
@@ -84,7 +85,7 @@ def side_channel_unreachable(context: Context) -> Iterator[Found]:
     """
     num_hosts = len(context.launch.machines)
     for engine in context.engines.values() if num_hosts > 1 else ():
-        if engine.advertise_address.startswith(_UNREACHABLE):
+        if is_local_alone(engine.advertise_address):
             message = f"ranks on {num_hosts} hosts are told to ask {engine.advertise_address}"
             yield Found("side channel host", message)
 
@@ -155,6 +156,11 @@ def gloo_sockets(context: Context) -> Iterator[Found]:
                     "machine's loopback device"
                 ),
             )
+
+
+def is_local_alone(address: str) -> bool:
+    """Return whether peers on other hosts would reach themselves at this address."""
+    return address.startswith(_UNREACHABLE)
 
 
 def _states(context: Context) -> Iterator[tuple[ListenAddress, PortState]]:

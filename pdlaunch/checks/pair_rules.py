@@ -290,6 +290,28 @@ def allocators_differ(context: Context) -> Iterator[Found]:
         )
 
 
+@rule(
+    "PD314",
+    "error",
+    fix="Set device once, at the top level, or let kv_transfer.nixl.path be auto.",
+    source="The path p2p: a memfd on a CPU, a CUDA allocation on a GPU.",
+    needs=("gpus",),
+)
+def p2p_across_devices(context: Context) -> Iterator[Found]:
+    """The path p2p is to join a GPU and a CPU.
+
+    A rank maps the memory of a peer on the same kind of device alone: no pair would shake hands,
+    and the launch would never be ready.
+    """
+    pair = context.pair()
+    if pair is None or not context.uses("nixl") or context.uses_ucx:
+        return
+    prefill, decode = pair
+    if prefill.device != decode.device:
+        message = f"path p2p, but prefill runs on {prefill.device} and decode on {decode.device}"
+        yield Found("kv_transfer.nixl.path", message)
+
+
 def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:
     pair = context.pair()
     if pair is not None and pair[0].shape is not None and pair[1].shape is not None:

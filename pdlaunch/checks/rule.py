@@ -25,6 +25,9 @@ from pdlaunch.checks.context import Context, Need
 
 Severity = Literal["error", "warning", "info"]
 
+MANY_HOSTS = "launches over several hosts, which no setting makes yet"
+"""What some rules wait for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -70,11 +73,19 @@ class Rule:
     """The source of the knowledge."""
     needs: tuple[Need, ...]
     """Facts without which the rule cannot say anything; it is then listed as not checked."""
+    waits_for: str
+    """What pdlaunch cannot do yet: until then the rule finds nothing. Empty for most rules."""
     check: Callable[[Context], Iterable[Found]]
 
 
 def rule(
-    code: str, severity: Severity, *, fix: str, source: str, needs: tuple[Need, ...] = ()
+    code: str,
+    severity: Severity,
+    *,
+    fix: str,
+    source: str,
+    needs: tuple[Need, ...] = (),
+    waits_for: str = "",
 ) -> Callable[[Callable[[Context], Iterable[Found]]], Rule]:
     """Make a rule of a function; its docstring says what is wrong, and why it matters."""
 
@@ -88,6 +99,7 @@ def rule(
             fix,
             source,
             needs,
+            waits_for,
             check,
         )
 

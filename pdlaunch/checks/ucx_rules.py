@@ -1,16 +1,31 @@
-"""Rules PD43x judge the settings of UCX, with which NIXL moves KV blocks."""
+"""Rules PD43x and PD44x judge the settings of UCX, with which NIXL moves KV blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
-from pdlaunch.checks.rule import Found, rule
-from pdlaunch.config.ucx import CUDA, RDMA, setting, ucx_transports
+from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
+from pdlaunch.config.problems import nearest, shown, shown_name
+from pdlaunch.config.ucx import (
+    CUDA,
+    RDMA,
+    known_transports,
+    leaves_out_shared_memory,
+    setting,
+    ucx_transports,
+    unknown_transports,
+)
+from pdlaunch.config.ucx_variables import (
+    KNOWN_VARIABLES,
+    network_variables,
+    unknown_variables,
+)
 from pdlaunch.resolve.roles import RoleEngines
 
 _MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
+_BARE_NAMES = sorted(name.removeprefix("UCX_") for name in KNOWN_VARIABLES)
 
 
 @rule(
@@ -26,7 +41,7 @@ def ucx_without_cuda(context: Context) -> Iterator[Found]:
     UCX then takes GPU addresses for host memory: registration fails, or blocks go through the host.
     """
     for engine in context.on("cuda"):
-        if context.uses("nixl") and not CUDA.intersection(engine.ucx_transports):
+        if context.uses_ucx and not CUDA.intersection(engine.ucx_transports):
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (f"UCX_TLS {_given(engine)} has no CUDA transport, but {engine.role} runs on GPUs"),
@@ -48,7 +63,7 @@ def ucx_without_cuda_ipc(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         transports = engine.ucx_transports
         # PD430 speaks of UCX_TLS without any CUDA transport.
-        if context.uses("nixl") and "cuda_copy" in transports and "cuda_ipc" not in transports:
+        if context.uses_ucx and "cuda_copy" in transports and "cuda_ipc" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {_given(engine)} has no cuda_ipc",
@@ -73,7 +88,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     for engine in context.on("cpu"):
         transports = engine.ucx_transports
         # Without posix nothing connects two processes at all: PD433.
-        if context.uses("nixl") and "posix" in transports and "cma" not in transports:
+        if context.uses_ucx and "posix" in transports and "cma" not in transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {_given(engine)} has no cma",
@@ -87,20 +102,29 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
     source=_UCX,
 )
 def ucx_without_path(context: Context) -> Iterator[Found]:
-    """UCX_TLS leaves no transport between processes of one host.
+    """UCX_TLS or UCX_SHM_DEVICES leaves no transport between processes of one host.
 
     All ranks are on this host, so pdlaunch leaves out whatever would listen on the network without
     authentication (tcp, RDMA) or open memory to other users (sysv, knem). posix has to be there:
     UCX finds its peers through it.
     """
     for engine in context.engines.values():
-        if context.uses("nixl") and "posix" not in engine.ucx_transports:
+        if context.uses_ucx and "posix" not in engine.ucx_transports:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 (
                     f"UCX_TLS {_given(engine)} leaves nothing that connects two processes "
                     "of this host; posix is missing"
                 ),
+            )
+        elif context.uses_ucx and leaves_out_shared_memory(engine.given_environ):
+            yield Found(
+                context.where_variable(engine, "UCX_SHM_DEVICES"),
+                (
+                    f"UCX_SHM_DEVICES {shown(engine.given_environ['UCX_SHM_DEVICES'])} leaves out "
+                    "memory, the device of posix and cma: nothing connects two processes"
+                ),
+                "Unset UCX_SHM_DEVICES.",
             )
 
 
@@ -110,6 +134,7 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
     fix="Add rc (or ib) to UCX_TLS, or unset it.",
     source=_UCX,
     needs=("rdma",),
+    waits_for=MANY_HOSTS,
 )
 def ucx_without_rdma(context: Context) -> Iterator[Found]:
     """UCX_TLS leaves out RDMA between hosts that have it.
@@ -119,12 +144,11 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     if (
         len(context.launch.machines) < 2
         or not context.machine.rdma_devices
-        or not context.uses("nixl")
+        or not context.uses_ucx
     ):
         return
     for engine in context.engines.values():
-        # What the user wrote, not what ranks get: that is narrowed to transports within a host.
-        if not ucx_transports(engine.given_environ) & RDMA:
+        if lacks_rdma(engine.given_environ):
             devices = ", ".join(context.machine.rdma_devices[:4])
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
@@ -147,7 +171,7 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     """
     has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
     for engine in context.on("cuda") if has_fabric else ():
-        if context.uses("nixl") and _is_off(engine.given_environ.get(_MNNVL)):
+        if context.uses_ucx and _is_off(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles",
@@ -174,11 +198,85 @@ def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
         return
     for engine in context.on("cuda"):
-        if context.uses("nixl") and _is_on(engine.given_environ.get(_MNNVL)):
+        if context.uses_ucx and _is_on(engine.given_environ.get(_MNNVL)):
             yield Found(
                 context.where_variable(engine, _MNNVL),
                 f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
             )
+
+
+@rule(
+    "PD441",
+    "warning",
+    fix="Correct the name, or remove it from UCX_TLS.",
+    source="The transports of UCX 1.19, as NIXL 1.5.1 ships it; names are told apart by case.",
+)
+def unknown_transport(context: Context) -> Iterator[Found]:
+    """UCX_TLS names a transport that UCX does not know.
+
+    UCX goes on without it: the transport that was meant is missing, or is used although it was to
+    be left out.
+    """
+    for engine in context.engines.values() if context.uses_ucx else ():
+        for name in unknown_transports(engine.given_environ):
+            message = f"UCX knows no transport {shown_name(name)}"
+            yield Found(
+                context.where_variable(engine, "UCX_TLS"),
+                message,
+                _did_you_mean(nearest(name, sorted(known_transports()))),
+            )
+
+
+@rule(
+    "PD442",
+    "warning",
+    fix="Correct the name, or unset the variable.",
+    source="The variables of UCX 1.19, as NIXL 1.5.1 ships it.",
+)
+def unknown_variable(context: Context) -> Iterator[Found]:
+    """A variable of UCX is misspelt.
+
+    UCX does not look at it, and says so only on a terminal. Names that resemble none of UCX's are
+    left alone, because other programs use them (UCX_HOME); with --probe UCX judges them all.
+    """
+    for engine in context.engines.values() if context.uses_ucx else ():
+        for name in unknown_variables(engine.given_environ):
+            meant = nearest(name.removeprefix("UCX_"), _BARE_NAMES)
+            if meant is not None:
+                message = f"UCX has no variable {shown_name(name)}"
+                yield Found(
+                    context.where_variable(engine, name), message, _did_you_mean(f"UCX_{meant}")
+                )
+
+
+@rule(
+    "PD443",
+    "info",
+    fix="Nothing to fix; unset them if you expect them to matter.",
+    source="pdlaunch gives ranks of one host posix, cma and self (and cuda_ipc, cuda_copy on GPUs).",
+)
+def network_without_effect(context: Context) -> Iterator[Found]:
+    """Variables for UCX's network have no effect.
+
+    All ranks are on this host, and pdlaunch leaves them no transport that uses a network: devices
+    that do not exist do no harm either.
+    """
+    for engine in context.engines.values() if context.uses_ucx else ():
+        for name in network_variables(engine.given_environ):
+            value = shown(engine.given_environ[name])
+            yield Found(context.where_variable(engine, name), f"{name} {value} has no effect")
+
+
+def lacks_rdma(environ: Mapping[str, str]) -> bool:
+    """Return whether UCX_TLS, as the user wrote it, leaves out every RDMA transport.
+
+    What ranks of one host get of it is narrowed to transports within a host.
+    """
+    return not ucx_transports(environ) & RDMA
+
+
+def _did_you_mean(name: str | None) -> str | None:
+    return None if name is None else f"did you mean {name}?"
 
 
 def _given(engine: RoleEngines) -> str:

@@ -65,6 +65,8 @@ def rules_markdown(rules: dict[str, Rule]) -> str:
         lines += _wrap(f"- Fix: {rule.fix}") + _wrap(f"- Source: {rule.source}")
         if rule.needs:
             lines += _wrap(f"- Needs: {', '.join(rule.needs)}")
+        if rule.waits_for:
+            lines += _wrap(f"- Waits for: {rule.waits_for}")
     return "\n".join(lines) + "\n"
 
 
@@ -88,6 +90,13 @@ def _print_list(console: Console, rules: dict[str, Rule]) -> None:
 def _print_rule(console: Console, rule: Rule) -> None:
     console.print(Text(f"{rule.code} ({rule.severity}, {family(rule).lower()})", style="bold"))
     console.print(Text(rule.title))
-    for heading, text in (("Why", rule.why), ("Fix", rule.fix), ("Source", rule.source)):
-        console.print(Text(f"\n{heading}", style="bold"))
-        console.print(Text(text))
+    sections = (
+        ("Why", rule.why),
+        ("Fix", rule.fix),
+        ("Source", rule.source),
+        ("Finds nothing yet: it waits for", rule.waits_for),
+    )
+    for heading, text in sections:
+        if text:
+            console.print(Text(f"\n{heading}", style="bold"))
+            console.print(Text(text))

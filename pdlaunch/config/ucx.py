@@ -1,6 +1,7 @@
 """Reads UCX_TLS as UCX does: names, groups of names, and lists of what to leave out.
 
-Source: the help text in libucp of UCX 1.19, as NIXL 1.5.1 ships it.
+Source: the help text in libucp of UCX 1.19, as NIXL 1.5.1 ships it, and what it does with odd
+values: names are told apart by case, and ``*`` is none.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ RDMA = frozenset({"rc_verbs", "rc_mlx5", "ud_verbs", "ud_mlx5", "dc_mlx5", "srd"
 TCP = frozenset({"tcp"})
 ALL = SHARED_MEMORY | CUDA | RDMA | TCP | {"self"}
 
+_OF_OTHER_MACHINES = frozenset(
+    {"rocm_copy", "rocm_ipc", "ze_copy", "ze_ipc", "ze_gdr", "ugni_rdma", "ugni_smsg", "ugni_udt"}
+    | {"gga_mlx5", "rocm", "ze", "ugni"}
+)
+"""Names that UCX knows, of transports that pdlaunch has no use for."""
+
 _GROUPS: Mapping[str, frozenset[str]] = {
     "all": ALL,
-    "*": ALL,
     "sm": SHARED_MEMORY,
     "shm": SHARED_MEMORY,
     "mm": frozenset({"posix", "sysv", "xpmem"}),
@@ -35,6 +41,10 @@ _GROUPS: Mapping[str, frozenset[str]] = {
 }
 
 
+_AUXILIARY = ":aux"
+"""Behind a name: UCX uses that transport to connect others alone."""
+_MEMORY_DEVICE = "memory"
+"""The only device of the shared memory transports."""
 _LOCAL = ("posix", "cma", "self")
 _LOCAL_CUDA = ("cuda_ipc", "cuda_copy")
 
@@ -56,13 +66,49 @@ def local_transports(environ: Mapping[str, str], device: Literal["cpu", "cuda"])
 
 def ucx_transports(environ: Mapping[str, str]) -> frozenset[str]:
     """Return the transports that UCX may use: all when UCX_TLS is unset. Unknown names are kept."""
+    value, names = _names(environ)
+    listed = frozenset[str]().union(*map(_transports_of, names))
+    return ALL - listed if value.startswith("^") else listed
+
+
+def unknown_transports(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names in UCX_TLS that no build of UCX knows, in order."""
+    known = ALL | _GROUPS.keys() | _OF_OTHER_MACHINES
+    return tuple(
+        name
+        for name in _names(environ)[1]
+        if (name.removeprefix("\\").removesuffix(_AUXILIARY) not in known)
+        or (name.startswith("\\") and name[1:] not in ALL | _OF_OTHER_MACHINES)
+    )
+
+
+def known_transports() -> frozenset[str]:
+    """Return the transports and groups that UCX_TLS may name."""
+    return ALL | _GROUPS.keys()
+
+
+def leaves_out_shared_memory(environ: Mapping[str, str]) -> bool:
+    """Return whether UCX_SHM_DEVICES keeps the shared memory transports from being used."""
+    value = environ.get("UCX_SHM_DEVICES", "")
+    names = value.removeprefix("^").split(",")
+    if value.startswith("^"):
+        return _MEMORY_DEVICE in names
+    return bool(value) and not {_MEMORY_DEVICE, "all"}.intersection(names)
+
+
+def _names(environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return UCX_TLS and the names in it."""
     value = environ.get("UCX_TLS", "all").strip() or "all"
-    excluded = value.startswith("^")
-    names = {
-        name.strip().lstrip("\\") for name in value.removeprefix("^").split(",") if name.strip()
-    }
-    listed = frozenset[str]().union(*(_GROUPS.get(name, frozenset({name})) for name in names))
-    return ALL - listed if excluded else listed
+    names = (name.strip() for name in value.removeprefix("^").split(","))
+    return value, [name for name in names if name]
+
+
+def _transports_of(name: str) -> frozenset[str]:
+    """Return the transports that one name stands for."""
+    # A backslash makes it the name of a transport, even where a group has the same name.
+    if name.startswith("\\"):
+        return frozenset({name[1:]})
+    return _GROUPS.get(name, frozenset({name}))
 
 
 def setting(environ: Mapping[str, str]) -> str:

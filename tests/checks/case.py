@@ -28,8 +28,21 @@ def libraries(base=CPU, **changes):
     return replace(base, libraries=replace(base.libraries, **changes))
 
 
-def mooncake(base):
-    return on(base, kv_transfer__connector="mooncake")
+def mooncake(base, **config):
+    return on(base, kv_transfer__connector="mooncake", **config)
+
+
+def rdma(base, devices=""):
+    settings = {"kv_transfer__mooncake__protocol": "rdma", "kv_transfer__mooncake__devices": devices}
+    return mooncake(base, **settings)
+
+
+def nvlink(base, **config):
+    return mooncake(base, kv_transfer__mooncake__protocol="nvlink", **config)
+
+
+def p2p(base, **config):
+    return on(base, kv_transfer__nixl__path="p2p", **config)
 
 
 class NeedsCuda(KVTransferSettings):
@@ -44,15 +57,6 @@ def needing_cuda(base):
     context = on(base)
     config = context.config.model_copy(update={"kv_transfer": NeedsCuda()})
     return replace(context, launch=replace(context.launch, config=config))
-
-
-def advertising(context, address):
-    """The context with another address that ranks tell their peers."""
-    roles = {
-        role: replace(engines, advertise_address=address)
-        for role, engines in context.engines.items()
-    }
-    return replace(context, launch=replace(context.launch, roles=roles))
 
 
 def one_gpu(**changes):

@@ -7,11 +7,13 @@ from tests.checks.case import (
     PAIR,
     ROUTER,
     Case,
-    advertising,
     libraries,
     machine,
     mooncake,
     needing_cuda,
+    nvlink,
+    p2p,
+    rdma,
 )
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 
@@ -19,7 +21,8 @@ CASES: dict[str, Case] = {
     "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
     "PD401": Case([on(libraries(torch=None)), on(libraries(transformers=None))], [on(CPU)]),
     "PD402": Case(
-        [on(libraries(nixl=NixlInstall())), on(libraries(nixl=NixlInstall("1.5.1")))], [on(CPU)]
+        [on(libraries(nixl=NixlInstall())), on(libraries(nixl=NixlInstall("1.5.1")))],
+        [on(CPU), p2p(libraries(nixl=NixlInstall()))],
     ),
     "PD403": Case(
         [
@@ -78,8 +81,13 @@ CASES: dict[str, Case] = {
         [on(CPU, dtype="bfloat16"), on(machine(has_native_bf16=False))],
     ),
     "PD414": Case(
-        [on(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",)))],
-        [on(machine(limits=Limits(8 << 20, 65536))), on(machine(rdma_devices=("mlx5_0",)))],
+        [rdma(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",)))],
+        [
+            rdma(machine(limits=Limits(8 << 20, 65536))),
+            rdma(machine(rdma_devices=("mlx5_0",))),
+            mooncake(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",))),
+            on(machine(limits=Limits(8 << 20, 65536), rdma_devices=("mlx5_0",))),
+        ],
     ),
     "PD415": Case([on(machine(limits=Limits(-1, 1024)))], [on(machine(limits=Limits(-1, 4096)))]),
     "PD416": Case(
@@ -110,30 +118,41 @@ CASES: dict[str, Case] = {
         ],
         [on(CPU, probes={"ports": {ROUTER: PortState()}})],
     ),
-    "PD424": Case(
-        [on(CPU, CPU), advertising(on(CPU, CPU), "0.0.0.0")],
-        [on(CPU), advertising(on(CPU, CPU), "10.0.0.1")],
-    ),
     "PD425": Case(
         [on(CPU, prefill__tensor_parallel_size=3)],
         [on(CPU), on(GPU, prefill__tensor_parallel_size=2)],
     ),
     "PD430": Case(
         [on(GPU, environ={"UCX_TLS": "rc,sm,tcp"}), on(GPU, environ={"UCX_TLS": "^cuda"})],
-        [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"}), on(CPU, environ={"UCX_TLS": "tcp"})],
+        [
+            on(GPU, environ={"UCX_TLS": "rc,cuda_copy"}),
+            on(CPU, environ={"UCX_TLS": "tcp"}),
+            p2p(GPU, environ={"UCX_TLS": "rc,sm,tcp"}),
+        ],
     ),
     "PD431": Case(
         [on(GPU, environ={"UCX_TLS": "rc,cuda_copy"})], [on(GPU, environ={"UCX_TLS": "^tcp"})]
     ),
     "PD432": Case(
-        [on(CPU, environ={"UCX_TLS": "posix"})], [on(CPU, environ={"UCX_TLS": "tcp,sm"}), on(CPU)]
-    ),
-    "PD433": Case([on(CPU, environ={"UCX_TLS": "tcp"})], [on(CPU, environ={"UCX_TLS": "posix"})]),
-    "PD434": Case(
-        [on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "tcp,sm"})],
+        [on(CPU, environ={"UCX_TLS": "posix"})],
         [
-            on(machine(rdma_devices=("mlx5_0",)), environ={"UCX_TLS": "tcp,sm"}),
-            on(machine(rdma_devices=("mlx5_0",)), CPU, environ={"UCX_TLS": "rc"}),
+            on(CPU, environ={"UCX_TLS": "tcp,sm"}),
+            on(CPU),
+            p2p(CPU, environ={"UCX_TLS": "posix"}),
+        ],
+    ),
+    "PD433": Case(
+        [
+            on(CPU, environ={"UCX_TLS": "tcp"}),
+            on(CPU, environ={"UCX_TLS": "\\sm"}),
+            on(CPU, environ={"UCX_SHM_DEVICES": "foo"}),
+            on(CPU, environ={"UCX_SHM_DEVICES": "^memory"}),
+        ],
+        [
+            on(CPU, environ={"UCX_TLS": "posix"}),
+            on(CPU, environ={"UCX_SHM_DEVICES": "memory,foo"}),
+            on(CPU, environ={"UCX_SHM_DEVICES": "^foo"}),
+            p2p(CPU, environ={"UCX_TLS": "tcp"}),
         ],
     ),
     "PD435": Case(
@@ -146,6 +165,47 @@ CASES: dict[str, Case] = {
     "PD436": Case(
         [on(GPU, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"})],
         [on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}), on(GPU)],
+    ),
+    "PD441": Case(
+        [
+            on(CPU, environ={"UCX_TLS": "tpc,sm"}),
+            on(GPU, environ={"UCX_TLS": "cuda_icp,cuda_copy,sm"}),
+            on(CPU, decode__env={"UCX_TLS": "^cuda_icp"}),
+            on(CPU, environ={"UCX_TLS": "SM,posix,cma"}),
+        ],
+        [
+            on(CPU, environ={"UCX_TLS": "rocm,ib,tcp,sm,self,gga_mlx5,ud:aux,\\rc_verbs"}),
+            on(CPU),
+            p2p(CPU, environ={"UCX_TLS": "tpc"}),
+        ],
+    ),
+    "PD442": Case(
+        [on(CPU, environ={"UCX_NET_DEVICE": "lo"}), on(CPU, decode__env={"UCX_TSL": "sm"})],
+        [
+            on(CPU, environ={"UCX_HOME": "/opt/ucx", "UCX_IB_GID_INDEX": "3"}),
+            on(CPU, environ={"UCX_RNDV_THRESH": "8k", "UCX_CUDA_IPC_ENABLE_MNNVL": "try"}),
+            p2p(CPU, environ={"UCX_NET_DEVICE": "lo"}),
+        ],
+    ),
+    "PD443": Case(
+        [
+            on(CPU, environ={"UCX_NET_DEVICES": "eth99"}),
+            on(CPU, prefill__env={"UCX_IB_GID_INDEX": "3"}),
+        ],
+        [on(CPU, environ={"UCX_RNDV_THRESH": "8k"}), mooncake(CPU, env={"UCX_NET_DEVICES": "lo"})],
+    ),
+    "PD446": Case(
+        [rdma(CPU), rdma(machine(rdma_devices=("mlx5_0",)), "mlx5_0,mlx5_9")],
+        [
+            rdma(machine(rdma_devices=("mlx5_0",))),
+            rdma(machine(rdma_devices=("mlx5_0", "mlx5_1")), "mlx5_1, mlx5_0"),
+            mooncake(CPU),
+            on(CPU, kv_transfer__mooncake__protocol="rdma"),
+        ],
+    ),
+    "PD447": Case(
+        [nvlink(CPU), nvlink(GPU, decode__device="cpu")],
+        [nvlink(GPU), mooncake(CPU), on(CPU, kv_transfer__mooncake__protocol="nvlink")],
     ),
     "PD501": Case(
         [on(CPU, pairs=(replace(PAIR, error="REMOTE_DISCONNECT"),))], [on(CPU, pairs=(PAIR,))]

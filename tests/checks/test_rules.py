@@ -23,6 +23,9 @@ def test_there_are_many_rules_in_every_family():
 
 
 def test_every_rule_fires_and_stays_quiet(rule):
+    if rule.waits_for:
+        assert rule.code not in CASES, "no configuration makes it fire"
+        return
     case = CASES[rule.code]
     assert case.fires
     assert case.quiet
