@@ -128,9 +128,7 @@ def memlock_low(context: Context) -> Iterator[Found]:
     modules from NIXL.
     """
     limit = context.machine.limits.memlock_bytes
-    uses_rdma = (
-        context.uses("mooncake") and context.config.kv_transfer.mooncake.protocol == "rdma"
-    )
+    uses_rdma = context.uses("mooncake") and context.config.kv_transfer.mooncake.protocol == "rdma"
     if limit == UNLIMITED or not context.machine.rdma_devices or not uses_rdma:
         return
     for engine in context.engines.values():

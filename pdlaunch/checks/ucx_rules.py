@@ -98,7 +98,7 @@ def ucx_without_cma(context: Context) -> Iterator[Found]:
 @rule(
     "PD433",
     "error",
-    fix="Unset UCX_TLS.",
+    fix="Unset UCX_TLS, or UCX_SHM_DEVICES.",
     source=_UCX,
 )
 def ucx_without_path(context: Context) -> Iterator[Found]:
@@ -124,7 +124,6 @@ def ucx_without_path(context: Context) -> Iterator[Found]:
                     f"UCX_SHM_DEVICES {shown(engine.given_environ['UCX_SHM_DEVICES'])} leaves out "
                     "memory, the device of posix and cma: nothing connects two processes"
                 ),
-                "Unset UCX_SHM_DEVICES.",
             )
 
 
@@ -141,11 +140,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
 
     Blocks between hosts then go through TCP.
     """
-    if (
-        len(context.launch.machines) < 2
-        or not context.machine.rdma_devices
-        or not context.uses_ucx
-    ):
+    if len(context.launch.machines) < 2 or not context.machine.rdma_devices or not context.uses_ucx:
         return
     for engine in context.engines.values():
         if lacks_rdma(engine.given_environ):
@@ -253,7 +248,7 @@ def unknown_variable(context: Context) -> Iterator[Found]:
     "PD443",
     "info",
     fix="Nothing to fix; unset them if you expect them to matter.",
-    source="pdlaunch gives ranks of one host posix, cma and self (and cuda_ipc, cuda_copy on GPUs).",
+    source="Ranks of one host are given posix, cma and self; on GPUs cuda_ipc and cuda_copy too.",
 )
 def network_without_effect(context: Context) -> Iterator[Found]:
     """Variables for UCX's network have no effect.

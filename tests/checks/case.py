@@ -33,7 +33,10 @@ def mooncake(base, **config):
 
 
 def rdma(base, devices=""):
-    settings = {"kv_transfer__mooncake__protocol": "rdma", "kv_transfer__mooncake__devices": devices}
+    settings = {
+        "kv_transfer__mooncake__protocol": "rdma",
+        "kv_transfer__mooncake__devices": devices,
+    }
     return mooncake(base, **settings)
 
 

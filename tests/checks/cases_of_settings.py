@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from pdlaunch.errors import ConfigError
-from tests.checks.case import EXPERTS, SLIDING, Case, machine
+from tests.checks.case import EXPERTS, SLIDING, Case, machine, p2p
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
 CASES: dict[str, Case] = {
@@ -105,6 +105,10 @@ CASES: dict[str, Case] = {
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
     "PD311": Case([on(GPU, prefill__device="cpu")], [on(GPU, device="cpu")]),
+    "PD314": Case(
+        [p2p(GPU, prefill__device="cpu"), p2p(GPU, decode__device="cpu")],
+        [p2p(GPU), p2p(CPU), on(GPU, decode__device="cpu"), p2p(GPU, device="cpu")],
+    ),
     "PD313": Case(
         [on(GPU, prefill__enable_cumem_allocator=True), on(GPU, decode__enable_sleep_mode=True)],
         [on(GPU, enable_cumem_allocator=True), on(CPU, prefill__enable_cumem_allocator=True)],

@@ -106,7 +106,6 @@ GB200 = replace(
 def on(
     machine: Machine,
     /,
-    *more_machines: Machine,
     environ: Mapping[str, str] | None = None,
     shapes: tuple[ModelShape | None, ModelShape | None] | None = None,
     model_error: ConfigError | None = None,
@@ -131,7 +130,7 @@ def on(
     prefill, decode = shapes or (shape, shape)
     launch = resolve(
         LaunchConfig.model_validate(tree),
-        {f"host-{index}": each for index, each in enumerate((machine, *more_machines))},
+        {"host": machine},
         environ or {},
         {
             "prefill": Model("a", paths[0], prefill, error=model_error),

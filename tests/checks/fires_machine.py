@@ -5,10 +5,11 @@ from dataclasses import replace
 from pdlaunch.platform.facts import SharedMemory
 from tests.checks.contexts import CPU, GIB, GPU
 from tests.checks.firing import Case, Setup
-from tests.checks.machines import MOONCAKE, limits
+from tests.checks.machines import MOONCAKE, ON_MOONCAKE, libraries, limits
 
 RDMA = replace(MOONCAKE, rdma_devices=("mlx5_0",))
 ON_RDMA = "kv_transfer: {connector: mooncake, mooncake: {protocol: rdma}}\n"
+ON_NVLINK = "kv_transfer: {connector: mooncake, mooncake: {protocol: nvlink}}\n"
 
 CASES = [
     Case("PD400", Setup(machine=replace(CPU, system="Darwin")), {"Run serve on Linux": Setup()}),
@@ -49,6 +50,25 @@ CASES = [
         "PD414",
         Setup(ON_RDMA, machine=limits(RDMA, memlock_bytes=8 << 20)),
         {"ulimit -l unlimited": Setup(ON_RDMA, machine=RDMA)},
+    ),
+    Case(
+        "PD446",
+        Setup(ON_RDMA, machine=MOONCAKE),
+        {
+            "Set kv_transfer.mooncake.protocol: tcp": Setup(flags=ON_MOONCAKE, machine=MOONCAKE),
+            "use connector nixl": Setup(),
+        },
+    ),
+    Case(
+        "PD447",
+        Setup(ON_NVLINK, machine=MOONCAKE),
+        {
+            "Set kv_transfer.mooncake.protocol: tcp": Setup(flags=ON_MOONCAKE, machine=MOONCAKE),
+            "run both sides on GPUs": Setup(
+                ON_NVLINK,
+                machine=libraries(GPU, mooncake=True, mooncake_version="0.3.13.post1"),
+            ),
+        },
     ),
     Case(
         "PD415",

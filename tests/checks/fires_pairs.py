@@ -68,6 +68,16 @@ CASES = [
         {"Set device once, at the top level": Setup("device: cpu\n", machine=GPU)},
     ),
     Case(
+        "PD314",
+        Setup("decode: {device: cpu}\nkv_transfer: {nixl: {path: p2p}}\n", machine=GPU),
+        {
+            "Set device once, at the top level": Setup(
+                "device: cpu\nkv_transfer: {nixl: {path: p2p}}\n", machine=GPU
+            ),
+            "let kv_transfer.nixl.path be auto": Setup("decode: {device: cpu}\n", machine=GPU),
+        },
+    ),
+    Case(
         "PD313",
         Setup(
             "decode: {enable_cumem_allocator: true}\nkv_transfer: {nixl: {path: nixl}}\n",

@@ -11,6 +11,23 @@ def with_ucx(machine: Machine = GPU, **variables: str) -> Setup:
 
 CASES = [
     Case(
+        "PD441",
+        with_ucx(CPU, UCX_TLS="sm,tpc"),
+        {
+            "Correct the name": with_ucx(CPU, UCX_TLS="sm,tcp"),
+            "remove it from UCX_TLS": with_ucx(CPU, UCX_TLS="sm"),
+        },
+    ),
+    Case(
+        "PD442",
+        with_ucx(CPU, UCX_NET_DEVICE="eth0"),
+        {
+            "Correct the name": with_ucx(CPU, UCX_NET_DEVICES="eth0"),
+            "unset the variable": with_ucx(CPU),
+        },
+    ),
+    Case("PD443", with_ucx(CPU, UCX_NET_DEVICES="eth99"), {"unset them": with_ucx(CPU)}),
+    Case(
         "PD430",
         with_ucx(UCX_TLS="rc,sm,tcp"),
         {
@@ -32,6 +49,13 @@ CASES = [
         {"Add cma to UCX_TLS": with_ucx(CPU, UCX_TLS="posix,cma"), "unset it": with_ucx(CPU)},
     ),
     Case("PD433", with_ucx(CPU, UCX_TLS="tcp"), {"Unset UCX_TLS": with_ucx(CPU)}),
+    Case(
+        "PD433",
+        with_ucx(CPU, UCX_SHM_DEVICES="foo"),
+        {
+            "or UCX_SHM_DEVICES": with_ucx(CPU),
+        },
+    ),
     Case(
         "PD435",
         with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="n"),

@@ -2,7 +2,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdlaunch.config.ucx import ALL, CUDA, RDMA, SHARED_MEMORY, local_transports, ucx_transports
+from pdlaunch.config.ucx import (
+    ALL,
+    CUDA,
+    RDMA,
+    SHARED_MEMORY,
+    leaves_out_shared_memory,
+    local_transports,
+    ucx_transports,
+    unknown_transports,
+)
+from pdlaunch.config.ucx_variables import network_variables, unknown_variables
 
 
 @pytest.mark.parametrize(
@@ -15,6 +25,9 @@ from pdlaunch.config.ucx import ALL, CUDA, RDMA, SHARED_MEMORY, local_transports
         (" rc , tcp ", {"rc_verbs", "rc_mlx5", "tcp"}),
         ("cuda_ipc", {"cuda_ipc"}),
         ("\\rc_verbs", {"rc_verbs"}),
+        ("\\sm,\\posix", {"sm", "posix"}),  # a transport of that name, not the group
+        ("*", {"*"}),
+        ("SM", {"SM"}),
         ("something_new", {"something_new"}),
     ],
 )
@@ -43,6 +56,54 @@ def test_nothing_that_listens_or_admits_others_is_used(value, cpu, cuda):
     assert ",".join(local_transports({"UCX_TLS": value}, "cuda")) == cuda
 
 
+@pytest.mark.parametrize(
+    ("value", "unknown"),
+    [
+        ("", ()),
+        ("all", ()),
+        ("^tcp,ib", ()),
+        ("rocm,ze_ipc,gga_mlx5,ud:aux", ()),
+        ("\\posix", ()),
+        ("\\sm", ("\\sm",)),
+        ("tpc,sm,cuda_icp", ("tpc", "cuda_icp")),
+        ("^posx", ("posx",)),
+        ("posix,^cma", ("^cma",)),
+        ("SM,*", ("SM", "*")),
+    ],
+)
+def test_names_that_ucx_does_not_know(value, unknown):
+    assert unknown_transports({"UCX_TLS": value}) == unknown
+
+
 @given(st.text())
 def test_any_text_is_read(value):
-    assert isinstance(ucx_transports({"UCX_TLS": value}), frozenset)
+    environ = {"UCX_TLS": value, "UCX_SHM_DEVICES": value}
+    assert isinstance(ucx_transports(environ), frozenset)
+    assert all(name in value for name in unknown_transports(environ))
+    assert isinstance(leaves_out_shared_memory(environ), bool)
+
+
+@pytest.mark.parametrize(
+    ("value", "left_out"),
+    [
+        ("", False),
+        ("all", False),
+        ("memory", False),
+        ("foo,memory", False),
+        ("^foo", False),
+        ("foo", True),
+        ("^memory", True),
+        ("^foo,memory", True),
+    ],
+)
+def test_devices_of_shared_memory(value, left_out):
+    assert leaves_out_shared_memory({"UCX_SHM_DEVICES": value}) is left_out
+
+
+def test_variables_are_known_by_name_or_by_their_transport():
+    environ = dict.fromkeys(
+        ("UCX_TLS", "UCX_TSL", "UCX_IB_GID_INDEX", "UCX_RC_MLX5_TIMEOUT", "UCX_NET_DEVICE", "PATH"),
+        "",
+    )
+    assert list(unknown_variables(environ)) == ["UCX_TSL", "UCX_NET_DEVICE"]
+    assert list(network_variables(environ)) == ["UCX_IB_GID_INDEX", "UCX_RC_MLX5_TIMEOUT"]
