@@ -216,7 +216,7 @@ def shm_stale(context: Context) -> Iterator[Found]:
         "Name a folder that the user of the launch may write to, or may create "
         "(--kv-file-directory)."
     ),
-    source="access(2); the ranks make the folder at their start.",
+    source="A file is written there and removed; the ranks make the folder at their start.",
     needs=("folders",),
 )
 def folder_not_writable(context: Context) -> Iterator[Found]:

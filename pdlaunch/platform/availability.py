@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ nixl_agent("pdlaunch-probe", nixl_agent_config(backends=["UCX"]))
 os._exit(0)
 """
 _PROGRAMS: Mapping[str, str] = {"nixl": _NIXL}
-
-Access = Callable[[Path, int], bool]
 
 
 def probe_port(host: str, port: int) -> PortState | None:
@@ -87,10 +87,11 @@ def _resolve(host: str, port: int) -> list[tuple[Any, ...]] | PortState | None:
         return None
 
 
-def why_not_writable(folder: str, access: Access = os.access) -> str | None:
-    """Return what keeps this user from writing to ``folder``; None: nothing known.
+def why_not_writable(folder: str) -> str | None:
+    """Return what keeps this user from writing to ``folder``; None: nothing. Nothing is left there.
 
-    The folder need not exist yet, and nothing is written.
+    The folder need not exist yet. It is then not made under its own name, which a launch may be
+    about to use, but under another one beside it.
     """
     try:
         path = Path(folder).absolute()
@@ -102,11 +103,30 @@ def why_not_writable(folder: str, access: Access = os.access) -> str | None:
                 else "no folder"
             )
             return f"{nearest} is {what}"
-        if not access(nearest, os.W_OK | os.X_OK):
-            return f"this user may not write to {nearest}"
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            path.lstat()  # A name may be too long for its file system.
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
+    # Asked by trying: root may do anything by its modes, and still nothing can be made in /proc, on
+    # a file system that is read-only, or on a full one.
+    try:
+        if nearest == path:
+            _try_to_write(path)
+        else:
+            with tempfile.TemporaryDirectory(prefix=".pdlaunch-", dir=nearest) as made:
+                _try_to_write(made)
+    except PermissionError:
+        return f"this user may not write to {nearest}"
+    except OSError as error:
+        missing = "" if nearest == path else f"{path} cannot be made: "
+        return f"{missing}{nearest} takes nothing new: {error.strerror or error}"
     return None
+
+
+def _try_to_write(folder: str | Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"pdlaunch")
+        file.flush()
 
 
 def probe_imports(

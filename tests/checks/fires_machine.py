@@ -87,7 +87,7 @@ CASES = [
     ),
     Case(
         "PD419",
-        Setup(flags=("--kv-connector", "file", "--kv-file-directory", "deploy.yaml"), machine=None),
+        Setup(flags=("--kv-connector", "file", "--kv-file-directory", "/proc/nope"), machine=None),
         {
             "Name a folder that the user of the launch may write to": Setup(
                 flags=("--kv-connector", "file", "--kv-file-directory", "tiny"), machine=None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.capabilities import without_capabilities
 from tests.checks.firing import Case, Setup
 from tests.checks.machines import MOONCAKE, ON_MOONCAKE, limits
 
@@ -36,22 +36,6 @@ def privileged_port() -> Iterator[tuple[str, ...]]:
         pytest.skip("this kernel lets everybody listen on every port")
     with without_capabilities():
         yield "--port", str(first_free - 1)
-
-
-@contextlib.contextmanager
-def without_capabilities() -> Iterator[None]:
-    """This thread has no capabilities in effect, whoever runs it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
-    before, without = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, before) == 0
-    without[:] = before
-    without[0] = without[3] = 0  # effective: the low and the high 32 capabilities
-    assert libc.capset(header, without) == 0
-    try:
-        yield
-    finally:
-        assert libc.capset(header, before) == 0
 
 
 CASES = [

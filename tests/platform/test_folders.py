@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.platform.availability import why_not_writable
+from tests.capabilities import without_capabilities
 
 
 def test_a_folder_that_is_there_or_can_be_made(
@@ -25,18 +26,27 @@ def test_what_is_no_folder(tmp_path: Path) -> None:
     assert why_not_writable(str(tmp_path / "link")) == f"{tmp_path / 'link'} is a link to nothing"
 
 
-def test_what_belongs_to_others(tmp_path: Path) -> None:
-    asked = []
+def test_what_may_not_be_written(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with without_capabilities():
+        for path in (closed, closed / "new"):
+            assert why_not_writable(str(path)) == f"this user may not write to {closed}"
 
-    def refuse(path: Path, mode: int) -> bool:
-        asked.append(path)
-        return False
 
-    for path in (tmp_path, tmp_path / "new"):
-        assert why_not_writable(str(path), refuse) == f"this user may not write to {tmp_path}"
-    assert asked == [tmp_path, tmp_path]
+def test_what_nobody_can_make_not_even_root() -> None:
+    said = why_not_writable("/proc/nope/deep")
+    assert said is not None
+    assert said.startswith("/proc/nope/deep cannot be made: /proc takes nothing new: ")
+    said = why_not_writable("/proc")
+    assert said is not None
+    assert said.startswith("/proc takes nothing new: ")
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "", "\udcff"])
-def test_strange_names_are_no_reason_to_raise(path: str) -> None:
-    assert why_not_writable(path) is None or why_not_writable(path)
+def test_strange_names_are_no_reason_to_raise(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (why_not_writable(path) is None) == (path in ("", "\udcff"))
+    assert list(tmp_path.iterdir()) == []
