@@ -330,6 +330,7 @@ def without_effect(context: Context) -> Iterator[Found]:
     "warning",
     fix="Lower num_threads, or leave it out: the cores are then shared evenly.",
     source="Measured on 2 cores.",
+    needs=("cpus",),
 )
 def too_many_threads(context: Context) -> Iterator[Found]:
     """The ranks use more CPU threads than there are cores.

@@ -186,7 +186,7 @@ def torch_without_cuda(context: Context) -> Iterator[Found]:
     "error",
     fix="Update the driver, or install a torch build for an older CUDA.",
     source="CUDA compatibility: minor versions of one generation fit, later generations do not.",
-    needs=("libraries", "gpus"),
+    needs=("libraries", "gpus", "driver"),
 )
 def driver_too_old(context: Context) -> Iterator[Found]:
     """The CUDA driver is too old for torch.

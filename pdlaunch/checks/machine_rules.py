@@ -20,6 +20,7 @@ _FILES_OF_A_PAIR = 4
     "error",
     fix="Run serve on Linux, in a container or a virtual machine.",
     source="Supported platforms.",
+    needs=("system",),
 )
 def not_linux(context: Context) -> Iterator[Found]:
     """This system is not Linux.
@@ -81,6 +82,7 @@ def too_few_gpus(context: Context) -> Iterator[Found]:
     "warning",
     fix="Use fewer engines, or more cores.",
     source="Measured on 2 cores.",
+    needs=("cpus",),
 )
 def too_few_cores(context: Context) -> Iterator[Found]:
     """There are fewer CPU cores than ranks.
@@ -100,6 +102,7 @@ def too_few_cores(context: Context) -> Iterator[Found]:
         "SmolLM2-135M on an AVX2 machine: 2.8 s for 128 tokens in bfloat16, 0.4 s in float32 "
         "(measured)."
     ),
+    needs=("native_bf16",),
 )
 def emulated_dtype(context: Context) -> Iterator[Found]:
     """A 16-bit dtype is computed on a CPU that emulates it.

@@ -311,7 +311,7 @@ def host_memory_exceeded(context: Context) -> Iterator[Found]:
         "Measured on two H200s with NIXL 1.5.1; vLLM 0.24 with --enable-cumem-allocator: 0.44 "
         "GB/s, HTTP 200."
     ),
-    needs=("gpus",),
+    needs=("gpus", "fabric"),
 )
 def cumem_without_fabric(context: Context) -> Iterator[Found]:
     """The KV cache lies in CuMem memory that the connector cannot map: this host has no fabric

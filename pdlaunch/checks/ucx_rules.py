@@ -156,7 +156,7 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
     "warning",
     fix=f"Unset {_MNNVL} (UCX then tries), or set it to y.",
     source="UCX 1.19: yes, no or try; try is the default.",
-    needs=("gpus",),
+    needs=("gpus", "fabric"),
 )
 def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
     """Multi-node NVLink is switched off on a machine that has it.
@@ -181,7 +181,7 @@ def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
         "Measured on two H200s without an IMEX channel: no difference with "
         "UCX_CUDA_IPC_ENABLE_MNNVL=y."
     ),
-    needs=("gpus",),
+    needs=("gpus", "fabric"),
 )
 def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
     """Multi-node NVLink is demanded on a machine without fabric handles.

@@ -38,6 +38,11 @@ COMMANDS = (
         "Find what is wrong with a set-up before it runs.",
     ),
     Command(
+        "probe",
+        "pdlaunch.cli.probe:probe",
+        "Describe this machine in JSON, for checks on another one.",
+    ),
+    Command(
         "explain",
         "pdlaunch.cli.explain:explain",
         "Show why a rule of check-config exists and how to fix its findings.",

@@ -16,6 +16,7 @@ from pdlaunch.checks.context import Probes
 from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
+from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.findings import (
     github_line,
     github_problem,
@@ -26,19 +27,13 @@ from pdlaunch.cli.findings import (
 )
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.preflight import probe_transport
-from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.problems import InvalidConfigError, Problem
-from pdlaunch.config.sizes import parse_size
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.availability import probe_imports
-from pdlaunch.platform.facts import Machine
-from pdlaunch.platform.probe import assume, probe_machine
+from pdlaunch.resolve.models import read_models_elsewhere
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
-from pdlaunch.resolve.roles import count_ranks
-
-MAX_ASSUMED_GPUS = 1024
 
 Format = Literal["table", "json", "github"]
 Platform = Literal["cuda", "cpu"]
@@ -59,19 +54,9 @@ def check_config(
             ),
         ),
     ] = False,
+    assume: AssumeOption = None,
     assume_platform: Annotated[
-        Platform | None,
-        typer.Option("--assume-platform", help="Check for such a machine instead of this one."),
-    ] = None,
-    assume_gpus: Annotated[
-        int | None,
-        typer.Option(
-            "--assume-gpus", metavar="N", min=1, max=MAX_ASSUMED_GPUS, help="Number of its GPUs."
-        ),
-    ] = None,
-    assume_gpu_memory: Annotated[
-        str | None,
-        typer.Option("--assume-gpu-memory", metavar="SIZE", help="Memory of each, such as 80GiB."),
+        Platform | None, typer.Option("--assume-platform", help="Older name.", hidden=True)
     ] = None,
     *,
     flags: dict[str, object],
@@ -81,13 +66,17 @@ def check_config(
     """
     try:
         loaded = load_config(config, os.environ, flags)
-        machine = assumed_machine(
-            probe_machine(), loaded.config, assume_platform, assume_gpus, assume_gpu_memory
-        )
+        name = _assumed_name(assume, assume_platform, probe=probe)
+        judged = judged_machine(name, loaded.config)
     except ConfigError as error:
         _refuse(error, output, config)
-    is_this = assume_platform is None and assume_gpus is None and assume_gpu_memory is None
-    resolved = resolve(loaded.config, {THIS_HOST: machine}, os.environ)
+    is_this = judged.assumed is None
+    resolved = resolve(
+        loaded.config,
+        {THIS_HOST: judged.machine},
+        judged.environ,
+        None if is_this else read_models_elsewhere(loaded.config),
+    )
     probes = Probes(import_errors=probe_imports(os.environ) if probe else None)
     if is_this:
         files = probe_files(resolved)
@@ -99,7 +88,7 @@ def check_config(
             weight_errors=files.weight_errors,
         )
     report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
-    if probe and is_this and report.is_ok():
+    if probe and report.is_ok():
         # Only a set-up without errors can start.
         probes = replace(probes, transport=probe_transport(resolved))
         report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
@@ -108,39 +97,20 @@ def check_config(
     raise typer.Exit(0 if ok else EXIT_FAILED)
 
 
-def assumed_machine(
-    machine: Machine,
-    config: LaunchConfig,
-    platform: Platform | None,
-    num_gpus: int | None,
-    gpu_memory: str | None,
-) -> Machine:
-    """``machine``, or what is assumed instead. Raises ConfigError for assumptions that contradict
-    each other.
-    """
-    if platform is None and num_gpus is None and gpu_memory is None:
-        return machine
-    if platform == "cpu":
-        if num_gpus is not None or gpu_memory is not None:
-            raise ConfigError(
-                "--assume-platform cpu has no GPUs",
-                fix="leave out --assume-gpus and --assume-gpu-memory",
-            )
-        return assume(machine, num_gpus=0, gpu_memory_bytes=None)
-    gpus = num_gpus or len(machine.gpus) or min(max(count_ranks(config), 1), MAX_ASSUMED_GPUS)
-    return assume(machine, num_gpus=gpus, gpu_memory_bytes=_memory_bytes(gpu_memory))
-
-
-def _memory_bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"--assume-gpu-memory: {error}") from None
-    if size <= 0:
-        raise ConfigError("--assume-gpu-memory: must be more than 0")
-    return size
+def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool) -> str | None:
+    """Return the machine to assume; None: this one. Raises ConfigError."""
+    if assume is not None and platform is not None:
+        raise ConfigError(
+            f"--assume {assume} and --assume-platform {platform} name two machines",
+            fix="leave --assume-platform out",
+        )
+    name = assume if assume is not None else platform
+    if name is not None and probe:
+        raise ConfigError(
+            f"--probe starts processes on this machine, which is not {name}",
+            fix="leave out --probe or --assume",
+        )
+    return name
 
 
 def _print(report: Report, output: Format, *, ok: bool) -> None:

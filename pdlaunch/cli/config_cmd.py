@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_UNUSABLE
+from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.output import FormatOption
@@ -22,7 +23,6 @@ from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, changed_values, shown_values
 from pdlaunch.config.sources import load_config
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.effective import effective_settings
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
@@ -78,6 +78,7 @@ def show(
     changed: Annotated[
         bool, typer.Option("--changed", help="Print only what differs from the defaults.")
     ] = False,
+    assume: AssumeOption = None,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -86,6 +87,7 @@ def show(
     """
     try:
         loaded = load_config(config, os.environ, flags)
+        judged = judged_machine(assume, loaded.config)
     except ConfigError as error:
         Console(file=sys.stderr, soft_wrap=True).print(
             Text(f"error: {safe(str(error))}", style="red")
@@ -94,7 +96,7 @@ def show(
     if changed:
         values = changed_values(loaded)
     else:
-        resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
+        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ)
         by_path = {item.path: item for item in shown_values(loaded)}
         by_path |= {item.path: item for item in effective_settings(resolved)}
         values = list(by_path.values())

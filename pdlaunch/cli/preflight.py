@@ -23,7 +23,8 @@ from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of
-from pdlaunch.platform.gpu_links import LinkKind, read_gpu_links
+from pdlaunch.platform.facts import LinkKind
+from pdlaunch.platform.gpu_links import read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
 from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 from pdlaunch.resolve.roles import Allocator

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
+from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
@@ -24,7 +25,6 @@ from pdlaunch.cli.preflight import judge_pairs, refuse_errors
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
-from pdlaunch.platform.probe import probe_machine
 from pdlaunch.resolve.effective import effective_engines
 from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
@@ -53,6 +53,7 @@ def serve(
             help="Stop when standard input ends, for programs that must not leave it behind.",
         ),
     ] = False,
+    assume: AssumeOption = None,
     *,
     flags: dict[str, object],
 ) -> None:
@@ -64,9 +65,15 @@ def serve(
                 f"--format {output} is how --dry-run prints the plan; add --dry-run or leave "
                 "--format out"
             )
+        if assume is not None and not dry_run:
+            raise ConfigError(
+                f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
+                fix="add --dry-run, or leave --assume out",
+            )
         lifeline = _standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
-        resolved = resolve(loaded.config, {THIS_HOST: probe_machine()}, os.environ)
+        judged = judged_machine(assume, loaded.config)
+        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ)
         if not dry_run:
             check_platform()
             refuse_errors(resolved, loaded.origins, errors)

@@ -23,6 +23,8 @@ _COMPUTE_CAPABILITY_MINOR = 76
 _VIRTUAL_MEMORY_MANAGEMENT = 102
 _HANDLE_TYPE_FABRIC = 128
 
+NO_DEVICE = "cuDeviceGetCount: no CUDA device is visible"
+
 
 class DriverError(Exception):
     """Says that there is no driver or that it refuses; the text names the call."""
@@ -34,6 +36,7 @@ class Driver:
 
     cuda_version: tuple[int, int]
     gpus: tuple[Gpu, ...]
+    num_imex_channels: int = 0
 
 
 def load_library(name: str = LIBRARY) -> ctypes.CDLL:
@@ -52,9 +55,9 @@ def read_driver(
     calls("cuInit", 0)
     version = calls.read_int("cuDriverGetVersion")
     num_gpus = calls.read_int("cuDeviceGetCount")
-    has_channel = imex_channels.is_dir() and any(imex_channels.iterdir())
-    gpus = tuple(_read_gpu(calls, index, has_channel) for index in range(num_gpus))
-    return Driver((version // 1000, version % 1000 // 10), gpus)
+    num_channels = len(list(imex_channels.iterdir())) if imex_channels.is_dir() else 0
+    gpus = tuple(_read_gpu(calls, index, num_channels > 0) for index in range(num_gpus))
+    return Driver((version // 1000, version % 1000 // 10), gpus, num_channels)
 
 
 class _Calls(LibraryCalls):
@@ -99,14 +102,16 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
     major = calls.attribute(_COMPUTE_CAPABILITY_MAJOR, device)
     minor = calls.attribute(_COMPUTE_CAPABILITY_MINOR, device)
     virtual_memory = calls.attribute(_VIRTUAL_MEMORY_MANAGEMENT, device)
+    supports_fabric = bool(calls.attribute(_HANDLE_TYPE_FABRIC, device))
     return Gpu(
         index=index,
         name=name.value.decode(errors="replace"),
         memory_bytes=memory.value,
         compute_capability=None if major is None or minor is None else (major, minor),
         has_virtual_memory=None if virtual_memory is None else bool(virtual_memory),
-        has_fabric_handles=has_imex_channel and bool(calls.attribute(_HANDLE_TYPE_FABRIC, device)),
+        has_fabric_handles=has_imex_channel and supports_fabric,
         pci_bus_id=calls.pci_bus_id(device),
+        supports_fabric=supports_fabric,
     )
 
 
@@ -132,7 +137,7 @@ def judge_cumem(driver: Driver, system: str = sys.platform) -> Availability:
     if system != "linux":
         return Availability(False, f"CuMem pools need Linux; this is {system}")
     if not driver.gpus:
-        return Availability(False, "cuDeviceGetCount: no CUDA device is visible")
+        return Availability(False, NO_DEVICE)
     without = [str(gpu.index) for gpu in driver.gpus if not gpu.has_virtual_memory]
     if without:
         devices = ", ".join(without)

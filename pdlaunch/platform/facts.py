@@ -9,8 +9,24 @@ from typing import Literal
 UNLIMITED = -1
 """Stands for a limit that is not set."""
 
-Fact = Literal["gpus", "gpu_memory", "cumem", "memory", "limits", "shm", "libraries", "rdma"]
+Fact = Literal[
+    "system",
+    "cpus",
+    "native_bf16",
+    "memory",
+    "gpus",
+    "gpu_memory",
+    "fabric",
+    "driver",
+    "cumem",
+    "libraries",
+    "limits",
+    "shm",
+    "rdma",
+]
 """Groups of facts that can be unknown."""
+
+LinkKind = Literal["NVLink", "PCIe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +53,11 @@ class Gpu:
     """
     pci_bus_id: str | None = None
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
+    free_memory_bytes: int | None = None
+    """Memory that no process holds; not known of a MIG device."""
+    supports_fabric: bool | None = None
+    """The device and its driver know fabric handles, whether or not there is an IMEX channel."""
+    numa_node: int | None = None
 
     @property
     def is_slice(self) -> bool:
@@ -47,6 +68,18 @@ class Gpu:
     def is_grace(self) -> bool:
         """Return True for a GB or GH device, which may sit in a multi-node NVLink domain."""
         return any(word.upper().startswith(("GB2", "GB3", "GH2")) for word in self.name.split())
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedGpus:
+    """Says what joins two GPUs of a machine."""
+
+    first: int
+    second: int
+    """Indices, the lower one first."""
+    kind: LinkKind
+    gigabytes_per_s: float
+    """Speed on the wires, one way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +152,16 @@ class Machine:
     memory_bytes: int = 0
     """Memory of the machine or of its control group, whichever is less."""
     gpus: tuple[Gpu, ...] = ()
+    gpu_links: tuple[LinkedGpus, ...] = ()
+    """The pairs of GPUs of which NVML knows the link."""
     driver_cuda: tuple[int, int] | None = None
     """Newest CUDA version that the driver runs; None: no driver."""
+    driver_version: str | None = None
+    """The driver's own version: ``580.82.07``."""
+    num_imex_channels: int | None = None
+    """IMEX channels that this process can see; fabric handles need one."""
+    numa_nodes: tuple[tuple[int, ...], ...] | None = None
+    """The cores of each NUMA node."""
     cumem: Availability = Availability(False, "not probed")
     libraries: Libraries = field(default_factory=Libraries)
     limits: Limits = Limits(UNLIMITED, UNLIMITED)

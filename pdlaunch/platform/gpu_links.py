@@ -1,4 +1,5 @@
-"""Asks NVML what joins two GPUs of this host: NVLink or PCIe, and how much its wires carry.
+"""Asks NVML what joins two GPUs of this host (NVLink or PCIe, and how much its wires carry), and
+how much memory of a GPU is free.
 
 Without torch; creates no CUDA context.
 
@@ -12,8 +13,8 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
+from pdlaunch.platform.facts import LinkKind
 from pdlaunch.platform.library_calls import LibraryCalls
 
 LIBRARY = "libnvidia-ml.so.1"
@@ -37,7 +38,6 @@ _SAME_CPU = 40
 _LANE_GIGABYTES_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """Speed of a lane by PCIe generation, one way, after its line code."""
 
-LinkKind = Literal["NVLink", "PCIe"]
 BusPair = tuple[str, str]
 """PCI addresses of two GPUs, as CUDA writes them: ``0000:19:00.0``."""
 
@@ -109,6 +109,17 @@ class Nvml:
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._nvlinks: dict[str, list[NvLink]] = {}
+
+    def driver_version(self) -> str:
+        version = ctypes.create_string_buffer(80)
+        self._calls("nvmlSystemGetDriverVersion", version, len(version))
+        return version.value.decode()
+
+    def free_memory_bytes(self, bus_id: str) -> int:
+        """Return the memory of a GPU that neither a process nor the driver holds."""
+        memory = _Memory()
+        self._calls("nvmlDeviceGetMemoryInfo", self._device(bus_id), ctypes.byref(memory))
+        return int(memory.free)
 
     def link(self, first: str, second: str) -> GpuLink | None:
         """Return the link between two GPUs.
@@ -232,6 +243,16 @@ class _Calls(LibraryCalls):
             return self.read_uint(name, *arguments)
         except NvmlError:
             return None
+
+
+class _Memory(ctypes.Structure):
+    """Mirrors nvmlMemory_t."""
+
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 class _PciInfo(ctypes.Structure):

@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from pdlaunch.platform.cpu_lists import parse_cpu_list
 from pdlaunch.platform.facts import UNLIMITED, Limits, SharedMemory
 from pdlaunch.platform.tcp_sockets import can_bind_to_loopback
 
 SHM_FOLDER = Path("/dev/shm")
+NUMA_FOLDER = Path("/sys/devices/system/node")
 
 _STALE_NAMES = re.compile(r"(ucx_shm_posix_|ucx|nccl-|psm_|torch_|sem\.mp-|pdlaunch)")
 _CGROUP_LIMITS = (
@@ -26,6 +28,15 @@ def usable_cpus() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
+
+
+def numa_nodes(folder: Path = NUMA_FOLDER) -> tuple[tuple[int, ...], ...] | None:
+    """Return the cores of each NUMA node; None where the kernel does not tell."""
+    try:
+        nodes = sorted(folder.glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
+        return tuple(parse_cpu_list((node / "cpulist").read_text()) for node in nodes) or None
+    except (OSError, ValueError):
+        return None
 
 
 def has_native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

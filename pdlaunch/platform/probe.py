@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from pdlaunch.platform.cuda_driver import Driver, DriverError, judge_cumem, probe_cumem, read_driver
-from pdlaunch.platform.facts import UNLIMITED, Fact, Gpu, Libraries, Limits, Machine, SharedMemory
+from pdlaunch.platform.facts import UNLIMITED, Fact, Libraries, Limits, Machine, SharedMemory
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.platform.limits import (
     has_native_bf16,
     memory_bytes,
+    numa_nodes,
     read_limits,
     read_shared_memory,
     usable_cpus,
 )
+from pdlaunch.platform.nvml_facts import read_nvml_facts
 
 T = TypeVar("T")
 
@@ -28,13 +29,18 @@ def probe_machine() -> Machine:
     """Return what this machine is; never raises."""
     probes = _Probes()
     driver = probes.ask("gpus", _read_driver, None)
+    of_gpus = read_nvml_facts(driver.gpus if driver else ())
     return Machine(
         system=platform.system(),
         architecture=platform.machine(),
         cpus=usable_cpus(),
         has_native_bf16=has_native_bf16(),
         memory_bytes=probes.ask("memory", memory_bytes, 0),
-        gpus=driver.gpus if driver else (),
+        gpus=of_gpus.gpus,
+        gpu_links=of_gpus.links,
+        driver_version=of_gpus.driver_version,
+        num_imex_channels=driver.num_imex_channels if driver else None,
+        numa_nodes=numa_nodes(),
         driver_cuda=driver.cuda_version if driver else None,
         cumem=judge_cumem(driver) if driver else probe_cumem(),
         libraries=probes.ask("libraries", find_libraries, Libraries()),
@@ -42,33 +48,6 @@ def probe_machine() -> Machine:
         shm=probes.ask("shm", read_shared_memory, SharedMemory(0, 0)),
         rdma_devices=probes.ask("rdma", _rdma_devices, ()),
         unknown=probes.unknown,
-    )
-
-
-def assume(machine: Machine, *, num_gpus: int, gpu_memory_bytes: int | None) -> Machine:
-    """Return ``machine`` as it would be with this many equal GPUs; without any it has no CUDA.
-
-    Everything that only a probe on the real machine can tell is unknown.
-    """
-    reason = "the platform is assumed"
-    unknown: dict[Fact, str] = dict.fromkeys(
-        ("limits", "shm", "libraries", "rdma", "memory"), reason
-    )
-    if num_gpus:
-        unknown["cumem"] = reason
-    if num_gpus and gpu_memory_bytes is None:
-        unknown["gpu_memory"] = "the memory of the assumed GPUs is not given (--assume-gpu-memory)"
-    return replace(
-        machine,
-        system="Linux",
-        gpus=tuple(Gpu(index, "assumed GPU", gpu_memory_bytes) for index in range(num_gpus)),
-        driver_cuda=None,
-        cumem=replace(
-            machine.cumem,
-            available=bool(num_gpus),
-            reason="--assume-platform cpu" if not num_gpus else reason,
-        ),
-        unknown=unknown,
     )
 
 

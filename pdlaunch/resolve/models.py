@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -38,6 +38,18 @@ def read_models(config: LaunchConfig) -> dict[Role, Model]:
     }
     read = {name: _read(name) for name in set(names.values())}
     return {role: read[name] for role, name in names.items()}
+
+
+def read_models_elsewhere(config: LaunchConfig) -> dict[Role, Model]:
+    """Read the models of a launch on another machine, as far as they are here too."""
+    return {role: _elsewhere(model) for role, model in read_models(config).items()}
+
+
+def _elsewhere(model: Model) -> Model:
+    """Return a model that this machine does not have as one whose shape is not known."""
+    if model.error is None or Path(model.name).expanduser().exists():
+        return model
+    return replace(model, error=None, pending=f"{model.error}, on this machine")
 
 
 def weight_error(model: Model) -> ConfigError | None:

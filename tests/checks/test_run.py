@@ -9,7 +9,7 @@ from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
-from pdlaunch.platform.probe import assume
+from pdlaunch.platform.profiles import find_profile
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.resolve import resolve
 from tests.checks.contexts import CPU, GIB, GPU, SHAPE, SMALL_SHAPE
@@ -168,27 +168,25 @@ def test_a_slow_pair_comes_with_its_link_and_the_reasons(flags, environ, others,
     assert finding.message == message + reasons
 
 
-def test_the_assumed_platform():
-    report = check(machine=assume(CPU, num_gpus=4, gpu_memory_bytes=80 * GIB), models=BIG_MODELS)
+def test_a_profile():
+    report = check(machine=find_profile("h100x8", 2).machine, models=BIG_MODELS)
     assert report.findings == ()
-    assert {
-        item.rule for item in report.not_checked if item.reason == "the platform is assumed"
-    } >= {"PD202", "PD405", "PD417"}
-    unknown_memory = check(
-        machine=assume(CPU, num_gpus=4, gpu_memory_bytes=None), models=BIG_MODELS
-    )
-    assert "PD207" in {item.rule for item in unknown_memory.not_checked}
+    told = {item.rule for item in report.not_checked if "profile h100x8" in item.reason}
+    assert told >= {"PD405", "PD417"}
+    assert not told & {"PD202", "PD207", "PD213", "PD412"}
+    of_any = check(machine=find_profile("cuda", 2).machine, models=BIG_MODELS)
+    assert {item.rule for item in of_any.not_checked} >= {"PD202", "PD207", "PD213", "PD412"}
 
 
 def test_an_assumed_cpu_has_no_cumem_allocator():
     report = check(
-        machine=assume(GPU, num_gpus=0, gpu_memory_bytes=None),
+        machine=find_profile("cpu", 2).machine,
         flags={"enable_cumem_allocator": True},
     )
     (finding,) = report.errors
     assert finding.rule == "PD202"
     assert "cumem allocator is not supported on the current platform" in finding.message
-    assert "--assume-platform cpu" in finding.message
+    assert "no CUDA device" in finding.message
 
 
 def test_a_model_that_is_not_converted_yet_is_not_checked():

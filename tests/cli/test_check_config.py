@@ -2,16 +2,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.checks import probes
+from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import PortState
-from tests.checks.contexts import CPU, GIB, GPU
+from tests.checks.contexts import CPU
 from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
 MODEL = {
@@ -43,7 +43,7 @@ def check(model, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
-    monkeypatch.setattr(module, "probe_machine", lambda: CPU)
+    monkeypatch.setattr(assume_module, "probe_machine", lambda: CPU)
     monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState())
 
     def run(*arguments, columns="80", **environ):
@@ -101,10 +101,10 @@ class TestExitCodes:
     @pytest.mark.parametrize(
         "arguments",
         [
-            ("--assume-platform", "cpu", "--assume-gpus", "2"),
-            ("--assume-gpu-memory", "lots"),
-            ("--assume-gpu-memory", "0"),
-            ("--assume-gpus", "0"),
+            ("--assume-platform", "tpu"),
+            ("--assume-platform", "cpu", "--assume", "h100x8"),
+            ("--assume", "h100x0"),
+            ("--assume", "h100x8", "--probe"),
             ("--port", "x"),
             ("--no-such-flag",),
             ("--format", "xml"),
@@ -292,32 +292,6 @@ class TestMemoryOptions:
         )
         assert result.exit_code == 1
         assert "PD201" in result.stdout
-
-
-class TestAssumptions:
-    def test_memory_of_assumed_gpus(self, check):
-        given = ("--assume-platform", "cuda", "--assume-gpus", "2", "--assume-gpu-memory")
-        assert check(*given, "80GiB", "--kv-cache-memory", "70GiB").exit_code == 0
-        result = check(*given, "40GiB", "--kv-cache-memory", "70GiB")
-        assert result.exit_code == 1
-        assert "PD207" in result.stdout
-
-    def test_fewer_gpus_than_ranks(self, check):
-        assert (
-            "PD411" in check("--assume-gpus", "1", "--prefill-tp", "2", "--decode-tp", "2").stdout
-        )
-
-    def test_a_cpu_in_place_of_gpus(self, check, monkeypatch):
-        monkeypatch.setattr(module, "probe_machine", lambda: GPU)
-        report = json.loads(check("--assume-platform", "cpu", "--format", "json").stdout)
-        assert report["resolved"]["engines"]["prefill"]["device"] == "cpu"
-
-    def test_real_gpus_are_kept_in_number(self, check, monkeypatch):
-        monkeypatch.setattr(module, "probe_machine", lambda: replace(GPU, gpus=GPU.gpus[:3]))
-        report = json.loads(check("--assume-gpu-memory", "10GiB", "--format", "json").stdout)
-        assert [gpu["memory_bytes"] for gpu in report["resolved"]["machine"]["gpus"]] == [
-            10 * GIB
-        ] * 3
 
 
 def test_a_busy_port_is_named(check, monkeypatch):

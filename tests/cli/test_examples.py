@@ -26,7 +26,7 @@ def test_examples_are_clean(name: str) -> None:
         "pdlaunch",
         "check-config",
         str(EXAMPLES / name),
-        "--assume-platform",
+        "--assume",
         "cpu",
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import pdlaunch.cli.assume as assume_module
 import pdlaunch.cli.bench as bench_module
 import pdlaunch.cli.bench_serve as bench_serve_module
 import pdlaunch.cli.own_deployment as own_deployment_module
@@ -145,7 +146,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
             patch.delenv(name)
         patch.setenv("PDLAUNCH_MODEL", str(folder / "tiny"))
         patch.setenv("PDLAUNCH_CACHE", str(folder / "cache"))
-        for module in (serve_module, smoke_module):
+        for module in (assume_module, smoke_module):
             patch.setattr(module, "probe_machine", lambda: CPU)
         patch.setattr(serve_module, "launch", started.launch)
         patch.setattr(own_deployment_module, "running_deployment", started.deployment)

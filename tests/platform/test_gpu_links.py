@@ -41,6 +41,7 @@ class Card:
     links: tuple[int | str | None, ...] = (SWITCH,) * 18
     speed_mbps: int = HOPPER_MBPS
     pcie: tuple[int, int] = (5, 16)
+    free_bytes: int = 130 << 30
 
 
 @dataclass
@@ -112,7 +113,16 @@ class FakeNvml:
     def p2p_status(self, first, second, way, value):
         value._obj.value = self.p2p[way]
 
+    def memory_info(self, device, info):
+        memory = memory_of(info, 24)
+        struct.pack_into("<QQQ", memory, 0, 140 << 30, self.card(device).free_bytes, 10 << 30)
+
+    def driver_version(self, buffer, length):
+        buffer.value = b"580.82.07"
+
     ENTRY_POINTS = {
+        "nvmlDeviceGetMemoryInfo": memory_info,
+        "nvmlSystemGetDriverVersion": driver_version,
         "nvmlInit_v2": init,
         "nvmlShutdown": shutdown,
         "nvmlDeviceGetHandleByPciBusId_v2": handle,

@@ -8,10 +8,10 @@ import pytest
 from pdlaunch.platform import probe
 from pdlaunch.platform.availability import probe_imports, probe_port
 from pdlaunch.platform.cuda_driver import Driver
-from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.platform.facts import Gpu
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.platform.limits import has_native_bf16, memory_bytes, read_shared_memory, usable_cpus
-from pdlaunch.platform.probe import assume, probe_machine
+from pdlaunch.platform.probe import probe_machine
 
 
 def test_this_machine():
@@ -57,17 +57,6 @@ def test_gpus_come_from_the_driver(monkeypatch):
     machine = probe_machine()
     assert [gpu.name for gpu in machine.gpus] == ["H200"]
     assert machine.cumem.available is (sys.platform == "linux")
-
-
-def test_assumed_machines():
-    cuda = assume(Machine(), num_gpus=2, gpu_memory_bytes=80)
-    assert [gpu.memory_bytes for gpu in cuda.gpus] == [80, 80]
-    assert cuda.cumem.available
-    assert {"cumem", "libraries", "memory"} <= set(cuda.unknown)
-    cpu = assume(cuda, num_gpus=0, gpu_memory_bytes=None)
-    assert cpu.gpus == ()
-    assert not cpu.cumem.available
-    assert "cumem" not in cpu.unknown
 
 
 @pytest.mark.parametrize(

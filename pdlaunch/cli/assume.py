@@ -1,0 +1,66 @@
+"""The flag ``--assume``: judge a configuration for another machine than this one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.errors import ConfigError
+from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.machine_file import AssumedMachine, read_machine_file
+from pdlaunch.platform.probe import probe_machine
+from pdlaunch.platform.profiles import PROFILES, find_profile
+from pdlaunch.resolve.roles import count_ranks
+
+AssumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--assume",
+        metavar="MACHINE",
+        help=(
+            "Judge for another machine: a file of `pdlaunch probe`, or one of "
+            f"{', '.join(PROFILES)} (also h100x2 and the like)."
+        ),
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Holds the machine that is judged, and the environment that processes would have there."""
+
+    machine: Machine
+    environ: Mapping[str, str]
+    assumed: AssumedMachine | None = None
+    """None: it is this machine."""
+
+
+def judged_machine(name: str | None, config: LaunchConfig) -> Judged:
+    """Return the machine that ``--assume`` names, else this one. Raises ConfigError."""
+    return Judged(probe_machine(), os.environ) if name is None else assumed(name, config)
+
+
+def assumed(name: str, config: LaunchConfig) -> Judged:
+    """Return the machine of a profile or a file. Raises ConfigError.
+
+    Variables of this shell count as if they were set there, over those of the file.
+    """
+    found = find_profile(name, count_ranks(config))
+    if found is None:
+        path = Path(name)
+        if not path.exists():
+            raise ConfigError(
+                f"{name[:80]!a} is neither a file nor one of {', '.join(PROFILES)}",
+                field="--assume",
+                value=name,
+                fix="run `pdlaunch probe > machine.json` on the machine, and name that file",
+            )
+        found = read_machine_file(path)
+    return Judged(found.machine, {**found.environ, **os.environ}, found)

@@ -1,0 +1,195 @@
+"""``pdlaunch probe`` and ``--assume``: what is said of a machine elsewhere is said there too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.checks import probes as checks_probes
+from pdlaunch.cli import assume as assume_module
+from pdlaunch.cli import probe as probe_module
+from pdlaunch.cli.app import build_app
+from pdlaunch.platform.facts import PortState
+from pdlaunch.platform.machine_file import decode_machine
+from pdlaunch.platform.profiles import PROFILES
+from tests.checks.contexts import CPU, GB200, GIB, GPU
+from tests.cli.test_serve import MODEL
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+
+LIVE = {"PD119", "PD404", "PD419", "PD420", "PD421", "PD422", "PD437"}
+"""Rules that look at files, folders, ports and packages of the machine that they run on."""
+
+POOR = replace(
+    CPU,
+    cpus=(0,),
+    has_native_bf16=False,
+    memory_bytes=GIB,
+    limits=replace(CPU.limits, memlock_bytes=65536, num_open_files=100),
+    shm=replace(CPU.shm, free_bytes=1 << 20, stale_files=("nccl-abc",)),
+    libraries=replace(CPU.libraries, nixl=replace(CPU.libraries.nixl, version=None)),
+)
+MACHINES = {"cpu": CPU, "poor": POOR, "gpu": GPU, "gb200": GB200}
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "model" / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    monkeypatch.setenv("PDLAUNCH_MODEL", str(tmp_path / "model"))
+    monkeypatch.setattr(checks_probes, "probe_port", lambda host, port: PortState())
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments, **environ):
+    found = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(build_app(found), found, env={"COLUMNS": "200", **environ})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result
+
+
+def on(machine, monkeypatch):
+    for module in (assume_module, probe_module):
+        monkeypatch.setattr(module, "probe_machine", lambda: machine)
+
+
+def findings(result):
+    report = json.loads(result.stdout)
+    not_checked = {
+        (item["rule"], item["reason"])
+        for item in report["resolved"]["not_checked"]
+        if item["rule"] not in LIVE
+    }
+    return [item for item in report["findings"] if item["rule"] not in LIVE], not_checked
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--enable-sleep-mode",),
+        ("--prefill-tp", "2", "--decode-tp", "1", "--dtype", "bfloat16"),
+        ("--kv-connector", "mooncake", "--kv-offload-memory", "1TiB"),
+    ],
+)
+@pytest.mark.parametrize("environ", [{}, {"UCX_TLS": "tcp", "UCX_CUDA_IPC_ENABLE_MNNVL": "n"}])
+def test_the_verdicts_are_those_of_the_real_machine(
+    name, arguments, environ, tmp_path, monkeypatch
+):
+    on(MACHINES[name], monkeypatch)
+    there = run("check-config", "--format", "json", *arguments, **environ)
+    (tmp_path / "machine.json").write_text(run("probe", **environ).stdout)
+    on(replace(CPU, system="Darwin", cpus=(0, 1, 2)), monkeypatch)
+    here = run("check-config", "--format", "json", "--assume", "machine.json", *arguments)
+    assert findings(here) == findings(there)
+    assert here.exit_code == there.exit_code
+
+
+@pytest.mark.parametrize("name", [*PROFILES, "h100x2"])
+@pytest.mark.parametrize(
+    "command", [("check-config",), ("serve", "--dry-run"), ("config", "show"), ("probe",)]
+)
+def test_every_profile_works_with_every_command(name, command):
+    result = run(*command, "--assume", name)
+    assert result.exit_code == 0, result.output
+    assert result.stdout
+
+
+def test_the_plan_and_the_settings_are_those_of_the_machine():
+    plan = json.loads(run("serve", "--dry-run", "--format", "json", "--assume", "h200x2").stdout)
+    assert plan["engines"]["decode"]["device"] == "cuda"
+    assert [process["devices"] for process in plan["processes"][:2]] == [["cuda:0"], ["cuda:1"]]
+    shown = json.loads(run("config", "show", "--format", "json", "--assume", "h200x2").stdout)
+    assert shown["prefill.device"]["value"] == "cuda"
+
+
+def test_a_profile_can_be_changed_by_hand(tmp_path):
+    machine = json.loads(run("probe", "--assume", "h100x8").stdout)
+    machine["libraries"] = {"torch": "2.13.0+cpu", "transformers": "5"}
+    (tmp_path / "m.json").write_text(json.dumps(machine))
+    output = run("check-config", "--assume", "m.json").stdout
+    assert "PD406" in output
+    assert "torch 2.13.0+cpu is built without CUDA" in output
+
+
+def test_variables_of_this_shell_count_over_those_of_the_file(tmp_path):
+    (tmp_path / "m.json").write_text(
+        '{"version": 1, "gpus": [], "environment": {"UCX_TLS": "tcp"}}'
+    )
+    assert "PD433" in run("check-config", "--assume", "m.json").stdout
+    assert "PD433" not in run("check-config", "--assume", "m.json", UCX_TLS="all").stdout
+
+
+def test_memory_that_is_too_little_is_found_for_a_file(tmp_path):
+    (tmp_path / "m.json").write_text(
+        json.dumps({"version": 1, "gpus": [{"memory_bytes": 40 * GIB}] * 2})
+    )
+    check = ("check-config", "--assume", "m.json", "--kv-cache-memory")
+    assert run(*check, "10GiB").exit_code == 0
+    result = run(*check, "70GiB")
+    assert result.exit_code == 1
+    assert "PD207" in result.stdout
+
+
+def test_a_model_that_is_not_here_is_not_checked(tmp_path):
+    result = run(
+        "check-config", "--assume", "h100x8", "--model", "/models/llama", "--format", "json"
+    )
+    assert result.exit_code == 0
+    _, not_checked = findings(result)
+    assert "/models/llama" in dict(not_checked)["PD104"]
+    assert run("check-config", "--model", "/models/llama").exit_code == 1
+
+
+def test_the_older_name_still_works():
+    new, old = (
+        run("check-config", "--format", "json", flag, "cuda")
+        for flag in ("--assume", "--assume-platform")
+    )
+    assert findings(new) == findings(old)
+    assert "--assume-platform" not in run("check-config", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("check-config", "--assume", "h300"), "neither a file nor one of h100x8"),
+        (("check-config", "--assume", "h100x8", "--probe"), "leave out --probe or --assume"),
+        (("check-config", "--assume", "cpu", "--assume-platform", "cuda"), "two machines"),
+        (("check-config", "--assume-gpus", "2"), "--assume"),
+        (("serve", "--assume", "h100x8"), "add --dry-run"),
+        (("config", "show", "--assume", "m.json"), "m.json: gpus is missing"),
+        (("probe", "--assume", "m.json"), "m.json: gpus is missing"),
+        (("check-config", "--assume", "."), "cannot be read"),
+    ],
+)
+def test_unusable_machines_are_refused(arguments, says, tmp_path):
+    (tmp_path / "m.json").write_text('{"version": 1}')
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stdout == ""
+
+
+def test_what_is_wrong_with_a_file_is_told_with_value_and_fix(tmp_path):
+    (tmp_path / "m.json").write_text('{"version": 1, "gpus": [{"memory_bytes": "80GiB"}]}')
+    error = run("check-config", "--assume", "m.json").stderr
+    assert 'm.json: gpus[0].memory_bytes: Expected `int | null`, got `str` (it is "80GiB")' in error
+    assert "run `pdlaunch probe` on that machine again" in error
+
+
+def test_the_file_in_the_documents_can_be_read():
+    text = (Path(__file__).parents[2] / "docs" / "check-config.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    machine = decode_machine(example, "docs").machine
+    assert "fabric" not in machine.unknown
+    assert machine.gpus[0].free_memory_bytes == 40 * GIB
