@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from pdlaunch.cli import check_config as command
 from pdlaunch.config import connectors
 from pdlaunch.platform.facts import NixlInstall
 from tests.checks.contexts import CPU, GPU
@@ -65,17 +66,17 @@ def nixl_of_another_cuda() -> Iterator[tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         text = "raise ImportError('libcudart.so.11.0: cannot open shared object file')\n"
         Path(folder, "nixl.py").write_text(text)
-        with patch.dict(os.environ, PYTHONPATH=folder):
-            yield NO_LAUNCH
+        with patch.dict(os.environ, PYTHONPATH=folder), nixl_as_installed() as flags:
+            yield flags
 
 
 @contextlib.contextmanager
 def nixl_as_installed() -> Iterator[tuple[str, ...]]:
-    yield NO_LAUNCH
+    """Libraries are imported, and nothing is started."""
+    with patch.object(command, "probe_transport", lambda launch: ()):
+        yield ("--probe",)
 
 
-NO_LAUNCH = ("--probe", "--assume-platform", "cpu")
-"""Libraries are imported, and nothing is started."""
 IMPORTS = [
     Case(
         "PD404",

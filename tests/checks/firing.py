@@ -16,6 +16,7 @@ from unittest.mock import patch
 from typer.testing import CliRunner
 
 from pdlaunch.checks.context import PairTransport
+from pdlaunch.cli import assume
 from pdlaunch.cli import check_config as command
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import Machine
@@ -127,7 +128,7 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(patch.dict(os.environ, environ, clear=True))
         if (machine := setup.machine) is not None:
-            stack.enter_context(patch.object(command, "probe_machine", lambda: machine))
+            stack.enter_context(patch.object(assume, "probe_machine", lambda: machine))
         flags = setup.flags
         if (measured := setup.measured) is not None:
             flags = (*flags, "--probe")
