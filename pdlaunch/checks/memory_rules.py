@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
-from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.resolve.roles import RoleEngines
 
-_TORCH = "Compared with the installed torch 2.13.0 (libc10), and with torch 2.11.0 on an H200."
+_TORCH = "Compared with torch 2.13.0 (libc10, libc10_cuda), and with torch 2.11.0 on an H200."
 
 
 @rule(
@@ -99,15 +99,15 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     the last of repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses
     them (PD205).
     """
-    for engine in context.engines.values() if context.pair() else ():
-        setting = read_expandable_segments(engine.given_environ)
-        if setting.variable and setting.enabled and engine.cumem_allocator is False:
+    for engine in context.on("cuda") if context.pair() else ():
+        conf = read_allocator_conf(engine.given_environ)
+        if conf.variable and conf.expandable_segments and engine.cumem_allocator is False:
             yield Found(
-                context.where_variable(engine, setting.variable),
-                f"{setting.variable} switches expandable_segments on, which connector "
+                context.where_variable(engine, conf.variable),
+                f"{conf.variable} switches expandable_segments on, which connector "
                 f"{context.config.kv_transfer.connector} cannot move fast",
                 (
-                    f"take expandable_segments out of {setting.variable}, or use "
+                    f"take expandable_segments out of {conf.variable}, or use "
                     "--enable-cumem-allocator or --enable-sleep-mode"
                 ),
             )
@@ -116,20 +116,25 @@ def expandable_segments(context: Context) -> Iterator[Found]:
 @rule(
     "PD205",
     "error",
-    fix="Write expandable_segments:True or expandable_segments:False.",
+    fix=(
+        "Write key:value, with commas between them: expandable_segments:True,max_split_size_mb:128."
+    ),
     source=_TORCH,
 )
-def allocator_value_refused(context: Context) -> Iterator[Found]:
-    """torch refuses the value of expandable_segments.
+def allocator_conf_refused(context: Context) -> Iterator[Found]:
+    """torch refuses the configuration of its allocator.
 
-    torch reads `True` and `False` only. With `true` or `1` the process ends with a ValueError when
-    it first allocates.
+    The process ends with an exception when it first uses its GPU. torch refuses keys that it does
+    not know (also in other letters, and quotes belong to the key), keys without a value, commas
+    without a key, and values out of range; `True` and `False` are its only truth values. Engines on
+    a CPU do not read the variables, but a build of torch for CUDA ends every process that imports
+    it when a key has no value.
     """
+    with_cuda = "libraries" not in context.missing and context.machine.libraries.torch_cuda
     for engine in context.engines.values():
-        setting = read_expandable_segments(engine.given_environ)
-        if setting.variable and setting.refused is not None:
-            message = f"expandable_segments:{setting.refused[:40]!a} is neither True nor False"
-            yield Found(context.where_variable(engine, setting.variable), message)
+        refusal = read_allocator_conf(engine.given_environ).refusal
+        if refusal is not None and (engine.device == "cuda" or (refusal.at_import and with_cuda)):
+            yield Found(context.where_variable(engine, refusal.variable), refusal.reason)
 
 
 @rule(
@@ -144,19 +149,19 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
     The order is PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF; the
     others are ignored as a whole, not merged.
     """
-    for engine in context.engines.values():
-        setting = read_expandable_segments(engine.given_environ)
+    for engine in context.on("cuda"):
+        conf = read_allocator_conf(engine.given_environ)
         values = {
             engine.given_environ[name]
-            for name in (setting.variable, *setting.ignored)
+            for name in (conf.variable, *conf.ignored)
             if name is not None
         }
         # Equal values do no harm, whichever of them is read.
         if len(values) > 1:
-            ignored = " and ".join(setting.ignored)
+            ignored = " and ".join(conf.ignored)
             yield Found(
-                context.where_variable(engine, setting.ignored[0]),
-                f"torch reads {setting.variable} and ignores {ignored}",
+                context.where_variable(engine, conf.ignored[0]),
+                f"torch reads {conf.variable} and ignores {ignored}",
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pdlaunch.platform.allocator_conf import VARIABLES, read_expandable_segments
+from pdlaunch.platform.allocator_conf import VARIABLES, read_allocator_conf
 
 
 class AllocatorSettings(Protocol):
@@ -47,7 +47,7 @@ def expandable_segments_off(settings: AllocatorSettings) -> Iterator[None]:
     bypass a pool's allocator.
     """
     before = settings.read()
-    if not read_expandable_segments({VARIABLES[0]: before}).enabled:
+    if not read_allocator_conf({VARIABLES[0]: before}).expandable_segments:
         yield
         return
     settings.write(f"{before},expandable_segments:False")

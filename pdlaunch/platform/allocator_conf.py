@@ -1,65 +1,72 @@
-"""Reads `expandable_segments` from the environment as torch's allocator does.
+"""Reads the configuration of torch's allocator from the environment as a CUDA build of torch does.
 
-Checked against torch 2.13.0 (libc10, ``AcceleratorAllocatorConfig``) and 2.11.0 on an H200: the
-first of PYTORCH_CUDA_ALLOC_CONF, PYTORCH_HIP_ALLOC_CONF and PYTORCH_ALLOC_CONF that is set, be it
-empty, is read alone. A comment in its header states the opposite order. White space does not count,
-the last of repeated keys wins, and only ``True`` and ``False`` are values.
+Compared with torch 2.13.0+cu130 (libc10, libc10_cuda), and with torch 2.11.0 on an H200: the keys
+of every device come from the first of PYTORCH_CUDA_ALLOC_CONF, PYTORCH_HIP_ALLOC_CONF and
+PYTORCH_ALLOC_CONF that is set, be it empty; CUDA's own from the first of them that is not HIP's.
+A comment in torch's header states the opposite order.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables in the order in which torch 2.11 to 2.13 prefers them."""
+from pdlaunch.platform.allocator_conf_parser import ConfRefused, ConfWalk
 
-_TOKEN = re.compile(r"[,:\[\]]|[^,:\[\]]+")
-_SPACE = re.compile(r"\s+", re.ASCII)
-_MEANT_AS_TRUE = frozenset({"true", "1", "yes", "on"})
-_KEY = "expandable_segments"
+HIP_VARIABLE = "PYTORCH_HIP_ALLOC_CONF"
+VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", HIP_VARIABLE, "PYTORCH_ALLOC_CONF")
+"""Variables in the order in which torch 2.11 to 2.13 prefers them."""
 
 
 @dataclass(frozen=True, slots=True)
-class ExpandableSegments:
-    """Holds the setting as torch takes it."""
+class Refusal:
+    """Says why torch ends the process with an exception when it first uses a device."""
+
+    variable: str
+    reason: str
+    at_import: bool
+    """A build of torch for CUDA cannot even be imported, whatever the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorConf:
+    """Holds the configuration as torch takes it."""
 
     variable: str | None
     """The variable that torch reads; None: none is set."""
     ignored: tuple[str, ...]
-    """Set variables that torch does not read."""
-    enabled: bool
+    """Set variables of which torch reads nothing, or CUDA's own keys at most."""
+    expandable_segments: bool
     """Switched on, or meant to be (``true``, ``1``)."""
-    refused: str | None = None
-    """A value that torch refuses with an exception when it first allocates."""
+    refusal: Refusal | None = None
 
 
-def read_expandable_segments(environ: Mapping[str, str]) -> ExpandableSegments:
+def read_allocator_conf(environ: Mapping[str, str]) -> AllocatorConf:
     """Return what a process with this environment gets."""
     variables = [name for name in VARIABLES if name in environ]
     if not variables:
-        return ExpandableSegments(None, (), False)
-    values = _values(environ[variables[0]])
-    refused = next((value for value in values if value not in ("True", "False")), None)
-    enabled = bool(values) and values[-1].lower() in _MEANT_AS_TRUE
-    return ExpandableSegments(variables[0], tuple(variables[1:]), enabled, refused)
+        return AllocatorConf(None, (), False)
+    first = variables[0]
+    walk = ConfWalk(environ[first])
+    reason, refused = _refused(walk.of_all_devices), first
+    at_import = False
+    for_cuda = next((name for name in variables if name != HIP_VARIABLE), None)
+    if for_cuda is not None:
+        cuda_walk = ConfWalk(environ[for_cuda])
+        at_import = _refused(cuda_walk.at_import) is not None
+        if reason is None:
+            reason, refused = _refused(cuda_walk.of_cuda), for_cuda
+    return AllocatorConf(
+        first,
+        tuple(variables[1:]),
+        walk.expandable_segments,
+        None if reason is None else Refusal(refused, reason, at_import),
+    )
 
 
-def _values(conf: str) -> list[str]:
-    """Return each value of the key, in order.
-
-    Tokens are walked as torch does: key, separator, value or list, separator.
-    """
-    tokens = _TOKEN.findall(_SPACE.sub("", conf))
-    found = []
-    position = 0
-    while position + 2 < len(tokens):
-        key, position = tokens[position], position + 2
-        if tokens[position] == "[":
-            while position < len(tokens) and tokens[position] != "]":
-                position += 1
-        if key == _KEY and position < len(tokens):
-            found.append(tokens[position])
-        position += 2
-    return found
+def _refused(walk: Callable[[], None]) -> str | None:
+    try:
+        walk()
+    except ConfRefused as error:
+        return str(error)
+    return None

@@ -11,7 +11,7 @@ from pdlaunch.config.field_types import set_paths
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sizes import parse_size
-from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.platform.facts import Machine
 from pdlaunch.resolve.footprint import Footprint, make_footprint
 from pdlaunch.resolve.models import ROLES, Model
@@ -297,4 +297,4 @@ def _allocator(device: DeviceKind, cumem: bool | None, environ: Mapping[str, str
         return "host"
     if cumem:
         return "cumem"
-    return "expandable_segments" if read_expandable_segments(environ).enabled else "cuda"
+    return "expandable_segments" if read_allocator_conf(environ).expandable_segments else "cuda"

@@ -64,12 +64,25 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD205": Case(
-        [on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments:true"})],
-        [on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments: Tr ue"})],
+        [
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments:true"}),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "max_split_size:128"}),
+            on(GPU, environ={}, decode__env={"PYTORCH_CUDA_ALLOC_CONF": "foo:1"}),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1"}, kv_transfer__nixl__path="p2p"),
+            # A build of torch for CUDA cannot be imported.
+            on(GPU, device="cpu", environ={"PYTORCH_ALLOC_CONF": "expandable_segments=True"}),
+        ],
+        [
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments: Tr ue"}),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1"}, device="cpu"),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "foo:1", "PYTORCH_CUDA_ALLOC_CONF": ""}),
+            on(CPU, environ={"PYTORCH_ALLOC_CONF": "expandable_segments=True"}),
+        ],
     ),
     "PD206": Case(
         [on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"})],
         [
+            on(CPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:100"}),
             on(GPU, environ=EXPANDABLE),
             on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         ],

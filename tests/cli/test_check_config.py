@@ -271,6 +271,38 @@ class TestMemoryOptions:
     def test_both_ways_out(self, check, flag):
         assert check("--assume-platform", "cuda", flag, **self.EXPANDABLE).exit_code == 0
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "expandable_segments=True",
+            "expandable_segments",
+            "expandable_segments:",
+            "Expandable_Segments:True",
+            '"expandable_segments:True"',
+            ",expandable_segments:True",
+            "expandable_segments:False,,max_split_size_mb:128",
+            "max_split_size:128",
+            "max_split_size_mb:1",
+            "garbage_collection_threshold:2",
+            "foo:bar",
+        ],
+    )
+    @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+    def test_what_torch_refuses_at_start(self, check, file, name, text):
+        of_role = file(f"decode: {{env: {{{name}: {json.dumps(text)}}}}}\n")
+        for arguments, environ, place in (
+            ((), {name: text}, f"environment {name}"),
+            ((of_role,), {}, f"decode.env.{name}"),
+        ):
+            result = check(*arguments, "--assume-platform", "cuda", columns="300", **environ)
+            assert result.exit_code == 1
+            assert f"PD205 {place}" in result.stdout
+            assert check(*arguments, "--device", "cpu", **environ).exit_code == 0
+
+    def test_the_keys_of_cuda_are_known_without_cuda(self, check):
+        keys = "backend:native,pinned_num_register_threads:8,release_lock_on_cudamalloc:True"
+        assert check("--assume-platform", "cuda", PYTORCH_ALLOC_CONF=keys).exit_code == 0
+
     @pytest.mark.parametrize("name", ["ENABLE_CUMEM_ALLOCATOR", "ENABLE_SLEEP_MODE"])
     def test_flag_variable_and_file_reach_the_same_field(self, check, file, name):
         flag = f"--{name.lower().replace('_', '-')}"

@@ -24,7 +24,7 @@ from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.models.tensor_parallel import Shard
-from pdlaunch.platform.allocator_conf import read_expandable_segments
+from pdlaunch.platform.allocator_conf import read_allocator_conf
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.process.bootstrap import Bootstrap
 from pdlaunch.protocol.sockets import new_launch_keys
@@ -218,7 +218,7 @@ def assert_same_environment(
     assert process.num_threads == spec.num_threads
     place = spec.device_indices[process.tp_rank] if spec.device_indices else None
     assert process.devices == ("cpu" if place is None else f"cuda:{place}",)
-    expandable = read_expandable_segments(child).enabled
+    expandable = read_allocator_conf(child).expandable_segments
     assert engines.allocator == (
         "host"
         if spec.device == "cpu"
