@@ -8,6 +8,7 @@ from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
 from pdlaunch.config.sizes import format_size
 from pdlaunch.platform.allocator_conf import read_allocator_conf
+from pdlaunch.platform.facts import Gpu
 from pdlaunch.resolve.roles import RoleEngines
 
 _TORCH = "Compared with torch 2.13.0 (libc10, libc10_cuda), and with torch 2.11.0 on an H200."
@@ -170,34 +171,41 @@ def several_allocator_variables(context: Context) -> Iterator[Found]:
     "error",
     fix=(
         "Use more ranks, a smaller dtype, a smaller max_num_batched_tokens (activations), "
-        "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization."
+        "max_model_len or kv_cache_memory (KV cache), or a larger gpu_memory_utilization; or stop "
+        "the processes that hold the GPU's memory (nvidia-smi shows them)."
     ),
-    source="The model's config.json and the driver.",
+    source="The model's config.json, the driver, and NVML for the memory that is free.",
     needs=("model", "gpus", "gpu_memory"),
 )
 def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
     """Weights, activations and KV cache do not fit into the memory of a GPU.
 
-    The engine would end with an out-of-memory error, at start or under load.
+    The engine would end with an out-of-memory error, at start or under load. Memory that other
+    processes hold now does not count as there, where the driver tells how much that is; of a
+    machine that is assumed by name it does not.
     """
     for index, ranks in _ranks_by_gpu(context).items():
-        memory = context.machine.gpus[index].memory_bytes
+        gpu = context.machine.gpus[index]
         for engine in ranks:
             needed = engine.footprint
-            if memory is None or needed is None:
+            if gpu.memory_bytes is None or needed is None:
                 continue
             share = engine.settings.gpu_memory_utilization
             # A rank that is given the size of its KV cache does not ask for its share.
-            budget = memory if engine.settings.kv_cache_memory else int(memory * share)
-            if needed.total_bytes > budget:
-                what = (
-                    format_size(memory)
-                    if budget == memory
-                    else f"{share:g} x {format_size(memory)} = {format_size(budget)}"
+            given = bool(engine.settings.kv_cache_memory)
+            budget = gpu.memory_bytes if given else int(gpu.memory_bytes * share)
+            if needed.total_bytes <= budget - gpu.held_bytes:
+                continue
+            size = format_size(gpu.memory_bytes)
+            gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
+            message = f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index} gives {gives}"
+            if needed.total_bytes <= budget:
+                yield Found(
+                    engine.where("tensor_parallel_size"),
+                    f"{message}, of which {_held(gpu)}",
+                    f"stop the processes that hold memory of GPU {index} (nvidia-smi shows them)",
                 )
-                message = (
-                    f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index} gives {what}"
-                )
+            else:
                 yield Found(engine.where("tensor_parallel_size"), message)
 
 
@@ -205,8 +213,8 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
     "PD210",
     "error",
     fix=(
-        "Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, or "
-        "use fewer engines."
+        "Lower gpu_memory_utilization of the engines that share a device, set kv_cache_memory, use "
+        "fewer engines, or stop other processes that hold the GPU's memory."
     ),
     source="How ranks are placed: in turn over all GPUs.",
     needs=("gpus", "model", "gpu_memory"),
@@ -215,26 +223,35 @@ def gpu_shares_exceeded(context: Context) -> Iterator[Found]:
     """Ranks on one GPU together want more memory than it has.
 
     Each rank takes its share of the whole device, so that the last one to start finds too little.
+    What other processes hold is not there, where the driver tells how much that is.
     """
     for index, ranks in _ranks_by_gpu(context).items():
-        memory = context.machine.gpus[index].memory_bytes
+        gpu = context.machine.gpus[index]
+        memory = gpu.memory_bytes
         if memory is None or sum(ranks.values()) < 2:
             continue
         wants = {engine: _wanted_bytes(engine, memory) for engine in ranks}
         total = sum(count * wants[engine] for engine, count in ranks.items())
-        if total > memory:
+        free = memory - gpu.held_bytes
+        if total > free:
             parts = " + ".join(
                 f"{count} {engine.role} x {format_size(wants[engine])}"
                 for engine, count in ranks.items()
             )
             message = f"GPU {index}: {parts} = {format_size(total)} of {format_size(memory)}"
+            if total <= memory:
+                message += f", of which {_held(gpu)}"
             # What CUDA contexts take is in no engine's share: 5 % are left for them.
-            share = min(0.9, 0.95 / sum(ranks.values()))
+            share = min(0.9, 0.95 * free / memory / sum(ranks.values()))
             yield Found(
                 "gpu_memory_utilization",
                 message,
                 f"set gpu_memory_utilization to {share:.2f} or less",
             )
+
+
+def _held(gpu: Gpu) -> str:
+    return f"other processes hold {format_size(gpu.held_bytes)} now"
 
 
 def _ranks_by_gpu(context: Context) -> dict[int, dict[RoleEngines, int]]:

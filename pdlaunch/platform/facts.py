@@ -60,6 +60,13 @@ class Gpu:
     numa_node: int | None = None
 
     @property
+    def held_bytes(self) -> int:
+        """Memory that processes hold now; 0 where that is not known."""
+        if self.memory_bytes is None or self.free_memory_bytes is None:
+            return 0
+        return max(0, self.memory_bytes - self.free_memory_bytes)
+
+    @property
     def is_slice(self) -> bool:
         """Return True for a MIG device: part of a GPU, with no way to the memory of other GPUs."""
         return "MIG" in self.name.split()

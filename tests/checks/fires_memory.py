@@ -16,6 +16,8 @@ TWO_GPUS = replace(GPU, gpus=GPU.gpus[:2])
 ONE_GPU = replace(GPU, gpus=GPU.gpus[:1])
 SMALL_GPUS = with_gpu_memory(16)
 GPUS_OF_24 = with_gpu_memory(24)
+HELD_GPUS = replace(GPU, gpus=tuple(replace(gpu, free_memory_bytes=20 * GIB) for gpu in GPU.gpus))
+HELD_GPU = replace(GPU, gpus=(replace(GPU.gpus[0], free_memory_bytes=100 * GIB),))
 LOW_MEMLOCK = replace(GPU, limits=Limits(8 << 20, 65536))
 TIER = "kv_offload: {host_memory: 8GiB}\n"
 ON_NIXL = "kv_transfer: {nixl: {path: nixl}}\n"
@@ -118,6 +120,11 @@ CASES = [
         },
     ),
     Case(
+        "PD207",
+        Setup(model="llama-8b", machine=HELD_GPUS),
+        {"stop the processes that hold the GPU's memory": Setup(model="llama-8b", machine=GPU)},
+    ),
+    Case(
         "PD208",
         Setup("kv_cache_memory: 128KiB\nmax_model_len: 512\n"),
         {
@@ -172,6 +179,16 @@ CASES = [
         "PD210",
         Setup(flags=("--decode", "2"), machine=TWO_GPUS),
         {"use fewer engines": Setup(machine=TWO_GPUS)},
+    ),
+    Case(
+        "PD210",
+        Setup("gpu_memory_utilization: 0.45\n", machine=HELD_GPU),
+        {
+            "Lower gpu_memory_utilization": Setup(
+                "gpu_memory_utilization: 0.3\n", machine=HELD_GPU
+            ),
+            "stop other processes": Setup("gpu_memory_utilization: 0.45\n", machine=ONE_GPU),
+        },
     ),
     Case(
         "PD211",

@@ -140,6 +140,17 @@ def test_memory_that_is_too_little_is_found_for_a_file(tmp_path):
     assert "PD207" in result.stdout
 
 
+@pytest.mark.parametrize(("free", "code"), [(139 * GIB, 0), (100 * GIB, 0), (3 * GIB, 1)])
+def test_memory_that_other_processes_hold_is_not_there(free, code, tmp_path):
+    gpus = [{"memory_bytes": 139 * GIB, "free_memory_bytes": free}] * 2
+    (tmp_path / "m.json").write_text(json.dumps({"version": 1, "gpus": gpus}))
+    result = run("check-config", "--assume", "m.json", "--kv-cache-memory", "4GiB")
+    assert result.exit_code == code
+    told = "GPU 0 gives 139 GiB, of which other processes hold 136 GiB now" in result.stdout
+    assert told is bool(code)
+    assert ("stop the processes that hold memory of GPU 0 (nvidia-smi" in result.stdout) is told
+
+
 def test_a_model_that_is_not_here_is_not_checked(tmp_path):
     result = run(
         "check-config", "--assume", "h100x8", "--model", "/models/llama", "--format", "json"
