@@ -25,8 +25,10 @@ def main() -> None:
     gc.disable()
     # Imported here so that the parent guard is up during the seconds that torch takes.
     from pdlaunch.engine.rank import RankProcess
+    from pdlaunch.models.lean_imports import import_lean_transformers
     from pdlaunch.models.tensor_parallel import says_that_a_rank_is_gone
 
+    import_lean_transformers()
     rank = RankProcess(bootstrap)
     code = 0
     try:

@@ -107,9 +107,11 @@ def reload_model(
 
 def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(model_dir).get_text_config()
-    with torch.device("meta"):
+    # Without memory there is nothing to initialize, and to try it imports sympy.
+    with torch.device("meta"), no_init_weights():
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME
         )
