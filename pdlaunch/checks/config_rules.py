@@ -147,37 +147,6 @@ def max_len_over_model(context: Context) -> Iterator[Found]:
 
 
 @rule(
-    "PD107",
-    "error",
-    fix="Make kv_transfer.lease_s longer than kv_transfer.pull_timeout_s.",
-    source=(
-        "vLLM: after its lease the late read succeeds, and decode answers wrong text with HTTP 200 "
-        "(measured)."
-    ),
-)
-def lease_too_short(context: Context) -> Iterator[Found]:
-    """The lease on prefill's blocks is shorter than the longest transfer.
-
-    When a lease ends, prefill gives the blocks to other requests. Heartbeats extend it while a pull
-    runs; when they do not get through, a pull that is still allowed to go on reads blocks of other
-    requests, and the prompt is computed again.
-    """
-    transfer = context.config.kv_transfer
-    if context.pair() and transfer.lease_s <= transfer.pull_timeout_s:
-        yield Found(
-            "kv_transfer.lease_s",
-            (
-                f"blocks are leased for {transfer.lease_s:g} s, but a pull may take "
-                f"{transfer.pull_timeout_s:g} s"
-            ),
-            (
-                f"set lease_s above {transfer.pull_timeout_s:g}, or pull_timeout_s below "
-                f"{transfer.lease_s:g}"
-            ),
-        )
-
-
-@rule(
     "PD108",
     "error",
     fix="Use a multiple of 16; 64 or 128 move faster.",
@@ -278,24 +247,6 @@ def open_without_key(context: Context) -> Iterator[Found]:
 
 
 @rule(
-    "PD113",
-    "warning",
-    fix="Raise limits.request_timeout_s, or lower kv_transfer.pull_timeout_s.",
-    source="The life of a request.",
-)
-def request_shorter_than_pulls(context: Context) -> Iterator[Found]:
-    """A request ends before a failed transfer can be made good.
-
-    Decode recomputes the prompt after its pull has failed. A request that may live no longer than a
-    pull may take never gets there.
-    """
-    transfer, limit = context.config.kv_transfer, context.config.limits.request_timeout_s
-    if context.pair() and limit <= transfer.pull_timeout_s:
-        message = f"a request lives {limit:g} s, its pull may take {transfer.pull_timeout_s:g} s"
-        yield Found("limits.request_timeout_s", message)
-
-
-@rule(
     "PD114",
     "warning",
     fix="Remove it.",
@@ -352,28 +303,6 @@ def too_many_threads(context: Context) -> Iterator[Found]:
         )
         yield Found(
             engines[0].where("num_threads"), f"{shares} = {threads} threads on {cores} cores"
-        )
-
-
-@rule(
-    "PD116",
-    "warning",
-    fix="Make startup_timeout_s longer than kv_transfer.handshake_timeout_s.",
-    source="The start of a launch.",
-)
-def startup_shorter_than_handshake(context: Context) -> Iterator[Found]:
-    """The handshake may take longer than the whole start.
-
-    The start is given up before a slow handshake has had its time, and the reason is lost.
-    """
-    start, handshake = (
-        context.config.startup_timeout_s,
-        context.config.kv_transfer.handshake_timeout_s,
-    )
-    if context.pair() and start <= handshake:
-        yield Found(
-            "startup_timeout_s",
-            f"startup_timeout_s {start:g} is not over handshake_timeout_s {handshake:g}",
         )
 
 

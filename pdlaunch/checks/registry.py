@@ -14,6 +14,7 @@ from pdlaunch.checks import (
     network_rules,
     offload_rules,
     pair_rules,
+    timeout_rules,
     transport_rules,
     ucx_rules,
 )
@@ -32,6 +33,7 @@ def all_rules() -> dict[str, Rule]:
     """Return every rule, in the order of the codes."""
     modules: tuple[ModuleType, ...] = (
         config_rules,
+        timeout_rules,
         memory_rules,
         kv_cache_rules,
         offload_rules,

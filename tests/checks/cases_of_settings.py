@@ -61,6 +61,20 @@ CASES: dict[str, Case] = {
         [on(GPU, decode__tensor_parallel_size=2, shapes=(EXPERTS, EXPERTS))],
         [on(GPU, shapes=(EXPERTS, EXPERTS)), on(GPU, decode__tensor_parallel_size=2)],
     ),
+    "PD120": Case(
+        [
+            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=5),
+            on(machine(cpus=(0, 1)), shapes=(SHAPE, SHAPE), dtype="float16"),
+            on(GPU, dtype="float32", max_num_batched_tokens=1_000_000),
+        ],
+        [
+            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=0),
+            on(CPU, shapes=(SHAPE, SHAPE), dtype="float32", hang_timeout_s=30),
+            on(CPU, shapes=(SHAPE, SHAPE), hang_timeout_s=5),
+            on(CPU, hang_timeout_s=5),
+            on(GPU, max_num_batched_tokens=1_000_000),
+        ],
+    ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
         [

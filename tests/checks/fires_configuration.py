@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from tests.checks.contexts import GPU
+from tests.checks.contexts import CPU, GIB, GPU
 from tests.checks.firing import Case, Setup
 
 PLAIN = Setup()
+TWO_CORES = replace(CPU, cpus=(0, 1), has_native_bf16=False, memory_bytes=256 * GIB)
 
 CASES = [
     Case(
@@ -134,4 +135,17 @@ CASES = [
     ),
     Case("PD119", Setup(model="no-weights"), {"Complete the download": PLAIN}),
     Case("PD119", Setup(model="pickles"), {"convert the weights to safetensors": PLAIN}),
+    Case(
+        "PD120",
+        Setup(model="llama-8b", machine=TWO_CORES),
+        {
+            "Raise hang_timeout_s": Setup(
+                "hang_timeout_s: 600\n", model="llama-8b", machine=TWO_CORES
+            ),
+            "0 for never": Setup("hang_timeout_s: 0\n", model="llama-8b", machine=TWO_CORES),
+            "lower max_num_batched_tokens": Setup(
+                "max_num_batched_tokens: 128\n", model="llama-8b", machine=TWO_CORES
+            ),
+        },
+    ),
 ]
