@@ -20,14 +20,20 @@ CASES = [
             ),
         },
     ),
-    Case(
-        "PD205",
-        Setup(environ={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:yes"}, machine=GPU),
-        {
-            "expandable_segments:False": Setup(
-                environ={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, machine=GPU
-            )
-        },
+    *(
+        Case(
+            "PD205",
+            Setup(environ={"PYTORCH_CUDA_ALLOC_CONF": refused}, machine=GPU),
+            {
+                "Write key:value, with commas between them": Setup(
+                    environ={"PYTORCH_CUDA_ALLOC_CONF": accepted}, machine=GPU
+                )
+            },
+        )
+        for refused, accepted in (
+            ("expandable_segments:yes", "expandable_segments:False"),
+            ("max_split_size:128", "max_split_size_mb:128"),
+        )
     ),
     Case(
         "PD206",
