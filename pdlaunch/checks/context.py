@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pdlaunch.checks.nixl_answers import NixlAnswer, uses_ucx
 from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.config.sources import Origin
@@ -14,12 +15,12 @@ from pdlaunch.platform.facts import Fact, Machine, PortState
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 
-Need = Fact | Literal["model", "ports", "imports", "connector", "folders", "weights", "transport"]
+Need = Fact | Literal["model", "ports", "nixl", "connector", "folders", "weights", "transport"]
 """Facts that can be missing."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
-    "import_errors": ("imports", "libraries are imported only with --probe"),
+    "nixl": ("nixl", "NIXL is asked with --probe, and by serve where variables of UCX are set"),
     "connector_errors": ("connector", "the connector was not imported on this machine"),
     "folder_problems": ("folders", "folders were not probed on this machine"),
     "weight_errors": ("weights", "files of weights were not looked at"),
@@ -58,8 +59,8 @@ class Probes:
 
     ports: Mapping[tuple[str, int], PortState] | None = None
     """Says for each host and port whether it can be listened on."""
-    import_errors: Mapping[str, str] | None = None
-    """Modules whose import was tried and failed, and why."""
+    nixl: Mapping[Role, NixlAnswer] | None = None
+    """What NIXL says to the settings of each role's ranks."""
     connector_errors: Mapping[str, str] | None = None
     """Maps a name to the reason why that connector of another package that is in use cannot be
     imported.
@@ -121,7 +122,7 @@ class Context:
     @property
     def uses_ucx(self) -> bool:
         """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
-        return self.uses("nixl") and self.config.kv_transfer.nixl.path != "p2p"
+        return uses_ucx(self.launch)
 
     def shapes(self) -> Iterator[tuple[RoleEngines, ModelShape]]:
         """Return the engines whose model is known."""

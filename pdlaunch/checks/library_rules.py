@@ -87,7 +87,7 @@ def ucx_plugin_missing(context: Context) -> Iterator[Found]:
         "LD_LIBRARY_PATH."
     ),
     source="The import, tried in a process of its own.",
-    needs=("imports",),
+    needs=("nixl",),
 )
 def import_fails(context: Context) -> Iterator[Found]:
     """NIXL cannot be imported.
@@ -95,9 +95,9 @@ def import_fails(context: Context) -> Iterator[Found]:
     A shared library that it needs is missing or of another version; every rank would end with this
     error.
     """
-    for module, error in (context.probes.import_errors or {}).items():
-        if module != "nixl" or context.uses_ucx:
-            yield Found(f"package {module}", f"import of {module} fails: {error}")
+    for answer in (context.probes.nixl or {}).values() if context.uses_ucx else ():
+        if answer.import_error is not None:
+            yield Found("package nixl", f"import of nixl fails: {answer.import_error}")
 
 
 @rule(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from pdlaunch.checks.context import Context
+from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.checks.rule import MANY_HOSTS, Found, rule
+from pdlaunch.config.models import Role
 from pdlaunch.config.problems import nearest, shown, shown_name
 from pdlaunch.config.ucx import (
     CUDA,
@@ -18,6 +21,7 @@ from pdlaunch.config.ucx import (
 )
 from pdlaunch.config.ucx_variables import (
     KNOWN_VARIABLES,
+    is_known_variable,
     network_variables,
     unknown_variables,
 )
@@ -232,16 +236,13 @@ def unknown_variable(context: Context) -> Iterator[Found]:
     """A variable of UCX is misspelt.
 
     UCX does not look at it, and says so only on a terminal. Names that resemble none of UCX's are
-    left alone, because other programs use them (UCX_HOME); with --probe UCX judges them all.
+    left alone, because other programs use them. With --probe UCX itself judges those of the
+    transports in use.
     """
     for engine in context.engines.values() if context.uses_ucx else ():
-        for name in unknown_variables(engine.given_environ):
-            meant = nearest(name.removeprefix("UCX_"), _BARE_NAMES)
-            if meant is not None:
-                message = f"UCX has no variable {shown_name(name)}"
-                yield Found(
-                    context.where_variable(engine, name), message, _did_you_mean(f"UCX_{meant}")
-                )
+        for name, meant in _misspelt(context, engine):
+            message = f"UCX has no variable {shown_name(name)}"
+            yield Found(context.where_variable(engine, name), message, _did_you_mean(meant))
 
 
 @rule(
@@ -260,6 +261,86 @@ def network_without_effect(context: Context) -> Iterator[Found]:
         for name in network_variables(engine.given_environ):
             value = shown(engine.given_environ[name])
             yield Found(context.where_variable(engine, name), f"{name} {value} has no effect")
+
+
+@rule(
+    "PD440",
+    "error",
+    fix="Correct the variable that the finding names, or unset it.",
+    source="A NIXL backend, made in a process of its own with the ranks' environment.",
+    needs=("nixl",),
+)
+def ucx_refuses(context: Context) -> Iterator[Found]:
+    """UCX refuses the settings of a rank.
+
+    NIXL says NIXL_ERR_BACKEND then, and the launch ends once its ranks have started. UCX knows
+    hundreds of variables and reads each by rules of its own, so it is asked itself.
+    """
+    for role, answer in _answers(context):
+        if answer.refusal is not None:
+            engine = context.engines[role]
+            name = _named_in(answer.refusal, engine.given_environ)
+            where = context.where_variable(engine, name) if name else "environment UCX_*"
+            yield Found(where, f"NIXL cannot make its backend: {answer.refusal}")
+
+
+@rule(
+    "PD444",
+    "warning",
+    fix=(
+        "Correct UCX_MODULES and the UCX_..._DEVICES, or unset them; give the container what the "
+        "transport needs (cma: ptrace, cuda_ipc: the CUDA driver)."
+    ),
+    source="What UCX writes when a NIXL backend is made with the ranks' environment.",
+    needs=("nixl",),
+)
+def ucx_misses(context: Context) -> Iterator[Found]:
+    """UCX does not find a transport or device that a rank is to use.
+
+    It goes on without: blocks take a slower way, or none.
+    """
+    for role, answer in _answers(context):
+        engine = context.engines[role]
+        for text in answer.unavailable:
+            # Ranks of one host use no network: PD443.
+            if not text.startswith("network device"):
+                name = _variable_of(text)
+                yield Found(context.where_variable(engine, name), f"UCX says: {text}")
+
+
+def _misspelt(context: Context, engine: RoleEngines) -> Iterator[tuple[str, str]]:
+    """Return the user's variables that UCX does not have, and what was meant."""
+    for name in unknown_variables(engine.given_environ):
+        meant = nearest(name.removeprefix("UCX_"), _BARE_NAMES)
+        if meant is not None:
+            yield name, f"UCX_{meant}"
+    answer = (context.probes.nixl or {}).get(engine.role, NixlAnswer())
+    prefixes = tuple(f"UCX_{name.upper()}_" for name in engine.ucx_transports)
+    for name, likely in answer.unused.items():
+        # UCX knows nothing of the variables of transports that it has not loaded.
+        if likely is not None and name in engine.given_environ and name.startswith(prefixes):
+            yield name, likely
+
+
+def _answers(context: Context) -> Iterator[tuple[Role, NixlAnswer]]:
+    if context.uses_ucx:
+        yield from (context.probes.nixl or {}).items()
+
+
+def _named_in(text: str, environ: Mapping[str, str]) -> str | None:
+    """Return the user's variable that UCX complains of: it names RNDV_THRESH, or BW of CMA_BW."""
+    given = [name for name in environ if is_known_variable(name)]
+    words = set(re.findall(r"[A-Z][A-Z0-9_]+", text))
+    found = [name for name in given if name.removeprefix("UCX_") in words]
+    found += [name for name in given if any(name.endswith(f"_{word}") for word in words)]
+    return next(iter(found or (given if len(given) == 1 else ())), None)
+
+
+def _variable_of(text: str) -> str:
+    """Return the variable that decides on what UCX does not find."""
+    kinds = {"intra-node": "UCX_SHM_DEVICES", "loopback": "UCX_SELF_DEVICES"}
+    kinds |= {"accelerator": "UCX_ACC_DEVICES"}
+    return kinds.get(text.partition(" ")[0], "UCX_TLS")
 
 
 def lacks_rdma(environ: Mapping[str, str]) -> bool:

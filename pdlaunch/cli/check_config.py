@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.checks.context import Probes
+from pdlaunch.checks.nixl_answers import ask_nixl
 from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
@@ -31,7 +32,6 @@ from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
-from pdlaunch.platform.availability import probe_imports
 from pdlaunch.resolve.models import read_models_elsewhere
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
@@ -49,8 +49,8 @@ def check_config(
         typer.Option(
             "--probe",
             help=(
-                "Also start the planned processes and move bytes between them (with random "
-                "weights; takes a launch)."
+                "Also have NIXL and UCX judge their settings, then start the planned processes and "
+                "move bytes between them (with random weights; takes a launch)."
             ),
         ),
     ] = False,
@@ -77,7 +77,7 @@ def check_config(
         judged.environ,
         None if is_this else read_models_elsewhere(loaded.config),
     )
-    probes = Probes(import_errors=probe_imports(os.environ) if probe else None)
+    probes = Probes(nixl=ask_nixl(resolved) if probe else None)
     if is_this:
         files = probe_files(resolved)
         probes = replace(

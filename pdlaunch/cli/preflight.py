@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.checks.context import PairTransport, Probes
+from pdlaunch.checks.nixl_answers import ask_nixl, sets_ucx
 from pdlaunch.checks.probes import probe_files
 from pdlaunch.checks.rule import Finding
 from pdlaunch.checks.run import run_checks
@@ -50,8 +52,15 @@ that speed, of which starting a READ is little."""
 def refuse_errors(
     resolved: ResolvedLaunch, origins: Mapping[str, Origin], console: Console
 ) -> None:
-    """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors."""
-    report = run_checks(resolved, origins, probe_files(resolved), rules=kind_of(resolved).rules())
+    """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
+
+    NIXL is asked only where the user has set variables that it may refuse: that takes 3 to 5 s.
+    """
+    probes, rules = probe_files(resolved), kind_of(resolved).rules()
+    report = run_checks(resolved, origins, probes, rules=rules)
+    if report.is_ok() and sets_ucx(resolved):
+        probes = replace(probes, nixl=ask_nixl(resolved))
+        report = run_checks(resolved, origins, probes, rules=rules)
     for finding in report.findings:
         if finding.severity != "info":
             print_finding(console, finding)

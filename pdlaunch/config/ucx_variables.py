@@ -46,6 +46,9 @@ VFS_SOCK_PATH VFS_THREAD_AFFINITY WARN_INVALID_CONFIG WARN_UNUSED_ENV_VARS
 WIREUP_VIA_AM_LANE ZCOPY_THRESH
 """
 
+_OF_IMAGES = frozenset({"VERSION", "HOME", "ROOT", "DIR", "PATH"})
+"""Set by container images and module files, for other programs."""
+
 
 def _family(names: str) -> re.Pattern[str]:
     return re.compile(rf"UCX_({'|'.join(names.split())})_")
@@ -57,12 +60,20 @@ KNOWN_VARIABLES = frozenset(_PREFIX + name for name in (*_NETWORK, *_OTHERS.spli
 """The variables that do not belong to one transport."""
 
 
+def is_known_variable(name: str) -> bool:
+    """Return whether UCX has this variable; of those of its transports the prefix decides."""
+    return name in KNOWN_VARIABLES or bool(_OF_NETWORK.match(name) or _OF_OTHER.match(name))
+
+
 def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    """Return the ``UCX_`` variables that UCX does not know; those of transports are not judged."""
-    for name in environ:
-        is_of_transport = _OF_NETWORK.match(name) or _OF_OTHER.match(name)
-        if name.startswith(_PREFIX) and name not in KNOWN_VARIABLES and not is_of_transport:
-            yield name
+    """Return the ``UCX_`` variables that are no variables of UCX."""
+    return (
+        name
+        for name in environ
+        if name.startswith(_PREFIX)
+        and not is_known_variable(name)
+        and name.removeprefix(_PREFIX) not in _OF_IMAGES
+    )
 
 
 def network_variables(environ: Mapping[str, str]) -> Iterator[str]:

@@ -11,7 +11,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+<<<<<<< HEAD
 from collections.abc import Mapping
+=======
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+>>>>>>> 3ab5868 (WIP: NIXL is asked)
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ RESOLVE_TIMEOUT_S = 0.3
 _PROBLEMS = {errno.EADDRINUSE: "busy", errno.EACCES: "privileged", errno.EADDRNOTAVAIL: "not here"}
 IMPORT_TIMEOUT_S = 60.0
 
+<<<<<<< HEAD
 _NIXL = """
 import os
 from nixl._api import nixl_agent, nixl_agent_config
@@ -29,6 +35,9 @@ nixl_agent("pdlaunch-probe", nixl_agent_config(backends=["UCX"]))
 os._exit(0)
 """
 _PROGRAMS: Mapping[str, str] = {"nixl": _NIXL}
+=======
+Access = Callable[[Path, int], bool]
+>>>>>>> 3ab5868 (WIP: NIXL is asked)
 
 
 def probe_port(host: str, port: int) -> PortState | None:
@@ -123,6 +132,7 @@ def why_not_writable(folder: str) -> str | None:
     return None
 
 
+<<<<<<< HEAD
 def _try_to_write(folder: str | Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"pdlaunch")
@@ -133,11 +143,42 @@ def probe_imports(
     environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S
 ) -> dict[str, str]:
     """Return the modules that cannot be imported and used, and why.
+=======
+@dataclass(frozen=True, slots=True)
+class ProcessOutcome:
+    """Holds what a short-lived process has left."""
+>>>>>>> 3ab5868 (WIP: NIXL is asked)
 
-    Each is tried in a process of its own, for ``timeout_s`` at most.
-    """
-    errors = {name: _try(program, environ, timeout_s) for name, program in _PROGRAMS.items()}
-    return {name: error for name, error in errors.items() if error is not None}
+    returncode: int | None
+    """None: it could not be started, or was killed at its deadline."""
+    output: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    """Lines of stdout and stderr, or why it could not be started, or how long it was waited for."""
+
+    def problem(self) -> str:
+        """Return in one line why it failed."""
+        last = next((line.strip() for line in reversed(self.errors) if line.strip()), "")
+        return last[:200] or f"exit code {self.returncode}"
+
+
+def run_briefly(
+    command: Sequence[str], environ: Mapping[str, str], timeout_s: float
+) -> ProcessOutcome:
+    """Run a process with this environment alone, and kill it at its deadline; never raises."""
+    try:
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environ,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return ProcessOutcome(None, errors=(f"not done after {timeout_s:g} s",))
+    except (OSError, ValueError) as error:
+        return ProcessOutcome(None, errors=(f"cannot be tried: {error}",))
+    return ProcessOutcome(result.returncode, _lines(result.stdout), _lines(result.stderr))
 
 
 def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
@@ -146,26 +187,9 @@ def why_not_importable(path: str, environ: Mapping[str, str]) -> str | None:
     """
     module, _, name = path.partition(":")
     program = f"import importlib; getattr(importlib.import_module({module!r}), {name!r})"
-    return _try(program, environ, IMPORT_TIMEOUT_S)
+    outcome = run_briefly([sys.executable, "-P", "-c", program], environ, IMPORT_TIMEOUT_S)
+    return None if outcome.returncode == 0 else outcome.problem()
 
 
-def _try(program: str, environ: Mapping[str, str], timeout_s: float) -> str | None:
-    # UCX listens on every network device that it may use; loopback is enough for a probe.
-    quiet = {"UCX_NET_DEVICES": "lo", "UCX_WARN_UNUSED_ENV_VARS": "n", **environ}
-    try:
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", program],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=quiet,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done after {timeout_s:g} s"
-    except (OSError, ValueError) as error:
-        return f"cannot be tried: {error}"
-    if result.returncode == 0:
-        return None
-    lines = result.stderr.decode(errors="backslashreplace").strip().splitlines()
-    return lines[-1][:200] if lines else f"exit code {result.returncode}"
+def _lines(text: bytes) -> tuple[str, ...]:
+    return tuple(text.decode(errors="backslashreplace").splitlines())
