@@ -18,6 +18,7 @@ TIMEOUT_S = 60.0
 """Longest life of such a process; it takes 3 to 5 s on a quiet core."""
 
 _MODULE = "pdlaunch.transfer.connectors.nixl_trial"
+_ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")
 _UNUSED = re.compile(r"unused environment variables?: (.*)")
 _UNUSED_ITEM = re.compile(r"(\w+)(?: \(maybe: ([^?)]*)\?\))?")
@@ -70,10 +71,14 @@ def sets_ucx(launch: ResolvedLaunch) -> bool:
 
 def read_answer(outcome: ProcessOutcome) -> NixlAnswer:
     """Read what the process has printed."""
-    lines = [match.groups() for match in map(_UCX_LINE.search, outcome.errors) if match]
+    written = (*outcome.output, *outcome.errors)
+    lines = [match.groups() for match in map(_UCX_LINE.search, written) if match]
     warnings = [text for level, text in lines if level == "WARN"]
-    said = [line for line in outcome.output if line][-1:]
-    stage, _, why = (said[0] if said else f"import: {outcome.problem()}").partition(": ")
+    said = next((line for line in reversed(outcome.output) if _ANSWER.match(line)), None)
+    if said is None:  # It crashed, or was killed at its deadline.
+        stage = "refused" if "imported" in outcome.output else "import"
+        said = f"{stage}: {outcome.problem()}"
+    stage, _, why = said.partition(": ")
     words = list(dict.fromkeys(text for level, text in lines if level != "WARN"))
     return NixlAnswer(
         import_error=why if stage == "import" else None,

@@ -11,12 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-<<<<<<< HEAD
-from collections.abc import Mapping
-=======
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
->>>>>>> 3ab5868 (WIP: NIXL is asked)
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +22,6 @@ RESOLVE_TIMEOUT_S = 0.3
 
 _PROBLEMS = {errno.EADDRINUSE: "busy", errno.EACCES: "privileged", errno.EADDRNOTAVAIL: "not here"}
 IMPORT_TIMEOUT_S = 60.0
-
-<<<<<<< HEAD
-_NIXL = """
-import os
-from nixl._api import nixl_agent, nixl_agent_config
-nixl_agent("pdlaunch-probe", nixl_agent_config(backends=["UCX"]))
-os._exit(0)
-"""
-_PROGRAMS: Mapping[str, str] = {"nixl": _NIXL}
-=======
-Access = Callable[[Path, int], bool]
->>>>>>> 3ab5868 (WIP: NIXL is asked)
 
 
 def probe_port(host: str, port: int) -> PortState | None:
@@ -132,22 +116,15 @@ def why_not_writable(folder: str) -> str | None:
     return None
 
 
-<<<<<<< HEAD
 def _try_to_write(folder: str | Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"pdlaunch")
         file.flush()
 
 
-def probe_imports(
-    environ: Mapping[str, str], timeout_s: float = IMPORT_TIMEOUT_S
-) -> dict[str, str]:
-    """Return the modules that cannot be imported and used, and why.
-=======
 @dataclass(frozen=True, slots=True)
 class ProcessOutcome:
     """Holds what a short-lived process has left."""
->>>>>>> 3ab5868 (WIP: NIXL is asked)
 
     returncode: int | None
     """None: it could not be started, or was killed at its deadline."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from pdlaunch.checks.context import Context, PairTransport
+from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.config.kv_transfer import KVTransferSettings
 from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
 
@@ -60,6 +61,11 @@ def needing_cuda(base):
     context = on(base)
     config = context.config.model_copy(update={"kv_transfer": NeedsCuda()})
     return replace(context, launch=replace(context.launch, config=config))
+
+
+def nixl_says(**answer):
+    """Probes in which NIXL says the same to both roles."""
+    return {"nixl": dict.fromkeys(("prefill", "decode"), NixlAnswer(**answer))}
 
 
 def one_gpu(**changes):

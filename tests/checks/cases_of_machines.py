@@ -11,6 +11,7 @@ from tests.checks.case import (
     machine,
     mooncake,
     needing_cuda,
+    nixl_says,
     nvlink,
     p2p,
     rdma,
@@ -42,8 +43,12 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD404": Case(
-        [on(CPU, probes={"import_errors": {"nixl": "undefined symbol"}})],
-        [on(CPU, probes={"import_errors": {}})],
+        [on(CPU, probes=nixl_says(import_error="undefined symbol"))],
+        [
+            on(CPU, probes=nixl_says(refusal="Invalid value")),
+            p2p(CPU, probes=nixl_says(import_error="undefined symbol")),
+            mooncake(CPU, probes=nixl_says(import_error="undefined symbol")),
+        ],
     ),
     "PD437": Case(
         [on(CPU, probes={"connector_errors": {"theirs": "connector theirs cannot be imported"}})],
@@ -166,6 +171,20 @@ CASES: dict[str, Case] = {
         [on(GPU, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"})],
         [on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}), on(GPU)],
     ),
+    "PD440": Case(
+        [on(CPU, probes=nixl_says(refusal="Invalid value for BW: 'foo'"))],
+        [on(CPU, probes=nixl_says()), p2p(CPU, probes=nixl_says(refusal="Invalid value"))],
+    ),
+    "PD444": Case(
+        [
+            on(CPU, probes=nixl_says(unavailable=("transport 'cma' is not available",))),
+            on(CPU, probes=nixl_says(unavailable=("intra-node device 'x' is not available",))),
+        ],
+        [
+            on(CPU, probes=nixl_says(unavailable=("network device 'eth9' is not available",))),
+            on(CPU, probes=nixl_says(unused={"UCX_IB_X": None})),
+        ],
+    ),
     "PD441": Case(
         [
             on(CPU, environ={"UCX_TLS": "tpc,sm"}),
@@ -180,8 +199,22 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD442": Case(
-        [on(CPU, environ={"UCX_NET_DEVICE": "lo"}), on(CPU, decode__env={"UCX_TSL": "sm"})],
         [
+            on(CPU, environ={"UCX_NET_DEVICE": "lo"}),
+            on(CPU, decode__env={"UCX_TSL": "sm"}),
+            on(
+                CPU,
+                environ={"UCX_CMA_BWW": "1"},
+                probes=nixl_says(unused={"UCX_CMA_BWW": "UCX_CMA_BW"}),
+            ),
+        ],
+        [
+            on(CPU, environ={"UCX_CMA_BWW": "1"}),
+            on(
+                CPU,
+                environ={"UCX_IB_GID": "1"},
+                probes=nixl_says(unused={"UCX_IB_GID": "UCX_TLS", "UCX_CMA_BWW": "UCX_CMA_BW"}),
+            ),
             on(CPU, environ={"UCX_HOME": "/opt/ucx", "UCX_IB_GID_INDEX": "3"}),
             on(CPU, environ={"UCX_RNDV_THRESH": "8k", "UCX_CUDA_IPC_ENABLE_MNNVL": "try"}),
             p2p(CPU, environ={"UCX_NET_DEVICE": "lo"}),

@@ -137,7 +137,7 @@ def on(
             "decode": Model("a", paths[1], decode, error=model_error),
         },
     )
-    names = ("ports", "import_errors", "connector_errors", "folder_problems", "weight_errors")
+    names = ("ports", "nixl", "connector_errors", "folder_problems", "weight_errors")
     known: dict[str, Any] = {name: {} for name in names}
     return make_context(
         launch,

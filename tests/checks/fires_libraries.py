@@ -66,7 +66,8 @@ def nixl_of_another_cuda() -> Iterator[tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         text = "raise ImportError('libcudart.so.11.0: cannot open shared object file')\n"
         Path(folder, "nixl.py").write_text(text)
-        with patch.dict(os.environ, PYTHONPATH=folder), nixl_as_installed() as flags:
+        path = os.pathsep.join((folder, os.environ.get("PYTHONPATH", "")))
+        with patch.dict(os.environ, PYTHONPATH=path), nixl_as_installed() as flags:
             yield flags
 
 

@@ -2,12 +2,31 @@
 
 from pdlaunch.platform.facts import Machine
 from tests.checks.contexts import CPU, GB200, GPU
+from tests.checks.fires_libraries import nixl_as_installed
 from tests.checks.firing import Case, Setup
 
 
 def with_ucx(machine: Machine = GPU, **variables: str) -> Setup:
     return Setup("kv_transfer: {nixl: {path: nixl}}\n", environ=variables, machine=machine)
 
+
+def tried(**variables: str) -> Setup:
+    return Setup(environ=variables, machine=None, arrange=nixl_as_installed)
+
+
+TRIALS = [
+    Case(
+        "PD440",
+        tried(UCX_RNDV_THRESH="bogus"),
+        {"Correct the variable that the finding names": tried(UCX_RNDV_THRESH="8k")},
+    ),
+    Case(
+        "PD444",
+        tried(UCX_SHM_DEVICES="memory,foo"),
+        {"UCX_..._DEVICES": tried(UCX_SHM_DEVICES="memory")},
+    ),
+]
+"""Cases in which NIXL's backend is made in a process of its own."""
 
 CASES = [
     Case(

@@ -123,7 +123,8 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
     """Return the severity of each rule that the command names, run in the folder of the models."""
     path = folder / "deploy.yaml"
     path.write_text(f"model: {setup.model}\nport: 0\n{setup.config}")
-    environ = {"HOME": str(folder), "PATH": os.environ["PATH"], **setup.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    environ = {"HOME": str(folder), **kept, **setup.environ}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(patch.dict(os.environ, environ, clear=True))
@@ -132,7 +133,7 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
         flags = setup.flags
         if (measured := setup.measured) is not None:
             flags = (*flags, "--probe")
-            stack.enter_context(patch.object(command, "probe_imports", lambda environ: {}))
+            stack.enter_context(patch.object(command, "ask_nixl", lambda launch: {}))
             stack.enter_context(patch.object(command, "probe_transport", lambda launch: measured))
         more_flags = stack.enter_context(setup.arrange())
         arguments = ["check-config", path.name, "--format", "json", *flags, *more_flags]

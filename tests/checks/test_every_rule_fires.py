@@ -27,7 +27,7 @@ CASES = [
     *fires_network.CASES,
     *fires_transport.CASES,
 ]
-IMPORTS = fires_libraries.IMPORTS
+IMPORTS = [*fires_libraries.IMPORTS, *fires_ucx.TRIALS]
 CODES = {case.code for case in [*CASES, *IMPORTS]}
 WAITING = {rule.code for rule in all_rules().values() if rule.waits_for}
 """Rules that no set-up of today can fire; their pages say what they wait for."""

@@ -29,7 +29,7 @@ def check(machine=CPU, environ=None, models=MODELS, path=None, flags=None, famil
 def test_a_clean_set_up():
     report = check(
         ports={},
-        import_errors={},
+        nixl={},
         connector_errors={},
         folder_problems={},
         weight_errors={},
@@ -42,7 +42,9 @@ def test_a_clean_set_up():
 
 def test_what_was_not_probed_is_listed():
     reasons = {item.rule: item.reason for item in check().not_checked}
-    assert reasons["PD404"] == "libraries are imported only with --probe"
+    assert reasons["PD404"] == (
+        "NIXL is asked with --probe, and by serve where variables of UCX are set"
+    )
     assert {"PD420", "PD501"} <= set(reasons)
 
 

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pdlaunch.checks import probes
+from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
@@ -366,10 +367,9 @@ def test_a_folder_of_another_connector_is_of_no_matter(check, tmp_path):
     assert check("--kv-file-directory", tmp_path / "kv").exit_code == 0
 
 
-def test_probe_imports_the_libraries(check, monkeypatch):
-    monkeypatch.setattr(
-        module, "probe_imports", lambda environ: {"nixl": "undefined symbol: ucp_init"}
-    )
+def test_probe_asks_nixl(check, monkeypatch):
+    answer = NixlAnswer(import_error="undefined symbol: ucp_init")
+    monkeypatch.setattr(module, "ask_nixl", lambda launch: {"prefill": answer})
     result = check("--probe")
     assert result.exit_code == 1
     assert "undefined symbol: ucp_init" in result.stdout

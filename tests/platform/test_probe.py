@@ -1,12 +1,11 @@
 import os
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
 from pdlaunch.platform import probe
-from pdlaunch.platform.availability import probe_imports, probe_port
+from pdlaunch.platform.availability import ProcessOutcome, probe_port, run_briefly
 from pdlaunch.platform.cuda_driver import Driver
 from pdlaunch.platform.facts import Gpu
 from pdlaunch.platform.libraries import find_libraries
@@ -146,15 +145,23 @@ class TestLibraries:
 
 
 @pytest.mark.processes
-def test_import_probe_tells_the_last_line(tmp_path: Path):
-    (tmp_path / "nixl").mkdir()
-    (tmp_path / "nixl" / "__init__.py").write_text(
-        "raise ImportError('libcudart.so.12: cannot open')"
-    )
-    errors = probe_imports({**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert errors == {"nixl": "ImportError: libcudart.so.12: cannot open"}
+class TestShortLivedProcesses:
+    def test_what_one_leaves(self):
+        program = (
+            "import os, sys; print(os.environ['A']); sys.stderr.write('why\\n\\n'); sys.exit(3)"
+        )
+        outcome = run_briefly([sys.executable, "-c", program], {"A": "b"}, 60)
+        assert outcome == ProcessOutcome(3, ("b",), ("why", ""))
+        assert outcome.problem() == "why"
 
+    def test_one_that_says_nothing(self):
+        outcome = run_briefly([sys.executable, "-c", "import os; os._exit(4)"], {}, 60)
+        assert outcome.problem() == "exit code 4"
 
-@pytest.mark.processes
-def test_import_probe_has_a_deadline():
-    assert probe_imports(os.environ, timeout_s=0.01) == {"nixl": "not done after 0.01 s"}
+    def test_one_is_killed_at_its_deadline(self):
+        outcome = run_briefly([sys.executable, "-c", "import time; time.sleep(600)"], {}, 0.2)
+        assert outcome.returncode is None
+        assert outcome.problem() == "not done after 0.2 s"
+
+    def test_one_that_cannot_be_started(self):
+        assert "cannot be tried" in run_briefly(["/nonexistent"], {}, 1).problem()

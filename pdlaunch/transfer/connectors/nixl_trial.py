@@ -1,9 +1,9 @@
 """Tries NIXL as a rank uses it, in a process of its own: import, backend, registration of memory.
 
 ``python -P -m pdlaunch.transfer.connectors.nixl_trial [cpu|cuda:N]`` runs with a rank's environment
-and prints one line: ``ok``, ``import: WHY`` or ``refused: WHY``. UCX's words are on stderr. Without
-a device only the import is tried. No network transport is left in a rank's UCX_TLS, so nothing
-listens meanwhile.
+and prints ``imported`` and, after what UCX has to say, one line: ``ok``, ``import: WHY`` or
+``refused: WHY``. Without a device only the import is tried. A rank's UCX_TLS has no transport of a
+network, so nothing listens meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def _try(device: str | None) -> str:
         api, bindings = load_nixl()
     except Exception as error:
         return f"import: {type(error).__name__}: {error}"
+    _say("imported")
     if device is None:
         return "ok"
     try:
@@ -35,7 +36,12 @@ def _try(device: str | None) -> str:
     return "ok"
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(" ".join(text.split()) + "\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    print(" ".join(_try(sys.argv[1] if len(sys.argv) > 1 else None).split()), flush=True)
+    _say(_try(sys.argv[1] if len(sys.argv) > 1 else None))
     # UCX's own end of a process may crash it.
     os._exit(0)
