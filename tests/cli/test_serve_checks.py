@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterable
@@ -10,8 +11,11 @@ import pytest
 import typer
 from rich.console import Console
 
+from pdlaunch.checks.nixl_answers import NixlAnswer
 from pdlaunch.checks.rule import Finding
+from pdlaunch.cli import preflight
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
+from pdlaunch.config.models import Role
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
@@ -20,6 +24,7 @@ from pdlaunch.resolve.resolve import ResolvedLaunch, resolve
 from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
+from tests.checks.contexts import CPU as HEALTHY
 from tests.cli.test_check_config import MODEL
 from tests.config.model_files.files import tiny_gguf
 
@@ -62,6 +67,26 @@ def measured(
         other_paths=other_paths or {},
     )
     return LaunchStatus(LaunchPhase.READY, (), pairs=(pair,))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_nixl_is_asked_only_about_variables_that_the_user_has_set(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
+        assert given, "it takes seconds"
+        assert launch.roles["decode"].environment["UCX_RNDV_THRESH"] == "bogus"
+        return {"decode": NixlAnswer(refusal="Invalid value for RNDV_THRESH: 'bogus'")}
+
+    monkeypatch.setattr(preflight, "ask_nixl", ask_nixl)
+    console = Console(file=io.StringIO(), width=500)
+    environ = {"PDLAUNCH_ENV__UCX_RNDV_THRESH": "bogus"} if given else {}
+    loaded = load_config(None, environ, {"device": "cpu", "load_format": "dummy"})
+    with pytest.raises(typer.Exit) if given else contextlib.nullcontext():
+        refuse_errors(resolved(loaded, HEALTHY), loaded.origins, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert ("error PD440 env.UCX_RNDV_THRESH" in text) is given
 
 
 def test_errors_are_printed_with_code_and_fix_and_refuse_the_start() -> None:
