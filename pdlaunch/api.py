@@ -69,10 +69,15 @@ def plan(config: LoadedConfig) -> Plan:
     """Plan every process that a launch on this machine starts, with its command and environment.
 
     Starts nothing. ``Plan.shown()`` masks secrets in environments. Raises ConfigError when the
-    configuration cannot be started here.
+    configuration cannot be started here, or ``check`` finds errors.
     """
     resolved = _resolve(config)
     resolved.require_startable()
+    rules = kind_of(resolved).rules()
+    errors = run_checks(resolved, config.origins, probe_files(resolved), rules=rules).errors
+    if errors:
+        found = "; ".join(f"{error.rule} {error.where}: {error.message}" for error in errors)
+        raise ConfigError(found, field=errors[0].where, fix=errors[0].fix)
     return plan_processes(resolved)
 
 

@@ -124,6 +124,19 @@ class Context:
         """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
         return uses_ucx(self.launch)
 
+    @property
+    def moves_cumem_slowly(self) -> bool:
+        """Return whether a library opens GPU memory by itself where CuMem pools export no fabric
+        handles: it then copies them through the host.
+        """
+        transfer = self.config.kv_transfer
+        return (
+            self.pair() is not None
+            and transfer.opens_device_memory
+            and not transfer.maps_memory
+            and any(gpu.has_fabric_handles is False for gpu in self.machine.gpus)
+        )
+
     def shapes(self) -> Iterator[tuple[RoleEngines, ModelShape]]:
         """Return the engines whose model is known."""
         return (

@@ -36,18 +36,19 @@ def sleep_without_allocator(context: Context) -> Iterator[Found]:
     "PD202",
     "error",
     fix="Remove enable_cumem_allocator, or run on a CUDA device.",
-    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
-    needs=("gpus", "cumem"),
+    source="CuMem pools: memory of a CUDA device.",
 )
-def allocator_unsupported(context: Context) -> Iterator[Found]:
+def allocator_on_cpu(context: Context) -> Iterator[Found]:
     """The CuMem allocator is not supported on the current platform.
 
-    It needs a CUDA driver with virtual memory management on every device. It is never silently left
-    out: what relies on it (sleep, sharing with peers) would fail later.
+    The engines run on a CPU, and CuMem pools are memory of CUDA devices. The allocator is never
+    silently left out: what relies on it (sleep, sharing with peers) would fail later.
     """
-    for engine in context.engines.values():
-        if engine.settings.enable_cumem_allocator and (reason := _no_cumem(context, engine)):
-            message = f"cumem allocator is not supported on the current platform: {reason}"
+    for engine in context.on("cpu"):
+        if engine.settings.enable_cumem_allocator:
+            message = (
+                f"cumem allocator is not supported on the current platform: {_on_cpu(context)}"
+            )
             yield Found(engine.where("enable_cumem_allocator"), message)
 
 
@@ -55,29 +56,48 @@ def allocator_unsupported(context: Context) -> Iterator[Found]:
     "PD203",
     "error",
     fix="Switch enable_sleep_mode off, or run on a CUDA device.",
-    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
-    needs=("gpus", "cumem"),
+    source="CuMem pools: memory of a CUDA device.",
 )
-def sleep_unsupported(context: Context) -> Iterator[Found]:
+def sleep_on_cpu(context: Context) -> Iterator[Found]:
     """Sleep mode is not supported on the current platform.
 
-    Sleep mode needs the CuMem allocator, and that a CUDA driver with virtual memory management on
-    every device.
+    Sleep mode needs the CuMem allocator, and the engines run on a CPU.
     """
-    for engine in context.engines.values():
-        if engine.settings.enable_sleep_mode and (reason := _no_cumem(context, engine)):
+    for engine in context.on("cpu"):
+        if engine.settings.enable_sleep_mode:
             message = (
                 "sleep mode is not supported on the current platform: cumem allocator is not "
-                f"supported: {reason}"
+                f"supported: {_on_cpu(context)}"
             )
             yield Found(engine.where("enable_sleep_mode"), message)
 
 
-def _no_cumem(context: Context, engine: RoleEngines) -> str | None:
-    if engine.device == "cpu":
-        detail = "" if context.machine.cumem.available else f" ({context.machine.cumem.reason})"
-        return f"the engines run on a CPU{detail}"
-    return None if context.machine.cumem.available else context.machine.cumem.reason
+def _on_cpu(context: Context) -> str:
+    cumem = context.machine.cumem
+    detail = "" if cumem.available or "cumem" in context.missing else f" ({cumem.reason})"
+    return f"the engines run on a CPU{detail}"
+
+
+@rule(
+    "PD215",
+    "error",
+    fix="Switch enable_cumem_allocator and enable_sleep_mode off, or update the CUDA driver.",
+    source="cuDeviceGetAttribute(VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED).",
+    needs=("gpus", "cumem"),
+)
+def allocator_without_driver(context: Context) -> Iterator[Found]:
+    """The CUDA driver or a GPU does not support the CuMem allocator.
+
+    The allocator, and with it sleep mode, needs virtual memory management of the driver on every
+    device. It is never silently left out.
+    """
+    if context.machine.cumem.available:
+        return
+    for engine in context.on("cuda"):
+        for name in ("enable_cumem_allocator", "enable_sleep_mode"):
+            if getattr(engine.settings, name):
+                message = f"cumem allocator is not supported: {context.machine.cumem.reason}"
+                yield Found(engine.where(name), message)
 
 
 @rule(
@@ -85,7 +105,7 @@ def _no_cumem(context: Context, engine: RoleEngines) -> str | None:
     "error",
     fix=(
         "Remove expandable_segments from the environment, or allocate the KV cache elsewhere: "
-        "--enable-cumem-allocator or --enable-sleep-mode."
+        "--enable-cumem-allocator, --enable-sleep-mode, or kv_transfer.nixl.path: p2p."
     ),
     source=f"Measured on two H200s with NIXL 1.5.1. {_TORCH}",
 )
@@ -94,13 +114,16 @@ def expandable_segments(context: Context) -> Iterator[Found]:
 
     Expandable segments have no handle that a peer can open: NIXL/UCX moves such memory at 0.6 GB/s
     instead of 392 GB/s between two NVLink GPUs, without an error. CuMem pools switch expandable
-    segments off for their own allocations. The setting is read as torch does:
+    segments off for their own allocations, and so does a KV cache that peers only map (path p2p);
+    connector file goes through host memory. The setting is read as torch does:
     PYTORCH_CUDA_ALLOC_CONF over PYTORCH_HIP_ALLOC_CONF over PYTORCH_ALLOC_CONF, the first that is
     set (even if empty) alone, contrary to a comment in torch's header; white space does not count,
     the last of repeated keys wins. `true` and `1` are taken as they are meant, though torch refuses
     them (PD205).
     """
-    for engine in context.on("cuda") if context.pair() else ():
+    if not context.pair() or not context.config.kv_transfer.opens_device_memory:
+        return
+    for engine in context.on("cuda"):
         conf = read_allocator_conf(engine.given_environ)
         if conf.variable and conf.expandable_segments and engine.cumem_allocator is False:
             yield Found(
@@ -109,7 +132,9 @@ def expandable_segments(context: Context) -> Iterator[Found]:
                 f"{context.config.kv_transfer.connector} cannot move fast",
                 (
                     f"take expandable_segments out of {conf.variable}, or use "
-                    "--enable-cumem-allocator or --enable-sleep-mode"
+                    "--enable-cumem-allocator, --enable-sleep-mode or kv_transfer.nixl.path: p2p"
+                    if context.uses("nixl")
+                    else "--enable-cumem-allocator or --enable-sleep-mode"
                 ),
             )
 
@@ -118,7 +143,8 @@ def expandable_segments(context: Context) -> Iterator[Found]:
     "PD205",
     "error",
     fix=(
-        "Write key:value, with commas between them: expandable_segments:True,max_split_size_mb:128."
+        "Write key:value, with commas between them: "
+        "expandable_segments:False,max_split_size_mb:128."
     ),
     source=_TORCH,
 )
@@ -344,11 +370,7 @@ def cumem_without_fabric(context: Context) -> Iterator[Found]:
     cliff), also with UCX_CUDA_IPC_ENABLE_MNNVL=y. The path p2p maps such memory by its POSIX file
     descriptors instead.
     """
-    if (
-        not context.pair()
-        or context.config.kv_transfer.maps_memory
-        or all(gpu.has_fabric_handles is not False for gpu in context.machine.gpus)
-    ):
+    if not context.moves_cumem_slowly:
         return
     for engine in context.on("cuda"):
         if engine.cumem_allocator:

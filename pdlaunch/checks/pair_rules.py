@@ -267,19 +267,28 @@ def devices_differ(context: Context) -> Iterator[Found]:
 @rule(
     "PD313",
     "error",
-    fix="Set enable_cumem_allocator and enable_sleep_mode once, at the top level.",
+    fix=(
+        "Set enable_cumem_allocator and enable_sleep_mode once, at the top level, or let "
+        "kv_transfer.nixl.path be auto."
+    ),
     source=(
         "Measured on two H200s: READ from CuMem memory 0.6 GB/s, from cudaMalloc memory 392 GB/s."
     ),
-    needs=("gpus",),
+    needs=("gpus", "fabric"),
 )
 def allocators_differ(context: Context) -> Iterator[Found]:
-    """Only one side of the pair allocates its KV cache with expandable segments or CuMem.
+    """Only one side of the pair allocates its KV cache from CuMem pools, which the path cannot map.
 
-    A pair is as slow as its slower side, and the handshake of the faster one gives no hint of it.
+    Without fabric handles NIXL's path and Mooncake move such memory through the host. A pair is as
+    slow as its slower side, and the handshake of the faster one gives no hint of it. Mapped memory
+    (paths auto and p2p) and files do not care. Expandable segments of one side alone: PD204.
     """
     pair = context.pair()
-    if pair is None or any(engine.device != "cuda" for engine in pair):
+    if (
+        pair is None
+        or not context.moves_cumem_slowly
+        or any(engine.device != "cuda" for engine in pair)
+    ):
         return
     wanted = [bool(engine.cumem_allocator) for engine in pair]
     if wanted[0] != wanted[1]:

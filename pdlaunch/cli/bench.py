@@ -222,6 +222,12 @@ def transfer(
         raise typer.BadParameter(
             f"{path!r} is for connector nixl, which is not measured", param_hint="'--path'"
         )
+    if enable_cumem_allocator and device != "cuda":
+        raise typer.BadParameter(
+            f"cumem allocator is not supported on the current platform: --device is {device}; take "
+            "--device cuda, or leave the flag out",
+            param_hint="'--enable-cumem-allocator'",
+        )
     arguments = {
         "connectors": names,
         "paths": read_names(path, _PATHS, "--path"),

@@ -50,15 +50,20 @@ that speed, of which starting a READ is little."""
 
 
 def refuse_errors(
-    resolved: ResolvedLaunch, origins: Mapping[str, Origin], console: Console
+    resolved: ResolvedLaunch,
+    origins: Mapping[str, Origin],
+    console: Console,
+    *,
+    elsewhere: bool = False,
 ) -> None:
     """Print warnings and errors of all rules; raise ``typer.Exit`` when there are errors.
 
-    NIXL is asked only where the user has set variables that it may refuse: that takes 3 to 5 s.
+    ``elsewhere``: the launch is for another machine, of which nothing can be probed here. NIXL is
+    asked only where the user has set variables that it may refuse: that takes 3 to 5 s.
     """
-    probes, rules = probe_files(resolved), kind_of(resolved).rules()
+    probes, rules = Probes() if elsewhere else probe_files(resolved), kind_of(resolved).rules()
     report = run_checks(resolved, origins, probes, rules=rules)
-    if report.is_ok() and sets_ucx(resolved):
+    if report.is_ok() and not elsewhere and sets_ucx(resolved):
         probes = replace(probes, nixl=ask_nixl(resolved))
         report = run_checks(resolved, origins, probes, rules=rules)
     for finding in report.findings:

@@ -41,7 +41,13 @@ def serve(
     config: ConfigArgument = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print every process that would start, and start none."),
+        typer.Option(
+            "--dry-run",
+            help=(
+                "Print every process that would start, and start none. What check-config refuses "
+                "is refused; ports are not tried."
+            ),
+        ),
     ] = False,
     output: Annotated[
         Format, typer.Option("--format", help="How --dry-run prints the plan.")
@@ -76,8 +82,9 @@ def serve(
         resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ)
         if not dry_run:
             check_platform()
-            refuse_errors(resolved, loaded.origins, errors)
         resolved.require_startable()
+        elsewhere = judged.assumed is not None
+        refuse_errors(resolved, loaded.origins, errors, elsewhere=elsewhere)
         if dry_run:
             print_plan(resolved, output)
             return

@@ -69,6 +69,12 @@ class ConnectorSpec(Generic[S]):
         """
         return False
 
+    def opens_device_memory(self, section: S) -> bool:
+        """Say whether a library may open GPU memory of ranks by itself; how fast it is then depends
+        on how the memory was allocated.
+        """
+        return True
+
     def folders(self, section: S) -> Mapping[str, str]:
         """Return folders that the ranks write to, by the field of the section that names them."""
         return {}
@@ -111,6 +117,9 @@ class NixlSpec(ConnectorSpec[NixlSettings]):
 
     def maps_memory(self, section: NixlSettings) -> bool:
         return section.path != "nixl"
+
+    def opens_device_memory(self, section: NixlSettings) -> bool:
+        return section.path != "p2p"
 
 
 class PushSettings(FrozenModel):
@@ -174,6 +183,9 @@ class FileSpec(ConnectorSpec[FileSettings]):
 
     factory = "pdlaunch.transfer.connectors.file:new_connector"
     settings = FileSettings
+
+    def opens_device_memory(self, section: FileSettings) -> bool:
+        return False
 
     def folders(self, section: FileSettings) -> Mapping[str, str]:
         return {} if section.directory is None else {"directory": section.directory}

@@ -126,6 +126,18 @@ class KVTransferSettings(FrozenModel):
         return self._spec.maps_memory(self.section(self.carrier))
 
     @property
+    def opens_device_memory(self) -> bool:
+        """A library may open GPU memory by itself, and is slow where it was allocated otherwise
+        than with cudaMalloc.
+        """
+        return self._spec.opens_device_memory(self.section(self.carrier))
+
+    @property
+    def only_maps_memory(self) -> bool:
+        """Ranks reach the KV cache of their peers by mapping it, and in no other way."""
+        return self.maps_memory and not self.opens_device_memory
+
+    @property
     def needs_cuda(self) -> bool:
         """The connector moves device memory only."""
         return self._spec.needs_cuda

@@ -114,7 +114,10 @@ class ModelRunner:
         progress("allocating the KV cache", None)
         self.num_blocks = self._count_blocks()
         self.kv_memory = open_kv_memory(
-            self._pools, self._device, shared=spec.kv_transfer.maps_memory
+            self._pools,
+            self._device,
+            shared=spec.kv_transfer.maps_memory,
+            mapped_alone=spec.kv_transfer.only_maps_memory,
         )
         self.kv_cache = allocate_kv_cache(self.layout, self.num_blocks, dtype, self.kv_memory)
         self._latest = (

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pdlaunch.errors import MemoryPoolError
+from pdlaunch.errors import ConfigError, MemoryPoolError
 from pdlaunch.memory.allocations import AllocationTable, ExportedHandle
 from pdlaunch.memory.allocator_settings import (
     AllocatorSettings,
@@ -40,11 +40,18 @@ _Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, 
 
 
 def open_memory_pools(*, enabled: bool, device: torch.device) -> MemoryPools:
-    """Open the pools of a rank. ``enabled`` is ``enable_cumem_allocator``. Raises ConfigError,
-    MemoryPoolError.
+    """Open the pools of a rank. ``enabled`` is ``enable_cumem_allocator``, which is never left out:
+    raises ConfigError for another device than a GPU, and MemoryPoolError.
     """
-    if not enabled or device.type != "cuda":
+    if not enabled:
         return NoMemoryPools()
+    if device.type != "cuda":
+        raise ConfigError(
+            f"cumem allocator is not supported on the current platform: the device is {device}",
+            field="enable_cumem_allocator",
+            value=True,
+            fix="switch the CuMem allocator and sleep mode off, or run on a CUDA device",
+        )
     with torch.cuda.device(device):
         # Makes the primary context, and makes it current in this thread.
         torch.cuda.current_stream().synchronize()

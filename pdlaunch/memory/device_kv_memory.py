@@ -3,7 +3,7 @@ allocator.
 
 CuMem allocations are shared by their own handles, as they are mapped piece by piece; what torch has
 allocated with cudaMalloc by the handles of CUDA IPC. A tensor lies in one allocation, as expandable
-segments are off in pools and cannot be shared otherwise.
+segments are off in pools, and for what peers can only map; elsewhere they cannot be shared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from pdlaunch.errors import ConfigError, MemoryPoolError
 from pdlaunch.memory.allocations import ExportedHandle
+from pdlaunch.memory.allocator_settings import AllocatorSettings, expandable_segments_off
 from pdlaunch.memory.driver import DriverRefused
 from pdlaunch.memory.kv_memory import Export, KVMemory, NotShareable, PeerMapping, SharedRange
 from pdlaunch.memory.peer_driver import CudaPeerDriver, PeerDriver
@@ -31,15 +32,24 @@ class DeviceKVMemory(KVMemory):
         pools: MemoryPools,
         device: torch.device,
         new_driver: Callable[[int], PeerDriver] = CudaPeerDriver,
+        *,
+        allocator: AllocatorSettings | None = None,
     ) -> None:
-        """``new_driver``: from the index of the device; called when memory is first shared."""
+        """``new_driver``: from the index of the device; called when memory is first shared.
+        ``allocator``: switches expandable segments off for what is allocated here; None leaves them
+        as they are.
+        """
         self._pools = pools
         self._device = device
+        self._allocator = allocator
         self._new_driver = new_driver
         self._opened: PeerDriver | None = None
 
     def zeros(self, num_bytes: int) -> torch.Tensor:
-        with self._pools.memory_pool(KV_CACHE):
+        with contextlib.ExitStack() as stack:
+            if self._allocator is not None:
+                stack.enter_context(expandable_segments_off(self._allocator))
+            stack.enter_context(self._pools.memory_pool(KV_CACHE))
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
     def export(self, tensor: torch.Tensor) -> Export:

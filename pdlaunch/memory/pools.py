@@ -55,7 +55,7 @@ class MemoryPools(ABC):
 
 
 class NoMemoryPools(MemoryPools):
-    """``enable_cumem_allocator`` is off, or there is no device: torch allocates as ever."""
+    """``enable_cumem_allocator`` is off: torch allocates as ever."""
 
     def memory_pool(self, tag: str) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -57,6 +57,12 @@ def test_what_is_compared_follows_the_same() -> None:
     assert TURN[TURN.index("unverified") - 1] == TURN[TURN.index("bare") - 1]
 
 
+def test_cumem_pools_on_a_cpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cumem allocator is not supported") as raised:
+        bench_transfer(num_blocks=(1,), enable_cumem_allocator=True)
+    assert raised.value.field == "enable_cumem_allocator"
+
+
 def test_more_blocks_than_there_is_memory_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_blocks: 1000000000 need .* TiB, this machine has"):
         bench_transfer(num_blocks=[10**9])

@@ -6,6 +6,8 @@ from pdlaunch.platform.facts import Availability, Limits
 from tests.checks.case import EXPANDABLE, SLIDING, TIER, Case, machine, one_gpu
 from tests.checks.contexts import CPU, GB200, GIB, GPU, SMALL_SHAPE, on
 
+FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
+
 CASES: dict[str, Case] = {
     "PD201": Case(
         [
@@ -18,17 +20,15 @@ CASES: dict[str, Case] = {
         [
             on(CPU, enable_cumem_allocator=True),
             on(GPU, enable_cumem_allocator=True, device="cpu"),
-            on(
-                machine(GPU, cumem=Availability(False, "cuInit failed")),
-                decode__enable_cumem_allocator=True,
-            ),
+            on(GPU, enable_cumem_allocator=True, decode__device="cpu"),
+            on(CPU, decode__enable_cumem_allocator=True),
         ],
         [on(CPU, enable_cumem_allocator=False), on(GPU, enable_cumem_allocator=True)],
     ),
     "PD203": Case(
         [
             on(CPU, enable_sleep_mode=True),
-            on(machine(GPU, cumem=Availability(False, "old")), enable_sleep_mode=True),
+            on(GPU, prefill__device="cpu", prefill__enable_sleep_mode=True),
         ],
         [on(GPU, enable_sleep_mode=True), on(CPU, enable_cumem_allocator=True)],
     ),
@@ -39,8 +39,14 @@ CASES: dict[str, Case] = {
             on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": "expandable_segments:1"}),
             on(GPU, environ=EXPANDABLE | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}),
             on(GPU, environ={}, decode__env=EXPANDABLE),
+            on(GPU, environ=EXPANDABLE, kv_transfer__connector="mooncake"),
+            on(GPU, environ=EXPANDABLE, decode__device="cpu"),
         ],
         [
+            on(CPU, environ=EXPANDABLE),
+            on(GPU, environ=EXPANDABLE, device="cpu"),
+            on(GPU, environ=EXPANDABLE, kv_transfer__nixl__path="p2p"),
+            on(GPU, environ=EXPANDABLE, **FILES),
             on(GPU, environ=EXPANDABLE, enable_cumem_allocator=True),
             on(GPU, environ=EXPANDABLE, enable_sleep_mode=True),
             on(
@@ -140,6 +146,7 @@ CASES: dict[str, Case] = {
             on(GPU, kv_transfer__nixl__path="nixl"),
             on(GB200, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, enable_cumem_allocator=True),
+            on(GPU, enable_cumem_allocator=True, **FILES),
         ],
     ),
     "PD214": Case(
@@ -148,6 +155,20 @@ CASES: dict[str, Case] = {
             on(CPU, kv_cache_memory="64MiB"),
             on(CPU, kv_cache_memory="1KiB"),
             on(CPU, kv_cache_memory="1MiB", max_model_len=32, max_num_seqs=2),
+        ],
+    ),
+    "PD215": Case(
+        [
+            on(
+                machine(GPU, cumem=Availability(False, "cuInit failed")),
+                decode__enable_cumem_allocator=True,
+            ),
+            on(machine(GPU, cumem=Availability(False, "old")), enable_sleep_mode=True),
+        ],
+        [
+            on(machine(GPU, cumem=Availability(False, "old"))),
+            on(GPU, enable_sleep_mode=True),
+            on(CPU, enable_cumem_allocator=True),
         ],
     ),
     "PD220": Case(

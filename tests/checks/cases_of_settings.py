@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from pdlaunch.errors import ConfigError
 from tests.checks.case import EXPERTS, SLIDING, Case, machine, p2p
-from tests.checks.contexts import CPU, GPU, SHAPE, SMALL_SHAPE, on
+from tests.checks.contexts import CPU, GB200, GPU, SHAPE, SMALL_SHAPE, on
 
 CASES: dict[str, Case] = {
     "PD101": Case(
@@ -124,7 +124,22 @@ CASES: dict[str, Case] = {
         [p2p(GPU), p2p(CPU), on(GPU, decode__device="cpu"), p2p(GPU, device="cpu")],
     ),
     "PD313": Case(
-        [on(GPU, prefill__enable_cumem_allocator=True), on(GPU, decode__enable_sleep_mode=True)],
-        [on(GPU, enable_cumem_allocator=True), on(CPU, prefill__enable_cumem_allocator=True)],
+        [
+            on(GPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, decode__enable_sleep_mode=True, kv_transfer__connector="mooncake"),
+        ],
+        [
+            on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(GPU, prefill__enable_cumem_allocator=True),
+            on(GPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="p2p"),
+            on(
+                GPU,
+                prefill__enable_cumem_allocator=True,
+                kv_transfer__connector="file",
+                kv_transfer__file__directory="/kv",
+            ),
+            on(GB200, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+            on(CPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
+        ],
     ),
 }

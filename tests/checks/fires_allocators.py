@@ -18,6 +18,9 @@ CASES = [
             "--enable-sleep-mode": Setup(
                 flags=("--enable-sleep-mode",), environ=EXPANDABLE, machine=GPU
             ),
+            "kv_transfer.nixl.path: p2p": Setup(
+                "kv_transfer: {nixl: {path: p2p}}\n", environ=EXPANDABLE, machine=GPU
+            ),
         },
     ),
     *(

@@ -41,8 +41,26 @@ CASES = [
     ),
     Case(
         "PD202",
+        Setup(flags=("--assume", "cuda", "--device", "cpu", "--enable-cumem-allocator")),
+        {
+            "Remove enable_cumem_allocator": Setup(flags=("--assume", "cuda", "--device", "cpu")),
+            "run on a CUDA device": Setup(flags=("--assume", "cuda", "--enable-cumem-allocator")),
+        },
+    ),
+    Case(
+        "PD215",
         Setup("decode: {enable_cumem_allocator: true}\n", machine=OLD_DRIVER),
-        {"Remove enable_cumem_allocator": Setup(machine=OLD_DRIVER)},
+        {
+            "Switch enable_cumem_allocator": Setup(machine=OLD_DRIVER),
+            "update the CUDA driver": Setup(
+                "decode: {enable_cumem_allocator: true}\n", machine=GPU
+            ),
+        },
+    ),
+    Case(
+        "PD215",
+        Setup(flags=("--enable-sleep-mode",), machine=OLD_DRIVER),
+        {"enable_sleep_mode off": Setup(machine=OLD_DRIVER)},
     ),
     Case(
         "PD203",
@@ -51,6 +69,11 @@ CASES = [
             "Switch enable_sleep_mode off": Setup(),
             "run on a CUDA device": Setup(flags=("--enable-sleep-mode",), machine=GPU),
         },
+    ),
+    Case(
+        "PD203",
+        Setup(flags=("--assume", "cuda", "--device", "cpu", "--enable-sleep-mode")),
+        {"Switch enable_sleep_mode off": Setup(flags=("--assume", "cuda", "--device", "cpu"))},
     ),
     Case(
         "PD207",

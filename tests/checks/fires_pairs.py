@@ -86,7 +86,10 @@ CASES = [
         {
             "Set enable_cumem_allocator and enable_sleep_mode once, at the top level": Setup(
                 "enable_cumem_allocator: true\n", machine=GPU
-            )
+            ),
+            "let kv_transfer.nixl.path be auto": Setup(
+                "decode: {enable_cumem_allocator: true}\n", machine=GPU
+            ),
         },
     ),
 ]

@@ -244,3 +244,9 @@ def test_what_is_no_url_is_refused(url: str) -> None:
     result = bench(url)
     assert result.exit_code == 1
     assert result.stderr == f"error: {url} is no URL of a deployment; write http://host:port\n"
+
+
+def test_the_allocator_is_not_left_out_on_a_cpu() -> None:
+    result = run("transfer", "--device", "cpu", "--enable-cumem-allocator")
+    assert result.exit_code == 2
+    assert "cumem allocator is not supported on the current platform" in result.stderr

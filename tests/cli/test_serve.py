@@ -68,6 +68,33 @@ def test_dry_run_prints_the_plan_as_json_and_nothing_else(model: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "rule"), [("--enable-cumem-allocator", "PD202"), ("--enable-sleep-mode", "PD203")]
+)
+@pytest.mark.parametrize("dry_run", [("--dry-run",), ("--dry-run", "--format", "json"), ()])
+def test_a_dry_run_refuses_what_serve_refuses(
+    model: str, flag: str, rule: str, dry_run: tuple[str, ...]
+) -> None:
+    result = serve("--model", model, "--device", "cpu", flag, *dry_run)
+    assert result.exit_code == 1
+    assert f"error {rule} {flag[2:].replace('-', '_')} ({flag})" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("dry_run", [("--dry-run",), ()])
+def test_unusable_input_has_code_2_with_and_without_dry_run(
+    model: str, dry_run: tuple[str, ...]
+) -> None:
+    assert serve("--model", f"{model}/none", *dry_run).exit_code == 2
+
+
+def test_a_dry_run_for_another_machine_is_judged_for_it(model: str) -> None:
+    given = ("--model", model, "--dry-run", "--enable-cumem-allocator", "--assume")
+    assert serve(*given, "h100x8").exit_code == 0
+    assert serve(*given, "h100x8", "--device", "cpu").exit_code == 1
+    assert serve(*given, "cpu").exit_code == 1
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_dry_run_prints_a_table_at_any_width(model: str, columns: int) -> None:
     result = serve("--model", model, "--dry-run", columns=columns)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.errors import ConfigError, MemoryPoolError
 from pdlaunch.memory.allocations import ExportedHandle
 from pdlaunch.memory.device_kv_memory import DeviceKVMemory
@@ -17,6 +19,7 @@ from pdlaunch.memory.peer_driver import PeerDriver
 from pdlaunch.memory.pools import NoMemoryPools
 from tests.memory.fake_peer_driver import FakePeerDriver
 from tests.memory.open_files import num_open_fds
+from tests.memory.test_allocator_settings import FakeSettings
 
 FABRIC = bytes(range(64))
 DEVICE = torch.device("cuda", 1)
@@ -37,6 +40,36 @@ class FakePools(NoMemoryPools):
 
 def memory_with(driver: FakePeerDriver) -> DeviceKVMemory:
     return DeviceKVMemory(NoMemoryPools(), DEVICE, lambda index: driver)
+
+
+def test_what_peers_only_map_lies_outside_expandable_segments() -> None:
+    class Watched(NoMemoryPools):
+        @contextlib.contextmanager
+        def memory_pool(self, tag: str) -> Iterator[None]:
+            seen.append(settings.read())
+            yield
+
+    seen: list[str] = []
+    text = "expandable_segments:True"
+    settings = FakeSettings(text)
+    DeviceKVMemory(Watched(), torch.device("cpu"), allocator=settings).zeros(8)
+    assert (seen, settings.text) == ([f"{text},expandable_segments:False"], text)
+    DeviceKVMemory(Watched(), torch.device("cpu")).zeros(8)
+    assert seen[1:] == [text]
+
+
+@pytest.mark.parametrize(
+    ("transfer", "apart"),
+    [
+        ({"nixl": {"path": "p2p"}}, True),
+        ({"nixl": {"path": "nixl"}}, False),
+        ({}, False),
+        ({"connector": "mooncake"}, False),
+        ({"connector": "file", "file": {"directory": "/kv"}}, False),
+    ],
+)
+def test_only_the_path_p2p_needs_that(transfer: dict[str, object], apart: bool) -> None:
+    assert KVTransferSettings.model_validate(transfer).only_maps_memory is apart
 
 
 def shared(kind: str) -> SharedRange:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pdlaunch.errors import MemoryPoolError
+from pdlaunch.errors import ConfigError, MemoryPoolError
 from pdlaunch.memory.allocations import AllocationTable
 from pdlaunch.memory.cumem_pools import CuMemPools, open_memory_pools
 from pdlaunch.memory.pools import NoMemoryPools
@@ -38,9 +38,17 @@ def test_memory_in_use_keeps_the_owner(pools: CuMemPools) -> None:
     pools.table.free(address)
 
 
-@pytest.mark.parametrize(("enabled", "device"), [(False, "cuda"), (True, "cpu"), (False, "cpu")])
-def test_without_allocator_or_device_pools_do_nothing(enabled: bool, device: str) -> None:
-    pools = open_memory_pools(enabled=enabled, device=torch.device(device))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_allocator_is_never_left_out_where_there_is_none(device: str) -> None:
+    with pytest.raises(ConfigError, match="not supported on the current platform") as raised:
+        open_memory_pools(enabled=True, device=torch.device(device))
+    assert raised.value.field == "enable_cumem_allocator"
+    assert raised.value.fix is not None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_without_the_allocator_pools_do_nothing(device: str) -> None:
+    pools = open_memory_pools(enabled=False, device=torch.device(device))
     assert isinstance(pools, NoMemoryPools)
     with pools.memory_pool("weights"):
         torch.zeros(1)

@@ -107,11 +107,18 @@ def bench_transfer(
     """Time pulls of every connector, path, TP pair and number of blocks.
 
     The default shape is that of the demo model; ``paths`` are those of connector nixl. Raises
-    TransferError, and ConfigError without a device or the memory.
+    TransferError, and ConfigError without a device or the memory, and for CuMem pools on a CPU.
     """
     shape = BenchShape(max(num_blocks), num_layers, num_kv_heads, head_dim, block_size, dtype)
     _check(shape, device, max(decode_tp_size for _, decode_tp_size in tp_pairs))
-    place = _Place(device, enable_cumem_allocator and device == "cuda")
+    if enable_cumem_allocator and device != "cuda":
+        raise ConfigError(
+            "cumem allocator is not supported on the current platform: KV caches lie on a CPU",
+            field="enable_cumem_allocator",
+            value=True,
+            fix="Take --device cuda, or leave --enable-cumem-allocator out.",
+        )
+    place = _Place(device, enable_cumem_allocator)
     kinds = [
         (connector, path)
         for connector in connectors

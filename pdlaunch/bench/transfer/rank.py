@@ -132,7 +132,12 @@ class Rank:
         torch.manual_seed(options.tp_rank)
         device = torch.device(options.device)
         pools = open_memory_pools(enabled=options.with_cumem, device=device)
-        memory = open_kv_memory(pools, device, shared=options.kv_transfer.maps_memory)
+        memory = open_kv_memory(
+            pools,
+            device,
+            shared=options.kv_transfer.maps_memory,
+            mapped_alone=options.kv_transfer.only_maps_memory,
+        )
         self._kv_cache = shape.new_shared_cache(memory, options.tp_size)
         spec = _spec_of(options)
         setup = TransferSetup(
