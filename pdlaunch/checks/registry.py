@@ -17,6 +17,7 @@ from pdlaunch.checks import (
     timeout_rules,
     transport_rules,
     ucx_rules,
+    vllm_rules,
 )
 from pdlaunch.checks.rule import Rule
 
@@ -34,6 +35,7 @@ def all_rules() -> dict[str, Rule]:
     modules: tuple[ModuleType, ...] = (
         config_rules,
         timeout_rules,
+        vllm_rules,
         memory_rules,
         kv_cache_rules,
         offload_rules,

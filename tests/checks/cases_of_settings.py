@@ -75,6 +75,23 @@ CASES: dict[str, Case] = {
             on(GPU, max_num_batched_tokens=1_000_000),
         ],
     ),
+    "PD121": Case(
+        [
+            on(CPU, environ={"VLLM_API_KEY": "secret"}),
+            on(CPU, environ={}, decode__env={"VLLM_CPU_KVCACHE_SPACE": "4"}),
+            on(CPU, environ={"VLLM_CACHE_ROOT": "/cache"}),
+        ],
+        [
+            on(CPU, environ={"VLLM_API_KEY": "secret"}, api_key="secret"),
+            on(CPU, environ={"VLLM_CPU_KVCACHE_SPACE": "4"}, decode__kv_cache_memory="4GiB"),
+            on(CPU, environ={"VLLM_CACHE_ROOT": "/cache", "PDLAUNCH_CACHE": "/cache"}),
+            on(CPU, environ={"VLLM_HOST_IP": "10.0.0.1", "NOT_VLLM_API_KEY": "secret"}),
+        ],
+    ),
+    "PD122": Case(
+        [on(CPU, environ={"VLLM_HOST_IP": "10.0.0.1"}), on(CPU, env={"VLLM_USE_V1": "1"})],
+        [on(CPU, environ={"VLLM_API_KEY": "secret"}), on(CPU, environ={"MY_VLLM_USE_V1": "1"})],
+    ),
     "PD119": Case(
         [on(CPU, probes={"weight_errors": {"decode": ConfigError("only pickles", fix="convert")}})],
         [

@@ -148,4 +148,19 @@ CASES = [
             ),
         },
     ),
+    Case(
+        "PD121",
+        Setup(environ={"VLLM_API_KEY": "k"}),
+        {"api_key for VLLM_API_KEY": Setup(environ={"PDLAUNCH_API_KEY": "k"})},
+    ),
+    Case(
+        "PD121",
+        Setup("decode: {env: {VLLM_CPU_KVCACHE_SPACE: '4'}}\n"),
+        {
+            "kv_cache_memory for VLLM_CPU_KVCACHE_SPACE": Setup(
+                "decode: {env: {VLLM_CPU_KVCACHE_SPACE: '4'}, kv_cache_memory: 4GiB}\n"
+            )
+        },
+    ),
+    Case("PD122", Setup(environ={"VLLM_USE_V1": "1"}), {"Unset them": PLAIN}),
 ]
