@@ -29,8 +29,10 @@ from pdlaunch.client.smoke import engines_of, smoke
 from pdlaunch.process.run_dirs import RunningLaunch, running_launches
 from pdlaunch.server.app import make_app
 from pdlaunch.server.engine_service import EngineService
+from tests.e2e.api import total_now
 from tests.e2e.conftest import clean_environ
 from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.vllm_router import needs_vllm_router, running_vllm_router
 from tests.router.test_admin import COMMANDS
 from tests.server.conftest import engine_spec
 from tests.transfer.test_strangers import as_nobody
@@ -62,6 +64,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
         "PDLAUNCH_API_KEY": CLIENT,
         "PDLAUNCH_ENGINE_API_KEY": OTHER_ROUTER,
         "PDLAUNCH_PREFILL__PORT": str(port),
+        "PDLAUNCH_DECODE__PORT": str(free_port()),
     }
     arguments = ("--model", str(model), "--kv-cache-memory", "2MiB", "--dtype", "float32")
     with running_deployment(arguments, environ=clean_environ() | keys) as deployment:
@@ -117,6 +120,61 @@ def test_another_router_s_key_opens_the_engines_and_nothing_else(doors: Doors) -
     for url in doors.engines.values():
         assert ask("POST", f"{url}/v1/completions", BODY, Authorization=key)[0] == 200
     assert ask("POST", f"{doors.router}/v1/completions", BODY, Authorization=key)[0] == 401
+
+
+@pytest.fixture(scope="module")
+def vllm_router(doors: Doors, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_vllm_router(
+        prefill=doors.engines["prefill-0"],
+        decode=doors.engines["decode-0"],
+        api_key=OTHER_ROUTER,
+        log_file=tmp_path_factory.mktemp("vllm-router") / "log",
+    ) as url:
+        yield url
+
+
+def answered(url: str, kind: str, fields: dict[str, Any]) -> tuple[list[int], str, str]:
+    """Token ids, text and finish reason of the only choice; of a stream, all of its chunks."""
+    status, text = ask("POST", f"{url}/v1/{kind}", fields, Authorization=bearer(CLIENT))
+    assert status == 200, text
+    if fields.get("stream"):
+        lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert lines.pop() == "[DONE]"
+        events = [json.loads(line) for line in lines]
+    else:
+        events = [json.loads(text)]
+    choices = [choice for event in events for choice in event["choices"]]
+    parts = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+    return (
+        [token_id for choice in choices for token_id in choice.get("token_ids") or ()],
+        "".join(part.get("text") or part.get("content") or "" for part in parts),
+        choices[-1]["finish_reason"],
+    )
+
+
+@needs_vllm_router
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["completions", "chat/completions"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.5, "seed": 7}])
+def test_the_real_vllm_router_answers_with_the_same_tokens(
+    doors: Doors, vllm_router: str, kind: str, stream: bool, sampling: dict[str, Any]
+) -> None:
+    """It adds fields that nobody here knows, and sends engine_api_key as OPENAI_API_KEY."""
+    prompt = f"{kind} {stream} {sampling}: what comes next after this text?"
+    fields: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+    fields |= sampling | {"stream": stream, "model": "llama"}
+    fields |= (
+        {"prompt": prompt}
+        if kind == "completions"
+        else {"messages": [{"role": "user", "content": prompt}]}
+    )
+    num_pulls = total_now(doors.router, "transfers")
+    theirs = answered(vllm_router, kind, fields)
+    assert total_now(doors.router, "transfers") == num_pulls + 1
+    assert theirs == answered(doors.router, kind, fields)
+    assert len(theirs[0]) == 12
+    logs = [path.read_text() for path in doors.deployment.log_dir.glob("*.log")]
+    assert sum(log.count("ignored: 'no_stop_trim'") for log in logs) == 2, "once an engine"
 
 
 def test_the_clients_key_opens_no_command(doors: Doors) -> None:
