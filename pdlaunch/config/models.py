@@ -28,6 +28,7 @@ from pdlaunch.config.sizes import parse_size
 Role = Literal["prefill", "decode"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+GenerationConfig = Literal["auto", "vllm"]
 LoadFormat = Literal["auto", "dummy"]
 OffloadPolicy = Literal["arc", "lru"]
 
@@ -197,6 +198,13 @@ class SharedSettings(FrozenModel):
     )
     cors_origins: Annotated[Origins, Flag(panel=DEPLOYMENT)] = Field(
         (), description="Origins whose web pages may use the router or an engine; `*` for any."
+    )
+    generation_config: Annotated[GenerationConfig, Flag()] = Field(
+        "auto",
+        description=(
+            "Sampling defaults of requests: `auto` takes those of the model's "
+            "generation_config.json, `vllm` neutral ones."
+        ),
     )
     strict_fields: Annotated[bool, Flag(panel=DEPLOYMENT)] = Field(
         False,

@@ -22,7 +22,7 @@ from pdlaunch.protocol.engine import AddRequest, SamplingParams, TokenOutput, ou
 from pdlaunch.protocol.ids import NO_ORIGIN, HopId, PromptOrigin, RequestId, request_of
 from pdlaunch.protocol.kv_params import FirstToken, KVTransferParams
 from pdlaunch.protocol.openai.completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from pdlaunch.protocol.openai.generation import GenerationRequest
+from pdlaunch.protocol.openai.generation import GenerationRequest, SamplingFields
 from pdlaunch.server.choice import Choice, Delta
 from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.text_stream import IncrementalDetokenizer, TextStream
@@ -185,30 +185,32 @@ def _limit(
 ) -> int:
     """Return the number of output tokens of a choice.
 
-    Without a limit it is what remains, for completions at most 16 as OpenAI has it.
+    Without a limit it is what remains, for completions at most 16 as OpenAI has it, for chats at
+    most what the model's own defaults say.
     """
     remaining = model.remaining_tokens(num_prompt_tokens, request.token_limit, prompt_param)
     if request.token_limit is not None:
         return request.token_limit
-    return (
-        min(remaining, DEFAULT_MAX_TOKENS) if isinstance(request, CompletionRequest) else remaining
+    default = (
+        DEFAULT_MAX_TOKENS
+        if isinstance(request, CompletionRequest)
+        else model.defaults.max_new_tokens
     )
+    return remaining if default is None else min(remaining, default)
 
 
 def _sampling(
     request: GenerationRequest, model: ServedModel, limit: int, seed: int, number: int
 ) -> SamplingParams:
     end_tokens = () if request.ignore_eos else model.eos_token_ids
+    chosen = {
+        name: getattr(request if name in request.model_fields_set else model.defaults, name)
+        for name in SamplingFields.model_fields
+    }
     return SamplingParams(
         max_tokens=limit,
         min_tokens=request.min_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=max(request.top_k, 0),
-        min_p=request.min_p,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
+        **chosen | {"top_k": max(chosen["top_k"], 0)},
         logit_bias=request.logit_bias,
         stop_token_ids=tuple(dict.fromkeys((*request.stop_token_ids, *end_tokens))),
         eos_token_ids=model.eos_token_ids,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import read_model_shape
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import model_not_found
+from pdlaunch.protocol.openai.generation import SamplingDefaults
 from pdlaunch.server.chat_template import ChatTemplate, load_chat_template
+from pdlaunch.server.sampling_defaults import read_sampling_defaults
 from pdlaunch.server.tokenizer import TextTokenizer
+
+_log = logging.getLogger(__name__)
 
 UNBOUNDED_PROMPT_CHARS = 2**26
 """Longest text of a prompt where the tokenizer sets no bound."""
@@ -28,6 +33,8 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """What requests get for the sampling fields that they leave open."""
 
     @property
     def max_prompt_chars(self) -> int:
@@ -85,6 +92,13 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
     """
     progress("reading the tokenizer")
     shape = read_model_shape(spec.model_dir)
+    defaults = (
+        read_sampling_defaults(spec.model_dir)
+        if spec.generation_config == "auto"
+        else SamplingDefaults()
+    )
+    if changed := defaults.model_dump(exclude_defaults=True):
+        _log.info("requests that say nothing else get generation_config.json's %s", changed)
     return ServedModel(
         name=spec.served_model_name,
         model_dir=spec.model_dir,
@@ -93,4 +107,5 @@ def load_served_model(spec: EngineSpec, progress: Callable[[str], None]) -> Serv
         eos_token_ids=shape.eos_token_ids,
         tokenizer=TextTokenizer.load(spec.model_dir),
         chat_template=load_chat_template(spec.model_dir),
+        defaults=defaults,
     )

@@ -81,7 +81,7 @@ def tokenizer(model_dir: Path) -> TextTokenizer:
     return TextTokenizer.load(model_dir)
 
 
-def engine_spec(model_dir: Path, **changes: object) -> EngineSpec:
+def engine_spec(model_dir: Path, /, **changes: object) -> EngineSpec:
     fields: dict[str, object] = {
         "name": "prefill-0",
         "role": "prefill",

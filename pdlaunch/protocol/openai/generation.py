@@ -88,11 +88,30 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(RequestBody):
+class SamplingFields(RequestBody):
+    """Holds the fields that a model's generation_config.json has too; the defaults are neutral."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0)
+
+
+class SamplingDefaults(SamplingFields):
+    """Holds what requests get for the sampling fields that they leave open."""
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Limits answers of chats; completions have OpenAI's default."""
+
+
+class GenerationRequest(SamplingFields):
     """Holds the sampling and streaming fields of both completion APIs.
 
-    Defaults are neutral: a model's generation_config.json changes nothing but the end tokens.
-    ``user``, ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
+    ``model_fields_set`` tells which of them the client has given. ``user``,
+    ``safety_identifier`` and ``prompt_cache_key`` are accepted as labels.
     """
 
     # What would change the answer is refused, also where vLLM has it no more (``guided_*``): an
@@ -153,19 +172,12 @@ class GenerationRequest(RequestBody):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0, lt=2**31)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1: off.")
-    min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopStrings = []
     stop_token_ids: list[TokenId] = Field([], max_length=MAX_CHOICES)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0)
     logit_bias: LogitBias = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
