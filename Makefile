@@ -1,7 +1,7 @@
 # `make serve` and `make test` work on a fresh Linux machine with Python 3.11+ and make.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-# gguf: the demo model is a GGUF file. With CUDA: make serve EXTRAS=gguf,cuda
+# The demo model is a GGUF file.
 EXTRAS ?= gguf
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,12 @@ ARGS ?=
 DIST ?= dist
 
 help:  ## Show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo 'ARGS passes flags on:     make serve ARGS="--port 9000"'
+	@echo '                          make test ARGS="-k leases"'
+	@echo 'PYTHON names another one: make serve PYTHON=python3.12'
+	@echo 'EXTRAS, with CUDA:        make serve EXTRAS=gguf,cuda'
 
 # $(call require_new,PYTHON,FIX): the shell command that refuses a Python that is missing or too old.
 require_new = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
@@ -36,10 +41,10 @@ $(DEV): $(RUNTIME)
 	@$(BIN)/python tools/install.py dev
 	@touch $@
 
-install: $(RUNTIME)  ## Create .venv, install pinned dependencies, fetch and convert the demo model (once)
+install: $(RUNTIME)  ## Install into .venv, convert the demo model
 	@$(BIN)/python -m pdlaunch.models.convert smollm2 --if-needed
 
-serve: install  ## Serve the demo model on http://127.0.0.1:8000 (ARGS="--port 9000" passes flags on)
+serve: install  ## Serve the demo model on port 8000
 	@$(BIN)/python -m pdlaunch serve $(ARGS)
 
 $(MOONCAKE): $(DEV)
@@ -49,27 +54,31 @@ $(MOONCAKE): $(DEV)
 	  || echo "no wheel of Mooncake for this machine: its tests are skipped"
 	touch $@
 
-test: install $(DEV) $(MOONCAKE)  ## Run all tests (ARGS="-k name" passes options to pytest)
+test: install $(DEV) $(MOONCAKE)  ## Run all tests
 	$(PYTEST) $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
 
-coverage: install $(DEV) $(MOONCAKE)  ## Run all tests and show what they cover, child processes included
+coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -v --numprocesses 2 --no-loadscope-reorder $(ARGS); status=$$?; $(BIN)/coverage combine --quiet && \
 	  $(BIN)/coverage report && exit $$status
 
-soak: install $(DEV)  ## 6,000 requests under injected faults, cancels and kills (ARGS="--requests 500" for a shorter one)
+# ARGS="--requests 500": a shorter one.
+soak: install $(DEV)  ## Send 6,000 requests while faults happen
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
 
-kills: install $(DEV)  ## kill -9 and SIGSTOP of processes under load: what the clients see, seconds to recovery
+# kill -9 and SIGSTOP: what the clients see, seconds to recovery.
+kills: install $(DEV)  ## Kill and stop processes under load
 	$(BIN)/python -m tests.e2e.reliability kills $(ARGS)
 
-cancels: install $(DEV)  ## 1,000 clients that go away at random moments; every block must come back
+# Every block must come back.
+cancels: install $(DEV)  ## Have 1,000 clients go away
 	$(BIN)/python -m tests.e2e.reliability cancels $(ARGS)
 
-attack: install $(DEV)  ## Attack a deployment of its own as strangers would (ARGS="fuzz --requests 500" for one attack)
+# ARGS="fuzz --requests 500": one attack.
+attack: install $(DEV)  ## Attack a deployment as strangers would
 	$(BIN)/python -m tests.attacks $(ARGS)
 
 lint: $(DEV)  ## Check style and format
@@ -83,20 +92,21 @@ format: $(DEV)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-rules: $(RUNTIME)  ## Write docs/rules.md from the registry of rules
+rules: $(RUNTIME)  ## Write docs/rules.md
 	$(BIN)/pdlaunch explain --markdown > docs/rules.md
 
-settings: $(RUNTIME)  ## Write docs/settings.md from the fields of the settings
+settings: $(RUNTIME)  ## Write docs/settings.md
 	$(BIN)/pdlaunch config schema --markdown > docs/settings.md
 
 # setuptools is there, as torch needs it; a build/ of before would bring modules that are gone.
-wheel: $(RUNTIME)  ## Build dist/pdlaunch-VERSION-py3-none-any.whl
+wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 	@rm -rf build
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  --wheel-dir $(DIST) .
 	@ls $(DIST)/pdlaunch-*.whl
 
-clean:  ## Remove .venv and caches of the tools (models and logs stay in ~/.cache/pdlaunch)
+# Models and logs stay in ~/.cache/pdlaunch.
+clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
 .PHONY: help install serve test test-fast coverage soak kills cancels attack lint types format rules \

