@@ -6,6 +6,7 @@ from tests.checks.contexts import CPU, GIB, GPU
 from tests.checks.firing import Case, Setup
 
 PLAIN = Setup()
+ON_THIS_MACHINE = Setup(machine=None)
 TWO_CORES = replace(CPU, cpus=(0, 1), has_native_bf16=False, memory_bytes=256 * GIB)
 
 CASES = [
@@ -21,8 +22,8 @@ CASES = [
     ),
     Case(
         "PD103",
-        Setup(model="no-such-folder"),
-        {"a directory in Hugging Face layout": PLAIN},
+        Setup(model="no-such-folder", machine=None),
+        {"a directory in Hugging Face layout": ON_THIS_MACHINE},
     ),
     Case(
         "PD104",
@@ -133,8 +134,16 @@ CASES = [
             )
         },
     ),
-    Case("PD119", Setup(model="no-weights"), {"Complete the download": PLAIN}),
-    Case("PD119", Setup(model="pickles"), {"convert the weights to safetensors": PLAIN}),
+    Case(
+        "PD119",
+        Setup(model="no-weights", machine=None),
+        {"Complete the download": ON_THIS_MACHINE},
+    ),
+    Case(
+        "PD119",
+        Setup(model="pickles", machine=None),
+        {"convert the weights to safetensors": ON_THIS_MACHINE},
+    ),
     Case(
         "PD120",
         Setup(model="llama-8b", machine=TWO_CORES),

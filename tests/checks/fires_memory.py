@@ -41,10 +41,10 @@ CASES = [
     ),
     Case(
         "PD202",
-        Setup(flags=("--assume", "cuda", "--device", "cpu", "--enable-cumem-allocator")),
+        Setup(flags=("--device", "cpu", "--enable-cumem-allocator"), machine=GPU),
         {
-            "Remove enable_cumem_allocator": Setup(flags=("--assume", "cuda", "--device", "cpu")),
-            "run on a CUDA device": Setup(flags=("--assume", "cuda", "--enable-cumem-allocator")),
+            "Remove enable_cumem_allocator": Setup(flags=("--device", "cpu"), machine=GPU),
+            "run on a CUDA device": Setup(flags=("--enable-cumem-allocator",), machine=GPU),
         },
     ),
     Case(
@@ -72,8 +72,8 @@ CASES = [
     ),
     Case(
         "PD203",
-        Setup(flags=("--assume", "cuda", "--device", "cpu", "--enable-sleep-mode")),
-        {"Switch enable_sleep_mode off": Setup(flags=("--assume", "cuda", "--device", "cpu"))},
+        Setup(flags=("--device", "cpu", "--enable-sleep-mode"), machine=GPU),
+        {"Switch enable_sleep_mode off": Setup(flags=("--device", "cpu"), machine=GPU)},
     ),
     Case(
         "PD207",

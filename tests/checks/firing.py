@@ -20,6 +20,7 @@ from pdlaunch.cli import assume
 from pdlaunch.cli import check_config as command
 from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.machine_file import encode_machine
 from tests.checks.contexts import CPU
 from tests.config.model_files.files import EMPTY_SAFETENSORS
 
@@ -121,22 +122,25 @@ def write_models(folder: Path) -> None:
 
 def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
     """Return the severity of each rule that the command names, run in the folder of the models."""
-    path = folder / "deploy.yaml"
-    path.write_text(f"model: {setup.model}\nport: 0\n{setup.config}")
+    (folder / "deploy.yaml").write_text(f"model: {setup.model}\nport: 0\n{setup.config}")
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     environ = {"HOME": str(folder), **kept, **setup.environ}
+    flags = ["--format", "json", *setup.flags]
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(patch.dict(os.environ, environ, clear=True))
-        if (machine := setup.machine) is not None:
-            stack.enter_context(patch.object(assume, "probe_machine", lambda: machine))
-        flags = setup.flags
         if (measured := setup.measured) is not None:
-            flags = (*flags, "--probe")
+            # Only this machine is measured, so this one must be the machine.
+            machine = setup.machine
+            stack.enter_context(patch.object(assume, "probe_machine", lambda: machine))
             stack.enter_context(patch.object(command, "ask_nixl", lambda launch: {}))
             stack.enter_context(patch.object(command, "probe_transport", lambda launch: measured))
-        more_flags = stack.enter_context(setup.arrange())
-        arguments = ["check-config", path.name, "--format", "json", *flags, *more_flags]
+            flags.append("--probe")
+        elif setup.machine is not None:
+            (folder / "machine.json").write_text(encode_machine(setup.machine, {}))
+            flags += ["--assume", "machine.json"]
+        flags += stack.enter_context(setup.arrange())
+        arguments = ["check-config", "deploy.yaml", *flags]
         result = CliRunner().invoke(build_app(arguments), arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
