@@ -17,11 +17,13 @@ from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.config import sources
+from pdlaunch.config.model_files.fetch import fetch_part
 from pdlaunch.config.settings import VARIABLE_PREFIX, variable_paths
 from pdlaunch.config.sources import OTHER_VARIABLES, LoadedConfig
 from pdlaunch.engines.plan import kind_of, plan_processes
 from pdlaunch.errors import ConfigError, PdlaunchError, StartupError
 from pdlaunch.platform.probe import probe_machine
+from pdlaunch.resolve.models import fetch_weights, read_models
 from pdlaunch.resolve.plan import Plan
 from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 
@@ -102,9 +104,12 @@ class Launch:
     def __enter__(self) -> Launch:
         """Start and wait until the deployment serves.
 
-        Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that.
+        Raises StartupError, with what ``pdlaunch serve`` printed, when it ends before that, and
+        ConfigError when a model of a hub cannot be downloaded.
         """
         config, origins = self._config.config, self._config.origins
+        # Before the time of the start runs.
+        fetch_weights(config, read_models(config, fetch_part), fetch_part)
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdlaunch-api-"))
             file = Path(folder) / "deploy.json"
@@ -150,7 +155,8 @@ class Launch:
 
 
 def _resolve(config: LoadedConfig) -> ResolvedLaunch:
-    return resolve(config.config, {THIS_HOST: probe_machine()}, os.environ)
+    models = read_models(config.config, fetch_part)
+    return resolve(config.config, {THIS_HOST: probe_machine()}, os.environ, models)
 
 
 def _child_settings(loaded: LoadedConfig) -> tuple[dict[str, object], dict[str, str]]:

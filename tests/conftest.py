@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# No test asks a hub but one of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 pytest_plugins = ["tests.memory_guard", "tests.process_guard"]
 

@@ -18,7 +18,7 @@ from pdlaunch.bench.serve.row import BenchRow
 from pdlaunch.bench.serve.sweep import FIRST_TOKEN_ID, BenchOptions, ProgressText, bench_serve
 from pdlaunch.cli import EXIT_INTERRUPTED
 from pdlaunch.cli.bench_values import read_decimals, read_numbers
-from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.config.settings import flag_name
@@ -62,7 +62,7 @@ _TIER_HEADINGS = {"role": "engines", "tier": "cache tier", "hit_share": "hits"}
 
 @with_serve_flags
 def serve(
-    config: ConfigArgument = None,
+    config: Path | None = None,
     url: Annotated[
         str | None, typer.Option(help="URL of a running deployment; without it one is started.")
     ] = None,

@@ -18,6 +18,7 @@ from pdlaunch.checks.probes import probe_files, probe_ports
 from pdlaunch.checks.run import Report, run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
+from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import (
     github_line,
     github_problem,
@@ -26,13 +27,13 @@ from pdlaunch.cli.findings import (
     report_json,
     safe,
 )
-from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.preflight import probe_transport
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
 from pdlaunch.errors import ConfigError
-from pdlaunch.resolve.models import read_models_elsewhere
+from pdlaunch.resolve.models import read_models, read_models_elsewhere
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
 Format = Literal["table", "json", "github"]
@@ -41,7 +42,7 @@ Platform = Literal["cuda", "cpu"]
 
 @with_serve_flags
 def check_config(
-    config: ConfigArgument = None,
+    config: Path | None = None,
     output: Annotated[Format, typer.Option("--format", help="How findings are printed.")] = "table",
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors.")] = False,
     probe: Annotated[
@@ -71,11 +72,12 @@ def check_config(
     except ConfigError as error:
         _refuse(error, output, config)
     is_this = judged.assumed is None
+    read = read_models if is_this else read_models_elsewhere
     resolved = resolve(
         loaded.config,
         {THIS_HOST: judged.machine},
         judged.environ,
-        None if is_this else read_models_elsewhere(loaded.config),
+        read(loaded.config, ShownDownloads(Console(stderr=True))),
     )
     probes = Probes(nixl=ask_nixl(resolved) if probe else None)
     if is_this:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
@@ -15,7 +16,7 @@ from rich.text import Text
 from pdlaunch.cli import EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.findings import safe
-from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import FormatOption
 from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
@@ -73,7 +74,7 @@ def schema(
 @app.command("show", cls=ServeCommand)
 @with_serve_flags
 def show(
-    config: ConfigArgument = None,
+    config: Path | None = None,
     output: FormatOption = "table",
     changed: Annotated[
         bool, typer.Option("--changed", help="Print only what differs from the defaults.")

@@ -9,13 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pdlaunch.cli.completion import Complete, value_completion
+from pdlaunch.cli.completion import CONFIG_ENDINGS, Complete, complete_target, value_completion
 from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.settings import Setting, all_flags, all_settings
 
-ConfigArgument = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG", help="YAML file of the deployment.")
+_TARGET = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL|CONFIG",
+        help="Model (as --model), or file of the deployment (.yaml, .yml or .json).",
+        autocompletion=complete_target,
+    ),
 ]
 
 
@@ -23,18 +28,24 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a typer command the flags of ``serve``.
 
     ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
-    config path, ready for ``config.sources.load_config``. Its other parameters stay as they are.
+    config path, ready for ``config.sources.load_config``; and ``config: Path | None``, the file of
+    the argument, which may name a model instead. Its other parameters stay as they are.
     ``command_class`` of what is returned is the class that typer is to make of it.
     """
     own = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        p.replace(
+            kind=inspect.Parameter.KEYWORD_ONLY,
+            annotation=_TARGET if p.name == "config" else p.annotation,
+        )
         for p in inspect.signature(command, eval_str=True).parameters.values()
         if p.name != "flags"
     ]
 
     def call(**values: Any) -> None:
         given = {path: _take(flag, values) for path, flag in all_flags().items()}
-        command(**values, flags={path: value for path, value in given.items() if value is not None})
+        flags = {path: value for path, value in given.items() if value is not None}
+        values["config"] = _split_target(values["config"], flags)
+        command(**values, flags=flags)
 
     declared = [_parameters(all_settings()[path], flag) for path, flag in all_flags().items()]
     # typer reads the signature, so flags are declared without a function that lists them.
@@ -96,6 +107,21 @@ def _parameter(
         default=None,
         annotation=annotated[kind | None, option],
     )
+
+
+def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:
+    """Return the argument as the file that it names; the name of a model goes into ``flags``."""
+    if target is None:
+        return None
+    # The ending alone decides, so that nothing on the disk changes what a command means.
+    if target.lower().endswith(CONFIG_ENDINGS):
+        return Path(target)
+    if "model" in flags:
+        raise typer.BadParameter(
+            f"the model is given twice: {target} and --model {flags['model']}; leave one out"
+        )
+    flags["model"] = target
+    return None
 
 
 def _take(flag: Flag, values: dict[str, Any]) -> Any:

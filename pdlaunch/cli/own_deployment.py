@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
+from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.flags import to_command_line
 from pdlaunch.client.deployment import Deployment, running_deployment
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.settings import flag_name
+from pdlaunch.resolve.models import fetch_weights, read_models
 
 
 def refuse_address(flags: Mapping[str, object]) -> None:
@@ -34,8 +37,11 @@ def own_deployment(
     """Run ``serve FILE`` with these flags until the block ends.
 
     ``config`` is the configuration that they give, ``environ`` holds further variables. Raises
-    StartupError.
+    ConfigError and StartupError.
     """
+    # Here, where its progress is seen, and no time-out of the start runs.
+    downloads = ShownDownloads(Console(stderr=True))
+    fetch_weights(config, read_models(config, downloads), downloads)
     # Keys go through the environment: `ps` shows arguments to everybody.
     arguments, secrets = to_command_line(flags)
     with running_deployment(

@@ -7,6 +7,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -17,8 +18,9 @@ from rich.text import Text
 
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
+from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import safe
-from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
 from pdlaunch.cli.preflight import judge_pairs, refuse_errors
@@ -26,6 +28,7 @@ from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
 from pdlaunch.resolve.effective import effective_engines
+from pdlaunch.resolve.models import fetch_weights, read_models
 from pdlaunch.resolve.resolve import THIS_HOST, ResolvedLaunch, resolve
 from pdlaunch.supervisor.folders import new_launch_id, new_log_dir
 from pdlaunch.supervisor.launch import LaunchOutcome, check_platform, launch
@@ -38,7 +41,7 @@ STDIN = 0
 
 @with_serve_flags
 def serve(
-    config: ConfigArgument = None,
+    config: Path | None = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -79,7 +82,9 @@ def serve(
         lifeline = _standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
         judged = judged_machine(assume, loaded.config)
-        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ)
+        downloads = ShownDownloads(errors)
+        models = read_models(loaded.config, downloads)
+        resolved = resolve(loaded.config, {THIS_HOST: judged.machine}, judged.environ, models)
         if not dry_run:
             check_platform()
         resolved.require_startable()
@@ -91,6 +96,7 @@ def serve(
         # Before anything is started, so that a taken port costs no start.
         check_engine_ports(resolved)
         with listening(loaded.config.host, loaded.config.port) as listeners:
+            fetch_weights(loaded.config, models, downloads)
             outcome = _serve(loaded, resolved, lifeline, listeners)
     except ConfigError as error:
         _refuse(errors, error)

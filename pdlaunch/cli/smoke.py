@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pdlaunch.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE
-from pdlaunch.cli.flags import ConfigArgument, with_serve_flags
+from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import print_errors
 from pdlaunch.cli.own_deployment import own_deployment, refuse_address
 from pdlaunch.client.deployment import Deployment
@@ -27,7 +27,7 @@ from pdlaunch.testing.chaos import chaos_environment, smoke_under_chaos
 
 @with_serve_flags
 def smoke_command(
-    config: ConfigArgument = None,
+    config: Path | None = None,
     junit: Annotated[
         Path | None,
         typer.Option(help="Write the checks as JUnit XML.", metavar="FILE", dir_okay=False),

@@ -23,6 +23,7 @@ from pdlaunch.config.field_types import (
 )
 from pdlaunch.config.http_names import HostNames, Origins
 from pdlaunch.config.kv_transfer import KVTransferSettings
+from pdlaunch.config.model_files.hub import Revision
 from pdlaunch.config.sizes import parse_size
 
 Role = Literal["prefill", "decode"]
@@ -58,7 +59,13 @@ class EngineSettings(FrozenModel):
     model: Annotated[str, Flag()] = Field(
         DEFAULT_MODEL,
         min_length=1,
-        description="Alias, directory in Hugging Face layout, or .gguf file.",
+        description=(
+            "Alias, directory in Hugging Face layout, .gguf file, or a name on the hub such as "
+            "Qwen/Qwen3-0.6B, which is downloaded."
+        ),
+    )
+    revision: Annotated[Revision | None, Flag()] = Field(
+        None, description="Branch, tag or commit of a model on the hub; its main branch when unset."
     )
     tensor_parallel_size: Annotated[
         int, Flag(of_role=Flag("{role}-tp", help="Ranks of a {role} engine."))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from pdlaunch.config.model_files.aliases import resolve_model
+from pdlaunch.config.model_files.aliases import is_on_hub, resolve_model
+from pdlaunch.config.model_files.fetch import Fetch
 from pdlaunch.config.model_files.gguf import check_gguf
+from pdlaunch.config.model_files.hub import NotDownloadedError
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
 from pdlaunch.config.models import LaunchConfig, Role
@@ -28,21 +31,42 @@ class Model:
     error: ConfigError | None = None
     """The reason why the model cannot be served."""
     pending: str = ""
-    """The reason why the shape is not known yet: the model is converted first."""
+    """The reason why the shape is not known yet: the model is converted or downloaded first."""
+    on_hub: bool = False
+    """Its files come from a hub, the weights after everything has been judged."""
 
 
-def read_models(config: LaunchConfig) -> dict[Role, Model]:
-    """Read the model of each role that has engines; never raises, see ``Model.error``."""
-    names = {
-        role: config.engine_settings(role).model for role in ROLES if config.role(role).replicas
+def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
+    """Read the model of each role that has engines; never raises, see ``Model.error``.
+
+    ``fetch`` brings the descriptions of models of a hub here first; without it, only what is here
+    is read.
+    """
+    settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
+    named = {role: (engine.model, engine.revision) for role, engine in settings.items()}
+    read = {key: _read(*key, fetch) for key in dict.fromkeys(named.values())}
+    return {role: read[key] for role, key in named.items()}
+
+
+def fetch_weights(config: LaunchConfig, models: Mapping[Role, Model], fetch: Fetch) -> None:
+    """Bring the weights of models of a hub here, those of the version that was judged.
+
+    Raises ConfigError, also when what came is no usable set of weights.
+    """
+    wanted = {
+        model.path: model.name
+        for role, model in models.items()
+        if model.on_hub and model.path and config.engine_settings(role).load_format != "dummy"
     }
-    read = {name: _read(name) for name in set(names.values())}
-    return {role: read[name] for role, name in names.items()}
+    for path, name in wanted.items():
+        # Snapshots are named after their commit.
+        fetch(name, Path(path).name, "weights")
+        weight_files(Path(path))
 
 
-def read_models_elsewhere(config: LaunchConfig) -> dict[Role, Model]:
+def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
     """Read the models of a launch on another machine, as far as they are here too."""
-    return {role: _elsewhere(model) for role, model in read_models(config).items()}
+    return {role: _elsewhere(model) for role, model in read_models(config, fetch).items()}
 
 
 def _elsewhere(model: Model) -> Model:
@@ -54,7 +78,8 @@ def _elsewhere(model: Model) -> Model:
 
 def weight_error(model: Model) -> ConfigError | None:
     """Return what is wrong with the files of weights of a model that can be read; None: nothing."""
-    if model.shape is None or model.path is None:
+    # Those of a hub are fetched, and checked, once all else has been found good.
+    if model.shape is None or model.path is None or model.on_hub:
         return None
     try:
         weight_files(Path(model.path))
@@ -63,16 +88,24 @@ def weight_error(model: Model) -> ConfigError | None:
     return None
 
 
-def _read(name: str) -> Model:
+def _read(name: str, revision: str | None, fetch: Fetch | None) -> Model:
+    on_hub = is_on_hub(name)
     try:
-        resolved = resolve_model(name)
+        if on_hub and fetch is not None:
+            fetch(name, revision, "description")
+        resolved = resolve_model(name, revision)
         path = str(resolved.cache_dir)
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")
-        return Model(name, path, read_model_shape(resolved.cache_dir))
+        return Model(name, path, read_model_shape(resolved.cache_dir), on_hub=on_hub)
+    except NotDownloadedError as error:
+        # Nobody tried to download it.
+        if fetch is None:
+            return Model(name, pending=f"{name} is downloaded at the first start", on_hub=True)
+        return Model(name, error=error, on_hub=True)
     except ConfigError as error:
-        return Model(name, error=error)
+        return Model(name, error=error, on_hub=on_hub)
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = f"model {name!a} cannot be read: {reason}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.model_files.hub import not_cached
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
@@ -50,7 +51,7 @@ class ResolvedLaunch:
     @property
     def conversions(self) -> tuple[str, ...]:
         """The models that must be converted before the processes are started."""
-        return tuple(dict.fromkeys(engines.model.name for engines in self._pending))
+        return tuple(dict.fromkeys(e.model.name for e in self._pending if not e.model.on_hub))
 
     @property
     def listeners(self) -> tuple[ListenAddress, ...]:
@@ -74,15 +75,18 @@ class ResolvedLaunch:
 
     @property
     def served_model_name(self) -> str:
-        """The name in the API: as set, else the alias, or the directory or file without its ending.
+        """The name in the API: as set, else the alias, the name on the hub, or the directory or
+        file without its ending.
 
         Empty without engines.
         """
-        settings = next((engines.settings for engines in self.roles.values()), None)
-        if settings is None:
+        engines = next(iter(self.roles.values()), None)
+        if engines is None:
             return ""
-        path = Path(settings.model).expanduser()
-        own = path.stem if path.suffix == ".gguf" else path.resolve().name
+        own = engines.settings.model
+        if not engines.model.on_hub:
+            path = Path(own).expanduser()
+            own = path.stem if path.suffix == ".gguf" else path.resolve().name
         return self.config.served_model_name or own
 
     def require_startable(self) -> None:
@@ -94,6 +98,8 @@ class ResolvedLaunch:
         for engines in self.roles.values():
             if engines.model.error is not None:
                 raise engines.model.error
+            if engines.model.pending and engines.model.on_hub:
+                raise not_cached(engines.model.name, engines.settings.revision)
         if not self.roles:
             raise ConfigError(
                 "there is no engine to start",

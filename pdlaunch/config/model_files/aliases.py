@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdlaunch.config.model_files.hub import cached_snapshot, is_hub_name
+from pdlaunch.config.problems import nearest
 from pdlaunch.errors import ConfigError
 
 CONVERTER_VERSION = 1
@@ -46,11 +48,22 @@ class ResolvedModel:
     """False when ``python -m pdlaunch.models.convert MODEL`` has to run first."""
 
 
-def resolve_model(model: str) -> ResolvedModel:
-    """Find a model by alias, directory or .gguf file.
+def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
+    """Find a model by alias, directory, .gguf file or name on the hub, in this order.
 
-    Raises ConfigError (field ``model``) with a fix.
+    A directory that is called like an alias is ``./NAME``. Asks no network. Raises ConfigError
+    (field ``model``) with a fix, NotDownloadedError for a name on the hub that the cache lacks.
     """
+    if is_on_hub(model):
+        snapshot = cached_snapshot(model, revision)
+        return ResolvedModel(model, snapshot, snapshot, ready=True)
+    if revision is not None:
+        raise ConfigError(
+            f"revision {revision!r} is for models of a hub; {model!r} is none",
+            field="revision",
+            value=revision,
+            fix="Leave revision out, or name the model as ORG/NAME.",
+        )
     source = _find_alias(model) if model in ALIASES else Path(model).expanduser()
     # Checked first: a directory may be called smollm2.gguf.
     if (source / "config.json").is_file():
@@ -59,8 +72,13 @@ def resolve_model(model: str) -> ResolvedModel:
         cache_dir = cache_root() / "models" / f"{source.stem}-{_content_key(source)}"
         return ResolvedModel(model, source, cache_dir, ready=(cache_dir / "config.json").is_file())
     raise ConfigError(
-        _why_not_found(model, source), field="model", value=model, fix=_how_to_find(source)
+        _why_not_found(model, source), field="model", value=model, fix=_how_to_find(model, source)
     )
+
+
+def is_on_hub(model: str) -> bool:
+    """Say whether ``model`` names a model of a hub; a directory of that name comes first."""
+    return is_hub_name(model) and not Path(model).exists()
 
 
 def cache_root() -> Path:
@@ -115,17 +133,12 @@ def _why_not_found(model: str, source: Path) -> str:
     return f"model {model!r} is no alias, and no such directory or file exists"
 
 
-def _how_to_find(source: Path) -> str:
-    hint = (
-        f"Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, or a .gguf "
-        "file."
-    )
-    # `org/name` is how models are named on a hub, so most users mean that.
-    looks_like_hub_name = (
-        not source.exists() and len(source.parts) == 2 and not source.is_absolute()
-    )
+def _how_to_find(model: str, source: Path) -> str:
+    meant = None if source.exists() else nearest(model, ALIASES)
+    hint = f"Did you mean {meant}? " if meant else ""
+    if source.is_file():
+        hint = "A file with settings ends in .yaml, .yml or .json. "
     return (
-        f"{hint} Models are not downloaded: `hf download {source} --local-dir DIR` first."
-        if looks_like_hub_name
-        else hint
+        f"{hint}Name an alias ({', '.join(ALIASES)}), a directory in Hugging Face layout, a .gguf "
+        "file, or a model of the hub as ORG/NAME."
     )

@@ -30,7 +30,7 @@ def weight_files(model_dir: Path) -> list[Path]:
     """
     index = model_dir / INDEX
     files = (
-        [model_dir / name for name in _names_in(index)]
+        [model_dir / name for name in names_in(index)]
         if index.is_file()
         else sorted(model_dir.glob("model*.safetensors"))
     )
@@ -136,11 +136,15 @@ def _data_bytes(path: Path, header: bytes) -> int:
     return end
 
 
-def _names_in(index: Path) -> list[str]:
+def names_in(index: Path) -> list[str]:
+    """Return the files that an index names. Raises ConfigError when it cannot be read."""
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         if not all(isinstance(name, str) for name in names):
             raise TypeError("a file name is no text")
+        # Who publishes a model does not choose which files of this machine are read.
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names a file outside of its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(index, f"it cannot be read ({type(error).__name__}: {error})") from None
     except OSError as error:

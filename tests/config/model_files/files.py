@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,17 @@ from pathlib import Path
 
 EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
 """A whole file without a tensor."""
+
+
+def write_safetensors(path: Path, *, num_bytes: int) -> Path:
+    """Write a whole file of one tensor, whose bytes differ by the file's name."""
+    header = json.dumps(
+        {"a": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}
+    ).encode()
+    data = random.Random(path.name).randbytes(num_bytes)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
 
 ALIGNMENT = 32
 _UINT32, _FLOAT32, _STRING, _LIST = 4, 6, 8, 9

@@ -77,7 +77,9 @@ def test_alias_without_its_package_says_how_to_install_it(
     ("name", "part"),
     [
         ("nobody/knows", "hf download"),
-        ("smollm3", "smollm2"),
+        ("smolm2", "Did you mean smollm2?"),
+        ("no-such-thing-at-all", "ORG/NAME"),
+        ("a/b/c", "no such directory"),
         ("", "alias"),
         ("{tmp}", "config.json"),
     ],

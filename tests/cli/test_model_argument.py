@@ -1,0 +1,215 @@
+"""``pdlaunch serve MODEL``: the argument is a model or a file, and models come from a hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from pdlaunch.cli import downloads, own_deployment
+from pdlaunch.cli.app import build_app
+from pdlaunch.config.model_files.fetch import ReportBytes
+from pdlaunch.errors import StartupError
+from tests.cli.test_serve import MODEL
+from tests.config.model_files.fake_hub import COMMIT, fake_hub
+from tests.config.model_files.files import EMPTY_SAFETENSORS, write_safetensors
+
+NAME = "org/tiny"
+WEIGHTS = "model.safetensors"
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    for name in [name for name in os.environ if name.startswith("PDLAUNCH_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str, columns: int = 200) -> Result:
+        environ = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
+        result = CliRunner().invoke(build_app(arguments), arguments, env=environ)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A model in the cache of the hub, and a directory in the working one."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    folder = repository / "snapshots" / COMMIT
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for place in (folder, tmp_path / "local", tmp_path / "smollm2"):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(MODEL))
+        (place / WEIGHTS).write_bytes(EMPTY_SAFETENSORS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (NAME, NAME),
+        ("local", "local"),
+        ("./local/", "local"),
+        ("./smollm2", "smollm2"),
+        ("{tmp}/local", "local"),
+    ],
+)
+def test_a_model_is_named_by_the_argument(
+    run: Run, snapshot: Path, tmp_path: Path, model: str, name: str
+) -> None:
+    result = run("serve", model.format(tmp=tmp_path), "--dry-run", "--format", "json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["conversions"] == []
+    decode = plan["engines"]["decode"]
+    folder = snapshot if model == NAME else tmp_path / name
+    assert (decode["served_model_name"], decode["model_dir"]) == (name, str(folder))
+
+
+def test_a_commit_is_chosen_and_another_is_missed(run: Run, snapshot: Path) -> None:
+    assert run("check-config", NAME, "--revision", COMMIT).exit_code == 0
+    result = run("check-config", NAME, "--revision", "v2")
+    assert result.exit_code == 1
+    assert "at revision v2 is not in the cache" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("file", ["deploy.yaml", "deploy.yml", "DEPLOY.YAML", "deploy.json"])
+def test_a_file_of_settings_is_told_by_its_ending(
+    run: Run, snapshot: Path, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / file).write_text('{"model": "local", "block_size": 32}')
+    values = json.loads(run("config", "show", file, "--changed", "--format", "json").stdout)
+    assert {name: item["value"] for name, item in values.items()} == {
+        "model": "local",
+        "block_size": 32,
+    }
+    # A model beside the file is a flag, which wins.
+    result = run("config", "show", file, "--model", NAME, "--changed", "--format", "json")
+    assert json.loads(result.stdout)["model"]["value"] == NAME
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("serve", NAME, "--model", "local"), 2, "given twice: org/tiny and --model local"),
+        (("serve", "deploy.yaml", NAME), 2, "unexpected extra argument"),
+        (("serve", "no.yaml"), 2, "no.yaml: no such file"),
+        (("serve", "notes.txt", "--dry-run"), 2, "settings ends in .yaml, .yml or .json"),
+        (("check-config", "smolm2"), 1, "Did you mean smollm2?"),
+        (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
+        (("serve", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
+        (("check-config", "../../etc/passwd"), 1, "no such directory or file exists"),
+        (("serve", NAME, "--revision", "../../x"), 2, "must be a branch, a tag or a commit"),
+        (("check-config", "local", "--revision", "main"), 1, "is for models of a hub"),
+        (("bench", "serve", NAME, "--url", "http://127.0.0.1:1"), 2, "--model"),
+    ],
+)
+@pytest.mark.parametrize("columns", [60, 200])
+def test_what_cannot_be_meant_is_explained(
+    run: Run,
+    snapshot: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    expected: str,
+    columns: int,
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "deploy.yaml").touch()
+    result = run(*arguments, columns=columns)
+    assert result.exit_code == code, result.output
+    # A narrow terminal may break a line after any character.
+    text = re.sub(r"[\s│╭╮╰╯─]", "", result.output)
+    assert re.sub(r"\s", "", expected) in text
+
+
+def test_values_are_shown_before_a_model_is_downloaded(run: Run) -> None:
+    result = run("config", "show", "org/other", "--format", "json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["decode.dtype"]["value"] in (None, "float32")
+    assert "org/other is downloaded at the first start" in result.stdout
+
+
+@pytest.mark.parametrize("command", [("smoke",), ("bench", "serve")])
+def test_a_deployment_of_a_command_gets_the_model(
+    run: Run, snapshot: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def refuse(arguments: list[str], **_: object) -> None:
+        started.append(arguments)
+        raise StartupError("enough")
+
+    monkeypatch.setattr(own_deployment, "running_deployment", refuse)
+    assert run(*command, NAME).exit_code == 1
+    assert started == [["--model", NAME]]
+
+
+def test_progress_on_a_terminal_and_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, revision: str | None, part: str, report: ReportBytes) -> None:
+        for done in (0, 512, 1024):
+            report(done, 1024)
+
+    monkeypatch.setattr(downloads, "fetch_part", fetch)
+    log = io.StringIO()
+    downloads.ShownDownloads(Console(file=log))(NAME, None, "weights")
+    # The next line comes seconds later.
+    assert log.getvalue().splitlines() == [f"downloading {NAME}: 0 B of 1 KiB"]
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=60)
+    downloads.ShownDownloads(console)(NAME, None, "weights")
+    assert f"downloading {NAME}: 1 KiB of 1 KiB" in screen.getvalue()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_interrupted_download_leaves_what_is_complete_and_no_more(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "config.json").write_text(json.dumps(MODEL))
+    write_safetensors(published / WEIGHTS, num_bytes=100_000)
+    environ = {name: value for name, value in os.environ.items() if name[:3] not in ("HF_", "PDL")}
+    with fake_hub(NAME, published) as hub:
+        hub.hold = {WEIGHTS: threading.Event()}
+        environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pdlaunch", "serve", NAME, "--port", "0"],
+            env=environ | {"PYTHONPATH": ":".join(sys.path), "COLUMNS": "60"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            # The first line is of the description.
+            while WEIGHTS not in hub.asked():
+                assert process.poll() is None, process.stdout.read()
+                threading.Event().wait(0.02)
+            process.send_signal(number)
+            output = process.stdout.read()
+        assert process.returncode == 128 + number
+        assert f"downloading {NAME}: " in output
+        assert "Traceback" not in output
+    repository = tmp_path / "hub" / "models--org--tiny"
+    assert [path.name for path in (repository / "snapshots" / COMMIT).iterdir()] == ["config.json"]
+    assert not list(repository.rglob("*.incomplete"))

@@ -1,0 +1,164 @@
+"""A small hub on 127.0.0.1: what huggingface_hub asks of one, for the models that it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_of_the_test"
+
+API = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/?]+)")
+FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+@dataclass
+class FakeHub:
+    """Serves the files of a folder as one model, ``name``, at one commit."""
+
+    name: str
+    folder: Path
+    url: str = ""
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    is_gated: bool = False
+    needs_token: bool = False
+    break_after: dict[str, int] = field(default_factory=dict)
+    """Bytes of a file after which the next connection breaks off; once for each entry."""
+    hold: dict[str, threading.Event] = field(default_factory=dict)
+    """The second half of a file is sent once its event is set."""
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, path and Range of each."""
+
+    def asked(self, method: str = "GET") -> list[str]:
+        """The files that were asked for with ``method``, in order."""
+        found = (FILE.fullmatch(path) for verb, path, _ in self.requests if verb == method)
+        return [match[3] for match in found if match]
+
+
+@contextmanager
+def fake_hub(name: str, folder: Path) -> Iterator[FakeHub]:
+    hub = FakeHub(name, folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            _answer(hub, self, with_body=False)
+
+        def do_GET(self) -> None:
+            _answer(hub, self, with_body=True)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        for event in hub.hold.values():
+            event.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _answer(hub: FakeHub, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
+    path = unquote(urlsplit(request.path).path)
+    hub.requests.append((request.command, path, request.headers.get("Range", "")))
+    api, file = API.fullmatch(path), FILE.fullmatch(path)
+    found = api or file
+    if found is None or found[1] != hub.name:
+        _refuse(request, 401, "RepoNotFound")
+        return
+    if hub.is_gated:
+        _refuse(request, 403, "GatedRepo")
+        return
+    if hub.needs_token and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+        _refuse(request, 401, "RepoNotFound")
+        return
+    revision = found[3] if api else found[2]
+    commit = hub.revisions.get(revision, revision if revision == COMMIT else None)
+    if commit is None:
+        _refuse(request, 404, "RevisionNotFound")
+        return
+    if api is not None:
+        _describe(hub, request, commit, tree=api[2] == "tree")
+    elif file is not None:
+        _send_file(hub, request, commit, file[3], with_body=with_body)
+
+
+def _refuse(request: BaseHTTPRequestHandler, status: int, code: str) -> None:
+    request.send_response(status)
+    request.send_header("X-Error-Code", code)
+    request.send_header("X-Error-Message", code)
+    request.send_header("Content-Length", "0")
+    request.end_headers()
+
+
+def _describe(hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, *, tree: bool) -> None:
+    files = sorted(path for path in hub.folder.rglob("*") if path.is_file())
+    names = {str(path.relative_to(hub.folder)): path for path in files}
+    body: object = {
+        "id": hub.name,
+        "sha": commit,
+        "siblings": [{"rfilename": name} for name in names],
+    }
+    if tree:
+        body = [
+            {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)}
+            for name, path in names.items()
+        ]
+    data = json.dumps(body).encode()
+    request.send_response(200)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    request.wfile.write(data)
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def _send_file(
+    hub: FakeHub, request: BaseHTTPRequestHandler, commit: str, name: str, *, with_body: bool
+) -> None:
+    path = hub.folder / name
+    if not path.is_file():
+        _refuse(request, 404, "EntryNotFound")
+        return
+    data = path.read_bytes()
+    start = int((request.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+    request.send_response(206 if start else 200)
+    request.send_header("ETag", f'"{_etag(path)}"')
+    request.send_header("X-Repo-Commit", commit)
+    request.send_header("Accept-Ranges", "bytes")
+    request.send_header("Content-Length", str(len(data) - start))
+    if start:
+        request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+    request.end_headers()
+    if not with_body:
+        return
+    end = len(data)
+    if name in hub.break_after:
+        end = hub.break_after.pop(name)
+        request.close_connection = True
+    half = len(data) // 2
+    if name in hub.hold and start < half:
+        request.wfile.write(data[start:half])
+        request.wfile.flush()
+        hub.hold[name].wait()
+        start = half
+    request.wfile.write(data[start:end])
