@@ -75,7 +75,7 @@ _MISSING = """
     --enable-request-id-headers --enable-return-routed-experts --enable-server-load-tracking
     --enable-ssl-refresh --enable-tokenizer-info-endpoint --enable-tower-connector-lora
     --eplb-config --exclude-tools-when-tool-choice-none --expert-placement-strategy
-    --fully-sharded-loras --generation-config --grpc --headless --hf-overrides --ignore-patterns
+    --fully-sharded-loras --grpc --headless --hf-overrides --ignore-patterns
     --io-processor-plugin --kernel-config --kv-cache-dtype --kv-cache-metrics --kv-events-config
     --kv-offloading-backend --kv-sharing-fast-prefill --language-model-only --limit-mm-per-prompt
     --log-config-file --log-error-stack --logits-processors --logprobs-mode
