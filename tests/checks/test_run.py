@@ -9,6 +9,7 @@ from pdlaunch.checks.registry import all_rules
 from pdlaunch.checks.run import run_checks
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import load_config
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.profiles import find_profile
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.resolve import resolve
@@ -215,13 +216,31 @@ def test_resolved_is_plain_json_without_secrets():
 
 
 @pytest.mark.parametrize(
-    "model", ["/nonexistent", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "org/name"]
+    "model", ["/nonexistent", "~nobody-has-this-name/x", "a" * 5000, "a\0b", "org/name/x"]
 )
 def test_models_that_cannot_be_read_say_so(model):
     (prefill, decode) = read_models(LaunchConfig(model=model)).values()
     assert prefill is decode
     assert prefill.error is not None
     assert prefill.error.field == "model"
+
+
+def test_a_model_of_a_hub_is_fetched_before_it_is_read_or_is_pending():
+    asked = []
+    config = LaunchConfig(model="org/not-there", decode={"revision": "v2"})
+
+    def fetch(name, revision, part):
+        asked.append((name, revision, part))
+        if revision:
+            raise ConfigError("no such revision", field="revision")
+
+    pending = read_models(config)["prefill"]
+    assert (pending.error, pending.on_hub) == (None, True)
+    assert "is downloaded" in pending.pending
+    found = read_models(config, fetch)
+    assert asked == [("org/not-there", revision, "description") for revision in (None, "v2")]
+    assert "is not in the cache" in str(found["prefill"].error)
+    assert str(found["decode"].error) == "no such revision"
 
 
 def test_unsupported_models_are_named(tmp_path):

@@ -114,7 +114,7 @@ def test_a_file_of_settings_is_told_by_its_ending(
         (("serve", "notes.txt", "--dry-run"), 2, "settings ends in .yaml, .yml or .json"),
         (("check-config", "smolm2"), 1, "Did you mean smollm2?"),
         (("check-config", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
-        (("serve", "org/other"), 1, "HF_HUB_OFFLINE forbids to download it"),
+        (("serve", "org/other"), 2, "HF_HUB_OFFLINE forbids to download it"),
         (("check-config", "../../etc/passwd"), 1, "no such directory or file exists"),
         (("serve", NAME, "--revision", "../../x"), 2, "must be a branch, a tag or a commit"),
         (("check-config", "local", "--revision", "main"), 1, "is for models of a hub"),
