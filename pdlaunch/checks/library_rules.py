@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.platform.allocator_conf import HIP_VARIABLE
 from pdlaunch.platform.facts import Libraries
 
 OLDEST_MOONCAKE = (0, 3, 13)
@@ -179,6 +180,42 @@ def torch_without_cuda(context: Context) -> Iterator[Found]:
     for engine in context.on("cuda"):
         if libraries.torch is not None and libraries.torch_cuda is None and context.machine.gpus:
             yield Found(engine.where("device"), f"torch {libraries.torch} is built without CUDA")
+
+
+@rule(
+    "PD426",
+    "error",
+    fix="Install a build of torch for CUDA, or one for the CPU.",
+    source="torch/version.py; pdlaunch is made for CUDA and for CPUs.",
+    needs=("libraries",),
+)
+def torch_for_rocm(context: Context) -> Iterator[Found]:
+    """torch is built for AMD GPUs (ROCm, HIP), which pdlaunch does not support.
+
+    pdlaunch asks the CUDA driver for GPUs, shares memory through it, and its kernels and its
+    transfers were made for it. Nothing of that has been tried with HIP.
+    """
+    libraries = context.machine.libraries
+    if libraries.torch_is_for_rocm:
+        yield Found("package torch", f"torch {libraries.torch} is built for ROCm")
+
+
+@rule(
+    "PD427",
+    "warning",
+    fix=f"Unset {HIP_VARIABLE}; PYTORCH_ALLOC_CONF is read on CUDA.",
+    source="Compared with torch 2.13.0 (libc10, libc10_cuda).",
+)
+def hip_variable(context: Context) -> Iterator[Found]:
+    """PYTORCH_HIP_ALLOC_CONF is set: AMD GPUs (ROCm, HIP) are not supported.
+
+    A build of torch for CUDA takes most keys from this variable all the same, and then ignores
+    them in PYTORCH_ALLOC_CONF.
+    """
+    for engine in context.engines.values():
+        if HIP_VARIABLE in engine.given_environ:
+            message = f"{HIP_VARIABLE} configures torch on AMD GPUs, which are not supported"
+            yield Found(context.where_variable(engine, HIP_VARIABLE), message)
 
 
 @rule(

@@ -6,6 +6,7 @@ from types import ModuleType
 
 from pdlaunch.checks import (
     config_rules,
+    fabric_rules,
     kv_cache_rules,
     library_rules,
     machine_rules,
@@ -44,6 +45,7 @@ def all_rules() -> dict[str, Rule]:
         machine_rules,
         mooncake_rules,
         ucx_rules,
+        fabric_rules,
         network_rules,
         transport_rules,
     )

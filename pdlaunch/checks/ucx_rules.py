@@ -27,7 +27,6 @@ from pdlaunch.config.ucx_variables import (
 )
 from pdlaunch.resolve.roles import RoleEngines
 
-_MNNVL = "UCX_CUDA_IPC_ENABLE_MNNVL"
 _UCX = "UCX_TLS, UCX 1.19 as NIXL 1.5.1 ships it."
 _BARE_NAMES = sorted(name.removeprefix("UCX_") for name in KNOWN_VARIABLES)
 
@@ -152,55 +151,6 @@ def ucx_without_rdma(context: Context) -> Iterator[Found]:
             yield Found(
                 context.where_variable(engine, "UCX_TLS"),
                 f"UCX_TLS {_given(engine)} has no RDMA transport; this host has {devices}",
-            )
-
-
-@rule(
-    "PD435",
-    "warning",
-    fix=f"Unset {_MNNVL} (UCX then tries), or set it to y.",
-    source="UCX 1.19: yes, no or try; try is the default.",
-    needs=("gpus", "fabric"),
-)
-def mnnvl_off_with_fabric(context: Context) -> Iterator[Found]:
-    """Multi-node NVLink is switched off on a machine that has it.
-
-    GB-series machines with an IMEX channel exchange memory over NVLink, also between hosts. With
-    the switch off, UCX takes the network, or copies fabric-handle memory through the host.
-    """
-    has_fabric = any(gpu.is_grace and gpu.has_fabric_handles for gpu in context.machine.gpus)
-    for engine in context.on("cuda") if has_fabric else ():
-        if context.uses_ucx and _is_off(engine.given_environ.get(_MNNVL)):
-            yield Found(
-                context.where_variable(engine, _MNNVL),
-                f"{_MNNVL} is off on {context.machine.gpus[0].name} with fabric handles",
-            )
-
-
-@rule(
-    "PD436",
-    "warning",
-    fix=f"Unset {_MNNVL}, or start the IMEX service and give this container its channel.",
-    source=(
-        "Measured on two H200s without an IMEX channel: no difference with "
-        "UCX_CUDA_IPC_ENABLE_MNNVL=y."
-    ),
-    needs=("gpus", "fabric"),
-)
-def mnnvl_on_without_fabric(context: Context) -> Iterator[Found]:
-    """Multi-node NVLink is demanded on a machine without fabric handles.
-
-    Without an IMEX channel there are no fabric handles. With the switch on, UCX says nothing and
-    moves CuMem memory at 0.6 GB/s.
-    """
-    gpus = context.machine.gpus
-    if not gpus or any(gpu.has_fabric_handles is not False for gpu in gpus):
-        return
-    for engine in context.on("cuda"):
-        if context.uses_ucx and _is_on(engine.given_environ.get(_MNNVL)):
-            yield Found(
-                context.where_variable(engine, _MNNVL),
-                f"{_MNNVL} is on, but {gpus[0].name} has no fabric handles here",
             )
 
 
@@ -358,11 +308,3 @@ def _did_you_mean(name: str | None) -> str | None:
 def _given(engine: RoleEngines) -> str:
     """Return the user's UCX_TLS, for messages."""
     return setting(engine.given_environ)
-
-
-def _is_on(value: str | None) -> bool:
-    return value is not None and value.lower() in ("y", "yes", "1", "on", "true")
-
-
-def _is_off(value: str | None) -> bool:
-    return value is not None and value.lower() in ("n", "no", "0", "off", "false")

@@ -117,6 +117,11 @@ class Libraries:
     missing_for_mooncake: tuple[str, ...] = ()
     """Shared libraries that Mooncake needs and the loader does not find."""
 
+    @property
+    def torch_is_for_rocm(self) -> bool:
+        """Return True for a build of torch for AMD GPUs (HIP): ``2.13.0+rocm6.4``."""
+        return self.torch is not None and "rocm" in self.torch.partition("+")[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -23,7 +23,7 @@ def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
     version_file = _read(torch / "version.py") if torch else ""
     mooncake = _folder("mooncake")
     return Libraries(
-        torch=_assigned(version_file, "__version__") or ("unknown" if torch else None),
+        torch=_torch_version(version_file) if torch else None,
         torch_cuda=_assigned(version_file, "cuda"),
         transformers=_version("transformers"),
         nixl=_find_nixl(environ),
@@ -33,6 +33,14 @@ def find_libraries(environ: Mapping[str, str] = os.environ) -> Libraries:
             name for name in _MOONCAKE_LIBRARIES if mooncake and not _loads(name)
         ),
     )
+
+
+def _torch_version(version_file: str) -> str:
+    version, hip = (_assigned(version_file, name) for name in ("__version__", "hip"))
+    # Wheels say so in their version, builds from source do not.
+    if version and hip and "rocm" not in version:
+        version = f"{version}{'.' if '+' in version else '+'}rocm{hip}"
+    return version or "unknown"
 
 
 def _find_nixl(environ: Mapping[str, str]) -> NixlInstall:

@@ -17,6 +17,9 @@ from tests.checks.case import (
     rdma,
 )
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
+from tests.checks.machines import NO_FABRIC, NO_IMEX
+
+MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
 
 CASES: dict[str, Case] = {
     "PD400": Case([on(machine(system="Darwin"))], [on(CPU)]),
@@ -62,6 +65,20 @@ CASES: dict[str, Case] = {
     "PD406": Case([on(libraries(GPU, torch="2.13.0+cpu", torch_cuda=None))], [on(CPU), on(GPU)]),
     "PD407": Case(
         [on(machine(GPU, driver_cuda=(12, 8)))], [on(libraries(GPU, torch_cuda="12.8")), on(GPU)]
+    ),
+    "PD426": Case(
+        [
+            on(libraries(GPU, torch="2.13.0+rocm6.4", torch_cuda=None), device="cpu"),
+            on(libraries(torch="2.9.0a0+git1.rocm7.0", torch_cuda=None)),
+        ],
+        [on(CPU), on(GPU), on(libraries(torch=None)), on(libraries(torch="2.13.0"))],
+    ),
+    "PD427": Case(
+        [
+            on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": ""}),
+            on(CPU, decode__env={"PYTORCH_HIP_ALLOC_CONF": "backend:native"}),
+        ],
+        [on(GPU, environ={"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})],
     ),
     "PD408": Case(
         [
@@ -170,6 +187,28 @@ CASES: dict[str, Case] = {
     "PD436": Case(
         [on(GPU, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"})],
         [on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}), on(GPU)],
+    ),
+    "PD445": Case(
+        [on(NO_IMEX), on(NO_IMEX, enable_cumem_allocator=True)],
+        [on(GB200), on(GPU), on(CPU), on(NO_IMEX, device="cpu"), on(NO_FABRIC)],
+    ),
+    "PD448": Case(
+        [
+            on(GB200, environ=MNNVL),
+            on(GB200, decode__env=MNNVL, prefill__enable_cumem_allocator=True),
+        ],
+        [
+            on(GB200, environ=MNNVL, enable_cumem_allocator=True),
+            on(GB200, environ=MNNVL, enable_sleep_mode=True),
+            on(GB200, environ=MNNVL, kv_transfer__nixl__path="p2p"),
+            on(GB200, environ=MNNVL, device="cpu"),
+            on(GB200, environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "try"}),
+            on(GPU, environ=MNNVL),
+        ],
+    ),
+    "PD449": Case(
+        [on(NO_FABRIC)],
+        [on(GB200), on(NO_IMEX), on(NO_FABRIC, device="cpu"), on(GPU)],
     ),
     "PD440": Case(
         [on(CPU, probes=nixl_says(refusal="Invalid value for BW: 'foo'"))],

@@ -88,6 +88,24 @@ IMPORTS = [
 """Cases that start processes."""
 
 CASES = [
+    Case(
+        "PD426",
+        Setup(machine=libraries(CPU, torch="2.13.0+rocm6.4")),
+        {
+            "Install a build of torch for CUDA": Setup(machine=GPU),
+            "or one for the CPU": Setup(),
+        },
+    ),
+    Case(
+        "PD427",
+        Setup(environ={"PYTORCH_HIP_ALLOC_CONF": "garbage_collection_threshold:0.5"}, machine=GPU),
+        {
+            "Unset PYTORCH_HIP_ALLOC_CONF": Setup(machine=GPU),
+            "PYTORCH_ALLOC_CONF is read on CUDA": Setup(
+                environ={"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.5"}, machine=GPU
+            ),
+        },
+    ),
     Case("PD401", Setup(machine=libraries(CPU, torch=None)), {"pip install pdlaunch": Setup()}),
     Case(
         "PD402",

@@ -4,6 +4,7 @@ from pdlaunch.platform.facts import Machine
 from tests.checks.contexts import CPU, GB200, GPU
 from tests.checks.fires_libraries import nixl_as_installed
 from tests.checks.firing import Case, Setup
+from tests.checks.machines import NO_FABRIC, NO_IMEX
 
 
 def with_ucx(machine: Machine = GPU, **variables: str) -> Setup:
@@ -83,6 +84,20 @@ CASES = [
             "set it to y": with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="y"),
         },
     ),
+    Case("PD445", with_ucx(NO_IMEX), {"start nvidia-imex on every host": with_ucx(GB200)}),
+    Case(
+        "PD448",
+        with_ucx(GB200, UCX_CUDA_IPC_ENABLE_MNNVL="y"),
+        {
+            "--enable-cumem-allocator": Setup(
+                flags=("--enable-cumem-allocator",),
+                environ={"UCX_CUDA_IPC_ENABLE_MNNVL": "y"},
+                machine=GB200,
+            ),
+            "unset UCX_CUDA_IPC_ENABLE_MNNVL": with_ucx(GB200),
+        },
+    ),
+    Case("PD449", with_ucx(NO_FABRIC), {"Update the CUDA driver": with_ucx(GB200)}),
     Case(
         "PD436",
         with_ucx(UCX_CUDA_IPC_ENABLE_MNNVL="y"),

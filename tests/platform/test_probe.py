@@ -136,6 +136,24 @@ class TestLibraries:
         assert found.transformers
         assert found.nixl.version
 
+    @pytest.mark.parametrize(
+        ("text", "is_for_rocm"),
+        [
+            ("__version__ = '2.13.0+cpu'\nhip: Optional[str] = None\n", False),
+            ("__version__ = '2.13.0+rocm6.4'\nhip: Optional[str] = '6.4.1'\n", True),
+            ("__version__ = '2.9.0a0+git1'\nhip: Optional[str] = '7.0'\n", True),
+            ("__version__ = '2.9.0'\nhip: Optional[str] = '7.0'\n", True),
+            ("", False),
+        ],
+    )
+    def test_torch_for_amd_gpus(self, tmp_path, monkeypatch, text, is_for_rocm):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").touch()
+        (tmp_path / "torch" / "version.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+        assert find_libraries().torch_is_for_rocm is is_for_rocm
+
     def test_another_plugin_folder(self, tmp_path):
         assert (
             find_libraries({"NIXL_PLUGIN_DIR": str(tmp_path)}).nixl.backends_with_ucx == frozenset()
