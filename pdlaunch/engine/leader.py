@@ -27,6 +27,7 @@ from pdlaunch.protocol.engine import (
     Hello,
     IntegrityReport,
     Outputs,
+    ReadStats,
     RequestFinished,
     SetReaders,
     Sleep,
@@ -220,6 +221,8 @@ class Leader:
                 self._requests.abort(message.request_id)
             case SetReaders():
                 self._requests.set_readers(lease_of(message.request_id), message.num_readers)
+            case ReadStats():
+                self._stats_due_s = 0.0  # at the end of this turn
             case CheckIntegrity():
                 self._server.send(self._integrity(message.call_id))
 

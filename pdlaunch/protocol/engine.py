@@ -131,6 +131,10 @@ class CheckIntegrity(Message):
     call_id: int
 
 
+class ReadStats(Message):
+    """Send the next EngineStats now."""
+
+
 class Sleep(Message):
     """Give the memory of weights and KV cache back; no new request comes after it. Answered with
     one SleepReply.
@@ -155,7 +159,9 @@ class WakeUp(Message):
     """Pools to wake up; none: all."""
 
 
-ToRank = AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | Sleep | WakeUp
+ToRank = (
+    AddRequest | AbortRequest | Hello | SetReaders | CheckIntegrity | ReadStats | Sleep | WakeUp
+)
 
 
 class Tokens(Message):
@@ -213,7 +219,8 @@ class Outputs(Message):
 
 
 class EngineStats(Message):
-    """Counts what the engine does; sent about once a second, unless a step takes longer.
+    """Counts what the engine does; sent about once a second, unless a step takes longer,
+    and when the server asks (ReadStats).
 
     It is sent without news too: silence means that the rank hangs. Values are totals since the rank
     started unless named ``num_``.

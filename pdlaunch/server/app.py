@@ -112,6 +112,7 @@ class _Endpoints:
         return json_response({"status": "ok"})
 
     async def metrics(self, http: web.Request) -> web.Response:
+        await self._service.read_stats()
         return web.Response(
             body=render_metrics(self._service.metrics.registry),
             headers={"Content-Type": METRICS_CONTENT_TYPE},

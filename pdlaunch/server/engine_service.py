@@ -26,6 +26,8 @@ from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import SleepDesk
 
 MAX_REMEMBERED_LEASES = 4096
+READ_STATS_TIMEOUT_S = 1.5
+"""Rank 0 answers between two steps. Routers wait a little longer for a page of metrics."""
 RANK_SILENCE_S = 30.0
 """Rank 0 speaks every second between its steps; one that says nothing for so long is taken to
 hang.
@@ -121,6 +123,15 @@ class EngineService:
         self.welcomed.clear()
         if old is not None:
             await old.close()
+
+    async def read_stats(self) -> None:
+        """Bring the rank's totals up to date, or leave them as they were when it does not answer.
+
+        What an answer counts is so in the next scrape.
+        """
+        with contextlib.suppress(OverloadedError, TimeoutError):
+            async with asyncio.timeout(READ_STATS_TIMEOUT_S):
+                await self.live_link().read_stats()
 
     def on_welcome(self, welcome: Welcome) -> None:
         self.metrics.engine.stats = EngineStats(

@@ -25,6 +25,7 @@ from pdlaunch.protocol.engine import (
     Hello,
     IntegrityReport,
     Outputs,
+    ReadStats,
     RequestFinished,
     Sleep,
     SleepReply,
@@ -82,6 +83,7 @@ class RankLink:
         self._sinks: dict[RequestId, Sink] = {}
         self._checks: dict[int, asyncio.Future[IntegrityReport]] = {}
         self._sleeps: dict[int, asyncio.Future[SleepReply]] = {}
+        self._stats_readers: list[asyncio.Future[None]] = []
         self._call_ids = itertools.count(1)
         self.send(Hello(server_incarnation=server_incarnation))
         self._reader = asyncio.create_task(self._read())
@@ -131,6 +133,17 @@ class RankLink:
         finally:
             del self._checks[call_id]
 
+    async def read_stats(self) -> None:
+        """Have the rank send its totals, and wait until ``on_stats`` has them.
+
+        What the rank has said before is counted in them: messages keep their order. Raises
+        OverloadedError when the rank is gone meanwhile.
+        """
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stats_readers.append(arrived)
+        self.send(ReadStats())
+        await arrived
+
     async def sleep(self, level: int, timeout_s: float) -> SleepReply:
         """Have the engine fall asleep, at the latest ``timeout_s`` from now. Raises OverloadedError
         when the rank is lost.
@@ -161,7 +174,11 @@ class RankLink:
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         self._socket.close()
-        calls: list[asyncio.Future[Any]] = [*self._checks.values(), *self._sleeps.values()]
+        calls: list[asyncio.Future[Any]] = [
+            *self._checks.values(),
+            *self._sleeps.values(),
+            *self._stats_readers,
+        ]
         for call in calls:
             if not call.done():
                 call.set_exception(_lost())
@@ -189,6 +206,10 @@ class RankLink:
                 self._on_welcome(message)
             case EngineStats():
                 self._on_stats(message)
+                readers, self._stats_readers = self._stats_readers, []
+                for reader in readers:
+                    if not reader.done():
+                        reader.set_result(None)
             case SleepReply():
                 if (sleep := self._sleeps.get(message.call_id)) is not None and not sleep.done():
                     sleep.set_result(message)

@@ -163,7 +163,7 @@ def test_characters_of_several_tokens_stream_whole(client: openai.OpenAI) -> Non
         ({"max_tokens": "many"}, "max_tokens"),
         ({"kv_transfer_params": {"do_remote_decode": True}}, "kv_transfer_params"),
         ({"best_of": 4}, "best_of"),
-        ({"no_such_field": 1}, "no_such_field"),
+        ({"guided_json": {}}, "guided_json"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias"),
     ],
 )
@@ -211,6 +211,38 @@ def test_models_health_and_request_id(demo: Deployment) -> None:
     ).stdout
     assert "200" in headers.splitlines()[0]
     assert "x-request-id: my-id" in headers.lower()
+
+
+VOWELS = ["a", "e", "i", "o", "u"]
+
+
+@pytest.mark.parametrize("ending", [{}, {"stream": True}, {"stop": VOWELS, "min_tokens": 3}])
+def test_the_next_scrape_has_what_the_answer_counts(
+    demo: Deployment, ending: dict[str, Any]
+) -> None:
+    """A stop string is found by the server alone: rank 0 says nothing of that end."""
+    api = Api(demo.url)
+    names = {
+        "router_request_success": 1,
+        "router_e2e_request_latency_seconds_count": 1,
+        "request_success": 2,
+        "e2e_request_latency_seconds_count": 2,
+        "kv_transfers": 1,
+    }
+    for number in range(3):
+        before = api.metrics()
+        prompt = f"{number} {ending}" + " and so on, one step after the other" * 3
+        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        answer = api.post_text("/v1/completions", body | ending)
+        assert ('"finish_reason":"stop"' in answer) == ("stop" in ending)
+        after = api.metrics()
+        changed = {
+            name.removeprefix("pdlaunch_").removesuffix("_total"): after[name] - before.get(name, 0)
+            for name in after
+        }
+        assert {name: changed[name] for name in names} == names
+        assert changed["prefix_cache_queries"] == 2 * changed["router_prompt_tokens"] > 32
+        assert changed["sampled_tokens"] >= changed["router_generation_tokens"] > 2
 
 
 def test_a_client_that_goes_away_frees_every_block(demo: Deployment) -> None:

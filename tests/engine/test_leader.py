@@ -18,6 +18,7 @@ from pdlaunch.protocol.engine import (
     EngineStats,
     FromRank,
     Outputs,
+    ReadStats,
     SamplingParams,
     TokenOutput,
     ToRank,
@@ -118,6 +119,15 @@ def test_a_lease_is_granted_before_anyone_hears_of_it() -> None:
     grant, _, finished = recorder.told
     assert isinstance(grant, GrantLease)
     assert finished.remote_kv.lease_id == grant.lease_id  # type: ignore[attr-defined]
+
+
+def test_statistics_go_out_at_once_for_who_asks() -> None:
+    recorder = Recorder([])
+    leader = make_leader(recorder, clock=lambda: 50.0)
+    for asked, num_stats in [([], 1), ([], 1), ([ReadStats(), ReadStats()], 2), ([], 2)]:
+        recorder.requests = asked
+        leader.turn()
+        assert recorder.num_stats == num_stats
 
 
 def test_statistics_go_out_every_second_also_when_nothing_is_new() -> None:

@@ -21,6 +21,7 @@ from pdlaunch.protocol.engine import (
     Hello,
     IntegrityReport,
     Outputs,
+    ReadStats,
     RequestFinished,
     TokenOutput,
     Tokens,
@@ -50,6 +51,8 @@ class FakeRank:
         self._server = b""
         self.integrity_error: str | None = None
         self.checks_integrity = True
+        self.answers_stats = True
+        self.totals = EngineStats(num_blocks=64, num_free_blocks=64)
         self.script: Script = self.says("hello world, the quick brown fox stops here")
         self._task = asyncio.create_task(self._run())
 
@@ -130,7 +133,8 @@ class FakeRank:
         await self.send(Outputs(items=list(items)))
 
     async def stats(self, **values: Any) -> None:
-        await self.send(EngineStats(**values))
+        self.totals = EngineStats(**values)
+        await self.send(self.totals)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -154,6 +158,8 @@ class FakeRank:
                     block_size=16,
                 )
                 await self.send(welcome)
+            elif isinstance(message, ReadStats) and self.answers_stats:
+                await self.send(self.totals)
             elif isinstance(message, CheckIntegrity) and self.checks_integrity:
                 stats = EngineStats(num_blocks=64, num_free_blocks=63)
                 await self.send(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdlaunch.protocol.engine import EngineStats
 from tests.server.conftest import END_TOKEN, Engine
 from tests.server.fake_rank import FakeRank
 
@@ -57,6 +59,28 @@ async def test_the_rank_s_totals_are_shown(engine: Engine, rank: FakeRank):
     assert found["pdlaunch_kv_transfer_bytes_total"] == 1000
     assert found["pdlaunch_kv_transfers_total"] == 3
     assert found["pdlaunch_num_preemptions_total"] == 1
+
+
+async def test_a_scrape_asks_the_rank_for_totals_that_it_has_not_sent(
+    engine: Engine, rank: FakeRank
+) -> None:
+    await engine.complete(max_tokens=1)
+    rank.totals = EngineStats(num_blocks=64, num_free_blocks=16, transfers=5)
+    for transfers in (5, 6):
+        assert (await scrape(engine))["pdlaunch_kv_transfers_total"] == transfers
+        rank.totals.transfers += 1
+
+
+async def test_a_rank_that_does_not_answer_keeps_no_scrape_waiting(
+    engine: Engine, rank: FakeRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdlaunch.server.engine_service.READ_STATS_TIMEOUT_S", 0.05)
+    await rank.stats(transfers=3)
+    await engine.complete(max_tokens=1)
+    rank.answers_stats = False
+    assert (await scrape(engine))["pdlaunch_kv_transfers_total"] == 3
+    await engine.service.use_link(None)
+    assert (await scrape(engine))["pdlaunch_kv_transfers_total"] == 3
 
 
 async def test_what_went_wrong_with_transfers_is_shown(engine: Engine, rank: FakeRank):
