@@ -18,6 +18,7 @@ from typing import NamedTuple
 from aiohttp import web
 from aiohttp.hdrs import METH_ANY
 
+from pdlaunch import __version__
 from pdlaunch.errors import RequestError
 from pdlaunch.http.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -27,10 +28,26 @@ from pdlaunch.http.errors import (
 )
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, read_request_id
+from pdlaunch.http.openapi import DescribedRoute, Operation, describe
 from pdlaunch.observe.logs import request_logging
 from pdlaunch.observe.metrics import RequestMetrics
 from pdlaunch.protocol.ids import HttpRequestId
-from pdlaunch.protocol.openai.responses import ModelCard, ModelList
+from pdlaunch.protocol.openai.chat import ChatCompletionRequest
+from pdlaunch.protocol.openai.completions import CompletionRequest
+from pdlaunch.protocol.openai.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    ModelCard,
+    ModelList,
+)
+from pdlaunch.protocol.openai.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeResponse,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 KeyCheck = Callable[[web.Request], None]
@@ -49,6 +66,19 @@ class AppRoute(NamedTuple):
     handler: Handler
     check_key: KeyCheck | None = None
     """None: the application's own check."""
+    operation: Operation = Operation("")
+
+
+class Description(NamedTuple):
+    """Says how /openapi.json describes an application."""
+
+    title: str
+    public: bool
+    """Its callers are clients, not routers."""
+    strict_fields: bool
+    has_key: bool
+    open_paths: Collection[str]
+    """Need no key."""
 
 
 class HttpApp:
@@ -66,16 +96,25 @@ class HttpApp:
         check_key: KeyCheck,
         metrics: RequestMetrics,
         max_body_bytes: int,
+        description: Description,
         is_trusted: Callable[[web.Request], bool] = lambda _: False,
     ) -> None:
         self._guard = guard
         self._check_key = check_key
         self._metrics = metrics
         self._is_trusted = is_trusted
+        self._description = description
+        self._routes = [
+            *routes,
+            AppRoute("GET", "/version", _version, None, Operation("Return pdlaunch's version.")),
+            AppRoute(
+                "GET", "/openapi.json", self._openapi, None, Operation("Describe all routes.")
+            ),
+        ]
         self.app = web.Application(client_max_size=max_body_bytes)
         self.app.on_response_prepare.append(guard.add_cors_headers)
         # The last route catches the rest, so that 404 and 405 pass the door too.
-        for route in (*routes, AppRoute("*", "/{path:.*}", self._unknown)):
+        for route in (*self._routes, AppRoute("*", "/{path:.*}", self._unknown)):
             handler = partial(self._at_the_door, route)
             if route.method == "GET":
                 self.app.router.add_get(route.path, handler)  # answers HEAD too
@@ -114,6 +153,21 @@ class HttpApp:
             (route.check_key or self._check_key)(http)
         return answer
 
+    async def _openapi(self, _: web.Request) -> web.StreamResponse:
+        about = self._description
+        routes = [
+            DescribedRoute(
+                route.method,
+                route.path,
+                route.operation,
+                needs_key=about.has_key and route.path not in about.open_paths,
+            )
+            for route in self._routes
+        ]
+        return json_response(
+            describe(about.title, routes, public=about.public, strict_fields=about.strict_fields)
+        )
+
     async def _unknown(self, http: web.Request) -> web.StreamResponse:
         allowed: set[str] = set()
         for resource in self.app.router.resources():
@@ -126,6 +180,10 @@ class HttpApp:
         response.headers["Allow"] = methods
         self._metrics.failed(response.status)
         return response
+
+
+async def _version(_: web.Request) -> web.StreamResponse:
+    return json_response({"version": __version__})
 
 
 def request_id_of(http: web.Request) -> HttpRequestId:
@@ -166,7 +224,42 @@ def model_routes(card: Callable[[], ModelCard]) -> list[AppRoute]:
             raise model_not_found(name, served.id)
         return json_response(served)
 
-    return [AppRoute("GET", "/v1/models", models), AppRoute("GET", "/v1/models/{name:.+}", model)]
+    return [
+        AppRoute("GET", "/v1/models", models, None, Operation("List the model.", answer=ModelList)),
+        AppRoute(
+            "GET",
+            "/v1/models/{name:.+}",
+            model,
+            None,
+            Operation("Describe the model of this name.", answer=ModelCard),
+        ),
+    ]
+
+
+COMPLETIONS_OPERATION = Operation(
+    "Complete prompts, whole or as a stream.", [CompletionRequest], Completion, Completion
+)
+CHAT_OPERATION = Operation(
+    "Answer a chat, whole or as a stream.", [ChatCompletionRequest], ChatCompletion, ChatChunk
+)
+TOKENIZE_OPERATION = Operation(
+    "Return the token ids of a text or of a chat.",
+    [TokenizeCompletionRequest, TokenizeChatRequest],
+    TokenizeResponse,
+)
+DETOKENIZE_OPERATION = Operation(
+    "Return the text of token ids.", [DetokenizeRequest], DetokenizeResponse
+)
+METRICS_OPERATION = Operation("Return metrics in Prometheus's form.", content_type="text/plain")
+
+
+def health_routes(health: Handler) -> list[AppRoute]:
+    """Return the routes by which load balancers, and SageMaker with /ping, ask for the health."""
+    operation = Operation("Answer 200 while requests are taken.")
+    return [
+        AppRoute(method, path, health, None, operation)
+        for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
+    ]
 
 
 def _read_id(http: web.Request) -> tuple[HttpRequestId, RequestError | None]:

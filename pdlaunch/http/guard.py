@@ -11,8 +11,8 @@ this:
 - **Content-Type** of a body must be ``application/json``: other types are what a page may send
   without asking first.
 
-``/health`` is open to any Host: probes of load balancers send whatever they like, and the answer
-gives nothing away.
+``/health`` and ``/ping`` are open to any Host: probes of load balancers send whatever they like,
+and the answer gives nothing away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pdlaunch.errors import RequestError
 from pdlaunch.http.headers import REQUEST_ID_HEADER
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER
 
-HOST_FREE_PATHS = frozenset({"/health"})
+HOST_FREE_PATHS = frozenset({"/health", "/ping"})
 PREFLIGHT_MAX_AGE_S = 600
 _EXPOSED_HEADERS = f"{REQUEST_ID_HEADER}, {IGNORED_FIELDS_HEADER}, Retry-After"
 

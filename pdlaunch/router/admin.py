@@ -20,6 +20,7 @@ from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.app import AppRoute, request_id_of
 from pdlaunch.http.errors import error_body
 from pdlaunch.http.headers import REQUEST_ID_HEADER
+from pdlaunch.http.openapi import Operation
 from pdlaunch.protocol.control import Restart, Restarting, Role
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineFailure
@@ -53,12 +54,20 @@ class Admin:
     def routes(self) -> list[AppRoute]:
         """Return all of them; whoever adds a command adds a row."""
         return [
-            AppRoute("POST", "/sleep", self._sleep),
-            AppRoute("POST", "/wake_up", self._wake_up),
-            AppRoute("GET", "/is_sleeping", self._is_sleeping),
-            AppRoute("POST", "/pdlaunch/restart", self._restart),
-            AppRoute("GET", "/pdlaunch/integrity", self._integrity),
-            AppRoute("*", "/pdlaunch/engines/{engine}/{path:.*}", self._one_engine),
+            AppRoute(method, path, handler, None, Operation(f"{summary} Takes the admin key."))
+            for method, path, handler, summary in (
+                ("POST", "/sleep", self._sleep, "Put engines to sleep."),
+                ("POST", "/wake_up", self._wake_up, "Wake engines up."),
+                ("GET", "/is_sleeping", self._is_sleeping, "Say which engines sleep."),
+                ("POST", "/pdlaunch/restart", self._restart, "Restart engines."),
+                ("GET", "/pdlaunch/integrity", self._integrity, "Prove who owns each block."),
+                (
+                    "*",
+                    "/pdlaunch/engines/{engine}/{path:.*}",
+                    self._one_engine,
+                    "Pass a call on to one engine.",
+                ),
+            )
         ]
 
     async def _sleep(self, http: web.Request) -> web.Response:

@@ -14,7 +14,21 @@ from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
 from pdlaunch.http.admission import Admission
-from pdlaunch.http.app import AppRoute, HttpApp, KeyCheck, bearer_check, model_routes, request_id_of
+from pdlaunch.http.app import (
+    CHAT_OPERATION,
+    COMPLETIONS_OPERATION,
+    DETOKENIZE_OPERATION,
+    METRICS_OPERATION,
+    TOKENIZE_OPERATION,
+    AppRoute,
+    Description,
+    HttpApp,
+    KeyCheck,
+    bearer_check,
+    health_routes,
+    model_routes,
+    request_id_of,
+)
 from pdlaunch.http.bodies import BodyBudget, Hold, read_body
 from pdlaunch.http.deadline import Deadlines
 from pdlaunch.http.errors import (
@@ -27,6 +41,7 @@ from pdlaunch.http.guard import Guard
 from pdlaunch.http.headers import REQUEST_ID_HEADER, TRACEPARENT_HEADER, read_traceparent
 from pdlaunch.http.ignored_fields import IgnoredFields
 from pdlaunch.http.large_inputs import LARGE_BODY_BYTES, LargeInputs
+from pdlaunch.http.openapi import Operation
 from pdlaunch.http.sse import ClientStream, EventStream
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE
 from pdlaunch.process.bootstrap import RouterSpec
@@ -54,6 +69,8 @@ from pdlaunch.router.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
+OPEN_PATHS = ("/health", "/ping", "/metrics")
+"""Need no key."""
 CLOSE_TIMEOUT_S = 1.0
 """Seconds that clients may take to read that the router leaves."""
 MAX_HOP_ID_LENGTH = 160
@@ -79,14 +96,22 @@ class RouterApp:
         check_admin_key = _admin_key_check(spec.admin_api_key)
         self.app = HttpApp(
             [
-                AppRoute("POST", COMPLETIONS.path, partial(self._generate, COMPLETIONS)),
-                AppRoute("POST", CHAT.path, partial(self._generate, CHAT)),
+                AppRoute(
+                    "POST",
+                    COMPLETIONS.path,
+                    partial(self._generate, COMPLETIONS),
+                    None,
+                    COMPLETIONS_OPERATION,
+                ),
+                AppRoute("POST", CHAT.path, partial(self._generate, CHAT), None, CHAT_OPERATION),
                 *model_routes(self._model_card),
-                AppRoute("POST", "/tokenize", self._proxied),
-                AppRoute("POST", "/detokenize", self._proxied),
-                AppRoute("GET", "/health", self._health),
-                AppRoute("GET", "/metrics", self._metrics),
-                AppRoute("GET", "/pdlaunch/status", self._status),
+                AppRoute("POST", "/tokenize", self._proxied, None, TOKENIZE_OPERATION),
+                AppRoute("POST", "/detokenize", self._proxied, None, DETOKENIZE_OPERATION),
+                *health_routes(self._health),
+                AppRoute("GET", "/metrics", self._metrics, None, METRICS_OPERATION),
+                AppRoute(
+                    "GET", "/pdlaunch/status", self._status, None, Operation("List the engines.")
+                ),
                 *(
                     route._replace(check_key=check_admin_key)
                     for route in Admin(state, supervisor).routes()
@@ -98,6 +123,13 @@ class RouterApp:
             check_key=_client_key_check(spec.api_key),
             metrics=state.metrics.requests,
             max_body_bytes=spec.max_body_bytes,
+            description=Description(
+                "pdlaunch",
+                public=True,
+                strict_fields=spec.strict_fields,
+                has_key=spec.api_key is not None,
+                open_paths=OPEN_PATHS,
+            ),
             is_trusted=came_through_admin_socket,
         ).app
 
@@ -338,7 +370,7 @@ def _client_key_check(key: str | None) -> KeyCheck:
         [key],
         message="the API key is missing or wrong",
         code="invalid_api_key",
-        open_paths=("/health", "/metrics"),
+        open_paths=OPEN_PATHS,
     )
 
 

@@ -10,10 +10,23 @@ import msgspec
 from aiohttp import web
 
 from pdlaunch.errors import OverloadedError, RequestError
-from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes
+from pdlaunch.http.app import (
+    CHAT_OPERATION,
+    COMPLETIONS_OPERATION,
+    DETOKENIZE_OPERATION,
+    METRICS_OPERATION,
+    TOKENIZE_OPERATION,
+    AppRoute,
+    Description,
+    HttpApp,
+    bearer_check,
+    health_routes,
+    model_routes,
+)
 from pdlaunch.http.errors import json_response
 from pdlaunch.http.guard import Guard
 from pdlaunch.http.large_inputs import LARGE_TEXT_BYTES
+from pdlaunch.http.openapi import Operation
 from pdlaunch.observe.metrics import METRICS_CONTENT_TYPE, render_metrics
 from pdlaunch.protocol.openai.body import read_json_object
 from pdlaunch.protocol.openai.responses import ModelCard
@@ -24,26 +37,33 @@ from pdlaunch.server.served_model import ServedModel
 from pdlaunch.server.sleep import read_sleep_query, read_tags
 
 RANK_CHECK_TIMEOUT_S = 30.0
+OPEN_PATHS = ("/health", "/ping")
+"""Need no key."""
 
 
 def make_app(service: EngineService, *, keys: Collection[str]) -> web.Application:
-    """Return the application; one of ``keys`` must be sent as bearer, except to /health."""
+    """Return the application; one of ``keys`` must be sent as bearer, except to ``OPEN_PATHS``."""
     spec = service.spec
     endpoints = _Endpoints(service)
     generate = GenerateHandler(service)
     routes = [
-        AppRoute("POST", "/v1/completions", generate.completions),
-        AppRoute("POST", "/v1/chat/completions", generate.chat),
+        AppRoute("POST", "/v1/completions", generate.completions, None, COMPLETIONS_OPERATION),
+        AppRoute("POST", "/v1/chat/completions", generate.chat, None, CHAT_OPERATION),
         *model_routes(endpoints.card),
-        AppRoute("POST", "/tokenize", endpoints.tokenize),
-        AppRoute("POST", "/detokenize", endpoints.detokenize),
-        AppRoute("GET", "/health", endpoints.health),
-        AppRoute("GET", "/metrics", endpoints.metrics),
-        AppRoute("POST", "/pdlaunch/release", endpoints.release),
-        AppRoute("GET", "/pdlaunch/integrity", endpoints.integrity),
-        AppRoute("POST", "/sleep", endpoints.sleep),
-        AppRoute("POST", "/wake_up", endpoints.wake_up),
-        AppRoute("GET", "/is_sleeping", endpoints.is_sleeping),
+        AppRoute("POST", "/tokenize", endpoints.tokenize, None, TOKENIZE_OPERATION),
+        AppRoute("POST", "/detokenize", endpoints.detokenize, None, DETOKENIZE_OPERATION),
+        *health_routes(endpoints.health),
+        AppRoute("GET", "/metrics", endpoints.metrics, None, METRICS_OPERATION),
+        *(
+            AppRoute(method, path, handler, None, Operation(summary))
+            for method, path, handler, summary in (
+                ("POST", "/pdlaunch/release", endpoints.release, "End the lease of a request."),
+                ("GET", "/pdlaunch/integrity", endpoints.integrity, "Prove who owns each block."),
+                ("POST", "/sleep", endpoints.sleep, "Put the engine to sleep."),
+                ("POST", "/wake_up", endpoints.wake_up, "Wake the engine up."),
+                ("GET", "/is_sleeping", endpoints.is_sleeping, "Say whether the engine sleeps."),
+            )
+        ),
     ]
     return HttpApp(
         [_counted(route, service) for route in routes],
@@ -55,7 +75,14 @@ def make_app(service: EngineService, *, keys: Collection[str]) -> web.Applicatio
             message="engines take requests from the launch's router; others send engine_api_key as "
             "bearer, where it is set",
             code="invalid_api_key",
-            open_paths=("/health",),
+            open_paths=OPEN_PATHS,
+        ),
+        description=Description(
+            f"pdlaunch engine {spec.name}",
+            public=False,
+            strict_fields=spec.strict_fields,
+            has_key=True,
+            open_paths=OPEN_PATHS,
         ),
         metrics=service.metrics.requests,
         max_body_bytes=service.max_body_bytes,

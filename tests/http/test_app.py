@@ -10,7 +10,14 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from pdlaunch.errors import KillsEngineError, OverloadedError
-from pdlaunch.http.app import AppRoute, HttpApp, bearer_check, model_routes, request_id_of
+from pdlaunch.http.app import (
+    AppRoute,
+    Description,
+    HttpApp,
+    bearer_check,
+    model_routes,
+    request_id_of,
+)
 from pdlaunch.http.connections import HttpRunner
 from pdlaunch.http.errors import RelayedError, json_response
 from pdlaunch.http.guard import Guard
@@ -67,6 +74,9 @@ async def ask(registry: CollectorRegistry) -> AsyncIterator[Ask]:
         check_key=check,
         metrics=RequestMetrics(registry, {"model_name": "tiny"}),
         max_body_bytes=1000,
+        description=Description(
+            "test", public=True, strict_fields=False, has_key=True, open_paths=("/open",)
+        ),
     ).app
     runner = HttpRunner(app, max_connections=10, shutdown_timeout_s=0.1)
     await runner.setup()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdlaunch.server.app import make_app
+from pdlaunch.server.app import OPEN_PATHS, make_app
 from tests.server.conftest import OTHER_ROUTERS_KEY, TOKEN, Engine
 from tests.server.fake_rank import FakeRank
 
@@ -45,7 +45,7 @@ async def test_every_route_but_health_asks_for_a_key(engine: Engine, rank: FakeR
             async with engine.session.request(
                 method, engine.url + path, headers={"Authorization": ""} | headers
             ) as response:
-                assert response.status == (200 if path == "/health" else 401), (
+                assert response.status == (200 if path in OPEN_PATHS else 401), (
                     method,
                     path,
                     headers,
@@ -71,8 +71,8 @@ async def test_a_foreign_host_is_refused_but_at_health(make_engine):
         async with engine.session.request(
             method, engine.url + path, headers={"Host": "evil.example"}
         ) as response:
-            assert response.status == (200 if path == "/health" else 421), (method, path)
-            if path != "/health" and method != "HEAD":
+            assert response.status == (200 if path in OPEN_PATHS else 421), (method, path)
+            if path not in OPEN_PATHS and method != "HEAD":
                 assert "allowed_hosts" in (await response.json())["error"]["message"]
 
 

@@ -44,6 +44,9 @@ def _token_ids(value: object) -> list[int] | None:
         return None
 
 
+_PROMPT_CHECK = PlainValidator(_check_prompt, json_schema_input_type=Prompt | list[Prompt])
+
+
 class CompletionRequest(GenerationRequest):
     """Asks for a text completion of one or several prompts."""
 
@@ -52,7 +55,10 @@ class CompletionRequest(GenerationRequest):
         "suffix": ("",),
     }
 
-    prompt: Annotated[str | list[int] | list[str | list[int]], PlainValidator(_check_prompt)]
+    prompt: Annotated[
+        str | list[int] | list[str | list[int]],
+        PlainValidator(_check_prompt, json_schema_input_type=Prompt | list[Prompt]),
+    ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 

@@ -69,7 +69,7 @@ def _int_keys(value: object) -> object:
 
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-    BeforeValidator(_as_list),
+    BeforeValidator(_as_list, json_schema_input_type=list[str] | str),
     Field(max_length=MAX_STOP_STRINGS),
 ]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

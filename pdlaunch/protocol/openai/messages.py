@@ -124,6 +124,9 @@ def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+_PARTS_CHECK = BeforeValidator(_as_parts, json_schema_input_type=list[TextPart] | str)
+
+
 class ChatMessage(RequestBody):
     """Holds one message; members of an answer that a client sends back are taken too."""
 
@@ -132,7 +135,11 @@ class ChatMessage(RequestBody):
     HINTS = frozenset({"annotations", "refusal"})
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(max_length=MAX_PARTS)] = []
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(_as_parts, json_schema_input_type=list[TextPart] | str),
+        Field(max_length=MAX_PARTS),
+    ] = []
     name: str | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
