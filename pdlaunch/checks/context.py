@@ -18,6 +18,9 @@ from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 Need = Fact | Literal["model", "ports", "nixl", "connector", "folders", "weights", "transport"]
 """Facts that can be missing."""
 
+WITHOUT_PROBE: frozenset[Need] = frozenset({"imports", "transport"})
+"""Facts that are missing in every check without ``--probe``."""
+
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {
     "ports": ("ports", "ports were not probed on this machine"),
     "nixl": ("nixl", "NIXL is asked with --probe, and by serve where variables of UCX are set"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from pdlaunch.checks.context import Context, Probes, make_context
+from pdlaunch.checks.context import Context, Need, Probes, make_context
 from pdlaunch.checks.rule import Finding, Rule, Severity
 from pdlaunch.config.sources import Origin
 from pdlaunch.resolve.effective import effective_values
@@ -21,7 +21,10 @@ class NotChecked:
 
     rule: str
     title: str
+    needs: tuple[Need, ...]
+    """The facts that are missing."""
     reason: str
+    """Why the first of them is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Report:
     findings: tuple[Finding, ...]
     """Errors first, then warnings and infos; by code."""
     not_checked: tuple[NotChecked, ...]
+    rules: tuple[Rule, ...]
+    """The rules that were applied, those not checked included."""
     resolved: Mapping[str, object]
     """The values that were judged; plain JSON without secrets."""
 
@@ -64,11 +69,13 @@ def run_checks(
     findings = [finding for rule in applied for finding in apply_rule(rule, context)]
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.rule))
     not_checked = [
-        NotChecked(rule.code, rule.title, reason)
+        NotChecked(rule.code, rule.title, missing, context.missing[missing[0]])
         for rule in applied
-        if (reason := why_not(rule, context))
+        if (missing := missing_facts(rule, context))
     ]
-    return Report(tuple(findings), tuple(not_checked), effective_values(launch, origins))
+    return Report(
+        tuple(findings), tuple(not_checked), tuple(applied), effective_values(launch, origins)
+    )
 
 
 def apply_rule(rule: Rule, context: Context) -> list[Finding]:
@@ -76,7 +83,7 @@ def apply_rule(rule: Rule, context: Context) -> list[Finding]:
 
     Empty where the rule lacks a fact.
     """
-    if why_not(rule, context):
+    if missing_facts(rule, context):
         return []
     # A setting of the top level is found once for each role: dict keys keep the first.
     found = dict.fromkeys(rule.check(context))
@@ -93,6 +100,6 @@ def apply_rule(rule: Rule, context: Context) -> list[Finding]:
     ]
 
 
-def why_not(rule: Rule, context: Context) -> str | None:
-    """Return why a rule can say nothing here; None: it can."""
-    return next((context.missing[need] for need in rule.needs if need in context.missing), None)
+def missing_facts(rule: Rule, context: Context) -> tuple[Need, ...]:
+    """Return the facts without which a rule can say nothing here; empty: it can."""
+    return tuple(need for need in rule.needs if need in context.missing)

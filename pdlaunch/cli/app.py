@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
+
+_UNUSABLE = "2 the input is unusable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class Command:
     target: str
     summary: str
     is_group: bool = False
+    exit_codes: str = f"0 done, 1 failed, {_UNUSABLE}, 130 interrupted"
 
     def load(self) -> Any:
         module, attribute = self.target.split(":")
@@ -30,12 +34,19 @@ class Command:
 
 COMMANDS = (
     Command(
-        "serve", "pdlaunch.cli.serve:serve", "Start prefill and decode engines behind one router."
+        "serve",
+        "pdlaunch.cli.serve:serve",
+        "Start prefill and decode engines behind one router.",
+        exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}, 130 interrupted before it served",
     ),
     Command(
         "check-config",
         "pdlaunch.cli.check_config:check_config",
         "Find what is wrong with a set-up before it runs.",
+        exit_codes=(
+            "0 no errors (with --strict: nor warnings), 1 findings that fail the check, "
+            f"{_UNUSABLE}, 130 interrupted"
+        ),
     ),
     Command(
         "probe",
@@ -103,7 +114,13 @@ def build_app(arguments: Sequence[str], commands: Sequence[Command] = COMMANDS) 
             )
         else:
             kind = getattr(loaded, "command_class", None)
-            app.command(command.name, help=command.summary, cls=kind)(loaded or _placeholder)
+            app.command(
+                command.name,
+                help=inspect.getdoc(loaded) if loaded else command.summary,
+                short_help=command.summary,
+                epilog=f"Exit codes: {command.exit_codes}.",
+                cls=kind,
+            )(loaded or _placeholder)
     return app
 
 

@@ -15,20 +15,23 @@ from rich.text import Text
 from pdlaunch.checks.context import Probes
 from pdlaunch.checks.nixl_answers import ask_nixl
 from pdlaunch.checks.probes import probe_files, probe_ports
-from pdlaunch.checks.run import Report, run_checks
+from pdlaunch.checks.run import run_checks
 from pdlaunch.cli import EXIT_FAILED, EXIT_UNUSABLE
 from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.downloads import ShownDownloads
 from pdlaunch.cli.findings import (
-    github_line,
     github_problem,
+    github_report,
     print_table,
     problems_json,
+    report_console,
     report_json,
     safe,
 )
 from pdlaunch.cli.flags import with_serve_flags
+from pdlaunch.cli.junit import problems_junit, report_junit
 from pdlaunch.cli.preflight import probe_transport
+from pdlaunch.cli.sarif import problems_sarif, report_sarif
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
 from pdlaunch.engines.plan import kind_of
@@ -36,7 +39,7 @@ from pdlaunch.errors import ConfigError
 from pdlaunch.resolve.models import read_models, read_models_elsewhere
 from pdlaunch.resolve.resolve import THIS_HOST, resolve
 
-Format = Literal["table", "json", "github"]
+Format = Literal["table", "json", "github", "sarif", "junit"]
 Platform = Literal["cuda", "cpu"]
 
 
@@ -62,8 +65,10 @@ def check_config(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Check a deployment without starting it. The exit code is 0 when it is clean, 1 with findings,
-    2 when the input is unusable.
+    """Find what would break a deployment, on this machine or on another one, without starting it.
+
+    Rules that lack a fact are listed as not checked; `pdlaunch explain CODE` says what a rule is
+    about.
     """
     try:
         loaded = load_config(config, os.environ, flags)
@@ -95,8 +100,20 @@ def check_config(
         probes = replace(probes, transport=probe_transport(resolved))
         report = run_checks(resolved, loaded.origins, probes, rules=kind_of(resolved).rules())
     ok = report.is_ok(strict=strict)
-    _print(report, output, ok=ok)
-    raise typer.Exit(0 if ok else EXIT_FAILED)
+    exit_code = 0 if ok else EXIT_FAILED
+    match output:
+        case "table":
+            print_table(report_console(), report, ok=ok, assumed=judged.assumed)
+        case "json":
+            typer.echo(report_json(report, ok=ok, assumed=judged.assumed))
+        case "github":
+            for line in github_report(report):
+                typer.echo(line)
+        case "sarif":
+            typer.echo(report_sarif(report, exit_code, config))
+        case "junit":
+            typer.echo(report_junit(report, strict=strict))
+    raise typer.Exit(exit_code)
 
 
 def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool) -> str | None:
@@ -115,17 +132,6 @@ def _assumed_name(assume: str | None, platform: Platform | None, *, probe: bool)
     return name
 
 
-def _print(report: Report, output: Format, *, ok: bool) -> None:
-    match output:
-        case "json":
-            typer.echo(report_json(report, ok=ok))
-        case "github":
-            for finding in report.findings:
-                typer.echo(github_line(finding))
-        case "table":
-            print_table(Console(), report, ok=ok)
-
-
 def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
     """Print why the input is unusable: on stderr, and on stdout in the form of ``output``."""
     found = (
@@ -133,11 +139,18 @@ def _refuse(error: ConfigError, output: Format, path: Path | None) -> NoReturn:
         if isinstance(error, InvalidConfigError)
         else (Problem(str(error), error.field, fix=error.fix),)
     )
-    if output == "json":
-        typer.echo(problems_json(found))
-    elif output == "github":
-        for problem in found:
-            typer.echo(github_problem(problem, None if path is None else str(path)))
+    match output:
+        case "table":
+            pass
+        case "json":
+            typer.echo(problems_json(found))
+        case "github":
+            for problem in found:
+                typer.echo(github_problem(problem, None if path is None else str(path)))
+        case "sarif":
+            typer.echo(problems_sarif(found, EXIT_UNUSABLE, path))
+        case "junit":
+            typer.echo(problems_junit(found))
     errors = Console(file=sys.stderr, soft_wrap=True)
     for problem in found:
         errors.print(Text(f"error: {safe(str(problem))}", style="red"))

@@ -12,7 +12,7 @@ import typer
 from pdlaunch.cli.completion import CONFIG_ENDINGS, Complete, complete_target, value_completion
 from pdlaunch.cli.vllm_flags import ServeCommand
 from pdlaunch.config.field_types import Flag
-from pdlaunch.config.settings import Setting, all_flags, all_settings
+from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name
 
 _TARGET = Annotated[
     str | None,
@@ -70,7 +70,7 @@ def to_command_line(flags: Mapping[str, object]) -> tuple[list[str], dict[str, s
         if setting.is_secret:
             environ[setting.variables[0]] = str(value)
         elif setting.is_switch:
-            arguments.append(f"--{flag.name}" if value else f"--no-{flag.name}")
+            arguments.append(flag_name(path, bool(value)))
         else:
             arguments += [f"--{flag.name}", str(value)]
     return arguments, environ

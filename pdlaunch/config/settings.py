@@ -163,10 +163,16 @@ def all_flags() -> Mapping[str, Flag]:
     return {path: flag for path, setting in all_settings().items() if (flag := setting.flag)}
 
 
-def flag_name(path: str) -> str:
-    """Return a setting's flag with its dashes, or the dotted path where it has none."""
+def flag_name(path: str, value: object = None) -> str:
+    """Return a setting's flag with its dashes, or the dotted path where it has none.
+
+    With False it is the ``--no-`` form of a switch, by which that was given.
+    """
     flag = all_flags().get(path)
-    return f"--{flag.name}" if flag else path
+    if flag is None:
+        return path
+    switched_off = value is False and all_settings()[path].is_switch
+    return f"--no-{flag.name}" if switched_off else f"--{flag.name}"
 
 
 @functools.cache

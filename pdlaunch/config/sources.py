@@ -152,7 +152,7 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
     problems = []
     for path, value in flags.items():
         if path in all_settings() or path.rpartition(".")[0] in all_settings():
-            given[path] = _Given(value, Origin("flag", flag_name(path)))
+            given[path] = _Given(value, Origin("flag", flag_name(path, value)))
         else:
             match = RENAMED.get(path) or nearest(path, all_settings())
             problems.append(

@@ -1,13 +1,18 @@
 import json
 import os
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from pdlaunch.checks import probes
 from pdlaunch.checks.nixl_answers import NixlAnswer
+from pdlaunch.checks.registry import all_rules
 from pdlaunch.cli import assume as assume_module
 from pdlaunch.cli import check_config as module
 from pdlaunch.cli.app import build_app
@@ -223,7 +228,17 @@ class TestGithub:
         lines = check(
             file("kv_transfer: {verify: off}\nload_format: dummy\n"), "--format", "github"
         ).stdout.splitlines()
-        assert [line.partition(" ")[0] for line in lines] == ["::warning", "::notice"]
+        *found, unchecked = lines
+        assert [line.partition(" ")[0] for line in found] == ["::warning", "::notice"]
+        assert unchecked.startswith("::notice title=not checked::PD404, PD501")
+        assert unchecked.endswith(": only with --probe")
+
+    def test_what_needs_a_fact_names_it(self, check):
+        lines = check("--assume", "h100x8", "--format", "github").stdout.splitlines()
+        assert (
+            "::notice title=not checked::PD416, PD417 need shm: profile h100x8 does not say"
+            in lines
+        )
 
 
 class TestTable:
@@ -236,17 +251,50 @@ class TestTable:
             for line in output.splitlines()
             if line in ("error", "errors", "warning", "info", "not checked")
         ]
-        assert headings == ["error", "warning", "info", "not checked"]
-        assert "not ok: 1 error, 1 warning, 1 info" in output
+        assert headings == ["error", "warning", "info"]
+        assert "not ok: 1 error, 1 warning, 1 info" in " ".join(output.split())
         assert max(len(line) for line in output.splitlines()) <= int(columns)
 
     @pytest.mark.parametrize("columns", range(80, 200, 20))
     def test_a_finding_that_needs_several_lines_is_indented(self, check, columns):
         lines = check("--kv-offload-memory", "4TiB", columns=str(columns)).stdout.splitlines()
         start = next(number for number, line in enumerate(lines) if "PD221" in line)
-        assert all(
-            line.startswith(" " * 8) for line in lines[start + 1 : lines.index("not checked")]
+        end = next(number for number, line in enumerate(lines) if line.startswith("not ok"))
+        assert all(line.startswith(" " * 8) for line in lines[start + 1 : end])
+        assert all(line == line.rstrip() for line in lines)
+
+    def test_a_clean_run_is_one_line(self, check):
+        (line,) = check().stdout.splitlines()
+        assert re.fullmatch(
+            r"ok: no findings; not checked without --probe: PD404, PD501(, PD503)? to PD505", line
         )
+        assert len(line) <= 80
+
+    def test_facts_that_are_missing_are_named(self, check):
+        lines = check("--assume", "h100x8", columns="200").stdout.splitlines()
+        assert lines[0] == "not checked"
+        assert "  PD416, PD417 need shm: profile h100x8 does not say" in lines
+        assert "  PD119 needs weights: files of weights were not looked at" in lines
+        assert lines[-2].startswith("for h100x8: 8 x H100 SXM5 80 GB in a DGX H100; taken for")
+        assert lines[-1] == "ok: no findings"
+
+    def test_lines_of_a_pipe_are_whole(self, check, monkeypatch):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        output = check("--kv-offload-memory", "4TiB", columns=None).stdout
+        (line,) = [line for line in output.splitlines() if line.startswith("  PD221")]
+        assert len(line) > 80
+        assert line.endswith("64 GiB")
+        assert "\x1b" not in output
+
+    def test_a_terminal_without_colour_gets_none(self, check, monkeypatch):
+        monkeypatch.setattr(
+            module, "report_console", lambda: Console(force_terminal=True, width=80)
+        )
+        output = check("--kv-offload-memory", "4TiB").stdout
+        assert not re.search(r"\x1b\[[0-9;]*3[0-7]", output), "NO_COLOR is set"
+        text = Text.from_ansi(output).plain
+        assert max(map(len, text.splitlines())) <= 80
+        assert "error\n  PD221" in text
 
     def test_a_variable_of_the_file_is_shown_there(self, check, file):
         path = file("env: {UCX_TLS: tcp}\n")
@@ -257,6 +305,144 @@ class TestTable:
         output = check("--max-model-len", 1000, columns="200").stdout
         assert "fix: set it to 512 or less, or leave it out" in output
         assert "pdlaunch explain PD106" in output
+
+
+class TestSarif:
+    def log(self, check, *arguments):
+        log = json.loads(check(*arguments, "--format", "sarif").stdout)
+        assert log["version"] == "2.1.0"
+        assert log["$schema"].endswith("sarif-schema-2.1.0.json")
+        (run,) = log["runs"]
+        return run
+
+    def test_what_the_standard_requires(self, check, file):
+        path = file("kv_transfer: {verify: off}\nmax_model_len: 1000\nload_format: dummy\n")
+        run = self.log(check, path, "--assume", "h100x8")
+        driver = run["tool"]["driver"]
+        assert driver["name"]
+        rules = driver["rules"]
+        assert len({rule["id"] for rule in rules}) == len(rules)
+        for rule in rules:
+            assert rule["shortDescription"]["text"]
+            assert rule["fullDescription"]["text"]
+            assert rule["help"]["text"]
+            assert rule["defaultConfiguration"]["level"] in ("error", "warning", "note")
+        for result in run["results"]:
+            assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+            assert result["message"]["text"]
+        (invocation,) = run["invocations"]
+        for note in invocation["toolExecutionNotifications"]:
+            assert note["level"] == "note"
+            rule = note["associatedRule"]
+            assert rules[rule["index"]]["id"] == rule["id"]
+        assert (invocation["executionSuccessful"], invocation["exitCode"]) == (True, 1)
+
+    def test_findings_point_at_the_line(self, check, file):
+        path = file("decode:\n  max_model_len: 1000\n")
+        (result, *_) = self.log(check, path)["results"]
+        assert (result["ruleId"], result["level"]) == ("PD106", "error")
+        (location,) = result["locations"]
+        place = location["physicalLocation"]
+        assert place["artifactLocation"]["uri"] == path.as_uri()
+        assert place["region"] == {"startLine": 2, "startColumn": 18}
+        assert location["logicalLocations"] == [{"fullyQualifiedName": "decode.max_model_len"}]
+
+    def test_a_relative_file_stays_relative_and_is_escaped(self, check, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my deploy%.yaml").write_text("load_format: dummy\n")
+        (result,) = self.log(check, "my deploy%.yaml")["results"]
+        place = result["locations"][0]["physicalLocation"]
+        assert place["artifactLocation"] == {"uri": "my%20deploy%25.yaml"}
+        assert result["level"] == "note"
+
+    def test_findings_of_flags_are_at_the_file(self, check, file):
+        path = file("")
+        (result, *_) = self.log(check, path, "--max-model-len", 1000)["results"]
+        assert result["locations"][0]["physicalLocation"] == {
+            "artifactLocation": {"uri": path.as_uri()}
+        }
+        (result, *_) = self.log(check, "--max-model-len", 1000)["results"]
+        assert "physicalLocation" not in result["locations"][0]
+
+    def test_rules_that_were_not_checked_are_notes(self, check):
+        run = self.log(check, "--assume", "h100x8")
+        notes = {
+            note["associatedRule"]["id"]: note["message"]["text"]
+            for note in run["invocations"][0]["toolExecutionNotifications"]
+        }
+        assert notes["PD417"] == "not checked: needs shm: profile h100x8 does not say"
+        assert "PD404" in notes
+        assert run["results"] == []
+
+    def test_unusable_input(self, check, file):
+        path = file("port: [\n")
+        run = self.log(check, path)
+        (result,) = run["results"]
+        assert (result["ruleId"], result["level"]) == ("input", "error")
+        assert result["locations"][0]["physicalLocation"]["region"]["startLine"] == 2
+        assert run["invocations"][0]["executionSuccessful"] is False
+        assert run["invocations"][0]["exitCode"] == 2
+
+
+class TestJunit:
+    def cases(self, check, *arguments):
+        root = ElementTree.fromstring(check(*arguments, "--format", "junit").stdout)
+        (suite,) = root.findall("testsuite")
+        cases = suite.findall("testcase")
+        assert int(suite.get("tests")) == len(cases)
+        for name, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+            assert int(suite.get(name)) == len(suite.findall(f"testcase/{tag}"))
+        assert all(case.get("classname") and case.get("name") for case in cases)
+        assert all(len(case) <= 1 for case in cases), "one outcome each"
+        return {case.get("name").split()[0]: next(iter(case), None) for case in cases}
+
+    def test_every_rule_is_a_test(self, check, file):
+        path = file("kv_transfer: {verify: off}\nmax_model_len: 1000\n")
+        cases = self.cases(check, path)
+        assert set(cases) == set(all_rules())
+        assert cases["PD101"] is None
+        failure = cases["PD106"]
+        assert (failure.tag, failure.get("type")) == ("failure", "error")
+        assert failure.get("message").startswith(f"max_model_len ({path}:2:16): ")
+        assert "fix: set it to 512 or less" in failure.text
+        assert cases["PD111"].tag == "system-out"
+        assert cases["PD404"].tag == "skipped"
+        assert "needs imports" in cases["PD404"].get("message")
+
+    def test_warnings_fail_when_strict(self, check, file):
+        path = file("kv_transfer: {verify: off}\nload_format: dummy\n")
+        cases = self.cases(check, path, "--strict")
+        assert (cases["PD111"].tag, cases["PD111"].get("type")) == ("failure", "warning")
+        assert cases["PD117"].tag == "system-out"
+
+    def test_unusable_input(self, check, file):
+        (error,) = self.cases(check, file("prefil: {}\n")).values()
+        assert error.tag == "error"
+        assert "did you mean prefill?" in error.text
+
+    def test_characters_that_xml_forbids(self, check, tmp_path):
+        case = self.cases(check, "--model", tmp_path / "a\x1b\x01<&>b")["PD103"]
+        assert "<&>b" in case.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown"),
+    [
+        ("--no-enable-prefix-caching", "--no-enable-prefix-caching"),
+        (None, "PDLAUNCH_ENABLE_PREFIX_CACHING"),
+    ],
+)
+def test_a_switch_is_named_as_it_was_given(check, flag, shown):
+    given = [flag] if flag else []
+    environ = {} if flag else {"PDLAUNCH_ENABLE_PREFIX_CACHING": "0"}
+    output = check("--kv-offload-memory", "2GiB", *given, columns="200", **environ).stdout
+    assert f"PD220 enable_prefix_caching ({shown})" in output
+
+
+def test_exit_codes_are_in_the_help(check):
+    text = " ".join(check("--help").stdout.split())
+    assert "Exit codes: 0 no errors (with --strict: nor warnings), 1 findings that fail" in text
+    assert "2 the input is unusable" in text
 
 
 class TestMemoryOptions:
@@ -375,7 +561,7 @@ def test_probe_asks_nixl(check, monkeypatch):
     assert "undefined symbol: ucp_init" in result.stdout
 
 
-@pytest.mark.parametrize("output", ["table", "json", "github"])
+@pytest.mark.parametrize("output", ["table", "json", "github", "sarif", "junit"])
 def test_secrets_never_show(check, file, output):
     path = file("api_key: hunter2-key\nenv: {HF_TOKEN: hunter2-token}\nmax_model_len: 1000\n")
     result = check(path, "--format", output, "--strict")
