@@ -18,7 +18,7 @@ from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 Need = Fact | Literal["model", "ports", "nixl", "connector", "folders", "weights", "transport"]
 """Facts that can be missing."""
 
-WITHOUT_PROBE: frozenset[Need] = frozenset({"imports", "transport"})
+WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport"})
 """Facts that are missing in every check without ``--probe``."""
 
 _NOT_PROBED: Mapping[str, tuple[Need, str]] = {

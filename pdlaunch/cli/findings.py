@@ -58,12 +58,12 @@ def gaps(report: Report) -> list[Gap]:
     return [Gap(tuple(rules), needs, reason) for (needs, reason), rules in by_facts.items()]
 
 
-def without_probe(report: Report) -> str | None:
-    """Return ``PD404, PD501 to PD505`` when all that is missing is what ``--probe`` finds out;
-    None when more or less is.
+def without_probe(report: Report) -> list[str]:
+    """Return the rules that were not checked when all that is missing is what ``--probe`` finds
+    out; empty when more or less is.
     """
     missing = {need for item in report.not_checked for need in item.needs}
-    return span([item.rule for item in report.not_checked]) if missing == WITHOUT_PROBE else None
+    return [item.rule for item in report.not_checked] if missing == WITHOUT_PROBE else []
 
 
 def span(codes: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ def print_table(
         for finding in found:
             _print_finding(console, finding)
     quiet = without_probe(report)
-    if report.not_checked and quiet is None:
+    if report.not_checked and not quiet:
         console.print(Text("not checked", style="bold"))
         for gap in gaps(report):
             _print_indented(console, Text(str(gap), style="dim"), 2)
@@ -108,8 +108,9 @@ def print_table(
         f"{'ok' if ok else 'not ok'}: {counts if report.findings else 'no findings'}",
         style="bold green" if ok else "bold red",
     )
-    if quiet is not None:
-        verdict += Text(f"; not checked without --probe: {quiet}", style="not bold dim default")
+    if quiet:
+        rules = f"{quiet[0]} and {len(quiet) - 1} more"
+        verdict += Text(f"; not checked without --probe: {rules}", style="not bold dim default")
     _print_indented(console, verdict, 0)
     if report.findings:
         console.print(Text(f"pdlaunch explain {report.findings[0].rule} says why", style="dim"))
@@ -193,7 +194,7 @@ def github_report(report: Report) -> Iterator[str]:
     """Return a workflow command for each finding, and for what was not checked."""
     yield from map(github_line, report.findings)
     quiet = without_probe(report)
-    lines = [f"{quiet}: only with --probe"] if quiet else map(str, gaps(report))
+    lines = [f"{span(quiet)}: only with --probe"] if quiet else map(str, gaps(report))
     for line in lines:
         yield _command("notice", {"title": "not checked"}, line)
 
