@@ -1,4 +1,4 @@
-"""Rules PD400 and PD410 to PD419 judge the system, its devices and its limits."""
+"""Rules PD400, PD410 to PD419 and PD450 judge the system, its devices and its limits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
+from pdlaunch.config.problems import shown
 from pdlaunch.config.sizes import format_size, parse_size
 from pdlaunch.platform.facts import UNLIMITED
+from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
 
 MIN_SHM_BYTES = parse_size("256MiB")
 _FILES_OF_A_PROCESS = 64
@@ -47,11 +49,13 @@ def no_gpu(context: Context) -> Iterator[Found]:
     The driver shows no CUDA device to this process.
     """
     for engine in context.on("cuda"):
-        if not context.machine.gpus:
-            yield Found(
-                engine.where("device"),
-                f"device is cuda, but no CUDA device is visible: {context.machine.cumem.reason}",
-            )
+        if engine.gpus or engine.gpus_problem:
+            continue  # PD450 speaks of a variable that is wrong.
+        variable = engine.given_environ.get(VISIBLE_DEVICES)
+        hidden = "" if variable is None else f" ({VISIBLE_DEVICES} is {shown(variable)})"
+        reason = "" if context.machine.gpus else f": {context.machine.cumem.reason}"
+        message = f"device is cuda, but no CUDA device is visible{hidden}{reason}"
+        yield Found(engine.where("device"), message)
 
 
 @rule(
@@ -67,14 +71,39 @@ def too_few_gpus(context: Context) -> Iterator[Found]:
     Two ranks of one engine on a device would wait for each other in collective operations that need
     a device each.
     """
-    there = len(context.machine.gpus)
     for engine in context.on("cuda"):
-        # PD410 speaks of machines without any GPU.
+        there = len(engine.gpus)
+        # PD410 speaks of ranks that see no GPU.
         if there and engine.tp_size > there:
-            message = (
-                f"a {engine.role} engine has {engine.tp_size} ranks, this machine {there} GPUs"
-            )
+            message = f"a {engine.role} engine has {engine.tp_size} ranks, which see {there} GPUs"
             yield Found(engine.where("tensor_parallel_size"), message, f"set it to {there} or less")
+
+
+@rule(
+    "PD450",
+    "error",
+    fix=(
+        "Name GPUs that the launch itself sees, by number or UUID and each once; or leave "
+        "CUDA_VISIBLE_DEVICES out, and pdlaunch gives each rank a GPU."
+    ),
+    source="CUDA 13 on two H200s: what cuInit and cuDeviceGetCount make of the variable.",
+    needs=("gpus",),
+)
+def visible_devices_wrong(context: Context) -> Iterator[Found]:
+    """CUDA_VISIBLE_DEVICES of a role names GPUs that its ranks cannot have.
+
+    CUDA forgets what comes after an entry that it cannot use, and shows no GPU where one is named
+    twice: ranks would end at their start, or compute on other GPUs than were meant. As in every
+    process, the numbers are those of the machine, whatever the launch's own variable lists; ranks
+    number the GPUs that they see from 0.
+    """
+    for engine in context.engines.values():
+        if engine.gpus_problem:
+            value = shown(engine.given_environ[VISIBLE_DEVICES])
+            yield Found(
+                context.where_variable(engine, VISIBLE_DEVICES),
+                f"{VISIBLE_DEVICES} of {engine.role} is {value}: {engine.gpus_problem}",
+            )
 
 
 @rule(

@@ -89,7 +89,7 @@ def pair_slow(context: Context) -> Iterator[Found]:
     the finding says what the others gave, or why they cannot be used. Far slower is less than half
     of what a good path over the link gives. Two GPUs of a host are judged with the connector nixl,
     where NVML knows their NVLinks, or their PCIe slots at one CPU; not MIG devices, nor ranks whose
-    env gives GPUs other numbers.
+    env has a CUDA_DEVICE_ORDER.
     """
     for pair in _pairs(context):
         speed, expected = pair.gigabytes_per_s, pair.expected_gigabytes_per_s

@@ -9,8 +9,9 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import UUID
 
 from pdlaunch.platform.facts import Availability, Gpu
 from pdlaunch.platform.library_calls import LibraryCalls
@@ -86,6 +87,15 @@ class _Calls(LibraryCalls):
             return None
         return address.value.decode()
 
+    def uuid(self, device: int) -> str | None:
+        """Read the UUID of a device, without its first word; None: the driver does not tell."""
+        value = (ctypes.c_ubyte * 16)()
+        try:
+            self("cuDeviceGetUuid_v2", ctypes.byref(value), device)
+        except DriverError:
+            return None
+        return str(UUID(bytes=bytes(value)))
+
     def _error_name(self, code: int) -> str:
         name = ctypes.c_char_p()
         with contextlib.suppress(AttributeError):
@@ -103,7 +113,8 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
     minor = calls.attribute(_COMPUTE_CAPABILITY_MINOR, device)
     virtual_memory = calls.attribute(_VIRTUAL_MEMORY_MANAGEMENT, device)
     supports_fabric = bool(calls.attribute(_HANDLE_TYPE_FABRIC, device))
-    return Gpu(
+    uuid = calls.uuid(device)
+    gpu = Gpu(
         index=index,
         name=name.value.decode(errors="replace"),
         memory_bytes=memory.value,
@@ -113,6 +124,7 @@ def _read_gpu(calls: _Calls, index: int, has_imex_channel: bool) -> Gpu:
         pci_bus_id=calls.pci_bus_id(device),
         supports_fabric=supports_fabric,
     )
+    return replace(gpu, uuid=uuid and f"{'MIG' if gpu.is_slice else 'GPU'}-{uuid}")
 
 
 def is_cumem_allocator_available() -> bool:

@@ -53,6 +53,8 @@ class Gpu:
     """
     pci_bus_id: str | None = None
     """Address on the PCI bus, by which NVML finds the device: ``0000:19:00.0``."""
+    uuid: str | None = None
+    """``GPU-696b7a86-ce15-a598-b879-e0a7533c23ed``; it begins with ``MIG-`` for a MIG device."""
     free_memory_bytes: int | None = None
     """Memory that no process holds; not known of a MIG device."""
     supports_fabric: bool | None = None

@@ -77,7 +77,7 @@ def _reasons(engines: RoleEngines) -> dict[str, str]:
     model_unknown = engines.model.pending or str(engines.model.error or "")
     of_device = f"default on {'GPUs' if engines.device == 'cuda' else 'a CPU'}"
     return {
-        "device": f"this machine has {len(machine.gpus)} GPUs",
+        "device": f"its ranks see {len(engines.gpus)} GPUs",
         "dtype": _dtype_reason(engines) or model_unknown,
         "max_model_len": model_unknown or "limit of the model",
         "max_num_batched_tokens": of_device,

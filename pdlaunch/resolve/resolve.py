@@ -14,6 +14,7 @@ from pdlaunch.config.model_files.hub import not_cached
 from pdlaunch.config.models import LaunchConfig, Role
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES
 from pdlaunch.resolve.models import Model, read_models
 from pdlaunch.resolve.roles import RoleEngines, resolve_roles
 
@@ -182,7 +183,14 @@ def _require_allocator(engines: RoleEngines) -> None:
 
 
 def _require_devices(engines: RoleEngines) -> None:
-    num_gpus = len(engines.machine.gpus)
+    num_gpus = len(engines.gpus)
+    if engines.gpus_problem:
+        raise ConfigError(
+            f"the {VISIBLE_DEVICES} of {engines.role} cannot be used: {engines.gpus_problem}",
+            field=f"{engines.role}.env.{VISIBLE_DEVICES}",
+            value=engines.given_environ[VISIBLE_DEVICES],
+            fix="correct it, or leave it out",
+        )
     if engines.device == "cpu":
         return
     if not num_gpus:
@@ -194,7 +202,7 @@ def _require_devices(engines: RoleEngines) -> None:
         )
     if engines.tp_size > num_gpus:
         raise ConfigError(
-            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, this machine has "
+            f"an engine of {engines.tp_size} ranks needs {engines.tp_size} GPUs, its ranks see "
             f"{num_gpus}",
             field=engines.where("tensor_parallel_size"),
             value=engines.tp_size,

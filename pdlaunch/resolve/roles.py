@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pdlaunch.config.engine_spec import ENGINE_HOST
@@ -12,7 +12,8 @@ from pdlaunch.config.model_files.shape import ModelShape
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.sizes import parse_size
 from pdlaunch.platform.allocator_conf import read_allocator_conf
-from pdlaunch.platform.facts import Machine
+from pdlaunch.platform.facts import Gpu, Machine
+from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
 from pdlaunch.resolve.models import ROLES, Model
 
@@ -53,8 +54,14 @@ class RoleEngines:
 
     model: Model
     device: DeviceKind
+    gpus: tuple[Gpu, ...]
+    """GPUs that its ranks see, which number them from 0: all of the machine, or those that their
+    own CUDA_VISIBLE_DEVICES names.
+    """
+    gpus_problem: str
+    """What is wrong with that variable; empty when nothing is."""
     first_gpu_rank: int
-    """Number of ranks on GPUs that are placed before those of this role."""
+    """Number of ranks that are placed on the same GPUs before those of this role."""
     dtype: DTypeName | None
     max_model_len: int | None
     max_num_batched_tokens: int
@@ -118,32 +125,36 @@ class RoleEngines:
         return self.ports[index] if self.ports else 0
 
     def device_indices(self, index: int) -> tuple[int, ...]:
-        """Return the CUDA device of each rank of one engine; empty on a CPU or without GPUs.
+        """Return the CUDA device of each rank of one engine, as the rank numbers them; empty on a
+        CPU or without GPUs.
 
-        GPUs are dealt out in turn over the ranks of all engines, prefill first.
+        GPUs are dealt out in turn over the ranks of all engines that see the same, prefill first.
         """
-        num_gpus = len(self.machine.gpus)
+        num_gpus = len(self.gpus)
         if self.device == "cpu" or not num_gpus:
             return ()
         first = self.first_gpu_rank + index * self.tp_size
         return tuple((first + tp_rank) % num_gpus for tp_rank in range(self.tp_size))
 
     def num_ranks_on(self, gpu: int) -> int:
-        """Return how many ranks of all these engines ``device_indices`` puts on one GPU."""
-        if self.device == "cpu":
+        """Return how many ranks of all these engines ``device_indices`` puts on a GPU of the
+        machine.
+        """
+        place = next((place for place, each in enumerate(self.gpus) if each.index == gpu), None)
+        if self.device == "cpu" or place is None:
             return 0
         # Counted, not listed: settings may name a million ranks, and checks still answer at once.
         end = self.first_gpu_rank + self.num_ranks
-        return self._num_dealt(end, gpu) - self._num_dealt(self.first_gpu_rank, gpu)
+        return self._num_dealt(end, place) - self._num_dealt(self.first_gpu_rank, place)
 
     def where(self, name: str) -> str:
         """Return the dotted path that decides a setting: the role's section or the top level."""
         return f"{self.role}.{name}" if name in self.overrides else name
 
     def _num_dealt(self, num_ranks: int, gpu: int) -> int:
-        """Return how many of the ranks 0 to ``num_ranks`` - 1 are on a GPU."""
+        """Return how many of the ranks 0 to ``num_ranks`` - 1 are on one of the GPUs they see."""
         # Of 3 GPUs, GPU 1 has ranks 1, 4, 7, ..: of ranks 0 to 7 these are (8 - 1 + 2) // 3 = 3.
-        num_gpus = len(self.machine.gpus)
+        num_gpus = len(self.gpus)
         return max(0, (num_ranks - gpu + num_gpus - 1) // num_gpus)
 
 
@@ -160,12 +171,15 @@ def resolve_roles(
     """
     host, machine = next(iter(machines.items()))
     roles: dict[Role, RoleEngines] = {}
-    num_gpu_ranks = 0
     for role in ROLES:
         if config.role(role).replicas:
-            engines = _resolve(config, role, host, machine, environ, models[role], num_gpu_ranks)
-            roles[role] = engines
-            num_gpu_ranks += engines.num_ranks if engines.device == "cuda" else 0
+            engines = _resolve(config, role, host, machine, environ, models[role])
+            before = sum(
+                other.num_ranks
+                for other in roles.values()
+                if other.device == engines.device == "cuda" and other.gpus == engines.gpus
+            )
+            roles[role] = replace(engines, first_gpu_rank=before)
     return roles
 
 
@@ -176,10 +190,13 @@ def _resolve(
     machine: Machine,
     environ: Mapping[str, str],
     model: Model,
-    first_gpu_rank: int,
 ) -> RoleEngines:
     section, settings = config.role(role), config.engine_settings(role)
-    device = _device(settings, machine)
+    given_environ = {**environ, **settings.env}
+    visible = visible_gpus(
+        machine.gpus, environ.get(VISIBLE_DEVICES), given_environ.get(VISIBLE_DEVICES)
+    )
+    device = _device(settings, machine, visible)
     on_cpu = device == "cpu"
     dtype = _dtype(settings, model.shape, device, machine)
     max_model_len = _max_model_len(settings, model.shape)
@@ -189,7 +206,6 @@ def _resolve(
     kv_cache_bytes = settings.kv_cache_memory or (CPU_KV_CACHE_BYTES if on_cpu else None)
     num_threads = settings.num_threads or max(1, len(machine.cpus) // count_ranks(config))
     cumem = _cumem_allocator(settings)
-    given_environ = {**environ, **settings.env}
     return RoleEngines(
         role=role,
         replicas=section.replicas,
@@ -203,7 +219,9 @@ def _resolve(
         advertise_address=ENGINE_HOST,
         model=model,
         device=device,
-        first_gpu_rank=first_gpu_rank,
+        gpus=visible.gpus,
+        gpus_problem=visible.problem,
+        first_gpu_rank=0,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_batched_tokens=batched_tokens,
@@ -248,10 +266,11 @@ def count_ranks(config: LaunchConfig) -> int:
     )
 
 
-def _device(settings: EngineSettings, machine: Machine) -> DeviceKind:
+def _device(settings: EngineSettings, machine: Machine, visible: VisibleGpus) -> DeviceKind:
     if settings.device != "auto":
         return settings.device
-    return "cuda" if machine.gpus else "cpu"
+    # A variable that is wrong must not turn the role into one on the CPU.
+    return "cuda" if visible.gpus or (visible.problem and machine.gpus) else "cpu"
 
 
 def _dtype(

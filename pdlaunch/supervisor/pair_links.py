@@ -11,12 +11,13 @@ from pdlaunch.engines.plan import plan_processes
 from pdlaunch.platform.gpu_links import BusPair, GpuLink
 from pdlaunch.protocol.control import PairReady
 from pdlaunch.resolve.resolve import ResolvedLaunch
+from pdlaunch.resolve.roles import RoleEngines
 
 ReadLinks = Callable[[Iterable[BusPair]], Mapping[BusPair, GpuLink]]
 """Reads links as ``platform.gpu_links.read_gpu_links`` does."""
 
-_RENUMBERING = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-"""An engine's own value of these gives ``cuda:0`` another meaning than it has here."""
+_RENUMBERING = "CUDA_DEVICE_ORDER"
+"""An engine's own value of it gives ``cuda:0`` another meaning than it has here."""
 
 
 def gpu_links(
@@ -42,16 +43,18 @@ def _place(bus_ids: Mapping[str, str], pair: PairReady) -> BusPair | None:
 
 def _bus_ids(resolved: ResolvedLaunch) -> dict[str, str]:
     """Return the PCI address of each rank's GPU, where it is known."""
-    addresses = {
-        f"cuda:{gpu.index}": gpu.pci_bus_id
-        for gpu in resolved.machine.gpus
-        if gpu.pci_bus_id is not None and not gpu.is_slice
-    }
     planned = plan_processes(resolved)
     return {
-        rank.name: addresses[rank.devices[0]]
-        for role in resolved.roles
+        rank.name: address
+        for role, engines in resolved.roles.items()
         for rank in planned.ranks(role)
-        if rank.devices[0] in addresses
-        and not any(name in rank.environment for name in _RENUMBERING)
+        if _RENUMBERING not in rank.environment
+        and (address := _bus_id(engines, rank.devices[0])) is not None
     }
+
+
+def _bus_id(engines: RoleEngines, device: str) -> str | None:
+    """Return the PCI address of a device of the ranks, where it is a whole GPU."""
+    gpus = {f"cuda:{place}": gpu for place, gpu in enumerate(engines.gpus)}
+    gpu = gpus.get(device)
+    return None if gpu is None or gpu.is_slice else gpu.pci_bus_id

@@ -93,9 +93,39 @@ CASES: dict[str, Case] = {
         ],
     ),
     "PD409": Case([mooncake(CPU)], [on(CPU)]),
-    "PD410": Case([on(CPU, device="cuda")], [on(CPU), on(GPU, device="cuda")]),
+    "PD410": Case(
+        [
+            on(CPU, device="cuda"),
+            on(GPU, device="cuda", decode__env={"CUDA_VISIBLE_DEVICES": "-1"}),
+        ],
+        [on(CPU), on(GPU, device="cuda"), on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": "-1"})],
+    ),
     "PD411": Case(
-        [on(GPU, decode__tensor_parallel_size=16)], [on(GPU, decode__tensor_parallel_size=8)]
+        [
+            on(GPU, decode__tensor_parallel_size=16),
+            on(GPU, decode__tensor_parallel_size=2, decode__env={"CUDA_VISIBLE_DEVICES": "3"}),
+        ],
+        [on(GPU, decode__tensor_parallel_size=8)],
+    ),
+    "PD450": Case(
+        [
+            on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": "8"}),
+            on(GPU, env={"CUDA_VISIBLE_DEVICES": "0,0"}),
+            on(
+                GPU,
+                environ={"CUDA_VISIBLE_DEVICES": "8,9,10,11,12,13,14,15"},
+                decode__env={"CUDA_VISIBLE_DEVICES": "0"},
+            ),
+        ],
+        [
+            on(
+                GPU,
+                prefill__env={"CUDA_VISIBLE_DEVICES": "0"},
+                decode__env={"CUDA_VISIBLE_DEVICES": "1"},
+            ),
+            on(GPU, environ={"CUDA_VISIBLE_DEVICES": "0,0"}),
+            on(GPU, decode__env={"CUDA_VISIBLE_DEVICES": ""}),
+        ],
     ),
     "PD412": Case([on(machine(cpus=(0,)))], [on(machine(cpus=(0, 1)))]),
     "PD413": Case(

@@ -31,6 +31,18 @@ CASES = [
         },
     ),
     Case(
+        "PD450",
+        Setup("decode: {env: {CUDA_VISIBLE_DEVICES: '0,0'}}\n", machine=GPU),
+        {
+            "Name GPUs that the launch itself sees": Setup(
+                "prefill: {env: {CUDA_VISIBLE_DEVICES: '0'}}\n"
+                "decode: {env: {CUDA_VISIBLE_DEVICES: '1'}}\n",
+                machine=GPU,
+            ),
+            "leave CUDA_VISIBLE_DEVICES out": Setup(machine=GPU),
+        },
+    ),
+    Case(
         "PD412",
         Setup(flags=("--decode", "2"), machine=replace(CPU, cpus=(0, 1))),
         {

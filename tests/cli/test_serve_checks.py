@@ -159,7 +159,9 @@ def test_measured_pairs_are_judged_with_the_allocator_of_the_launch(
         (NVLINK, 0.6, {"kv_transfer.connector": "mooncake"}, []),
         (NVLINK, 0.6, {"kv_transfer.connector": "file", "kv_transfer.file.directory": "/tmp"}, []),
         (NVLINK, 0.6, {"decode.device": "cpu"}, []),
-        (NVLINK, 0.6, {"env": {"CUDA_VISIBLE_DEVICES": "1"}}, []),
+        (NVLINK, 0.6, {"env": {"CUDA_VISIBLE_DEVICES": "1"}}, []),  # both on one GPU
+        (NVLINK, 0.6, {"env": {"CUDA_VISIBLE_DEVICES": "1,0"}}, ["PD504"]),
+        (NVLINK, 0.6, {"env": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}}, []),
     ],
 )
 def test_pairs_of_gpus_are_judged_by_what_joins_them(

@@ -53,6 +53,7 @@ VARIABLES = some(
     PYTORCH_CUDA_ALLOC_CONF=st.sampled_from(["expandable_segments:True", ""]),
     HF_HUB_OFFLINE=st.sampled_from(["0", "1"]),
     OMP_NUM_THREADS=st.just("3"),
+    CUDA_VISIBLE_DEVICES=st.sampled_from(["", "0", "1,0", "0,0", "2,3"]),
 )
 ENGINE = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
@@ -140,7 +141,8 @@ def test_what_was_judged_is_what_is_started(
             assert process.ports == {"http": spec.http_port}
     for role, engines in judged.items():
         on_gpus = {
-            (role, f"cuda:{gpu}"): engines.num_ranks_on(gpu) for gpu in range(len(machine.gpus))
+            (role, f"cuda:{place}"): engines.num_ranks_on(gpu.index)
+            for place, gpu in enumerate(engines.gpus)
         }
         assert +Counter(on_gpus) == {
             place: count for place, count in ranks.items() if place in on_gpus
