@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, JsonValue, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pdlaunch.config.field_types import (
@@ -27,6 +27,7 @@ from pdlaunch.config.model_files.hub import Revision
 from pdlaunch.config.sizes import parse_size
 
 Role = Literal["prefill", "decode"]
+EngineName = Literal["native", "vllm"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 GenerationConfig = Literal["auto", "vllm"]
@@ -120,6 +121,21 @@ class EngineSettings(FrozenModel):
     )
     num_threads: int | None = Field(
         None, gt=0, description="CPU threads of a rank; an even share of the cores when unset."
+    )
+    engine: Annotated[EngineName, Flag()] = Field(
+        "native", description="What computes: `native`, this project's own engine, or `vllm`."
+    )
+    engine_command: Annotated[str, Flag()] = Field(
+        "vllm",
+        min_length=1,
+        description="Executable of engines that are not native: a name on PATH, or a path.",
+    )
+    engine_args: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description=(
+            "Further flags of engines that are not native, such as `max-num-partial-prefills: 2`; "
+            "true for a flag without a value."
+        ),
     )
     env: dict[str, str] = Field(
         default_factory=dict, description="Extra environment of the engine's ranks."

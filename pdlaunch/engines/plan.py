@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.native import NativeEngine, light_environment, python_command
+from pdlaunch.engines.vllm import VllmEngine
 from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
-_NATIVE = NativeEngine()
 
-
-def kind_of(launch: ResolvedLaunch) -> EngineKind:  # noqa: ARG001 - no setting chooses one yet
-    """Return the kind of a launch's engines."""
-    return _NATIVE
+def kind_of(launch: ResolvedLaunch) -> EngineKind:
+    """Return the kind of a launch's engines; of the first ones, where they differ."""
+    first = next(iter(launch.roles.values()), None)
+    if first is not None and first.settings.engine == "vllm":
+        return VllmEngine(launch.config, launch.served_model_name)
+    return NativeEngine()
 
 
 def plan_processes(launch: ResolvedLaunch) -> Plan:

@@ -13,8 +13,8 @@ from pdlaunch.config.model_files.gguf import check_gguf
 from pdlaunch.config.model_files.hub import NotDownloadedError
 from pdlaunch.config.model_files.shape import ModelShape, read_model_shape
 from pdlaunch.config.model_files.weights import weight_files
-from pdlaunch.config.models import LaunchConfig, Role
-from pdlaunch.errors import ConfigError
+from pdlaunch.config.models import EngineName, LaunchConfig, Role
+from pdlaunch.errors import ConfigError, UnsupportedModelError
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -43,7 +43,9 @@ def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, 
     is read.
     """
     settings = {role: config.engine_settings(role) for role in ROLES if config.role(role).replicas}
-    named = {role: (engine.model, engine.revision) for role, engine in settings.items()}
+    named = {
+        role: (engine.model, engine.revision, engine.engine) for role, engine in settings.items()
+    }
     read = {key: _read(*key, fetch) for key in dict.fromkeys(named.values())}
     return {role: read[key] for role, key in named.items()}
 
@@ -88,7 +90,7 @@ def weight_error(model: Model) -> ConfigError | None:
     return None
 
 
-def _read(name: str, revision: str | None, fetch: Fetch | None) -> Model:
+def _read(name: str, revision: str | None, engine: EngineName, fetch: Fetch | None) -> Model:
     on_hub = is_on_hub(name)
     try:
         if on_hub and fetch is not None:
@@ -98,7 +100,7 @@ def _read(name: str, revision: str | None, fetch: Fetch | None) -> Model:
         if not resolved.ready:
             check_gguf(resolved.source)
             return Model(name, path, pending=f"{name} is converted at the first start")
-        return Model(name, path, read_model_shape(resolved.cache_dir), on_hub=on_hub)
+        return Model(name, path, _shape(resolved.cache_dir, engine), on_hub=on_hub)
     except NotDownloadedError as error:
         # Nobody tried to download it.
         if fetch is None:
@@ -110,3 +112,13 @@ def _read(name: str, revision: str | None, fetch: Fetch | None) -> Model:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         message = f"model {name!a} cannot be read: {reason}"
         return Model(name, error=ConfigError(message, field="model", value=name))
+
+
+def _shape(folder: Path, engine: EngineName) -> ModelShape | None:
+    """Return the shape; None where another engine may know a model that this project does not."""
+    try:
+        return read_model_shape(folder)
+    except UnsupportedModelError:
+        if engine == "native":
+            raise
+        return None

@@ -5,7 +5,7 @@ Checks judge a ``ResolvedLaunch``, ``serve`` starts it, ``--dry-run`` and ``conf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,7 @@ class ResolvedLaunch:
                 value=0,
                 fix="set prefill.replicas and decode.replicas to 1 or more",
             )
+        _require_one_kind(self.roles.values())
         for engines in self.roles.values():
             _require_devices(engines)
             _require_allocator(engines)
@@ -120,13 +121,14 @@ class ResolvedLaunch:
         return launch
 
     def engine_specs(self) -> dict[str, EngineSpec]:
-        """Return what the processes of each engine are given, by the engine's name.
+        """Return what the processes of each native engine are given, by the engine's name.
 
         Only of a launch that can be started, and whose models have been converted.
         """
         specs = [
             self._engine_spec(engines, index)
             for engines in self.roles.values()
+            if engines.settings.engine == "native"
             for index in range(engines.replicas)
         ]
         return {spec.name: spec for spec in specs}
@@ -169,6 +171,18 @@ def resolve(
     found = read_models(config) if models is None else models
     roles = resolve_roles(config, machines, environ, found)
     return ResolvedLaunch(config, dict(machines), dict(environ), roles)
+
+
+def _require_one_kind(roles: Iterable[RoleEngines]) -> None:
+    kinds = {engines.settings.engine: engines for engines in roles}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "prefill and decode engines must be of one kind: engines of different kinds cannot "
+            "read each other's KV blocks",
+            field="engine",
+            value=", ".join(f"{engines.role}: {kind}" for kind, engines in kinds.items()),
+            fix="set engine once, at the top level",
+        )
 
 
 def _require_allocator(engines: RoleEngines) -> None:

@@ -16,6 +16,7 @@ from pdlaunch.platform.facts import Gpu, Machine
 from pdlaunch.platform.visible_gpus import VISIBLE_DEVICES, VisibleGpus, visible_gpus
 from pdlaunch.resolve.footprint import Footprint, make_footprint
 from pdlaunch.resolve.models import ROLES, Model
+from pdlaunch.resolve.vllm_environment import vllm_environment
 
 DeviceKind = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -244,18 +245,31 @@ def _resolve(
             kv_cache_bytes=kv_cache_bytes,
         ),
         given_environ=given_environ,
-        environment={
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(num_threads),
-            "MKL_NUM_THREADS": str(num_threads),
-            # Models are folders by now; a rank that asks a hub would only wait for a time-out.
-            "HF_HUB_OFFLINE": environ.get("HF_HUB_OFFLINE", "1"),
-            **settings.env,
-            # Last: what the connector needs narrows what the user has set.
-            **config.kv_transfer.environment(given_environ, device),
-        },
+        environment=_environment(config, settings, device, given_environ, num_threads),
     )
+
+
+def _environment(
+    config: LaunchConfig,
+    settings: EngineSettings,
+    device: DeviceKind,
+    given_environ: Mapping[str, str],
+    num_threads: int,
+) -> dict[str, str]:
+    """Return the variables that the processes of an engine get over the supervisor's."""
+    common = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(num_threads),
+        "MKL_NUM_THREADS": str(num_threads),
+        # Models are folders by now; a rank that asks a hub would only wait for a time-out.
+        "HF_HUB_OFFLINE": given_environ.get("HF_HUB_OFFLINE", "1"),
+    }
+    if settings.engine == "vllm":
+        cache_bytes = settings.kv_cache_memory or CPU_KV_CACHE_BYTES
+        return common | vllm_environment(device, cache_bytes) | settings.env
+    # Last: what the connector needs narrows what the user has set.
+    return common | settings.env | config.kv_transfer.environment(given_environ, device)
 
 
 def count_ranks(config: LaunchConfig) -> int:

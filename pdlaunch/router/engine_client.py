@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from pdlaunch.errors import OverloadedError, ProtocolError
+from pdlaunch.http.engine_url import UNIX, http_url, new_session
 from pdlaunch.http.errors import RETRY_AFTER_S, RelayedError
 from pdlaunch.http.ignored_fields import IGNORED_FIELDS_HEADER, read_ignored_fields
 from pdlaunch.http.sse import DONE_DATA, EventDecoder
@@ -118,17 +119,30 @@ class EngineClient:
 
     def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
         self._timeouts = timeouts
-        self._session = aiohttp.ClientSession(
-            # The router admits requests by itself; a limit here would make them wait unseen.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
-            headers={"Authorization": f"Bearer {http_token}", "Content-Type": "application/json"},
-            auto_decompress=True,
-            read_bufsize=2**18,
-        )
+        self._http_token = http_token
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        """One for all TCP ports, under an empty name, and one for each Unix socket."""
 
     async def close(self) -> None:
-        await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
+
+    def _session(self, engine: Engine) -> aiohttp.ClientSession:
+        socket = engine.url if engine.url.startswith(UNIX) else ""
+        session = self._sessions.get(socket)
+        if session is None:
+            session = self._sessions[socket] = new_session(
+                engine.url,
+                keepalive_timeout_s=KEEPALIVE_S,
+                timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
+                headers={
+                    "Authorization": f"Bearer {self._http_token}",
+                    "Content-Type": "application/json",
+                },
+                auto_decompress=True,
+                read_bufsize=2**18,
+            )
+        return session
 
     async def ask(
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
@@ -167,10 +181,10 @@ class EngineClient:
 
         Raises EngineFailure when there is no answer.
         """
-        url = URL(engine.url).with_path(path).with_query(list(query))
+        url = URL(http_url(engine.url)).with_path(path).with_query(list(query))
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s, connect=self._timeouts.connect_s)
-            async with self._session.request(
+            async with self._session(engine).request(
                 method, url, data=body or None, headers=headers, timeout=timeout
             ) as response:
                 return (
@@ -188,8 +202,8 @@ class EngineClient:
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             body = msgspec.json.encode({"request_id": name})
-            async with self._session.post(
-                engine.url + "/pdlaunch/release", data=body, timeout=timeout
+            async with self._session(engine).post(
+                http_url(engine.url) + "/pdlaunch/release", data=body, timeout=timeout
             ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -199,7 +213,9 @@ class EngineClient:
         """Tell whether the engine's server answers."""
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session.get(engine.url + "/health", timeout=timeout) as response:
+            async with self._session(engine).get(
+                http_url(engine.url) + "/health", timeout=timeout
+            ) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -208,7 +224,9 @@ class EngineClient:
         """Return what the engine's /v1/models says; None when it says nothing."""
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
-            async with self._session.get(engine.url + "/v1/models", timeout=timeout) as response:
+            async with self._session(engine).get(
+                http_url(engine.url) + "/v1/models", timeout=timeout
+            ) as response:
                 length = msgspec.json.decode(await response.read())["data"][0]["max_model_len"]
                 return int(length)
         except (
@@ -231,7 +249,9 @@ class EngineClient:
             return None
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.metrics_s)
-            async with self._session.get(engine.url + "/metrics", timeout=timeout) as response:
+            async with self._session(engine).get(
+                http_url(engine.url) + "/metrics", timeout=timeout
+            ) as response:
                 return await response.text("utf-8", "replace") if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError) as error:
             logger.info("%s does not tell its metrics: %r", engine.name, error)
@@ -255,8 +275,8 @@ class EngineClient:
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
     ) -> EngineAnswer:
         try:
-            async with self._session.post(
-                engine.url + path, data=body, headers=headers
+            async with self._session(engine).post(
+                http_url(engine.url) + path, data=body, headers=headers
             ) as response:
                 await _refuse_errors(engine, response)
                 return EngineAnswer(await response.read(), _ignored_fields(response))
@@ -267,7 +287,9 @@ class EngineClient:
         self, engine: Engine, path: str, body: bytes, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
         try:
-            response = await self._session.post(engine.url + path, data=body, headers=headers)
+            response = await self._session(engine).post(
+                http_url(engine.url) + path, data=body, headers=headers
+            )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(engine, error) from error
         try:

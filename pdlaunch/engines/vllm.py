@@ -1,0 +1,137 @@
+"""Plans engines of vLLM: a sidecar for each, which starts ``vllm serve`` and speaks for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+
+from pydantic import JsonValue
+
+from pdlaunch.checks.registry import all_rules
+from pdlaunch.checks.rule import Rule
+from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.engines.native import light_environment, python_command
+from pdlaunch.protocol.control import Capabilities
+from pdlaunch.resolve.plan import ProcessSpec
+from pdlaunch.resolve.roles import RoleEngines
+
+
+class VllmEngine:
+    """An ``EngineKind`` whose engines are servers of vLLM, watched over HTTP."""
+
+    name = "vllm"
+
+    def __init__(self, config: LaunchConfig, served_model_name: str) -> None:
+        self._config = config
+        self._served_model_name = served_model_name
+
+    def processes(self, engines: RoleEngines, index: int) -> Sequence[ProcessSpec]:
+        """Plan the sidecar of one engine; vLLM's own processes are its children."""
+        name = engines.engine_name(index)
+        devices = engines.device_indices(index)
+        visible = (
+            {"CUDA_VISIBLE_DEVICES": ",".join(str(device) for device in devices)} if devices else {}
+        )
+        sidecar = python_command(
+            "pdlaunch.sidecar",
+            "--name",
+            name,
+            "--hang-timeout",
+            f"{self._config.hang_timeout_s:g}",
+            *(("--exact",) if engines.dtype == "float32" else ()),
+        )
+        return (
+            ProcessSpec(
+                name=name,
+                kind="server",
+                unit=name,
+                engine=name,
+                role=engines.role,
+                tp_size=engines.tp_size,
+                host=engines.host,
+                command=(*sidecar, "--", *self.command(engines, index)),
+                environment=light_environment() | dict(engines.environment) | visible,
+                ports={"http": engines.http_port(index)},
+                devices=tuple(f"cuda:{device}" for device in devices) or ("cpu",),
+                num_threads=engines.num_threads,
+                cpus=engines.machine.cpus,
+            ),
+        )
+
+    def command(self, engines: RoleEngines, index: int) -> tuple[str, ...]:
+        """Return the command of one engine, but for what its sidecar adds at the start.
+
+        That is where it listens, unless it has a fixed port: a socket in the launch's folder.
+        """
+        settings = engines.settings
+        flags = dict(self._flags(engines))
+        if port := engines.http_port(index):
+            flags |= {"host": engines.bind_address, "port": port}
+        executable = shutil.which(settings.engine_command) or settings.engine_command
+        model = engines.model.path or settings.model
+        return (executable, "serve", model, *_as_arguments(flags | settings.engine_args))
+
+    def proves_pairs(self, process: ProcessSpec) -> bool:
+        """The sidecar of each decode engine sends a canary through every prefill engine."""
+        return process.kind == "server" and process.role == "decode"
+
+    def capabilities(self, spec: EngineSpec) -> Capabilities:
+        return Capabilities()
+
+    def rules(self) -> Sequence[Rule]:
+        return tuple(rule for rule in all_rules().values() if rule.code[:3] in ("PD1", "PD6"))
+
+    def _flags(self, engines: RoleEngines) -> Iterator[tuple[str, JsonValue]]:
+        """Yield vLLM's flags from the settings; what is not set is left to vLLM."""
+        settings, transfer = engines.settings, self._config.kv_transfer
+        given = self._config.model_fields_set | engines.overrides
+        yield "served-model-name", self._served_model_name
+        yield "tensor-parallel-size", engines.tp_size
+        if engines.dtype is not None:
+            yield "dtype", engines.dtype
+        for name in ("max_model_len", "max_num_batched_tokens"):
+            if (value := getattr(settings, name)) is not None:
+                yield name.replace("_", "-"), value
+        for name in ("block_size", "max_num_seqs", "gpu_memory_utilization"):
+            if name in given:
+                yield name.replace("_", "-"), getattr(settings, name)
+        if settings.load_format != "auto":
+            yield "load-format", settings.load_format
+        if not settings.enable_prefix_caching:
+            yield "no-enable-prefix-caching", True
+        if settings.enforce_eager:
+            yield "enforce-eager", True
+        if settings.enable_sleep_mode:
+            yield "enable-sleep-mode", True
+        if settings.kv_cache_memory is not None and engines.device == "cuda":
+            yield "kv-cache-memory-bytes", settings.kv_cache_memory
+        yield "shutdown-timeout", int(self._config.drain_timeout_s)
+        yield "enable-prompt-tokens-details", True
+        yield (
+            "kv-transfer-config",
+            {
+                "kv_connector": "NixlConnector",
+                "kv_role": "kv_both",
+                "kv_buffer_device": engines.device,
+                "kv_load_failure_policy": transfer.on_failure,
+                "kv_connector_extra_config": {"kv_lease_duration": int(transfer.lease_s)},
+            },
+        )
+
+
+def _as_arguments(flags: Mapping[str, JsonValue]) -> Iterator[str]:
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        match value:
+            case True:
+                yield flag
+            case False:
+                yield f"--no-{flag.removeprefix('--')}"
+            case None:
+                continue
+            case dict() | list():
+                yield from (flag, json.dumps(value, separators=(",", ":")))
+            case _:
+                yield from (flag, str(value))

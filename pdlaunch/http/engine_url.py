@@ -1,0 +1,31 @@
+"""Opens connections to engines, whose URL names a TCP port or a Unix socket.
+
+A socket in the launch's folder is open to the user who started the launch alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+
+UNIX = "unix:"
+"""Begins the URL of an engine that listens on a Unix socket; the rest is its path."""
+
+
+def new_session(url: str, *, keepalive_timeout_s: float, **options: Any) -> aiohttp.ClientSession:
+    """Return a session whose requests go to one engine; ``options`` are the session's."""
+    # No limit: routers admit requests by themselves, and one here would make them wait unseen.
+    connector: aiohttp.BaseConnector = (
+        aiohttp.UnixConnector(
+            url.removeprefix(UNIX), limit=0, keepalive_timeout=keepalive_timeout_s
+        )
+        if url.startswith(UNIX)
+        else aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_timeout_s)
+    )
+    return aiohttp.ClientSession(connector=connector, **options)
+
+
+def http_url(url: str) -> str:
+    """Return the URL that requests to an engine begin with."""
+    return "http://localhost" if url.startswith(UNIX) else url

@@ -1,0 +1,38 @@
+"""Runs as ``python -m pdlaunch.sidecar --name NAME [--exact] -- COMMAND``: one engine of vLLM.
+
+The supervisor starts it, with a Bootstrap on standard input that has the name too. ``COMMAND``
+starts the engine. ``--exact``: a canary's tokens must be equal, as they are in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pdlaunch.http.lifecycle import Supervised, run_supervised
+from pdlaunch.sidecar.process import SidecarOptions, SidecarProcess
+
+
+def _options() -> SidecarOptions:
+    arguments, _, command = _split(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--hang-timeout", type=float, default=0.0)
+    found = parser.parse_args(arguments)
+    return SidecarOptions(
+        command=tuple(command), is_exact=found.exact, hang_timeout_s=found.hang_timeout
+    )
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    at = arguments.index("--")
+    return arguments[:at], "--", arguments[at + 1 :]
+
+
+async def _serve(supervised: Supervised) -> None:
+    await SidecarProcess(supervised, _options()).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run_supervised(_serve))

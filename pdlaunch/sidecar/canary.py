@@ -1,0 +1,162 @@
+"""Proves a pair of engines by a canary: a short prompt, computed by one, decoded by the other.
+
+::
+
+    prompt ──> prefill, max_tokens=1, do_remote_decode ──> kv_transfer_params
+                                                              └──> decode ──> 4 tokens   equal?
+    prompt ──> prefill, alone ───────────────────────────────────> 4 tokens ──────┘
+    decode's count of bytes read over NIXL: before < after
+
+An engine that is healthy may still compute every prompt itself, or read another's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pdlaunch.errors import PdlaunchError, ProtocolError
+from pdlaunch.sidecar.engine_api import Counts, EngineApi
+
+NUM_BLOCKS = 2
+NUM_TOKENS = 4
+DEFAULT_BLOCK_SIZE = 128
+TIMEOUT_S = 60.0
+BYTES_READ = "vllm:nixl_bytes_transferred_sum"
+SECONDS_READ = "vllm:nixl_xfer_time_seconds_sum"
+TOLERANCE = 0.25
+"""Largest difference of a token's logprob between two ways to compute it in 16 bits."""
+FIRST_TOKEN_ID = 100
+"""Ids below are often special tokens."""
+NUM_TOKEN_IDS = 1000
+"""Ids that prompts are drawn from; every vocabulary is larger."""
+
+REMOTE_DECODE: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+class CanaryDied(PdlaunchError):
+    """Tells why a pair must not be used.
+
+    ``fatal``: the engines are healthy and their answers differ, so that trying again is no help.
+    """
+
+    def __init__(self, reason: str, *, fatal: bool = False) -> None:
+        super().__init__(reason)
+        self.fatal = fatal
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Says what a canary has shown."""
+
+    seconds: float
+    num_bytes: int
+    transfer_s: float
+    """Seconds that the engine counted for the READs; 0 when it counts none."""
+
+    @property
+    def gigabytes_per_s(self) -> float | None:
+        return self.num_bytes / self.transfer_s / 1e9 if self.transfer_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+async def send_canary(
+    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool
+) -> Proof:
+    """Send one canary through a pair. Raises CanaryDied, ProtocolError.
+
+    ``is_exact``: the tokens of both ways must be equal; else their logprobs, within TOLERANCE.
+    """
+    started_at = time.monotonic()
+    before = await decode.counts(TIMEOUT_S)
+    # New each time: of a prompt that decode has cached, no byte would move.
+    request = {
+        "model": model,
+        "prompt": _new_prompt(before),
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "logprobs": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    handed = await prefill.complete(
+        request | {"max_tokens": 1, "kv_transfer_params": REMOTE_DECODE}, TIMEOUT_S
+    )
+    params = handed.get("kv_transfer_params")
+    if not params:
+        raise CanaryDied(
+            "prefill answered without kv_transfer_params: it has no KV connector, or refused",
+            fatal=True,
+        )
+    told = _tokens(await decode.complete(request | {"kv_transfer_params": params}, TIMEOUT_S))
+    expected = _tokens(await prefill.complete(request, TIMEOUT_S))
+    if reason := _difference(told, expected, is_exact=is_exact):
+        raise CanaryDied(reason, fatal=True)
+    after = await decode.counts(TIMEOUT_S)
+    num_bytes = int(after.total(BYTES_READ) - before.total(BYTES_READ))
+    if num_bytes <= 0:
+        raise CanaryDied(
+            "decode read no byte of the prompt's KV blocks: it computed the prompt itself"
+        )
+    return Proof(
+        time.monotonic() - started_at,
+        num_bytes,
+        after.total(SECONDS_READ) - before.total(SECONDS_READ),
+    )
+
+
+def _new_prompt(counts: Counts) -> list[int]:
+    block_size = counts.label("vllm:cache_config_info", "block_size")
+    length = NUM_BLOCKS * (
+        int(block_size) if block_size and block_size.isdecimal() else DEFAULT_BLOCK_SIZE
+    )
+    draw = random.SystemRandom()
+    # One more: the last token of a prompt is computed by decode itself.
+    return [FIRST_TOKEN_ID + draw.randrange(NUM_TOKEN_IDS) for _ in range(length + 1)]
+
+
+def _tokens(answer: dict[str, Any]) -> _Tokens:
+    """Read token ids and logprobs of an answer. Raises ProtocolError."""
+    try:
+        choice = answer["choices"][0]
+        return _Tokens(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+    except (LookupError, TypeError) as error:
+        raise ProtocolError(f"not an answer with token ids and logprobs: {error!r}") from error
+
+
+def _difference(told: _Tokens, expected: _Tokens, *, is_exact: bool) -> str:
+    """Return what is wrong with the tokens of a pair, empty: nothing."""
+    if is_exact:
+        if told.ids == expected.ids:
+            return ""
+        return (
+            f"decode answered tokens {list(told.ids)}, prefill alone {list(expected.ids)}: decode "
+            "computes with other KV blocks than it was handed"
+        )
+    # After a token that differs, the next ones have another context.
+    for token, other, logprob, other_logprob in zip(
+        told.ids, expected.ids, told.logprobs, expected.logprobs, strict=True
+    ):
+        if not math.isclose(logprob, other_logprob, abs_tol=TOLERANCE):
+            return (
+                f"logprobs {logprob:.3f} (decode) and {other_logprob:.3f} (prefill alone) differ "
+                f"by more than {TOLERANCE}"
+            )
+        if token != other:
+            break
+    return ""

@@ -1,0 +1,245 @@
+"""Runs the sidecar of one engine, as the supervisor steers it.
+
+::
+
+    start the engine -> Register -> healthy? ──> Ready -> watch ──────> Drain -> Stop
+         Registry: a prefill engine is ready ──> canary through it ──> PairReady    (decode engines)
+    the engine ends, or stands still ──> Failed: the supervisor starts both anew
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdlaunch.errors import PdlaunchError, ProtocolError, StartupError
+from pdlaunch.http.engine_url import UNIX
+from pdlaunch.http.lifecycle import Supervised
+from pdlaunch.protocol.control import (
+    Drain,
+    Drained,
+    Entry,
+    PairFailed,
+    PairReady,
+    Progress,
+    Ready,
+    Registry,
+    Restarting,
+    Stop,
+    Suspects,
+)
+from pdlaunch.sidecar.canary import CanaryDied, send_canary
+from pdlaunch.sidecar.child import EngineChild
+from pdlaunch.sidecar.engine_api import EngineApi
+
+_logger = logging.getLogger(__name__)
+
+START_POLL_S = 0.5
+WATCH_POLL_S = 2.0
+HEALTH_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 5.0
+CANARY_RETRY_S = (0.5, 10.0)
+"""First and longest pause before a canary that died is sent again."""
+_RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_PROGRESS = ("vllm:generation_tokens_total", "vllm:iteration_tokens_total_sum")
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarOptions:
+    """Says what a sidecar starts, and how it is judged."""
+
+    command: tuple[str, ...]
+    """Starts the engine; without where it listens when it has no fixed port."""
+    is_exact: bool
+    hang_timeout_s: float
+    """An engine that has requests and makes no progress for so long is killed; 0: never."""
+
+
+class SidecarProcess:
+    """Speaks for one engine of vLLM; made inside a running event loop, ``run`` once."""
+
+    def __init__(self, supervised: Supervised, options: SidecarOptions) -> None:
+        self._supervised = supervised
+        self._options = options
+        self._name = supervised.bootstrap.name
+        self._url = _fixed_url(options.command)
+        socket_path = Path(supervised.bootstrap.run_dir) / f"{self._name}.sock"
+        self._socket_path = None if self._url else socket_path
+        self._url = self._url or f"{UNIX}{socket_path}"
+        self._key = supervised.bootstrap.engine_api_key
+        self._api = EngineApi(self._url, self._key)
+        self._is_ready = asyncio.Event()
+        self._canaries: dict[tuple[str, int], asyncio.Task[None]] = {}
+        """Of each prefill engine and incarnation that is proven or being proven."""
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    async def run(self) -> None:
+        """Run until Stop or a signal. Raises StartupError when the engine ends by itself."""
+        supervised = self._supervised
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
+        child = await EngineChild.start(self._command(), self._environment())
+        _logger.info("started %s as process %d", self._options.command[0], child.pid)
+        watches: list[asyncio.Task[None]] = []
+        try:
+            supervised.register(self._url)
+            watches = [
+                supervised.spawn(self._fail_with(child)),
+                supervised.spawn(self._watch()),
+            ]
+            await self._obey()
+        finally:
+            tasks = [*watches, *self._canaries.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._api.close()
+            await child.stop(STOP_TIMEOUT_S)
+
+    def _command(self) -> tuple[str, ...]:
+        where = () if self._socket_path is None else ("--uds", str(self._socket_path))
+        return (*self._options.command, *where)
+
+    def _environment(self) -> dict[str, str]:
+        run_dir = self._supervised.bootstrap.run_dir
+        # The sockets between the engine's own processes: anybody may open those in /tmp.
+        own = {"VLLM_RPC_BASE_PATH": run_dir, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(_free_port())}
+        return own if self._key is None else own | {"VLLM_API_KEY": self._key}
+
+    async def _fail_with(self, child: EngineChild) -> None:
+        how = await child.ended()
+        self._supervised.inbox.put_nowait(
+            StartupError(f"{Path(self._options.command[0]).name} {how}")
+        )
+
+    async def _watch(self) -> None:
+        """Say Ready once the engine is healthy; fail when it is not any more, or stands still."""
+        self._supervised.send(Progress(text="vLLM is starting"))
+        while not await self._api.is_healthy(HEALTH_TIMEOUT_S):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(START_POLL_S)
+        self._supervised.send(Ready())
+        self._is_ready.set()
+        done, moved_at = 0.0, time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_POLL_S)
+            if not await self._api.is_healthy(HEALTH_TIMEOUT_S):
+                self._fail(f"/health did not say 200 within {HEALTH_TIMEOUT_S:g} s")
+                return
+            try:
+                counts = await self._api.counts(HEALTH_TIMEOUT_S)
+            except ProtocolError as error:
+                _logger.warning("%s", error)
+                continue
+            now_done = sum(counts.total(name) for name in _PROGRESS)
+            if now_done != done or not any(counts.total(name) for name in _RUNNING):
+                done, moved_at = now_done, time.monotonic()
+            elif 0 < self._options.hang_timeout_s < time.monotonic() - moved_at:
+                self._fail(
+                    f"it has requests and has computed nothing for {self._options.hang_timeout_s:g}"
+                    " s"
+                )
+                return
+
+    def _fail(self, reason: str) -> None:
+        self._supervised.inbox.put_nowait(StartupError(reason))
+
+    async def _obey(self) -> None:
+        """Do what the supervisor says until Stop. Raises the error of the engine."""
+        while True:
+            match await self._supervised.inbox.get():
+                case Registry() as registry:
+                    self._prove_pairs(registry)
+                case Drain(timeout_s=timeout_s):
+                    self._supervised.spawn(self._drain(timeout_s))
+                case Stop():
+                    return
+                case PdlaunchError() as error:
+                    raise error
+                case Suspects() | Restarting():
+                    pass  # said to routers alone
+
+    def _prove_pairs(self, registry: Registry) -> None:
+        """Send a canary through each prefill engine that has none yet; forget those that left."""
+        own = next((entry for entry in registry.entries if entry.name == self._name), None)
+        if own is None or own.role != "decode":
+            return
+        peers = {
+            (entry.name, entry.incarnation): entry
+            for entry in registry.entries
+            if entry.kind == "server" and entry.role == "prefill" and entry.state == "ready"
+        }
+        for key in self._canaries.keys() - peers.keys():
+            self._canaries.pop(key).cancel()
+        for key in peers.keys() - self._canaries.keys():
+            self._canaries[key] = self._supervised.spawn(self._prove(peers[key]))
+
+    async def _prove(self, peer: Entry) -> None:
+        await self._is_ready.wait()
+        api = EngineApi(peer.address.http, self._key)
+        pause_s, longest_s = CANARY_RETRY_S
+        try:
+            while not await self._send_canary(peer, api):
+                await asyncio.sleep(pause_s)
+                pause_s = min(longest_s, 2 * pause_s)
+        finally:
+            await api.close()
+
+    async def _send_canary(self, peer: Entry, api: EngineApi) -> bool:
+        """Return whether the pair is proven; the supervisor is told in either case."""
+        send = self._supervised.send
+        try:
+            async with self._one_at_a_time:
+                model = _served_model_name(self._options.command)
+                proof = await send_canary(api, self._api, model, is_exact=self._options.is_exact)
+        except (CanaryDied, ProtocolError) as error:
+            fatal = isinstance(error, CanaryDied) and error.fatal
+            send(PairFailed(local=self._name, peer=peer.name, error=str(error), fatal=fatal))
+            return False
+        send(
+            PairReady(
+                local=self._name,
+                peer=peer.name,
+                peer_incarnation=peer.incarnation,
+                seconds=proof.seconds,
+                path="nixl/vLLM",
+                gigabytes_per_s=proof.gigabytes_per_s,
+            )
+        )
+        return True
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Wait until the engine has nothing to do, at most ``timeout_s``."""
+        ends_at = time.monotonic() + timeout_s
+        while time.monotonic() < ends_at:
+            try:
+                counts = await self._api.counts(HEALTH_TIMEOUT_S)
+            except ProtocolError:
+                break
+            if not any(counts.total(name) for name in _RUNNING):
+                break
+            await asyncio.sleep(START_POLL_S)
+        self._supervised.send(Drained())
+
+
+def _fixed_url(command: tuple[str, ...]) -> str:
+    """Return the URL of an engine whose command gives it a port, empty without one."""
+    if "--port" not in command:
+        return ""
+    host, port = (command[command.index(flag) + 1] for flag in ("--host", "--port"))
+    return f"http://{host}:{port}"
+
+
+def _served_model_name(command: tuple[str, ...]) -> str:
+    return command[command.index("--served-model-name") + 1]
+
+
+def _free_port() -> int:
+    """Return a port of 127.0.0.1 that is free now; vLLM takes no port 0."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
