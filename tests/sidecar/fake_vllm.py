@@ -1,0 +1,96 @@
+"""A server that answers as vLLM does what a sidecar asks: health, metrics, completions with KV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+BLOCK_SIZE = 32
+BYTES_OF_TOKEN = 1000
+
+
+def answer_of(prompt: list[int], count: int) -> list[int]:
+    """Return tokens that depend on all of the prompt."""
+    return [(sum(prompt) * (index + 7)) % 997 for index in range(count)]
+
+
+@dataclass
+class FakeVllm:
+    """``shares``: leases of all engines that can read from each other, by request id."""
+
+    name: str
+    shares: dict[str, list[int]]
+    moves_bytes: bool = True
+    garbles: bool = False
+    has_connector: bool = True
+    logprob_error: float = 0.0
+    num_running: int = 0
+    healthy: bool = True
+    num_bytes: int = 0
+    num_tokens: int = 0
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/v1/completions", self._complete)
+        return app
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        page = (
+            "# TYPE vllm:num_requests_running gauge\n"
+            f'vllm:num_requests_running{{engine="0"}} {self.num_running}\n'
+            "# TYPE vllm:generation_tokens counter\n"
+            f'vllm:generation_tokens_total{{engine="0"}} {self.num_tokens}\n'
+            "# TYPE vllm:cache_config_info gauge\n"
+            f'vllm:cache_config_info{{block_size="{BLOCK_SIZE}",engine="0"}} 1\n'
+            "# TYPE vllm:nixl_bytes_transferred histogram\n"
+            f'vllm:nixl_bytes_transferred_bucket{{engine="0",le="+Inf"}} 1\n'
+            f'vllm:nixl_bytes_transferred_count{{engine="0"}} 1\n'
+            f'vllm:nixl_bytes_transferred_sum{{engine="0"}} {self.num_bytes}\n'
+        )
+        return web.Response(text=page)
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
+        answer: dict[str, Any] = {}
+        if params.get("do_remote_decode") and self.has_connector:
+            request_id = f"{self.name}-{len(self.bodies)}"
+            self.shares[request_id] = prompt
+            answer["kv_transfer_params"] = {
+                "do_remote_prefill": True,
+                "remote_request_id": request_id,
+            }
+        if params.get("do_remote_prefill") and self.moves_bytes:
+            prompt = self.shares.pop(params["remote_request_id"])
+            self.num_bytes += BYTES_OF_TOKEN * len(prompt)
+            if self.garbles:
+                prompt = [0, *prompt[1:]]
+        tokens = answer_of(prompt, body["max_tokens"])
+        answer["choices"] = [
+            {
+                "index": 0,
+                "token_ids": tokens,
+                "logprobs": {"token_logprobs": [-1.0 + self.logprob_error] * len(tokens)},
+                "finish_reason": "length",
+            }
+        ]
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+
+async def listen(engine: FakeVllm, path: Path) -> web.AppRunner:
+    """Listen on a Unix socket; the runner's ``cleanup`` ends it."""
+    runner = web.AppRunner(engine.app())
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    return runner
