@@ -23,7 +23,10 @@ CASES = [
     Case(
         "PD103",
         Setup(model="no-such-folder", machine=None),
-        {"a directory in Hugging Face layout": ON_THIS_MACHINE},
+        {
+            "a directory in Hugging Face layout": ON_THIS_MACHINE,
+            "a .gguf file of a supported family": Setup(model="tiny.gguf", machine=None),
+        },
     ),
     Case(
         "PD104",

@@ -52,12 +52,18 @@ def broken_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
     return connector_of_another_package("import no_such_module_of_theirs\n")
 
 
-def cuda_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
+def whole_connector(
+    needs_cuda: bool = False,
+) -> contextlib.AbstractContextManager[tuple[str, ...]]:
     return connector_of_another_package(
         "from pdlaunch.config.connectors import ConnectorSpec\n"
-        "SPEC = ConnectorSpec()\nSPEC.needs_cuda = True\n"
+        f"SPEC = ConnectorSpec()\nSPEC.needs_cuda = {needs_cuda}\n"
         "SPEC.factory = 'pdlaunch.transfer.connectors.file:new_connector'\n"
     )
+
+
+def cuda_connector() -> contextlib.AbstractContextManager[tuple[str, ...]]:
+    return whole_connector(needs_cuda=True)
 
 
 @contextlib.contextmanager
@@ -157,8 +163,8 @@ CASES = [
         "PD437",
         Setup(machine=None, arrange=broken_connector),
         {
-            "Install the connector's package": Setup(machine=GPU, arrange=cuda_connector),
-            "name another connector": Setup(),
+            "Install the connector's package": Setup(machine=None, arrange=whole_connector),
+            "name another connector": Setup(machine=None),
         },
     ),
     Case(

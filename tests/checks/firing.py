@@ -22,7 +22,7 @@ from pdlaunch.cli.app import build_app
 from pdlaunch.platform.facts import Machine
 from pdlaunch.platform.machine_file import encode_machine
 from tests.checks.contexts import CPU
-from tests.config.model_files.files import EMPTY_SAFETENSORS
+from tests.config.model_files.files import EMPTY_SAFETENSORS, tiny_gguf
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -111,17 +111,28 @@ class Case:
 
 
 def write_models(folder: Path) -> None:
-    """Write the models, and two without weights that can be read: ``no-weights``, ``pickles``."""
+    """Write the models, ``tiny.gguf``, and ``no-weights`` and ``pickles``, which nobody reads."""
     for name, config in {**MODELS, "no-weights": TINY, "pickles": TINY}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     for name in MODELS:
         (folder / name / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     (folder / "pickles" / "pytorch_model.bin").touch()
+    tiny_gguf().write(folder / "tiny.gguf")
 
 
 def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
-    """Return the severity of each rule that the command names, run in the folder of the models."""
+    """Return the severity of each rule that the command names.
+
+    It is ``not checked`` for those that could say nothing.
+    """
+    report = check_config(setup, folder)
+    not_checked = {item["rule"]: "not checked" for item in report["resolved"]["not_checked"]}
+    return not_checked | {item["rule"]: item["severity"] for item in report["findings"]}
+
+
+def check_config(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Return what the command prints as JSON, run in the folder of the models."""
     (folder / "deploy.yaml").write_text(f"model: {setup.model}\nport: 0\n{setup.config}")
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     environ = {"HOME": str(folder), **kept, **setup.environ}
@@ -144,6 +155,6 @@ def found_by_check_config(setup: Setup, folder: Path) -> dict[str, str]:
         result = CliRunner().invoke(build_app(arguments), arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    findings = json.loads(result.stdout)["findings"]
-    assert all(re.fullmatch(r"PD\d{3}", item["rule"]) for item in findings), findings
-    return {item["rule"]: item["severity"] for item in findings}
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert all(re.fullmatch(r"PD\d{3}", item["rule"]) for item in report["findings"]), report
+    return report

@@ -1,8 +1,12 @@
 """Every rule is seen by ``pdlaunch check-config``, and gone after each fix that its page gives."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from pdlaunch.checks.registry import all_rules
+from pdlaunch.config.settings import flag_name, variable_name
 from tests.checks import (
     fires_allocators,
     fires_configuration,
@@ -14,7 +18,7 @@ from tests.checks import (
     fires_transport,
     fires_ucx,
 )
-from tests.checks.firing import found_by_check_config, write_models
+from tests.checks.firing import check_config, found_by_check_config, write_models
 
 CASES = [
     *fires_configuration.CASES,
@@ -29,6 +33,8 @@ CASES = [
 ]
 IMPORTS = [*fires_libraries.IMPORTS, *fires_ucx.TRIALS]
 CODES = {case.code for case in [*CASES, *IMPORTS]}
+SET = re.compile(r"(?:set|or) ([a-z_.]+) to (\d[\d.]*[A-Za-z]*)(?: |$)")
+"""What a finding says to do, where it names a setting and a value."""
 WAITING = {rule.code for rule in all_rules().values() if rule.waits_for}
 """Rules that no set-up of today can fire; their pages say what they wait for."""
 SEEN_IN_A_LAUNCH = {"PD501", "PD505"}
@@ -63,10 +69,39 @@ def test_what_only_hardware_can_show_is_marked():
 @pytest.mark.parametrize("case", [*map(named, CASES), *map(starting_processes, IMPORTS)])
 def test_it_fires_and_the_fixes_of_its_page_end_it(case, models):
     rule = all_rules()[case.code]
-    assert found_by_check_config(case.broken, models).get(rule.code) == rule.severity
+    findings = found_of(case, case.broken, models)
+    assert findings
+    assert {item["severity"] for item in findings} == {rule.severity}
+    check_values(case, findings, models)
     assert case.fixes or rule.severity == "info", "what is wrong can be mended"
     for words, fixed in case.fixes.items():
         assert words in rule.fix, "the page of the rule says something else"
         found = found_by_check_config(fixed, models)
         assert rule.code not in found, words
         assert "error" not in found.values(), (words, found)
+
+
+def check_values(case, findings, models):
+    """Do what each finding says, where it names settings and values: any of them ends it."""
+    for place, fix in [(item["where"].partition(" ")[0], item["fix"]) for item in findings]:
+        for name, value in SET.findall(fix):
+            path = place if name == "it" or place.endswith(f".{name}") else name
+            fixed = replace(
+                case.broken,
+                flags=without_flag(case.broken.flags, flag_name(path)),
+                environ={**case.broken.environ, variable_name(path): value},
+            )
+            still = [item["where"].partition(" ")[0] for item in found_of(case, fixed, models)]
+            assert place not in still, f"{path} is {value}, as it says"
+
+
+def found_of(case, setup, models):
+    findings = check_config(setup, models)["findings"]
+    return [item for item in findings if item["rule"] == case.code]
+
+
+def without_flag(flags, name):
+    if name not in flags:
+        return flags
+    at = flags.index(name)
+    return flags[:at] + flags[at + 2 :]
