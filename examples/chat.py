@@ -1,5 +1,5 @@
-"""Stream a chat from a running deployment with the official openai client: `python
-examples/chat.py`.
+"""Stream a chat from a running deployment with the official openai client: `pip install openai`,
+then `python examples/chat.py`.
 """
 
 from openai import OpenAI

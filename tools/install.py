@@ -56,7 +56,7 @@ class Screen:
     def __init__(self, title: str) -> None:
         self._title = title
         self._started_at = time.monotonic()
-        self._doing = ""
+        self._doing = "asking the package index"
         self._is_terminal = sys.stdout.isatty()
         self._write(f"{title}\n")
 
