@@ -21,7 +21,7 @@ from pdlaunch.cli.bench_values import (
     read_sizes,
 )
 from pdlaunch.cli.output import Format, FormatOption, print_errors, print_json, print_table
-from pdlaunch.cli.vllm_flags import ServeCommand
+from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.connectors import KVPath, MooncakeProtocol
 from pdlaunch.config.model_files.aliases import resolve_model
 from pdlaunch.config.models import LoadFormat

@@ -18,7 +18,7 @@ from pdlaunch.cli.assume import AssumeOption, judged_machine
 from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.output import FormatOption
-from pdlaunch.cli.vllm_flags import ServeCommand
+from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.models import EngineSettings, LaunchConfig, Role
 from pdlaunch.config.settings import Setting, all_settings
 from pdlaunch.config.shown import ShownValue, changed_values, shown_values

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pdlaunch.cli.completion import CONFIG_ENDINGS, Complete, complete_target, value_completion
-from pdlaunch.cli.vllm_flags import ServeCommand
+from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name
 

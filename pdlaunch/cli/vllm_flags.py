@@ -6,10 +6,7 @@ Flags of the same name and meaning need no entry. Source: the flags of vLLM 0.32
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from typer.core import TyperCommand
+from collections.abc import Mapping
 
 from pdlaunch.config.settings import all_flags, all_settings, flag_name, variable_name
 
@@ -113,30 +110,3 @@ def advice(name: str) -> str | None:
     if path in all_settings():
         return f"set {path} in the file, or the variable {variable_name(path)}"
     return "it is a flag of vLLM for which pdlaunch has nothing" if name in MISSING else None
-
-
-class ServeCommand(TyperCommand):
-    """Is a command with the flags of ``serve``; it knows what users of vLLM may type."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = list(args)
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            # By its name: typer brings a click of its own, or uses the installed one.
-            if type(error).__name__ == "NoSuchOption":
-                _explain(error, given)
-            raise
-
-
-def _explain(error: Any, arguments: Sequence[str]) -> None:
-    """Add to a NoSuchOption what to do instead, where the option is one of vLLM's."""
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        # Of -tp the parser names -t alone.
-        wanted = name if name.startswith("--") else name[:2]
-        instead = advice(name) if wanted == error.option_name else None
-        if instead is not None:
-            error.message = f"No such option: {name}; {instead}"
-            error.possibilities = None
-            return

@@ -52,6 +52,19 @@ def test_advice_is_readable_on_a_narrow_terminal() -> None:
     assert "--kv-connector chooses the connector" in text
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 89, 90, 120])
+def test_help_has_every_flag_whole_at_any_width(columns: int) -> None:
+    result = CliRunner().invoke(
+        build_app(["serve", "--help"]),
+        ["serve", "--help"],
+        env={"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    words = set(re.findall(r"--[a-z-]+", result.stdout))
+    assert OWN | {"--dry-run", "--stop-on-stdin-eof"} <= words
+    assert "Engines" in result.stdout
+    assert "Deployment" in result.stdout
+
+
 def test_an_option_that_nobody_knows_is_only_that() -> None:
     code, text = run("serve", "--frobnicate")
     assert code == 2
