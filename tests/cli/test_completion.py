@@ -39,6 +39,7 @@ def offered(monkeypatch):
         ("pdlaunch config show --device cu", ["cuda"]),
         ("pdlaunch bench serve --kv-connector mo", ["mooncake"]),
         ("pdlaunch smoke --model smo", ["smollm2"]),
+        ("pdlaunch serve smo", ["smollm2"]),
         ("pdlaunch check-config --format g", ["github"]),
         ("pdlaunch explain PD20", [f"PD20{n}" for n in range(1, 10)]),
         ("pdlaunch explain pd203", ["pd203"]),
