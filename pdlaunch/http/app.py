@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 from aiohttp import web
 from aiohttp.hdrs import METH_ANY
 
@@ -104,6 +105,8 @@ class HttpApp:
         self._metrics = metrics
         self._is_trusted = is_trusted
         self._description = description
+        # Made when it is first asked for, once: it takes up to 0.1 s.
+        self._document: bytes | None = None
         self._routes = [
             *routes,
             AppRoute("GET", "/version", _version, None, Operation("Return pdlaunch's version.")),
@@ -154,6 +157,11 @@ class HttpApp:
         return answer
 
     async def _openapi(self, _: web.Request) -> web.StreamResponse:
+        if self._document is None:
+            self._document = self._describe()
+        return web.Response(body=self._document, content_type="application/json")
+
+    def _describe(self) -> bytes:
         about = self._description
         routes = [
             DescribedRoute(
@@ -164,7 +172,7 @@ class HttpApp:
             )
             for route in self._routes
         ]
-        return json_response(
+        return msgspec.json.encode(
             describe(about.title, routes, public=about.public, strict_fields=about.strict_fields)
         )
 

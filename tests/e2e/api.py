@@ -77,7 +77,7 @@ def engine_apis(url: str, role: str | None = None) -> list[Api]:
 
 
 def engine_total(url: str, name: str) -> float:
-    """Sum of a metric over all engines; up to a second old."""
+    """Sum of a metric over all engines."""
     return sum(api.metrics()[f"pdlaunch_{name}"] for api in engine_apis(url))
 
 
