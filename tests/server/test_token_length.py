@@ -154,4 +154,4 @@ def test_a_list_of_token_ids_that_cannot_fit_is_not_parsed(
     model, _ = served(model_dir)
     monkeypatch.setattr("pdlaunch.server.prompts.read_json_object", None)
     with pytest.raises(RequestError, match=r"has 1000000 tokens; .* is 100 tokens"):
-        read_completion(b'{"prompt": [' + b",".join([b"5"] * 1_000_000) + b"]}", model)
+        read_completion(b'{"prompt": [' + b",".join([b"5"] * 1_000_000) + b"]}", model, False)
