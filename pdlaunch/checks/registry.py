@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from pdlaunch.checks import (
+    allocator_rules,
     config_rules,
     fabric_rules,
     kv_cache_rules,
@@ -38,6 +39,7 @@ def all_rules() -> dict[str, Rule]:
         timeout_rules,
         vllm_rules,
         memory_rules,
+        allocator_rules,
         kv_cache_rules,
         offload_rules,
         pair_rules,

@@ -38,6 +38,8 @@ class AllocatorConf:
     """Set variables of which torch reads nothing, or CUDA's own keys at most."""
     expandable_segments: bool
     """Switched on, or meant to be (``true``, ``1``)."""
+    backend: str | None = None
+    """What allocates: ``native`` or ``cudaMallocAsync``; None: not set, so native."""
     refusal: Refusal | None = None
 
 
@@ -49,17 +51,19 @@ def read_allocator_conf(environ: Mapping[str, str]) -> AllocatorConf:
     first = variables[0]
     walk = ConfWalk(environ[first])
     reason, refused = _refused(walk.of_all_devices), first
-    at_import = False
+    at_import, backend = False, None
     for_cuda = next((name for name in variables if name != HIP_VARIABLE), None)
     if for_cuda is not None:
         cuda_walk = ConfWalk(environ[for_cuda])
         at_import = _refused(cuda_walk.at_import) is not None
+        backend = cuda_walk.backend
         if reason is None:
             reason, refused = _refused(cuda_walk.of_cuda), for_cuda
     return AllocatorConf(
         first,
         tuple(variables[1:]),
         walk.expandable_segments,
+        backend,
         None if reason is None else Refusal(refused, reason, at_import),
     )
 

@@ -8,6 +8,8 @@ from tests.checks.contexts import CPU, GB200, GIB, GPU, SMALL_SHAPE, on
 
 FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
+ASYNC = {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
+
 CASES: dict[str, Case] = {
     "PD201": Case(
         [
@@ -169,6 +171,22 @@ CASES: dict[str, Case] = {
             on(machine(GPU, cumem=Availability(False, "old"))),
             on(GPU, enable_sleep_mode=True),
             on(CPU, enable_cumem_allocator=True),
+        ],
+    ),
+    "PD216": Case(
+        [
+            on(GPU, environ=ASYNC),
+            on(GPU, environ=ASYNC, kv_transfer__nixl__path="p2p"),
+            on(GPU, environ=ASYNC, enable_sleep_mode=True, **FILES),
+            on(GPU, environ={}, decode__env=ASYNC),
+            on(GPU, environ=ASYNC | {"PYTORCH_HIP_ALLOC_CONF": ""}),
+        ],
+        [
+            on(GPU, environ=ASYNC, **FILES),
+            on(GPU, environ=ASYNC, device="cpu"),
+            on(GPU, environ=ASYNC, prefill__replicas=0),
+            on(GPU, environ={"PYTORCH_ALLOC_CONF": "backend:native"}),
+            on(GPU, environ={"PYTORCH_HIP_ALLOC_CONF": "backend:cudaMallocAsync"}),
         ],
     ),
     "PD220": Case(

@@ -1,4 +1,4 @@
-"""For each rule on torch's allocator (PD204 to PD206): variables that fire it, and its fixes."""
+"""For each rule on torch's allocator: variables that fire it, and its fixes."""
 
 from tests.checks.contexts import GPU
 from tests.checks.firing import Case, Setup
@@ -37,6 +37,11 @@ CASES = [
             ("expandable_segments:yes", "expandable_segments:False"),
             ("max_split_size:128", "max_split_size_mb:128"),
         )
+    ),
+    Case(
+        "PD216",
+        Setup(environ={"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, machine=GPU),
+        {"Take backend:cudaMallocAsync out of the variable": Setup(machine=GPU)},
     ),
     Case(
         "PD206",

@@ -23,15 +23,18 @@ ACCEPTED = (
     "roundup_power2_divisions:[]",
     "roundup_power2_divisions:[256:1,],expandable_segments:True",
     "pinned_use_background_threads:True",
-    "pinned_max_round_threshold_mb:0,pinned_max_cached_size_mb:1",
     # CUDA's own keys, over which a CPU build passes.
     "backend:native",
     "release_lock_on_cudamalloc:True,release_lock_on_hipmalloc:False",
     "pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
-    "pinned_reserve_segment_size_mb:10,pinned_free_catch_all:True",
-    "graph_capture_record_stream_reuse:True,throw_on_cudamalloc_oom:True",
+    "pinned_reserve_segment_size_mb:10,graph_capture_record_stream_reuse:True",
     "per_process_memory_fraction:0",
 )
+ACCEPTED_SINCE_2_13 = (
+    "pinned_max_round_threshold_mb:0,pinned_max_cached_size_mb:1",
+    "pinned_free_catch_all:True,throw_on_cudamalloc_oom:True",
+)
+"""torch 2.11 does not know all of their keys."""
 REFUSED = (
     "expandable_segments",
     "expandable_segments:",
@@ -99,6 +102,5 @@ REFUSED_WITH_CUDA = (
     "pinned_reserve_segment_size_mb:0",
     "graph_capture_record_stream_reuse:yes",
     "per_process_memory_fraction:1.5",
-    "throw_on_cudamalloc_oom:true",
 )
 """A CPU build accepts them: it passes over keys that it does not know."""

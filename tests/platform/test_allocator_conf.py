@@ -5,13 +5,19 @@ import os
 import random
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdlaunch.platform.allocator_conf import VARIABLES, read_allocator_conf
-from tests.platform.allocator_texts import ACCEPTED, REFUSED, REFUSED_WITH_CUDA
+from tests.platform.allocator_texts import (
+    ACCEPTED,
+    ACCEPTED_SINCE_2_13,
+    REFUSED,
+    REFUSED_WITH_CUDA,
+)
 
 CUDA, HIP, ANY = VARIABLES
 ON, OFF = "expandable_segments:True", "expandable_segments:False"
@@ -64,7 +70,7 @@ def test_expandable_segments_as_torch_takes_them(conf, enabled):
     assert read_allocator_conf({ANY: conf}).expandable_segments is enabled
 
 
-@pytest.mark.parametrize("text", ACCEPTED)
+@pytest.mark.parametrize("text", [*ACCEPTED, *ACCEPTED_SINCE_2_13])
 def test_what_torch_accepts_is_accepted(text):
     assert refused(text) is None
 
@@ -108,6 +114,21 @@ def test_one_variable_is_read_alone(environ, variable, enabled):
     conf = read_allocator_conf(environ)
     assert (conf.variable, conf.expandable_segments) == (variable, enabled)
     assert set(conf.ignored) == set(environ) - {variable}
+
+
+@pytest.mark.parametrize(
+    ("environ", "backend"),
+    [
+        ({ANY: "max_split_size_mb:100,backend:cudaMallocAsync"}, "cudaMallocAsync"),
+        ({CUDA: ON, ANY: "backend:cudaMallocAsync"}, None),
+        ({HIP: "backend:cudaMallocAsync"}, None),
+        ({HIP: ON, ANY: "backend:cudaMallocAsync"}, "cudaMallocAsync"),
+        ({ANY: "backend:native,backend:cudaMallocAsync"}, "native"),
+        ({ANY: ON}, None),
+    ],
+)
+def test_the_backend_is_read_at_import(environ, backend):
+    assert read_allocator_conf(environ).backend == backend
 
 
 @pytest.mark.parametrize(
@@ -158,9 +179,11 @@ def test_the_installed_torch_agrees():
     it must accept ``REFUSED_WITH_CUDA``, and refuse nothing that is accepted here.
     """
     mixed = random_texts(300)
+    since = tuple(map(int, version("torch").split(".")[:2]))
+    accepted = [*ACCEPTED, *(ACCEPTED_SINCE_2_13 if since >= (2, 13) else ())]
     judge = subprocess.run(
         [sys.executable, "-c", JUDGE],
-        input=json.dumps([*ACCEPTED, *REFUSED, *REFUSED_WITH_CUDA, *mixed]),
+        input=json.dumps([*accepted, *REFUSED, *REFUSED_WITH_CUDA, *mixed]),
         env=without_variables(),
         capture_output=True,
         text=True,
@@ -170,7 +193,7 @@ def test_the_installed_torch_agrees():
     with_cuda, *codes = judge.stdout.split()
     has_cuda = with_cuda == "True"
     verdicts = iter(codes)
-    assert [text for text in ACCEPTED if next(verdicts) != "0"] == []
+    assert [text for text in accepted if next(verdicts) != "0"] == []
     assert [text for text in REFUSED if next(verdicts) != "1"] == []
     assert [text for text in REFUSED_WITH_CUDA if next(verdicts) != str(int(has_cuda))] == []
     by_torch = {text for text in mixed if next(verdicts) == "1"}
