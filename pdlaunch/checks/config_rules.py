@@ -55,6 +55,7 @@ def role_without_peer(context: Context) -> Iterator[Found]:
     "error",
     fix="Name an alias, a directory in Hugging Face layout, or a .gguf file of a supported family.",
     source="The model's own config.json.",
+    needs=("model_files",),
 )
 def model_unusable(context: Context) -> Iterator[Found]:
     """The model cannot be found or cannot be served.

@@ -15,7 +15,12 @@ from pdlaunch.platform.facts import Fact, Machine, PortState
 from pdlaunch.resolve.resolve import ResolvedLaunch
 from pdlaunch.resolve.roles import Allocator, DeviceKind, RoleEngines
 
-Need = Fact | Literal["model", "ports", "nixl", "connector", "folders", "weights", "transport"]
+Need = (
+    Fact
+    | Literal[
+        "model", "model_files", "ports", "nixl", "connector", "folders", "weights", "transport"
+    ]
+)
 """Facts that can be missing."""
 
 WITHOUT_PROBE: frozenset[Need] = frozenset({"nixl", "transport"})
@@ -155,6 +160,8 @@ def make_context(launch: ResolvedLaunch, origins: Mapping[str, Origin], probes: 
     for engines in launch.roles.values():
         if engines.model.pending:
             missing["model"] = engines.model.pending
+        if engines.model.elsewhere:
+            missing["model_files"] = engines.model.pending
     for name, (need, reason) in _NOT_PROBED.items():
         if getattr(probes, name) is None:
             missing[need] = reason

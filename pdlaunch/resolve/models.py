@@ -34,6 +34,8 @@ class Model:
     """The reason why the shape is not known yet: the model is converted or downloaded first."""
     on_hub: bool = False
     """Its files come from a hub, the weights after everything has been judged."""
+    elsewhere: bool = False
+    """It is not on this machine, which judges for another one: nobody knows whether it serves."""
 
 
 def read_models(config: LaunchConfig, fetch: Fetch | None = None) -> dict[Role, Model]:
@@ -73,9 +75,11 @@ def read_models_elsewhere(config: LaunchConfig, fetch: Fetch | None = None) -> d
 
 def _elsewhere(model: Model) -> Model:
     """Return a model that this machine does not have as one whose shape is not known."""
-    if model.error is None or Path(model.name).expanduser().exists():
+    # What is wrong with a model that was found is wrong everywhere.
+    found = isinstance(model.error, UnsupportedModelError) or Path(model.name).expanduser().exists()
+    if model.error is None or found:
         return model
-    return replace(model, error=None, pending=f"{model.error}, on this machine")
+    return replace(model, error=None, pending=f"{model.error}, on this machine", elsewhere=True)
 
 
 def weight_error(model: Model) -> ConfigError | None:

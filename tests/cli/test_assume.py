@@ -157,8 +157,16 @@ def test_a_model_that_is_not_here_is_not_checked(tmp_path):
     )
     assert result.exit_code == 0
     _, not_checked = findings(result)
+    assert "/models/llama" in dict(not_checked)["PD103"]
     assert "/models/llama" in dict(not_checked)["PD104"]
     assert run("check-config", "--model", "/models/llama").exit_code == 1
+
+
+def test_a_model_that_is_here_and_cannot_be_served_is_an_error(tmp_path):
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL | {"model_type": "mamba"}))
+    result = run("check-config", "--assume", "h100x8")
+    assert result.exit_code == 1
+    assert "PD103" in result.stdout
 
 
 def test_the_older_name_still_works():
