@@ -75,9 +75,8 @@ def kv_cache_below_batch(context: Context) -> Iterator[Found]:
         if num_blocks < batch * least_blocks:
             most = num_blocks // least_blocks
             message = (
-                f"{num_blocks} blocks of {format_size(needed.block_bytes)} hold {most} "
-                f"request{'' if most == 1 else 's'} on each {engine.role} rank, max_num_seqs is "
-                f"{batch}"
+                f"{_count(num_blocks, 'block')} of {format_size(needed.block_bytes)} on each "
+                f"{engine.role} rank: room for {_count(most, 'request')}, max_num_seqs is {batch}"
             )
             least = _mebibytes(batch * least_blocks * needed.block_bytes)
             yield Found(
@@ -109,9 +108,10 @@ def _too_small(engine: RoleEngines, tokens: int | None) -> Iterator[Found]:
     if least_bytes <= kv_bytes:
         return
     message = (
-        f"a request of {tokens} tokens needs {needed.blocks_for(tokens)} blocks x "
+        f"a request of {tokens} tokens needs {_count(needed.blocks_for(tokens), 'block')} x "
         f"{format_size(needed.block_bytes)} = {format_size(least_bytes)} on each {engine.role} "
-        f"rank, kv_cache_memory is {format_size(kv_bytes)} ({needed.num_blocks} blocks)"
+        f"rank, kv_cache_memory is {format_size(kv_bytes)} "
+        f"({_count(kv_bytes // needed.block_bytes, 'block')})"
     )
     yield Found(engine.where("kv_cache_memory"), message, _way_out(needed, kv_bytes, least_bytes))
 
@@ -130,3 +130,7 @@ def _way_out(needed: Footprint, kv_bytes: int, least_bytes: int) -> str:
 
 def _mebibytes(num_bytes: int) -> int:
     return -(-num_bytes // _MEBIBYTE)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
