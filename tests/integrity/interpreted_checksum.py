@@ -82,7 +82,7 @@ def hash_nothing() -> None:
 
 if __name__ == "__main__":
     generator = np.random.default_rng(0)
-    for size in (*EDGES, *(16 * generator.integers(16, 3000, 20))):
+    for size in (*EDGES, *(16 * generator.integers(16, 3000, 6))):
         compare(int(size), generator)
     compare_far_away()
     check_refusals()

@@ -20,9 +20,8 @@ LONG = ((5, 1), (0, 600), (0, 512))
 @needs_triton
 @pytest.mark.processes
 def test_kernels_in_the_interpreter() -> None:
-    """In two processes of about equal length."""
-    parts = ("kernels", "llama-bias", "qwen3"), ("qwen2-window", "smollm3-window", "gemma3")
-    run_interpreted("tests.models.interpreted_attention", *parts, timeout_s=200)
+    parts = ("kernels", "llama-bias", "qwen3", "qwen2-window", "smollm3-window", "gemma3")
+    run_interpreted("tests.models.interpreted_attention", parts, timeout_s=200)
 
 
 @pytest.mark.gpu

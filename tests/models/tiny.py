@@ -43,10 +43,14 @@ CONFIGS: dict[str, dict[str, object]] = {
     "mistral": {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3_text",
-        "num_hidden_layers": 7,
+        "num_hidden_layers": 4,
         "sliding_window": 10,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
-        + ["sliding_attention"],
+        "layer_types": [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
     },
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "smollm3-window": {

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from pdlaunch.engine.runner import ModelRunner
+from pdlaunch.models.lean_imports import import_lean_transformers
 from pdlaunch.models.loader import reload_model
 from pdlaunch.models.tensor_parallel import TPGroup, init_tp_group
 from tests.engine.hand_scheduler import (
@@ -35,6 +36,7 @@ def main(
     gave. ``spec``: changes.
     """
     torch.set_num_threads(1)
+    import_lean_transformers()
     on_cuda = spec.get("device") == "cuda"
     tp = init_tp_group(
         rendezvous, tp_rank, tp_size, f"cuda:{tp_rank}" if on_cuda else "cpu", timeout_s=60
