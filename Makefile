@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-$(EXTRAS)
 DEV := $(VENV)/.installed-dev
 MOONCAKE := $(VENV)/.mooncake
+# The tests start hundreds of processes: none is to compile the package, or pytest the tests, again.
+unexport PYTHONDONTWRITEBYTECODE
 # Two workers: one runs the launches, the other one all else.
 PYTEST := $(BIN)/python -m pytest -v --numprocesses 2 --no-loadscope-reorder
 ARGS ?=

@@ -16,22 +16,30 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 E2E = "tests/e2e/"
+LATE = tuple(
+    f"{E2E}test_{name}.py"
+    for name in ("checks", "connectors", "doors", "engine_id", "pairs", "python_api", "sleep")
+)
+"""Files of launches that share none with others. The worker that is free first runs them at the
+end, beside the last launches of the other one, so that both end at about the same time.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the launches first: the other tests fill the second core meanwhile."""
-    items.sort(key=lambda item: not item.nodeid.startswith(E2E))
+    items.sort(key=lambda item: (item.nodeid.startswith(LATE), not item.nodeid.startswith(E2E)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Keep the tests of a file in one worker, and all that start launches, which need both cores
-    each.
+    """Keep the tests of a file in one worker, and those launches that are not late, which need both
+    cores each.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return E2E if nodeid.startswith(E2E) else nodeid.partition("::")[0]
+            is_early = nodeid.startswith(E2E) and not nodeid.startswith(LATE)
+            return E2E if is_early else nodeid.partition("::")[0]
 
     return ByFile(config, log)
