@@ -76,6 +76,14 @@ def test_a_configuration_is_loaded_checked_and_planned(file: Path) -> None:
     assert planned.engines("decode") == ["decode-0", "decode-1", "decode-2"]
 
 
+def test_a_plan_is_refused_as_the_start_would_be(file: Path) -> None:
+    config = pdlaunch.load_config(file, {"device": "cpu", "enable_cumem_allocator": True})
+    with pytest.raises(pdlaunch.ConfigError, match="PD202 enable_cumem_allocator") as raised:
+        pdlaunch.plan(config)
+    assert raised.value.field == "enable_cumem_allocator"
+    assert raised.value.fix is not None
+
+
 def test_what_is_wrong_is_told(file: Path) -> None:
     with pytest.raises(pdlaunch.ConfigError, match=r"prefill\.replicas"):
         pdlaunch.load_config(file, {"prefill.replicas": "many"})

@@ -161,3 +161,28 @@ print(
     assert (result.returncode, result.stderr) == (0, "")
     is_expandable = "expandable_segments:True" in conf  # the setting is the user's again
     assert result.stdout == f"{[is_expandable]} {conf} {2**26}\n"
+
+
+@pytest.mark.processes
+def test_what_peers_only_map_has_a_handle_beside_expandable_segments() -> None:
+    code = """
+import torch
+from pdlaunch.memory.kv_memories import open_kv_memory
+from pdlaunch.memory.kv_memory import NotShareable
+from pdlaunch.memory.pools import NoMemoryPools
+device = torch.device("cuda", 0)
+# A free expandable segment is there, which torch must not take.
+torch.ones(2**28, device=device)
+for mapped_alone in (True, False):
+    memory = open_kv_memory(NoMemoryPools(), device, shared=True, mapped_alone=mapped_alone)
+    tensor = memory.zeros(2**26)
+    try:
+        print(memory.export(tensor).range.kind)
+    except NotShareable:
+        print("none")
+"""
+    environ = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout.split()) == (0, ["cuda_ipc", "none"]), result.stderr

@@ -92,7 +92,12 @@ def run_rank(pipe: Connection, options: RankOptions) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     pools = open_memory_pools(enabled=options.with_cumem, device=device)
-    source = open_kv_memory(pools, device, shared=options.spec.kv_transfer.maps_memory)
+    source = open_kv_memory(
+        pools,
+        device,
+        shared=options.spec.kv_transfer.maps_memory,
+        mapped_alone=options.spec.kv_transfer.only_maps_memory,
+    )
     kv_cache = allocate_kv_cache(layout, options.num_blocks, torch.float32, source)
     if device.type == "cuda":
         kv_cache.normal_(generator=torch.Generator(device).manual_seed(options.seed))
