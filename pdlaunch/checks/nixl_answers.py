@@ -20,6 +20,7 @@ TIMEOUT_S = 60.0
 _MODULE = "pdlaunch.transfer.connectors.nixl_trial"
 _ANSWER = re.compile(r"ok$|import: |refused: ")
 _UCX_LINE = re.compile(r"\bUCX\s+(WARN|ERROR|FATAL)\s+(.*\S)")
+_NIXL_LINE = re.compile(r"E\d{4} [\d:.]+ +\d+ \S+\] (.*\S)")
 _UNUSED = re.compile(r"unused environment variables?: (.*)")
 _UNUSED_ITEM = re.compile(r"(\w+)(?: \(maybe: ([^?)]*)\?\))?")
 _NOT_AVAILABLE = re.compile(r"\b(is|are) not available\b")
@@ -54,10 +55,13 @@ def ask_nixl(launch: ResolvedLaunch) -> dict[Role, NixlAnswer]:
 
 
 def uses_ucx(launch: ResolvedLaunch) -> bool:
-    """Return whether ranks load NIXL, whose UCX may move KV blocks; path p2p does without."""
+    """Return whether pdlaunch's own ranks load NIXL, whose UCX may move KV blocks; path p2p does
+    without.
+    """
     transfer = launch.config.kv_transfer
     has_pair = {"prefill", "decode"} <= launch.roles.keys()
-    return has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
+    is_native = all(each.settings.engine == "native" for each in launch.roles.values())
+    return is_native and has_pair and transfer.carrier == "nixl" and transfer.nixl.path != "p2p"
 
 
 def sets_ucx(launch: ResolvedLaunch) -> bool:
@@ -80,6 +84,8 @@ def read_answer(outcome: ProcessOutcome) -> NixlAnswer:
         said = f"{stage}: {outcome.problem()}"
     stage, _, why = said.partition(": ")
     words = list(dict.fromkeys(text for level, text in lines if level != "WARN"))
+    # NIXL judges some settings itself; its first line says most, others repeat it.
+    words = words or [match[1] for match in map(_NIXL_LINE.match, written) if match][:1]
     return NixlAnswer(
         import_error=why if stage == "import" else None,
         refusal="; ".join(words[:2]) or why if stage == "refused" else None,

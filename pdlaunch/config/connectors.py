@@ -59,7 +59,8 @@ class ConnectorSpec(Generic[S]):
     ) -> dict[str, str]:
         """Return variables that a rank must have before the connector's libraries are imported.
 
-        ``environ`` is the user's, whose values take precedence.
+        ``environ`` is the user's, whose values take precedence. ``device``: ``cuda`` also for a
+        rank on the CPU of a host with GPUs.
         """
         return {}
 

@@ -245,7 +245,7 @@ def _resolve(
             kv_cache_bytes=kv_cache_bytes,
         ),
         given_environ=given_environ,
-        environment=_environment(config, settings, device, given_environ, num_threads),
+        environment=_environment(config, settings, device, machine, given_environ, num_threads),
     )
 
 
@@ -253,6 +253,7 @@ def _environment(
     config: LaunchConfig,
     settings: EngineSettings,
     device: DeviceKind,
+    machine: Machine,
     given_environ: Mapping[str, str],
     num_threads: int,
 ) -> dict[str, str]:
@@ -268,8 +269,10 @@ def _environment(
     if settings.engine == "vllm":
         cache_bytes = settings.kv_cache_memory or CPU_KV_CACHE_BYTES
         return common | vllm_environment(device, cache_bytes) | settings.env
+    # NIXL refuses a UCX without CUDA on a host with GPUs, even to a rank on the CPU.
+    of_host: DeviceKind = "cuda" if machine.gpus else device
     # Last: what the connector needs narrows what the user has set.
-    return common | settings.env | config.kv_transfer.environment(given_environ, device)
+    return common | settings.env | config.kv_transfer.environment(given_environ, of_host)
 
 
 def count_ranks(config: LaunchConfig) -> int:

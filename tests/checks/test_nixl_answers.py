@@ -33,6 +33,12 @@ class TestReading:
         found = answer("imported", error, error, f"{STAMP}ERROR   no interface", REFUSED)
         assert found == NixlAnswer(refusal="Invalid value for BW: 'foo'; no interface")
 
+    def test_a_refusal_in_the_words_of_nixl(self):
+        place = "E1122 18:31:52.255282    2212 config.cpp:84] "
+        said = (f"{place}Invalid UCX_TLS=self: GPUs are present", f"{place}createBackend: failed")
+        found = answer("imported", REFUSED, errors=said)
+        assert found.refusal == "Invalid UCX_TLS=self: GPUs are present"
+
     def test_a_refusal_without_words(self):
         assert answer("imported", REFUSED).refusal == "nixlBackendError: NIXL_ERR_BACKEND"
 

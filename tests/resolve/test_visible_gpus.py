@@ -6,7 +6,7 @@ import pytest
 
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError
-from tests.checks.contexts import GPU, on
+from tests.checks.contexts import CPU, GPU, on
 
 TWO = replace(GPU, gpus=GPU.gpus[:2])
 
@@ -76,6 +76,14 @@ def test_a_role_that_sees_no_gpu_computes_on_the_cpu(hidden):
     context.launch.require_startable()
     with pytest.raises(ConfigError, match="no CUDA device"):
         on(TWO, device="cuda", decode__env=show(hidden)).launch.require_startable()
+
+
+@pytest.mark.parametrize("machine", [TWO, CPU])
+def test_nixl_has_cuda_wherever_there_are_gpus(machine):
+    """NIXL 1.5.1 refuses a UCX_TLS without CUDA on a host with GPUs, to ranks on the CPU too."""
+    context = on(machine, device="cpu")
+    for engines in context.engines.values():
+        assert ("cuda_copy" in engines.ucx_transports) is bool(machine.gpus)
 
 
 @pytest.mark.parametrize("wrong", ["2", "0,0", "x"])
