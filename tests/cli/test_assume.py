@@ -81,7 +81,19 @@ def findings(result):
         ("--kv-connector", "mooncake", "--kv-offload-memory", "1TiB"),
     ],
 )
-@pytest.mark.parametrize("environ", [{}, {"UCX_TLS": "tcp", "UCX_CUDA_IPC_ENABLE_MNNVL": "n"}])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"UCX_TLS": "tcp", "UCX_CUDA_IPC_ENABLE_MNNVL": "n"},
+        {
+            "CUDA_VISIBLE_DEVICES": "0,0",
+            "VLLM_HOST_IP": "10.0.0.1",
+            "VLLM_LOGGING_LEVEL": "DEBUG",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        },
+    ],
+)
 def test_the_verdicts_are_those_of_the_real_machine(
     name, arguments, environ, tmp_path, monkeypatch
 ):
