@@ -67,6 +67,10 @@ coverage: install $(DEV) $(MOONCAKE)  ## Run all tests, show what they cover
 	$(BIN)/coverage run -m pytest -v --numprocesses 2 --no-loadscope-reorder $(ARGS); status=$$?; $(BIN)/coverage combine --quiet && \
 	  $(BIN)/coverage report && exit $$status
 
+test-vllm: install $(DEV)  ## Run the tests with real engines of vLLM
+	tests/vllm/install.sh .venv-vllm
+	$(BIN)/python -m pytest -v tests/vllm $(ARGS)
+
 # ARGS="--requests 500": a shorter one.
 soak: install $(DEV)  ## Send 6,000 requests while faults happen
 	$(BIN)/python -m tests.e2e.reliability soak $(ARGS)
@@ -111,5 +115,5 @@ wheel: $(RUNTIME)  ## Build dist/pdlaunch-*.whl
 clean:  ## Remove .venv, dist and the tools' caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build dist *.egg-info
 
-.PHONY: help install serve test test-fast coverage soak kills cancels attack lint types format rules \
+.PHONY: help install serve test test-fast test-vllm coverage soak kills cancels attack lint types format rules \
   settings wheel clean

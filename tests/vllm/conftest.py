@@ -1,0 +1,44 @@
+"""Engines of vLLM for tests: the CPU build that ``make test-vllm`` installs, and the demo model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdlaunch.client.deployment import Deployment, running_deployment
+from tests.e2e.conftest import clean_environ
+
+ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
+ARGUMENTS = ("--engine", "vllm", "--max-model-len", "512", "--enforce-eager")
+START_TIMEOUT_S = 600.0
+"""Two of them take 40 s on two quiet cores, and several times that beside other work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.processes)
+            item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(scope="session")
+def vllm_command() -> str:
+    command = Path(os.environ.get("PDLAUNCH_TEST_VLLM", ENVIRONMENT / "bin" / "vllm"))
+    if not command.exists():
+        pytest.skip(f"there is no vLLM at {command}: make test-vllm installs it")
+    return str(command)
+
+
+@pytest.fixture(scope="package")
+def pair(vllm_command: str) -> Iterator[Deployment]:
+    """One prefill and one decode engine of vLLM."""
+    with running_deployment(
+        (*ARGUMENTS, "--engine-command", vllm_command),
+        environ=clean_environ(),
+        timeout_s=START_TIMEOUT_S,
+    ) as deployment:
+        yield deployment
