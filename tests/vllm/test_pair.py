@@ -59,7 +59,7 @@ def test_streams_and_chats(pair: Deployment) -> None:
     parts = client.chat.completions.create(**ask, stream=True)  # type: ignore[call-overload]
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == whole.choices[0].message.content != ""
-    assert whole.usage.completion_tokens == 20
+    assert 0 < whole.usage.completion_tokens <= 20
 
 
 def test_a_client_that_leaves_frees_both_engines(pair: Deployment) -> None:
