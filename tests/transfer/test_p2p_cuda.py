@@ -161,8 +161,11 @@ def test_a_kill_in_the_middle_leaves_the_reader_able_to_work(
     finished = finish(puller)
     if finished.ok:
         assert puller.call("digest", False) == expected
-    # A READ over NIXL that needs its dead holder may never end: its blocks stay in quarantine.
-    if finished.in_flight and path == "p2p":
+    if finished.in_flight and path == "nixl":
+        # Where the READ needs its holder (CuMem memory without fabric handles, two ranks of one
+        # GPU), it never ends, and the agent reads from nobody else: docs/reliability.md.
+        return
+    if finished.in_flight:
         puller.wait("event", PullDrained, TIMEOUT_S)
     second = start("prefill", devices[0], with_cumem, **options, incarnation=2, engine_id="e" * 32)
     assert connect(puller, second).peer_incarnation == 2
