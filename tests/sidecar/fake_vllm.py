@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class FakeVllm:
     """``shares``: leases of all engines that can read from each other, by request id."""
 
     name: str
-    shares: dict[str, list[int]]
+    shares: MutableMapping[str, list[int]]
     moves_bytes: bool = True
     garbles: bool = False
     has_connector: bool = True
@@ -38,6 +39,7 @@ class FakeVllm:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         return app
 
@@ -59,11 +61,15 @@ class FakeVllm:
         )
         return web.Response(text=page)
 
-    async def _complete(self, request: web.Request) -> web.Response:
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "max_model_len": 4096}]})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         prompt, params = body["prompt"], body.get("kv_transfer_params") or {}
-        answer: dict[str, Any] = {}
+        length = len(prompt)
+        answer: dict[str, Any] = {"id": "cmpl-1", "model": body["model"]}
         if params.get("do_remote_decode") and self.has_connector:
             request_id = f"{self.name}-{len(self.bodies)}"
             self.shares[request_id] = prompt
@@ -77,15 +83,39 @@ class FakeVllm:
             if self.garbles:
                 prompt = [0, *prompt[1:]]
         tokens = answer_of(prompt, body["max_tokens"])
-        answer["choices"] = [
+        self.num_tokens += len(tokens)
+        usage = {"prompt_tokens": length, "completion_tokens": len(tokens)}
+        if body.get("stream"):
+            return await self._stream(request, answer, tokens, usage)
+        choice = {
+            "index": 0,
+            "text": "".join(f"<{token}>" for token in tokens),
+            "token_ids": tokens,
+            "logprobs": {"token_logprobs": [-1.0 + self.logprob_error] * len(tokens)},
+            "finish_reason": "length",
+        }
+        answer |= {"choices": [choice], "usage": usage}
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+
+    async def _stream(
+        self, request: web.Request, answer: dict[str, Any], tokens: list[int], usage: dict[str, int]
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        chunks = [
             {
                 "index": 0,
-                "token_ids": tokens,
-                "logprobs": {"token_logprobs": [-1.0 + self.logprob_error] * len(tokens)},
-                "finish_reason": "length",
+                "text": f"<{token}>",
+                "token_ids": [token],
+                "finish_reason": "length" if index == len(tokens) - 1 else None,
             }
+            for index, token in enumerate(tokens)
         ]
-        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+        events = [answer | {"choices": [chunk]} for chunk in chunks]
+        for event in (*events, answer | {"choices": [], "usage": usage}):
+            await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
 
 async def listen(engine: FakeVllm, path: Path) -> web.AppRunner:

@@ -1,0 +1,143 @@
+"""Launches of ``engine: vllm`` over a stand-in for its executable: what supervisor, sidecars and
+router make of its deaths, hangs and lies. tests/vllm has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdlaunch.client.api import Api
+from pdlaunch.client.deployment import Deployment, running_deployment
+from pdlaunch.errors import StartupError
+from tests.e2e.api import complete
+from tests.e2e.conftest import clean_environ
+from tests.e2e.faults import tracebacks
+from tests.e2e.tiny_models import make_tiny_model
+from tests.e2e.waiting import await_true
+from tests.sidecar.fake_vllm import answer_of
+
+ROOT = Path(__file__).parents[2]
+PROMPT = list(range(40, 140))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("models"))
+
+
+@contextmanager
+def launched(
+    folder: Path, model: Path, *arguments: str, environ: Mapping[str, str] | None = None
+) -> Iterator[Deployment]:
+    """``folder``: engines share it, and it says how they behave (``tests.sidecar.program``)."""
+    command = folder / "vllm"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.sidecar.program "$@"\n')
+    command.chmod(0o755)
+    with running_deployment(
+        ("--engine", "vllm", "--engine-command", str(command), "--model", str(model), *arguments),
+        environ=clean_environ()
+        | {"FAKE_VLLM_FOLDER": str(folder), "PYTHONPATH": str(ROOT)}
+        | dict(environ or {}),
+        timeout_s=60,
+    ) as deployment:
+        yield deployment
+
+
+def started(folder: Path, name: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / f"{name}.started").read_text())
+    return found
+
+
+def state(deployment: Deployment, name: str) -> str:
+    _, status = Api(deployment.url).get_object("/pdlaunch/status")
+    return {engine["name"]: engine["state"] for engine in status["engines"]}[name]
+
+
+def is_back(deployment: Deployment, folder: Path, name: str, old_pid: object) -> bool:
+    return started(folder, name)["pid"] != old_pid and state(deployment, name) == "ready"
+
+
+def test_serves_heals_after_a_kill_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
+    with launched(tmp_path, model, environ={"PDLAUNCH_HANG_TIMEOUT_S": "5"}) as deployment:
+        assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
+        told = started(tmp_path, "decode-0")
+        environment = told["environment"]
+        assert isinstance(environment, dict)
+        assert not any("KEY" in name for name in environment if name.startswith("PDLAUNCH"))
+        run_dir = Path(environment["VLLM_RPC_BASE_PATH"])
+        assert run_dir.stat().st_mode & 0o777 == 0o700
+        pid = told["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGKILL)
+        await_true(lambda: is_back(deployment, tmp_path, "decode-0", pid), "it is back")
+        assert complete(deployment.url, PROMPT, 5, model=None) == answer_of(PROMPT, 5)
+
+        # It has requests and makes no token.
+        pid = started(tmp_path, "prefill-0")["pid"]
+        (tmp_path / "prefill-0.num_running").write_text("1")
+        await_true(lambda: started(tmp_path, "prefill-0")["pid"] != pid, "the hung one is killed")
+        (tmp_path / "prefill-0.num_running").write_text("0")
+        await_true(lambda: state(deployment, "prefill-0") == "ready", "it is ready again")
+        assert "has computed nothing for 5 s" in deployment.output()
+
+        # The sidecar's own death takes its engine with it.
+        pid = started(tmp_path, "decode-0")["pid"]
+        assert isinstance(pid, int)
+        deployment.processes()["decode-0"].kill()
+        await_true(lambda: not psutil.pid_exists(pid), "its engine is gone")
+        await_true(lambda: is_back(deployment, tmp_path, "decode-0", pid), "both are back")
+        assert tracebacks(deployment) == {}
+        pids = [started(tmp_path, name)["pid"] for name in ("prefill-0", "decode-0")]
+    assert not any(psutil.pid_exists(pid) for pid in pids if isinstance(pid, int))
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("lie", "value", "said"),
+    [
+        ("decode-0.garbles", "true", "other KV blocks"),
+        ("prefill-0.has_connector", "false", "no KV connector"),
+    ],
+)
+def test_a_pair_that_lies_fails_before_traffic(
+    tmp_path: Path, model: Path, lie: str, value: str, said: str
+) -> None:
+    (tmp_path / lie).write_text(value)
+    with pytest.raises(StartupError, match=said), launched(tmp_path, model):
+        pass
+
+
+def test_decode_that_reads_nothing_is_never_ready(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "decode-0.moves_bytes").write_text("false")
+    with (
+        pytest.raises(StartupError, match="computed the prompt itself"),
+        launched(tmp_path, model, "--startup-timeout", "8"),
+    ):
+        pass
+
+
+def test_an_engine_that_ends_at_once_is_told(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "decode-0.dies").write_text("")
+    with pytest.raises(StartupError, match="vllm exited with status 3"), launched(tmp_path, model):
+        pass
+
+
+def test_a_command_that_is_missing_is_told(tmp_path: Path, model: Path) -> None:
+    with (
+        pytest.raises(StartupError, match="engine_command"),
+        running_deployment(
+            ("--engine", "vllm", "--engine-command", "no-such-vllm", "--model", str(model)),
+            environ=clean_environ(),
+            timeout_s=60,
+        ),
+    ):
+        pass
