@@ -28,7 +28,9 @@ def main() -> None:
     from pdlaunch.models.lean_imports import import_lean_transformers
     from pdlaunch.models.tensor_parallel import says_that_a_rank_is_gone
 
-    import_lean_transformers()
+    # Not tried on a GPU yet, where libraries may want what it leaves out.
+    if bootstrap.engine().device == "cpu":
+        import_lean_transformers()
     rank = RankProcess(bootstrap)
     code = 0
     try:
