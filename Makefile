@@ -57,7 +57,7 @@ $(MOONCAKE): $(DEV)
 	touch $@
 
 test: install $(DEV) $(MOONCAKE)  ## Run all tests
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not vllm" $(ARGS)
 
 test-fast: $(DEV)  ## Run the tests that start no process
 	$(PYTEST) -m "not processes" $(ARGS)
