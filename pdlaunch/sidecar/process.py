@@ -32,9 +32,9 @@ from pdlaunch.protocol.control import (
     Stop,
     Suspects,
 )
-from pdlaunch.sidecar.canary import CanaryDied, send_canary
 from pdlaunch.sidecar.child import EngineChild
-from pdlaunch.sidecar.engine_api import EngineApi
+from pdlaunch.watch.canary import CanaryDied, send_canary
+from pdlaunch.watch.engine_api import EngineApi
 
 _logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pdlaunch.errors import ProtocolError
-from pdlaunch.sidecar.canary import NUM_TOKENS, CanaryDied, Proof, send_canary
-from pdlaunch.sidecar.engine_api import EngineApi
+from pdlaunch.watch.canary import NUM_TOKENS, CanaryDied, Proof, send_canary
+from pdlaunch.watch.engine_api import EngineApi
 from tests.sidecar.fake_vllm import BLOCK_SIZE, BYTES_OF_TOKEN, FakeVllm, listen
 
 

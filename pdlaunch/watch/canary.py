@@ -5,7 +5,7 @@
     prompt ──> prefill, max_tokens=1, do_remote_decode ──> kv_transfer_params
                                                               └──> decode ──> 4 tokens   equal?
     prompt ──> prefill, alone ───────────────────────────────────> 4 tokens ──────┘
-    decode's count of bytes read over NIXL: before < after
+    decode's count of bytes read: before < after
 
 An engine that is healthy may still compute every prompt itself, or read another's bytes.
 """
@@ -19,16 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdlaunch.errors import PdlaunchError, ProtocolError
-from pdlaunch.sidecar.engine_api import Counts, EngineApi
+from pdlaunch.watch.engine_api import Counts, EngineApi, Kind
 
 NUM_BLOCKS = 2
 NUM_TOKENS = 4
 DEFAULT_BLOCK_SIZE = 128
 TIMEOUT_S = 60.0
-BYTES_READ = "vllm:nixl_bytes_transferred_sum"
-SECONDS_READ = "vllm:nixl_xfer_time_seconds_sum"
 TOLERANCE = 0.25
 """Largest difference of a token's logprob between two ways to compute it in 16 bits."""
+BYTES_READ: dict[Kind, str] = {
+    "vllm": "vllm:nixl_bytes_transferred_sum",
+    "native": "pdlaunch_kv_transfer_bytes_total",
+}
+SECONDS_READ: dict[Kind, str] = {
+    "vllm": "vllm:nixl_xfer_time_seconds_sum",
+    "native": "pdlaunch_kv_transfer_seconds_total",
+}
+"""Names of what decode engines count, by their kind."""
 FIRST_TOKEN_ID = 100
 """Ids below are often special tokens."""
 NUM_TOKEN_IDS = 1000
@@ -76,7 +83,7 @@ class _Tokens:
 
 
 async def send_canary(
-    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool
+    prefill: EngineApi, decode: EngineApi, model: str, *, is_exact: bool, kind: Kind = "vllm"
 ) -> Proof:
     """Send one canary through a pair. Raises CanaryDied, ProtocolError.
 
@@ -108,7 +115,7 @@ async def send_canary(
     if reason := _difference(told, expected, is_exact=is_exact):
         raise CanaryDied(reason, fatal=True)
     after = await decode.counts(TIMEOUT_S)
-    num_bytes = int(after.total(BYTES_READ) - before.total(BYTES_READ))
+    num_bytes = int(after.total(BYTES_READ[kind]) - before.total(BYTES_READ[kind]))
     if num_bytes <= 0:
         raise CanaryDied(
             "decode read no byte of the prompt's KV blocks: it computed the prompt itself"
@@ -116,7 +123,7 @@ async def send_canary(
     return Proof(
         time.monotonic() - started_at,
         num_bytes,
-        after.total(SECONDS_READ) - before.total(SECONDS_READ),
+        after.total(SECONDS_READ[kind]) - before.total(SECONDS_READ[kind]),
     )
 
 

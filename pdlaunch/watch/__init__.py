@@ -1,0 +1,1 @@
+"""Asks engines over HTTP, and proves pairs of them by canaries."""

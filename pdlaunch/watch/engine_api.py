@@ -1,0 +1,123 @@
+"""Asks an engine over HTTP: whether it is healthy, what it serves, for tokens, what it counts.
+
+Redirects are not followed: an engine must not choose where a key or a prompt goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import aiohttp
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from pdlaunch.errors import ProtocolError
+from pdlaunch.http.engine_url import http_url, new_session
+
+Kind = Literal["native", "vllm"]
+"""Which program an engine is; names of metrics follow from it."""
+Models = dict[str, int | None]
+"""Names of the models that an engine serves, each with its ``max_model_len``."""
+
+
+class Counts:
+    """Holds one reading of an engine's /metrics."""
+
+    def __init__(self, page: str) -> None:
+        self._samples = [
+            sample for family in text_string_to_metric_families(page) for sample in family.samples
+        ]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Return the sum of the samples of this name that have these labels; 0 without any."""
+        return sum(
+            sample.value
+            for sample in self._samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def label(self, name: str, label: str) -> str | None:
+        """Return a label of the first sample of this name."""
+        return next(
+            (sample.labels.get(label) for sample in self._samples if sample.name == name), None
+        )
+
+
+class EngineApi:
+    """Sends requests to one engine; made and used inside a running event loop."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self._url = http_url(url)
+        self._session = new_session(
+            url,
+            keepalive_timeout_s=2.0,
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def is_healthy(self, timeout_s: float) -> bool | None:
+        """Return what /health says; None when it says nothing within ``timeout_s``."""
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.get(f"{self._url}/health", allow_redirects=False) as response,
+            ):
+                return response.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def counts(self, timeout_s: float) -> Counts:
+        """Read /metrics. Raises ProtocolError."""
+        page = await self._answer("GET", "/metrics", None, timeout_s)
+        try:
+            return Counts(page.decode())
+        except ValueError as error:
+            raise ProtocolError(f"/metrics: {error!r}") from error
+
+    async def models(self, timeout_s: float) -> Models:
+        """Read /v1/models. Raises ProtocolError."""
+        raw = await self._answer("GET", "/v1/models", None, timeout_s)
+        try:
+            cards = msgspec.json.decode(raw)["data"]
+            return {str(card["id"]): card.get("max_model_len") for card in cards}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ProtocolError(f"/v1/models: not a list of models: {error!r}") from error
+
+    async def version(self, timeout_s: float) -> str:
+        """Read /version. Raises ProtocolError."""
+        raw = await self._answer("GET", "/version", None, timeout_s)
+        try:
+            return str(msgspec.json.decode(raw)["version"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ProtocolError(f"/version: {error!r}") from error
+
+    async def complete(self, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Return the answer to /v1/completions. Raises ProtocolError."""
+        raw = await self._answer("POST", "/v1/completions", msgspec.json.encode(body), timeout_s)
+        try:
+            return msgspec.json.decode(raw, type=dict[str, Any])
+        except ValueError as error:
+            raise ProtocolError(f"/v1/completions: {error!r}") from error
+
+    async def _answer(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
+        """Return the body of a 200. Raises ProtocolError."""
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method,
+                    f"{self._url}{path}",
+                    data=data,
+                    headers={"Content-Type": "application/json"},
+                    allow_redirects=False,
+                ) as response,
+            ):
+                raw = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise ProtocolError(f"{path}: {error!r}") from error
+        if response.status != 200:
+            raise ProtocolError(f"{path} answered {response.status}: {raw[:300]!r}")
+        return raw
