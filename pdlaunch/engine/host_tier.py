@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.engine.runner import ModelRunner
 from pdlaunch.integrity.checksum import KVHasher
-from pdlaunch.offload.host_memory import Progress
+from pdlaunch.offload.host_memory import AllocationProgress
 from pdlaunch.offload.planner import OffloadPlanner
 from pdlaunch.offload.policies import ARC, LRU, EvictionPolicy
 from pdlaunch.offload.tier import ChunkKey, HeadSlice, HostTier
@@ -16,7 +16,7 @@ from pdlaunch.transfer.connectors.opening import rank_part
 
 
 def new_offload_worker(
-    spec: EngineSpec, runner: ModelRunner, *, progress: Progress, wake: Callable[[], None]
+    spec: EngineSpec, runner: ModelRunner, *, progress: AllocationProgress, wake: Callable[[], None]
 ) -> OffloadWorker | None:
     """Take the rank's host memory; None without ``kv_offload``.
 

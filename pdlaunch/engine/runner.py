@@ -17,11 +17,11 @@ import torch
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.config.model_files.shape import DTYPE_BYTES, read_model_shape
 from pdlaunch.engine.device_copies import Download, upload_array
+from pdlaunch.engine.kv_cache_size import count_kv_blocks
 from pdlaunch.engine.latest_tokens import LatestTokens
 from pdlaunch.engine.rows import Row, RowTable
 from pdlaunch.engine.sampler import DrawnTokens, draw_tokens
 from pdlaunch.engine.step import NewBlocks, NewRow, ScheduledRow, StepOutput, StepPlan
-from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.groups import KVCacheLayout, make_groups
 from pdlaunch.memory.cumem_pools import open_memory_pools
 from pdlaunch.memory.kv_memories import open_kv_memory
@@ -112,7 +112,7 @@ class ModelRunner:
             self._decoder = self._new_decoder()
         self._weights_lost = False
         progress("allocating the KV cache", None)
-        self.num_blocks = self._count_blocks()
+        self.num_blocks = count_kv_blocks(spec, self.layout, self._device, tp)
         self.kv_memory = open_kv_memory(
             self._pools,
             self._device,
@@ -391,32 +391,3 @@ class ModelRunner:
         device = torch.device("cuda", self._spec.device_indices[self._tp_rank])
         torch.cuda.set_device(device)
         return device
-
-    def _count_blocks(self) -> int:
-        # Ranks of a TP group share block ids: all have as many as the one with the least memory.
-        cache_bytes = (
-            self._cache_bytes() if self._tp is None else self._tp.least(self._cache_bytes())
-        )
-        num_blocks = cache_bytes // self.layout.block_bytes
-        if num_blocks < 1:
-            raise ConfigError(
-                (
-                    f"kv_cache_memory {cache_bytes} bytes holds no block of "
-                    f"{self.layout.block_bytes} bytes"
-                ),
-                field="kv_cache_memory",
-                value=cache_bytes,
-                fix=(
-                    f"Give it at least {self.layout.block_bytes} bytes, or choose a smaller "
-                    "block_size."
-                ),
-            )
-        return num_blocks
-
-    def _cache_bytes(self) -> int:
-        if self._spec.kv_cache_memory is not None:
-            return self._spec.kv_cache_memory
-        # The only size that is not planned: nobody knows before what a device has left.
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        unusable = total_bytes * (1 - self._spec.gpu_memory_utilization)
-        return max(0, int(free_bytes - unusable - self._spec.activation_bytes))

@@ -19,7 +19,8 @@ from pdlaunch.memory.host_pages import map_pages, touch_pages
 from pdlaunch.offload.spec import IntArray
 from pdlaunch.platform.limits import memory_bytes
 
-Progress = Callable[[str, float | None], None]
+AllocationProgress = Callable[[str, float | None], None]
+"""Called with what is done now and the fraction that is complete; None where that is unknown."""
 
 PIECE_BYTES = 1024**3
 
@@ -47,7 +48,7 @@ class HostMemory:
         chunk_bytes: int,
         *,
         pin: bool,
-        progress: Progress,
+        progress: AllocationProgress,
         piece_bytes: int = PIECE_BYTES,
         register: Callable[[int, int], int] = register_pages,
         unregister: Callable[[int], None] = unregister_pages,
@@ -91,7 +92,7 @@ class HostMemory:
             self._unregister(address)
         self._pinned.clear()
 
-    def _allocate(self, pin: bool, progress: Progress) -> list[torch.Tensor]:
+    def _allocate(self, pin: bool, progress: AllocationProgress) -> list[torch.Tensor]:
         pieces: list[torch.Tensor] = []
         for first in range(0, self.num_chunks, self.chunks_per_piece):
             num_chunks = min(self.chunks_per_piece, self.num_chunks - first)

@@ -26,7 +26,7 @@ from pdlaunch.offload.contents import (
 )
 from pdlaunch.offload.copy_streams import TransferResult
 from pdlaunch.offload.handler import OffloadHandler, chunk_layout
-from pdlaunch.offload.host_memory import HostMemory, Progress
+from pdlaunch.offload.host_memory import AllocationProgress, HostMemory
 from pdlaunch.offload.jobs import JobFinished, OffloadJob
 from pdlaunch.offload.method_choice import MethodTable, choose_cuda_methods, host_methods
 from pdlaunch.offload.tier import ChunkKey, HeadSlice
@@ -82,7 +82,7 @@ class OffloadWorker:
         verify: bool = True,
         num_hash_threads: int | None = None,
         device_hasher: KVHasher | None = None,
-        progress: Progress,
+        progress: AllocationProgress,
         wake: Callable[[], None],
     ) -> None:
         groups = [[kv_cache]] * len(layout.groups)
@@ -288,7 +288,7 @@ def _choose_methods(
     blocks_per_chunk: int,
     host: HostMemory,
     device: torch.device,
-    progress: Progress,
+    progress: AllocationProgress,
 ) -> MethodTable:
     if device.type != "cuda":
         return host_methods()

@@ -56,6 +56,13 @@ class Instance:
         self.stalled = False
         self.info = {}
 
+    def may_register(self, message: Register) -> bool:
+        """Return whether the process that runs now has sent the message.
+
+        A predecessor's message may arrive after its successor was started.
+        """
+        return self.alive and (message.name, message.incarnation) == (self.name, self.incarnation)
+
     def entry(self) -> Entry | None:
         """Return the line of the registry; None while the process is not reachable.
 

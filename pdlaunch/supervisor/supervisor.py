@@ -34,7 +34,8 @@ from pdlaunch.supervisor.engine_restarts import EngineRestarts
 from pdlaunch.supervisor.events import Event, StopRequested
 from pdlaunch.supervisor.failure import Failure, startup_timeout
 from pdlaunch.supervisor.hangs import HangLimits, HangWatch
-from pdlaunch.supervisor.instance import Instance, Unit, make_units
+from pdlaunch.supervisor.instance import Instance
+from pdlaunch.supervisor.processes import LaunchProcesses
 from pdlaunch.supervisor.registry import Pairs, RegistryVersions
 from pdlaunch.supervisor.restarts import RestartPolicy
 from pdlaunch.supervisor.shutdown import Grace, LaunchShutdown
@@ -82,29 +83,29 @@ class Supervisor:
         self._observer = observer
         self._timing = timing
         self._clock = clock
-        self._conversions = make_units(plan.conversions)
-        self._units = make_units(plan.processes)
-        self._unit_of = {
-            m.name: unit for unit in (*self._conversions, *self._units) for m in unit.members
-        }
-        self._instances = {
-            m.name: m for unit in (*self._conversions, *self._units) for m in unit.members
-        }
+        self._processes = LaunchProcesses(
+            plan, host, bootstraps, clock, startup_timeout_s=timing.startup_timeout_s
+        )
         self._registry = RegistryVersions()
         self._pairs = Pairs(plan, kind)
         self._deaths = Deaths(
             plan,
             host,
-            self._units,
+            self._processes.units,
             self._pairs,
             timing.restarts,
             clock,
-            start=self._spawn,
+            start=self._processes.spawn,
             fail=self._fail,
             note=self._note,
         )
         self._restarts = EngineRestarts(
-            host, timing.grace, clock, self._units, start=self._spawn, forgive=self._deaths.forgive
+            host,
+            timing.grace,
+            clock,
+            self._processes.units,
+            start=self._processes.spawn,
+            forgive=self._deaths.forgive,
         )
         self._hangs = HangWatch(timing.hangs, clock)
         self._phase = LaunchPhase.PREPARING
@@ -124,14 +125,13 @@ class Supervisor:
 
     def survivors(self) -> list[str]:
         """Return the processes that outlived SIGKILL; there are none unless the kernel is stuck."""
-        return [instance.name for instance in self._instances.values() if instance.alive]
+        return [instance.name for instance in self._processes if instance.alive]
 
     def start(self) -> None:
         """Start the conversions, or everything when there are none."""
         self._startup_ends_at = self._clock() + self._timing.startup_timeout_s
-        for unit in self._conversions:
-            self._spawn(unit)
-        if not self._conversions:
+        self._processes.spawn_all(self._processes.conversions)
+        if not self._processes.conversions:
             self._start_processes()
         self._settle()
 
@@ -155,14 +155,14 @@ class Supervisor:
         if self._shutdown is not None:
             self._shutdown.advance()
         elif self._phase is LaunchPhase.READY:
-            for instance in self._hangs.look(self._instances.values()):
-                self._deaths.hung(self._unit_of[instance.name], instance)
+            for instance in self._hangs.look(self._processes):
+                self._deaths.hung(self._processes.unit_of(instance), instance)
             self._restarts.tick()
             self._deaths.tick()
         elif self._clock() >= self._startup_ends_at:
             self._fail(
                 startup_timeout(
-                    list(self._instances.values()),
+                    list(self._processes),
                     self._pairs.missing(),
                     self._timing.startup_timeout_s,
                 )
@@ -180,15 +180,12 @@ class Supervisor:
         )
 
     def status(self) -> LaunchStatus:
-        router = next((i for i in self._instances.values() if i.spec.kind == "router"), None)
         return LaunchStatus(
             phase=self.phase,
-            processes=tuple(ProcessStatus.of(instance) for instance in self._instances.values()),
+            processes=tuple(ProcessStatus.of(instance) for instance in self._processes),
             pairs=tuple(self._pairs.proven()),
             num_missing_pairs=len(self._pairs.missing()),
-            url=""
-            if router is None or router.registration is None
-            else router.registration.address.http,
+            url=self._processes.url(),
         )
 
     # Starting
@@ -201,26 +198,12 @@ class Supervisor:
             fix = getattr(error, "fix", None)
             self._fail(Failure(str(error), details=[f"fix: {fix}"] if fix else [], cause=error))
             return
-        for unit in self._units:
-            self._spawn(unit)
-
-    def _spawn(self, unit: Unit) -> None:
-        unit.incarnation += 1
-        unit.respawn_at = unit.ready_at = unit.cause = None
-        # Before the launch is ready its own deadline comes first; later this one counts.
-        unit.kill_at = self._clock() + self._timing.startup_timeout_s
-        for instance in unit.members:
-            instance.begin(unit.incarnation)
-            spec = instance.spec
-            # A conversion knows nothing of the supervisor.
-            is_conversion = spec.kind == "convert"
-            bootstrap = None if is_conversion else self._bootstraps.make(spec, unit.incarnation)
-            self._host.spawn(spec, unit.incarnation, bootstrap)
+        self._processes.spawn_all(self._processes.units)
 
     # Messages
 
     def _on_message(self, name: str, message: ToSupervisor) -> None:
-        instance = self._instances.get(name)
+        instance = self._processes.get(name)
         if instance is None:
             logger.warning("message from unknown process %s", name)
             return
@@ -257,12 +240,7 @@ class Supervisor:
                 self._host.send(name, self._restarts.ask(message, self.phase))
 
     def _on_register(self, instance: Instance, message: Register) -> None:
-        # A predecessor's message may arrive after its successor was started.
-        if (
-            message.name != instance.name
-            or message.incarnation != instance.incarnation
-            or not instance.alive
-        ):
+        if not instance.may_register(message):
             logger.warning(
                 "%s registered as %s, incarnation %d",
                 instance.name,
@@ -279,7 +257,7 @@ class Supervisor:
         if instance.state is not ProcessState.STARTING:
             return
         instance.move(ProcessState.READY)
-        unit = self._unit_of[instance.name]
+        unit = self._processes.unit_of(instance)
         if unit.ready:
             unit.ready_at = self._clock()
             unit.kill_at = None
@@ -296,14 +274,14 @@ class Supervisor:
             return
         if self._phase is LaunchPhase.READY:
             # It is about to leave by itself, and its end restarts the unit.
-            self._unit_of[instance.name].kill_at = self._clock() + FAILED_GRACE_S
+            self._processes.unit_of(instance).kill_at = self._clock() + FAILED_GRACE_S
         else:
             self._fail(
                 Failure(f"{instance.name} failed to start", process=instance.name, said=error)
             )
 
     def _on_pair_ready(self, instance: Instance, pair: PairReady) -> None:
-        peer = self._instances.get(pair.peer)
+        peer = self._processes.get(pair.peer)
         if (
             # A proof of a peer's earlier incarnation is worth nothing.
             peer is not None
@@ -328,11 +306,11 @@ class Supervisor:
     # Deaths
 
     def _on_exit(self, event: ProcessExited) -> None:
-        instance = self._instances[event.name]
+        instance = self._processes[event.name]
         # An end counts once, and only that of the incarnation that runs.
         if event.incarnation != instance.incarnation or not instance.alive:
             return
-        unit = self._unit_of[instance.name]
+        unit = self._processes.unit_of(instance)
         if self._shutdown is not None:
             instance.move(ProcessState.EXITED)
         elif instance.spec.engine in self._restarts:
@@ -350,7 +328,7 @@ class Supervisor:
 
     def _on_converted(self, instance: Instance) -> None:
         instance.move(ProcessState.EXITED)
-        if all(m.state is ProcessState.EXITED for unit in self._conversions for m in unit.members):
+        if self._processes.converted:
             self._start_processes()
 
     def _on_death_at_start(self, instance: Instance, event: ProcessExited) -> None:
@@ -376,20 +354,16 @@ class Supervisor:
             self._shutdown.hurry()
             return
         self.stop_signal = event.signal_number
-        drain = self._phase is LaunchPhase.READY and self._timing.grace.drain_s > 0
-        wait = (
-            f"running requests get up to {self._timing.grace.drain_s:g} s, a second Ctrl-C skips "
-            "that"
-            if drain
-            else "stopping"
-        )
-        self._note(f"{reason}: {wait}")
+        drain_s = self._timing.grace.drain_s
+        drain = self._phase is LaunchPhase.READY and drain_s > 0
+        wait = f"running requests get up to {drain_s:g} s, a second Ctrl-C skips that"
+        self._note(f"{reason}: {wait if drain else 'stopping'}")
         self._begin_shutdown(drain=drain)
 
     def _begin_shutdown(self, *, drain: bool) -> None:
         self._shutdown = LaunchShutdown(
             self._host,
-            list(self._instances.values()),
+            list(self._processes),
             self._timing.grace,
             self._clock,
             close_listeners=self._close_listeners,
@@ -404,16 +378,14 @@ class Supervisor:
             self._shutdown.advance()
         becomes_ready = (
             self.phase is LaunchPhase.STARTING
-            and all(unit.ready for unit in self._units)
+            and self._processes.all_ready
             and not self._pairs.missing()
         )
         if becomes_ready:
             self._phase = LaunchPhase.READY
             self.was_ready = True
             logger.info("serving at %s", self.status().url)
-        if self._registry.update(
-            self._instances.values(), self._pairs.proven(), serving=self.was_ready
-        ):
+        if self._registry.update(self._processes, self._pairs.proven(), serving=self.was_ready):
             # All get every version: who is told late would use a peer that is gone.
             for entry in self._registry.current.entries:
                 self._host.send(entry.name, self._registry.current)

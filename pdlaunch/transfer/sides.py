@@ -23,8 +23,7 @@ from pdlaunch.transfer.channel.side_channel import DecodeSocket, PrefillSocket
 from pdlaunch.transfer.connectors.connector import Connector, LocalMemory
 from pdlaunch.transfer.connectors.scratch import scratch_bytes, write_pattern
 from pdlaunch.transfer.decode_side.links import PeerSetup, PullSetup
-from pdlaunch.transfer.decode_side.peer_table import new_peer_table
-from pdlaunch.transfer.decode_side.pull import PullTable
+from pdlaunch.transfer.decode_side.side import DecodeSide
 from pdlaunch.transfer.instants import earliest, latest
 from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
@@ -90,7 +89,6 @@ class TransferSides:
         connector, clock = setup.connector, setup.clock
         self._setup = setup
         self._events: list[TransferEvent] = []
-        self._lets_peers_go = False
         local = _open(connector, memory)
         compatibility = compatibility_of(
             spec,
@@ -121,9 +119,6 @@ class TransferSides:
             clock=clock,
             report=setup.report,
         )
-        # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
-        # it gets traffic.
-        self._peers = new_peer_table(peer_setup, eager=spec.role == "decode")
         pull_setup = PullSetup(
             engine_id=identity.engine_id,
             tp_rank=identity.tp_rank,
@@ -134,82 +129,69 @@ class TransferSides:
             emit=self._events.append,
             alert=alert,
         )
-        self._pulls = PullTable(pull_setup, self._peers)
+        # Decode ranks connect as soon as the registry shows a prefill rank: a pair is proven before
+        # it gets traffic.
+        self._decode = DecodeSide(peer_setup, pull_setup, eager=spec.role == "decode")
 
     def execute(self, command: TransferCommand) -> None:
         """Take a command of the scheduler; what comes of it shows as events."""
         match command:
-            case StartPull():
-                self._pulls.start(command)
-            case CancelPull():
-                self._pulls.cancel(command)
+            case StartPull() | CancelPull():
+                self._decode.execute(command)
             case _:
                 self._prefill.execute(command)
 
     def update_registry(self, entries: Sequence[Entry]) -> None:
         """Take in a new registry: peers come, go and restart."""
         self._prefill.drop_readers_but_of({entry.engine_id for entry in entries})
-        if not self._lets_peers_go:
-            self._peers.update(entries)
+        self._decode.update_registry(entries)
 
     def turn(self) -> list[TransferEvent]:
         """Receive what has arrived, do what is due, and return what has happened."""
         self._events += self._prefill.turn()
-        # Peers receive the answers that let pulls go on.
-        self._peers.advance()
-        self._pulls.advance()
+        self._decode.turn()
         events = self._events[:]
         self._events.clear()
         return events
 
     def register(self, poller: zmq.Poller) -> None:
-        """Add the sockets of all peers; that of the prefill side is the thread's."""
-        for peer in self._peers.all():
-            if peer.channel is not None:
-                poller.register(peer.channel.socket, zmq.POLLIN)
+        """Add the sockets of the decode side; that of the prefill side is the thread's."""
+        self._decode.register(poller)
 
     def sleep_s(self, longest_s: float) -> float:
         """Return how long nothing is due, messages aside; at most ``longest_s``."""
         now = self._setup.clock()
-        due_at = [
-            self._prefill.next_deadline_at(),
-            self._pulls.next_deadline_at(),
-            *(peer.next_deadline_at() for peer in self._peers.all()),
-        ]
-        polled_since = [
-            self._prefill.polling_since_at,
-            self._pulls.hashing_since_at,
-            *(peer.reading_since_at for peer in self._peers.all()),
-        ]
-        if (latest_at := latest(polled_since)) is not None:
+        due_at = [self._prefill.next_deadline_at(), self._decode.next_deadline_at()]
+        polled_since_at = latest((self._prefill.polling_since_at, self._decode.polling_since_at))
+        if polled_since_at is not None:
             # READs and checksums on a device have no socket that could wake the thread.
-            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - latest_at)))
+            due_at.append(now + min(LONGEST_READ_SLEEP_S, SLEEP_SHARE * (now - polled_since_at)))
         next_at = earliest(due_at)
         return longest_s if next_at is None else min(longest_s, max(0.0, next_at - now))
 
     @property
     def is_idle(self) -> bool:
         """Return whether there is no lease, no pull of blocks and no write to a peer."""
-        return self._prefill.is_idle and not self._pulls.hold_blocks
+        return self._prefill.is_idle and self._decode.is_idle
 
     @property
     def is_quiet(self) -> bool:
         """Return whether nothing reads or writes the memory, and nothing can begin to: idle, and no
         peer is left, not even for a READ.
         """
-        return self.is_idle and not self._peers.all()
+        return self.is_idle and not self._decode.has_peers
 
     @property
     def has_pending_reads(self) -> bool:
         """Return whether READs may still write to memory of this rank, also after ``close``."""
-        return any(peer.reading_since_at is not None for peer in self._peers.all())
+        return self._decode.has_pending_reads
 
     def is_connected_to(self, entries: Sequence[Entry]) -> bool:
         """Return whether every rank of the registry that shakes hands at once has done so, in
         either direction, or cannot.
         """
         spec = self._setup.spec
-        if any(peer.connecting for peer in self._peers.peers.values()):
+        if self._decode.is_connecting:
             return False
         if spec.role == "decode":
             return True
@@ -226,20 +208,17 @@ class TransferSides:
 
     def let_peers_go(self) -> None:
         """Lose all peers and take no new ones: the memory is about to go."""
-        self._lets_peers_go = True
-        self._peers.lose_all("this engine falls asleep")
+        self._decode.let_peers_go()
 
     def take_peers_back(self, entries: Sequence[Entry]) -> None:
         """Connect again: the memory stays after all."""
-        self._lets_peers_go = False
-        self._peers.update(entries)
+        self._decode.take_peers_back(entries)
 
     def close(self) -> None:
         """Let go of peers and memory. READs that are pending are abandoned: the process is about to
         exit.
         """
-        for peer in self._peers.all():
-            peer.lose("this rank is closing")
+        self._decode.close()
         self._setup.connector.close()
 
 

@@ -15,7 +15,7 @@ from pdlaunch.bench.offload.traffic import DecodeLikeStep, Traffic
 from pdlaunch.errors import ConfigError
 from pdlaunch.kvcache.host_chunks import CHUNK_ALIGNMENT_BYTES, choose_blocks_per_chunk
 from pdlaunch.offload.copy_methods import HostCopy, TorchCopy
-from pdlaunch.offload.host_memory import HostMemory, Progress
+from pdlaunch.offload.host_memory import AllocationProgress, HostMemory
 from pdlaunch.offload.measure import CudaTrial, Trial
 from pdlaunch.offload.method_choice import (
     Candidates,
@@ -88,7 +88,7 @@ def bench_offload(
     block_sizes: Sequence[int] = BLOCK_SIZES,
     device: str | None = None,
     num_bytes: int | None = None,
-    progress: Progress = lambda _text, _share: None,
+    progress: AllocationProgress = lambda _text, _share: None,
 ) -> OffloadReport:
     """Measure block copies of ``num_bytes`` in each direction. ``device``: ``cuda`` where there is
     one, unless given.

@@ -20,8 +20,9 @@ from typing import Literal
 
 import torch
 
-from pdlaunch.bench.transfer.bare import BARE, BareKind, Part, parts_of
-from pdlaunch.bench.transfer.rank import Process, PullTimes, RankOptions, run_rank
+from pdlaunch.bench.transfer.bare import BARE
+from pdlaunch.bench.transfer.pairs import LEASE_S, BareTransfers, CachePlace, TPPair, new_pair
+from pdlaunch.bench.transfer.rank import PullTimes
 from pdlaunch.bench.transfer.shape import BenchShape
 from pdlaunch.config.connectors import (
     FileSettings,
@@ -31,20 +32,12 @@ from pdlaunch.config.connectors import (
     NixlSettings,
 )
 from pdlaunch.config.kv_transfer import KVTransferSettings
-from pdlaunch.config.models import Role
 from pdlaunch.config.sizes import format_size
 from pdlaunch.errors import ConfigError
 from pdlaunch.platform.limits import memory_bytes
-from pdlaunch.protocol.ids import EngineId, LeaseId, PullId, RequestId
-from pdlaunch.protocol.kv_params import RemoteKV
-from pdlaunch.protocol.sockets import new_launch_keys
-from pdlaunch.protocol.transfer import GrantLease, StartPull
 from pdlaunch.resolve.roles import DTypeName
-from pdlaunch.transfer.channel.handshake import draw_engine_id
-from pdlaunch.transfer.channel.head_mapping import map_sources
 
 NUM_WARM_UP_TURNS = 2
-LEASE_S = 600.0
 NUM_CACHES = 4
 """KV caches of all heads that there are at a time: of both sides, with checksums and without."""
 TURN = ("unverified", "pull", "bare", "pull")
@@ -52,8 +45,6 @@ TURN = ("unverified", "pull", "bare", "pull")
 other.
 """
 
-TPPair = tuple[int, int]
-"""TP sizes of the holder and of the puller."""
 Way = Callable[[list[int], list[int]], PullTimes]
 """Moves blocks once, from local and remote block ids."""
 
@@ -118,7 +109,7 @@ def bench_transfer(
             value=True,
             fix="Take --device cuda, or leave --enable-cumem-allocator out.",
         )
-    place = _Place(device, enable_cumem_allocator)
+    place = CachePlace(device, enable_cumem_allocator)
     kinds = [
         (connector, path)
         for connector in connectors
@@ -146,7 +137,10 @@ def bench_transfer(
 
 
 def _check(shape: BenchShape, device: str, num_decode_ranks: int) -> None:
-    """Each puller has blocks for bare copies of its own."""
+    """Raise ConfigError without the device, or without memory for all KV caches.
+
+    Each decode rank has, beside them, blocks of its own for bare copies.
+    """
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(
@@ -168,14 +162,6 @@ def _check(shape: BenchShape, device: str, num_decode_ranks: int) -> None:
         raise ConfigError(
             message, field="num_blocks", value=shape.num_blocks, fix="Take smaller --num-blocks."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Says where KV caches lie."""
-
-    device: str
-    with_cumem: bool
 
 
 def _row(
@@ -232,14 +218,14 @@ def _ways(
     settings: KVTransferSettings,
     pair: TPPair,
     shape: BenchShape,
-    place: _Place,
-) -> tuple[str, dict[str, Way], _Bare | None]:
+    place: CachePlace,
+) -> tuple[str, dict[str, Way], BareTransfers | None]:
     """Return the path in use, and all ways to move blocks.
 
     They are measured in turns: what else the machine does then hits all alike.
     """
-    unverified = _new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
-    whole = _new_pair(stack, settings, pair, shape, place)
+    unverified = new_pair(stack, settings.model_copy(update={"verify": False}), pair, shape, place)
+    whole = new_pair(stack, settings, pair, shape, place)
     ways: dict[str, Way] = {"unverified": unverified.pull, "pull": whole.pull}
     used = ", ".join(sorted(unverified.paths | whole.paths))
     kind = BARE.get(
@@ -247,154 +233,8 @@ def _ways(
     )
     if kind is None or not (kind.reader_moves or settings.mooncake.protocol == "tcp"):
         return used, ways, None
-    bare = _Bare(kind, unverified, pair, shape)
+    bare = BareTransfers(kind, unverified, pair, shape)
     return used, {**ways, "bare": bare.move}, bare
-
-
-def _new_pair(
-    stack: contextlib.ExitStack,
-    settings: KVTransferSettings,
-    pair: TPPair,
-    shape: BenchShape,
-    place: _Place,
-) -> _Pair:
-    keys, engine_ids = new_launch_keys(), (draw_engine_id(), draw_engine_id())
-    sides: list[list[Process]] = []
-    roles: tuple[Role, Role] = ("prefill", "decode")
-    for role, tp_size, engine_id in zip(roles, pair, engine_ids, strict=True):
-        first = pair[0] if sides else 0
-        options = [
-            RankOptions(
-                role,
-                rank,
-                tp_size,
-                _device(place.device, first + rank),
-                shape,
-                settings,
-                engine_id,
-                keys,
-                place.with_cumem,
-            )
-            for rank in range(tp_size)
-        ]
-        sides.append([Process(run_rank, rank) for rank in options])
-        for process in sides[-1]:
-            stack.callback(process.stop)
-    found = _Pair(sides[0], sides[1], engine_ids[0])
-    found.connect(shape.num_kv_heads)
-    return found
-
-
-class _Pair:
-    """Holder and puller ranks."""
-
-    def __init__(
-        self, holders: Sequence[Process], pullers: Sequence[Process], engine_id: EngineId
-    ) -> None:
-        """``engine_id``: of the holder."""
-        self.holders, self.pullers = holders, pullers
-        self._engine_id, self._tp_size = engine_id, len(holders)
-        self._num_pulls = 0
-        self.paths: set[str] = set()
-        """The path in use, once connected."""
-
-    def connect(self, num_kv_heads: int) -> None:
-        """Let every reader shake hands with every holder."""
-        map_sources(
-            num_kv_heads=num_kv_heads,
-            prefill_tp_size=self._tp_size,
-            decode_tp_size=len(self.pullers),
-            decode_tp_rank=0,
-        )  # refuses what does not fit, before anybody waits for it
-        processes = (*self.holders, *self.pullers)
-        for process in processes:
-            process.send("entry")
-        entries = [process.wait() for process in processes]
-        for puller in self.pullers:
-            puller.send("connect", entries, len(self.holders))
-        for puller in self.pullers:
-            self.paths |= puller.wait()
-
-    def pull(self, local: list[int], remote: list[int]) -> PullTimes:
-        """Run one lease's pull on all ranks; the slowest counts."""
-        self._num_pulls += 1
-        name = f"pull-{self._num_pulls}"
-        hashes = [index.to_bytes(32) for index in range(len(local))]
-        grant = GrantLease(
-            lease_id=LeaseId(name),
-            block_ids=[remote],
-            first_block_index=[0],
-            block_hashes=hashes,
-            num_tokens=len(local),
-            num_readers=1,
-            first_tokens=[],
-            lease_s=LEASE_S,
-        )
-        for holder in self.holders:
-            holder.call("grant", grant)
-        remote_kv = RemoteKV(
-            engine_id=self._engine_id,
-            lease_id=LeaseId(name),
-            host="",
-            port=0,
-            block_ids=[],
-            num_tokens=len(local),
-            tp_size=self._tp_size,
-        )
-        command = StartPull(
-            pull_id=PullId(name),
-            request_id=RequestId(name),
-            remote=remote_kv,
-            block_ids=[local],
-            first_block_index=[0],
-            block_hashes=hashes,
-            num_tokens=len(local),
-            timeout_s=LEASE_S,
-        )
-        for puller in self.pullers:
-            puller.send("pull", command)
-        times: list[PullTimes] = [puller.wait() for puller in self.pullers]
-        for holder in self.holders:
-            holder.call("ended")
-        return PullTimes(max(time.pull_s for time in times), max(time.read_s for time in times))
-
-
-class _Bare:
-    """The connector's library by itself, in the processes of a pair and over their KV caches."""
-
-    def __init__(self, kind: BareKind, ranks: _Pair, pair: TPPair, shape: BenchShape) -> None:
-        self._kind, self._pair, self._shape = kind, pair, shape
-        holders, pullers = (
-            [rank.call("open_bare", kind) for rank in side]
-            for side in (ranks.holders, ranks.pullers)
-        )
-        self._movers, addresses = (
-            (ranks.pullers, holders) if kind.reader_moves else (ranks.holders, pullers)
-        )
-        for mover in self._movers:
-            mover.call("connect_bare", addresses)
-
-    def move(self, local: list[int], remote: list[int]) -> PullTimes:
-        """Run one transfer on all ranks at once; the slowest counts."""
-        return self._call("move_bare", local, remote)
-
-    def loop(self, local: list[int], remote: list[int], num_repeats: int) -> PullTimes:
-        """Run the same transfer over and over; return the median."""
-        return self._call("loop_bare", local, remote, num_repeats)
-
-    def _call(
-        self, method: str, local: list[int], remote: list[int], *arguments: object
-    ) -> PullTimes:
-        parts = parts_of(self._shape, self._pair, local, remote, by_head=self._kind.by_head)
-        for tp_rank, mover in enumerate(self._movers):
-            mover.send(
-                method, [part for part in parts if self._mover_of(part) == tp_rank], *arguments
-            )
-        seconds: float = max([mover.wait() for mover in self._movers])
-        return PullTimes(seconds, seconds)
-
-    def _mover_of(self, part: Part) -> int:
-        return part.reader if self._kind.reader_moves else part.holder
 
 
 def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
@@ -403,10 +243,6 @@ def _blocks(shape: BenchShape, count: int) -> tuple[list[int], list[int]]:
     return source.sample(range(shape.num_blocks), count), source.sample(
         range(shape.num_blocks), count
     )
-
-
-def _device(device: str, index: int) -> str:
-    return device if device == "cpu" else f"cuda:{index % torch.cuda.device_count()}"
 
 
 def _medians(

@@ -1,5 +1,6 @@
-"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's; the CPU's way
-to do so.
+"""Copies scattered pieces of equal size from a peer's mapped memory to this rank's memory.
+
+Here are the interface and the implementation for CPUs; ``cuda_copies.py`` has those for GPUs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ PART_BYTES = 128 * 1024**2
 
 @dataclass(frozen=True)
 class Pieces:
-    """``piece_bytes`` from each of ``sources`` to each of ``destinations``; at least one."""
+    """Names pieces of ``piece_bytes`` each: source i is copied to destination i. There is at least
+    one.
+    """
 
     destinations: Addresses
     sources: Addresses
-    """Sources, as many as destinations."""
+    """Addresses in the peer's mapped memory, as many as ``destinations``."""
     piece_bytes: int
 
     @cached_property
@@ -60,7 +63,7 @@ class Pieces:
 
 
 class PieceCopier(ABC):
-    """One way to copy. One thread uses it, and is never kept waiting."""
+    """Copies pieces in one way. One thread calls its methods, none of which waits for a copy."""
 
     name: str
     """``batch3`` and such; empty where there is only one."""
@@ -89,7 +92,7 @@ class HostCopier(PieceCopier):
         self._thread = ThreadPoolExecutor(1, "p2p-copy")
 
     def start(self, pieces: Pieces) -> Read:
-        return HostCopy(self._thread.submit(self._copy, pieces))
+        return _ThreadCopy(self._thread.submit(self._copy, pieces))
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -103,7 +106,9 @@ class HostCopier(PieceCopier):
         return time.perf_counter() - began_at
 
 
-class HostCopy(Read):
+class _ThreadCopy(Read):
+    """Follows one copy of a ``HostCopier``, by the future of its thread."""
+
     def __init__(self, future: Future[float]) -> None:
         self._future = future
 
