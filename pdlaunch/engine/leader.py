@@ -142,7 +142,7 @@ class Leader:
         num_left = 1 if self._runs_ahead and plan.scheduled else 0
         while len(self._in_flight) > num_left:
             self._postprocess()
-        self._requests.register_pending()
+        self._requests.registrations.register_pending()
         self._sleep.advance()
         self._send_stats()
 
@@ -201,7 +201,7 @@ class Leader:
         match message:
             case Hello():
                 self._requests.abort_all()
-                self._requests.take_outputs()
+                self._requests.outputs.take()
                 self._sleep.forget_caller()
                 self._server.send(
                     msgspec.structs.replace(self._welcome, sleeping_tags=self._sleep.sleeping_tags)
@@ -269,7 +269,7 @@ class Leader:
             self._offload.submit(plan.jobs)
 
     def _send_outputs(self) -> None:
-        if outputs := self._requests.take_outputs():
+        if outputs := self._requests.outputs.take():
             self._server.send(Outputs(items=outputs))
 
     def _send_stats(self) -> None:

@@ -15,7 +15,9 @@ from pdlaunch.config.kv_transfer import KVTransferSettings
 from pdlaunch.engine.host_loads import HostLoads
 from pdlaunch.engine.in_flight import StepsInFlight
 from pdlaunch.engine.kv_requests import BlockLeases, BlockPulls
+from pdlaunch.engine.outputs import RequestOutputs
 from pdlaunch.engine.queues import RequestQueues
+from pdlaunch.engine.registrations import Registrations
 from pdlaunch.engine.request import Intake, Phase, Request
 from pdlaunch.engine.request_blocks import RequestBlocks
 from pdlaunch.engine.step_builder import StepBuilder
@@ -28,11 +30,7 @@ from pdlaunch.protocol.engine import (
     AddRequest,
     EngineStats,
     FinishReason,
-    FirstTokens,
-    RequestFinished,
     TokenOutput,
-    Tokens,
-    output_of,
 )
 from pdlaunch.protocol.ids import EngineId, LeaseId, RequestId, lease_of
 from pdlaunch.protocol.kv_params import RemoteKV
@@ -87,6 +85,10 @@ class RequestLifecycle:
         self.blocks = RequestBlocks(self.kv, block_size, caches=enable_prefix_caching)
         self.pulls = BlockPulls(self.kv, kv_transfer)
         self.host = HostLoads(self.kv, offload)
+        self.registrations = Registrations(
+            self.kv, self.host, block_size, caches=enable_prefix_caching
+        )
+        self.outputs = RequestOutputs()
         self.builder = StepBuilder(max_num_seqs, tp_size=local[3])
         self.queues = RequestQueues()
         self.in_flight = StepsInFlight()
@@ -94,12 +96,9 @@ class RequestLifecycle:
         """Commands for the connectors that no plan carries yet."""
         self.may_progress = False
         """Something has happened that may let a waiting request start; the scheduler clears it."""
-        self._outputs: list[Tokens | FirstTokens | RequestFinished] = []
-        self._unregistered: list[Request] = []
-        """Requests whose first blocks neither the prefix cache nor the host tier knows of yet."""
         self._totals = Totals(num_blocks)
 
-    # What the server and the connectors say
+    # Messages of the server and of the connectors
 
     def add(self, message: AddRequest) -> None:
         """Take a request; one that can never be served ends at once.
@@ -175,7 +174,7 @@ class RequestLifecycle:
         if not request.wants_pull:
             self._skip_to(request, load.hit.ends[0] * self._block_size)
 
-    # What the scheduler has chosen
+    # Decisions of the scheduler
 
     def share(self, request: Request, hit: PrefixHit) -> None:
         """Give a waiting request the cached blocks of ``hit``; it computes on from their end."""
@@ -207,7 +206,7 @@ class RequestLifecycle:
     def preempt(self, request: Request) -> None:
         """Take all blocks from a running or ready request; it starts anew. No step is in flight."""
         assert not self.in_flight
-        self.register_pending()
+        self.registrations.register_pending()
         if request.phase is Phase.RUNNING:
             self.builder.unseat(request)
         self.queues.preempt(request)
@@ -226,23 +225,7 @@ class RequestLifecycle:
             self._leases.offer(request) for request in requests if request.message.is_awaited
         ]
 
-    def register_pending(self) -> None:
-        """Let other requests find the blocks that new ones did not have to compute.
-
-        No step needs this, so the loop calls it while one runs. It must also come before anything
-        that looks for cached blocks or takes blocks back.
-        """
-        pending, self._unregistered = self._unregistered, []
-        for request in pending:
-            self.register(request)
-
-    # What a step has computed
-
-    def register(self, request: Request) -> None:
-        """Let others find the request's full blocks, here and in host memory."""
-        # Most tokens fill no block: asking here first spares every request of a step two calls.
-        if (request.num_registered_blocks + 1) * self._block_size <= request.num_computed:
-            self.host.store(request, self.blocks.register(request))
+    # Results of steps
 
     def take_token(self, request: Request, token: TokenOutput | None) -> None:
         """Append the token that a step has drawn; None, for logits that are NaN, is an error."""
@@ -256,24 +239,19 @@ class RequestLifecycle:
         self._totals.counts.generation_tokens += 1
         if not self._finish_if_complete(request, token.token_id, token):
             self.builder.add_sampled(request)
-            self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+            self.outputs.add_token(request, token)
 
     def let_go(self, request: Request) -> None:
         """Free row and blocks of a request that has ended and that no step computes any more."""
-        if request in self._unregistered:
+        if request in self.registrations:
             # Freed unregistered, the pulled or loaded blocks could not be found again.
-            self.register_pending()
+            self.registrations.register_pending()
         if request.row is not None:
             self.builder.unseat(request)
         self.kv.free(request.tables)
         self.may_progress = True
 
-    # What others ask
-
-    def take_outputs(self) -> list[Tokens | FirstTokens | RequestFinished]:
-        """Return what the server has to be told since the last call, in order."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+    # Figures and proofs
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as their content is lost; nobody uses any block."""
@@ -322,7 +300,7 @@ class RequestLifecycle:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_computed, request.num_prompt_tokens)
             self._totals.add_prompt(request, request.num_cached_tokens)
-        self._unregistered.append(request)
+        self.registrations.add_pending(request)
 
     def _take_pulled(self, request: Request) -> None:
         """Note that the request owns all blocks of its prompt."""
@@ -358,8 +336,8 @@ class RequestLifecycle:
             error = f"the lease on the prompt's KV blocks did not come: {event.error}"
             self._finish(request, "error", error=error, error_param="kv_transfer_params")
             return False
-        token = output_of(event.first_tokens[0])
-        self._outputs.append(FirstTokens(request_id=request.request_id, tokens=[token]))
+        token = event.first_tokens[0]
+        self.outputs.add_first_token(request, token)
         request.token_ids.append(token.token_id)
         return not self._finish_if_complete(request, token.token_id)
 
@@ -387,7 +365,7 @@ class RequestLifecycle:
             if reason == "length" and request.message.num_readers == 1:
                 # The token can be streamed before the answer with the lease. With more choices the
                 # answer needs all their tokens at once.
-                self._outputs.append(Tokens(request_id=request.request_id, tokens=[token]))
+                self.outputs.add_token(request, token)
                 token = None
         self._finish(
             request,
@@ -427,17 +405,14 @@ class RequestLifecycle:
         if not self.in_flight.keep(request):
             self.let_go(request)
         self.queues.end(request)
-        self._outputs.append(
-            RequestFinished(
-                request_id=request.request_id,
-                reason=reason,
-                tokens=tokens or [],
-                stop_token_id=stop_token_id,
-                error=error,
-                error_param=error_param,
-                num_cached_tokens=request.num_cached_tokens or 0,
-                remote_kv=remote_kv,
-            )
+        self.outputs.finish(
+            request,
+            reason,
+            tokens=tokens,
+            stop_token_id=stop_token_id,
+            error=error,
+            error_param=error_param,
+            remote_kv=remote_kv,
         )
 
     def _withdraw(self, request: Request) -> None:

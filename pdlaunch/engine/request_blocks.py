@@ -1,4 +1,4 @@
-"""KV blocks of requests: how many fit, which are cached, which become known to the prefix cache."""
+"""Tells how many KV blocks of a request fit, which are cached, and which are worth loading."""
 
 from __future__ import annotations
 
@@ -87,20 +87,6 @@ class RequestBlocks:
         What a pull brings lies behind them.
         """
         return self._max_pull_hit(request) if request.wants_pull else self._max_shared(request)
-
-    def register(self, request: Request) -> range:
-        """Let others find the blocks that are full and computed since the last call.
-
-        Returns their logical indices.
-        """
-        new = range(request.num_registered_blocks, request.num_computed // self._block_size)
-        if not self._caches or not new:
-            return range(0)
-        hasher = request.block_hasher
-        hasher.extend(request.token_ids)
-        self._kv.register(request.tables, hasher.block_hashes, new.start, new.stop)
-        request.num_registered_blocks = new.stop
-        return new
 
     def _max_pull_hit(self, request: Request) -> int:
         """Return the number of full blocks that a pull need not bring."""

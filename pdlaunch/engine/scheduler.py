@@ -35,6 +35,7 @@ class Scheduler:
         self._in_flight = requests.in_flight
         self._pulls = requests.pulls
         self._queues = requests.queues
+        self._registrations = requests.registrations
         self._max_num_batched_tokens = max_num_batched_tokens
         self._stalls = False
         """Nothing can be computed before copies to host memory let go of their blocks."""
@@ -73,7 +74,7 @@ class Scheduler:
     def hand_over(self) -> StepPlan:
         """Return a plan that computes nothing, with the commands and jobs that have come up.
 
-        Connectors and host tier must hear of them before the server gets ``take_outputs``.
+        Connectors and host tier must hear of them before the server gets ``outputs``.
         """
         return StepPlan(step_id=-1, commands=self._take_commands(), jobs=self._host.take_jobs())
 
@@ -88,7 +89,7 @@ class Scheduler:
                     self.requests.let_go(request)
                 continue
             request.num_computed += item.num_tokens
-            self.requests.register(request)
+            self._registrations.register(request)
             if item.sample:
                 self.requests.take_token(request, drawn)
 
@@ -161,7 +162,7 @@ class Scheduler:
                 continue
             if request.phase is Phase.WAITING:
                 # Its prefix may be among the blocks that another request has just got.
-                self.requests.register_pending()
+                self._registrations.register_pending()
             if request.wants_pull:
                 lacks_blocks |= not self._start_pull(request)
             if (

@@ -184,7 +184,7 @@ class FakeEngine:
         self._launch(plan)
         if not self.runs_ahead:
             self.collect()
-        self.scheduler.requests.register_pending()
+        self.scheduler.requests.registrations.register_pending()
         return plan
 
     def collect(self) -> None:
@@ -214,7 +214,7 @@ class FakeEngine:
         self._check_leases()
         self._check_offered()
         if self.in_flight:
-            self.scheduler.requests.register_pending()
+            self.scheduler.requests.registrations.register_pending()
             self._submit(self.scheduler.hand_over())
         self.take_outputs()
 
@@ -236,7 +236,7 @@ class FakeEngine:
         return plans
 
     def take_outputs(self) -> None:
-        for item in self.scheduler.requests.take_outputs():
+        for item in self.scheduler.requests.outputs.take():
             assert item.request_id not in self.finished, "a request that has ended says more"
             if isinstance(item, FirstTokens):
                 self.first_tokens[item.request_id] = [token.token_id for token in item.tokens]

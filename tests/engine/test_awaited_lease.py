@@ -217,7 +217,7 @@ def test_two_leases_of_one_prompt_are_two_pulls() -> None:
 def test_unknown_pulls_with_first_tokens_are_ignored() -> None:
     engine = FakeEngine()
     engine.scheduler.requests.on_transfer_event(PullFinished(pull_id="never", ok=True))
-    assert engine.scheduler.requests.take_outputs() == []
+    assert engine.scheduler.requests.outputs.take() == []
 
 
 def test_prompts_that_are_computed_elsewhere_leave_room_for_others() -> None:

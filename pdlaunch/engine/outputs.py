@@ -1,0 +1,58 @@
+"""Collects what the server has to be told of requests."""
+
+from __future__ import annotations
+
+from pdlaunch.engine.request import Request
+from pdlaunch.protocol.engine import (
+    FinishReason,
+    FirstTokens,
+    RequestFinished,
+    TokenOutput,
+    Tokens,
+    output_of,
+)
+from pdlaunch.protocol.kv_params import FirstToken, RemoteKV
+
+
+class RequestOutputs:
+    """Holds messages for the server in their order; each request ends in one RequestFinished."""
+
+    def __init__(self) -> None:
+        self._items: list[Tokens | FirstTokens | RequestFinished] = []
+
+    def add_token(self, request: Request, token: TokenOutput) -> None:
+        self._items.append(Tokens(request_id=request.request_id, tokens=[token]))
+
+    def add_first_token(self, request: Request, token: FirstToken) -> None:
+        """Add the first token, which the prefill engine has drawn."""
+        self._items.append(FirstTokens(request_id=request.request_id, tokens=[output_of(token)]))
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        tokens: list[TokenOutput] | None = None,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+        error_param: str | None = None,
+        remote_kv: RemoteKV | None = None,
+    ) -> None:
+        """Add the end of a request; ``tokens`` are those that have not been added."""
+        self._items.append(
+            RequestFinished(
+                request_id=request.request_id,
+                reason=reason,
+                tokens=tokens or [],
+                stop_token_id=stop_token_id,
+                error=error,
+                error_param=error_param,
+                num_cached_tokens=request.num_cached_tokens or 0,
+                remote_kv=remote_kv,
+            )
+        )
+
+    def take(self) -> list[Tokens | FirstTokens | RequestFinished]:
+        """Return what was added since the last call, in order."""
+        items, self._items = self._items, []
+        return items
