@@ -25,7 +25,7 @@ from pdlaunch.supervisor.pair_links import ReadLinks
 from pdlaunch.supervisor.states import LaunchPhase
 from pdlaunch.supervisor.status import LaunchStatus
 from tests.checks.contexts import CPU as HEALTHY
-from tests.cli.test_check_config import MODEL
+from tests.cli.conftest import MODEL
 from tests.config.model_files.files import tiny_gguf
 
 CPU = Machine(cpus=(0, 1), memory_bytes=64 * 1024**3)

@@ -13,7 +13,8 @@ import openai
 import pytest
 
 from tests.router.conftest import SPEC, Stand, pair
-from tests.router.fake_engine import expected_tokens, text_of, until
+from tests.router.fake_engine import until
+from tests.router.fake_generation import expected_tokens, text_of
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, completion, expected_text
 
 JSON = {"Content-Type": "application/json"}

@@ -11,7 +11,8 @@ import pytest
 from pdlaunch.router.client_request import REMOTE_DECODE
 from pdlaunch.router.policy import MAX_QUEUED
 from tests.router.conftest import Answer, Stand, pair, pairs
-from tests.router.fake_engine import FakeEngine, expected_tokens
+from tests.router.fake_engine import FakeEngine
+from tests.router.fake_generation import expected_tokens
 from tests.router.test_disconnects import all_is_quiet, send
 from tests.router.test_life_of_a_request import CHAT, MESSAGES, chat, completion, expected_text
 

@@ -15,7 +15,8 @@ import pytest
 from pdlaunch.router import app
 from pdlaunch.router.generation import Generation
 from tests.router.conftest import SPEC, Stand, pair, pairs
-from tests.router.fake_engine import expected_tokens, until
+from tests.router.fake_engine import until
+from tests.router.fake_generation import expected_tokens
 from tests.router.test_life_of_a_request import (
     CHAT,
     MESSAGES,

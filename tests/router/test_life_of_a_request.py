@@ -11,7 +11,7 @@ import pytest
 
 from pdlaunch.router.client_request import REMOTE_DECODE
 from tests.router.conftest import Answer, Stand, pair, pairs
-from tests.router.fake_engine import EOS, expected_tokens, text_of
+from tests.router.fake_generation import EOS, expected_tokens, text_of
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello there"}]

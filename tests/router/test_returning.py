@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from tests.router.conftest import Stand
-from tests.router.fake_engine import FakeEngine, expected_tokens, text_of, until
+from tests.router.fake_engine import FakeEngine, until
+from tests.router.fake_generation import expected_tokens, text_of
 from tests.router.test_life_of_a_request import completion, expected_text
 
 NEVER_S = 1e6

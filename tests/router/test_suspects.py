@@ -12,7 +12,8 @@ from aiohttp import web
 from pdlaunch.http.headers import ORIGIN_HEADER, format_origin, read_origin
 from pdlaunch.protocol.control import Suspects
 from tests.router.conftest import Stand, pairs
-from tests.router.fake_engine import FakeEngine, Job, Seen
+from tests.router.fake_engine import FakeEngine
+from tests.router.fake_generation import Job, Seen
 from tests.router.test_early_decode import lend
 from tests.router.test_life_of_a_request import completion, expected_text
 

@@ -14,29 +14,22 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 import zmq
 
 from pdlaunch.config.engine_spec import EngineSpec
 from pdlaunch.platform.libraries import find_libraries
 from pdlaunch.protocol.control import PairFailed, PairReady
 from pdlaunch.protocol.side_channel import (
-    Handshake,
-    PullBegin,
-    PullEnd,
-    PullHeartbeat,
-    Push,
     PushEnded,
     Refused,
-    ToPrefillSide,
     to_decode_side,
     to_prefill_side,
 )
 from pdlaunch.protocol.sockets import LaunchKeys, SecureContext, new_launch_keys
 from pdlaunch.protocol.transfer import LeaseEnded, OfferPartialPrompt, PullDrained, PullFinished
 from pdlaunch.testing.faults import Fault, FaultPlan
-from pdlaunch.transfer.channel.handshake import compatibility_of
-from tests.transfer.fakes import layout_of, spec_of
+from tests.transfer.all_questions import questions_for
+from tests.transfer.fakes import spec_of
 from tests.transfer.rank_process import RankHandle, RankOptions, cancel, grant, hashes, pull
 
 pytestmark = pytest.mark.processes
@@ -252,34 +245,6 @@ def test_questions_for_an_engine_that_does_not_exist_harm_nothing(pair, keys):
     assert finished.ok, finished.error
     np.testing.assert_array_equal(puller.blocks([28, 29]), holder.blocks([13, 14]))
     assert holder.event(LeaseEnded) == LeaseEnded(lease_id="kept", reason="pulled")
-
-
-def questions_for(engine_id: str) -> list[ToPrefillSide]:
-    """One of each kind, about the lease ``kept``."""
-    of_pull = {"engine_id": engine_id, "lease_id": "kept", "reader": "x"}
-    compatibility = compatibility_of(
-        spec_of("decode"),
-        layout_of(),
-        torch.float32,
-        model_digest="digest",
-        total_kv_heads=3,
-        connector="nixl",
-    )
-    return [
-        Handshake(
-            call_id=1,
-            engine_id="d" * 32,
-            rank_name="decode-7/rank-5",
-            incarnation=1,
-            expected_engine_id=engine_id,
-            compatibility=compatibility,
-            agent_metadata=b"",
-        ),
-        PullBegin(call_id=2, num_decode_ranks=1, **of_pull),
-        PullHeartbeat(call_id=3, **of_pull),
-        PullEnd(call_id=4, **of_pull),
-        Push(call_id=5, block_ids=[13], first_head=0, num_heads=1, target=b"", **of_pull),
-    ]
 
 
 def test_nobody_from_another_host_can_connect(pair):

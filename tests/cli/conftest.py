@@ -1,0 +1,68 @@
+"""A model of a few bytes, a configuration file, and check-config on a healthy machine."""
+
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from pdlaunch.checks import probes
+from pdlaunch.cli import assume as assume_module
+from pdlaunch.cli.app import build_app
+from pdlaunch.platform.facts import PortState
+from tests.checks.contexts import CPU
+from tests.config.model_files.files import EMPTY_SAFETENSORS
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+    return folder
+
+
+@pytest.fixture
+def check(model, monkeypatch):
+    """Run check-config on a healthy machine with a free port."""
+    for name in [name for name in os.environ if name.startswith(("PDLAUNCH_", "PYTORCH_", "UCX_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PDLAUNCH_MODEL", str(model))
+    monkeypatch.setattr(assume_module, "probe_machine", lambda: CPU)
+    monkeypatch.setattr(probes, "probe_port", lambda host, port: PortState())
+
+    def run(*arguments, columns="80", **environ):
+        arguments = ["check-config", *map(str, arguments)]
+        result = CliRunner().invoke(
+            build_app(arguments), arguments, env={"COLUMNS": columns, "NO_COLOR": "1", **environ}
+        )
+        assert result.exception is None or isinstance(result.exception, SystemExit), (
+            result.exception
+        )
+        return result
+
+    return run
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "deploy.yaml"
+        path.write_text(text)
+        return path
+
+    return write
