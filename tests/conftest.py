@@ -9,6 +9,10 @@ from hypothesis import settings
 # No test asks a hub but one of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Before torch is imported. Each worker has a core: threads of two of them that wait for each other
+# on the same cores take twice the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = ["tests.memory_guard", "tests.process_guard"]
 
 # How long an example takes says more about the machine than about the code.
