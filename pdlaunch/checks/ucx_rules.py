@@ -252,8 +252,10 @@ def ucx_misses(context: Context) -> Iterator[Found]:
     for role, answer in _answers(context):
         engine = context.engines[role]
         for text in answer.unavailable:
-            # Ranks of one host use no network: PD443.
-            if not text.startswith("network device"):
+            # Ranks of one host use no network: PD443. A rank on the CPU of a host with GPUs is
+            # given CUDA's transports for NIXL's sake, and needs none.
+            needless = engine.device == "cpu" and _named_transports(text) <= CUDA
+            if not text.startswith("network device") and not needless:
                 name = _variable_of(text)
                 yield Found(context.where_variable(engine, name), f"UCX says: {text}")
 
@@ -291,6 +293,11 @@ def _variable_of(text: str) -> str:
     kinds = {"intra-node": "UCX_SHM_DEVICES", "loopback": "UCX_SELF_DEVICES"}
     kinds |= {"accelerator": "UCX_ACC_DEVICES"}
     return kinds.get(text.partition(" ")[0], "UCX_TLS")
+
+
+def _named_transports(text: str) -> frozenset[str]:
+    """Return what ``transports 'cuda_ipc','cuda_copy' are not available`` names."""
+    return frozenset(re.findall(r"'(\w+)'", text)) or frozenset({text})
 
 
 def lacks_rdma(environ: Mapping[str, str]) -> bool:

@@ -166,6 +166,10 @@ class Machine:
     memory_bytes: int = 0
     """Memory of the machine or of its control group, whichever is less."""
     gpus: tuple[Gpu, ...] = ()
+    has_hidden_gpus: bool = False
+    """NVIDIA GPUs are on the PCI bus, of which this process sees none: CUDA_VISIBLE_DEVICES hides
+    them, or a container was not given them. Files of machines do not tell.
+    """
     gpu_links: tuple[LinkedGpus, ...] = ()
     """The pairs of GPUs of which NVML knows the link."""
     driver_cuda: tuple[int, int] | None = None

@@ -23,6 +23,10 @@ from pdlaunch.platform.nvml_facts import read_nvml_facts
 T = TypeVar("T")
 
 RDMA_FOLDER = Path("/sys/class/infiniband")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+_NVIDIA = "0x10de"
+_GPU_CLASSES = ("0x0300", "0x0302")
+"""PCI classes of display and 3D controllers, without the byte of the interface."""
 
 
 def probe_machine() -> Machine:
@@ -37,6 +41,7 @@ def probe_machine() -> Machine:
         has_native_bf16=has_native_bf16(),
         memory_bytes=probes.ask("memory", memory_bytes, 0),
         gpus=of_gpus.gpus,
+        has_hidden_gpus=not of_gpus.gpus and _has_pci_gpus(),
         gpu_links=of_gpus.links,
         driver_version=of_gpus.driver_version,
         num_imex_channels=driver.num_imex_channels if driver else None,
@@ -79,3 +84,20 @@ def _rdma_devices() -> tuple[str, ...]:
     return (
         tuple(sorted(path.name for path in RDMA_FOLDER.iterdir())) if RDMA_FOLDER.is_dir() else ()
     )
+
+
+def _has_pci_gpus() -> bool:
+    """Return whether NVIDIA GPUs are on the PCI bus, seen or not; NIXL looks there."""
+    return any(
+        _first_line(device / "vendor") == _NVIDIA
+        and _first_line(device / "class").startswith(_GPU_CLASSES)
+        for device in (PCI_DEVICES.iterdir() if PCI_DEVICES.is_dir() else ())
+    )
+
+
+def _first_line(path: Path) -> str:
+    """Return the line; empty where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

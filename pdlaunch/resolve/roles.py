@@ -269,8 +269,9 @@ def _environment(
     if settings.engine == "vllm":
         cache_bytes = settings.kv_cache_memory or CPU_KV_CACHE_BYTES
         return common | vllm_environment(device, cache_bytes) | settings.env
-    # NIXL refuses a UCX without CUDA on a host with GPUs, even to a rank on the CPU.
-    of_host: DeviceKind = "cuda" if machine.gpus else device
+    # NIXL refuses a UCX_TLS without CUDA on a host with GPUs, even to a rank on the CPU that sees
+    # none.
+    of_host: DeviceKind = "cuda" if machine.gpus or machine.has_hidden_gpus else device
     # Last: what the connector needs narrows what the user has set.
     return common | settings.env | config.kv_transfer.environment(given_environ, of_host)
 

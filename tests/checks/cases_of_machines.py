@@ -19,6 +19,7 @@ from tests.checks.case import (
 from tests.checks.contexts import CPU, GB200, GIB, GPU, on
 from tests.checks.machines import NO_FABRIC, NO_IMEX
 
+NO_CUDA = "transports 'cuda_ipc','cuda_copy' are not available, please use one or more of: cma, sm"
 MNNVL = {"UCX_CUDA_IPC_ENABLE_MNNVL": "y"}
 
 CASES: dict[str, Case] = {
@@ -248,8 +249,11 @@ CASES: dict[str, Case] = {
         [
             on(CPU, probes=nixl_says(unavailable=("transport 'cma' is not available",))),
             on(CPU, probes=nixl_says(unavailable=("intra-node device 'x' is not available",))),
+            on(GPU, probes=nixl_says(unavailable=(NO_CUDA,))),
         ],
         [
+            # NIXL wants CUDA's transports to be named wherever there are GPUs.
+            on(CPU, probes=nixl_says(unavailable=(NO_CUDA,))),
             on(CPU, probes=nixl_says(unavailable=("network device 'eth9' is not available",))),
             on(CPU, probes=nixl_says(unused={"UCX_IB_X": None})),
         ],

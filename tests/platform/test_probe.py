@@ -183,3 +183,26 @@ class TestShortLivedProcesses:
 
     def test_one_that_cannot_be_started(self):
         assert "cannot be tried" in run_briefly(["/nonexistent"], {}, 1).problem()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x068000", False),
+        ("0x1234", "0x030000", False),
+        (None, None, False),
+    ],
+)
+def test_gpus_that_nobody_sees_are_found_on_the_bus(monkeypatch, tmp_path, vendor, kind, found):
+    device = tmp_path / "0000:18:00.0"
+    device.mkdir()
+    if vendor is not None:
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(probe, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(probe, "read_driver", lambda: None)
+    assert probe_machine().has_hidden_gpus is found
+    monkeypatch.setattr(probe, "read_driver", lambda: Driver((13, 0), (Gpu(0, "H200"),)))
+    assert not probe_machine().has_hidden_gpus

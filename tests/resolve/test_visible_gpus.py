@@ -78,12 +78,15 @@ def test_a_role_that_sees_no_gpu_computes_on_the_cpu(hidden):
         on(TWO, device="cuda", decode__env=show(hidden)).launch.require_startable()
 
 
-@pytest.mark.parametrize("machine", [TWO, CPU])
+HIDDEN = replace(CPU, has_hidden_gpus=True)
+
+
+@pytest.mark.parametrize("machine", [TWO, CPU, HIDDEN])
 def test_nixl_has_cuda_wherever_there_are_gpus(machine):
     """NIXL 1.5.1 refuses a UCX_TLS without CUDA on a host with GPUs, to ranks on the CPU too."""
     context = on(machine, device="cpu")
     for engines in context.engines.values():
-        assert ("cuda_copy" in engines.ucx_transports) is bool(machine.gpus)
+        assert ("cuda_copy" in engines.ucx_transports) is (machine is not CPU)
 
 
 @pytest.mark.parametrize("wrong", ["2", "0,0", "x"])
