@@ -125,19 +125,19 @@ def gpu_memory_exceeded(context: Context) -> Iterator[Found]:
             # A rank that is given the size of its KV cache does not ask for its share.
             given = bool(engine.settings.kv_cache_memory)
             budget = gpu.memory_bytes if given else int(gpu.memory_bytes * share)
-            if needed.total_bytes <= budget - gpu.held_bytes:
+            if needed.total_bytes <= min(budget, gpu.memory_bytes - gpu.held_bytes):
                 continue
             size = format_size(gpu.memory_bytes)
-            gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
-            message = f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index} gives {gives}"
+            message = f"a {engine.role} rank needs {needed.arithmetic()}, GPU {index}"
             if needed.total_bytes <= budget:
                 yield Found(
                     engine.where("tensor_parallel_size"),
-                    f"{message}, of which {_held(gpu)}",
+                    f"{message} has {size}, of which {_held(gpu)}",
                     f"stop the processes that hold memory of GPU {index} (nvidia-smi shows them)",
                 )
             else:
-                yield Found(engine.where("tensor_parallel_size"), message)
+                gives = size if given else f"{share:g} x {size} = {format_size(budget)}"
+                yield Found(engine.where("tensor_parallel_size"), f"{message} gives {gives}")
 
 
 @rule(

@@ -92,7 +92,10 @@ class EngineSettings(FrozenModel):
         ),
     )
     gpu_memory_utilization: Annotated[float, Flag()] = Field(
-        0.9, gt=0, le=1, description="Share of a GPU's memory that a rank may use."
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that a rank may use, whatever others hold.",
     )
     enable_prefix_caching: Annotated[bool, Flag()] = Field(
         True, description="Keep KV blocks for later requests whose prompts begin alike."

@@ -108,6 +108,11 @@ CASES: dict[str, Case] = {
                 max_num_batched_tokens=4096,
             ),
             on(GPU, kv_cache_memory="100GiB"),
+            # What others hold does not count against a rank's share, where both fit.
+            on(
+                machine(GPU, gpus=tuple(replace(g, free_memory_bytes=70 * GIB) for g in GPU.gpus)),
+                gpu_memory_utilization=0.45,
+            ),
         ],
     ),
     "PD208": Case(
