@@ -259,7 +259,12 @@ def devices_differ(context: Context) -> Iterator[Found]:
     KV blocks cross between GPU memory and host memory, and both sides round differently: greedy
     answers can differ from those of one engine alone.
     """
-    if (pair := context.pair()) is not None and pair[0].device != pair[1].device:
+    # With the connector nixl it is an error: PD314.
+    if (
+        (pair := context.pair()) is not None
+        and pair[0].device != pair[1].device
+        and not context.uses("nixl")
+    ):
         message = f"prefill runs on {pair[0].device}, decode on {pair[1].device}"
         yield Found(_differing_place(*pair, "device"), message)
 
@@ -302,23 +307,26 @@ def allocators_differ(context: Context) -> Iterator[Found]:
 @rule(
     "PD314",
     "error",
-    fix="Set device once, at the top level, or let kv_transfer.nixl.path be auto.",
-    source="The path p2p: a memfd on a CPU, a CUDA allocation on a GPU.",
+    fix="Set device once, at the top level, or set kv_transfer.connector to file.",
+    source="The connector nixl: both of its paths join memory of one kind.",
     needs=("gpus",),
 )
-def p2p_across_devices(context: Context) -> Iterator[Found]:
-    """The path p2p is to join a GPU and a CPU.
+def nixl_across_devices(context: Context) -> Iterator[Found]:
+    """The connector nixl is to join a GPU and a CPU.
 
-    A rank maps the memory of a peer on the same kind of device alone: no pair would shake hands,
-    and the launch would never be ready.
+    A rank reads the memory of a peer on the same kind of device alone, by every path: no pair would
+    shake hands, and the launch would never be ready.
     """
     pair = context.pair()
-    if pair is None or not context.uses("nixl") or context.uses_ucx:
+    if pair is None or not context.uses("nixl"):
         return
     prefill, decode = pair
     if prefill.device != decode.device:
-        message = f"path p2p, but prefill runs on {prefill.device} and decode on {decode.device}"
-        yield Found("kv_transfer.nixl.path", message)
+        message = (
+            f"prefill runs on {prefill.device} and decode on {decode.device}, which the connector "
+            "nixl does not join"
+        )
+        yield Found(_differing_place(*pair, "device"), message)
 
 
 def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:

@@ -7,7 +7,7 @@ A pair shakes hands once for each incarnation. Each pull then sends ``PullBegin+
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -68,6 +68,8 @@ class Geometry(Message, tag=False):
     scratch_address: Bytes = 0
     scratch_bytes: Bytes = 0
     """Memory with a pattern that follows from the agent's name; peers read it to prove the path."""
+    memory_kind: Literal["DRAM", "VRAM"] = "DRAM"
+    """The memory that all of this is: the host's, or a GPU's."""
 
 
 class Handshake(Message):

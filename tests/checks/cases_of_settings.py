@@ -6,6 +6,8 @@ from pdlaunch.errors import ConfigError
 from tests.checks.case import EXPERTS, SLIDING, Case, machine, p2p
 from tests.checks.contexts import CPU, GB200, GPU, SHAPE, SMALL_SHAPE, on
 
+OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
+
 CASES: dict[str, Case] = {
     "PD101": Case(
         [on(CPU, prefill__replicas=0, decode__replicas=0)], [on(CPU, prefill__replicas=0)]
@@ -135,10 +137,13 @@ CASES: dict[str, Case] = {
     ),
     "PD309": Case([on(CPU, decode__max_model_len=4096)], [on(CPU, prefill__max_model_len=4096)]),
     "PD310": Case([on(CPU, decode__load_format="dummy")], [on(CPU, load_format="dummy")]),
-    "PD311": Case([on(GPU, prefill__device="cpu")], [on(GPU, device="cpu")]),
+    "PD311": Case(
+        [on(GPU, prefill__device="cpu", **OVER_FILES)],
+        [on(GPU, device="cpu", **OVER_FILES), on(GPU, prefill__device="cpu")],
+    ),
     "PD314": Case(
-        [p2p(GPU, prefill__device="cpu"), p2p(GPU, decode__device="cpu")],
-        [p2p(GPU), p2p(CPU), on(GPU, decode__device="cpu"), p2p(GPU, device="cpu")],
+        [p2p(GPU, prefill__device="cpu"), on(GPU, decode__device="cpu")],
+        [p2p(GPU), p2p(CPU), p2p(GPU, device="cpu"), on(GPU, decode__device="cpu", **OVER_FILES)],
     ),
     "PD313": Case(
         [
@@ -149,12 +154,7 @@ CASES: dict[str, Case] = {
             on(GPU, enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(GPU, prefill__enable_cumem_allocator=True),
             on(GPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="p2p"),
-            on(
-                GPU,
-                prefill__enable_cumem_allocator=True,
-                kv_transfer__connector="file",
-                kv_transfer__file__directory="/kv",
-            ),
+            on(GPU, prefill__enable_cumem_allocator=True, **OVER_FILES),
             on(GB200, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
             on(CPU, prefill__enable_cumem_allocator=True, kv_transfer__nixl__path="nixl"),
         ],

@@ -3,6 +3,8 @@
 from tests.checks.contexts import GPU
 from tests.checks.firing import Case, Setup
 
+OVER_FILES = "kv_transfer: {connector: file, file: {directory: files}}\n"
+
 CASES = [
     Case(
         "PD301",
@@ -64,18 +66,24 @@ CASES = [
     ),
     Case(
         "PD311",
-        Setup("decode: {device: cpu}\n", machine=GPU),
-        {"Set device once, at the top level": Setup("device: cpu\n", machine=GPU)},
+        Setup(f"decode: {{device: cpu}}\n{OVER_FILES}", machine=GPU),
+        {"Set device once, at the top level": Setup(f"device: cpu\n{OVER_FILES}", machine=GPU)},
     ),
-    Case(
-        "PD314",
-        Setup("decode: {device: cpu}\nkv_transfer: {nixl: {path: p2p}}\n", machine=GPU),
-        {
-            "Set device once, at the top level": Setup(
-                "device: cpu\nkv_transfer: {nixl: {path: p2p}}\n", machine=GPU
-            ),
-            "let kv_transfer.nixl.path be auto": Setup("decode: {device: cpu}\n", machine=GPU),
-        },
+    *(
+        Case(
+            "PD314",
+            Setup(f"decode: {{device: cpu}}\n{path}", machine=GPU),
+            {
+                "Set device once, at the top level": Setup(f"device: cpu\n{path}", machine=GPU),
+                "set kv_transfer.connector to file": Setup(
+                    f"decode: {{device: cpu}}\n{OVER_FILES}", machine=GPU
+                ),
+            },
+        )
+        for path in (
+            "",
+            *(f"kv_transfer: {{nixl: {{path: {name}}}}}\n" for name in ("nixl", "p2p")),
+        )
     ),
     Case(
         "PD313",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from pdlaunch.errors import TransferError
 from pdlaunch.transfer.channel.handshake import geometry_of
 from pdlaunch.transfer.connectors.connector import BlockRead, Connection, LocalMemory, PeerAgent
 from pdlaunch.transfer.connectors.nixl import NixlConnector
@@ -135,6 +137,14 @@ class Rank:
         assert read.poll() == "done"
         read.release()
         return self.agent.transfers[-1]
+
+
+def test_a_peer_with_another_kind_of_memory_is_refused() -> None:
+    reader, holder = Rank("decode-0/rank-0", 3), Rank("prefill-0/rank-0", 3)
+    holder.geometry = msgspec.structs.replace(holder.geometry, memory_kind="VRAM")
+    with pytest.raises(TransferError, match=r"prefill-0/rank-0#1 is in GPU memory, .* in host"):
+        reader.meet(holder)
+    assert reader.agent.num_prepared == holder.agent.num_prepared
 
 
 def test_equal_tp_sizes_one_descriptor_a_block() -> None:

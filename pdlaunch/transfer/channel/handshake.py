@@ -73,6 +73,7 @@ def compatibility_of(
 
 def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
     """Return where this rank's blocks and scratch lie."""
+    kind, device_index = memory_kind(memory.kv_cache)
     return Geometry(
         base_address=memory.kv_cache.data_ptr(),
         num_blocks=memory.kv_cache.shape[0],
@@ -80,9 +81,10 @@ def geometry_of(memory: LocalMemory, first_kv_head: int) -> Geometry:
         head_bytes=memory.layout.head_bytes,
         num_kv_heads=memory.layout.num_kv_heads,
         first_kv_head=first_kv_head,
-        device_index=memory_kind(memory.kv_cache)[1],
+        device_index=device_index,
         scratch_address=memory.scratch.data_ptr(),
         scratch_bytes=memory.scratch.numel(),
+        memory_kind=kind,
     )
 
 

@@ -32,6 +32,8 @@ from pdlaunch.transfer.connectors.scratch import new_landing, piece_offsets
 
 BACKEND = "UCX"
 
+_MEMORY_NAMES = {"DRAM": "host memory", "VRAM": "GPU memory"}
+
 _PYTHON_ERRORS = (RuntimeError, ValueError, ImportError)
 
 _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
@@ -124,6 +126,12 @@ class NixlConnector(Connector):
         return self._metadata
 
     def connect(self, peer: PeerAgent) -> Connection:
+        if peer.geometry.memory_kind != self._kind:
+            raise TransferError(
+                f"the KV cache of {peer.name} is in {_MEMORY_NAMES[peer.geometry.memory_kind]}, "
+                f"that of {self.agent_name} in {_MEMORY_NAMES[self._kind]}; NIXL is used between "
+                "equal ones only (device)"
+            )
         try:
             name = self._agent.add_remote_agent(peer.metadata)
         except self._backend_errors as error:
