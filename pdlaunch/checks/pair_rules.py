@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pdlaunch.checks.context import Context
 from pdlaunch.checks.rule import Found, rule
-from pdlaunch.config.model_files.shape import ModelShape
+from pdlaunch.config.model_files.shape import ModelShape, read_generation_config
+from pdlaunch.errors import ConfigError
 from pdlaunch.resolve.roles import RoleEngines
 
+_SAMPLING_DEFAULTS = (
+    *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "max_new_tokens"),
+)
 _LAYOUT = "pdlaunch's KV layout and handshake."
 
 
@@ -327,6 +333,40 @@ def nixl_across_devices(context: Context) -> Iterator[Found]:
             "nixl does not join"
         )
         yield Found(_differing_place(*pair, "device"), message)
+
+
+@rule(
+    "PD315",
+    "warning",
+    fix=(
+        "Give both models the same generation_config.json. Where they differ in sampling defaults "
+        "alone, generation_config: vllm leaves these out."
+    ),
+    source="Prefill draws the first token of an answer, decode all others.",
+    needs=("model",),
+)
+def generation_defaults_differ(context: Context) -> Iterator[Found]:
+    """The generation_config.json of prefill and decode differ.
+
+    The first token of an answer is drawn with the sampling defaults of prefill, all others with
+    those of decode; so are the tokens judged that end it.
+    """
+    for prefill, decode in _shapes(context):
+        names = ["eos_token_id"] if prefill.eos_token_ids != decode.eos_token_ids else []
+        if context.config.generation_config == "auto":
+            ours, theirs = (_sampling_defaults(engine) for engine in context.pair() or ())
+            names += [name for name in _SAMPLING_DEFAULTS if ours.get(name) != theirs.get(name)]
+        if names:
+            message = f"generation_config.json of prefill and decode differ in {', '.join(names)}"
+            yield Found("decode.model", message)
+
+
+def _sampling_defaults(engine: RoleEngines) -> dict[str, Any]:
+    """Return what the file says; nothing where it cannot be read, which other rules report."""
+    try:
+        return read_generation_config(Path(engine.model.path)) if engine.model.path else {}
+    except ConfigError:
+        return {}
 
 
 def _shapes(context: Context) -> Iterator[tuple[ModelShape, ModelShape]]:

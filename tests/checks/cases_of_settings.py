@@ -6,6 +6,7 @@ from pdlaunch.errors import ConfigError
 from tests.checks.case import EXPERTS, SLIDING, Case, machine, p2p
 from tests.checks.contexts import CPU, GB200, GPU, SHAPE, SMALL_SHAPE, on
 
+OTHER_END = replace(SMALL_SHAPE, eos_token_ids=(2, 3))
 OVER_FILES = {"kv_transfer__connector": "file", "kv_transfer__file__directory": "/kv"}
 
 CASES: dict[str, Case] = {
@@ -140,6 +141,13 @@ CASES: dict[str, Case] = {
     "PD311": Case(
         [on(GPU, prefill__device="cpu", **OVER_FILES)],
         [on(GPU, device="cpu", **OVER_FILES), on(GPU, prefill__device="cpu")],
+    ),
+    "PD315": Case(
+        [
+            on(CPU, shapes=(SMALL_SHAPE, OTHER_END)),
+            on(CPU, shapes=(SMALL_SHAPE, OTHER_END), generation_config="vllm"),
+        ],
+        [on(CPU), on(GPU, shapes=(OTHER_END, OTHER_END))],
     ),
     "PD314": Case(
         [p2p(GPU, prefill__device="cpu"), on(GPU, decode__device="cpu")],

@@ -17,6 +17,16 @@ CASES = [
         {"Set model once, at the top level": Setup(model="tiny-copy")},
     ),
     Case(
+        "PD315",
+        Setup("decode: {model: tiny-warm}\n"),
+        {
+            "Give both models the same generation_config.json": Setup(model="tiny-warm"),
+            "generation_config: vllm": Setup(
+                "decode: {model: tiny-warm}\ngeneration_config: vllm\n"
+            ),
+        },
+    ),
+    Case(
         "PD303",
         Setup("decode: {dtype: bfloat16}\n"),
         {"Set dtype once, at the top level": Setup("dtype: bfloat16\n")},

@@ -52,6 +52,7 @@ LLAMA_8B: dict[str, Any] = {
 MODELS: Mapping[str, dict[str, Any]] = {
     "tiny": TINY,
     "tiny-copy": TINY,
+    "tiny-warm": TINY,
     "tiny-deep": TINY | {"num_hidden_layers": 4},
     "tiny-4-kv-heads": TINY | {"num_key_value_heads": 4},
     "tiny-12-heads": TINY
@@ -115,6 +116,7 @@ def write_models(folder: Path) -> None:
     for name, config in {**MODELS, "no-weights": TINY, "pickles": TINY}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "tiny-warm" / "generation_config.json").write_text('{"temperature": 0.6}')
     for name in MODELS:
         (folder / name / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
     (folder / "pickles" / "pytorch_model.bin").touch()

@@ -74,10 +74,16 @@ def read_model_shape(model_dir: str | Path) -> ModelShape:
             fix=f"Supported are {', '.join(sorted([*families, 'gemma3']))}.",
             value=config.get("model_type"),
         )
-    generation = directory / "generation_config.json"
-    return _shape(
-        outer, config, families[model_type], _read_json(generation) if generation.is_file() else {}
-    )
+    return _shape(outer, config, families[model_type], read_generation_config(directory))
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """Return what ``generation_config.json`` says; nothing where there is none.
+
+    Raises ConfigError when the file is broken.
+    """
+    path = directory / "generation_config.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def _shape(
