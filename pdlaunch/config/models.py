@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, JsonValue, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pdlaunch.config.external import EngineUrls, RunningEngine, RunningEngines, named
 from pdlaunch.config.field_types import (
     ByteSize,
     Flag,
@@ -271,6 +272,25 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "may."
         ),
     )
+    engines: RunningEngines = Field(
+        (),
+        description=(
+            "Engines that somebody else started, for `pdlaunch router`: `[{name, role, url, kind, "
+            "api_key_env}]`, or `prefill=URL`."
+        ),
+    )
+    engines_file: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="FILE")] = Field(
+        None,
+        min_length=1,
+        description="YAML file with further `engines`, which `pdlaunch router` watches.",
+    )
+    engine_urls: Annotated[EngineUrls, Flag(panel=DEPLOYMENT)] = Field(
+        (),
+        description=(
+            "URLs at which engines may be that come by command, file or DNS, such as "
+            "`http://10.0.0.0/24:8000-8100`; none when empty."
+        ),
+    )
     log_dir: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="DIR")] = Field(
         None,
         description=(
@@ -304,6 +324,11 @@ class LaunchConfig(SharedSettings, EngineSettings):
                 "speaks several times"
             )
         return value
+
+    @field_validator("engines")
+    @classmethod
+    def _can_tell_engines_apart(cls, value: tuple[RunningEngine, ...]) -> tuple[RunningEngine, ...]:
+        return tuple(named(value))
 
     @model_validator(mode="after")
     def _has_a_key_for_each_door(self) -> Self:

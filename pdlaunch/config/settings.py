@@ -58,6 +58,15 @@ class Setting:
         return tuple in self.kinds
 
     @property
+    def item_fields(self) -> tuple[str, ...]:
+        """The fields of an entry of a list whose entries are mappings; none for texts."""
+        item = next(iter(get_args(self.info.annotation)), None)
+        model = get_args(item)[0] if get_origin(item) is Annotated else item
+        if isinstance(model, type) and issubclass(model, FrozenModel):
+            return tuple(model.model_fields)
+        return ()
+
+    @property
     def is_switch(self) -> bool:
         """It is on or off."""
         return bool in self.kinds

@@ -7,7 +7,7 @@ file but names of fields, so that a misplaced secret does not show.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +75,14 @@ class _Reader:
                 self._keep(path, value, self._scalar(value, path))
 
     def _read_list(self, node: yaml.SequenceNode, path: str) -> None:
-        """Read a list of texts as they were written."""
-        found = []
+        """Read a list of texts as they were written; some lists may have mappings of texts."""
+        found: list[object] = []
+        names = all_settings()[path].item_fields
         for item in node.value:
             self._count(item)
-            if not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
+            if names and isinstance(item, yaml.MappingNode):
+                found.append(self._read_item(item, path, names))
+            elif not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null"):
                 self._problem(
                     item,
                     f"must be a list of texts; one of its entries is {_kind(item)}",
@@ -87,8 +90,23 @@ class _Reader:
                     None,
                 )
                 return
-            found.append(item.value)
+            else:
+                found.append(item.value)
         self._keep(path, node, found)
+
+    def _read_item(
+        self, node: yaml.MappingNode, path: str, names: Sequence[str]
+    ) -> dict[str, object]:
+        fields: dict[str, object] = {}
+        for name, field, key, value in self._entries(node, path):
+            if name not in names:
+                match = nearest(name, names)
+                fix = f"did you mean {match}?" if match else f"known here: {', '.join(names)}"
+                self._problem(key, "unknown field", field, fix)
+            else:
+                found = self._scalar(value, field)
+                fields[name] = None if isinstance(found, yaml.Node) else found
+        return fields
 
     def _read_mapping(self, node: yaml.Node, parent: str) -> None:
         """Read a mapping of free names to texts, such as ``env``.

@@ -1,0 +1,213 @@
+"""Names engines that somebody else started, and the URLs at which a router may look for some.
+
+A router sends prompts, and keys, to whatever URL it is told of while it runs: ``EngineUrls`` bounds
+what those who may command it can make it reach (SSRF).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from pdlaunch.config.field_types import FrozenModel
+
+UNIX = "unix:"
+DNS = "dns+"
+"""Begins a URL that stands for one engine at each address of its name."""
+Kind = Literal["native", "vllm"]
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_ALLOWED = re.compile(
+    r"(?P<scheme>https?)://"
+    r"(?P<host>\[[0-9A-Fa-f:.]+\]|(\*\.)?[A-Za-z0-9_][A-Za-z0-9_.-]*)(?P<prefix>/\d{1,3})?"
+    r"(:(?P<first>\d{1,5})(-(?P<last>\d{1,5}))?)?/?"
+)
+_HOW = (
+    "write http://HOST:PORT, with a network (10.0.0.0/24), a name (*.svc) and a range of ports "
+    "(8000-8100) where needed, or unix:/FOLDER"
+)
+
+
+class EngineAddress(NamedTuple):
+    """Holds the parts of an engine's URL; a Unix socket has a path alone."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"{UNIX}{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def read_engine_url(url: str) -> EngineAddress:
+    """Return the parts of ``http(s)://HOST:PORT``, ``dns+http://NAME:PORT`` or ``unix:/PATH``.
+
+    Raises ValueError.
+    """
+    if url.startswith(UNIX):
+        path = url.removeprefix(UNIX)
+        if not path.startswith("/") or posixpath.normpath(path) != path or "\0" in path:
+            raise ValueError(f"{url[:100]!r}: write the whole path of the socket: unix:/run/x.sock")
+        return EngineAddress("unix", "", 0, path)
+    try:
+        parts = urlsplit(url.removeprefix(DNS))
+        port = parts.port  # raises when it is none
+    except ValueError:
+        raise ValueError(f"{url[:100]!r} is no URL") from None
+    host = (parts.hostname or "").rstrip(".")
+    # A user, a path or a query would be dropped or sent along: neither is what was meant.
+    plain = f"{parts.scheme}://{parts.netloc}"
+    if (
+        parts.scheme not in _DEFAULT_PORTS
+        or not host
+        or "@" in parts.netloc
+        or url.removeprefix(DNS).rstrip("/") != plain
+        or not re.fullmatch(r"[A-Za-z0-9_.:-]+", host)
+    ):
+        raise ValueError(
+            f"{url[:100]!r} is no URL of an engine; write http://HOST:PORT, https://HOST:PORT, "
+            "dns+http://NAME:PORT or unix:/PATH"
+        )
+    return EngineAddress(parts.scheme, host.lower(), port or _DEFAULT_PORTS[parts.scheme])
+
+
+def is_allowed(url: str, allowed: Sequence[str]) -> bool:
+    """Tell whether an entry of ``engine_urls`` covers the URL of an engine.
+
+    Addresses are covered by networks and names by names: what a name resolves to is the business
+    of whoever allowed the name.
+    """
+    address = read_engine_url(url)
+    return any(_covers(entry, address) for entry in allowed)
+
+
+def _covers(entry: str, address: EngineAddress) -> bool:
+    if entry.startswith(UNIX):
+        folder = entry.removeprefix(UNIX).rstrip("/")
+        return address.path == folder or address.path.startswith(f"{folder}/")
+    found = _ALLOWED.fullmatch(entry)
+    assert found is not None, "checked when the setting was read"
+    first = int(found["first"] or _DEFAULT_PORTS[found["scheme"]])
+    last = int(found["last"] or first)
+    if address.scheme != found["scheme"] or not first <= address.port <= last:
+        return False
+    host = found["host"].strip("[]").lower()
+    network = _network(host + (found["prefix"] or ""))
+    if network is not None:
+        ip = _ip(address.host)
+        return ip is not None and ip.version == network.version and ip in network
+    if host.startswith("*."):
+        return address.host.endswith(host[1:])
+    return address.host == host
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        ip = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    # The same host in another form must not pass by, nor be kept out.
+    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
+
+
+def _check_allowed(entry: str) -> str:
+    if entry.startswith(UNIX):
+        read_engine_url(entry.rstrip("/"))
+        return entry
+    found = _ALLOWED.fullmatch(entry)
+    if found is None:
+        raise ValueError(f"{entry[:100]!r} allows no URL; {_HOW}")
+    if found["prefix"] and _network(found["host"].strip("[]") + found["prefix"]) is None:
+        raise ValueError(f"{entry[:100]!r}: {found['host']}{found['prefix']} is no network; {_HOW}")
+    first, last = int(found["first"] or 0), int(found["last"] or found["first"] or 0)
+    if not 0 <= first <= last <= 65535:
+        raise ValueError(f"{entry[:100]!r}: ports go up to 65535, the lower one first")
+    return entry
+
+
+def _check_url(url: str) -> str:
+    address = read_engine_url(url)
+    return f"{DNS if url.startswith(DNS) else ''}{address}"
+
+
+def _read_texts(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _read_engine(value: object) -> object:
+    """Read ``prefill=URL``, the form of flags and variables."""
+    if isinstance(value, str):
+        role, equals, url = value.partition("=")
+        if not equals:
+            raise ValueError(f"{value[:100]!r}: write prefill=URL or decode=URL")
+        return {"role": role.strip(), "url": url.strip()}
+    return value
+
+
+class RunningEngine(FrozenModel):
+    """Names an engine that runs already."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Name in metrics and logs; ROLE-N when unset.",
+    )
+    role: Literal["prefill", "decode"] = Field(description="What the router uses it for.")
+    url: Annotated[str, AfterValidator(_check_url)] = Field(
+        description="http://HOST:PORT, https://HOST:PORT, unix:/PATH, or dns+http://NAME:PORT for "
+        "one engine at each address of a name.",
+    )
+    kind: Kind | None = Field(
+        None, description="Which program it is; the `engine` setting when unset."
+    )
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with the key that it asks for; it is sent none if unset.",
+    )
+
+
+RunningEngines = Annotated[
+    tuple[Annotated[RunningEngine, BeforeValidator(_read_engine)], ...],
+    BeforeValidator(_read_texts, json_schema_input_type=list[RunningEngine | str] | str),
+]
+EngineUrls = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_allowed)], ...],
+    BeforeValidator(_read_texts, json_schema_input_type=list[str] | str),
+]
+
+
+def named(engines: Sequence[RunningEngine]) -> list[RunningEngine]:
+    """Give a name to each engine that has none: ``prefill-0`` and so on. Raises ValueError."""
+    taken = {engine.name for engine in engines}
+    found: list[RunningEngine] = []
+    for engine in engines:
+        name = engine.name
+        if name is None:
+            numbers = (f"{engine.role}-{index}" for index in range(len(engines) + 1))
+            name = next(each for each in numbers if each not in taken)
+            taken.add(name)
+        found.append(engine.model_copy(update={"name": name}))
+    for what in ("name", "url"):
+        values = [getattr(engine, what) for engine in found]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise ValueError(f"two engines have the {what} {twice}")
+    return found
