@@ -40,6 +40,12 @@ COMMANDS = (
         exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}, 130 interrupted before it served",
     ),
     Command(
+        "router",
+        "pdlaunch.cli.router:router",
+        "Route requests to engines that run already.",
+        exit_codes=f"0 served and stopped, 1 failed, {_UNUSABLE}",
+    ),
+    Command(
         "check-config",
         "pdlaunch.cli.check_config:check_config",
         "Find what is wrong with a set-up before it runs.",

@@ -30,7 +30,7 @@ from pdlaunch.cli.findings import (
 )
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.junit import problems_junit, report_junit
-from pdlaunch.cli.preflight import probe_transport
+from pdlaunch.cli.preflight import probe_transport, refuse_running_engines
 from pdlaunch.cli.sarif import problems_sarif, report_sarif
 from pdlaunch.config.problems import InvalidConfigError, Problem
 from pdlaunch.config.sources import load_config
@@ -72,6 +72,7 @@ def check_config(
     """
     try:
         loaded = load_config(config, os.environ, flags)
+        refuse_running_engines(loaded.config)
         name = _assumed_name(assume, assume_platform, probe=probe)
         judged = judged_machine(name, loaded.config)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import typer
 from pdlaunch.cli.completion import CONFIG_ENDINGS, Complete, complete_target, value_completion
 from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.field_types import Flag
+from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name
 
 _TARGET = Annotated[
@@ -24,8 +25,48 @@ _TARGET = Annotated[
 ]
 
 
+_ROUTER_FLAGS = frozenset(
+    {
+        "engine",
+        "served_model_name",
+        "host",
+        "port",
+        "api_key",
+        "admin_api_key",
+        "allowed_hosts",
+        "cors_origins",
+        "strict_fields",
+        "dtype",
+        "log_level",
+        "drain_timeout_s",
+    }
+)
+"""Flags of ``serve`` that say something to a router alone, by the paths of their settings."""
+
+
 def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a typer command the flags of ``serve``.
+    """Give a typer command the flags of ``serve``, as ``_with_flags`` says."""
+    return _with_flags(
+        command, {path: flag for path, flag in all_flags().items() if flag.panel != ROUTER}
+    )
+
+
+def with_router_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a typer command the flags of a router alone, as ``_with_flags`` says."""
+    return _with_flags(
+        command,
+        {
+            path: flag
+            for path, flag in all_flags().items()
+            if flag.panel == ROUTER or path in _ROUTER_FLAGS
+        },
+    )
+
+
+def _with_flags(
+    command: Callable[..., None], declared_flags: Mapping[str, Flag]
+) -> Callable[..., None]:
+    """Give a typer command these flags, by dotted config path.
 
     ``command`` takes a keyword ``flags: dict[str, object]``: the flags that were given, by dotted
     config path, ready for ``config.sources.load_config``; and ``config: Path | None``, the file of
@@ -42,12 +83,12 @@ def with_serve_flags(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     def call(**values: Any) -> None:
-        given = {path: _take(flag, values) for path, flag in all_flags().items()}
+        given = {path: _take(flag, values) for path, flag in declared_flags.items()}
         flags = {path: value for path, value in given.items() if value is not None}
         values["config"] = _split_target(values["config"], flags)
         command(**values, flags=flags)
 
-    declared = [_parameters(all_settings()[path], flag) for path, flag in all_flags().items()]
+    declared = [_parameters(all_settings()[path], flag) for path, flag in declared_flags.items()]
     # typer reads the signature, so flags are declared without a function that lists them.
     vars(call)["__signature__"] = inspect.Signature([*own, *(p for ps in declared for p in ps)])
     vars(call)["command_class"] = ServeCommand

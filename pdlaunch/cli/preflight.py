@@ -25,6 +25,7 @@ from pdlaunch.cli.findings import STYLES, place, safe
 from pdlaunch.config.models import LaunchConfig
 from pdlaunch.config.sources import Origin
 from pdlaunch.engines.plan import kind_of
+from pdlaunch.errors import ConfigError
 from pdlaunch.platform.facts import LinkKind
 from pdlaunch.platform.gpu_links import read_gpu_links
 from pdlaunch.platform.memory_speed import measure_copy_gigabytes_per_s
@@ -185,3 +186,14 @@ def _allocator(resolved: ResolvedLaunch) -> Allocator:
     """Return the allocator of the prefill engines' KV caches, which decode reads."""
     prefill = resolved.roles.get("prefill")
     return "host" if prefill is None else prefill.allocator
+
+
+def refuse_running_engines(config: LaunchConfig) -> None:
+    """Raise ConfigError for a configuration of a router alone: nothing of it is launched."""
+    for field in ("engines", "engines_file"):
+        if getattr(config, field):
+            raise ConfigError(
+                "engines that run already are not part of a launch",
+                field=field,
+                fix=f"run `pdlaunch router` with this configuration, or remove {field}",
+            )

@@ -23,7 +23,7 @@ from pdlaunch.cli.findings import safe
 from pdlaunch.cli.flags import with_serve_flags
 from pdlaunch.cli.live import SteadyConsole, make_view, ready_rows
 from pdlaunch.cli.output import Format
-from pdlaunch.cli.preflight import judge_pairs, refuse_errors
+from pdlaunch.cli.preflight import judge_pairs, refuse_errors, refuse_running_engines
 from pdlaunch.config.sources import LoadedConfig, load_config
 from pdlaunch.engines.plan import plan_processes
 from pdlaunch.errors import ConfigError, StartupError
@@ -79,8 +79,9 @@ def serve(
                 f"--assume {assume[:80]!a} is another machine, on which nothing can be started",
                 fix="add --dry-run, or leave --assume out",
             )
-        lifeline = _standard_input() if stop_on_stdin_eof else None
+        lifeline = standard_input() if stop_on_stdin_eof else None
         loaded = load_config(config, os.environ, flags)
+        refuse_running_engines(loaded.config)
         judged = judged_machine(assume, loaded.config)
         downloads = ShownDownloads(errors)
         models = read_models(loaded.config, downloads)
@@ -99,7 +100,7 @@ def serve(
             fetch_weights(loaded.config, models, downloads)
             outcome = _serve(loaded, resolved, lifeline, listeners)
     except ConfigError as error:
-        _refuse(errors, error)
+        refuse(errors, error)
     except StartupError as error:
         errors.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(EXIT_FAILED) from None
@@ -110,7 +111,8 @@ def serve(
     raise typer.Exit(outcome.exit_code)
 
 
-def _standard_input() -> int:
+def standard_input() -> int:
+    """Return the descriptor of standard input. Raises ConfigError when there is none."""
     if sys.stdin is None:
         raise ConfigError("--stop-on-stdin-eof: standard input is closed already; give it a pipe")
     return STDIN
@@ -148,7 +150,7 @@ def _serve(
     return outcome
 
 
-def _refuse(errors: Console, error: ConfigError) -> NoReturn:
+def refuse(errors: Console, error: ConfigError) -> NoReturn:
     """Print field, value and fix of a setting that cannot be used, and exit with code 2."""
     errors.print(Text(f"error: {error}", style="red"))
     problems = getattr(error, "problems", ())

@@ -38,6 +38,9 @@ OffloadPolicy = Literal["arc", "lru"]
 DEPLOYMENT = "Deployment"
 """The panel of flags that are not about engines."""
 
+ROUTER = "Engines that run already"
+"""The panel of flags that `pdlaunch router` alone has."""
+
 DEFAULT_MODEL = "smollm2"
 MIN_HANG_TIMEOUT_S = 5.0
 MAX_PORT = 65535
@@ -279,12 +282,12 @@ class LaunchConfig(SharedSettings, EngineSettings):
             "api_key_env}]`, or `prefill=URL`."
         ),
     )
-    engines_file: Annotated[str | None, Flag(panel=DEPLOYMENT, metavar="FILE")] = Field(
+    engines_file: Annotated[str | None, Flag(panel=ROUTER, metavar="FILE")] = Field(
         None,
         min_length=1,
         description="YAML file with further `engines`, which `pdlaunch router` watches.",
     )
-    engine_urls: Annotated[EngineUrls, Flag(panel=DEPLOYMENT)] = Field(
+    engine_urls: Annotated[EngineUrls, Flag(panel=ROUTER)] = Field(
         (),
         description=(
             "URLs at which engines may be that come by command, file or DNS, such as "

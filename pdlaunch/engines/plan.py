@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pdlaunch.config.models import EngineName
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.engines.native import NativeEngine, light_environment, python_command
 from pdlaunch.engines.vllm import VllmEngine
+from pdlaunch.protocol.control import Capabilities
 from pdlaunch.resolve.plan import Plan, ProcessSpec
 from pdlaunch.resolve.resolve import ResolvedLaunch
 
@@ -15,6 +17,16 @@ def kind_of(launch: ResolvedLaunch) -> EngineKind:
     if first is not None and first.settings.engine == "vllm":
         return VllmEngine(launch.config, launch.served_model_name)
     return NativeEngine()
+
+
+def capabilities_over_http(kind: EngineName) -> Capabilities:
+    """Return what a router may expect of engines that it knows by their URLs alone.
+
+    Native ones tell only their launch's router where their leases are (``awaits_lease``).
+    """
+    if kind == "vllm":
+        return Capabilities()
+    return Capabilities(resumes=True, gives_first_token=True)
 
 
 def plan_processes(launch: ResolvedLaunch) -> Plan:

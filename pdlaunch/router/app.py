@@ -48,6 +48,7 @@ from pdlaunch.process.bootstrap import RouterSpec
 from pdlaunch.protocol.ids import HopId, HttpRequestId
 from pdlaunch.protocol.openai.responses import ModelCard
 from pdlaunch.router.admin import Admin, SupervisorLink
+from pdlaunch.router.admin_engines import EngineCommands
 from pdlaunch.router.admin_socket import came_through_admin_socket
 from pdlaunch.router.answers import StreamedAnswer, WholeAnswer
 from pdlaunch.router.client_request import (
@@ -61,6 +62,7 @@ from pdlaunch.router.engine import EngineKey
 from pdlaunch.router.engine_client import EngineFailure
 from pdlaunch.router.generation import ChunkSink, Generation
 from pdlaunch.router.idempotency import Repeats, Work, read_idempotency_key
+from pdlaunch.router.membership_watch import WatchedMembership
 from pdlaunch.router.metrics import scrape
 from pdlaunch.router.policy import RoutingRequest
 from pdlaunch.router.recovery import no_engine_ready
@@ -79,9 +81,18 @@ _TRACESTATE_HEADER = "tracestate"
 
 
 class RouterApp:
-    """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on."""
+    """Answers every endpoint; ``app`` is what aiohttp serves, with ``handler_cancellation`` on.
 
-    def __init__(self, spec: RouterSpec, state: RouterState, supervisor: SupervisorLink) -> None:
+    ``membership``: engines that run already, which commands add and remove; None in a launch.
+    """
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        state: RouterState,
+        supervisor: SupervisorLink,
+        membership: WatchedMembership | None = None,
+    ) -> None:
         self._spec = spec
         self._state = state
         self._started = int(time.time())
@@ -114,7 +125,10 @@ class RouterApp:
                 ),
                 *(
                     route._replace(check_key=check_admin_key)
-                    for route in Admin(state, supervisor).routes()
+                    for route in (
+                        *EngineCommands(membership, spec.drain_timeout_s).routes(),
+                        *Admin(state, supervisor).routes(),
+                    )
                 ),
             ],
             guard=Guard(

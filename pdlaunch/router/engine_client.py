@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
@@ -114,14 +114,18 @@ class EngineRefusal(RelayedError):
 class EngineClient:
     """Sends the router's requests to engines; one object for the process.
 
-    ``http_token``: the launch's own, which engines ask for.
+    ``keys``: the launch's own token, which its engines ask for; or returns the key of each engine,
+    None for one that is sent none. Redirects are not followed: an engine must not choose where
+    prompts and keys go.
     """
 
-    def __init__(self, http_token: str, timeouts: EngineTimeouts) -> None:
+    def __init__(
+        self, keys: str | Callable[[Engine], str | None], timeouts: EngineTimeouts
+    ) -> None:
         self._timeouts = timeouts
-        self._http_token = http_token
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
-        """One for all TCP ports, under an empty name, and one for each Unix socket."""
+        self._keys = keys
+        self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
+        """One for all TCP ports, under an empty name, and one for each Unix socket; by key."""
 
     async def close(self) -> None:
         for session in self._sessions.values():
@@ -129,16 +133,15 @@ class EngineClient:
 
     def _session(self, engine: Engine) -> aiohttp.ClientSession:
         socket = engine.url if engine.url.startswith(UNIX) else ""
-        session = self._sessions.get(socket)
+        key = self._keys if isinstance(self._keys, str) else self._keys(engine)
+        session = self._sessions.get((socket, key))
         if session is None:
-            session = self._sessions[socket] = new_session(
+            authorization = {} if key is None else {"Authorization": f"Bearer {key}"}
+            session = self._sessions[socket, key] = new_session(
                 engine.url,
                 keepalive_timeout_s=KEEPALIVE_S,
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
-                headers={
-                    "Authorization": f"Bearer {self._http_token}",
-                    "Content-Type": "application/json",
-                },
+                headers=authorization | {"Content-Type": "application/json"},
                 auto_decompress=True,
                 read_bufsize=2**18,
             )
@@ -185,7 +188,12 @@ class EngineClient:
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s, connect=self._timeouts.connect_s)
             async with self._session(engine).request(
-                method, url, data=body or None, headers=headers, timeout=timeout
+                method,
+                url,
+                data=body or None,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 return (
                     response.status,
@@ -203,7 +211,10 @@ class EngineClient:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             body = msgspec.json.encode({"request_id": name})
             async with self._session(engine).post(
-                http_url(engine.url) + "/pdlaunch/release", data=body, timeout=timeout
+                http_url(engine.url) + "/pdlaunch/release",
+                data=body,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -214,7 +225,7 @@ class EngineClient:
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             async with self._session(engine).get(
-                http_url(engine.url) + "/health", timeout=timeout
+                http_url(engine.url) + "/health", timeout=timeout, allow_redirects=False
             ) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError):
@@ -225,7 +236,7 @@ class EngineClient:
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.probe_s)
             async with self._session(engine).get(
-                http_url(engine.url) + "/v1/models", timeout=timeout
+                http_url(engine.url) + "/v1/models", timeout=timeout, allow_redirects=False
             ) as response:
                 length = msgspec.json.decode(await response.read())["data"][0]["max_model_len"]
                 return int(length)
@@ -250,7 +261,7 @@ class EngineClient:
         try:
             timeout = aiohttp.ClientTimeout(total=self._timeouts.metrics_s)
             async with self._session(engine).get(
-                http_url(engine.url) + "/metrics", timeout=timeout
+                http_url(engine.url) + "/metrics", timeout=timeout, allow_redirects=False
             ) as response:
                 return await response.text("utf-8", "replace") if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -276,7 +287,7 @@ class EngineClient:
     ) -> EngineAnswer:
         try:
             async with self._session(engine).post(
-                http_url(engine.url) + path, data=body, headers=headers
+                http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
             ) as response:
                 await _refuse_errors(engine, response)
                 return EngineAnswer(await response.read(), _ignored_fields(response))
@@ -288,7 +299,7 @@ class EngineClient:
     ) -> aiohttp.ClientResponse:
         try:
             response = await self._session(engine).post(
-                http_url(engine.url) + path, data=body, headers=headers
+                http_url(engine.url) + path, data=body, headers=headers, allow_redirects=False
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _broken(engine, error) from error
@@ -411,7 +422,7 @@ async def _refuse_errors(engine: Engine, response: aiohttp.ClientResponse) -> No
         body = await response.read()
     except aiohttp.ClientError as error:
         raise EngineFailure(engine, f"answered {response.status} and broke off") from error
-    if response.status >= 500:
+    if response.status >= 500 or 300 <= response.status < 400:
         text = body[:200].decode(errors="replace")
         message = f"answered {response.status}: {text}"
         may_return = response.status in (502, 503, 504)

@@ -1,7 +1,7 @@
 """Tells a router which engines it may use, as a stream of registries.
 
-Today the supervisor is the only source. A list of URLs, a watched file or an admin API would be
-others: each is a Membership, and the router follows any of them in the same way.
+The supervisor of a launch is one source; ``membership_watch`` makes registries of engines that
+somebody else started. The router follows each Membership in the same way.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Membership(Protocol):
         """
 
 
-class SupervisedMembership:
-    """Passes on the registries of the launch's supervisor; belongs to the event loop."""
+class AnnouncedMembership:
+    """Passes on the registries that it is told of; belongs to the event loop."""
 
     def __init__(self) -> None:
         self._latest: Registry | None = None
         self._has_news = asyncio.Event()
 
     def announce(self, registry: Registry) -> None:
-        """Take over the supervisor's latest registry."""
+        """Take over the latest registry."""
         self._latest = registry
         self._has_news.set()
 

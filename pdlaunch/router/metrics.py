@@ -15,6 +15,7 @@ from pdlaunch.observe.metrics import RequestMetrics, render_metrics
 from pdlaunch.protocol.control import ListedState, PairReady
 from pdlaunch.router.engine import Engine
 from pdlaunch.router.engine_client import EngineClient
+from pdlaunch.router.membership_watch import CanaryOutcome
 from pdlaunch.router.policy import Hop
 
 EarlyOutcome = Literal["used", "dropped"]
@@ -74,6 +75,12 @@ class RouterMetrics:
         self._releases = Counter(
             "pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry
         )
+        self._canaries = Counter(
+            "pdlaunch_router_canaries",
+            "Canaries that a router alone has sent through pairs of engines: proven, or failed.",
+            ("outcome",),
+            registry=registry,
+        )
         self._pairs = Gauge(
             "pdlaunch_pair_gigabytes_per_second",
             "What the handshake has measured between two ranks, over the path that is in use.",
@@ -108,6 +115,9 @@ class RouterMetrics:
 
     def told_early(self, outcome: EarlyOutcome) -> None:
         self._early_decodes.labels(outcome).inc()
+
+    def sent_canary(self, outcome: CanaryOutcome) -> None:
+        self._canaries.labels(outcome).inc()
 
     def released(self) -> None:
         self._releases.inc()

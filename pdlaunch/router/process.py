@@ -31,7 +31,7 @@ from pdlaunch.router.admin import SupervisorLink
 from pdlaunch.router.admin_socket import listen_at_admin_socket
 from pdlaunch.router.app import RouterApp
 from pdlaunch.router.engine_client import EngineClient, EngineTimeouts
-from pdlaunch.router.membership import Membership, SupervisedMembership
+from pdlaunch.router.membership import AnnouncedMembership, Membership
 from pdlaunch.router.metrics import RouterMetrics
 from pdlaunch.router.pool import EnginePool
 from pdlaunch.router.state import RecoverySettings, RouterState
@@ -47,11 +47,11 @@ class RouterProcess:
 
     def __init__(self, supervised: Supervised) -> None:
         assert supervised.bootstrap.router is not None
-        spec = _fit(supervised.bootstrap.router)
+        spec = fit(supervised.bootstrap.router)
         self._supervised = supervised
         self._spec = spec
         self._url = local_url(spec.host, spec.port)
-        self._membership = SupervisedMembership()
+        self._membership = AnnouncedMembership()
         self._state = RouterState(
             EnginePool(time.monotonic),
             EngineClient(supervised.bootstrap.keys.http_token, EngineTimeouts()),
@@ -72,7 +72,7 @@ class RouterProcess:
         runners: list[web.AppRunner] = [runner]
         await runner.setup()
         self._supervised.register(self._url)
-        self._supervised.spawn(_follow(self._membership, self._state))
+        self._supervised.spawn(follow(self._membership, self._state))
         obeying = asyncio.ensure_future(self._obey())
         try:
             # Clients who waited for this router are not to hear that the deployment starts.
@@ -137,7 +137,7 @@ async def listen(runner: web.AppRunner, listeners: Sequence[int]) -> None:
         await web.SockSite(runner, listener, backlog=LISTEN_BACKLOG).start()
 
 
-def _fit(spec: RouterSpec) -> RouterSpec:
+def fit(spec: RouterSpec) -> RouterSpec:
     """Return the limits that the descriptors of this process allow."""
     requests = fit_requests(spec.max_queued_requests)
     connections = fit_connections(spec.max_connections, num_forwarded=requests)
@@ -150,7 +150,8 @@ def _fit(spec: RouterSpec) -> RouterSpec:
     return msgspec.structs.replace(spec, max_queued_requests=requests, max_connections=connections)
 
 
-async def _follow(membership: Membership, state: RouterState) -> None:
+async def follow(membership: Membership, state: RouterState) -> None:
+    """Show the state each version of the registry, until cancelled."""
     async for registry in membership.versions():
         state.update(registry)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from pydantic import SecretStr
 
 from pdlaunch.config.engine_spec import EngineSpec
+from pdlaunch.config.models import LaunchConfig
 from pdlaunch.engines.kind import EngineKind
 from pdlaunch.process.bootstrap import Bootstrap, RouterSpec
 from pdlaunch.protocol.control import Capabilities
@@ -78,32 +79,37 @@ class LaunchBootstraps:
             if engine is not None and spec.kind == "server"
             else Capabilities(),
             engine_json=None if engine is None else engine.model_dump_json(),
-            router=self._router() if spec.kind == "router" else None,
+            router=router_spec(self._config, self._resolved.served_model_name, self._listeners)
+            if spec.kind == "router"
+            else None,
             tp_rank=spec.tp_rank,
             rendezvous=f"file://{rendezvous}" if spec.kind == "rank" else "",
             launch_id=self._launch_id,
             heartbeat_s=heartbeat_s(self._config.hang_timeout_s),
         )
 
-    def _router(self) -> RouterSpec:
-        config = self._config
-        return RouterSpec(
-            host=config.host,
-            port=int(self._listeners[0].getsockname()[1]),
-            listeners=tuple(listener.fileno() for listener in self._listeners),
-            served_model_name=self._resolved.served_model_name,
-            api_key=_plain(config.api_key),
-            admin_api_key=_plain(config.admin_api_key),
-            allowed_hosts=config.allowed_hosts,
-            cors_origins=config.cors_origins,
-            strict_fields=config.strict_fields,
-            max_body_bytes=config.limits.max_body_bytes,
-            body_budget_bytes=config.limits.body_budget_bytes,
-            max_queued_requests=config.limits.max_queued_requests,
-            max_connections=config.limits.max_connections,
-            request_timeout_s=config.limits.request_timeout_s,
-            drain_timeout_s=config.drain_timeout_s,
-        )
+
+def router_spec(
+    config: LaunchConfig, served_model_name: str, listeners: Sequence[socket.socket]
+) -> RouterSpec:
+    """Return what a router is given that accepts at ``listeners``, which are all of one port."""
+    return RouterSpec(
+        host=config.host,
+        port=int(listeners[0].getsockname()[1]),
+        listeners=tuple(listener.fileno() for listener in listeners),
+        served_model_name=served_model_name,
+        api_key=_plain(config.api_key),
+        admin_api_key=_plain(config.admin_api_key),
+        allowed_hosts=config.allowed_hosts,
+        cors_origins=config.cors_origins,
+        strict_fields=config.strict_fields,
+        max_body_bytes=config.limits.max_body_bytes,
+        body_budget_bytes=config.limits.body_budget_bytes,
+        max_queued_requests=config.limits.max_queued_requests,
+        max_connections=config.limits.max_connections,
+        request_timeout_s=config.limits.request_timeout_s,
+        drain_timeout_s=config.drain_timeout_s,
+    )
 
 
 def _plain(secret: SecretStr | None) -> str | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pdlaunch.protocol.control import Registry
-from pdlaunch.router.membership import SupervisedMembership
+from pdlaunch.router.membership import AnnouncedMembership
 
 
 async def test_a_reader_that_is_slow_gets_the_latest_version() -> None:
-    membership = SupervisedMembership()
+    membership = AnnouncedMembership()
     versions = membership.versions()
     membership.announce(Registry(version=1, entries=[]))
     assert (await anext(versions)).version == 1

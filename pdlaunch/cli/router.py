@@ -1,0 +1,200 @@
+"""``pdlaunch router``: a router alone, in front of engines that somebody else started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pdlaunch.cli import EXIT_FAILED
+from pdlaunch.cli.flags import with_router_flags
+from pdlaunch.cli.serve import refuse, standard_input
+from pdlaunch.config.external import DNS
+from pdlaunch.config.models import LaunchConfig
+from pdlaunch.config.problems import InvalidConfigError, Problem
+from pdlaunch.config.sources import load_config
+from pdlaunch.engines.plan import capabilities_over_http
+from pdlaunch.errors import ConfigError, ProtocolError, StartupError
+from pdlaunch.observe.logs import setup_logging
+from pdlaunch.process.bootstrap import raise_open_files
+from pdlaunch.router.alone import AloneSpec, LoneRouter
+from pdlaunch.router.membership_sources import read_engines_file, to_member
+from pdlaunch.router.membership_watch import Member, WatchSettings
+from pdlaunch.supervisor.bootstraps import router_spec
+from pdlaunch.supervisor.folders import new_launch_id, new_run_dir
+from pdlaunch.supervisor.ports import listening
+from pdlaunch.watch.engine_api import EngineApi
+
+ASK_TIMEOUT_S = 5.0
+
+
+@with_router_flags
+def router(
+    config: Path | None = None,
+    prefill: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prefill",
+            metavar="URL",
+            help="A prefill engine: http://HOST:PORT, unix:/PATH, dns+http://NAME:PORT. Repeats.",
+        ),
+    ] = None,
+    decode: Annotated[
+        list[str] | None,
+        typer.Option("--decode", metavar="URL", help="A decode engine, in the same forms."),
+    ] = None,
+    engine_key_env: Annotated[
+        str | None,
+        typer.Option(
+            "--engine-key-env",
+            metavar="NAME",
+            help="Variable with the key of the engines that --prefill and --decode name.",
+        ),
+    ] = None,
+    stop_on_stdin_eof: Annotated[
+        bool,
+        typer.Option(
+            "--stop-on-stdin-eof",
+            help="Stop when standard input ends, for programs that must not leave it behind.",
+        ),
+    ] = False,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Route requests to engines that run already: native ones, or vLLM's.
+
+    Each is watched over HTTP, and pairs are proven by canaries; none is started, restarted or
+    stopped.
+    """
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        if "model" in flags:
+            raise ConfigError(
+                f"{flags['model']} is no file of a deployment (.yaml, .yml or .json)",
+                fix="name a file; engines have their models already",
+            )
+        named = [("prefill", url) for url in prefill or ()] + [
+            ("decode", url) for url in decode or ()
+        ]
+        if named:
+            flags["engines"] = [
+                {"role": role, "url": url, "api_key_env": engine_key_env} for role, url in named
+            ]
+        loaded = load_config(config, os.environ, flags)
+        members = _members(loaded.config, os.environ)
+        model = loaded.config.served_model_name or asyncio.run(_ask_for_model(members))
+        lifeline = standard_input() if stop_on_stdin_eof else None
+        raise_open_files()
+        setup_logging("router", loaded.config.log_level)
+        with (
+            listening(loaded.config.host, loaded.config.port) as listeners,
+            new_run_dir() as folder,
+        ):
+            spec = _spec(loaded.config, model, members, listeners, folder)
+            asyncio.run(_serve(spec, lifeline))
+    except ConfigError as error:
+        refuse(errors, error)
+    except StartupError as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _members(config: LaunchConfig, environ: Mapping[str, str]) -> list[Member]:
+    """Return the engines to watch from the start. Raises ConfigError."""
+    kinds = {engine.kind or config.engine for engine in config.engines}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "native engines and vLLM's do not share KV blocks",
+            field="engines",
+            fix="give each kind a router of its own",
+        )
+    if config.engines_file is not None:
+        read_engines_file(Path(config.engines_file))
+    problems = [
+        Problem(
+            f"the addresses of {engine.url.removeprefix(DNS)} must be allowed",
+            "engines",
+            fix="set engine_urls to their network, such as http://10.0.0.0/24:8000",
+        )
+        for engine in config.engines
+        if engine.url.startswith(DNS) and not config.engine_urls
+    ]
+    if problems:
+        raise InvalidConfigError(problems)
+    (kind,) = kinds or {config.engine}
+    return [to_member(engine, kind, environ) for engine in config.engines]
+
+
+async def _ask_for_model(members: Sequence[Member]) -> str:
+    """Return the name of the one model of the first engine that answers. Raises ConfigError."""
+    reasons = []
+    for member in members:
+        if member.url.startswith(DNS):
+            continue
+        api = EngineApi(member.url, member.key)
+        try:
+            models = list(await api.models(ASK_TIMEOUT_S))
+        except ProtocolError as error:
+            reasons.append(f"{member.name}: {error}")
+            continue
+        finally:
+            await api.close()
+        if len(models) == 1:
+            return models[0]
+        reasons.append(f"{member.name} serves {', '.join(models) or 'no model'}")
+    told = "; ".join(reasons) or "no engine is named by its URL"
+    raise ConfigError(
+        f"no engine tells which model it serves ({told})",
+        field="served_model_name",
+        fix="name the model with --served-model-name, or start the engines first",
+    )
+
+
+def _spec(
+    config: LaunchConfig,
+    model: str,
+    members: Sequence[Member],
+    listeners: Sequence[socket.socket],
+    run_dir: Path,
+) -> AloneSpec:
+    kind = members[0].kind if members else config.engine
+    router = router_spec(config, model, listeners)
+    for listener in listeners:
+        listener.detach()  # the router closes them
+    return AloneSpec(
+        router=router,
+        watch=WatchSettings(
+            served_model_name=model,
+            kind=kind,
+            capabilities=capabilities_over_http(kind),
+            is_exact=config.dtype == "float32",
+            engine_urls=config.engine_urls,
+        ),
+        engines=members,
+        engines_file=None if config.engines_file is None else Path(config.engines_file),
+        run_dir=run_dir,
+        launch_id=new_launch_id(),
+    )
+
+
+async def _serve(spec: AloneSpec, lifeline: int | None) -> None:
+    router = LoneRouter(spec)
+    loop = asyncio.get_running_loop()
+    if lifeline is not None:
+
+        def read() -> None:
+            if not os.read(lifeline, 4096):
+                loop.remove_reader(lifeline)
+                router.stop()
+
+        loop.add_reader(lifeline, read)
+    await router.run()
+    sys.stderr.flush()

@@ -1,0 +1,201 @@
+"""Follows lists of engines that change while a router runs: a watched file, names in DNS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pdlaunch.config.external import (
+    DNS,
+    EngineAddress,
+    Kind,
+    RunningEngine,
+    RunningEngines,
+    named,
+    read_engine_url,
+)
+from pdlaunch.errors import ConfigError, RequestError
+from pdlaunch.router.membership_watch import Member, WatchedMembership
+
+_logger = logging.getLogger(__name__)
+
+FILE_POLL_S = 2.0
+DNS_POLL_S = 5.0
+MAX_FILE_BYTES = 256 * 1024
+
+_engines: TypeAdapter[tuple[RunningEngine, ...]] = TypeAdapter(RunningEngines)
+Resolve = Callable[[str, int], Awaitable[set[str]]]
+"""Returns the addresses of a name. Raises OSError."""
+
+
+def to_member(engine: RunningEngine, kind: Kind, environ: Mapping[str, str]) -> Member:
+    """Return what is watched, with its key. Raises ConfigError when its variable is not set."""
+    key = None
+    if engine.api_key_env is not None and not (key := environ.get(engine.api_key_env)):
+        raise ConfigError(
+            f"the key of {engine.name} is missing: {engine.api_key_env} is not set, or empty",
+            field="engines",
+            value=engine.api_key_env,
+            fix=f"set the variable {engine.api_key_env}, or leave api_key_env out",
+        )
+    assert engine.name is not None
+    return Member(engine.name, engine.role, engine.url, engine.kind or kind, key)
+
+
+async def set_members(
+    membership: WatchedMembership,
+    source: str,
+    members: Iterable[Member],
+    drain_timeout_s: float,
+) -> None:
+    """Make these the engines of ``source``: others of it are drained, new ones added.
+
+    One that may not be added is logged and left out. Returns when those that go are gone.
+    """
+    wanted = {member.name: member for member in members}
+    gone = [
+        name for name in membership.names(source) if membership.member(name) != wanted.get(name)
+    ]
+    await asyncio.gather(*(membership.remove(name, drain_timeout_s) for name in gone))
+    for name in wanted.keys() - membership.names(source):
+        try:
+            membership.add(wanted[name], source)
+        except RequestError as error:
+            _logger.error("%s: %s is left out: %s", source, name, error)
+
+
+def read_engines_file(path: Path) -> list[RunningEngine]:
+    """Return the engines that a file lists under ``engines``. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise ValueError(f"it is larger than {MAX_FILE_BYTES // 1024} KiB")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict) or set(content) != {"engines"}:
+            raise ValueError("it must hold `engines: [{role, url, ...}]` and nothing else")
+        return named(_engines.validate_python(tuple(content["engines"] or ())))
+    except ValidationError as error:
+        # Not the values: one may be a secret in the wrong place.
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+        where = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems
+        )
+        raise _unusable(path, where) from None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise _unusable(path, str(error)) from None
+
+
+def _unusable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be used: {reason}",
+        field="engines_file",
+        value=str(path),
+        fix="write `engines: [{role: prefill, url: http://HOST:PORT}]`",
+    )
+
+
+class FileSource:
+    """Follows a file; while it cannot be used, the engines stay as they are."""
+
+    def __init__(
+        self,
+        path: Path,
+        membership: WatchedMembership,
+        kind: Kind,
+        drain_timeout_s: float,
+        *,
+        poll_s: float = FILE_POLL_S,
+    ) -> None:
+        self._path = path
+        self._membership = membership
+        self._kind = kind
+        self._drain_timeout_s = drain_timeout_s
+        self._poll_s = poll_s
+        self._latest: list[Member] | None = None
+        self._complaint = ""
+
+    async def run(self) -> None:
+        """Follow the file until cancelled; looks at its content, as its time may stay the same."""
+        while True:
+            try:
+                await self._follow()
+                self._complaint = ""
+            except ConfigError as error:
+                if str(error) != self._complaint:
+                    _logger.error("%s; the engines stay as they are", error)
+                self._complaint = str(error)
+            await asyncio.sleep(self._poll_s)
+
+    async def _follow(self) -> None:
+        engines = await asyncio.to_thread(read_engines_file, self._path)
+        if names := [engine.name for engine in engines if engine.url.startswith(DNS)]:
+            raise _unusable(self._path, f"{names[0]}: a name in DNS stands in the configuration")
+        members = [to_member(engine, self._kind, os.environ) for engine in engines]
+        if members != self._latest:
+            self._latest = members
+            await set_members(self._membership, "file", members, self._drain_timeout_s)
+
+
+async def resolve_name(host: str, port: int) -> set[str]:
+    """Return the addresses that a name has now. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return {str(address[0]) for *_, address in found}
+
+
+class DnsSource:
+    """Follows the addresses of a name: one engine at each; while it has none, those stay."""
+
+    def __init__(
+        self,
+        engine: Member,
+        membership: WatchedMembership,
+        drain_timeout_s: float,
+        *,
+        poll_s: float = DNS_POLL_S,
+        resolve: Resolve = resolve_name,
+    ) -> None:
+        self._engine = engine
+        self._membership = membership
+        self._drain_timeout_s = drain_timeout_s
+        self._poll_s = poll_s
+        self._resolve = resolve
+        self._latest: set[str] = set()
+
+    async def run(self) -> None:
+        """Follow the name until cancelled."""
+        address = read_engine_url(self._engine.url)
+        while True:
+            try:
+                found = await self._resolve(address.host, address.port)
+                if found != self._latest:
+                    self._latest = found
+                    await set_members(
+                        self._membership,
+                        f"dns:{self._engine.name}",
+                        self._members(address, sorted(found)),
+                        self._drain_timeout_s,
+                    )
+            except OSError as error:
+                _logger.warning("%s has no address: %s", address.host, error)
+            await asyncio.sleep(self._poll_s)
+
+    def _members(self, address: EngineAddress, found: Sequence[str]) -> list[Member]:
+        engine = self._engine
+        return [
+            Member(
+                f"{engine.name}-{ip.replace(':', '-')}",
+                engine.role,
+                str(address._replace(host=ip)),
+                engine.kind,
+                engine.key,
+            )
+            for ip in found
+        ]
