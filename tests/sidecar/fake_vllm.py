@@ -28,6 +28,7 @@ class FakeVllm:
     moves_bytes: bool = True
     garbles: bool = False
     has_connector: bool = True
+    model: str = "m"
     logprob_error: float = 0.0
     num_running: int = 0
     healthy: bool = True
@@ -62,7 +63,7 @@ class FakeVllm:
         return web.Response(text=page)
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "m", "max_model_len": 4096}]})
+        return web.json_response({"data": [{"id": self.model, "max_model_len": 4096}]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

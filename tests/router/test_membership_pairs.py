@@ -1,0 +1,86 @@
+"""Which pairs are proven, and which engines may be used: pure functions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdlaunch.router.membership_pairs import MAX_PEERS, Pair, Results, due_pairs, judge
+from pdlaunch.watch.canary import Proof
+
+PROOF = Proof(seconds=0.1, num_bytes=1000, transfer_s=0.0)
+NAMES = st.integers(0, 30)
+
+
+def engines(role: str, number: int) -> list[str]:
+    return [f"{role}-{index}" for index in range(number)]
+
+
+@given(NAMES, NAMES)
+def test_canaries_are_bounded_and_reach_every_engine(num_prefill: int, num_decode: int) -> None:
+    prefill, decode = engines("p", num_prefill), engines("d", num_decode)
+    due = due_pairs(prefill, decode)
+    assert len(due) <= MAX_PEERS * (num_prefill + num_decode)
+    assert due <= {(first, second) for first in prefill for second in decode}
+    for name in [*prefill, *decode]:
+        others = num_decode if name in prefill else num_prefill
+        assert sum(name in pair for pair in due) >= min(MAX_PEERS, others)
+
+
+def test_an_engine_that_leaves_moves_few_pairs() -> None:
+    prefill, decode = engines("p", 30), engines("d", 30)
+    before = due_pairs(prefill, decode)
+    after = due_pairs(prefill[1:], decode)
+    kept = {pair for pair in before if pair[0] != "p-0"}
+    assert kept <= after
+    assert len(after - kept) <= 2 * MAX_PEERS
+
+
+@given(st.data())
+def test_engines_that_are_used_have_no_failed_pair_and_wait_for_none_among_them(
+    data: st.DataObject,
+) -> None:
+    prefill = engines("p", data.draw(st.integers(0, 5)))
+    decode = engines("d", data.draw(st.integers(0, 5)))
+    due = due_pairs(prefill, decode)
+    drawn = st.sampled_from([PROOF, "wrong tokens", None])
+    drawn_results = {pair: data.draw(drawn) for pair in sorted(due)}
+    results: dict[Pair, Proof | str] = {
+        pair: result for pair, result in drawn_results.items() if result is not None
+    }
+    verdict = judge(prefill, decode, results, ready_before=())
+    assert verdict.ready.isdisjoint(verdict.reasons)
+    assert verdict.ready | set(verdict.reasons) == {*prefill, *decode}
+    for pair in due:
+        if verdict.ready.issuperset(pair):
+            assert results.get(pair) is PROOF
+
+
+@pytest.mark.parametrize("wrong", ["p-0", "p-1", "d-0", "d-2"])
+def test_one_wrong_engine_does_not_drag_its_peers_along(wrong: str) -> None:
+    prefill, decode = engines("p", 2), engines("d", 3)
+    results: Results = {
+        pair: "wrong tokens" if wrong in pair else PROOF for pair in due_pairs(prefill, decode)
+    }
+    verdict = judge(prefill, decode, results, ready_before=())
+    assert set(verdict.reasons) == {wrong}
+    assert verdict.reasons[wrong].endswith("wrong tokens")
+
+
+def test_of_a_lone_pair_that_failed_the_prefill_engine_serves_alone() -> None:
+    verdict = judge(["p-0"], ["d-0"], {("p-0", "d-0"): "wrong tokens"}, ready_before=())
+    assert verdict.ready == {"p-0"}
+    assert verdict.reasons == {"d-0": "p-0 -> d-0: wrong tokens"}
+
+
+def test_a_new_engine_waits_and_the_others_do_not() -> None:
+    results: Results = {("p-0", "d-0"): PROOF}
+    verdict = judge(["p-0", "p-1"], ["d-0"], results, ready_before=("p-0", "d-0"))
+    assert verdict.ready == {"p-0", "d-0"}
+    assert verdict.reasons == {"p-1": "its canary with d-0 is due"}
+
+
+def test_engines_in_use_stay_while_their_pair_is_proven_again() -> None:
+    verdict = judge(["p-0"], ["d-0"], {}, ready_before=("p-0", "d-0"))
+    assert verdict.ready == {"p-0", "d-0"}
