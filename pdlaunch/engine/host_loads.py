@@ -27,11 +27,11 @@ class Load:
     """Describes blocks on their way from host memory."""
 
     request: Request | None
-    """The request that waits for it; None: none any more."""
+    """The request that waits for these blocks; None once it has ended."""
     hit: HostHit
-    """``request`` shares its device blocks meanwhile."""
+    """What was found; ``request`` shares its device blocks until the load ends."""
     block_ids: list[list[int]]
-    """The destination by group, from the end of the device blocks on."""
+    """Blocks to load into, by group; they follow the device blocks of ``hit``."""
 
 
 class HostLoads:
@@ -49,8 +49,8 @@ class HostLoads:
     def find(self, request: Request, max_blocks: int) -> HostHit | None:
         """Return the blocks that host memory has and the device lacks, None if there are none.
 
-        Looked at are the first ``max_blocks`` logical blocks: the longest prefix from which the
-        request can compute on, or what a pull would bring.
+        It looks at the first ``max_blocks`` logical blocks: for the longest prefix from which the
+        request can compute on or, before a pull, for what the pull would bring.
         """
         if self._planner is None or not request.may_load:
             return None
@@ -132,14 +132,14 @@ class HostLoads:
         return bool(self._jobs)
 
     def take_jobs(self) -> list[OffloadJob]:
-        """Return the jobs of which the ranks have not heard, in the order of their begin."""
+        """Return the jobs that the ranks have not been told of, oldest first."""
         jobs, self._jobs = self._jobs, []
         return jobs
 
     def frees_blocks_soon(self) -> bool:
-        """Return whether some blocks wait only for the end of copies.
+        """Return whether blocks become free when copies end, without anybody giving them up.
 
-        To wait for these is better than to take blocks from a request.
+        Waiting for these is better than preempting a request.
         """
         return self._kv.pool.has_only_held(self.held_ids())
 

@@ -64,7 +64,8 @@ class BlockLeases:
     def offer(self, request: Request) -> OfferPartialPrompt:
         """Let readers begin with the blocks of a partial prompt that are complete.
 
-        The request has the blocks that its next step fills, too.
+        The request already owns the blocks that its next step fills. They are named too, but only
+        the first ``num_ready_blocks`` are complete.
         """
         request.is_offered = True
         return OfferPartialPrompt(
@@ -154,7 +155,7 @@ class BlockPull:
     hit: PrefixHit
     """Cached blocks that ``request`` shares meanwhile."""
     block_ids: list[list[int]]
-    """The destination by group, from the end of the hit on."""
+    """Blocks to pull into, by group; they follow those of ``hit``."""
     awaits: bool = False
     """The lease may not be granted yet."""
 

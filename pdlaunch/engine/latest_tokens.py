@@ -6,7 +6,7 @@ that stays:
     number   0   1   2  ..  vocab_size - 1 │ vocab_size + 0    vocab_size + 1  ..
     token    0   1   2  ..  vocab_size - 1 │ drawn first       drawn second    ..
 
-Drawn means: by the latest step that drew any.
+"Drawn" tokens are those of the latest step that drew any.
 """
 
 from __future__ import annotations

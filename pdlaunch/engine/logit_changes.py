@@ -1,7 +1,7 @@
-"""Change logits as a request wants it before a token is drawn: logit_bias, min_tokens, penalties,
-in vLLM's order.
+"""Change logits before a token is drawn, as the request asks: logit_bias, min_tokens, penalties, in
+vLLM's order.
 
-Whatever the parameters are, no NaN comes of logits that are none.
+No parameter turns a logit that is a number into NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pdlaunch.models.packed import FloatArray, IntArray
 from pdlaunch.protocol.engine import SamplingParams
 
 LEAST_TEMPERATURE = 0.01
-"""Lower ones, but for 0, are taken as this one. Source: vLLM."""
+"""Temperatures between 0 and this one are raised to it. Source: vLLM."""
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -24,7 +24,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 class TokenBias:
     """Holds a request's ``logit_bias`` as arrays.
 
-    They are made once a request, as it may have an entry for each token.
+    They are made once for each request, because it may have an entry for each token.
     """
 
     token_ids: IntArray

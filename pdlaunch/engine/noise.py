@@ -1,8 +1,8 @@
 """Noise that decides sampled tokens: a pure function of (seed, choice, index, number).
 
-The host hashes (seed, choice, index) to a key a row, the device hashes key and number (SplitMix64)
-to a uniform number, of which it makes the time that passes until the first of rare events. No
-generator keeps a state.
+The host hashes (seed, choice, index) to one key for each row. The device hashes key and number
+(SplitMix64) to a uniform number, and turns that into an exponentially distributed one. No generator
+keeps a state.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
 _FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND_FACTOR = 0x94D049BB133111EB - 2**64
 _UNIFORM_BITS = 52
-"""One fewer than a double holds, so that the middle of each interval can be told from 0 and 1,
-whose logarithms would not do.
+"""One bit fewer than a double holds: the middle of each interval then differs from 0 and 1, whose
+logarithms, minus infinity and 0, are no use as noise.
 """
 
 
 def draw_key(seed: int, choice: int, index: int) -> int:
-    """Return what decides output token ``index`` of a choice: BLAKE2b-64 of three little-endian
-    u64, as a signed number.
+    """Return the key that decides output token ``index`` of a choice: BLAKE2b-64 of three
+    little-endian u64, as a signed number.
     """
     message = struct.pack("<QQQ", seed & _SEED_MASK, choice, index)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little", signed=True)
@@ -46,9 +46,10 @@ def uniform_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def exponential_noise(keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return noise such that the largest of weights divided by it is drawn as its weight says.
+    """Return exponential noise. The argmax of weights / noise falls on each weight with a
+    probability in proportion to it.
 
-    Arguments as of ``uniform_noise``.
+    The arguments are those of ``uniform_noise``.
     """
     return -uniform_noise(keys, numbers).log()
 

@@ -66,8 +66,7 @@ class RankProcess:
     ) -> None:
         """Connect to the supervisor.
 
-        ``draw_engine_id`` gives what this host would name the engine; the name that rank 0 draws
-        counts.
+        ``draw_engine_id`` draws an id for the engine; all ranks use the one that rank 0 has drawn.
         """
         self._bootstrap = bootstrap
         self._draw_engine_id = draw_engine_id
@@ -95,7 +94,8 @@ class RankProcess:
         runner = ModelRunner(self._spec, tp=tp, progress=self._progress)
         self._progress("warming up", None)
         runner.warm_up()
-        # What is there now stays: no collection looks at it, so that none takes long in a step.
+        # Objects that exist now stay for the life of the rank. Collections leave them out, so that
+        # none takes long in a step.
         gc.freeze()
         gc.enable()
         transfer = self._transfer = self._new_transfer(runner, engine_id)
@@ -226,7 +226,7 @@ class RankProcess:
         )
 
     def _agree_on_engine_id(self, tp: TPGroup | None) -> EngineId:
-        """Draw an id, as every host of an engine would; rank 0's is the engine's."""
+        """Return the id that rank 0 has drawn. The other ranks draw one, too, and drop it."""
         drawn = self._draw_engine_id()
         if tp is None:
             return drawn

@@ -29,7 +29,9 @@ class Registrations:
         return request in self._pending
 
     def add_pending(self, request: Request) -> None:
-        """Note that the request got blocks without computing them."""
+        """Note that the request got blocks without computing them: ``register_pending`` will
+        register them.
+        """
         self._pending.append(request)
 
     def register_pending(self) -> None:

@@ -91,15 +91,17 @@ class Request:
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.num_computed = 0
         self.num_in_flight = 0
-        """Tokens after the computed ones that launched steps compute; its row and blocks are theirs
-        as long.
+        """Tokens after the computed ones that launched steps compute. Row and blocks stay with
+        these steps until they are collected.
         """
         self.num_unknown = 0
         """Output tokens that launched steps draw; the host learns of them when it collects
         these.
         """
         self.num_cached_tokens: int | None = None
-        """Prompt tokens not computed here, when it first had its start; None before."""
+        """Prompt tokens that were found or brought, and not computed, before its first step here;
+        None until that is known.
+        """
         self.phase = Phase.WAITING
         self.tables = tables
         self.block_hasher = hasher

@@ -64,10 +64,9 @@ class RequestBlocks:
     def is_computed_elsewhere(
         self, request: Request, hit: PrefixHit, running: Iterable[Request]
     ) -> bool:
-        """Return whether a running request is about to compute blocks for which this one had better
-        wait.
+        """Return whether a running request will soon compute blocks for which this one should wait.
 
-        These are at least half of what this one could share and does not find.
+        It should if they are at least half of the blocks that it could share and does not find.
         """
         max_blocks = self._max_shared(request)
         middle = (hit.end(0) + max_blocks) // 2

@@ -17,7 +17,7 @@ class Row:
     """Holds one request of the runner."""
 
     token_ids: IntArray
-    """[max_model_len + 1], of the table; the first ``num_tokens`` are known or expected"""
+    """[max_model_len + 1], a view into the table; the first ``num_tokens`` are known or expected"""
     num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
@@ -34,14 +34,14 @@ class Row:
         return SampleRow(self.sampling, self.known, self.num_prompt_tokens, self.bias)
 
     def append(self, position: int, token_ids: list[int]) -> None:
-        """Write tokens from ``position`` on; tokens that are known there already are the same."""
+        """Write tokens from ``position`` on; tokens that are known there already must be equal."""
         assert position <= self.num_tokens
         stop = position + len(token_ids)
         self.token_ids[position:stop] = token_ids
         self.num_tokens = max(self.num_tokens, stop)
 
     def expect(self, number: int) -> int:
-        """Make room for a token that ``set`` tells later, and return its position.
+        """Make room for a token that ``set`` writes later, and return its position.
 
         Until then ``number`` stands for it.
         """

@@ -141,8 +141,8 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step, behind the one before; on a CPU it is done when this returns.
 
-        With ``async_scheduling`` it may read tokens that the step before draws and nobody has
-        collected.
+        With ``async_scheduling`` it may read tokens of the step before that nobody has collected
+        yet.
         """
         self._rows.apply(plan)
         if not plan.scheduled:
@@ -321,9 +321,9 @@ class ModelRunner:
         return LaunchedStep(step_id, drawn, places=places)
 
     def _expect(self, step_id: int, sampled: list[ScheduledRow]) -> LaunchedStep:
-        """Make room for what rank 0 draws, on other ranks.
+        """Make room, on ranks other than 0, for the tokens that rank 0 draws.
 
-        The next step may need it before a plan tells of it.
+        The next step may read them before a plan names them.
         """
         if self._latest is not None:
             assert self._tp is not None

@@ -21,20 +21,20 @@ from pdlaunch.engine.noise import draw_key, exponential_noise
 from pdlaunch.protocol.engine import TokenOutput
 
 NUCLEUS_GUESS_TOKENS = 256
-"""Tokens that are looked at first for top_p (then 16 times as many, and so on): sorting the
+"""Number of tokens that top_p sorts first (then 16 times as many, and so on). Sorting the whole
 vocabulary costs 25 times as much.
 """
 CPU_SLICE_LOGITS = 256 * 1024
 GROUP_TOKENS = 256
-"""A token is drawn from the group of so many neighbours that was drawn before: noise for each token
-costs 13 times as much.
+"""Tokens of a group. A draw chooses a group of neighbours first, then a token in it: noise for each
+token of the vocabulary costs 13 times as much.
 
 Engines of different versions must draw the same: a change breaks running deployments.
 """
 LOWEST_LOGPROB = -9999.0
 """JSON has no minus infinity; the value that OpenAI uses."""
 NO_TOKEN = -1
-"""Drawn from a row with a NaN."""
+"""Stands for the token of a row with a NaN."""
 
 
 class DrawnTokens:
@@ -58,7 +58,9 @@ class DrawnTokens:
         """
         self._vocab_size = logits.shape[-1]
         self.token_ids = drawn.clamp(0, self._vocab_size - 1)
-        """[num_rows]; tokens of the vocabulary whatever was drawn, for the device to go on with"""
+        """[num_rows] input of the next step on the device; NO_TOKEN is replaced by an id of the
+        vocabulary, as the next step looks it up
+        """
         num_tops = [row.sampling.num_top_logprobs for row in rows]
         self._num_tops = {
             index: num_top for index, num_top in enumerate(num_tops) if num_top is not None
@@ -168,8 +170,9 @@ def draw_by_noise(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return token ids [num_rows], each drawn as its weight says.
 
     ``scaled``: [num_rows, vocab_size] float32, log-weights, the largest 0; ``keys``: [num_rows].
-    First a group of neighbours is drawn by the sum of its weights, then one of them. Groups have
-    the numbers up to -1, places in a group those from 0 on, as one group alone is looked into.
+    First a group of neighbours is drawn by the sum of its weights, then one of them. Noise has
+    numbers below 0 for the groups. Those from 0 on serve for the places in whichever group was
+    drawn, as only one is looked into.
     """
     num_rows, vocab_size = scaled.shape
     padded = torch.nn.functional.pad(scaled, (0, -vocab_size % GROUP_TOKENS), value=float("-inf"))

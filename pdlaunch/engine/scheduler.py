@@ -51,9 +51,10 @@ class Scheduler:
     def schedule_ahead(self) -> StepPlan | None:
         """Choose what follows the one step in flight, before its tokens are known.
 
-        None: that step has to be collected first. So it is for prompts to compute: planning costs
-        nothing beside such a step, and later arrivals can still join it. And when a request would
-        have to give blocks up for others, draws from its own output, or is a suspect.
+        Return None when that step has to be collected first: when there are prompts to compute
+        (planning costs nothing beside such a step, and later arrivals can still join it), and when
+        a request would have to give up blocks for others, draws from its own output, or is a
+        suspect.
         """
         assert len(self._in_flight) == 1
         arrived = self._queues.waiting if self._builder.has_free_row else []
@@ -135,7 +136,7 @@ class Scheduler:
     def _schedule_chunk(self, request: Request, step: StepDraft) -> None:
         """Add as many next tokens of a running request as budget and blocks allow.
 
-        For one of them at least, later arrivals give up their blocks.
+        Later arrivals give up their blocks so that at least one token fits.
         """
         if request.phase is not Phase.RUNNING or step.budget == 0:
             return

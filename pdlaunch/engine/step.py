@@ -54,7 +54,7 @@ class ScheduledRow(Message, tag=False):
     num_computed_tokens: int
     num_tokens: int
     sample: bool
-    """The last of these tokens is the last known one: draw the next."""
+    """Draw the next token, because the last of these is the last known one."""
 
 
 class StepPlan(Message):

@@ -28,7 +28,7 @@ class TorchAllocatorSettings:
     """Reads and writes the settings of this process."""
 
     def read(self) -> str:
-        """Raises KeyError when this torch tells them in a way that is not known here."""
+        """Raises KeyError when this version of torch reports them in an unknown way."""
         get = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
         if get is not None:
             return str(get())

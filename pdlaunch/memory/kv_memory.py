@@ -41,7 +41,7 @@ class SharedRange:
 
     @property
     def needs_fd(self) -> bool:
-        """A descriptor goes with it."""
+        """Return whether a descriptor has to be handed over with it."""
         return self.kind in ("memfd", "posix_fd")
 
     def check(self) -> None:

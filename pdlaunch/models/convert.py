@@ -29,10 +29,10 @@ from pdlaunch.models.gguf_reads import read_once
 from pdlaunch.models.progress import ReportProgress
 
 Converter = Callable[[Path, Path, ReportProgress], None]
-"""(source file, target directory, progress)"""
+"""Called with source file, target directory and progress."""
 
 MAX_REASON = 300
-"""Characters of what a library says."""
+"""Characters that are shown of a library's message."""
 
 LARGE_FILE_BYTES = 1024**3
 """GGUF files from this size on are written as bfloat16, smaller ones as float32."""
@@ -152,8 +152,8 @@ def _refuse_non_finite(source: Path, weights: Iterable[tuple[str, Any]]) -> None
 
 
 def _dequantizing() -> dict[str, Any]:
-    """Asks ``from_pretrained`` for plain weights. transformers before 5.17 gives nothing else, and
-    has no word for it.
+    """Return the arguments with which ``from_pretrained`` gives plain weights. transformers before
+    5.17 gives nothing else, and has no argument for it.
     """
     import transformers
 

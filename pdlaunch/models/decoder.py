@@ -10,7 +10,9 @@ from torch import nn
 from pdlaunch.models.attention import AttentionStep
 
 _ROTARY_WITH_STATE = {"dynamic", "longrope"}
-"""These look at the longest position on the host, and change their frequencies with it."""
+"""Kinds of rotary embedding that look at the longest position on the host, and change their
+frequencies with it.
+"""
 
 
 class Decoder(Protocol):

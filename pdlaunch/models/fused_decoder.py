@@ -117,7 +117,7 @@ class Layer:
 
 
 class FusedDecoder:
-    """Is a ``Decoder`` of a model that ``can_fuse`` accepts, loaded ``stacked``."""
+    """Computes logits with a model that ``can_fuse`` accepts, loaded ``stacked``."""
 
     def __init__(self, model: Any) -> None:
         self._plain = TransformersDecoder(model)

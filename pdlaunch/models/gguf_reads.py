@@ -1,4 +1,4 @@
-"""Spare a conversion what transformers does many times over.
+"""Spares a conversion the work that transformers does many times over.
 
 transformers parses the header of a GGUF file for the configuration, for the tokenizer and for the
 weights, and makes the table of the weights' names anew for each of a model's modules. Of the 31 s

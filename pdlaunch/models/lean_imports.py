@@ -86,7 +86,7 @@ class _Finder(MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 spec.loader = _Patched(spec.loader)
             return spec
-        # It came with the module that took the place of its stand-in a moment ago.
+        # The real module has replaced its stand-in a moment ago, and has loaded this submodule too.
         if fullname.startswith(f"{_DYNAMO}.") and fullname in sys.modules:
             return spec_from_loader(fullname, _Loaded())
         return None
@@ -97,7 +97,7 @@ class _Loaded(Loader):
         return sys.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: it has run."""
+        """Do nothing: the module has been executed already."""
 
 
 class _Patched(Loader):

@@ -110,7 +110,7 @@ def _build_empty(model_dir: Path, dtype: torch.dtype) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(model_dir).get_text_config()
-    # Without memory there is nothing to initialize, and to try it imports sympy.
+    # Tensors without memory have nothing to initialise, and trying to would import sympy.
     with torch.device("meta"), no_init_weights():
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION_NAME

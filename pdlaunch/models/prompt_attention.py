@@ -17,9 +17,11 @@ CUDNN_MAX_HEAD_DIM = 128
 CUDNN_CAPABILITY = 9
 """cuDNN's attention is twice as fast as torch's flash attention from Hopper on (measured)."""
 CUDNN_PLANNED_TOKENS = 8192
-"""Longer prompts pay for their plan with the first of their length."""
+"""Prompts up to this length have their plans from the start on. Of longer ones, the first of each
+length waits for its plan.
+"""
 CUDNN_STEP_TOKENS = 512
-"""Prompts are padded to multiples of it: cuDNN takes 45 ms to plan for a length that it has not
+"""Prompts are padded to multiples of this: cuDNN takes 45 ms to plan for a length that it has not
 met.
 """
 

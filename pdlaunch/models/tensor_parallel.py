@@ -112,7 +112,8 @@ def init_tp_group(
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, LOOPBACK_INTERFACE)
     if device.startswith("cuda:"):
-        # Of this thread: what does not name a device would take memory of the first one.
+        # This sets the device of the thread: code that names no device would take memory of device
+        # 0.
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(

@@ -366,9 +366,10 @@ def _attend(
 
     ``query``: [.., num_queries, D]; ``keys``, ``values``: [.., num_keys, D]; ``mask`` None: causal.
 
-    ``sinks``: [.., num_queries or 1, 1]. Each becomes what one more key, before all others, scores:
-    in a dimension of its own where that key alone is not zero. Its value is zero. Where the mask is
-    causal, a query before all others keeps the diagonal.
+    ``sinks``: [.., num_queries or 1, 1]. A sink is the score of one more key, which stands before
+    all others and whose value is zero. It gets a dimension of its own: there the query holds the
+    sink, and only that key is not zero. Under a causal mask one more query is added in front too,
+    so that the diagonal stays where it is.
     """
     if sinks is not None:
         query = torch.cat([query, sinks.to(query.dtype).expand(*query.shape[:-1], 1)], dim=-1)

@@ -1,7 +1,7 @@
-"""This record says what really lies in a rank's host chunks, and proves it: it holds the xxh3_64 of
-each (block, KV head), taken when the block was stored.
+"""Records what lies in a rank's host chunks, and proves it by the xxh3_64 of each (block, KV head),
+taken when the block was stored.
 
-On the CPU host memory is hashed, beside the copy of a load. On a GPU blocks are, where they lie:
+On a CPU host memory is hashed, while a load copies it. On a GPU the device hashes its own blocks:
 those that have been stored, and those that a load has brought back. The scheduler's tier and this
 record agree unless something went wrong; a load that finds them different is refused.
 """

@@ -39,17 +39,19 @@ class RouterMetrics:
             registry=registry,
         )
         self.in_flight = Gauge(
-            "pdlaunch_router_requests_in_flight", "Prompts at work.", registry=registry
+            "pdlaunch_router_requests_in_flight",
+            "Prompts that are being answered.",
+            registry=registry,
         )
         self._engine_failures = Counter(
             "pdlaunch_router_engine_failures",
-            "RouterState that an engine failed.",
+            "Requests that an engine failed.",
             ("engine", "hop"),
             registry=registry,
         )
         self._retries = Counter(
             "pdlaunch_router_retries",
-            "RouterState asked again, of another engine or of one that is back.",
+            "Requests sent again, to another engine or to one that is back.",
             ("hop",),
             registry=registry,
         )
@@ -66,14 +68,16 @@ class RouterMetrics:
         self._early_decodes = Counter(
             "pdlaunch_router_early_decodes",
             (
-                "Decode engines told of a prompt while prefill computed it: whose answer was used, "
-                "or whose was not wanted."
+                "Decode engines told of a prompt while prefill computed it, by whether their "
+                "answer was used."
             ),
             ("outcome",),
             registry=registry,
         )
         self._releases = Counter(
-            "pdlaunch_router_releases", "Leases ended because nobody pulls.", registry=registry
+            "pdlaunch_router_releases",
+            "Leases ended early because nobody will pull them.",
+            registry=registry,
         )
         self._canaries = Counter(
             "pdlaunch_router_canaries",
@@ -83,7 +87,7 @@ class RouterMetrics:
         )
         self._pairs = Gauge(
             "pdlaunch_pair_gigabytes_per_second",
-            "What the handshake has measured between two ranks, over the path that is in use.",
+            "Speed that the handshake has measured between two ranks, over the path in use.",
             ("holder", "puller", "path"),
             registry=registry,
         )

@@ -29,9 +29,9 @@ from pdlaunch.transfer.prefill_side.answers import RankCard
 from pdlaunch.transfer.prefill_side.side import PrefillSide
 
 SLEEP_SHARE = 1 / 32
-"""Share of the age of a READ, or of checksums that a device computes, for which the thread sleeps
-between two looks at it: what is short ends without delay, what is long with at most this much, and
-what is stalled costs next to nothing.
+"""The thread looks at READs, and at checksums that a device computes, and sleeps between two looks
+for this share of their age. So the end of a short one is noticed without delay, that of a long one
+at most this share late, and a stalled one costs next to nothing.
 """
 LONGEST_READ_SLEEP_S = 0.05
 
@@ -82,8 +82,8 @@ class TransferSides:
     def __init__(
         self, setup: TransferSetup, socket: PrefillSocket, alert: Callable[[int], None]
     ) -> None:
-        """Open the connector. ``alert`` is called when a pull begins to read so many bytes under
-        its lease. Raises TransferError.
+        """Open the connector. ``alert`` is called with the number of bytes when a pull begins to
+        read under its lease. Raises TransferError.
         """
         spec, identity, memory = setup.spec, setup.identity, setup.memory
         connector, clock = setup.connector, setup.clock

@@ -68,7 +68,7 @@ class _Resume:
     """Open the connector again."""
 
     done: Future[str]
-    """The event, as in ``_Suspend``."""
+    """Its result is as in ``_Suspend``."""
 
 
 class _Stop:
@@ -107,11 +107,9 @@ class TransferThread:
         the KV cache alive.
         """
         self.awake_until_at = 0.0
-        """The instant until which a pull is likely to end at any moment; ``wake`` tells when it
-        moves.
-        """
+        """Until this instant a pull may end at any moment; ``wake`` is called when it moves."""
         self.awaited_bytes = 0
-        """The blocks that the pull reads."""
+        """Bytes that this pull reads."""
         self._wake_lock = threading.Lock()
         self._wake, self._woken = setup.context.pair(
             f"transfer-wake/{self._name}#{setup.identity.incarnation}"

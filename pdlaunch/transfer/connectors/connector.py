@@ -143,7 +143,7 @@ class Connection(ABC):
         """Start to read the peer's scratch into fresh memory, which lives as long as the READ.
         Raises TransferError.
 
-        In pieces of about the size of a block, where a piece has a cost of its own.
+        Where each piece has a cost of its own, it is read in pieces of about the size of a block.
         """
 
     @abstractmethod
@@ -227,5 +227,5 @@ class Connector(ABC):
 
 
 def memory_kind(tensor: torch.Tensor) -> tuple[Literal["DRAM", "VRAM"], int]:
-    """Kind of a tensor's memory and index of its device, 0 on a CPU."""
+    """Return the kind of a tensor's memory and the index of its device, 0 on a CPU."""
     return ("DRAM", 0) if tensor.device.type == "cpu" else ("VRAM", tensor.get_device())

@@ -162,7 +162,7 @@ class FdConnection:
     connection: socket.socket
 
     def close_fds(self) -> None:
-        """Close the descriptors, which have done their service."""
+        """Close the descriptors; what is mapped stays mapped."""
         for fd in self.fds:
             os.close(fd)
 

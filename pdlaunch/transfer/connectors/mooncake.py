@@ -131,8 +131,9 @@ class MooncakeConnector(PushingConnector):
             )
 
     def _settle(self, read: PendingRead) -> ReadState:
-        """Return what the READ is now. A write that failed may have left bytes in the kernel, which
-        this process' engine still puts where they belong.
+        """Return the state of the READ. After a failed write bytes may still wait in the kernel,
+        and this process's engine will write them to the target: until they are gone the READ is
+        pending.
         """
         if not read.error:
             return "done"

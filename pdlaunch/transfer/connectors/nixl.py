@@ -41,7 +41,9 @@ _PROGRESS_INTERVAL_US = {"DRAM": 100_000, "VRAM": 1_000}
 spins on a whole core.
 """
 _TIMED_SPIN_S = 0.002
-"""A timed READ between GPUs is polled for so long without a pause: a pause takes longer than it."""
+"""Seconds for which a timed READ between GPUs is polled without a pause, which would take longer
+than the READ.
+"""
 
 
 def load_nixl() -> tuple[Any, Any]:
@@ -194,7 +196,7 @@ class NixlConnector(Connector):
         return read, landing
 
     def state_of(self, handle: Any) -> str:
-        """Return NIXL's word on a READ: ``PROC``, ``DONE`` or ``ERR``."""
+        """Return the state of a READ in NIXL's words: ``PROC``, ``DONE`` or ``ERR``."""
         try:
             return str(self._agent.check_xfer_state(handle))
         except self._backend_errors:
@@ -255,9 +257,7 @@ class NixlConnector(Connector):
         self._quietly(lambda: self._agent.remove_remote_agent(agent_name))
 
     def _quietly(self, act: Callable[[], object]) -> None:
-        """Call ``act``, which backends refuse for what has failed already: nothing more can be done
-        about it.
-        """
+        """Call ``act`` and ignore a refusal: backends refuse to release what has failed already."""
         try:
             act()
         except self._backend_errors:

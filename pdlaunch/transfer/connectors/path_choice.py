@@ -23,7 +23,7 @@ NUM_WARM_READS = 3
 disturbed.
 """
 STEADY_S = 0.02
-"""A READ of a single path that takes this long is not repeated: what disturbs it is short beside
+"""With a single path, a READ that takes this long is not repeated: disturbances are short beside
 it.
 """
 NEARLY = 0.95

@@ -174,7 +174,7 @@ class _PathsConnection(Connection):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CountedRead(Read):
-    """A READ of a scratch: the way that it goes stays open until it is released."""
+    """A READ of a scratch; the connection that it uses stays open until it is released."""
 
     way: _Way
     read: Read

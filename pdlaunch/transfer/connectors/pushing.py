@@ -39,7 +39,7 @@ class PendingRead(PushedRead):
 
     target: bytes
     settle: Callable[[PendingRead], ReadState]
-    """Says what the READ is once ``error`` is known; never raises."""
+    """Returns the state of the READ once ``error`` is known; never raises."""
     blocks: BlockRead | None
     """None for a READ of the peer's scratch."""
     landing: torch.Tensor | None = None

@@ -63,8 +63,9 @@ def piece_offsets(num_bytes: int, *block_bytes: int) -> tuple[list[int], int]:
     """Return where the pieces to read of a scratch begin, and their size: about that of the smaller
     block, so that its cost shows.
 
-    They go from last to first: no connector takes neighbours for one piece then, as blocks of a
-    prompt are none. Together they are the beginning of the scratch, a quarter of it at least.
+    They go from last to first, so that no connector merges neighbours: it could not merge the
+    scattered blocks of a prompt either. Together they are the beginning of the scratch, a quarter
+    of it at least.
     """
     wanted = min(num_bytes, max(min(block_bytes), LEAST_PIECE_BYTES))
     piece_bytes = 1 << (wanted.bit_length() - 1)

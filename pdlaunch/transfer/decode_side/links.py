@@ -24,7 +24,7 @@ class PrefillLink(Protocol):
 
     name: str
     error: str
-    """Return the reason why it is not ready."""
+    """The reason why it is not ready."""
 
     @property
     def status(self) -> LinkStatus: ...
@@ -126,7 +126,9 @@ class PullSetup:
     clock: Callable[[], float]
     emit: Callable[[PullFinished | PullDrained], None]
     alert: Callable[[int], None]
-    """Called when a pull begins to read so many bytes under its lease: its end is near."""
+    """Called with a number of bytes when a pull begins to read these under its lease: its end is
+    near.
+    """
 
     def reader(self, pull_id: PullId) -> ReaderId:
         """Return the reader's name, unique over engines, ranks and choices. Its length is bounded,

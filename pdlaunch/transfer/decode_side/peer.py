@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 5.0
 MAX_DOUBLINGS = 10
-"""Limit for the first back-off: past the longest one, so that no number overflows however long a
-peer is away.
+"""Failures are counted up to here. The back-off has reached its longest by then, and no number
+overflows however long a peer is away.
 """
 
 
@@ -133,7 +133,7 @@ class Peer:
             self._start_handshake()
 
     def lose(self, reason: str) -> None:
-        """Read it no more; final."""
+        """Give the peer up for good. READs that are pending still end."""
         self.error = reason
         self._disconnect()
         self._state = _State.LOST
@@ -265,8 +265,8 @@ class Peer:
         self._try_paths()
 
     def _check_identity(self, reply: HandshakeReply) -> None:
-        """Check that the rank that answers is the one in the registry. After a mere restart in
-        between the next registry settles it. Raises TransferError.
+        """Check that the rank that answers is the one in the registry. If the peer has merely
+        restarted, the next registry shows its new identity. Raises TransferError.
         """
         expected = self.address.identity
         for field in ("engine_id", "incarnation", "tp_rank", "tp_size"):

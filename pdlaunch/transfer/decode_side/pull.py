@@ -36,7 +36,9 @@ class Pull:
         self._setup = setup
         self._rank_pulls = [RankPull(command, source, link, setup) for source, link in links]
         self._started_at = setup.clock()
-        """Instant at which the lease was known, where the pull awaits it."""
+        """Instant from which the time limit counts: the start or, if the pull awaits its lease,
+        when the lease became known.
+        """
         self._deadline_at = (
             self._started_at + command.timeout_s + (LONGEST_WAIT_S if command.awaits else 0.0)
         )

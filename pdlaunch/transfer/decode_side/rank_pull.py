@@ -255,7 +255,9 @@ class RankPull:
         self._ask_about(StateChecksums, partial(self._on_reply, 0.0))
 
     def _heartbeat(self) -> None:
-        """Send one; the next is due as long after this one, or after its answer."""
+        """Send a heartbeat. The next is due one interval after this one, and again one interval
+        after its answer.
+        """
         now = self._setup.clock()
         self._next_heartbeat_at, self._awaits_heartbeat = now + self._heartbeat_s, True
         self._last_heartbeat_at = now
@@ -336,8 +338,8 @@ class RankPull:
                 raise PullFailed(f"{self.name}: unexpected {type(reply).__name__}")
 
     def _take_lease(self, asked_at: float, reply: PullReply) -> None:
-        """Begin to read under the lease: all else can wait. An answer that took long says little of
-        how long the lease holds now.
+        """Begin to read under the lease before anything else. The seconds that the answer states
+        count from the question: nobody here knows when the answer left.
         """
         now = self._setup.clock()
         self.stage, self._next_begin_at = Stage.READING, None
@@ -375,7 +377,8 @@ class RankPull:
         if self._command.awaits and (
             self._awaits_heartbeat or is_due(self._next_heartbeat_at, self._setup.clock())
         ):
-            # The answer was to a question of long before.
+            # The lease became known by the answer to a question of long ago, so ``_held_until_at``
+            # is too early: the answer to the heartbeat moves it.
             return False
         raise PullFailed(f"{self.name}: the lease did not hold throughout the READ", late=True)
 

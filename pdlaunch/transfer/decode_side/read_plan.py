@@ -26,8 +26,8 @@ class PullFailed(TransferError):
         self.late = late
 
     def without_traceback(self) -> PullFailed:
-        """Return a copy to keep: the frames of a traceback would keep alive all that their
-        functions saw.
+        """Return a copy without traceback, whose frames would keep alive all that their functions
+        saw.
         """
         return PullFailed(str(self), verification=self.verification, late=self.late)
 

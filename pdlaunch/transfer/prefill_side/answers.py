@@ -68,7 +68,9 @@ class _Hashing:
     groups: list[GroupBlocks]
     granted_at: float
     checksums: Checksums | None = None
-    """Those of the blocks of all groups, one after another; None before they are begun."""
+    """Checksums of the blocks of all groups, one group after another; None before their computation
+    begins.
+    """
 
     def stated(self) -> list[GroupBlocks]:
         """Return the groups with their checksums, which must be ready."""
@@ -288,7 +290,8 @@ class LeaseAnswers:
 
     def _state_checksums(self, message: StateChecksums) -> ChecksumsReply:
         lease = self._leases.opened(message.lease_id, message.reader)
-        # The question may have waited out its time; the checksums may just have come.
+        # The question may be here because its time to wait is over: look once more before refusing
+        # it.
         self.advance_checksums()
         if message.lease_id in self._hashing:
             raise LeaseError(f"the checksums of request {message.lease_id} are not there yet")

@@ -21,7 +21,8 @@ about a lease that never was, are refused.
 MAX_WAITING = 4096
 """Further questions are answered at once."""
 MAX_AWAITING = 1024
-"""The same for those that await a prompt: they leave room for pulls."""
+"""Limit for questions that await a prompt; it is lower, so that they leave room for those of pulls.
+"""
 
 
 @dataclass(frozen=True, slots=True)
