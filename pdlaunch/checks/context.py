@@ -107,7 +107,7 @@ class Context:
     def given(self, path: str) -> bool:
         """Return whether the user has set this, be it to its default."""
         origin = self.origins.get(path)
-        return origin is not None and origin.kind in ("flag", "environment", "file")
+        return origin is not None and origin.kind not in ("default", "derived")
 
     def where_variable(self, engines: RoleEngines, name: str) -> str:
         """Return the setting that gives a variable to ranks, else the command's environment."""

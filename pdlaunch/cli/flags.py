@@ -14,6 +14,7 @@ from pdlaunch.cli.serve_command import ServeCommand
 from pdlaunch.config.field_types import Flag
 from pdlaunch.config.models import ROUTER
 from pdlaunch.config.settings import Setting, all_flags, all_settings, flag_name
+from pdlaunch.config.sources import Argument
 
 _TARGET = Annotated[
     str | None,
@@ -161,7 +162,7 @@ def _split_target(target: str | None, flags: dict[str, object]) -> Path | None:
         raise typer.BadParameter(
             f"the model is given twice: {target} and --model {flags['model']}; leave one out"
         )
-    flags["model"] = target
+    flags["model"] = Argument(target)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,9 +33,15 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        field = f"{self.field}: " if self.field and self.field != self.where else ""
+        field = f"{self.field}: " if self.field and not self._where_names_field() else ""
         fix = f"; {self.fix}" if self.fix else ""
         return f"{place}{field}{self.message}{fix}"
+
+    def _where_names_field(self) -> bool:
+        """Return whether the place is the flag or variable of the field's own name."""
+        name = (self.where or "").removeprefix("--").lower().removeprefix("pdlaunch_")
+        plain = re.sub(r"[-.]|__", "_", name)
+        return self.where == self.field or plain == (self.field or "").replace(".", "_")
 
 
 class InvalidConfigError(ConfigError):

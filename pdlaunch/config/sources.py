@@ -37,7 +37,13 @@ from pdlaunch.config.yaml_file import read_yaml
 OTHER_VARIABLES = frozenset({"PDLAUNCH_CACHE"})
 """Variables that other parts of pdlaunch read and that are no settings."""
 
-OriginKind = Literal["flag", "environment", "file", "default", "derived"]
+OriginKind = Literal["argument", "flag", "environment", "file", "default", "derived"]
+
+
+class Argument(str):
+    """Marks a value among the flags that was given as the command's argument."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,12 @@ def _from_flags(flags: Mapping[str, object]) -> tuple[dict[str, _Given], list[Pr
     problems = []
     for path, value in flags.items():
         if path in all_settings() or path.rpartition(".")[0] in all_settings():
-            given[path] = _Given(value, Origin("flag", flag_name(path, value)))
+            origin = (
+                Origin("argument", path.upper())
+                if isinstance(value, Argument)
+                else Origin("flag", flag_name(path, value))
+            )
+            given[path] = _Given(str(value) if isinstance(value, Argument) else value, origin)
         else:
             match = RENAMED.get(path) or nearest(path, all_settings())
             problems.append(

@@ -54,6 +54,8 @@ def test_show_names_every_origin(run, tmp_path):
         "detail": "enable_sleep_mode turns it on",
     }
     assert values["model"] == {"value": "smollm2", "origin": "default", "detail": ""}
+    values = json.loads(run("show", "smollm2", "--format", "json").stdout)
+    assert values["model"] == {"value": "smollm2", "origin": "argument", "detail": "MODEL"}
     assert "prefill.model" not in values
 
 

@@ -376,3 +376,19 @@ class TestHostTier:
 def test_every_field_of_the_models_is_a_setting():
     assert {path.partition(".")[0] for path in all_settings()} == set(LaunchConfig.model_fields)
     assert get_args(LaunchConfig.model_fields["dtype"].annotation)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "said"),
+    [
+        ({"port": 99999}, {}, "--port: 99999 is wrong"),
+        ({"block_size": -1}, {}, "--block-size: -1 is wrong"),
+        ({"prefill.replicas": 9999}, {}, "--prefill: prefill.replicas: 9999 is wrong"),
+        ({}, {"PDLAUNCH_PORT": "99999"}, "PDLAUNCH_PORT: '99999' is wrong"),
+        ({}, {"PDLAUNCH_PREFILL__DTYPE": "x"}, "PDLAUNCH_PREFILL__DTYPE: 'x' is wrong"),
+    ],
+)
+def test_a_flag_and_a_variable_are_named_once(flags, environ, said):
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, environ, flags)
+    assert str(raised.value).startswith(f"{said}: ")
