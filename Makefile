@@ -5,7 +5,9 @@ PYTHON ?= python3
 EXTRAS ?= gguf
 VENV := .venv
 BIN := $(VENV)/bin
-RUNTIME := $(VENV)/.installed-$(EXTRAS)
+# The place of the environment, whose scripts do not work elsewhere.
+PLACE := $(shell realpath -m $(VENV) | cksum | cut -d ' ' -f 1)
+RUNTIME := $(VENV)/.installed-$(EXTRAS)-$(PLACE)
 DEV := $(VENV)/.installed-dev
 MOONCAKE := $(VENV)/.mooncake
 # The tests start hundreds of processes: none is to compile the package, or pytest the tests, again.
@@ -28,11 +30,12 @@ require_new = $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev
   echo "error: pdlaunch needs Python 3.11 or newer; $(1) is $$($(1) -c 'import sys; print(sys.version.split()[0])' 2> /dev/null || echo missing)"; \
   echo "fix: $(2)make $(or $(MAKECMDGOALS),install) PYTHON=python3.11"; exit 1; } >&2
 
-# pip comes last into an environment: where it is, the environment is whole.
+# pip comes last into an environment: where it is, the environment is whole. Two makes at once lock
+# the Makefile.
 $(BIN)/pip:
 	@$(call require_new,$(PYTHON),)
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@flock Makefile sh -c 'test -e $@ || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }'
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/pip
 	@$(call require_new,$(BIN)/python,make clean; )

@@ -68,7 +68,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 
 def test_a_configuration_is_loaded_checked_and_planned(file: Path) -> None:
-    config = pdlaunch.load_config(file, {"decode.replicas": 3})
+    config = pdlaunch.load_config(file, {"decode.replicas": 3, "port": 0})
     assert (config.config.prefill.replicas, config.config.decode.replicas) == (2, 3)
     report = pdlaunch.check(config)
     assert report.is_ok(), report.findings

@@ -8,6 +8,8 @@ it said stays in ``install.log`` in the environment. Only the standard library i
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import re
 import select
@@ -150,9 +152,18 @@ def explain(errors: list[str], log: str) -> list[str]:
     return [*errors, f"error: pip failed; all that it said is in {LOG}"]
 
 
+def installed(what: str, extras: str) -> dict[str, str]:
+    """Return what an installation depends on; environments cannot be moved."""
+    files = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    asked = json.dumps(steps(what, extras)).encode()
+    digest = hashlib.sha256(b"".join((*files, asked))).hexdigest()
+    return {"place": str(Path(sys.prefix).resolve()), "inputs": digest}
+
+
 def main(arguments: list[str]) -> int:
-    """Run the steps. Exit code 0, or 1 after saying what went wrong."""
+    """Run the steps that are not done yet. Exit code 0, or 1 after saying what went wrong."""
     what, extras = (*arguments, "")[:2]
+    record, wanted = Path(sys.prefix) / f".inputs-{what}{extras}", installed(what, extras)
     with (Path(sys.prefix) / "install.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,6 +171,16 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write("another make installs into this environment; waiting for it\n")
             sys.stdout.flush()
             fcntl.flock(lock, fcntl.LOCK_EX)
+        done = json.loads(record.read_text()) if record.exists() else wanted | {"inputs": ""}
+        if done["place"] != wanted["place"]:
+            sys.stderr.write(
+                f"error: {sys.prefix} was made in {done['place']}, and does not work elsewhere\n"
+                "fix: make clean, then run the same command again\n"
+            )
+            return 1
+        # A new time of pyproject.toml, as in a fresh clone, changes nothing.
+        if done == wanted:
+            return 0
         # pip appends; the log of a failed run would be taken for this one's.
         LOG.unlink(missing_ok=True)
         todo = steps(what, extras)
@@ -167,6 +188,7 @@ def main(arguments: list[str]) -> int:
             if not run_pip(f"[{number}/{len(todo)}] installing {name}", options):
                 return 1
         LOG.unlink()
+        record.write_text(json.dumps(wanted))
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import install
 from tools.install import describe, explain, steps
 
 ROOT = Path(__file__).parents[2]
@@ -119,3 +120,51 @@ def test_no_package_index_is_told_as_such(tmp_path: Path) -> None:
     assert "fix: Check the network." in said
     assert "No matching distribution" not in said
     assert not list((tmp_path / "venv").glob(".installed*"))
+
+
+@pytest.fixture
+def pip_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Titles of the steps that ran; the environment is an empty folder."""
+    calls: list[str] = []
+
+    def run_pip(title: str, arguments: list[str]) -> bool:
+        calls.append(title)
+        install.LOG.write_text("")
+        return True
+
+    monkeypatch.setattr(install, "run_pip", run_pip)
+    monkeypatch.setattr(install, "LOG", tmp_path / "venv" / "install.log")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    (tmp_path / "venv").mkdir()
+    return calls
+
+
+def test_what_is_installed_is_not_installed_again(
+    pip_calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text("one")
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    assert install.main(["runtime", "gguf"]) == install.main(["runtime", "gguf"]) == 0
+    assert len(pip_calls) == 3
+    install.main(["runtime", "gguf,cuda"])
+    (tmp_path / "constraints.txt").write_text("two")
+    install.main(["runtime", "gguf"])
+    assert len(pip_calls) == 9
+
+
+def test_an_environment_that_was_moved_is_told(
+    pip_calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    install.main(["runtime", "gguf"])
+    (tmp_path / "venv").rename(tmp_path / "moved")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "moved"))
+    monkeypatch.setattr(install, "LOG", tmp_path / "moved" / "install.log")
+    assert install.main(["runtime", "gguf"]) == 1
+    said = capsys.readouterr().err
+    assert f"was made in {tmp_path / 'venv'}, and does not work elsewhere" in said
+    assert "fix: make clean" in said
+    assert len(pip_calls) == 3
